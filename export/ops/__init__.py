@@ -1,0 +1,1 @@
+"""The ``lvlm::`` ops; one file each, found by discovery."""

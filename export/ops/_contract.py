@@ -1,0 +1,67 @@
+"""What every ``lvlm::`` op is: one contract, checked four ways.
+
+An op file holds an ``OP`` of this type. The torch reference is the meaning; the ONNX function makes
+the op run anywhere without a custom library; a kernel or plugin (plugins_trt/) makes it fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import torch
+
+DOMAIN = "lvlm"
+VERSION = 1
+OPSET = 24  # of the standard ops in function bodies and graphs
+
+Attribute = int | float | str
+Tensors = tuple[torch.Tensor, ...]
+Shape = Sequence[Any]  # int or torch.SymInt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs (None: an optional input left out) and attributes for one check of an op."""
+
+    name: str
+    inputs: Sequence[torch.Tensor | None]
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Op:
+    """The contract of one op.
+
+    reference  torch, batched, eager; the meaning of the op
+    outputs    (dtype, shape) of every output from inputs and attributes; shapes may be symbolic
+    function   the body as standard ops, for the given attributes
+    samples    inputs every implementation is checked on
+    tolerance  largest |difference| / max(1, largest |reference|), by dtype of the data
+    """
+
+    name: str
+    schema: onnx.defs.OpSchema
+    reference: Callable[..., Tensors]
+    outputs: Callable[..., Sequence[tuple[torch.dtype, Shape]]]
+    function: Callable[[Mapping[str, Attribute]], onnx.FunctionProto]
+    samples: Callable[[], Iterator[Sample]]
+    tolerance: Mapping[torch.dtype, float]
+
+    def __call__(self, *inputs: torch.Tensor | None, **attributes: Attribute) -> Tensors:
+        """Run the reference, or, while a graph is exported, leave one node in it."""
+        if not torch.onnx.is_in_onnx_export():
+            return self.reference(*inputs, **attributes)
+        described = self.outputs(*inputs, **attributes)
+        return tuple(
+            torch.onnx.ops.symbolic_multi_out(
+                f"{DOMAIN}::{self.name}",
+                inputs,
+                dict(attributes),
+                dtypes=[dtype for dtype, _ in described],
+                shapes=[shape for _, shape in described],
+                version=VERSION,
+            )
+        )

@@ -1,0 +1,38 @@
+"""Finding families, recipes, ops, targets and backends: every file of a package is one of them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from lvlm.runtime.errors import ParameterError
+
+
+def names(package: str) -> list[str]:
+    """Module names in ``package`` without importing them; files starting with _ are helpers."""
+    path = importlib.import_module(package).__path__
+    return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+
+
+@cache
+def discover(package: str, attribute: str) -> dict[str, Any]:
+    """``attribute`` of every module in ``package`` that has it, by the object's ``name``."""
+    found: dict[str, Any] = {}
+    for module in names(package):
+        thing = getattr(importlib.import_module(f"{package}.{module}"), attribute, None)
+        if thing is not None:
+            found[thing.name] = thing
+    return found
+
+
+def nearest(kind: str, name: str, known: Iterable[str]) -> ParameterError:
+    """The error for an unknown name: offers the nearest known ones, or lists all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return ParameterError(f"unknown {kind} '{name}'; did you mean {' or '.join(close)}?")
+    return ParameterError(f"unknown {kind} '{name}'; known: {', '.join(known)}")

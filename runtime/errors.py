@@ -1,0 +1,43 @@
+"""Errors a user can mend. Command lines print them as one line and exit with status 2."""
+
+from __future__ import annotations
+
+
+class LvlmError(Exception):
+    """Base of every error whose message says what is wrong and how to mend it, in one line."""
+
+
+class ParameterError(LvlmError, ValueError):
+    """A parameter, flag or name has a value that cannot be used."""
+
+
+class ImageError(LvlmError, ValueError):
+    """A picture cannot be opened or is of an unusable size."""
+
+
+class PromptError(LvlmError, ValueError):
+    """A prompt does not fit its pictures or its template."""
+
+
+class CapacityError(LvlmError, ValueError):
+    """A request needs more cache than the bundle was exported with."""
+
+
+class BundleError(LvlmError):
+    """A bundle is incomplete, changed, of another version, or not a bundle."""
+
+
+class BackendError(LvlmError):
+    """A backend is not installed or cannot run a graph."""
+
+
+class CheckpointError(LvlmError):
+    """A checkpoint is missing, incomplete, or of an unsupported architecture."""
+
+
+class ExportError(LvlmError):
+    """An export could not be finished."""
+
+
+class ValidationError(ExportError):
+    """An exported graph does not compute what the checkpoint computes."""
