@@ -22,9 +22,19 @@ Tensors = tuple[torch.Tensor, ...]
 Shape = Sequence[Any]  # int or torch.SymInt
 
 
+def register(schema: onnx.defs.OpSchema) -> onnx.defs.OpSchema:
+    """Make the schema known to onnx's checker; a module that is imported again changes nothing."""
+    if not onnx.defs.has(schema.name, schema.domain):
+        onnx.defs.register_schema(schema)
+    return schema
+
+
 @dataclass(frozen=True)
 class Sample:
-    """Inputs (None: an optional input left out) and attributes for one check of an op."""
+    """Inputs and attributes for one check of an op.
+
+    None stands for an optional input left out; those come last.
+    """
 
     name: str
     inputs: Sequence[torch.Tensor | None]
@@ -35,6 +45,8 @@ class Sample:
 class Op:
     """The contract of one op.
 
+    axes       axis names of every input, aligned at the right ("B N d"): a capital varies from
+               call to call, a small letter is fixed within one graph
     reference  torch, batched, eager; the meaning of the op
     outputs    (dtype, shape) of every output from inputs and attributes; shapes may be symbolic
     function   the body as standard ops, for the given attributes
@@ -44,6 +56,7 @@ class Op:
 
     name: str
     schema: onnx.defs.OpSchema
+    axes: Mapping[str, str]
     reference: Callable[..., Tensors]
     outputs: Callable[..., Sequence[tuple[torch.dtype, Shape]]]
     function: Callable[[Mapping[str, Attribute]], onnx.FunctionProto]
@@ -51,10 +64,15 @@ class Op:
     tolerance: Mapping[torch.dtype, float]
 
     def __call__(self, *inputs: torch.Tensor | None, **attributes: Attribute) -> Tensors:
-        """Run the reference, or, while a graph is exported, leave one node in it."""
-        if not torch.onnx.is_in_onnx_export():
+        """Run the reference, or, while a graph is exported, leave one node in it.
+
+        ``torch.export`` counts too: its program is what ``torch.onnx.export`` is then given.
+        """
+        if not (torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()):
             return self.reference(*inputs, **attributes)
         described = self.outputs(*inputs, **attributes)
+        while inputs[-1] is None:  # an empty name at the end is one input too many to TensorRT
+            inputs = inputs[:-1]
         return tuple(
             torch.onnx.ops.symbolic_multi_out(
                 f"{DOMAIN}::{self.name}",

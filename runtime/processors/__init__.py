@@ -1,0 +1,48 @@
+"""Image processors, one a file: from pictures to what a bundle's vision graph takes.
+
+A processor module has ``PROCESSOR``, a class with a ``name`` (the module's) that is made from the
+bundle's processor config. The modules are found by their file names; only the one that a bundle
+needs is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from lvlm.runtime.discovery import names, nearest
+from lvlm.runtime.errors import BundleError
+
+
+class Processor(Protocol):
+    """What the runtime asks of an image processor. Without state: any thread may call it."""
+
+    name: ClassVar[str]
+
+    def pixel_values(self, images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+        """Pictures uint8 [H_i, W_i, 3] → float32 [n, 3, H, W]; else ``ImageError``."""
+
+    def image_tokens(self, images: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens that each picture of (height, width) pixels gives in the prompt."""
+
+
+def load_processor(config: Mapping[str, object]) -> Processor:
+    """The processor that ``config["name"]`` names, made from ``config``, a manifest's (untrusted).
+
+    Raises ``BundleError`` if the name is unknown or the config is not one that the processor takes.
+    """
+    name = config.get("name")
+    if not isinstance(name, str):
+        raise BundleError(
+            f"the bundle's processor has name {reprlib.repr(name)}, not text; export it again"
+        )
+    known = names(__name__)
+    if name not in known:
+        raise BundleError(f"{nearest('processor', name, known)} (a newer lvlm-deploy may know it)")
+    module = importlib.import_module(f"{__name__}.{name}")
+    return cast(Processor, module.PROCESSOR(config))

@@ -1,0 +1,63 @@
+"""What a model family is: one file that says how its checkpoints become the common parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lvlm.export.language import LanguageModel
+from lvlm.runtime.bundle import Images
+
+
+@dataclass(frozen=True)
+class PromptFiles:
+    """How prompts are written: what the runtime needs beyond tokenizer.json."""
+
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    eos_ids: tuple[int, ...]
+    files: tuple[str, ...]  # of the checkpoint, copied into the bundle as they are
+
+
+class Family(Protocol):
+    """A family of checkpoints; the exporter knows no model but through this."""
+
+    name: str
+    aliases: Mapping[str, str]  # alias -> hub id
+    model_types: tuple[str, ...]  # of config.json
+
+    def read_config(self, raw: Mapping[str, Any]) -> Any:
+        """The transformers configuration; ParameterError/CheckpointError names what is unsupported."""
+
+    def build(self, config: Any) -> nn.Module:
+        """The whole model in transformers' own class and torch's default dtype (called on the meta
+        device to trace)."""
+
+    def rename(self, key: str) -> str | None:
+        """The model's parameter name for a checkpoint's key; None: a leftover to ignore."""
+
+    def language(self, model: nn.Module, config: Any) -> LanguageModel: ...
+
+    def vision(self, model: nn.Module, config: Any) -> nn.Module:
+        """pixel_values [P,3,H,W] fp32 -> image_features [P,V,D] in the model's dtype."""
+
+    def images(self, config: Any, folder: Path) -> Images: ...
+
+    def prompt(self, config: Any, folder: Path) -> PromptFiles: ...
+
+    def tiny_configs(self) -> Iterator[tuple[str, Any]]:
+        """Named small random configurations that cover what the family supports, for tests."""
+
+
+def non_persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """(module, name, buffer) of every buffer that no checkpoint stores."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None:
+                yield module, name, buffer

@@ -1,0 +1,69 @@
+"""What the exporter is doing, on standard error: stage, what, elapsed, bytes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+
+class Progress:
+    """One line per stage; on a terminal the running line is rewritten in place."""
+
+    def __init__(self, stages: int, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self.stages, self.quiet = stages, quiet
+        self.stream = stream or sys.stderr
+        self.number = 0
+        self.began = time.monotonic()
+
+    @contextmanager
+    def stage(self, what: str) -> Iterator[Stage]:
+        self.number += 1
+        stage = Stage(self, f"[{self.number}/{self.stages}] {what}")
+        stage.show("…")
+        yield stage
+        stage.show(stage.result or "done", final=True)
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.began
+
+
+class Stage:
+    """The running stage; ``result`` is what its line ends with."""
+
+    def __init__(self, progress: Progress, title: str) -> None:
+        self.progress, self.title = progress, title
+        self.result = ""
+        self.began = self.shown = time.monotonic()
+        self.bytes_done = 0
+
+    def show(self, text: str, *, final: bool = False) -> None:
+        if self.progress.quiet:
+            return
+        stream = self.progress.stream
+        seconds = time.monotonic() - self.began
+        line = f"{self.title}  {text}" + (f"  {seconds:.1f} s" if final or seconds > 1 else "")
+        if stream.isatty():
+            print(f"\r\033[K{line}", end="\n" if final else "", file=stream, flush=True)
+        elif final:
+            print(line, file=stream, flush=True)
+
+    def add_bytes(self, count: int, total: int) -> None:
+        """Progress of copying; shown at most ten times a second."""
+        self.bytes_done += count
+        if time.monotonic() - self.shown > 0.1:
+            self.shown = time.monotonic()
+            share = 100 * self.bytes_done / max(total, 1)
+            self.show(f"{size(self.bytes_done)} of {size(total)} ({share:.0f} %)")
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: 6.4 MB, 13.5 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,199 @@
+"""LightVLM: pyramid merging of image tokens inside the language model (arXiv 2509.00419).
+
+The paper's text beyond its abstract could not be obtained: this is the project's own definition,
+consistent with the abstract and with the same authors' earlier method (see docs/recipes.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+
+from lvlm.export.ops.token_importance import OP as TOKEN_IMPORTANCE
+from lvlm.export.ops.token_merge import OP as TOKEN_MERGE
+from lvlm.export.recipes._base import GraphInput, Recipe, TokenSequence, parameter
+from lvlm.export.standard_ops import Tap
+from lvlm.runtime.bundle import Reduction
+from lvlm.runtime.discovery import nearest
+from lvlm.runtime.errors import ParameterError
+
+Importance = Literal["last", "text"]
+Merge = Literal["recycle", "nearest", "drop"]
+STAGE_DEPTHS = (1 / 14, 2 / 7, 1 / 2)  # of the model's depth: blocks 2, 8 and 14 of 28
+
+
+@dataclass(frozen=True)
+class LightVLM(Recipe):
+    """Recipe ``lightvlm``."""
+
+    name: ClassVar[str] = "lightvlm"
+    summary: ClassVar[str] = "image tokens merged in a pyramid over the blocks during prefill"
+    source: ClassVar[str] = "arXiv 2509.00419 (own definition beyond its abstract)"
+
+    keep: float = parameter(0.35, "final fraction of each picture's tokens, in (0, 1]")
+    stages: tuple[int, ...] | None = parameter(
+        None, "blocks whose input is reduced; default max(1, round(L * 1/14, 2/7, 1/2))"
+    )
+    schedule: tuple[float, ...] | None = parameter(
+        None, "fraction of the original tokens left after each stage; default keep ** (i / n)"
+    )
+    importance: Importance = parameter(
+        "last", "queries that score the tokens: last prompt token, or text after the last image"
+    )
+    merge: Merge = parameter(
+        "recycle", "what becomes of discarded tokens: recycle (centres absorb them), nearest, drop"
+    )
+    recycle: float = parameter(0.1, "fraction of the kept tokens that are centres, in (0, 1]")
+    absorb: int = parameter(5, "tokens a centre absorbs at most (merge=recycle)")
+    kv_keep: float = parameter(1.0, "fraction of the cache kept in decode; only 1.0 so far")
+
+    def __post_init__(self) -> None:
+        _fraction("keep", self.keep)
+        _fraction("recycle", self.recycle)
+        for name, value, choices in (
+            ("importance", self.importance, get_args(Importance)),
+            ("merge", self.merge, get_args(Merge)),
+        ):
+            if value not in choices:
+                raise nearest(f"value of {name}", str(value), choices)
+        if not isinstance(self.absorb, int) or isinstance(self.absorb, bool) or self.absorb < 1:
+            raise ParameterError(f"absorb is {self.absorb!r}; give a whole number of 1 or more")
+        if self.kv_keep != 1.0:
+            raise ParameterError(
+                f"kv_keep is {self.kv_keep!r}; this version keeps the whole cache, give 1.0"
+            )
+        if self.stages is not None:
+            _stages(self.stages)
+        if self.schedule is not None:
+            if not isinstance(self.schedule, tuple) or not self.schedule:
+                raise ParameterError("schedule is a list of fractions, e.g. [0.7,0.5,0.35]")
+            for ratio in self.schedule:
+                _fraction("schedule", ratio)
+            if list(self.schedule) != sorted(self.schedule, reverse=True):
+                raise ParameterError(f"schedule {list(self.schedule)} must not rise")
+
+    def for_layers(self, layers: int) -> Self:
+        if layers < 2:
+            raise ParameterError(
+                f"recipe 'lightvlm' needs at least 2 layers, this model has {layers}; "
+                "use --recipe none"
+            )
+        stages = self.stages
+        if stages is None:
+            stages = tuple(dict.fromkeys(max(1, round(layers * d)) for d in STAGE_DEPTHS))
+        if max(stages) >= layers:
+            raise ParameterError(
+                f"stages {list(stages)}: this model has blocks 1 to {layers - 1} to choose from"
+            )
+        if self.schedule is not None and len(self.schedule) != len(stages):
+            raise ParameterError(
+                f"schedule has {len(self.schedule)} fractions for {len(stages)} stages "
+                f"{list(stages)}; give one for each"
+            )
+        keep = self.keep if self.schedule is None else self.schedule[-1]
+        return dataclasses.replace(self, stages=stages, keep=keep)
+
+    def reductions(self) -> tuple[Reduction, ...]:
+        stages = self._stages
+        recycle = self.recycle if self.merge == "recycle" else None
+        ratios = self.schedule or (None,) * len(stages)
+        return tuple(
+            Reduction(
+                layer=layer,
+                exponent=(i + 1) / len(stages) if ratio is None else None,
+                ratio=ratio,
+                recycle=recycle,
+            )
+            for i, (layer, ratio) in enumerate(zip(stages, ratios, strict=True))
+        )
+
+    def inputs(self) -> list[GraphInput]:
+        ports = []
+        if self.importance == "text":
+            ports.append(GraphInput("query_count", torch.int64, ("batch",)))
+            ports.append(GraphInput("query_slots", torch.int64, ("queries",)))
+        for i in range(len(self._stages)):
+            ports.append(GraphInput(f"keep_{i}", torch.int64, ("batch", "images_per_row")))
+            ports.append(GraphInput(f"keep_slots_{i}", torch.int64, (f"kept_{i}",)))
+            ports.append(GraphInput(f"out_slots_{i}", torch.int64, (f"length_{i}",)))
+            if self.merge == "recycle":
+                ports.append(GraphInput(f"recycle_{i}", torch.int64, ("batch", "images_per_row")))
+                ports.append(GraphInput(f"recycle_slots_{i}", torch.int64, (f"centres_{i}",)))
+        return ports
+
+    def taps(self, layer: int) -> bool:
+        return layer + 1 in self._stages
+
+    def before_block(
+        self,
+        layer: int,
+        state: TokenSequence,
+        tap: Tap | None,
+        inputs: Mapping[str, torch.Tensor],
+    ) -> TokenSequence:
+        if layer not in self._stages or tap is None or tap.query is None or tap.key is None:
+            return state
+        stage = self._stages.index(layer)
+        rows = self._query_rows(state, inputs)
+        picked = rows.clamp(min=0)[:, None, :, None]
+        picked = picked.expand(-1, tap.query.shape[1], -1, tap.query.shape[3])
+        (importance,) = TOKEN_IMPORTANCE(
+            tap.query.gather(2, picked),
+            tap.key,
+            rows,
+            state.image_id,
+            scale=tap.scale,
+        )
+        hidden, positions, image_id, old_to_new = TOKEN_MERGE(
+            state.hidden,
+            importance,
+            state.image_id,
+            state.positions,
+            inputs[f"keep_{stage}"],
+            inputs[f"keep_slots_{stage}"],
+            inputs[f"out_slots_{stage}"],
+            inputs.get(f"recycle_{stage}"),
+            inputs.get(f"recycle_slots_{stage}"),
+            merge=self.merge,
+            absorb=self.absorb,
+        )
+        return TokenSequence(hidden, positions, image_id, [*state.maps, old_to_new])
+
+    def _query_rows(
+        self, state: TokenSequence, inputs: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Indices of the queries that score the tokens, [B,R]; -1: an unused row."""
+        last = state.last()[:, None]
+        if self.importance == "last":
+            return last
+        # The text after the last image is the row's tail at every stage: only images shrink.
+        slots = inputs["query_slots"][None]
+        return torch.where(slots < inputs["query_count"][:, None], last - slots, -1)
+
+    @property
+    def _stages(self) -> tuple[int, ...]:
+        if self.stages is None:
+            raise ParameterError("call for_layers() first: the stages depend on the depth")
+        return self.stages
+
+
+def _fraction(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 < value <= 1:
+        raise ParameterError(f"{name} is {value!r}; give a number above 0 and up to 1")
+
+
+def _stages(stages: Any) -> None:
+    whole = isinstance(stages, tuple) and all(type(s) is int and s >= 1 for s in stages)
+    if not whole or not stages or list(stages) != sorted(set(stages)):
+        raise ParameterError(
+            f"stages is {stages!r}; give rising block numbers from 1 on, e.g. [2,8,14]"
+        )
+
+
+RECIPE = LightVLM

@@ -1,0 +1,64 @@
+"""A model without its weights: what tracing needs of a checkpoint of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lvlm.export.families._base import Family, non_persistent_buffers
+from lvlm.runtime.errors import CheckpointError
+
+
+def build_skeleton(
+    family: Family, config: Any, dtype: torch.dtype, mode: FakeTensorMode
+) -> nn.Module:
+    """The family's model with fake parameters of ``dtype`` and real (small) buffers."""
+    with default_dtype(dtype), torch.device("meta"):
+        model = family.build(config)
+    _replace_parameters(model, mode)
+    for module, name, buffer in non_persistent_buffers(model):
+        module._buffers[name] = _real_buffer(module, name, buffer)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _replace_parameters(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Meta parameters cannot be traced as CPU tensors; fake ones can. Tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    with mode:
+        for module in model.modules():
+            for name, old in module._parameters.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    fake = torch.empty(old.shape, dtype=old.dtype, device="cpu")
+                    made[id(old)] = nn.Parameter(fake, requires_grad=False)
+                module._parameters[name] = made[id(old)]
+
+
+def _real_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> torch.Tensor:
+    """The content of a buffer that no checkpoint stores, from the configuration."""
+    if name == "position_ids":
+        return torch.arange(buffer.shape[-1]).expand(buffer.shape)
+    if name in ("inv_freq", "original_inv_freq"):
+        real = type(module)(module.config)  # rotary tables: small, built by the module itself
+        value = real._buffers[name]
+        if value is not None:
+            return value.float()
+    raise CheckpointError(
+        f"buffer '{name}' of {type(module).__name__} is in no checkpoint and unknown to the exporter"
+    )

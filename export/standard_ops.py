@@ -1,0 +1,131 @@
+"""How transformers' modules become standard ONNX ops (opset 23 and 24) instead of their pieces.
+
+The checkpoint's own modules run; only their leaves are exchanged: attention, rotary embedding,
+RMS normalisation and the cache write. While torch.export traces, each leaves one node in the
+placeholder domain ``lvlm.std``, which tracing.py turns into the standard domain afterwards (torch's
+exporter builds at opset 18 and could not convert ops that are newer). Run eagerly, the same modules
+compute with torch: this is the torch reference of every recipe.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+PLACEHOLDER_DOMAIN = "lvlm.std"
+ATTENTION = "lvlm"  # the name transformers' configurations select our attention by
+
+
+@dataclass
+class Tap:
+    """Receives the query [B,Hq,N,d] and key [B,Hkv,N,d] of one attention, rotary applied."""
+
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    scale: float = 1.0
+
+
+def _node(
+    op_type: str, inputs: list[torch.Tensor], attributes: dict[str, Any], like: torch.Tensor
+) -> torch.Tensor:
+    return torch.onnx.ops.symbolic(
+        f"{PLACEHOLDER_DOMAIN}::{op_type}",
+        inputs,
+        attributes,
+        dtype=like.dtype,
+        shape=like.shape,
+        version=1,
+    )
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    tap: Tap | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: q [B,Hq,N,d], k and v [B,Hkv,S,d] -> [B,N,Hq,d].
+
+    Causal where the module is and no mask is given: rows are padded on the right, so a valid query
+    never sees padding. A mask is boolean [B,1,1,S], True where a key may be seen.
+    """
+    causal = attention_mask is None and bool(getattr(module, "is_causal", False))
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    if tap is not None:
+        tap.query, tap.key, tap.scale = query, key, scale
+    if torch.compiler.is_exporting():
+        mask = [] if attention_mask is None else [attention_mask]
+        inputs = [query, key, value, *mask]
+        out = _node("Attention", inputs, {"is_causal": int(causal), "scale": scale}, query)
+    else:
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attention_mask, is_causal=causal, scale=scale, enable_gqa=True
+        )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(ATTENTION, attention)
+
+
+def scatter(cache: torch.Tensor, update: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Write ``update`` [B,H,n,d] into ``cache`` [B,H,C,d] from slot ``index`` [B] int64 on."""
+    if torch.compiler.is_exporting():
+        return _node("TensorScatter", [cache, update, index], {"axis": -2}, cache)
+    slots = index[:, None] + torch.arange(update.shape[2])
+    where = slots[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
+    return cache.scatter(2, where, update)
+
+
+@contextmanager
+def exchanged_leaves(model: nn.Module) -> Iterator[None]:
+    """While tracing: rotary embedding and RMS normalisation of ``model`` become one node each."""
+    undo: list[Any] = []
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = types.MethodType(_rms_norm, module)  # type: ignore[method-assign]
+            undo.append(lambda module=module: module.__dict__.pop("forward"))
+        home = sys.modules[type(module).__module__]
+        rotary = getattr(home, "apply_rotary_pos_emb", None)
+        if rotary is not None and rotary is not _rotary:
+            home.apply_rotary_pos_emb = _rotary  # type: ignore[attr-defined]
+            undo.append(lambda home=home, f=rotary: setattr(home, "apply_rotary_pos_emb", f))
+    try:
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
+def _rms_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    # stash_type 1: normalised in fp32, cast back, then scaled, as transformers does it.
+    attributes = {"axis": -1, "epsilon": self.variance_epsilon, "stash_type": 1}
+    return _node("RMSNormalization", [hidden, self.weight], attributes, hidden)
+
+
+def _rotary(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    unsqueeze_dim: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # transformers repeats the angles for both halves of the head; the op wants them once.
+    del unsqueeze_dim
+    half = cos.shape[-1] // 2
+    angles = [cos[..., :half], sin[..., :half]]
+    return (
+        _node("RotaryEmbedding", [query, *angles], {}, query),
+        _node("RotaryEmbedding", [key, *angles], {}, key),
+    )

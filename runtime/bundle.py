@@ -1,0 +1,213 @@
+"""The bundle: a folder with graphs, weights, tokenizer and the manifest ``lvlm.json`` that lists them.
+
+The exporter writes these types, the runtime reads them. Nothing in a bundle is trusted: every field
+has its type checked, every path stays inside the folder, every file its recorded hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from lvlm.runtime.errors import BundleError
+from lvlm.runtime.integrity import check_files
+
+SCHEMA = 1
+MANIFEST = "lvlm.json"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a graph; a dimension that is a name is dynamic."""
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    file: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The language model, as far as the runtime must know it."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocab: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What becomes of a picture: ``tokens`` features of a ``grid`` of patches, rows x columns.
+
+    With one token more than patches the first is the class token; with one less, the first patch
+    has none. ``size`` is the height and width that the vision graph takes.
+    """
+
+    token: str
+    token_id: int
+    tokens: int
+    grid: tuple[int, ...]
+    size: tuple[int, ...]
+    processor: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One shortening of the image tokens, at the input of block ``layer``.
+
+    Of V image tokens of a picture, max(1, round(V * ratio)) stay, where the ratio is ``ratio`` or
+    keep ** ``exponent``. ``recycle`` is the part of those that absorb discarded tokens (schedule.py).
+    """
+
+    layer: int
+    exponent: float | None
+    ratio: float | None
+    recycle: float | None
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Cache entries per layer for ``max_text_len`` text tokens (prompt and answer) and
+    ``max_images`` pictures at the exported keep ratio."""
+
+    max_text_len: int
+    max_images: int
+    per_layer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class File:
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    schema: int
+    family: str
+    model: dict[str, Any]
+    recipe: str
+    parameters: dict[str, Any]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    graphs: dict[str, Graph]
+    text: Text
+    images: Images
+    keep: float
+    reductions: tuple[Reduction, ...]
+    capacity: Capacity
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    validation: str
+    tools: dict[str, str]
+    files: dict[str, File]
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_bundle(folder: str | Path, *, verify: bool = True) -> Manifest:
+    """The checked manifest of a bundle; BundleError says what is wrong with it.
+
+    ``verify`` compares every listed file with its hash (skipped for files already verified that
+    have kept size and time).
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = "is not a bundle (no lvlm.json in it)" if folder.is_dir() else "does not exist"
+        raise BundleError(f"{folder} {what}; make one with lvlm-export -o {folder}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise BundleError(
+            f"{path} has schema {schema!r}, this version reads {SCHEMA}; "
+            "export again with this version or install the one that wrote it"
+        )
+    manifest = decode(Manifest, data, path.name)
+    _check(manifest, path)
+    if verify:
+        check_files(folder, {name: (f.sha256, f.bytes) for name, f in manifest.files.items()})
+    return manifest
+
+
+def _check(manifest: Manifest, path: Path) -> None:
+    """What types alone cannot say."""
+    for name in [g.file for g in manifest.graphs.values()] + list(manifest.files):
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name or not name:
+            raise BundleError(f"{path}: the path '{name}' leaves the bundle; do not use this bundle")
+    missing = {"vision", "prefill", "decode"} - set(manifest.graphs)
+    if missing:
+        raise BundleError(f"{path} lists no {', '.join(sorted(missing))} graph; export again")
+    unlisted = {g.file for g in manifest.graphs.values()} - set(manifest.files)
+    if unlisted:
+        raise BundleError(f"{path} has no hash for {', '.join(sorted(unlisted))}; export again")
+    layers = manifest.text.layers
+    if len(manifest.capacity.per_layer) != layers:
+        raise BundleError(f"{path} lists capacities for another number of layers than {layers}")
+    sizes = (*dataclasses.astuple(manifest.text)[:6], *manifest.capacity.per_layer)
+    if min(*sizes, manifest.images.tokens) < 1 or not 0 < manifest.keep <= 1:
+        raise BundleError(f"{path} has a size or keep ratio out of range; export again")
+    if any(not 0 < r.layer < layers for r in manifest.reductions):
+        raise BundleError(f"{path} reduces tokens at a layer the model lacks; export again")
+
+
+def decode(kind: type[T], data: Any, where: str) -> T:
+    """``data`` (from JSON) as the typed ``kind``; BundleError names the field that does not fit."""
+    return typing.cast(T, _decode(kind, data, where))
+
+
+def _decode(kind: Any, data: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(data, Mapping):
+            raise BundleError(f"{where} is not an object; export the bundle again")
+        hints = typing.get_type_hints(kind)
+        odd = set(data) ^ set(hints)
+        if odd:
+            state = "unknown" if odd & set(data) else "missing"
+            raise BundleError(f"{where}: {state} field '{min(odd)}'; export the bundle again")
+        return kind(**{k: _decode(hint, data[k], f"{where}.{k}") for k, hint in hints.items()})
+    if origin is tuple and isinstance(data, list):
+        return tuple(_decode(arguments[0], x, f"{where}[{i}]") for i, x in enumerate(data))
+    if origin is dict and isinstance(data, Mapping):
+        return {str(k): _decode(arguments[1], v, f"{where}.{k}") for k, v in data.items()}
+    if origin is Literal and data in arguments:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            if option is type(None) and data is None:
+                return None
+            if option is not type(None):
+                try:
+                    return _decode(option, data, where)
+                except BundleError:
+                    continue
+    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(kind, type) and isinstance(data, kind) and not isinstance(data, bool):
+        return data
+    raise BundleError(f"{where} holds {data!r}, which does not fit; export the bundle again")

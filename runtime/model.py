@@ -1,0 +1,333 @@
+"""A loaded bundle: prompts and pictures in, text out."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self, overload
+
+import numpy as np
+
+from lvlm.runtime.backends import open_backend
+from lvlm.runtime.bundle import Manifest, read_bundle
+from lvlm.runtime.engine import Batch, Engine, Prompt, RowState
+from lvlm.runtime.errors import BackendError, BundleError, ParameterError, PromptError
+from lvlm.runtime.images import ImageSource, open_image
+from lvlm.runtime.processors import load_processor
+from lvlm.runtime.sampling import Sampling
+from lvlm.runtime.schedule import Keep
+from lvlm.runtime.text import ChatTemplate, TextStream, Tokenizer, expand_placeholders
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer; see Model.generate."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    keep: Keep | None = None
+    chat_template: bool = True
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ParameterError(
+                f"max_new_tokens is {self.max_new_tokens!r}; give a whole number of 1 or more"
+            )
+
+    def sampling(self, row: int) -> Sampling:
+        """Row r of a seeded batch draws from seed + r, so that equal prompts differ."""
+        seed = None if self.seed is None else self.seed + row
+        return Sampling(
+            self.temperature, self.top_k, self.top_p, self.repetition_penalty, seed=seed
+        )
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one answer took. Times cover the whole batch; bytes are of its cache."""
+
+    prompt_tokens: int
+    image_tokens: int
+    new_tokens: int
+    tokens_per_layer: tuple[int, ...]
+    image_tokens_per_layer: tuple[int, ...]
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: float
+    decode_steps: int
+    cache_bytes_allocated: int
+    cache_bytes_used: int
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Steps per second of this row's stream; 0 if the answer was a single token."""
+        return 1e3 * self.decode_steps / self.decode_ms if self.decode_ms else 0.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. ``token_ids`` ends with the end-of-text token where the model chose it;
+    ``finish_reason`` is "stop" (end of text or a stop string) or "length". ``merge_maps`` holds,
+    per reduction, old -> new index of every prompt token, -1 where it was dropped."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    stats: Stats
+    merge_maps: list[np.ndarray] = field(repr=False, default_factory=list)
+
+
+class Stream:
+    """Iterate for the pieces of an answer; ``result`` is there after the last."""
+
+    def __init__(self, pieces: Iterator[str | Generation]) -> None:
+        self._pieces = pieces
+        self.result: Generation | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            if isinstance(piece, Generation):
+                self.result = piece
+            elif piece:
+                yield piece
+
+
+class Model:
+    """A bundle on a device. One call at a time: a second, concurrent one is refused.
+
+    Use as a context manager, or call ``close``; it frees graphs, weights and cache.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str],
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        verify: bool = True,
+    ) -> None:
+        """``threads``: None lets the backend choose. ``verify`` False skips the file hashes.
+
+        Raises BundleError, BackendError, ParameterError.
+        """
+        folder = Path(bundle)
+        if threads is not None and threads < 1:
+            raise ParameterError(f"threads is {threads}; give 1 or more")
+        self.manifest: Manifest = read_bundle(folder, verify=verify)
+        manifest = self.manifest
+        self.tokenizer = Tokenizer(folder / "tokenizer.json", manifest.text.eos_ids)
+        self.processor = load_processor(manifest.images.processor)
+        self._template = (
+            ChatTemplate(
+                manifest.chat_template, manifest.special_tokens, manifest.images.token
+            )
+            if manifest.chat_template
+            else None
+        )
+        self._engine: Engine | None = Engine(
+            folder, manifest, open_backend(device, threads=threads)
+        )
+        self._busy = threading.Lock()
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        **options: object,
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str],
+        images: Sequence[Sequence[ImageSource]] = (),
+        **options: object,
+    ) -> list[Generation]: ...
+
+    def generate(self, prompt, images=(), **options):  # type: ignore[no-untyped-def]
+        """Answer one prompt, or a list of prompts (then ``images`` is a list of lists) in order.
+
+        Images are paths, bytes, PIL images or uint8 arrays [H,W,3]. Options: max_new_tokens (256),
+        temperature (0: greedy), top_k, top_p, repetition_penalty, seed, stop (strings that end the
+        answer), keep (fraction of image tokens, or one per reduction), chat_template (False: the
+        prompt as it stands, with its own image placeholders), system.
+
+        Raises ParameterError, PromptError, ImageError, CapacityError, BackendError.
+        """
+        parsed = _options(options)
+        single = isinstance(prompt, str)
+        prompts = [prompt] if single else list(prompt)
+        pictures = [images] if single else list(images) or [()] * len(prompts)
+        if len(pictures) != len(prompts):
+            raise PromptError(
+                f"{len(prompts)} prompts but {len(pictures)} lists of images; give one list each"
+            )
+        if not prompts:
+            return []
+        results: list[Generation] = []
+        for event in self._run(prompts, pictures, parsed):
+            if isinstance(event, list):
+                results = event
+        return results[0] if single else results
+
+    def stream(
+        self, prompt: str, images: Sequence[ImageSource] = (), **options: object
+    ) -> Stream:
+        """Like ``generate`` for one prompt, yielding text as soon as it is final.
+
+        Nothing is computed before the first piece is asked for, but mistakes in the options are
+        raised here.
+        """
+        parsed = _options(options)
+
+        def pieces() -> Iterator[str | Generation]:
+            for event in self._run([prompt], [images], parsed):
+                yield event[0] if isinstance(event, list) else event[1]
+
+        return Stream(pieces())
+
+    def close(self) -> None:
+        self._engine = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Sequence[ImageSource]],
+        options: Options,
+    ) -> Iterator[tuple[int, str] | list[Generation]]:
+        """(row, piece of text) as they come; at the end the list of generations."""
+        with self._exclusive() as engine:
+            rows = [
+                self._prepare(row, prompt, images, options)
+                for row, (prompt, images) in enumerate(zip(prompts, pictures, strict=True))
+            ]
+            batch = engine.start(rows, options.keep)
+            streams = [TextStream(self.tokenizer, options.stop) for _ in rows]
+            texts = ["" for _ in rows]
+            while batch.active:
+                for index, token in batch.step():
+                    row, stream = batch.rows[index], streams[index]
+                    piece = stream.push(token)
+                    if row.finish_reason is not None and not stream.stopped:
+                        piece += stream.finish()
+                    if stream.stopped:
+                        row.finish_reason = "stop"
+                    texts[index] += piece
+                    yield index, piece
+            yield [
+                self._generation(batch, index, texts[index]) for index in range(len(rows))
+            ]
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[Engine]:
+        if self._engine is None:
+            raise BackendError("this model is closed; load the bundle again")
+        if not self._busy.acquire(blocking=False):
+            raise BackendError(
+                "this model is answering another call; finish or close that stream, or load a "
+                "second model"
+            )
+        try:
+            yield self._engine
+        finally:
+            self._busy.release()
+
+    def _prepare(
+        self, row: int, prompt: str, images: Sequence[ImageSource], options: Options
+    ) -> Prompt:
+        if isinstance(images, str | bytes | os.PathLike):
+            raise PromptError("images is a list; write images=[picture]")
+        arrays = [open_image(image) for image in images]
+        manifest, text, special = self.manifest, prompt, True
+        if options.chat_template:
+            if self._template is None:
+                raise PromptError(
+                    "the bundle has no chat template; write the prompt out and use "
+                    "chat_template=False (--no-chat-template)"
+                )
+            text = self._template.render(prompt, len(arrays), options.system)
+            bos = manifest.special_tokens.get("bos_token")
+            special = not (bos and text.startswith(bos))
+        elif options.system is not None:
+            raise ParameterError("system needs the chat template; write it into the prompt")
+        ids = self.tokenizer.encode(text, add_special_tokens=special)
+        counts = self.processor.image_tokens([(a.shape[0], a.shape[1]) for a in arrays])
+        token_id = manifest.images.token_id
+        where = expand_placeholders(ids, token_id, counts)
+        if not where:
+            raise PromptError("the prompt is empty; write a question")
+        image_id = np.zeros(len(where), np.int64)
+        places = np.flatnonzero(np.array(where) == token_id)
+        image_id[places] = np.repeat(np.arange(1, len(counts) + 1), counts)
+        outside = max(where)
+        if outside >= manifest.text.vocab:
+            raise BundleError(f"the tokenizer gives token {outside}, which the model lacks")
+        pixels = self.processor.pixel_values(arrays)
+        return Prompt(where, image_id, pixels, options.sampling(row), options.max_new_tokens)
+
+    def _generation(self, batch: Batch, index: int, text: str) -> Generation:
+        row: RowState = batch.rows[index]
+        entries = batch.plan.entries[:, index]
+        image_tokens = sum(batch.image_tokens[index])
+        text_tokens = int(entries[0]) - image_tokens
+        stats = Stats(
+            prompt_tokens=int(entries[0]),
+            image_tokens=image_tokens,
+            new_tokens=len(row.tokens),
+            tokens_per_layer=tuple(entries.tolist()),
+            image_tokens_per_layer=tuple((entries - text_tokens).tolist()),
+            vision_ms=batch.timings.vision_ms,
+            prefill_ms=batch.timings.prefill_ms,
+            decode_ms=batch.timings.decode_ms,
+            decode_steps=batch.timings.decode_steps,
+            cache_bytes_allocated=batch.cache.bytes_allocated,
+            cache_bytes_used=batch.cache.bytes_used(index),
+        )
+        assert row.finish_reason is not None
+        maps = [m[index] for m in batch.merge_maps]
+        return Generation(text, row.tokens, row.finish_reason, stats, maps)
+
+
+def load(
+    bundle: str | os.PathLike[str],
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    verify: bool = True,
+) -> Model:
+    """Load a bundle made by lvlm-export; see Model."""
+    return Model(bundle, device=device, threads=threads, verify=verify)
+
+
+def _options(options: dict[str, object]) -> Options:
+    unknown = set(options) - set(Options.__dataclass_fields__)
+    if unknown:
+        from lvlm.runtime.discovery import nearest
+
+        raise nearest("option", min(unknown), Options.__dataclass_fields__)
+    parsed = Options(**options)  # type: ignore[arg-type]
+    parsed.sampling(0)  # a value out of range is an error before any work
+    return parsed

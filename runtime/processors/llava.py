@@ -1,0 +1,281 @@
+"""One picture, one square of pixels: the preprocessing of CLIP, SigLIP and LLaVA image processors.
+
+The steps and their order are those of transformers' PIL processors (``CLIPImageProcessorPil``,
+``SiglipImageProcessorPil``, ``LlavaImageProcessorPil``): pad to a square, resize, crop at the
+centre, rescale, normalise. They make the same Pillow calls on the same bytes, so that the results
+are equal.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lvlm.runtime.errors import BundleError, ImageError, ParameterError
+from lvlm.runtime.images import MAX_PIXELS
+
+
+class LlavaProcessor:
+    """Pictures → float32 [n, 3, H, W], with the same H, W and number of tokens for all.
+
+    ``config`` is what :func:`normalise_config` gives: ``resize`` is ``{"shortest_edge": S}``,
+    ``{"height": H, "width": W}`` or None; ``resample`` Pillow's filter number; ``crop``
+    ``{"height", "width"}`` or None; ``pad_to_square`` and ``pad_value`` [3] (0 to 255);
+    ``rescale_factor``, and ``mean`` and ``std`` [3] each, or None for no such step;
+    ``image_tokens`` per picture. Raises ``BundleError`` for any other config.
+    """
+
+    name: ClassVar[str] = "llava"
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        for key in sorted(_KEYS ^ config.keys()):
+            problem = "lacks" if key in _KEYS else "has an unknown key,"
+            raise BundleError(f"the processor config {problem} {reprlib.repr(key)}; export again")
+        self._resize = _resize(config["resize"])
+        self._crop = None if config["crop"] is None else _height_width("crop", config["crop"])
+        pad = config["pad_to_square"]
+        _need(isinstance(pad, bool), "pad_to_square", pad, "true or false")
+        self._pad = _colour(config["pad_value"]) if pad else None
+        self._resample = _integer("resample", config["resample"], 0, 5)
+        self._tokens = _integer("image_tokens", config["image_tokens"], 1, 1_000_000)
+        self._table = _pixel_table(config["rescale_factor"], config["mean"], config["std"])
+        self._size = self._output_size()
+
+    def pixel_values(self, images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+        """Pictures uint8 [H_i, W_i, 3] → float32 [n, 3, H, W].
+
+        Raises ``ImageError`` for a picture so long and thin that it would exceed 100 megapixels on
+        the way.
+        """
+        out = np.empty((len(images), 3, *self._size), np.float32)
+        for planes, image in zip(out, images, strict=True):
+            pixels = np.asarray(self._fit(image))
+            for channel in range(3):
+                planes[channel] = self._table[channel][pixels[:, :, channel]]
+        return out
+
+    def image_tokens(self, images: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens in the prompt for each picture (height, width): the same number for all."""
+        return [self._tokens] * len(images)
+
+    def _fit(self, image: npt.NDArray[np.uint8]) -> Image.Image:
+        picture = Image.fromarray(image)
+        if self._pad is not None and picture.width != picture.height:
+            side = max(picture.size)
+            _check_growth(picture, side, side)
+            square = Image.new("RGB", (side, side), self._pad)
+            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+            picture = square
+        if self._resize is not None:
+            height, width = self._resized(picture.height, picture.width)
+            _check_growth(picture, height, width)
+            picture = picture.resize((width, height), Image.Resampling(self._resample))
+        if self._crop is not None:
+            height, width = self._crop
+            # Rounded down, also below zero; outside the picture Pillow gives black as transformers
+            top, left = (picture.height - height) // 2, (picture.width - width) // 2
+            picture = picture.crop((left, top, left + width, top + height))
+        return picture
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if not isinstance(self._resize, int):
+            return self._resize or (height, width)
+        short, long = sorted((height, width))
+        longer = int(self._resize * long / short)
+        return (longer, self._resize) if width <= height else (self._resize, longer)
+
+    def _output_size(self) -> tuple[int, int]:
+        if self._crop is not None:
+            return self._crop
+        if isinstance(self._resize, tuple):
+            return self._resize
+        if self._resize is not None and self._pad is not None:
+            return self._resize, self._resize
+        raise BundleError(
+            "the processor config gives pictures of differing sizes, but the vision graph takes "
+            "one; it needs crop, or resize to a height and a width"
+        )
+
+
+PROCESSOR = LlavaProcessor
+
+_KEYS = {"name", "resize", "resample", "crop", "pad_to_square", "pad_value"} | {
+    *("rescale_factor", "mean", "std", "image_tokens")
+}
+_MAX_OUTPUT_SIDE = 8_192
+
+
+def _check_growth(picture: Image.Image, height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        ratio = max(picture.size) / min(picture.size)
+        raise ImageError(
+            f"a picture of {picture.width} x {picture.height} pixels (aspect ratio {ratio:.0f}:1) "
+            f"would grow to {width} x {height} pixels on the way to the model; crop it first"
+        )
+
+
+def _pixel_table(factor: object, mean: object, std: object) -> npt.NDArray[np.float32]:
+    """float32 [3, 256]: what the 256 levels of each channel become, rounded as by transformers."""
+    levels = np.arange(256, dtype=np.float64)
+    if factor is not None:
+        levels = levels * _numbers("rescale_factor", [factor], 1, low=1e-6)[0]
+    table = np.repeat(levels.astype(np.float32)[None], 3, axis=0)
+    if mean is not None or std is not None:
+        shift = np.array(_numbers("mean", mean, 3, low=-1e6), np.float32)
+        scale = np.array(_numbers("std", std, 3, low=1e-6), np.float32)
+        table = (table - shift[:, None]) / scale[:, None]
+    return table
+
+
+def _resize(value: object) -> int | tuple[int, int] | None:
+    if value is None:
+        return None
+    if isinstance(value, Mapping) and value.keys() == {"shortest_edge"}:
+        return _integer("shortest_edge", value["shortest_edge"], 1, _MAX_OUTPUT_SIDE)
+    return _height_width("resize", value)
+
+
+def _height_width(key: str, value: object) -> tuple[int, int]:
+    if not isinstance(value, Mapping) or value.keys() != {"height", "width"}:
+        raise _wrong(key, value, "a height and a width")
+    height, width = (
+        _integer(f"{key} {side}", value[side], 1, _MAX_OUTPUT_SIDE) for side in ("height", "width")
+    )
+    return height, width
+
+
+def _colour(value: object) -> tuple[int, int, int]:
+    if not isinstance(value, Sequence) or len(value) != 3:
+        raise _wrong("pad_value", value, "three numbers")
+    red, green, blue = (_integer("pad_value", level, 0, 255) for level in value)
+    return red, green, blue
+
+
+def _numbers(key: str, value: object, count: int, low: float) -> list[float]:
+    wanted = f"a list of {count}, from {low:g} to 1e+06"
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
+        raise _wrong(key, value, wanted)
+    for number in value:
+        usable = isinstance(number, int | float) and not isinstance(number, bool)
+        _need(usable and low <= number <= 1e6, key, value, wanted)
+    return [float(number) for number in value]
+
+
+def _integer(key: str, value: object, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise _wrong(key, value, f"a whole number from {low} to {high}")
+    return value
+
+
+def _need(condition: bool, key: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise _wrong(key, value, wanted)
+
+
+def _wrong(key: str, value: object, wanted: str) -> BundleError:
+    return BundleError(
+        f"the processor config has {key} = {reprlib.repr(value)}, but it must be {wanted}"
+    )
+
+
+# What the exporter uses
+
+_CLIP: Mapping[str, object] = {
+    "do_resize": True,
+    "size": {"shortest_edge": 224},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_SIGLIP: Mapping[str, object] = {
+    **_CLIP,
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "crop_size": None,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+_DEFAULTS = {
+    "CLIPImageProcessor": _CLIP,
+    "SiglipImageProcessor": _SIGLIP,
+    "LlavaImageProcessor": _CLIP,
+}
+
+
+def normalise_config(preprocessor: Mapping[str, object], image_tokens: int) -> dict[str, object]:
+    """The config of :class:`LlavaProcessor` that does what a Hugging Face config says.
+
+    ``preprocessor`` is a ``preprocessor_config.json``, or
+    ``processor_config.json["image_processor"]``, of a CLIP, SigLIP or LLaVA image processor, of any
+    age and backend; absent keys and nulls mean the class's default, as they do in transformers.
+    ``image_tokens`` is the number of tokens that one picture gives in the prompt.
+
+    Raises ``ParameterError`` for another processor, or for an option that is not supported.
+    """
+    kind = _kind(preprocessor)
+    given = {
+        **_DEFAULTS[kind],
+        **{key: value for key, value in preprocessor.items() if value is not None},
+    }
+    pad = bool(given.get("do_pad"))
+    if (pad and kind != "LlavaImageProcessor") or given.get("use_square_size"):
+        option = "do_pad" if pad else "use_square_size"
+        raise ParameterError(f"{kind} with {option} is not supported; turn it off in its config")
+    size = _size(given["size"], square=bool(given.get("default_to_square")))
+    crop = _size(given["crop_size"], square=True)
+    mean, std = _per_channel(given["image_mean"]), _per_channel(given["image_std"])
+    try:
+        colour = [int(x * 255) for x in _numbers("image_mean", mean, 3, low=0)] if pad else [0] * 3
+        config: dict[str, object] = {
+            "name": LlavaProcessor.name,
+            "resize": size if given["do_resize"] else None,
+            "resample": given["resample"],
+            "crop": crop if given["do_center_crop"] else None,
+            "pad_to_square": pad,
+            "pad_value": colour,
+            "rescale_factor": given["rescale_factor"] if given["do_rescale"] else None,
+            "mean": mean if given["do_normalize"] else None,
+            "std": std if given["do_normalize"] else None,
+            "image_tokens": image_tokens,
+        }
+        LlavaProcessor(config)
+    except BundleError as error:
+        raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None
+    return config
+
+
+def _kind(preprocessor: Mapping[str, object]) -> str:
+    named = preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type")
+    if not isinstance(named, str):
+        raise ParameterError("the checkpoint's image processor names no image_processor_type")
+    kind = named.removesuffix("Fast").removesuffix("Pil")
+    kind = kind.replace("FeatureExtractor", "ImageProcessor")
+    if kind not in _DEFAULTS:
+        known = ", ".join(_DEFAULTS)
+        raise ParameterError(f"image processor {named!r} is not supported; supported are {known}")
+    return kind
+
+
+def _size(value: object, square: bool) -> object:
+    """Old configs have a number or [height, width]; new ones name sides, some with nulls."""
+    if isinstance(value, Mapping):
+        return {key: side for key, side in value.items() if side is not None}
+    if isinstance(value, Sequence) and len(value) == 2:
+        return {"height": value[0], "width": value[1]}
+    return {"height": value, "width": value} if square else {"shortest_edge": value}
+
+
+def _per_channel(value: object) -> object:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return list(value)
+    return [value] * 3
