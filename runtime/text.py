@@ -83,7 +83,6 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._window: list[int] = []  # the last tokens, with enough of a past to be decoded right
-        self._is_byte: list[bool] = []  # which of them are byte tokens
         self._sent = 0  # characters of the window's text that are through
         self._held = ""  # final text that a stop string may begin in
 
@@ -93,8 +92,7 @@ class TextStream:
         if self.stopped or token is None:
             return ""
         self._window.append(token_id)
-        self._is_byte.append(_BYTE_TOKEN.fullmatch(token) is not None)
-        if self._is_byte[-1]:
+        if _BYTE_TOKEN.fullmatch(token):
             return ""  # bad bytes at the end of a run of byte tokens spoil its beginning in decode
         text = self._tokenizer.decode(self._window)
         # A replacement character at the end may be a character that is still incomplete
@@ -109,28 +107,21 @@ class TextStream:
         if self.stopped:
             return ""
         text = self._release(self._tokenizer.decode(self._window)[self._sent :])
-        self._window, self._is_byte, self._sent = [], [], 0
+        self._window, self._sent = [], 0
         if not self.stopped:
             text, self._held = text + self._held, ""
         return text
 
     def _shorten(self, text: str) -> None:
-        """Drop old tokens from the window, where that leaves the text of the others as it is.
+        """Forget tokens that no longer matter, when the window, whose text is ``text``, is long.
 
-        The kept ones give the first token its leading space, and are at least ``_TAIL`` because a
-        UTF-8 character is up to 4 bytes and a token at least one: past that, a character cut in two
-        no longer matters.
+        The kept ones give the next token its leading space. They are ``_TAIL`` because a character
+        of UTF-8 has up to 4 bytes and a token at least one: cutting an older one in two changes
+        what is sent already, never what comes.
         """
-        if len(self._window) <= _WINDOW:
-            return
-        for cut in range(len(self._window) - _TAIL, 0, -1):
-            if self._is_byte[cut - 1] and self._is_byte[cut]:
-                continue
-            rest = self._tokenizer.decode(self._window[cut:])
-            if rest and text.endswith(rest):
-                del self._window[:cut], self._is_byte[:cut]
-                self._sent -= len(text) - len(rest)
-                return
+        if len(self._window) > _WINDOW and (rest := self._tokenizer.decode(self._window[-_TAIL:])):
+            del self._window[:-_TAIL]
+            self._sent -= len(text) - len(rest)
 
     def _release(self, fresh: str) -> str:
         text = self._held + fresh

@@ -47,8 +47,12 @@ CHAT_TEMPLATE = """\
 {{ eos_token }}
 {%- else -%}
 {{ 'USER: ' if message['role'] == 'user' else '' }}
-{%- for part in message['content'] if part['type'] == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}{{ part['text'] + ' ' }}{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'image' -%}
+{{ '<image>\\n' }}
+{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}
+{{ part['text'] + ' ' }}
+{%- endfor -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
@@ -76,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("assets/tiny-llava"))
     parser.add_argument("--work", type=Path, required=True, help="checkpoints of both stages")
     parser.add_argument("--stage1-steps", type=int, default=1500)
-    parser.add_argument("--stage2-steps", type=int, default=1600)
+    parser.add_argument("--stage2-steps", type=int, default=1400)
     parser.add_argument("--pool", type=int, default=8000, help="pictures encoded for stage 2")
     parser.add_argument("--eval-grids", type=int, default=500)
     return parser.parse_args()
@@ -308,15 +312,18 @@ def train_language(
     if start >= args.stage2_steps:
         return
     pool, features = encode_pool(model, args.pool)
+    kinds = np.array(layout.kinds)
     began = time.time()
     for step in range(start, args.stage2_steps):
         rng = np.random.default_rng([2, step])
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.stage2_steps, 2e-3)
+            group["lr"] = learning_rate(step, args.stage2_steps, 1.5e-3)
         chosen = rng.choice(len(pool), size=16, replace=False)
         ids = torch.stack([layout.sequence(pool[i], rng)[0] for i in chosen])
         logits, target = layout.logits(model, features[chosen].float(), ids)
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+        each = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
+        # Every kind weighs the same: the long descriptions would drown the short answers.
+        loss = torch.stack([each[:, kinds == kind].mean() for kind in set(TURNS)]).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(learner, 1.0)

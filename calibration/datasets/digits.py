@@ -25,6 +25,7 @@ SIDE = 168  # pixels; 12 x 12 patches of 14
 GRID = 3
 CELL = SIDE // GRID
 ROW_NAMES = ("top", "middle", "bottom")
+COLUMN_NAMES = ("left", "centre", "right")
 HELDOUT_FRACTION = 0.2
 
 
@@ -61,16 +62,20 @@ def ask(grid: Grid, kind: Kind, rng: np.random.Generator) -> Question:
     rows = [grid.digits[r * GRID : (r + 1) * GRID] for r in range(GRID)]
     if kind == "cell":
         r, c = (int(x) for x in rng.integers(GRID, size=2))
-        question = f"Which digit is in row {r + 1}, column {c + 1}?"
+        question = f"Which digit is in the {ROW_NAMES[r]} row, {COLUMN_NAMES[c]} column?"
         return Question(kind, question, str(rows[r][c]))
     if kind == "row":
         r = int(rng.integers(GRID))
-        return Question(kind, f"Read row {r + 1}.", " ".join(map(str, rows[r])))
+        return Question(kind, f"Read the {ROW_NAMES[r]} row.", " ".join(map(str, rows[r])))
     if kind == "count":
         # Mostly digits that are there, else nearly every answer would be 0.
         present = rng.random() < 0.8
         digit = int(rng.choice(grid.digits)) if present else int(rng.integers(10))
-        return Question(kind, f"How often does {digit} appear?", str(grid.digits.count(digit)))
+        tally = ", ".join(
+            f"{name} {row.count(digit)}" for name, row in zip(ROW_NAMES, rows, strict=True)
+        )
+        total = grid.digits.count(digit)
+        return Question(kind, f"How often does {digit} appear?", f"{tally}: {total} in all")
     lines = (
         f"The {name} row is {a}, {b} and {c}."
         for name, (a, b, c) in zip(ROW_NAMES, rows, strict=True)

@@ -155,8 +155,8 @@ def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Similarity [A, B] of [A, D] and [B, D]."""
     a, b = a.float(), b.float()
     norm_a, norm_b = (torch.linalg.vector_norm(x, dim=1).clamp(min=EPSILON) for x in (a, b))
-    dot: torch.Tensor = a @ b.T
-    return dot / norm_a[:, None] / norm_b
+    cosine: torch.Tensor = a @ b.T / norm_a[:, None] / norm_b
+    return cosine
 
 
 def _means(

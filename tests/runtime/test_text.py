@@ -131,6 +131,7 @@ CASES = st.sampled_from(KINDS).flatmap(lambda kind: st.tuples(st.just(kind), ids
 @settings(max_examples=300, deadline=None)
 @given(CASES, st.lists(st.sampled_from(STOPS), max_size=3))
 @example(("byte_fallback", [4 + 0x61, 4 + 0xE2, 262]), [])
+@example(("byte_fallback", [*(4 + byte for byte in b"xa b"), 262]), ["a b", " "])
 def test_pieces_are_the_text_up_to_the_first_stop_string(
     tokenizers_by_kind: dict[str, Tokenizer], case: tuple[str, list[int]], stop: list[str]
 ) -> None:
@@ -156,6 +157,17 @@ def test_all_that_is_certain_is_given_at_once(
         so_far += stream.push(token)
         if kind == "byte_level" or (token >= 260 and tokenizer.visible_token(token) is not None):
             assert so_far == tokenizer.decode(ids[:n]).removesuffix("\ufffd")
+
+
+@pytest.mark.parametrize("before", range(10, 20))
+def test_a_character_in_pieces_where_old_tokens_are_forgotten(
+    tokenizers_by_kind: dict[str, Tokenizer], before: int
+) -> None:
+    tokenizer = tokenizers_by_kind["byte_level"]
+    table = byte_alphabet()
+    stream = TextStream(tokenizer)
+    ids = [tokenizer.token_id(table[byte]) for byte in b"a" * before + "😀".encode()]
+    assert [stream.push(i) for i in ids] == ["a"] * before + ["", "", "", "😀"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,95 @@
+"""Graph passes that targets are made of; each takes an onnx-ir model and changes it in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+import onnx_ir as ir
+from onnx import helper
+
+from lvlm.export.ops._contract import OPSET
+
+LOWERED_DOMAIN = "lvlm.lowered"
+
+
+def fix_dimensions(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Make the dynamic dimensions named in ``sizes`` static, wherever they appear."""
+    values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            for axis, dim in enumerate(value.shape):
+                if isinstance(dim, ir.SymbolicDim) and dim.value in sizes:
+                    value.shape[axis] = sizes[str(dim.value)]
+
+
+def write_out_attention(model: ir.Model) -> int:
+    """Replace fp32 Attention of more than one query row by matrix products and a softmax.
+
+    Precondition: 4-D inputs with static head counts, no cache inputs. Returns how many.
+    """
+    replaced = 0
+    for node in model.graph:
+        if node.domain != "" or node.op_type != "Attention" or len(node.outputs) != 1:
+            continue
+        query, key = node.inputs[0], node.inputs[1]
+        assert query is not None and key is not None
+        assert query.shape is not None and key.shape is not None
+        if query.dtype != ir.DataType.FLOAT or query.shape[2] == 1:
+            continue
+        heads, kv_heads = int(query.shape[1]), int(key.shape[1])
+        causal = node.attributes.get_int("is_causal", 0) == 1
+        scale = node.attributes.get_float("scale", 1.0)
+        function = ir.serde.deserialize_function(
+            _attention(heads, kv_heads, int(query.shape[3]), causal, scale)
+        )
+        model.functions[function.identifier()] = function
+        model.opset_imports[LOWERED_DOMAIN] = 1
+        node.domain, node.op_type = LOWERED_DOMAIN, function.name
+        node.attributes.clear()
+        replaced += 1
+    return replaced
+
+
+def _attention(
+    heads: int, kv_heads: int, head_dim: int, causal: bool, scale: float
+) -> onnx.FunctionProto:
+    """Attention over q [B,heads,N,d], k and v [B,kv_heads,S,d] in ops every version knows."""
+    group = heads // kv_heads
+    node = helper.make_node
+    nodes = [
+        # [B,kv,G,N,d] x [B,kv,1,d,S]: the heads of a group share keys without copying them.
+        node("Constant", [], ["split"], value_ints=[0, kv_heads, group, -1, head_dim]),
+        node("Reshape", ["q", "split"], ["q5"]),
+        node("Constant", [], ["axis"], value_ints=[2]),
+        node("Unsqueeze", ["k", "axis"], ["k5"]),
+        node("Unsqueeze", ["v", "axis"], ["v5"]),
+        node("Transpose", ["k5"], ["kt"], perm=[0, 1, 2, 4, 3]),
+        node("Constant", [], ["scale"], value_float=scale),
+        node("Mul", ["q5", "scale"], ["qs"]),
+        node("MatMul", ["qs", "kt"], ["scores"]),
+    ]
+    seen = "scores"
+    if causal:
+        nodes += [
+            node("Shape", ["q"], ["rows"], start=2, end=3),
+            node("Squeeze", ["rows"], ["n"]),
+            node("Constant", [], ["zero"], value_int=0),
+            node("Constant", [], ["one"], value_int=1),
+            node("Range", ["zero", "n", "one"], ["at"]),
+            node("Constant", [], ["last"], value_ints=[1]),
+            node("Unsqueeze", ["at", "last"], ["row"]),
+            node("GreaterOrEqual", ["row", "at"], ["sees"]),
+            node("Constant", [], ["never"], value_float=-3.0e38),
+            node("Where", ["sees", "scores", "never"], ["masked"]),
+        ]
+        seen = "masked"
+    nodes += [
+        node("Softmax", [seen], ["weights"], axis=-1),
+        node("MatMul", ["weights", "v5"], ["out5"]),
+        node("Constant", [], ["joined"], value_ints=[0, heads, -1, head_dim]),
+        node("Reshape", ["out5", "joined"], ["out"]),
+    ]
+    name = f"Attention_{heads}_{kv_heads}_{head_dim}" + ("_causal" if causal else "")
+    opsets = [helper.make_opsetid("", OPSET)]
+    return helper.make_function(LOWERED_DOMAIN, name, ["q", "k", "v"], ["out"], nodes, opsets)

@@ -1,0 +1,54 @@
+"""TensorRT-RTX: portable graphs, built ahead of time on any machine, run on RTX GPUs.
+
+What differs from the canonical graphs: the cache's length is static (KVCacheUpdate asks for it),
+and fp32 attention of several query rows is written out (there is no fp32 kernel for it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lvlm.export.targets._passes import fix_dimensions, write_out_attention
+from lvlm.runtime.bundle import Capacity
+
+
+class TrtRtx:
+    """See Target."""
+
+    name = "trt-rtx"
+    summary = "NVIDIA TensorRT-RTX: static cache length, fp32 attention written out"
+
+    def lower(self, model: ir.Model, capacity: Capacity) -> None:
+        fix_dimensions(model, {f"capacity_{i}": c for i, c in enumerate(capacity.per_layer)})
+        write_out_attention(model)
+
+    def write(self, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> None:
+        folder = bundle / "targets" / self.name
+        folder.mkdir(parents=True)
+        for name, file in graphs.items():
+            model = ir.load(bundle / file)
+            self.lower(model, capacity)
+            for value in model.graph.initializers.values():
+                _point_up(value)
+            ir.save(model, folder / f"{name}.onnx")
+
+
+def _point_up(value: Any) -> None:
+    """The weights lie two folders up."""
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor):
+        value.const_value = ir.ExternalTensor(
+            f"../../{tensor.location}",
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=tensor.name,
+        )
+
+
+TARGET = TrtRtx()
