@@ -165,7 +165,7 @@ def export(plan: Plan, progress: Progress) -> Report:
     check_output(output)
     _check_disk(plan)
     with _temporary_sibling(output) as folder:
-        manifest = _write(plan, folder, progress)
+        manifest = write_bundle(plan, folder, progress)
         report = Report(output, manifest, progress.elapsed)
         if plan.options.validate:
             from lvlm.export.validation import validate
@@ -218,7 +218,8 @@ def _temporary_sibling(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(plan: Plan, folder: Path, progress: Progress) -> Manifest:
+def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
+    """Everything of a bundle into an existing folder, unchecked."""
     graphs = _trace_all(plan, progress)
     transposed = weights.fold_transposes(graphs)
     entries = weights.plan(graphs, transposed, plan.dtype)
@@ -249,7 +250,7 @@ def _write(plan: Plan, folder: Path, progress: Progress) -> Manifest:
     for target in plan.options.targets:
         with progress.stage(f"lower for {target.name}") as stage:
             target.write(folder, {name: g.file for name, g in described.items()}, plan.capacity)
-            stage.result = f"targets/{target.name}/"
+            stage.result = f"*.{target.name}.onnx"
     language = plan.family.language(_skeleton(plan), plan.config)
     manifest = Manifest(
         schema=SCHEMA,

@@ -93,6 +93,7 @@ def trace(
     _describe_inputs(model, inputs)
     _to_standard_domain(model)
     _add_functions(model)
+    _constant_reshapes(model)
     ir.passes.Sequential(
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -158,6 +159,33 @@ def _to_standard_domain(model: ir.Model) -> None:
             node.domain, node.version = "", None
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
     model.opset_imports[""] = OPSET
+
+
+def _constant_reshapes(model: ir.Model) -> None:
+    """Where a Reshape keeps its dynamic axes in place, its target becomes a constant (0: as is).
+
+    torch computes every target from Shape nodes. TensorRT cannot follow that arithmetic once the
+    length comes from an index input, and then does not know the number of heads.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Reshape" or node.domain != "" or node.inputs[0] is None:
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if before is None or after is None:
+            continue
+        target = []
+        for axis, dim in enumerate(after):
+            if isinstance(dim, int):
+                target.append(dim)
+            elif axis < len(before) and dim.value is not None and before[axis] == dim:
+                target.append(0)
+        if len(target) != len(after):
+            continue
+        constant = ir.node("Constant", [], attributes={"value_ints": target})
+        constant.outputs[0].name = f"{node.outputs[0].name}_target"
+        model.graph.insert_before(node, constant)
+        node.replace_input_with(1, constant.outputs[0])
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
 
 
 def _add_functions(model: ir.Model) -> None:

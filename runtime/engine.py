@@ -96,7 +96,10 @@ class Engine:
 
 
 class Batch:
-    """Prompts on their way: ``step`` decodes one token for every row that still runs."""
+    """Prompts on their way: ``step`` decodes one token for every row that still runs.
+
+    ``features`` are the pictures' [P,V,D], ``merge_maps`` old -> new [B,N] of each reduction.
+    """
 
     def __init__(self, engine: Engine, prompts: Sequence[Prompt], keep: Keep | None) -> None:
         self.engine = engine
@@ -126,9 +129,8 @@ class Batch:
         ]
         needed = (self.plan.entries + np.array([r.limit for r in self.rows])).max(1)
         self.cache = engine.cache_for(len(prompts), needed)
-        features = self._encode(prompts)
-        logits = self._prefill(prompts, features)
-        self._logits = logits
+        self.features = self._encode(prompts)
+        self.logits = self._prefill(prompts, self.features)
         bound = self.cache.as_past(), self.cache.as_present()
         self._decode = engine.decode.bind(*bound)
 
@@ -216,7 +218,7 @@ class Batch:
         for index, row in enumerate(self.rows):
             if row.finish_reason is not None:
                 continue
-            token = row.sampler.choose(self._logits[index])
+            token = row.sampler.choose(self.logits[index])
             row.tokens.append(token)
             if token in eos:
                 row.finish_reason = "stop"
@@ -224,9 +226,10 @@ class Batch:
                 row.finish_reason = "length"
             yield index, token
         if self.active:
-            self._decode_step()
+            self.decode_step()
 
-    def _decode_step(self) -> None:
+    def decode_step(self) -> None:
+        """Feed every row's newest token; afterwards ``logits`` [B,vocabulary] are the next ones."""
         began = time.perf_counter()
         running = np.array([row.finish_reason is None for row in self.rows])
         write_index, valid_length = self.cache.next_slot()
@@ -236,7 +239,7 @@ class Batch:
             "write_index": write_index,
             "valid_length": valid_length,
         }
-        self._decode(inputs, {"logits": self._logits})
+        self._decode(inputs, {"logits": self.logits})
         self.cache.advance(running)
         for row in self.rows:
             row.position += row.finish_reason is None

@@ -221,7 +221,7 @@ class Model:
         """(row, piece of text) as they come; at the end the list of generations."""
         with self._exclusive() as engine:
             rows = [
-                self._prepare(row, prompt, images, options)
+                self.prepare(row, prompt, images, options)
                 for row, (prompt, images) in enumerate(zip(prompts, pictures, strict=True))
             ]
             batch = engine.start(rows, options.keep)
@@ -243,21 +243,27 @@ class Model:
 
     @contextmanager
     def _exclusive(self) -> Iterator[Engine]:
-        if self._engine is None:
-            raise BackendError("this model is closed; load the bundle again")
+        engine = self.engine
         if not self._busy.acquire(blocking=False):
             raise BackendError(
                 "this model is answering another call; finish or close that stream, or load a "
                 "second model"
             )
         try:
-            yield self._engine
+            yield engine
         finally:
             self._busy.release()
 
-    def _prepare(
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise BackendError("this model is closed; load the bundle again")
+        return self._engine
+
+    def prepare(
         self, row: int, prompt: str, images: Sequence[ImageSource], options: Options
     ) -> Prompt:
+        """One row of a batch: pictures opened and scaled, the prompt as token ids."""
         if isinstance(images, str | bytes | os.PathLike):
             raise PromptError("images is a list; write images=[picture]")
         arrays = [open_image(image) for image in images]

@@ -16,4 +16,10 @@ class Target(Protocol):
     summary: str
 
     def write(self, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> None:
-        """Write ``targets/<name>/<graph>.onnx`` for graph -> file of a bundle."""
+        """Write a lowered graph beside each of ``graphs`` (name -> file of the bundle)."""
+
+
+def target_file(file: str, target: str) -> str:
+    """prefill.onnx -> prefill.trt-rtx.onnx. Beside the canonical graph, not in a folder of its own:
+    ONNX's external data must not lie above the graph, and the weights are stored once."""
+    return f"{Path(file).stem}.{target}.onnx"

@@ -18,9 +18,8 @@ def fix_dimensions(model: ir.Model, sizes: Mapping[str, int]) -> None:
     values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
     for value in values:
         if value.shape is not None:
-            for axis, dim in enumerate(value.shape):
-                if isinstance(dim, ir.SymbolicDim) and dim.value in sizes:
-                    value.shape[axis] = sizes[str(dim.value)]
+            dims = [sizes.get(str(d), d) if not isinstance(d, int) else d for d in value.shape]
+            value.shape = ir.Shape(dims)
 
 
 def write_out_attention(model: ir.Model) -> int:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
+from lvlm.export.targets._base import target_file
 from lvlm.export.targets._passes import fix_dimensions, write_out_attention
 from lvlm.runtime.bundle import Capacity
 
@@ -27,27 +27,25 @@ class TrtRtx:
         write_out_attention(model)
 
     def write(self, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> None:
-        folder = bundle / "targets" / self.name
-        folder.mkdir(parents=True)
-        for name, file in graphs.items():
+        for file in graphs.values():
             model = ir.load(bundle / file)
             self.lower(model, capacity)
             for value in model.graph.initializers.values():
-                _point_up(value)
-            ir.save(model, folder / f"{name}.onnx")
+                _keep_external(value)
+            ir.save(model, bundle / target_file(file, self.name))
 
 
-def _point_up(value: Any) -> None:
-    """The weights lie two folders up."""
+def _keep_external(value: ir.Value) -> None:
+    """Loading tied the tensor to the folder of now; in the file it lies beside the graph."""
     tensor = value.const_value
     if isinstance(tensor, ir.ExternalTensor):
         value.const_value = ir.ExternalTensor(
-            f"../../{tensor.location}",
+            Path(tensor.location).name,
             tensor.offset,
             tensor.length,
             tensor.dtype,
             shape=tensor.shape,
-            name=tensor.name,
+            name=str(tensor.name),
         )
 
 

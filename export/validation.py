@@ -1,0 +1,177 @@
+"""Does the bundle compute what the checkpoint computes? Figures per graph, then tokens.
+
+A real picture goes through the bundle on ONNX Runtime and through the torch reference in fp32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lvlm.export.progress import Progress
+from lvlm.export.reference import Reference, load_fp32
+from lvlm.runtime.engine import Batch, Prompt
+from lvlm.runtime.errors import LvlmError, ValidationError
+from lvlm.runtime.model import Model, Options
+
+if TYPE_CHECKING:
+    from lvlm.export.exporter import Plan
+
+PICTURE, QUESTION, TOKENS = "samples/digits-1.png", "Describe the picture.", 24
+# Largest |difference| over the largest |reference|, by the dtype that was run.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: ``figure`` must not exceed ``limit``."""
+
+    name: str
+    figure: float
+    limit: float
+    unit: str
+
+    @property
+    def passed(self) -> bool:
+        return self.figure <= self.limit
+
+
+def validate(plan: Plan, folder: Path) -> list[Check]:
+    """All checks of a finished bundle in ``folder``; ValidationError with the table if one fails.
+
+    A bf16 bundle, which the CPU cannot run, is checked through a twin in fp32 whose weights are
+    rounded to bf16.
+    """
+    if plan.dtype == torch.bfloat16:
+        from lvlm.export.exporter import write_bundle
+
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as name:
+            options = replace(plan.options, dtype="fp32", rounding=torch.bfloat16, targets=())
+            twin = replace(plan, options=options, dtype=torch.float32)
+            write_bundle(twin, Path(name), Progress(0, quiet=True))
+            checks = _compare(twin, Path(name))
+    else:
+        checks = _compare(plan, folder)
+    if not all(check.passed for check in checks):
+        raise ValidationError(
+            "the bundle does not compute what the checkpoint computes; nothing was written\n"
+            + table(checks)
+        )
+    return checks
+
+
+def table(checks: Sequence[Check]) -> str:
+    width = max(len(c.name) for c in checks)
+    return "\n".join(
+        f"  {'✓' if c.passed else '✗'} {c.name:{width}}  {c.figure:.3g} {c.unit} "
+        f"(limit {c.limit:.3g})"
+        for c in checks
+    )
+
+
+def _compare(plan: Plan, folder: Path) -> list[Check]:
+    limit = TOLERANCE[plan.dtype]
+    rounding = plan.options.rounding or plan.dtype
+    torch_model = load_fp32(
+        plan.family, plan.config, plan.checkpoint, plan.stored_names, rounding
+    )
+    reference = Reference(plan.family, plan.config, torch_model, plan.recipe)
+
+    def relative(name: str, ours: np.ndarray, theirs: np.ndarray) -> Check:
+        difference = np.abs(ours.astype(np.float64) - theirs).max()
+        figure = float(difference / max(float(np.abs(theirs).max()), 1e-6))
+        return Check(name, figure if np.isfinite(figure) else np.inf, limit, "of the largest value")
+
+    picture = (resources.files("lvlm.assets") / PICTURE).read_bytes()
+    with Model(folder, verify=False) as model:
+        prompt = _prompt(model, picture)
+        features = reference.encode(prompt.pixels)
+        batch = model.engine.start([prompt])
+        answer = reference.generate(
+            prompt.ids, prompt.image_id, features, max_new_tokens=TOKENS
+        )
+        checks = [
+            relative("vision.onnx  image features", batch.features, features.numpy()),
+            relative("prefill.onnx logits", batch.logits[0], answer.logits[0].numpy()),
+        ]
+        caches = list(batch.cache.buffers.values())
+        checks.append(
+            max(
+                (
+                    relative("prefill.onnx cache", ours[:, :, : theirs.shape[2]], theirs.numpy())
+                    for ours, theirs in zip(caches, answer.caches, strict=True)
+                ),
+                key=lambda check: check.figure,
+            )
+        )
+        tokens, decode = _decode(batch, answer.tokens, [x.numpy() for x in answer.logits], relative)
+    checks.append(decode)
+    wrong = _wrong_tokens(tokens, answer.tokens, answer.logits, limit)
+    checks.append(Check(f"tokens that differ, of {len(answer.tokens)}", wrong, 0, "tokens"))
+    if plan.recipe.name == "none" and rounding == torch.float32:
+        theirs = _transformers_tokens(torch_model, prompt, len(answer.tokens))
+        wrong = sum(a != b for a, b in zip(tokens, theirs, strict=False))
+        checks.append(Check("tokens unlike transformers' generate", wrong, 0, "tokens"))
+    return checks
+
+
+def _prompt(model: Model, picture: bytes) -> Prompt:
+    options = Options(max_new_tokens=TOKENS)
+    try:
+        return model.prepare(0, QUESTION, [picture], options)
+    except LvlmError:
+        # A checkpoint without a chat template: the bare question after the picture.
+        text = f"{model.manifest.images.token}\n{QUESTION}"
+        return model.prepare(0, text, [picture], replace(options, chat_template=False))
+
+
+def _decode(
+    batch: Batch,
+    forced: Sequence[int],
+    logits: Sequence[np.ndarray],
+    relative: Callable[[str, np.ndarray, np.ndarray], Check],
+) -> tuple[list[int], Check]:
+    """Follow the reference's tokens; what the bundle would have chosen, and the worst logits."""
+    chosen, worst = [], Check("decode.onnx  logits", 0.0, np.inf, "")
+    row = batch.rows[0]
+    for step, token in enumerate(forced):
+        check = relative("decode.onnx  logits", batch.logits[0], logits[step])
+        worst = max(worst, check, key=lambda c: c.figure)
+        chosen.append(int(batch.logits[0].argmax()))
+        row.tokens.append(token)
+        if step + 1 < len(forced):
+            batch.decode_step()
+    return chosen, worst
+
+
+def _wrong_tokens(
+    ours: Sequence[int], theirs: Sequence[int], logits: Sequence[torch.Tensor], limit: float
+) -> int:
+    """Tokens that differ though the reference was not undecided between the two."""
+    wrong = 0
+    for a, b, scores in zip(ours, theirs, logits, strict=True):
+        gap = float(scores[b] - scores[a])
+        wrong += a != b and gap > limit * float(scores.abs().max())
+    return wrong
+
+
+def _transformers_tokens(model: torch.nn.Module, prompt: Prompt, count: int) -> list[int]:
+    ids = torch.tensor([list(prompt.ids)])
+    model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    with torch.no_grad():
+        out = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=torch.from_numpy(prompt.pixels),
+            max_new_tokens=count,
+            do_sample=False,
+        )
+    return [int(t) for t in out[0, ids.shape[1] :]]
+
