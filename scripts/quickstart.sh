@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# From nothing to an answer: install into .venv, export the shipped model without and with token
+# merging, ask both about the sample picture. Safe to run again; what is there is used.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+venv="${VENV:-.venv}"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+echo "installing into $venv (the first time this downloads torch) …"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt ".[cpu,export]"
+mkdir -p out
+for recipe in none lightvlm; do
+    if [ ! -f "out/$recipe/lvlm.json" ]; then
+        "$venv/bin/lvlm-export" --model tiny-llava --recipe "$recipe" --dtype fp32 -o "out/$recipe"
+    fi
+done
+"$venv/bin/python" scripts/quickstart.py out/none out/lightvlm

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Make a virtual environment, install this package with everything CI needs, run ruff, mypy and every
+# test. Arguments go to pytest: scripts/test.sh -k merge
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+venv="${VENV:-.venv-test}"
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt ".[cpu,export,tensorrt-rtx,dev]"
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+"$venv/bin/mypy"
+# Each test uses both cores itself; more threads than cores only wait for one another.
+exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,117 @@
+"""Checkpoints and bundles that many tests share, each made once per run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lvlm.export import exporter
+from lvlm.export.families._base import Family
+from lvlm.export.progress import Progress
+from lvlm.export.recipes._base import parse_settings
+from lvlm.export.skeleton import default_dtype
+from lvlm.export.targets._base import Target
+from lvlm.runtime.discovery import discover
+
+ASSETS = Path(__file__).parents[1] / "assets"
+FAMILIES: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
+TINY = {
+    f"{family.name}:{name}": (family, config)
+    for family in FAMILIES.values()
+    for name, config in family.tiny_configs()
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Stamps of verified files go to a folder of this run."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A checkpoint folder by name: tiny-llava, or a family's tiny configuration, weights random."""
+    made: dict[str, Path] = {"tiny-llava": ASSETS / "tiny-llava"}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            family, config = TINY[name]
+            folder = tmp_path_factory.mktemp("checkpoint") / name.replace(":", "-")
+            torch.manual_seed(len(made))
+            with default_dtype(torch.float32):
+                model = family.build(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    # Larger than the usual start: logits must differ by more than rounding.
+                    if parameter.dim() > 1:
+                        parameter.normal_(0, 0.15)
+            model.save_pretrained(folder)
+            for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                shutil.copy(ASSETS / "tiny-llava" / file, folder)
+            (folder / "preprocessor_config.json").write_text(_preprocessor(config))
+            made[name] = folder
+        return made[name]
+
+    return make
+
+
+def _preprocessor(config: Any) -> str:
+    import json
+
+    side = config.vision_config.image_size
+    kind = config.vision_config.model_type.removesuffix("_vision_model")
+    size: dict[str, Any] = {"image_processor_type": "SiglipImageProcessor"}
+    size["size"] = {"height": side, "width": side}
+    if kind == "clip":
+        size = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}}
+        size["crop_size"] = {"height": side, "width": side}
+    return json.dumps(size)
+
+
+@pytest.fixture(scope="session")
+def bundle(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]
+) -> Callable[..., Path]:
+    """An exported bundle: bundle("tiny-llava", "lightvlm", "keep=0.5", dtype="fp16").
+
+    Shared between tests: do not change it, copy it.
+    """
+    made: dict[Any, Path] = {}
+
+    def make(
+        model: str,
+        recipe: str = "none",
+        *settings: str,
+        dtype: str = "fp32",
+        targets: tuple[str, ...] = (),
+        **options: Any,
+    ) -> Path:
+        key = (model, recipe, settings, dtype, targets, *sorted(options.items()))
+        if key not in made:
+            known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
+            output = tmp_path_factory.mktemp("bundle") / "out"
+            parsed = parse_settings(discover("lvlm.export.recipes", "RECIPE")[recipe], settings)
+            plan = exporter.make_plan(
+                exporter.Options(
+                    model=str(checkpoint(model)),
+                    recipe=parsed,
+                    output=output,
+                    dtype=dtype,
+                    validate=False,
+                    targets=tuple(known[t] for t in targets),
+                    **options,
+                )
+            )
+            exporter.export(plan, Progress(0, quiet=True))
+            made[key] = output
+        return made[key]
+
+    return make

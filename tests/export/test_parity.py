@@ -1,0 +1,181 @@
+"""Bundles against transformers' generate and against the torch reference, token for token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ASSETS, TINY
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+import lvlm
+from lvlm.export.checkpoint import Checkpoint, find_family
+from lvlm.export.recipes._base import parse_settings
+from lvlm.export.reference import Reference
+from lvlm.runtime.discovery import discover
+from lvlm.runtime.model import Model, Options
+
+MODELS = ["tiny-llava", *TINY]
+IMAGE = "<image>\n"
+PICTURES = [np.asarray(Image.open(ASSETS / f"samples/digits-{i}.png")) for i in (1, 2)]
+# Prompts of different length: one image, two, none, and text between two.
+ROWS: list[tuple[str, list[np.ndarray]]] = [
+    (f"USER: {IMAGE}Describe the picture. ASSISTANT:", PICTURES[:1]),
+    (f"USER: {IMAGE}{IMAGE}Read the top row. ASSISTANT:", PICTURES),
+    ("USER: How often does 7 appear? ASSISTANT:", []),
+    (f"USER: {IMAGE}and {IMAGE}Which digit is in the top row? ASSISTANT:", PICTURES[::-1]),
+]
+KEEPS = [0.35, 0.15, 0.03, 1.0]
+
+
+def load_torch(folder: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def transformers_tokens(folder: Path, model: Model, count: int) -> list[list[int]]:
+    """Greedy ids of transformers' own generate, prompt by prompt, without its processor."""
+    theirs = load_torch(folder)
+    answers = []
+    for text, pictures in ROWS:
+        prompt = model.prepare(0, text, pictures, Options(chat_template=False))
+        ids = torch.tensor([list(prompt.ids)])
+        with torch.no_grad():
+            out = theirs.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                **({"pixel_values": torch.from_numpy(prompt.pixels)} if pictures else {}),
+                max_new_tokens=count,
+                do_sample=False,
+            )
+        answers.append(out[0, ids.shape[1] :].tolist())
+    return answers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_none_equals_transformers_generate(
+    name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+) -> None:
+    with lvlm.load(bundle(name, max_images=2)) as model:
+        expected = transformers_tokens(checkpoint(name), model, 64)
+        texts, pictures = [r[0] for r in ROWS], [r[1] for r in ROWS]
+        options: dict[str, Any] = {"max_new_tokens": 64, "chat_template": False}
+        alone = [
+            model.generate(text, images, **options).token_ids
+            for text, images in zip(texts, pictures, strict=True)
+        ]
+        together = [g.token_ids for g in model.generate(texts, pictures, **options)]
+    assert alone == expected
+    assert together == expected
+    assert len({tuple(ids) for ids in expected}) == len(ROWS)  # the prompts matter
+
+
+def references(
+    folder: Path, model: Model, settings: Sequence[str], keep: float, count: int
+) -> list[Any]:
+    source = Checkpoint(folder, "", None)
+    family = find_family(source.config, "")
+    config = family.read_config(source.config)
+    recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")["lightvlm"], settings)
+    theirs = load_torch(folder)
+    theirs.set_attn_implementation("lvlm")
+    reference = Reference(family, config, theirs, recipe)
+    answers = []
+    for text, pictures in ROWS:
+        prompt = model.prepare(0, text, pictures, Options(chat_template=False))
+        features = (
+            reference.encode(prompt.pixels)
+            if len(pictures)
+            else torch.zeros(0, 1, reference.language.hidden)
+        )
+        answers.append(
+            reference.generate(
+                prompt.ids,
+                prompt.image_id,
+                features,
+                max_new_tokens=count,
+                keep=keep,
+                eos_ids=model.manifest.text.eos_ids,
+            )
+        )
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, ()) for name in MODELS),
+        ("tiny-llava", ("merge=nearest", "importance=text")),
+        ("tiny-llava", ("merge=drop", "stages=[2,4]")),
+    ],
+)
+def test_lightvlm_equals_its_torch_reference(
+    name: str,
+    settings: tuple[str, ...],
+    checkpoint: Callable[[str], Path],
+    bundle: Callable[..., Path],
+) -> None:
+    """One bundle, every keep ratio; in a batch of prompts of different lengths."""
+    texts, pictures = [r[0] for r in ROWS], [r[1] for r in ROWS]
+    with lvlm.load(bundle(name, "lightvlm", *settings, max_images=2)) as model:
+        for keep in KEEPS:
+            expected = references(checkpoint(name), model, settings, keep, 24)
+            got = model.generate(
+                texts, pictures, max_new_tokens=24, keep=keep, chat_template=False
+            )
+            for ours, theirs in zip(got, expected, strict=True):
+                assert ours.token_ids == theirs.tokens
+                assert list(ours.stats.tokens_per_layer) == theirs.entries
+                for mine, reference in zip(ours.merge_maps, theirs.maps, strict=True):
+                    np.testing.assert_array_equal(mine[: len(reference)], reference.numpy())
+
+
+def test_keep_1_equals_recipe_none(bundle: Callable[..., Path]) -> None:
+    texts, pictures = [r[0] for r in ROWS], [r[1] for r in ROWS]
+    options: dict[str, Any] = {"max_new_tokens": 64, "chat_template": False}
+    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+        none = [g.token_ids for g in model.generate(texts, pictures, **options)]
+        batch = model.engine.start(
+            [model.prepare(0, *ROWS[1], Options(chat_template=False))]
+        )
+        logits = batch.logits.copy()
+    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
+        merged = [g.token_ids for g in model.generate(texts, pictures, keep=1.0, **options)]
+        batch = model.engine.start(
+            [model.prepare(0, *ROWS[1], Options(chat_template=False))], keep=1.0
+        )
+        np.testing.assert_array_equal(batch.logits, logits)
+    assert merged == none
+
+
+def test_image_tokens_entering_each_layer_follow_the_schedule(
+    bundle: Callable[..., Path],
+) -> None:
+    """V * keep ** (i / n), rounded, after stage i of n; seen in what the caches really hold."""
+    with lvlm.load(bundle("tiny-llava", "lightvlm")) as model:
+        for keep in (0.35, 0.15, 0.03):
+            batch = model.engine.start(
+                [model.prepare(0, "Describe the picture.", PICTURES[:1], Options())], keep=keep
+            )
+            text = len(batch.plan.entries) and int(batch.plan.entries[0, 0]) - 144
+            steps = [144, *(max(1, round(144 * keep ** (i / 3))) for i in (1, 2, 3))]
+            expected = [steps[min(layer, 3)] for layer in range(6)]
+            written = [
+                int((np.abs(batch.cache.buffers[f"key_{layer}"][0]).max((0, 2)) > 0).sum())
+                for layer in range(6)
+            ]
+            assert [n - text for n in written] == expected
+
+
+def test_padding_and_company_change_nothing(bundle: Callable[..., Path]) -> None:
+    """Logits of a row alone and beside a longer row with more pictures."""
+    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
+        rows = [model.prepare(0, *row, Options(chat_template=False)) for row in ROWS]
+        together = model.engine.start(rows).logits.copy()
+        for row, prompt in enumerate(rows):
+            alone = model.engine.start([prompt]).logits
+            np.testing.assert_allclose(together[row], alone[0], atol=2e-4)
