@@ -151,7 +151,9 @@ def match_weights(checkpoint: Checkpoint, family: Family, model: nn.Module) -> d
         if name not in wanted:
             raise CheckpointError(f"{checkpoint.source} has a weight the model lacks: {key}")
         if name in stored:
-            raise CheckpointError(f"{checkpoint.source} has {stored[name]} and {key} for one weight")
+            raise CheckpointError(
+                f"{checkpoint.source} has {stored[name]} and {key} for one weight"
+            )
         if shape != wanted[name]:
             raise CheckpointError(
                 f"{checkpoint.source}: {key} has shape {list(shape)}, "

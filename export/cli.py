@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if args.verbose else "1")
+    _require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
     if args.help_recipe is not None or args.list_models or args.list_targets:
         from lvlm.export import listings
 
@@ -97,6 +98,8 @@ def _run(args: argparse.Namespace) -> int:
             print(listings.recipe(name) if name else listings.recipes())
         return 0
     options = _options(args)
+    if options.validate:
+        _require(["onnxruntime"], "cpu")
 
     from lvlm.export.exporter import check_output, export, make_plan, stages
     from lvlm.export.progress import Progress
@@ -120,17 +123,27 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _require(packages: Sequence[str], extra: str) -> None:
+    from importlib.util import find_spec
+
+    from lvlm.runtime.errors import ExportError
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{', '.join(missing)} not installed; pip install lvlm-deploy[{extra}]"
+            + (" (or export with --no-validate)" if extra == "cpu" else "")
+        )
+
+
 def _options(args: argparse.Namespace) -> Options:
-    from lvlm.runtime.discovery import discover, nearest, names
+    from lvlm.runtime.discovery import discover, nearest
     from lvlm.runtime.errors import ParameterError
 
     if args.model is None:
         raise ParameterError("which model? give -m (tiny-llava is shipped with this package)")
     if args.output is None:
         raise ParameterError("where to? give -o FOLDER")
-    # Names first, before the heavy imports: recipe modules are named after their recipes.
-    if args.recipe not in names("lvlm.export.recipes"):
-        _known_recipe(args.recipe)
     from lvlm.export.exporter import Options
     from lvlm.export.recipes._base import parse_settings
 

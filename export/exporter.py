@@ -326,9 +326,7 @@ def _record_validation(folder: Path, manifest: Manifest, checks: list[Any]) -> M
     path.write_text(json.dumps([asdict(c) for c in checks], indent=1) + "\n")
     file = File(sha256_of(path), path.stat().st_size)
     twin = "passed on its fp32 twin" if manifest.dtype == "bfloat16" else "passed"
-    manifest = replace(
-        manifest, validation=twin, files={**manifest.files, path.name: file}
-    )
+    manifest = replace(manifest, validation=twin, files={**manifest.files, path.name: file})
     manifest.write(folder)
     return manifest
 

@@ -92,7 +92,7 @@ class Prefill(nn.Module):
     image_id        [B,N] int64: -1 padding, 0 text, m the m-th picture of the row
     position_ids    [B,N] int64
     and the recipe's inputs, and per layer past_key_l, past_value_l [B,Hkv,C_l,d].
-    -> logits [B,vocabulary] fp32 after each row's last token, the maps of the reductions, the caches
+    -> logits [B,vocabulary] fp32 after each row's last token, the reductions' maps, the caches
     """
 
     def __init__(self, model: LanguageModel, recipe: Recipe) -> None:

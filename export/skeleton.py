@@ -60,5 +60,5 @@ def _real_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> torch.Te
         if value is not None:
             return value.float()
     raise CheckpointError(
-        f"buffer '{name}' of {type(module).__name__} is in no checkpoint and unknown to the exporter"
+        f"buffer '{name}' of {type(module).__name__} is in no checkpoint, and unknown here"
     )

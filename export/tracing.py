@@ -225,5 +225,6 @@ def _claim_parameters(
 
 
 def _port(value: ir.Value) -> Port:
+    assert value.dtype is not None
     dims = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ())
-    return Port(str(value.name), PORT_TYPES[ir.DataType(value.dtype)], dims)
+    return Port(str(value.name), PORT_TYPES[value.dtype], dims)

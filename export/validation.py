@@ -79,9 +79,7 @@ def table(checks: Sequence[Check]) -> str:
 def _compare(plan: Plan, folder: Path) -> list[Check]:
     limit = TOLERANCE[plan.dtype]
     rounding = plan.options.rounding or plan.dtype
-    torch_model = load_fp32(
-        plan.family, plan.config, plan.checkpoint, plan.stored_names, rounding
-    )
+    torch_model = load_fp32(plan.family, plan.config, plan.checkpoint, plan.stored_names, rounding)
     reference = Reference(plan.family, plan.config, torch_model, plan.recipe)
 
     def relative(name: str, ours: np.ndarray, theirs: np.ndarray) -> Check:
@@ -94,9 +92,7 @@ def _compare(plan: Plan, folder: Path) -> list[Check]:
         prompt = _prompt(model, picture)
         features = reference.encode(prompt.pixels)
         batch = model.engine.start([prompt])
-        answer = reference.generate(
-            prompt.ids, prompt.image_id, features, max_new_tokens=TOKENS
-        )
+        answer = reference.generate(prompt.ids, prompt.image_id, features, max_new_tokens=TOKENS)
         checks = [
             relative("vision.onnx  image features", batch.features, features.numpy()),
             relative("prefill.onnx logits", batch.logits[0], answer.logits[0].numpy()),
@@ -174,4 +170,3 @@ def _transformers_tokens(model: torch.nn.Module, prompt: Prompt, count: int) -> 
             do_sample=False,
         )
     return [int(t) for t in out[0, ids.shape[1] :]]
-

@@ -70,7 +70,7 @@ def plan(graphs: Sequence[TracedGraph], transposed: set[str], dtype: torch.dtype
         for name, value in graph.parameters.items():
             if name in entries or value.shape is None:
                 continue
-            shape = tuple(int(d) for d in value.shape)
+            shape = tuple(value.shape.numpy())
             nbytes = dtype.itemsize
             for size in shape:
                 nbytes *= size

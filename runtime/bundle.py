@@ -1,4 +1,4 @@
-"""The bundle: a folder with graphs, weights, tokenizer and the manifest ``lvlm.json`` that lists them.
+"""The bundle: a folder with graphs, weights, tokenizer and the manifest ``lvlm.json``, their list.
 
 The exporter writes these types, the runtime reads them. Nothing in a bundle is trusted: every field
 has its type checked, every path stays inside the folder, every file its recorded hash.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -73,7 +74,7 @@ class Reduction:
     """One shortening of the image tokens, at the input of block ``layer``.
 
     Of V image tokens of a picture, max(1, round(V * ratio)) stay, where the ratio is ``ratio`` or
-    keep ** ``exponent``. ``recycle`` is the part of those that absorb discarded tokens (schedule.py).
+    keep ** ``exponent``. ``recycle`` is the part of those that absorb discarded ones (schedule.py).
     """
 
     layer: int
@@ -127,7 +128,7 @@ def read_bundle(folder: str | Path, *, verify: bool = True) -> Manifest:
     """The checked manifest of a bundle; BundleError says what is wrong with it.
 
     ``verify`` compares every listed file with its hash (skipped for files already verified that
-    have kept size and time).
+    have kept size and time); without it they must still be there, inside, and of the right size.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -136,7 +137,7 @@ def read_bundle(folder: str | Path, *, verify: bool = True) -> Manifest:
         raise BundleError(f"{folder} {what}; make one with lvlm-export -o {folder}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
@@ -146,8 +147,8 @@ def read_bundle(folder: str | Path, *, verify: bool = True) -> Manifest:
         )
     manifest = decode(Manifest, data, path.name)
     _check(manifest, path)
-    if verify:
-        check_files(folder, {name: (f.sha256, f.bytes) for name, f in manifest.files.items()})
+    files = {name: (f.sha256, f.bytes) for name, f in manifest.files.items()}
+    check_files(folder, files, hashes=verify)
     return manifest
 
 
@@ -155,8 +156,10 @@ def _check(manifest: Manifest, path: Path) -> None:
     """What types alone cannot say."""
     for name in [g.file for g in manifest.graphs.values()] + list(manifest.files):
         parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or "\\" in name or not name:
-            raise BundleError(f"{path}: the path '{name}' leaves the bundle; do not use this bundle")
+        if parts.is_absolute() or ".." in parts.parts or not name or set(name) & {"\\", "\0"}:
+            raise BundleError(
+                f"{path}: the path {name!r} leaves the bundle; do not use this bundle"
+            )
     missing = {"vision", "prefill", "decode"} - set(manifest.graphs)
     if missing:
         raise BundleError(f"{path} lists no {', '.join(sorted(missing))} graph; export again")
@@ -166,11 +169,32 @@ def _check(manifest: Manifest, path: Path) -> None:
     layers = manifest.text.layers
     if len(manifest.capacity.per_layer) != layers:
         raise BundleError(f"{path} lists capacities for another number of layers than {layers}")
-    sizes = (*dataclasses.astuple(manifest.text)[:6], *manifest.capacity.per_layer)
-    if min(*sizes, manifest.images.tokens) < 1 or not 0 < manifest.keep <= 1:
+    images, capacity = manifest.images, manifest.capacity
+    sizes = (
+        *dataclasses.astuple(manifest.text)[:6],
+        *(images.tokens, *images.grid, *images.size),
+        *(capacity.max_text_len, capacity.max_images, *capacity.per_layer),
+    )
+    if min(sizes) < 1 or not 0 < manifest.keep <= 1:
         raise BundleError(f"{path} has a size or keep ratio out of range; export again")
-    if any(not 0 < r.layer < layers for r in manifest.reductions):
-        raise BundleError(f"{path} reduces tokens at a layer the model lacks; export again")
+    if len(images.grid) != 2 or len(images.size) != 2:
+        raise BundleError(f"{path}: images need a grid and a size of two numbers; export again")
+    _check_reductions(manifest.reductions, layers, path)
+
+
+def _check_reductions(reductions: tuple[Reduction, ...], layers: int, path: Path) -> None:
+    stages = [r.layer for r in reductions]
+    if any(not 0 < layer < layers for layer in stages) or stages != sorted(set(stages)):
+        raise BundleError(f"{path} reduces tokens at layers {stages} of {layers}; export again")
+    for r in reductions:
+        # NaN fails every comparison
+        fractions = [x for x in (r.ratio, r.recycle) if x is not None]
+        steps = [x for x in (r.exponent,) if x is not None]
+        usable = all(0 < x <= 1 for x in fractions) and all(0 < x < math.inf for x in steps)
+        if not usable or (r.ratio is None) == (r.exponent is None):
+            raise BundleError(f"{path} has a reduction out of range ({r}); export again")
+    if len({r.ratio is None for r in reductions}) > 1:
+        raise BundleError(f"{path} mixes reductions with and without own ratio; export again")
 
 
 def decode(kind: type[T], data: Any, where: str) -> T:
@@ -182,7 +206,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return data
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(data, Mapping):
             raise BundleError(f"{where} is not an object; export the bundle again")
         hints = typing.get_type_hints(kind)

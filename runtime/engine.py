@@ -107,9 +107,7 @@ class Batch:
         manifest = engine.manifest
         images = [np.unique(p.image_id[p.image_id > 0], return_counts=True)[1] for p in prompts]
         self.image_tokens = [counts.tolist() for counts in images]
-        text_tokens = [
-            len(p.ids) - sum(v) for p, v in zip(prompts, self.image_tokens, strict=True)
-        ]
+        text_tokens = [len(p.ids) - sum(v) for p, v in zip(prompts, self.image_tokens, strict=True)]
         self.ratios = keep_ratios(manifest.reductions, manifest.keep, keep)
         self.plan = plan_prefill(
             manifest.reductions,

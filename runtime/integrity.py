@@ -15,8 +15,20 @@ from pathlib import Path
 from lvlm.runtime.errors import BundleError
 
 
-def check_files(folder: Path, expected: Mapping[str, tuple[str, int]]) -> None:
-    """Raise BundleError for a file of ``expected`` (name -> sha256, bytes) missing or changed."""
+def check_files(
+    folder: Path, expected: Mapping[str, tuple[str, int]], *, hashes: bool = True
+) -> None:
+    """Raise BundleError for a file of ``expected`` (name -> sha256, bytes) missing or changed.
+
+    ``hashes`` False looks at places and sizes only.
+    """
+    try:
+        _check_files(folder, expected, hashes)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise BundleError(f"{folder} cannot be read: {error}") from None
+
+
+def _check_files(folder: Path, expected: Mapping[str, tuple[str, int]], hashes: bool) -> None:
     stamps = _read_stamps()
     fresh = dict(stamps)
     for name, (sha256, size) in expected.items():
@@ -30,6 +42,8 @@ def check_files(folder: Path, expected: Mapping[str, tuple[str, int]]) -> None:
             raise BundleError(
                 f"{path} has {status.st_size:,} bytes, not {size:,}; copy it again or export again"
             )
+        if not hashes:
+            continue
         key, stamp = str(path.resolve()), [status.st_size, status.st_mtime_ns, sha256]
         if fresh.get(key) == stamp:
             continue
@@ -53,18 +67,18 @@ def _stamp_file() -> Path:
 def _read_stamps() -> dict[str, list[object]]:
     try:
         data = json.loads(_stamp_file().read_text())
-    except (OSError, ValueError):
-        return {}  # nothing verified yet, or a stamp cut short: verify again
+    except (OSError, ValueError, RuntimeError):
+        return {}  # nothing verified yet, or a stamp cut short, or no home: verify again
     return data if isinstance(data, dict) else {}
 
 
 def _write_stamps(stamps: dict[str, list[object]]) -> None:
-    path = _stamp_file()
     kept = {k: v for k, v in stamps.items() if os.path.exists(k)}
     try:
+        path = _stamp_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(kept))
         partial.replace(path)
-    except OSError:
+    except (OSError, RuntimeError):
         return  # a read-only home costs a hash at every start, nothing more

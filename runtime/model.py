@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +15,13 @@ import numpy as np
 
 from lvlm.runtime.backends import open_backend
 from lvlm.runtime.bundle import Manifest, read_bundle
+from lvlm.runtime.discovery import nearest
 from lvlm.runtime.engine import Batch, Engine, Prompt, RowState
 from lvlm.runtime.errors import BackendError, BundleError, ParameterError, PromptError
 from lvlm.runtime.images import ImageSource, open_image
 from lvlm.runtime.processors import load_processor
 from lvlm.runtime.sampling import Sampling
-from lvlm.runtime.schedule import Keep
+from lvlm.runtime.schedule import Keep, keep_ratios
 from lvlm.runtime.text import ChatTemplate, TextStream, Tokenizer, expand_placeholders
 
 
@@ -44,10 +45,13 @@ class Options:
             raise ParameterError(
                 f"max_new_tokens is {self.max_new_tokens!r}; give a whole number of 1 or more"
             )
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
+            raise ParameterError(f"stop is {self.stop!r}; give a list of texts, none of them empty")
 
     def sampling(self, row: int) -> Sampling:
         """Row r of a seeded batch draws from seed + r, so that equal prompts differ."""
-        seed = None if self.seed is None else self.seed + row
+        seed = self.seed + row if isinstance(self.seed, int) else self.seed
         return Sampling(
             self.temperature, self.top_k, self.top_p, self.repetition_penalty, seed=seed
         )
@@ -78,20 +82,26 @@ class Stats:
 @dataclass(frozen=True)
 class Generation:
     """One answer. ``token_ids`` ends with the end-of-text token where the model chose it;
-    ``finish_reason`` is "stop" (end of text or a stop string) or "length". ``merge_maps`` holds,
-    per reduction, old -> new index of every prompt token, -1 where it was dropped."""
+    ``finish_reason`` is "stop" (end of text or a stop string) or "length". ``image_id`` tells of
+    every prompt token whether it is text (0) or of the m-th image (m). ``merge_maps`` holds, per
+    reduction, old -> new index of every token that enters it (a prompt token enters the first), -1
+    where it was dropped; padding follows in a batch."""
 
     text: str
     token_ids: list[int]
     finish_reason: str
     stats: Stats
-    merge_maps: list[np.ndarray] = field(repr=False, default_factory=list)
+    image_id: np.ndarray = field(repr=False, compare=False)
+    merge_maps: list[np.ndarray] = field(repr=False, compare=False, default_factory=list)
 
 
 class Stream:
-    """Iterate for the pieces of an answer; ``result`` is there after the last."""
+    """Iterate for the pieces of an answer; ``result`` is there after the last.
 
-    def __init__(self, pieces: Iterator[str | Generation]) -> None:
+    To stop before that, ``close`` it: the model is busy until then.
+    """
+
+    def __init__(self, pieces: Generator[str | Generation]) -> None:
         self._pieces = pieces
         self.result: Generation | None = None
 
@@ -101,6 +111,9 @@ class Stream:
                 self.result = piece
             elif piece:
                 yield piece
+
+    def close(self) -> None:
+        self._pieces.close()
 
 
 class Model:
@@ -129,9 +142,7 @@ class Model:
         self.tokenizer = Tokenizer(folder / "tokenizer.json", manifest.text.eos_ids)
         self.processor = load_processor(manifest.images.processor)
         self._template = (
-            ChatTemplate(
-                manifest.chat_template, manifest.special_tokens, manifest.images.token
-            )
+            ChatTemplate(manifest.chat_template, manifest.special_tokens, manifest.images.token)
             if manifest.chat_template
             else None
         )
@@ -166,7 +177,7 @@ class Model:
 
         Raises ParameterError, PromptError, ImageError, CapacityError, BackendError.
         """
-        parsed = _options(options)
+        parsed = self._options(options)
         single = isinstance(prompt, str)
         prompts = [prompt] if single else list(prompt)
         pictures = [images] if single else list(images) or [()] * len(prompts)
@@ -182,21 +193,30 @@ class Model:
                 results = event
         return results[0] if single else results
 
-    def stream(
-        self, prompt: str, images: Sequence[ImageSource] = (), **options: object
-    ) -> Stream:
+    def stream(self, prompt: str, images: Sequence[ImageSource] = (), **options: object) -> Stream:
         """Like ``generate`` for one prompt, yielding text as soon as it is final.
 
         Nothing is computed before the first piece is asked for, but mistakes in the options are
         raised here.
         """
-        parsed = _options(options)
+        parsed = self._options(options)
 
-        def pieces() -> Iterator[str | Generation]:
-            for event in self._run([prompt], [images], parsed):
-                yield event[0] if isinstance(event, list) else event[1]
+        def pieces() -> Generator[str | Generation]:
+            with closing(self._run([prompt], [images], parsed)) as events:
+                for event in events:
+                    yield event[0] if isinstance(event, list) else event[1]
 
         return Stream(pieces())
+
+    def _options(self, given: dict[str, object]) -> Options:
+        """The options of a call; a wrong one is an error before any work."""
+        unknown = set(given) - set(Options.__dataclass_fields__)
+        if unknown:
+            raise nearest("option", min(unknown), Options.__dataclass_fields__)
+        options = Options(**given)  # type: ignore[arg-type]
+        options.sampling(0)
+        keep_ratios(self.manifest.reductions, self.manifest.keep, options.keep)
+        return options
 
     def close(self) -> None:
         self._engine = None
@@ -217,7 +237,7 @@ class Model:
         prompts: Sequence[str],
         pictures: Sequence[Sequence[ImageSource]],
         options: Options,
-    ) -> Iterator[tuple[int, str] | list[Generation]]:
+    ) -> Generator[tuple[int, str] | list[Generation]]:
         """(row, piece of text) as they come; at the end the list of generations."""
         with self._exclusive() as engine:
             rows = [
@@ -238,7 +258,8 @@ class Model:
                     texts[index] += piece
                     yield index, piece
             yield [
-                self._generation(batch, index, texts[index]) for index in range(len(rows))
+                self._generation(batch, index, texts[index], row.image_id)
+                for index, row in enumerate(rows)
             ]
 
     @contextmanager
@@ -264,7 +285,7 @@ class Model:
         self, row: int, prompt: str, images: Sequence[ImageSource], options: Options
     ) -> Prompt:
         """One row of a batch: pictures opened and scaled, the prompt as token ids."""
-        if isinstance(images, str | bytes | os.PathLike):
+        if isinstance(images, str | bytes) or not isinstance(images, Sequence):
             raise PromptError("images is a list; write images=[picture]")
         arrays = [open_image(image) for image in images]
         manifest, text, special = self.manifest, prompt, True
@@ -283,7 +304,7 @@ class Model:
         counts = self.processor.image_tokens([(a.shape[0], a.shape[1]) for a in arrays])
         token_id = manifest.images.token_id
         where = expand_placeholders(ids, token_id, counts)
-        if not where:
+        if not where or not (arrays or prompt.strip()):
             raise PromptError("the prompt is empty; write a question")
         image_id = np.zeros(len(where), np.int64)
         places = np.flatnonzero(np.array(where) == token_id)
@@ -294,7 +315,7 @@ class Model:
         pixels = self.processor.pixel_values(arrays)
         return Prompt(where, image_id, pixels, options.sampling(row), options.max_new_tokens)
 
-    def _generation(self, batch: Batch, index: int, text: str) -> Generation:
+    def _generation(self, batch: Batch, index: int, text: str, image_id: np.ndarray) -> Generation:
         row: RowState = batch.rows[index]
         entries = batch.plan.entries[:, index]
         image_tokens = sum(batch.image_tokens[index])
@@ -314,7 +335,7 @@ class Model:
         )
         assert row.finish_reason is not None
         maps = [m[index] for m in batch.merge_maps]
-        return Generation(text, row.tokens, row.finish_reason, stats, maps)
+        return Generation(text, row.tokens, row.finish_reason, stats, image_id, maps)
 
 
 def load(
@@ -326,14 +347,3 @@ def load(
 ) -> Model:
     """Load a bundle made by lvlm-export; see Model."""
     return Model(bundle, device=device, threads=threads, verify=verify)
-
-
-def _options(options: dict[str, object]) -> Options:
-    unknown = set(options) - set(Options.__dataclass_fields__)
-    if unknown:
-        from lvlm.runtime.discovery import nearest
-
-        raise nearest("option", min(unknown), Options.__dataclass_fields__)
-    parsed = Options(**options)  # type: ignore[arg-type]
-    parsed.sampling(0)  # a value out of range is an error before any work
-    return parsed

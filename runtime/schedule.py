@@ -1,4 +1,4 @@
-"""How many image tokens stay where: arithmetic the host does before a call, from the manifest alone.
+"""How many image tokens stay where: what the host computes before a call, from the manifest alone.
 
 No shape in a graph depends on data: for every reduction the host computes the counts per picture
 and gives lengths as the extents of index inputs.
@@ -6,9 +6,9 @@ and gives lengths as the extents of index inputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def keep_ratios(
         raise ParameterError(
             f"keep={keep} needs a bundle with token merging; export with --recipe lightvlm"
         )
-    if keep is None or isinstance(keep, int | float):
+    if keep is None or isinstance(keep, Real):
         fixed = [r.ratio for r in reductions if r.ratio is not None]
         if keep is None and fixed:
             return tuple(fixed)
@@ -42,6 +42,8 @@ def keep_ratios(
             )
         final = _fraction(exported if keep is None else keep)
         return tuple(final ** (r.exponent or 1.0) for r in reductions)
+    if isinstance(keep, str) or not isinstance(keep, Sequence):
+        raise ParameterError(f"keep is {keep!r}; give a number, or a list of one per reduction")
     ratios = tuple(_fraction(k) for k in keep)
     if len(ratios) != len(reductions):
         raise ParameterError(f"keep has {len(ratios)} fractions for {len(reductions)} reductions")
@@ -50,10 +52,11 @@ def keep_ratios(
     return ratios
 
 
-def _fraction(value: float) -> float:
-    if not math.isfinite(value) or not 0 < value <= 1:
-        raise ParameterError(f"keep is {value}; give a number above 0 and up to 1")
-    return float(value)
+def _fraction(value: object) -> float:
+    # NaN fails every comparison
+    if not isinstance(value, Real) or not 0 < (number := float(value)) <= 1:
+        raise ParameterError(f"keep is {value!r}; give a number above 0 and up to 1")
+    return number
 
 
 def kept(image_tokens: int, ratio: float) -> int:

@@ -18,7 +18,9 @@ def main() -> None:
     parser.add_argument("--question", default="Describe the picture.")
     args = parser.parse_args()
     print(f"\n{args.image.name}: {args.question}\n")
-    print(f"{'recipe':9} {'image tokens':>22} {'prefill ms':>11} {'decode tok/s':>13} {'cache kB':>9}")
+    print(
+        f"{'recipe':9} {'image tokens':>22} {'prefill ms':>11} {'decode tok/s':>13} {'cache kB':>9}"
+    )
     answers = []
     for bundle in args.bundles:
         with lvlm.load(bundle) as model:

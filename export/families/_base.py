@@ -32,7 +32,7 @@ class Family(Protocol):
     model_types: tuple[str, ...]  # of config.json
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
-        """The transformers configuration; ParameterError/CheckpointError names what is unsupported."""
+        """The transformers configuration; CheckpointError names what is unsupported."""
 
     def build(self, config: Any) -> nn.Module:
         """The whole model in transformers' own class and torch's default dtype (called on the meta
@@ -41,9 +41,9 @@ class Family(Protocol):
     def rename(self, key: str) -> str | None:
         """The model's parameter name for a checkpoint's key; None: a leftover to ignore."""
 
-    def language(self, model: nn.Module, config: Any) -> LanguageModel: ...
+    def language(self, model: Any, config: Any) -> LanguageModel: ...
 
-    def vision(self, model: nn.Module, config: Any) -> nn.Module:
+    def vision(self, model: Any, config: Any) -> nn.Module:
         """pixel_values [P,3,H,W] fp32 -> image_features [P,V,D] in the model's dtype."""
 
     def images(self, config: Any, folder: Path) -> Images: ...

@@ -1,4 +1,4 @@
-"""LLaVA 1.5 and its kin: CLIP or SigLIP tower, two-layer projector, Llama, Mistral or Qwen2 text."""
+"""LLaVA 1.5 and its kin: CLIP or SigLIP tower, projector, Llama, Mistral or Qwen2 text."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Llava:
                 return renamed
         return key
 
-    def language(self, model: nn.Module, config: LlavaConfig) -> LanguageModel:
+    def language(self, model: Any, config: LlavaConfig) -> LanguageModel:
         text, parts = config.text_config, model.model.language_model
         windowed = text.model_type == "mistral"
         return LanguageModel(
@@ -102,13 +102,14 @@ class Llava:
             head=model.lm_head,
             heads=text.num_attention_heads,
             kv_heads=text.num_key_value_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            head_dim=getattr(text, "head_dim", None)
+            or text.hidden_size // text.num_attention_heads,
             hidden=text.hidden_size,
             vocab=text.vocab_size,
             window=getattr(text, "sliding_window", None) if windowed else None,
         )
 
-    def vision(self, model: nn.Module, config: LlavaConfig) -> nn.Module:
+    def vision(self, model: Any, config: LlavaConfig) -> nn.Module:
         return LlavaVision(model, config)
 
     def images(self, config: LlavaConfig, folder: Path) -> Images:
@@ -180,9 +181,7 @@ class Llava:
         yield (
             "mistral-clip-layers",
             _tiny(
-                MistralConfig(
-                    **size, num_hidden_layers=3, **_heads(6, 2, 40), sliding_window=None
-                ),
+                MistralConfig(**size, num_hidden_layers=3, **_heads(6, 2, 40), sliding_window=None),
                 clip,
                 vision_feature_layer=[-2, 1],
                 vision_feature_select_strategy="full",
@@ -202,7 +201,7 @@ class Llava:
 class LlavaVision(nn.Module):
     """Tower up to the feature layer(s), then the projector."""
 
-    def __init__(self, model: nn.Module, config: LlavaConfig) -> None:
+    def __init__(self, model: Any, config: LlavaConfig) -> None:
         super().__init__()
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector

@@ -164,9 +164,7 @@ class LightVLM(Recipe):
         )
         return TokenSequence(hidden, positions, image_id, [*state.maps, old_to_new])
 
-    def _query_rows(
-        self, state: TokenSequence, inputs: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
+    def _query_rows(self, state: TokenSequence, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Indices of the queries that score the tokens, [B,R]; -1: an unused row."""
         last = state.last()[:, None]
         if self.importance == "last":

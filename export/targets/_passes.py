@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx import helper
 
 from lvlm.export.ops._contract import OPSET
+from lvlm.runtime.errors import ExportError
 
 LOWERED_DOMAIN = "lvlm.lowered"
 
@@ -32,8 +33,8 @@ def write_out_attention(model: ir.Model) -> int:
         if node.domain != "" or node.op_type != "Attention" or len(node.outputs) != 1:
             continue
         query, key = node.inputs[0], node.inputs[1]
-        assert query is not None and key is not None
-        assert query.shape is not None and key.shape is not None
+        if query is None or key is None or query.shape is None or key.shape is None:
+            raise ExportError(f"the shape of {node.name} is unknown; it cannot be written out")
         if query.dtype != ir.DataType.FLOAT or query.shape[2] == 1:
             continue
         heads, kv_heads = int(query.shape[1]), int(key.shape[1])

@@ -19,9 +19,7 @@ Buffer = Any  # what a backend allocates: memory on its device
 class Call(Protocol):
     """A graph with its lasting buffers bound."""
 
-    def __call__(
-        self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
-    ) -> None:
+    def __call__(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         """Run once: read ``inputs``, fill ``outputs``, write the bound buffers in place."""
 
 

@@ -25,6 +25,11 @@ class Backend:
         self.threads = threads
 
     def load(self, folder: Path, graph: Graph) -> CpuSession:
+        if any(port.dtype == "bfloat16" for port in (*graph.inputs, *graph.outputs)):
+            raise BackendError(
+                "this bundle is in bf16, which is for GPU targets; for the CPU export it with "
+                "--dtype fp32 (or fp16)"
+            )
         options = self.ort.SessionOptions()
         options.log_severity_level = 3
         if self.threads is not None:
@@ -35,8 +40,6 @@ class Backend:
             )
         except Exception as error:
             reason = str(error).splitlines()[0]
-            if "bfloat16" in str(error):
-                reason = "bf16 graphs are for GPU targets; export with --dtype fp32 or fp16"
             raise BackendError(f"{graph.file} cannot be loaded on the CPU: {reason}") from None
         listed = ([p.name for p in graph.inputs], [p.name for p in graph.outputs])
         real = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
@@ -52,9 +55,7 @@ class CpuSession:
     def __init__(self, session: Any, outputs: list[str]) -> None:
         self.session, self.outputs = session, outputs
 
-    def bind(
-        self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
-    ) -> CpuCall:
+    def bind(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> CpuCall:
         return CpuCall(self, inputs, outputs)
 
 
@@ -76,9 +77,7 @@ class CpuCall:
         for name, array in outputs.items():
             self._bind(self.binding.bind_output, name, array)
 
-    def __call__(
-        self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
-    ) -> None:
+    def __call__(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         held = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
         for name, array in held.items():
             self._bind(self.binding.bind_input, name, array)

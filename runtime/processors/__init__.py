@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from lvlm.runtime.discovery import names, nearest
 from lvlm.runtime.errors import BundleError
@@ -26,6 +27,9 @@ class Processor(Protocol):
 
     def pixel_values(self, images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         """Pictures uint8 [H_i, W_i, 3] → float32 [n, 3, H, W]; else ``ImageError``."""
+
+    def fit(self, image: npt.NDArray[np.uint8]) -> Image.Image:
+        """A picture uint8 [H_i, W_i, 3] cut to the vision graph's size, before normalisation."""
 
     def image_tokens(self, images: Sequence[tuple[int, int]]) -> list[int]:
         """Tokens that each picture of (height, width) pixels gives in the prompt."""

@@ -54,16 +54,13 @@ class LlavaProcessor:
         """
         out = np.empty((len(images), 3, *self._size), np.float32)
         for planes, image in zip(out, images, strict=True):
-            pixels = np.asarray(self._fit(image))
+            pixels = np.asarray(self.fit(image))
             for channel in range(3):
                 planes[channel] = self._table[channel][pixels[:, :, channel]]
         return out
 
-    def image_tokens(self, images: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens in the prompt for each picture (height, width): the same number for all."""
-        return [self._tokens] * len(images)
-
-    def _fit(self, image: npt.NDArray[np.uint8]) -> Image.Image:
+    def fit(self, image: npt.NDArray[np.uint8]) -> Image.Image:
+        """A picture uint8 [H_i, W_i, 3] padded, resized and cropped as for the vision graph."""
         picture = Image.fromarray(image)
         if self._pad is not None and picture.width != picture.height:
             side = max(picture.size)
@@ -81,6 +78,10 @@ class LlavaProcessor:
             top, left = (picture.height - height) // 2, (picture.width - width) // 2
             picture = picture.crop((left, top, left + width, top + height))
         return picture
+
+    def image_tokens(self, images: Sequence[tuple[int, int]]) -> list[int]:
+        """Tokens in the prompt for each picture (height, width): the same number for all."""
+        return [self._tokens] * len(images)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if not isinstance(self._resize, int):

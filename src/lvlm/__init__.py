@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Generation", "LvlmError", "Model", "Stats", "Stream", "load"]
 
-_HOME = {name: "lvlm.runtime.model" for name in ("Generation", "Model", "Stats", "Stream", "load")}
+_HOME = dict.fromkeys(("Generation", "Model", "Stats", "Stream", "load"), "lvlm.runtime.model")
 _HOME["LvlmError"] = "lvlm.runtime.errors"
 
 

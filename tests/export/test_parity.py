@@ -74,16 +74,17 @@ def test_none_equals_transformers_generate(
     assert len({tuple(ids) for ids in expected}) == len(ROWS)  # the prompts matter
 
 
-def references(
-    folder: Path, model: Model, settings: Sequence[str], keep: float, count: int
-) -> list[Any]:
+def make_reference(folder: Path, settings: Sequence[str]) -> Reference:
     source = Checkpoint(folder, "", None)
     family = find_family(source.config, "")
     config = family.read_config(source.config)
     recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")["lightvlm"], settings)
     theirs = load_torch(folder)
     theirs.set_attn_implementation("lvlm")
-    reference = Reference(family, config, theirs, recipe)
+    return Reference(family, config, theirs, recipe)
+
+
+def reference_answers(reference: Reference, model: Model, keep: float, count: int) -> list[Any]:
     answers = []
     for text, pictures in ROWS:
         prompt = model.prepare(0, text, pictures, Options(chat_template=False))
@@ -122,11 +123,10 @@ def test_lightvlm_equals_its_torch_reference(
     """One bundle, every keep ratio; in a batch of prompts of different lengths."""
     texts, pictures = [r[0] for r in ROWS], [r[1] for r in ROWS]
     with lvlm.load(bundle(name, "lightvlm", *settings, max_images=2)) as model:
+        reference = make_reference(checkpoint(name), settings)
         for keep in KEEPS:
-            expected = references(checkpoint(name), model, settings, keep, 24)
-            got = model.generate(
-                texts, pictures, max_new_tokens=24, keep=keep, chat_template=False
-            )
+            expected = reference_answers(reference, model, keep, 24)
+            got = model.generate(texts, pictures, max_new_tokens=24, keep=keep, chat_template=False)
             for ours, theirs in zip(got, expected, strict=True):
                 assert ours.token_ids == theirs.tokens
                 assert list(ours.stats.tokens_per_layer) == theirs.entries
@@ -139,9 +139,7 @@ def test_keep_1_equals_recipe_none(bundle: Callable[..., Path]) -> None:
     options: dict[str, Any] = {"max_new_tokens": 64, "chat_template": False}
     with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
         none = [g.token_ids for g in model.generate(texts, pictures, **options)]
-        batch = model.engine.start(
-            [model.prepare(0, *ROWS[1], Options(chat_template=False))]
-        )
+        batch = model.engine.start([model.prepare(0, *ROWS[1], Options(chat_template=False))])
         logits = batch.logits.copy()
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
         merged = [g.token_ids for g in model.generate(texts, pictures, keep=1.0, **options)]

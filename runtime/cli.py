@@ -1,0 +1,231 @@
+"""``lvlm-run``: ask a bundle a question about pictures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm.runtime.console import Parser, run_main
+from lvlm.runtime.errors import ParameterError, PromptError
+
+if TYPE_CHECKING:
+    from lvlm.runtime.model import Generation, Model
+
+DRAWING = ("top_k", "top_p", "seed")  # without effect at temperature 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    return run_main("lvlm-run", lambda: _run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="lvlm-run",
+        description="Ask a bundle a question about pictures; the answer is printed as it comes.",
+        epilog='example: lvlm-run out/ --image cat.jpg "What is in the picture?"',
+    )
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE", type=Path, help="folder made by lvlm-export")
+    add("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
+    add("--image", action="append", default=[], metavar="PATH", help="a picture; repeatable")
+    add("--device", default="cpu", help="what to run on (default cpu)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: the backend's choice)")
+    add("--max-new-tokens", type=int, metavar="N", help="length of the answer (default 256)")
+    add("--temperature", type=float, metavar="T", help="0 (default) takes the likeliest token")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest (default 0: all)")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest, up to P (default 1.0)")
+    add("--repetition-penalty", type=float, metavar="X", help="above 1 repeats less (default 1.0)")
+    add("--seed", type=int, metavar="N", help="makes draws repeatable")
+    add("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable")
+    add(
+        "--keep",
+        type=_keep,
+        metavar="R",
+        help="fraction of the image tokens to keep, or one per reduction, as 0.7,0.5,0.3 "
+        "(default: as exported)",
+    )
+    add("--system", metavar="TEXT", help="system message")
+    add(
+        "--no-chat-template",
+        action="store_true",
+        help="the prompt as it stands, with its own image placeholders",
+    )
+    add(
+        "--show-merge",
+        type=Path,
+        metavar="OUT.png",
+        help="draw which patches were kept, merged and dropped",
+    )
+    add("--stats", action="store_true", help="tokens, times and cache sizes on standard error")
+    add("--json", action="store_true", help="one JSON object, printed at the end")
+    add("--no-verify", action="store_true", help="do not compare the bundle's files with hashes")
+    talk = parser.add_mutually_exclusive_group()
+    talk.add_argument("-v", "--verbose", action="store_true", help="say what was loaded")
+    talk.add_argument("-q", "--quiet", action="store_true", help="no notes on standard error")
+    return parser
+
+
+def _keep(text: str) -> float | tuple[float, ...]:
+    try:
+        ratios = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        wanted = "is not a number or a list like 0.7,0.5,0.3"
+        raise argparse.ArgumentTypeError(f"'{text}' {wanted}") from None
+    return ratios[0] if len(ratios) == 1 else ratios
+
+
+def _run(args: argparse.Namespace) -> int:
+    _check(args)
+    prompt = _prompt(args.prompt)
+
+    from lvlm.runtime.model import Options, load
+
+    began = time.perf_counter()
+    with load(
+        args.bundle, device=args.device, threads=args.threads, verify=not args.no_verify
+    ) as model:
+        if args.verbose:
+            _describe(model, args, time.perf_counter() - began)
+        if args.show_merge:
+            from lvlm.runtime.show_merge import check_shows
+
+            check_shows(model.manifest)
+        answer = _answer(model, prompt, args)
+        if args.show_merge:
+            _save_picture(model, answer, args)
+    cut = _cut_short(model, answer, args.max_new_tokens or Options.max_new_tokens)
+    if args.json:
+        print(json.dumps(_data(answer), ensure_ascii=False))
+    if args.stats:
+        print(_table(answer, cut), file=sys.stderr)
+    elif cut and not args.quiet:
+        print(f"lvlm-run: note: {cut}", file=sys.stderr)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before anything is loaded."""
+    idle = [name for name in DRAWING if getattr(args, name) is not None]
+    if idle and not args.temperature:
+        flag = "--" + idle[0].replace("_", "-")
+        raise ParameterError(f"{flag} has no effect at temperature 0; add --temperature 0.7, say")
+    if args.show_merge is not None:
+        if not args.image:
+            raise ParameterError("--show-merge draws on a picture; give one with --image")
+        if args.show_merge.suffix.lower() != ".png":
+            raise ParameterError(f"--show-merge {args.show_merge}: name a file ending in .png")
+        if not args.show_merge.absolute().parent.is_dir():
+            raise ParameterError(f"--show-merge {args.show_merge}: there is no such folder")
+
+
+def _prompt(given: str) -> str:
+    if given != "-":
+        return given
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError:
+        raise PromptError("standard input is not valid text; pass UTF-8") from None
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given; the defaults are those of Model.generate."""
+    names = (
+        *("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed"),
+        *("stop", "keep", "system"),
+    )
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return options | {"chat_template": not args.no_chat_template}
+
+
+def _answer(model: Model, prompt: str, args: argparse.Namespace) -> Generation:
+    stream = model.stream(prompt, args.image, **_options(args))
+    started = False
+    try:
+        for piece in stream:
+            if not args.json:
+                started = True
+                print(piece, end="", flush=True)
+    finally:
+        stream.close()
+        if started:
+            print(flush=True)
+    assert stream.result is not None
+    return stream.result
+
+
+def _save_picture(model: Model, answer: Generation, args: argparse.Namespace) -> None:
+    from lvlm.runtime.show_merge import merge_picture
+
+    try:
+        merge_picture(model, args.image, answer).save(args.show_merge)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ParameterError(f"{args.show_merge} cannot be written: {reason}") from None
+    if not args.quiet:
+        print(f"lvlm-run: wrote {args.show_merge}", file=sys.stderr)
+
+
+def _describe(model: Model, args: argparse.Namespace, seconds: float) -> None:
+    manifest = model.manifest
+    source = manifest.model.get("source", "?")
+    parameters = ", ".join(f"{k}={v}" for k, v in manifest.parameters.items() if v is not None)
+    capacity = manifest.capacity
+    print(
+        f"{args.bundle}: {source} ({manifest.family}, {manifest.dtype}), recipe {manifest.recipe}"
+        f"{f' ({parameters})' if parameters else ''}; up to {capacity.max_text_len} text tokens "
+        f"and {capacity.max_images} image(s); loaded on {args.device} in {seconds:.1f} s",
+        file=sys.stderr,
+    )
+
+
+def _cut_short(model: Model, answer: Generation, wanted: int) -> str | None:
+    """Why the answer ended neither by itself nor at --max-new-tokens; None if it did."""
+    if answer.finish_reason != "length" or answer.stats.new_tokens >= wanted:
+        return None
+    stats, limit = answer.stats, model.manifest.capacity.max_text_len
+    if stats.prompt_tokens - stats.image_tokens + stats.new_tokens >= limit:
+        return (
+            f"the answer was cut at {stats.new_tokens} tokens: the bundle holds {limit} text "
+            "tokens of prompt and answer (export with a larger --max-text-len)"
+        )
+    return (
+        f"the answer was cut at {stats.new_tokens} tokens: at this --keep the bundle's cache is "
+        "full (lower it, or export with a larger keep)"
+    )
+
+
+def _table(answer: Generation, cut: str | None) -> str:
+    stats = answer.stats
+    counts = stats.image_tokens_per_layer
+    steps = [i for i in range(len(counts)) if i == 0 or counts[i] != counts[i - 1]]
+    pyramid = " → ".join(f"{counts[i]} from block {i}" if i else str(counts[i]) for i in steps)
+    rows = {
+        "prompt tokens": f"{stats.prompt_tokens} ({stats.image_tokens} of them image tokens)",
+        "image tokens": pyramid,
+        "vision": f"{stats.vision_ms:.1f} ms",
+        "prefill": f"{stats.prefill_ms:.1f} ms",
+        "decode": f"{stats.decode_tokens_per_second:.1f} tokens/s ({stats.decode_steps} steps)",
+        "new tokens": str(stats.new_tokens),
+        "finished by": answer.finish_reason + (f": {cut}" if cut else ""),
+        "cache allocated": f"{stats.cache_bytes_allocated:,} bytes",
+        "cache used": f"{stats.cache_bytes_used:,} bytes",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:{width}}  {value}" for name, value in rows.items())
+
+
+def _data(answer: Generation) -> dict[str, Any]:
+    speed = answer.stats.decode_tokens_per_second
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "stats": dataclasses.asdict(answer.stats) | {"decode_tokens_per_second": speed},
+    }

@@ -1,0 +1,69 @@
+"""What all commands share: mistakes as one line, exit statuses, flags with suggestions."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from lvlm.runtime.errors import LvlmError
+
+USER_ERROR = 2
+INTERRUPTED = 130  # as shells report a program that SIGINT ended
+BROKEN_PIPE = 141  # and one that SIGPIPE ended
+
+
+def run_main(program: str, body: Callable[[], int]) -> int:
+    """The exit status of ``body``, with what a user can mend turned into a message.
+
+    An ``LvlmError`` or a lack of memory is ``program: error: …`` on stderr and status 2; Ctrl-C is
+    130 and a closed output pipe (``… | head``) is 141, both without a word. Anything else is a bug
+    and keeps its traceback.
+    """
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # an answer may not fit a terminal's encoding
+        status = body()
+        sys.stdout.flush()
+        return status
+    except LvlmError as error:
+        return _fail(program, str(error))
+    except MemoryError as error:
+        detail = f" ({error})" if str(error) else ""
+        return _fail(program, f"not enough memory{detail}; free some, or use a smaller model")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # not a real file: nothing to flush at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _fail(program: str, message: str) -> int:
+    print(f"{program}: error: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for a mistake, and the nearest flags for an unknown one."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flag = rest[0].partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=3, cutoff=0.6)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            self.error(f"unknown argument {rest[0]}{hint}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} ({self.prog} --help lists all)\n")

@@ -1,0 +1,154 @@
+"""Prefill time with and without token merging, beside the arithmetic saved and transformers.
+
+    python scripts/bench_prefill.py --work /tmp/bench
+
+A model of 135 M text parameters (Llama, 576 wide, 30 layers, 9/3 heads) with random weights; one
+picture of 576 tokens and a short question. Everything runs in turn, round by round, in one process;
+medians are printed, with the spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+import lvlm
+from lvlm.export.exporter import Options, export, make_plan
+from lvlm.export.families.llava import FAMILY
+from lvlm.export.progress import Progress
+from lvlm.export.recipes.lightvlm import LightVLM
+from lvlm.export.recipes.none import NoCompression
+from lvlm.runtime.engine import Prompt
+from lvlm.runtime.sampling import Sampling
+
+KEEPS = (1.0, 0.35, 0.15, 0.03)
+TEXT = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="where checkpoint and bundles go")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompt", type=int, default=608, help="tokens, 576 of them the picture's")
+    args = parser.parse_args()
+    config, torch_model = make_model(args.work / "checkpoint")
+    bundles = {
+        recipe.name: make_bundle(args.work, recipe) for recipe in (NoCompression(), LightVLM())
+    }
+    ids = np.random.default_rng(0).integers(10, 512, args.prompt)
+    image_id = np.zeros(args.prompt, np.int64)
+    image_id[5:581] = 1
+    ids[5:581] = config.image_token_id
+    pixels = np.random.default_rng(1).normal(size=(1, 3, 336, 336)).astype(np.float32)
+    prompt = Prompt(ids.tolist(), image_id, pixels, Sampling(), 1)
+    models = {name: lvlm.load(folder) for name, folder in bundles.items()}
+
+    def ours(name: str, keep: float) -> Callable[[], tuple[float, list[int]]]:
+        def run() -> tuple[float, list[int]]:
+            batch = models[name].engine.start([prompt], keep=keep)
+            return batch.timings.prefill_ms, batch.plan.entries[:, 0].tolist()
+
+        return run
+
+    def transformers() -> tuple[float, list[int]]:
+        with torch.no_grad():
+            features = torch_model.get_image_features(torch.from_numpy(pixels)).pooler_output
+            embeds = torch_model.get_input_embeddings()(torch.from_numpy(ids)[None])
+            embeds[0, 5:581] = features[0]
+            began = time.perf_counter()
+            torch_model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+            return (time.perf_counter() - began) * 1e3, [args.prompt] * 30
+
+    rows: dict[str, Callable[[], tuple[float, list[int]]]] = {"transformers fp32": transformers}
+    rows["none"] = ours("none", 1.0)
+    rows |= {f"lightvlm keep {k}": ours("lightvlm", k) for k in KEEPS}
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    lengths: dict[str, list[int]] = {}
+    for number in range(args.rounds + 1):
+        for name, run in rows.items():
+            took, lengths[name] = run()
+            if number:  # the first round warms up
+                times[name].append(took)
+    full = statistics.median(times["none"])
+    print("| prefill of | median ms | min-max | of none | arithmetic of none |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, values in times.items():
+        median = statistics.median(values)
+        share = arithmetic(lengths[name]) / arithmetic(lengths["none"])
+        print(
+            f"| {name} | {median:.0f} | {min(values):.0f}-{max(values):.0f} "
+            f"| {median / full:.0%} | {share:.0%} |"
+        )
+
+
+def arithmetic(tokens_per_layer: list[int]) -> float:
+    """Multiply-adds of the blocks: weights times tokens, and causal attention."""
+    width, heads, head_dim = TEXT["hidden_size"], TEXT["num_attention_heads"], TEXT["head_dim"]
+    kv = TEXT["num_key_value_heads"]
+    weights = width * head_dim * (2 * heads + 2 * kv) + 3 * width * TEXT["intermediate_size"]
+    return float(sum(n * weights + 2 * n * n * heads * head_dim for n in tokens_per_layer))
+
+
+def make_model(folder: Path) -> tuple[Any, Any]:
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=336,
+        patch_size=14,
+    )
+    config = LlavaConfig(
+        text_config=LlamaConfig(**TEXT).to_dict(),
+        vision_config=vision.to_dict(),
+        image_token_index=3,
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model: Any = FAMILY.build(config).eval()
+    if not (folder / "model.safetensors").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+        shipped = Path(__file__).parents[1] / "assets/tiny-llava"
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (folder / name).write_bytes((shipped / name).read_bytes())
+        text = '{"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 336}, '
+        text += '"crop_size": {"height": 336, "width": 336}}'
+        (folder / "preprocessor_config.json").write_text(text)
+    model.set_attn_implementation("sdpa")
+    return config, model
+
+
+def make_bundle(work: Path, recipe: Any) -> Path:
+    output = work / f"bundle-{recipe.name}"
+    if not (output / "lvlm.json").exists():
+        options = Options(
+            model=str(work / "checkpoint"),
+            recipe=recipe,
+            output=output,
+            dtype="fp32",
+            validate=False,
+        )
+        export(make_plan(options), Progress(5))
+    return output
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Checkpoints that are wrong in one way each, and names of older versions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from safetensors.torch import load_file, save_file
+
+from lvlm.export import checkpoint as checkpoints
+from lvlm.export.exporter import Options, export, make_plan
+from lvlm.export.progress import Progress
+from lvlm.export.recipes.none import NoCompression
+from lvlm.runtime.errors import CheckpointError, LvlmError, ParameterError
+
+NAME = "llava:qwen2-tied-siglip"
+
+
+@pytest.fixture
+def folder(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint(NAME), copy)
+    return copy
+
+
+def plan(folder: Path, **options: Any) -> Any:
+    output = folder.parent / "out"
+    return make_plan(Options(str(folder), NoCompression(), output, **options))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file)
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for path, value in values.items():
+        where = config
+        *parents, last = path.split("__")
+        for parent in parents:
+            where = where[parent]
+        where[last] = value
+    file.write_text(json.dumps(config))
+
+
+def test_missing_weight_is_named(folder: Path) -> None:
+    change_weights(
+        folder, lambda w: w.pop("language_model.model.layers.1.mlp.up_proj.weight") and None
+    )
+    with pytest.raises(CheckpointError, match=r"lacks the weight .*layers\.1\.mlp\.up_proj"):
+        plan(folder)
+
+
+def test_extra_weight_is_named(folder: Path) -> None:
+    change_weights(folder, lambda w: w.update({"adapter.gate": torch.zeros(2)}))
+    with pytest.raises(CheckpointError, match=r"has a weight the model lacks: adapter\.gate"):
+        plan(folder)
+
+
+def test_misshapen_weight_is_named_with_both_shapes(folder: Path) -> None:
+    change_weights(folder, lambda w: w.update({"language_model.model.norm.weight": torch.zeros(3)}))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \[3\].*\[64\]"):
+        plan(folder)
+
+
+def test_a_tied_head_takes_the_embedding(folder: Path) -> None:
+    names = plan(folder).stored_names
+    assert names["lm_head.weight"] == names["model.language_model.embed_tokens.weight"]
+
+
+def test_older_names_and_leftover_tables_are_understood(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As llava-1.5's hub repository has them."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint("llava:llama-gqa-clip"), copy)
+
+    def rename(weights: dict[str, torch.Tensor]) -> None:
+        for key in list(weights):
+            if key.startswith("vision_tower."):
+                old = key.replace("vision_tower.", "vision_tower.vision_model.", 1)
+                weights[old] = weights.pop(key)
+        weights["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+        weights["vision_tower.vision_model.embeddings.position_ids"] = torch.zeros(1, 17)
+
+    change_weights(copy, rename)
+    assert set(plan(copy).stored_names.values()) <= set(load_file(copy / "model.safetensors"))
+
+
+def test_shards_give_the_same_bundle(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    whole = export(plan(folder, validate=False), Progress(0, quiet=True))
+    names = sorted(weights)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, keys in shards.items():
+        save_file({k: weights[k] for k in keys}, folder / file)
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {k: file for file, keys in shards.items() for k in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shutil.rmtree(folder.parent / "out")
+    parts = export(plan(folder, validate=False), Progress(0, quiet=True))
+    assert parts.manifest.files["weights.bin"] == whole.manifest.files["weights.bin"]
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"b\.safetensors is listed in .* but missing"):
+        plan(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "blip"}, "architecture 'blip'"),
+        ({"text_config__model_type": "gemma"}, "text backbone 'gemma'"),
+        ({"vision_config__model_type": "dinov2"}, "vision tower 'dinov2'"),
+        (
+            {"text_config__rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
+            "rope_type 'longrope'",
+        ),
+        ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy 'cls'"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+        (
+            {
+                "text_config__layer_types": ["sliding_attention"] * 3,
+                "text_config__use_sliding_window": True,
+                "text_config__sliding_window": 8,
+            },
+            "sliding-window",
+        ),
+    ],
+)
+def test_unsupported_parts_are_refused_by_name(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
+    change_config(folder, **changes)
+    with pytest.raises(LvlmError, match=message):
+        plan(folder)
+
+
+def test_an_attention_window_bounds_the_length(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint("llava:mistral-clip-layers"), copy)
+    change_config(copy, text_config__sliding_window=100)
+    with pytest.raises(ParameterError, match=r"lower --max-text-len to 83"):
+        plan(copy)
+    plan(copy, max_text_len=83)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("config.json", r"has no config\.json"),
+        ("model.safetensors", "save the checkpoint in safetensors"),
+        ("tokenizer.json", r"has no tokenizer\.json"),
+        ("preprocessor_config.json", r"has no preprocessor_config\.json"),
+    ],
+)
+def test_missing_files_are_named(folder: Path, file: str, message: str) -> None:
+    (folder / file).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        plan(folder)
+
+
+def test_damaged_files_are_named(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"not a header at all")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is no readable safetensors"):
+        plan(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        plan(folder)
+
+
+def test_names_that_mean_nothing() -> None:
+    with pytest.raises(ParameterError, match="did you mean llava"):
+        checkpoints.resolve("lava")
+    with pytest.raises(CheckpointError, match="no folder"):
+        checkpoints.resolve("./nowhere")
+
+
+def test_every_family_has_tiny_configs_that_its_own_check_accepts() -> None:
+    for family in FAMILIES.values():
+        configs = dict(family.tiny_configs())
+        assert configs
+        for config in configs.values():
+            family.read_config(config.to_dict())

@@ -1,0 +1,206 @@
+"""lvlm-export as a user meets it: results, mistakes, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lvlm.export import exporter, validation
+from lvlm.export.cli import main
+from lvlm.export.validation import Check
+from lvlm.runtime.bundle import read_bundle
+
+NAME = "llava:llama-mha-bias-rope3-siglip"
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
+    try:
+        code = main([str(a) for a in argv])
+    except SystemExit as stop:  # argparse
+        code = int(stop.code or 0)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_export_validates_and_reports(
+    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(
+        capsys,
+        "-m",
+        checkpoint(NAME),
+        "-r",
+        "lightvlm",
+        "--set",
+        "keep=0.2",
+        "-o",
+        tmp_path / "out",
+    )
+    assert code == 0, err
+    assert "[6/6]" in err
+    assert "✓ vision.onnx" in err
+    assert "✗" not in err
+    manifest = read_bundle(tmp_path / "out")
+    assert manifest.validation == "passed"
+    assert manifest.parameters["keep"] == 0.2
+    recorded = json.loads((tmp_path / "out/validation.json").read_text())
+    assert {c["name"].split()[0] for c in recorded} >= {"vision.onnx", "prefill.onnx"}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_bf16_is_checked_through_its_twin(
+    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(
+        capsys, "-m", checkpoint(NAME), "--dtype", "bf16", "-o", tmp_path / "out", "--target",
+        "trt-rtx",
+    )  # fmt: skip
+    assert code == 0, err
+    manifest = read_bundle(tmp_path / "out")
+    assert manifest.dtype == "bfloat16"
+    assert manifest.validation == "passed on its fp32 twin"
+    assert (tmp_path / "out/decode.trt-rtx.onnx").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_dry_run_writes_nothing_and_says_what(
+    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    code, text, _ = run(capsys, "-m", checkpoint(NAME), "-o", out, "--dry-run", "--json")
+    assert code == 0
+    data = json.loads(text)
+    assert data["image_tokens_per_layer"] == [25, 25]
+    assert data["capacity"]["per_layer"] == [2048 + 25] * 2
+    assert data["peak_memory_estimate_bytes"] > data["weight_bytes"] > 0
+    assert not out.exists()
+
+
+def test_a_failed_check_leaves_no_bundle(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The weights are disturbed on their way into the bundle: the comparison must notice."""
+    write = exporter.weights.write
+
+    def disturbed(path: Path, *args: object, **kwargs: object) -> object:
+        file = write(path, *args, **kwargs)  # type: ignore[arg-type]
+        data = bytearray(path.read_bytes())
+        data[: len(data) // 4] = bytes(len(data) // 4)
+        path.write_bytes(data)
+        return file
+
+    monkeypatch.setattr(exporter.weights, "write", disturbed)
+    code, _, err = run(capsys, "-m", checkpoint(NAME), "-o", tmp_path / "out")
+    assert code == 2
+    assert "✗" in err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_export_leaves_nothing_and_stale_folders_go(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = tmp_path / ".out.partial-999999999"
+    stale.mkdir()
+    (stale / "weights.bin").write_text("x")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporter, "_trace_all", interrupt)
+    assert main(["-m", str(checkpoint(NAME)), "-o", str(tmp_path / "out"), "-q"]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["-m", "tiny-lava"], "did you mean tiny-llava"),
+        (["-m", "CHECKPOINT", "-r", "lightvml"], "did you mean lightvlm"),
+        (["-m", "CHECKPOINT", "-r", "lightvlm", "--set", "kep=1"], "did you mean keep"),
+        (["-m", "CHECKPOINT", "-r", "lightvlm", "--set", "keep=2"], "keep is 2"),
+        (["-m", "CHECKPOINT", "--target", "trt-rtxx"], "did you mean trt-rtx"),
+        (["-m", "CHECKPOINT", "--max-text-len", "0"], "--max-text-len is 0"),
+        (["-m", "CHECKPOINT", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["-m", "EMPTY"], "has no config.json"),
+        ([], "which model"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(
+    argv: list[str],
+    message: str,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "empty").mkdir()
+    known = {"CHECKPOINT": str(checkpoint(NAME)), "EMPTY": str(tmp_path / "empty")}
+    out = tmp_path / "out"
+    code, _, err = run(capsys, *(known.get(a, a) for a in argv), "-o", out)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1 or "usage:" in err
+    assert not out.exists()
+
+
+def test_output_that_is_in_the_way(
+    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    code, _, err = run(capsys, "-m", checkpoint(NAME), "-o", tmp_path)
+    assert code == 2
+    assert "exists and is not empty" in err
+    code, _, err = run(capsys, "-m", checkpoint(NAME), "-o", tmp_path / "a/b")
+    assert code == 2
+    assert "does not exist" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_disk_too_small(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exporter.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    code, _, err = run(capsys, "-m", checkpoint(NAME), "-o", tmp_path / "out")
+    assert code == 2
+    assert "the disk has 1 B free" in err
+
+
+def test_listings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "lightvlm" in run(capsys, "--help-recipe")[1]
+    text = run(capsys, "--help-recipe", "lightvlm")[1]
+    assert "--set keep=0.35" in text
+    assert "--set merge=recycle" in text
+    assert "llava-hf/llava-1.5-7b-hf" in run(capsys, "--list-models")[1]
+    assert "trt-rtx" in run(capsys, "--list-targets")[1]
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['lvlm-export', '--help']\n"
+        "from lvlm.export.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'onnx', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--recipe" in done.stdout
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_table_marks_what_failed() -> None:
+    lines = validation.table([Check("a", 0.1, 1, "x"), Check("b", 2, 1, "x")]).splitlines()
+    assert "✓" in lines[0]
+    assert "✗" in lines[1]
