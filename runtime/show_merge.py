@@ -17,7 +17,7 @@ from lvlm.runtime.model import Generation, Model
 PANEL = 280  # the least height and width of a panel, in pixels
 MARGIN, GAP, LINE = 20, 16, 24
 BACKGROUND, INK, GRAY = (255, 255, 255), (32, 33, 36), (110, 113, 118)
-KEPT_OUTLINE = (255, 255, 255)
+KEPT_OUTLINE = (186, 192, 200)
 DARK = 0.16  # brightness of what was dropped
 TINT = 0.62  # how much of a merged patch is its centre's colour
 

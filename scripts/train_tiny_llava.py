@@ -38,7 +38,7 @@ from lvlm.calibration.datasets import digits
 
 PATCHES = 12
 IMAGE_TOKENS = PATCHES * PATCHES
-TURNS: tuple[digits.Kind, ...] = ("describe",) + ("row",) * 3 + ("cell",) * 4 + ("count",) * 4
+TURNS: tuple[digits.Kind, ...] = ("describe",) + ("row",) * 3 + ("cell",) * 4 + ("count",) * 2
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("assets/tiny-llava"))
     parser.add_argument("--work", type=Path, required=True, help="checkpoints of both stages")
     parser.add_argument("--stage1-steps", type=int, default=1500)
-    parser.add_argument("--stage2-steps", type=int, default=1400)
+    parser.add_argument("--stage2-steps", type=int, default=700)
     parser.add_argument("--pool", type=int, default=8000, help="pictures encoded for stage 2")
     parser.add_argument("--eval-grids", type=int, default=500)
     return parser.parse_args()

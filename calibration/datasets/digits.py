@@ -71,11 +71,10 @@ def ask(grid: Grid, kind: Kind, rng: np.random.Generator) -> Question:
         # Mostly digits that are there, else nearly every answer would be 0.
         present = rng.random() < 0.8
         digit = int(rng.choice(grid.digits)) if present else int(rng.integers(10))
-        tally = ", ".join(
-            f"{name} {row.count(digit)}" for name, row in zip(ROW_NAMES, rows, strict=True)
-        )
-        total = grid.digits.count(digit)
-        return Question(kind, f"How often does {digit} appear?", f"{tally}: {total} in all")
+        # The answer reads each row before it counts, so that no step is a leap for a small model.
+        tally = ", ".join(f"{' '.join(map(str, row))}: {row.count(digit)}" for row in rows)
+        answer = f"{tally}. In all {grid.digits.count(digit)}."
+        return Question(kind, f"How often does {digit} appear?", answer)
     lines = (
         f"The {name} row is {a}, {b} and {c}."
         for name, (a, b, c) in zip(ROW_NAMES, rows, strict=True)

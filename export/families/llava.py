@@ -61,14 +61,14 @@ class Llava:
             raise CheckpointError(
                 "the checkpoint is quantized (quantization_config); export the original weights"
             )
-        config = LlavaConfig.from_dict(dict(raw))
-        rope = config.text_config.rope_parameters.get("rope_type", "default")
-        _one_of("rope_type", rope, ROPE_TYPES)
-        _one_of(
-            "vision_feature_select_strategy",
-            config.vision_feature_select_strategy,
-            ("default", "full"),
-        )
+        # Older configurations call the table of rotary parameters rope_scaling, its kind type.
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        _one_of("rope_type", rope.get("rope_type") or rope.get("type") or "default", ROPE_TYPES)
+        try:
+            config = LlavaConfig.from_dict(dict(raw))
+        except Exception as error:  # transformers' own checks raise types of several packages
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"config.json is not valid: {reason}") from None
         if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
             raise CheckpointError(
                 "some layers use sliding-window attention (layer_types); not supported"

@@ -54,9 +54,8 @@ def change_config(folder: Path, **values: Any) -> None:
 
 
 def test_missing_weight_is_named(folder: Path) -> None:
-    change_weights(
-        folder, lambda w: w.pop("language_model.model.layers.1.mlp.up_proj.weight") and None
-    )
+    gone = "language_model.model.layers.1.mlp.up_proj.weight"
+    change_weights(folder, lambda w: w.__delitem__(gone))
     with pytest.raises(CheckpointError, match=r"lacks the weight .*layers\.1\.mlp\.up_proj"):
         plan(folder)
 

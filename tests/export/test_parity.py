@@ -154,7 +154,7 @@ def test_image_tokens_entering_each_layer_follow_the_schedule(
     bundle: Callable[..., Path],
 ) -> None:
     """V * keep ** (i / n), rounded, after stage i of n; seen in what the caches really hold."""
-    with lvlm.load(bundle("tiny-llava", "lightvlm")) as model:
+    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
         for keep in (0.35, 0.15, 0.03):
             batch = model.engine.start(
                 [model.prepare(0, "Describe the picture.", PICTURES[:1], Options())], keep=keep

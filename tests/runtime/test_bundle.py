@@ -1,0 +1,304 @@
+"""Reading a bundle trusts nothing in it. The bundles here have a manifest and files, no graphs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvlm.runtime import integrity
+from lvlm.runtime.bundle import (
+    Capacity,
+    File,
+    Graph,
+    Images,
+    Manifest,
+    Port,
+    Reduction,
+    Text,
+    read_bundle,
+)
+from lvlm.runtime.errors import BundleError
+
+GRAPHS = ("vision", "prefill", "decode")
+
+
+@pytest.fixture(autouse=True)
+def stamps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file with stamps of this test alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/lvlm/verified.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A bundle that is right as far as the reader can tell."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    files = {}
+    for name in (*(f"{g}.onnx" for g in GRAPHS), "weights.bin", "tokenizer.json"):
+        path = folder / name
+        path.write_bytes(name.encode() * 100)
+        files[name] = File(integrity.sha256_of(path), path.stat().st_size)
+    port = Port("x", "float32", ("batch", 3))
+    Manifest(
+        schema=1,
+        family="llava",
+        model={"source": "m", "revision": None},
+        recipe="lightvlm",
+        parameters={"keep": 0.5},
+        dtype="float32",
+        graphs={g: Graph(f"{g}.onnx", (port,), (port,)) for g in GRAPHS},
+        text=Text(4, 2, 1, 8, 16, 100, (2,)),
+        images=Images("<image>", 3, 4, (2, 2), (8, 8), {"name": "llava"}),
+        keep=0.5,
+        reductions=(Reduction(1, 0.5, None, 0.1), Reduction(2, 1.0, None, None)),
+        capacity=Capacity(32, 1, (36, 35, 34, 34)),
+        chat_template=None,
+        special_tokens={},
+        validation="skipped",
+        tools={},
+        files=files,
+    ).write(folder)
+    return folder
+
+
+def change(folder: Path, edit: Callable[[Any], object]) -> None:
+    path = folder / "lvlm.json"
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+def put(*keys: str | int, value: object) -> Callable[[Any], None]:
+    def edit(data: Any) -> None:
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = value
+
+    return edit
+
+
+def refused(folder: Path, **options: Any) -> str:
+    """The one line that ``read_bundle`` refuses the bundle with."""
+    with pytest.raises(BundleError) as caught:
+        read_bundle(folder, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_was_written_is_read(folder: Path) -> None:
+    manifest = read_bundle(folder)
+    assert manifest.graphs["prefill"].inputs == (Port("x", "float32", ("batch", 3)),)
+    assert manifest.reductions[0] == Reduction(1, 0.5, None, 0.1)
+    (folder / "lvlm.json").rename(folder / "first.json")
+    manifest.write(folder)
+    assert (folder / "lvlm.json").read_text() == (folder / "first.json").read_text()
+
+
+def test_places_that_are_no_bundle(folder: Path, tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "nowhere")
+    assert "is not a bundle (no lvlm.json in it)" in refused(tmp_path)
+    assert "is not a bundle" not in refused(folder / "tokenizer.json")  # a file, not a folder
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00\xff", '{"schema": 1'], ids=range(5))
+def test_manifest_that_is_not_json(folder: Path, text: str) -> None:
+    (folder / "lvlm.json").write_bytes(text.encode("latin-1"))
+    assert "lvlm.json cannot be read" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "{}", '{"schema": 2}', '{"schema": "1"}'])
+def test_unknown_schema_is_told_before_unknown_fields(folder: Path, text: str) -> None:
+    (folder / "lvlm.json").write_text(text)
+    message = refused(folder)
+    assert "this version reads 1" in message
+    assert "has schema" in message
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda d: d.pop("keep"), "missing field 'keep'"),
+        (lambda d: d["text"].pop("heads"), "lvlm.json.text: missing field 'heads'"),
+        (lambda d: d["capacity"].pop("max_images"), "capacity: missing field 'max_images'"),
+        (put("colour", value=1), "unknown field 'colour'"),
+        (put("images", "tiles", value=1), "images: unknown field 'tiles'"),
+        (put("text", value=[]), "text is not an object"),
+        (put("text", "heads", value="2"), "text.heads holds '2'"),
+        (put("text", "heads", value=2.0), "text.heads holds 2.0"),
+        (put("text", "heads", value=True), "text.heads holds True"),
+        (put("text", "heads", value=None), "text.heads holds None"),
+        (put("keep", value="0.5"), "keep holds '0.5'"),
+        (put("keep", value=True), "keep holds True"),
+        (put("dtype", value="int8"), "dtype holds 'int8'"),
+        (put("chat_template", value=7), "chat_template holds 7"),
+        (put("graphs", value=[]), "graphs holds []"),
+        (put("files", value={"a": {"sha256": 1, "bytes": 1}}), "files.a.sha256 holds 1"),
+        (put("special_tokens", value={"bos_token": 1}), "special_tokens.bos_token holds 1"),
+        (put("capacity", "per_layer", 2, value="34"), "capacity.per_layer[2] holds '34'"),
+        (put("reductions", 0, "recycle", value="x"), "reductions[0].recycle holds 'x'"),
+        (put("graphs", "vision", "inputs", 0, "dims", 0, value=1.5), "inputs[0].dims[0] holds 1.5"),
+    ],
+    ids=lambda x: x.replace(" ", "-") if isinstance(x, str) else "",
+)
+def test_fields_that_do_not_fit_are_named(folder: Path, edit: Any, named: str) -> None:
+    change(folder, edit)
+    assert named in refused(folder)
+
+
+def test_a_whole_number_is_a_fraction_too(folder: Path) -> None:
+    change(folder, put("keep", value=1))
+    assert read_bundle(folder).keep == 1.0
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda d: d["capacity"]["per_layer"].pop(), "another number of layers than 4"),
+        (put("capacity", "per_layer", value=[]), "another number of layers than 4"),
+        (put("capacity", "per_layer", 1, value=0), "out of range"),
+        (put("capacity", "max_text_len", value=0), "out of range"),
+        (put("text", "kv_heads", value=-1), "out of range"),
+        (put("images", "tokens", value=0), "out of range"),
+        (put("images", "grid", value=[2, 0]), "out of range"),
+        (put("images", "grid", value=[4]), "a grid and a size of two numbers"),
+        (put("images", "size", value=[8, 8, 3]), "a grid and a size of two numbers"),
+        (put("keep", value=0), "out of range"),
+        (put("keep", value=1.5), "out of range"),
+        (put("keep", value=float("nan")), "out of range"),
+        (put("reductions", 0, "layer", value=0), "at layers [0, 2] of 4"),
+        (put("reductions", 1, "layer", value=4), "at layers [1, 4] of 4"),
+        (put("reductions", 0, "layer", value=3), "at layers [3, 2] of 4"),
+        (put("reductions", 0, "exponent", value=None), "reduction out of range"),
+        (put("reductions", 0, "exponent", value=-1.0), "reduction out of range"),
+        (put("reductions", 0, "ratio", value=0.5), "reduction out of range"),
+        (put("reductions", 1, "recycle", value=2.0), "reduction out of range"),
+        (lambda d: d["reductions"][0].update(exponent=None, ratio=3.0), "reduction out of range"),
+        (lambda d: d["reductions"][0].update(exponent=None, ratio=0.5), "mixes reductions"),
+        (lambda d: d["graphs"].pop("decode"), "lists no decode graph"),
+        (lambda d: d["files"].pop("prefill.onnx"), "no hash for prefill.onnx"),
+    ],
+)
+def test_values_that_cannot_be(folder: Path, edit: Any, said: str) -> None:
+    change(folder, edit)
+    assert said in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["../vision.onnx", "/etc/hostname", "a/../../b", "..\\b", "", "a\0b"]
+)
+def test_paths_that_leave_the_folder(folder: Path, name: str) -> None:
+    (folder.parent / "vision.onnx").write_bytes((folder / "vision.onnx").read_bytes())
+    original = (folder / "lvlm.json").read_text()
+
+    def in_graph(data: Any) -> None:
+        data["graphs"]["vision"]["file"] = name
+        data["files"][name] = data["files"]["vision.onnx"]
+
+    change(folder, in_graph)
+    assert "leaves the bundle" in refused(folder)
+    assert "leaves the bundle" in refused(folder, verify=False)
+    (folder / "lvlm.json").write_text(original)
+    change(folder, lambda d: d["files"].update({name: d["files"]["weights.bin"]}))
+    assert "leaves the bundle" in refused(folder)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_links_that_leave_the_folder(folder: Path, verify: bool) -> None:
+    weights = folder / "weights.bin"
+    weights.rename(folder.parent / "elsewhere.bin")
+    weights.symlink_to(folder.parent / "elsewhere.bin")
+    assert "'weights.bin'" in (message := refused(folder, verify=verify))
+    assert "leads outside" in message
+
+
+def test_links_within_the_folder_and_to_it_are_fine(folder: Path) -> None:
+    (folder / "blobs").mkdir()
+    (folder / "weights.bin").rename(folder / "blobs/0")
+    (folder / "weights.bin").symlink_to("blobs/0")
+    alias = folder.parent / "alias"
+    alias.symlink_to(folder)
+    read_bundle(alias)
+
+
+def test_link_in_a_circle(folder: Path) -> None:
+    weights = folder / "weights.bin"
+    weights.unlink()
+    weights.symlink_to("weights.bin")
+    refused(folder)
+
+
+def test_missing_longer_and_changed_files_are_named(folder: Path) -> None:
+    weights = folder / "weights.bin"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole + b"x")
+    assert re.search(r"weights\.bin has 1,101 bytes, not 1,100", refused(folder))
+    assert "1,101 bytes" in refused(folder, verify=False)
+    weights.write_bytes(whole[:500] + b"?" + whole[501:])
+    assert "weights.bin has changed" in refused(folder)
+    read_bundle(folder, verify=False)
+    weights.unlink()
+    assert "lacks the file weights.bin" in refused(folder)
+    assert "lacks the file weights.bin" in refused(folder, verify=False)
+    weights.mkdir()
+    assert "lacks the file weights.bin" in refused(folder)
+
+
+def test_stamps_spare_hashing_but_not_changes(
+    folder: Path, stamps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    real = integrity.sha256_of
+
+    def counting(path: Path) -> str:
+        hashed.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(integrity, "sha256_of", counting)
+    read_bundle(folder)
+    assert len(hashed) == 5
+    read_bundle(folder)
+    assert len(hashed) == 5
+    assert stamps.is_file()
+
+    weights = folder / "weights.bin"
+    whole, time = weights.read_bytes(), weights.stat().st_mtime_ns
+    weights.write_bytes(b"?" + whole[1:])
+    os.utime(weights, ns=(time, time + 1))
+    assert "weights.bin has changed" in refused(folder)
+    weights.write_bytes(whole)  # back again: hashed once, alone
+    hashed.clear()
+    read_bundle(folder)
+    assert hashed == ["weights.bin"]
+
+    # The same file under another hash in the manifest is not the verified one.
+    change(folder, put("files", "weights.bin", "sha256", value="0" * 64))
+    assert "weights.bin has changed" in refused(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}'])
+def test_a_broken_stamp_file_only_costs_a_hash(folder: Path, stamps: Path, content: str) -> None:
+    stamps.parent.mkdir(parents=True)
+    stamps.write_text(content)
+    read_bundle(folder)
+    assert json.loads(stamps.read_text())
+
+
+def test_stamps_of_files_that_are_gone_are_forgotten(folder: Path, stamps: Path) -> None:
+    read_bundle(folder)
+    moved = folder.rename(folder.parent / "moved")
+    read_bundle(moved)
+    assert all("/moved/" in name for name in json.loads(stamps.read_text()))
+
+
+def test_no_place_for_stamps(folder: Path, stamps: Path) -> None:
+    stamps.parent.parent.write_text("a file where the cache folder should be")
+    read_bundle(folder)
+    read_bundle(folder)

@@ -1,0 +1,365 @@
+"""Model: what it refuses, what it promises; answers themselves are checked in test_parity."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ASSETS
+from PIL import Image
+
+import lvlm
+from lvlm.runtime.errors import (
+    BackendError,
+    BundleError,
+    CapacityError,
+    ImageError,
+    ParameterError,
+    PromptError,
+)
+from lvlm.runtime.model import Model, Options, Stats
+from lvlm.runtime.sampling import Sampler
+
+PICTURE = ASSETS / "samples/digits-1.png"
+OTHER = ASSETS / "samples/digits-2.png"
+QUESTION = "Describe the picture."
+AS_IT_IS: dict[str, Any] = {"chat_template": False}
+
+
+@pytest.fixture(scope="module")
+def light(bundle: Callable[..., Path]) -> Iterator[Model]:
+    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2), threads=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def small(bundle: Callable[..., Path]) -> Iterator[Model]:
+    """32 text tokens and one image."""
+    with lvlm.load(bundle("tiny-llava", "lightvlm", max_text_len=32), threads=1) as model:
+        yield model
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model never ends an answer by itself."""
+    monkeypatch.setattr(Sampler, "choose", lambda self, logits: 20)  # noqa: ARG005
+
+
+def text_of(model: Model, tokens: int, start: str = "") -> str:
+    """A prompt of exactly so many text tokens, as it stands."""
+    text = start
+    pictures = [PICTURE] * start.count("<image>")
+    for _ in range(4 * tokens):
+        prompt = model.prepare(0, text or "7", pictures, Options(chat_template=False))
+        count = int((prompt.image_id == 0).sum())
+        if count == tokens:
+            return text
+        text += "7"
+    raise AssertionError(f"no prompt of {tokens} tokens")
+
+
+# Prompts and options
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "said"),
+    [
+        ("Hi", [PICTURE], "0 image placeholders for 1 image;"),
+        ("<image> Hi", [], "1 image placeholder for 0 images;"),
+        ("<image><image> Hi", [PICTURE], "2 image placeholders for 1 image;"),
+        ("", [], "the prompt is empty"),
+        (" \n", [], "the prompt is empty"),
+        ("Hi", PICTURE, "write images="),
+        ("Hi", str(PICTURE), "write images="),
+        ("Hi", PICTURE.read_bytes(), "write images="),
+        ("Hi", np.zeros((4, 4, 3), np.uint8), "write images="),
+        ("Hi", Image.new("RGB", (4, 4)), "write images="),
+        ("Hi", None, "write images="),
+    ],
+    ids=range(11),
+)
+def test_prompt_errors(light: Model, prompt: str, images: Any, said: str) -> None:
+    with pytest.raises(PromptError, match=said):
+        light.generate(prompt, images, chat_template=False)
+
+
+def test_empty_prompt_with_the_chat_template(light: Model) -> None:
+    with pytest.raises(PromptError, match="the prompt is empty"):
+        light.generate("")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_tokens": 3}, "unknown option 'max_tokens'; did you mean max_new_tokens"),
+        ({"temprature": 1.0}, "did you mean temperature"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; give"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1; give"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0; give"),
+        ({"max_new_tokens": None}, "max_new_tokens is None; give"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": "7"}, "seed is '7'"),
+        ({"stop": ""}, "stop is ''"),
+        ({"stop": ["a", ""]}, "none of them empty"),
+        ({"stop": 5}, "stop is 5"),
+        ({"keep": 0}, "keep is 0"),
+        ({"keep": [0.5]}, "1 fractions for 3 reductions"),
+        ({"keep": "0.5"}, "keep is '0.5'"),
+    ],
+)
+def test_option_errors_come_before_any_work(
+    light: Model, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(light, "prepare", None)  # calling it would be a TypeError
+    with pytest.raises(ParameterError, match=said):
+        light.generate(QUESTION, **options)
+    with pytest.raises(ParameterError, match=said):
+        light.stream(QUESTION, **options)
+
+
+def test_system_needs_the_template(light: Model) -> None:
+    with pytest.raises(ParameterError, match="system needs the chat template"):
+        light.generate(QUESTION, system="Be brief.", chat_template=False)
+
+
+def test_keep_needs_a_bundle_that_merges(bundle: Callable[..., Path]) -> None:
+    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+        with pytest.raises(ParameterError, match="--recipe lightvlm"):
+            model.generate(QUESTION, [PICTURE], keep=0.5)
+        answer = model.generate(QUESTION, [PICTURE], keep=1.0, max_new_tokens=2)
+    assert answer.merge_maps == []
+
+
+def test_loading_errors(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    folder = bundle("tiny-llava", max_images=2)
+    with pytest.raises(ParameterError, match="unknown device 'cpi'; did you mean cpu"):
+        lvlm.load(folder, device="cpi")
+    with pytest.raises(ParameterError, match="threads is 0; give 1 or more"):
+        lvlm.load(folder, threads=0)
+    with pytest.raises(BundleError, match="does not exist"):
+        lvlm.load(tmp_path / "none")
+
+
+def test_bf16_is_refused_on_the_cpu(bundle: Callable[..., Path]) -> None:
+    with pytest.raises(BackendError, match=r"bf16, which is for GPU.* --dtype fp32") as caught:
+        lvlm.load(bundle("tiny-llava", dtype="bf16"))
+    assert "\n" not in str(caught.value)
+
+
+def test_every_source_of_a_picture_gives_the_same_answer(light: Model) -> None:
+    with Image.open(PICTURE) as file:
+        picture = file.convert("RGB")
+    saved = io.BytesIO()
+    picture.save(saved, "PNG")
+    sources = [PICTURE, str(PICTURE), saved.getvalue(), picture, np.asarray(picture)]
+    answers = [light.generate(QUESTION, [s], max_new_tokens=8).token_ids for s in sources]
+    assert answers == [answers[0]] * len(sources)
+    with pytest.raises(ImageError, match="does not exist"):
+        light.generate(QUESTION, ["no.png"])
+
+
+# Capacity
+
+
+def test_text_up_to_one_token_below_the_limit(small: Model) -> None:
+    for start, images in (("", []), ("<image>", [PICTURE])):
+        answer = small.generate(text_of(small, 31, start), images, **AS_IT_IS)
+        assert len(answer.token_ids) == 1
+        assert answer.stats.prompt_tokens - answer.stats.image_tokens == 31
+        with pytest.raises(CapacityError, match=r"32 text tokens.*--max-text-len 32"):
+            small.generate(text_of(small, 32, start), images, **AS_IT_IS)
+
+
+@pytest.mark.usefixtures("endless")
+def test_answer_ends_at_the_capacity(small: Model) -> None:
+    prompt = text_of(small, 25)
+    for want, got in ((7, 7), (6, 6), (8, 7), (50, 7)):
+        answer = small.generate(prompt, max_new_tokens=want, **AS_IT_IS)
+        assert (len(answer.token_ids), answer.finish_reason) == (got, "length")
+        assert answer.stats.new_tokens == got
+
+
+@pytest.mark.usefixtures("endless")
+def test_rows_of_a_batch_have_their_own_limits(small: Model) -> None:
+    prompts = [text_of(small, n) for n in (31, 29)]
+    answers = small.generate(prompts, max_new_tokens=50, **AS_IT_IS)
+    assert [len(a.token_ids) for a in answers] == [1, 3]
+    assert [a.finish_reason for a in answers] == ["length", "length"]
+
+
+def test_too_many_images(small: Model) -> None:
+    with pytest.raises(CapacityError, match=r"2 images.*--max-images 1"):
+        small.generate("Hi", [PICTURE, OTHER])
+
+
+@pytest.mark.usefixtures("endless")
+def test_more_kept_than_exported_may_exceed_the_cache(small: Model) -> None:
+    text = int((small.prepare(0, QUESTION, [PICTURE], Options()).image_id == 0).sum())
+    with pytest.raises(
+        CapacityError, match=f"layer 3 needs {144 + text + 1} .* has 82; lower keep"
+    ):
+        small.generate(QUESTION, [PICTURE], keep=1.0)
+    # A little more fits and leaves less room for the answer.
+    answer = small.generate(QUESTION, [PICTURE], keep=0.5, max_new_tokens=50)
+    assert answer.finish_reason == "length"
+    assert len(answer.token_ids) == 82 - 72 - text
+
+
+# Streams, stop strings, seeds
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "seed": 3}], ids=["greedy", "drawn"])
+def test_pieces_of_a_stream_are_the_text(light: Model, options: dict[str, Any]) -> None:
+    answer = light.generate(QUESTION, [PICTURE], max_new_tokens=40, **options)
+    stream = light.stream(QUESTION, [PICTURE], max_new_tokens=40, **options)
+    assert stream.result is None
+    pieces = list(stream)
+    assert len(pieces) > 3
+    assert all(pieces)
+    assert "".join(pieces) == answer.text
+    assert stream.result is not None
+    assert stream.result.token_ids == answer.token_ids
+    assert stream.result.text == answer.text
+
+
+def test_stop_strings_cut_the_answer(light: Model) -> None:
+    whole = light.generate(QUESTION, [PICTURE], max_new_tokens=40)
+    for stop in (whole.text[9:14], whole.text[3:4], [whole.text[12:20], "nowhere in it"]):
+        first = stop if isinstance(stop, str) else stop[0]
+        answer = light.generate(QUESTION, [PICTURE], max_new_tokens=40, stop=stop)
+        assert answer.text == whole.text[: whole.text.index(first)]
+        assert answer.finish_reason == "stop"
+        assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
+        assert len(answer.token_ids) < len(whole.token_ids)
+        stream = light.stream(QUESTION, [PICTURE], max_new_tokens=40, stop=stop)
+        assert "".join(stream) == answer.text
+    unstopped = light.generate(QUESTION, [PICTURE], max_new_tokens=40, stop=["nowhere in it"])
+    assert unstopped.text == whole.text
+
+
+def test_seed_repeats_draws(light: Model) -> None:
+    drawn: dict[str, Any] = {"temperature": 5.0, "max_new_tokens": 12}
+    first = light.generate(QUESTION, seed=7, **drawn).token_ids
+    assert light.generate(QUESTION, seed=7, **drawn).token_ids == first
+    assert light.generate(QUESTION, seed=8, **drawn).token_ids != first
+    assert light.generate(QUESTION, **drawn).token_ids != first
+    # Equal prompts of a batch differ: row r draws with seed + r.
+    rows = light.generate([QUESTION, QUESTION], seed=7, **drawn)
+    assert rows[0].token_ids == first
+    assert rows[1].token_ids == light.generate(QUESTION, seed=8, **drawn).token_ids
+
+
+# Batches
+
+
+def test_batches(light: Model) -> None:
+    assert light.generate([]) == []
+    prompts = [QUESTION, "Read the top row.", "Hi"]
+    images = [[PICTURE], [PICTURE, OTHER], []]
+    together = light.generate(prompts, images, max_new_tokens=10)
+    alone = [light.generate(p, i, max_new_tokens=10) for p, i in zip(prompts, images, strict=True)]
+    assert [g.token_ids for g in together] == [g.token_ids for g in alone]
+    assert [g.text for g in together] == [g.text for g in alone]
+    assert [g.stats.image_tokens for g in together] == [144, 288, 0]
+    assert len(light.generate(["Hi", "Hello"], max_new_tokens=2)) == 2
+    for wrong in ([[PICTURE]], [[], [], []]):
+        with pytest.raises(PromptError, match="2 prompts but"):
+            light.generate(["Hi", "Hello"], wrong)
+    with pytest.raises(PromptError, match="write images="):
+        light.generate(["Hi", "Hello"], [str(PICTURE), str(OTHER)])
+
+
+def test_stats_and_maps_fit_together(light: Model) -> None:
+    answer = light.generate(QUESTION, [PICTURE, OTHER], max_new_tokens=5, keep=(0.5, 0.25, 0.1))
+    stats = answer.stats
+    assert isinstance(stats, Stats)
+    text = stats.prompt_tokens - stats.image_tokens
+    left = [144, 72, 36, 14, 14, 14]
+    assert stats.image_tokens_per_layer == tuple(2 * n for n in left)
+    assert stats.tokens_per_layer == tuple(2 * n + text for n in left)
+    assert len(answer.image_id) == stats.prompt_tokens
+    assert np.bincount(answer.image_id).tolist() == [text, 144, 144]
+    assert [len(m) for m in answer.merge_maps] == [2 * n + text for n in left[:3]]
+    for merge_map, after in zip(answer.merge_maps, left[1:], strict=False):
+        assert merge_map.max() == 2 * after + text - 1
+    assert stats.new_tokens == len(answer.token_ids)
+    assert stats.decode_steps == stats.new_tokens - 1
+    assert 0 < stats.cache_bytes_used < stats.cache_bytes_allocated
+    assert min(stats.vision_ms, stats.prefill_ms, stats.decode_ms) > 0
+    assert stats.decode_tokens_per_second == pytest.approx(
+        1e3 * stats.decode_steps / stats.decode_ms
+    )
+
+
+# One call at a time; closing
+
+
+def test_a_second_call_is_refused_until_the_stream_ends(light: Model) -> None:
+    stream = light.stream(QUESTION, [PICTURE], max_new_tokens=20)
+    light.generate(QUESTION, max_new_tokens=1)  # nothing has begun yet
+    next(iter(stream))
+    for call in (
+        lambda: light.generate("Hi"),
+        lambda: list(light.stream("Hi")),
+    ):
+        with pytest.raises(BackendError, match="answering another call"):
+            call()
+    stream.close()
+    assert stream.result is None
+    assert light.generate("Hi", max_new_tokens=1).token_ids
+
+
+def test_a_failed_call_leaves_the_model_usable(light: Model) -> None:
+    with pytest.raises(ImageError):
+        light.generate(QUESTION, ["no.png"])
+    assert light.generate("Hi", max_new_tokens=1).token_ids
+
+
+def test_a_closed_model_says_so(bundle: Callable[..., Path]) -> None:
+    model = lvlm.load(bundle("tiny-llava", max_images=2))
+    with model as same:
+        assert same is model
+    for call in (lambda: model.generate("Hi"), lambda: list(model.stream("Hi"))):
+        with pytest.raises(BackendError, match="this model is closed"):
+            call()
+    model.close()  # twice is fine
+
+
+# The cache is written in place
+
+
+@pytest.mark.usefixtures("endless")
+def test_decode_writes_one_slot_in_place(light: Model) -> None:
+    prompts = [
+        light.prepare(0, QUESTION, [PICTURE], Options()),
+        light.prepare(1, "Read the top row.", [PICTURE, OTHER], Options()),
+    ]
+    batch = light.engine.start(prompts)
+    cache = batch.cache
+    addresses = {name: b.ctypes.data for name, b in cache.buffers.items()}
+    allocated = cache.bytes_allocated
+    for _ in range(5):
+        before = {name: b.copy() for name, b in cache.buffers.items()}
+        index, _ = cache.next_slot()
+        list(batch.step())
+        for name, buffer in cache.buffers.items():
+            layer = int(name.rpartition("_")[2])
+            changed = (buffer != before[name]).any((1, 3))
+            for row in range(2):
+                assert np.flatnonzero(changed[row]).tolist() == [index[layer, row]]
+        np.testing.assert_array_equal(cache.lengths, index + 1)
+    assert {name: b.ctypes.data for name, b in cache.buffers.items()} == addresses
+    assert cache.bytes_allocated == allocated == sum(b.nbytes for b in cache.buffers.values())
+
+
+def test_buffers_are_used_again(light: Model) -> None:
+    prompt = light.prepare(0, QUESTION, [PICTURE], Options())
+    first = light.engine.start([prompt]).cache
+    assert light.engine.start([prompt]).cache is first
+    assert light.engine.start([prompt, prompt]).cache is not first
