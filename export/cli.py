@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm.runtime.console import run_main
+from lvlm.runtime.console import Parser, run_main
 
 if TYPE_CHECKING:
-    from lvlm.export.exporter import Options, Plan, Report
+    from lvlm.export.exporter import Report
+    from lvlm.export.plan import Options, Plan
     from lvlm.export.recipes._base import Recipe
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lvlm-export",
         description="Export a vision-language model with token merging built into its graphs.",
         epilog="example: lvlm-export --model tiny-llava --recipe lightvlm -o out/",
@@ -101,7 +102,8 @@ def _run(args: argparse.Namespace) -> int:
     if options.validate:
         _require(["onnxruntime"], "cpu")
 
-    from lvlm.export.exporter import check_output, export, make_plan, stages
+    from lvlm.export.exporter import export, stages
+    from lvlm.export.plan import check_output, make_plan
     from lvlm.export.progress import Progress
 
     check_output(options.output)
@@ -144,7 +146,7 @@ def _options(args: argparse.Namespace) -> Options:
         raise ParameterError("which model? give -m (tiny-llava is shipped with this package)")
     if args.output is None:
         raise ParameterError("where to? give -o FOLDER")
-    from lvlm.export.exporter import Options
+    from lvlm.export.plan import Options
     from lvlm.export.recipes._base import parse_settings
 
     targets = discover("lvlm.export.targets", "TARGET")

@@ -22,7 +22,7 @@ from lvlm.runtime.errors import LvlmError, ValidationError
 from lvlm.runtime.model import Model, Options
 
 if TYPE_CHECKING:
-    from lvlm.export.exporter import Plan
+    from lvlm.export.plan import Plan
 
 PICTURE, QUESTION, TOKENS = "samples/digits-1.png", "Describe the picture.", 24
 # Largest |difference| over the largest |reference|, by the dtype that was run.

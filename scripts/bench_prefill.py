@@ -21,8 +21,9 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import lvlm
-from lvlm.export.exporter import Options, export, make_plan
+from lvlm.export.exporter import export
 from lvlm.export.families.llava import FAMILY
+from lvlm.export.plan import Options, make_plan
 from lvlm.export.progress import Progress
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression

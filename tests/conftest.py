@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lvlm.export import exporter
+from lvlm.export import plan as planning
 from lvlm.export.families._base import Family
 from lvlm.export.progress import Progress
 from lvlm.export.recipes._base import parse_settings
@@ -99,8 +100,8 @@ def bundle(
             known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
             output = tmp_path_factory.mktemp("bundle") / "out"
             parsed = parse_settings(discover("lvlm.export.recipes", "RECIPE")[recipe], settings)
-            plan = exporter.make_plan(
-                exporter.Options(
+            plan = planning.make_plan(
+                planning.Options(
                     model=str(checkpoint(model)),
                     recipe=parsed,
                     output=output,

@@ -14,7 +14,8 @@ from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from lvlm.export import checkpoint as checkpoints
-from lvlm.export.exporter import Options, export, make_plan
+from lvlm.export.exporter import export
+from lvlm.export.plan import Options, make_plan
 from lvlm.export.progress import Progress
 from lvlm.export.recipes.none import NoCompression
 from lvlm.runtime.errors import CheckpointError, LvlmError, ParameterError

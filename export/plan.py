@@ -1,0 +1,149 @@
+"""Everything known before any work: checkpoint, family, recipe, sizes. What --dry-run prints."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lvlm.export import checkpoint as checkpoints
+from lvlm.export.families._base import Family
+from lvlm.export.progress import size
+from lvlm.export.recipes._base import Recipe
+from lvlm.export.skeleton import build_skeleton
+from lvlm.export.targets._base import Target
+from lvlm.runtime.bundle import Capacity, Images
+from lvlm.runtime.errors import ExportError, ParameterError
+from lvlm.runtime.schedule import keep_ratios, tokens_per_layer
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to export. ``dtype`` None: as the checkpoint has it (its config.json)."""
+
+    model: str
+    recipe: Recipe
+    output: Path
+    dtype: str | None = None
+    revision: str | None = None
+    max_text_len: int = 2048
+    max_images: int = 1
+    validate: bool = True
+    targets: tuple[Target, ...] = ()
+    # Set by validation only: the fp32 twin of a bf16 bundle holds weights rounded to bf16.
+    rounding: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_text_len", "max_images"):
+            if getattr(self, name) < 1:
+                raise ParameterError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; give 1 or more"
+                )
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ParameterError(f"--dtype {self.dtype}: give one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything known before any work: what ``--dry-run`` prints."""
+
+    options: Options
+    checkpoint: checkpoints.Checkpoint
+    family: Family
+    config: Any
+    dtype: torch.dtype
+    images: Images
+    recipe: Recipe
+    stored_names: dict[str, str]
+    weight_bytes: int
+    per_layer_image_tokens: list[int]
+    capacity: Capacity
+    cache_bytes: int
+    peak_bytes: int
+
+
+def make_plan(options: Options) -> Plan:
+    """Resolve and check everything that can be checked without tracing."""
+    checkpoint = checkpoints.resolve(options.model, options.revision)
+    family = checkpoints.find_family(checkpoint.config, checkpoint.source)
+    config = family.read_config(checkpoint.config)
+    dtype = DTYPES[options.dtype] if options.dtype else _stored_dtype(checkpoint.config)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    skeleton = build_skeleton(family, config, dtype, mode)
+    language = family.language(skeleton, config)
+    layers = len(language.blocks)
+    recipe = options.recipe.for_layers(layers)
+    images = family.images(config, checkpoint.folder)
+    stored_names = checkpoints.match_weights(checkpoint, family, skeleton)
+    keep = float(recipe.parameters().get("keep", 1.0))
+    reductions = recipe.reductions()
+    ratios = keep_ratios(reductions, keep, None)
+    entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
+    per_layer = tuple(options.max_text_len + options.max_images * n for n in entering)
+    longest = options.max_text_len + options.max_images * images.tokens
+    if language.window is not None and language.window < longest:
+        raise ParameterError(
+            f"this model attends over {language.window} tokens only; lower --max-text-len to "
+            f"{language.window - options.max_images * images.tokens} or less"
+        )
+    unique = {id(p): p for p in skeleton.parameters()}.values()
+    weight_bytes = sum(p.numel() for p in unique) * dtype.itemsize
+    largest = max(p.numel() for p in unique)
+    entry = 2 * language.kv_heads * language.head_dim * dtype.itemsize
+    return Plan(
+        options=options,
+        checkpoint=checkpoint,
+        family=family,
+        config=config,
+        dtype=dtype,
+        images=images,
+        recipe=recipe,
+        stored_names=stored_names,
+        weight_bytes=weight_bytes,
+        per_layer_image_tokens=entering,
+        capacity=Capacity(options.max_text_len, options.max_images, per_layer),
+        cache_bytes=sum(per_layer) * entry,
+        peak_bytes=_peak_estimate(options, weight_bytes, largest, len(list(unique))),
+    )
+
+
+def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
+    named = config.get("dtype") or config.get("torch_dtype")
+    named = named or config.get("text_config", {}).get("dtype")
+    named = named or config.get("text_config", {}).get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(named), None)
+    if dtype not in DTYPES.values():
+        raise ParameterError(f"config.json says dtype {named}; choose one with --dtype")
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _peak_estimate(options: Options, weight_bytes: int, largest: int, tensors: int) -> int:
+    """Libraries and traced graphs, and a few copies of the largest tensor in fp32; validation also
+    loads the model in fp32 and the bundle (figures behind this: docs/measurements.md)."""
+    base = 900_000_000 + 700_000 * tensors + 4 * 4 * largest
+    return base + (5 * weight_bytes if options.validate else 0)
+
+
+def check_output(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ExportError(f"{output} exists and is not empty; give another -o or remove it")
+    if not output.absolute().parent.is_dir():
+        raise ExportError(f"the folder {output.absolute().parent} does not exist; make it first")
+
+
+def check_disk(plan: Plan) -> None:
+    free = shutil.disk_usage(plan.options.output.absolute().parent).free
+    twin = 2 * plan.weight_bytes if plan.options.validate and plan.dtype == torch.bfloat16 else 0
+    needed = plan.weight_bytes + twin + 50_000_000
+    if free < needed:
+        raise ExportError(
+            f"the bundle needs {size(needed)}, the disk has {size(free)} free; "
+            "free some or give -o on another disk"
+        )
