@@ -37,11 +37,13 @@ def write_out_attention(model: ir.Model) -> int:
             raise ExportError(f"the shape of {node.name} is unknown; it cannot be written out")
         if query.dtype != ir.DataType.FLOAT or query.shape[2] == 1:
             continue
-        heads, kv_heads = int(query.shape[1]), int(key.shape[1])
+        heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
+        if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)):
+            raise ExportError(f"the heads of {node.name} are not static; it cannot be written out")
         causal = node.attributes.get_int("is_causal", 0) == 1
         scale = node.attributes.get_float("scale", 1.0)
         function = ir.serde.deserialize_function(
-            _attention(heads, kv_heads, int(query.shape[3]), causal, scale)
+            _attention(heads, kv_heads, head_dim, causal, scale)
         )
         model.functions[function.identifier()] = function
         model.opset_imports[LOWERED_DOMAIN] = 1

@@ -129,9 +129,7 @@ def test_prompt_from_standard_input(
     assert "not valid text" in one_line(err)
 
 
-def test_flags_reach_the_model(
-    run: Run, light: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_flags_reach_the_model(run: Run, light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     real = lvlm.Model.stream
 
