@@ -67,7 +67,7 @@ def main() -> None:
     stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     output = args.work / "llava-7b-bundle"
     shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "lvlm.export.cli", "-m", str(folder), "-r", args.recipe]
+    command = [sys.executable, "-m", "lvlm", "export", "-m", str(folder), "-r", args.recipe]
     began = time.perf_counter()
     subprocess.run([*command, "-o", str(output), "--no-validate"], check=True)
     seconds = time.perf_counter() - began
