@@ -49,6 +49,12 @@ def test_order_tells_the_centre() -> None:
     assert state == tokens_of(([0], [0]), ([1], [1, 4]), ([2], [2]), ([5], [5]))
 
 
+def test_order_tells_the_centre_after_what_it_absorbs() -> None:
+    # 4 takes in 1: were 1 the centre, it would come before 2 and 3.
+    (state,) = after_each_reduction(answer([0, 1, 1, 1, 1, 0], [0, 3, 1, 2, 3, 4]))
+    assert state[3] == Token((4,), (1, 4))
+
+
 def test_neighbours_may_both_be_the_centre() -> None:
     (state,) = after_each_reduction(answer([0, 1, 1, 1, 0], [0, 1, 1, 2, 3]))
     assert state == tokens_of(([0], [0]), ([1, 2], [1, 2]), ([3], [3]), ([4], [4]))
