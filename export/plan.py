@@ -109,7 +109,7 @@ def make_plan(options: Options) -> Plan:
         per_layer_image_tokens=entering,
         capacity=Capacity(options.max_text_len, options.max_images, per_layer),
         cache_bytes=sum(per_layer) * entry,
-        peak_bytes=_peak_estimate(options, weight_bytes, largest, len(list(unique))),
+        peak_bytes=_peak_estimate(options, weight_bytes, largest, weight_bytes // dtype.itemsize),
     )
 
 
@@ -124,11 +124,11 @@ def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
     return dtype
 
 
-def _peak_estimate(options: Options, weight_bytes: int, largest: int, tensors: int) -> int:
-    """Libraries and traced graphs, and a few copies of the largest tensor in fp32; validation also
-    loads the model in fp32 and the bundle (figures behind this: docs/measurements.md)."""
-    base = 900_000_000 + 700_000 * tensors + 4 * 4 * largest
-    return base + (5 * weight_bytes if options.validate else 0)
+def _peak_estimate(options: Options, weight_bytes: int, largest: int, parameters: int) -> int:
+    """Libraries and traced graphs (docs/measurements.md), and two copies of the largest tensor.
+    Validation also loads the model in fp32 and the bundle."""
+    base = 550_000_000 + 2 * largest * weight_bytes // parameters
+    return base + (4 * parameters + 3 * weight_bytes if options.validate else 0)
 
 
 def check_output(output: Path) -> None:

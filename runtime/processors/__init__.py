@@ -10,14 +10,16 @@ from __future__ import annotations
 import importlib
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from lvlm.runtime.discovery import names, nearest
 from lvlm.runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Processor(Protocol):
