@@ -17,9 +17,10 @@ import torch
 
 from lvlm.export.progress import Progress
 from lvlm.export.reference import Reference, load_fp32
+from lvlm.runtime.answers import Options
 from lvlm.runtime.engine import Batch, Prompt
 from lvlm.runtime.errors import LvlmError, ValidationError
-from lvlm.runtime.model import Model, Options
+from lvlm.runtime.model import Model
 
 if TYPE_CHECKING:
     from lvlm.export.plan import Plan

@@ -15,7 +15,8 @@ from lvlm.runtime.console import Parser, run_main
 from lvlm.runtime.errors import ParameterError, PromptError
 
 if TYPE_CHECKING:
-    from lvlm.runtime.model import Generation, Model
+    from lvlm.runtime.answers import Generation
+    from lvlm.runtime.model import Model
 
 DRAWING = ("top_k", "top_p", "seed")  # without effect at temperature 0
 
@@ -85,7 +86,8 @@ def _run(args: argparse.Namespace) -> int:
     _check(args)
     prompt = _prompt(args.prompt)
 
-    from lvlm.runtime.model import Options, load
+    from lvlm.runtime.answers import Options
+    from lvlm.runtime.model import load
 
     began = time.perf_counter()
     with load(

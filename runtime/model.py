@@ -6,13 +6,13 @@ import os
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self, overload
 
 import numpy as np
 
+from lvlm.runtime.answers import Generation, Options, Stats, Stream
 from lvlm.runtime.backends import open_backend
 from lvlm.runtime.bundle import Manifest, read_bundle
 from lvlm.runtime.discovery import nearest
@@ -20,100 +20,8 @@ from lvlm.runtime.engine import Batch, Engine, Prompt, RowState
 from lvlm.runtime.errors import BackendError, BundleError, ParameterError, PromptError
 from lvlm.runtime.images import ImageSource, open_image
 from lvlm.runtime.processors import load_processor
-from lvlm.runtime.sampling import Sampling
-from lvlm.runtime.schedule import Keep, keep_ratios
+from lvlm.runtime.schedule import keep_ratios
 from lvlm.runtime.text import ChatTemplate, TextStream, Tokenizer, expand_placeholders
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to answer; see Model.generate."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    keep: Keep | None = None
-    chat_template: bool = True
-    system: str | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise ParameterError(
-                f"max_new_tokens is {self.max_new_tokens!r}; give a whole number of 1 or more"
-            )
-        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
-            raise ParameterError(f"stop is {self.stop!r}; give a list of texts, none of them empty")
-
-    def sampling(self, row: int) -> Sampling:
-        """Row r of a seeded batch draws from seed + r, so that equal prompts differ."""
-        seed = self.seed + row if isinstance(self.seed, int) else self.seed
-        return Sampling(
-            self.temperature, self.top_k, self.top_p, self.repetition_penalty, seed=seed
-        )
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What one answer took. Times cover the whole batch; bytes are of its cache."""
-
-    prompt_tokens: int
-    image_tokens: int
-    new_tokens: int
-    tokens_per_layer: tuple[int, ...]
-    image_tokens_per_layer: tuple[int, ...]
-    vision_ms: float
-    prefill_ms: float
-    decode_ms: float
-    decode_steps: int
-    cache_bytes_allocated: int
-    cache_bytes_used: int
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Steps per second of this row's stream; 0 if the answer was a single token."""
-        return 1e3 * self.decode_steps / self.decode_ms if self.decode_ms else 0.0
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer. ``token_ids`` ends with the end-of-text token where the model chose it;
-    ``finish_reason`` is "stop" (end of text or a stop string) or "length". ``image_id`` tells of
-    every prompt token whether it is text (0) or of the m-th image (m). ``merge_maps`` holds, per
-    reduction, old -> new index of every token that enters it (a prompt token enters the first), -1
-    where it was dropped; padding follows in a batch."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str
-    stats: Stats
-    image_id: np.ndarray = field(repr=False, compare=False)
-    merge_maps: list[np.ndarray] = field(repr=False, compare=False, default_factory=list)
-
-
-class Stream:
-    """Iterate for the pieces of an answer; ``result`` is there after the last.
-
-    To stop before that, ``close`` it: the model is busy until then.
-    """
-
-    def __init__(self, pieces: Generator[str | Generation]) -> None:
-        self._pieces = pieces
-        self.result: Generation | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            if isinstance(piece, Generation):
-                self.result = piece
-            elif piece:
-                yield piece
-
-    def close(self) -> None:
-        self._pieces.close()
 
 
 class Model:

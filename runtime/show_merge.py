@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
+from lvlm.runtime.answers import Generation
 from lvlm.runtime.bundle import Images, Manifest
 from lvlm.runtime.errors import ParameterError
 from lvlm.runtime.images import ImageSource, open_image
-from lvlm.runtime.model import Generation, Model
+from lvlm.runtime.model import Model
 
 PANEL = 280  # the least height and width of a panel, in pixels
 MARGIN, GAP, LINE = 20, 16, 24

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import lvlm
-from lvlm.runtime.model import Generation
+from lvlm.runtime.answers import Generation
 
 SAMPLE = Path(__file__).parents[1] / "assets/samples/digits-1.png"
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lvlm.runtime.answers import Generation, Stats, Stream
     from lvlm.runtime.errors import LvlmError
-    from lvlm.runtime.model import Generation, Model, Stats, Stream, load
+    from lvlm.runtime.model import Model, load
 
 __all__ = ["Generation", "LvlmError", "Model", "Stats", "Stream", "load"]
 
-_HOME = dict.fromkeys(("Generation", "Model", "Stats", "Stream", "load"), "lvlm.runtime.model")
-_HOME["LvlmError"] = "lvlm.runtime.errors"
+_HOME = {
+    **dict.fromkeys(("Generation", "Stats", "Stream"), "lvlm.runtime.answers"),
+    **dict.fromkeys(("Model", "load"), "lvlm.runtime.model"),
+    "LvlmError": "lvlm.runtime.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,8 +17,9 @@ import lvlm
 from lvlm.export.checkpoint import Checkpoint, find_family
 from lvlm.export.recipes._base import parse_settings
 from lvlm.export.reference import Reference
+from lvlm.runtime.answers import Options
 from lvlm.runtime.discovery import discover
-from lvlm.runtime.model import Model, Options
+from lvlm.runtime.model import Model
 
 MODELS = ["tiny-llava", *TINY]
 IMAGE = "<image>\n"

@@ -19,10 +19,10 @@ from PIL import Image
 
 import lvlm
 from lvlm import main as dispatcher
+from lvlm.runtime.answers import Generation, Options
 from lvlm.runtime.cli import _parser, main
 from lvlm.runtime.console import run_main
 from lvlm.runtime.errors import BundleError
-from lvlm.runtime.model import Generation, Options
 from lvlm.runtime.sampling import Sampler
 
 PICTURE = ASSETS / "samples/digits-1.png"

@@ -13,6 +13,7 @@ from conftest import ASSETS
 from PIL import Image
 
 import lvlm
+from lvlm.runtime.answers import Options, Stats
 from lvlm.runtime.errors import (
     BackendError,
     BundleError,
@@ -21,7 +22,7 @@ from lvlm.runtime.errors import (
     ParameterError,
     PromptError,
 )
-from lvlm.runtime.model import Model, Options, Stats
+from lvlm.runtime.model import Model
 from lvlm.runtime.sampling import Sampler
 
 PICTURE = ASSETS / "samples/digits-1.png"

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from lvlm.runtime.answers import Generation, Stats
 from lvlm.runtime.bundle import Images, Reduction
 from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.model import Generation, Stats
 from lvlm.runtime.show_merge import GAP, MARGIN, Token, after_each_reduction, merge_picture
 
 STATS = Stats(0, 0, 0, (), (), 0, 0, 0, 0, 0, 0)
