@@ -24,9 +24,10 @@ def fix_dimensions(model: ir.Model, sizes: Mapping[str, int]) -> None:
 
 
 def write_out_attention(model: ir.Model) -> int:
-    """Replace fp32 Attention of more than one query row by matrix products and a softmax.
+    """Replace fp32 Attention by matrix products and a softmax; returns how many there were.
 
-    Precondition: 4-D inputs with static head counts, no cache inputs. Returns how many.
+    Precondition: 4-D inputs with static head counts, no cache inputs. One query row would build
+    with grouped heads, but not with as many key as query heads; so all of fp32 is written out.
     """
     replaced = 0
     for node in model.graph:
@@ -35,7 +36,7 @@ def write_out_attention(model: ir.Model) -> int:
         query, key = node.inputs[0], node.inputs[1]
         if query is None or key is None or query.shape is None or key.shape is None:
             raise ExportError(f"the shape of {node.name} is unknown; it cannot be written out")
-        if query.dtype != ir.DataType.FLOAT or query.shape[2] == 1:
+        if query.dtype != ir.DataType.FLOAT:
             continue
         heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
         if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)):
@@ -43,7 +44,7 @@ def write_out_attention(model: ir.Model) -> int:
         causal = node.attributes.get_int("is_causal", 0) == 1
         scale = node.attributes.get_float("scale", 1.0)
         function = ir.serde.deserialize_function(
-            _attention(heads, kv_heads, head_dim, causal, scale)
+            _attention(heads, kv_heads, head_dim, causal, scale, masked=len(node.inputs) == 4)
         )
         model.functions[function.identifier()] = function
         model.opset_imports[LOWERED_DOMAIN] = 1
@@ -54,9 +55,10 @@ def write_out_attention(model: ir.Model) -> int:
 
 
 def _attention(
-    heads: int, kv_heads: int, head_dim: int, causal: bool, scale: float
+    heads: int, kv_heads: int, head_dim: int, causal: bool, scale: float, masked: bool
 ) -> onnx.FunctionProto:
-    """Attention over q [B,heads,N,d], k and v [B,kv_heads,S,d] in ops every version knows."""
+    """Attention over q [B,heads,N,d], k and v [B,kv_heads,S,d] in ops every version knows; where
+    ``masked`` a boolean mask [B,1,1,S] says which keys are seen."""
     group = heads // kv_heads
     node = helper.make_node
     nodes = [
@@ -72,6 +74,13 @@ def _attention(
         node("MatMul", ["qs", "kt"], ["scores"]),
     ]
     seen = "scores"
+    if masked:
+        nodes += [
+            node("Unsqueeze", ["mask", "axis"], ["mask5"]),
+            node("Constant", [], ["hidden"], value_float=-3.0e38),
+            node("Where", ["mask5", "scores", "hidden"], ["visible"]),
+        ]
+        seen = "visible"
     if causal:
         nodes += [
             node("Shape", ["q"], ["rows"], start=2, end=3),
@@ -83,15 +92,17 @@ def _attention(
             node("Unsqueeze", ["at", "last"], ["row"]),
             node("GreaterOrEqual", ["row", "at"], ["sees"]),
             node("Constant", [], ["never"], value_float=-3.0e38),
-            node("Where", ["sees", "scores", "never"], ["masked"]),
+            node("Where", ["sees", seen, "never"], ["past"]),
         ]
-        seen = "masked"
+        seen = "past"
     nodes += [
         node("Softmax", [seen], ["weights"], axis=-1),
         node("MatMul", ["weights", "v5"], ["out5"]),
         node("Constant", [], ["joined"], value_ints=[0, heads, -1, head_dim]),
         node("Reshape", ["out5", "joined"], ["out"]),
     ]
-    name = f"Attention_{heads}_{kv_heads}_{head_dim}" + ("_causal" if causal else "")
+    name = f"Attention_{heads}_{kv_heads}_{head_dim}"
+    name += ("_causal" if causal else "") + ("_masked" if masked else "")
+    inputs = ["q", "k", "v", *(["mask"] if masked else [])]
     opsets = [helper.make_opsetid("", OPSET)]
-    return helper.make_function(LOWERED_DOMAIN, name, ["q", "k", "v"], ["out"], nodes, opsets)
+    return helper.make_function(LOWERED_DOMAIN, name, inputs, ["out"], nodes, opsets)

@@ -128,3 +128,58 @@ def profiles(manifest: Manifest, graph: str) -> _trt_gate.Profiles:
         ]
         found[port.name] = tuple([d[i] for d in dims] for i in range(3))
     return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "llava:llama-mha-bias-rope3-siglip"])
+def test_lowered_graphs_compute_the_same(
+    name: str, bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trt-rtx graphs in the canonical ones' place, on ONNX Runtime."""
+    import dataclasses
+    import shutil
+
+    import numpy as np
+    from conftest import ASSETS
+
+    import lvlm
+    from lvlm.export.targets.trt_rtx import TARGET
+    from lvlm.runtime import engine
+    from lvlm.runtime.answers import Options
+    from lvlm.runtime.bundle import File
+    from lvlm.runtime.integrity import sha256_of
+
+    original = make(bundle, name, "lightvlm")
+    folder = tmp_path / "bundle"
+    shutil.copytree(original, folder)
+    manifest = read_bundle(folder)
+    TARGET.write(folder, {n: g.file for n, g in manifest.graphs.items()}, manifest.capacity)
+    files = dict(manifest.files)
+    for graph in manifest.graphs.values():
+        (folder / target_file(graph.file, TARGET.name)).replace(folder / graph.file)
+        path = folder / graph.file
+        assert "lvlm.lowered" in path.read_bytes().decode("latin-1")
+        files[graph.file] = File(sha256_of(path), path.stat().st_size)
+    dataclasses.replace(manifest, files=files).write(folder)
+
+    def logits(where: Path) -> list[np.ndarray]:
+        with lvlm.load(where) as model:
+            prompts = ["Read the top row.", "How often does 7 appear?"]
+            pictures = [[ASSETS / "samples/digits-1.png"], []]
+            options = Options()
+            rows = [
+                model.prepare(0, p, images, options)
+                for p, images in zip(prompts, pictures, strict=True)
+            ]
+            batch = model.engine.start(rows)
+            found = [batch.logits.copy()]
+            for _ in range(3):
+                for row in batch.rows:
+                    row.tokens.append(5)
+                batch.decode_step()
+                found.append(batch.logits.copy())
+            return found
+
+    expected = logits(original)
+    monkeypatch.setattr(engine, "CAPACITY_STEP", 10**6)  # these graphs take full buffers only
+    for ours, theirs in zip(logits(folder), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)

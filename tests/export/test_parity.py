@@ -131,8 +131,8 @@ def test_lightvlm_equals_its_torch_reference(
             for ours, theirs in zip(got, expected, strict=True):
                 assert ours.token_ids == theirs.tokens
                 assert list(ours.stats.tokens_per_layer) == theirs.entries
-                for mine, reference in zip(ours.merge_maps, theirs.maps, strict=True):
-                    np.testing.assert_array_equal(mine[: len(reference)], reference.numpy())
+                for mine, full in zip(ours.merge_maps, theirs.maps, strict=True):
+                    np.testing.assert_array_equal(mine[: len(full)], full.numpy())
 
 
 def test_keep_1_equals_recipe_none(bundle: Callable[..., Path]) -> None:
