@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from statistics import median
 
 import lvlm
 from lvlm.runtime.answers import Generation
 
+RUNS = 7  # medians of these, after one to warm up
 SAMPLE = Path(__file__).parents[1] / "assets/samples/digits-1.png"
 
 
@@ -24,13 +26,14 @@ def main() -> None:
     answers = []
     for bundle in args.bundles:
         with lvlm.load(bundle) as model:
-            model.generate(args.question, [args.image], max_new_tokens=2)  # warm up
-            answer = model.generate(args.question, [args.image])
+            runs = [model.generate(args.question, [args.image]) for _ in range(RUNS + 1)][1:]
+        answer = runs[-1]
         answers.append((bundle.name, answer))
-        stats = answer.stats
+        prefill = median(run.stats.prefill_ms for run in runs)
+        speed = median(run.stats.decode_tokens_per_second for run in runs)
         print(
-            f"{bundle.name:9} {stages(answer):>22} {stats.prefill_ms:11.1f} "
-            f"{stats.decode_tokens_per_second:13.0f} {stats.cache_bytes_used / 1e3:9.0f}"
+            f"{bundle.name:9} {stages(answer):>22} {prefill:11.1f} {speed:13.0f} "
+            f"{answer.stats.cache_bytes_used / 1e3:9.0f}"
         )
     for name, answer in answers:
         print(f"\n{name}: {answer.text.strip()}")
