@@ -108,8 +108,7 @@ def _run(args: argparse.Namespace) -> int:
 
     check_output(options.output)
     quiet = args.quiet or args.json
-    if not args.verbose:
-        _silence_libraries()
+    _set_logging(args.verbose)
     plan = make_plan(options)
     if not quiet and plan.checkpoint.source != args.model:
         print(f"{args.model} is {plan.checkpoint.source}", file=sys.stderr)
@@ -175,10 +174,14 @@ def _known_recipe(name: str) -> type[Recipe]:
     return known[name]
 
 
-def _silence_libraries() -> None:
+def _set_logging(verbose: bool) -> None:
     import logging
     import warnings
 
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+        logging.getLogger("lvlm").setLevel(logging.DEBUG)
+        return
     warnings.simplefilter("ignore")
     for name in ("torch", "transformers", "onnxscript", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)

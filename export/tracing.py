@@ -113,7 +113,11 @@ def _example_sizes(inputs: Sequence[GraphInput]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter warns about packages it does not need and prints its progress."""
+    """torch's exporter warns about packages it does not need and prints its progress; all of it
+    shows where the logger ``lvlm`` is at DEBUG (--verbose)."""
+    if logging.getLogger("lvlm").isEnabledFor(logging.DEBUG):
+        yield
+        return
     loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

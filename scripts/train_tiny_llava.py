@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional as F  # noqa: N812  (the field's own name)
 from transformers import (
@@ -68,6 +69,7 @@ def main() -> None:
     train_vision(model, args)
     train_language(model, tokenizer, args)
     save(model, tokenizer, args.output)
+    save_samples(args.output.parent / "samples")
     stored = LlavaForConditionalGeneration.from_pretrained(args.output, dtype=torch.float32).eval()
     report = evaluate(stored, tokenizer, grids=args.eval_grids)
     report["arguments"] = {"stage1_steps": args.stage1_steps, "stage2_steps": args.stage2_steps}
@@ -401,6 +403,13 @@ def save(
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(output)
+
+
+def save_samples(folder: Path) -> None:
+    """The pictures of README and tests: held-out grids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (grid, _) in enumerate(digits.samples("heldout", 2, seed=7), 1):
+        Image.fromarray(grid.image).save(folder / f"digits-{number}.png")
 
 
 if __name__ == "__main__":
