@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if args.verbose else "1")
-    _require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
+    require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
     if args.help_recipe is not None or args.list_models or args.list_targets:
         from lvlm.export import listings
 
@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     options = _options(args)
     if options.validate:
-        _require(["onnxruntime"], "cpu")
+        require(["onnxruntime"], "cpu")
 
     from lvlm.export.exporter import export, stages
     from lvlm.export.plan import check_output, make_plan
@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace) -> int:
 
     check_output(options.output)
     quiet = args.quiet or args.json
-    _set_logging(args.verbose)
+    set_logging(args.verbose)
     plan = make_plan(options)
     if not quiet and plan.checkpoint.source != args.model:
         print(f"{args.model} is {plan.checkpoint.source}", file=sys.stderr)
@@ -118,13 +118,13 @@ def _run(args: argparse.Namespace) -> int:
     progress = Progress(stages(options), quiet=quiet)
     report = export(plan, progress)
     if args.json:
-        print(json.dumps(_report_data(plan, report), indent=1))
+        print(json.dumps(_report_data(report), indent=1))
     elif not args.quiet:
-        print(_report_table(plan, report), file=sys.stderr)
+        print(_report_table(report), file=sys.stderr)
     return 0
 
 
-def _require(packages: Sequence[str], extra: str) -> None:
+def require(packages: Sequence[str], extra: str) -> None:
     from importlib.util import find_spec
 
     from lvlm.runtime.errors import ExportError
@@ -154,7 +154,7 @@ def _options(args: argparse.Namespace) -> Options:
             raise nearest("target", name, targets)
     return Options(
         model=args.model,
-        recipe=parse_settings(_known_recipe(args.recipe), args.set),
+        recipe=parse_settings(known_recipe(args.recipe), args.set),
         output=args.output,
         dtype=args.dtype,
         revision=args.revision,
@@ -165,7 +165,7 @@ def _options(args: argparse.Namespace) -> Options:
     )
 
 
-def _known_recipe(name: str) -> type[Recipe]:
+def known_recipe(name: str) -> type[Recipe]:
     from lvlm.runtime.discovery import discover, nearest
 
     known: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
@@ -174,7 +174,7 @@ def _known_recipe(name: str) -> type[Recipe]:
     return known[name]
 
 
-def _set_logging(verbose: bool) -> None:
+def set_logging(verbose: bool) -> None:
     import logging
     import warnings
 
@@ -188,60 +188,66 @@ def _set_logging(verbose: bool) -> None:
 
 
 def _plan_data(plan: Plan) -> dict[str, Any]:
+    from lvlm.export.graphs import graph_names
+
     return {
         "model": plan.checkpoint.source,
         "family": plan.family.name,
         "recipe": {"name": plan.recipe.name, "parameters": plan.recipe.parameters()},
         "dtype": str(plan.dtype).removeprefix("torch."),
         "output": str(plan.options.output),
-        "graphs": ["vision.onnx", "prefill.onnx", "decode.onnx"],
+        "graphs": [f"{name}.onnx" for name in graph_names(plan.recipe)],
         "weight_bytes": plan.weight_bytes,
         "image_tokens": plan.images.tokens,
-        "image_tokens_per_layer": plan.per_layer_image_tokens,
-        "capacity": dataclasses.asdict(plan.capacity),
-        "cache_bytes_per_sequence": plan.cache_bytes,
+        "image_tokens_per_layer": plan.cache.image_tokens,
+        "capacity": dataclasses.asdict(plan.cache.capacity),
+        "cache_bytes_per_sequence": plan.cache.bytes,
         "peak_memory_estimate_bytes": plan.peak_bytes,
     }
 
 
 def _plan_table(plan: Plan) -> str:
+    from lvlm.export.graphs import graph_names
     from lvlm.export.progress import size
 
-    return _rows(
+    graphs = graph_names(plan.recipe)
+
+    return layout(
         {
             "model": f"{plan.checkpoint.source} (family {plan.family.name})",
             "recipe": _recipe_line(plan),
-            "would write": f"{plan.options.output}/ with vision, prefill and decode graphs",
+            "would write": f"{plan.options.output}/ with graphs {', '.join(graphs)}",
             "weights": f"{size(plan.weight_bytes)} as {str(plan.dtype).removeprefix('torch.')}",
             "image tokens": _pyramid(plan),
-            "cache": f"{size(plan.cache_bytes)} per sequence at full capacity",
+            "cache": f"{size(plan.cache.bytes)} per sequence at full capacity",
             "peak memory": f"about {size(plan.peak_bytes)} during export (estimate)",
         }
     )
 
 
-def _report_table(plan: Plan, report: Report) -> str:
+def _report_table(report: Report) -> str:
     from lvlm.export.progress import size
     from lvlm.export.validation import table
 
+    plan = report.plan
     total = sum(f.bytes for f in report.manifest.files.values())
     rows = {
         "bundle": f"{report.output}/  {size(total)} in {len(report.manifest.files)} files",
         "recipe": _recipe_line(plan),
         "image tokens": _pyramid(plan),
-        "cache": f"{size(plan.cache_bytes)} per sequence at full capacity",
+        "cache": f"{size(plan.cache.bytes)} per sequence at full capacity",
         "took": f"{report.seconds:.1f} s",
         "validation": report.manifest.validation,
     }
-    lines = [_rows(rows)]
+    lines = [layout(rows)]
     if report.validation:
         lines.append(table(report.validation))
     lines.append(f'next: lvlm-run {report.output} --image PICTURE "QUESTION"')
     return "\n".join(lines)
 
 
-def _report_data(plan: Plan, report: Report) -> dict[str, Any]:
-    return _plan_data(plan) | {
+def _report_data(report: Report) -> dict[str, Any]:
+    return _plan_data(report.plan) | {
         "seconds": round(report.seconds, 2),
         "files": {name: f.bytes for name, f in report.manifest.files.items()},
         "validation": report.manifest.validation,
@@ -255,7 +261,7 @@ def _recipe_line(plan: Plan) -> str:
 
 
 def _pyramid(plan: Plan) -> str:
-    counts, steps = plan.per_layer_image_tokens, [str(plan.per_layer_image_tokens[0])]
+    counts, steps = plan.cache.image_tokens, [str(plan.cache.image_tokens[0])]
     for layer in range(1, len(counts)):
         if counts[layer] != counts[layer - 1]:
             steps.append(f"{counts[layer]} from block {layer}")
@@ -263,6 +269,6 @@ def _pyramid(plan: Plan) -> str:
     return " → ".join(steps) + f" (mean over layers {mean:.0%})"
 
 
-def _rows(rows: dict[str, str]) -> str:
+def layout(rows: dict[str, str]) -> str:
     width = max(map(len, rows))
     return "\n".join(f"  {name:{width}}  {value}" for name, value in rows.items())

@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.export import checkpoint as checkpoints
 from lvlm.export import weights
-from lvlm.export.graphs import GRAPHS, trace_graph
+from lvlm.export.graphs import graph_names, trace_graph
 from lvlm.export.plan import Options, Plan, check_disk, check_output
 from lvlm.export.progress import Progress, size
+from lvlm.export.self_calibration import with_profile
 from lvlm.export.skeleton import build_skeleton
 from lvlm.export.tracing import TracedGraph
 from lvlm.runtime.bundle import (
@@ -40,6 +41,7 @@ class Report:
     """What an export did."""
 
     output: Path
+    plan: Plan
     manifest: Manifest
     seconds: float
     validation: list[Any] = field(default_factory=list)
@@ -51,8 +53,9 @@ def export(plan: Plan, progress: Progress) -> Report:
     check_output(output)
     check_disk(plan)
     with _temporary_sibling(output) as folder:
+        plan = with_profile(plan, progress)
         manifest = write_bundle(plan, folder, progress)
-        report = Report(output, manifest, progress.elapsed)
+        report = Report(output, plan, manifest, progress.elapsed)
         if plan.options.validate:
             from lvlm.export.validation import validate
 
@@ -65,7 +68,11 @@ def export(plan: Plan, progress: Progress) -> Report:
 
 
 def stages(options: Options) -> int:
-    return len(GRAPHS) + 2 + len(options.targets) + options.validate
+    """How many steps the progress of an export has."""
+    wanted = options.recipe.calibration()
+    measured = wanted is not None and wanted.file is None
+    graphs = len(graph_names(options.recipe))
+    return graphs + 2 + len(options.targets) + options.validate + measured
 
 
 @contextlib.contextmanager
@@ -114,12 +121,17 @@ def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
         prompt = plan.family.prompt(plan.config, plan.checkpoint.folder)
         for name in prompt.files:
             shutil.copyfile(plan.checkpoint.folder / name, folder / name)
+        if plan.profile is not None:
+            plan.profile.write(folder / "profile.json")
         stage.result = f"{len(graphs)} graphs"
     for target in plan.options.targets:
         with progress.stage(f"lower for {target.name}") as stage:
-            target.write(folder, {name: g.file for name, g in described.items()}, plan.capacity)
+            target.write(
+                folder, {name: g.file for name, g in described.items()}, plan.cache.capacity
+            )
             stage.result = f"*.{target.name}.onnx"
     language = plan.family.language(_skeleton(plan), plan.config)
+    rule = plan.recipe.cache_rule()
     manifest = Manifest(
         schema=SCHEMA,
         family=plan.family.name,
@@ -146,7 +158,8 @@ def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
         images=plan.images,
         keep=float(plan.recipe.parameters().get("keep", 1.0)),
         reductions=plan.recipe.reductions(),
-        capacity=plan.capacity,
+        compression=rule.compression if rule else None,
+        capacity=plan.cache.capacity,
         chat_template=prompt.chat_template,
         special_tokens=prompt.special_tokens,
         validation="skipped",
@@ -168,7 +181,7 @@ def _trace_all(plan: Plan, progress: Progress) -> list[TracedGraph]:
     language = plan.family.language(model, plan.config)
     vision = plan.family.vision(model, plan.config)
     graphs = []
-    for name in GRAPHS:
+    for name in graph_names(plan.recipe):
         with progress.stage(f"trace {name}") as stage:
             graph = trace_graph(
                 name, model, vision, language, plan.recipe, plan.images, plan.dtype, mode

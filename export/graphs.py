@@ -9,12 +9,29 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lvlm.export.language import Decode, LanguageModel, Prefill, decode_inputs, prefill_inputs
-from lvlm.export.recipes._base import GraphInput, Recipe
+from lvlm.export.language import (
+    Compact,
+    Decode,
+    LanguageModel,
+    Prefill,
+    buffer_kinds,
+    buffer_names,
+    compact_inputs,
+    decode_inputs,
+    prefill_inputs,
+    recipe_inputs,
+)
+from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes._sequence import GraphInput
 from lvlm.export.tracing import TracedGraph, trace
 from lvlm.runtime.bundle import Images
 
-GRAPHS = ("vision", "prefill", "decode")
+
+def graph_names(recipe: Recipe) -> tuple[str, ...]:
+    """The graphs of a bundle with this recipe."""
+    rule = recipe.cache_rule()
+    compact = ("compact",) if rule is not None and rule.queries else ()
+    return ("vision", "prefill", "decode", *compact)
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -35,32 +52,44 @@ def trace_graph(
     dtype: torch.dtype,
     mode: FakeTensorMode,
 ) -> TracedGraph:
-    """One of GRAPHS, without weights."""
-    caches = [
-        f"present_{which}_{layer}"
-        for layer in range(len(language.blocks))
-        for which in ("key", "value")
-    ]
-    maps = [f"merge_map_{i}" for i in range(len(recipe.reductions()))]
-    extra = len(recipe.inputs())
+    """One of ``graph_names``, without weights."""
+    rule = recipe.cache_rule()
+    layers = len(language.blocks)
 
-    def build() -> tuple[
-        nn.Module, list[GraphInput], list[str], Callable[[list[Any]], tuple[Any, ...]]
-    ]:
-        if name == "vision":
-            pixels = GraphInput("pixel_values", torch.float32, ("images", 3, *images.size))
-            return vision, [pixels], ["image_features"], tuple
-        if name == "prefill":
-            ports = prefill_inputs(language, recipe, images.tokens, dtype)
-            return (
-                Prefill(language, recipe),
-                ports,
-                ["logits", *maps, *caches],
-                lambda x: (*x[:5], x[5 : 5 + extra], x[5 + extra :]),
-            )
-        ports = decode_inputs(language, dtype)
-        return Decode(language), ports, ["logits", *caches], lambda x: (*x[:4], x[4:])
+    def present(*kinds: str) -> list[str]:
+        return [f"present_{n}" for n in buffer_names(layers, *kinds)]
 
-    module, ports, outputs, arrange = build()
+    build: Callable[[list[Any]], tuple[Any, ...]] = tuple
+    if name == "vision":
+        module: nn.Module = vision
+        ports = [GraphInput("pixel_values", torch.float32, ("images", 3, *images.size))]
+        outputs = ["image_features"]
+    elif name == "prefill":
+        module = Prefill(language, recipe)
+        ports = prefill_inputs(language, recipe, images.tokens, dtype)
+        maps = [f"merge_map_{i}" for i in range(len(recipe.reductions()))]
+        outputs = ["logits", *maps, *(["kept"] if rule else []), *present(*buffer_kinds(rule))]
+        extra = 5 + len(recipe_inputs(language, recipe))
+
+        def build(x: list[Any]) -> tuple[Any, ...]:
+            return (*x[:5], x[5:extra], x[extra:])
+    elif name == "decode":
+        module = Decode(language, rule)
+        ports = decode_inputs(language, rule, dtype)
+        outputs = ["logits", *present(*buffer_kinds(rule))]
+
+        def build(x: list[Any]) -> tuple[Any, ...]:
+            return (*x[:5], x[5:]) if rule is not None and rule.queries else (*x[:4], None, x[4:])
+    else:
+        assert name == "compact"
+        assert rule is not None
+        module = Compact(language, rule)
+        ports = compact_inputs(language, rule, dtype)
+        outputs = ["kept", *present("key", "value")]
+        counts = 3 + layers
+
+        def build(x: list[Any]) -> tuple[Any, ...]:
+            return x[:counts], x[counts:]
+
     names: Mapping[int, str] = parameter_names(model)
-    return trace(name, module, ports, outputs, arrange, names, mode)
+    return trace(name, module, ports, outputs, build, names, mode)

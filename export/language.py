@@ -1,7 +1,8 @@
-"""The language model as two graphs, prefill and decode, run from the checkpoint's own blocks.
+"""The language model as graphs: prefill, decode and compact, run from the checkpoint's own blocks.
 
-Both write keys and values straight into the cache buffers they are given, one pair per layer, each
-layer with its own capacity: the cache of a reduced sequence is shorter from that block on.
+All write keys and values straight into the cache buffers they are given, one pair per layer, each
+layer with its own capacity. Prefill compacts a layer's entries right after the layer, so the full
+cache of all layers never exists.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lvlm.export.recipes._base import GraphInput, Recipe, TokenSequence
+from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes._cache import CacheRule
+from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap, scatter
 
 
@@ -31,16 +34,29 @@ class LanguageModel:
     head_dim: int
     hidden: int
     vocab: int
+    scale: float  # of query · key in every block's attention
     window: int | None = None  # keys a query can see; the exported length must stay below
 
 
-class CacheWriter:
-    """Stands in for transformers' cache: writes one block's K/V [B,Hkv,n,d] into its buffers."""
+class PromptEntries:
+    """Stands in for transformers' cache in prefill: holds what a block would cache."""
 
-    def __init__(
-        self, buffers: Sequence[torch.Tensor], index: torch.Tensor, *, attend_cache: bool
-    ) -> None:
-        self.buffers, self.index, self.attend_cache = buffers, index, attend_cache
+    key: torch.Tensor  # [B,Hkv,N,d]
+    value: torch.Tensor
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.key, self.value = key, value
+        return key, value
+
+
+class CacheWriter:
+    """Stands in for transformers' cache in decode: writes one block's entry [B,Hkv,1,d] into its
+    buffers and gives these to attend over."""
+
+    def __init__(self, buffers: Sequence[torch.Tensor], index: torch.Tensor) -> None:
+        self.buffers, self.index = buffers, index
         self.written: list[torch.Tensor] = []
 
     def update(
@@ -50,8 +66,8 @@ class CacheWriter:
             scatter(buffer, x, self.index)
             for buffer, x in zip(self.buffers, (key, value), strict=True)
         )
-        self.written += [new_key, new_value]
-        return (new_key, new_value) if self.attend_cache else (key, value)
+        self.written = [new_key, new_value]
+        return new_key, new_value
 
 
 def run_block(
@@ -59,10 +75,9 @@ def run_block(
     block: nn.Module,
     hidden: torch.Tensor,
     positions: torch.Tensor,
-    cache: CacheWriter,
-    *,
+    cache: PromptEntries | CacheWriter,
+    tap: Tap,
     mask: torch.Tensor | None = None,
-    tap: Tap | None = None,
 ) -> torch.Tensor:
     angles = model.rotary(hidden, position_ids=positions)
     out = block(
@@ -91,14 +106,15 @@ class Prefill(nn.Module):
                     -1 for text and padding
     image_id        [B,N] int64: -1 padding, 0 text, m the m-th picture of the row
     position_ids    [B,N] int64
-    and the recipe's inputs, and per layer past_key_l, past_value_l [B,Hkv,C_l,d].
-    -> logits [B,vocabulary] fp32 after each row's last token, the reductions' maps, the caches
+    and the recipe's inputs, and the buffers (see buffer_names).
+    -> logits [B,vocabulary] fp32 after each row's last token, the reductions' maps, with a cache
+    rule kept [L,B] int64 (-1: an importance was not finite), the buffers
     """
 
     def __init__(self, model: LanguageModel, recipe: Recipe) -> None:
         super().__init__()
         self.parts = _registered(model)
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.rule = model, recipe, recipe.cache_rule()
 
     def forward(
         self,
@@ -108,41 +124,54 @@ class Prefill(nn.Module):
         image_id: torch.Tensor,
         position_ids: torch.Tensor,
         extra: Sequence[torch.Tensor],
-        caches: Sequence[torch.Tensor],
+        buffers: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        model = self.model
-        inputs = dict(zip((i.name for i in self.recipe.inputs()), extra, strict=True))
+        model, recipe, rule = self.model, self.recipe, self.rule
+        names = (i.name for i in recipe_inputs(model, recipe))
+        inputs = dict(zip(names, extra, strict=True))
         features = nn.functional.embedding(image_row.clamp(min=0), image_features.flatten(0, 1))
         hidden = torch.where((image_row >= 0)[..., None], features, model.embed(input_ids))
         state = TokenSequence(hidden, position_ids, image_id)
         start = torch.zeros_like(input_ids[:, 0])
+        scored = rule is not None and rule.scores_all
         written: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
         tap: Tap | None = None
         for layer, block in enumerate(model.blocks):
-            state = self.recipe.before_block(layer, state, tap, inputs)
-            tap = Tap() if self.recipe.taps(layer) else None
-            pair = caches[2 * layer : 2 * layer + 2]
-            cache = CacheWriter(pair, start, attend_cache=False)
-            state.hidden = run_block(model, block, state.hidden, state.positions, cache, tap=tap)
-            written += cache.written
+            state = recipe.before_block(layer, state, tap, inputs)
+            tap = Tap(state.length() if scored else None)
+            entries = PromptEntries()
+            state.hidden = run_block(model, block, state.hidden, state.positions, entries, tap)
+            new = [entries.key, entries.value]
+            if rule is not None:
+                *new, count = rule.compact_prompt(
+                    layer, state, tap, entries.key, entries.value, inputs
+                )
+                kept.append(count)
+                if rule.queries:
+                    new.append(rule.ring(state, tap)[0])
+            own = buffers[len(written) : len(written) + len(new)]
+            written += [scatter(buffer, x, start) for buffer, x in zip(own, new, strict=True)]
         width = state.hidden.shape[-1]
         last = state.hidden.gather(1, state.last()[:, None, None].expand(-1, 1, width))[:, 0]
         logits = model.head(model.norm(last)).float()
-        return (logits, *state.maps, *written)
+        counts = [torch.stack(kept)] if kept else []
+        return (logits, *state.maps, *counts, *written)
 
 
 class Decode(nn.Module):
     """One token per row to the next logits, writing one cache entry per layer in place.
 
     input_ids, position_ids [B,1] int64; write_index, valid_length [L,B] int64: the slot that takes
-    the new entry and how many slots are valid with it; then past_key_l, past_value_l [B,Hkv,C_l,d].
-    -> logits [B,vocabulary] fp32, the caches
+    the new entry and how many slots are valid with it; with a ring of queries query_index [B]
+    int64, the slot of the ring that takes the new query; then the buffers (see buffer_names).
+    -> logits [B,vocabulary] fp32, the buffers
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, rule: CacheRule | None = None) -> None:
         super().__init__()
         self.parts = _registered(model)
-        self.model = model
+        self.model, self.rule = model, rule
 
     def forward(
         self,
@@ -150,39 +179,93 @@ class Decode(nn.Module):
         position_ids: torch.Tensor,
         write_index: torch.Tensor,
         valid_length: torch.Tensor,
-        caches: Sequence[torch.Tensor],
+        query_index: torch.Tensor | None,
+        buffers: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
         model = self.model
         hidden = model.embed(input_ids)
         written: list[torch.Tensor] = []
         for layer, block in enumerate(model.blocks):
-            pair = caches[2 * layer : 2 * layer + 2]
-            slots = torch.arange(pair[0].shape[2], device=hidden.device)
+            key, value = buffers[len(written) : len(written) + 2]
+            slots = torch.arange(key.shape[2], device=hidden.device)
             mask = (slots[None] < valid_length[layer][:, None])[:, None, None]
-            cache = CacheWriter(pair, write_index[layer], attend_cache=True)
-            hidden = run_block(model, block, hidden, position_ids, cache, mask=mask)
+            cache, tap = CacheWriter((key, value), write_index[layer]), Tap()
+            hidden = run_block(model, block, hidden, position_ids, cache, tap, mask)
             written += cache.written
+            if query_index is not None:
+                written.append(scatter(buffers[len(written)], tap.query, query_index))
         logits = model.head(model.norm(hidden[:, 0])).float()
         return (logits, *written)
 
 
-def cache_inputs(model: LanguageModel, dtype: torch.dtype) -> list[GraphInput]:
-    """past_key_l and past_value_l of every layer; the capacity is a dynamic dimension per layer."""
+class Compact(nn.Module):
+    """Between two decode steps: every layer drops what its recent queries attend to least.
+
+    valid_length, kv_budget [L,B] int64; query_slot [L,B,queries] int64: the slot of each ring
+    query's own entry, -1 unused; kv_slots_l [K_l]; then the buffers (see buffer_names).
+    -> kept [L,B] int64 (-1: an importance was not finite), the keys and values
+    """
+
+    def __init__(self, model: LanguageModel, rule: CacheRule) -> None:
+        super().__init__()
+        self.model, self.rule = model, rule
+
+    def forward(
+        self, fixed: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        names = (i.name for i in _compact_counts(self.model, self.rule))
+        inputs = dict(zip(names, fixed, strict=True))
+        start = torch.zeros_like(inputs["valid_length"][0])
+        written: list[torch.Tensor] = []
+        kept: list[torch.Tensor] = []
+        for layer in range(len(self.model.blocks)):
+            key, value, queries = buffers[3 * layer : 3 * layer + 3]
+            *new, count = self.rule.compact_buffers(
+                layer, queries, key, value, self.model.scale, inputs
+            )
+            kept.append(count)
+            written += [scatter(old, x, start) for old, x in zip((key, value), new, strict=True)]
+        return (torch.stack(kept), *written)
+
+
+def buffer_names(layers: int, *which: str) -> list[str]:
+    """key_l, value_l and, with a ring of queries, query_l of every layer, in the graphs' order."""
+    return [f"{name}_{layer}" for layer in range(layers) for name in which]
+
+
+def buffer_kinds(rule: CacheRule | None) -> tuple[str, ...]:
+    return ("key", "value", "query") if rule is not None and rule.queries else ("key", "value")
+
+
+def buffer_inputs(
+    model: LanguageModel, rule: CacheRule | None, dtype: torch.dtype
+) -> list[GraphInput]:
+    """past_key_l and past_value_l [B,Hkv,C_l,d] of every layer, whose capacity is a dynamic
+    dimension per layer, and the ring past_query_l [B,Hq,queries,d]."""
+    ring = ("batch", model.heads, rule.queries if rule else 0, model.head_dim)
     return [
         GraphInput(
-            f"past_{which}_{layer}",
+            f"past_{kind}_{layer}",
             dtype,
-            ("batch", model.kv_heads, f"capacity_{layer}", model.head_dim),
+            ring
+            if kind == "query"
+            else ("batch", model.kv_heads, f"capacity_{layer}", model.head_dim),
         )
         for layer in range(len(model.blocks))
-        for which in ("key", "value")
+        for kind in buffer_kinds(rule)
     ]
+
+
+def recipe_inputs(model: LanguageModel, recipe: Recipe) -> list[GraphInput]:
+    """What the recipe adds to the inputs of prefill: the merging's, then the cache rule's."""
+    rule = recipe.cache_rule()
+    return recipe.inputs() + (rule.inputs(len(model.blocks)) if rule else [])
 
 
 def prefill_inputs(
     model: LanguageModel, recipe: Recipe, image_tokens: int, dtype: torch.dtype
 ) -> list[GraphInput]:
-    """The inputs of Prefill in order: the fixed ones, the recipe's, the caches."""
+    """The inputs of Prefill in order: the fixed ones, the recipe's, the buffers."""
     row = ("batch", "sequence")
     fixed = [
         GraphInput("input_ids", torch.int64, row),
@@ -191,10 +274,13 @@ def prefill_inputs(
         GraphInput("image_id", torch.int64, row),
         GraphInput("position_ids", torch.int64, row),
     ]
-    return [*fixed, *recipe.inputs(), *cache_inputs(model, dtype)]
+    buffers = buffer_inputs(model, recipe.cache_rule(), dtype)
+    return [*fixed, *recipe_inputs(model, recipe), *buffers]
 
 
-def decode_inputs(model: LanguageModel, dtype: torch.dtype) -> list[GraphInput]:
+def decode_inputs(
+    model: LanguageModel, rule: CacheRule | None, dtype: torch.dtype
+) -> list[GraphInput]:
     layers = len(model.blocks)
     fixed = [
         GraphInput("input_ids", torch.int64, ("batch", 1)),
@@ -202,4 +288,19 @@ def decode_inputs(model: LanguageModel, dtype: torch.dtype) -> list[GraphInput]:
         GraphInput("write_index", torch.int64, (layers, "batch")),
         GraphInput("valid_length", torch.int64, (layers, "batch")),
     ]
-    return [*fixed, *cache_inputs(model, dtype)]
+    if rule is not None and rule.queries:
+        fixed.append(GraphInput("query_index", torch.int64, ("batch",)))
+    return [*fixed, *buffer_inputs(model, rule, dtype)]
+
+
+def compact_inputs(model: LanguageModel, rule: CacheRule, dtype: torch.dtype) -> list[GraphInput]:
+    return [*_compact_counts(model, rule), *buffer_inputs(model, rule, dtype)]
+
+
+def _compact_counts(model: LanguageModel, rule: CacheRule) -> list[GraphInput]:
+    layers = len(model.blocks)
+    return [
+        GraphInput("valid_length", torch.int64, (layers, "batch")),
+        GraphInput("query_slot", torch.int64, (layers, "batch", rule.queries)),
+        *rule.inputs(layers),
+    ]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from lvlm.export.checkpoint import SHIPPED
 from lvlm.export.families._base import Family
-from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes._base import Recipe, settable
 from lvlm.export.targets._base import Target
 from lvlm.runtime.discovery import discover, nearest
 
@@ -23,10 +21,10 @@ def recipe(name: str) -> str:
         raise nearest("recipe", name, known)
     chosen = known[name]
     lines = [f"{name}: {chosen.summary}", f"source: {chosen.source}"]
-    for field in dataclasses.fields(chosen):
+    for field in settable(chosen):
         lines.append(f"  --set {field.name}={_show(field.default)}")
         lines.append(f"        {field.metadata['doc']}")
-    if not dataclasses.fields(chosen):
+    if not settable(chosen):
         lines.append("no parameters")
     return "\n".join(lines)
 

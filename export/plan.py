@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.export import checkpoint as checkpoints
 from lvlm.export.families._base import Family
+from lvlm.export.language import LanguageModel
+from lvlm.export.profiles import Profile, check_profile, model_hash, read_profile
 from lvlm.export.progress import size
 from lvlm.export.recipes._base import Recipe
+from lvlm.export.samples import read_samples
 from lvlm.export.skeleton import build_skeleton
 from lvlm.export.targets._base import Target
+from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Capacity, Images
 from lvlm.runtime.errors import ExportError, ParameterError
 from lvlm.runtime.schedule import keep_ratios, tokens_per_layer
@@ -50,6 +55,15 @@ class Options:
 
 
 @dataclass(frozen=True)
+class CachePlan:
+    """What enters each layer of one picture, the capacities, and their bytes for one sequence."""
+
+    image_tokens: list[int]
+    capacity: Capacity
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything known before any work: what ``--dry-run`` prints."""
 
@@ -62,10 +76,9 @@ class Plan:
     recipe: Recipe
     stored_names: dict[str, str]
     weight_bytes: int
-    per_layer_image_tokens: list[int]
-    capacity: Capacity
-    cache_bytes: int
+    cache: CachePlan
     peak_bytes: int
+    profile: Profile | None = None  # measured by this export
 
 
 def make_plan(options: Options) -> Plan:
@@ -78,14 +91,9 @@ def make_plan(options: Options) -> Plan:
     skeleton = build_skeleton(family, config, dtype, mode)
     language = family.language(skeleton, config)
     layers = len(language.blocks)
-    recipe = options.recipe.for_layers(layers)
+    recipe = _with_profile_file(options.recipe.for_layers(layers), layers, checkpoint)
     images = family.images(config, checkpoint.folder)
     stored_names = checkpoints.match_weights(checkpoint, family, skeleton)
-    keep = float(recipe.parameters().get("keep", 1.0))
-    reductions = recipe.reductions()
-    ratios = keep_ratios(reductions, keep, None)
-    entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
-    per_layer = tuple(options.max_text_len + options.max_images * n for n in entering)
     longest = options.max_text_len + options.max_images * images.tokens
     if language.window is not None and language.window < longest:
         raise ParameterError(
@@ -95,7 +103,6 @@ def make_plan(options: Options) -> Plan:
     unique = {id(p): p for p in skeleton.parameters()}.values()
     weight_bytes = sum(p.numel() for p in unique) * dtype.itemsize
     largest = max(p.numel() for p in unique)
-    entry = 2 * language.kv_heads * language.head_dim * dtype.itemsize
     return Plan(
         options=options,
         checkpoint=checkpoint,
@@ -106,11 +113,41 @@ def make_plan(options: Options) -> Plan:
         recipe=recipe,
         stored_names=stored_names,
         weight_bytes=weight_bytes,
-        per_layer_image_tokens=entering,
-        capacity=Capacity(options.max_text_len, options.max_images, per_layer),
-        cache_bytes=sum(per_layer) * entry,
+        cache=plan_cache(options, recipe, images, language, dtype),
         peak_bytes=_peak_estimate(options, weight_bytes, largest, weight_bytes // dtype.itemsize),
     )
+
+
+def plan_cache(
+    options: Options, recipe: Recipe, images: Images, language: LanguageModel, dtype: torch.dtype
+) -> CachePlan:
+    """Entries per layer that the longest prompt and answer can ever occupy."""
+    layers = len(language.blocks)
+    reductions, rule = recipe.reductions(), recipe.cache_rule()
+    ratios = keep_ratios(reductions, float(recipe.parameters().get("keep", 1.0)), None)
+    entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
+    seen = np.array([options.max_text_len + options.max_images * n for n in entering])
+    budgets = Budgets.of(rule.compression if rule else None, layers, None)
+    per_layer = tuple(budgets.limit(seen).tolist())
+    entries = 2 * language.kv_heads * sum(per_layer)
+    rings = language.heads * (rule.queries if rule else 0) * layers
+    return CachePlan(
+        entering,
+        Capacity(options.max_text_len, options.max_images, per_layer),
+        (entries + rings) * language.head_dim * dtype.itemsize,
+    )
+
+
+def _with_profile_file(recipe: Recipe, layers: int, checkpoint: checkpoints.Checkpoint) -> Recipe:
+    """The recipe with the profile from the file it names, checked against the model."""
+    wanted = recipe.calibration()
+    if wanted is not None and wanted.samples is not None:
+        read_samples(wanted.samples)  # measured on later; mistakes in them are said now
+    if wanted is None or wanted.file is None:
+        return recipe
+    profile = read_profile(wanted.file)
+    check_profile(profile, layers, model_hash(checkpoint.folder))
+    return recipe.with_profile(profile.keep, profile.rows)
 
 
 def _stored_dtype(config: dict[str, Any]) -> torch.dtype:

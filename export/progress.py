@@ -59,6 +59,24 @@ class Stage:
             share = 100 * self.bytes_done / max(total, 1)
             self.show(f"{size(self.bytes_done)} of {size(total)} ({share:.0f} %)")
 
+    def add_item(self, done: int, total: int, *, skipped: int) -> None:
+        """Progress over items alike, ``skipped`` of the done ones without work; with the time
+        that is left."""
+        if time.monotonic() - self.shown > 0.1:
+            self.shown = time.monotonic()
+            each = (self.shown - self.began) / max(done - skipped, 1)
+            self.show(f"{done} of {total}, about {duration(each * (total - done))} left")
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 40 s, 3 min 20 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
 
 def size(count: float) -> str:
     """A number of bytes for people: 6.4 MB, 13.5 GB."""

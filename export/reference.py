@@ -16,9 +16,13 @@ from torch import nn
 
 from lvlm.export.checkpoint import Checkpoint
 from lvlm.export.families._base import Family
-from lvlm.export.language import Decode, LanguageModel, Prefill
+from lvlm.export.language import LanguageModel, Prefill, buffer_kinds, recipe_inputs
+from lvlm.export.naive_cache import NaiveCache
 from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes._cache import CacheRule
 from lvlm.export.skeleton import default_dtype
+from lvlm.runtime.budgets import Budgets
+from lvlm.runtime.errors import ValidationError
 from lvlm.runtime.schedule import Keep, keep_ratios, plan_prefill
 
 
@@ -26,12 +30,14 @@ from lvlm.runtime.schedule import Keep, keep_ratios, plan_prefill
 class Answer:
     """Greedy tokens, the logits [vocabulary] each was chosen from, and what prefill left.
 
-    caches: key and value [1,Hkv,entries,d] of every layer; maps: old -> new [N] of each reduction.
+    entries entered each layer, kept of them stayed; caches: key and value [1,Hkv,kept,d] of every
+    layer; maps: old -> new [N] of each reduction.
     """
 
     tokens: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
     entries: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     caches: list[torch.Tensor] = field(default_factory=list)
     maps: list[torch.Tensor] = field(default_factory=list)
 
@@ -61,13 +67,14 @@ class Reference:
         *,
         max_new_tokens: int,
         keep: Keep | None = None,
+        kv_keep: float | None = None,
         eos_ids: Sequence[int] = (),
         forced: Sequence[int] = (),
     ) -> Answer:
         """Greedy answer to one prompt; ``forced`` tokens are taken instead of the best ones."""
         layers = len(self.language.blocks)
         counts = np.unique(image_id[image_id > 0], return_counts=True)[1].tolist()
-        reductions = self.recipe.reductions()
+        reductions, rule = self.recipe.reductions(), self.recipe.cache_rule()
         exported = float(self.recipe.parameters().get("keep", 1.0))
         after = np.flatnonzero(image_id > 0)
         tail = len(ids) - int(after[-1]) - 1 if len(after) else 0
@@ -79,46 +86,47 @@ class Reference:
             [counts],
             [tail],
         )
-        answer = Answer(entries=plan.entries[:, 0].tolist())
-        caches = self._empty_caches(answer.entries, max_new_tokens)
+        budgets = Budgets.of(rule.compression if rule else None, layers, kv_keep)
+        kept = budgets.prompt(plan.entries)
+        answer = Answer(entries=plan.entries[:, 0].tolist(), kept=kept[:, 0].tolist())
         rows = np.full(len(ids), -1)
         rows[image_id > 0] = np.arange(sum(counts))
-        extra = [torch.from_numpy(plan.inputs[i.name]) for i in self.recipe.inputs()]
+        given = plan.inputs | {"kv_budget": kept}
+        given |= {f"kv_slots_{i}": np.arange(n) for i, n in enumerate(answer.kept)}
+        names = [i.name for i in recipe_inputs(self.language, self.recipe)]
         logits, *rest = Prefill(self.language, self.recipe)(
             torch.tensor([list(ids)]),
             features if len(features) else features.new_zeros(1, 1, self.language.hidden),
             torch.from_numpy(rows)[None],
             torch.from_numpy(image_id)[None],
             torch.arange(len(ids))[None],
-            extra,
-            caches,
+            [torch.from_numpy(given[name]) for name in names],
+            self._empty_buffers(answer.kept, rule),
         )
         answer.maps = [m[0] for m in rest[: len(reductions)]]
-        caches = rest[len(reductions) :]
-        answer.caches = [
-            cache[:, :, : answer.entries[i // 2]].clone() for i, cache in enumerate(caches)
-        ]
-        decode = Decode(self.language)
+        rest = rest[len(reductions) :]
+        if rule is not None and not torch.equal(rest.pop(0), torch.from_numpy(kept)):
+            raise ValidationError("the attention that ranks the cache entries is not finite")
+        cache = NaiveCache(self.language, rule, budgets, rest, plan.entries[:, 0])
+        answer.caches = cache.entries()
         for step in range(max_new_tokens):
             answer.logits.append(logits[0])
             token = forced[step] if step < len(forced) else int(logits[0].argmax())
             answer.tokens.append(token)
             if token in eos_ids or step + 1 == max_new_tokens:
                 break
-            write = plan.entries + step
-            logits, *caches = decode(
-                torch.tensor([[token]]),
-                torch.tensor([[len(ids) + step]]),
-                torch.from_numpy(write),
-                torch.from_numpy(write + 1),
-                caches,
-            )
+            logits = cache.decode(token, len(ids) + step)
         return answer
 
-    def _empty_caches(self, entries: Sequence[int], room: int) -> list[torch.Tensor]:
-        shape = self.language.kv_heads, self.language.head_dim
+    def _empty_buffers(self, kept: Sequence[int], rule: CacheRule | None) -> list[torch.Tensor]:
+        """What prefill writes into: exactly as long as what it keeps."""
+        model = self.language
         return [
-            torch.zeros(1, shape[0], count + room, shape[1]) for count in entries for _ in range(2)
+            torch.zeros(1, model.heads, rule.queries if rule else 0, model.head_dim)
+            if kind == "query"
+            else torch.zeros(1, model.kv_heads, count, model.head_dim)
+            for count in kept
+            for kind in buffer_kinds(rule)
         ]
 
 

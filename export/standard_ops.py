@@ -13,12 +13,14 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
+
+from lvlm.export.ops.causal_attention import OP as CAUSAL_ATTENTION
 
 PLACEHOLDER_DOMAIN = "lvlm.std"
 ATTENTION = "lvlm"  # the name transformers' configurations select our attention by
@@ -26,11 +28,17 @@ ATTENTION = "lvlm"  # the name transformers' configurations select our attention
 
 @dataclass
 class Tap:
-    """Receives the query [B,Hq,N,d] and key [B,Hkv,N,d] of one attention, rotary applied."""
+    """Receives the query [B,Hq,N,d] and key [B,Hkv,N,d] of one attention, rotary applied.
 
-    query: torch.Tensor | None = None
-    key: torch.Tensor | None = None
+    With ``length`` [B] int64, the valid tokens of each row, a causal attention also gives every
+    position's importance [B,N] fp32: the attention it receives from all queries.
+    """
+
+    length: torch.Tensor | None = None
     scale: float = 1.0
+    query: torch.Tensor = field(init=False)
+    key: torch.Tensor = field(init=False)
+    importance: torch.Tensor = field(init=False)
 
 
 def _node(
@@ -65,13 +73,19 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if tap is not None:
         tap.query, tap.key, tap.scale = query, key, scale
-    if torch.compiler.is_exporting():
+    if causal:
+        length = None if tap is None else tap.length
+        out, *scores = CAUSAL_ATTENTION(
+            query, key, value, length, scale=scale, importance=int(length is not None)
+        )
+        if tap is not None and scores:
+            tap.importance = scores[0]
+    elif torch.compiler.is_exporting():
         mask = [] if attention_mask is None else [attention_mask]
-        inputs = [query, key, value, *mask]
-        out = _node("Attention", inputs, {"is_causal": int(causal), "scale": scale}, query)
+        out = _node("Attention", [query, key, value, *mask], {"scale": scale}, query)
     else:
         out = nn.functional.scaled_dot_product_attention(
-            query, key, value, attention_mask, is_causal=causal, scale=scale, enable_gqa=True
+            query, key, value, attention_mask, scale=scale, enable_gqa=True
         )
     return out.transpose(1, 2), None
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.export.ops._contract import DOMAIN, OPSET, VERSION, Op
-from lvlm.export.recipes._base import GraphInput
+from lvlm.export.recipes._sequence import GraphInput
 from lvlm.export.standard_ops import PLACEHOLDER_DOMAIN, exchanged_leaves
 from lvlm.runtime.bundle import Port
 from lvlm.runtime.discovery import discover

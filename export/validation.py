@@ -18,7 +18,8 @@ import torch
 from lvlm.export.progress import Progress
 from lvlm.export.reference import Reference, load_fp32
 from lvlm.runtime.answers import Options
-from lvlm.runtime.engine import Batch, Prompt
+from lvlm.runtime.batch import Batch
+from lvlm.runtime.engine import Prompt
 from lvlm.runtime.errors import LvlmError, ValidationError
 from lvlm.runtime.model import Model
 
@@ -90,15 +91,18 @@ def _compare(plan: Plan, folder: Path) -> list[Check]:
 
     picture = (resources.files("lvlm.assets") / PICTURE).read_bytes()
     with Model(folder, verify=False) as model:
-        prompt = _prompt(model, picture)
+        prompt = _prompt(model, picture, _token_count(plan))
         features = reference.encode(prompt.pixels)
         batch = model.engine.start([prompt])
-        answer = reference.generate(prompt.ids, prompt.image_id, features, max_new_tokens=TOKENS)
+        answer = reference.generate(
+            prompt.ids, prompt.image_id, features, max_new_tokens=prompt.max_new_tokens
+        )
         checks = [
             relative("vision.onnx  image features", batch.features, features.numpy()),
             relative("prefill.onnx logits", batch.logits[0], answer.logits[0].numpy()),
         ]
-        caches = list(batch.cache.buffers.values())
+        layers = range(model.manifest.text.layers)
+        caches = [batch.cache.buffers[f"{x}_{i}"] for i in layers for x in ("key", "value")]
         checks.append(
             max(
                 (
@@ -119,8 +123,15 @@ def _compare(plan: Plan, folder: Path) -> list[Check]:
     return checks
 
 
-def _prompt(model: Model, picture: bytes) -> Prompt:
-    options = Options(max_new_tokens=TOKENS)
+def _token_count(plan: Plan) -> int:
+    """Enough for compact.onnx to run once, where there is one."""
+    rule = plan.recipe.cache_rule()
+    interval = rule.compression.interval if rule else None
+    return max(TOKENS, (interval or 0) + 4)
+
+
+def _prompt(model: Model, picture: bytes, tokens: int) -> Prompt:
+    options = Options(max_new_tokens=tokens)
     try:
         return model.prepare(0, QUESTION, [picture], options)
     except LvlmError:

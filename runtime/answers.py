@@ -24,6 +24,7 @@ class Options:
     seed: int | None = None
     stop: Sequence[str] = ()
     keep: Keep | None = None
+    kv_keep: float | None = None
     chat_template: bool = True
     system: str | None = None
 
@@ -46,13 +47,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Stats:
-    """What one answer took. Times cover the whole batch; bytes are of its cache."""
+    """What one answer took. Times cover the whole batch; bytes are of its cache.
+
+    tokens_per_layer entered each block in prefill, kept_per_layer of them stayed in its cache.
+    """
 
     prompt_tokens: int
     image_tokens: int
     new_tokens: int
     tokens_per_layer: tuple[int, ...]
     image_tokens_per_layer: tuple[int, ...]
+    kept_per_layer: tuple[int, ...]
     vision_ms: float
     prefill_ms: float
     decode_ms: float
@@ -69,7 +74,8 @@ class Stats:
 @dataclass(frozen=True)
 class Generation:
     """One answer. ``token_ids`` ends with the end-of-text token where the model chose it;
-    ``finish_reason`` is "stop" (end of text or a stop string) or "length". ``image_id`` tells of
+    ``finish_reason`` is "stop" (end of text or a stop string) or "length"; ``capacity_reached``
+    then tells whether the bundle's capacity ended it before max_new_tokens. ``image_id`` tells of
     every prompt token whether it is text (0) or of the m-th image (m). ``merge_maps`` holds, per
     reduction, old -> new index of every token that enters it (a prompt token enters the first), -1
     where it was dropped; padding follows in a batch."""
@@ -80,6 +86,7 @@ class Generation:
     stats: Stats
     image_id: np.ndarray = field(repr=False, compare=False)
     merge_maps: list[np.ndarray] = field(repr=False, compare=False, default_factory=list)
+    capacity_reached: bool = False
 
 
 class Stream:

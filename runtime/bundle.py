@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 from lvlm.runtime.errors import BundleError
 from lvlm.runtime.integrity import check_files
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "lvlm.json"
 T = TypeVar("T")
 
@@ -84,9 +84,48 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class Compression:
+    """How the cache is kept short; budgets.py computes every count from it.
+
+    keep       fraction of a layer's entries that stays; a call may ask for less
+    profile    rows of a PrefixKV profile by rising keep, interpolated between; (): all layers alike
+    cap        most entries a layer may keep, None: as many as the fraction gives
+    floor      entries that the fraction never goes below
+    sinks      first tokens, which always stay
+    recent     last tokens, which stay when a prompt or an interval is compacted
+    distance   elimination one by one at the fixed point, this far before the end of what is kept of
+               the prompt; None: compaction of many at a time
+    interval   steps from one run of compact.onnx to the next; None: elimination one by one
+    queries    most recent queries that each layer remembers, whose attention scores the entries
+    positions  of new tokens: the true ones, or the length of layer 0's cache (released code)
+    semantics  the papers' rules, or the released code's (parity tests only)
+    """
+
+    keep: float
+    profile: tuple[ProfileRow, ...]
+    cap: int | None
+    floor: int
+    sinks: int
+    recent: int
+    distance: int | None
+    interval: int | None
+    queries: int
+    positions: Literal["true", "layer0"]
+    semantics: Literal["paper", "reference"]
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """The fraction each layer keeps when ``keep`` of all entries are kept; their mean is keep."""
+
+    keep: float
+    fractions: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Capacity:
     """Cache entries per layer for ``max_text_len`` text tokens (prompt and answer) and
-    ``max_images`` pictures at the exported keep ratio."""
+    ``max_images`` pictures at the exported ratios."""
 
     max_text_len: int
     max_images: int
@@ -112,6 +151,7 @@ class Manifest:
     images: Images
     keep: float
     reductions: tuple[Reduction, ...]
+    compression: Compression | None
     capacity: Capacity
     chat_template: str | None
     special_tokens: dict[str, str]
@@ -180,6 +220,8 @@ def _check(manifest: Manifest, path: Path) -> None:
     if len(images.grid) != 2 or len(images.size) != 2:
         raise BundleError(f"{path}: images need a grid and a size of two numbers; export again")
     _check_reductions(manifest.reductions, layers, path)
+    if manifest.compression is not None:
+        _check_compression(manifest.compression, layers, path)
 
 
 def _check_reductions(reductions: tuple[Reduction, ...], layers: int, path: Path) -> None:
@@ -195,6 +237,26 @@ def _check_reductions(reductions: tuple[Reduction, ...], layers: int, path: Path
             raise BundleError(f"{path} has a reduction out of range ({r}); export again")
     if len({r.ratio is None for r in reductions}) > 1:
         raise BundleError(f"{path} mixes reductions with and without own ratio; export again")
+
+
+def _check_compression(c: Compression, layers: int, path: Path) -> None:
+    keeps, shares = [row.keep for row in c.profile], [row.fractions for row in c.profile]
+    means = [math.fsum(row) / layers for row in shares]
+    fits = {
+        "keep": 0 < c.keep <= 1,
+        "profile": keeps == sorted(set(keeps)) and all(len(row) == layers for row in shares),
+        "profile's fractions": all(0 < x <= 1 for row in (keeps, *shares) for x in row),
+        "profile's means": all(abs(m - k) <= 1e-6 for m, k in zip(means, keeps, strict=True)),
+        "cap": c.cap is None or c.cap >= c.sinks + c.recent,
+        "floor": c.floor >= 0 and (c.floor == 0 or c.interval is not None),
+        "sinks or recent": min(c.sinks, c.recent - c.queries) >= 0 < c.sinks + c.recent,
+        "distance": (c.distance or 0) >= 0 and (c.distance is None) != (c.interval is None),
+        "interval": c.interval is None or c.interval > 0,
+        "queries": c.queries >= 0 and (c.queries > 0) == (c.interval is not None),
+        "semantics": c.semantics == "paper" or c.interval is None,
+    }
+    if wrong := ", ".join(name for name, fit in fits.items() if not fit):
+        raise BundleError(f"{path} has a cache compression out of range ({wrong}); export again")
 
 
 def decode(kind: type[T], data: Any, where: str) -> T:

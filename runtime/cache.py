@@ -1,54 +1,163 @@
-"""The KV cache: one pair of buffers per layer, each of its own capacity, written in place."""
+"""The KV cache: one pair of buffers per layer, each of its own capacity, written in place.
+
+Elimination one by one is Elastic Cache's fixed point (arXiv 2407.18121); compaction by the latest
+queries is this project's reading of LightVLM (arXiv 2509.00419).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from lvlm.runtime.backends import Backend, Buffer
+from lvlm.runtime.budgets import Budgets
+from lvlm.runtime.bundle import Text
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class CompactCache:
-    """Buffers [B,Hkv,C_l,d] per layer and how many entries each row has in them.
+    """Buffers key and value [B,Hkv,C_l,d] per layer, and which slots each row has in use.
 
-    Owned by one Engine; graphs write through the buffers while ``lengths`` counts. Capacities may
-    differ from layer to layer: a reduced sequence leaves fewer entries.
+    A row's entries lie in slots 0 up to its ``lengths`` [L,B]; ``seen`` [L,B] counts all that the
+    layer ever cached for it. What happens to the surplus depends on the manifest's compression:
+
+    - none: entries are only appended.
+    - fixed point: a step that leaves more entries than the budget marks a victim, which counts
+      neither as an entry nor for a position; the next token overwrites it. Nothing is moved.
+    - interval: entries are only appended, hence lie in order of age, and every ``interval`` steps
+      ``compaction`` gives the inputs of compact.onnx, which moves the survivors to the front in
+      their order. Each layer also has its latest queries in a ring query [B,Hq,queries,d]. As the
+      last ``recent`` >= ``queries`` entries survive every compaction, the own entry of the i-th
+      latest query is always the i-th last.
+
+    The backend's memory belongs to the cache and is freed with it; graphs write through the buffers
+    while this object counts. Owned by one Engine and not thread-safe: one batch at a time.
     """
 
     def __init__(
         self,
         backend: Backend,
-        batch: int,
-        kv_heads: int,
-        head_dim: int,
+        text: Text,
         dtype: str,
+        batch: int,
         capacities: Sequence[int],
+        budgets: Budgets,
     ) -> None:
+        shape = (len(capacities), batch)
+        self.budgets = budgets
         self.capacities = np.array(capacities, np.int64)
-        self.lengths = np.zeros((len(capacities), batch), np.int64)
+        self.lengths = np.zeros(shape, np.int64)
+        self.seen = np.zeros(shape, np.int64)
+        self.steps = np.zeros(batch, np.int64)  # tokens decoded since the prompt
+        self.victims = np.full(shape, -1, np.int64)  # slots to be overwritten next, -1: none
         self.buffers: dict[str, Buffer] = {}
+        self.bytes_allocated = 0
+        compression = budgets.compression
+        self._queries = compression.queries if compression is not None else 0
+        sizes = {"key": text.kv_heads, "value": text.kv_heads, "query": text.heads}
         for layer, capacity in enumerate(capacities):
-            for which in ("key", "value"):
-                shape = (batch, kv_heads, int(capacity), head_dim)
-                self.buffers[f"{which}_{layer}"] = backend.allocate(shape, dtype)
-        self._entry_bytes = 2 * kv_heads * head_dim * np.dtype(dtype).itemsize
+            for which, heads in sizes.items():
+                slots = self._queries if which == "query" else int(capacity)
+                if slots > 0:
+                    buffer_shape = (batch, heads, slots, text.head_dim)
+                    self.buffers[f"{which}_{layer}"] = backend.allocate(buffer_shape, dtype)
+                    self.bytes_allocated += math.prod(buffer_shape) * ITEM_BYTES[dtype]
+        self._entry_bytes = 2 * text.kv_heads * text.head_dim * ITEM_BYTES[dtype]
+        query_bytes = text.heads * text.head_dim * ITEM_BYTES[dtype]
+        self._ring_bytes = len(capacities) * self._queries * query_bytes
+        one_by_one = compression is not None and compression.distance is not None
+        self._queues = SlotQueues(*shape, int(self.capacities.max())) if one_by_one else None
+        self._advanced = np.zeros(batch, bool)
+        self._compacted: np.ndarray | None = None
 
-    def begin(self, entries: np.ndarray) -> None:
-        """After prefill wrote ``entries`` [L,B] from slot 0 on."""
-        self.lengths[:] = entries
+    def reset(self, budgets: Budgets) -> None:
+        """Make ready for a call with other budgets of the same bundle; the buffers stay."""
+        assert budgets.compression == self.budgets.compression
+        self.budgets = budgets
+        self.begin(np.zeros_like(self.seen), np.zeros_like(self.lengths))
+
+    def begin(self, seen: np.ndarray, kept: np.ndarray) -> None:
+        """After prefill wrote ``kept`` [L,B] of the ``seen`` [L,B] entries from slot 0 on."""
+        self.seen[:], self.lengths[:] = seen, kept
+        self.victims[:], self.steps[:], self._advanced[:] = -1, 0, False
+        self._compacted = None
+        if self._queues is not None:
+            self._queues.start(self.budgets.fixed_point(self.lengths), self.lengths)
 
     def next_slot(self) -> tuple[np.ndarray, np.ndarray]:
         """write_index and valid_length [L,B] of the next decode step.
 
         A row that has finished and is full overwrites its own last entry; nobody reads it.
         """
-        index = np.minimum(self.lengths, self.capacities[:, None] - 1)
-        return index, index + 1
+        free = np.minimum(self.lengths, self.capacities[:, None] - 1)
+        index = np.where(self.victims >= 0, self.victims, free)
+        return index, np.maximum(self.lengths, index + 1)
 
     def advance(self, rows: np.ndarray) -> None:
-        """Count the entry just written for the rows where ``rows`` [B] is True."""
-        self.lengths[:, rows] += 1
+        """Count the entry just written for the rows where ``rows`` [B] is True, which must have had
+        room for it, and mark the next victims."""
+        written, _ = self.next_slot()
+        self.lengths += rows & (self.victims < 0)
+        assert (self.lengths <= self.capacities[:, None]).all()
+        self.seen += rows
+        self.steps += rows
+        self._advanced[:] = rows
+        if self._queues is not None:
+            running = np.broadcast_to(rows, self.lengths.shape)
+            self.victims[running] = -1
+            self._queues.push(running, written)
+            surplus = running & (self.lengths > self.budgets.step(self.seen))
+            self.victims[surplus] = self._queues.pop(surplus)
+
+    def positions(self, true: np.ndarray) -> np.ndarray:
+        """Positions [B] of the next tokens, whose ``true`` ones [B] the released code of two papers
+        replaces by the length of layer 0's cache."""
+        compression = self.budgets.compression
+        if compression is None or compression.positions == "true":
+            return true
+        first: np.ndarray = self._entries()[0]
+        return first
+
+    @property
+    def query_index(self) -> np.ndarray:
+        """Ring slot [B] of each row's next query; the prompt's last one lies in the last slot."""
+        return self.steps % self._queries
+
+    def compaction(self) -> dict[str, np.ndarray] | None:
+        """Inputs of compact.onnx if a row has just completed an interval with too many entries.
+
+        valid_length and kv_budget [L,B], query_slot [L,B,queries] (the slot of each ring query's
+        own entry, -1: none), kv_slots_{l}. Rows that are not due keep what they have, unscored.
+        """
+        compression = self.budgets.compression
+        if compression is None or compression.interval is None:
+            return None
+        due = self._advanced & (self.steps % compression.interval == 0)
+        budget = np.minimum(self.lengths, self.budgets.step(self.seen))
+        self._compacted = np.where(due, budget, self.lengths)
+        if np.array_equal(self._compacted, self.lengths):
+            return None
+        # Ring slot r holds the query of `age` tokens ago, 1 the latest: (steps - age) % queries = r
+        ring = np.arange(self._queries)
+        age = (self.steps[:, None] - 1 - ring) % self._queries + 1
+        slots = np.maximum(self.lengths[:, :, None] - age, -1)
+        return {
+            "valid_length": self.lengths.copy(),
+            "kv_budget": self._compacted.copy(),
+            "query_slot": np.where(due[:, None], slots, -1),
+            **{
+                f"kv_slots_{layer}": np.arange(most, dtype=np.int64)
+                for layer, most in enumerate(self._compacted.max(axis=1))
+            },
+        }
+
+    def compacted(self) -> None:
+        """Count what compact.onnx left; call it right after the graph has run."""
+        assert self._compacted is not None
+        self.lengths[:] = self._compacted
 
     def as_past(self) -> dict[str, Buffer]:
         return {f"past_{name}": buffer for name, buffer in self.buffers.items()}
@@ -56,10 +165,37 @@ class CompactCache:
     def as_present(self) -> dict[str, Buffer]:
         return {f"present_{name}": buffer for name, buffer in self.buffers.items()}
 
-    @property
-    def bytes_allocated(self) -> int:
-        return int(self.capacities.sum() * self.lengths.shape[1] * self._entry_bytes)
-
     def bytes_used(self, row: int) -> int:
-        """Bytes of the valid entries of one row."""
-        return int(self.lengths[:, row].sum() * self._entry_bytes)
+        """Bytes of the entries of one row and of its ring of queries."""
+        return int(self._entries()[:, row].sum() * self._entry_bytes + self._ring_bytes)
+
+    def _entries(self) -> np.ndarray:
+        """Entries [L,B] that are not to be overwritten."""
+        return self.lengths - (self.victims >= 0)
+
+
+class SlotQueues:
+    """First in, first out: a queue of slots per layer and row, each in a ring array."""
+
+    def __init__(self, layers: int, batch: int, capacity: int) -> None:
+        self.slots = np.zeros((layers, batch, capacity), np.int32)
+        self.head = np.zeros((layers, batch), np.int64)
+        self.count = np.zeros((layers, batch), np.int64)
+
+    def start(self, first: np.ndarray, last: np.ndarray) -> None:
+        """Queues of the slots from ``first`` [L,B] up to before ``last`` [L,B]."""
+        self.slots[:] = first[:, :, None] + np.arange(self.slots.shape[2])
+        self.head[:], self.count[:] = 0, last - first
+
+    def push(self, where: np.ndarray, slots: np.ndarray) -> None:
+        """Append ``slots`` [L,B] to the queues where ``where`` [L,B] is True."""
+        end = (self.head + self.count) % self.slots.shape[2]
+        self.slots[(*np.nonzero(where), end[where])] = slots[where]
+        self.count += where
+
+    def pop(self, where: np.ndarray) -> np.ndarray:
+        """The oldest slots of the queues where ``where`` [L,B] is True, in the mask's order."""
+        oldest: np.ndarray = self.slots[(*np.nonzero(where), self.head[where])]
+        self.head[where] = (self.head[where] + 1) % self.slots.shape[2]
+        self.count -= where
+        return oldest

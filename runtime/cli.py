@@ -15,7 +15,7 @@ from lvlm.runtime.console import Parser, run_main
 from lvlm.runtime.errors import ParameterError, PromptError
 
 if TYPE_CHECKING:
-    from lvlm.runtime.answers import Generation
+    from lvlm.runtime.answers import Generation, Stats
     from lvlm.runtime.model import Model
 
 DRAWING = ("top_k", "top_p", "seed")  # without effect at temperature 0
@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
         help="fraction of the image tokens to keep, or one per reduction, as 0.7,0.5,0.3 "
         "(default: as exported)",
     )
+    add(
+        "--kv-keep",
+        type=float,
+        metavar="G",
+        help="fraction of the cache entries to keep (default: as exported)",
+    )
     add("--system", metavar="TEXT", help="system message")
     add(
         "--no-chat-template",
@@ -86,7 +92,6 @@ def _run(args: argparse.Namespace) -> int:
     _check(args)
     prompt = _prompt(args.prompt)
 
-    from lvlm.runtime.answers import Options
     from lvlm.runtime.model import load
 
     began = time.perf_counter()
@@ -102,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
         answer = _answer(model, prompt, args)
         if args.show_merge:
             _save_picture(model, answer, args)
-    cut = _cut_short(model, answer, args.max_new_tokens or Options.max_new_tokens)
+    cut = _cut_short(model, answer)
     if args.json:
         print(json.dumps(_data(answer), ensure_ascii=False))
     if args.stats:
@@ -140,7 +145,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What was given; the defaults are those of Model.generate."""
     names = (
         *("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed"),
-        *("stop", "keep", "system"),
+        *("stop", "keep", "kv_keep", "system"),
     )
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return options | {"chat_template": not args.no_chat_template}
@@ -187,9 +192,9 @@ def _describe(model: Model, args: argparse.Namespace, seconds: float) -> None:
     )
 
 
-def _cut_short(model: Model, answer: Generation, wanted: int) -> str | None:
+def _cut_short(model: Model, answer: Generation) -> str | None:
     """Why the answer ended neither by itself nor at --max-new-tokens; None if it did."""
-    if answer.finish_reason != "length" or answer.stats.new_tokens >= wanted:
+    if not answer.capacity_reached:
         return None
     stats, limit = answer.stats, model.manifest.capacity.max_text_len
     if stats.prompt_tokens - stats.image_tokens + stats.new_tokens >= limit:
@@ -198,8 +203,8 @@ def _cut_short(model: Model, answer: Generation, wanted: int) -> str | None:
             "tokens of prompt and answer (export with a larger --max-text-len)"
         )
     return (
-        f"the answer was cut at {stats.new_tokens} tokens: at this --keep the bundle's cache is "
-        "full (lower it, or export with a larger keep)"
+        f"the answer was cut at {stats.new_tokens} tokens: at these ratios the bundle's cache is "
+        "full (lower --keep or --kv-keep, or export with larger ones)"
     )
 
 
@@ -211,6 +216,7 @@ def _table(answer: Generation, cut: str | None) -> str:
     rows = {
         "prompt tokens": f"{stats.prompt_tokens} ({stats.image_tokens} of them image tokens)",
         "image tokens": pyramid,
+        "cache entries": _kept(stats),
         "vision": f"{stats.vision_ms:.1f} ms",
         "prefill": f"{stats.prefill_ms:.1f} ms",
         "decode": f"{stats.decode_tokens_per_second:.1f} tokens/s ({stats.decode_steps} steps)",
@@ -221,6 +227,14 @@ def _table(answer: Generation, cut: str | None) -> str:
     }
     width = max(map(len, rows))
     return "\n".join(f"  {name:{width}}  {value}" for name, value in rows.items())
+
+
+def _kept(stats: Stats) -> str:
+    """How much of the prompt each layer's cache keeps, of what entered its block."""
+    low, high = min(stats.kept_per_layer), max(stats.kept_per_layer)
+    layers = f"{low} to {high} per layer" if low < high else f"{low} in each layer"
+    share = sum(stats.kept_per_layer) / sum(stats.tokens_per_layer)
+    return f"{layers} after prefill ({share:.0%} of the tokens that entered)"
 
 
 def _data(answer: Generation) -> dict[str, Any]:

@@ -14,14 +14,16 @@ import numpy as np
 
 from lvlm.runtime.answers import Generation, Options, Stats, Stream
 from lvlm.runtime.backends import open_backend
+from lvlm.runtime.batch import Batch, RowState
+from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Manifest, read_bundle
 from lvlm.runtime.discovery import nearest
-from lvlm.runtime.engine import Batch, Engine, Prompt, RowState
-from lvlm.runtime.errors import BackendError, BundleError, ParameterError, PromptError
-from lvlm.runtime.images import ImageSource, open_image
-from lvlm.runtime.processors import load_processor
+from lvlm.runtime.engine import Engine, Prompt
+from lvlm.runtime.errors import BackendError, ParameterError, PromptError
+from lvlm.runtime.images import ImageSource
+from lvlm.runtime.prompts import PromptMaker
 from lvlm.runtime.schedule import keep_ratios
-from lvlm.runtime.text import ChatTemplate, TextStream, Tokenizer, expand_placeholders
+from lvlm.runtime.text import TextStream, Tokenizer
 
 
 class Model:
@@ -48,12 +50,14 @@ class Model:
         self.manifest: Manifest = read_bundle(folder, verify=verify)
         manifest = self.manifest
         self.tokenizer = Tokenizer(folder / "tokenizer.json", manifest.text.eos_ids)
-        self.processor = load_processor(manifest.images.processor)
-        self._template = (
-            ChatTemplate(manifest.chat_template, manifest.special_tokens, manifest.images.token)
-            if manifest.chat_template
-            else None
+        self._prompts = PromptMaker(
+            self.tokenizer,
+            manifest.images,
+            manifest.text.vocab,
+            manifest.chat_template,
+            manifest.special_tokens,
         )
+        self.processor = self._prompts.processor
         self._engine: Engine | None = Engine(
             folder, manifest, open_backend(device, threads=threads)
         )
@@ -80,8 +84,9 @@ class Model:
 
         Images are paths, bytes, PIL images or uint8 arrays [H,W,3]. Options: max_new_tokens (256),
         temperature (0: greedy), top_k, top_p, repetition_penalty, seed, stop (strings that end the
-        answer), keep (fraction of image tokens, or one per reduction), chat_template (False: the
-        prompt as it stands, with its own image placeholders), system.
+        answer), keep (fraction of image tokens, or one per reduction), kv_keep (fraction of the
+        cache entries), chat_template (False: the prompt as it stands, with its own image
+        placeholders), system.
 
         Raises ParameterError, PromptError, ImageError, CapacityError, BackendError.
         """
@@ -123,7 +128,9 @@ class Model:
             raise nearest("option", min(unknown), Options.__dataclass_fields__)
         options = Options(**given)  # type: ignore[arg-type]
         options.sampling(0)
-        keep_ratios(self.manifest.reductions, self.manifest.keep, options.keep)
+        manifest = self.manifest
+        keep_ratios(manifest.reductions, manifest.keep, options.keep)
+        Budgets.of(manifest.compression, manifest.text.layers, options.kv_keep)
         return options
 
     def close(self) -> None:
@@ -152,7 +159,7 @@ class Model:
                 self.prepare(row, prompt, images, options)
                 for row, (prompt, images) in enumerate(zip(prompts, pictures, strict=True))
             ]
-            batch = engine.start(rows, options.keep)
+            batch = engine.start(rows, options.keep, options.kv_keep)
             streams = [TextStream(self.tokenizer, options.stop) for _ in rows]
             texts = ["" for _ in rows]
             while batch.active:
@@ -193,35 +200,7 @@ class Model:
         self, row: int, prompt: str, images: Sequence[ImageSource], options: Options
     ) -> Prompt:
         """One row of a batch: pictures opened and scaled, the prompt as token ids."""
-        if isinstance(images, str | bytes) or not isinstance(images, Sequence):
-            raise PromptError("images is a list; write images=[picture]")
-        arrays = [open_image(image) for image in images]
-        manifest, text, special = self.manifest, prompt, True
-        if options.chat_template:
-            if self._template is None:
-                raise PromptError(
-                    "the bundle has no chat template; write the prompt out and use "
-                    "chat_template=False (--no-chat-template)"
-                )
-            text = self._template.render(prompt, len(arrays), options.system)
-            bos = manifest.special_tokens.get("bos_token")
-            special = not (bos and text.startswith(bos))
-        elif options.system is not None:
-            raise ParameterError("system needs the chat template; write it into the prompt")
-        ids = self.tokenizer.encode(text, add_special_tokens=special)
-        counts = self.processor.image_tokens([(a.shape[0], a.shape[1]) for a in arrays])
-        token_id = manifest.images.token_id
-        where = expand_placeholders(ids, token_id, counts)
-        if not where or not (arrays or prompt.strip()):
-            raise PromptError("the prompt is empty; write a question")
-        image_id = np.zeros(len(where), np.int64)
-        places = np.flatnonzero(np.array(where) == token_id)
-        image_id[places] = np.repeat(np.arange(1, len(counts) + 1), counts)
-        outside = max(where)
-        if outside >= manifest.text.vocab:
-            raise BundleError(f"the tokenizer gives token {outside}, which the model lacks")
-        pixels = self.processor.pixel_values(arrays)
-        return Prompt(where, image_id, pixels, options.sampling(row), options.max_new_tokens)
+        return self._prompts.prepare(row, prompt, images, options)
 
     def _generation(self, batch: Batch, index: int, text: str, image_id: np.ndarray) -> Generation:
         row: RowState = batch.rows[index]
@@ -234,6 +213,7 @@ class Model:
             new_tokens=len(row.tokens),
             tokens_per_layer=tuple(entries.tolist()),
             image_tokens_per_layer=tuple((entries - text_tokens).tolist()),
+            kept_per_layer=tuple(batch.kept[:, index].tolist()),
             vision_ms=batch.timings.vision_ms,
             prefill_ms=batch.timings.prefill_ms,
             decode_ms=batch.timings.decode_ms,
@@ -243,7 +223,8 @@ class Model:
         )
         assert row.finish_reason is not None
         maps = [m[index] for m in batch.merge_maps]
-        return Generation(text, row.tokens, row.finish_reason, stats, image_id, maps)
+        short = row.finish_reason == "length" and len(row.tokens) < row.wanted
+        return Generation(text, row.tokens, row.finish_reason, stats, image_id, maps, short)
 
 
 def load(

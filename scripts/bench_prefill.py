@@ -21,7 +21,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 import lvlm
-from lvlm.export.exporter import export
+from lvlm.export.exporter import export, stages
 from lvlm.export.families.llava import FAMILY
 from lvlm.export.plan import Options, make_plan
 from lvlm.export.progress import Progress
@@ -50,7 +50,8 @@ def main() -> None:
     args = parser.parse_args()
     config, torch_model = make_model(args.work / "checkpoint")
     bundles = {
-        recipe.name: make_bundle(args.work, recipe) for recipe in (NoCompression(), LightVLM())
+        recipe.name: make_bundle(args.work, recipe, f"bundle-{recipe.name}")
+        for recipe in (NoCompression(), LightVLM(kv="none"))
     }
     ids = np.random.default_rng(0).integers(10, 512, args.prompt)
     image_id = np.zeros(args.prompt, np.int64)
@@ -137,8 +138,8 @@ def make_model(folder: Path) -> tuple[Any, Any]:
     return config, model
 
 
-def make_bundle(work: Path, recipe: Any) -> Path:
-    output = work / f"bundle-{recipe.name}"
+def make_bundle(work: Path, recipe: Any, name: str) -> Path:
+    output = work / name  # remove it after a change of the exporter
     if not (output / "lvlm.json").exists():
         options = Options(
             model=str(work / "checkpoint"),
@@ -147,7 +148,7 @@ def make_bundle(work: Path, recipe: Any) -> Path:
             dtype="fp32",
             validate=False,
         )
-        export(make_plan(options), Progress(5))
+        export(make_plan(options), Progress(stages(options)))
     return output
 
 

@@ -106,6 +106,7 @@ class Llava:
             or text.hidden_size // text.num_attention_heads,
             hidden=text.hidden_size,
             vocab=text.vocab_size,
+            scale=float(parts.layers[0].self_attn.scaling),
             window=getattr(text, "sliding_window", None) if windowed else None,
         )
 

@@ -33,12 +33,14 @@ def register(schema: onnx.defs.OpSchema) -> onnx.defs.OpSchema:
 class Sample:
     """Inputs and attributes for one check of an op.
 
-    None stands for an optional input left out; those come last.
+    None stands for an optional input left out; those come last. ``unspecified`` says, for outputs
+    by name, where they mean nothing (bool, True) and need only be finite.
     """
 
     name: str
     inputs: Sequence[torch.Tensor | None]
     attributes: Mapping[str, Attribute] = field(default_factory=dict)
+    unspecified: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,13 @@ class Op:
     axes       axis names of every input, aligned at the right ("B N d"): a capital varies from
                call to call, a small letter is fixed within one graph
     reference  torch, batched, eager; the meaning of the op
-    outputs    (dtype, shape) of every output from inputs and attributes; shapes may be symbolic
+    outputs    (dtype, shape) of every output from inputs and attributes, less optional ones that
+               these do not ask for; shapes may be symbolic
     function   the body as standard ops, for the given attributes
     samples    inputs every implementation is checked on
     tolerance  largest |difference| / max(1, largest |reference|), by dtype of the data
+    lowered    the body for TensorRT where that of ``function`` is not for it; other lvlm ops may
+               occur in it
     """
 
     name: str
@@ -62,6 +67,7 @@ class Op:
     function: Callable[[Mapping[str, Attribute]], onnx.FunctionProto]
     samples: Callable[[], Iterator[Sample]]
     tolerance: Mapping[torch.dtype, float]
+    lowered: Callable[[Mapping[str, Attribute]], onnx.FunctionProto] | None = None
 
     def __call__(self, *inputs: torch.Tensor | None, **attributes: Attribute) -> Tensors:
         """Run the reference, or, while a graph is exported, leave one node in it.

@@ -31,13 +31,13 @@ def single_node_model(op: Op, sample: Sample, dynamic: bool = True) -> onnx.Mode
         axes = zip(axis_names(op, name, tensor.dim()), tensor.shape, strict=True)
         shape = [axis if dynamic and axis.isupper() else extent for axis, extent in axes]
         inputs.append(helper.make_tensor_value_info(name, ELEMENT[tensor.dtype], shape))
+    described = op.outputs(*sample.inputs, **sample.attributes)
     outputs = [
         helper.make_tensor_value_info(
             formal.name, ELEMENT[dtype], [None] * len(shape) if dynamic else [int(n) for n in shape]
         )
-        for formal, (dtype, shape) in zip(
-            op.schema.outputs, op.outputs(*sample.inputs, **sample.attributes), strict=True
-        )
+        # An optional output comes last and may not be given.
+        for formal, (dtype, shape) in zip(op.schema.outputs, described, strict=False)
     ]
     node = helper.make_node(
         op.name, [i.name for i in inputs], [o.name for o in outputs], domain=DOMAIN

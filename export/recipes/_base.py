@@ -9,45 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 
+from lvlm.export.recipes._cache import CacheRule
+from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap
-from lvlm.runtime.bundle import Reduction
+from lvlm.runtime.bundle import ProfileRow, Reduction
 from lvlm.runtime.discovery import nearest
 from lvlm.runtime.errors import ParameterError
 
 
-@dataclass
-class TokenSequence:
-    """The token sequence between two blocks; rows padded on the right.
-
-    hidden     [B,N,D]
-    positions  [B,N] int64 (or [3,B,N]): rotary positions, original ones throughout
-    image_id   [B,N] int64: -1 padding, 0 text, m the m-th image
-    maps       old -> new index of each reduction so far, [B,N before] int64
-    """
-
-    hidden: torch.Tensor
-    positions: torch.Tensor
-    image_id: torch.Tensor
-    maps: list[torch.Tensor] = field(default_factory=list)
-
-    def last(self) -> torch.Tensor:
-        """Index of each row's last prompt token, [B] int64."""
-        return (self.image_id >= 0).sum(1) - 1
-
-
 @dataclass(frozen=True)
-class GraphInput:
-    """One input of a graph: name, element type, and its dimensions (a name: dynamic)."""
+class Calibration:
+    """A PrefixKV profile that a recipe needs: read from ``file``, or measured at ``keep`` on
+    ``samples`` (a jsonl file), or on the built-in ones."""
 
-    name: str
-    dtype: torch.dtype
-    dims: tuple[int | str, ...]
+    keep: float
+    file: str | None = None
+    samples: str | None = None
 
 
 def parameter(default: Any, doc: str) -> Any:
@@ -76,11 +60,6 @@ class Recipe:
         """What the runtime must know to fill those inputs."""
         return ()
 
-    def taps(self, layer: int) -> bool:
-        """Whether ``before_block(layer + 1)`` needs the query and key of block ``layer``."""
-        del layer
-        return False
-
     def before_block(
         self, layer: int, state: TokenSequence, tap: Tap | None, inputs: Mapping[str, torch.Tensor]
     ) -> TokenSequence:
@@ -88,14 +67,32 @@ class Recipe:
         del layer, tap, inputs
         return state
 
+    def cache_rule(self) -> CacheRule | None:
+        """How the cache is compressed; None: every entry stays."""
+        return None
+
+    def calibration(self) -> Calibration | None:
+        """The profile that is still to be found; None: the recipe needs none, or has it."""
+        return None
+
+    def with_profile(self, keep: float, rows: tuple[ProfileRow, ...]) -> Self:
+        """The recipe with the profile that ``calibration`` asked for."""
+        del keep, rows
+        raise ParameterError(f"recipe '{self.name}' takes no profile")
+
     def parameters(self) -> dict[str, Any]:
         """Every parameter and its value, as the manifest records them."""
-        return dataclasses.asdict(self)
+        return {f.name: getattr(self, f.name) for f in settable(type(self))}
+
+
+def settable(recipe: type[Recipe]) -> list[dataclasses.Field[Any]]:
+    """The fields that are parameters; others hold what was worked out from them."""
+    return [f for f in dataclasses.fields(recipe) if "doc" in f.metadata]
 
 
 def parse_settings(recipe: type[Recipe], settings: Sequence[str]) -> Recipe:
     """A recipe from ``name=value`` strings; values are JSON, or plain words."""
-    known = {f.name for f in dataclasses.fields(recipe)}
+    known = {f.name for f in settable(recipe)}
     values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -111,3 +108,32 @@ def parse_settings(recipe: type[Recipe], settings: Sequence[str]) -> Recipe:
             value = text
         values[name] = tuple(value) if isinstance(value, list) else value
     return recipe(**values)
+
+
+def fraction(name: str, value: Any) -> None:
+    """ParameterError unless ``value`` is a number in (0, 1]."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 < value <= 1:
+        raise ParameterError(f"{name} is {value!r}; give a number above 0 and up to 1")
+
+
+def whole(name: str, value: Any, least: int) -> None:
+    """ParameterError unless ``value`` is a whole number of ``least`` or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ParameterError(f"{name} is {value!r}; give a whole number of {least} or more")
+
+
+def choice(name: str, value: Any, literal: Any) -> None:
+    """ParameterError unless ``value`` is one of the Literal's."""
+    if value not in get_args(literal):
+        raise nearest(f"value of {name}", str(value), get_args(literal))
+
+
+def no_profile_and_keep(name: str, profile: str | None, kv_keep: float | None) -> None:
+    """ParameterError if both are given: a profile has its own kv_keep."""
+    if profile is not None and kv_keep is not None:
+        raise ParameterError(f"{name} and kv_keep are both given; the profile has its own kv_keep")
+    if profile is not None and not isinstance(profile, str):
+        raise ParameterError(f"{name} is {profile!r}; give the file that lvlm-calibrate wrote")
+    if kv_keep is not None:
+        fraction("kv_keep", kv_keep)

@@ -7,19 +7,21 @@ consistent with the abstract and with the same authors' earlier method (see docs
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
 from lvlm.export.ops.token_importance import OP as TOKEN_IMPORTANCE
 from lvlm.export.ops.token_merge import OP as TOKEN_MERGE
-from lvlm.export.recipes._base import GraphInput, Recipe, TokenSequence, parameter
+from lvlm.export.recipes import _merged_cache
+from lvlm.export.recipes._base import Calibration, Recipe, choice, fraction, parameter, whole
+from lvlm.export.recipes._cache import CacheRule, Positions
+from lvlm.export.recipes._fixed_point import KEEP
+from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap
-from lvlm.runtime.bundle import Reduction
-from lvlm.runtime.discovery import nearest
+from lvlm.runtime.bundle import ProfileRow, Reduction
 from lvlm.runtime.errors import ParameterError
 
 Importance = Literal["last", "text"]
@@ -50,30 +52,39 @@ class LightVLM(Recipe):
     )
     recycle: float = parameter(0.1, "fraction of the kept tokens that are centres, in (0, 1]")
     absorb: int = parameter(5, "tokens a centre absorbs at most (merge=recycle)")
-    kv_keep: float = parameter(1.0, "fraction of the cache kept in decode; only 1.0 so far")
+    kv: str = parameter(
+        "interval", "cache compression: interval (own), none, or any cache recipe's name"
+    )
+    kv_keep: float | None = parameter(
+        None, f"fraction of the cache that stays; default {KEEP}, or the profile's own"
+    )
+    kv_profile: str | None = parameter(None, "file that lvlm-calibrate wrote: a share per layer")
+    kv_cap: int | None = parameter(None, "most entries a layer keeps, whatever the fraction")
+    kv_sinks: int = parameter(4, "first tokens, which always stay")
+    kv_floor: int | None = parameter(None, "entries that always stay; default 128 (kv=interval)")
+    kv_protect: int | None = parameter(
+        None, "last tokens, whose queries score the rest; default 32 (kv=interval)"
+    )
+    kv_interval: int | None = parameter(
+        None, "steps from one compaction to the next; default 64 (kv=interval)"
+    )
+    positions: Positions = parameter("true", "of new tokens: true, or layer0 (released code)")
+    rows: tuple[ProfileRow, ...] = ()
 
     def __post_init__(self) -> None:
-        _fraction("keep", self.keep)
-        _fraction("recycle", self.recycle)
-        for name, value, choices in (
-            ("importance", self.importance, get_args(Importance)),
-            ("merge", self.merge, get_args(Merge)),
-        ):
-            if value not in choices:
-                raise nearest(f"value of {name}", str(value), choices)
-        if not isinstance(self.absorb, int) or isinstance(self.absorb, bool) or self.absorb < 1:
-            raise ParameterError(f"absorb is {self.absorb!r}; give a whole number of 1 or more")
-        if self.kv_keep != 1.0:
-            raise ParameterError(
-                f"kv_keep is {self.kv_keep!r}; this version keeps the whole cache, give 1.0"
-            )
+        fraction("keep", self.keep)
+        fraction("recycle", self.recycle)
+        choice("importance", self.importance, Importance)
+        choice("merge", self.merge, Merge)
+        whole("absorb", self.absorb, 1)
+        _merged_cache.check(self)
         if self.stages is not None:
             _stages(self.stages)
         if self.schedule is not None:
             if not isinstance(self.schedule, tuple) or not self.schedule:
                 raise ParameterError("schedule is a list of fractions, e.g. [0.7,0.5,0.35]")
             for ratio in self.schedule:
-                _fraction("schedule", ratio)
+                fraction("schedule", ratio)
             if list(self.schedule) != sorted(self.schedule, reverse=True):
                 raise ParameterError(f"schedule {list(self.schedule)} must not rise")
 
@@ -96,7 +107,16 @@ class LightVLM(Recipe):
                 f"{list(stages)}; give one for each"
             )
         keep = self.keep if self.schedule is None else self.schedule[-1]
-        return dataclasses.replace(self, stages=stages, keep=keep)
+        return dataclasses.replace(self, stages=stages, keep=keep, **_merged_cache.defaults(self))
+
+    def calibration(self) -> Calibration | None:
+        return _merged_cache.calibration(self)
+
+    def with_profile(self, keep: float, rows: tuple[ProfileRow, ...]) -> Self:
+        return dataclasses.replace(self, kv_keep=keep, rows=rows)
+
+    def cache_rule(self) -> CacheRule | None:
+        return _merged_cache.rule(self)
 
     def reductions(self) -> tuple[Reduction, ...]:
         stages = self._stages
@@ -126,9 +146,6 @@ class LightVLM(Recipe):
                 ports.append(GraphInput(f"recycle_slots_{i}", torch.int64, (f"centres_{i}",)))
         return ports
 
-    def taps(self, layer: int) -> bool:
-        return layer + 1 in self._stages
-
     def before_block(
         self,
         layer: int,
@@ -136,7 +153,7 @@ class LightVLM(Recipe):
         tap: Tap | None,
         inputs: Mapping[str, torch.Tensor],
     ) -> TokenSequence:
-        if layer not in self._stages or tap is None or tap.query is None or tap.key is None:
+        if layer not in self._stages or tap is None:
             return state
         stage = self._stages.index(layer)
         rows = self._query_rows(state, inputs)
@@ -178,12 +195,6 @@ class LightVLM(Recipe):
         if self.stages is None:
             raise ParameterError("call for_layers() first: the stages depend on the depth")
         return self.stages
-
-
-def _fraction(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0 < value <= 1:
-        raise ParameterError(f"{name} is {value!r}; give a number above 0 and up to 1")
 
 
 def _stages(stages: Any) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import onnx
 import onnx_ir as ir
 from onnx import helper
+from onnx_ir.passes import common
 
-from lvlm.export.ops._contract import OPSET
+from lvlm.export.ops._contract import DOMAIN, OPSET, Attribute, Op
+from lvlm.runtime.discovery import discover
 from lvlm.runtime.errors import ExportError
 
 LOWERED_DOMAIN = "lvlm.lowered"
@@ -21,6 +23,37 @@ def fix_dimensions(model: ir.Model, sizes: Mapping[str, int]) -> None:
         if value.shape is not None:
             dims = [sizes.get(str(d), d) if not isinstance(d, int) else d for d in value.shape]
             value.shape = ir.Shape(dims)
+
+
+def lower_ops(model: ir.Model) -> None:
+    """Replace every lvlm op that has a form for TensorRT (``Op.lowered``) by the nodes of that
+    form, and add the functions of the lvlm ops among them.
+
+    Postcondition: what an optional output alone was computed from is gone where nothing reads it.
+    """
+    ops: dict[str, Op] = discover("lvlm.export.ops", "OP")
+    lowered = set()
+    for node in model.graph:
+        if node.domain == DOMAIN and (form := ops[node.op_type].lowered) is not None:
+            function = ir.serde.deserialize_function(form(_attributes(node)))
+            model.functions[function.identifier()] = function
+            lowered.add(function.identifier())
+    common.InlinePass(lambda function: function.identifier() in lowered)(model)
+    common.RemoveUnusedNodesPass()(model)
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            _add_function(model, ops[node.op_type].function(_attributes(node)))
+
+
+def _attributes(node: ir.Node) -> dict[str, Attribute]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def _add_function(model: ir.Model, proto: onnx.FunctionProto) -> None:
+    function = ir.serde.deserialize_function(proto)
+    known = model.functions.setdefault(function.identifier(), function)
+    if dict(known.attributes) != dict(function.attributes):
+        raise ExportError(f"two variants of {function.name} in one graph")
 
 
 def write_out_attention(model: ir.Model) -> int:

@@ -1,7 +1,8 @@
 """TensorRT-RTX: portable graphs, built ahead of time on any machine, run on RTX GPUs.
 
 What differs from the canonical graphs: the cache's length is static (KVCacheUpdate asks for it),
-and fp32 attention of several query rows is written out (there is no fp32 kernel for it).
+causal attention is the standard op (its kernel is the fused one), and fp32 attention of several
+query rows is written out (there is no fp32 kernel for it).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lvlm.export.targets._base import target_file
-from lvlm.export.targets._passes import fix_dimensions, write_out_attention
+from lvlm.export.targets._passes import fix_dimensions, lower_ops, write_out_attention
 from lvlm.runtime.bundle import Capacity
 
 
@@ -24,6 +25,7 @@ class TrtRtx:
 
     def lower(self, model: ir.Model, capacity: Capacity) -> None:
         fix_dimensions(model, {f"capacity_{i}": c for i, c in enumerate(capacity.per_layer)})
+        lower_ops(model)
         write_out_attention(model)
 
     def write(self, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> None:

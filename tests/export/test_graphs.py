@@ -8,24 +8,28 @@ from pathlib import Path
 
 import onnx
 import pytest
-from conftest import TINY
+from conftest import CACHED, CACHED_USUAL, TINY
 
 from lvlm.export.targets import _trt_gate
 from lvlm.export.targets._base import target_file
 from lvlm.runtime.bundle import Manifest, read_bundle
 
 MODELS = ["tiny-llava", *TINY]
-VARIANTS = [(name, recipe) for name in MODELS for recipe in ("none", "lightvlm")]
+VARIANTS = [
+    *((name, recipe) for name in MODELS for recipe in ("none", "lightvlm")),
+    *CACHED_USUAL,
+]
 # TensorRT builds per type; one architecture in fp16, all in fp32 as the parity tests have them.
 GATED = [
     *((name, recipe, "fp32") for name, recipe in VARIANTS),
     ("tiny-llava", "none", "fp16"),
     ("tiny-llava", "lightvlm", "fp16"),
+    ("tiny-llava", "elastic-cache (cached)", "fp16"),
 ]
 
 
 def make(bundle: Callable[..., Path], name: str, recipe: str, dtype: str = "fp32") -> Path:
-    return bundle(name, recipe, dtype=dtype, max_images=2)
+    return bundle(name, *CACHED.get(recipe, (recipe,)), dtype=dtype, max_images=2)
 
 
 @pytest.mark.parametrize(("name", "recipe"), VARIANTS)
@@ -63,7 +67,7 @@ def test_weights_are_stored_once_and_used_as_they_lie(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_prefill_holds_one_merge_node_per_stage(name: str, bundle: Callable[..., Path]) -> None:
+def test_prefill_merges_once_per_stage_and_compacts_every_layer(name: str, bundle: Callable[..., Path]) -> None:
     folder = make(bundle, name, "lightvlm")
     manifest = read_bundle(folder)
     model = onnx.load(folder / "prefill.onnx", load_external_data=False)
@@ -72,7 +76,10 @@ def test_prefill_holds_one_merge_node_per_stage(name: str, bundle: Callable[...,
     assert stages >= 1
     assert kinds.count(("lvlm", "TokenMerge")) == stages
     assert kinds.count(("lvlm", "TokenImportance")) == stages
-    assert {f.name for f in model.functions} == {"TokenMerge", "TokenImportance"}
+    layers = manifest.text.layers
+    for op in ("CausalAttention", "CacheImportance", "CacheCompact"):
+        assert kinds.count(("lvlm", op)) == layers
+    assert {f.name for f in model.functions} == {name for d, name in kinds if d == "lvlm"}
     assert {n.domain for n in model.graph.node} <= {"", "lvlm"}
     assert {d for f in model.functions for n in f.node for d in [n.domain]} <= {"", "lvlm"}
     outputs = [p.name for p in manifest.graphs["prefill"].outputs]
@@ -116,6 +123,8 @@ def profiles(manifest: Manifest, graph: str) -> _trt_gate.Profiles:
         sizes[f"kept_{stage}"] = (1, tokens // 3 + 1, tokens)
         sizes[f"centres_{stage}"] = (1, tokens // 30 + 1, tokens // 10 + 1)
         sizes[f"length_{stage}"] = (2, tokens, longest)
+    for layer, capacity in enumerate(manifest.capacity.per_layer):
+        sizes[f"entries_{layer}"] = (1, capacity // 2, capacity)
     found = {}
     for port in manifest.graphs[graph].inputs:
         dims = [

@@ -77,14 +77,14 @@ def test_none_equals_transformers_generate(
     assert len({tuple(ids) for ids in expected}) == len(ROWS)  # the prompts matter
 
 
-def make_reference(folder: Path, settings: Sequence[str]) -> Reference:
+def make_reference(folder: Path, recipe: str, *settings: str) -> Reference:
     source = Checkpoint(folder, "", None)
     family = find_family(source.config, "")
     config = family.read_config(source.config)
-    recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")["lightvlm"], settings)
+    parsed = parse_settings(discover("lvlm.export.recipes", "RECIPE")[recipe], settings)
     theirs = load_torch(folder)
     theirs.set_attn_implementation("lvlm")
-    return Reference(family, config, theirs, recipe)
+    return Reference(family, config, theirs, parsed)
 
 
 def reference_answers(reference: Reference, model: Model, keep: float, count: int) -> list[Any]:
@@ -134,7 +134,7 @@ def test_lightvlm_equals_its_torch_reference(
     """One bundle, every keep ratio; in a batch of prompts of different lengths."""
     texts, pictures = [r[0] for r in ROWS], [r[1] for r in ROWS]
     with lvlm.load(bundle(name, "lightvlm", *settings, max_images=2)) as model:
-        reference = make_reference(checkpoint(name), settings)
+        reference = make_reference(checkpoint(name), "lightvlm", *settings)
         for keep in KEEPS:
             expected = reference_answers(reference, model, keep, 24)
             got = model.generate(texts, pictures, max_new_tokens=24, keep=keep, chat_template=False)
@@ -169,9 +169,9 @@ def test_keep_1_equals_recipe_none(bundle: Callable[..., Path]) -> None:
         batch = model.engine.start([model.prepare(0, *ROWS[1], Options(chat_template=False))])
         logits = batch.logits.copy()
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
-        merged = [g.token_ids for g in model.generate(texts, pictures, keep=1.0, **options)]
+        merged = [g.token_ids for g in model.generate(texts, pictures, keep=1.0, kv_keep=1.0, **options)]
         batch = model.engine.start(
-            [model.prepare(0, *ROWS[1], Options(chat_template=False))], keep=1.0
+            [model.prepare(0, *ROWS[1], Options(chat_template=False))], keep=1.0, kv_keep=1.0
         )
         np.testing.assert_array_equal(batch.logits, logits)
     assert merged == none
@@ -184,7 +184,7 @@ def test_image_tokens_entering_each_layer_follow_the_schedule(
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
         for keep in (0.35, 0.15, 0.03):
             batch = model.engine.start(
-                [model.prepare(0, "Describe the picture.", PICTURES[:1], Options())], keep=keep
+                [model.prepare(0, "Describe the picture.", PICTURES[:1], Options())], keep, 1.0
             )
             text = len(batch.plan.entries) and int(batch.plan.entries[0, 0]) - 144
             steps = [144, *(max(1, round(144 * keep ** (i / 3))) for i in (1, 2, 3))]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
-from lvlm.export.recipes._base import Recipe, parse_settings
+from lvlm.export.recipes._base import Recipe, parse_settings, settable
 from lvlm.export.recipes.lightvlm import LightVLM
+from lvlm.export.recipes.prefixkv import PrefixKV
+from lvlm.export.recipes.uniform import Uniform
+from lvlm.runtime.bundle import ProfileRow
 from lvlm.runtime.discovery import discover
 from lvlm.runtime.errors import ParameterError
 from lvlm.runtime.schedule import keep_ratios, tokens_per_layer
@@ -40,7 +41,18 @@ def test_layer_mean_fraction_of_28_blocks(keep: float, mean: float) -> None:
         ("keep=NaN", "keep is nan"),
         ("keep=true", "keep is True"),
         ("keep=half", "keep is 'half'"),
-        ("kv_keep=0.5", "kv_keep is 0.5"),
+        ("kv_keep=0", "kv_keep is 0; give a number above 0"),
+        ("kv_keep=1.01", "kv_keep is 1.01"),
+        ("kv_keep=NaN", "kv_keep is nan"),
+        ("kv_cap=35", "kv_cap is 35, but 36 entries are protected; give a whole number of 36"),
+        ("kv_floor=-1", "kv_floor is -1"),
+        ("kv_protect=0", "kv_protect is 0"),
+        ("kv_interval=0", "kv_interval is 0"),
+        ("kv_sinks=1.5", "kv_sinks is 1.5"),
+        ("kv=prefixvk", "did you mean prefixkv"),
+        ("kv=lightvlm", "unknown value of kv"),
+        ("positions=layer1", "did you mean layer0"),
+        ("rows=[]", "rows"),
         ("merge=recycel", "did you mean recycle"),
         ("importance=first", "importance"),
         ("absorb=0", "absorb is 0"),
@@ -59,6 +71,68 @@ def test_layer_mean_fraction_of_28_blocks(keep: float, mean: float) -> None:
 def test_wrong_settings(setting: str, message: str) -> None:
     with pytest.raises(ParameterError, match=message):
         parse_settings(LightVLM, [setting])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message"),
+    [
+        ("elastic-cache", ("kv_keep=0",), "kv_keep is 0; give a number above 0 and up to 1"),
+        ("uniform", ("kv_keep=1.5",), "kv_keep is 1.5"),
+        ("uniform", ("kv_cap=1",), "kv_cap is 1, but 2 entries are protected; give .* 2 or more"),
+        ("uniform", ("kv_sinks=4", "kv_cap=4"), "5 entries are protected"),
+        ("uniform", ("distance=0",), "distance is 0"),
+        ("elastic-cache", ("semantics=papers",), "did you mean paper"),
+        ("elastic-cache", ("semantics=reference", "kv_cap=9"), "has no kv_cap"),
+        ("prefixkv", ("semantics=reference", "kv_cap=9"), "has no kv_cap"),
+        ("prefixkv", ("profile=a.json", "kv_keep=0.2"), "profile and kv_keep are both given"),
+        ("prefixkv", ("profile=a.json", "samples=b.jsonl"), "profile and samples are both given"),
+        ("prefixkv", ("profile=3",), "profile is 3; give the file"),
+        ("lightvlm", ("kv_profile=a.json", "kv_keep=0.2"), "kv_profile and kv_keep are both"),
+        ("lightvlm", ("kv=none", "kv_keep=0.5"), "kv=none keeps the whole cache"),
+        ("lightvlm", ("kv=prefixkv", "kv_floor=8"), "kv_floor belongs to kv=interval"),
+        ("lightvlm", ("kv=elastic-cache", "kv_profile=a.json"), "takes no profile"),
+        ("lightvlm", ("kv=prefixkv", "kv_cap=4"), "5 entries are protected"),
+    ],
+)
+def test_wrong_cache_settings(recipe: str, settings: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        parse_settings(RECIPES[recipe], settings)
+
+
+def test_lightvlm_takes_any_cache_recipe() -> None:
+    """Its cache is its own, none, or that of any other recipe, with the shared parameters."""
+    own = LightVLM().for_layers(6)
+    rule = own.cache_rule()
+    assert rule is not None
+    c = rule.compression
+    assert (c.keep, c.floor, c.sinks, c.recent, c.queries) == (0.5, 128, 4, 32, 32)
+    assert (c.interval, c.distance) == (64, None)
+    assert own.parameters()["kv_floor"] == 128
+    assert LightVLM(kv="none").cache_rule() is None
+    others = [name for name in RECIPES if name not in ("none", "lightvlm")]
+    assert len(others) >= 3
+    for name in others:
+        rule = LightVLM(kv=name, kv_keep=0.3, positions="layer0").for_layers(6).cache_rule()
+        alone = parse_settings(RECIPES[name], ["kv_keep=0.3", "kv_sinks=4", "positions=layer0"])
+        assert rule == alone.cache_rule()
+        assert rule is not None
+        assert rule.compression.distance == 25
+
+
+def test_a_recipe_with_a_profile_has_nothing_left_to_calibrate() -> None:
+    rows = (ProfileRow(0.2, (0.1, 0.3)),)
+    for recipe in (PrefixKV(), LightVLM(kv="prefixkv"), LightVLM(kv_profile="p.json")):
+        wanted = recipe.calibration()
+        assert wanted is not None
+        assert wanted.file == getattr(recipe, "kv_profile", None)
+        ready = recipe.with_profile(0.2, rows)
+        assert ready.calibration() is None
+        rule = ready.cache_rule()
+        assert rule is not None
+        assert rule.compression.profile == rows
+        assert rule.compression.keep == 0.2
+    with pytest.raises(ParameterError, match="takes no profile"):
+        Uniform().with_profile(0.2, rows)
 
 
 def test_settings_that_need_the_depth() -> None:
@@ -86,8 +160,7 @@ def test_settings_reach_the_recipe() -> None:
 def test_every_parameter_is_documented(recipe: type[Recipe]) -> None:
     assert recipe.summary
     assert recipe.source
-    for field in dataclasses.fields(recipe):
+    for field in settable(recipe):
         assert field.metadata["doc"], field.name
-    assert recipe().for_layers(12).parameters().keys() == {
-        f.name for f in dataclasses.fields(recipe)
-    }
+    parameters = recipe().for_layers(12).parameters()
+    assert parameters.keys() == {f.name for f in settable(recipe)}

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 from lvlm.runtime import integrity
 from lvlm.runtime.bundle import (
     Capacity,
+    Compression,
     File,
     Graph,
     Images,
     Manifest,
     Port,
+    ProfileRow,
     Reduction,
     Text,
     read_bundle,
@@ -26,6 +29,20 @@ from lvlm.runtime.bundle import (
 from lvlm.runtime.errors import BundleError
 
 GRAPHS = ("vision", "prefill", "decode")
+FIXED_POINT = Compression(
+    keep=0.2,
+    profile=(ProfileRow(0.2, (0.3, 0.3, 0.1, 0.1)), ProfileRow(0.5, (0.8, 0.6, 0.4, 0.2))),
+    cap=None,
+    floor=0,
+    sinks=1,
+    recent=1,
+    distance=25,
+    interval=None,
+    queries=0,
+    positions="true",
+    semantics="paper",
+)
+INTERVAL = Compression(0.5, (), 256, 128, 4, 32, None, 64, 32, "true", "paper")
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
         files[name] = File(integrity.sha256_of(path), path.stat().st_size)
     port = Port("x", "float32", ("batch", 3))
     Manifest(
-        schema=1,
+        schema=2,
         family="llava",
         model={"source": "m", "revision": None},
         recipe="lightvlm",
@@ -58,6 +75,7 @@ def folder(tmp_path: Path) -> Path:
         images=Images("<image>", 3, 4, (2, 2), (8, 8), {"name": "llava"}),
         keep=0.5,
         reductions=(Reduction(1, 0.5, None, 0.1), Reduction(2, 1.0, None, None)),
+        compression=FIXED_POINT,
         capacity=Capacity(32, 1, (36, 35, 34, 34)),
         chat_template=None,
         special_tokens={},
@@ -97,6 +115,7 @@ def test_what_was_written_is_read(folder: Path) -> None:
     manifest = read_bundle(folder)
     assert manifest.graphs["prefill"].inputs == (Port("x", "float32", ("batch", 3)),)
     assert manifest.reductions[0] == Reduction(1, 0.5, None, 0.1)
+    assert manifest.compression == FIXED_POINT
     (folder / "lvlm.json").rename(folder / "first.json")
     manifest.write(folder)
     assert (folder / "lvlm.json").read_text() == (folder / "first.json").read_text()
@@ -108,17 +127,17 @@ def test_places_that_are_no_bundle(folder: Path, tmp_path: Path) -> None:
     assert "is not a bundle" not in refused(folder / "tokenizer.json")  # a file, not a folder
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00\xff", '{"schema": 1'], ids=range(5))
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00\xff", '{"schema": 2'], ids=range(5))
 def test_manifest_that_is_not_json(folder: Path, text: str) -> None:
     (folder / "lvlm.json").write_bytes(text.encode("latin-1"))
     assert "lvlm.json cannot be read" in refused(folder)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '"x"', "{}", '{"schema": 2}', '{"schema": "1"}'])
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "{}", '{"schema": 1}', '{"schema": "2"}'])
 def test_unknown_schema_is_told_before_unknown_fields(folder: Path, text: str) -> None:
     (folder / "lvlm.json").write_text(text)
     message = refused(folder)
-    assert "this version reads 1" in message
+    assert "this version reads 2" in message
     assert "has schema" in message
 
 
@@ -144,6 +163,8 @@ def test_unknown_schema_is_told_before_unknown_fields(folder: Path, text: str) -
         (put("special_tokens", value={"bos_token": 1}), "special_tokens.bos_token holds 1"),
         (put("capacity", "per_layer", 2, value="34"), "capacity.per_layer[2] holds '34'"),
         (put("reductions", 0, "recycle", value="x"), "reductions[0].recycle holds 'x'"),
+        (put("compression", "semantics", value="mine"), "compression holds {"),
+        (lambda d: d.pop("compression"), "missing field 'compression'"),
         (put("graphs", "vision", "inputs", 0, "dims", 0, value=1.5), "inputs[0].dims[0] holds 1.5"),
     ],
     ids=lambda x: x.replace(" ", "-") if isinstance(x, str) else "",
@@ -189,6 +210,79 @@ def test_a_whole_number_is_a_fraction_too(folder: Path) -> None:
 def test_values_that_cannot_be(folder: Path, edit: Any, said: str) -> None:
     change(folder, edit)
     assert said in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "compression",
+    [
+        None,
+        INTERVAL,
+        replace(INTERVAL, cap=36, floor=0, interval=1, keep=1.0),
+        replace(INTERVAL, sinks=0, recent=1, queries=1, cap=1),
+        replace(FIXED_POINT, profile=(), distance=0, cap=2),
+        replace(FIXED_POINT, sinks=0, semantics="reference", positions="layer0"),
+        replace(FIXED_POINT, profile=(ProfileRow(0.2000009, (0.3, 0.3, 0.1, 0.1)),)),
+        replace(FIXED_POINT, profile=(*FIXED_POINT.profile, ProfileRow(1.0, (1.0,) * 4))),
+    ],
+)
+def test_cache_compressions_that_can_be(folder: Path, compression: Compression | None) -> None:
+    data = None if compression is None else asdict(compression)
+    change(folder, put("compression", value=data))
+    assert read_bundle(folder).compression == compression
+
+
+@pytest.mark.parametrize(
+    ("start", "changes", "said"),
+    [
+        *((FIXED_POINT, {"keep": keep}, "keep") for keep in (0, -0.2, 1.01, float("nan"))),
+        (FIXED_POINT, {"cap": 1}, "cap"),
+        (INTERVAL, {"cap": 35}, "cap"),
+        (FIXED_POINT, {"floor": 1}, "floor"),
+        (INTERVAL, {"floor": -1}, "floor"),
+        (FIXED_POINT, {"sinks": -1, "recent": 3}, "sinks or recent"),
+        (FIXED_POINT, {"recent": -1, "sinks": 3}, "sinks or recent"),
+        (FIXED_POINT, {"recent": 0, "sinks": 0}, "sinks or recent"),
+        (INTERVAL, {"recent": 31}, "sinks or recent"),
+        (FIXED_POINT, {"distance": -1}, "distance"),
+        (FIXED_POINT, {"distance": None}, "distance"),
+        (INTERVAL, {"distance": 25}, "distance"),
+        (INTERVAL, {"interval": 0}, "interval"),
+        (INTERVAL, {"interval": -64}, "interval"),
+        (INTERVAL, {"queries": 0}, "queries"),
+        (FIXED_POINT, {"queries": 1}, "queries"),
+        (FIXED_POINT, {"queries": -1}, "queries"),
+        (INTERVAL, {"semantics": "reference"}, "semantics"),
+        (INTERVAL, {"floor": -1, "interval": 0}, "floor, interval"),
+    ],
+)
+def test_cache_compressions_that_cannot_be(
+    folder: Path, start: Compression, changes: dict[str, Any], said: str
+) -> None:
+    change(folder, put("compression", value=asdict(start) | changes))
+    assert f"a cache compression out of range ({said})" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([(0.5, (0.5,) * 4), (0.2, (0.2,) * 4)], "profile"),
+        ([(0.5, (0.5,) * 4), (0.5, (0.5,) * 4)], "profile"),
+        ([(0.5, (0.5,) * 3)], "profile, profile's means"),
+        ([(0.5, ())], "profile, profile's means"),
+        ([(0.25, (0.5, 0.4, 0.1, 0.0))], "profile's fractions"),
+        ([(0.5, (1.2, 0.4, 0.3, 0.1))], "profile's fractions"),
+        ([(float("nan"), (0.5,) * 4)], "profile's fractions, profile's means"),
+        ([(0.5, (0.5, 0.5, 0.5, float("nan")))], "profile's fractions, profile's means"),
+        ([(-1e-7, (1e-7,) * 4)], "profile's fractions"),
+        ([(0.5, (0.5, 0.5, 0.5, 0.50001))], "profile's means"),
+    ],
+)
+def test_profiles_that_cannot_be(
+    folder: Path, rows: list[tuple[float, tuple[float, ...]]], said: str
+) -> None:
+    profile = [{"keep": keep, "fractions": list(fractions)} for keep, fractions in rows]
+    change(folder, put("compression", "profile", value=profile))
+    assert f"a cache compression out of range ({said})" in refused(folder)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lvlm.runtime.bundle import Images, Reduction
 from lvlm.runtime.errors import ParameterError
 from lvlm.runtime.show_merge import GAP, MARGIN, Token, after_each_reduction, merge_picture
 
-STATS = Stats(0, 0, 0, (), (), 0, 0, 0, 0, 0, 0)
+STATS = Stats(0, 0, 0, (), (), (), 0, 0, 0, 0, 0, 0)
 SIDE = 12  # a picture of 2 x 3 patches, 6 x 4 pixels each; shown at 288 x 288
 SHOWN = 288
 

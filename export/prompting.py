@@ -1,0 +1,44 @@
+"""Prompts of a checkpoint that was not exported: samples as prefill takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lvlm.export.checkpoint import Checkpoint
+from lvlm.export.families._base import Family
+from lvlm.export.samples import Sample
+from lvlm.runtime.answers import Options
+from lvlm.runtime.engine import Prompt
+from lvlm.runtime.errors import BundleError, CheckpointError, LvlmError
+from lvlm.runtime.prompts import PromptMaker
+from lvlm.runtime.text import Tokenizer
+
+
+def prompt_maker(checkpoint: Checkpoint, family: Family, config: Any) -> PromptMaker:
+    """What writes prompts exactly as a bundle of this checkpoint does. Raises CheckpointError."""
+    files = family.prompt(config, checkpoint.folder)
+    try:
+        return PromptMaker(
+            Tokenizer(checkpoint.folder / "tokenizer.json", files.eos_ids),
+            family.images(config, checkpoint.folder),
+            config.get_text_config().vocab_size,
+            files.chat_template,
+            files.special_tokens,
+        )
+    except BundleError as error:
+        reason = str(error).removesuffix("; export the bundle again")
+        reason = reason.replace("the bundle's ", "its ")
+        raise CheckpointError(f"{checkpoint.source} gives no prompts: {reason}") from None
+
+
+def prepare(maker: PromptMaker, sample: Sample) -> Prompt:
+    """A sample as prefill takes it; errors name the sample. Without a chat template the question
+    follows its pictures as it stands."""
+    text, templated = sample.prompt, maker.template is not None
+    if not templated and maker.images.token not in text:
+        text = f"{maker.images.token}\n" * len(sample.images) + text
+    options = Options(chat_template=templated, max_new_tokens=1)
+    try:
+        return maker.prepare(0, text, sample.images, options)
+    except LvlmError as error:
+        raise type(error)(f"{sample.where}: {error}") from None

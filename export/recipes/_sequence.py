@@ -1,0 +1,40 @@
+"""What flows through a traced language model: the sequence between blocks, a graph's inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class TokenSequence:
+    """The token sequence between two blocks; rows padded on the right.
+
+    hidden     [B,N,D]
+    positions  [B,N] int64 (or [3,B,N]): rotary positions, original ones throughout
+    image_id   [B,N] int64: -1 padding, 0 text, m the m-th image
+    maps       old -> new index of each reduction so far, [B,N before] int64
+    """
+
+    hidden: torch.Tensor
+    positions: torch.Tensor
+    image_id: torch.Tensor
+    maps: list[torch.Tensor] = field(default_factory=list)
+
+    def last(self) -> torch.Tensor:
+        """Index of each row's last prompt token, [B] int64."""
+        return self.length() - 1
+
+    def length(self) -> torch.Tensor:
+        """Tokens of each row, [B] int64."""
+        return (self.image_id >= 0).sum(1)
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One input of a graph: name, element type, and its dimensions (a name: dynamic)."""
+
+    name: str
+    dtype: torch.dtype
+    dims: tuple[int | str, ...]

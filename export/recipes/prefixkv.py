@@ -1,0 +1,61 @@
+"""PrefixKV: every layer its own share of the cache, found by one global threshold (2412.03409).
+
+The shares are a profile: read from a file that lvlm-calibrate wrote, or measured while exporting.
+Prompts never decide them: budgets that depend on data would make every shape depend on data.
+``semantics=reference`` rounds as the released code does, for parity tests only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from lvlm.export.recipes._base import Calibration, choice, no_profile_and_keep, parameter
+from lvlm.export.recipes._cache import CacheRule, Semantics
+from lvlm.export.recipes._fixed_point import KEEP, FixedPoint
+from lvlm.runtime.bundle import ProfileRow
+from lvlm.runtime.errors import ParameterError
+
+
+@dataclass(frozen=True)
+class PrefixKV(FixedPoint):
+    """Recipe ``prefixkv``. ``rows`` are the profile, once it is known."""
+
+    name: ClassVar[str] = "prefixkv"
+    summary: ClassVar[str] = "the most attended cache entries stay, each layer with its own budget"
+    source: ClassVar[str] = "PrefixKV, arXiv 2412.03409"
+
+    kv_keep: float | None = parameter(
+        None, f"fraction of all cache entries that stays; default {KEEP}, or the profile's own"
+    )
+    profile: str | None = parameter(None, "file that lvlm-calibrate wrote; without one, the export")
+    samples: str | None = parameter(
+        None, "calibrates on this jsonl of image and prompt, or on the built-in samples"
+    )
+    semantics: Semantics = parameter("paper", "paper, or reference: the released code's rounding")
+    rows: tuple[ProfileRow, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rows:
+            no_profile_and_keep("profile", self.profile, self.kv_keep)
+        if self.profile is not None and self.samples is not None:
+            raise ParameterError("profile and samples are both given; a profile needs no samples")
+        choice("semantics", self.semantics, Semantics)
+        if self.semantics == "reference" and self.kv_cap is not None:
+            raise ParameterError("semantics=reference has no kv_cap; the released code lacks it")
+
+    def calibration(self) -> Calibration | None:
+        if self.rows:
+            return None
+        return Calibration(self.kv_keep or KEEP, self.profile, self.samples)
+
+    def with_profile(self, keep: float, rows: tuple[ProfileRow, ...]) -> Self:
+        return dataclasses.replace(self, kv_keep=keep, rows=rows)
+
+    def cache_rule(self) -> CacheRule:
+        return CacheRule(self.compression(profile=self.rows, semantics=self.semantics))
+
+
+RECIPE = PrefixKV

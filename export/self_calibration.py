@@ -1,0 +1,51 @@
+"""A recipe that needs a profile and was given none: the exporter measures one, and says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from lvlm.export.calibration import calibrate
+from lvlm.export.plan import Plan, plan_cache
+from lvlm.export.profiles import identify
+from lvlm.export.progress import Progress
+from lvlm.export.prompting import prepare, prompt_maker
+from lvlm.export.recipes._base import Calibration
+from lvlm.export.reference import Reference, load_fp32
+from lvlm.export.samples import Sample, builtin_samples, read_samples
+
+
+def samples_for(wanted: Calibration) -> list[Sample]:
+    """What to measure on. Raises ParameterError where the file does not hold usable samples."""
+    return builtin_samples() if wanted.samples is None else read_samples(wanted.samples)
+
+
+def with_profile(plan: Plan, progress: Progress) -> Plan:
+    """The plan with a profile measured on the recipe's samples, if it still needs one.
+
+    The whole model is loaded in fp32 for that.
+    """
+    wanted = plan.recipe.calibration()
+    if wanted is None:
+        return plan
+    samples = samples_for(wanted)
+    what = "built-in samples" if wanted.samples is None else f"samples of {wanted.samples}"
+    with progress.stage(f"calibrate the layers' budgets on {len(samples)} {what}") as stage:
+        model = load_fp32(
+            plan.family, plan.config, plan.checkpoint, plan.stored_names, torch.float32
+        )
+        reference = Reference(plan.family, plan.config, model, plan.recipe)
+        maker = prompt_maker(plan.checkpoint, plan.family, plan.config)
+        profile = calibrate(
+            reference,
+            identify(plan.checkpoint),
+            (prepare(maker, sample) for sample in samples),
+            wanted.keep,
+            on_sample=lambda done, _: stage.show(f"{done} of {len(samples)}"),
+        )
+        at_keep = next(row.fractions for row in profile.rows if row.keep == profile.keep)
+        stage.result = f"layers keep {min(at_keep):.0%} to {max(at_keep):.0%}"
+    recipe = plan.recipe.with_profile(profile.keep, profile.rows)
+    cache = plan_cache(plan.options, recipe, plan.images, reference.language, plan.dtype)
+    return replace(plan, recipe=recipe, cache=cache, profile=profile)

@@ -1,0 +1,74 @@
+"""From a question and its pictures to what prefill takes: token ids, image places, pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lvlm.runtime.answers import Options
+from lvlm.runtime.bundle import Images
+from lvlm.runtime.engine import Prompt
+from lvlm.runtime.errors import BundleError, ParameterError, PromptError
+from lvlm.runtime.images import ImageSource, open_image
+from lvlm.runtime.processors import Processor, load_processor
+from lvlm.runtime.text import ChatTemplate, Tokenizer, expand_placeholders
+
+
+class PromptMaker:
+    """Prepares prompts as a model wants them, whether it comes from a bundle or a checkpoint.
+
+    ``vocab`` is the number of tokens that the model knows. Any thread may use it. Raises
+    BundleError if the processor's config or the chat template is not valid.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        images: Images,
+        vocab: int,
+        chat_template: str | None,
+        special_tokens: Mapping[str, str],
+    ) -> None:
+        self.tokenizer, self.images, self.vocab = tokenizer, images, vocab
+        self.processor: Processor = load_processor(images.processor)
+        self.template = (
+            ChatTemplate(chat_template, special_tokens, images.token) if chat_template else None
+        )
+        self._bos = special_tokens.get("bos_token")
+
+    def prepare(
+        self, row: int, prompt: str, images: Sequence[ImageSource], options: Options
+    ) -> Prompt:
+        """One row of a batch: pictures opened and scaled, the prompt as token ids.
+
+        Raises PromptError, ImageError, ParameterError, BundleError.
+        """
+        if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+            raise PromptError("images is a list; write images=[picture]")
+        arrays = [open_image(image) for image in images]
+        text, special = prompt, True
+        if options.chat_template:
+            if self.template is None:
+                raise PromptError(
+                    "the bundle has no chat template; write the prompt out and use "
+                    "chat_template=False (--no-chat-template)"
+                )
+            text = self.template.render(prompt, len(arrays), options.system)
+            special = not (self._bos and text.startswith(self._bos))
+        elif options.system is not None:
+            raise ParameterError("system needs the chat template; write it into the prompt")
+        ids = self.tokenizer.encode(text, add_special_tokens=special)
+        counts = self.processor.image_tokens([(a.shape[0], a.shape[1]) for a in arrays])
+        token_id = self.images.token_id
+        where = expand_placeholders(ids, token_id, counts)
+        if not where or not (arrays or prompt.strip()):
+            raise PromptError("the prompt is empty; write a question")
+        image_id = np.zeros(len(where), np.int64)
+        places = np.flatnonzero(np.array(where) == token_id)
+        image_id[places] = np.repeat(np.arange(1, len(counts) + 1), counts)
+        outside = max(where)
+        if outside >= self.vocab:
+            raise BundleError(f"the tokenizer gives token {outside}, which the model lacks")
+        pixels = self.processor.pixel_values(arrays)
+        return Prompt(where, image_id, pixels, options.sampling(row), options.max_new_tokens)
