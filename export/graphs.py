@@ -9,11 +9,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lvlm.export.language import (
-    Compact,
-    Decode,
-    LanguageModel,
-    Prefill,
+from lvlm.export.language import Compact, Decode, LanguageModel, Prefill
+from lvlm.export.ports import (
     buffer_kinds,
     buffer_names,
     compact_inputs,

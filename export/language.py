@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lvlm.export.ports import compact_counts, recipe_inputs
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.recipes._cache import CacheRule
-from lvlm.export.recipes._sequence import GraphInput, TokenSequence
+from lvlm.export.recipes._sequence import TokenSequence
 from lvlm.export.standard_ops import Tap, scatter
 
 
@@ -106,7 +107,7 @@ class Prefill(nn.Module):
                     -1 for text and padding
     image_id        [B,N] int64: -1 padding, 0 text, m the m-th picture of the row
     position_ids    [B,N] int64
-    and the recipe's inputs, and the buffers (see buffer_names).
+    and the recipe's inputs, and the buffers (ports.buffer_inputs).
     -> logits [B,vocabulary] fp32 after each row's last token, the reductions' maps, with a cache
     rule kept [L,B] int64 (-1: an importance was not finite), the buffers
     """
@@ -164,7 +165,7 @@ class Decode(nn.Module):
 
     input_ids, position_ids [B,1] int64; write_index, valid_length [L,B] int64: the slot that takes
     the new entry and how many slots are valid with it; with a ring of queries query_index [B]
-    int64, the slot of the ring that takes the new query; then the buffers (see buffer_names).
+    int64, the slot of the ring that takes the new query; then the buffers (ports.buffer_inputs).
     -> logits [B,vocabulary] fp32, the buffers
     """
 
@@ -202,7 +203,7 @@ class Compact(nn.Module):
     """Between two decode steps: every layer drops what its recent queries attend to least.
 
     valid_length, kv_budget [L,B] int64; query_slot [L,B,queries] int64: the slot of each ring
-    query's own entry, -1 unused; kv_slots_l [K_l]; then the buffers (see buffer_names).
+    query's own entry, -1 unused; kv_slots_l [K_l]; then the buffers (ports.buffer_inputs).
     -> kept [L,B] int64 (-1: an importance was not finite), the keys and values
     """
 
@@ -213,7 +214,7 @@ class Compact(nn.Module):
     def forward(
         self, fixed: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        names = (i.name for i in _compact_counts(self.model, self.rule))
+        names = (i.name for i in compact_counts(self.model, self.rule))
         inputs = dict(zip(names, fixed, strict=True))
         start = torch.zeros_like(inputs["valid_length"][0])
         written: list[torch.Tensor] = []
@@ -226,81 +227,3 @@ class Compact(nn.Module):
             kept.append(count)
             written += [scatter(old, x, start) for old, x in zip((key, value), new, strict=True)]
         return (torch.stack(kept), *written)
-
-
-def buffer_names(layers: int, *which: str) -> list[str]:
-    """key_l, value_l and, with a ring of queries, query_l of every layer, in the graphs' order."""
-    return [f"{name}_{layer}" for layer in range(layers) for name in which]
-
-
-def buffer_kinds(rule: CacheRule | None) -> tuple[str, ...]:
-    return ("key", "value", "query") if rule is not None and rule.queries else ("key", "value")
-
-
-def buffer_inputs(
-    model: LanguageModel, rule: CacheRule | None, dtype: torch.dtype
-) -> list[GraphInput]:
-    """past_key_l and past_value_l [B,Hkv,C_l,d] of every layer, whose capacity is a dynamic
-    dimension per layer, and the ring past_query_l [B,Hq,queries,d]."""
-    ring = ("batch", model.heads, rule.queries if rule else 0, model.head_dim)
-    return [
-        GraphInput(
-            f"past_{kind}_{layer}",
-            dtype,
-            ring
-            if kind == "query"
-            else ("batch", model.kv_heads, f"capacity_{layer}", model.head_dim),
-        )
-        for layer in range(len(model.blocks))
-        for kind in buffer_kinds(rule)
-    ]
-
-
-def recipe_inputs(model: LanguageModel, recipe: Recipe) -> list[GraphInput]:
-    """What the recipe adds to the inputs of prefill: the merging's, then the cache rule's."""
-    rule = recipe.cache_rule()
-    return recipe.inputs() + (rule.inputs(len(model.blocks)) if rule else [])
-
-
-def prefill_inputs(
-    model: LanguageModel, recipe: Recipe, image_tokens: int, dtype: torch.dtype
-) -> list[GraphInput]:
-    """The inputs of Prefill in order: the fixed ones, the recipe's, the buffers."""
-    row = ("batch", "sequence")
-    fixed = [
-        GraphInput("input_ids", torch.int64, row),
-        GraphInput("image_features", dtype, ("images", image_tokens, model.hidden)),
-        GraphInput("image_row", torch.int64, row),
-        GraphInput("image_id", torch.int64, row),
-        GraphInput("position_ids", torch.int64, row),
-    ]
-    buffers = buffer_inputs(model, recipe.cache_rule(), dtype)
-    return [*fixed, *recipe_inputs(model, recipe), *buffers]
-
-
-def decode_inputs(
-    model: LanguageModel, rule: CacheRule | None, dtype: torch.dtype
-) -> list[GraphInput]:
-    layers = len(model.blocks)
-    fixed = [
-        GraphInput("input_ids", torch.int64, ("batch", 1)),
-        GraphInput("position_ids", torch.int64, ("batch", 1)),
-        GraphInput("write_index", torch.int64, (layers, "batch")),
-        GraphInput("valid_length", torch.int64, (layers, "batch")),
-    ]
-    if rule is not None and rule.queries:
-        fixed.append(GraphInput("query_index", torch.int64, ("batch",)))
-    return [*fixed, *buffer_inputs(model, rule, dtype)]
-
-
-def compact_inputs(model: LanguageModel, rule: CacheRule, dtype: torch.dtype) -> list[GraphInput]:
-    return [*_compact_counts(model, rule), *buffer_inputs(model, rule, dtype)]
-
-
-def _compact_counts(model: LanguageModel, rule: CacheRule) -> list[GraphInput]:
-    layers = len(model.blocks)
-    return [
-        GraphInput("valid_length", torch.int64, (layers, "batch")),
-        GraphInput("query_slot", torch.int64, (layers, "batch", rule.queries)),
-        *rule.inputs(layers),
-    ]

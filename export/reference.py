@@ -16,8 +16,9 @@ from torch import nn
 
 from lvlm.export.checkpoint import Checkpoint
 from lvlm.export.families._base import Family
-from lvlm.export.language import LanguageModel, Prefill, buffer_kinds, recipe_inputs
+from lvlm.export.language import LanguageModel, Prefill
 from lvlm.export.naive_cache import NaiveCache
+from lvlm.export.ports import buffer_kinds, recipe_inputs
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.recipes._cache import CacheRule
 from lvlm.export.skeleton import default_dtype

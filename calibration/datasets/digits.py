@@ -13,10 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from importlib.util import find_spec
+from typing import ClassVar, Literal, cast, get_args
 
 import numpy as np
 from PIL import Image
+
+from lvlm.calibration.samples import DataError, Dataset, Request, Sample
 
 Split = Literal["train", "heldout"]
 Kind = Literal["cell", "row", "count", "describe"]
@@ -27,6 +30,7 @@ CELL = SIDE // GRID
 ROW_NAMES = ("top", "middle", "bottom")
 COLUMN_NAMES = ("left", "centre", "right")
 HELDOUT_FRACTION = 0.2
+DEFAULT_SAMPLES = 100  # of an evaluation
 
 
 @dataclass(frozen=True)
@@ -125,3 +129,26 @@ def _scans(split: Split) -> tuple[np.ndarray, np.ndarray]:
     cut = int(len(order) * HELDOUT_FRACTION)
     chosen = order[:cut] if split == "heldout" else order[cut:]
     return data.images[chosen], data.target[chosen]
+
+
+class Digits(Dataset):
+    """Data set ``digits``: questions of all kinds, or of those wanted, about held-out pictures."""
+
+    name: ClassVar[str] = "digits"
+    summary: ClassVar[str] = "built-in: 3 x 3 grids of real handwritten digits"
+    kinds: ClassVar[tuple[str, ...]] = get_args(Kind)
+
+    def read(self, request: Request) -> list[Sample]:
+        if find_spec("sklearn") is None:
+            raise DataError(
+                "the data set 'digits' needs scikit-learn; pip install lvlm-deploy[calibration]"
+            )
+        kinds = cast(tuple[Kind, ...], request.kinds or self.kinds)
+        drawn = samples("heldout", request.samples or DEFAULT_SAMPLES, kinds=kinds)
+        return [
+            Sample(f"{n}-{q.kind}", (grid.image,), q.question, q.answer, f"digits sample {n}")
+            for n, (grid, q) in enumerate(drawn, 1)
+        ]
+
+
+DATASET = Digits()

@@ -74,23 +74,27 @@ def reference(
     leaves importance that is not finite. Raises ParameterError if shapes do not fit together.
     """
     outputs(query, key, query_slot, length, scale=scale, chunk=chunk, parts=parts)
-    batch, heads, rows, width = query.shape
-    key_heads, positions = key.shape[1:3]
+    rows = query.shape[2]
+    chunk = -(-rows // parts) if parts else chunk
     slots = torch.where(query_slot < length[:, None], query_slot, -1)
     keys = key.float().transpose(2, 3)
-    index = torch.arange(positions, device=key.device)
-    chunk = -(-rows // parts) if parts else chunk
-    importance = torch.zeros(batch, positions, device=key.device)
+    importance = torch.zeros(key.shape[0], key.shape[2], device=key.device)
     for start in range(0, rows, chunk):
-        rows_now = slice(start, start + chunk)
-        # Heads of a group go under each other: one product per key head, no repeated keys.
-        part = (query[:, :, rows_now].float() * scale).reshape(batch, key_heads, -1, width)
-        logits = (part @ keys).view(batch, heads, -1, positions)
-        hidden = index > slots[:, None, rows_now, None]
-        attention = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
-        # A row that sees nothing is all NaN until here.
-        importance += attention.masked_fill_(hidden, 0).sum(dim=(1, 2))
-    return (importance / heads,)
+        some = slice(start, start + chunk)
+        importance += _received(query[:, :, some].float() * scale, keys, slots[:, some])
+    return (importance / query.shape[1],)
+
+
+def _received(query: torch.Tensor, keys: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """[B, N] attention of these queries [B, Hq, c, d] to the keys [B, Hkv, d, N], summed."""
+    batch, heads, rows, width = query.shape
+    # Heads of a group go under each other: one product per key head, no repeated keys.
+    logits = query.reshape(batch, keys.shape[1], -1, width) @ keys
+    logits = logits.view(batch, heads, rows, -1)
+    hidden = torch.arange(keys.shape[3], device=keys.device) > slots[:, None, :, None]
+    attention = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
+    # A row that sees nothing is all NaN until here.
+    return attention.masked_fill_(hidden, 0).sum(dim=(1, 2))
 
 
 def outputs(

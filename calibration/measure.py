@@ -1,0 +1,141 @@
+"""One calibration: everything is checked, then the model is loaded and reads the samples."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lvlm.calibration.picture import draw_profile
+from lvlm.export import checkpoint as checkpoints
+from lvlm.export.calibration import calibrate
+from lvlm.export.families._base import Family
+from lvlm.export.profiles import Profile, identify
+from lvlm.export.progress import Progress, Stage, size
+from lvlm.export.prompting import prepare, prompt_maker
+from lvlm.export.recipes._base import Recipe
+from lvlm.export.reference import Reference, load_fp32
+from lvlm.export.samples import Sample
+from lvlm.export.skeleton import build_skeleton
+from lvlm.runtime.errors import ParameterError, PromptError
+from lvlm.runtime.prompts import PromptMaker
+
+STAGES = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure: all of it found and checked, but the samples not yet opened."""
+
+    checkpoint: checkpoints.Checkpoint
+    family: Family
+    config: Any
+    stored_names: dict[str, str]
+    window: int | None
+    recipe: Recipe
+    maker: PromptMaker
+    samples: list[Sample]
+    keep: float
+    output: Path
+
+    @property
+    def picture(self) -> Path:
+        return self.output.with_suffix(".png")
+
+    @property
+    def work(self) -> Path:
+        """Finished samples of a run that was cut short."""
+        return self.output.with_name(f"{self.output.name}.partial.jsonl")
+
+
+def plan(
+    model: str,
+    revision: str | None,
+    recipe: Recipe,
+    samples: list[Sample],
+    keep: float,
+    output: Path,
+) -> Job:
+    """Resolve and check the checkpoint and the recipe, without loading weights."""
+    checkpoint = checkpoints.resolve(model, revision)
+    family = checkpoints.find_family(checkpoint.config, checkpoint.source)
+    config = family.read_config(checkpoint.config)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    skeleton = build_skeleton(family, config, torch.float32, mode)
+    language = family.language(skeleton, config)
+    recipe = recipe.for_layers(len(language.blocks))
+    if recipe.name != "none" and not recipe.reductions():
+        raise ParameterError(
+            f"recipe '{recipe.name}' merges no tokens, so it changes nothing here; leave --recipe "
+            "out, and give the profile to lvlm-export"
+        )
+    return Job(
+        checkpoint=checkpoint,
+        family=family,
+        config=config,
+        stored_names=checkpoints.match_weights(checkpoint, family, skeleton),
+        window=language.window,
+        recipe=recipe,
+        maker=prompt_maker(checkpoint, family, config),
+        samples=samples,
+        keep=keep,
+        output=output,
+    )
+
+
+def measure(job: Job, progress: Progress) -> Profile:
+    """The profile, written with its picture. What is finished survives an interrupt in ``work``."""
+    with progress.stage(f"check {len(job.samples)} samples") as stage:
+        _check_samples(job)
+    with progress.stage("load the model in fp32") as stage:
+        model = load_fp32(job.family, job.config, job.checkpoint, job.stored_names, torch.float32)
+        reference = Reference(job.family, job.config, model, job.recipe)
+        stage.result = size(4 * sum(p.numel() for p in model.parameters()))
+    with progress.stage("measure importances") as stage:
+        profile = _read_samples(job, reference, stage)
+    with progress.stage("write the profile and its picture") as stage:
+        draw_profile(profile, job.picture)
+        profile.write(job.output)
+        job.work.unlink(missing_ok=True)
+    return profile
+
+
+def _check_samples(job: Job) -> None:
+    """Every sample is prepared once, so that a bad one is known before hours of work."""
+    for sample in job.samples:
+        length = len(prepare(job.maker, sample).ids)
+        if job.window is not None and length > job.window:
+            raise PromptError(
+                f"{sample.where}: {length} tokens, but this model attends over {job.window} only; "
+                "shorten it"
+            )
+
+
+def _read_samples(job: Job, reference: Reference, stage: Stage) -> Profile:
+    total, reused = len(job.samples), 0
+
+    def on_sample(done: int, remembered: bool) -> None:
+        nonlocal reused
+        reused += remembered
+        stage.add_item(done, total, skipped=reused)
+
+    prompts = (prepare(job.maker, sample) for sample in job.samples)
+    try:
+        profile = calibrate(
+            reference,
+            identify(job.checkpoint),
+            prompts,
+            job.keep,
+            work=job.work,
+            on_sample=on_sample,
+        )
+    except KeyboardInterrupt:
+        if not stage.progress.quiet and job.work.exists():
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise
+    stage.result = f"{total} samples" + (f", {reused} from an earlier run" if reused else "")
+    return profile
