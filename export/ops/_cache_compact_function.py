@@ -22,7 +22,8 @@ from lvlm.export.ops._graph import Body, Value
 
 F32 = onnx.TensorProto.FLOAT
 I64 = onnx.TensorProto.INT64
-BLOCK = 32
+STATES = ("key", "value")
+BLOCK = 32  # positions; 64 is as fast
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,11 @@ def compact_function(
         index = _rising(g, g.Where(used, order, extent))
         chosen = Chosen(index, 0, budget, valid, own=True)
 
-    names = ("key", "value")
     if attributes["mode"] == "evict":
-        states = [_evicted(g, name, chosen.index, used) for name in names]
+        states = [_placed(g, name, chosen.index) for name in STATES]
     else:
         buckets = _buckets(g, chosen, extent, length)
-        states = [_merged(g, name, chosen.index, used, buckets) for name in names]
+        states = [_merged(g, name, chosen.index, buckets) for name in STATES]
     kept_index = g.Where(used, chosen.index, g.const(-1))
     return g.function(schema, [*states, kept_index, kept], attributes)
 
@@ -89,10 +89,14 @@ def _rows(g: Body, data: Value, index: Value) -> Value:
     return g.GatherND(data, g.Expand(index, shape), batch_dims=2)
 
 
-def _evicted(g: Body, name: Value, index: Value, used: Value) -> Value:
-    rows = _rows(g, name, g.Where(used, index, g.const(0)))
-    present = g.Unsqueeze(used, g.const([1, 3]))
-    return g.Where(present, rows, g.CastLike(g.const(0, np.float32), name))
+def _placed(g: Body, data: Value, index: Value, *more: Value) -> Value:
+    """``data`` [B, H, N, d] at ``index`` [B, K]: N gives zeros, what is beyond a row of ``more``.
+
+    A Where would do for the zeros, but ONNX Runtime's loses the sign of others.
+    """
+    shape = g.Concat(g.Shape(data, start=0, end=2), g.const([1]), g.dim(data, 3), axis=0)
+    zero = g.Expand(g.CastLike(g.const(0, np.float32), data), shape)
+    return _rows(g, g.Concat(data, zero, *more, axis=2), index)
 
 
 def _as_released(
@@ -194,22 +198,17 @@ def _sums(g: Body, parts: Value, buckets: Buckets) -> Value:
     return g.Add(_rows(g, g.Reshape(parts, flat), buckets.begin), g.MatMul(buckets.reach, leads))
 
 
-def _merged(g: Body, name: Value, index: Value, used: Value, buckets: Buckets) -> Value:
+def _merged(g: Body, name: Value, index: Value, buckets: Buckets) -> Value:
     """Survivors as they are, or the mean of what a slot absorbs where that is anything."""
-    lead, width = g.Shape(name, start=0, end=2), g.dim(name, 3)
-    states = g.Cast(_rows(g, name, buckets.position), to=F32)
-    states = g.Reshape(states, g.Concat(lead, g.const([-1, BLOCK]), width, axis=0))
+    blocks = g.Concat(g.Shape(name, start=0, end=2), g.const([-1, BLOCK]), g.dim(name, 3), axis=0)
+    states = g.Reshape(g.Cast(_rows(g, name, buckets.position), to=F32), blocks)
     total = _sums(g, g.MatMul(buckets.assign, states), buckets)
     count, one = buckets.count, g.const(1, np.float32)
     if not buckets.own:
-        own = _rows(g, name, g.Where(used, index, g.const(0)))
-        total, count = g.Add(total, g.Cast(own, to=F32)), g.Add(count, one)
+        total = g.Add(total, g.Cast(_placed(g, name, index), to=F32))
+        count = g.Add(count, one)
     mean = g.CastLike(g.Div(total, g.Max(count, one)), name)
-    # A gather out of all three moves every bit as it is; ORT's Where makes a zero of -0.
-    zero = g.CastLike(g.const(0, np.float32), name)
-    zero = g.Expand(zero, g.Concat(lead, g.const([1]), width, axis=0))
     absorbs = g.Squeeze(g.Greater(count, one), g.const([1, 3]))
-    extent = g.dim(name, 2)
-    source = g.Where(absorbs, g.Add("slots", extent), index)
-    source = g.Where(used, source, g.Add(extent, g.dim("slots", 0)))
-    return _rows(g, g.Concat(name, mean, zero, axis=2), source)
+    first_mean = g.Add(g.dim(name, 2), g.const([1]))
+    source = g.Where(absorbs, g.Add("slots", first_mean), index)
+    return _placed(g, name, source, mean)

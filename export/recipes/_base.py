@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
 import torch
@@ -137,3 +138,8 @@ def no_profile_and_keep(name: str, profile: str | None, kv_keep: float | None) -
         raise ParameterError(f"{name} is {profile!r}; give the file that lvlm-calibrate wrote")
     if kv_keep is not None:
         fraction("kv_keep", kv_keep)
+
+
+def file_name(path: str | None) -> str | None:
+    """What a manifest records of a file that was read: its name, not where it lies."""
+    return None if path is None else Path(path).name

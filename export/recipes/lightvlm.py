@@ -16,7 +16,15 @@ import torch
 from lvlm.export.ops.token_importance import OP as TOKEN_IMPORTANCE
 from lvlm.export.ops.token_merge import OP as TOKEN_MERGE
 from lvlm.export.recipes import _merged_cache
-from lvlm.export.recipes._base import Calibration, Recipe, choice, fraction, parameter, whole
+from lvlm.export.recipes._base import (
+    Calibration,
+    Recipe,
+    choice,
+    file_name,
+    fraction,
+    parameter,
+    whole,
+)
 from lvlm.export.recipes._cache import CacheRule, Positions
 from lvlm.export.recipes._fixed_point import KEEP
 from lvlm.export.recipes._sequence import GraphInput, TokenSequence
@@ -113,7 +121,8 @@ class LightVLM(Recipe):
         return _merged_cache.calibration(self)
 
     def with_profile(self, keep: float, rows: tuple[ProfileRow, ...]) -> Self:
-        return dataclasses.replace(self, kv_keep=keep, rows=rows)
+        name = file_name(self.kv_profile)
+        return dataclasses.replace(self, kv_keep=keep, rows=rows, kv_profile=name)
 
     def cache_rule(self) -> CacheRule | None:
         return _merged_cache.rule(self)

@@ -11,7 +11,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from lvlm.export.recipes._base import Calibration, choice, no_profile_and_keep, parameter
+from lvlm.export.recipes._base import (
+    Calibration,
+    choice,
+    file_name,
+    no_profile_and_keep,
+    parameter,
+)
 from lvlm.export.recipes._cache import CacheRule, Semantics
 from lvlm.export.recipes._fixed_point import KEEP, FixedPoint
 from lvlm.runtime.bundle import ProfileRow
@@ -29,9 +35,9 @@ class PrefixKV(FixedPoint):
     kv_keep: float | None = parameter(
         None, f"fraction of all cache entries that stays; default {KEEP}, or the profile's own"
     )
-    profile: str | None = parameter(None, "file that lvlm-calibrate wrote; without one, the export")
+    profile: str | None = parameter(None, "file that lvlm-calibrate wrote; it sets kv_keep")
     samples: str | None = parameter(
-        None, "calibrates on this jsonl of image and prompt, or on the built-in samples"
+        None, "jsonl of image and prompt to calibrate on; default: a few built-in ones"
     )
     semantics: Semantics = parameter("paper", "paper, or reference: the released code's rounding")
     rows: tuple[ProfileRow, ...] = ()
@@ -52,7 +58,13 @@ class PrefixKV(FixedPoint):
         return Calibration(self.kv_keep or KEEP, self.profile, self.samples)
 
     def with_profile(self, keep: float, rows: tuple[ProfileRow, ...]) -> Self:
-        return dataclasses.replace(self, kv_keep=keep, rows=rows)
+        return dataclasses.replace(
+            self,
+            kv_keep=keep,
+            rows=rows,
+            profile=file_name(self.profile),
+            samples=file_name(self.samples),
+        )
 
     def cache_rule(self) -> CacheRule:
         return CacheRule(self.compression(profile=self.rows, semantics=self.semantics))

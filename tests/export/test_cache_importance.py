@@ -20,6 +20,7 @@ from lvlm.export.ops._model import feeds, session, single_node_model
 from lvlm.export.ops.cache_importance import OP
 from lvlm.runtime.errors import ParameterError
 
+ENGINES = ("torch", "onnx")
 NAN = float("nan")
 LAYOUTS = [(1, 1, 32), (2, 2, 64), (1, 3, 80), (2, 1, 96), (1, 2, 128)]  # key heads, group, width
 CHUNKS = [{"chunk": 3}, {"chunk": 128}, {"parts": 3}]
@@ -84,28 +85,29 @@ def run(case: Case, chunk: dict[str, int], engine: str) -> np.ndarray:
     return runner(layout, query.dtype, tuple(chunk.items())).run(None, feed)[0]
 
 
-@pytest.mark.parametrize("engine", ["torch", "onnx"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(cases(), st.sampled_from(CHUNKS))
-def test_matches_loops(engine: str, case: Case, chunk: dict[str, int]) -> None:
+def test_matches_loops(case: Case, chunk: dict[str, int]) -> None:
     query, key, slots, length = (t.numpy() for t in case)
     expected = by_loops(query.astype(np.float64), key.astype(np.float64), slots, length)
-    np.testing.assert_allclose(run(case, chunk, engine), expected, atol=2e-6)
+    for engine in ENGINES:
+        found = run(case, chunk, engine)
+        np.testing.assert_allclose(found, expected, atol=5e-6, err_msg=engine)
 
 
-@pytest.mark.parametrize("engine", ["torch", "onnx"])
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.integers(1, 3))
-def test_other_rows_and_longer_padding_change_nothing(engine: str, case: Case, more: int) -> None:
+def test_other_rows_and_longer_padding_change_nothing(case: Case, more: int) -> None:
     query, key, slots, length = case
-    alone = run((query[:1], key[:1], slots[:1], length[:1]), CHUNKS[0], engine)
     longer = torch.nn.functional.pad(key, (0, 0, 0, more), value=NAN)
-    found = run((query, longer, slots, length), CHUNKS[0], engine)
-    np.testing.assert_allclose(found[:1, :-more], alone, atol=1e-6)
-    assert not found[:, -more:].any()
+    for engine in ENGINES:
+        alone = run((query[:1], key[:1], slots[:1], length[:1]), CHUNKS[0], engine)
+        found = run((query, longer, slots, length), CHUNKS[0], engine)
+        np.testing.assert_allclose(found[:1, :-more], alone, atol=1e-6)
+        assert not found[:, -more:].any()
 
 
-@pytest.mark.parametrize("engine", ["torch", "onnx"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_what_is_not_finite_shows_and_stays_in_its_row(engine: str, chunk: dict[str, int]) -> None:
     length, slots = torch.tensor([6, 6, 6]), torch.arange(6).expand(3, -1)
@@ -120,13 +122,16 @@ def test_what_is_not_finite_shows_and_stays_in_its_row(engine: str, chunk: dict[
     assert not np.isfinite(found[2]).all()
 
 
-@pytest.mark.parametrize("engine", ["torch", "onnx"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_prompt_shares_out_one_for_each_query(engine: str) -> None:
-    query, key = torch.randn(1, 6, 300, 64) * 3, torch.randn(1, 3, 300, 64)
+    random = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 6, 300, 64, generator=random) * 3
+    key = torch.randn(1, 3, 300, 64, generator=random)
     slots, length = torch.arange(300)[None], torch.tensor([290])
     found = run((query, key, slots, length), {}, engine)
     assert found.sum() == pytest.approx(290, abs=1e-3)
-    assert found[0, 0] == found.max()  # all see it, and the first query nothing else
+    assert (found[0, :290] <= np.arange(290, 0, -1) + 1e-3).all()  # as many as see it
+    assert not found[0, 290:].any()
 
 
 def test_chunks_of_any_size_give_the_same() -> None:
@@ -201,7 +206,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures the peak as Linux reports it")
 def test_no_whole_attention_matrix_is_ever_in_memory() -> None:
-    prompt, heads = 3000, 6
+    prompt, heads = 4000, 4
     sizes = json.dumps([prompt, heads, 2, 64])
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, sizes], capture_output=True, text=True, check=True

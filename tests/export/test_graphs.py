@@ -67,7 +67,9 @@ def test_weights_are_stored_once_and_used_as_they_lie(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_prefill_merges_once_per_stage_and_compacts_every_layer(name: str, bundle: Callable[..., Path]) -> None:
+def test_prefill_merges_once_per_stage_and_compacts_every_layer(
+    name: str, bundle: Callable[..., Path]
+) -> None:
     folder = make(bundle, name, "lightvlm")
     manifest = read_bundle(folder)
     model = onnx.load(folder / "prefill.onnx", load_external_data=False)

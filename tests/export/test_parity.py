@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,8 @@ def test_keep_1_equals_recipe_none(bundle: Callable[..., Path]) -> None:
         batch = model.engine.start([model.prepare(0, *ROWS[1], Options(chat_template=False))])
         logits = batch.logits.copy()
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
-        merged = [g.token_ids for g in model.generate(texts, pictures, keep=1.0, kv_keep=1.0, **options)]
+        options |= {"keep": 1.0, "kv_keep": 1.0}
+        merged = [g.token_ids for g in model.generate(texts, pictures, **options)]
         batch = model.engine.start(
             [model.prepare(0, *ROWS[1], Options(chat_template=False))], keep=1.0, kv_keep=1.0
         )

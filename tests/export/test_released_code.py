@@ -81,7 +81,7 @@ def test_prefill_value_for_value(path: Path) -> None:
 @pytest.mark.parametrize("path", VECTORS, ids=lambda p: p.stem)
 def test_every_step_and_the_final_cache(path: Path) -> None:
     """The runtime's cache, which never moves an entry, in order of age."""
-    meta, arrays, rule, budgets = load(path)
+    meta, arrays, _, budgets = load(path)
     layers, kv_heads, width = meta["layers"], meta["kv_heads"], meta["head_dim"]
     n, steps = arrays["k_0"].shape[2], meta["steps"]
     seen = np.full((layers, 1), n)
