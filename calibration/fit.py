@@ -59,7 +59,7 @@ def solve_keep(manifest: Manifest, shape: Shape, wanted: float) -> Reach:
         return Reach(None, least / everything)
     best = min((total(keep) for keep in around(goal)), key=lambda count: abs(count - goal))
     # The middle of the keeps that give this count, away from where a count tips over
-    return Reach(around(best)[0], least / everything)
+    return Reach((around(best - 1)[1] + around(best)[0]) / 2, least / everything)
 
 
 def new_tokens(

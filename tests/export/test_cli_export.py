@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import ASSETS
 
 from lvlm.export import exporter, validation
 from lvlm.export.cli import main
+from lvlm.export.profiles import DataId, ModelId, Profile, RecipeId, Spread, model_hash
 from lvlm.export.validation import Check
-from lvlm.runtime.bundle import read_bundle
+from lvlm.runtime.bundle import ProfileRow, read_bundle
 
 NAME = "llava:llama-mha-bias-rope3-siglip"
 
@@ -128,6 +133,10 @@ def test_interrupted_export_leaves_nothing_and_stale_folders_go(
         (["-m", "CHECKPOINT", "-r", "lightvml"], "did you mean lightvlm"),
         (["-m", "CHECKPOINT", "-r", "lightvlm", "--set", "kep=1"], "did you mean keep"),
         (["-m", "CHECKPOINT", "-r", "lightvlm", "--set", "keep=2"], "keep is 2"),
+        (["-m", "CHECKPOINT", "-r", "elastic-cache", "--set", "kv_keep=0"], "kv_keep is 0"),
+        (["-m", "CHECKPOINT", "-r", "uniform", "--set", "kv_cap=1"], "whole number of 2 or more"),
+        (["-m", "CHECKPOINT", "-r", "prefixkv", "--set", "profile=no.json"], "does not exist"),
+        (["-m", "CHECKPOINT", "-r", "prefixkv", "--set", "samples=no.jsonl"], "do not exist"),
         (["-m", "CHECKPOINT", "--target", "trt-rtxx"], "did you mean trt-rtx"),
         (["-m", "CHECKPOINT", "--max-text-len", "0"], "--max-text-len is 0"),
         (["-m", "CHECKPOINT", "--dtype", "int8"], "invalid choice: 'int8'"),
@@ -145,12 +154,66 @@ def test_mistakes_get_one_line_and_status_2(
     (tmp_path / "empty").mkdir()
     known = {"CHECKPOINT": str(checkpoint(NAME)), "EMPTY": str(tmp_path / "empty")}
     out = tmp_path / "out"
+    capsys.readouterr()  # what saving the checkpoint says
     code, _, err = run(capsys, *(known.get(a, a) for a in argv), "-o", out)
     assert code == 2
     assert message in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1 or "usage:" in err
     assert not out.exists()
+
+
+def profile(folder: Path, layers: int) -> Profile:
+    row = ProfileRow(0.5, tuple([0.4, 0.6] * (layers // 2)))
+    spread = Spread((0.0,) * layers, (row.fractions,))
+    model = ModelId("a", "b", model_hash(folder))
+    data, recipe = DataId("", 1), RecipeId("none", {})
+    return Profile("prefixkv", 1, 0.5, (row,), spread, layers, model, data, recipe, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        ({"layers": 8}, (), "the profile is for 8 layers, this model has 6"),
+        ({"model": ModelId("other", "b", "0")}, (), "made for another checkpoint (other, b)"),
+        ({"schema": 9}, (), "has schema 9, this version reads 1"),
+        ({}, ("kv_keep=0.2",), "profile and kv_keep are both given"),
+    ],
+)
+def test_a_profile_that_does_not_fit(
+    change: dict[str, Any],
+    settings: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "profile.json"
+    made = profile(ASSETS / "tiny-llava", change.get("layers", 6))
+    dataclasses.replace(made, **change).write(path)
+    given = (f"profile={path}", *settings)
+    sets = [x for setting in given for x in ("--set", setting)]
+    arguments = ("-m", "tiny-llava", "-r", "prefixkv", *sets, "-o", tmp_path / "out")
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_profile_file_decides_the_capacities(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every layer its share of the longest sequence, and one slot more."""
+    path = tmp_path / "profile.json"
+    profile(ASSETS / "tiny-llava", 6).write(path)
+    arguments = ("-m", "tiny-llava", "-r", "prefixkv", "--set", f"profile={path}")
+    code, out, _ = run(capsys, *arguments, "-o", tmp_path / "out", "--dry-run", "--json")
+    assert code == 0
+    longest = 2048 + 144
+    shares = [math.ceil(longest * f) + 1 for f in [0.4, 0.6] * 3]
+    data = json.loads(out)
+    assert data["capacity"]["per_layer"] == shares
+    assert data["recipe"]["parameters"]["profile"] == "profile.json"  # no path
+    assert data["recipe"]["parameters"]["kv_keep"] == 0.5
 
 
 def test_output_that_is_in_the_way(
