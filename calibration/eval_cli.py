@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm.runtime.console import Parser, run_main
-from lvlm.runtime.discovery import names
 
 if TYPE_CHECKING:
     from lvlm.calibration.metrics import Metric
@@ -41,9 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("bundles", nargs="*", type=Path, metavar="BUNDLE", help="folders made by lvlm-export")
     add("-o", "--output", type=Path, metavar="FOLDER", help="where the results go")
-    known = ", ".join(name.replace("_", "-") for name in names("lvlm.calibration.datasets"))
-    add("--data", metavar="NAME|FILE", help=f"built-in data set or file; sets, layouts: {known}")
+    add("--data", metavar="NAME|FILE", help="built-in data set, or a file")
     add("--format", metavar="NAME", help="the file's layout, where its suffix does not tell")
+    add("--list-data", action="store_true", help="list what --data and --format take")
     add("--images", type=Path, metavar="FOLDER", help="where the file's image paths start from")
     add("--kinds", type=_names, default=[], metavar="A,B", help="kinds of questions (digits)")
     add("--samples", type=int, metavar="N", help="the first N (default: all; digits: 100)")
@@ -114,6 +113,11 @@ def _fractions(text: str) -> list[float]:
 
 def _run(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if args.list_data:
+        from lvlm.calibration.samples import listing
+
+        print(listing())
+        return 0
     _check(args)
     metrics = _metrics(args)
 

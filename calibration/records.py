@@ -67,7 +67,8 @@ class RecordStore:
                 record = decode(Record, json.loads(line), f"line {number}")
                 self._records[record.key] = record
         except (ValueError, BundleError) as error:
-            raise ResultsError(f"{path} is damaged ({error}); remove it to start afresh") from None
+            reason = str(error).removesuffix("; export the bundle again")
+            raise ResultsError(f"{path} is damaged ({reason}); remove it to start afresh") from None
         except OSError as error:
             raise _unwritable(path, error) from None
 

@@ -118,6 +118,11 @@ def markdown(rows: Sequence[Row], metrics: Sequence[Metric], about: str, timings
         "- kept cache: entries left after prefill over the prompt's tokens, mean over layers and "
         "samples; cache used: by one prompt when its answer is finished, with remembered queries."
     ]
+    if timings:
+        lines.append(
+            "- prefill: of the prompts run together, without the vision tower; decode: from one "
+            "token of an answer to the next."
+        )
     lines += [
         f"- {row.variant.name}: out of reach, text and unmerged blocks alone leave {row.least:.1%}."
         for row in rows

@@ -95,20 +95,10 @@ class BundleRunner:
             raise type(error)(f"{sample.where}: {error}") from None
 
     def _answer(self, sample: Sample) -> list[int]:
-        """Token ids of the answer as it follows the prompt, without special tokens.
-
-        Where a prompt does not end in white space, a space comes before an answer: that is how
-        chat models were trained, and what SentencePiece adds by itself.
-        """
-        answer, text = sample.answer.strip(), self._text(sample)
+        text = self._text(sample)
         if self._maker.template is not None:
             text = self._maker.template.render(text, len(sample.images), self.how.system)
-        space = "" if text[-1:].isspace() else " "
-        head = self._tokenizer.encode(text, add_special_tokens=False)
-        both = self._tokenizer.encode(text + space + answer, add_special_tokens=False)
-        # Where a token spans the border, the answer stands alone
-        ids = both[len(head) :] if both[: len(head)] == head else []
-        ids = ids or self._tokenizer.encode(answer, add_special_tokens=False)
+        ids = answer_ids(self._tokenizer, text, sample.answer)
         if not ids:
             raise DataError(f"{sample.where}: the answer has no tokens; give it text")
         if max(ids) >= self.bundle.manifest.text.vocab:
@@ -165,6 +155,21 @@ class BundleRunner:
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens).strip()
+
+
+def answer_ids(tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
+    """Token ids of an answer as it follows its prompt, without special tokens.
+
+    Where a prompt does not end in white space, a space comes before the answer: so chat models were
+    trained, and SentencePiece puts one there by itself.
+    """
+    answer = answer.strip()
+    space = "" if prompt[-1:].isspace() else " "
+    head = tokenizer.encode(prompt, add_special_tokens=False)
+    both = tokenizer.encode(prompt + space + answer, add_special_tokens=False)
+    # Where a token spans the border, the answer stands alone
+    alone = both[: len(head)] != head
+    return tokenizer.encode(answer, add_special_tokens=False) if alone else both[len(head) :]
 
 
 def feed(batch: Batch, answers: Sequence[Sequence[int]]) -> list[float]:

@@ -129,6 +129,13 @@ def read_samples(
     return chosen
 
 
+def listing() -> str:
+    """The data sets and the layouts of files, a line each."""
+    known: dict[str, Dataset] = discover("lvlm.calibration.datasets", "DATASET")
+    width = max(map(len, known))
+    return "\n".join(f"{name:{width}}  {dataset.summary}" for name, dataset in known.items())
+
+
 def _dataset(data: str, layout: str | None) -> Dataset:
     known: dict[str, Dataset] = discover("lvlm.calibration.datasets", "DATASET")
     built_in = [name for name, dataset in known.items() if dataset.suffix is None]

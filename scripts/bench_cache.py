@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -80,7 +79,7 @@ def prompt_of(length: int, new: int) -> Prompt:
 def decode_row(work: Path, name: str, length: int, new: int) -> dict[str, Any]:
     recipe, options, share = ROWS[name]
     length, new = round(length * share), round(new * share)
-    before = resident()
+    before = memory("VmRSS")
     if recipe is None:
         steps, cache = transformers_steps(work, prompt_of(length, new), new)
         exact = None
@@ -106,7 +105,7 @@ def decode_row(work: Path, name: str, length: int, new: int) -> dict[str, Any]:
         "p95": 1e3 * sorted(steps)[int(0.95 * len(steps))],
         "cache": cache,
         "exact": exact,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before,
+        "peak": memory("VmHWM") - before,
     }
 
 
@@ -131,8 +130,10 @@ def transformers_steps(work: Path, prompt: Prompt, new: int) -> tuple[list[float
     return steps, sum(x.numel() * x.element_size() for x in tensors)
 
 
-def resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(which: str) -> int:
+    """Bytes: VmRSS, resident now; VmHWM, the most so far. (ru_maxrss counts the parent's, too.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(which)).split()[1])
 
 
 def decode_table(work: Path, length: int, new: int) -> None:

@@ -144,7 +144,7 @@ class Digits(Dataset):
                 "the data set 'digits' needs scikit-learn; pip install lvlm-deploy[calibration]"
             )
         kinds = cast(tuple[Kind, ...], request.kinds or self.kinds)
-        drawn = samples("train", request.samples or DEFAULT_SAMPLES, kinds=kinds)
+        drawn = samples("heldout", request.samples or DEFAULT_SAMPLES, kinds=kinds)
         return [
             Sample(f"{n}-{q.kind}", (grid.image,), q.question, q.answer, f"digits sample {n}")
             for n, (grid, q) in enumerate(drawn, 1)

@@ -12,7 +12,7 @@ class JsonLines(Dataset):
     """Layout ``jsonl``: paths start from the file's folder; other keys are left alone."""
 
     name: ClassVar[str] = "jsonl"
-    summary: ClassVar[str] = 'one {"image", "prompt", "answer"} a line'
+    summary: ClassVar[str] = 'file: one {"image", "prompt", "answer"} a line'
     suffix: ClassVar[str | None] = ".jsonl"
 
     def read(self, request: Request) -> list[Sample]:

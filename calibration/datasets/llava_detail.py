@@ -17,7 +17,9 @@ class LlavaDetail(Dataset):
     """
 
     name: ClassVar[str] = "llava-detail"
-    summary: ClassVar[str] = "LLaVA's conversations, e.g. detail_23k.json: the first pair of turns"
+    summary: ClassVar[str] = (
+        "file: LLaVA's conversations, as detail_23k.json; the first pair of turns"
+    )
     suffix: ClassVar[str | None] = ".json"
 
     def read(self, request: Request) -> list[Sample]:

@@ -17,7 +17,9 @@ class MMVet(Dataset):
     """
 
     name: ClassVar[str] = "mm-vet"
-    summary: ClassVar[str] = "MM-Vet's object keyed by id, or a list of image, question, answer"
+    summary: ClassVar[str] = (
+        "file: MM-Vet's object keyed by id, or a list of image, question, answer"
+    )
     suffix: ClassVar[str | None] = ".json"
 
     def read(self, request: Request) -> list[Sample]:

@@ -144,9 +144,8 @@ def _merged(states: torch.Tensor, anchors: torch.Tensor, sources: torch.Tensor) 
     owner = torch.searchsorted(middle, sources)
     total = states[:, anchors].float().index_add(1, owner, states[:, sources].float())
     count = torch.bincount(owner, minlength=len(anchors)) + 1
-    mean = (total / count[:, None]).to(states.dtype)
     merged = states.clone()
-    merged[:, anchors] = torch.where((count > 1)[:, None], mean, states[:, anchors])
+    merged[:, anchors] = (total / count[:, None]).to(states.dtype)  # x / 1 is x
     return merged
 
 

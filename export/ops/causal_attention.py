@@ -75,7 +75,8 @@ def reference(
 
     query       [B, Hq, N, d] fp32, fp16 or bf16, key and value [B, Hkv, N, d] of the same dtype
     length      [B] int64; positions from there on are padding: no valid query sees them, their
-                output means nothing, and they count for no importance, whatever they hold
+                output means nothing (finite if the inputs are), and they count for no importance.
+                Their queries and keys may hold anything, their values anything finite
     importance  1: the sum of CacheImportance over all valid queries; the output stays the same
 
     Raises ParameterError if shapes do not fit together, or length comes without importance=1.

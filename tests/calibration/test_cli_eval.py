@@ -93,6 +93,8 @@ def test_results_and_their_repetition(
     assert data["rows"][2]["samples"][0]["forced"]["tokens"] > 40
     assert data["rows"][2]["samples"][1]["greedy"]["text"]
     assert 0 < data["rows"][2]["samples"][0]["greedy"]["keep"] < 1
+    used = [sample["forced"]["cache_bytes_used"] for sample in data["rows"][2]["samples"]]
+    assert data["rows"][2]["cache_bytes_used"] == sum(used) / 2
     assert data["settings"]["keep"] == [0.1, 0.5]
 
     before = {name: (out / name).read_bytes() for name in FILES}
@@ -373,8 +375,16 @@ def test_help_imports_nothing_heavy() -> None:
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "mm-vet" in done.stdout
+    assert "--recipes" in done.stdout
     assert done.stdout.strip().endswith("[]")
+
+
+def test_data_sets_are_listed(run: Run) -> None:
+    code, printed, _ = run("--list-data")
+    assert code == 0
+    assert [line.split()[0] for line in printed.splitlines()] == [
+        *("digits", "jsonl", "llava-detail", "mm-vet")
+    ]
 
 
 def test_defaults_in_help_are_those_of_the_code() -> None:

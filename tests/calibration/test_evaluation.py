@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from conftest import ASSETS, CACHED
 from hypothesis import given
@@ -22,7 +23,7 @@ from lvlm.calibration.evaluation import evaluate, plan_jobs
 from lvlm.calibration.fit import Shape, new_tokens, solve_keep
 from lvlm.calibration.metrics import METRICS, surprise
 from lvlm.calibration.records import Record, RecordStore, ResultsError, Run
-from lvlm.calibration.runner import BundleRunner, Conditions, feed
+from lvlm.calibration.runner import BundleRunner, Conditions, answer_ids, feed
 from lvlm.calibration.samples import Sample, read_samples
 from lvlm.calibration.variants import Bundle, Variant, reference_of, variants
 from lvlm.runtime.answers import Options
@@ -30,6 +31,7 @@ from lvlm.runtime.bundle import Reduction
 from lvlm.runtime.errors import CapacityError, ParameterError
 from lvlm.runtime.model import Model
 from lvlm.runtime.schedule import keep_ratios, tokens_per_layer
+from lvlm.runtime.text import Tokenizer
 
 HOW = Conditions(max_new_tokens=8)
 IMAGE_TOKENS = 144
@@ -168,6 +170,32 @@ def test_an_answer_follows_its_prompt_as_in_training(full: Bundle) -> None:
     assert list(runner.shape(padded).answer) == answer
 
 
+def test_answers_of_other_tokenizers(tmp_path: Path) -> None:
+    """As Llama's SentencePiece, which puts a space before every text: the papers' scripts encode
+    the answer alone. As chat formats whose prompts end a line: no space comes between."""
+
+    def tokenizer(normalizer: Any) -> Tokenizer:
+        letters = ["<unk>", *"▁ abcdef:\n", "▁a", " a", "▁ab", "\n\n"]
+        merges = [("▁", "a"), (" ", "a"), ("▁a", "b"), ("\n", "\n")]
+        vocab = {token: number for number, token in enumerate(letters)}
+        made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>"))
+        if normalizer:
+            made.normalizer = normalizer
+        made.save(str(tmp_path / "tokenizer.json"))
+        return Tokenizer(tmp_path / "tokenizer.json", [])
+
+    rules = tokenizers.normalizers
+    llama = tokenizer(rules.Sequence([rules.Prepend("▁"), rules.Replace(" ", "▁")]))
+    alone = llama.encode("abc de", add_special_tokens=False)
+    assert answer_ids(llama, "cd e:", "abc de") == alone
+    plain = tokenizer(None)
+    assert answer_ids(plain, "cd:", "abc") == plain.encode(" abc")
+    assert answer_ids(plain, "cd:\n", "abc") == plain.encode("abc")
+    assert answer_ids(plain, "cd:", "  abc\n") == plain.encode(" abc")
+    assert plain.encode("cd a")[: len(plain.encode("cd "))] != plain.encode("cd ")
+    assert answer_ids(plain, "cd ", "abc") == plain.encode("abc")
+
+
 # Fractions
 
 
@@ -194,12 +222,12 @@ def test_a_wanted_fraction_is_reached_by_merging(
     light: Bundle, samples: list[Sample], tmp_path: Path
 ) -> None:
     (variant,) = variants([light], [0.5], [])
-    lengths = [IMAGE_TOKENS + s.text_tokens for s in map(BundleRunner(light, HOW).shape, samples)]
+    shapes = [BundleRunner(light, HOW).shape(sample) for sample in samples]
     found = records(variant, "forced", samples, tmp_path, dataclasses.replace(HOW, batch=2))
-    for record, length in zip(found, lengths, strict=True):
+    for record, shape in zip(found, shapes, strict=True):
         assert record.kept is not None
-        assert record.keep is not None
-        assert abs(record.kept - 0.5) * length <= 1
+        assert abs(record.kept - 0.5) * (IMAGE_TOKENS + shape.text_tokens) <= 1
+        assert record.keep == solve_keep(light.manifest, shape, 0.5).keep
     assert len({record.keep for record in found}) > 1  # each prompt has its own
 
 
@@ -416,17 +444,26 @@ def test_what_does_not_fit_is_known_before_anything_is_run(
         records(Variant(full, ""), "forced", [samples[0], crowded], tmp_path)
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1, 20, 10_000])
 @pytest.mark.parametrize("kv_keep", [0.2, 1.0])
 def test_room_is_what_the_engine_gives(
-    uniform: Bundle, samples: list[Sample], kv_keep: float
+    uniform: Bundle, samples: list[Sample], kv_keep: float, more: int
 ) -> None:
+    """``more``: slots per layer beyond what is kept of the prompt."""
     shape = BundleRunner(uniform, HOW).shape(samples[0])
+    kept = round(kv_keep * (IMAGE_TOKENS + shape.text_tokens))
+    capacity = dataclasses.replace(
+        uniform.manifest.capacity, per_layer=(kept + more,) * LAYERS, max_text_len=300
+    )
+    manifest = dataclasses.replace(uniform.manifest, capacity=capacity)
+    wanted = 5000
     with Model(uniform.folder) as model:
-        prompt = model.prepare(
-            0, samples[0].prompt, samples[0].images, Options(max_new_tokens=9999)
-        )
+        model.engine.manifest = manifest
+        options = Options(max_new_tokens=wanted)
+        prompt = model.prepare(0, samples[0].prompt, samples[0].images, options)
         try:
             limit = model.engine.start([prompt], None, kv_keep).rows[0].limit
         except CapacityError:
             limit = 0
-    assert new_tokens(uniform.manifest, shape, None, kv_keep, 9999) == limit
+    assert new_tokens(manifest, shape, None, kv_keep, wanted) == limit
+    assert (limit == 0) == (more < 0)

@@ -139,7 +139,7 @@ def test_importance_shows_what_is_not_finite_in_valid_positions_only(engine: str
     random = torch.Generator().manual_seed(0)
     query = torch.randn(4, 4, 6, 64, generator=random)
     key, value = torch.randn(2, 4, 2, 6, 64, generator=random)
-    length = torch.tensor([6, 3, 3, 6])
+    length = torch.tensor([5, 3, 3, 6])
     query[0, 3, 2, 5] = NAN
     query[1, 0, 4, 0] = NAN  # padding
     key[2, 0, 3, 7] = float("inf")  # padding
@@ -147,6 +147,7 @@ def test_importance_shows_what_is_not_finite_in_valid_positions_only(engine: str
     found = run((query, key, value, length), 1, engine)[1]
     finite = np.isfinite(found)
     assert not finite[0, :3].any()
+    assert found[0, 5] == 0  # padding, even now
     assert finite[1].all()
     assert finite[2].all()
     assert not finite[3, :5].any()

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The tables and plots of docs/quality: what compression costs on tiny-llava's held-out digits.
+# Needs the package with extras cpu, export and calibration. usage: scripts/eval_digits.sh [SAMPLES]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+samples=${1:-100}
+keeps=0.1,0.2,0.3,0.5,0.7,0.9
+work=${TMPDIR:-/tmp}/lvlm-eval-digits
+common=(-m tiny-llava --dtype fp32 --data digits --kinds describe --samples "$samples" --keep "$keeps")
+
+# A prompt of 150 tokens needs smaller counts than the defaults for LightVLM's own compaction to act.
+lvlm-eval "${common[@]}" --recipes none,uniform,elastic-cache,prefixkv,lightvlm --kv-keep "$keeps" \
+    --set lightvlm.kv_floor=8 --set lightvlm.kv_protect=8 --set lightvlm.kv_interval=16 \
+    -o "$work/recipes"
+lvlm-eval "${common[@]}" --recipes none,uniform --set uniform.positions=layer0 -o "$work/layer0"
+
+mkdir -p docs/quality
+for name in recipes layer0; do
+    cp "$work/$name/results.md" "docs/quality/$name.md"
+    cp "$work/$name/results.png" "docs/quality/$name.png"
+done
