@@ -19,6 +19,8 @@ from lvlm.export.skeleton import default_dtype
 from lvlm.export.targets._base import Target
 from lvlm.runtime.discovery import discover
 
+torch.set_num_threads(1)  # small models: more threads only wait for one another
+
 ASSETS = Path(__file__).parents[1] / "assets"
 FAMILIES: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
 TINY = {
