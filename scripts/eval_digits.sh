@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 samples=${1:-100}
 keeps=0.1,0.2,0.3,0.5,0.7,0.9
 work=${TMPDIR:-/tmp}/lvlm-eval-digits
-common=(-m tiny-llava --dtype fp32 --data digits --kinds describe --samples "$samples" --keep "$keeps")
+mkdir -p "$work"
+common=(-m tiny-llava --threads 1 --dtype fp32 --data digits --kinds describe --samples "$samples" --keep "$keeps")
 
 # A prompt of 150 tokens needs smaller counts than the defaults for LightVLM's own compaction to act.
 lvlm-eval "${common[@]}" --recipes none,uniform,elastic-cache,prefixkv,lightvlm --kv-keep "$keeps" \

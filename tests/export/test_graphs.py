@@ -126,7 +126,7 @@ def profiles(manifest: Manifest, graph: str) -> _trt_gate.Profiles:
         sizes[f"centres_{stage}"] = (1, tokens // 30 + 1, tokens // 10 + 1)
         sizes[f"length_{stage}"] = (2, tokens, longest)
     for layer, capacity in enumerate(manifest.capacity.per_layer):
-        sizes[f"entries_{layer}"] = (1, capacity // 2, capacity)
+        sizes[f"entries_{layer}"] = (1, min(capacity, tokens) // 2, capacity)
     found = {}
     for port in manifest.graphs[graph].inputs:
         dims = [
@@ -168,7 +168,8 @@ def test_lowered_graphs_compute_the_same(
     for graph in manifest.graphs.values():
         (folder / target_file(graph.file, TARGET.name)).replace(folder / graph.file)
         path = folder / graph.file
-        assert "lvlm.lowered" in path.read_bytes().decode("latin-1")
+        if graph.file != "compact.onnx":  # the only one without attention
+            assert "lvlm.lowered" in path.read_bytes().decode("latin-1")
         files[graph.file] = File(sha256_of(path), path.stat().st_size)
     dataclasses.replace(manifest, files=files).write(folder)
 
