@@ -11,5 +11,5 @@ venv="${VENV:-.venv-test}"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-# Each test uses both cores itself; more threads than cores only wait for one another.
-exec "$venv/bin/python" -m pytest "$@"
+# Tests compute on one thread each, so that one process per core fills the machine.
+exec "$venv/bin/python" -m pytest --numprocesses auto --dist worksteal "$@"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from lvlm.export import exporter
 from lvlm.export import plan as planning
@@ -17,6 +20,7 @@ from lvlm.export.progress import Progress
 from lvlm.export.recipes._base import parse_settings
 from lvlm.export.skeleton import default_dtype
 from lvlm.export.targets._base import Target
+from lvlm.runtime.backends import cpu
 from lvlm.runtime.discovery import discover
 
 torch.set_num_threads(1)  # small models: more threads only wait for one another
@@ -65,16 +69,37 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     patch.undo()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_per_session() -> Any:
+    """ONNX Runtime, too: test processes share the cores."""
+    patch = pytest.MonkeyPatch()
+    init = cpu.Backend.__init__
+    patch.setattr(cpu.Backend, "__init__", lambda self, threads=None: init(self, threads or 1))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this run have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def checkpoint(shared: Path) -> Callable[[str], Path]:
     """A checkpoint folder by name: tiny-llava, or a family's tiny configuration, weights random."""
-    made: dict[str, Path] = {"tiny-llava": ASSETS / "tiny-llava"}
 
     def make(name: str) -> Path:
-        if name not in made:
+        if name == "tiny-llava":
+            return ASSETS / name
+        folder = shared / "checkpoints" / name.replace(":", "-")
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if (folder / "preprocessor_config.json").exists():  # written last
+                return folder
             family, config = TINY[name]
-            folder = tmp_path_factory.mktemp("checkpoint") / name.replace(":", "-")
-            torch.manual_seed(len(made))
+            torch.manual_seed(list(TINY).index(name))
             with default_dtype(torch.float32):
                 model = family.build(config)
             with torch.no_grad():
@@ -86,8 +111,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
                 shutil.copy(ASSETS / "tiny-llava" / file, folder)
             (folder / "preprocessor_config.json").write_text(_preprocessor(config))
-            made[name] = folder
-        return made[name]
+        return folder
 
     return make
 
@@ -106,14 +130,11 @@ def _preprocessor(config: Any) -> str:
 
 
 @pytest.fixture(scope="session")
-def bundle(
-    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]
-) -> Callable[..., Path]:
+def bundle(shared: Path, checkpoint: Callable[[str], Path]) -> Callable[..., Path]:
     """An exported bundle: bundle("tiny-llava", "lightvlm", "keep=0.5", dtype="fp16").
 
     Shared between tests: do not change it, copy it.
     """
-    made: dict[Any, Path] = {}
 
     def make(
         model: str,
@@ -124,23 +145,24 @@ def bundle(
         **options: Any,
     ) -> Path:
         key = (model, recipe, settings, dtype, targets, *sorted(options.items()))
-        if key not in made:
-            known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
-            output = tmp_path_factory.mktemp("bundle") / "out"
-            parsed = parse_settings(discover("lvlm.export.recipes", "RECIPE")[recipe], settings)
-            plan = planning.make_plan(
-                planning.Options(
-                    model=str(checkpoint(model)),
-                    recipe=parsed,
-                    output=output,
-                    dtype=dtype,
-                    validate=False,
-                    targets=tuple(known[t] for t in targets),
-                    **options,
+        output = shared / "bundles" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+        output.parent.mkdir(exist_ok=True)
+        with FileLock(f"{output}.lock"):
+            if not output.exists():
+                known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
+                parsed = parse_settings(discover("lvlm.export.recipes", "RECIPE")[recipe], settings)
+                plan = planning.make_plan(
+                    planning.Options(
+                        model=str(checkpoint(model)),
+                        recipe=parsed,
+                        output=output,
+                        dtype=dtype,
+                        validate=False,
+                        targets=tuple(known[t] for t in targets),
+                        **options,
+                    )
                 )
-            )
-            exporter.export(plan, Progress(0, quiet=True))
-            made[key] = output
-        return made[key]
+                exporter.export(plan, Progress(0, quiet=True))
+        return output
 
     return make

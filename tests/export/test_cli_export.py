@@ -48,7 +48,7 @@ def test_export_validates_and_reports(
         tmp_path / "out",
     )
     assert code == 0, err
-    assert "[6/6]" in err
+    assert "[7/7]" in err
     assert "✓ vision.onnx" in err
     assert "✗" not in err
     manifest = read_bundle(tmp_path / "out")
