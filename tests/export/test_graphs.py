@@ -55,7 +55,7 @@ def test_weights_are_stored_once_and_used_as_they_lie(
                 external[tensor.name] = (int(info["offset"]), int(info["length"]))
             else:
                 assert len(tensor.raw_data) < 4096, tensor.name
-        assert external
+        assert external or graph.file == "compact.onnx"  # which has no weights
         for tensor_name, place in external.items():
             assert places.setdefault(tensor_name, place) == place
         for node in model.graph.node:

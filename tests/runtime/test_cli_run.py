@@ -142,7 +142,7 @@ def test_flags_reach_the_model(run: Run, light: Path, monkeypatch: pytest.Monkey
         *(light, "Hi", "--image", PICTURE, "--image", OTHER, "--threads", 1, "--device", "cpu"),
         *("--max-new-tokens", 3, "--temperature", 0.5, "--top-k", 4, "--top-p", 0.9),
         *("--repetition-penalty", 1.1, "--seed", 5, "--stop", "x", "--stop", "yz"),
-        *("--keep", "0.7,0.5,0.3", "--system", "Be brief.", "--no-verify", "-q"),
+        *("--keep", "0.7,0.5,0.3", "--kv-keep", 0.9, "--system", "Be brief.", "--no-verify", "-q"),
     )
     assert code == 0, err
     assert seen[:2] == ["Hi", [str(PICTURE), str(OTHER)]]
@@ -155,6 +155,7 @@ def test_flags_reach_the_model(run: Run, light: Path, monkeypatch: pytest.Monkey
         "seed": 5,
         "stop": ["x", "yz"],
         "keep": (0.7, 0.5, 0.3),
+        "kv_keep": 0.9,
         "system": "Be brief.",
         "chat_template": True,
     }
@@ -186,7 +187,7 @@ def test_verbose_says_what_was_loaded(run: Run, light: Path) -> None:
     ("extra", "said"),
     [
         (["--keep", "0.3"], "--max-text-len"),
-        (["--keep", "0.5", "--image", PICTURE], "at this --keep the bundle's cache is full"),
+        (["--keep", "0.5", "--image", PICTURE], "at these ratios the bundle's cache is full"),
     ],
 )
 def test_an_answer_cut_by_the_capacity_is_told(
