@@ -9,6 +9,8 @@ import numpy as np
 
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Manifest
+from lvlm.runtime.errors import CapacityError
+from lvlm.runtime.limits import new_token_limit
 from lvlm.runtime.schedule import Keep, keep_ratios, plan_prefill
 
 SMALLEST = 1e-300  # every picture is down to one token
@@ -65,16 +67,13 @@ def solve_keep(manifest: Manifest, shape: Shape, wanted: float) -> Reach:
 def new_tokens(
     manifest: Manifest, shape: Shape, keep: Keep | None, kv_keep: float | None, wanted: int
 ) -> int:
-    """How many new tokens, up to ``wanted``, the bundle's capacity has room for."""
-    capacity = manifest.capacity
-    wanted = min(wanted, capacity.max_text_len - shape.text_tokens)
-    entering = entries(manifest, shape, keep)
+    """How many new tokens, up to ``wanted``, the bundle's capacity has room for; 0: none."""
     budgets = Budgets.of(manifest.compression, manifest.text.layers, kv_keep)
-    slots = np.array(capacity.per_layer)
-    too_much = bool((budgets.prompt(entering[:, None])[:, 0] > slots).any())
-    if wanted < 1 or too_much or len(shape.image_tokens) > capacity.max_images:
+    entering, pictures = entries(manifest, shape, keep), len(shape.image_tokens)
+    try:
+        return new_token_limit(manifest, budgets, entering, shape.text_tokens, pictures, wanted)
+    except CapacityError:
         return 0
-    return 1 + budgets.room(entering, slots, wanted - 1)  # the last token is never fed
 
 
 def entries(manifest: Manifest, shape: Shape, keep: Keep | None) -> np.ndarray:

@@ -71,7 +71,7 @@ def trace_graph(
         def build(x: list[Any]) -> tuple[Any, ...]:
             return (*x[:5], x[5:extra], x[extra:])
     elif name == "decode":
-        module = Decode(language, rule)
+        module = Decode(language)
         ports = decode_inputs(language, rule, dtype)
         outputs = ["logits", *present(*buffer_kinds(rule))]
 

@@ -169,10 +169,10 @@ class Decode(nn.Module):
     -> logits [B,vocabulary] fp32, the buffers
     """
 
-    def __init__(self, model: LanguageModel, rule: CacheRule | None = None) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.parts = _registered(model)
-        self.model, self.rule = model, rule
+        self.model = model
 
     def forward(
         self,

@@ -60,7 +60,7 @@ class NaiveCache:
                 ring = self.queries[layer]
                 buffers.append(torch.cat((ring[:, :, 1:], torch.zeros_like(ring[:, :, :1])), dim=2))
         newest = torch.tensor([self.rule.queries - 1]) if self.rule and self.queries else None
-        logits, *buffers = Decode(self.model, self.rule)(
+        logits, *buffers = Decode(self.model)(
             torch.tensor([[token]]),
             torch.tensor([[position]]),
             lengths,

@@ -11,7 +11,8 @@ import numpy as np
 
 from lvlm.runtime.backends import Call, Session
 from lvlm.runtime.budgets import Budgets
-from lvlm.runtime.errors import BackendError, CapacityError
+from lvlm.runtime.errors import BackendError
+from lvlm.runtime.limits import new_token_limit
 from lvlm.runtime.sampling import Sampler
 from lvlm.runtime.schedule import Keep, keep_ratios, plan_prefill
 
@@ -79,7 +80,14 @@ class Batch:
         self.rows = [
             RowState(
                 Sampler(p.sampling, p.ids),
-                self._limit(row, p.max_new_tokens, text_tokens[row]),
+                new_token_limit(
+                    manifest,
+                    self.budgets,
+                    self.plan.entries[:, row],
+                    text_tokens[row],
+                    len(self.image_tokens[row]),
+                    p.max_new_tokens,
+                ),
                 p.max_new_tokens,
                 len(p.ids),
             )
@@ -92,31 +100,6 @@ class Batch:
         self.logits = self._prefill(prompts, self.features)
         self._decode = self._bind("decode", engine.decode)
         self._compact = self._bind("compact", engine.compact) if engine.compact else None
-
-    def _limit(self, row: int, wanted: int, text_tokens: int) -> int:
-        """New tokens a row may have within the bundle's capacity; an error if none."""
-        capacity = self.engine.manifest.capacity
-        pictures = len(self.image_tokens[row])
-        if pictures > capacity.max_images:
-            raise CapacityError(
-                f"{pictures} images, but the bundle was exported with --max-images "
-                f"{capacity.max_images}; export with more"
-            )
-        if text_tokens >= capacity.max_text_len:
-            raise CapacityError(
-                f"the prompt has {text_tokens} text tokens, but the bundle was exported with "
-                f"--max-text-len {capacity.max_text_len} for prompt and answer; shorten it or "
-                "export with more"
-            )
-        wanted = min(wanted, capacity.max_text_len - text_tokens)
-        slots, kept = np.array(capacity.per_layer), self.kept[:, row]
-        if (kept > slots).any():
-            layer = int((kept - slots).argmax())
-            raise CapacityError(
-                f"at these ratios layer {layer} needs {kept[layer]} cache entries, the bundle has "
-                f"{slots[layer]}; lower keep or kv_keep, or export with a larger one"
-            )
-        return 1 + self.budgets.room(self.plan.entries[:, row], slots, wanted - 1)
 
     def _bind(self, name: str, session: Session) -> Call:
         """A graph with those of the cache's buffers that it takes and gives."""

@@ -1,0 +1,44 @@
+"""How long an answer may be within a bundle's capacity: from counts, before anything is run."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lvlm.runtime.budgets import Budgets
+from lvlm.runtime.bundle import Manifest
+from lvlm.runtime.errors import CapacityError
+
+
+def new_token_limit(
+    manifest: Manifest,
+    budgets: Budgets,
+    entries: np.ndarray,
+    text_tokens: int,
+    pictures: int,
+    wanted: int,
+) -> int:
+    """New tokens, up to ``wanted``, for a prompt of which ``entries`` [L] enter each layer.
+
+    Raises CapacityError, which names the limit, if there is no room for any.
+    """
+    capacity = manifest.capacity
+    if pictures > capacity.max_images:
+        raise CapacityError(
+            f"{pictures} images, but the bundle was exported with --max-images "
+            f"{capacity.max_images}; export with more"
+        )
+    if text_tokens >= capacity.max_text_len:
+        raise CapacityError(
+            f"the prompt has {text_tokens} text tokens, but the bundle was exported with "
+            f"--max-text-len {capacity.max_text_len} for prompt and answer; shorten it or "
+            "export with more"
+        )
+    wanted = min(wanted, capacity.max_text_len - text_tokens)
+    slots, kept = np.array(capacity.per_layer), budgets.prompt(entries[:, None])[:, 0]
+    if (kept > slots).any():
+        layer = int((kept - slots).argmax())
+        raise CapacityError(
+            f"at these ratios layer {layer} needs {kept[layer]} cache entries, the bundle has "
+            f"{slots[layer]}; lower keep or kv_keep, or export with a larger one"
+        )
+    return 1 + budgets.room(entries, slots, wanted - 1)  # the last token is never fed back
