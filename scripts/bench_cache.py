@@ -5,7 +5,8 @@
 The model of bench_prefill.py; prompts of 608 and 2,000 tokens (one picture of 576), 512 new tokens.
 Each decode row runs in a process of its own, so that its peak memory is its own. "full, 0.2 as
 long" is recipe none on a prompt, and an answer, a fifth as long: what a cache of 20 % could reach
-at best. The prefill rows run in turn, round by round, in one process.
+at best. The prefill rows run in turn, round by round, in one process; so do, step by step, each
+compressed cache and the full one as long: what a machine does meanwhile meets both.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def main() -> None:
     for length in args.prompts:
         prefill_table(args.work, length, args.rounds)
         decode_table(args.work, length, args.new)
+        paired_table(args.work, length, args.new)
 
 
 def prompt_of(length: int, new: int) -> Prompt:
@@ -156,6 +158,48 @@ def decode_table(work: Path, length: int, new: int) -> None:
         )
     exact = all(row["exact"] is not False for row in found.values())
     print(f"\nbuffers are exactly the capacities times the bytes of an entry: {exact}", flush=True)
+
+
+class Stream:
+    """Decode steps of one row of ROWS without end: the answer begins anew when it is over."""
+
+    def __init__(self, model: lvlm.Model, name: str, length: int, new: int) -> None:
+        _, self.options, share = ROWS[name]
+        self.model, self.length, self.new = model, round(length * share), round(new * share)
+        self.steps: list[float] = []
+        self.left = 0
+
+    def step(self) -> None:
+        if not self.left:
+            prompt = prompt_of(self.length, self.new)
+            self.batch = self.model.engine.start([prompt], **self.options)
+            self.left = self.new - 1
+        self.batch.rows[0].tokens.append(int(self.batch.logits[0].argmax()))
+        began = time.perf_counter()
+        self.batch.decode_step()
+        self.steps.append(time.perf_counter() - began)
+        self.left -= 1
+
+
+def paired_table(work: Path, length: int, new: int) -> None:
+    """A token's time at keep 0.2 beside the full cache's, 0.2 as long, in turn."""
+    print(f"\ndecode, prompt {length}, keep 0.2, steps in turn with the full cache 0.2 as long\n")
+    print("| | ms a token, median | full, 0.2 as long | more |")
+    print("| --- | --- | --- | --- |")
+    for recipe in ("elastic-cache", "prefixkv", "lightvlm"):
+        with (
+            lvlm.load(work / f"cache-{recipe}", verify=False) as compressed,
+            lvlm.load(work / "cache-none", verify=False) as full,
+        ):
+            pair = (
+                Stream(compressed, f"{recipe} keep 0.2", length, new),
+                Stream(full, "full, 0.2 as long", length, new),
+            )
+            for _ in range(new - 1):
+                for stream in pair:
+                    stream.step()
+        ours, best = (1e3 * statistics.median(stream.steps) for stream in pair)
+        print(f"| {recipe} | {ours:.1f} | {best:.1f} | {ours / best - 1:+.1%} |", flush=True)
 
 
 def prefill_table(work: Path, length: int, rounds: int) -> None:
