@@ -1,0 +1,1 @@
+"""CUDA kernels of the ``lvlm`` ops and the TensorRT plugins and engines made of them."""

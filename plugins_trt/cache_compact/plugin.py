@@ -1,0 +1,119 @@
+"""The plan of ``CacheCompact``. The mode merge-reference is for parity tests and has no kernel."""
+
+from __future__ import annotations
+
+from lvlm.plugins_trt.cache_compact.kernel import (
+    copy_survivors,
+    list_survivors,
+    mark_survivors,
+    merge_into_survivors,
+    order_scores,
+)
+from lvlm.plugins_trt.plan import (
+    DATA,
+    HEAD_BLOCKS,
+    Attribute,
+    Input,
+    Output,
+    Plugin,
+    Scalar,
+    Scratch,
+    Step,
+)
+from lvlm.plugins_trt.sizes import extent
+
+BATCH, HEADS, POSITIONS = extent("key", 0), extent("key", 1), extent("key", 2)
+SLOTS = extent("slots", 0)
+
+# Positions or slots of a program; what there is to spare of registers decides.
+ORDERED = 1024
+RANKED, COMPARED = 16, 1024  # ranked, and compared with at a time
+LISTED = 2048  # at a time
+COPIED = 16
+MERGED, ROWS = 16, 4  # ROWS of each slot at a time
+
+
+def _copy(states: str) -> Step:
+    width = extent(states, 3)
+    return Step(
+        kernel=copy_survivors,
+        grid=(SLOTS.ceil_div(COPIED), HEADS, BATCH),
+        arguments=(states, "kept_index", f"compact_{states}", POSITIONS, SLOTS, width),
+        constants={"SLOTS": COPIED},
+        choice=("BLOCK_D", width, HEAD_BLOCKS),
+        when=("evict",),
+    )
+
+
+def _merge(states: str) -> Step:
+    width = extent(states, 3)
+    return Step(
+        kernel=merge_into_survivors,
+        grid=(SLOTS.ceil_div(MERGED), HEADS, BATCH),
+        arguments=(states, "length", "kept_index", f"compact_{states}", POSITIONS, SLOTS, width),
+        constants={"SLOTS": MERGED, "ROWS": ROWS},
+        choice=("BLOCK_D", width, HEAD_BLOCKS),
+        when=("merge",),
+        warps=8,
+    )
+
+
+PLUGIN = Plugin(
+    name="CacheCompact",
+    inputs=(
+        Input("key", DATA, (4,)),
+        Input("value", DATA, (4,)),
+        Input("importance", "float32", (2,)),
+        Input("length", "int64", (1,)),
+        Input("budget", "int64", (1,)),
+        Input("slots", "int64", (1,)),
+    ),
+    outputs=(
+        Output("compact_key", DATA, (BATCH, HEADS, SLOTS, extent("key", 3))),
+        Output("compact_value", DATA, (BATCH, HEADS, SLOTS, extent("value", 3))),
+        Output("kept_index", "int64", (BATCH, SLOTS)),
+        Output("kept", "int64", (BATCH,)),
+    ),
+    attributes=(
+        Attribute("mode", str, "evict", choices=("evict", "merge")),
+        Attribute("sinks", int, 1, least=0),
+        Attribute("recent", int, 1, least=0),
+    ),
+    variant="mode",
+    scratch=(
+        Scratch("order", "int32", (BATCH, POSITIONS)),
+        Scratch("stays", "int8", (BATCH, POSITIONS)),
+    ),
+    steps=(
+        Step(
+            kernel=order_scores,
+            grid=(POSITIONS.ceil_div(ORDERED), BATCH),
+            arguments=(
+                *("importance", "length", "order", POSITIONS),
+                *(Scalar("sinks"), Scalar("recent")),
+            ),
+            constants={"BLOCK": ORDERED},
+        ),
+        Step(
+            kernel=mark_survivors,
+            grid=(POSITIONS.ceil_div(RANKED), BATCH),
+            arguments=("order", "length", "budget", "stays", POSITIONS),
+            constants={"BLOCK_I": RANKED, "BLOCK_J": COMPARED},
+            warps=8,
+        ),
+        Step(
+            kernel=list_survivors,
+            grid=(BATCH,),
+            arguments=(
+                *("importance", "length", "budget", "stays", "kept_index", "kept"),
+                *(POSITIONS, SLOTS),
+            ),
+            constants={"BLOCK": LISTED},
+            warps=8,
+        ),
+        _copy("key"),
+        _copy("value"),
+        _merge("key"),
+        _merge("value"),
+    ),
+)

@@ -1,0 +1,43 @@
+"""The plan of ``CacheImportance``. Kernels hold no chunk of queries: chunk and parts are unused."""
+
+from __future__ import annotations
+
+from lvlm.plugins_trt._attention_steps import (
+    BATCH,
+    GROUP,
+    HEADS,
+    POSITIONS,
+    softmax_scratch,
+    softmax_steps,
+)
+from lvlm.plugins_trt.cache_importance.kernel import mean_over_heads
+from lvlm.plugins_trt.plan import DATA, Attribute, Input, Output, Plugin, Step
+
+ROWS = 64  # of a tile
+ADDED = 256  # positions of a program
+
+PLUGIN = Plugin(
+    name="CacheImportance",
+    inputs=(
+        Input("query", DATA, (4,)),
+        Input("key", DATA, (4,)),
+        Input("query_slot", "int64", (2,)),
+        Input("length", "int64", (1,)),
+    ),
+    outputs=(Output("importance", "float32", (BATCH, POSITIONS)),),
+    attributes=(
+        Attribute("scale", float),
+        Attribute("chunk", int, 128, unused=True, least=1),
+        Attribute("parts", int, 0, unused=True, least=0),
+    ),
+    scratch=softmax_scratch(ROWS, GROUP),
+    steps=(
+        *softmax_steps("query_slot", "length", ROWS, GROUP, warps=8),
+        Step(
+            kernel=mean_over_heads,
+            grid=(POSITIONS.ceil_div(ADDED), BATCH),
+            arguments=("sums", "importance", HEADS, POSITIONS),
+            constants={"BLOCK": ADDED},
+        ),
+    ),
+)

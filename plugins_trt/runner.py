@@ -1,0 +1,65 @@
+"""Run a plan from Python, kernel by kernel, on torch tensors: in Triton's interpreter
+(``TRITON_INTERPRET=1``) on the CPU, compiled on a GPU. For tests and measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lvlm.plugins_trt.plan import DATA, Plugin, Scalar, chosen
+from lvlm.plugins_trt.sizes import Size
+from lvlm.runtime.errors import ParameterError
+
+
+def run(
+    plugin: Plugin, inputs: Sequence[torch.Tensor | None], attributes: Mapping[str, Any]
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of one call, as the op's torch reference gives them.
+
+    inputs  in the plugin's order; None or left out: an optional input that is not there
+    A buffer begins with something absurd in it, so that what a kernel does not write is seen.
+    Raises ParameterError for attributes or inputs that do not fit.
+    """
+    values = plugin.values(attributes)
+    word = values[plugin.variant] if plugin.variant else None
+    tensors: dict[str, torch.Tensor] = {}
+    wanted = plugin.needs.get(word or "", ())
+    for spec, tensor in zip(plugin.inputs, [*inputs, *[None] * len(plugin.inputs)], strict=False):
+        if (tensor is not None) != (not spec.optional or spec.name in wanted):
+            raise ParameterError(f"{plugin.name}: {spec.name} is missing, or not for {word}")
+        if tensor is not None:
+            tensors[spec.name] = tensor.contiguous()
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    data = next(tensors[spec.name] for spec in plugin.inputs if spec.dtype == DATA)
+
+    def buffer(dtype: str, shape: Sequence[int]) -> torch.Tensor:
+        kind = data.dtype if dtype == DATA else getattr(torch, dtype)
+        return torch.full(shape, float("nan") if kind.is_floating_point else 77, dtype=kind,
+                          device=data.device)  # fmt: skip
+
+    for scratch in plugin.scratch:
+        tensors[scratch.name] = buffer(scratch.dtype, [size(shapes) for size in scratch.shape])
+    outputs = []
+    for output, shape in zip(plugin.outputs, plugin.output_shapes(shapes), strict=True):
+        aliased = tensors[output.alias].clone() if output.alias else buffer(output.dtype, shape)
+        tensors[output.name] = aliased
+        outputs.append(aliased)
+
+    for step in plugin.steps_for(word):
+        grid = tuple(size(shapes) for size in step.grid)
+        if 0 in grid:
+            continue
+        arguments = []
+        for argument in step.arguments:
+            if isinstance(argument, Scalar):
+                arguments.append(values[argument.attribute])
+            elif isinstance(argument, Size):
+                arguments.append(argument(shapes))
+            else:
+                arguments.append(tensors[argument])
+        step.kernel[grid](
+            *arguments, **chosen(step, shapes), num_warps=step.warps, num_stages=step.stages
+        )
+    return tuple(outputs)

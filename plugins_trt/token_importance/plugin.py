@@ -1,0 +1,44 @@
+"""The plan of ``TokenImportance``."""
+
+from __future__ import annotations
+
+from lvlm.plugins_trt._attention_steps import (
+    BATCH,
+    HEADS,
+    INDICES,
+    KEY_HEADS,
+    POSITIONS,
+    softmax_scratch,
+    softmax_steps,
+)
+from lvlm.plugins_trt.plan import DATA, Attribute, Input, Output, Plugin, Step
+from lvlm.plugins_trt.sizes import const
+from lvlm.plugins_trt.token_importance.kernel import mean_over_rows
+
+ROWS = 16  # of a tile: a group's heads, of few queries
+ADDED = 256  # positions of a program
+
+PLUGIN = Plugin(
+    name="TokenImportance",
+    inputs=(
+        Input("query", DATA, (4,)),
+        Input("key", DATA, (4,)),
+        Input("query_index", "int64", (2,)),
+        Input("image_id", "int64", (2,)),
+    ),
+    outputs=(Output("importance", "float32", (BATCH, POSITIONS)),),
+    attributes=(Attribute("scale", float),),
+    scratch=softmax_scratch(ROWS, const(1)),
+    steps=(
+        *softmax_steps("query_index", "image_id", ROWS, const(1), warps=4),
+        Step(
+            kernel=mean_over_rows,
+            grid=(POSITIONS.ceil_div(ADDED), BATCH),
+            arguments=(
+                *("sums", "query_index", "importance"),
+                *(HEADS, KEY_HEADS, INDICES, POSITIONS),
+            ),
+            constants={"BLOCK": ADDED},
+        ),
+    ),
+)
