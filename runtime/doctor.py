@@ -1,0 +1,242 @@
+"""What this machine can run, and why not the rest: every finding that is bad says how to mend it.
+
+Packages are tried in a process of their own: one whose libraries are missing or broken may take
+its process with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lvlm.runtime.bundle import Manifest, read_bundle
+from lvlm.runtime.engines import EngineSet
+from lvlm.runtime.errors import BackendError
+from lvlm.runtime.integrity import sha256_of
+from lvlm.runtime.nvidia import Driver, driver
+
+CUDA_FOR_ORT = (13, 0)  # what onnxruntime-gpu 1.31 is built with
+LIBRARY = "liblvlm_plugins.so"
+FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # device: Python module
+
+
+@dataclass(frozen=True)
+class Finding:
+    """subject  what was looked at; ok: it can be used; says: what was seen; fix: how to mend it"""
+
+    subject: str
+    ok: bool
+    says: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How the doctor looks at the machine; tests put others here."""
+
+    driver: Callable[[], Driver] = driver
+    version: Callable[[str], str | None] = lambda name: _version(name)
+    attempt: Callable[[str], str] = lambda code: _attempt(code)
+    load: Callable[[str], Any] = ctypes.CDLL
+
+
+def examine(bundle: Path | None, machine: Machine | None = None) -> list[Finding]:
+    """Every finding, the machine's first. Raises BundleError if ``bundle`` is none."""
+    machine = machine or Machine()
+    manifest = None if bundle is None else read_bundle(bundle)
+    found = [Finding("system", True, _system())]
+    seen, gpus = _gpus(machine)
+    found += gpus
+    found += _onnxruntime(machine, seen)
+    found += _tensorrt(machine, seen)
+    if bundle is not None and manifest is not None:
+        found += _bundle(bundle, manifest, seen, {f.subject: f for f in found})
+    return found
+
+
+def _system() -> str:
+    python = f"Python {platform.python_version()}"
+    jetson = Path("/etc/nv_tegra_release")
+    release = ""
+    if jetson.is_file():
+        release = f", Jetson Linux {jetson.read_text(encoding='utf-8').split(',')[0].strip('# ')}"
+    return f"{platform.system()} {platform.machine()}, {python}{release}"
+
+
+def _gpus(machine: Machine) -> tuple[Driver | None, list[Finding]]:
+    try:
+        seen = machine.driver()
+    except BackendError as error:
+        what, _, fix = str(error).partition("; ")
+        return None, [Finding("NVIDIA driver", False, what, fix)]
+    found = [Finding("NVIDIA driver", True, "serves CUDA {}.{}".format(*seen.cuda))]
+    if not seen.gpus:
+        fix = "check that the GPU is seated and visible (CUDA_VISIBLE_DEVICES, container options)"
+        found.append(Finding("GPU", False, "the driver sees none", fix))
+    for number, gpu in enumerate(seen.gpus):
+        shared = ", shared with the CPU" if gpu.integrated else ""
+        says = f"{gpu.name}, SM {gpu.sm}, {gpu.memory / 1e9:.1f} GB{shared}"
+        found.append(Finding(f"GPU {number}", True, says))
+    return seen, found
+
+
+def _onnxruntime(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
+    """The backends cpu and cuda."""
+    plain, gpu = (machine.version(name) for name in ("onnxruntime", "onnxruntime-gpu"))
+    if plain and gpu:
+        says = f"onnxruntime {plain} and onnxruntime-gpu {gpu} overwrite each other's files"
+        fix = "pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them"
+        yield Finding("onnxruntime", False, says, fix)
+    try:
+        providers = machine.attempt(
+            "import onnxruntime; print(*onnxruntime.get_available_providers())"
+        ).split()
+    except BackendError as error:
+        yield Finding("device cpu", False, str(error), 'pip install "lvlm-deploy[cpu]"')
+        yield Finding("device cuda", False, str(error), 'pip install "lvlm-deploy[cuda]"')
+        return
+    name = f"onnxruntime-gpu {gpu}" if gpu else f"onnxruntime {plain}"
+    yield Finding("device cpu", True, name)
+    if "CUDAExecutionProvider" not in providers:
+        fix = 'pip uninstall -y onnxruntime; pip install "lvlm-deploy[cuda]" (Linux x86_64)'
+        yield Finding("device cuda", False, f"{name} has no CUDAExecutionProvider", fix)
+    elif seen is None or not seen.gpus:
+        yield Finding("device cuda", False, f"{name}, but no GPU", "see NVIDIA driver above")
+    elif seen.cuda < CUDA_FOR_ORT:
+        says = "{} needs CUDA {}.{}; the driver serves {}.{}".format(
+            name, *CUDA_FOR_ORT, *seen.cuda
+        )
+        yield Finding("device cuda", False, says, "install a newer NVIDIA driver")
+    else:
+        yield Finding("device cuda", True, name)
+
+
+def _tensorrt(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
+    """The backends tensorrt and tensorrt-rtx, and the plugin library that the former loads."""
+    usable = seen is not None and bool(seen.gpus)
+    for device, module in FLAVOURS.items():
+        subject, extra = f"device {device}", f'pip install "lvlm-deploy[{device}]"'
+        if device == "tensorrt" and Path("/etc/nv_tegra_release").is_file():
+            extra = "use JetPack's own TensorRT: a venv made with --system-site-packages"
+        try:
+            version = machine.attempt(f"import {module}; print({module}.__version__)").strip()
+            machine.attempt(BINDINGS)
+        except BackendError as error:
+            yield Finding(subject, False, str(error), extra)
+            continue
+        says = f"{device} {version}"
+        if usable:
+            yield Finding(subject, True, says)
+        else:
+            says += ": engines can be built ahead of time" if device == "tensorrt-rtx" else ""
+            yield Finding(subject, False, f"{says}; no GPU to run on", "see NVIDIA driver above")
+    yield _plugins(machine)
+
+
+BINDINGS = """
+try:
+    import cuda.bindings.runtime
+except ImportError:
+    import cuda.cudart
+"""
+
+
+def _plugins(machine: Machine) -> Finding:
+    """The plugin library: only full TensorRT needs it."""
+    path = os.environ.get("LVLM_PLUGINS", LIBRARY)
+    fix = f"lvlm-build plugins, then LVLM_PLUGINS=/path/to/{LIBRARY}"
+    try:
+        library = machine.load(path)
+    except OSError as error:
+        return Finding("TensorRT plugins", False, f"not loaded: {error}", fix)
+    if not hasattr(library, "getCreators"):
+        return Finding("TensorRT plugins", False, f"{path} holds no TensorRT plugins", fix)
+    return Finding("TensorRT plugins", True, path)
+
+
+def _bundle(
+    folder: Path, manifest: Manifest, seen: Driver | None, devices: Mapping[str, Finding]
+) -> Iterator[Finding]:
+    """Which devices can run this bundle, and which of its engines fit."""
+    says = f"{manifest.family}, recipe {manifest.recipe}, {manifest.dtype}"
+    yield Finding("bundle", True, f"{says}; every file as its manifest has it")
+    for device in ("cpu", "cuda"):
+        if device == "cpu" and manifest.dtype == "bfloat16":
+            fix = "export it again with --dtype fp32 or fp16"
+            yield Finding("bundle on cpu", False, "bf16 is for GPU targets", fix)
+        elif devices[f"device {device}"].ok:
+            yield Finding(f"bundle on {device}", True, "runs")
+    for flavour in FLAVOURS:
+        try:
+            sets = EngineSet.find(folder, flavour)
+        except BackendError as error:
+            what, _, fix = str(error).partition("; ")
+            yield Finding(f"bundle on {flavour}", False, what, fix)
+            continue
+        for engines in sets:
+            yield _engines(engines, manifest, seen, devices)
+
+
+def _engines(
+    engines: EngineSet, manifest: Manifest, seen: Driver | None, devices: Mapping[str, Finding]
+) -> Finding:
+    subject = f"bundle on {engines.flavour}"
+    if seen is None or not seen.gpus:
+        says = f"{engines.folder.name}: no GPU to run on"
+        return Finding(subject, False, says, "see NVIDIA driver above")
+    device = devices[f"device {engines.flavour}"]
+    if not device.ok:
+        says = f"{engines.folder.name}: {engines.flavour} cannot be used"
+        return Finding(subject, False, says, f"see device {engines.flavour} above")
+    library = engines.folder / engines.plugins.file if engines.plugins else None
+    held = library is not None and library.is_file()
+    try:
+        engines.check(
+            gpu_sm=seen.gpus[0].sm,
+            gpu_name=seen.gpus[0].name,
+            version=device.says.rpartition(" ")[2],
+            plugin_hash=sha256_of(library) if held and library else None,
+            manifest=manifest,
+        )
+        EngineSet.read(engines.folder)
+    except BackendError as error:
+        what, _, fix = str(error).rpartition("; ")
+        return Finding(subject, False, what, fix)
+    return Finding(subject, True, f"{engines.folder.name} fits")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _attempt(code: str) -> str:
+    """What a fresh Python prints for this code. Raises BackendError with its last line."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+        raise BackendError(lines[-1])
+    return done.stdout
+
+
+def as_json(findings: list[Finding]) -> str:
+    return json.dumps([vars(finding) for finding in findings], ensure_ascii=False)
+
+
+def can_run(findings: list[Finding]) -> bool:
+    """Whether one device at least can be used (for the bundle, if one was looked at)."""
+    kind = "bundle on " if any(f.subject == "bundle" for f in findings) else "device "
+    return any(f.ok and f.subject.startswith(kind) for f in findings)

@@ -1,0 +1,185 @@
+"""What the doctor says of machines that this one is not, with a driver and packages put in."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lvlm.runtime import doctor_cli
+from lvlm.runtime.doctor import Finding, Machine, as_json, can_run, examine
+from lvlm.runtime.errors import BackendError, BundleError
+from lvlm.runtime.nvidia import Driver, Gpu, driver
+
+ORIN = Gpu("Orin", 87, 8_000_000_000, True)
+MODERN = Driver((13, 0), (ORIN,))
+PLUGINS = SimpleNamespace(getCreators=None)
+PROVIDERS = "TensorrtExecutionProvider CUDAExecutionProvider CPUExecutionProvider"
+
+
+def machine(
+    seen: Driver | str = MODERN,
+    packages: Mapping[str, str] = {"onnxruntime-gpu": "1.31.1"},
+    imports: Mapping[str, str] = {"onnxruntime": PROVIDERS, "tensorrt": "10.3.0", "cuda": ""},
+    library: Any = PLUGINS,
+) -> Machine:
+    """``imports``: what a try of a module prints; what is not named cannot be imported."""
+
+    def ask() -> Driver:
+        if isinstance(seen, str):
+            raise BackendError(seen)
+        return seen
+
+    def attempt(code: str) -> str:
+        name = code.strip().removeprefix("try:").strip().removeprefix("import ")
+        name = name.split(";")[0].split(".")[0].split("\n")[0]
+        if name not in imports:
+            raise BackendError(f"ModuleNotFoundError: No module named '{name}'")
+        return imports[name]
+
+    def load(path: str) -> Any:
+        if library is None:
+            raise OSError(f"{path}: no such file")
+        return library
+
+    return Machine(ask, packages.get, attempt, load)
+
+
+def found(machine: Machine, bundle: Path | None = None) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in examine(bundle, machine)}
+
+
+def test_a_machine_with_everything() -> None:
+    findings = examine(None, machine())
+    bad = {f.subject for f in findings if not f.ok}
+    assert bad == {"device tensorrt-rtx"}
+    assert can_run(findings)
+    gpu = next(f for f in findings if f.subject == "GPU 0")
+    assert gpu.says == "Orin, SM 87, 8.0 GB, shared with the CPU"
+
+
+@pytest.mark.parametrize(
+    ("changes", "subject", "says", "fix"),
+    [
+        ({"seen": "no NVIDIA driver; install it"}, "NVIDIA driver", "no NVIDIA driver", "install"),
+        ({"seen": "no NVIDIA driver; install it"}, "device cuda", "no GPU", "NVIDIA driver above"),
+        ({"seen": Driver((13, 0), ())}, "GPU", "sees none", "CUDA_VISIBLE_DEVICES"),
+        ({"seen": Driver((12, 6), (ORIN,))}, "device cuda", "the driver serves 12.6", "newer"),
+        (
+            {"imports": {"onnxruntime": "CPUExecutionProvider"}},
+            "device cuda",
+            "no CUDAExecutionProvider",
+            "lvlm-deploy[cuda]",
+        ),
+        ({"imports": {}}, "device cpu", "No module named 'onnxruntime'", "lvlm-deploy[cpu]"),
+        ({"imports": {}}, "device tensorrt", "No module named 'tensorrt'", "[tensorrt]"),
+        (
+            {"imports": {"onnxruntime": PROVIDERS, "tensorrt": "10.3.0"}},
+            "device tensorrt",
+            "No module named 'cuda'",
+            "[tensorrt]",
+        ),
+        (
+            {"packages": {"onnxruntime": "1.31.0", "onnxruntime-gpu": "1.31.1"}},
+            "onnxruntime",
+            "overwrite each other",
+            "pip uninstall",
+        ),
+        ({"library": None}, "TensorRT plugins", "no such file", "lvlm-build plugins"),
+        ({"library": SimpleNamespace()}, "TensorRT plugins", "holds no TensorRT", "lvlm-build"),
+    ],
+)
+def test_what_is_wrong_and_how_to_mend_it(
+    changes: dict[str, Any], subject: str, says: str, fix: str
+) -> None:
+    finding = found(machine(**changes))[subject]
+    assert not finding.ok
+    assert says in finding.says
+    assert fix in finding.fix
+
+
+def test_every_bad_finding_has_a_fix(bundle: Callable[..., Path]) -> None:
+    for folder in (None, bundle("tiny-llava")):
+        for finding in examine(folder, machine("no driver; install one", {}, {}, None)):
+            assert finding.ok or finding.fix, finding
+
+
+def test_a_bundle(bundle: Callable[..., Path]) -> None:
+    findings = found(machine(), bundle("tiny-llava"))
+    assert findings["bundle"].ok
+    assert findings["bundle on cpu"].ok
+    assert findings["bundle on cuda"].ok
+    assert "lvlm-build engine" in findings["bundle on tensorrt"].fix
+
+
+def test_nothing_can_run_it(bundle: Callable[..., Path]) -> None:
+    findings = examine(bundle("tiny-llava"), machine("no driver; install one", {}, {}, None))
+    assert not can_run(findings)
+    assert json.loads(as_json(findings))[0]["subject"] == "system"
+
+
+def test_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        examine(tmp_path, machine())
+    assert doctor_cli.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lvlm-doctor: error: ")
+    assert error.count("\n") == 1
+
+
+def test_the_command_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor_cli.main([]) == 0
+    assert "✓ device cpu" in capsys.readouterr().out
+
+
+class Cuda:
+    """The driver's functions, with what they are to answer."""
+
+    def __init__(self, status: int = 0, count: int = 1, refused: str = "") -> None:
+        self.status, self.count, self.refused = status, count, refused
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            if name == self.refused:
+                return 999
+            if name == "cuDeviceGetName":
+                arguments[0].value = b"NVIDIA Thor"
+            elif name == "cuDeviceGetAttribute":
+                arguments[0]._obj.value = {75: 11, 76: 0, 18: 1}[arguments[1]]
+            elif name != "cuInit":
+                answers = {"cuDriverGetVersion": 13020, "cuDeviceGetCount": self.count}
+                arguments[0]._obj.value = answers.get(name, 128_000_000_000)
+            return self.status if name == "cuInit" else 0
+
+        return call
+
+
+def test_the_driver_is_asked() -> None:
+    seen = driver(lambda _: Cuda())  # type: ignore[arg-type,return-value]
+    assert seen == Driver((13, 2), (Gpu("NVIDIA Thor", 110, 128_000_000_000, True),))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "says"),
+    [
+        (Cuda(status=100), "no GPU it can use"),
+        (Cuda(status=803), "cuInit gives 803"),
+        (Cuda(refused="cuDeviceGetCount"), "refuses cuDeviceGetCount"),
+    ],
+)
+def test_a_driver_that_does_not_start(cuda: Cuda, says: str) -> None:
+    with pytest.raises(BackendError, match=says):
+        driver(lambda _: cuda)  # type: ignore[arg-type,return-value]
+
+
+def test_no_driver() -> None:
+    def missing(name: str) -> ctypes.CDLL:
+        raise OSError(name)
+
+    with pytest.raises(BackendError, match="no NVIDIA driver"):
+        driver(missing)
