@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lvlm.runtime.backends import Call, Session
+from lvlm.runtime.backends import Call, Session, host_dtype
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.errors import BackendError
 from lvlm.runtime.limits import new_token_limit
@@ -50,7 +50,8 @@ class RowState:
 class Batch:
     """Prompts on their way: ``step`` decodes one token for every row that still runs.
 
-    ``features`` are the pictures' [P,V,D], ``merge_maps`` old -> new [B,N] of each reduction.
+    ``features`` are the pictures' [P,V,D] (bf16 as its bits), ``merge_maps`` old -> new [B,N] of
+    each reduction.
     """
 
     def __init__(
@@ -116,7 +117,7 @@ class Batch:
         manifest = self.engine.manifest
         pixels = np.concatenate([p.pixels for p in prompts])
         shape = (max(1, len(pixels)), manifest.images.tokens, manifest.text.hidden)
-        features = np.zeros(shape, manifest.dtype)
+        features = np.zeros(shape, host_dtype(manifest.dtype))
         for first in range(0, len(pixels), PICTURES_AT_ONCE):
             some = slice(first, min(first + PICTURES_AT_ONCE, len(pixels)))
             call = self.engine.vision.bind({}, {})

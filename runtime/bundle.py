@@ -294,6 +294,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
                     continue
     if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
         return float(data)
-    if isinstance(kind, type) and isinstance(data, kind) and not isinstance(data, bool):
+    fits = isinstance(kind, type) and isinstance(data, kind)
+    if fits and isinstance(data, bool) == (kind is bool):  # to Python, True is a whole number
         return data
     raise BundleError(f"{where} holds {data!r}, which does not fit; export the bundle again")

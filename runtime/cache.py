@@ -14,6 +14,7 @@ import numpy as np
 from lvlm.runtime.backends import Backend, Buffer
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Text
+from lvlm.runtime.errors import DeviceMemoryError
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -53,20 +54,31 @@ class CompactCache:
         self.seen = np.zeros(shape, np.int64)
         self.steps = np.zeros(batch, np.int64)  # tokens decoded since the prompt
         self.victims = np.full(shape, -1, np.int64)  # slots to be overwritten next, -1: none
-        self.buffers: dict[str, Buffer] = {}
-        self.bytes_allocated = 0
         compression = budgets.compression
         self._queries = compression.queries if compression is not None else 0
         sizes = {"key": text.kv_heads, "value": text.kv_heads, "query": text.heads}
-        for layer, capacity in enumerate(capacities):
-            for which, heads in sizes.items():
-                slots = self._queries if which == "query" else int(capacity)
-                if slots > 0:
-                    buffer_shape = (batch, heads, slots, text.head_dim)
-                    self.buffers[f"{which}_{layer}"] = backend.allocate(buffer_shape, dtype)
-                    self.bytes_allocated += math.prod(buffer_shape) * ITEM_BYTES[dtype]
-        self._entry_bytes = 2 * text.kv_heads * text.head_dim * ITEM_BYTES[dtype]
-        query_bytes = text.heads * text.head_dim * ITEM_BYTES[dtype]
+        shapes = {
+            f"{which}_{layer}": (batch, heads, slots, text.head_dim)
+            for layer, capacity in enumerate(capacities)
+            for which, heads in sizes.items()
+            if (slots := self._queries if which == "query" else int(capacity)) > 0
+        }
+        item = ITEM_BYTES[dtype]
+        self.bytes_allocated = sum(math.prod(s) for s in shapes.values()) * item
+        self.buffers: dict[str, Buffer] = {}
+        try:
+            for name, buffer_shape in shapes.items():
+                self.buffers[name] = backend.allocate(buffer_shape, dtype)
+        except DeviceMemoryError as error:
+            there = sum(math.prod(shapes[name]) for name in self.buffers) * item
+            free = "" if error.free is None else f", {there + error.free:,} are free"
+            raise DeviceMemoryError(
+                f"the cache (batch of {batch}) needs {self.bytes_allocated:,} bytes of GPU memory"
+                f"{free}; give fewer prompts at once, or export with a smaller --max-text-len or "
+                "kv_keep"
+            ) from None
+        self._entry_bytes = 2 * text.kv_heads * text.head_dim * item
+        query_bytes = text.heads * text.head_dim * item
         self._ring_bytes = len(capacities) * self._queries * query_bytes
         one_by_one = compression is not None and compression.distance is not None
         self._queues = SlotQueues(*shape, int(self.capacities.max())) if one_by_one else None

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lvlm.runtime.backends import devices
 from lvlm.runtime.console import Parser, run_main
 from lvlm.runtime.errors import ParameterError, PromptError
 
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     add("bundle", metavar="BUNDLE", type=Path, help="folder made by lvlm-export")
     add("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
     add("--image", action="append", default=[], metavar="PATH", help="a picture; repeatable")
-    add("--device", default="cpu", help="what to run on (default cpu)")
+    add("--device", default="cpu", help=f"what to run on: {', '.join(devices())} (default cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the backend's choice)")
     add("--max-new-tokens", type=int, metavar="N", help="length of the answer (default 256)")
     add("--temperature", type=float, metavar="T", help="0 (default) takes the likeliest token")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterable
 from functools import cache
@@ -14,8 +15,10 @@ from lvlm.runtime.errors import ParameterError
 
 def names(package: str) -> list[str]:
     """Module names in ``package`` without importing them; files starting with _ are helpers."""
-    path = importlib.import_module(package).__path__
-    return sorted(m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    modules = pkgutil.iter_modules(spec.submodule_search_locations)
+    return sorted(m.name for m in modules if not m.name.startswith("_"))
 
 
 @cache

@@ -38,12 +38,11 @@ class Engine:
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
         self.manifest, self.backend = manifest, backend
-        graphs = manifest.graphs
-        self.vision: Session = backend.load(folder, graphs["vision"])
-        self.prefill: Session = backend.load(folder, graphs["prefill"])
-        self.decode: Session = backend.load(folder, graphs["decode"])
+        self.vision: Session = backend.load(folder, manifest, "vision")
+        self.prefill: Session = backend.load(folder, manifest, "prefill")
+        self.decode: Session = backend.load(folder, manifest, "decode")
         self.compact: Session | None = (
-            backend.load(folder, graphs["compact"]) if "compact" in graphs else None
+            backend.load(folder, manifest, "compact") if "compact" in manifest.graphs else None
         )
         self._cache: CompactCache | None = None
 
@@ -58,6 +57,8 @@ class Engine:
         limits = np.array(self.manifest.capacity.per_layer)
         rounded = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
         capacities = np.minimum(rounded, np.maximum(limits, needed))
+        if self.backend.static_capacity:
+            capacities = limits  # never less than needed: see new_token_limit
         old = self._cache
         if (
             old is not None

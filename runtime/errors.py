@@ -31,6 +31,14 @@ class BackendError(LvlmError):
     """A backend is not installed or cannot run a graph."""
 
 
+class DeviceMemoryError(BackendError):
+    """A device has less free memory than is needed. ``free``: bytes, None where unknown."""
+
+    def __init__(self, message: str, free: int | None = None) -> None:
+        super().__init__(message)
+        self.free = free
+
+
 class CheckpointError(LvlmError):
     """A checkpoint is missing, incomplete, or of an unsupported architecture."""
 
@@ -41,3 +49,7 @@ class ExportError(LvlmError):
 
 class ValidationError(ExportError):
     """An exported graph does not compute what the checkpoint computes."""
+
+
+class BuildError(LvlmError):
+    """A plugin library or an engine could not be built."""

@@ -11,11 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+
+# Without a GPU kernels run in Triton's interpreter, which must be asked for before anything at all
+# imports Triton; transformers does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from bundles import ASSETS, TINY
 from filelock import FileLock
 
 from lvlm.export import exporter
 from lvlm.export import plan as planning
-from lvlm.export.families._base import Family
 from lvlm.export.progress import Progress
 from lvlm.export.recipes._base import parse_settings
 from lvlm.export.skeleton import default_dtype
@@ -24,34 +30,6 @@ from lvlm.runtime.backends import cpu
 from lvlm.runtime.discovery import discover
 
 torch.set_num_threads(1)  # small models: more threads only wait for one another
-
-ASSETS = Path(__file__).parents[1] / "assets"
-FAMILIES: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
-TINY = {
-    f"{family.name}:{name}": (family, config)
-    for family in FAMILIES.values()
-    for name, config in family.tiny_configs()
-}
-# Cache recipes as tests export them: room for the whole cache, so that one bundle serves every
-# fraction; LightVLM's counts are small enough for prompts of a few hundred tokens.
-CACHED: dict[str, tuple[str, ...]] = {
-    "uniform (cached)": ("uniform", "kv_keep=1.0"),
-    "elastic-cache (cached)": ("elastic-cache", "kv_keep=1.0"),
-    "prefixkv (cached)": ("prefixkv", "kv_keep=1.0"),
-    "lightvlm (cached)": (
-        *("lightvlm", "kv_keep=1.0", "kv_floor=8", "kv_protect=8", "kv_interval=16"),
-    ),
-    "lightvlm with prefixkv": ("lightvlm", "kv=prefixkv", "kv_keep=1.0"),
-}
-# In a normal run: every one on the trained model, and each architecture with one of them.
-CACHED_USUAL = [
-    *(("tiny-llava", cached) for cached in CACHED),
-    *zip(
-        TINY,
-        ("elastic-cache (cached)", "lightvlm (cached)", "prefixkv (cached)", "uniform (cached)"),
-        strict=False,
-    ),
-]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,17 +1,19 @@
-"""Backends run graphs over bound buffers; one file each, named as ``load(device=…)`` takes it."""
+"""Backends run graphs over bound buffers; one file each, named as ``load(device=…)`` takes it, with
+underscores for dashes."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
-from lvlm.runtime.bundle import Graph
+from lvlm.runtime.bundle import Manifest
 from lvlm.runtime.discovery import names, nearest
 from lvlm.runtime.errors import BackendError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Buffer = Any  # what a backend allocates: memory on its device
 
@@ -20,7 +22,10 @@ class Call(Protocol):
     """A graph with its lasting buffers bound."""
 
     def __call__(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
-        """Run once: read ``inputs``, fill ``outputs``, write the bound buffers in place."""
+        """Run once: read ``inputs``, fill ``outputs``, write the bound buffers in place.
+
+        Arrays lie in the host's memory, of the ports' types (see ``host_dtype``).
+        """
 
 
 class Session(Protocol):
@@ -31,21 +36,29 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """One device."""
+    """One device. ``static_capacity``: its graphs take caches of the manifest's capacities only."""
 
     name: str
+    static_capacity: bool
 
-    def load(self, folder: Path, graph: Graph) -> Session: ...
+    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
+        """The graph ``name`` of the bundle in ``folder``."""
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer: ...
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """A buffer of zeros; DeviceMemoryError if there is no room."""
+
+
+def devices() -> list[str]:
+    """What ``load(device=…)`` takes."""
+    return [name.replace("_", "-") for name in names(__name__)]
 
 
 def open_backend(device: str, *, threads: int | None = None) -> Backend:
     """The backend for a device name; imports what only that backend needs."""
-    known = names(__name__)
+    known = devices()
     if device not in known:
         raise nearest("device", device, known)
-    module = importlib.import_module(f"{__name__}.{device}")
+    module = importlib.import_module(f"{__name__}.{device.replace('-', '_')}")
     backend: Backend = module.Backend(threads=threads)
     return backend
 
@@ -54,5 +67,11 @@ def require(module: str, mend: str) -> Any:
     """Import an optional package of a backend, or say how to install it."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise BackendError(f"{module} cannot be imported ({error}); {mend}") from None
+    except (ImportError, OSError) as error:  # OSError: a library that it loads
+        reason = str(error).partition("\n")[0]
+        raise BackendError(f"{module} cannot be imported ({reason}); {mend}") from None
+
+
+def host_dtype(dtype: str) -> str:
+    """numpy's name for a port's type; numpy has no bf16, whose bits travel as uint16."""
+    return "uint16" if dtype == "bfloat16" else dtype

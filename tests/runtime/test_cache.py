@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvlm.runtime.budgets import Budgets
-from lvlm.runtime.bundle import Compression, Graph, ProfileRow, Text
+from lvlm.runtime.bundle import Compression, Manifest, ProfileRow, Text
 from lvlm.runtime.cache import CompactCache
 
 TEXT = Text(layers=3, heads=4, kv_heads=2, head_dim=3, hidden=12, vocab=10, eos_ids=(2,))
@@ -26,8 +26,9 @@ class HostMemory:
     """A backend that only allocates, and fills with what nobody may read."""
 
     name = "host"
+    static_capacity = False
 
-    def load(self, folder: object, graph: Graph) -> None: ...
+    def load(self, folder: object, manifest: Manifest, name: str) -> None: ...
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         return np.full(shape, np.nan, "float16" if dtype == "bfloat16" else dtype)

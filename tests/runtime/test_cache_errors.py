@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import ASSETS, CACHED
+from bundles import ASSETS, CACHED
 from PIL import Image
 
 import lvlm

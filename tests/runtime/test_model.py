@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ASSETS
+from bundles import ASSETS
 from PIL import Image
 
 import lvlm

@@ -1,0 +1,125 @@
+"""ONNX Runtime: sessions whose lasting buffers are bound once, on one execution provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvlm.runtime.backends import Buffer, host_dtype
+from lvlm.runtime.bundle import Graph, Manifest
+from lvlm.runtime.errors import BackendError, DeviceMemoryError
+
+ONNX_BF16 = 16  # TensorProto.BFLOAT16: numpy has no type to say it with
+Place = tuple[str, tuple[int, ...], int]  # device, shape, address
+
+
+class OnnxRuntime:
+    """What the backends of ONNX Runtime share. Buffers are bound by address.
+
+    ``providers`` in order of preference; the first one must start, or loading is an error.
+    """
+
+    name: str
+    static_capacity = False
+    device = "cpu"  # where ``allocate`` puts buffers
+
+    def __init__(self, ort: Any, providers: list[str], threads: int | None) -> None:
+        self.ort, self.providers, self.threads = ort, providers, threads
+
+    def load(self, folder: Path, manifest: Manifest, name: str) -> OrtSession:
+        graph = manifest.graphs[name]
+        options = self.ort.SessionOptions()
+        options.log_severity_level = 3
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        try:
+            session = self.ort.InferenceSession(
+                str(folder / graph.file), options, providers=self.providers
+            )
+        except Exception as error:
+            raise failure(error, f"{graph.file} cannot be loaded on device {self.name}") from None
+        self.check_started(session.get_providers())
+        listed = ([p.name for p in graph.inputs], [p.name for p in graph.outputs])
+        real = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
+        if listed != real:
+            raise BackendError(f"{graph.file} has other inputs or outputs than the manifest lists")
+        return OrtSession(session, graph, self.device)
+
+    def check_started(self, providers: list[str]) -> None:
+        """Raise BackendError where ONNX Runtime fell back to other ``providers``."""
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        return np.zeros(shape, host_dtype(dtype))
+
+
+class OrtSession:
+    """A loaded graph; ``device`` is where outputs go that nobody asked for."""
+
+    def __init__(self, session: Any, graph: Graph, device: str) -> None:
+        self.session, self.device = session, device
+        ports = (*graph.inputs, *graph.outputs)
+        self.types = {p.name: _element_type(p.dtype) for p in ports}
+        self.outputs = [p.name for p in graph.outputs]
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> OrtCall:
+        return OrtCall(self, inputs, outputs)
+
+
+class OrtCall:
+    """Buffers bound once; what changes is bound anew at each call."""
+
+    def __init__(
+        self, owner: OrtSession, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
+    ) -> None:
+        self.session, self.types, self.device = owner.session, owner.types, owner.device
+        self.binding = owner.session.io_binding()
+        self.lasting = (dict(inputs), dict(outputs))  # keeps the memory alive
+        self.ignored = [name for name in owner.outputs if name not in outputs]
+        for name, buffer in inputs.items():
+            self._bind(self.binding.bind_input, name, buffer)
+        for name, buffer in outputs.items():
+            self._bind(self.binding.bind_output, name, buffer)
+
+    def __call__(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+        held = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        for name, array in held.items():
+            self._bind(self.binding.bind_input, name, array)
+        for name, array in outputs.items():
+            self._bind(self.binding.bind_output, name, array)
+        for name in self.ignored:
+            if name not in outputs:
+                self.binding.bind_output(name, self.device)
+        try:
+            self.binding.synchronize_inputs()
+            self.session.run_with_iobinding(self.binding)
+            self.binding.synchronize_outputs()
+        except Exception as error:
+            raise failure(error, "ONNX Runtime failed") from None
+
+    def _bind(self, bind: Callable[..., None], name: str, buffer: Buffer) -> None:
+        device, shape, address = _place(buffer)
+        bind(name, device, 0, self.types[name], shape, address)
+
+
+def failure(error: Exception, what: str) -> BackendError:
+    """The error to raise for ONNX Runtime's: one line, with a hint where memory was short."""
+    reason = str(error).partition("\n")[0]
+    if any(sign in str(error).lower() for sign in ("out of memory", "failed to allocate")):
+        return DeviceMemoryError(
+            f"{what} for want of memory ({reason}); give fewer prompts at once or shorter ones, "
+            "or lower kv_keep"
+        )
+    return BackendError(f"{what}: {reason}")
+
+
+def _place(buffer: Buffer) -> Place:
+    if isinstance(buffer, np.ndarray):
+        return "cpu", buffer.shape, buffer.ctypes.data
+    return buffer.device_name(), tuple(buffer.shape()), buffer.data_ptr()
+
+
+def _element_type(dtype: str) -> Any:
+    return ONNX_BF16 if dtype == "bfloat16" else np.dtype(dtype).type

@@ -1,0 +1,155 @@
+"""TensorRT and TensorRT-RTX, which share one Python interface: engines over device buffers."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvlm.runtime.backends import _cuda, host_dtype, require
+from lvlm.runtime.backends._cuda import DeviceArray, DeviceBuffer
+from lvlm.runtime.backends._tensorrt_session import Session, Shared, Workspace
+from lvlm.runtime.backends._weights import Weights
+from lvlm.runtime.bundle import Manifest
+from lvlm.runtime.engines import EngineSet
+from lvlm.runtime.errors import BackendError, DeviceMemoryError, ParameterError
+from lvlm.runtime.integrity import sha256_of
+
+PLUGINS = "LVLM_PLUGINS"  # environment variable: the plugin library to load
+
+
+class TensorRt:
+    """One GPU, one stream, and whatever of a bundle's engines fits both.
+
+    Memory that is in use belongs to this object (weights, workspace), to its sessions (inputs and
+    outputs) and to the cache. Not thread-safe: one call at a time.
+    """
+
+    static_capacity = True
+
+    def __init__(self, name: str, threads: int | None) -> None:
+        """``name``: tensorrt or tensorrt-rtx, the package's name, too."""
+        if threads is not None:
+            raise ParameterError(f"device {name} takes no number of threads; leave --threads out")
+        self.name = name
+        self.driver = _cuda.open_driver()
+        self.trt = require(name.replace("-", "_"), f"pip install 'lvlm-deploy[{name}]'")
+        self.log = _logger(self.trt)
+        self.runtime = self.trt.Runtime(self.log)
+        self.shared = Shared(self.trt, self.driver, Workspace(self.driver), self.log)
+        self.weights = Weights(self.driver)
+        self._engines: dict[Path, EngineSet] = {}
+
+    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
+        engines = self._engines.get(folder)
+        if engines is None:
+            engines = self._engines[folder] = self._choose(folder, manifest)
+        built = engines.graphs.get(name)
+        if built is None:
+            raise BackendError(f"{engines.folder} has no {name} engine; {engines.mend}")
+        engine = self._deserialize(engines.folder / built.file)
+        weights = self.weights.of(folder, built.weights)
+        return Session(self.shared, name, engine, manifest.graphs[name], weights)
+
+    def allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
+        size = math.prod(shape) * np.dtype(host_dtype(dtype)).itemsize
+        buffer = DeviceBuffer(self.driver, size, "a buffer", "give fewer prompts at once")
+        self.driver.clear(buffer.address, size)
+        return DeviceArray(buffer, shape, dtype)
+
+    def _choose(self, folder: Path, manifest: Manifest) -> EngineSet:
+        """The first of the bundle's sets that fits; with none, what is wrong with the nearest."""
+        gpu, reason = self.driver.device, None
+        found = EngineSet.find(folder, self.name)
+        for engines in sorted(found, key=lambda s: gpu.sm not in s.sms):
+            try:
+                library = _plugin_library(engines)
+                engines.check(
+                    gpu_sm=gpu.sm,
+                    gpu_name=gpu.name,
+                    version=self.trt.__version__,
+                    plugin_hash=None if library is None else sha256_of(library),
+                    manifest=manifest,
+                )
+                EngineSet.read(engines.folder)  # are the files whole?
+            except BackendError as error:
+                reason = reason or error
+                continue
+            if library is not None:
+                self._load_plugins(library)
+            if engines.version_compatible:
+                # They bring a small runtime of their own, which TensorRT asks leave for; the
+                # files' hashes have just been compared.
+                self.runtime.engine_host_code_allowed = True
+            return engines
+        assert reason is not None
+        raise reason
+
+    def _load_plugins(self, library: Path) -> None:
+        self.log.errors.clear()
+        try:
+            handle = self.trt.get_plugin_registry().load_library(str(library))
+        except Exception as error:
+            handle, self.log.errors = None, [*self.log.errors, str(error)]
+        if handle is None:
+            raise BackendError(
+                f"TensorRT cannot load the plugins of {library}: {self.log.text()}; build them for "
+                "this machine (lvlm-build plugins)"
+            )
+
+    def _deserialize(self, file: Path) -> Any:
+        self.log.errors.clear()
+        # Mapped, not read: with memory shared between CPU and GPU a copy would count twice.
+        with file.open("rb") as opened:
+            data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        engine = self.runtime.deserialize_cuda_engine(data)
+        if engine is not None:
+            return engine
+        if "out of memory" in " ".join(self.log.errors).lower():
+            free = self.driver.free_memory()
+            raise DeviceMemoryError(
+                f"{file} needs about {_cuda.in_mib(file.stat().st_size)} of GPU memory, "
+                f"{_cuda.in_mib(free)} are free; close what else uses the GPU, or export with a "
+                "smaller --dtype",
+                free,
+            )
+        raise BackendError(
+            f"{self.name} cannot load {file}: {self.log.text()}; build the engines again"
+        )
+
+
+def _plugin_library(engines: EngineSet) -> Path | None:
+    """The library to load: the environment's, or the one beside the engines."""
+    if engines.plugins is None:
+        return None
+    given = os.environ.get(PLUGINS)
+    path = Path(given) if given else engines.folder / engines.plugins.file
+    if not path.is_file():
+        hint = f"as {PLUGINS} says" if given else f"set {PLUGINS} to where it is"
+        raise BackendError(
+            f"the plugin library {path} is not there; {hint}, or build it with lvlm-build plugins"
+        )
+    return path
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Prints nothing; remembers errors, since TensorRT reports them in no other way."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(" ".join(message.split()))
+
+        def text(self) -> str:
+            """The first error; what follows are its consequences."""
+            return self.errors[0] if self.errors else "no reason given"
+
+    return Logger()

@@ -1,0 +1,12 @@
+"""TensorRT-RTX: portable graphs on RTX GPUs."""
+
+from __future__ import annotations
+
+from lvlm.runtime.backends._tensorrt import TensorRt
+
+
+class Backend(TensorRt):
+    """See TensorRt."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        super().__init__("tensorrt-rtx", threads)

@@ -1,0 +1,57 @@
+"""A GPU that is not there, for a test, and bundles with engines for it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engines import RECIPES, Make, build_engines
+from fake_tensorrt import FakeDriver, FakeTensorRt
+
+from lvlm.runtime.backends import _cuda
+from lvlm.runtime.sampling import Sampler
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    driver = FakeDriver()
+    monkeypatch.setattr(_cuda, "open_driver", lambda: driver)
+    return driver
+
+
+@pytest.fixture
+def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
+    """TensorRT-RTX."""
+    trt = FakeTensorRt(driver)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)  # type: ignore[arg-type]
+    return trt
+
+
+@pytest.fixture
+def full(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
+    """TensorRT."""
+    trt = FakeTensorRt(driver, rtx=False)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)  # type: ignore[arg-type]
+    monkeypatch.delenv("LVLM_PLUGINS", raising=False)
+    return trt
+
+
+@pytest.fixture
+def built(bundle: Make, tmp_path: Path) -> Make:
+    """A bundle with engines: built("prefixkv", weights="inputs")."""
+
+    def make(recipe: str = "none", dtype: str = "fp32", **options: Any) -> Path:
+        source = bundle("tiny-llava", *RECIPES[recipe], dtype=dtype, max_images=2)
+        folder = tmp_path / "bundle"
+        build_engines(source, folder, **options)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model never ends an answer by itself."""
+    monkeypatch.setattr(Sampler, "choose", lambda self, logits: 20)  # noqa: ARG005

@@ -1,0 +1,219 @@
+"""The cuda backend with an ONNX Runtime that only says that it has a GPU: its "device" values are
+host memory under another name, which it does not take for the host's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from bundles import ASSETS, CACHED
+
+import lvlm
+from lvlm.runtime.backends import open_backend
+from lvlm.runtime.backends._onnxruntime import OrtSession
+from lvlm.runtime.backends.cuda import Backend
+from lvlm.runtime.bundle import Graph, Port
+from lvlm.runtime.cli import main
+from lvlm.runtime.errors import BackendError, DeviceMemoryError
+
+PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
+PROMPTS = ["Describe the picture.", "Read the top row.", "Hi"]
+IMAGES = [PICTURES[:1], PICTURES, []]
+
+
+@dataclass
+class FakeOrt:
+    """onnxruntime-gpu, as far as the backend uses it."""
+
+    available: tuple[str, ...] = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    starts: bool = True
+    full: bool = False
+    preloaded: bool = False
+    arrays: dict[int, np.ndarray] = field(default_factory=dict)  # the device's, by address
+    bound: list[tuple[str, str, int]] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)
+    SessionOptions = onnxruntime.SessionOptions
+
+    def get_available_providers(self) -> list[str]:
+        return list(self.available)
+
+    def preload_dlls(self) -> None:
+        self.preloaded = True
+
+    @property
+    def OrtValue(self) -> Any:  # noqa: N802
+        return SimpleNamespace(ortvalue_from_numpy=self._value)
+
+    def _value(self, array: np.ndarray, device: str, number: int) -> Any:
+        assert (device, number) == ("cuda", 0)
+        if self.full:
+            raise RuntimeError("Failed to allocate memory for requested buffer of size 64\nstack")
+        mine = array.copy()
+        self.arrays[mine.ctypes.data] = mine
+        return SimpleNamespace(
+            device_name=lambda: "cuda",
+            shape=lambda: list(mine.shape),
+            data_ptr=lambda: mine.ctypes.data,
+        )
+
+    def InferenceSession(self, path: str, options: Any, providers: list[str]) -> Any:  # noqa: N802
+        assert providers == list(self.available)
+        options.intra_op_num_threads = 1
+        real = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return SimpleNamespace(
+            get_providers=lambda: providers if self.starts else providers[1:],
+            get_inputs=real.get_inputs,
+            get_outputs=real.get_outputs,
+            io_binding=lambda: Binding(self, real.io_binding()),
+            run_with_iobinding=lambda binding: real.run_with_iobinding(binding.real),
+        )
+
+
+@dataclass
+class Binding:
+    """Checks where memory is, then binds it as the host's."""
+
+    ort: FakeOrt
+    real: Any
+
+    def bind_input(self, *place: Any) -> None:
+        self._bind(self.real.bind_input, *place)
+
+    def bind_output(self, name: str, device: str, *place: Any) -> None:
+        if place:
+            self._bind(self.real.bind_output, name, device, *place)
+        else:
+            assert device == "cuda"  # what nobody reads stays there
+            self.real.bind_output(name, "cpu")
+
+    def _bind(
+        self, bind: Any, name: str, device: str, number: int, kind: Any, shape: Any, address: int
+    ) -> None:
+        assert (device == "cuda") == (address in self.ort.arrays), name
+        self.ort.bound.append((name, device, address))
+        bind(name, "cpu", number, kind, shape, address)
+
+    def synchronize_inputs(self) -> None:
+        self.ort.waits.append("inputs")
+
+    def synchronize_outputs(self) -> None:
+        self.ort.waits.append("outputs")
+
+
+@pytest.fixture
+def ort(monkeypatch: pytest.MonkeyPatch) -> FakeOrt:
+    fake = FakeOrt()
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)  # type: ignore[arg-type]
+    return fake
+
+
+@pytest.mark.parametrize(
+    "recipe", [("none",), CACHED["lightvlm (cached)"]], ids=["none", "lightvlm"]
+)
+def test_answers_are_those_of_the_cpu(
+    recipe: tuple[str, ...],
+    bundle: Callable[..., Path],
+    ort: FakeOrt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = bundle("tiny-llava", *recipe, max_images=2)
+    options: dict[str, Any] = {"max_new_tokens": 24}
+    if len(recipe) > 1:
+        options["kv_keep"] = 0.5
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", onnxruntime)
+        with lvlm.load(folder) as cpu:
+            expected = cpu.generate(PROMPTS, IMAGES, **options)
+    with lvlm.load(folder, device="cuda") as model:
+        assert ort.preloaded
+        ours = model.generate(PROMPTS, IMAGES, **options)
+        assert [g.token_ids for g in ours] == [g.token_ids for g in expected]
+        cache = model.engine._cache
+        assert cache is not None
+        for name, value in cache.buffers.items():
+            places = {(d, a) for n, d, a in ort.bound if n in (f"past_{name}", f"present_{name}")}
+            assert places == {("cuda", value.data_ptr())}  # in place
+    assert {d for n, d, _ in ort.bound if n in ("input_ids", "logits", "kept")} == {"cpu"}
+    assert ort.waits[:2] == ["inputs", "outputs"]
+
+
+def test_bf16_travels_as_its_bits(ort: FakeOrt) -> None:
+    """ONNX's own number of the type, since numpy has none; nothing runs it here."""
+    value = open_backend("cuda").allocate((2, 3), "bfloat16")
+    array = ort.arrays[value.data_ptr()]
+    assert (array.dtype, array.shape) == (np.uint16, (2, 3))
+    assert not array.any()
+    kinds: list[Any] = []
+    binding = SimpleNamespace(bind_input=lambda *place: kinds.append(place[3]))
+    session = SimpleNamespace(io_binding=lambda: binding)
+    ports = (Port("x", "bfloat16", (2, 3)), Port("n", "int64", (1,)))
+    host = np.zeros(1, np.int64)
+    OrtSession(session, Graph("g.onnx", ports, ()), "cuda").bind({"x": value, "n": host}, {})
+    assert kinds == [16, np.int64]
+
+
+def test_without_the_provider(
+    ort: FakeOrt, bundle: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = bundle("tiny-llava", max_images=2)
+    ort.available = ("AzureExecutionProvider", "CPUExecutionProvider")
+    assert main([str(folder), "Hi", "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no CUDAExecutionProvider, only AzureExecutionProvider, CPUExecutionProvider" in error
+    assert "pip uninstall -y onnxruntime" in error
+
+
+def test_a_provider_that_does_not_start(ort: FakeOrt, bundle: Callable[..., Path]) -> None:
+    """ONNX Runtime would go on, on the CPU."""
+    ort.starts = False
+    with pytest.raises(
+        BackendError, match=r"CUDAExecutionProvider did not start, .* would use CPUExec"
+    ):
+        lvlm.load(bundle("tiny-llava", max_images=2), device="cuda")
+
+
+def test_no_room_for_the_cache(ort: FakeOrt, bundle: Callable[..., Path]) -> None:
+    with lvlm.load(bundle("tiny-llava", max_images=2), device="cuda") as model:
+        ort.full = True
+        with pytest.raises(
+            DeviceMemoryError, match=r"the cache \(batch of 1\) needs .*; give fewer"
+        ):
+            model.generate("Hi")
+
+
+def test_a_run_that_fails() -> None:
+    """One line, of the class that tells whether memory was short."""
+    said = "CUDA failure 2: out of memory ; GPU=0"
+
+    def fails(_: object) -> None:
+        raise RuntimeError(f"{said}\nstack")
+
+    binding = SimpleNamespace(synchronize_inputs=lambda: None)
+    session = SimpleNamespace(io_binding=lambda: binding, run_with_iobinding=fails)
+    call = OrtSession(session, Graph("g.onnx", (), ()), "cuda").bind({}, {})
+    with pytest.raises(DeviceMemoryError, match=r"out of memory .*; give fewer prompts") as caught:
+        call({}, {})
+    assert "\n" not in str(caught.value)
+    said = "CUBLAS_STATUS_NOT_INITIALIZED"
+    with pytest.raises(BackendError, match=r"ONNX Runtime failed: CUBLAS_STATUS_NOT_INITIALIZED$"):
+        call({}, {})
+
+
+def test_onnxruntime_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(BackendError, match=r"onnxruntime cannot be .*'lvlm-deploy\[cuda\]'"):
+        Backend()
+
+
+def test_this_machine_has_no_provider() -> None:
+    """The onnxruntime of the tests is the CPU's."""
+    with pytest.raises(BackendError, match="has no CUDAExecutionProvider"):
+        Backend()
