@@ -1,0 +1,176 @@
+"""The plan of ``lvlm::TokenMerge``: contract in export/ops/token_merge.py, kernels in kernel.py
+and absorb.py.
+
+Scratch is 16 + 8 PARTS bytes for each of the B N tokens, 4 for each of the B Nout output slots and
+12 for each of the B M K centre numbers: under 1 % of the hidden states, if those are 4,096 wide and
+fp16. Nothing as large as tokens times centres exists.
+"""
+
+from __future__ import annotations
+
+from lvlm.plugins_trt.plan import (
+    DATA,
+    Attribute,
+    Input,
+    Output,
+    Plugin,
+    Scalar,
+    Scratch,
+    Step,
+)
+from lvlm.plugins_trt.sizes import Size, const, extent, numel
+from lvlm.plugins_trt.token_merge import absorb, kernel
+
+BATCH, LENGTH, WIDTH = (extent("hidden", axis) for axis in range(3))
+IMAGES, SLOTS = extent("keep", 1), extent("keep_slots", 0)
+NEW_LENGTH = extent("out_slots", 0)
+NUMBERS = IMAGES * SLOTS  # of centres, in one row
+LEADS = numel("positions") // numel("image_id").at_least(1)
+
+PARTS = 4  # a few loose tokens against a few centres would leave most of a GPU idle
+COUNTING = {"BLOCK_I": 128, "BLOCK_J": 256}
+# A kernel of its own for widths that are no multiple of 8, whose rows do not start at 16 bytes.
+ODD = ("ODD", WIDTH - WIDTH // 8 * 8, (0, 7))
+
+
+def _blocks(number: Size, block: int) -> Size:
+    return number.ceil_div(block)
+
+
+def _layout(centre_count: str, *rules: str) -> Step:
+    """``centre_count``: the input that says how many centres each image has."""
+    return Step(
+        kernel.layout,
+        (BATCH,),
+        ("image_id", "keep", centre_count, "rank", "map", "origin", "centres", "loose",
+         "loose_count", LENGTH, IMAGES, SLOTS, NEW_LENGTH),
+        {"BLOCK": 1024},
+        when=rules,
+    )  # fmt: skip
+
+
+def _absorb(
+    rule: str, centre_count: str, most: Size | Scalar, most_centres: Size, tile: dict[str, int]
+) -> tuple[Step, ...]:
+    """The steps of a rule in which a centre absorbs at most ``most`` tokens.
+
+    most_centres  of an image; tile  loose tokens against centres
+    """
+    return (
+        Step(
+            absorb.norms,
+            (_blocks(LENGTH, 16), BATCH),
+            ("hidden", "image_id", "norm", LENGTH, WIDTH),
+            {"BLOCK_T": 16, "BLOCK_D": 256},
+            choice=ODD,
+            when=(rule,),
+        ),
+        Step(
+            absorb.candidates,
+            (_blocks(LENGTH, tile["BLOCK_T"]), const(PARTS), BATCH),
+            ("hidden", "image_id", "norm", centre_count, "centres", "loose", "loose_count",
+             "cosine", "owner", LENGTH, IMAGES, SLOTS, WIDTH),
+            tile,
+            choice=ODD,
+            when=(rule,),
+        ),
+        Step(
+            absorb.closest,
+            (_blocks(LENGTH, 256), BATCH),
+            ("cosine", "owner", "loose_count", LENGTH),
+            {"PARTS": PARTS, "BLOCK": 256},
+            when=(rule,),
+        ),
+        Step(
+            absorb.group,
+            (_blocks(LENGTH, COUNTING["BLOCK_I"]), BATCH),
+            ("cosine", "owner", "centres", "loose", "loose_count", "grouped", "begin", "absorbed",
+             "map", LENGTH, NUMBERS, most),
+            COUNTING,
+            warps=16,
+            when=(rule,),
+        ),
+        Step(
+            absorb.means,
+            (IMAGES * most_centres, _blocks(WIDTH, 512), BATCH),
+            ("hidden", "importance", "centres", "grouped", "begin", "absorbed", "map", "merged",
+             LENGTH, SLOTS, NUMBERS, NEW_LENGTH, WIDTH, most_centres),
+            {"BLOCK_E": 8, "BLOCK_D": 512},
+            choice=ODD,
+            when=(rule,),
+        ),
+    )  # fmt: skip
+
+
+PLUGIN = Plugin(
+    name="TokenMerge",
+    inputs=(
+        Input("hidden", DATA, (3,)),
+        Input("importance", "float32", (2,)),
+        Input("image_id", "int64", (2,)),
+        Input("positions", "int64", (2, 3)),
+        Input("keep", "int64", (2,)),
+        Input("keep_slots", "int64", (1,)),
+        Input("out_slots", "int64", (1,)),
+        Input("recycle", "int64", (2,), optional=True),
+        Input("recycle_slots", "int64", (1,), optional=True),
+    ),
+    outputs=(
+        Output("merged", DATA, (BATCH, NEW_LENGTH, WIDTH)),
+        Output("merged_positions", "int64", (NEW_LENGTH,), lead="positions"),
+        Output("merged_image_id", "int64", (BATCH, NEW_LENGTH)),
+        Output("map", "int64", (BATCH, LENGTH)),
+    ),
+    attributes=(
+        Attribute("merge", str, "recycle", choices=("recycle", "nearest", "drop")),
+        Attribute("absorb", int, 5, least=1),
+    ),
+    variant="merge",
+    needs={"recycle": ("recycle", "recycle_slots")},
+    scratch=(
+        Scratch("rank", "int32", (BATCH, LENGTH)),
+        Scratch("origin", "int32", (BATCH, NEW_LENGTH)),
+        Scratch("centres", "int32", (BATCH, NUMBERS)),
+        Scratch("begin", "int32", (BATCH, NUMBERS)),
+        Scratch("absorbed", "int32", (BATCH, NUMBERS)),
+        Scratch("loose", "int32", (BATCH, LENGTH)),
+        Scratch("loose_count", "int32", (BATCH,)),
+        Scratch("grouped", "int32", (BATCH, LENGTH)),
+        Scratch("norm", "float32", (BATCH, LENGTH)),
+        Scratch("cosine", "float32", (const(PARTS), BATCH, LENGTH)),
+        Scratch("owner", "int32", (const(PARTS), BATCH, LENGTH)),
+    ),
+    steps=(
+        Step(
+            kernel.rank,
+            (_blocks(LENGTH, COUNTING["BLOCK_I"]), BATCH),
+            ("importance", "image_id", "rank", "centres", "absorbed", LENGTH, NUMBERS),
+            {**COUNTING, "BLOCK": 2048},
+            warps=16,
+        ),
+        _layout("recycle", "recycle"),
+        _layout("keep", "nearest", "drop"),
+        Step(
+            kernel.copy,
+            (_blocks(NEW_LENGTH, 16), _blocks(WIDTH, 256), BATCH),
+            ("hidden", "positions", "image_id", "origin", "merged", "merged_positions",
+             "merged_image_id", LENGTH, NEW_LENGTH, WIDTH, LEADS),
+            {"BLOCK_S": 16, "BLOCK_D": 256},
+            choice=ODD,
+        ),
+        *_absorb(
+            "recycle",
+            "recycle",
+            most=Scalar("absorb"),
+            most_centres=extent("recycle_slots", 0),
+            tile={"BLOCK_T": 16, "BLOCK_C": 32, "BLOCK_D": 64},
+        ),
+        *_absorb(
+            "nearest",
+            "keep",
+            most=LENGTH,
+            most_centres=SLOTS,
+            tile={"BLOCK_T": 32, "BLOCK_C": 64, "BLOCK_D": 32},
+        ),
+    ),
+)  # fmt: skip
