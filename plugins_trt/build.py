@@ -1,0 +1,133 @@
+"""The plugin library: kernels compiled, C++ written, cmake and a C++ compiler run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lvlm.export.progress import Progress, size
+from lvlm.plugins_trt.compile import compile_kernels
+from lvlm.plugins_trt.kernels import all_kernels
+from lvlm.plugins_trt.plan import Plugin
+from lvlm.plugins_trt.sources import write_sources
+from lvlm.runtime.errors import BuildError
+
+LIBRARY = "liblvlm_plugins.so"
+HARNESS = "lvlm_plugin_harness"
+SHELL = Path(__file__).parent / "library"  # the C++ that all plugins share
+STAGES = 3
+
+
+@dataclass(frozen=True)
+class Headers:
+    """Folders with include/NvInferRuntime.h and include/cuda.h; None: where cmake finds them."""
+
+    tensorrt: Path | None = None
+    cuda: Path | None = None
+
+
+def build_library(
+    plugins: Sequence[Plugin],
+    archs: Sequence[int],
+    folder: Path,
+    *,
+    headers: Headers,
+    jobs: int,
+    progress: Progress,
+) -> Path:
+    """``folder``/LIBRARY for these architectures. Raises BuildError if anything is missing or does
+    not compile."""
+    check_tools()
+    sources = make_sources(plugins, archs, folder, jobs=jobs, progress=progress)
+    with progress.stage(f"build {LIBRARY}") as stage:
+        built = run_cmake(sources, folder / "build", "lvlm_plugins", headers, jobs)
+        library = folder / LIBRARY
+        fresh = shutil.copy(built, folder / f"{LIBRARY}.new")
+        os.replace(fresh, library)  # a process that uses the old one keeps it
+        stage.result = size(library.stat().st_size)
+    return library
+
+
+def make_sources(
+    plugins: Sequence[Plugin],
+    archs: Sequence[int],
+    folder: Path,
+    *,
+    jobs: int,
+    progress: Progress,
+) -> Path:
+    """``folder``/source, which cmake builds without Python and Triton, on another machine too."""
+    compiled = compile_kernels(all_kernels(plugins), archs, jobs=jobs, progress=progress)
+    sources = folder / "source"
+    with progress.stage("write C++") as stage:
+        try:
+            copy_shell(sources)
+            write_sources(sources, plugins, compiled)
+        except OSError as error:
+            raise BuildError(f"{sources} cannot be written: {error.strerror or error}") from None
+        stage.result = size((sources / "kernels.bin").stat().st_size)
+    return sources
+
+
+def copy_shell(sources: Path) -> None:
+    """The C++ that all plugins share, to where tables.cpp and kernels.bin go."""
+    sources.mkdir(parents=True, exist_ok=True)
+    for file in SHELL.iterdir():
+        shutil.copyfile(file, sources / file.name)
+
+
+def check_tools() -> None:
+    """Raises BuildError if a program that building needs is not there."""
+    _cmake()
+    if not os.environ.get("CXX") and shutil.which("c++") is None:
+        raise BuildError("there is no C++ compiler; apt install g++, say, or set CXX")
+
+
+def _cmake() -> str:
+    """From the path, or of this Python environment, as pip installs it."""
+    found = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
+    if found is None:
+        raise BuildError("cmake is not installed; pip install cmake")
+    return found
+
+
+def run_cmake(sources: Path, build: Path, target: str, headers: Headers, jobs: int) -> Path:
+    """The built file of one target. Raises BuildError with the first thing that went wrong."""
+    options = []
+    if headers.tensorrt:
+        options.append(f"-DTENSORRT_ROOT={headers.tensorrt.resolve()}")
+    if cuda := headers.cuda or triton_headers():
+        options.append(f"-DCUDA_ROOT={cuda.resolve()}")
+    options += ["-UTENSORRT_INCLUDE", "-UCUDA_INCLUDE"]  # other folders than last time, maybe
+    cmake = _cmake()
+    _run([cmake, "-S", str(sources), "-B", str(build), *options])
+    _run([cmake, "--build", str(build), "--target", target, "--parallel", str(jobs)])
+    name = f"lib{target}.so" if target == "lvlm_plugins" else target
+    return build / name
+
+
+def triton_headers() -> Path | None:
+    """CUDA's headers come with Triton, so that no CUDA toolkit is needed."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia"
+    complete = all((folder / "include" / f).exists() for f in ("cuda.h", "cuda_runtime_api.h"))
+    return folder if complete else None
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode == 0:
+        return
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith("lvlm: ")]
+    telling += [line for line in lines if "error" in line.lower()]
+    message = (telling or lines or ["no message"])[0].removeprefix("lvlm: ")
+    for name in ("tensorrt", "cuda"):
+        message = message.replace(f"-D{name.upper()}_ROOT=", f"--{name}-root")
+    raise BuildError(f"cmake failed: {message}")

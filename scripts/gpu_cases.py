@@ -1,0 +1,174 @@
+"""Calls of every op as large as real models make them, for gpu_check.py: Llama-7B (32 heads of 128,
+4,096 wide) and Qwen2-7B (28 query and 4 key heads of 128, 3,584 wide), in half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+HALF = 2  # bytes
+LENGTHS = (608, 2_048, 8_192, 32_768)
+TEXT = 32  # tokens beside the image's
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    width: int
+    heads: int
+    key_heads: int
+    head: int = 128
+
+
+MODELS = (Model("Llama-7B", 4_096, 32, 32), Model("Qwen2-7B", 3_584, 28, 4))
+
+
+@dataclass(frozen=True)
+class Call:
+    """traffic  bytes that are read and written at least
+    products  (m, k, n, how many) of the matrix products that the op cannot do without"""
+
+    op: str
+    name: str
+    inputs: tuple[torch.Tensor | None, ...]
+    attributes: dict[str, Any]
+    traffic: int
+    products: tuple[int, int, int, int] | None = None
+    exact: bool = field(default=True)  # else near-ties may fall the other way
+
+
+def calls(ops: Sequence[str], longest: int, device: torch.device) -> Iterator[Call]:
+    """One at a time: the longest take gigabytes."""
+    makers = {
+        "CacheCompact": _cache_compact,
+        "CacheImportance": _cache_importance,
+        "CacheUpdate": _cache_update,
+        "TokenImportance": _token_importance,
+        "TokenMerge": _token_merge,
+    }
+    for op in ops:
+        for model in MODELS:
+            for length in LENGTHS:
+                if length <= longest:
+                    yield from makers[op](model, length, device)
+
+
+def _random(device: torch.device, *shape: int) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(*shape, generator=generator, device=device, dtype=torch.float16)
+
+
+def _image_id(length: int, device: torch.device) -> torch.Tensor:
+    ids = torch.ones(1, length, dtype=torch.int64, device=device)
+    ids[:, : TEXT // 2] = ids[:, -TEXT // 2 :] = 0
+    return ids
+
+
+def _token_importance(model: Model, length: int, device: torch.device) -> Iterator[Call]:
+    key = _random(device, 1, model.key_heads, length, model.head)
+    yield Call(
+        "TokenImportance",
+        f"{model.name}, {length:,} keys, 1 query",
+        (
+            _random(device, 1, model.heads, 1, model.head),
+            key,
+            torch.tensor([[length - 1]], device=device),
+            _image_id(length, device),
+        ),
+        {"scale": model.head**-0.5},
+        traffic=key.numel() * HALF,
+        products=(model.heads // model.key_heads, model.head, length, model.key_heads),
+    )
+
+
+def _token_merge(model: Model, length: int, device: torch.device) -> Iterator[Call]:
+    tokens = length - TEXT
+    keep = round(0.35 * tokens)
+    centres = max(1, keep // 10)
+    counts = [torch.tensor([[n]], device=device) for n in (keep, centres)]
+    slots = [torch.arange(n, device=device) for n in (keep, keep + TEXT, centres)]
+    random = torch.Generator(device).manual_seed(1)
+    yield Call(
+        "TokenMerge",
+        f"{model.name}, {length:,} to {keep + TEXT:,} tokens",
+        (
+            _random(device, 1, length, model.width),
+            torch.rand(1, length, generator=random, device=device),
+            _image_id(length, device),
+            torch.arange(length, device=device)[None],
+            counts[0],
+            slots[0],
+            slots[1],
+            counts[1],
+            slots[2],
+        ),
+        {"merge": "recycle"},
+        traffic=(length + keep + TEXT) * model.width * HALF,
+        products=(centres, model.width, tokens - keep, 1),
+        exact=False,
+    )
+
+
+def _cache_importance(model: Model, length: int, device: torch.device) -> Iterator[Call]:
+    key = _random(device, 1, model.key_heads, length, model.head)
+    for rows in (32, length):
+        slot = torch.arange(length - rows, length, device=device)[None]
+        # Rows of a whole prompt see half of the keys, on the mean; logits are needed twice.
+        seen = length if rows == 32 else length // 2
+        yield Call(
+            "CacheImportance",
+            f"{model.name}, {length:,} keys, {rows:,} queries",
+            (
+                _random(device, 1, model.heads, rows, model.head),
+                key,
+                slot,
+                torch.tensor([length], device=device),
+            ),
+            {"scale": model.head**-0.5},
+            traffic=(key.numel() + model.heads * rows * model.head) * HALF,
+            products=(rows, model.head, seen, 2 * model.heads),
+        )
+
+
+def _cache_compact(model: Model, length: int, device: torch.device) -> Iterator[Call]:
+    key, value = (_random(device, 1, model.key_heads, length, model.head) for _ in range(2))
+    budget = length // 5
+    entry = 2 * model.key_heads * model.head * HALF
+    random = torch.Generator(device).manual_seed(2)
+    for mode in ("evict", "merge"):
+        read = budget if mode == "evict" else length
+        yield Call(
+            "CacheCompact",
+            f"{model.name}, {mode}, {length:,} to {budget:,} entries",
+            (
+                key,
+                value,
+                torch.rand(1, length, generator=random, device=device),
+                torch.tensor([length], device=device),
+                torch.tensor([budget], device=device),
+                torch.arange(budget, device=device),
+            ),
+            {"mode": mode},
+            traffic=(read + budget) * entry,
+        )
+
+
+def _cache_update(model: Model, length: int, device: torch.device) -> Iterator[Call]:
+    for batch in (1, 48):
+        if batch * length > LENGTHS[-1]:
+            continue
+        update = _random(device, batch, model.key_heads, 1, model.head)
+        yield Call(
+            "CacheUpdate",
+            f"{model.name}, {batch} rows of {length:,} slots",
+            (
+                _random(device, batch, model.key_heads, length, model.head),
+                update,
+                torch.arange(batch, device=device) * 3,
+            ),
+            {},
+            traffic=2 * update.numel() * HALF,
+        )

@@ -1,0 +1,81 @@
+"""Times of calls of real sizes (gpu_cases.py), beside a copy and a matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from gpu_cases import Call, calls
+from gpu_compare import FAILED, OPS, difference, ran, run_calls
+
+from lvlm.export.ops._contract import Sample
+from lvlm.plugins_trt.harness import Harness, read_outputs
+from lvlm.plugins_trt.registry import plugins
+
+
+def timings(
+    harness: Harness,
+    work: Path,
+    environment: Mapping[str, str],
+    ops: Sequence[str],
+    longest: int,
+    repeats: int,
+    *,
+    dry_run: bool,
+) -> Iterator[str]:
+    """Calls of real sizes: time, beside a copy of the same bytes and the same products in torch."""
+    yield "## Times"
+    yield ""
+    yield "Microseconds in fp16, medians: a call among many in a row, and replayed as a CUDA graph;"
+    yield "a copy on the device that reads and writes as many bytes as the call must; torch.matmul"
+    yield "of the products that the call cannot do without, in fp32 and in fp16. A ratio is the"
+    yield "graph's time over that of the copy or of the fp32 product."
+    yield ""
+    yield "| op | call | plain | graph | copy | ratio | fp32 product | ratio | fp16 | error |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    for call in calls(ops, longest, torch.device("cpu" if dry_run else "cuda")):
+        what = f"{call.op}, {call.name}"
+        (report,) = run_calls(harness, work, plugins()[call.op], [call], environment,
+                         repeats=repeats)  # fmt: skip
+        if not ran(report, what):
+            yield f"| {call.op} | {call.name} | failed |"
+            continue
+        if dry_run:
+            yield f"| {call.op} | {call.name} | not run |"
+            continue
+        sample = Sample(call.name, call.inputs, call.attributes)
+        error = difference(what, call.op, sample, read_outputs(report), exact=call.exact)
+        allowed = OPS[call.op].tolerance[torch.float16]
+        if call.exact and error > allowed:
+            FAILED.append(f"{what}: {error:.2g} is more than {allowed:.2g}")
+        cells = [f"{report[key]:.1f}" for key in ("enqueue_us", "graph_us", "copy_us")]
+        cells.append(f"{report['graph_us'] / report['copy_us']:.1f}")
+        single = _product_us(call, torch.float32, repeats)
+        half = _product_us(call, torch.float16, repeats)
+        cells.append(f"{single:.1f}" if single else "")
+        cells.append(f"{report['graph_us'] / single:.1f}" if single else "")
+        cells.append(f"{half:.1f}" if half else "")
+        yield " | ".join([f"| {call.op}", call.name, *cells, f"{error:.1e} |"])
+
+
+def _product_us(call: Call, dtype: torch.dtype, repeats: int) -> float | None:
+    """torch.matmul's time for the call's products: one of them, times how many there are."""
+    if call.products is None:
+        return None
+    rows, inner, columns, times = call.products
+    together = min(times, max(1, (1 << 28) // max(1, rows * columns)))  # a gigabyte of results
+    a = torch.randn(together, rows, inner, device="cuda", dtype=dtype)
+    b = torch.randn(together, inner, columns, device="cuda", dtype=dtype)
+    begin, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.matmul(a, b)
+    begin.record()
+    for _ in range(repeats):
+        torch.matmul(a, b)
+    end.record()
+    torch.cuda.synchronize()
+    return float(1e3 * begin.elapsed_time(end) / repeats * times / together)

@@ -1,0 +1,83 @@
+"""scripts/gpu_check.py as far as it goes without a GPU, and how it compares."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plugin_library import OPS_ARCH, Built
+
+from lvlm.export.ops._contract import Sample
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(SCRIPTS / "gpu_check.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable},
+    )
+
+
+def test_dry_run(built: Built) -> None:
+    done = gpu_check(
+        *("--dry-run", "--arch", str(OPS_ARCH), "--build", str(built.library.parent)),
+        *("--dtypes", "fp16", "--ops", "TokenImportance,TokenMerge", "--repeats", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "nothing ran on a GPU" in done.stdout
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| Cache", "| Token"))]
+    assert {row.split(" | ")[0] for row in rows} == {"| TokenImportance", "| TokenMerge"}
+    assert all("not run" in row for row in rows)
+    assert not [row for row in rows if "failed" in row]
+
+
+def test_without_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = gpu_check()
+    assert done.returncode == 2
+    assert "torch sees no GPU; --dry-run goes up to the launches" in done.stderr
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import gpu_compare
+
+    gpu_compare.FAILED.clear()
+    yield gpu_compare
+    gpu_compare.FAILED.clear()
+
+
+def test_what_counts_as_wrong(compare: Any) -> None:
+    scores = torch.tensor([[0.5, 0.25, float("nan"), 0.75]])
+    states = torch.arange(4 * 32.0).reshape(1, 1, 4, 32)
+    counts = torch.tensor([3]), torch.tensor([2]), torch.arange(2)
+    sample = Sample("x", (states, states, scores, *counts), {"mode": "evict"})
+
+    def result(**changes: torch.Tensor) -> tuple[float, list[str]]:
+        key, value, index, kept = compare.OPS["CacheCompact"].reference(
+            *sample.inputs, **sample.attributes
+        )
+        outputs = {"key": key, "value": value, "index": index, "kept": kept} | changes
+        compare.FAILED.clear()
+        found = compare.difference("x", "CacheCompact", sample, list(outputs.values()))
+        return found, list(compare.FAILED)
+
+    right = compare.OPS["CacheCompact"].reference(*sample.inputs, **sample.attributes)
+    assert result() == (0.0, [])
+    largest = float(right[0].abs().max())
+    assert result(key=right[0] + largest / 4) == (pytest.approx(0.25), [])
+    assert result(index=right[2] + 1)[1] == ["x: 2 of 2 differ in kept_index"]
+    wild = right[1].clone()
+    wild[..., 0] = float("inf")
+    assert result(value=wild)[1] == ["x: compact_value is not finite at other places"]
