@@ -36,9 +36,8 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """shape  the extents; with ``lead``, only of the last axis, after all but the last of that input
-    alias  the input whose memory the output is, where nothing else is written: the plugin works in
-    place"""
+    """shape  the extents; with ``lead``, of the last axis only, after the others of that input
+    alias  the input whose memory the output is: the plugin works in place"""
 
     name: str
     dtype: str

@@ -42,18 +42,11 @@ class Call:
 
 def calls(ops: Sequence[str], longest: int, device: torch.device) -> Iterator[Call]:
     """One at a time: the longest take gigabytes."""
-    makers = {
-        "CacheCompact": _cache_compact,
-        "CacheImportance": _cache_importance,
-        "CacheUpdate": _cache_update,
-        "TokenImportance": _token_importance,
-        "TokenMerge": _token_merge,
-    }
     for op in ops:
         for model in MODELS:
             for length in LENGTHS:
                 if length <= longest:
-                    yield from makers[op](model, length, device)
+                    yield from MAKERS[op](model, length, device)
 
 
 def _random(device: torch.device, *shape: int) -> torch.Tensor:
@@ -172,3 +165,12 @@ def _cache_update(model: Model, length: int, device: torch.device) -> Iterator[C
             {},
             traffic=2 * update.numel() * HALF,
         )
+
+
+MAKERS = {
+    "CacheCompact": _cache_compact,
+    "CacheImportance": _cache_importance,
+    "CacheUpdate": _cache_update,
+    "TokenImportance": _token_importance,
+    "TokenMerge": _token_merge,
+}

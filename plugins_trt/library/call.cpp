@@ -62,11 +62,18 @@ void Call::load() const
 void Call::enqueue(Memory const& memory, CUstream stream) const
 {
     copyAliased(memory, stream);
+    std::vector<void*> scratch;
+    auto* place = static_cast<char*>(memory.workspace);
+    for (size_t const size : scratchBytes())
+    {
+        scratch.push_back(place);
+        place += size;
+    }
     for (StepTable const& step : table.steps)
     {
         if (runs(step))
         {
-            enqueueStep(step, memory, stream);
+            enqueueStep(step, memory, scratch, stream);
         }
     }
 }
@@ -147,9 +154,9 @@ void Call::copyAliased(Memory const& memory, CUstream stream) const
     }
 }
 
-void Call::enqueueStep(StepTable const& step, Memory const& memory, CUstream stream) const
+void Call::enqueueStep(StepTable const& step, Memory const& memory,
+    std::vector<void*> const& scratch, CUstream stream) const
 {
-    std::vector<size_t> const scratch = scratchBytes();
     // Arguments' values, which stay where they are while pointers to them are handed over
     std::vector<void*> pointers(step.arguments.count);
     std::vector<int32_t> numbers(step.arguments.count);
@@ -163,16 +170,7 @@ void Call::enqueueStep(StepTable const& step, Memory const& memory, CUstream str
         {
         case Source::kInput: pointers[i] = memory.inputs[argument.index]; break;
         case Source::kOutput: pointers[i] = memory.outputs[argument.index]; break;
-        case Source::kScratch:
-        {
-            auto* start = static_cast<char*>(memory.workspace);
-            for (int32_t before = 0; before < argument.index; ++before)
-            {
-                start += scratch[before];
-            }
-            pointers[i] = start;
-            break;
-        }
+        case Source::kScratch: pointers[i] = scratch[argument.index]; break;
         case Source::kSize:
         {
             int64_t const number = evaluate(argument.size, shapes);

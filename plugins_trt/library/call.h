@@ -40,7 +40,8 @@ private:
     Kernel const& kernelOf(StepTable const& step) const;
     size_t bytes(Type type, List<Size> const& shape) const;
     void copyAliased(Memory const& memory, CUstream stream) const;
-    void enqueueStep(StepTable const& step, Memory const& memory, CUstream stream) const;
+    void enqueueStep(StepTable const& step, Memory const& memory,
+        std::vector<void*> const& scratch, CUstream stream) const;
 };
 
 } // namespace lvlm

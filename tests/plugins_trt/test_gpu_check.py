@@ -14,6 +14,7 @@ import torch
 from plugin_library import OPS_ARCH, Built
 
 from lvlm.export.ops._contract import Sample
+from lvlm.plugins_trt.registry import plugins
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -46,6 +47,13 @@ def test_without_a_gpu() -> None:
     done = gpu_check()
     assert done.returncode == 2
     assert "torch sees no GPU; --dry-run goes up to the launches" in done.stderr
+
+
+def test_every_op_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import gpu_cases
+
+    assert set(gpu_cases.MAKERS) == set(plugins())
 
 
 @pytest.fixture

@@ -193,10 +193,10 @@ def test_two_runs_give_the_same_bits(gpu: torch.device) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_counts_that_do_not_fit_touch_nothing_else(rule: str, gpu: torch.device) -> None:
-    """The host promises fitting counts; where it errs, no kernel writes out of bounds or hangs."""
+def test_counts_that_do_not_fit_do_no_harm(rule: str, gpu: torch.device) -> None:
+    """The host promises fitting counts; where it errs, every output is written and in range."""
     image_id = torch.tensor([[0, 1, 1, 2, 3, -1]])  # an image 3 that ``keep`` does not have
-    layout = Layout(image_id, [[2, 1]], [[1, 1]])
+    layout = Layout(image_id, [[1, 1]], [[1, 1]])
     sample = layout.sample(torch.rand(1, 6, 8), torch.rand(1, 6), image_id, rule)
     given = [None if tensor is None else tensor.to(gpu) for tensor in sample.inputs]
     for wrong in (-5, 9):
@@ -205,7 +205,7 @@ def test_counts_that_do_not_fit_touch_nothing_else(rule: str, gpu: torch.device)
             given[7] = torch.tensor([[wrong, 1]], device=gpu)
         merged, _, _, mapping = run(PLUGIN, given, sample.attributes)
         assert merged.isfinite().all()
-        assert mapping.max() < image_id.shape[1]
+        assert ((mapping >= -1) & (mapping < image_id.shape[1])).all()
 
 
 def test_the_least_norm_is_the_contracts() -> None:
