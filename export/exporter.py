@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvlm.export import checkpoint as checkpoints
 from lvlm.export import weights
 from lvlm.export.graphs import graph_names, trace_graph
+from lvlm.export.output import temporary_sibling
 from lvlm.export.plan import Options, Plan, check_disk, check_output
 from lvlm.export.progress import Progress, size
 from lvlm.export.self_calibration import with_profile
@@ -52,7 +51,7 @@ def export(plan: Plan, progress: Progress) -> Report:
     output = plan.options.output
     check_output(output)
     check_disk(plan)
-    with _temporary_sibling(output) as folder:
+    with temporary_sibling(output, ExportError) as folder:
         plan = with_profile(plan, progress)
         manifest = write_bundle(plan, folder, progress)
         report = Report(output, plan, manifest, progress.elapsed)
@@ -73,24 +72,6 @@ def stages(options: Options) -> int:
     measured = wanted is not None and wanted.file is None
     graphs = len(graph_names(options.recipe))
     return graphs + 2 + len(options.targets) + options.validate + measured
-
-
-@contextlib.contextmanager
-def _temporary_sibling(output: Path) -> Iterator[Path]:
-    """A folder beside ``output``; removed unless it was renamed. Those of dead exports go too."""
-    parent, prefix = output.absolute().parent, f".{output.name}.partial-"
-    for old in parent.glob(prefix + "*"):
-        pid = old.name.removeprefix(prefix)
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
-            shutil.rmtree(old, ignore_errors=True)
-    folder = parent / f"{prefix}{os.getpid()}"
-    try:
-        folder.mkdir()
-        yield folder
-    except OSError as error:
-        raise ExportError(f"{output} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:

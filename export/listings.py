@@ -45,4 +45,5 @@ def models() -> str:
 
 def targets() -> str:
     known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
-    return "\n".join(f"  {name:12} {t.summary}" for name, t in sorted(known.items()))
+    width = max(map(len, known))
+    return "\n".join(f"  {name:{width}} {t.summary}" for name, t in sorted(known.items()))

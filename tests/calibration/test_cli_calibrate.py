@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ASSETS
+from bundles import ASSETS
 from PIL import Image
 
 from lvlm.calibration import measure

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CACHED
+from bundles import CACHED
 from PIL import Image
 
 from lvlm.calibration import eval_cli, evaluation, recipe_bundles

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from conftest import ASSETS, CACHED
+from bundles import ASSETS, CACHED
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoTokenizer

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CACHED, CACHED_USUAL, TINY
+from bundles import CACHED, CACHED_USUAL, TINY
 from test_parity import ROWS, make_reference
 
 import lvlm

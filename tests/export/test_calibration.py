@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, TINY
+from bundles import ASSETS, TINY
 from transformers import AutoModelForImageTextToText
 
 import lvlm

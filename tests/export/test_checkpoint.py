@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from bundles import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from lvlm.export import checkpoint as checkpoints

@@ -16,7 +16,8 @@ import torch
 
 from lvlm.export.ops._contract import DOMAIN, VERSION, Op, Sample
 from lvlm.export.ops._model import axis_names, feeds, profiles, session, single_node_model
-from lvlm.export.targets import _trt_gate, trt_rtx
+from lvlm.export.targets import trt_rtx
+from lvlm.plugins_trt.tensorrt_builder import Settings, TensorRt, open_tensorrt
 from lvlm.runtime.bundle import Capacity
 from lvlm.runtime.discovery import discover
 from lvlm.runtime.errors import BackendError
@@ -51,6 +52,11 @@ def for_tensorrt(op: Op, sample: Sample) -> onnx.ModelProto:
     model = ir.serde.deserialize_model(single_node_model(op, sample))
     trt_rtx.TARGET.lower(model, Capacity(1, 1, ()))
     return ir.to_proto(model)
+
+
+def rtx() -> TensorRt:
+    pytest.importorskip("tensorrt_rtx")
+    return open_tensorrt("tensorrt-rtx")
 
 
 ALL = [(op, sample) for op in OPS.values() for sample in op.samples()]
@@ -123,9 +129,8 @@ def test_checker_takes_node_and_body(op: Op, sample: Sample, dynamic: bool) -> N
 
 @pytest.mark.parametrize(("op", "sample"), params(VARIANTS + BRAIN))
 def test_tensorrt_builds_it_and_reads_every_input(op: Op, sample: Sample) -> None:
-    pytest.importorskip("tensorrt_rtx")
     model = for_tensorrt(op, sample).SerializeToString()
-    assert _trt_gate.build(model, profiles(op, sample)).nbytes > 0
+    assert rtx().build(model, Settings(profiles(op, sample))).engine.nbytes > 0
 
 
 LOWERED = [(op, sample) for op, sample in ALL if op.lowered is not None]
@@ -141,30 +146,27 @@ def test_lowered_form_computes_the_reference(op: Op, sample: Sample) -> None:
 
 
 def test_gate_names_what_tensorrt_leaves_unread() -> None:
-    pytest.importorskip("tensorrt_rtx")
     text = '<ir_version: 10, opset_import: ["" : 20]> g (float[2] x, float[2] y) => (float[2] z) '
     model = onnx.parser.parse_model(text + "{ z = Relu(x) }").SerializeToString()
-    assert _trt_gate.unconsumed_inputs(model) == ["y"]
+    assert rtx().unconsumed_inputs(model) == ["y"]
     with pytest.raises(BackendError, match="leaves y of the graph unused"):
-        _trt_gate.build(model)
+        rtx().build(model)
 
 
 def test_gate_refuses_a_profile_that_contradicts_itself() -> None:
-    pytest.importorskip("tensorrt_rtx")
     text = '<ir_version: 10, opset_import: ["" : 20]> g (float[n] x) => (float[n] z) '
     model = onnx.parser.parse_model(text + "{ z = Relu(x) }").SerializeToString()
     with pytest.raises(BackendError, match=r"shape profile: .*MIN<=OPT<=MAX"):
-        _trt_gate.build(model, {"x": ([4], [2], [3])})
+        rtx().build(model, Settings({"x": ([4], [2], [3])}))
 
 
 def test_gate_repeats_the_parsers_message(tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
     text = '<ir_version: 10, opset_import: ["" : 20]> g (float[2] x) => (int64[a, b] z) '
     model = onnx.parser.parse_model(text + "{ z = NoSuchOp(x) }")
     path = tmp_path / "model.onnx"
     onnx.save(model, path)
     with pytest.raises(BackendError, match=r"cannot parse this graph: .*NoSuchOp"):
-        _trt_gate.build(path)
+        rtx().build(path)
 
 
 class Calls(torch.nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, TINY
+from bundles import ASSETS, TINY
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 

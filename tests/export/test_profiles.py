@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS
+from bundles import ASSETS
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ASSETS
+from bundles import ASSETS
 
 from lvlm.export.samples import builtin_samples, choose, read_samples
 from lvlm.runtime.errors import ParameterError

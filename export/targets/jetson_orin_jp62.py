@@ -1,0 +1,25 @@
+"""Jetson Orin with JetPack 6.2, whose TensorRT is 10.3.
+
+Its parser ends at opset 20 and imports none of the newer ops; the cache is written by a plugin.
+"""
+
+from __future__ import annotations
+
+from lvlm.export.targets._base import FLOATS, Target
+
+TARGET = Target(
+    name="jetson-orin-jp62",
+    summary="Jetson Orin, JetPack 6.2, TensorRT 10.3: plugins, attention written out",
+    flavour="tensorrt",
+    version=(10, 3),
+    platform="Jetson Orin, JetPack 6.2",
+    sms=(87,),
+    opset=20,
+    imports=frozenset(),
+    attention=frozenset(),
+    products=FLOATS,
+    plugins=True,
+    static_cache=True,
+    topk_limit=3840,
+    verified="",
+)

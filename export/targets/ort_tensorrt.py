@@ -1,0 +1,26 @@
+"""ONNX Runtime's TensorRT provider, which gives TensorRT the parts of a graph that it takes.
+
+A cache write is an ordinary scatter here: TensorRT's own wants its input and output in one place,
+which the provider does not promise.
+"""
+
+from __future__ import annotations
+
+from lvlm.export.targets._base import FLOATS, HALVES, Target
+
+TARGET = Target(
+    name="ort-tensorrt",
+    summary="ONNX Runtime's TensorRT provider: portable graphs, cache write written out",
+    flavour="onnxruntime",
+    version=(1,),
+    platform="NVIDIA GPUs, onnxruntime-gpu 1.31 or newer with TensorRT 10 or 11",
+    sms=(),
+    opset=24,
+    imports=frozenset({"RMSNormalization", "RotaryEmbedding"}),
+    attention=HALVES,
+    products=FLOATS,
+    plugins=False,
+    static_cache=False,
+    topk_limit=None,
+    verified="",
+)

@@ -1,0 +1,26 @@
+"""TensorRT 11 on desktop and data-centre GPUs.
+
+Its parser is the one TensorRT-RTX shares, which is how far it was seen: Attention in half
+precision, KVCacheUpdate from TensorScatter (both in 10.15 already).
+"""
+
+from __future__ import annotations
+
+from lvlm.export.targets._base import FLOATS, HALVES, NEW_OPS, Target
+
+TARGET = Target(
+    name="trt-11",
+    summary="NVIDIA TensorRT 11: plugins, attention and cache write of its own",
+    flavour="tensorrt",
+    version=(11,),
+    platform="NVIDIA GPUs from Turing on, Linux and Windows",
+    sms=(),
+    opset=24,
+    imports=NEW_OPS,
+    attention=HALVES,
+    products=FLOATS,
+    plugins=True,
+    static_cache=True,
+    topk_limit=3840,
+    verified="",
+)
