@@ -36,9 +36,11 @@ PACKAGES = {
 NAMESPACE, PLUGIN_VERSION = "lvlm", "1"  # of the plugins
 Shapes = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 Show = Callable[[str], None]
-NO_ROOM = re.compile(r"workspace limit|insufficient workspace|insufficient memory", re.IGNORECASE)
+# What the builders say of memory
+NO_ROOM = re.compile(r"workspace limit|insufficient workspace", re.IGNORECASE)
 NO_MEMORY = re.compile(
-    r"out ?of ?memory|Requested amount of (?:GPU )?memory(?: \((\d+) bytes\))?|MemoryAllocation",
+    r"Requested amount of (?:GPU )?memory \((\d+) bytes\)|out ?of ?memory|MemoryAllocation"
+    r"|insufficient (?:memory|workspace)",
     re.IGNORECASE,
 )
 
@@ -109,7 +111,7 @@ class TensorRt:
         if monitor.interrupted:
             raise KeyboardInterrupt
         if engine is None:
-            raise self._failure(settings.workspace)
+            raise failure(self.name, self.log.text(), settings.workspace)
         cache = settings.timing_cache is not None and config.get_timing_cache()
         learned = bytes(cache.serialize()) if cache else None
         return Built(memoryview(engine), weights, learned)
@@ -202,23 +204,22 @@ class TensorRt:
                 )
         return config
 
-    def _failure(self, workspace: int | None) -> BuildError:
-        """The error for what the builder has logged."""
-        text = self.log.text()
-        lower = "lower --batch or --max-prompt"
-        if workspace is not None and NO_ROOM.search(text):
-            return BuildError(
-                f"{self.name} finds no way to compute it within --workspace {size(workspace)}; "
-                f"give more, or {lower}"
-            )
-        if found := NO_MEMORY.search(text) or NO_ROOM.search(text):
-            wanted = found.groups() and found[1]
-            asked = f" ({size(int(wanted))} were asked for)" if wanted else ""
-            return BuildError(
-                f"not enough GPU memory to build it{asked}; close what else uses the GPU, {lower}, "
-                "or set --workspace below what is free"
-            )
-        return BuildError(f"{self.name} cannot build this graph: {text}")
+
+def failure(name: str, text: str, workspace: int | None) -> BuildError:
+    """The error for what the builder of the package ``name`` has logged."""
+    lower = "lower --batch or --max-prompt"
+    if workspace is not None and NO_ROOM.search(text):
+        return BuildError(
+            f"{name} finds no way to compute it within --workspace {size(workspace)}; "
+            f"give more, or {lower}"
+        )
+    if found := NO_MEMORY.search(text):
+        asked = f" ({size(int(found[1]))} were asked for)" if found[1] else ""
+        return BuildError(
+            f"not enough GPU memory to build it{asked}; close what else uses the GPU, {lower}, or "
+            "set --workspace below what is free"
+        )
+    return BuildError(f"{name} cannot build this graph: {text}")
 
 
 @cache

@@ -60,10 +60,16 @@ class Parser(argparse.ArgumentParser):
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
             flag = rest[0].partition("=")[0]
-            close = difflib.get_close_matches(flag, self._option_string_actions, n=3, cutoff=0.6)
+            close = difflib.get_close_matches(flag, self._flags(), n=3, cutoff=0.6)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""
             self.error(f"unknown argument {rest[0]}{hint}")
         return parsed
+
+    def _flags(self) -> list[str]:
+        """Its own, and those of its subcommands."""
+        actions = self._subparsers._group_actions if self._subparsers else []
+        below = [parser for action in actions for parser in dict(action.choices or {}).values()]
+        return [flag for parser in (self, *below) for flag in parser._option_string_actions]
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: error: {message} ({self.prog} --help lists all)\n")

@@ -56,10 +56,12 @@ def all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
             waiting += [a.g.node for a in node.attribute if a.HasField("g")]
 
 
-def test_names_are_unique_and_files_are_named_after_them() -> None:
+def test_every_target_names_its_files_and_is_in_the_docs() -> None:
     assert {"trt-rtx", "trt-11", "jetson-orin-jp62", "jetson-thor-jp7", "ort-cuda"} <= set(TARGETS)
+    page = (ASSETS.parent / "docs/tensorrt.md").read_text()
     for name, target in TARGETS.items():
         assert target.file("prefill.onnx") == f"prefill.{name}.onnx"
+        assert f"\n| `{name}` |" in page
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
