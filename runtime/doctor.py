@@ -25,6 +25,7 @@ from lvlm.runtime.integrity import sha256_of
 from lvlm.runtime.nvidia import Driver, driver
 
 CUDA_FOR_ORT = (13, 0)  # what onnxruntime-gpu 1.31 is built with
+PROVIDERS = {"cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
 LIBRARY = "liblvlm_plugins.so"
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # device: Python module
 
@@ -90,7 +91,7 @@ def _gpus(machine: Machine) -> tuple[Driver | None, list[Finding]]:
 
 
 def _onnxruntime(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
-    """The backends cpu and cuda."""
+    """The backends cpu, cuda and ort-tensorrt."""
     plain, gpu = (machine.version(name) for name in ("onnxruntime", "onnxruntime-gpu"))
     if plain and gpu:
         says = f"onnxruntime {plain} and onnxruntime-gpu {gpu} overwrite each other's files"
@@ -102,22 +103,24 @@ def _onnxruntime(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
         ).split()
     except BackendError as error:
         yield Finding("device cpu", False, str(error), 'pip install "lvlm-deploy[cpu]"')
-        yield Finding("device cuda", False, str(error), 'pip install "lvlm-deploy[cuda]"')
+        for device in PROVIDERS:
+            fix = 'pip install "lvlm-deploy[cuda]"'
+            yield Finding(f"device {device}", False, str(error), fix)
         return
     name = f"onnxruntime-gpu {gpu}" if gpu else f"onnxruntime {plain}"
     yield Finding("device cpu", True, name)
-    if "CUDAExecutionProvider" not in providers:
-        fix = 'pip uninstall -y onnxruntime; pip install "lvlm-deploy[cuda]" (Linux x86_64)'
-        yield Finding("device cuda", False, f"{name} has no CUDAExecutionProvider", fix)
-    elif seen is None or not seen.gpus:
-        yield Finding("device cuda", False, f"{name}, but no GPU", "see NVIDIA driver above")
-    elif seen.cuda < CUDA_FOR_ORT:
-        says = "{} needs CUDA {}.{}; the driver serves {}.{}".format(
-            name, *CUDA_FOR_ORT, *seen.cuda
-        )
-        yield Finding("device cuda", False, says, "install a newer NVIDIA driver")
-    else:
-        yield Finding("device cuda", True, name)
+    for device, provider in PROVIDERS.items():
+        says, fix = name, ""
+        if provider not in providers:
+            says = f"{name} has no {provider}"
+            fix = 'pip uninstall -y onnxruntime; pip install "lvlm-deploy[cuda]" (Linux x86_64)'
+        elif seen is None or not seen.gpus:
+            says, fix = f"{name}, but no GPU", "see NVIDIA driver above"
+        elif seen.cuda < CUDA_FOR_ORT:
+            needs = "{} needs CUDA {}.{}; the driver serves {}.{}"
+            says = needs.format(name, *CUDA_FOR_ORT, *seen.cuda)
+            fix = "install a newer NVIDIA driver"
+        yield Finding(f"device {device}", not fix, says, fix)
 
 
 def _tensorrt(machine: Machine, seen: Driver | None) -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,22 @@ from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.errors import BackendError, DeviceMemoryError
 
 ONNX_BF16 = 16  # TensorProto.BFLOAT16: numpy has no type to say it with
+Provider = str | tuple[str, dict[str, Any]]
 Place = tuple[str, tuple[int, ...], int]  # device, shape, address
 
 
 class OnnxRuntime:
     """What the backends of ONNX Runtime share. Buffers are bound by address.
 
-    ``providers`` in order of preference; the first one must start, or loading is an error.
+    ``providers`` in order of preference, by name or as (name, options); the first one must start,
+    or loading is an error.
     """
 
     name: str
     static_capacity = False
     device = "cpu"  # where ``allocate`` puts buffers
 
-    def __init__(self, ort: Any, providers: list[str], threads: int | None) -> None:
+    def __init__(self, ort: Any, providers: Sequence[Provider], threads: int | None) -> None:
         self.ort, self.providers, self.threads = ort, providers, threads
 
     def load(self, folder: Path, manifest: Manifest, name: str) -> OrtSession:
@@ -37,7 +39,7 @@ class OnnxRuntime:
             options.intra_op_num_threads = self.threads
         try:
             session = self.ort.InferenceSession(
-                str(folder / graph.file), options, providers=self.providers
+                str(self.file(folder, graph)), options, providers=list(self.providers)
             )
         except Exception as error:
             raise failure(error, f"{graph.file} cannot be loaded on device {self.name}") from None
@@ -47,6 +49,10 @@ class OnnxRuntime:
         if listed != real:
             raise BackendError(f"{graph.file} has other inputs or outputs than the manifest lists")
         return OrtSession(session, graph, self.device)
+
+    def file(self, folder: Path, graph: Graph) -> Path:
+        """Which form of the graph is run."""
+        return folder / graph.file
 
     def check_started(self, providers: list[str]) -> None:
         """Raise BackendError where ONNX Runtime fell back to other ``providers``."""

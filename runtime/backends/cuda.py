@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lvlm.runtime.backends import Buffer, host_dtype, require
-from lvlm.runtime.backends._onnxruntime import OnnxRuntime, failure
+from lvlm.runtime.backends._onnxruntime import OnnxRuntime, Provider, failure
 from lvlm.runtime.errors import BackendError
 
-CUDA = "CUDAExecutionProvider"
+# Shapes are computed on the CPU, and ops that have no CUDA kernel.
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 PACKAGE = "pip uninstall -y onnxruntime, then pip install 'lvlm-deploy[cuda]'"
 
 
@@ -19,23 +21,27 @@ class Backend(OnnxRuntime):
 
     name = "cuda"
     device = "cuda"
+    mend = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(
+        self, threads: int | None = None, providers: Sequence[Provider] = PROVIDERS
+    ) -> None:
         ort = require("onnxruntime", "pip install 'lvlm-deploy[cuda]'")
         available = ort.get_available_providers()
-        if CUDA not in available:
+        self.first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        if self.first not in available:
+            listed = ", ".join(available)
             raise BackendError(
-                f"the installed onnxruntime has no {CUDA}, only {', '.join(available)}; {PACKAGE}"
+                f"the installed onnxruntime has no {self.first}, only {listed}; {PACKAGE}"
             )
         ort.preload_dlls()  # CUDA and cuDNN where pip put them
-        # Shapes are computed on the CPU, and ops that have no CUDA kernel.
-        super().__init__(ort, [CUDA, "CPUExecutionProvider"], threads)
+        super().__init__(ort, providers, threads)
 
     def check_started(self, providers: list[str]) -> None:
-        if providers[0] != self.providers[0]:
+        if providers[0] != self.first:
             raise BackendError(
-                f"{self.providers[0]} did not start, so ONNX Runtime would use {providers[0]}; "
-                "check the driver with nvidia-smi, and pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                f"{self.first} did not start, so ONNX Runtime would use {providers[0]}; "
+                f"check the driver with nvidia-smi, and {self.mend}"
             )
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:

@@ -35,6 +35,7 @@ def folder(bundle: Callable[..., Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what making a bundle for the test printed
         try:
             code = main(["engine", *map(str, argv)])
         except SystemExit as stop:  # argparse

@@ -39,6 +39,7 @@ class FakeOrt:
     arrays: dict[int, np.ndarray] = field(default_factory=dict)  # the device's, by address
     bound: list[tuple[str, str, int]] = field(default_factory=list)
     waits: list[str] = field(default_factory=list)
+    opened: list[str] = field(default_factory=list)
     SessionOptions = onnxruntime.SessionOptions
 
     def get_available_providers(self) -> list[str]:
@@ -64,7 +65,9 @@ class FakeOrt:
         )
 
     def InferenceSession(self, path: str, options: Any, providers: list[str]) -> Any:  # noqa: N802
+        providers = [p if isinstance(p, str) else p[0] for p in providers]
         assert providers == list(self.available)
+        self.opened.append(Path(path).name)
         options.intra_op_num_threads = 1
         real = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return SimpleNamespace(
@@ -114,16 +117,25 @@ def ort(monkeypatch: pytest.MonkeyPatch) -> FakeOrt:
     return fake
 
 
+TENSORRT = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
+LIGHTVLM = CACHED["lightvlm (cached)"]
+
+
 @pytest.mark.parametrize(
-    "recipe", [("none",), CACHED["lightvlm (cached)"]], ids=["none", "lightvlm"]
+    ("device", "recipe"),
+    [("cuda", ("none",)), ("cuda", LIGHTVLM), ("ort-tensorrt", LIGHTVLM)],
+    ids=["none", "lightvlm", "ort-tensorrt"],
 )
 def test_answers_are_those_of_the_cpu(
+    device: str,
     recipe: tuple[str, ...],
     bundle: Callable[..., Path],
     ort: FakeOrt,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = bundle("tiny-llava", *recipe, max_images=2)
+    targets = ("ort-tensorrt",) if device == "ort-tensorrt" else ()
+    ort.available = TENSORRT[0 if targets else 1 :]
+    folder = bundle("tiny-llava", *recipe, max_images=2, targets=targets)
     options: dict[str, Any] = {"max_new_tokens": 24}
     if len(recipe) > 1:
         options["kv_keep"] = 0.5
@@ -131,8 +143,9 @@ def test_answers_are_those_of_the_cpu(
         patch.setitem(sys.modules, "onnxruntime", onnxruntime)
         with lvlm.load(folder) as cpu:
             expected = cpu.generate(PROMPTS, IMAGES, **options)
-    with lvlm.load(folder, device="cuda") as model:
+    with lvlm.load(folder, device=device) as model:
         assert ort.preloaded
+        assert all(("ort-tensorrt" in name) == bool(targets) for name in ort.opened)
         ours = model.generate(PROMPTS, IMAGES, **options)
         assert [g.token_ids for g in ours] == [g.token_ids for g in expected]
         cache = model.engine._cache
@@ -142,6 +155,12 @@ def test_answers_are_those_of_the_cpu(
             assert places == {("cuda", value.data_ptr())}  # in place
     assert {d for n, d, _ in ort.bound if n in ("input_ids", "logits", "kept")} == {"cpu"}
     assert ort.waits[:2] == ["inputs", "outputs"]
+
+
+def test_graphs_that_were_not_lowered(ort: FakeOrt, bundle: Callable[..., Path]) -> None:
+    ort.available = TENSORRT
+    with pytest.raises(BackendError, match=r"is missing; .* --target ort-tensorrt"):
+        lvlm.load(bundle("tiny-llava", max_images=2), device="ort-tensorrt")
 
 
 def test_bf16_travels_as_its_bits(ort: FakeOrt) -> None:
