@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 import lvlm
 from lvlm.runtime.answers import Options
-from lvlm.runtime.backends import _weights, open_backend
+from lvlm.runtime.backends import _weights, devices, open_backend
 from lvlm.runtime.backends._staging import ALIGNMENT, Staging
 from lvlm.runtime.backends._tensorrt_session import Session, Shared, Workspace
 from lvlm.runtime.bundle import Graph, Port
@@ -114,7 +114,7 @@ def test_the_command_line(built: Make, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "what to run on: cpu, cuda, tensorrt, tensorrt-rtx (default cpu)" in told
+    assert f"what to run on: {', '.join(devices())} (default cpu)" in told
 
 
 # Buffers, copies, graphs
