@@ -11,11 +11,11 @@ from typing import Literal
 from lvlm.export.targets._base import Target
 from lvlm.plugins_trt.profiles import Limits, parse_batch
 from lvlm.runtime.discovery import discover, nearest
+from lvlm.runtime.engines import PLUGINS
 from lvlm.runtime.errors import BackendError, ParameterError
 
 Weights = Literal["inputs", "embedded"]
 DEFAULT_BATCH = "1..4"
-LIBRARY_VARIABLE = "LVLM_PLUGINS"
 UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
 # Flags that mean nothing to a kind of engine: they are refused, not ignored.
@@ -83,7 +83,7 @@ class Request:
         """The plugin library for a target with plugins. Raises BackendError if there is none."""
         if not self.target.plugins:
             return None
-        named = self.plugins or os.environ.get(LIBRARY_VARIABLE)
+        named = self.plugins or os.environ.get(PLUGINS)
         mend = "lvlm-build plugins makes liblvlm_plugins.so; give it with --plugins"
         if not named:
             raise BackendError(f"target {self.target.name} needs the plugin library; {mend}")

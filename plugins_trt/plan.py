@@ -7,7 +7,7 @@ folder with a ``kernel.py`` (Triton) and a ``plugin.py`` whose ``PLUGIN`` is a `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,7 +195,3 @@ def scratch_bytes(plugin: Plugin, shapes: Shapes, data: str) -> list[int]:
 
 
 SCRATCH_ALIGNMENT = 256
-
-
-def input_names(plugin: Plugin) -> Sequence[str]:
-    return [tensor.name for tensor in plugin.inputs]

@@ -12,14 +12,15 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lvlm.runtime.backends import devices
 from lvlm.runtime.bundle import Manifest, read_bundle
-from lvlm.runtime.engines import EngineSet
+from lvlm.runtime.engines import PLUGINS, EngineSet
 from lvlm.runtime.errors import BackendError
 from lvlm.runtime.integrity import sha256_of
 from lvlm.runtime.nvidia import Driver, driver
@@ -32,12 +33,14 @@ FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # device: P
 
 @dataclass(frozen=True)
 class Finding:
-    """subject  what was looked at; ok: it can be used; says: what was seen; fix: how to mend it"""
+    """subject  what was looked at; ok: it can be used; says: what was seen; fix: how to mend it;
+    version  of the package, where it decides what runs"""
 
     subject: str
     ok: bool
     says: str
     fix: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def examine(bundle: Path | None, machine: Machine | None = None) -> list[Finding
     found += gpus
     found += _onnxruntime(machine, seen)
     found += _tensorrt(machine, seen)
+    found += _others(machine, {f.subject for f in found})
     if bundle is not None and manifest is not None:
         found += _bundle(bundle, manifest, seen, {f.subject: f for f in found})
     return found
@@ -138,11 +142,27 @@ def _tensorrt(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
             continue
         says = f"{device} {version}"
         if usable:
-            yield Finding(subject, True, says)
+            yield Finding(subject, True, says, version=version)
         else:
             says += ": engines can be built ahead of time" if device == "tensorrt-rtx" else ""
             yield Finding(subject, False, f"{says}; no GPU to run on", "see NVIDIA driver above")
     yield _plugins(machine)
+
+
+def _others(machine: Machine, known: Collection[str]) -> Iterator[Finding]:
+    """Backends that nothing above knows: they say themselves what they lack."""
+    for device in devices():
+        subject = f"device {device}"
+        if subject not in known:
+            try:
+                machine.attempt(
+                    f"from lvlm.runtime.backends import open_backend; open_backend({device!r})"
+                )
+            except BackendError as error:
+                what, _, fix = str(error).partition("; ")
+                yield Finding(subject, False, what, fix or "see the message")
+            else:
+                yield Finding(subject, True, "opens")
 
 
 BINDINGS = """
@@ -155,8 +175,8 @@ except ImportError:
 
 def _plugins(machine: Machine) -> Finding:
     """The plugin library: only full TensorRT needs it."""
-    path = os.environ.get("LVLM_PLUGINS", LIBRARY)
-    fix = f"lvlm-build plugins, then LVLM_PLUGINS=/path/to/{LIBRARY}"
+    path = os.environ.get(PLUGINS, LIBRARY)
+    fix = f"lvlm-build plugins, then {PLUGINS}=/path/to/{LIBRARY}"
     try:
         library = machine.load(path)
     except OSError as error:
@@ -167,7 +187,7 @@ def _plugins(machine: Machine) -> Finding:
 
 
 def _bundle(
-    folder: Path, manifest: Manifest, seen: Driver | None, devices: Mapping[str, Finding]
+    folder: Path, manifest: Manifest, seen: Driver | None, looked: Mapping[str, Finding]
 ) -> Iterator[Finding]:
     """Which devices can run this bundle, and which of its engines fit."""
     says = f"{manifest.family}, recipe {manifest.recipe}, {manifest.dtype}"
@@ -176,7 +196,7 @@ def _bundle(
         if device == "cpu" and manifest.dtype == "bfloat16":
             fix = "export it again with --dtype fp32 or fp16"
             yield Finding("bundle on cpu", False, "bf16 is for GPU targets", fix)
-        elif devices[f"device {device}"].ok:
+        elif looked[f"device {device}"].ok:
             yield Finding(f"bundle on {device}", True, "runs")
     for flavour in FLAVOURS:
         try:
@@ -186,28 +206,27 @@ def _bundle(
             yield Finding(f"bundle on {flavour}", False, what, fix)
             continue
         for engines in sets:
-            yield _engines(engines, manifest, seen, devices)
+            yield _engines(engines, manifest, seen, looked)
 
 
 def _engines(
-    engines: EngineSet, manifest: Manifest, seen: Driver | None, devices: Mapping[str, Finding]
+    engines: EngineSet, manifest: Manifest, seen: Driver | None, looked: Mapping[str, Finding]
 ) -> Finding:
     subject = f"bundle on {engines.flavour}"
     if seen is None or not seen.gpus:
         says = f"{engines.folder.name}: no GPU to run on"
         return Finding(subject, False, says, "see NVIDIA driver above")
-    device = devices[f"device {engines.flavour}"]
+    device = looked[f"device {engines.flavour}"]
     if not device.ok:
         says = f"{engines.folder.name}: {engines.flavour} cannot be used"
         return Finding(subject, False, says, f"see device {engines.flavour} above")
-    library = engines.folder / engines.plugins.file if engines.plugins else None
-    held = library is not None and library.is_file()
     try:
+        library = engines.plugin_library()
         engines.check(
             gpu_sm=seen.gpus[0].sm,
             gpu_name=seen.gpus[0].name,
-            version=device.says.rpartition(" ")[2],
-            plugin_hash=sha256_of(library) if held and library else None,
+            version=device.version,
+            plugin_hash=None if library is None else sha256_of(library),
             manifest=manifest,
         )
         EngineSet.read(engines.folder)

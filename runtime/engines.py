@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from lvlm.runtime.integrity import check_files
 FOLDER = "engines"
 FILE = "engine.json"
 SCHEMA = 1
+PLUGINS = "LVLM_PLUGINS"  # environment variable: the plugin library to load
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,21 @@ class EngineSet:
         except BundleError as error:
             reason = str(error).partition(";")[0]
             raise BackendError(f"{folder}: {reason}; build these engines again") from None
+
+    def plugin_library(self) -> Path | None:
+        """The plugin library to load: the environment's, or the one beside the engines. None where
+        they need none; raises BackendError where it is not there."""
+        if self.plugins is None:
+            return None
+        given = os.environ.get(PLUGINS)
+        path = Path(given) if given else self.folder / self.plugins.file
+        if not path.is_file():
+            hint = f"as {PLUGINS} says" if given else f"set {PLUGINS} to where it is"
+            raise BackendError(
+                f"the plugin library {path} is not there; {hint}, or build it with "
+                "lvlm-build plugins"
+            )
+        return path
 
     def write(self) -> None:
         data = dataclasses.asdict(self)

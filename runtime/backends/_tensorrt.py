@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from lvlm.runtime.bundle import Manifest
 from lvlm.runtime.engines import EngineSet
 from lvlm.runtime.errors import BackendError, DeviceMemoryError, ParameterError
 from lvlm.runtime.integrity import sha256_of
-
-PLUGINS = "LVLM_PLUGINS"  # environment variable: the plugin library to load
 
 
 class TensorRt:
@@ -67,7 +64,7 @@ class TensorRt:
         found = EngineSet.find(folder, self.name)
         for engines in sorted(found, key=lambda s: gpu.sm not in s.sms):
             try:
-                library = _plugin_library(engines)
+                library = engines.plugin_library()
                 engines.check(
                     gpu_sm=gpu.sm,
                     gpu_name=gpu.name,
@@ -120,20 +117,6 @@ class TensorRt:
         raise BackendError(
             f"{self.name} cannot load {file}: {self.log.text()}; build the engines again"
         )
-
-
-def _plugin_library(engines: EngineSet) -> Path | None:
-    """The library to load: the environment's, or the one beside the engines."""
-    if engines.plugins is None:
-        return None
-    given = os.environ.get(PLUGINS)
-    path = Path(given) if given else engines.folder / engines.plugins.file
-    if not path.is_file():
-        hint = f"as {PLUGINS} says" if given else f"set {PLUGINS} to where it is"
-        raise BackendError(
-            f"the plugin library {path} is not there; {hint}, or build it with lvlm-build plugins"
-        )
-    return path
 
 
 def _logger(trt: Any) -> Any:

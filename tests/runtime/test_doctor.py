@@ -117,10 +117,51 @@ def test_a_bundle(bundle: Callable[..., Path]) -> None:
     assert "lvlm-build engine" in findings["bundle on tensorrt"].fix
 
 
+FULL = {"flavour": "tensorrt", "plugins": "code", "sms": (87,), "gpu": "Orin"}
+
+
+@pytest.mark.parametrize(
+    ("engines", "says", "fix"),
+    [
+        ({}, "sm89-fake fits", ""),
+        ({"version": "10.2.0"}, "of tensorrt 10.2.0, here is 10.3.0", "lvlm-build engine"),
+        ({"sms": (86,), "gpu": "A10"}, "for sm_86 (A10), this GPU is sm_87 (Orin)", "--force"),
+    ],
+)
+def test_engines(engines: dict[str, Any], says: str, fix: str, built: Callable[..., Path]) -> None:
+    folder = built(**(FULL | {"version": "10.3.0"} | engines))
+    finding = found(machine(), folder)["bundle on tensorrt"]
+    assert finding.ok == (not fix)
+    assert says in finding.says
+    assert fix in finding.fix
+
+
+def test_plugins_as_the_backend_takes_them(
+    built: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment's library comes before the one beside the engines."""
+    folder = built(**FULL, version="10.3.0")
+    other = tmp_path / "other.so"
+    other.write_text("other code")
+    monkeypatch.setenv("LVLM_PLUGINS", str(other))
+    finding = found(machine(), folder)["bundle on tensorrt"]
+    assert not finding.ok
+    assert "they need the plugin library of hash" in finding.says
+
+
 def test_nothing_can_run_it(bundle: Callable[..., Path]) -> None:
     findings = examine(bundle("tiny-llava"), machine("no driver; install one", {}, {}, None))
     assert not can_run(findings)
     assert json.loads(as_json(findings))[0]["subject"] == "system"
+
+
+def test_a_backend_that_is_only_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new one is looked at without a word about it in the doctor."""
+    monkeypatch.setattr("lvlm.runtime.doctor.devices", lambda: ["cpu", "abacus"])
+    finding = found(machine())["device abacus"]
+    assert not finding.ok
+    assert "No module named" in finding.says
+    assert finding.fix
 
 
 def test_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
