@@ -170,7 +170,7 @@ def _data(job: Job, profile: Profile) -> dict[str, Any]:
 
 
 def _table(args: argparse.Namespace, job: Job, profile: Profile, seconds: float) -> str:
-    from lvlm.export.cli import layout
+    from lvlm.export.summaries import layout
 
     fractions = profile.row().fractions
     low, high = min(fractions), max(fractions)

@@ -71,7 +71,9 @@ def new_tokens(
     budgets = Budgets.of(manifest.compression, manifest.text.layers, kv_keep)
     entering, pictures = entries(manifest, shape, keep), len(shape.image_tokens)
     try:
-        return new_token_limit(manifest, budgets, entering, shape.text_tokens, pictures, wanted)
+        return new_token_limit(
+            manifest.capacity, budgets, entering, shape.text_tokens, pictures, wanted
+        )
     except CapacityError:
         return 0
 

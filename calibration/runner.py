@@ -22,10 +22,9 @@ from lvlm.calibration.samples import PLACEHOLDER, DataError, Sample
 from lvlm.calibration.variants import Bundle, Variant
 from lvlm.runtime.answers import Options
 from lvlm.runtime.batch import Batch
-from lvlm.runtime.engine import Prompt
 from lvlm.runtime.errors import BundleError, LvlmError
 from lvlm.runtime.model import Model
-from lvlm.runtime.prompts import PromptMaker
+from lvlm.runtime.prompts import Prompt, PromptMaker
 from lvlm.runtime.text import Tokenizer
 
 
@@ -60,7 +59,7 @@ class BundleRunner:
 
     def __enter__(self) -> Self:
         model = Model(self.bundle.folder, device=self.how.device, threads=self.how.threads)
-        self._engine = self._closing.enter_context(model).engine
+        self._batches = self._closing.enter_context(model).batches
         return self
 
     def __exit__(
@@ -69,7 +68,7 @@ class BundleRunner:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        del self._engine
+        del self._batches
         self._closing.close()
 
     def shape(self, sample: Sample) -> Shape:
@@ -123,9 +122,11 @@ class BundleRunner:
             )
             for sample, shape in zip(samples, shapes, strict=True)
         ]
-        batch = self._engine.start(prompts, variant.keep if keep is None else keep, variant.kv_keep)
+        batch = self._batches.start(
+            prompts, variant.keep if keep is None else keep, variant.kv_keep
+        )
         lengths = np.array([len(prompt.ids) for prompt in prompts])
-        kept = (batch.kept / lengths).mean(axis=0)
+        kept = (batch.counts.kept / lengths).mean(axis=0)
         nll: list[float] | None = None
         if run == "forced":
             nll = feed(batch, [shape.answer for shape in shapes])

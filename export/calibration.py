@@ -20,8 +20,8 @@ from lvlm.export.prefix_search import grid, mean_rows, search_fractions
 from lvlm.export.profiles import SCHEMA, DataId, ModelId, Profile, RecipeId, Spread
 from lvlm.export.recording import record_importances
 from lvlm.export.reference import Reference
-from lvlm.runtime.engine import Prompt
 from lvlm.runtime.errors import ExportError, ParameterError
+from lvlm.runtime.prompts import Prompt
 
 TOOLS = ("lvlm-deploy", "torch", "transformers")
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lvlm.runtime.console import Parser, run_main
 
 if TYPE_CHECKING:
-    from lvlm.export.exporter import Report
-    from lvlm.export.plan import Options, Plan
+    from lvlm.export.plan import Options
     from lvlm.export.recipes._base import Recipe
 
 DTYPES = ("fp32", "fp16", "bf16")
+WEIGHTS = ("int8", "int4")
+CACHES = ("fp16",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +43,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("-o", "--output", type=Path, help="the bundle's folder")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="quantize the language model's weights, block-wise; it still computes in --dtype",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale: 16, 32 (default), 64, 128 or 256; with --weights",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        help="keep keys and values in fp16: half the cache of an fp32 bundle (default: --dtype)",
+    )
     parser.add_argument(
         "--max-text-len",
         type=int,
@@ -99,12 +115,15 @@ def _run(args: argparse.Namespace) -> int:
             print(listings.recipe(name) if name else listings.recipes())
         return 0
     options = _options(args)
+    if options.weights:
+        require(["onnxruntime"], "cpu", " (or leave --weights out)")  # its quantizer
     if options.validate:
-        require(["onnxruntime"], "cpu")
+        require(["onnxruntime"], "cpu", " (or export with --no-validate)")
 
     from lvlm.export.exporter import export, stages
     from lvlm.export.plan import check_output, make_plan
     from lvlm.export.progress import Progress
+    from lvlm.export.summaries import plan_data, plan_table, report_data, report_table
 
     check_output(options.output)
     quiet = args.quiet or args.json
@@ -113,18 +132,18 @@ def _run(args: argparse.Namespace) -> int:
     if not quiet and plan.checkpoint.source != args.model:
         print(f"{args.model} is {plan.checkpoint.source}", file=sys.stderr)
     if args.dry_run:
-        print(json.dumps(_plan_data(plan), indent=1) if args.json else _plan_table(plan))
+        print(json.dumps(plan_data(plan), indent=1) if args.json else plan_table(plan))
         return 0
     progress = Progress(stages(options), quiet=quiet)
     report = export(plan, progress)
     if args.json:
-        print(json.dumps(_report_data(report), indent=1))
+        print(json.dumps(report_data(report), indent=1))
     elif not args.quiet:
-        print(_report_table(report), file=sys.stderr)
+        print(report_table(report), file=sys.stderr)
     return 0
 
 
-def require(packages: Sequence[str], extra: str) -> None:
+def require(packages: Sequence[str], extra: str, otherwise: str = "") -> None:
     from importlib.util import find_spec
 
     from lvlm.runtime.errors import ExportError
@@ -132,8 +151,7 @@ def require(packages: Sequence[str], extra: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise ExportError(
-            f"{', '.join(missing)} not installed; pip install lvlm-deploy[{extra}]"
-            + (" (or export with --no-validate)" if extra == "cpu" else "")
+            f"{', '.join(missing)} not installed; pip install lvlm-deploy[{extra}]{otherwise}"
         )
 
 
@@ -157,6 +175,9 @@ def _options(args: argparse.Namespace) -> Options:
         recipe=parse_settings(known_recipe(args.recipe), args.set),
         output=args.output,
         dtype=args.dtype,
+        weights=args.weights,
+        block_size=args.block_size,
+        cache=args.cache,
         revision=args.revision,
         max_text_len=args.max_text_len,
         max_images=args.max_images,
@@ -185,90 +206,3 @@ def set_logging(verbose: bool) -> None:
     warnings.simplefilter("ignore")
     for name in ("torch", "transformers", "onnxscript", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _plan_data(plan: Plan) -> dict[str, Any]:
-    from lvlm.export.graphs import graph_names
-
-    return {
-        "model": plan.checkpoint.source,
-        "family": plan.family.name,
-        "recipe": {"name": plan.recipe.name, "parameters": plan.recipe.parameters()},
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "output": str(plan.options.output),
-        "graphs": [f"{name}.onnx" for name in graph_names(plan.recipe)],
-        "weight_bytes": plan.weight_bytes,
-        "image_tokens": plan.images.tokens,
-        "image_tokens_per_layer": plan.cache.image_tokens,
-        "capacity": dataclasses.asdict(plan.cache.capacity),
-        "cache_bytes_per_sequence": plan.cache.bytes,
-        "peak_memory_estimate_bytes": plan.peak_bytes,
-    }
-
-
-def _plan_table(plan: Plan) -> str:
-    from lvlm.export.graphs import graph_names
-    from lvlm.export.progress import size
-
-    graphs = graph_names(plan.recipe)
-
-    return layout(
-        {
-            "model": f"{plan.checkpoint.source} (family {plan.family.name})",
-            "recipe": _recipe_line(plan),
-            "would write": f"{plan.options.output}/ with graphs {', '.join(graphs)}",
-            "weights": f"{size(plan.weight_bytes)} as {str(plan.dtype).removeprefix('torch.')}",
-            "image tokens": _pyramid(plan),
-            "cache": f"{size(plan.cache.bytes)} per sequence at full capacity",
-            "peak memory": f"about {size(plan.peak_bytes)} during export (estimate)",
-        }
-    )
-
-
-def _report_table(report: Report) -> str:
-    from lvlm.export.progress import size
-    from lvlm.export.validation import table
-
-    plan = report.plan
-    total = sum(f.bytes for f in report.manifest.files.values())
-    rows = {
-        "bundle": f"{report.output}/  {size(total)} in {len(report.manifest.files)} files",
-        "recipe": _recipe_line(plan),
-        "image tokens": _pyramid(plan),
-        "cache": f"{size(plan.cache.bytes)} per sequence at full capacity",
-        "took": f"{report.seconds:.1f} s",
-        "validation": report.manifest.validation,
-    }
-    lines = [layout(rows)]
-    if report.validation:
-        lines.append(table(report.validation))
-    lines.append(f'next: lvlm-run {report.output} --image PICTURE "QUESTION"')
-    return "\n".join(lines)
-
-
-def _report_data(report: Report) -> dict[str, Any]:
-    return _plan_data(report.plan) | {
-        "seconds": round(report.seconds, 2),
-        "files": {name: f.bytes for name, f in report.manifest.files.items()},
-        "validation": report.manifest.validation,
-        "checks": [dataclasses.asdict(c) | {"passed": c.passed} for c in report.validation],
-    }
-
-
-def _recipe_line(plan: Plan) -> str:
-    values = ", ".join(f"{k}={v}" for k, v in plan.recipe.parameters().items() if v is not None)
-    return f"{plan.recipe.name} ({values})" if values else plan.recipe.name
-
-
-def _pyramid(plan: Plan) -> str:
-    counts, steps = plan.cache.image_tokens, [str(plan.cache.image_tokens[0])]
-    for layer in range(1, len(counts)):
-        if counts[layer] != counts[layer - 1]:
-            steps.append(f"{counts[layer]} from block {layer}")
-    mean = sum(counts) / len(counts) / counts[0]
-    return " → ".join(steps) + f" (mean over layers {mean:.0%})"
-
-
-def layout(rows: dict[str, str]) -> str:
-    width = max(map(len, rows))
-    return "\n".join(f"  {name:{width}}  {value}" for name, value in rows.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -15,18 +16,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.export import checkpoint as checkpoints
 from lvlm.export import weights
+from lvlm.export.fused_products import fuse_products
 from lvlm.export.graphs import graph_names, trace_graph
 from lvlm.export.output import temporary_sibling
 from lvlm.export.plan import Options, Plan, check_disk, check_output
 from lvlm.export.progress import Progress, size
+from lvlm.export.quantization import product_weights
+from lvlm.export.quantized_products import BLOCKS, QuantizedTensor, quantize_products
 from lvlm.export.self_calibration import with_profile
 from lvlm.export.skeleton import build_skeleton
+from lvlm.export.targets._base import AT_THE_END, CACHE_WRITES, POSITIONS, Target
+from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
 from lvlm.export.tracing import TracedGraph
 from lvlm.runtime.bundle import (
     SCHEMA,
     File,
     Graph,
     Manifest,
+    Quantization,
     Text,
 )
 from lvlm.runtime.errors import ExportError
@@ -78,8 +85,11 @@ def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
     """Everything of a bundle into an existing folder, unchecked."""
     graphs = _trace_all(plan, progress)
     transposed = weights.fold_transposes(graphs)
-    entries = weights.plan(graphs, transposed, plan.dtype)
-    weights.attach(graphs, entries, plan.dtype)
+    fused = fuse_products(graphs)
+    quantized = _quantize(plan, graphs, fused)
+    entries = weights.plan(graphs, transposed, fused, quantized)
+    weights.attach(graphs, entries)
+    listed = weights.table(entries)
     files: dict[str, File] = {}
     total = sum(e.nbytes for e in entries)
     with progress.stage("copy weights") as stage:
@@ -97,8 +107,13 @@ def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
         described = {}
         for graph in graphs:
             inputs, outputs = graph.ports()
-            described[graph.name] = Graph(f"{graph.name}.onnx", inputs, outputs)
+            names = [n for p in graph.parameters for n in (p, p + BLOCKS) if n in listed]
+            described[graph.name] = Graph(f"{graph.name}.onnx", inputs, outputs, tuple(names))
+            if graph.name == "decode":
+                graph.model.metadata_props.update(_facts(plan))
             ir.save(graph.model, folder / f"{graph.name}.onnx")
+        if _name(plan.dtype) in ORT_CPU.products:  # the default device's, in every bundle for it
+            described = _lower(ORT_CPU, folder, described, plan)
         prompt = plan.family.prompt(plan.config, plan.checkpoint.folder)
         for name in prompt.files:
             shutil.copyfile(plan.checkpoint.folder / name, folder / name)
@@ -107,12 +122,10 @@ def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
         stage.result = f"{len(graphs)} graphs"
     for target in plan.options.targets:
         with progress.stage(f"lower for {target.name}") as stage:
-            target.write(
-                folder, {name: g.file for name, g in described.items()}, plan.cache.capacity
-            )
+            described = _lower(target, folder, described, plan)
             stage.result = f"*.{target.name}.onnx"
     language = plan.family.language(_skeleton(plan), plan.config)
-    rule = plan.recipe.cache_rule()
+    rule, how = plan.recipe.cache_rule(), plan.options.quantization
     manifest = Manifest(
         schema=SCHEMA,
         family=plan.family.name,
@@ -126,7 +139,10 @@ def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
         recipe=plan.recipe.name,
         parameters=plan.recipe.parameters(),
         dtype=_name(plan.dtype),
+        cache_dtype=_name(plan.cache_dtype),
+        quantization=None if how is None else Quantization(how.bits, how.block),
         graphs=described,
+        weights=listed,
         text=Text(
             layers=len(language.blocks),
             heads=language.heads,
@@ -151,6 +167,37 @@ def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
     return manifest
 
 
+def _quantize(
+    plan: Plan, graphs: list[TracedGraph], fused: Mapping[str, tuple[str, ...]]
+) -> dict[str, QuantizedTensor]:
+    how = plan.options.quantization
+    if how is None:
+        return {}
+    model = _skeleton(plan)
+    names = product_weights(model, plan.family.language(model, plan.config))
+    return quantize_products(graphs, names, fused, how)
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    """What targets ask of a decode graph that its nodes do not say."""
+    rule, capacity = plan.recipe.cache_rule(), plan.cache.capacity
+    positions = capacity.max_text_len + capacity.max_images * plan.images.tokens
+    appends = rule is None or rule.compression.distance is None
+    return {POSITIONS: str(positions)} | ({CACHE_WRITES: AT_THE_END} if appends else {})
+
+
+def _lower(target: Target, folder: Path, graphs: dict[str, Graph], plan: Plan) -> dict[str, Graph]:
+    """Write a target's graphs; the descriptions with what was written."""
+    files = {name: graph.file for name, graph in graphs.items()}
+    written = set(target.write(folder, files, plan.cache.capacity))
+    return {
+        name: replace(graph, lowered={**graph.lowered, target.name: file})
+        if (file := target.file(graph.file)) in written
+        else graph
+        for name, graph in graphs.items()
+    }
+
+
 def _skeleton(plan: Plan) -> Any:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return build_skeleton(plan.family, plan.config, plan.dtype, mode)
@@ -165,7 +212,15 @@ def _trace_all(plan: Plan, progress: Progress) -> list[TracedGraph]:
     for name in graph_names(plan.recipe):
         with progress.stage(f"trace {name}") as stage:
             graph = trace_graph(
-                name, model, vision, language, plan.recipe, plan.images, plan.dtype, mode
+                name,
+                model,
+                vision,
+                language,
+                plan.recipe,
+                plan.images,
+                plan.dtype,
+                plan.cache_dtype,
+                mode,
             )
             stage.result = f"{len(graph.model.graph):,} nodes"
             graphs.append(graph)

@@ -47,9 +47,10 @@ def trace_graph(
     recipe: Recipe,
     images: Images,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype,
     mode: FakeTensorMode,
 ) -> TracedGraph:
-    """One of ``graph_names``, without weights."""
+    """One of ``graph_names``, without weights; image features are of ``dtype``, like these."""
     rule = recipe.cache_rule()
     layers = len(language.blocks)
 
@@ -63,7 +64,7 @@ def trace_graph(
         outputs = ["image_features"]
     elif name == "prefill":
         module = Prefill(language, recipe)
-        ports = prefill_inputs(language, recipe, images.tokens, dtype)
+        ports = prefill_inputs(language, recipe, images.tokens, dtype, cache_dtype)
         maps = [f"merge_map_{i}" for i in range(len(recipe.reductions()))]
         outputs = ["logits", *maps, *(["kept"] if rule else []), *present(*buffer_kinds(rule))]
         extra = 5 + len(recipe_inputs(language, recipe))
@@ -72,7 +73,7 @@ def trace_graph(
             return (*x[:5], x[5:extra], x[extra:])
     elif name == "decode":
         module = Decode(language)
-        ports = decode_inputs(language, rule, dtype)
+        ports = decode_inputs(language, rule, cache_dtype)
         outputs = ["logits", *present(*buffer_kinds(rule))]
 
         def build(x: list[Any]) -> tuple[Any, ...]:
@@ -81,7 +82,7 @@ def trace_graph(
         assert name == "compact"
         assert rule is not None
         module = Compact(language, rule)
-        ports = compact_inputs(language, rule, dtype)
+        ports = compact_inputs(language, rule, cache_dtype)
         outputs = ["kept", *present("key", "value")]
         counts = 3 + layers
 

@@ -1,8 +1,8 @@
 """The language model as graphs: prefill, decode and compact, run from the checkpoint's own blocks.
 
 All write keys and values straight into the cache buffers they are given, one pair per layer, each
-layer with its own capacity. Prefill compacts a layer's entries right after the layer, so the full
-cache of all layers never exists.
+layer with its own capacity, rounded where the buffers are narrower than the weights. Prefill
+compacts a layer's entries right after the layer, so the full cache of all layers never exists.
 """
 
 from __future__ import annotations
@@ -63,12 +63,17 @@ class CacheWriter:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        new_key, new_value = (
-            scatter(buffer, x, self.index)
+        self.written = [
+            store(buffer, x, self.index)
             for buffer, x in zip(self.buffers, (key, value), strict=True)
-        )
-        self.written = [new_key, new_value]
+        ]
+        new_key, new_value = (x.to(key.dtype) for x in self.written)
         return new_key, new_value
+
+
+def store(buffer: torch.Tensor, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``x`` [B,H,n,d], in the buffer's dtype, into ``buffer`` [B,H,C,d] from slot ``index`` on."""
+    return scatter(buffer, x.to(buffer.dtype), index)
 
 
 def run_block(
@@ -152,7 +157,7 @@ class Prefill(nn.Module):
                 if rule.queries:
                     new.append(rule.ring(state, tap)[0])
             own = buffers[len(written) : len(written) + len(new)]
-            written += [scatter(buffer, x, start) for buffer, x in zip(own, new, strict=True)]
+            written += [store(buffer, x, start) for buffer, x in zip(own, new, strict=True)]
         width = state.hidden.shape[-1]
         last = state.hidden.gather(1, state.last()[:, None, None].expand(-1, 1, width))[:, 0]
         logits = model.head(model.norm(last)).float()
@@ -194,7 +199,7 @@ class Decode(nn.Module):
             hidden = run_block(model, block, hidden, position_ids, cache, tap, mask)
             written += cache.written
             if query_index is not None:
-                written.append(scatter(buffers[len(written)], tap.query, query_index))
+                written.append(store(buffers[len(written)], tap.query, query_index))
         logits = model.head(model.norm(hidden[:, 0])).float()
         return (logits, *written)
 
@@ -217,13 +222,15 @@ class Compact(nn.Module):
         names = (i.name for i in compact_counts(self.model, self.rule))
         inputs = dict(zip(names, fixed, strict=True))
         start = torch.zeros_like(inputs["valid_length"][0])
+        dtype = next(self.model.embed.parameters()).dtype
         written: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
         for layer in range(len(self.model.blocks)):
-            key, value, queries = buffers[3 * layer : 3 * layer + 3]
+            own = buffers[3 * layer : 3 * layer + 3]
+            key, value, queries = (buffer.to(dtype) for buffer in own)
             *new, count = self.rule.compact_buffers(
                 layer, queries, key, value, self.model.scale, inputs
             )
             kept.append(count)
-            written += [scatter(old, x, start) for old, x in zip((key, value), new, strict=True)]
+            written += [store(old, x, start) for old, x in zip(own, new, strict=False)]
         return (torch.stack(kept), *written)

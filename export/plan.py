@@ -16,6 +16,7 @@ from lvlm.export.families._base import Family
 from lvlm.export.language import LanguageModel
 from lvlm.export.profiles import Profile, check_profile, model_hash, read_profile
 from lvlm.export.progress import size
+from lvlm.export.quantization import BLOCKS, KINDS, Quantization, product_weights
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.samples import read_samples
 from lvlm.export.skeleton import build_skeleton
@@ -26,16 +27,22 @@ from lvlm.runtime.errors import ExportError, ParameterError
 from lvlm.runtime.schedule import keep_ratios, tokens_per_layer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CACHES = {"fp16": torch.float16}  # narrower than what is computed with
+BLOCK = 32  # of quantized weights; docs/quantization.md compares sizes
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to export. ``dtype`` None: as the checkpoint has it (its config.json)."""
+    """What to export. ``dtype`` None: as the checkpoint has it (its config.json); ``weights`` None:
+    the language model's products are of ``dtype``, too; ``cache`` None: so is the cache."""
 
     model: str
     recipe: Recipe
     output: Path
     dtype: str | None = None
+    weights: str | None = None
+    block_size: int | None = None
+    cache: str | None = None
     revision: str | None = None
     max_text_len: int = 2048
     max_images: int = 1
@@ -50,8 +57,22 @@ class Options:
                 raise ParameterError(
                     f"--{name.replace('_', '-')} is {getattr(self, name)}; give 1 or more"
                 )
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ParameterError(f"--dtype {self.dtype}: give one of {', '.join(DTYPES)}")
+        for name, values in (("dtype", DTYPES), ("weights", KINDS), ("cache", CACHES)):
+            value = getattr(self, name)
+            if value is not None and value not in list(values):
+                raise ParameterError(f"--{name} {value}: give one of {', '.join(values)}")
+        if self.block_size is not None:
+            if self.weights is None:
+                raise ParameterError("--block-size is for quantized weights; add --weights int4")
+            if self.block_size not in BLOCKS:
+                sizes = ", ".join(map(str, BLOCKS))
+                raise ParameterError(f"--block-size {self.block_size}: give one of {sizes}")
+
+    @property
+    def quantization(self) -> Quantization | None:
+        if self.weights is None:
+            return None
+        return Quantization(KINDS[self.weights], self.block_size or BLOCK)
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,7 @@ class Plan:
     family: Family
     config: Any
     dtype: torch.dtype
+    cache_dtype: torch.dtype
     images: Images
     recipe: Recipe
     stored_names: dict[str, str]
@@ -88,6 +110,8 @@ def make_plan(options: Options) -> Plan:
     config = family.read_config(checkpoint.config)
     dtype = DTYPES[options.dtype] if options.dtype else _stored_dtype(checkpoint.config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    cache_dtype = CACHES[options.cache] if options.cache else dtype
+    _check_dtypes(options, dtype)
     skeleton = build_skeleton(family, config, dtype, mode)
     language = family.language(skeleton, config)
     layers = len(language.blocks)
@@ -101,21 +125,58 @@ def make_plan(options: Options) -> Plan:
             f"{language.window - options.max_images * images.tokens} or less"
         )
     unique = {id(p): p for p in skeleton.parameters()}.values()
-    weight_bytes = sum(p.numel() for p in unique) * dtype.itemsize
-    largest = max(p.numel() for p in unique)
+    parameters, largest = sum(p.numel() for p in unique), max(p.numel() for p in unique)
+    weight_bytes = parameters * dtype.itemsize + _saved(options, skeleton, language, dtype)
     return Plan(
         options=options,
         checkpoint=checkpoint,
         family=family,
         config=config,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         images=images,
         recipe=recipe,
         stored_names=stored_names,
         weight_bytes=weight_bytes,
-        cache=plan_cache(options, recipe, images, language, dtype),
-        peak_bytes=_peak_estimate(options, weight_bytes, largest, weight_bytes // dtype.itemsize),
+        cache=plan_cache(options, recipe, images, language, cache_dtype),
+        peak_bytes=_peak_estimate(options, weight_bytes, largest, parameters, dtype),
     )
+
+
+def _check_dtypes(options: Options, dtype: torch.dtype) -> None:
+    """ParameterError for data types that do not go together, or that a target does not take."""
+    narrow = {name: value for name in ("weights", "cache") if (value := getattr(options, name))}
+    for name, value in narrow.items():
+        if dtype == torch.bfloat16:
+            raise ParameterError(
+                f"--{name} {value} goes with --dtype fp32 or fp16; the model is bf16"
+            )
+        if name == "cache" and CACHES[value] == dtype:
+            continue
+        for target in options.targets:
+            if not target.narrow:
+                raise ParameterError(
+                    f"target {target.name} does not take --{name} {value}; leave one of them out"
+                )
+
+
+def _saved(
+    options: Options, skeleton: torch.nn.Module, language: LanguageModel, dtype: torch.dtype
+) -> int:
+    """Bytes that quantization adds to those of the weights; ParameterError if it cannot be done."""
+    how = options.quantization
+    if how is None:
+        return 0
+    shared = {id(p) for p in language.embed.parameters()}
+    added = zero_points = 0
+    for name, weight in product_weights(skeleton, language).items():
+        how.check(name, weight.shape[1])
+        blocks = weight.numel() // how.block
+        zero_points = max(zero_points, blocks * how.bits // 8)
+        added += weight.numel() * how.bits // 8 + blocks * dtype.itemsize
+        if id(weight) not in shared:
+            added -= weight.numel() * dtype.itemsize
+    return added + zero_points
 
 
 def plan_cache(
@@ -161,10 +222,13 @@ def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
     return dtype
 
 
-def _peak_estimate(options: Options, weight_bytes: int, largest: int, parameters: int) -> int:
-    """Libraries and traced graphs (docs/measurements.md), and two copies of the largest tensor.
-    Validation also loads the model in fp32 and the bundle."""
-    base = 550_000_000 + 2 * largest * weight_bytes // parameters
+def _peak_estimate(
+    options: Options, weight_bytes: int, largest: int, parameters: int, dtype: torch.dtype
+) -> int:
+    """Libraries and traced graphs (docs/measurements.md), and two copies of the largest tensor,
+    with quantization another two in fp32. Validation also loads the model in fp32 and the bundle.
+    """
+    base = 550_000_000 + 2 * largest * (dtype.itemsize + (4 if options.weights else 0))
     return base + (4 * parameters + 3 * weight_bytes if options.validate else 0)
 
 

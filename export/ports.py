@@ -49,9 +49,9 @@ def recipe_inputs(model: LanguageModel, recipe: Recipe) -> list[GraphInput]:
 
 
 def prefill_inputs(
-    model: LanguageModel, recipe: Recipe, image_tokens: int, dtype: torch.dtype
+    model: LanguageModel, recipe: Recipe, image_tokens: int, dtype: torch.dtype, cache: torch.dtype
 ) -> list[GraphInput]:
-    """The inputs of Prefill in order: the fixed ones, the recipe's, the buffers."""
+    """The inputs of Prefill in order: the fixed ones, the recipe's, the buffers (of ``cache``)."""
     row = ("batch", "sequence")
     fixed = [
         GraphInput("input_ids", torch.int64, row),
@@ -60,7 +60,7 @@ def prefill_inputs(
         GraphInput("image_id", torch.int64, row),
         GraphInput("position_ids", torch.int64, row),
     ]
-    buffers = buffer_inputs(model, recipe.cache_rule(), dtype)
+    buffers = buffer_inputs(model, recipe.cache_rule(), cache)
     return [*fixed, *recipe_inputs(model, recipe), *buffers]
 
 

@@ -8,9 +8,8 @@ from lvlm.export.checkpoint import Checkpoint
 from lvlm.export.families._base import Family
 from lvlm.export.samples import Sample
 from lvlm.runtime.answers import Options
-from lvlm.runtime.engine import Prompt
 from lvlm.runtime.errors import BundleError, CheckpointError, LvlmError
-from lvlm.runtime.prompts import PromptMaker
+from lvlm.runtime.prompts import Prompt, PromptMaker
 from lvlm.runtime.text import Tokenizer
 
 

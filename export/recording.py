@@ -21,7 +21,7 @@ from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.reference import Reference
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.bundle import Compression, Reduction
-from lvlm.runtime.engine import Prompt
+from lvlm.runtime.prompts import Prompt
 
 EVERYTHING = Compression(
     keep=1.0,

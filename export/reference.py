@@ -44,10 +44,17 @@ class Answer:
 
 
 class Reference:
-    """A checkpoint in fp32 with a recipe, run by torch."""
+    """A checkpoint in fp32 with a recipe, run by torch; the cache may be of a narrower dtype."""
 
-    def __init__(self, family: Family, config: Any, model: nn.Module, recipe: Recipe) -> None:
-        self.model = model.eval()
+    def __init__(
+        self,
+        family: Family,
+        config: Any,
+        model: nn.Module,
+        recipe: Recipe,
+        cache_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model, self.cache_dtype = model.eval(), cache_dtype
         self.language: LanguageModel = family.language(model, config)
         self.recipe = recipe.for_layers(len(self.language.blocks))
         self.vision = family.vision(model, config)
@@ -122,10 +129,12 @@ class Reference:
     def _empty_buffers(self, kept: Sequence[int], rule: CacheRule | None) -> list[torch.Tensor]:
         """What prefill writes into: exactly as long as what it keeps."""
         model = self.language
+        ring = (1, model.heads, rule.queries if rule else 0, model.head_dim)
         return [
-            torch.zeros(1, model.heads, rule.queries if rule else 0, model.head_dim)
-            if kind == "query"
-            else torch.zeros(1, model.kv_heads, count, model.head_dim)
+            torch.zeros(
+                ring if kind == "query" else (1, model.kv_heads, count, model.head_dim),
+                dtype=self.cache_dtype,
+            )
             for count in kept
             for kind in buffer_kinds(rule)
         ]

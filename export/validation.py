@@ -1,6 +1,8 @@
 """Does the bundle compute what the checkpoint computes? Figures per graph, then tokens.
 
 A real picture goes through the bundle on ONNX Runtime and through the torch reference in fp32.
+Where the bundle's weights or cache are narrower on purpose, so are the reference's: whether the
+export is right is one question, what the rounding costs another, which is answered beside it.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import numpy as np
 import torch
 
 from lvlm.export.progress import Progress
-from lvlm.export.reference import Reference, load_fp32
+from lvlm.export.quantization import round_products
+from lvlm.export.reference import Answer, Reference, load_fp32
 from lvlm.runtime.answers import Options
 from lvlm.runtime.batch import Batch
-from lvlm.runtime.engine import Prompt
 from lvlm.runtime.errors import LvlmError, ValidationError
 from lvlm.runtime.model import Model
+from lvlm.runtime.prompts import Prompt
 
 if TYPE_CHECKING:
     from lvlm.export.plan import Plan
@@ -29,20 +32,22 @@ if TYPE_CHECKING:
 PICTURE, QUESTION, TOKENS = "samples/digits-1.png", "Describe the picture.", 24
 # Largest |difference| over the largest |reference|, by the dtype that was run.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2}
+# MatMulNBits rounds what it multiplies int4 and int8 weights with to 8 bits.
+QUANTIZED_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: ``figure`` must not exceed ``limit``."""
+    """One comparison: ``figure`` must not exceed ``limit``; None: it is only told."""
 
     name: str
     figure: float
-    limit: float
+    limit: float | None
     unit: str
 
     @property
     def passed(self) -> bool:
-        return self.figure <= self.limit
+        return self.limit is None or self.figure <= self.limit
 
 
 def validate(plan: Plan, folder: Path) -> list[Check]:
@@ -72,31 +77,50 @@ def validate(plan: Plan, folder: Path) -> list[Check]:
 def table(checks: Sequence[Check]) -> str:
     width = max(len(c.name) for c in checks)
     return "\n".join(
-        f"  {'✓' if c.passed else '✗'} {c.name:{width}}  {c.figure:.3g} {c.unit} "
-        f"(limit {c.limit:.3g})"
+        f"  {_mark(c)} {c.name:{width}}  {c.figure:.3g} {c.unit}"
+        + ("" if c.limit is None else f" (limit {c.limit:.3g})")
         for c in checks
     )
 
 
+def _mark(check: Check) -> str:
+    if check.limit is None:
+        return "·"
+    return "✓" if check.passed else "✗"
+
+
 def _compare(plan: Plan, folder: Path) -> list[Check]:
-    limit = TOLERANCE[plan.dtype]
+    how, limit = plan.options.quantization, TOLERANCE[plan.dtype]
+    limit = limit if how is None else max(limit, QUANTIZED_TOLERANCE)
     rounding = plan.options.rounding or plan.dtype
     torch_model = load_fp32(plan.family, plan.config, plan.checkpoint, plan.stored_names, rounding)
     reference = Reference(plan.family, plan.config, torch_model, plan.recipe)
+    narrow = how is not None or plan.cache_dtype != plan.dtype
 
     def relative(name: str, ours: np.ndarray, theirs: np.ndarray) -> Check:
-        difference = np.abs(ours.astype(np.float64) - theirs).max()
-        figure = float(difference / max(float(np.abs(theirs).max()), 1e-6))
+        figure = _difference(ours, theirs)
         return Check(name, figure if np.isfinite(figure) else np.inf, limit, "of the largest value")
 
     picture = (resources.files("lvlm.assets") / PICTURE).read_bytes()
     with Model(folder, verify=False) as model:
         prompt = _prompt(model, picture, _token_count(plan))
         features = reference.encode(prompt.pixels)
-        batch = model.engine.start([prompt])
-        answer = reference.generate(
+        batch = model.batches.start([prompt])
+        answer = original = reference.generate(
             prompt.ids, prompt.image_id, features, max_new_tokens=prompt.max_new_tokens
         )
+        if narrow:
+            cache = torch.float32 if plan.cache_dtype == plan.dtype else plan.cache_dtype
+            reference = Reference(plan.family, plan.config, torch_model, plan.recipe, cache)
+            if how is not None:
+                round_products(reference.language, how, plan.dtype)
+            answer = reference.generate(
+                prompt.ids,
+                prompt.image_id,
+                features,
+                max_new_tokens=prompt.max_new_tokens,
+                forced=original.tokens,
+            )
         checks = [
             relative("vision.onnx  image features", batch.features, features.numpy()),
             relative("prefill.onnx logits", batch.logits[0], answer.logits[0].numpy()),
@@ -114,13 +138,33 @@ def _compare(plan: Plan, folder: Path) -> list[Check]:
         )
         tokens, decode = _decode(batch, answer.tokens, [x.numpy() for x in answer.logits], relative)
     checks.append(decode)
-    wrong = _wrong_tokens(tokens, answer.tokens, answer.logits, limit)
+    best = [int(scores.argmax()) for scores in answer.logits]
+    wrong = _wrong_tokens(tokens, best, answer.logits, limit)
     checks.append(Check(f"tokens that differ, of {len(answer.tokens)}", wrong, 0, "tokens"))
-    if plan.recipe.name == "none" and rounding == torch.float32:
+    if narrow:
+        checks += _cost(original, answer)
+    elif plan.recipe.name == "none" and rounding == torch.float32:
         theirs = _transformers_tokens(torch_model, prompt, len(answer.tokens))
         wrong = sum(a != b for a, b in zip(tokens, theirs, strict=False))
         checks.append(Check("tokens unlike transformers' generate", wrong, 0, "tokens"))
     return checks
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest |difference| over the largest |theirs|."""
+    difference = np.abs(ours.astype(np.float64) - theirs).max()
+    return float(difference / max(float(np.abs(theirs).max()), 1e-6))
+
+
+def _cost(original: Answer, rounded: Answer) -> list[Check]:
+    """What narrower weights and caches change against the checkpoint, on the same tokens."""
+    pairs = list(zip(rounded.logits, original.logits, strict=True))
+    largest = max(_difference(a.numpy(), b.numpy()) for a, b in pairs)
+    changed = sum(int(a.argmax()) != int(b.argmax()) for a, b in pairs)
+    return [
+        Check("rounding: change of the logits", largest, None, "of the largest value"),
+        Check(f"rounding: tokens that change, of {len(pairs)}", changed, None, "tokens"),
+    ]
 
 
 def _token_count(plan: Plan) -> int:

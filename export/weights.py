@@ -2,22 +2,28 @@
 
 A linear layer of torch multiplies with the transposed weight; ONNX Runtime would fold that
 Transpose into a second copy per session. So a weight that every graph uses transposed is stored
-transposed, and the Transpose nodes go.
+transposed, and the Transpose nodes go. Weights of products that read the same input lie side by
+side in one tensor (fused_products.py), quantized ones lie as numbers and scales
+(quantized_products.py).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
 from lvlm.export.checkpoint import Checkpoint
+from lvlm.export.quantization import quantize
+from lvlm.export.quantized_products import BLOCKS, QuantizedTensor
 from lvlm.export.tracing import TracedGraph
-from lvlm.runtime.bundle import File
+from lvlm.runtime.bundle import File, Weight
 
 WEIGHTS = "weights.bin"
 ALIGNMENT = 4096  # a page, so that a reader can map single tensors
@@ -29,12 +35,23 @@ IR_TYPES = {
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of the weights file."""
+class Part:
+    """A parameter of the checkpoint inside a stored tensor."""
 
     parameter: str
-    shape: tuple[int, ...]  # as stored
     transposed: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the weights file: ``parts`` side by side on their last axis, and where
+    ``quantized`` what was computed from them."""
+
+    name: str
+    parts: tuple[Part, ...]
+    quantized: QuantizedTensor | None
+    shape: tuple[int, ...]  # as stored
+    dtype: ir.DataType
     offset: int
     nbytes: int
 
@@ -62,27 +79,38 @@ def _is_transpose(node: ir.Node) -> bool:
     return permutation is not None and list(permutation.as_ints()) == [1, 0]
 
 
-def plan(graphs: Sequence[TracedGraph], transposed: set[str], dtype: torch.dtype) -> list[Entry]:
-    """Where each tensor lies, in the order the graphs first use them."""
+def plan(
+    graphs: Sequence[TracedGraph],
+    transposed: set[str],
+    fused: Mapping[str, tuple[str, ...]],
+    quantized: Mapping[str, QuantizedTensor],
+) -> list[Entry]:
+    """Where each tensor lies, in the order the graphs first use them; ``fused`` are those made of
+    several parameters. Zero points, which are all alike, lie in one place at the end."""
     entries: dict[str, Entry] = {}
-    end = 0
     for graph in graphs:
         for name, value in graph.parameters.items():
-            if name in entries or value.shape is None:
+            if name in entries or value.shape is None or value.dtype is None:
                 continue
+            made = quantized.get(name)
+            source = name if made is None else made.source
+            parts = tuple(Part(p, p in transposed) for p in fused.get(source, (source,)))
             shape = tuple(value.shape.numpy())
-            nbytes = dtype.itemsize
-            for size in shape:
-                nbytes *= size
-            offset = -(-end // ALIGNMENT) * ALIGNMENT
-            entries[name] = Entry(name, shape, name in transposed, offset, nbytes)
-            end = offset + nbytes
-    return list(entries.values())
+            nbytes = -(-math.prod(shape) * value.dtype.bitwidth // 8)
+            entries[name] = Entry(name, parts, made, shape, value.dtype, 0, nbytes)
+    alike = [e for e in entries.values() if e.quantized and e.quantized.role == "zero points"]
+    alike.sort(key=lambda e: -e.nbytes)
+    placed, end = [], 0
+    for entry in [e for e in entries.values() if e not in alike] + alike[:1]:
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        placed.append(replace(entry, offset=offset))
+        end = offset + entry.nbytes
+    return placed + [replace(entry, offset=placed[-1].offset) for entry in alike[1:]]
 
 
-def attach(graphs: Sequence[TracedGraph], entries: Sequence[Entry], dtype: torch.dtype) -> None:
+def attach(graphs: Sequence[TracedGraph], entries: Sequence[Entry]) -> None:
     """Point every graph's initializers at the weights file."""
-    places = {e.parameter: e for e in entries}
+    places = {e.name: e for e in entries}
     for graph in graphs:
         for name, value in graph.parameters.items():
             entry = places[name]
@@ -90,10 +118,27 @@ def attach(graphs: Sequence[TracedGraph], entries: Sequence[Entry], dtype: torch
                 WEIGHTS,
                 entry.offset,
                 entry.nbytes,
-                IR_TYPES[dtype],
+                entry.dtype,
                 shape=ir.Shape(entry.shape),
                 name=name,
             )
+
+
+def table(entries: Sequence[Entry]) -> dict[str, Weight]:
+    """The manifest's list of what lies where: everything that is whole bytes, and packed numbers
+    also as the blocks that lowered graphs read."""
+    listed = {}
+    for e in entries:
+        if e.dtype.bitwidth >= 8:
+            listed[e.name] = Weight(WEIGHTS, e.offset, e.nbytes, _name(e.dtype), e.shape)
+        if e.quantized is not None and e.quantized.role == "numbers":
+            dims = e.quantized.how.blocks(*e.shape)
+            listed[e.name + BLOCKS] = Weight(WEIGHTS, e.offset, e.nbytes, "uint8", dims)
+    return listed
+
+
+def _name(dtype: ir.DataType) -> str:
+    return {v: str(k).removeprefix("torch.") for k, v in IR_TYPES.items()}.get(dtype, "uint8")
 
 
 def write(
@@ -109,19 +154,56 @@ def write(
 
     ``rounding`` first rounds to a narrower type: the fp32 twin of a bf16 bundle.
     """
+    content = _Content(checkpoint, stored_names, dtype, rounding)
     digest, position = hashlib.sha256(), 0
     with path.open("wb") as file:
         for entry in entries:
-            tensor = checkpoint.read(stored_names[entry.parameter])
-            if rounding is not None:
-                tensor = tensor.to(rounding)
-            tensor = tensor.to(dtype)
-            if entry.transposed:
-                tensor = tensor.t()
-            data = tensor.contiguous().view(torch.uint8).numpy().data
+            if entry.offset < position:
+                continue  # zero points that lie there already
+            data = content.of(entry).view(torch.uint8).numpy().data
             for chunk in (bytes(entry.offset - position), data):
                 file.write(chunk)
                 digest.update(chunk)
             position = entry.offset + entry.nbytes
             progress(entry.nbytes)
     return File(digest.hexdigest(), position)
+
+
+class _Content:
+    """What is stored for an entry; remembers the last quantized weight for its scales."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        stored_names: Mapping[str, str],
+        dtype: torch.dtype,
+        rounding: torch.dtype | None,
+    ) -> None:
+        self.checkpoint, self.stored_names = checkpoint, stored_names
+        self.dtype, self.rounding = dtype, rounding
+        self.last: tuple[str, np.ndarray, np.ndarray] | None = None
+
+    def of(self, entry: Entry) -> torch.Tensor:
+        made = entry.quantized
+        if made is None:
+            return self._weight(entry.parts).contiguous()
+        if made.role == "zero points":
+            number = made.how.zero_point
+            byte = number if made.how.bits == 8 else number << 4 | number
+            return torch.full((entry.nbytes,), byte, dtype=torch.uint8)
+        if self.last is None or self.last[0] != made.source:
+            weight = self._weight(entry.parts).float()
+            weight = weight.t() if made.outputs_first else weight
+            self.last = (made.source, *quantize(weight.numpy(), made.how))
+        _, packed, scales = self.last
+        if made.role == "numbers":
+            return torch.from_numpy(packed)
+        return torch.from_numpy(scales).to(self.dtype)
+
+    def _weight(self, parts: Sequence[Part]) -> torch.Tensor:
+        tensors = []
+        for part in parts:
+            tensor = self.checkpoint.read(self.stored_names[part.parameter])
+            tensor = (tensor if self.rounding is None else tensor.to(self.rounding)).to(self.dtype)
+            tensors.append(tensor.t() if part.transposed else tensor)
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-1)

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from lvlm.plugins_trt import engine_builder
     from lvlm.plugins_trt.engine_plan import make_plan
 
-    if request.target.flavour == "onnxruntime":
+    if not request.target.built:
         print(engine_builder.lower_only(request, Progress(1, quiet=args.quiet), args.dry_run))
         return 0
     plan = make_plan(request)

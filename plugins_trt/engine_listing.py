@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from lvlm.runtime.bundle import Manifest
     from lvlm.runtime.engines import EngineSet, Range
 
-PEOPLE = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX", "onnxruntime": "ONNX Runtime"}
+PEOPLE = {
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT-RTX",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
 
 
 def targets() -> str:

@@ -26,14 +26,14 @@ RTX = {
     "timing_cache": "TensorRT-RTX measures nothing while it builds",
 }
 FULL = {"sm": "TensorRT builds for the GPU it runs on; do that on the machine that is meant"}
-ORT = dict.fromkeys(
+LOWERED = dict.fromkeys(
     (
         *("sm", "batch", "max_prompt", "workspace", "plugins", "weights", "timing_cache"),
         *("version_compatible", "hardware_compatible", "output", "force"),
     ),
-    "ONNX Runtime's graphs are only lowered, nothing is built",
+    "its graphs are only lowered, nothing is built",
 )
-REFUSED = {"tensorrt-rtx": RTX, "tensorrt": FULL, "onnxruntime": ORT}
+REFUSED = {"tensorrt-rtx": RTX, "tensorrt": FULL, "onnxruntime": LOWERED, "openvino": LOWERED}
 
 
 @dataclass(frozen=True)

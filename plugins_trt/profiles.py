@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lvlm.runtime.batch import PICTURES_AT_ONCE
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.engines import Range
 from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.graphs import PICTURES_AT_ONCE
 from lvlm.runtime.schedule import keep_ratios, kept, recycled, tokens_per_layer
 
 QUESTION = 32  # text tokens of a usual prompt

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.sampling import Sampling
+from lvlm.runtime.sampling import Sampling, TokenScore
 from lvlm.runtime.schedule import Keep
 
 
@@ -23,6 +23,8 @@ class Options:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
     keep: Keep | None = None
     kv_keep: float | None = None
     chat_template: bool = True
@@ -37,6 +39,10 @@ class Options:
         if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
             raise ParameterError(f"stop is {self.stop!r}; give a list of texts, none of them empty")
 
+        many = self.logprobs
+        if many is not None and (isinstance(many, bool) or not isinstance(many, int) or many < 0):
+            raise ParameterError(f"logprobs is {many!r}; give None or a whole number of 0 or more")
+
     def sampling(self, row: int) -> Sampling:
         """Row r of a seeded batch draws from seed + r, so that equal prompts differ."""
         seed = self.seed + row if isinstance(self.seed, int) else self.seed
@@ -50,6 +56,8 @@ class Stats:
     """What one answer took. Times cover the whole batch; bytes are of its cache.
 
     tokens_per_layer entered each block in prefill, kept_per_layer of them stayed in its cache.
+    An engine also tells how long a request waited, and how many of its prompt's tokens lay in the
+    cache already; its times are those of the steps that the request took part in.
     """
 
     prompt_tokens: int
@@ -64,6 +72,8 @@ class Stats:
     decode_steps: int
     cache_bytes_allocated: int
     cache_bytes_used: int
+    queued_ms: float = 0.0
+    reused_tokens: int = 0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -78,7 +88,8 @@ class Generation:
     then tells whether the bundle's capacity ended it before max_new_tokens. ``image_id`` tells of
     every prompt token whether it is text (0) or of the m-th image (m). ``merge_maps`` holds, per
     reduction, old -> new index of every token that enters it (a prompt token enters the first), -1
-    where it was dropped; padding follows in a batch."""
+    where it was dropped; padding follows in a batch. ``scores`` has an entry per token where
+    logprobs were asked for."""
 
     text: str
     token_ids: list[int]
@@ -87,6 +98,7 @@ class Generation:
     image_id: np.ndarray = field(repr=False, compare=False)
     merge_maps: list[np.ndarray] = field(repr=False, compare=False, default_factory=list)
     capacity_reached: bool = False
+    scores: list[TokenScore] = field(repr=False, default_factory=list)
 
 
 class Stream:

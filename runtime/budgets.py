@@ -25,8 +25,8 @@ TOLERANCE = 10.0**-DIGITS
 class Budgets:
     """How many entries each layer keeps.
 
-    ``fractions`` float64 [L], each layer's share; ``keep``, the call's share of all entries. In
-    what follows L are the layers, B the rows; counts are int64.
+    ``fractions`` float64 [L,1], each layer's share, or [L,B] where rows have their own; ``keep``,
+    the call's share of all entries. In what follows L are the layers, B the rows; counts are int64.
     """
 
     compression: Compression | None
@@ -44,9 +44,10 @@ class Budgets:
                     f"kv_keep={keep} needs a bundle with cache compression; export with --recipe "
                     "elastic-cache, prefixkv, uniform or lightvlm"
                 )
-            return cls(None, np.ones(layers), 1.0)
+            return cls(None, np.ones((layers, 1)), 1.0)
         keep = compression.keep if keep is None else keep
-        return cls(compression, _fractions(compression.profile, layers, keep), keep)
+        fractions = _fractions(compression.profile, layers, keep)
+        return cls(compression, fractions[:, None], keep)
 
     def prompt(self, entries: np.ndarray) -> np.ndarray:
         """What prefill leaves [L,B] of the ``entries`` [L,B] that entered each layer."""
@@ -59,7 +60,7 @@ class Budgets:
         if c.semantics == "reference":
             return _int64(np.minimum(self._released(entries), upper))
         lower = np.minimum(self.protected, entries)
-        share = self.fractions[:, None] * entries
+        share = self.fractions * entries
         if not c.profile:
             return _int64(np.clip(np.rint(np.round(share, DIGITS)), lower, upper))
         rows = [_apportion(*row) for row in zip(share.T, lower.T, upper.T, strict=True)]
@@ -73,10 +74,9 @@ class Budgets:
         c = self.compression
         if c is None:
             return seen.astype(np.int64)
-        fractions = self.fractions[:, None]
-        share = np.ceil(fractions * seen - TOLERANCE)
+        share = np.ceil(self.fractions * seen - TOLERANCE)
         if c.semantics == "reference":  # float noise included
-            share = np.ceil(seen * (1 - (1 - fractions)))
+            share = np.ceil(seen * (1 - (1 - self.fractions)))
         least = max(1, c.sinks) if c.interval is None else self.protected
         most = seen if c.cap is None else np.minimum(seen, c.cap)
         return _int64(np.clip(np.maximum(share, c.floor), np.minimum(least, seen), most))
@@ -143,7 +143,7 @@ class Budgets:
         assert self.compression is not None
         least = np.minimum(self.compression.sinks + 1, entries)
         if self.compression.profile:
-            forgotten = np.rint((1 - self.fractions[:, None]) * entries)
+            forgotten = np.rint((1 - self.fractions) * entries)
             return _int64(np.maximum(entries - forgotten, least))
         ratio = 1 - self.keep
         forgotten = (entries - entries * (1 - ratio)).astype(np.int64)

@@ -12,14 +12,14 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 
 from lvlm.runtime.errors import BundleError
 from lvlm.runtime.integrity import check_files
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST = "lvlm.json"
 T = TypeVar("T")
 
@@ -35,9 +35,25 @@ class Port:
 
 @dataclass(frozen=True)
 class Graph:
+    """``weights`` are the names of its large initializers; ``lowered``: target -> file of the same
+    graph, inputs, outputs and weights too, as that target runs it best."""
+
     file: str
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    weights: tuple[str, ...] = ()
+    lowered: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a tensor lies: ``bytes`` of ``file`` from ``offset`` on, row-major."""
+
+    file: str
+    offset: int
+    bytes: int
+    dtype: str
+    dims: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -139,14 +155,27 @@ class File:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """The language model's products are stored in ``bits``, with a scale per ``block`` inputs."""
+
+    bits: int
+    block: int
+
+
+@dataclass(frozen=True)
 class Manifest:
+    """``dtype`` is what the graphs compute in; the cache may be narrower, and so may weights."""
+
     schema: int
     family: str
     model: dict[str, Any]
     recipe: str
     parameters: dict[str, Any]
     dtype: Literal["float32", "float16", "bfloat16"]
+    cache_dtype: Literal["float32", "float16", "bfloat16"]
+    quantization: Quantization | None
     graphs: dict[str, Graph]
+    weights: dict[str, Weight]
     text: Text
     images: Images
     keep: float
@@ -194,7 +223,8 @@ def read_bundle(folder: str | Path, *, verify: bool = True) -> Manifest:
 
 def _check(manifest: Manifest, path: Path) -> None:
     """What types alone cannot say."""
-    for name in [g.file for g in manifest.graphs.values()] + list(manifest.files):
+    graphs = [f for g in manifest.graphs.values() for f in (g.file, *g.lowered.values())]
+    for name in graphs + list(manifest.files):
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or not name or set(name) & {"\\", "\0"}:
             raise BundleError(
@@ -203,9 +233,9 @@ def _check(manifest: Manifest, path: Path) -> None:
     missing = {"vision", "prefill", "decode"} - set(manifest.graphs)
     if missing:
         raise BundleError(f"{path} lists no {', '.join(sorted(missing))} graph; export again")
-    unlisted = {g.file for g in manifest.graphs.values()} - set(manifest.files)
-    if unlisted:
+    if unlisted := set(graphs) - set(manifest.files):
         raise BundleError(f"{path} has no hash for {', '.join(sorted(unlisted))}; export again")
+    _check_weights(manifest, path)
     layers = manifest.text.layers
     if len(manifest.capacity.per_layer) != layers:
         raise BundleError(f"{path} lists capacities for another number of layers than {layers}")
@@ -222,6 +252,16 @@ def _check(manifest: Manifest, path: Path) -> None:
     _check_reductions(manifest.reductions, layers, path)
     if manifest.compression is not None:
         _check_compression(manifest.compression, layers, path)
+
+
+def _check_weights(manifest: Manifest, path: Path) -> None:
+    """Every graph's weights are listed, and lie inside their files."""
+    if unknown := {w for g in manifest.graphs.values() for w in g.weights} - set(manifest.weights):
+        raise BundleError(f"{path} does not list the weight {min(unknown)!r}; export again")
+    for name, w in manifest.weights.items():
+        size = manifest.files[w.file].bytes if w.file in manifest.files else 0
+        if min(w.offset, w.bytes, *w.dims, 0) < 0 or w.offset + w.bytes > size:
+            raise BundleError(f"{path}: the weight {name!r} lies outside its file; export again")
 
 
 def _check_reductions(reductions: tuple[Reduction, ...], layers: int, path: Path) -> None:

@@ -46,6 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, metavar="X", help="above 1 repeats less (default 1.0)")
     add("--seed", type=int, metavar="N", help="makes draws repeatable")
     add("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable")
+    add("--ignore-eos", action="store_true", default=None, help="go on to --max-new-tokens")
+    add(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="with --json: each token's logarithm of its probability, and the N likeliest ones",
+    )
     add(
         "--keep",
         type=_keep,
@@ -124,6 +131,8 @@ def _check(args: argparse.Namespace) -> None:
     if idle and not args.temperature:
         flag = "--" + idle[0].replace("_", "-")
         raise ParameterError(f"{flag} has no effect at temperature 0; add --temperature 0.7, say")
+    if args.logprobs is not None and not args.json:
+        raise ParameterError("--logprobs is part of --json's output; add --json")
     if args.show_merge is not None:
         if not args.image:
             raise ParameterError("--show-merge draws on a picture; give one with --image")
@@ -146,7 +155,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What was given; the defaults are those of Model.generate."""
     names = (
         *("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed"),
-        *("stop", "keep", "kv_keep", "system"),
+        *("stop", "ignore_eos", "logprobs", "keep", "kv_keep", "system"),
     )
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return options | {"chat_template": not args.no_chat_template}
@@ -240,9 +249,11 @@ def _kept(stats: Stats) -> str:
 
 def _data(answer: Generation) -> dict[str, Any]:
     speed = answer.stats.decode_tokens_per_second
+    scores = [dataclasses.asdict(score) for score in answer.scores]
     return {
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
+        **({"logprobs": scores} if scores else {}),
         "stats": dataclasses.asdict(answer.stats) | {"decode_tokens_per_second": speed},
     }

@@ -39,6 +39,26 @@ class DeviceMemoryError(BackendError):
         self.free = free
 
 
+class RequestError(LvlmError):
+    """A request to an engine ended without an answer."""
+
+
+class QueueFullError(RequestError):
+    """An engine has as many requests waiting as it may have."""
+
+
+class RequestCancelled(RequestError):  # noqa: N818 - not a mistake
+    """A request was cancelled by its caller."""
+
+
+class RequestTimeout(RequestError, TimeoutError):  # noqa: N818 - named like TimeoutError
+    """A request was not answered within its own timeout."""
+
+
+class EngineClosedError(RequestError):
+    """An engine was closed before a request was answered."""
+
+
 class CheckpointError(LvlmError):
     """A checkpoint is missing, incomplete, or of an unsupported architecture."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from lvlm.runtime.budgets import Budgets
-from lvlm.runtime.bundle import Manifest
+from lvlm.runtime.bundle import Capacity
 from lvlm.runtime.errors import CapacityError
 
 
 def new_token_limit(
-    manifest: Manifest,
+    capacity: Capacity,
     budgets: Budgets,
     entries: np.ndarray,
     text_tokens: int,
@@ -21,24 +21,22 @@ def new_token_limit(
 
     Raises CapacityError, which names the limit, if there is no room for any.
     """
-    capacity = manifest.capacity
     if pictures > capacity.max_images:
         raise CapacityError(
-            f"{pictures} images, but the bundle was exported with --max-images "
-            f"{capacity.max_images}; export with more"
+            f"{pictures} images, but there is room for --max-images {capacity.max_images}; give "
+            "fewer, or export with more"
         )
     if text_tokens >= capacity.max_text_len:
         raise CapacityError(
-            f"the prompt has {text_tokens} text tokens, but the bundle was exported with "
-            f"--max-text-len {capacity.max_text_len} for prompt and answer; shorten it or "
-            "export with more"
+            f"the prompt has {text_tokens} text tokens, but there is room for --max-text-len "
+            f"{capacity.max_text_len} of prompt and answer; shorten it or export with more"
         )
     wanted = min(wanted, capacity.max_text_len - text_tokens)
     slots, kept = np.array(capacity.per_layer), budgets.prompt(entries[:, None])[:, 0]
     if (kept > slots).any():
         layer = int((kept - slots).argmax())
         raise CapacityError(
-            f"at these ratios layer {layer} needs {kept[layer]} cache entries, the bundle has "
+            f"at these ratios layer {layer} needs {kept[layer]} cache entries, there are "
             f"{slots[layer]}; lower keep or kv_keep, or export with a larger one"
         )
     return 1 + budgets.room(entries, slots, wanted - 1)  # the last token is never fed back

@@ -10,19 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, overload
 
-import numpy as np
-
 from lvlm.runtime.answers import Generation, Options, Stats, Stream
 from lvlm.runtime.backends import open_backend
-from lvlm.runtime.batch import Batch, RowState
-from lvlm.runtime.budgets import Budgets
+from lvlm.runtime.batch import Batch, Batches
 from lvlm.runtime.bundle import Manifest, read_bundle
-from lvlm.runtime.discovery import nearest
-from lvlm.runtime.engine import Engine, Prompt
+from lvlm.runtime.counts import read_options
 from lvlm.runtime.errors import BackendError, ParameterError, PromptError
+from lvlm.runtime.graphs import Graphs
 from lvlm.runtime.images import ImageSource
-from lvlm.runtime.prompts import PromptMaker
-from lvlm.runtime.schedule import keep_ratios
+from lvlm.runtime.prompts import Prompt, PromptMaker
 from lvlm.runtime.text import TextStream, Tokenizer
 
 
@@ -58,8 +54,8 @@ class Model:
             manifest.special_tokens,
         )
         self.processor = self._prompts.processor
-        self._engine: Engine | None = Engine(
-            folder, manifest, open_backend(device, threads=threads)
+        self._batches: Batches | None = Batches(
+            Graphs(folder, manifest, open_backend(device, threads=threads))
         )
         self._busy = threading.Lock()
 
@@ -84,13 +80,14 @@ class Model:
 
         Images are paths, bytes, PIL images or uint8 arrays [H,W,3]. Options: max_new_tokens (256),
         temperature (0: greedy), top_k, top_p, repetition_penalty, seed, stop (strings that end the
-        answer), keep (fraction of image tokens, or one per reduction), kv_keep (fraction of the
-        cache entries), chat_template (False: the prompt as it stands, with its own image
-        placeholders), system.
+        answer), ignore_eos (go on to max_new_tokens), logprobs (how many of the likeliest tokens to
+        tell of at every step; 0: the chosen one only), keep (fraction of image tokens, or one per
+        reduction), kv_keep (fraction of the cache entries), chat_template (False: the prompt as it
+        stands, with its own image placeholders), system.
 
         Raises ParameterError, PromptError, ImageError, CapacityError, BackendError.
         """
-        parsed = self._options(options)
+        parsed = read_options(self.manifest, options)
         single = isinstance(prompt, str)
         prompts = [prompt] if single else list(prompt)
         pictures = [images] if single else list(images) or [()] * len(prompts)
@@ -112,7 +109,7 @@ class Model:
         Nothing is computed before the first piece is asked for, but mistakes in the options are
         raised here.
         """
-        parsed = self._options(options)
+        parsed = read_options(self.manifest, options)
 
         def pieces() -> Generator[str | Generation]:
             with closing(self._run([prompt], [images], parsed)) as events:
@@ -121,20 +118,8 @@ class Model:
 
         return Stream(pieces())
 
-    def _options(self, given: dict[str, object]) -> Options:
-        """The options of a call; a wrong one is an error before any work."""
-        unknown = set(given) - set(Options.__dataclass_fields__)
-        if unknown:
-            raise nearest("option", min(unknown), Options.__dataclass_fields__)
-        options = Options(**given)  # type: ignore[arg-type]
-        options.sampling(0)
-        manifest = self.manifest
-        keep_ratios(manifest.reductions, manifest.keep, options.keep)
-        Budgets.of(manifest.compression, manifest.text.layers, options.kv_keep)
-        return options
-
     def close(self) -> None:
-        self._engine = None
+        self._batches = None
 
     def __enter__(self) -> Self:
         return self
@@ -154,47 +139,46 @@ class Model:
         options: Options,
     ) -> Generator[tuple[int, str] | list[Generation]]:
         """(row, piece of text) as they come; at the end the list of generations."""
-        with self._exclusive() as engine:
+        with self._exclusive() as batches:
             rows = [
                 self.prepare(row, prompt, images, options)
                 for row, (prompt, images) in enumerate(zip(prompts, pictures, strict=True))
             ]
-            batch = engine.start(rows, options.keep, options.kv_keep)
+            batch = batches.start(rows, options.keep, options.kv_keep)
             streams = [TextStream(self.tokenizer, options.stop) for _ in rows]
             texts = ["" for _ in rows]
             while batch.active:
                 for index, token in batch.step():
                     row, stream = batch.rows[index], streams[index]
-                    piece = stream.push(token)
-                    if row.finish_reason is not None and not stream.stopped:
-                        piece += stream.finish()
+                    piece = stream.push(token, last=row.finish_reason is not None)
                     if stream.stopped:
                         row.finish_reason = "stop"
                     texts[index] += piece
                     yield index, piece
-            yield [
-                self._generation(batch, index, texts[index], row.image_id)
-                for index, row in enumerate(rows)
-            ]
+            yield [self._generation(batch, index, text) for index, text in enumerate(texts)]
 
     @contextmanager
-    def _exclusive(self) -> Iterator[Engine]:
-        engine = self.engine
+    def _exclusive(self) -> Iterator[Batches]:
+        batches = self.batches
         if not self._busy.acquire(blocking=False):
             raise BackendError(
                 "this model is answering another call; finish or close that stream, or load a "
                 "second model"
             )
         try:
-            yield engine
+            yield batches
         finally:
             self._busy.release()
 
     @property
-    def engine(self) -> Engine:
-        if self._engine is None:
+    def batches(self) -> Batches:
+        if self._batches is None:
             raise BackendError("this model is closed; load the bundle again")
-        return self._engine
+        return self._batches
+
+    @property
+    def graphs(self) -> Graphs:
+        return self.batches.graphs
 
     def prepare(
         self, row: int, prompt: str, images: Sequence[ImageSource], options: Options
@@ -202,18 +186,11 @@ class Model:
         """One row of a batch: pictures opened and scaled, the prompt as token ids."""
         return self._prompts.prepare(row, prompt, images, options)
 
-    def _generation(self, batch: Batch, index: int, text: str, image_id: np.ndarray) -> Generation:
-        row: RowState = batch.rows[index]
-        entries = batch.plan.entries[:, index]
-        image_tokens = sum(batch.image_tokens[index])
-        text_tokens = int(entries[0]) - image_tokens
+    def _generation(self, batch: Batch, index: int, text: str) -> Generation:
+        row = batch.rows[index]
         stats = Stats(
-            prompt_tokens=int(entries[0]),
-            image_tokens=image_tokens,
+            **batch.counts.of_row(index),
             new_tokens=len(row.tokens),
-            tokens_per_layer=tuple(entries.tolist()),
-            image_tokens_per_layer=tuple((entries - text_tokens).tolist()),
-            kept_per_layer=tuple(batch.kept[:, index].tolist()),
             vision_ms=batch.timings.vision_ms,
             prefill_ms=batch.timings.prefill_ms,
             decode_ms=batch.timings.decode_ms,
@@ -223,8 +200,16 @@ class Model:
         )
         assert row.finish_reason is not None
         maps = [m[index] for m in batch.merge_maps]
-        short = row.finish_reason == "length" and len(row.tokens) < row.wanted
-        return Generation(text, row.tokens, row.finish_reason, stats, image_id, maps, short)
+        return Generation(
+            text,
+            row.tokens,
+            row.finish_reason,
+            stats,
+            row.prompt.image_id,
+            maps,
+            row.cut_short,
+            row.scores,
+        )
 
 
 def load(

@@ -55,6 +55,35 @@ def driver(load: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> Driver:
     return Driver((version.value // 1000, version.value % 1000 // 10), gpus)
 
 
+def copy_on_device(
+    target: int, source: int, size: int, load: Callable[[str], ctypes.CDLL] = ctypes.CDLL
+) -> None:
+    """Copy ``size`` bytes on the first GPU and wait."""
+    into, old, count = ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size)
+    _on_device(load(LIBRARY), "cuMemcpyDtoD_v2", into, old, count)
+
+
+def clear_on_device(
+    target: int, size: int, load: Callable[[str], ctypes.CDLL] = ctypes.CDLL
+) -> None:
+    """Write ``size`` bytes of zeros on the first GPU and wait."""
+    into, zero, count = ctypes.c_uint64(target), ctypes.c_ubyte(0), ctypes.c_size_t(size)
+    _on_device(load(LIBRARY), "cuMemsetD8_v2", into, zero, count)
+
+
+def _on_device(cuda: ctypes.CDLL, function: str, *arguments: object) -> None:
+    """Call in the context that CUDA's runtime uses, on the first GPU, and wait."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    _call(cuda, "cuDeviceGet", ctypes.byref(device), 0)
+    _call(cuda, "cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+    try:
+        _call(cuda, "cuCtxSetCurrent", context)
+        _call(cuda, function, *arguments)
+        _call(cuda, "cuCtxSynchronize")
+    finally:
+        _call(cuda, "cuDevicePrimaryCtxRelease_v2", device)
+
+
 def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
     device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
     _call(cuda, "cuDeviceGet", ctypes.byref(device), index)

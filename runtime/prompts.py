@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from lvlm.runtime.answers import Options
 from lvlm.runtime.bundle import Images
-from lvlm.runtime.engine import Prompt
 from lvlm.runtime.errors import BundleError, ParameterError, PromptError
 from lvlm.runtime.images import ImageSource, open_image
 from lvlm.runtime.processors import Processor, load_processor
+from lvlm.runtime.sampling import Sampling
 from lvlm.runtime.text import ChatTemplate, Tokenizer, expand_placeholders
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row: token ids with every picture's placeholder repeated per image token.
+
+    image_id [N] int64: 0 text, m the m-th picture; pixels float32 [pictures,3,H,W].
+    """
+
+    ids: Sequence[int]
+    image_id: np.ndarray
+    pixels: np.ndarray
+    sampling: Sampling
+    max_new_tokens: int
+    ignore_eos: bool = False
+    logprobs: int | None = None
 
 
 class PromptMaker:
@@ -71,4 +88,12 @@ class PromptMaker:
         if outside >= self.vocab:
             raise BundleError(f"the tokenizer gives token {outside}, which the model lacks")
         pixels = self.processor.pixel_values(arrays)
-        return Prompt(where, image_id, pixels, options.sampling(row), options.max_new_tokens)
+        return Prompt(
+            where,
+            image_id,
+            pixels,
+            options.sampling(row),
+            options.max_new_tokens,
+            options.ignore_eos,
+            options.logprobs,
+        )

@@ -43,6 +43,26 @@ class Sampling:
             _check("seed", self.seed, Integral, "None or a whole number from 0", lambda x: x >= 0)
 
 
+@dataclass(frozen=True)
+class TokenScore:
+    """Natural logarithms of probabilities, before temperature and penalties.
+
+    ``top``: the likeliest tokens and theirs, as many as were asked for, the likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, logits: np.ndarray, token: int, count: int) -> TokenScore:
+        """From logits [vocabulary]."""
+        shifted = logits.astype(np.float64) - logits.max()
+        scores = shifted - np.log(np.exp(shifted).sum())
+        best = np.argsort(-scores, kind="stable")[:count]
+        top = tuple((int(t), float(scores[t])) for t in best)
+        return cls(float(scores[token]), top)
+
+
 class Sampler:
     """Chooses the tokens of one row's answer, and remembers them. For one thread at a time."""
 

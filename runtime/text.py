@@ -86,8 +86,12 @@ class TextStream:
         self._sent = 0  # characters of the window's text that are through
         self._held = ""  # final text that a stop string may begin in
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_id: int, *, last: bool = False) -> str:
         """The text that became final with this token; often empty."""
+        piece = self._push(token_id)
+        return piece + self.finish() if last else piece
+
+    def _push(self, token_id: int) -> str:
         token = self._tokenizer.visible_token(token_id)
         if self.stopped or token is None:
             return ""

@@ -29,7 +29,7 @@ from lvlm.export.recipes.elastic_cache import ElasticCache
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.recipes.prefixkv import PrefixKV
-from lvlm.runtime.engine import Prompt
+from lvlm.runtime.prompts import Prompt
 from lvlm.runtime.sampling import Sampling
 
 RECIPES = {r.name: r for r in (NoCompression(), ElasticCache(), PrefixKV(), LightVLM(keep=1.0))}
@@ -87,7 +87,7 @@ def decode_row(work: Path, name: str, length: int, new: int) -> dict[str, Any]:
         exact = None
     else:
         with lvlm.load(work / f"cache-{recipe}", verify=False) as model:
-            batch = model.engine.start([prompt_of(length, new)], **options)
+            batch = model.batches.start([prompt_of(length, new)], **options)
             steps = []
             for _ in range(new - 1):
                 batch.rows[0].tokens.append(int(batch.logits[0].argmax()))
@@ -172,7 +172,7 @@ class Stream:
     def step(self) -> None:
         if not self.left:
             prompt = prompt_of(self.length, self.new)
-            self.batch = self.model.engine.start([prompt], **self.options)
+            self.batch = self.model.batches.start([prompt], **self.options)
             self.left = self.new - 1
         self.batch.rows[0].tokens.append(int(self.batch.logits[0].argmax()))
         began = time.perf_counter()
@@ -208,7 +208,7 @@ def prefill_table(work: Path, length: int, rounds: int) -> None:
     for number in range(rounds + 1):
         for name, model in models.items():
             options = {"kv_keep": 0.2} if name != "none" else {}
-            batch = model.engine.start([prompt_of(length, 1)], **options)
+            batch = model.batches.start([prompt_of(length, 1)], **options)
             if number:  # the first round warms up
                 times[name].append(batch.timings.prefill_ms)
     full = statistics.median(times["none"])

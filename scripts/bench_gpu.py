@@ -29,8 +29,8 @@ from bench_big_checkpoint import make_checkpoint
 
 import lvlm
 from lvlm.runtime.bundle import Manifest, read_bundle
-from lvlm.runtime.engine import Prompt
 from lvlm.runtime.errors import LvlmError
+from lvlm.runtime.prompts import Prompt
 from lvlm.runtime.sampling import Sampling
 
 CASES = ("1x1024+512", "8x1024+512", "16x1024+512", "16x624+256", "48x624+256", "1x1024+4096")
@@ -170,7 +170,7 @@ def measure(args: argparse.Namespace, name: str, case: Case) -> dict[str, Any]:
 def run_ours(
     model: lvlm.Model, prompts: list[Prompt], new: int, options: dict[str, float]
 ) -> dict[str, Any]:
-    batch = model.engine.start(prompts, **options)
+    batch = model.batches.start(prompts, **options)
     began = time.perf_counter()
     for _ in range(new - 1):
         for row, logits in zip(batch.rows, batch.logits, strict=True):

@@ -27,7 +27,7 @@ from lvlm.export.plan import Options, make_plan
 from lvlm.export.progress import Progress
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
-from lvlm.runtime.engine import Prompt
+from lvlm.runtime.prompts import Prompt
 from lvlm.runtime.sampling import Sampling
 
 KEEPS = (1.0, 0.35, 0.15, 0.03)
@@ -63,8 +63,8 @@ def main() -> None:
 
     def ours(name: str, keep: float) -> Callable[[], tuple[float, list[int]]]:
         def run() -> tuple[float, list[int]]:
-            batch = models[name].engine.start([prompt], keep=keep)
-            return batch.timings.prefill_ms, batch.plan.entries[:, 0].tolist()
+            batch = models[name].batches.start([prompt], keep=keep)
+            return batch.timings.prefill_ms, batch.counts.prefill.entries[:, 0].tolist()
 
         return run
 

@@ -106,8 +106,8 @@ def record(args: argparse.Namespace) -> dict[str, Arrays]:
 
     with load(args.bundle, verify=not args.no_verify) as model:
         for name in model.manifest.graphs:
-            session = getattr(model.engine, name)
-            setattr(model.engine, name, Recorder(name, session))
+            session = model.graphs.sessions[name]
+            model.graphs.sessions[name] = Recorder(name, session)
         model.generate(args.prompt, images=[args.image], max_new_tokens=96)
     return found
 

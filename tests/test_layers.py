@@ -78,7 +78,7 @@ def test_the_scan_sees_the_files() -> None:
     names = {path.relative_to(ROOT).as_posix() for _, path in FILES}
     expected = {"runtime/model.py", "runtime/backends/cpu.py", "src/lvlm/main.py"}
     assert expected | {"export/exporter.py", "calibration/datasets/digits.py"} <= names
-    assert {"numpy", "lvlm.runtime.bundle"} <= set(imports(ROOT / "runtime/model.py"))
+    assert {"numpy", "lvlm.runtime.budgets"} <= set(imports(ROOT / "runtime/batch.py"))
 
 
 def python(code: str) -> str:

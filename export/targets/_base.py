@@ -17,19 +17,25 @@ from lvlm.runtime.bundle import Capacity
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-Flavour = Literal["tensorrt", "tensorrt-rtx", "onnxruntime"]
+Flavour = Literal["tensorrt", "tensorrt-rtx", "onnxruntime", "openvino"]
 
 # Standard ops that came with opsets 23 and 24, as our graphs hold them; Attention has data types.
 NEW_OPS = frozenset({"RMSNormalization", "RotaryEmbedding", "TensorScatter"})
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
 HALVES = frozenset({"float16", "bfloat16"})
 
+# Metadata of a decode graph: how many positions its tokens can have; that every new entry goes to
+# slot valid_length - 1
+POSITIONS = "lvlm.positions"
+CACHE_WRITES, AT_THE_END = "lvlm.cache_writes", "end"
+
 
 @dataclass(frozen=True)
 class Target:
     """One entry of ``--target``; found by discovery as ``TARGET``.
 
-    flavour       the package that builds and runs engines; onnxruntime: graphs are run as they are
+    flavour       the package that runs it: of TensorRT's, engines that it builds; of the others,
+                  graphs as they are written
     version       of that package, as many parts as must agree
     platform      the machines it is for
     sms           their architectures, compute capabilities without the dot; (): any
@@ -40,6 +46,7 @@ class Target:
     plugins       lvlm ops are plugins, which their functions must not stand in for
     static_cache  the length of the cache is fixed in the graph
     topk_limit    largest K of its TopK; None: no limit is known
+    narrow        takes quantized weights, and a cache narrower than what is computed in
     verified      what was seen; "": nothing, the entry follows the documentation
     """
 
@@ -57,6 +64,12 @@ class Target:
     static_cache: bool
     topk_limit: int | None
     verified: str
+    narrow: bool = False
+
+    @property
+    def built(self) -> bool:
+        """Engines are built from the graphs."""
+        return self.flavour.startswith("tensorrt")
 
     def lower(self, model: ir.Model, capacity: Capacity) -> None:
         """Change a canonical graph into one for this target."""

@@ -24,6 +24,8 @@ def lower(model: ir.Model, target: Target, capacity: Capacity) -> None:
     With plugins every lvlm op is left without a function, and nothing else is a function, either:
     parsers before TensorRT 10.6 confuse the names inside functions with those around them.
     """
+    if not target.narrow:
+        _passes.refuse_narrow(model, target.name)
     if target.static_cache:
         lengths = {f"capacity_{i}": c for i, c in enumerate(capacity.per_layer)}
         _passes.fix_dimensions(model, lengths)
@@ -52,7 +54,7 @@ def write(target: Target, bundle: Path, graphs: Mapping[str, str], capacity: Cap
     written = []
     for file in graphs.values():
         model = ir.load(bundle / file)
-        lower(model, target, capacity)
+        target.lower(model, capacity)
         for value in model.graph.initializers.values():
             _keep_external(value)
         name = target.file(file)

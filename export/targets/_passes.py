@@ -34,6 +34,20 @@ def fix_dimensions(model: ir.Model, sizes: Mapping[str, int]) -> None:
             value.shape = ir.Shape(dims)
 
 
+def refuse_narrow(model: ir.Model, target: str) -> None:
+    """ExportError for quantized weights and for a cache narrower than what is computed in."""
+    for node in model.graph:
+        if node.op_type == "DequantizeLinear":
+            what, flag = "quantized weights", "--weights"
+        elif node.op_type == "TensorScatter" and any(
+            use.node.op_type == "Cast" for use in node.outputs[0].uses()
+        ):
+            what, flag = "a cache narrower than what it computes in", "--cache"
+        else:
+            continue
+        raise ExportError(f"target {target} does not take {what}; export without {flag}")
+
+
 def lower_ops(model: ir.Model) -> None:
     """Replace every lvlm op that has a form for TensorRT (``Op.lowered``) by the nodes of that
     form, and add the functions of the lvlm ops among them.

@@ -27,6 +27,10 @@ class Call(Protocol):
         Arrays lie in the host's memory, of the ports' types (see ``host_dtype``).
         """
 
+    def stop(self) -> None:
+        """From another thread: a run that is on ends soon with an error, and so do later ones. Only
+        backends that are ``parallel`` can be asked."""
+
 
 class Session(Protocol):
     """A loaded graph."""
@@ -36,16 +40,31 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """One device. ``static_capacity``: its graphs take caches of the manifest's capacities only."""
+    """One device.
+
+    static_capacity  its graphs take caches of the manifest's capacities only
+    parallel         two graphs may run at the same time, from two threads, on buffers that they do
+                     not share; without it a backend is for one thread at a time
+    """
 
     name: str
     static_capacity: bool
+    parallel: bool
 
     def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
         """The graph ``name`` of the bundle in ``folder``."""
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A buffer of zeros; DeviceMemoryError if there is no room."""
+
+    def rows(self, buffer: Buffer, start: int, stop: int) -> Buffer:
+        """Part of a buffer's first axis: the same memory, to be bound like a buffer."""
+
+    def copy_row(self, buffer: Buffer, source: int, target: int, used: int) -> None:
+        """Within a buffer [rows,heads,slots,d]: one row over another, at least ``used`` slots."""
+
+    def clear_row(self, buffer: Buffer, row: int) -> None:
+        """Within a buffer [rows,heads,slots,d]: zeros in all of a row."""
 
 
 def devices() -> list[str]:

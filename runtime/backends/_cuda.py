@@ -51,6 +51,9 @@ class Driver(Protocol):
     def download(self, host: int, device: int, size: int) -> None:
         """Copy from the device, in the stream's order; ``host`` is pinned."""
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Within the device's memory."""
+
     def clear(self, device: int, size: int) -> None:
         """Fill with zeros, in the stream's order."""
 
@@ -183,6 +186,10 @@ class CudaDriver:
     def download(self, host: int, device: int, size: int) -> None:
         kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         _ask(self.runtime.cudaMemcpyAsync(host, device, size, kind, self._stream))
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        _ask(self.runtime.cudaMemcpyAsync(target, source, size, kind, self._stream))
 
     def clear(self, device: int, size: int) -> None:
         _ask(self.runtime.cudaMemsetAsync(device, 0, size, self._stream))

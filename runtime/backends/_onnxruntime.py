@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.runtime.backends import Buffer, host_dtype
+from lvlm.runtime.backends import Buffer
+from lvlm.runtime.backends._host import HostMemory
 from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.errors import BackendError, DeviceMemoryError
 
@@ -17,7 +18,7 @@ Provider = str | tuple[str, dict[str, Any]]
 Place = tuple[str, tuple[int, ...], int]  # device, shape, address
 
 
-class OnnxRuntime:
+class OnnxRuntime(HostMemory):
     """What the backends of ONNX Runtime share. Buffers are bound by address.
 
     ``providers`` in order of preference, by name or as (name, options); the first one must start,
@@ -26,6 +27,7 @@ class OnnxRuntime:
 
     name: str
     static_capacity = False
+    parallel = True
     device = "cpu"  # where ``allocate`` puts buffers
 
     def __init__(self, ort: Any, providers: Sequence[Provider], threads: int | None) -> None:
@@ -37,6 +39,7 @@ class OnnxRuntime:
         options.log_severity_level = 3
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
+        self.configure(options, folder, manifest, graph)
         try:
             session = self.ort.InferenceSession(
                 str(self.file(folder, graph)), options, providers=list(self.providers)
@@ -48,7 +51,10 @@ class OnnxRuntime:
         real = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
         if listed != real:
             raise BackendError(f"{graph.file} has other inputs or outputs than the manifest lists")
-        return OrtSession(session, graph, self.device)
+        return OrtSession(session, graph, self.device, self.ort.RunOptions)
+
+    def configure(self, options: Any, folder: Path, manifest: Manifest, graph: Graph) -> None:
+        """Set more of a session's ``options``; what they refer to lives as long as the backend."""
 
     def file(self, folder: Path, graph: Graph) -> Path:
         """Which form of the graph is run."""
@@ -57,15 +63,14 @@ class OnnxRuntime:
     def check_started(self, providers: list[str]) -> None:
         """Raise BackendError where ONNX Runtime fell back to other ``providers``."""
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        return np.zeros(shape, host_dtype(dtype))
-
 
 class OrtSession:
     """A loaded graph; ``device`` is where outputs go that nobody asked for."""
 
-    def __init__(self, session: Any, graph: Graph, device: str) -> None:
-        self.session, self.device = session, device
+    def __init__(
+        self, session: Any, graph: Graph, device: str, run_options: Callable[[], Any]
+    ) -> None:
+        self.session, self.device, self.run_options = session, device, run_options
         ports = (*graph.inputs, *graph.outputs)
         self.types = {p.name: _element_type(p.dtype) for p in ports}
         self.outputs = [p.name for p in graph.outputs]
@@ -81,6 +86,7 @@ class OrtCall:
         self, owner: OrtSession, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
     ) -> None:
         self.session, self.types, self.device = owner.session, owner.types, owner.device
+        self.options = owner.run_options()
         self.binding = owner.session.io_binding()
         self.lasting = (dict(inputs), dict(outputs))  # keeps the memory alive
         self.ignored = [name for name in owner.outputs if name not in outputs]
@@ -100,10 +106,13 @@ class OrtCall:
                 self.binding.bind_output(name, self.device)
         try:
             self.binding.synchronize_inputs()
-            self.session.run_with_iobinding(self.binding)
+            self.session.run_with_iobinding(self.binding, self.options)
             self.binding.synchronize_outputs()
         except Exception as error:
             raise failure(error, "ONNX Runtime failed") from None
+
+    def stop(self) -> None:
+        self.options.terminate = True
 
     def _bind(self, bind: Callable[..., None], name: str, buffer: Buffer) -> None:
         device, shape, address = _place(buffer)

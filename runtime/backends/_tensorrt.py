@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class TensorRt:
     """
 
     static_capacity = True
+    parallel = False
 
     def __init__(self, name: str, threads: int | None) -> None:
         """``name``: tensorrt or tensorrt-rtx, the package's name, too."""
@@ -57,6 +59,18 @@ class TensorRt:
         buffer = DeviceBuffer(self.driver, size, "a buffer", "give fewer prompts at once")
         self.driver.clear(buffer.address, size)
         return DeviceArray(buffer, shape, dtype)
+
+    def rows(self, buffer: DeviceArray, start: int, stop: int) -> DeviceArray:
+        offset = buffer.offset + start * _row(buffer)
+        return replace(buffer, shape=(stop - start, *buffer.shape[1:]), offset=offset)
+
+    def copy_row(self, buffer: DeviceArray, source: int, target: int, used: int) -> None:  # noqa: ARG002
+        size = _row(buffer)
+        self.driver.copy(buffer.address + target * size, buffer.address + source * size, size)
+
+    def clear_row(self, buffer: DeviceArray, row: int) -> None:
+        size = _row(buffer)
+        self.driver.clear(buffer.address + row * size, size)
 
     def _choose(self, folder: Path, manifest: Manifest) -> EngineSet:
         """The first of the bundle's sets that fits; with none, what is wrong with the nearest."""
@@ -117,6 +131,11 @@ class TensorRt:
         raise BackendError(
             f"{self.name} cannot load {file}: {self.log.text()}; build the engines again"
         )
+
+
+def _row(buffer: DeviceArray) -> int:
+    """Bytes of one row."""
+    return math.prod(buffer.shape[1:]) * np.dtype(host_dtype(buffer.dtype)).itemsize
 
 
 def _logger(trt: Any) -> Any:

@@ -201,6 +201,9 @@ class TensorRtCall:
         self.shapes = {name: array.shape for name, array in inputs.items()}
         self.last: object = None
 
+    def stop(self) -> None:
+        """Not asked for: the backend is not parallel."""
+
     def __call__(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         session = self.session
         key = session.prepare(self, _shapes(inputs), _shapes(outputs))

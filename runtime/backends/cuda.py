@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from lvlm.runtime import nvidia
 from lvlm.runtime.backends import Buffer, host_dtype, require
 from lvlm.runtime.backends._onnxruntime import OnnxRuntime, Provider, failure
 from lvlm.runtime.errors import BackendError
@@ -21,6 +23,7 @@ class Backend(OnnxRuntime):
 
     name = "cuda"
     device = "cuda"
+    parallel = False  # not tried: both would share the GPU anyway
     mend = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
     def __init__(
@@ -50,3 +53,39 @@ class Backend(OnnxRuntime):
             return self.ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
         except Exception as error:
             raise failure(error, "a buffer cannot be allocated") from None
+
+    def rows(self, buffer: Buffer, start: int, stop: int) -> Buffer:
+        shape = tuple(buffer.shape())
+        return Rows(buffer, (stop - start, *shape[1:]), buffer.data_ptr() + start * _row(buffer))
+
+    def copy_row(self, buffer: Buffer, source: int, target: int, used: int) -> None:  # noqa: ARG002
+        size, first = _row(buffer), buffer.data_ptr()
+        nvidia.copy_on_device(first + target * size, first + source * size, size)
+
+    def clear_row(self, buffer: Buffer, row: int) -> None:
+        size = _row(buffer)
+        nvidia.clear_on_device(buffer.data_ptr() + row * size, size)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Part of an OrtValue, with what of it binding asks for."""
+
+    owner: Any  # keeps the memory alive
+    dims: tuple[int, ...]
+    address: int
+
+    def device_name(self) -> str:
+        return str(self.owner.device_name())
+
+    def shape(self) -> tuple[int, ...]:
+        return self.dims
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _row(buffer: Buffer) -> int:
+    """Bytes of one row of an OrtValue."""
+    rows = buffer.shape()[0]
+    return int(buffer.tensor_size_in_bytes()) // int(rows)

@@ -9,13 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lvlm.runtime.answers import Generation, Stats, Stream
+    from lvlm.runtime.engine import AsyncEngine, Engine, Handle
     from lvlm.runtime.errors import LvlmError
     from lvlm.runtime.model import Model, load
 
-__all__ = ["Generation", "LvlmError", "Model", "Stats", "Stream", "load"]
+__all__ = [
+    "AsyncEngine",
+    "Engine",
+    "Generation",
+    "Handle",
+    "LvlmError",
+    "Model",
+    "Stats",
+    "Stream",
+    "load",
+]
 
 _HOME = {
     **dict.fromkeys(("Generation", "Stats", "Stream"), "lvlm.runtime.answers"),
+    **dict.fromkeys(("AsyncEngine", "Engine", "Handle"), "lvlm.runtime.engine"),
     **dict.fromkeys(("Model", "load"), "lvlm.runtime.model"),
     "LvlmError": "lvlm.runtime.errors",
 }

@@ -134,7 +134,7 @@ def test_forced_tokens_meet_the_same_cache_as_generated_ones(
             model.prepare(0, s.prompt, s.images, Options(max_new_tokens=n))
             for s, n in zip(samples, (40, 12, 3), strict=True)
         ]
-        batch = model.engine.start(prompts, None, 0.3)
+        batch = model.batches.start(prompts, None, 0.3)
         surprises = [0.0] * len(prompts)
         while batch.active:
             logits = batch.logits.copy()
@@ -142,7 +142,7 @@ def test_forced_tokens_meet_the_same_cache_as_generated_ones(
                 surprises[row] += surprise(logits[row], token)
         answers = [row.tokens for row in batch.rows]
         used = [batch.cache.bytes_used(row) for row in range(len(prompts))]
-        batch = model.engine.start(prompts, None, 0.3)
+        batch = model.batches.start(prompts, None, 0.3)
         assert feed(batch, answers) == pytest.approx(surprises, rel=1e-6)
         assert [batch.cache.bytes_used(row) for row in range(len(prompts))] == used
 
@@ -462,7 +462,7 @@ def test_room_is_what_the_engine_gives(
         options = Options(max_new_tokens=wanted)
         prompt = model.prepare(0, samples[0].prompt, samples[0].images, options)
         try:
-            limit = model.engine.start([prompt], None, kv_keep).rows[0].limit
+            limit = model.batches.start([prompt], None, kv_keep).rows[0].limit
         except CapacityError:
             limit = 0
     assert new_tokens(manifest, shape, None, kv_keep, wanted) == limit

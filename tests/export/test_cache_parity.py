@@ -18,8 +18,8 @@ from test_parity import ROWS, make_reference
 import lvlm
 from lvlm.export.reference import Reference
 from lvlm.runtime.answers import Options
-from lvlm.runtime.engine import Prompt
 from lvlm.runtime.model import Model
+from lvlm.runtime.prompts import Prompt
 
 KEEPS = (0.1, 0.2, 0.5, 0.9)
 LONG = 256
@@ -50,7 +50,7 @@ def greedy(
     model: Model, rows: Sequence[Prompt], count: int, **ratios: Any
 ) -> tuple[list[list[int]], list[np.ndarray], Any]:
     """Tokens [row][step] past any end of text, each step's logits [B,vocabulary], the batch."""
-    batch = model.engine.start(rows, **ratios)
+    batch = model.batches.start(rows, **ratios)
     logits = []
     for step in range(count):
         logits.append(batch.logits.copy())
@@ -99,7 +99,7 @@ def test_bundle_equals_its_torch_reference(
             answers = [expected(reference, row, count, kv_keep) for row in rows]
             together, _, batch = greedy(model, rows, count, kv_keep=kv_keep)
             assert together == [a.tokens for a in answers], kv_keep
-            assert batch.kept.T.tolist() == [a.kept for a in answers]
+            assert batch.counts.kept.T.tolist() == [a.kept for a in answers]
             alone, _, _ = greedy(model, rows[1:2], count, kv_keep=kv_keep)
             assert alone == [answers[1].tokens], kv_keep
             shrunk.add(int(batch.cache.lengths.sum()))

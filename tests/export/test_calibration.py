@@ -25,8 +25,8 @@ from lvlm.export.reference import Reference
 from lvlm.export.samples import Sample, builtin_samples
 from lvlm.runtime.answers import Options
 from lvlm.runtime.discovery import discover
-from lvlm.runtime.engine import Prompt
 from lvlm.runtime.errors import CheckpointError, ImageError, ParameterError, PromptError
+from lvlm.runtime.prompts import Prompt
 
 MODEL = ModelId("m", "M", "0" * 64)
 

@@ -12,6 +12,7 @@ import pytest
 from lvlm.export.recipes._cache import CacheRule
 from lvlm.export.recipes.elastic_cache import ElasticCache
 from lvlm.export.recipes.prefixkv import PrefixKV
+from lvlm.runtime.backends._host import HostMemory
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import ProfileRow, Text
 from lvlm.runtime.cache import CompactCache
@@ -19,13 +20,12 @@ from lvlm.runtime.cache import CompactCache
 VECTORS = sorted((Path(__file__).parents[1] / "data/caches").glob("*.npz"))
 
 
-class HostMemory:
+class Memory(HostMemory):
     name = "host"
+    static_capacity = False
+    parallel = True
 
-    def load(self, folder: Any, graph: Any) -> Any: ...
-
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        return np.zeros(shape, dtype)
+    def load(self, folder: Any, manifest: Any, name: str) -> Any: ...
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], CacheRule, Budgets]:
@@ -65,7 +65,7 @@ def test_every_step_and_the_final_cache(path: Path) -> None:
     kept = budgets.prompt(seen)
     text = Text(layers, meta["heads"], kv_heads, width, width, 10, ())
     capacities = budgets.capacity(seen, np.array([steps])).tolist()
-    cache = CompactCache(HostMemory(), text, "float32", 1, capacities, budgets)
+    cache = CompactCache(Memory(), text, "float32", 1, capacities, budgets)
     ages = [list(range(count)) for count in kept[:, 0]]  # age of the entry in each slot
     for layer in range(layers):
         for which, short in (("key", "k"), ("value", "v")):

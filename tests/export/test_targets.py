@@ -186,7 +186,7 @@ def logits(folder: Path) -> list[np.ndarray]:
             model.prepare(0, prompt, images, Options())
             for prompt, images in zip(prompts, pictures, strict=True)
         ]
-        batch = model.engine.start(rows)
+        batch = model.batches.start(rows)
         found = [batch.logits.copy()]
         for _ in range(3):
             for row in batch.rows:

@@ -84,7 +84,9 @@ def test_every_call_that_fits_the_bundle_fits_the_profile(
     budgets = Budgets.of(manifest.compression, layers, kv_keep)
     try:
         for row in range(rows):
-            new_token_limit(manifest, budgets, plan.entries[:, row], text[row], pictures[row], 1)
+            new_token_limit(
+                manifest.capacity, budgets, plan.entries[:, row], text[row], pictures[row], 1
+            )
     except CapacityError:
         return  # refused before any engine is asked
     given = dict(plan.inputs)

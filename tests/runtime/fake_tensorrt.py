@@ -72,6 +72,10 @@ class FakeDriver:
         source, target = self._at(self.pinned, host, size), self.memory(device, size)
         self.put(lambda: np.copyto(target, source), "upload", size)
 
+    def copy(self, target: int, source: int, size: int) -> None:
+        into, old = self.memory(target, size), self.memory(source, size)
+        self.put(lambda: np.copyto(into, old), "copy", size)
+
     def download(self, host: int, device: int, size: int) -> None:
         source, target = self.memory(device, size), self._at(self.pinned, host, size)
         self.put(lambda: np.copyto(target, source), "download", size)

@@ -41,6 +41,7 @@ class FakeOrt:
     waits: list[str] = field(default_factory=list)
     opened: list[str] = field(default_factory=list)
     SessionOptions = onnxruntime.SessionOptions
+    RunOptions = onnxruntime.RunOptions
 
     def get_available_providers(self) -> list[str]:
         return list(self.available)
@@ -75,7 +76,7 @@ class FakeOrt:
             get_inputs=real.get_inputs,
             get_outputs=real.get_outputs,
             io_binding=lambda: Binding(self, real.io_binding()),
-            run_with_iobinding=lambda binding: real.run_with_iobinding(binding.real),
+            run_with_iobinding=lambda binding, how: real.run_with_iobinding(binding.real, how),
         )
 
 
@@ -148,7 +149,7 @@ def test_answers_are_those_of_the_cpu(
         assert all(("ort-tensorrt" in name) == bool(targets) for name in ort.opened)
         ours = model.generate(PROMPTS, IMAGES, **options)
         assert [g.token_ids for g in ours] == [g.token_ids for g in expected]
-        cache = model.engine._cache
+        cache = model.batches._cache
         assert cache is not None
         for name, value in cache.buffers.items():
             places = {(d, a) for n, d, a in ort.bound if n in (f"past_{name}", f"present_{name}")}

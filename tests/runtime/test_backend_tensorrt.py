@@ -40,7 +40,7 @@ def decode_steps(model: Model, rows: int, steps: int, **ratios: Any) -> list[np.
     prompts = [
         model.prepare(0, p, i, Options()) for p, i in zip(PROMPTS[:rows], IMAGES, strict=False)
     ]
-    batch = model.engine.start(prompts, **ratios)
+    batch = model.batches.start(prompts, **ratios)
     logits = [batch.logits.copy()]
     for _ in range(steps):
         for row in batch.rows:
@@ -83,7 +83,7 @@ def test_fp16(built: Make) -> None:
     folder = built("none", dtype="fp16")
     with lvlm.load(folder) as cpu, lvlm.load(folder, device="tensorrt-rtx") as model:
         expected, ours = decode_steps(cpu, 2, 3), decode_steps(model, 2, 3)
-        cache = model.engine.start([model.prepare(0, "Hi", [], Options())]).cache
+        cache = model.batches.start([model.prepare(0, "Hi", [], Options())]).cache
     for mine, theirs in zip(ours, expected, strict=True):
         assert mine.dtype == np.float32
         np.testing.assert_allclose(mine, theirs, atol=2e-2)
@@ -125,7 +125,7 @@ def test_the_cache_is_written_in_place(built: Make, driver: FakeDriver) -> None:
     out and one wait."""
     with lvlm.load(built("interval"), device="tensorrt-rtx") as model:
         decode_steps(model, 2, 18, kv_keep=0.5)
-        cache = model.engine._cache
+        cache = model.batches._cache
         assert cache is not None
         assert cache.capacities.tolist() == list(model.manifest.capacity.per_layer)
         runs = [event for event in driver.events if event[0] == "run"]
@@ -194,7 +194,7 @@ def test_a_longer_prompt_moves_the_workspace_and_the_graph_is_made_anew(
 
 def built_at(model: Model) -> Path:
     """The bundle that a model's engines were loaded from."""
-    return next(iter(model.engine.backend._engines))  # type: ignore[attr-defined]
+    return next(iter(model.graphs.backend._engines))  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("endless")

@@ -122,7 +122,7 @@ def test_full_tensorrt_loads_the_plugins_first(
     with lvlm.load(folder, device="tensorrt") as model:
         assert full.libraries == [str(beside)]
         assert model.generate("Hi", max_new_tokens=6).token_ids
-        assert model.engine.backend.runtime.engine_host_code_allowed  # type: ignore[attr-defined]
+        assert model.graphs.backend.runtime.engine_host_code_allowed  # type: ignore[attr-defined]
     elsewhere = tmp_path / "plugins.so"
     beside.rename(elsewhere)
     assert "plugin library" in (error := load_error(folder, "tensorrt"))

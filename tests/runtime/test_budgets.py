@@ -45,9 +45,9 @@ def profiled(rng: np.random.Generator, layers: int, keep: float, **changes: Any)
 
 
 def test_as_exported_or_as_the_call_says() -> None:
-    assert Budgets.of(UNIFORM, 3, None).fractions.tolist() == [0.2] * 3
+    assert Budgets.of(UNIFORM, 3, None).fractions[:, 0].tolist() == [0.2] * 3
     budgets = Budgets.of(UNIFORM, 3, 0.35)
-    assert budgets.fractions.tolist() == [0.35] * 3
+    assert budgets.fractions[:, 0].tolist() == [0.35] * 3
     assert budgets.keep == 0.35
     assert Budgets.of(UNIFORM, 3, np.float32(0.5)).keep == 0.5
     assert Budgets.of(UNIFORM, 3, 1).keep == 1.0
@@ -58,7 +58,7 @@ def test_without_compression_everything_stays() -> None:
     entries = array([7, 3], [5, 2])
     for kv_keep in (None, 1.0, 1):
         budgets = Budgets.of(None, 2, kv_keep)
-        assert budgets.fractions.tolist() == [1, 1]
+        assert budgets.fractions[:, 0].tolist() == [1, 1]
         assert budgets.protected == 0
         np.testing.assert_array_equal(budgets.prompt(entries), entries)
         np.testing.assert_array_equal(budgets.step(entries), entries)
@@ -88,12 +88,12 @@ def test_fractions_lie_between_the_rows_of_a_profile() -> None:
         (0.75, (0.8, 0.7)),
         (1.0, (1.0, 1.0)),
     ]:
-        fractions = Budgets.of(compression, 2, kv_keep).fractions
+        fractions = Budgets.of(compression, 2, kv_keep).fractions[:, 0]
         np.testing.assert_allclose(fractions, expected, rtol=1e-14)
-    assert Budgets.of(compression, 2, 0.2).fractions.tolist() == [0.3, 0.1]
+    assert Budgets.of(compression, 2, 0.2).fractions[:, 0].tolist() == [0.3, 0.1]
     # A last row for everything may be off by what the manifest allows; everything is everything.
     whole = replace(compression, profile=(*rows, ProfileRow(1.0, (1.0, 0.9999999))))
-    assert Budgets.of(whole, 2, 1.0).fractions.tolist() == [1, 1]
+    assert Budgets.of(whole, 2, 1.0).fractions[:, 0].tolist() == [1, 1]
 
 
 @given(seeds, st.integers(1, 40), st.lists(keeps, min_size=1, max_size=4, unique=True), keeps)
@@ -103,9 +103,9 @@ def test_the_mean_fraction_is_that_of_the_call(
     rng = np.random.default_rng(seed)
     rows = tuple(profile_of(rng, layers, k) for k in sorted(exported))
     fractions = Budgets.of(replace(UNIFORM, profile=rows), layers, keep).fractions
-    assert fractions.shape == (layers,)
+    assert fractions.shape == (layers, 1)
     assert 0 < fractions.min() <= fractions.max() <= 1
-    assert math.fsum(fractions) / layers == pytest.approx(keep, rel=1e-12)
+    assert math.fsum(fractions[:, 0]) / layers == pytest.approx(keep, rel=1e-12)
 
 
 # What prefill leaves
@@ -209,7 +209,7 @@ def test_a_profile_keeps_exactly_its_share_of_all_entries(part: int) -> None:
         assert lower <= kept.min() <= kept.max() <= n
         exact = round(Fraction(thousandths, 1000) * n * layers)
         assert kept.sum() == max(exact, lower * layers)
-        share = budgets.fractions * n
+        share = budgets.fractions[:, 0] * n
         if lower <= share.min():
             assert np.abs(kept - share).max() < 1
 
@@ -328,7 +328,7 @@ def test_prompt_of_the_released_prefixkv(
 ) -> None:
     budgets = profiled(np.random.default_rng(seed), 3, keep, semantics="reference", sinks=sinks)
     kept = budgets.prompt(array(entries, entries, entries))
-    for layer, fraction in enumerate(budgets.fractions.tolist()):
+    for layer, fraction in enumerate(budgets.fractions[:, 0].tolist()):
         for n, count in zip(entries, kept[layer], strict=True):
             assert count == max(n - round((1 - fraction) * n), min(n, sinks + 1))
 

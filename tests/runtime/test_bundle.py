@@ -24,6 +24,7 @@ from lvlm.runtime.bundle import (
     ProfileRow,
     Reduction,
     Text,
+    Weight,
     read_bundle,
 )
 from lvlm.runtime.errors import BundleError
@@ -64,13 +65,14 @@ def folder(tmp_path: Path) -> Path:
         files[name] = File(integrity.sha256_of(path), path.stat().st_size)
     port = Port("x", "float32", ("batch", 3))
     Manifest(
-        schema=2,
+        schema=3,
         family="llava",
         model={"source": "m", "revision": None},
         recipe="lightvlm",
         parameters={"keep": 0.5},
         dtype="float32",
-        graphs={g: Graph(f"{g}.onnx", (port,), (port,)) for g in GRAPHS},
+        graphs={g: Graph(f"{g}.onnx", (port,), (port,), ("w",)) for g in GRAPHS},
+        weights={"w": Weight("weights.bin", 8, 24, "float32", (2, 3))},
         text=Text(4, 2, 1, 8, 16, 100, (2,)),
         images=Images("<image>", 3, 4, (2, 2), (8, 8), {"name": "llava"}),
         keep=0.5,
@@ -127,7 +129,7 @@ def test_places_that_are_no_bundle(folder: Path, tmp_path: Path) -> None:
     assert "is not a bundle" not in refused(folder / "tokenizer.json")  # a file, not a folder
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00\xff", '{"schema": 2'], ids=range(5))
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00\xff", '{"schema": 3'], ids=range(5))
 def test_manifest_that_is_not_json(folder: Path, text: str) -> None:
     (folder / "lvlm.json").write_bytes(text.encode("latin-1"))
     assert "lvlm.json cannot be read" in refused(folder)
@@ -137,7 +139,7 @@ def test_manifest_that_is_not_json(folder: Path, text: str) -> None:
 def test_unknown_schema_is_told_before_unknown_fields(folder: Path, text: str) -> None:
     (folder / "lvlm.json").write_text(text)
     message = refused(folder)
-    assert "this version reads 2" in message
+    assert "this version reads 3" in message
     assert "has schema" in message
 
 
@@ -191,6 +193,13 @@ def test_a_whole_number_is_a_fraction_too(folder: Path) -> None:
         (put("images", "grid", value=[2, 0]), "out of range"),
         (put("images", "grid", value=[4]), "a grid and a size of two numbers"),
         (put("images", "size", value=[8, 8, 3]), "a grid and a size of two numbers"),
+        (put("graphs", "vision", "weights", 0, value="v"), "does not list the weight 'v'"),
+        (put("weights", "w", "offset", value=1080), "'w' lies outside its file"),
+        (put("weights", "w", "offset", value=-1), "'w' lies outside its file"),
+        (put("weights", "w", "dims", 0, value=-2), "'w' lies outside its file"),
+        (put("weights", "w", "file", value="other.bin"), "'w' lies outside its file"),
+        (put("graphs", "decode", "lowered", value={"t": "d.t.onnx"}), "no hash for d.t.onnx"),
+        (put("graphs", "decode", "lowered", value={"t": "../d"}), "leaves the bundle"),
         (put("keep", value=0), "out of range"),
         (put("keep", value=1.5), "out of range"),
         (put("keep", value=float("nan")), "out of range"),

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lvlm.runtime.backends._host import HostMemory
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Compression, Manifest, ProfileRow, Text
 from lvlm.runtime.cache import CompactCache
@@ -22,11 +23,12 @@ INTERVAL = Compression(0.5, (), None, 0, 1, 2, None, 4, 2, "true", "paper")
 FULL = Budgets.of(None, 3, None)
 
 
-class HostMemory:
+class UnreadMemory(HostMemory):
     """A backend that only allocates, and fills with what nobody may read."""
 
     name = "host"
     static_capacity = False
+    parallel = True
 
     def load(self, folder: object, manifest: Manifest, name: str) -> None: ...
 
@@ -37,7 +39,7 @@ class HostMemory:
 def new_cache(
     capacities: list[int], budgets: Budgets = FULL, batch: int = 2, dtype: str = "float16"
 ) -> CompactCache:
-    return CompactCache(HostMemory(), TEXT, dtype, batch, capacities, budgets)
+    return CompactCache(UnreadMemory(), TEXT, dtype, batch, capacities, budgets)
 
 
 # Without compression
@@ -71,14 +73,13 @@ def test_bytes_allocated_are_those_of_the_buffers(
 
 
 @pytest.mark.parametrize("compression", [None, INTERVAL])
-def test_past_and_present_are_the_same_memory(compression: Compression | None) -> None:
-    cache = new_cache([10, 6, 4], Budgets.of(compression, 3, None))
-    past, present = cache.as_past(), cache.as_present()
-    assert set(past) == {f"past_{name}" for name in cache.buffers}
-    assert set(present) == {f"present_{name}" for name in cache.buffers}
+def test_views_are_the_same_memory(compression: Compression | None) -> None:
+    cache = new_cache([10, 6, 4], Budgets.of(compression, 3, None), batch=3)
+    views = cache.views(slice(1, 2))
+    assert set(views) == set(cache.buffers)
     for name, buffer in cache.buffers.items():
-        assert past[f"past_{name}"] is buffer
-        assert present[f"present_{name}"] is buffer
+        assert views[name].shape == (1, *buffer.shape[1:])
+        assert np.shares_memory(views[name], buffer[1])
 
 
 def test_slots_follow_the_prompt_row_by_row(cache: CompactCache) -> None:
@@ -202,7 +203,7 @@ class Playback:
         budgets = call.budgets
         capacities = budgets.capacity(call.entries, call.tokens)
         self.cache = CompactCache(
-            HostMemory(), TEXT, "float32", self.rows, capacities.tolist(), budgets
+            UnreadMemory(), TEXT, "float32", self.rows, capacities.tolist(), budgets
         )
         # Ids beside the keys and queries: whose is it?
         self.ids = np.full((self.layers, self.rows, capacities.max()), -1)

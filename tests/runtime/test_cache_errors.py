@@ -63,9 +63,9 @@ def test_a_kept_prompt_shorter_than_the_distance(elastic: Model) -> None:
         assert n < 25
         assert answer.stats.kept_per_layer == (max(2, round(kv_keep * n)),) * 6
     prompt = elastic.prepare(0, "Hi", [], Options(chat_template=False))
-    batch = elastic.engine.start([prompt], kv_keep=0.2)
-    kept, sinks = int(batch.kept[0, 0]), 1
-    assert batch.budgets.fixed_point(batch.kept)[0, 0] == max(sinks, kept // 2)
+    batch = elastic.batches.start([prompt], kv_keep=0.2)
+    kept, sinks = int(batch.counts.kept[0, 0]), 1
+    assert batch.counts.budgets.fixed_point(batch.counts.kept)[0, 0] == max(sinks, kept // 2)
 
 
 def test_short_answers_use_few_bytes(elastic: Model) -> None:
@@ -73,7 +73,7 @@ def test_short_answers_use_few_bytes(elastic: Model) -> None:
     prompt = elastic.prepare(0, "Describe the picture.", [PICTURE], Options())
     sizes = []
     for kv_keep in (0.2, 1.0):
-        cache = elastic.engine.start([prompt], kv_keep=kv_keep).cache
+        cache = elastic.batches.start([prompt], kv_keep=kv_keep).cache
         entry = 2 * 2 * 32 * 4  # key and value, heads, width, fp32
         buffers = sum(buffer.nbytes for buffer in cache.buffers.values())
         assert cache.bytes_allocated == buffers == int(cache.capacities.sum()) * entry
@@ -83,13 +83,13 @@ def test_short_answers_use_few_bytes(elastic: Model) -> None:
 
 
 def poisoned(folder: Path, graph: str, copy: Path) -> Path:
-    """The bundle with one number of layer 2's keys' weights not finite."""
+    """The bundle with one number of layer 2's queries' and keys' weights not finite."""
     shutil.copytree(folder, copy)
     model = onnx.load(copy / f"{graph}.onnx", load_external_data=False)
     (place,) = (
         {e.key: e.value for e in t.external_data}
         for t in model.graph.initializer
-        if "layers.2" in t.name and "k_proj.weight" in t.name
+        if "layers.2" in t.name and "k_proj" in t.name and t.name.endswith("weight")
     )
     with (copy / place["location"]).open("r+b") as file:
         file.seek(int(place["offset"]))
@@ -115,7 +115,7 @@ def test_importance_that_becomes_infinite_in_decode_is_an_error(
     """compact.onnx says so too."""
     with lvlm.load(bundle("tiny-llava", *INTERVAL, max_images=2), threads=1) as model:
         prompt = model.prepare(0, "Describe the picture.", [PICTURE], Options())
-        batch = model.engine.start([prompt], kv_keep=0.5)
+        batch = model.batches.start([prompt], kv_keep=0.5)
         for _ in range(15):
             batch.rows[0].tokens.append(5)
             batch.decode_step()

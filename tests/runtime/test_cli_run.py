@@ -142,6 +142,7 @@ def test_flags_reach_the_model(run: Run, light: Path, monkeypatch: pytest.Monkey
         *(light, "Hi", "--image", PICTURE, "--image", OTHER, "--threads", 1, "--device", "cpu"),
         *("--max-new-tokens", 3, "--temperature", 0.5, "--top-k", 4, "--top-p", 0.9),
         *("--repetition-penalty", 1.1, "--seed", 5, "--stop", "x", "--stop", "yz"),
+        *("--ignore-eos", "--logprobs", 2, "--json"),
         *("--keep", "0.7,0.5,0.3", "--kv-keep", 0.9, "--system", "Be brief.", "--no-verify", "-q"),
     )
     assert code == 0, err
@@ -154,6 +155,8 @@ def test_flags_reach_the_model(run: Run, light: Path, monkeypatch: pytest.Monkey
         "repetition_penalty": 1.1,
         "seed": 5,
         "stop": ["x", "yz"],
+        "ignore_eos": True,
+        "logprobs": 2,
         "keep": (0.7, 0.5, 0.3),
         "kv_keep": 0.9,
         "system": "Be brief.",

@@ -203,7 +203,7 @@ def test_too_many_images(small: Model) -> None:
 def test_more_kept_than_exported_may_exceed_the_cache(small: Model) -> None:
     text = int((small.prepare(0, QUESTION, [PICTURE], Options()).image_id == 0).sum())
     with pytest.raises(
-        CapacityError, match=r"layer 3 needs 128 cache entries, .* has 82; lower keep or kv_keep"
+        CapacityError, match=r"layer 3 needs 128 cache entries, there are 82; lower keep or kv_keep"
     ):
         small.generate(QUESTION, [PICTURE], keep=1.0)
     # A little more fits and leaves less room for the answer.
@@ -342,7 +342,7 @@ def test_decode_writes_one_slot_in_place(light: Model) -> None:
         light.prepare(0, QUESTION, [PICTURE], Options()),
         light.prepare(1, "Read the top row.", [PICTURE, OTHER], Options()),
     ]
-    batch = light.engine.start(prompts)
+    batch = light.batches.start(prompts)
     cache = batch.cache
     addresses = {name: b.ctypes.data for name, b in cache.buffers.items()}
     allocated = cache.bytes_allocated
@@ -364,6 +364,6 @@ def test_decode_writes_one_slot_in_place(light: Model) -> None:
 
 def test_buffers_are_used_again(light: Model) -> None:
     prompt = light.prepare(0, QUESTION, [PICTURE], Options())
-    first = light.engine.start([prompt]).cache
-    assert light.engine.start([prompt]).cache is first
-    assert light.engine.start([prompt, prompt]).cache is not first
+    first = light.batches.start([prompt]).cache
+    assert light.batches.start([prompt]).cache is first
+    assert light.batches.start([prompt, prompt]).cache is not first

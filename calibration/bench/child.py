@@ -1,0 +1,83 @@
+"""The process of one contender: opens it, then serves rounds on command.
+
+``python -m lvlm.calibration.bench.child`` reads one JSON object a line from standard input and
+answers each with one: ``{"do": "open", "setup": …}``, ``{"do": "round", "work": …}``, then the end
+of input. An answer with ``error`` is one line about what went wrong. What libraries print goes to
+standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from lvlm.calibration.bench.contenders import BUNDLE, Serving, Setup, peers
+from lvlm.calibration.bench.memory import forget_peak, peak_bytes
+from lvlm.calibration.bench.workload import Work
+from lvlm.runtime.bundle import decode
+from lvlm.runtime.errors import LvlmError
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    served: list[Serving] = []
+    commands: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "open": lambda message: _open(decode(Setup, message["setup"], "setup"), served),
+        "round": lambda message: _round(decode(Work, message["work"], "work"), served[0]),
+    }
+    for line in sys.stdin:
+        message = json.loads(line)
+        try:
+            answer = commands[message["do"]](message)
+        except Exception as error:
+            traceback.print_exc()
+            answer = {"error": _line(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+    for serving in served:
+        serving.close()
+
+
+def _open(setup: Setup, served: list[Serving]) -> dict[str, Any]:
+    began = time.perf_counter()
+    if setup.kind == BUNDLE:
+        from lvlm.calibration.bench.own import open_bundle
+
+        serving: Serving = open_bundle(setup)
+    else:
+        serving = peers()[setup.kind].open(setup)
+    served.append(serving)
+    return {
+        "load_s": time.perf_counter() - began,
+        "load_peak_bytes": peak_bytes(),
+        "facts": serving.facts(),
+    }
+
+
+def _round(work: Work, serving: Serving) -> dict[str, Any]:
+    forget_peak()
+    records = serving.serve(work)
+    for index, (record, request) in enumerate(zip(records, work.requests, strict=True)):
+        if len(record.tokens) != request.new_tokens:
+            raise LvlmError(
+                f"request {index + 1} was answered with {len(record.tokens)} tokens instead of "
+                f"{request.new_tokens}; is there room for prompt and answer?"
+            )
+    return {"records": [asdict(record) for record in records], "peak_bytes": peak_bytes()}
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, LvlmError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

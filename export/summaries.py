@@ -1,0 +1,112 @@
+"""What ``lvlm-export`` prints about a plan and about a finished bundle, as tables and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lvlm.export.exporter import Report
+from lvlm.export.graphs import graph_names
+from lvlm.export.plan import Plan
+from lvlm.export.progress import size
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    return {
+        "model": plan.checkpoint.source,
+        "family": plan.family.name,
+        "recipe": {"name": plan.recipe.name, "parameters": plan.recipe.parameters()},
+        "dtype": _name(plan.dtype),
+        "weights": _weights(plan),
+        "cache_dtype": _name(plan.cache_dtype),
+        "output": str(plan.options.output),
+        "graphs": [f"{name}.onnx" for name in graph_names(plan.recipe)],
+        "weight_bytes": plan.weight_bytes,
+        "image_tokens": plan.images.tokens,
+        "image_tokens_per_layer": plan.cache.image_tokens,
+        "capacity": dataclasses.asdict(plan.cache.capacity),
+        "cache_bytes_per_sequence": plan.cache.bytes,
+        "peak_memory_estimate_bytes": plan.peak_bytes,
+    }
+
+
+def plan_table(plan: Plan) -> str:
+    graphs = graph_names(plan.recipe)
+    return layout(
+        {
+            "model": f"{plan.checkpoint.source} (family {plan.family.name})",
+            "recipe": _recipe_line(plan),
+            "would write": f"{plan.options.output}/ with graphs {', '.join(graphs)}",
+            "weights": f"{size(plan.weight_bytes)} as {_name(plan.dtype)}{_quantized(plan)}",
+            "image tokens": _pyramid(plan),
+            "cache": _cache(plan),
+            "peak memory": f"about {size(plan.peak_bytes)} during export (estimate)",
+        }
+    )
+
+
+def report_table(report: Report) -> str:
+    plan = report.plan
+    total = sum(f.bytes for f in report.manifest.files.values())
+    rows = {
+        "bundle": f"{report.output}/  {size(total)} in {len(report.manifest.files)} files",
+        "recipe": _recipe_line(plan),
+        "image tokens": _pyramid(plan),
+        "cache": _cache(plan),
+        "took": f"{report.seconds:.1f} s",
+        "validation": report.manifest.validation,
+    }
+    lines = [layout(rows)]
+    if report.validation:
+        from lvlm.export.validation import table  # ONNX Runtime is needed only to validate
+
+        lines.append(table(report.validation))
+    lines.append(f'next: lvlm-run {report.output} --image PICTURE "QUESTION"')
+    return "\n".join(lines)
+
+
+def report_data(report: Report) -> dict[str, Any]:
+    return plan_data(report.plan) | {
+        "seconds": round(report.seconds, 2),
+        "files": {name: f.bytes for name, f in report.manifest.files.items()},
+        "validation": report.manifest.validation,
+        "checks": [dataclasses.asdict(c) | {"passed": c.passed} for c in report.validation],
+    }
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _weights(plan: Plan) -> dict[str, int] | None:
+    how = plan.options.quantization
+    return None if how is None else dataclasses.asdict(how)
+
+
+def _quantized(plan: Plan) -> str:
+    how = plan.options.quantization
+    return "" if how is None else f", products as int{how.bits} in blocks of {how.block}"
+
+
+def _cache(plan: Plan) -> str:
+    dtype = _name(plan.cache_dtype)
+    return f"{size(plan.cache.bytes)} per sequence at full capacity, as {dtype}"
+
+
+def _recipe_line(plan: Plan) -> str:
+    values = ", ".join(f"{k}={v}" for k, v in plan.recipe.parameters().items() if v is not None)
+    return f"{plan.recipe.name} ({values})" if values else plan.recipe.name
+
+
+def _pyramid(plan: Plan) -> str:
+    counts, steps = plan.cache.image_tokens, [str(plan.cache.image_tokens[0])]
+    for layer in range(1, len(counts)):
+        if counts[layer] != counts[layer - 1]:
+            steps.append(f"{counts[layer]} from block {layer}")
+    mean = sum(counts) / len(counts) / counts[0]
+    return " → ".join(steps) + f" (mean over layers {mean:.0%})"
+
+
+def layout(rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:{width}}  {value}" for name, value in rows.items())

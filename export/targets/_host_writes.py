@@ -1,0 +1,142 @@
+"""Cache writes left to the host: a graph gives the new entries instead of whole new buffers.
+
+For engines that cannot write into a buffer they read: their scatter copies every buffer twice a
+step, their concatenation once, which at long caches is more than all the rest.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from lvlm.export.ops._graph import Body
+from lvlm.export.targets._passes import LOWERED_DOMAIN, identifier, lowered_function
+from lvlm.runtime.backends.openvino import SLOTS
+from lvlm.runtime.errors import ExportError
+
+
+class Write(NamedTuple):
+    """``update`` [B,H,n,d] into ``cache`` [B,H,C,d] from slot ``index`` [B] on."""
+
+    cache: ir.Value
+    update: ir.Value
+    index: ir.Value
+
+
+def leave_writes_to_host(model: ir.Model) -> int:
+    """Every TensorScatter that gives an output of the graph: the output becomes the update; how
+    many there were.
+
+    A last output SLOTS [writes,B] int64 has the slots they go to, in the order of the outputs.
+    Attention over what was written becomes attention over the cache beside its new entry. Inputs
+    that nothing reads any more go.
+    """
+    graph = model.graph
+    nodes = [n for n in graph if n.domain == "" and n.op_type == "TensorScatter"]
+    writes = {node.outputs[0]: _write(node) for node in nodes}
+    for node in list(graph):
+        if node.op_type == "Attention" and node.domain == "" and node.inputs[1] in writes:
+            _attend_beside(model, node, writes)
+    slots = []
+    for number, output in enumerate(list(graph.outputs)):
+        if (write := writes.get(output)) is not None:
+            # A value of its own: two outputs, or an output and an input, may be one value.
+            entry = _emit(graph, "Identity", write.update)
+            entry.type, entry.shape = write.update.type, write.update.shape
+            graph.outputs[number] = entry
+            entry.name, output.name = output.name, f"{output.name}_whole"
+            slots.append(write.index)
+    for node in nodes:
+        if node.outputs[0].uses() or node.outputs[0].is_graph_output():
+            raise ExportError(
+                f"{node.name} writes a cache that more than attention reads; this write cannot be "
+                "left to the host"
+            )
+        graph.remove(node, safe=True)
+    if slots:
+        axis = _emit(graph, "Constant", value_ints=[0])
+        rows = [_emit(graph, "Unsqueeze", index, axis) for index in slots]
+        all_slots = _emit(graph, "Concat", *rows, axis=0)
+        all_slots.name, all_slots.type = SLOTS, ir.TensorType(ir.DataType.INT64)
+        all_slots.shape = ir.Shape([len(slots), None])
+        graph.outputs.append(all_slots)
+    for value in list(graph.inputs):
+        if value.name is not None and value.name.startswith("past_") and not value.uses():
+            graph.inputs.remove(value)
+    return len(nodes)
+
+
+def _write(node: ir.Node) -> Write:
+    linear = node.attributes.get_string("mode", "linear") == "linear"
+    cache, update, index = (*node.inputs, None, None)[:3]
+    fits = linear and node.attributes.get_int("axis", -2) in (-2, 2)
+    if cache is None or update is None or index is None or not fits:
+        raise ExportError(f"{node.name} writes a cache otherwise than from an index on axis 2")
+    return Write(cache, update, index)
+
+
+def _emit(graph: ir.Graph, op: str, *inputs: ir.Value, **attributes: int | list[int]) -> ir.Value:
+    node = ir.node(op, list(inputs), attributes=attributes)
+    graph.append(node)
+    return node.outputs[0]
+
+
+def _attend_beside(model: ir.Model, node: ir.Node, writes: dict[ir.Value, Write]) -> None:
+    query, whole_keys, whole_values, mask = (*node.inputs, None)[:4]
+    if query is None or whole_keys is None or whole_values is None or mask is None:
+        raise ExportError(f"{node.name} attends over a cache without a mask")
+    keys, values = writes[whole_keys], writes[whole_values]
+    assert query.shape is not None
+    assert keys.update.shape is not None
+    heads, kv_heads, width = query.shape[1], keys.update.shape[1], query.shape[3]
+    sizes = (heads, kv_heads, width, keys.update.shape[2], query.shape[2])
+    if not all(isinstance(size, int) for size in sizes) or sizes[3:] != (1, 1):
+        raise ExportError(f"{node.name} is not attention of one query per row, of static heads")
+    scale = node.attributes.get_float("scale", float(sizes[2]) ** -0.5)  # type: ignore[arg-type]
+    wide = query.dtype == ir.DataType.FLOAT
+    proto = _attention(heads, kv_heads, width, scale, wide)  # type: ignore[arg-type]
+    function = ir.serde.deserialize_function(proto)
+    model.functions.setdefault(function.identifier(), function)
+    model.opset_imports[LOWERED_DOMAIN] = 1
+    given = [query, keys.cache, values.cache, keys.update, values.update, keys.index, mask]
+    call = ir.Node(LOWERED_DOMAIN, function.name, given, num_outputs=1, name=node.name)
+    model.graph.insert_before(node, call)
+    old, new = node.outputs[0], call.outputs[0]
+    new.name, new.type, new.shape = f"{old.name}_beside", old.type, old.shape
+    old.replace_all_uses_with(new)
+    model.graph.remove(node, safe=True)
+
+
+def _attention(
+    heads: int, kv_heads: int, width: int, scale: float, wide: bool
+) -> onnx.FunctionProto:
+    """Attention of one query q [B,heads,1,d] over k and v [B,kv_heads,C,d] where ``mask``
+    [B,1,1,C] allows it, but in slot index[b] over ``key`` and ``value`` [B,kv_heads,1,d]."""
+    g = Body()
+    # [B,kv,G,d] x [B,kv,d,C]: the heads of a group share keys without copying them.
+    query = g.Reshape("q", g.const([0, kv_heads, heads // kv_heads, width]))
+    factor = g.const(scale, np.float32)
+    query = g.Mul(query, factor if wide else g.CastLike(factor, "q"))
+    slots = g.dim("k", 2)
+    stale = g.Equal(g.arange(slots), g.Unsqueeze("index", g.const([1, 2, 3])))
+    # The cache is the product's first operand: as the second it would be transposed each time.
+    scores = g.Transpose(
+        g.MatMul("k", g.Transpose(query, perm=[0, 1, 3, 2])), perm=[0, 1, 3, 2]
+    )
+    own = g.MatMul(query, g.Transpose("key", perm=[0, 1, 3, 2]))
+    if not wide:
+        scores, own = (g.Cast(s, to=onnx.TensorProto.FLOAT) for s in (scores, own))
+    seen = g.And("mask", g.Not(stale))
+    scores = g.Where(seen, scores, g.const(-3.0e38, np.float32))
+    weights = g.Softmax(g.Concat(scores, own, axis=-1), axis=-1)
+    weights = weights if wide else g.CastLike(weights, "q")
+    past = g.Slice(weights, g.const([0]), slots, g.const([3]))
+    last = g.Slice(weights, slots, g.const([2**31 - 1]), g.const([3]))
+    mixed = g.Add(g.MatMul(past, "v"), g.Mul(last, "value"))
+    result = g.Reshape(mixed, g.const([0, heads, 1, width]))
+    name = identifier("AttentionBeside", heads, kv_heads, width, f"{scale:.9g}", wide)
+    given = ["q", "k", "v", "key", "value", "index", "mask"]
+    return lowered_function(name, given, g.nodes, result)

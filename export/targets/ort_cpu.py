@@ -1,0 +1,61 @@
+"""ONNX Runtime's CPU provider: the decode graph in the operators that it is fastest with.
+
+Written with every bundle that it can run; device ``cpu`` runs it in the canonical graph's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvlm.export.targets._base import FLOATS, NEW_OPS, Target
+from lvlm.runtime.bundle import Capacity
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+GRAPHS = ("decode",)  # the others are no faster lowered: docs/cpu.md
+
+
+@dataclass(frozen=True)
+class OrtCpu(Target):
+    """Some of the graphs only."""
+
+    def lower(self, model: ir.Model, capacity: Capacity) -> None:  # noqa: ARG002
+        from onnx_ir.passes import common
+
+        from lvlm.export.targets._block_products import use_block_products
+        from lvlm.export.targets._ort_attention import group_attention
+        from lvlm.export.targets._ort_fusions import MICROSOFT, fuse_silu, fuse_skip_normalization
+
+        done = group_attention(model)
+        done += fuse_skip_normalization(model) + fuse_silu(model) + use_block_products(model)
+        common.RemoveUnusedNodesPass()(model)
+        if done:
+            model.opset_imports[MICROSOFT] = 1
+
+    def write(self, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> list[str]:
+        return super().write(
+            bundle, {name: file for name, file in graphs.items() if name in GRAPHS}, capacity
+        )
+
+
+TARGET = OrtCpu(
+    name="ort-cpu",
+    summary="ONNX Runtime's CPU provider: decode with its own attention; written anyway",
+    flavour="onnxruntime",
+    version=(1,),
+    platform="CPUs, onnxruntime 1.31 or newer",
+    sms=(),
+    opset=24,
+    imports=NEW_OPS,
+    attention=FLOATS,
+    products=FLOATS,
+    plugins=False,
+    static_cache=False,
+    topk_limit=None,
+    verified="1.31: every recipe gives the tokens of the canonical graphs",
+    narrow=True,
+)

@@ -1,0 +1,8 @@
+"""Many requests at once over one loaded bundle: what a service embeds."""
+
+from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
+from lvlm.runtime.engine.engine import Engine
+from lvlm.runtime.engine.handle import Handle
+from lvlm.runtime.engine.memory import Memory
+
+__all__ = ["AsyncEngine", "AsyncHandle", "Engine", "Handle", "Memory"]

@@ -1,0 +1,138 @@
+"""What a caller holds of a request: its tokens as they come, its result, the way to cancel it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from lvlm.runtime.answers import Generation
+from lvlm.runtime.errors import LvlmError, RequestCancelled
+
+T = TypeVar("T")
+
+
+class Handle:
+    """One request. Every method may be called from any thread, iterators may be many.
+
+    Iterate for the pieces of text as they become final. A request that failed raises its error at
+    the end of an iteration and from ``result``; what came before stays in ``text``. Nothing waits
+    for a consumer: an answer nobody reads is kept here, at most max_new_tokens long.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        """``wake`` is called when the caller has cancelled."""
+        self._wake = wake
+        self._changed = threading.Condition()
+        self._listeners: list[Callable[[], None]] = []
+        self._pieces: list[str] = []
+        self._tokens: list[int] = []
+        self._times: list[float] = []
+        self._result: Generation | None = None
+        self._error: LvlmError | None = None
+        self.submitted = time.perf_counter()
+
+    # For callers
+
+    def __iter__(self) -> Iterator[str]:
+        return (piece for piece in self._follow(self._pieces) if piece)
+
+    def tokens(self) -> Iterator[int]:
+        """The token ids as they are chosen."""
+        return self._follow(self._tokens)
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """Wait for the answer, ``timeout`` seconds at most.
+
+        Raises the request's error if it failed; TimeoutError if the wait was too short, and the
+        request goes on.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.done, timeout):
+                raise TimeoutError(f"no answer after {timeout} s; wait longer, or cancel")
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def cancel(self) -> bool:
+        """Stop the request: its slot is free before the next token. False: it had ended already."""
+        stopped = self.fail(RequestCancelled("the request was cancelled"))
+        if stopped:
+            self._wake()
+        return stopped
+
+    @property
+    def done(self) -> bool:
+        return self._result is not None or self._error is not None
+
+    @property
+    def text(self) -> str:
+        """What is final so far."""
+        return "".join(self._pieces)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """What is chosen so far."""
+        return list(self._tokens)
+
+    @property
+    def token_times(self) -> list[float]:
+        """time.perf_counter() when each token was chosen; ``submitted`` is on the same clock."""
+        return list(self._times)
+
+    def subscribe(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` whenever there is more to read, from the engine's thread: be quick."""
+        with self._changed:
+            self._listeners.append(listener)
+        listener()
+
+    # For the engine
+
+    def push(self, token: int, piece: str) -> None:
+        with self._changed:
+            if self.done:
+                return
+            self._tokens.append(token)
+            self._times.append(time.perf_counter())
+            self._pieces.append(piece)
+            self._tell()
+
+    def finish(self, result: Generation) -> bool:
+        """False if it had ended already."""
+        with self._changed:
+            if self.done:
+                return False
+            self._result = result
+            self._tell()
+            return True
+
+    def fail(self, error: LvlmError) -> bool:
+        """False if it had ended already."""
+        with self._changed:
+            if self.done:
+                return False
+            self._error = error
+            self._tell()
+            return True
+
+    def _tell(self) -> None:
+        self._changed.notify_all()
+        for listener in self._listeners:
+            listener()
+
+    def _follow(self, items: list[T]) -> Iterator[T]:
+        """The items, those there already and those to come."""
+        index = 0
+        while True:
+            with self._changed:
+                while index == len(items) and not self.done:
+                    self._changed.wait()
+                if index == len(items):
+                    break
+                item = items[index]
+            yield item
+            index += 1
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,142 @@
+"""How much memory an engine takes, and how many slots fit: arithmetic on the manifest alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from lvlm.runtime.budgets import Budgets
+from lvlm.runtime.bundle import Capacity, Manifest
+from lvlm.runtime.cache import cache_bytes
+from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.schedule import Keep, keep_ratios, tokens_per_layer
+
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+DEFAULT_SLOTS = 4
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. ``slot`` is what one of ``slots`` requests takes; ``workspace`` is an estimate of what
+    the graphs need at most while they run, ``images`` the limit of the cache of pictures."""
+
+    weights: int
+    slot: int
+    slots: int
+    workspace: int
+    images: int
+
+    @property
+    def cache(self) -> int:
+        return self.slot * self.slots
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace + self.images
+
+
+def slot_capacity(
+    manifest: Manifest,
+    max_text_len: int | None,
+    max_images: int | None,
+    keep: Keep | None,
+    kv_keep: float | None,
+) -> Capacity:
+    """What one slot holds: the bundle's capacity, or less for shorter prompts or lower ratios.
+
+    Raises ParameterError for more than the bundle was exported with.
+    """
+    given = manifest.capacity
+    text = given.max_text_len if max_text_len is None else max_text_len
+    images = given.max_images if max_images is None else max_images
+    for name, value, most in (
+        ("max_text_len", text, given.max_text_len),
+        ("max_images", images, given.max_images),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ParameterError(
+                f"{name} is {value!r}; give 1 to {most}, as the bundle was exported"
+            )
+    layers = manifest.text.layers
+    ratios = keep_ratios(manifest.reductions, manifest.keep, keep)
+    entering = tokens_per_layer(manifest.reductions, ratios, manifest.images.tokens, layers)
+    seen = np.array([text + images * n for n in entering])
+    budgets = Budgets.of(manifest.compression, layers, kv_keep)
+    slots = np.minimum(budgets.limit(seen), given.per_layer)
+    return Capacity(text, images, tuple(slots.tolist()))
+
+
+def plan_memory(
+    manifest: Manifest,
+    capacity: Capacity,
+    slots: int | None,
+    budget: int | str | None,
+    images: int | str,
+) -> Memory:
+    """As many slots as fit into ``budget`` bytes, at most ``slots`` (4 where neither is given).
+
+    Raises ParameterError if there is room for none, or for fewer than ``slots``.
+    """
+    if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or slots < 1):
+        raise ParameterError(f"slots is {slots!r}; give a whole number of 1 or more")
+    weights = sum(w.bytes for w in manifest.weights.values())
+    slot = cache_bytes(manifest, 1, capacity.per_layer)
+    pictures = byte_size("image_cache", images)
+    wanted = DEFAULT_SLOTS if slots is None else slots
+    if budget is None:
+        return Memory(weights, slot, wanted, workspace(manifest, capacity, wanted), pictures)
+    room = byte_size("memory_budget", budget)
+
+    def plan(count: int) -> Memory:
+        return Memory(weights, slot, count, workspace(manifest, capacity, count), pictures)
+
+    if slots is None:
+        slots = max(1, (room - plan(1).total) // (plan(2).total - plan(1).total) + 1)
+    planned = plan(slots)
+    if planned.total > room:
+        raise ParameterError(
+            f"memory_budget is {in_mb(room)}, but {slots} slot{'s' * (slots > 1)} of "
+            f"{in_mb(slot)} need {in_mb(planned.total)} (weights {in_mb(weights)}, workspace "
+            f"{in_mb(planned.workspace)}, pictures {in_mb(pictures)}); give more, or a smaller "
+            "max_text_len, max_images, kv_keep or image_cache"
+        )
+    return planned
+
+
+def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
+    """Bytes of activations: the longest prefill on its own and a decode step of all slots, which
+    may run at the same time.
+
+    The widest products bound what lives between two blocks, and attention holds one matrix of
+    scores; measured beside the resident memory of real runs in docs/performance.md.
+    """
+    text = manifest.text
+    sizes = [d for w in manifest.weights.values() for d in w.dims if d != text.vocab]
+    widest = max([text.hidden, *sizes])
+    tokens = capacity.max_text_len + capacity.max_images * manifest.images.tokens
+    row = 4 * (4 * text.hidden + 3 * widest)  # fp32
+    scores = 4 * text.heads
+    prefill = tokens * row + 2 * scores * tokens**2
+    step = slots * (row + scores * max(capacity.per_layer) + 8 * text.vocab)
+    features = 4 * capacity.max_images * manifest.images.tokens * text.hidden
+    return prefill + step + features
+
+
+def byte_size(name: str, value: int | str) -> int:
+    """2GB, 512MiB or a number of bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = re.fullmatch(r"([\d.]+)\s*([a-z]*)", str(value).strip().lower())
+    try:
+        if match and isinstance(value, str) and math.isfinite(number := float(match[1])):
+            return int(number * UNITS[match[2]])
+    except (KeyError, ValueError):
+        pass
+    raise ParameterError(f"{name} is {value!r}; give a size as 2GB, 512MiB or a number of bytes")
+
+
+def in_mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

@@ -1,0 +1,40 @@
+"""When two prompts begin alike, pictures included, and when it pays to read only the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lvlm.runtime.bundle import Manifest
+from lvlm.runtime.prompts import Prompt
+
+# Decode reads the rest of a prompt token by token: each takes as long as this many in prefill do,
+# about (docs/performance.md).
+TOKEN_COST = 8
+
+
+def reusable(manifest: Manifest) -> bool:
+    """Whether entries of the cache depend on nothing but the tokens before them.
+
+    Not so with merging or compression: which tokens stay is decided with the whole prompt, so the
+    same picture before another question has other entries.
+    """
+    return not manifest.reductions and manifest.compression is None
+
+
+def prompt_keys(prompt: Prompt, digests: Sequence[bytes]) -> np.ndarray:
+    """int64 [N]: a token's id for text, for the k-th token of a picture a negative number made of
+    the picture's digest and k."""
+    keys = np.array(prompt.ids, np.int64)
+    for image, digest in enumerate(digests, 1):
+        places = np.flatnonzero(prompt.image_id == image)
+        start = int.from_bytes(digest[:7], "little")  # below 2**56: no overflow
+        keys[places] = -1 - start - np.arange(len(places))
+    return keys
+
+
+def worthwhile(prompt: Prompt, length: int) -> bool:
+    """Whether to read only what follows the first ``length`` tokens, which must be text."""
+    rest = len(prompt.ids) - length
+    return not (prompt.image_id[length:] > 0).any() and rest * TOKEN_COST <= length

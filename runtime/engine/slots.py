@@ -1,0 +1,146 @@
+"""Which row of the cache belongs to whom, and what finished requests left in it for others.
+
+Rows 0 to n - 1 are those of the n running requests, so that decode reads exactly them: a view of
+the buffers, of whatever batch size. A request that ends gives its place to the last running one.
+The other rows are free, being filled by prefill, or kept: the entries of a finished request, to be
+used again by a prompt that begins alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lvlm.runtime.cache import CompactCache
+from lvlm.runtime.engine.request import Request
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Entries 0 to ``length`` of a row that a new prompt shares."""
+
+    row: int
+    length: int
+
+
+class Slots:
+    """The rows of one cache. For one thread; ``check`` states what always holds."""
+
+    def __init__(self, cache: CompactCache, *, keeps_prefixes: bool) -> None:
+        self.cache, self.keeps_prefixes = cache, keeps_prefixes
+        self.count = len(cache.steps)
+        self.running: list[Request] = []
+        self.filling: int | None = None  # the row that prefill writes
+        self.kept: dict[int, np.ndarray] = {}  # row -> what its entries are; the oldest first
+        cache.active = 0
+
+    def reserve(self, keys: np.ndarray) -> tuple[int, Prefix | None] | None:
+        """A row to be filled, and what may be copied into it; None if all rows are running."""
+        if self.filling is not None or len(self.running) == self.count:
+            return None
+        prefix = self._longest(keys)
+        first = len(self.running)
+        free = [r for r in range(first, self.count) if r not in self.kept]
+        others = [r for r in self.kept if prefix is None or r != prefix.row]
+        # The next running row if it is free: then nothing has to move afterwards.
+        row = free[0] if free else next(iter(others), None)
+        if row is None:
+            assert prefix is not None
+            row = prefix.row  # its own entries, in their place
+        if prefix is not None and prefix.row in self.kept:
+            self.kept[prefix.row] = self.kept.pop(prefix.row)  # used last
+        self.kept.pop(row, None)
+        self.filling = row
+        return row, prefix
+
+    def fill_from(self, prefix: Prefix) -> None:
+        """The reserved row takes what it shares with another one."""
+        assert self.filling is not None
+        if prefix.row != self.filling:
+            self.cache.copy_row(prefix.row, self.filling)
+        count = np.full((len(self.cache.lengths), 1), prefix.length)
+        self.cache.begin(count, count, slice(self.filling, self.filling + 1))
+
+    def abandon(self) -> None:
+        """The reserved row is free again."""
+        self.filling = None
+
+    def start(self, request: Request) -> int:
+        """The reserved row, filled, becomes the last running one; its place."""
+        assert self.filling is not None
+        place = len(self.running)
+        if self.filling != place:
+            self._vacate(place)
+            self.cache.copy_row(self.filling, place)
+        self.filling = None
+        self.running.append(request)
+        self.cache.active = len(self.running)
+        return place
+
+    def release(self, place: int, *, keep: bool) -> None:
+        """A running request has ended; ``keep`` its entries where there is a row for them."""
+        request, last = self.running[place], len(self.running) - 1
+        if keep and self.keeps_prefixes:
+            if place == last:
+                self._remember(place, request)
+            elif (spare := self._free_row(last + 1)) is not None:
+                self.cache.copy_row(place, spare)
+                self._remember(spare, request)
+        if place != last:
+            self.cache.copy_row(last, place)
+            self.running[place] = self.running[last]
+        self.running.pop()
+        self.cache.active = last
+
+    def check(self) -> None:
+        """Every row has one use."""
+        first = len(self.running)
+        assert self.cache.active == first <= self.count
+        assert all(first <= row < self.count for row in self.kept)
+        assert self.filling is None or first <= self.filling < self.count
+        assert self.filling not in self.kept
+        assert len({id(request) for request in self.running}) == first
+
+    def _longest(self, keys: np.ndarray) -> Prefix | None:
+        """The row that shares most with a prompt, all but its last token at most."""
+        if not self.keeps_prefixes:
+            return None
+        held = {row: self._entries(row, request) for row, request in enumerate(self.running)}
+        held |= self.kept
+        shared = {row: _shared(other, keys[:-1]) for row, other in held.items()}
+        best = max(shared, key=lambda row: shared[row], default=None)
+        return Prefix(best, shared[best]) if best is not None and shared[best] else None
+
+    def _remember(self, row: int, request: Request) -> None:
+        self.kept[row] = self._entries(row, request)
+
+    def _entries(self, row: int, request: Request) -> np.ndarray:
+        """Keys of what lies in a row: less than its tokens while decode reads a prompt's rest."""
+        return request.held_keys()[: int(self.cache.lengths[0, row])]
+
+    def _free_row(self, first: int) -> int | None:
+        rows = (r for r in range(first, self.count) if r not in self.kept and r != self.filling)
+        return next(rows, None)
+
+    def _vacate(self, row: int) -> None:
+        """What is kept in ``row`` goes to a free row, or takes the place of the least used one."""
+        if row not in self.kept:
+            return
+        target = self._free_row(row + 1)
+        if target is None:
+            target = next(iter(self.kept))
+        if target != row:
+            self.cache.copy_row(row, target)
+            self.kept.pop(target, None)
+            # Used as long ago as before: rebuilt in the same order
+            self.kept = {target if r == row else r: keys for r, keys in self.kept.items()}
+        else:
+            del self.kept[row]
+
+
+def _shared(held: np.ndarray, wanted: np.ndarray) -> int:
+    """How many of the first keys are the same."""
+    both = min(len(held), len(wanted))
+    unlike = np.flatnonzero(held[:both] != wanted[:both])
+    return int(unlike[0]) if len(unlike) else both

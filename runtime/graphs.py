@@ -1,0 +1,110 @@
+"""A bundle's graphs on one backend, and how each is fed. No state but the loaded sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lvlm.runtime.backends import Backend, Buffer, Call, Session, host_dtype
+from lvlm.runtime.bundle import Manifest
+from lvlm.runtime.counts import PromptCounts
+from lvlm.runtime.errors import BackendError
+from lvlm.runtime.prompts import Prompt
+
+PICTURES_AT_ONCE = 4  # bounds the vision graph's workspace
+
+
+class Graphs:
+    """The sessions of a bundle by name. As thread-safe as the backend (see Backend.parallel)."""
+
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
+        self.manifest, self.backend = manifest, backend
+        self.sessions: dict[str, Session] = {
+            name: backend.load(folder, manifest, name) for name in manifest.graphs
+        }
+
+    def bind(self, name: str, buffers: Mapping[str, Buffer]) -> Call:
+        """A graph with those of the cache's ``buffers`` that it takes and gives."""
+        graph = self.manifest.graphs[name]
+        takes, gives = {p.name for p in graph.inputs}, {p.name for p in graph.outputs}
+        return self.sessions[name].bind(
+            {f"past_{n}": b for n, b in buffers.items() if f"past_{n}" in takes},
+            {f"present_{n}": b for n, b in buffers.items() if f"present_{n}" in gives},
+        )
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """image_features [P,V,D] of pixels [P,3,H,W]; one picture of zeros for none."""
+        manifest = self.manifest
+        shape = (max(1, len(pixels)), manifest.images.tokens, manifest.text.hidden)
+        features = np.zeros(shape, host_dtype(manifest.dtype))
+        for first in range(0, len(pixels), PICTURES_AT_ONCE):
+            some = slice(first, min(first + PICTURES_AT_ONCE, len(pixels)))
+            call = self.sessions["vision"].bind({}, {})
+            call({"pixel_values": pixels[some]}, {"image_features": features[some]})
+        return features
+
+    def prefill(
+        self,
+        prompts: Sequence[Prompt],
+        counts: PromptCounts,
+        features: np.ndarray,
+        call: Call,
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits [B,vocabulary] after each prompt, and the maps old -> new [B,N] of each reduction.
+
+        ``features`` [P,V,D] are those of all rows' pictures in order; ``call`` is prefill, bound to
+        the buffers that it fills."""
+        inputs = _prompt_inputs(prompts)
+        asked = {port.name for port in self.manifest.graphs["prefill"].inputs}
+        inputs |= {"image_features": features}
+        inputs |= {k: v for k, v in counts.prefill.inputs.items() if k in asked}
+        outputs: dict[str, np.ndarray] = {}
+        if counts.budgets.compression is not None:
+            inputs["kv_budget"] = counts.kept
+            for layer, most in enumerate(counts.kept.max(1)):
+                inputs[f"kv_slots_{layer}"] = np.arange(most, dtype=np.int64)
+            outputs["kept"] = np.empty_like(counts.kept)
+        maps = [np.empty((len(prompts), n), np.int64) for n in counts.prefill.maps]
+        outputs |= {f"merge_map_{i}": m for i, m in enumerate(maps)}
+        logits = np.empty((len(prompts), self.manifest.text.vocab), np.float32)
+        call(inputs, {"logits": logits, **outputs})
+        if "kept" in outputs:
+            check_kept(outputs["kept"], counts.kept)
+        return logits, maps
+
+
+def _prompt_inputs(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+    """Rows of different lengths as arrays [B,N], padded on the right."""
+    rows, longest = len(prompts), max(len(p.ids) for p in prompts)
+    ids = np.zeros((rows, longest), np.int64)
+    image_id = np.full((rows, longest), -1, np.int64)
+    image_row = np.full((rows, longest), -1, np.int64)
+    next_feature = 0
+    for b, prompt in enumerate(prompts):
+        length = len(prompt.ids)
+        ids[b, :length] = prompt.ids
+        image_id[b, :length] = prompt.image_id
+        placeholders = np.flatnonzero(prompt.image_id > 0)
+        count = len(placeholders)
+        image_row[b, placeholders] = np.arange(next_feature, next_feature + count)
+        next_feature += count
+    return {
+        "input_ids": ids,
+        "image_row": image_row,
+        "image_id": image_id,
+        "position_ids": np.tile(np.arange(longest, dtype=np.int64), (rows, 1)),
+    }
+
+
+def check_kept(kept: np.ndarray, expected: np.ndarray) -> None:
+    """The graph's counts [L,B] are the host's, or an importance was not finite."""
+    wrong = np.argwhere(kept != expected)
+    if len(wrong):
+        layer, row = wrong[0]
+        raise BackendError(
+            f"layer {layer}, prompt {row + 1}: the attention that ranks the cache entries is not "
+            "finite, so none was dropped; the weights or the picture overflow this dtype (try "
+            "--dtype fp32)"
+        )
