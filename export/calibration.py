@@ -111,9 +111,10 @@ class _Finished:
 
 
 def _hash_of(prompt: Prompt) -> str:
-    """What the model is given: tokens, places of pictures, pixels."""
-    arrays = np.asarray(prompt.ids, np.int64), prompt.image_id, prompt.pixels
-    return _digest(*(part for x in arrays for part in (str(x.shape), x.tobytes())))
+    """What the model is given: tokens, places of pictures, pictures."""
+    arrays = np.asarray(prompt.ids, np.int64), prompt.image_id
+    parts = [part for x in arrays for part in (str(x.shape), x.tobytes())]
+    return _digest(*parts, *(picture.digest() for picture in prompt.pictures))
 
 
 def _digest(*parts: str | bytes) -> str:

@@ -217,7 +217,7 @@ def _trace_all(plan: Plan, progress: Progress) -> list[TracedGraph]:
                 vision,
                 language,
                 plan.recipe,
-                plan.images,
+                plan.family.vision_inputs(plan.images),
                 plan.dtype,
                 plan.cache_dtype,
                 mode,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from lvlm.export.ports import (
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.export.tracing import TracedGraph, trace
-from lvlm.runtime.bundle import Images
 
 
 def graph_names(recipe: Recipe) -> tuple[str, ...]:
@@ -45,7 +44,7 @@ def trace_graph(
     vision: nn.Module,
     language: LanguageModel,
     recipe: Recipe,
-    images: Images,
+    vision_inputs: Sequence[GraphInput],
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
     mode: FakeTensorMode,
@@ -60,11 +59,11 @@ def trace_graph(
     build: Callable[[list[Any]], tuple[Any, ...]] = tuple
     if name == "vision":
         module: nn.Module = vision
-        ports = [GraphInput("pixel_values", torch.float32, ("images", 3, *images.size))]
+        ports = list(vision_inputs)
         outputs = ["image_features"]
     elif name == "prefill":
         module = Prefill(language, recipe)
-        ports = prefill_inputs(language, recipe, images.tokens, dtype, cache_dtype)
+        ports = prefill_inputs(language, recipe, dtype, cache_dtype)
         maps = [f"merge_map_{i}" for i in range(len(recipe.reductions()))]
         outputs = ["logits", *maps, *(["kept"] if rule else []), *present(*buffer_kinds(rule))]
         extra = 5 + len(recipe_inputs(language, recipe))

@@ -107,9 +107,9 @@ class Prefill(nn.Module):
     """Prompt to first logits, writing every layer's cache from slot 0 on.
 
     input_ids       [B,N] int64, padded on the right
-    image_features  [P,V,D]: the pictures of all rows; one of zeros if there is none
-    image_row       [B,N] int64: row of the flattened features [P*V] that replaces a placeholder,
-                    -1 for text and padding
+    image_features  [R,D]: the pictures of all rows; one row of zeros if there is none
+    image_row       [B,N] int64: the row of these that replaces a placeholder, -1 for text and
+                    padding
     image_id        [B,N] int64: -1 padding, 0 text, m the m-th picture of the row
     position_ids    [B,N] int64
     and the recipe's inputs, and the buffers (ports.buffer_inputs).
@@ -135,7 +135,7 @@ class Prefill(nn.Module):
         model, recipe, rule = self.model, self.recipe, self.rule
         names = (i.name for i in recipe_inputs(model, recipe))
         inputs = dict(zip(names, extra, strict=True))
-        features = nn.functional.embedding(image_row.clamp(min=0), image_features.flatten(0, 1))
+        features = nn.functional.embedding(image_row.clamp(min=0), image_features)
         hidden = torch.where((image_row >= 0)[..., None], features, model.embed(input_ids))
         state = TokenSequence(hidden, position_ids, image_id)
         start = torch.zeros_like(input_ids[:, 0])

@@ -49,13 +49,13 @@ def recipe_inputs(model: LanguageModel, recipe: Recipe) -> list[GraphInput]:
 
 
 def prefill_inputs(
-    model: LanguageModel, recipe: Recipe, image_tokens: int, dtype: torch.dtype, cache: torch.dtype
+    model: LanguageModel, recipe: Recipe, dtype: torch.dtype, cache: torch.dtype
 ) -> list[GraphInput]:
     """The inputs of Prefill in order: the fixed ones, the recipe's, the buffers (of ``cache``)."""
     row = ("batch", "sequence")
     fixed = [
         GraphInput("input_ids", torch.int64, row),
-        GraphInput("image_features", dtype, ("images", image_tokens, model.hidden)),
+        GraphInput("image_features", dtype, ("rows", model.hidden)),
         GraphInput("image_row", torch.int64, row),
         GraphInput("image_id", torch.int64, row),
         GraphInput("position_ids", torch.int64, row),

@@ -24,6 +24,7 @@ from lvlm.export.recipes._cache import CacheRule
 from lvlm.export.skeleton import default_dtype
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.errors import ValidationError
+from lvlm.runtime.pictures import Picture
 from lvlm.runtime.schedule import Keep, keep_ratios, plan_prefill
 
 
@@ -60,11 +61,13 @@ class Reference:
         self.vision = family.vision(model, config)
 
     @torch.no_grad()
-    def encode(self, pixels: np.ndarray) -> torch.Tensor:
-        """image_features [P,V,D] of pixels fp32 [P,3,H,W]."""
-        features = self.vision(torch.from_numpy(pixels))
-        assert isinstance(features, torch.Tensor)
-        return features
+    def encode(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """image_features [R,D] of all pictures' tokens in order."""
+        found = [np.zeros((0, self.language.hidden), np.float32)]
+        for picture in pictures:
+            rows = self.vision(**{k: torch.from_numpy(x) for k, x in picture.arrays.items()})
+            found.append(picture.features(rows.numpy()))
+        return torch.from_numpy(np.concatenate(found))
 
     @torch.no_grad()
     def generate(
@@ -104,7 +107,7 @@ class Reference:
         names = [i.name for i in recipe_inputs(self.language, self.recipe)]
         logits, *rest = Prefill(self.language, self.recipe)(
             torch.tensor([list(ids)]),
-            features if len(features) else features.new_zeros(1, 1, self.language.hidden),
+            features if len(features) else features.new_zeros(1, self.language.hidden),
             torch.from_numpy(rows)[None],
             torch.from_numpy(image_id)[None],
             torch.arange(len(ids))[None],

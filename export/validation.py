@@ -27,7 +27,8 @@ from lvlm.runtime.model import Model
 from lvlm.runtime.prompts import Prompt
 
 if TYPE_CHECKING:
-    from lvlm.export.plan import Plan
+    from lvlm.export.families._base import Family
+from lvlm.export.plan import Plan
 
 PICTURE, QUESTION, TOKENS = "samples/digits-1.png", "Describe the picture.", 24
 # Largest |difference| over the largest |reference|, by the dtype that was run.
@@ -104,7 +105,7 @@ def _compare(plan: Plan, folder: Path) -> list[Check]:
     picture = (resources.files("lvlm.assets") / PICTURE).read_bytes()
     with Model(folder, verify=False) as model:
         prompt = _prompt(model, picture, _token_count(plan))
-        features = reference.encode(prompt.pixels)
+        features = reference.encode(prompt.pictures)
         batch = model.batches.start([prompt])
         answer = original = reference.generate(
             prompt.ids, prompt.image_id, features, max_new_tokens=prompt.max_new_tokens
@@ -122,7 +123,9 @@ def _compare(plan: Plan, folder: Path) -> list[Check]:
                 forced=original.tokens,
             )
         checks = [
-            relative("vision.onnx  image features", batch.features, features.numpy()),
+            relative(
+                "vision.onnx  image features", np.concatenate(batch.features), features.numpy()
+            ),
             relative("prefill.onnx logits", batch.logits[0], answer.logits[0].numpy()),
         ]
         layers = range(model.manifest.text.layers)
@@ -144,7 +147,7 @@ def _compare(plan: Plan, folder: Path) -> list[Check]:
     if narrow:
         checks += _cost(original, answer)
     elif plan.recipe.name == "none" and rounding == torch.float32:
-        theirs = _transformers_tokens(torch_model, prompt, len(answer.tokens))
+        theirs = _transformers_tokens(plan.family, torch_model, prompt, len(answer.tokens))
         wrong = sum(a != b for a, b in zip(tokens, theirs, strict=False))
         checks.append(Check("tokens unlike transformers' generate", wrong, 0, "tokens"))
     return checks
@@ -214,14 +217,16 @@ def _wrong_tokens(
     return wrong
 
 
-def _transformers_tokens(model: torch.nn.Module, prompt: Prompt, count: int) -> list[int]:
+def _transformers_tokens(
+    family: Family, model: torch.nn.Module, prompt: Prompt, count: int
+) -> list[int]:
     ids = torch.tensor([list(prompt.ids)])
     model.set_attn_implementation("sdpa")  # type: ignore[operator]
     with torch.no_grad():
         out = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            pixel_values=torch.from_numpy(prompt.pixels),
+            **family.transformers_inputs(prompt.pictures),
             max_new_tokens=count,
             do_sample=False,
         )

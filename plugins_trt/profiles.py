@@ -17,7 +17,7 @@ from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.engines import Range
 from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.graphs import PICTURES_AT_ONCE
+from lvlm.runtime.graphs import UNITS_AT_ONCE
 from lvlm.runtime.schedule import keep_ratios, kept, recycled, tokens_per_layer
 
 QUESTION = 32  # text tokens of a usual prompt
@@ -54,7 +54,7 @@ def profiles(manifest: Manifest, limits: Limits) -> dict[str, Profile]:
     ranges = _ranges(manifest, limits)
     found: dict[str, Profile] = {}
     for name, graph in manifest.graphs.items():
-        own = ranges | ({"images": _pictures_encoded(manifest, limits)} if name == "vision" else {})
+        own = ranges | ({"units": _units_encoded(manifest, limits)} if name == "vision" else {})
         found[name] = {d: own[d] for d in _dynamic(graph)}
     return found
 
@@ -96,7 +96,7 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
     ranges = {
         "batch": batch,
         "sequence": Range(1, usual, longest),
-        "images": Range(1, batch.usual, most_images),
+        "rows": Range(1, batch.usual * tokens, most_images * tokens),
         "images_per_row": Range(1, 1, manifest.capacity.max_images),
         "queries": Range(1, min(QUESTION, text), longest),
     }
@@ -113,10 +113,10 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
     return ranges
 
 
-def _pictures_encoded(manifest: Manifest, limits: Limits) -> Range:
+def _units_encoded(manifest: Manifest, limits: Limits) -> Range:
     """The runtime encodes a few pictures at a time, however many there are."""
     pictures = limits.batch.most * manifest.capacity.max_images
-    most = min(PICTURES_AT_ONCE, pictures)
+    most = min(UNITS_AT_ONCE, pictures)
     return Range(1, min(limits.batch.usual, most), most)
 
 

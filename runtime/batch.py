@@ -73,7 +73,7 @@ class Batches:
 class Batch:
     """Prompts on their way: ``step`` decodes one token for every row that still runs.
 
-    ``features`` are the pictures' [P,V,D] (bf16 as its bits), ``merge_maps`` old -> new [B,N] of
+    ``features`` are each picture's [V,D] (bf16 as its bits), ``merge_maps`` old -> new [B,N] of
     each reduction.
     """
 
@@ -93,7 +93,7 @@ class Batch:
         needed = budgets.capacity(self.counts.prefill.entries, fed)
         self.cache = owner.cache_for(len(prompts), needed, budgets)
         began = time.perf_counter()
-        self.features = graphs.encode(np.concatenate([p.pixels for p in prompts]))
+        self.features = graphs.encode([p for prompt in prompts for p in prompt.pictures])
         self.timings.vision_ms = _since(began)
         began = time.perf_counter()
         self.logits, self.merge_maps = graphs.prefill(

@@ -71,10 +71,15 @@ class Text:
 
 @dataclass(frozen=True)
 class Images:
-    """What becomes of a picture: ``tokens`` features of a ``grid`` of patches, rows x columns.
+    """What becomes of a picture.
 
-    With one token more than patches the first is the class token; with one less, the first patch
-    has none. ``size`` is the height and width that the vision graph takes.
+    tokens       the most that one picture gives
+    grid         rows x columns of patches, where all pictures have the same: with one token more
+                 than patches the first is the class token; with one less, the first patch has none;
+                 () where it depends on the picture
+    size         height and width that the vision graph takes, () likewise
+    apart        the graph computes each unit (tile) on its own, so that any number can be given
+    shared_rows  rows at the start of its output that are the same for all pictures
     """
 
     token: str
@@ -82,6 +87,8 @@ class Images:
     tokens: int
     grid: tuple[int, ...]
     size: tuple[int, ...]
+    apart: bool
+    shared_rows: int
     processor: dict[str, Any]
 
 
@@ -247,8 +254,10 @@ def _check(manifest: Manifest, path: Path) -> None:
     )
     if min(sizes) < 1 or not 0 < manifest.keep <= 1:
         raise BundleError(f"{path} has a size or keep ratio out of range; export again")
-    if len(images.grid) != 2 or len(images.size) != 2:
-        raise BundleError(f"{path}: images need a grid and a size of two numbers; export again")
+    if len(images.grid) not in (0, 2) or len(images.size) not in (0, 2):
+        raise BundleError(f"{path}: images have a grid or size of other than two numbers")
+    if images.shared_rows < 0:
+        raise BundleError(f"{path}: images share {images.shared_rows} rows; export again")
     _check_reductions(manifest.reductions, layers, path)
     if manifest.compression is not None:
         _check_compression(manifest.compression, layers, path)

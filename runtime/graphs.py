@@ -11,9 +11,10 @@ from lvlm.runtime.backends import Backend, Buffer, Call, Session, host_dtype
 from lvlm.runtime.bundle import Manifest
 from lvlm.runtime.counts import PromptCounts
 from lvlm.runtime.errors import BackendError
+from lvlm.runtime.pictures import Picture
 from lvlm.runtime.prompts import Prompt
 
-PICTURES_AT_ONCE = 4  # bounds the vision graph's workspace
+UNITS_AT_ONCE = 4  # bounds the vision graph's workspace
 
 
 class Graphs:
@@ -34,31 +35,56 @@ class Graphs:
             {f"present_{n}": b for n, b in buffers.items() if f"present_{n}" in gives},
         )
 
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """image_features [P,V,D] of pixels [P,3,H,W]; one picture of zeros for none."""
+    def encode(self, pictures: Sequence[Picture]) -> list[np.ndarray]:
+        """The features [V,D] of each picture."""
+        if not self.manifest.images.apart:
+            return [p.features(self._vision(p.arrays, p.rows)) for p in pictures]
+        shared, found, start = self.manifest.images.shared_rows, [], 0
+        rows = self._tiles(pictures)
+        for picture in pictures:
+            own = rows[shared + start : shared + start + picture.rows]
+            found.append(picture.features(np.concatenate([rows[:shared], own]) if shared else own))
+            start += picture.rows
+        return found
+
+    def _tiles(self, pictures: Sequence[Picture]) -> np.ndarray:
+        """Rows of all pictures' units, a few units at a time; the shared rows first."""
+        shared = self.manifest.images.shared_rows
+        parts: list[np.ndarray] = []
+        units = sum(p.units for p in pictures)
+        each = sum(p.rows for p in pictures) // max(1, units)
+        for first in range(0, units, UNITS_AT_ONCE):
+            some = slice(first, min(first + UNITS_AT_ONCE, units))
+            arrays = {
+                name: np.concatenate([p.arrays[name] for p in pictures])[some]
+                for name in pictures[0].arrays
+            }
+            rows = self._vision(arrays, each * (some.stop - some.start))
+            parts.append(rows[shared if parts else 0 :])
+        return np.concatenate(parts) if parts else np.empty((0, self.manifest.text.hidden))
+
+    def _vision(self, arrays: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
         manifest = self.manifest
-        shape = (max(1, len(pixels)), manifest.images.tokens, manifest.text.hidden)
-        features = np.zeros(shape, host_dtype(manifest.dtype))
-        for first in range(0, len(pixels), PICTURES_AT_ONCE):
-            some = slice(first, min(first + PICTURES_AT_ONCE, len(pixels)))
-            call = self.sessions["vision"].bind({}, {})
-            call({"pixel_values": pixels[some]}, {"image_features": features[some]})
-        return features
+        shape = (manifest.images.shared_rows + rows, manifest.text.hidden)
+        out = np.zeros(shape, host_dtype(manifest.dtype))
+        self.sessions["vision"].bind({}, {})(arrays, {"image_features": out})
+        return out
 
     def prefill(
         self,
         prompts: Sequence[Prompt],
         counts: PromptCounts,
-        features: np.ndarray,
+        features: Sequence[np.ndarray],
         call: Call,
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits [B,vocabulary] after each prompt, and the maps old -> new [B,N] of each reduction.
 
-        ``features`` [P,V,D] are those of all rows' pictures in order; ``call`` is prefill, bound to
+        ``features`` [V,D] are those of all rows' pictures in order; ``call`` is prefill, bound to
         the buffers that it fills."""
         inputs = _prompt_inputs(prompts)
         asked = {port.name for port in self.manifest.graphs["prefill"].inputs}
-        inputs |= {"image_features": features}
+        nothing = np.zeros((1, self.manifest.text.hidden), host_dtype(self.manifest.dtype))
+        inputs |= {"image_features": np.concatenate(features) if len(features) else nothing}
         inputs |= {k: v for k, v in counts.prefill.inputs.items() if k in asked}
         outputs: dict[str, np.ndarray] = {}
         if counts.budgets.compression is not None:

@@ -1,4 +1,4 @@
-"""From a question and its pictures to what prefill takes: token ids, image places, pixels."""
+"""From a question and its pictures to what prefill takes: token ids, image places, pictures."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lvlm.runtime.answers import Options
 from lvlm.runtime.bundle import Images
 from lvlm.runtime.errors import BundleError, ParameterError, PromptError
 from lvlm.runtime.images import ImageSource, open_image
+from lvlm.runtime.pictures import Picture
 from lvlm.runtime.processors import Processor, load_processor
 from lvlm.runtime.sampling import Sampling
 from lvlm.runtime.text import ChatTemplate, Tokenizer, expand_placeholders
@@ -20,12 +21,12 @@ from lvlm.runtime.text import ChatTemplate, Tokenizer, expand_placeholders
 class Prompt:
     """One row: token ids with every picture's placeholder repeated per image token.
 
-    image_id [N] int64: 0 text, m the m-th picture; pixels float32 [pictures,3,H,W].
+    image_id [N] int64: 0 text, m the m-th of the ``pictures``.
     """
 
     ids: Sequence[int]
     image_id: np.ndarray
-    pixels: np.ndarray
+    pictures: Sequence[Picture]
     sampling: Sampling
     max_new_tokens: int
     ignore_eos: bool = False
@@ -76,24 +77,36 @@ class PromptMaker:
         elif options.system is not None:
             raise ParameterError("system needs the chat template; write it into the prompt")
         ids = self.tokenizer.encode(text, add_special_tokens=special)
-        counts = self.processor.image_tokens([(a.shape[0], a.shape[1]) for a in arrays])
+        pictures = self.processor.pictures(arrays)
         token_id = self.images.token_id
-        where = expand_placeholders(ids, token_id, counts)
+        where = expand_placeholders(ids, token_id, [self._expansion(p) for p in pictures])
         if not where or not (arrays or prompt.strip()):
             raise PromptError("the prompt is empty; write a question")
         image_id = np.zeros(len(where), np.int64)
         places = np.flatnonzero(np.array(where) == token_id)
-        image_id[places] = np.repeat(np.arange(1, len(counts) + 1), counts)
+        image_id[places] = np.repeat(np.arange(1, len(pictures) + 1), [p.tokens for p in pictures])
         outside = max(where)
         if outside >= self.vocab:
             raise BundleError(f"the tokenizer gives token {outside}, which the model lacks")
-        pixels = self.processor.pixel_values(arrays)
         return Prompt(
             where,
             image_id,
-            pixels,
+            pictures,
             options.sampling(row),
             options.max_new_tokens,
             options.ignore_eos,
             options.logprobs,
         )
+
+    def _expansion(self, picture: Picture) -> list[int]:
+        """The tokens that stand for a picture."""
+        token = self.images.token_id
+        if picture.text is None:
+            return [token] * picture.tokens
+        ids = self.tokenizer.encode(picture.text, add_special_tokens=False)
+        if ids.count(token) != picture.tokens:
+            raise BundleError(
+                f"the tokenizer makes {ids.count(token)} image tokens of a picture's "
+                f"{picture.tokens}; export the bundle again"
+            )
+        return ids

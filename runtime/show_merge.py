@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
@@ -14,6 +15,7 @@ from lvlm.runtime.bundle import Images, Manifest
 from lvlm.runtime.errors import ParameterError
 from lvlm.runtime.images import ImageSource, open_image
 from lvlm.runtime.model import Model
+from lvlm.runtime.processors import SquareProcessor
 
 PANEL = 280  # the least height and width of a panel, in pixels
 MARGIN, GAP, LINE = 20, 16, 24
@@ -51,6 +53,7 @@ def merge_picture(
     Raises ``ParameterError`` for a bundle that merges nothing, or without images; ``ImageError``.
     """
     check_shows(model.manifest)
+    processor = cast(SquareProcessor, model.processor)  # there is a grid
     count = int(generation.image_id.max(initial=0))
     if count == 0 or count != len(images):
         raise ParameterError(
@@ -61,7 +64,7 @@ def merge_picture(
     layers = [r.layer for r in model.manifest.reductions]
     rows = []
     for number, source in enumerate(images, 1):
-        seen = model.processor.fit(open_image(source))
+        seen = processor.fit(open_image(source))
         scale = -(-PANEL // min(seen.size))
         large = seen.resize((seen.width * scale, seen.height * scale), Image.Resampling.BICUBIC)
         places = np.flatnonzero(generation.image_id == number)
@@ -82,6 +85,10 @@ def check_shows(manifest: Manifest) -> None:
             "export with --recipe lightvlm"
         )
     images = manifest.images
+    if not images.grid:
+        raise ParameterError(
+            f"family {manifest.family} has no fixed grid of patches; its merging cannot be drawn"
+        )
     if abs(images.tokens - images.grid[0] * images.grid[1]) > 1:
         raise ParameterError(
             f"{images.tokens} image tokens are not a grid of {images.grid[0]} x {images.grid[1]} "

@@ -150,23 +150,23 @@ def _overlap(text: str, stop: str) -> int:
     )
 
 
-def expand_placeholders(ids: list[int], image_token_id: int, counts: Sequence[int]) -> list[int]:
-    """``ids`` with the m-th image placeholder replaced by ``counts[m]`` copies of it.
+def expand_placeholders(
+    ids: list[int], image_token_id: int, pictures: Sequence[Sequence[int]]
+) -> list[int]:
+    """``ids`` with the m-th image placeholder replaced by the tokens of the m-th picture.
 
-    Raises ``PromptError`` unless there are as many placeholders as counts.
+    Raises ``PromptError`` unless there are as many placeholders as pictures.
     """
     places = ids.count(image_token_id)
-    if places != len(counts):
+    if places != len(pictures):
         raise PromptError(
             f"the prompt has {_plural(places, 'image placeholder')} "
-            f"for {_plural(len(counts), 'image')}; "
+            f"for {_plural(len(pictures), 'image')}; "
             "write one per image, or none and use the chat template"
         )
-    remaining = iter(counts)
+    remaining = iter(pictures)
     return [
-        copy
-        for token in ids
-        for copy in ([token] * next(remaining) if token == image_token_id else [token])
+        made for token in ids for made in (next(remaining) if token == image_token_id else [token])
     ]
 
 

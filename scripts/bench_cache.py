@@ -29,6 +29,7 @@ from lvlm.export.recipes.elastic_cache import ElasticCache
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.recipes.prefixkv import PrefixKV
+from lvlm.runtime.pictures import Picture
 from lvlm.runtime.prompts import Prompt
 from lvlm.runtime.sampling import Sampling
 
@@ -71,11 +72,12 @@ def main() -> None:
 def prompt_of(length: int, new: int) -> Prompt:
     """``length`` tokens, 576 of them a picture's where they fit."""
     ids = np.random.default_rng(0).integers(10, 512, length)
-    image_id, pixels = np.zeros(length, np.int64), np.zeros((0, 3, 336, 336), np.float32)
+    image_id, pictures = np.zeros(length, np.int64), []
     if length > 576 + 5:
         image_id[5:581], ids[5:581] = 1, 3
         pixels = np.random.default_rng(1).normal(size=(1, 3, 336, 336)).astype(np.float32)
-    return Prompt(ids.tolist(), image_id, pixels, Sampling(), new)
+        pictures.append(Picture({"pixel_values": pixels}, 576, np.arange(576)[:, None]))
+    return Prompt(ids.tolist(), image_id, pictures, Sampling(), new)
 
 
 def decode_row(work: Path, name: str, length: int, new: int) -> dict[str, Any]:
@@ -119,8 +121,10 @@ def transformers_steps(work: Path, prompt: Prompt, new: int) -> tuple[list[float
     ids = torch.tensor([list(prompt.ids)])
     with torch.no_grad():
         embeds = model.get_input_embeddings()(ids)
-        if len(prompt.pixels):
-            features = model.get_image_features(torch.from_numpy(prompt.pixels)).pooler_output
+        if prompt.pictures:
+            features = model.get_image_features(
+                torch.from_numpy(prompt.pictures[0].arrays["pixel_values"])
+            ).pooler_output
             embeds[0, 5:581] = features[0]
         out = model(inputs_embeds=embeds, past_key_values=cache, logits_to_keep=1)
         for _ in range(new - 1):

@@ -30,6 +30,7 @@ from bench_big_checkpoint import make_checkpoint
 import lvlm
 from lvlm.runtime.bundle import Manifest, read_bundle
 from lvlm.runtime.errors import LvlmError
+from lvlm.runtime.pictures import Picture
 from lvlm.runtime.prompts import Prompt
 from lvlm.runtime.sampling import Sampling
 
@@ -191,7 +192,8 @@ def prompt_of(manifest: Manifest, case: Case, row: int) -> Prompt:
     if case.prompt < 5 + count + 1:
         raise lvlm.ParameterError(f"a prompt of {case.prompt} has no room for {count} image tokens")
     pixels = random.normal(size=(1, 3, *image.size)).astype(np.float32)
-    return Prompt(ids.tolist(), image_id, pixels, Sampling(), case.new)
+    picture = Picture({"pixel_values": pixels}, count, np.arange(count)[:, None])
+    return Prompt(ids.tolist(), image_id, [picture], Sampling(), case.new)
 
 
 def transformers_row(args: argparse.Namespace, case: Case) -> dict[str, Any]:
@@ -204,7 +206,8 @@ def transformers_row(args: argparse.Namespace, case: Case) -> dict[str, Any]:
     manifest = read_bundle(bundle_folder(args, "none"), verify=False)
     prompts = [prompt_of(manifest, case, row) for row in range(case.batch)]
     ids = torch.tensor([list(p.ids) for p in prompts], device=place)
-    pixels = torch.from_numpy(np.concatenate([p.pixels for p in prompts])).to(place, dtype)
+    arrays = [p.pictures[0].arrays["pixel_values"] for p in prompts]
+    pixels = torch.from_numpy(np.concatenate(arrays)).to(place, dtype)
 
     def wait() -> float:
         if place == "cuda":

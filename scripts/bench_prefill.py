@@ -27,6 +27,7 @@ from lvlm.export.plan import Options, make_plan
 from lvlm.export.progress import Progress
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
+from lvlm.runtime.pictures import Picture
 from lvlm.runtime.prompts import Prompt
 from lvlm.runtime.sampling import Sampling
 
@@ -58,7 +59,8 @@ def main() -> None:
     image_id[5:581] = 1
     ids[5:581] = config.image_token_id
     pixels = np.random.default_rng(1).normal(size=(1, 3, 336, 336)).astype(np.float32)
-    prompt = Prompt(ids.tolist(), image_id, pixels, Sampling(), 1)
+    picture = Picture({"pixel_values": pixels}, 576, np.arange(576)[:, None])
+    prompt = Prompt(ids.tolist(), image_id, [picture], Sampling(), 1)
     models = {name: lvlm.load(folder) for name, folder in bundles.items()}
 
     def ours(name: str, keep: float) -> Callable[[], tuple[float, list[int]]]:

@@ -5,10 +5,15 @@ Not in conftest.py: folders have files of that name, too, and ``import conftest`
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import torch
+
+from lvlm.export.checkpoint import find_family
 from lvlm.export.families._base import Family
 from lvlm.runtime.discovery import discover
+from lvlm.runtime.prompts import Prompt
 
 ASSETS = Path(__file__).parents[1] / "assets"
 FAMILIES: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
@@ -37,3 +42,9 @@ CACHED_USUAL = [
         strict=False,
     ),
 ]
+
+
+def transformers_inputs(checkpoint: Path, prompt: Prompt) -> dict[str, torch.Tensor]:
+    """What transformers' own model takes for the pictures of a prompt."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    return find_family(config, str(checkpoint)).transformers_inputs(prompt.pictures)

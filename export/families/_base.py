@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from lvlm.export.language import LanguageModel
+from lvlm.export.recipes._sequence import GraphInput
 from lvlm.runtime.bundle import Images
+from lvlm.runtime.pictures import Picture
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,15 @@ class Family(Protocol):
     def language(self, model: Any, config: Any) -> LanguageModel: ...
 
     def vision(self, model: Any, config: Any) -> nn.Module:
-        """pixel_values [P,3,H,W] fp32 -> image_features [P,V,D] in the model's dtype."""
+        """The arrays of a Picture (vision_inputs) -> its rows [shared + rows,D] in the model's
+        dtype."""
+
+    def vision_inputs(self, images: Images) -> list[GraphInput]:
+        """The arrays of a Picture, in the order of the vision module's arguments; the first
+        dimension is ``units``."""
+
+    def transformers_inputs(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        """What transformers' own ``generate`` takes for pictures, besides token ids."""
 
     def images(self, config: Any, folder: Path) -> Images: ...
 

@@ -23,9 +23,11 @@ from transformers import (
 from lvlm.export.families._base import PromptFiles
 from lvlm.export.families._files import prompt_files, read_json
 from lvlm.export.language import LanguageModel
+from lvlm.export.recipes._sequence import GraphInput
 from lvlm.export.standard_ops import ATTENTION
 from lvlm.runtime.bundle import Images
 from lvlm.runtime.errors import CheckpointError
+from lvlm.runtime.pictures import Picture
 from lvlm.runtime.processors.llava import normalise_config
 
 TEXT_TYPES = ("llama", "mistral", "qwen2")
@@ -113,6 +115,13 @@ class Llava:
     def vision(self, model: Any, config: LlavaConfig) -> nn.Module:
         return LlavaVision(model, config)
 
+    def vision_inputs(self, images: Images) -> list[GraphInput]:
+        return [GraphInput("pixel_values", torch.float32, ("units", 3, *images.size))]
+
+    def transformers_inputs(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in pictures]
+        return {"pixel_values": torch.cat(pixels)} if pixels else {}
+
     def images(self, config: LlavaConfig, folder: Path) -> Images:
         vision = config.vision_config
         side = vision.image_size // vision.patch_size
@@ -127,6 +136,8 @@ class Llava:
             tokens=tokens,
             grid=(side, side),
             size=(vision.image_size, vision.image_size),
+            apart=True,
+            shared_rows=0,
             processor=normalise_config(processor, tokens),
         )
 
@@ -220,9 +231,9 @@ class LlavaVision(nn.Module):
         for layer in self.tower.encoder.layers[: max(self.wanted)]:
             states.append(layer(states[-1], None))
         features = torch.cat([states[i][:, self.first :] for i in self.wanted], dim=-1)
-        projected = self.projector(features)
-        assert isinstance(projected, torch.Tensor)
-        return projected
+        rows = self.projector(features).flatten(0, 1)
+        assert isinstance(rows, torch.Tensor)
+        return rows
 
 
 def _one_of(what: str, value: Any, supported: Sequence[str]) -> None:

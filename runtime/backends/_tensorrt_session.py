@@ -26,7 +26,8 @@ TYPES = {  # TensorRT's names
 # What bounds a dimension of an engine's profile: the tokens of a prompt, unless it is one of these.
 LIMITS = {
     "batch": ("prompts at once", "--batch"),
-    "images": ("pictures at once", "--batch"),
+    "rows": ("image tokens at once", "--batch"),
+    "units": ("pictures at once", "--batch"),
 }
 TOKENS = ("tokens of a prompt", "--max-prompt")
 Shapes = Mapping[str, tuple[int, ...]]

@@ -17,7 +17,7 @@ from lvlm.runtime.bundle import read_bundle
 from lvlm.runtime.cache import CompactCache
 from lvlm.runtime.counts import count_prompts, read_options
 from lvlm.runtime.engine.handle import Handle
-from lvlm.runtime.engine.image_cache import ImageCache, digest
+from lvlm.runtime.engine.image_cache import ImageCache
 from lvlm.runtime.engine.memory import Memory, plan_memory, slot_capacity
 from lvlm.runtime.engine.prefixes import prompt_keys, reusable
 from lvlm.runtime.engine.request import Request
@@ -128,7 +128,7 @@ class Engine:
         counts = count_prompts(
             self.manifest, [row], parsed.keep, parsed.kv_keep, capacity=self.capacity
         )
-        digests = [digest(picture) for picture in row.pixels]
+        digests = [picture.digest() for picture in row.pictures]
         request = Request(
             prompt=row,
             counts=counts,

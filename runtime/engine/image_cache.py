@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-
-def digest(pixels: np.ndarray) -> bytes:
-    """Names a picture by its pixels as the vision graph gets them."""
-    shape = repr((pixels.shape, pixels.dtype.str)).encode()
-    return hashlib.sha256(shape + np.ascontiguousarray(pixels).tobytes()).digest()
+from lvlm.runtime.pictures import Picture
 
 
 class ImageCache:
@@ -26,22 +21,19 @@ class ImageCache:
     def features(
         self,
         digests: Sequence[bytes],
-        pixels: np.ndarray,
-        encode: Callable[[np.ndarray], np.ndarray],
-    ) -> np.ndarray:
-        """Features [P,V,D] of pixels [P,3,H,W], of which ``encode`` is given the unknown ones."""
-        if not len(digests):
-            return encode(pixels)
+        pictures: Sequence[Picture],
+        encode: Callable[[Sequence[Picture]], list[np.ndarray]],
+    ) -> list[np.ndarray]:
+        """Features [V,D] of each picture, of which ``encode`` is given the unknown ones."""
         found = {d: self._features[d] for d in digests if d in self._features}
-        unknown = {d: i for i, d in enumerate(digests) if d not in found}
+        unknown = {d: p for d, p in zip(digests, pictures, strict=True) if d not in found}
         self.hits += len(digests) - len(unknown)
         self.misses += len(unknown)
         if unknown:
-            fresh = encode(pixels[list(unknown.values())])
-            found |= zip(unknown, fresh, strict=True)
+            found |= zip(unknown, encode(list(unknown.values())), strict=True)
         for name in dict.fromkeys(digests):
             self._keep(name, found[name])
-        return np.stack([found[name] for name in digests])
+        return [found[name] for name in digests]
 
     def _keep(self, name: bytes, features: np.ndarray) -> None:
         if name in self._features:

@@ -183,7 +183,9 @@ class Scheduler:
     def _prefill(self, request: Request, call: Call) -> np.ndarray:
         """Logits [vocabulary] after the prompt; on the second thread, if there is one."""
         began = time.perf_counter()
-        features = self.images.features(request.digests, request.prompt.pixels, self.graphs.encode)
+        features = self.images.features(
+            request.digests, request.prompt.pictures, self.graphs.encode
+        )
         request.vision_ms = (time.perf_counter() - began) * 1e3
         began = time.perf_counter()
         logits, request.maps = self.graphs.prefill([request.prompt], request.counts, features, call)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from lvlm.runtime.discovery import names, nearest
 from lvlm.runtime.errors import BundleError
+from lvlm.runtime.pictures import Picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,14 +28,16 @@ class Processor(Protocol):
 
     name: ClassVar[str]
 
-    def pixel_values(self, images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-        """Pictures uint8 [H_i, W_i, 3] → float32 [n, 3, H, W]; else ``ImageError``."""
+    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
+        """Pictures uint8 [H_i, W_i, 3], prepared; else ``ImageError``. How many tokens each gives
+        depends on its height and width only."""
+
+
+class SquareProcessor(Processor, Protocol):
+    """One whose pictures all become the same grid of patches (Images.grid)."""
 
     def fit(self, image: npt.NDArray[np.uint8]) -> Image.Image:
         """A picture uint8 [H_i, W_i, 3] cut to the vision graph's size, before normalisation."""
-
-    def image_tokens(self, images: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens that each picture of (height, width) pixels gives in the prompt."""
 
 
 def load_processor(config: Mapping[str, object]) -> Processor:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from lvlm.runtime.errors import BundleError, ImageError, ParameterError
 from lvlm.runtime.images import MAX_PIXELS
+from lvlm.runtime.pictures import Picture
 
 
 class LlavaProcessor:
@@ -45,6 +46,14 @@ class LlavaProcessor:
         self._tokens = _integer("image_tokens", config["image_tokens"], 1, 1_000_000)
         self._table = _pixel_table(config["rescale_factor"], config["mean"], config["std"])
         self._size = self._output_size()
+
+    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
+        """See Processor; raises what ``pixel_values`` does."""
+        index = np.arange(self._tokens)[:, None]
+        return [
+            Picture({"pixel_values": pixels[None]}, self._tokens, index)
+            for pixels in self.pixel_values(images)
+        ]
 
     def pixel_values(self, images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         """Pictures uint8 [H_i, W_i, 3] → float32 [n, 3, H, W].
@@ -78,10 +87,6 @@ class LlavaProcessor:
             top, left = (picture.height - height) // 2, (picture.width - width) // 2
             picture = picture.crop((left, top, left + width, top + height))
         return picture
-
-    def image_tokens(self, images: Sequence[tuple[int, int]]) -> list[int]:
-        """Tokens in the prompt for each picture (height, width): the same number for all."""
-        return [self._tokens] * len(images)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if not isinstance(self._resize, int):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from bundles import ASSETS, CACHED
+from bundles import ASSETS, CACHED, transformers_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -92,7 +92,7 @@ def test_perplexity_equals_that_of_transformers(
     losses: list[float] = []
     with Model(full.folder) as model:
         for sample in samples:
-            pixels = model.prepare(0, sample.prompt, sample.images, Options()).pixels
+            prepared = model.prepare(0, sample.prompt, sample.images, Options())
             content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -100,7 +100,7 @@ def test_perplexity_equals_that_of_transformers(
             prompt = tokenizer(text)["input_ids"]
             both = torch.tensor([tokenizer(f"{text} {sample.answer}")["input_ids"]])
             with torch.no_grad():
-                logits = theirs(input_ids=both, pixel_values=torch.from_numpy(pixels)).logits[0]
+                logits = theirs(input_ids=both, **transformers_inputs(folder, prepared)).logits[0]
             chosen = logits.double().log_softmax(-1)[len(prompt) - 1 : -1]
             losses += (-chosen.gather(1, both[0, len(prompt) :, None])[:, 0]).tolist()
     how = dataclasses.replace(HOW, batch=batch)

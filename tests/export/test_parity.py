@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import ASSETS, TINY
+from bundles import ASSETS, TINY, transformers_inputs
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -51,7 +51,7 @@ def transformers_tokens(folder: Path, model: Model, count: int) -> list[list[int
             out = theirs.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                **({"pixel_values": torch.from_numpy(prompt.pixels)} if pictures else {}),
+                **transformers_inputs(folder, prompt),
                 max_new_tokens=count,
                 do_sample=False,
             )
@@ -91,11 +91,7 @@ def reference_answers(reference: Reference, model: Model, keep: float, count: in
     answers: list[Any] = []
     for text, pictures in ROWS:
         prompt = model.prepare(0, text, pictures, Options(chat_template=False))
-        features = (
-            reference.encode(prompt.pixels)
-            if len(pictures)
-            else torch.zeros(0, 1, reference.language.hidden)
-        )
+        features = reference.encode(prompt.pictures)
         entered: list[torch.Tensor] = []
 
         def merge(*inputs: Any, entered: Any = entered, **attributes: Any) -> Any:

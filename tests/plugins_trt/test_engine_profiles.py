@@ -52,8 +52,9 @@ def test_ranges_are_in_order_and_usual_lengths_are_those_of_one_call(
             # No layer has more entries than there are tokens: else the builder refuses.
             assert extent.usual <= prefill["sequence"].usual
             assert extent.most <= prefill["sequence"].most
-    assert found["vision"]["images"].most == 4  # the runtime encodes no more at once
-    assert prefill["images"].most == 4 * manifest.capacity.max_images
+    assert found["vision"]["units"].most == 4  # the runtime encodes no more at once
+    tokens = manifest.images.tokens
+    assert prefill["rows"].most == 4 * manifest.capacity.max_images * tokens
 
 
 @settings(
@@ -91,7 +92,7 @@ def test_every_call_that_fits_the_bundle_fits_the_profile(
         return  # refused before any engine is asked
     given = dict(plan.inputs)
     given["input_ids"] = np.zeros((rows, int(plan.entries[0].max())), np.int64)
-    given["image_features"] = np.zeros((max(1, sum(pictures)), 1, 1))
+    given["image_features"] = np.zeros((max(1, sum(pictures) * tokens), 1))
     for layer, most in enumerate(budgets.prompt(plan.entries).max(1)):
         given[f"kv_slots_{layer}"] = np.arange(most)
     profile = profiles(manifest, Limits(Range(1, 1, ROWS)))["prefill"]

@@ -34,10 +34,13 @@ class Generating:
         import torch
         from transformers import AutoModelForImageTextToText
 
+        from lvlm.export.checkpoint import find_family
+
         torch.set_num_threads(setup.threads)
         self._model = AutoModelForImageTextToText.from_pretrained(
             setup.source, dtype=torch.float32
         ).eval()
+        self._family = find_family(self._model.config.to_dict(), str(setup.source))
         self._model.generation_config.eos_token_id = None  # answers go on to their full length
         self._prompts = Prompts(Path(setup.prompts))
 
@@ -50,8 +53,7 @@ class Generating:
         prompt = self._prompts.prepare(request)
         inputs: dict[str, Any] = {"input_ids": torch.tensor([list(prompt.ids)])}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if len(prompt.pixels):
-            inputs["pixel_values"] = torch.from_numpy(prompt.pixels)
+        inputs |= self._family.transformers_inputs(prompt.pictures)
         out = self._model.generate(
             **inputs,
             max_new_tokens=request.new_tokens,

@@ -1,0 +1,70 @@
+"""A picture on its way to the language model: what its family's vision graph takes, and which of
+the rows that the graph gives become the picture's tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, prepared.
+
+    arrays  inputs of the vision graph by name; the first axis counts units: tiles, or patches
+    rows    how many rows [rows,D] the graph gives for them, besides those that all pictures share
+            (Images.shared_rows, which come first)
+    index   int64 [V,k]: token t is made of the rows index[t]
+    weight  float32 [V,k], how much of each; None where k is 1: the row as it is
+    text    what stands for the picture in the prompt, V image tokens among it; None: only those
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    rows: int
+    index: np.ndarray
+    weight: np.ndarray | None = None
+    text: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.index)
+
+    @property
+    def units(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def features(self, rows: np.ndarray) -> np.ndarray:
+        """Features [V,D] of the picture's ``rows`` [shared + rows,D], of their dtype (bf16 as its
+        bits)."""
+        if self.weight is None:
+            taken: np.ndarray = rows[self.index[:, 0]]
+            return taken
+        wide = _widened(rows)
+        mixed = np.zeros((self.tokens, rows.shape[1]), np.float32)
+        for part in range(self.index.shape[1]):
+            mixed += self.weight[:, part : part + 1] * wide[self.index[:, part]]
+        return _narrowed(mixed, rows.dtype)
+
+    def digest(self) -> bytes:
+        """Names the picture by its content as the language model sees it."""
+        found = hashlib.sha256()
+        for name, array in [*sorted(self.arrays.items()), ("index", self.index)]:
+            found.update(repr((name, array.shape, array.dtype.str)).encode())
+            found.update(np.ascontiguousarray(array).tobytes())
+        return found.digest()
+
+
+def _widened(rows: np.ndarray) -> np.ndarray:
+    if rows.dtype == np.uint16:
+        return (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float32)
+
+
+def _narrowed(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if dtype != np.uint16:
+        return rows.astype(dtype)
+    bits = rows.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # to the nearest, even
