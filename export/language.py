@@ -37,6 +37,7 @@ class LanguageModel:
     vocab: int
     scale: float  # of query · key in every block's attention
     window: int | None = None  # keys a query can see; the exported length must stay below
+    position_rows: int = 1  # rotary positions per token: 3 with M-RoPE
 
 
 class PromptEntries:
@@ -111,7 +112,7 @@ class Prefill(nn.Module):
     image_row       [B,N] int64: the row of these that replaces a placeholder, -1 for text and
                     padding
     image_id        [B,N] int64: -1 padding, 0 text, m the m-th picture of the row
-    position_ids    [B,N] int64
+    position_ids    [B,N] int64, or [3,B,N]
     and the recipe's inputs, and the buffers (ports.buffer_inputs).
     -> logits [B,vocabulary] fp32 after each row's last token, the reductions' maps, with a cache
     rule kept [L,B] int64 (-1: an importance was not finite), the buffers

@@ -58,7 +58,7 @@ def prefill_inputs(
         GraphInput("image_features", dtype, ("rows", model.hidden)),
         GraphInput("image_row", torch.int64, row),
         GraphInput("image_id", torch.int64, row),
-        GraphInput("position_ids", torch.int64, row),
+        GraphInput("position_ids", torch.int64, row if model.position_rows == 1 else (3, *row)),
     ]
     buffers = buffer_inputs(model, recipe.cache_rule(), cache)
     return [*fixed, *recipe_inputs(model, recipe), *buffers]

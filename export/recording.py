@@ -47,7 +47,7 @@ def record_importances(reference: Reference, prompt: Prompt) -> list[npt.NDArray
     recorder = copy.copy(reference)
     recorder.recipe = _Recording(reference.recipe, rule)
     features = recorder.encode(prompt.pictures)
-    recorder.generate(prompt.ids, prompt.image_id, features, max_new_tokens=1)
+    recorder.generate(prompt, features, max_new_tokens=1)
     return [importance[0].numpy() for importance in rule.importances]
 
 

@@ -25,6 +25,7 @@ from lvlm.export.skeleton import default_dtype
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.errors import ValidationError
 from lvlm.runtime.pictures import Picture
+from lvlm.runtime.prompts import Prompt
 from lvlm.runtime.schedule import Keep, keep_ratios, plan_prefill
 
 
@@ -72,8 +73,7 @@ class Reference:
     @torch.no_grad()
     def generate(
         self,
-        ids: Sequence[int],
-        image_id: np.ndarray,
+        prompt: Prompt,
         features: torch.Tensor,
         *,
         max_new_tokens: int,
@@ -83,7 +83,7 @@ class Reference:
         forced: Sequence[int] = (),
     ) -> Answer:
         """Greedy answer to one prompt; ``forced`` tokens are taken instead of the best ones."""
-        layers = len(self.language.blocks)
+        layers, ids, image_id = len(self.language.blocks), prompt.ids, prompt.image_id
         counts = np.unique(image_id[image_id > 0], return_counts=True)[1].tolist()
         reductions, rule = self.recipe.reductions(), self.recipe.cache_rule()
         exported = float(self.recipe.parameters().get("keep", 1.0))
@@ -110,7 +110,7 @@ class Reference:
             features if len(features) else features.new_zeros(1, self.language.hidden),
             torch.from_numpy(rows)[None],
             torch.from_numpy(image_id)[None],
-            torch.arange(len(ids))[None],
+            torch.from_numpy(prompt.positions[..., None, :]),
             [torch.from_numpy(given[name]) for name in names],
             self._empty_buffers(answer.kept, rule),
         )
@@ -126,7 +126,7 @@ class Reference:
             answer.tokens.append(token)
             if token in eos_ids or step + 1 == max_new_tokens:
                 break
-            logits = cache.decode(token, len(ids) + step)
+            logits = cache.decode(token, prompt.next_position + step)
         return answer
 
     def _empty_buffers(self, kept: Sequence[int], rule: CacheRule | None) -> list[torch.Tensor]:

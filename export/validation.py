@@ -108,7 +108,7 @@ def _compare(plan: Plan, folder: Path) -> list[Check]:
         features = reference.encode(prompt.pictures)
         batch = model.batches.start([prompt])
         answer = original = reference.generate(
-            prompt.ids, prompt.image_id, features, max_new_tokens=prompt.max_new_tokens
+            prompt, features, max_new_tokens=prompt.max_new_tokens
         )
         if narrow:
             cache = torch.float32 if plan.cache_dtype == plan.dtype else plan.cache_dtype
@@ -116,8 +116,7 @@ def _compare(plan: Plan, folder: Path) -> list[Check]:
             if how is not None:
                 round_products(reference.language, how, plan.dtype)
             answer = reference.generate(
-                prompt.ids,
-                prompt.image_id,
+                prompt,
                 features,
                 max_new_tokens=prompt.max_new_tokens,
                 forced=original.tokens,

@@ -80,6 +80,8 @@ class Images:
     size         height and width that the vision graph takes, () likewise
     apart        the graph computes each unit (tile) on its own, so that any number can be given
     shared_rows  rows at the start of its output that are the same for all pictures
+    positions    rotary positions of the prompt's tokens: one after the other, or three each (time,
+                 row and column, M-RoPE)
     """
 
     token: str
@@ -89,6 +91,7 @@ class Images:
     size: tuple[int, ...]
     apart: bool
     shared_rows: int
+    positions: Literal["sequence", "grid"]
     processor: dict[str, Any]
 
 

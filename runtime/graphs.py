@@ -107,11 +107,13 @@ def _prompt_inputs(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
     ids = np.zeros((rows, longest), np.int64)
     image_id = np.full((rows, longest), -1, np.int64)
     image_row = np.full((rows, longest), -1, np.int64)
+    position = np.zeros((*prompts[0].positions.shape[:-1], rows, longest), np.int64)
     next_feature = 0
     for b, prompt in enumerate(prompts):
         length = len(prompt.ids)
         ids[b, :length] = prompt.ids
         image_id[b, :length] = prompt.image_id
+        position[..., b, :length] = prompt.positions
         placeholders = np.flatnonzero(prompt.image_id > 0)
         count = len(placeholders)
         image_row[b, placeholders] = np.arange(next_feature, next_feature + count)
@@ -120,7 +122,7 @@ def _prompt_inputs(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
         "input_ids": ids,
         "image_row": image_row,
         "image_id": image_id,
-        "position_ids": np.tile(np.arange(longest, dtype=np.int64), (rows, 1)),
+        "position_ids": position,
     }
 
 

@@ -20,6 +20,9 @@ class Picture:
     index   int64 [V,k]: token t is made of the rows index[t]
     weight  float32 [V,k], how much of each; None where k is 1: the row as it is
     text    what stands for the picture in the prompt, V image tokens among it; None: only those
+    offsets int64 [3,V] and span: with three rotary positions per token (Images.positions grid),
+            those of the picture's tokens relative to the position where it begins, and by how much
+            what follows is further on
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -27,6 +30,8 @@ class Picture:
     index: np.ndarray
     weight: np.ndarray | None = None
     text: str | None = None
+    offsets: np.ndarray | None = None
+    span: int = 0
 
     @property
     def tokens(self) -> int:

@@ -21,16 +21,22 @@ from lvlm.runtime.text import ChatTemplate, Tokenizer, expand_placeholders
 class Prompt:
     """One row: token ids with every picture's placeholder repeated per image token.
 
-    image_id [N] int64: 0 text, m the m-th of the ``pictures``.
+    image_id [N] int64: 0 text, m the m-th of the ``pictures``; positions [N] int64, or [3,N].
     """
 
     ids: Sequence[int]
     image_id: np.ndarray
     pictures: Sequence[Picture]
+    positions: np.ndarray
     sampling: Sampling
     max_new_tokens: int
     ignore_eos: bool = False
     logprobs: int | None = None
+
+    @property
+    def next_position(self) -> int:
+        """Of the first new token: all three are the same from there on."""
+        return int(self.positions.max()) + 1
 
 
 class PromptMaker:
@@ -92,11 +98,17 @@ class PromptMaker:
             where,
             image_id,
             pictures,
+            self._positions(image_id, pictures),
             options.sampling(row),
             options.max_new_tokens,
             options.ignore_eos,
             options.logprobs,
         )
+
+    def _positions(self, image_id: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
+        if self.images.positions == "sequence":
+            return np.arange(len(image_id))
+        return grid_positions(image_id, pictures)
 
     def _expansion(self, picture: Picture) -> list[int]:
         """The tokens that stand for a picture."""
@@ -110,3 +122,21 @@ class PromptMaker:
                 f"{picture.tokens}; export the bundle again"
             )
         return ids
+
+
+def grid_positions(image_id: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
+    """Three rotary positions [3,N] of every token: text counts on in all, a picture's tokens lie
+    where its offsets say. Source: Qwen2-VL (arXiv 2409.12191, section 2.1)."""
+    found = np.empty((3, len(image_id)), np.int64)
+    here = start = 0
+    for number, picture in enumerate(pictures, 1):
+        places = np.flatnonzero(image_id == number)
+        assert picture.offsets is not None
+        text = int(places[0]) - start
+        found[:, start : places[0]] = here + np.arange(text)
+        here += text
+        # One run of tokens; where text lies in it (videos), that text counts on
+        found[:, places] = here + picture.offsets
+        here, start = here + picture.span, int(places[-1]) + 1
+    found[:, start:] = here + np.arange(len(image_id) - start)
+    return found

@@ -25,7 +25,7 @@ class Row:
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
-        self.position = len(self.prompt.ids)
+        self.position = self.prompt.next_position
         self.sampler = Sampler(self.prompt.sampling, self.prompt.ids)
 
     def choose(self, logits: np.ndarray, eos_ids: Collection[int]) -> int:

@@ -77,7 +77,7 @@ def prompt_of(length: int, new: int) -> Prompt:
         image_id[5:581], ids[5:581] = 1, 3
         pixels = np.random.default_rng(1).normal(size=(1, 3, 336, 336)).astype(np.float32)
         pictures.append(Picture({"pixel_values": pixels}, 576, np.arange(576)[:, None]))
-    return Prompt(ids.tolist(), image_id, pictures, Sampling(), new)
+    return Prompt(ids.tolist(), image_id, pictures, np.arange(length), Sampling(), new)
 
 
 def decode_row(work: Path, name: str, length: int, new: int) -> dict[str, Any]:

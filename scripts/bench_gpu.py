@@ -193,7 +193,7 @@ def prompt_of(manifest: Manifest, case: Case, row: int) -> Prompt:
         raise lvlm.ParameterError(f"a prompt of {case.prompt} has no room for {count} image tokens")
     pixels = random.normal(size=(1, 3, *image.size)).astype(np.float32)
     picture = Picture({"pixel_values": pixels}, count, np.arange(count)[:, None])
-    return Prompt(ids.tolist(), image_id, [picture], Sampling(), case.new)
+    return Prompt(ids.tolist(), image_id, [picture], np.arange(len(ids)), Sampling(), case.new)
 
 
 def transformers_row(args: argparse.Namespace, case: Case) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def main() -> None:
     ids[5:581] = config.image_token_id
     pixels = np.random.default_rng(1).normal(size=(1, 3, 336, 336)).astype(np.float32)
     picture = Picture({"pixel_values": pixels}, 576, np.arange(576)[:, None])
-    prompt = Prompt(ids.tolist(), image_id, [picture], Sampling(), 1)
+    prompt = Prompt(ids.tolist(), image_id, [picture], np.arange(len(ids)), Sampling(), 1)
     models = {name: lvlm.load(folder) for name, folder in bundles.items()}
 
     def ours(name: str, keep: float) -> Callable[[], tuple[float, list[int]]]:

@@ -138,6 +138,7 @@ class Llava:
             size=(vision.image_size, vision.image_size),
             apart=True,
             shared_rows=0,
+            positions="sequence",
             processor=normalise_config(processor, tokens),
         )
 

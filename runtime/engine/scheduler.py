@@ -168,7 +168,7 @@ class Scheduler:
                 self.slots.fill_from(prefix)
                 request.reused = prefix.length
                 request.feed.extend(request.prompt.ids[prefix.length :])
-                request.row.position = prefix.length
+                request.row.position = int(request.prompt.positions[..., prefix.length].max())
                 self.slots.start(request)
                 continue
             call = self.graphs.bind("prefill", self.slots.cache.views(slice(row, row + 1)))

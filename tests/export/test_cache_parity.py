@@ -62,9 +62,7 @@ def greedy(
 
 def expected(reference: Reference, prompt: Prompt, count: int, kv_keep: float) -> Any:
     features = reference.encode(prompt.pictures)
-    return reference.generate(
-        prompt.ids, prompt.image_id, features, max_new_tokens=count, kv_keep=kv_keep
-    )
+    return reference.generate(prompt, features, max_new_tokens=count, kv_keep=kv_keep)
 
 
 def with_profile_of(model: Model, reference: Reference) -> Reference:

@@ -101,8 +101,7 @@ def reference_answers(reference: Reference, model: Model, keep: float, count: in
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lightvlm, "TOKEN_MERGE", merge)
             answer: Any = reference.generate(
-                prompt.ids,
-                prompt.image_id,
+                prompt,
                 features,
                 max_new_tokens=count,
                 keep=keep,

@@ -179,7 +179,9 @@ PADDED = normalise_config(
 
 def test_tokens_and_no_pictures() -> None:
     processor = load_processor(CONFIG)
-    assert processor.image_tokens([(1, 1), (900, 40)]) == [4, 4]
+    shapes = [(1, 1, 3), (900, 40, 3)]
+    pictures = processor.pictures([np.zeros(shape, np.uint8) for shape in shapes])
+    assert [picture.tokens for picture in pictures] == [4, 4]
     assert processor.pixel_values([]).shape == (0, 3, 8, 8)
 
 
@@ -275,7 +277,8 @@ def test_junk_checkpoints_work_or_give_a_parameter_error(key: str, value: object
             config = normalise_config({"image_processor_type": kind, key: value}, image_tokens=4)
         except ParameterError:
             continue
-        assert load_processor(config).image_tokens([(1, 1)]) == [4]
+        (picture,) = load_processor(config).pictures([np.zeros((1, 1, 3), np.uint8)])
+        assert picture.tokens == 4
 
 
 @pytest.mark.parametrize("shape", [(1, 20_000, 3), (20_000, 1, 3)])

@@ -355,9 +355,9 @@ def test_template_that_is_not_valid(source: str) -> None:
 
 
 def test_placeholders() -> None:
-    assert expand_placeholders([5, 9, 6, 9], 9, [2, 3]) == [5, 9, 9, 6, 9, 9, 9]
+    assert expand_placeholders([5, 9, 6, 9], 9, [[9, 9], [7, 9, 8]]) == [5, 9, 9, 6, 7, 9, 8]
     assert expand_placeholders([5, 6], 9, []) == [5, 6]
     with pytest.raises(PromptError, match="has 2 image placeholders for 1 image;"):
-        expand_placeholders([9, 9], 9, [4])
+        expand_placeholders([9, 9], 9, [[9]])
     with pytest.raises(PromptError, match="has 0 image placeholders for 2 images;"):
-        expand_placeholders([1], 9, [4, 4])
+        expand_placeholders([1], 9, [[9], [9]])
