@@ -89,10 +89,10 @@ class Images:
     tokens: int
     grid: tuple[int, ...]
     size: tuple[int, ...]
-    apart: bool
-    shared_rows: int
-    positions: Literal["sequence", "grid"]
     processor: dict[str, Any]
+    apart: bool = True
+    shared_rows: int = 0
+    positions: Literal["sequence", "grid"] = "sequence"
 
 
 @dataclass(frozen=True)

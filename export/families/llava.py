@@ -136,9 +136,6 @@ class Llava:
             tokens=tokens,
             grid=(side, side),
             size=(vision.image_size, vision.image_size),
-            apart=True,
-            shared_rows=0,
-            positions="sequence",
             processor=normalise_config(processor, tokens),
         )
 
