@@ -15,6 +15,7 @@ import onnx
 from lvlm.export.output import temporary_sibling
 from lvlm.export.progress import Progress, Stage, size
 from lvlm.export.targets._base import Target
+from lvlm.plugins_trt.engine_listing import PEOPLE
 from lvlm.plugins_trt.engine_plan import Plan
 from lvlm.plugins_trt.engine_request import Request
 from lvlm.plugins_trt.profiles import shapes
@@ -67,14 +68,15 @@ def build(plan: Plan, progress: Progress) -> EngineSet:
 
 
 def lower_only(request: Request, progress: Progress, dry_run: bool) -> str:
-    """For ONNX Runtime's providers, which build from the graph when they load it."""
+    """For engines that build from the graph when they load it."""
     target, manifest = request.target, read_bundle(request.bundle)
     files = ", ".join(target.file(graph.file) for graph in manifest.graphs.values())
     done = "there already" if lowered(manifest, target) else "written"
     if dry_run:
         return f"{target.name}: nothing to build; would write {files}"
     lower_bundle(request.bundle, manifest, target, progress)
-    return f"{target.name}: ONNX Runtime builds nothing beforehand; {done}: {files}"
+    engine = PEOPLE[target.flavour]
+    return f"{target.name}: {engine} builds nothing beforehand; {done}: {files}"
 
 
 def lowered(manifest: Manifest, target: Target) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.cache import CompactCache
 from lvlm.runtime.counts import count_prompts
+from lvlm.runtime.errors import BackendError
 from lvlm.runtime.graphs import Graphs, check_kept
 from lvlm.runtime.prompts import Prompt
 from lvlm.runtime.row import Row
@@ -84,7 +85,8 @@ class Batch:
         keep: Keep | None,
         kv_keep: float | None,
     ) -> None:
-        self.graphs = graphs = owner.graphs
+        self.owner, self.graphs = owner, owner.graphs
+        graphs = owner.graphs
         self.timings = Timings()
         self.counts = count_prompts(graphs.manifest, prompts, keep, kv_keep)
         self.rows = [Row(p, limit) for p, limit in zip(prompts, self.counts.limits, strict=True)]
@@ -115,7 +117,12 @@ class Batch:
         eos = self.graphs.manifest.text.eos_ids
         for index, row in enumerate(self.rows):
             if row.finish_reason is None:
-                yield index, row.choose(self.logits[index], eos)
+                try:
+                    token = row.choose(self.logits[index], eos)
+                except BackendError:
+                    self.owner.forget()  # buffers that hold NaN would spoil the next answer
+                    raise
+                yield index, token
         if self.active:
             self.decode_step()
 

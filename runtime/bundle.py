@@ -257,8 +257,12 @@ def _check(manifest: Manifest, path: Path) -> None:
     )
     if min(sizes) < 1 or not 0 < manifest.keep <= 1:
         raise BundleError(f"{path} has a size or keep ratio out of range; export again")
+    if (q := manifest.quantization) is not None and (q.bits not in (4, 8) or q.block < 1):
+        raise BundleError(
+            f"{path} has weights of {q.bits} bits in blocks of {q.block}; export again"
+        )
     if len(images.grid) not in (0, 2) or len(images.size) not in (0, 2):
-        raise BundleError(f"{path}: images have a grid or size of other than two numbers")
+        raise BundleError(f"{path}: images need a grid and a size of two numbers, or none")
     if images.shared_rows < 0:
         raise BundleError(f"{path}: images share {images.shared_rows} rows; export again")
     _check_reductions(manifest.reductions, layers, path)

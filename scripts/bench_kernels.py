@@ -47,7 +47,9 @@ CACHE_BYTES = 64 << 20  # of all caches of a graph: more than a CPU's own caches
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("what", choices=("attention", "products"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--heads", type=int, nargs="*", help="which of the shapes, by number")
@@ -94,7 +96,9 @@ def attention(threads: int, shapes: list[Heads], rows: list[int]) -> None:
                         time_attention(form, heads, capacity, batch, valid, threads)
                         for form in FORMS.values()
                     ]
-                    cells = [f"{1e6 * t:{len(name)}.0f}" for t, name in zip(times, FORMS, strict=True)]
+                    cells = [
+                        f"{1e6 * t:{len(name)}.0f}" for t, name in zip(times, FORMS, strict=True)
+                    ]
                     print(
                         f"{heads!s:10s} {capacity:8d} {batch:4d} {valid:6.0%}",
                         *cells,
@@ -108,8 +112,10 @@ def standard(layer: int, heads: Heads) -> list[onnx.NodeProto]:
     return [
         *scatter(layer),
         helper.make_node(
-            "Attention", ["q4", f"present_key_{layer}", f"present_value_{layer}", "mask"],
-            [f"out_{layer}"], scale=heads.size**-0.5,
+            "Attention",
+            ["q4", f"present_key_{layer}", f"present_value_{layer}", "mask"],
+            [f"out_{layer}"],
+            scale=heads.size**-0.5,
         ),
     ]
 
@@ -124,11 +130,16 @@ def scattered(layer: int, heads: Heads) -> list[onnx.NodeProto]:
     nodes = scatter(layer)
     for kind in ("key", "value"):
         nodes += [
-            helper.make_node("GatherND", [f"present_{kind}_{layer}", "last"], [f"last_{kind}_{layer}"]),
+            helper.make_node(
+                "GatherND", [f"present_{kind}_{layer}", "last"], [f"last_{kind}_{layer}"]
+            ),
             helper.make_node("Reshape", [f"last_{kind}_{layer}", "flat"], [f"flat_{kind}_{layer}"]),
         ]
     present = (f"present_key_{layer}", f"present_value_{layer}")
-    return [*nodes, gqa(layer, heads, f"flat_key_{layer}", f"flat_value_{layer}", *present, "again")]
+    return [
+        *nodes,
+        gqa(layer, heads, f"flat_key_{layer}", f"flat_value_{layer}", *present, "again"),
+    ]
 
 
 def gqa(layer: int, heads: Heads, k: str, v: str, key: str, value: str, to: str) -> onnx.NodeProto:
@@ -146,7 +157,10 @@ def gqa(layer: int, heads: Heads, k: str, v: str, key: str, value: str, to: str)
 def scatter(layer: int) -> list[onnx.NodeProto]:
     return [
         helper.make_node(
-            "TensorScatter", [f"past_{kind}_{layer}", name, "index"], [f"present_{kind}_{layer}"], axis=-2
+            "TensorScatter",
+            [f"past_{kind}_{layer}", name, "index"],
+            [f"present_{kind}_{layer}"],
+            axis=-2,
         )
         for kind, name in (("key", "k4"), ("value", "v4"))
     ]
@@ -197,7 +211,7 @@ def time_attention(
         for kind in ("key", "value")
     }
     model = graph(nodes, {**feeds, **{f"past{k}": v for k, v in lasting.items()}}, {}, 24)
-    with session(model, threads) as loaded:
+    with Session(model, threads) as loaded:
         binding = loaded.io_binding()
         for name, array in feeds.items():
             bind(binding.bind_input, name, array)
@@ -217,9 +231,7 @@ def time_attention(
 
 def products(threads: int, rows: list[int]) -> None:
     """A table of microseconds per product."""
-    kinds = [
-        (form, packed) for form in ("MatMul [K,N]", "Gemm [N,K]") for packed in (False, True)
-    ]
+    kinds = [(form, packed) for form in ("MatMul [K,N]", "Gemm [N,K]") for packed in (False, True)]
     names = [f"{form}{' packed' if packed else ''}" for form, packed in kinds]
     print(f"{'K x N':>12s} {'rows':>4s}", *names, sep="  ")
     for depth, width in PRODUCTS:
@@ -244,7 +256,7 @@ def time_products(
         for w in weights
     ]
     model = graph(nodes, {"x": np.zeros((1, depth), np.float32)}, weights, 24)
-    with session(model, threads, packed) as loaded:
+    with Session(model, threads, packed) as loaded:
         for count in rows:
             binding = loaded.io_binding()
             x = random.standard_normal((count, depth), np.float32)
@@ -274,7 +286,9 @@ def graph(
     ]
     given = [
         helper.make_tensor_value_info(
-            name, helper.np_dtype_to_tensor_dtype(x.dtype), [None] * x.ndim if name == "x" else x.shape
+            name,
+            helper.np_dtype_to_tensor_dtype(x.dtype),
+            [None] * x.ndim if name == "x" else x.shape,
         )
         for name, x in inputs.items()
     ]
@@ -285,7 +299,7 @@ def graph(
     return helper.make_model(body, opset_imports=opsets, ir_version=11)
 
 
-class session:
+class Session:
     """An InferenceSession of a model that may be too large for one message."""
 
     def __init__(self, model: onnx.ModelProto, threads: int, packed: bool = True) -> None:

@@ -36,6 +36,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole", action="store_true", help="every combination of the parity tests, 256 tokens"
     )
+    parser.addoption(
+        "--stress-steps", type=int, default=90, help="random operations on the engine (90)"
+    )
+
+
+@pytest.fixture(scope="session")
+def stress_steps(pytestconfig: pytest.Config) -> int:
+    """How long tests of chance go on."""
+    return int(pytestconfig.getoption("--stress-steps"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,18 +8,26 @@ prefill fp32 is as fast and exact, and with int8 weights spreading beats MatMulN
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_ir as ir
 
 from lvlm.export.quantized_products import BLOCKS
+from lvlm.export.targets._ort_fusions import MICROSOFT, take_place
 from lvlm.runtime.errors import ExportError
 
-MICROSOFT = "com.microsoft"
 FP32, INT8 = 1, 4  # accuracy levels
 
 
+def has_quantized_weights(path: Path) -> bool:
+    return any(node.op_type == "DequantizeLinear" for node in ir.load(path).graph)
+
+
 def use_block_products(model: ir.Model) -> int:
-    """Exchange products over dequantized weights for MatMulNBits where that is faster; returns how
-    many there were. Precondition: weights as quantized_products.py has them, uint4 or uint8."""
+    """Exchange products over dequantized weights for MatMulNBits where that is faster; how many.
+
+    Precondition: weights as quantized_products.py has them. What spread them stays, unused.
+    """
     replaced = 0
     for node in list(model.graph):
         spread = _spread(node)
@@ -43,9 +51,6 @@ def use_block_products(model: ir.Model) -> int:
         )
         _replace(model, node, product)
         replaced += 1
-    if replaced:
-        model.opset_imports[MICROSOFT] = 1
-    _drop_unused(model)
     return replaced
 
 
@@ -91,23 +96,9 @@ def _replace(model: ir.Model, node: ir.Node, product: ir.Node) -> None:
     nodes, old = [product], node.outputs[0]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
-        product.outputs[0].name = f"{old.name}_product"
-        product.outputs[0].shape, product.outputs[0].type = old.shape, old.type
-        nodes.append(ir.node("Add", [product.outputs[0], bias]))
-    new = nodes[-1].outputs[0]
-    new.shape, new.type = old.shape, old.type
+        wide = product.outputs[0]
+        wide.name, wide.shape, wide.type = f"{old.name}_product", old.shape, old.type
+        nodes.append(ir.node("Add", [wide, bias]))
     model.graph.insert_before(node, nodes)
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    new.name, old.name = old.name, f"{old.name}_replaced"
+    take_place(old, nodes[-1].outputs[0])
     model.graph.remove(node, safe=True)
-
-
-def _drop_unused(model: ir.Model) -> None:
-    for node in reversed(list(model.graph)):
-        if node.op_type in ("DequantizeLinear", "Transpose") and not any(
-            list(output.uses()) or output.is_graph_output() for output in node.outputs
-        ):
-            model.graph.remove(node, safe=True)
-    for name, value in list(model.graph.initializers.items()):
-        if not list(value.uses()) and not value.is_graph_output():
-            del model.graph.initializers[name]

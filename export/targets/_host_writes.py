@@ -6,19 +6,22 @@ step, their concatenation once, which at long caches is more than all the rest.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from lvlm.export.ops._graph import Body
+from lvlm.export.targets._ort_fusions import take_place
 from lvlm.export.targets._passes import LOWERED_DOMAIN, identifier, lowered_function
 from lvlm.runtime.backends.openvino import SLOTS
 from lvlm.runtime.errors import ExportError
 
 
-class Write(NamedTuple):
+@dataclass(frozen=True)
+class Write:
     """``update`` [B,H,n,d] into ``cache`` [B,H,C,d] from slot ``index`` [B] on."""
 
     cache: ir.Value
@@ -38,8 +41,10 @@ def leave_writes_to_host(model: ir.Model) -> int:
     nodes = [n for n in graph if n.domain == "" and n.op_type == "TensorScatter"]
     writes = {node.outputs[0]: _write(node) for node in nodes}
     for node in list(graph):
-        if node.op_type == "Attention" and node.domain == "" and node.inputs[1] in writes:
-            _attend_beside(model, node, writes)
+        if node.op_type == "Attention" and node.domain == "":
+            keys, values = (writes.get(_before_cast(value)) for value in node.inputs[1:3])
+            if keys is not None and values is not None:
+                _attend_beside(model, node, keys, values)
     slots = []
     for number, output in enumerate(list(graph.outputs)):
         if (write := writes.get(output)) is not None:
@@ -49,13 +54,6 @@ def leave_writes_to_host(model: ir.Model) -> int:
             graph.outputs[number] = entry
             entry.name, output.name = output.name, f"{output.name}_whole"
             slots.append(write.index)
-    for node in nodes:
-        if node.outputs[0].uses() or node.outputs[0].is_graph_output():
-            raise ExportError(
-                f"{node.name} writes a cache that more than attention reads; this write cannot be "
-                "left to the host"
-            )
-        graph.remove(node, safe=True)
     if slots:
         axis = _emit(graph, "Constant", value_ints=[0])
         rows = [_emit(graph, "Unsqueeze", index, axis) for index in slots]
@@ -63,6 +61,12 @@ def leave_writes_to_host(model: ir.Model) -> int:
         all_slots.name, all_slots.type = SLOTS, ir.TensorType(ir.DataType.INT64)
         all_slots.shape = ir.Shape([len(slots), None])
         graph.outputs.append(all_slots)
+    common.RemoveUnusedNodesPass()(model)
+    if left := [n for n in graph if n.domain == "" and n.op_type == "TensorScatter"]:
+        raise ExportError(
+            f"{left[0].name} writes a cache that more than attention reads; this write cannot be "
+            "left to the host"
+        )
     for value in list(graph.inputs):
         if value.name is not None and value.name.startswith("past_") and not value.uses():
             graph.inputs.remove(value)
@@ -84,11 +88,19 @@ def _emit(graph: ir.Graph, op: str, *inputs: ir.Value, **attributes: int | list[
     return node.outputs[0]
 
 
-def _attend_beside(model: ir.Model, node: ir.Node, writes: dict[ir.Value, Write]) -> None:
-    query, whole_keys, whole_values, mask = (*node.inputs, None)[:4]
-    if query is None or whole_keys is None or whole_values is None or mask is None:
+def _before_cast(value: ir.Value | None) -> ir.Value:
+    """What was cast from the type of a narrower cache; without a Cast ``value`` itself."""
+    assert value is not None
+    cast = value.producer()
+    if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
+        return value
+    return cast.inputs[0]
+
+
+def _attend_beside(model: ir.Model, node: ir.Node, keys: Write, values: Write) -> None:
+    query, mask = node.inputs[0], node.inputs[3] if len(node.inputs) > 3 else None
+    if query is None or mask is None:
         raise ExportError(f"{node.name} attends over a cache without a mask")
-    keys, values = writes[whole_keys], writes[whole_values]
     assert query.shape is not None
     assert keys.update.shape is not None
     heads, kv_heads, width = query.shape[1], keys.update.shape[1], query.shape[3]
@@ -104,9 +116,7 @@ def _attend_beside(model: ir.Model, node: ir.Node, writes: dict[ir.Value, Write]
     given = [query, keys.cache, values.cache, keys.update, values.update, keys.index, mask]
     call = ir.Node(LOWERED_DOMAIN, function.name, given, num_outputs=1, name=node.name)
     model.graph.insert_before(node, call)
-    old, new = node.outputs[0], call.outputs[0]
-    new.name, new.type, new.shape = f"{old.name}_beside", old.type, old.shape
-    old.replace_all_uses_with(new)
+    take_place(node.outputs[0], call.outputs[0])
     model.graph.remove(node, safe=True)
 
 
@@ -114,8 +124,11 @@ def _attention(
     heads: int, kv_heads: int, width: int, scale: float, wide: bool
 ) -> onnx.FunctionProto:
     """Attention of one query q [B,heads,1,d] over k and v [B,kv_heads,C,d] where ``mask``
-    [B,1,1,C] allows it, but in slot index[b] over ``key`` and ``value`` [B,kv_heads,1,d]."""
+    [B,1,1,C] allows it, but in slot index[b] over ``key`` and ``value`` [B,kv_heads,1,d].
+
+    The cache may be of another type than q."""
     g = Body()
+    k, v, key, value = (g.CastLike(name, "q") for name in ("k", "v", "key", "value"))
     # [B,kv,G,d] x [B,kv,d,C]: the heads of a group share keys without copying them.
     query = g.Reshape("q", g.const([0, kv_heads, heads // kv_heads, width]))
     factor = g.const(scale, np.float32)
@@ -123,10 +136,8 @@ def _attention(
     slots = g.dim("k", 2)
     stale = g.Equal(g.arange(slots), g.Unsqueeze("index", g.const([1, 2, 3])))
     # The cache is the product's first operand: as the second it would be transposed each time.
-    scores = g.Transpose(
-        g.MatMul("k", g.Transpose(query, perm=[0, 1, 3, 2])), perm=[0, 1, 3, 2]
-    )
-    own = g.MatMul(query, g.Transpose("key", perm=[0, 1, 3, 2]))
+    scores = g.Transpose(g.MatMul(k, g.Transpose(query, perm=[0, 1, 3, 2])), perm=[0, 1, 3, 2])
+    own = g.MatMul(query, g.Transpose(key, perm=[0, 1, 3, 2]))
     if not wide:
         scores, own = (g.Cast(s, to=onnx.TensorProto.FLOAT) for s in (scores, own))
     seen = g.And("mask", g.Not(stale))
@@ -135,7 +146,7 @@ def _attention(
     weights = weights if wide else g.CastLike(weights, "q")
     past = g.Slice(weights, g.const([0]), slots, g.const([3]))
     last = g.Slice(weights, slots, g.const([2**31 - 1]), g.const([3]))
-    mixed = g.Add(g.MatMul(past, "v"), g.Mul(last, "value"))
+    mixed = g.Add(g.MatMul(past, v), g.Mul(last, value))
     result = g.Reshape(mixed, g.const([0, heads, 1, width]))
     name = identifier("AttentionBeside", heads, kv_heads, width, f"{scale:.9g}", wide)
     given = ["q", "k", "v", "key", "value", "index", "mask"]

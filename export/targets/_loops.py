@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from lvlm.export.targets._ort_fusions import take_place
+
 
 def scans_to_loops(model: ir.Model) -> int:
     """Every Scan of the main graph, forwards over first axes as ours all are; how many."""
@@ -62,8 +64,7 @@ def _to_loop(graph: ir.Graph, node: ir.Node, prefix: str) -> None:
     )
     before(loop)
     for old, new in zip(node.outputs, loop.outputs, strict=True):
-        new.name, new.type, new.shape = f"{old.name}_looped", old.type, old.shape
-        old.replace_all_uses_with(new)
+        take_place(old, new)
     graph.remove(node, safe=True)
 
 

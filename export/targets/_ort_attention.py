@@ -1,9 +1,8 @@
 """Attention over a cache as ONNX Runtime's GroupQueryAttention: rotary embedding, cache write and
 attention in one node, which reads the valid part of the cache only.
 
-It always appends: the new entry goes to slot valid_length - 1. A graph whose caches are written
-elsewhere, too (``CACHE_WRITES`` says so), keeps TensorScatter, and the node is given the entry that
-lies at that slot once more: entries carry their rotary embedding, so their order is free.
+It appends: the new entry goes to slot valid_length - 1. A graph that says of itself that it writes
+there, and nowhere else, can use it (``CACHE_WRITES``); another keeps TensorScatter and Attention.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from lvlm.export.targets._base import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets._ort_fusions import MICROSOFT, take_place
-
+from lvlm.export.targets._passes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Site:
 
 
 def group_attention(model: ir.Model) -> int:
-    """Use GroupQueryAttention where a masked Attention reads what TensorScatter wrote; how often."""
+    """Use GroupQueryAttention for masked Attention over what TensorScatter wrote; how often."""
     inputs = {value.name: value for value in model.graph.inputs}
     sites = [site for node in model.graph if (site := _site(node)) is not None]
     if not sites or model.metadata_props.get(CACHE_WRITES) != AT_THE_END:
@@ -57,18 +56,19 @@ def _site(node: ir.Node) -> Site | None:
         return None
     turned, writes = _producer(node.inputs[0], "RotaryEmbedding"), []
     for value in node.inputs[1:3]:
-        write = _producer(value, "TensorScatter")
+        write = _producer(_before_cast(value), "TensorScatter")
         if write is None or write.inputs[0] is None:
             return None
         writes.append(write)
-    turned_key = _producer(writes[0].inputs[1], "RotaryEmbedding")
+    turned_key = _producer(_before_cast(writes[0].inputs[1]), "RotaryEmbedding")
     layer = str(writes[0].inputs[0].name).removeprefix("past_key_")
     if turned is None or turned_key is None or not layer.isdecimal():
         return None
     angles = turned.inputs[1], turned.inputs[2]
     if angles != (turned_key.inputs[1], turned_key.inputs[2]) or None in angles:
         return None
-    flat = [_flat(x) for x in (turned.inputs[0], turned_key.inputs[0], writes[1].inputs[1])]
+    new_value = _before_cast(writes[1].inputs[1])
+    flat = [_flat(x) for x in (turned.inputs[0], turned_key.inputs[0], new_value)]
     result = _joined(node.outputs[0])
     query, key = node.inputs[0], node.inputs[1]
     if None in flat or result is None or query.shape is None or key.shape is None:
@@ -85,6 +85,12 @@ def _site(node: ir.Node) -> Site | None:
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op_type and node.domain == "" else None
+
+
+def _before_cast(value: ir.Value | None) -> ir.Value | None:
+    """What was cast to or from the type of a narrower cache; without a Cast ``value`` itself."""
+    cast = _producer(value, "Cast")
+    return value if cast is None else cast.inputs[0]
 
 
 def _flat(value: ir.Value | None) -> ir.Value | None:
@@ -189,9 +195,13 @@ def _group(
     position_ids: ir.Value,
 ) -> None:
     key, value = (write.inputs[0] for write in site.writes)
+    assert key is not None
+    given = [*_packed(site.inputs), key, value, last, total, *tables, position_ids]
+    # The kernel takes one type for everything: a narrower cache's.
+    given = [_cast(model, site.node, x, key.dtype) for x in given]
     node = ir.node(
         "GroupQueryAttention",
-        [*_packed(site.inputs), key, value, last, total, *tables, position_ids],
+        given,
         attributes={
             "num_heads": site.heads,
             "kv_num_heads": site.kv_heads,
@@ -202,9 +212,26 @@ def _group(
         num_outputs=3,
     )
     model.graph.insert_before(site.node, node)
-    take_place(site.result, node.outputs[0])
+    node.outputs[0].dtype = key.dtype
+    take_place(site.result, _cast(model, site.node, node.outputs[0], site.result.dtype))
     for write, output in zip(site.writes, node.outputs[1:], strict=True):
         take_place(write.outputs[0], output)
+
+
+def _cast(
+    model: ir.Model, before: ir.Node, value: ir.Value | None, dtype: ir.DataType | None
+) -> ir.Value | None:
+    """A float ``value`` as ``dtype``; another or none as it is."""
+    if value is None or dtype is None or value.dtype == dtype or value.dtype not in DTYPES:
+        return value
+    name = f"{value.name}_{dtype.name.lower()}"
+    if value.is_initializer() and value.const_value is not None:
+        return _constant(model, name, value.const_value.numpy().astype(dtype.numpy()))
+    node = ir.node("Cast", [value], attributes={"to": int(dtype)})
+    node.outputs[0].name, node.outputs[0].shape = name, value.shape
+    node.outputs[0].dtype = dtype
+    model.graph.insert_before(before, node)
+    return node.outputs[0]
 
 
 def _packed(inputs: tuple[ir.Value, ir.Value, ir.Value]) -> list[ir.Value | None]:

@@ -1,4 +1,5 @@
-"""ONNX Runtime's CPU provider: the decode graph in the operators that it is fastest with.
+"""ONNX Runtime's CPU provider: decode, and graphs with quantized weights, in the operators that it
+is fastest with.
 
 Written with every bundle that it can run; device ``cpu`` runs it in the canonical graph's place.
 """
@@ -16,7 +17,7 @@ from lvlm.runtime.bundle import Capacity
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-GRAPHS = ("decode",)  # the others are no faster lowered: docs/cpu.md
+GRAPHS = ("decode",)  # the others are no faster lowered, unless quantized: docs/cpu.md
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,14 @@ class OrtCpu(Target):
             model.opset_imports[MICROSOFT] = 1
 
     def write(self, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> list[str]:
-        return super().write(
-            bundle, {name: file for name, file in graphs.items() if name in GRAPHS}, capacity
-        )
+        from lvlm.export.targets._block_products import has_quantized_weights
+
+        wanted = {
+            name: file
+            for name, file in graphs.items()
+            if name in GRAPHS or has_quantized_weights(bundle / file)
+        }
+        return super().write(bundle, wanted, capacity)
 
 
 TARGET = OrtCpu(

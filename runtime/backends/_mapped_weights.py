@@ -1,62 +1,66 @@
-"""Weights that ONNX Runtime reads where they lie: mapped from their file once, for every session.
+"""Weights read where they lie: mapped from their files once, for every session.
 
-Left to itself each session loads its own copy. Mapped pages are shared between sessions (and
-processes), come from the disk when they are first read, and can always be dropped again.
+Mapped pages come from the disk when they are first read, are shared with other processes, and can
+be dropped again at any time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lvlm.runtime.bundle import Weight
 from lvlm.runtime.errors import BackendError
 
+SECONDS = 0.02  # between two looks at what has been read
+BITS = {"uint4": 4, "int4": 4, "bfloat16": 16}  # of types that numpy has not
+
 
 class MappedWeights:
-    """OrtValues over mapped files; ``ort`` is the package onnxruntime."""
+    """Bytes of files, as arrays that must not outlive this object's use."""
 
-    def __init__(self, ort: Any) -> None:
-        self.ort = ort
-        self._files: dict[Path, np.ndarray] = {}
-        self._values: dict[tuple[Path, str], Any] = {}
+    def __init__(self) -> None:
+        self._files: dict[Path, mmap.mmap] = {}
 
-    def of(
-        self, folder: Path, names: Sequence[str], weights: Mapping[str, Weight]
-    ) -> dict[str, Any]:
-        """An OrtValue for every weight of a type that numpy has; the others are ORT's to load.
-
-        They must live as long as the sessions that were given them.
-        """
-        found = {}
-        for name in names:
-            if (dtype := _numpy_type(weights[name].dtype)) is None:
-                continue
-            key = (folder, name)
-            if key not in self._values:
-                array = self._array(folder, name, weights[name], dtype)
-                self._values[key] = self.ort.OrtValue.ortvalue_from_numpy(array)
-            found[name] = self._values[key]
-        return found
-
-    def _array(self, folder: Path, name: str, weight: Weight, dtype: np.dtype[Any]) -> np.ndarray:
+    def bytes_of(self, folder: Path, name: str, weight: Weight) -> np.ndarray:
+        """The bytes [n] uint8 of one weight; BackendError if its shape needs others."""
         path = folder / weight.file
         if path not in self._files:
-            self._files[path] = np.memmap(path, np.uint8, mode="r")
-        data = self._files[path][weight.offset : weight.offset + weight.bytes]
-        if len(data) != math.prod(weight.dims) * dtype.itemsize:
+            with path.open("rb") as file:
+                self._files[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        bits = BITS.get(weight.dtype) or 8 * np.dtype(weight.dtype).itemsize
+        if weight.bytes != -(-math.prod(weight.dims) * bits // 8):
             raise BackendError(
                 f"{path} has no {name} where the manifest says; export the bundle again"
             )
-        return data.view(dtype).reshape(weight.dims)
+        return np.frombuffer(self._files[path], np.uint8, weight.bytes, weight.offset)
 
+    @contextmanager
+    def dropped_when_read(self) -> Iterator[None]:
+        """Meanwhile pages go soon after they were read: packing reads every weight once, and the
+        file would stay in the process's memory beside the packed weights."""
+        done = threading.Event()
 
-def _numpy_type(dtype: str) -> np.dtype[Any] | None:
-    try:
-        return np.dtype(dtype)
-    except TypeError:  # bfloat16, uint4
-        return None
+        def drop() -> None:
+            while not done.wait(SECONDS):
+                self._drop()
+
+        thread = threading.Thread(target=drop, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self._drop()
+
+    def _drop(self) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            for mapping in self._files.values():
+                mapping.madvise(mmap.MADV_DONTNEED)

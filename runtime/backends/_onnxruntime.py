@@ -39,7 +39,6 @@ class OnnxRuntime(HostMemory):
         options.log_severity_level = 3
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
-        self.configure(options, folder, manifest, graph)
         try:
             session = self.ort.InferenceSession(
                 str(self.file(folder, graph)), options, providers=list(self.providers)
@@ -53,12 +52,14 @@ class OnnxRuntime(HostMemory):
             raise BackendError(f"{graph.file} has other inputs or outputs than the manifest lists")
         return OrtSession(session, graph, self.device, self.ort.RunOptions)
 
-    def configure(self, options: Any, folder: Path, manifest: Manifest, graph: Graph) -> None:
-        """Set more of a session's ``options``; what they refer to lives as long as the backend."""
-
     def file(self, folder: Path, graph: Graph) -> Path:
         """Which form of the graph is run."""
         return folder / graph.file
+
+    def check_ports(self, graph: Graph, inputs: list[str], outputs: list[str]) -> None:
+        """Raise BackendError unless a loaded graph has these ports."""
+        if (inputs, outputs) != ([p.name for p in graph.inputs], [p.name for p in graph.outputs]):
+            raise BackendError(f"{graph.file} has other inputs or outputs than the manifest lists")
 
     def check_started(self, providers: list[str]) -> None:
         """Raise BackendError where ONNX Runtime fell back to other ``providers``."""

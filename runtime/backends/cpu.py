@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from lvlm.runtime.backends import require
-from lvlm.runtime.backends._mapped_weights import MappedWeights
-from lvlm.runtime.backends._onnxruntime import OnnxRuntime, OrtSession
+from lvlm.runtime.backends import Session, require
+from lvlm.runtime.backends._onnxruntime import OnnxRuntime, failure
+from lvlm.runtime.backends._ort_library import OrtError, find_library
+from lvlm.runtime.backends._ort_shared import SharedWeights
 from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.errors import BackendError
 
@@ -15,7 +15,10 @@ TARGET = "ort-cpu"  # whose form of a graph it runs where the bundle has one
 
 
 class Backend(OnnxRuntime):
-    """Host memory; buffers are numpy arrays. All sessions read the weights from one mapping."""
+    """Host memory; buffers are numpy arrays. All sessions have one copy of the weights.
+
+    Where onnxruntime comes without its C library each session loads its own.
+    """
 
     name = "cpu"
 
@@ -24,24 +27,25 @@ class Backend(OnnxRuntime):
             "onnxruntime", "install lvlm-deploy[cpu] (or lvlm-deploy[cuda] on NVIDIA machines)"
         )
         super().__init__(ort, ["CPUExecutionProvider"], threads)
-        self.weights = MappedWeights(ort)
+        library = find_library(Path(ort.__file__).parent)
+        self.shared = None if library is None else SharedWeights(library, threads)
 
-    def load(self, folder: Path, manifest: Manifest, name: str) -> OrtSession:
+    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
         if manifest.dtype == "bfloat16":
             raise BackendError(
                 "this bundle is in bf16, which is for GPU targets; for the CPU export it with "
                 "--dtype fp32 (or fp16)"
             )
-        return super().load(folder, manifest, name)
+        if self.shared is None:
+            return super().load(folder, manifest, name)
+        graph = manifest.graphs[name]
+        try:
+            session = self.shared.session(folder, manifest, graph, self.file(folder, graph))
+            found = self.shared.library.ports(session.handle)
+        except OrtError as error:
+            raise failure(error, f"{graph.file} cannot be loaded on device {self.name}") from None
+        self.check_ports(graph, *found)
+        return session
 
     def file(self, folder: Path, graph: Graph) -> Path:
         return folder / graph.lowered.get(TARGET, graph.file)
-
-    def configure(self, options: Any, folder: Path, manifest: Manifest, graph: Graph) -> None:
-        for name, value in self.weights.of(folder, graph.weights, manifest.weights).items():
-            options.add_initializer(name, value)
-        packs = manifest.quantization is not None and TARGET in graph.lowered
-        if graph is not manifest.graphs["decode"] and not packs:
-            # Packing is a private copy, and worth it for few rows only (docs/cpu.md); but products
-            # of quantized weights have no fast kernel without.
-            options.add_session_config_entry("session.disable_prepacking", "1")

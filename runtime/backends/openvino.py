@@ -103,6 +103,7 @@ class OpenVinoCall:
     ) -> None:
         self.session, self.request = session, session.compiled.create_infer_request()
         self.buffers, self.sources = dict(outputs), dict(inputs)
+        self.stopped = False
         for name, buffer in inputs.items():
             if name in session.takes:
                 self.request.set_tensor(name, session.tensor(buffer))
@@ -112,7 +113,10 @@ class OpenVinoCall:
         try:
             for name, array in held.items():
                 self.request.set_tensor(name, self.session.tensor(array))
-            self.request.infer()
+            if self.stopped:
+                raise BackendError("OpenVINO failed: the run was stopped")
+            self.request.start_async()  # ``infer`` could not be cancelled
+            self.request.wait()
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed: {_reason(error)}") from None
         for name, array in outputs.items():
@@ -121,6 +125,7 @@ class OpenVinoCall:
             self._store()
 
     def stop(self) -> None:
+        self.stopped = True  # for a run that has not begun yet
         self.request.cancel()
 
     def _store(self) -> None:

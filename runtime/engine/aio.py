@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Generator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -25,7 +27,7 @@ class AsyncHandle:
         loop = asyncio.get_running_loop()
 
         def tell() -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
                 loop.call_soon_threadsafe(self._more.set)
 
         handle.subscribe(tell)
@@ -65,6 +67,11 @@ class AsyncHandle:
             raise
 
 
+def _cancel(submitted: asyncio.Future[Handle]) -> None:
+    if not submitted.cancelled() and submitted.exception() is None:
+        submitted.result().cancel()
+
+
 class AsyncEngine:
     """An Engine whose requests are awaited. ``async with`` closes the engine at the end."""
 
@@ -75,8 +82,13 @@ class AsyncEngine:
         self, prompt: str, images: Sequence[ImageSource] = (), **options: object
     ) -> AsyncHandle:
         """As Engine.submit; pictures are opened in a thread of their own."""
-        submitted = asyncio.to_thread(self.engine.submit, prompt, images, **options)  # type: ignore[arg-type]
-        return AsyncHandle(await submitted)
+        submit = partial(self.engine.submit, prompt, images, **options)  # type: ignore[arg-type]
+        submitted = asyncio.get_running_loop().run_in_executor(None, submit)
+        try:
+            return AsyncHandle(await asyncio.shield(submitted))
+        except asyncio.CancelledError:
+            submitted.add_done_callback(_cancel)  # nobody will get the handle
+            raise
 
     async def close(self, *, finish: bool = False) -> None:
         await asyncio.to_thread(self.engine.close, finish=finish)

@@ -102,7 +102,9 @@ class Engine:
             self.images,
             queue_limit,
         )
-        self._closer = weakref.finalize(self, self._scheduler.close, finish=False)
+        # Without waiting: it may run on any thread, the scheduler's own ones too.
+        self._closer = weakref.finalize(self, self._scheduler.stop)
+        self._closer.atexit = False  # the scheduler sees to that
 
     def submit(
         self,
@@ -120,7 +122,8 @@ class Engine:
         QueueFullError, EngineClosedError.
         """
         now = time.perf_counter()
-        if timeout is not None and not timeout > 0:
+        number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+        if timeout is not None and not (number and timeout > 0):
             raise ParameterError(f"timeout is {timeout!r}; give seconds above 0, or None")
         given = {"keep": self.keep, "kv_keep": self.kv_keep} | options
         parsed = read_options(self.manifest, given)

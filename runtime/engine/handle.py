@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from lvlm.runtime.answers import Generation
@@ -19,6 +20,8 @@ class Handle:
     Iterate for the pieces of text as they become final. A request that failed raises its error at
     the end of an iteration and from ``result``; what came before stays in ``text``. Nothing waits
     for a consumer: an answer nobody reads is kept here, at most max_new_tokens long.
+
+    Listeners are called without a lock held, so that they may call the engine and any handle.
     """
 
     def __init__(self, wake: Callable[[], None]) -> None:
@@ -52,15 +55,16 @@ class Handle:
             if not self._changed.wait_for(lambda: self.done, timeout):
                 raise TimeoutError(f"no answer after {timeout} s; wait longer, or cancel")
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)
         assert self._result is not None
         return self._result
 
     def cancel(self) -> bool:
         """Stop the request: its slot is free before the next token. False: it had ended already."""
+        wake = self._wake
         stopped = self.fail(RequestCancelled("the request was cancelled"))
         if stopped:
-            self._wake()
+            wake()
         return stopped
 
     @property
@@ -83,10 +87,11 @@ class Handle:
         return list(self._times)
 
     def subscribe(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` whenever there is more to read, from the engine's thread: be quick."""
+        """Call ``listener`` whenever there is more to read, from the engine's thread: be quick,
+        and do not wait for an answer. What it raises goes to sys.excepthook."""
         with self._changed:
             self._listeners.append(listener)
-        listener()
+        self._tell([listener])
 
     # For the engine
 
@@ -97,30 +102,36 @@ class Handle:
             self._tokens.append(token)
             self._times.append(time.perf_counter())
             self._pieces.append(piece)
-            self._tell()
+            self._changed.notify_all()
+            listeners = list(self._listeners)
+        self._tell(listeners)
 
     def finish(self, result: Generation) -> bool:
         """False if it had ended already."""
-        with self._changed:
-            if self.done:
-                return False
-            self._result = result
-            self._tell()
-            return True
+        return self._end(result, None)
 
     def fail(self, error: LvlmError) -> bool:
         """False if it had ended already."""
+        return self._end(None, error)
+
+    def _end(self, result: Generation | None, error: LvlmError | None) -> bool:
         with self._changed:
             if self.done:
                 return False
-            self._error = error
-            self._tell()
-            return True
+            self._result, self._error = result, error
+            self._wake = _nothing  # a handle that is kept does not keep the engine
+            self._changed.notify_all()
+            listeners, self._listeners = self._listeners, []
+        self._tell(listeners)
+        return True
 
-    def _tell(self) -> None:
-        self._changed.notify_all()
-        for listener in self._listeners:
-            listener()
+    @staticmethod
+    def _tell(listeners: Sequence[Callable[[], None]]) -> None:
+        for listener in listeners:
+            try:
+                listener()
+            except Exception:
+                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
 
     def _follow(self, items: list[T]) -> Iterator[T]:
         """The items, those there already and those to come."""
@@ -135,4 +146,8 @@ class Handle:
             yield item
             index += 1
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)
+
+
+def _nothing() -> None:
+    """What there is to do for a request that has ended."""

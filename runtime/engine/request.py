@@ -16,7 +16,7 @@ from lvlm.runtime.row import Row
 from lvlm.runtime.text import TextStream
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """Belongs to the engine's thread once it is submitted.
 

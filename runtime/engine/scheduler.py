@@ -3,12 +3,13 @@ the other. A request joins or leaves between two steps."""
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from lvlm.runtime.engine.image_cache import ImageCache
 from lvlm.runtime.engine.prefixes import worthwhile
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.slots import Slots
+from lvlm.runtime.engine.steps import Steps, again, described, typed
+from lvlm.runtime.engine.worker import Beside, Inline, Worker
 from lvlm.runtime.errors import (
     BackendError,
     EngineClosedError,
@@ -24,16 +27,23 @@ from lvlm.runtime.errors import (
     QueueFullError,
     RequestTimeout,
 )
-from lvlm.runtime.graphs import Graphs, check_kept
+from lvlm.runtime.graphs import Graphs
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prefilling:
     """A request whose prompt is being read, into the reserved row, by ``call``."""
 
     request: Request
     call: Call
     logits: Future[np.ndarray]
+    stopped: bool = False
+
+    def stop(self) -> None:
+        """Nobody waits for it any more."""
+        if not self.stopped:
+            self.call.stop()
+        self.stopped = True
 
 
 class Scheduler:
@@ -51,11 +61,12 @@ class Scheduler:
         self._prefilling: Prefilling | None = None
         self._changed = threading.Condition()
         self._closing: str | None = None  # "now", or "finish" what is there first
-        self._logits = np.empty((slots.count, graphs.manifest.text.vocab), np.float32)
-        self._calls: dict[tuple[str, int, int], Call] = {}
-        self._pool = ThreadPoolExecutor(1, "lvlm-prefill") if graphs.backend.parallel else None
+        self._steps = Steps(graphs, slots)
+        self._worker: Worker = Beside("lvlm-prefill") if graphs.backend.parallel else Inline()
         self._thread = threading.Thread(target=self._run, name="lvlm-engine", daemon=True)
         self._thread.start()
+        # No thread may be inside a backend when the interpreter goes.
+        atexit.register(self.close, finish=False)
 
     # For any thread
 
@@ -78,12 +89,16 @@ class Scheduler:
 
     def close(self, *, finish: bool) -> None:
         """No more requests. Those there are finished first, or fail with EngineClosedError."""
+        self.stop(finish=finish)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def stop(self, *, finish: bool = False) -> None:
+        """As ``close``, but without waiting for the end."""
         with self._changed:
             if self._closing != "now":
                 self._closing = "finish" if finish else "now"
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
 
     # The engine's thread
 
@@ -94,10 +109,11 @@ class Scheduler:
                 self._sweep()
                 self._take_prefilled()
                 self._admit()
+                self._take_prefilled()  # one that was read on this thread
                 if self.slots.running:
                     self._step()
         except Exception as bug:  # nobody may wait for ever
-            error = BackendError(f"the engine stopped ({_described(bug)}); open it again")
+            error = BackendError(f"the engine stopped ({described(bug)}); open it again")
             raise
         finally:
             with self._changed:
@@ -106,11 +122,19 @@ class Scheduler:
                 self.waiting.clear()
             if self._prefilling is not None:
                 left.append(self._prefilling.request)
-                self._prefilling.call.stop()
+                self._prefilling.stop()
             for request in left:
-                request.handle.fail(type(error)(str(error)))
-            if self._pool is not None:
-                self._pool.shutdown(wait=True)
+                request.handle.fail(again(error))
+            self._worker.close()
+            self._free()
+            atexit.unregister(self.close)
+
+    def _free(self) -> None:
+        """Give back the memory, even if someone keeps the closed engine."""
+        self._prefilling = None
+        self._steps.calls.clear()
+        self.slots.cache.buffers.clear()
+        self.graphs.sessions.clear()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when the engine is to end."""
@@ -124,12 +148,18 @@ class Scheduler:
                     return True
                 if any(request.handle.done for request in self._all()):
                     return True
+                if self._prefilling is not None and self._unwanted(self._prefilling):
+                    return True
                 deadlines = [r.deadline for r in self._all() if r.deadline is not None]
                 until = min(deadlines, default=None)
                 pause = None if until is None else until - time.perf_counter()
                 if pause is not None and pause <= 0:
                     return True
-                self._changed.wait(pause)
+                self._changed.wait(None if pause is None else min(pause, threading.TIMEOUT_MAX))
+
+    @staticmethod
+    def _unwanted(prefilling: Prefilling) -> bool:
+        return prefilling.request.handle.done and not prefilling.stopped
 
     def _all(self) -> list[Request]:
         prefilling = [self._prefilling.request] if self._prefilling is not None else []
@@ -140,19 +170,21 @@ class Scheduler:
         """End what is over its time, and drop what its caller has ended."""
         now = time.perf_counter()
         with self._changed:
-            for request in self._all():
-                if request.deadline is not None and now >= request.deadline:
-                    request.handle.fail(
-                        RequestTimeout("the request's timeout is over; give it more, or ask less")
-                    )
-            ended = [r for r in self.waiting if r.handle.done]
-            for request in ended:
-                self.waiting.remove(request)
-        if self._prefilling is not None and self._prefilling.request.handle.done:
-            self._prefilling.call.stop()
+            everyone = self._all()
+        for request in everyone:
+            if request.deadline is not None and now >= request.deadline:
+                request.handle.fail(
+                    RequestTimeout("the request's timeout is over; give it more, or ask less")
+                )
+        with self._changed:
+            self.waiting = deque(r for r in self.waiting if not r.handle.done)
+        if self._prefilling is not None and self._unwanted(self._prefilling):
+            self._prefilling.stop()
         for place in reversed(range(len(self.slots.running))):
-            if self.slots.running[place].handle.done:
-                self.slots.release(place, keep=True)
+            request = self.slots.running[place]
+            if request.handle.done:
+                # While decode reads a prompt nobody looks whether the logits are finite.
+                self.slots.release(place, keep=not request.feed)
 
     def _admit(self) -> None:
         """The oldest request that waits takes a slot, if one is free."""
@@ -172,16 +204,11 @@ class Scheduler:
                 self.slots.start(request)
                 continue
             call = self.graphs.bind("prefill", self.slots.cache.views(slice(row, row + 1)))
-            if self._pool is None:
-                future = _done(self._prefill, request, call)
-            else:
-                future = self._pool.submit(self._prefill, request, call)
-                future.add_done_callback(lambda _: self.wake())
+            future = self._worker.submit(partial(self._prefill, request, call), self.wake)
             self._prefilling = Prefilling(request, call, future)
-            self._take_prefilled()
 
     def _prefill(self, request: Request, call: Call) -> np.ndarray:
-        """Logits [vocabulary] after the prompt; on the second thread, if there is one."""
+        """Logits [vocabulary] after the prompt; on the worker's thread."""
         began = time.perf_counter()
         features = self.images.features(
             request.digests, request.prompt.pictures, self.graphs.encode
@@ -201,7 +228,7 @@ class Scheduler:
         self._prefilling = None
         request, row = done.request, self.slots.filling
         if (problem := done.logits.exception()) is not None:
-            request.handle.fail(_typed(problem))
+            request.handle.fail(typed(problem))
         if request.handle.done:
             self.slots.abandon()
             return
@@ -216,12 +243,8 @@ class Scheduler:
     def _step(self) -> None:
         """One decode step of every running request."""
         began = time.perf_counter()
-        cache, running = self.slots.cache, list(self.slots.running)
-        failed = self._decode()
-        advanced = np.zeros(self.slots.count, bool)
-        advanced[: len(running)] = [place not in failed for place in range(len(running))]
-        cache.advance(advanced)
-        failed |= self._compact()
+        running = list(self.slots.running)
+        failed = self._steps.run()
         took = (time.perf_counter() - began) * 1e3
         for place in reversed(range(len(running))):  # a release moves only later places
             request = running[place]
@@ -235,15 +258,15 @@ class Scheduler:
             if request.feed:
                 request.feed.popleft()
             if not request.feed:
-                self._choose(place, self._logits[place])
+                self._choose(place, self._steps.logits[place])
 
     def _choose(self, place: int, logits: np.ndarray) -> None:
         """The next token of a running request, which may be its last."""
         request = self.slots.running[place]
         try:
             request.choose(logits, self.graphs.manifest.text.eos_ids)
-        except LvlmError as error:
-            request.handle.fail(error)
+        except Exception as error:
+            request.handle.fail(typed(error))
             self.slots.release(place, keep=False)
             return
         if request.row.finish_reason is not None:
@@ -252,84 +275,3 @@ class Scheduler:
             answer = request.generation(slot, cache.bytes_used(place))
             self.slots.release(place, keep=True)
             request.handle.finish(answer)
-
-    def _decode(self) -> dict[int, LvlmError]:
-        """Run decode for the running rows; which of them failed, and why.
-
-        If it fails for all at once it is tried row by row, so that one request's fault is not the
-        others': a step writes the same slots again, and nothing is counted before it is done.
-        """
-        count = len(self.slots.running)
-        tokens = np.array([r.next_token for r in self.slots.running], np.int64)
-        positions = np.array([r.row.position for r in self.slots.running], np.int64)
-
-        def decode(rows: slice) -> None:
-            inputs = self.slots.cache.decode_inputs(tokens[rows], positions[rows], rows)
-            self._call("decode", rows.start, rows.stop)(inputs, {"logits": self._logits[rows]})
-
-        try:
-            decode(slice(0, count))
-            return {}
-        except Exception as error:
-            if count == 1:
-                return {0: _typed(error)}
-        failed = {}
-        for place in range(count):
-            try:
-                decode(slice(place, place + 1))
-            except Exception as error:
-                failed[place] = _typed(error)
-        return failed
-
-    def _compact(self) -> dict[int, LvlmError]:
-        """Drop entries of the rows whose interval is over; which failed."""
-        cache = self.slots.cache
-        inputs = cache.compaction()
-        if inputs is None:
-            return {}
-        count = len(self.slots.running)
-        kept = np.empty_like(inputs["kv_budget"])
-        due = (inputs["kv_budget"] != inputs["valid_length"]).any(0)
-        try:
-            self._call("compact", 0, count)(inputs, {"kept": kept})
-        except Exception as error:
-            return {int(p): BackendError(str(_typed(error))) for p in np.flatnonzero(due)}
-        failed: dict[int, LvlmError] = {}
-        for place in range(count):
-            some = slice(place, place + 1)
-            try:
-                check_kept(kept[:, some], inputs["kv_budget"][:, some])
-            except BackendError as error:
-                failed[place] = error
-        cache.compacted()
-        return failed
-
-    def _call(self, name: str, start: int, stop: int) -> Call:
-        """A graph over some rows, bound once."""
-        key = (name, start, stop)
-        if key not in self._calls:
-            self._calls[key] = self.graphs.bind(name, self.slots.cache.views(slice(start, stop)))
-        return self._calls[key]
-
-
-def _done(
-    compute: Callable[[Request, Call], np.ndarray], request: Request, call: Call
-) -> Future[np.ndarray]:
-    """Computed here and now; an error is the future's."""
-    future: Future[np.ndarray] = Future()
-    try:
-        future.set_result(compute(request, call))
-    except Exception as error:
-        future.set_exception(error)
-    return future
-
-
-def _typed(error: BaseException) -> LvlmError:
-    """The error for one request's caller, of its own."""
-    if isinstance(error, LvlmError):
-        return error
-    return BackendError(f"the backend failed ({_described(error)}); the request is lost")
-
-
-def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -36,21 +36,19 @@ class Slots:
         cache.active = 0
 
     def reserve(self, keys: np.ndarray) -> tuple[int, Prefix | None] | None:
-        """A row to be filled, and what may be copied into it; None if all rows are running."""
+        """A row to be filled, and what may be copied into it; None if all rows are running.
+
+        It is the next running one, so that nothing has to move when it is full, unless another one
+        ends until then.
+        """
         if self.filling is not None or len(self.running) == self.count:
             return None
-        prefix = self._longest(keys)
-        first = len(self.running)
-        free = [r for r in range(first, self.count) if r not in self.kept]
-        others = [r for r in self.kept if prefix is None or r != prefix.row]
-        # The next running row if it is free: then nothing has to move afterwards.
-        row = free[0] if free else next(iter(others), None)
-        if row is None:
-            assert prefix is not None
-            row = prefix.row  # its own entries, in their place
+        row, prefix = len(self.running), self._longest(keys)
         if prefix is not None and prefix.row in self.kept:
             self.kept[prefix.row] = self.kept.pop(prefix.row)  # used last
-        self.kept.pop(row, None)
+        moved = self._vacate(row)
+        if prefix is not None and prefix.row == row:
+            prefix = Prefix(moved, prefix.length)
         self.filling = row
         return row, prefix
 
@@ -63,7 +61,9 @@ class Slots:
         self.cache.begin(count, count, slice(self.filling, self.filling + 1))
 
     def abandon(self) -> None:
-        """The reserved row is free again."""
+        """The reserved row is free again, and clean: what was written there may not be finite."""
+        assert self.filling is not None
+        self.cache.clear_row(self.filling)
         self.filling = None
 
     def start(self, request: Request) -> int:
@@ -79,13 +79,17 @@ class Slots:
         return place
 
     def release(self, place: int, *, keep: bool) -> None:
-        """A running request has ended; ``keep`` its entries where there is a row for them."""
+        """A running request has ended; ``keep`` its entries where there is a row for them, or clear
+        them: after a fault they may not be finite."""
         request, last = self.running[place], len(self.running) - 1
+        if not keep:
+            self.cache.clear_row(place)
         if keep and self.keeps_prefixes:
             if place == last:
                 self._remember(place, request)
-            elif (spare := self._free_row(last + 1)) is not None:
+            elif (spare := self._spare(last + 1)) is not None:
                 self.cache.copy_row(place, spare)
+                self.kept.pop(spare, None)
                 self._remember(spare, request)
         if place != last:
             self.cache.copy_row(last, place)
@@ -119,24 +123,26 @@ class Slots:
         """Keys of what lies in a row: less than its tokens while decode reads a prompt's rest."""
         return request.held_keys()[: int(self.cache.lengths[0, row])]
 
-    def _free_row(self, first: int) -> int | None:
+    def _spare(self, first: int) -> int | None:
+        """A row from ``first`` on for entries to be kept: a free one, or that of the least used."""
         rows = (r for r in range(first, self.count) if r not in self.kept and r != self.filling)
-        return next(rows, None)
+        free = next(rows, None)
+        return free if free is not None else next(iter(self.kept), None)
 
-    def _vacate(self, row: int) -> None:
-        """What is kept in ``row`` goes to a free row, or takes the place of the least used one."""
+    def _vacate(self, row: int) -> int:
+        """Put what is kept in ``row`` elsewhere, if there is room: where it is now, or ``row``."""
         if row not in self.kept:
-            return
-        target = self._free_row(row + 1)
-        if target is None:
-            target = next(iter(self.kept))
-        if target != row:
-            self.cache.copy_row(row, target)
-            self.kept.pop(target, None)
-            # Used as long ago as before: rebuilt in the same order
-            self.kept = {target if r == row else r: keys for r, keys in self.kept.items()}
-        else:
+            return row
+        target = self._spare(row + 1)
+        assert target is not None
+        if target == row:
             del self.kept[row]
+            return row
+        self.cache.copy_row(row, target)
+        self.kept.pop(target, None)
+        # Used as long ago as before: rebuilt in the same order
+        self.kept = {target if r == row else r: keys for r, keys in self.kept.items()}
+        return target
 
 
 def _shared(held: np.ndarray, wanted: np.ndarray) -> int:

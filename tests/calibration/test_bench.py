@@ -153,7 +153,7 @@ def test_a_child_that_is_killed(tmp_path: Path) -> None:
     [
         ((), "what to measure?"),
         (("BUNDLE:keep",), "write keep=VALUE"),
-        (("BUNDLE:kep=1",), "unknown setting of a bundle 'kep'; did you mean keep?"),
+        (("BUNDLE:kep=1",), "unknown setting of a bundle 'kep'; did you mean keep or kv-keep?"),
         (("BUNDLE:keep=0.5",), "recipe none takes no keep"),
         (("BUNDLE", "BUNDLE"), "two contenders are called"),
         (("BUNDLE:device=gpu",), "unknown device 'gpu'"),
@@ -185,8 +185,12 @@ def test_mistakes(run: Run, full: Path, argv: tuple[str, ...], message: str) -> 
     assert message in err
 
 
-def test_bundles_of_two_models(run: Run, full: Path, bundle: Callable[..., Path]) -> None:
-    code, _, err = run(full, bundle("llava:clip-llama"))
+def test_bundles_of_two_models(run: Run, full: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(full, tmp_path / "other")
+    manifest = json.loads((other / MANIFEST).read_text())
+    manifest["text"]["eos_ids"].append(7)
+    (other / MANIFEST).write_text(json.dumps(manifest))
+    code, _, err = run(full, other)
     assert code == 2
     assert "compare bundles of one checkpoint" in err
 

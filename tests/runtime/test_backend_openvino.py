@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from bundles import ASSETS, CACHED
 
@@ -17,7 +19,6 @@ import lvlm
 from lvlm.export.targets.openvino import TARGET
 from lvlm.plugins_trt.cli import main as build
 from lvlm.runtime.answers import Options
-from lvlm.runtime.backends import open_backend
 from lvlm.runtime.backends.openvino import PRECISION, PRECISIONS, Backend
 from lvlm.runtime.bundle import read_bundle
 from lvlm.runtime.cli import main
@@ -124,27 +125,28 @@ def test_one_slot_of_each_row_is_written_in_place_or_elsewhere(lowered: Make) ->
     inputs, buffers = random_step(3, 20)
     text = manifest.text
     assert (text.layers, text.kv_heads, text.head_dim) == (6, *buffers["past_key_0"].shape[1::2])
-    found = []
-    for device, elsewhere in (("cpu", False), ("openvino", False), ("openvino", True)):
+    canonical = onnxruntime.InferenceSession(str(folder / "decode.onnx"))
+    names = [output.name for output in canonical.get_outputs()]
+    expected = dict(zip(names, canonical.run(None, inputs | buffers), strict=True))
+    session = Backend(threads=1).load(folder, manifest, "decode")
+    for elsewhere in (False, True):
         past = {name: buffer.copy() for name, buffer in buffers.items()}
         present = {
             name.replace("past", "present"): np.zeros_like(b) if elsewhere else b
             for name, b in past.items()
         }
-        session = open_backend(device, threads=1).load(folder, manifest, "decode")
         logits = np.empty((3, text.vocab), np.float32)
         session.bind(past, present)(inputs, {"logits": logits})
+        found = {"logits": logits, **present}
+        for name, array in expected.items():
+            np.testing.assert_allclose(found[name], array, atol=2e-4, err_msg=name)
         if elsewhere:
             for name, buffer in buffers.items():
                 np.testing.assert_array_equal(past[name], buffer)
-        found.append({"logits": logits, **present})
-    for name, expected in found[0].items():
-        for ours in found[1:]:
-            np.testing.assert_allclose(ours[name], expected, atol=2e-4, err_msg=name)
     for name, buffer in buffers.items():
         kept = np.ones((3, 20), bool)
         kept[np.arange(3), inputs["write_index"][int(name[-1])]] = False
-        new = found[1][name.replace("past", "present")].swapaxes(1, 2)
+        new = found[name.replace("past", "present")].swapaxes(1, 2)
         np.testing.assert_array_equal(new[kept], buffer.swapaxes(1, 2)[kept])
 
 
@@ -213,12 +215,48 @@ def test_graphs_that_do_not_fit_the_bundle(lowered: Make, tmp_path: Path) -> Non
 def test_a_run_that_fails_is_one_line(lowered: Make) -> None:
     folder = lowered()
     session = Backend(threads=1).load(folder, read_bundle(folder), "vision")
-    with pytest.raises(BackendError, match="^OpenVINO failed: ") as caught:
+    with pytest.raises(BackendError, match=r"^OpenVINO failed: ") as caught:
         session.bind({}, {})({"pixel_values": np.zeros((1, 3, 5, 5), np.float32)}, {})
     assert "\n" not in str(caught.value)
+
+
+def test_a_stopped_run_ends_with_an_error_and_others_go_on(lowered: Make) -> None:
+    folder = lowered()
+    manifest = read_bundle(folder)
+    session = Backend(threads=1).load(folder, manifest, "vision")
+    pixels = np.random.default_rng(0).random((32, 3, *manifest.images.size), np.float32)
+    shape = (32, manifest.images.tokens, manifest.text.hidden)
+    call, other = session.bind({}, {}), session.bind({}, {})
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(
+            call, {"pixel_values": pixels}, {"image_features": np.empty(shape, np.float32)}
+        )
+        call.stop()
+        with pytest.raises(BackendError, match=r"^OpenVINO failed: "):
+            running.result()
+    with pytest.raises(BackendError, match="the run was stopped"):
+        call({"pixel_values": pixels[:1]}, {})
+    features = np.zeros((1, *shape[1:]), np.float32)
+    other({"pixel_values": pixels[:1]}, {"image_features": features})
+    assert features.any()
 
 
 def test_openvino_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendError, match=r"openvino cannot be .*'lvlm-deploy\[openvino\]'"):
         Backend()
+
+
+@pytest.mark.parametrize("recipe", ["none", *CACHED])
+def test_every_input_is_consumed(recipe: str, lowered: Make) -> None:
+    """By the graph that OpenVINO makes of the file; caches that are only written are no inputs."""
+    folder = lowered(recipe)
+    core = Backend().core
+    for name, graph in read_bundle(folder).graphs.items():
+        inputs = core.read_model(folder / f"{name}.openvino.onnx").inputs
+        unused = [port.any_name for port in inputs if not port.get_target_inputs()]
+        assert unused == [], name
+        takes = {p.name for p in graph.inputs}
+        written = {p for p in takes if p.startswith("past_") and name == "prefill"}
+        written |= {p for p in takes if p.startswith("past_query_") and name == "decode"}
+        assert {port.any_name for port in inputs} == takes - written

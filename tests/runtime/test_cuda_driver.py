@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lvlm.runtime import nvidia
@@ -98,3 +100,49 @@ def test_the_real_driver_layer() -> None:
 def test_a_driver_that_is_too_old() -> None:
     with pytest.raises(BackendError, match=r"serves CUDA 12.4, cuda-bindings is for CUDA 13; upd"):
         _cuda.CudaDriver(Bindings(), nvidia.Driver((12, 4), (GPU,)))
+
+
+class Cuda:
+    """libcuda over the host's memory: what is called, and one function that is refused."""
+
+    def __init__(self, refused: str = "") -> None:
+        self.refused, self.calls = refused, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.calls.append(name)
+            if name == self.refused:
+                return 999
+            if name == "cuMemcpyDtoD_v2":
+                target, source, size = (a.value for a in arguments)
+                ctypes.memmove(target, source, size)
+            elif name == "cuMemsetD8_v2":
+                target, value, size = (a.value for a in arguments)
+                ctypes.memset(target, value, size)
+            return 0
+
+        return call
+
+
+def test_memory_is_moved_within_the_device() -> None:
+    """In the context that CUDA's runtime has, which is given back whatever happens."""
+    memory = np.arange(12, dtype=np.uint8)
+    start, cuda = memory.ctypes.data, Cuda()
+
+    def load(name: str) -> Any:
+        assert name == nvidia.LIBRARY
+        return cuda
+
+    nvidia.copy_on_device(start + 8, start, 4, load)
+    assert memory.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    around = ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+    assert cuda.calls == [
+        *around,
+        *("cuMemcpyDtoD_v2", "cuCtxSynchronize", "cuDevicePrimaryCtxRelease_v2"),
+    ]
+    nvidia.clear_on_device(start + 1, 5, load)
+    assert memory.tolist() == [0, 0, 0, 0, 0, 0, 6, 7, 0, 1, 2, 3]
+    cuda = Cuda("cuMemsetD8_v2")
+    with pytest.raises(BackendError, match=r"refuses cuMemsetD8_v2 \(error 999\)"):
+        nvidia.clear_on_device(start, 5, load)
+    assert cuda.calls == [*around, "cuMemsetD8_v2", "cuDevicePrimaryCtxRelease_v2"]

@@ -1,0 +1,107 @@
+"""What is run for all running requests at once, and which of them a fault concerns."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lvlm.runtime.backends import Call
+from lvlm.runtime.engine.slots import Slots
+from lvlm.runtime.errors import BackendError, LvlmError
+from lvlm.runtime.graphs import Graphs, check_kept
+
+
+class Steps:
+    """Decode and compact over the running rows. For one thread.
+
+    ``logits`` [slots,vocabulary] float32 are those of the last decode.
+    """
+
+    def __init__(self, graphs: Graphs, slots: Slots) -> None:
+        self.graphs, self.slots = graphs, slots
+        self.logits = np.empty((slots.count, graphs.manifest.text.vocab), np.float32)
+        self.calls: dict[tuple[str, int, int], Call] = {}
+
+    def run(self) -> dict[int, LvlmError]:
+        """One decode step of every running request; places of those that failed, and why."""
+        count = len(self.slots.running)
+        failed = self._decode(count)
+        advanced = np.zeros(self.slots.count, bool)
+        advanced[:count] = [place not in failed for place in range(count)]
+        self.slots.cache.advance(advanced)
+        return failed | self._compact(count)
+
+    def _decode(self, count: int) -> dict[int, LvlmError]:
+        """If it fails for all at once it is tried row by row, so that one request's fault is not
+        the others': a step writes the same slots again, and nothing is counted before it is done.
+        """
+        tokens = np.array([r.next_token for r in self.slots.running], np.int64)
+        positions = np.array([r.row.position for r in self.slots.running], np.int64)
+
+        def decode(rows: slice) -> None:
+            inputs = self.slots.cache.decode_inputs(tokens[rows], positions[rows], rows)
+            self._call("decode", rows.start, rows.stop)(inputs, {"logits": self.logits[rows]})
+
+        try:
+            decode(slice(0, count))
+            return {}
+        except Exception as error:
+            if count == 1:
+                return {0: typed(error)}
+        failed = {}
+        for place in range(count):
+            try:
+                decode(slice(place, place + 1))
+            except Exception as error:
+                failed[place] = typed(error)
+        return failed
+
+    def _compact(self, count: int) -> dict[int, LvlmError]:
+        """Drop entries of the rows whose interval is over."""
+        cache = self.slots.cache
+        inputs = cache.compaction()
+        if inputs is None:
+            return {}
+        kept = np.empty_like(inputs["kv_budget"])
+        due = (inputs["kv_budget"] != inputs["valid_length"]).any(0)
+        try:
+            self._call("compact", 0, count)(inputs, {"kept": kept})
+        except Exception as error:
+            # Not again row by row: some layers may have been compacted, and would be twice.
+            return {int(place): again(typed(error)) for place in np.flatnonzero(due)}
+        failed: dict[int, LvlmError] = {}
+        for place in range(count):
+            some = slice(place, place + 1)
+            try:
+                check_kept(kept[:, some], inputs["kv_budget"][:, some])
+            except BackendError as error:
+                failed[place] = typed(error)
+        cache.compacted()
+        return failed
+
+    def _call(self, name: str, start: int, stop: int) -> Call:
+        """A graph over some rows, bound once."""
+        key = (name, start, stop)
+        if key not in self.calls:
+            self.calls[key] = self.graphs.bind(name, self.slots.cache.views(slice(start, stop)))
+        return self.calls[key]
+
+
+def typed(error: BaseException) -> LvlmError:
+    """The error for one request's caller.
+
+    Without its traceback, whose frames would keep the cache alive for as long as someone keeps the
+    error.
+    """
+    if not isinstance(error, LvlmError):
+        return BackendError(f"the backend failed ({described(error)}); the request is lost")
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
+def again(error: LvlmError) -> LvlmError:
+    """The same error for another caller."""
+    return type(error)(str(error))
+
+
+def described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,0 +1,151 @@
+"""Target ort-cpu: which graphs it lowers, to what, and that these compute the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from bundles import ASSETS, CACHED
+
+import lvlm
+from lvlm.export.targets._ort_fusions import fuse_silu, fuse_skip_normalization
+from lvlm.export.targets.ort_cpu import TARGET
+from lvlm.runtime.answers import Options
+from lvlm.runtime.bundle import Manifest, read_bundle
+
+NONE = ("none",)
+LIGHT = CACHED["lightvlm (cached)"]
+ELASTIC = CACHED["elastic-cache (cached)"]
+
+
+def kinds(path: Path) -> Counter[str]:
+    model = onnx.load(path, load_external_data=False)
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def canonical(bundle: Path, folder: Path) -> Path:
+    """A copy of a bundle whose manifest lists no lowered graph."""
+    shutil.copytree(bundle, folder)
+    manifest = read_bundle(folder)
+    graphs = {n: dataclasses.replace(g, lowered={}) for n, g in manifest.graphs.items()}
+    dataclasses.replace(manifest, graphs=graphs).write(folder)
+    return folder
+
+
+def test_bundles_for_the_cpu_have_the_lowered_decode_graph(bundle: Callable[..., Path]) -> None:
+    def lowered(manifest: Manifest) -> dict[str, dict[str, str]]:
+        return {name: graph.lowered for name, graph in manifest.graphs.items() if graph.lowered}
+
+    for dtype in ("fp32", "fp16"):
+        manifest = read_bundle(bundle("tiny-llava", dtype=dtype, max_images=2))
+        assert lowered(manifest) == {"decode": {TARGET.name: "decode.ort-cpu.onnx"}}
+    assert lowered(read_bundle(bundle("tiny-llava", dtype="bf16", max_images=2))) == {}
+
+
+@pytest.mark.parametrize("recipe", [NONE, LIGHT, ELASTIC], ids=["none", "lightvlm", "elastic"])
+def test_lowered_decode_appends_with_one_node_where_new_entries_go_to_the_end(
+    recipe: tuple[str, ...], bundle: Callable[..., Path]
+) -> None:
+    folder = bundle("tiny-llava", *recipe, max_images=2)
+    manifest = read_bundle(folder)
+    layers = manifest.text.layers
+    before, after = (kinds(folder / f) for f in ("decode.onnx", "decode.ort-cpu.onnx"))
+    assert after["SkipSimplifiedLayerNormalization"] == 2 * layers - 1
+    assert after["QuickGelu"] == layers
+    if recipe is ELASTIC:  # whose next victim may lie anywhere
+        assert after["Attention"] == layers
+        assert after["GroupQueryAttention"] == 0
+    else:
+        assert after["GroupQueryAttention"] == layers
+        assert after["Attention"] == 0
+        assert after["TensorScatter"] == (layers if recipe is LIGHT else 0)  # the ring's
+    assert after.total() < (0.8 if recipe is ELASTIC else 0.5) * before.total()
+    ours, theirs = (
+        onnx.load(folder / f, load_external_data=False).graph
+        for f in ("decode.ort-cpu.onnx", "decode.onnx")
+    )
+    assert [x.name for x in ours.input] == [x.name for x in theirs.input]
+    assert [x.name for x in ours.output] == [x.name for x in theirs.output]
+    weights = set(manifest.graphs["decode"].weights)
+    assert weights == {t.name for t in ours.initializer} & weights
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "dtype", "tolerance"),
+    [
+        ("tiny-llava", NONE, "fp32", 2e-4),
+        ("tiny-llava", LIGHT, "fp32", 2e-4),
+        ("tiny-llava", ELASTIC, "fp32", 2e-4),
+        ("tiny-llava", NONE, "fp16", 0.05),
+        ("llava:llama-mha-bias-rope3-siglip", NONE, "fp32", 2e-4),
+    ],
+    ids=lambda x: x[0] if isinstance(x, tuple) else str(x),
+)
+def test_lowered_decode_computes_the_same(
+    model: str,
+    recipe: tuple[str, ...],
+    dtype: str,
+    tolerance: float,
+    bundle: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Rows of very different lengths, more steps than a ring has slots."""
+    original = bundle(model, *recipe, dtype=dtype, max_images=2)
+    expected = logits(canonical(original, tmp_path / "canonical"))
+    for ours, theirs in zip(logits(original), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=tolerance)
+
+
+def logits(folder: Path) -> list[np.ndarray]:
+    prompts = ["Read the top row.", "7?", "How often does 7 appear in this picture, and where?"]
+    pictures = [[ASSETS / "samples/digits-1.png"], [], [ASSETS / "samples/digits-2.png"] * 2]
+    with lvlm.load(folder, threads=1) as model:
+        rows = [
+            model.prepare(i, prompt, images, Options())
+            for i, (prompt, images) in enumerate(zip(prompts, pictures, strict=True))
+        ]
+        batch = model.batches.start(rows)
+        found = [batch.logits.copy()]
+        for step in range(20):
+            for row in batch.rows:
+                row.tokens.append(5 + step)
+            batch.decode_step()
+            found.append(batch.logits.copy())
+        return found
+
+
+def graph_of(body: str) -> ir.Model:
+    text = f"""<ir_version: 10, opset_import: ["" : 24]>
+        g (float[2, 3, 8] x, float[2, 3, 8] y, float[8] w) => (float[2, 3, 8] z, float[2, 3, 8] t)
+        {{ {body} }}"""
+    return ir.serde.deserialize_model(
+        onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
+    )
+
+
+def test_sums_that_are_not_normalised_or_not_of_two_states_stay() -> None:
+    fused = graph_of("t = Add(x, y) z = RMSNormalization <epsilon = 0.001> (t, w)")
+    assert fuse_skip_normalization(fused) == 1
+    assert [node.op_type for node in fused.graph] == ["SkipSimplifiedLayerNormalization"]
+    for body in (
+        "t = Add(x, w) z = RMSNormalization (t, w)",  # a bias
+        "t = Add(x, y) z = RMSNormalization <axis = 1> (t, w)",
+        "t = Add(x, y) z = RMSNormalization (y, w)",
+    ):
+        assert fuse_skip_normalization(graph_of(body)) == 0
+
+
+def test_a_gate_of_something_else_is_no_silu() -> None:
+    assert fuse_silu(graph_of("s = Sigmoid(x) z = Mul(s, x) t = Add(x, y)")) == 1
+    for body in (
+        "s = Sigmoid(x) z = Mul(s, y) t = Add(x, y)",
+        "s = Sigmoid(x) z = Mul(s, x) t = Add(s, y)",
+    ):
+        assert fuse_silu(graph_of(body)) == 0
