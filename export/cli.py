@@ -70,6 +70,12 @@ def _parser() -> argparse.ArgumentParser:
         "--max-images", type=int, default=1, metavar="N", help="pictures per prompt (default 1)"
     )
     parser.add_argument(
+        "--max-image-tokens",
+        type=int,
+        metavar="N",
+        help="scale pictures down to at most N tokens each (default: the checkpoint's own limit)",
+    )
+    parser.add_argument(
         "--target",
         action="append",
         default=[],
@@ -181,6 +187,7 @@ def _options(args: argparse.Namespace) -> Options:
         revision=args.revision,
         max_text_len=args.max_text_len,
         max_images=args.max_images,
+        max_image_tokens=args.max_image_tokens,
         validate=not args.no_validate,
         targets=tuple(targets[name] for name in dict.fromkeys(args.target)),
     )

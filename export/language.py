@@ -36,8 +36,14 @@ class LanguageModel:
     hidden: int
     vocab: int
     scale: float  # of query · key in every block's attention
-    window: int | None = None  # keys a query can see; the exported length must stay below
+    window: int | None = None  # keys a query can see, or length that rotary angles hold for
     position_rows: int = 1  # rotary positions per token: 3 with M-RoPE
+    deep: int = 0  # first blocks whose output gets image features of its own added (DeepStack)
+
+    @property
+    def feature_width(self) -> int:
+        """Numbers per image token: what replaces its embedding, then what each block gets."""
+        return self.hidden * (1 + self.deep)
 
 
 class PromptEntries:
@@ -108,7 +114,7 @@ class Prefill(nn.Module):
     """Prompt to first logits, writing every layer's cache from slot 0 on.
 
     input_ids       [B,N] int64, padded on the right
-    image_features  [R,D]: the pictures of all rows; one row of zeros if there is none
+    image_features  [R,(1+deep)*D]: the pictures of all rows; one row of zeros if there is none
     image_row       [B,N] int64: the row of these that replaces a placeholder, -1 for text and
                     padding
     image_id        [B,N] int64: -1 padding, 0 text, m the m-th picture of the row
@@ -137,7 +143,9 @@ class Prefill(nn.Module):
         names = (i.name for i in recipe_inputs(model, recipe))
         inputs = dict(zip(names, extra, strict=True))
         features = nn.functional.embedding(image_row.clamp(min=0), image_features)
-        hidden = torch.where((image_row >= 0)[..., None], features, model.embed(input_ids))
+        image = (image_row >= 0)[..., None]
+        first, *deep = features.split(model.hidden, dim=-1) if model.deep else [features]
+        hidden = torch.where(image, first, model.embed(input_ids))
         state = TokenSequence(hidden, position_ids, image_id)
         start = torch.zeros_like(input_ids[:, 0])
         scored = rule is not None and rule.scores_all
@@ -149,6 +157,8 @@ class Prefill(nn.Module):
             tap = Tap(state.length() if scored else None)
             entries = PromptEntries()
             state.hidden = run_block(model, block, state.hidden, state.positions, entries, tap)
+            if layer < model.deep:  # no recipe merges before (plan.py)
+                state.hidden = state.hidden + torch.where(image, deep[layer], 0)
             new = [entries.key, entries.value]
             if rule is not None:
                 *new, count = rule.compact_prompt(

@@ -34,7 +34,8 @@ BLOCK = 32  # of quantized weights; docs/quantization.md compares sizes
 @dataclass(frozen=True)
 class Options:
     """What to export. ``dtype`` None: as the checkpoint has it (its config.json); ``weights`` None:
-    the language model's products are of ``dtype``, too; ``cache`` None: so is the cache."""
+    the language model's products are of ``dtype``, too; ``cache`` None: so is the cache;
+    ``max_image_tokens`` None: pictures give as many tokens as the checkpoint says."""
 
     model: str
     recipe: Recipe
@@ -46,16 +47,17 @@ class Options:
     revision: str | None = None
     max_text_len: int = 2048
     max_images: int = 1
+    max_image_tokens: int | None = None
     validate: bool = True
     targets: tuple[Target, ...] = ()
     # Set by validation only: the fp32 twin of a bf16 bundle holds weights rounded to bf16.
     rounding: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_text_len", "max_images"):
-            if getattr(self, name) < 1:
+        for name in ("max_text_len", "max_images", "max_image_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ParameterError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; give 1 or more"
+                    f"--{name.replace('_', '-')} is {value}; give 1 or more"
                 )
         for name, values in (("dtype", DTYPES), ("weights", KINDS), ("cache", CACHES)):
             value = getattr(self, name)
@@ -116,7 +118,15 @@ def make_plan(options: Options) -> Plan:
     language = family.language(skeleton, config)
     layers = len(language.blocks)
     recipe = _with_profile_file(options.recipe.for_layers(layers), layers, checkpoint)
+    if (early := [r.layer for r in recipe.reductions() if r.layer < language.deep]):
+        raise ParameterError(
+            f"recipe {recipe.name} merges image tokens at block {early[0]}, but this model adds "
+            f"image features up to block {language.deep - 1}; merge from block {language.deep} on "
+            "(--help-recipe)"
+        )
     images = family.images(config, checkpoint.folder)
+    if options.max_image_tokens is not None and options.max_image_tokens < images.tokens:
+        images = family.bounded(images, options.max_image_tokens)
     stored_names = checkpoints.match_weights(checkpoint, family, skeleton)
     longest = options.max_text_len + options.max_images * images.tokens
     if language.window is not None and language.window < longest:

@@ -55,7 +55,7 @@ def prefill_inputs(
     row = ("batch", "sequence")
     fixed = [
         GraphInput("input_ids", torch.int64, row),
-        GraphInput("image_features", dtype, ("rows", model.hidden)),
+        GraphInput("image_features", dtype, ("rows", model.feature_width)),
         GraphInput("image_row", torch.int64, row),
         GraphInput("image_id", torch.int64, row),
         GraphInput("position_ids", torch.int64, row if model.position_rows == 1 else (3, *row)),

@@ -8,18 +8,24 @@ from lvlm.export.checkpoint import Checkpoint
 from lvlm.export.families._base import Family
 from lvlm.export.samples import Sample
 from lvlm.runtime.answers import Options
+from lvlm.runtime.bundle import Images
 from lvlm.runtime.errors import BundleError, CheckpointError, LvlmError
 from lvlm.runtime.prompts import Prompt, PromptMaker
 from lvlm.runtime.text import Tokenizer
 
 
-def prompt_maker(checkpoint: Checkpoint, family: Family, config: Any) -> PromptMaker:
-    """What writes prompts exactly as a bundle of this checkpoint does. Raises CheckpointError."""
+def prompt_maker(
+    checkpoint: Checkpoint, family: Family, config: Any, images: Images | None = None
+) -> PromptMaker:
+    """What writes prompts exactly as a bundle of this checkpoint does. Raises CheckpointError.
+
+    ``images`` are the bundle's where they are not simply the checkpoint's.
+    """
     files = family.prompt(config, checkpoint.folder)
     try:
         return PromptMaker(
             Tokenizer(checkpoint.folder / "tokenizer.json", files.eos_ids),
-            family.images(config, checkpoint.folder),
+            images or family.images(config, checkpoint.folder),
             config.get_text_config().vocab_size,
             files.chat_template,
             files.special_tokens,

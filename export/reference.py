@@ -64,7 +64,7 @@ class Reference:
     @torch.no_grad()
     def encode(self, pictures: Sequence[Picture]) -> torch.Tensor:
         """image_features [R,D] of all pictures' tokens in order."""
-        found = [np.zeros((0, self.language.hidden), np.float32)]
+        found = [np.zeros((0, self.language.feature_width), np.float32)]
         for picture in pictures:
             rows = self.vision(**{k: torch.from_numpy(x) for k, x in picture.arrays.items()})
             found.append(picture.features(rows.numpy()))
@@ -107,7 +107,7 @@ class Reference:
         names = [i.name for i in recipe_inputs(self.language, self.recipe)]
         logits, *rest = Prefill(self.language, self.recipe)(
             torch.tensor([list(ids)]),
-            features if len(features) else features.new_zeros(1, self.language.hidden),
+            features if len(features) else features.new_zeros(1, self.language.feature_width),
             torch.from_numpy(rows)[None],
             torch.from_numpy(image_id)[None],
             torch.from_numpy(prompt.positions[..., None, :]),

@@ -36,7 +36,7 @@ def with_profile(plan: Plan, progress: Progress) -> Plan:
             plan.family, plan.config, plan.checkpoint, plan.stored_names, torch.float32
         )
         reference = Reference(plan.family, plan.config, model, plan.recipe)
-        maker = prompt_maker(plan.checkpoint, plan.family, plan.config)
+        maker = prompt_maker(plan.checkpoint, plan.family, plan.config, plan.images)
         profile = calibrate(
             reference,
             identify(plan.checkpoint),

@@ -225,7 +225,7 @@ def _transformers_tokens(
         out = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            **family.transformers_inputs(prompt.pictures),
+            **family.transformers_inputs(prompt),
             max_new_tokens=count,
             do_sample=False,
         )

@@ -54,7 +54,7 @@ def profiles(manifest: Manifest, limits: Limits) -> dict[str, Profile]:
     ranges = _ranges(manifest, limits)
     found: dict[str, Profile] = {}
     for name, graph in manifest.graphs.items():
-        own = ranges | ({"units": _units_encoded(manifest, limits)} if name == "vision" else {})
+        own = _encoded(manifest, limits) if name == "vision" else ranges
         found[name] = {d: own[d] for d in _dynamic(graph)}
     return found
 
@@ -113,11 +113,14 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
     return ranges
 
 
-def _units_encoded(manifest: Manifest, limits: Limits) -> Range:
-    """The runtime encodes a few pictures at a time, however many there are."""
-    pictures = limits.batch.most * manifest.capacity.max_images
-    most = min(UNITS_AT_ONCE, pictures)
-    return Range(1, min(limits.batch.usual, most), most)
+def _encoded(manifest: Manifest, limits: Limits) -> Profile:
+    """The runtime encodes a few units at a time, however many pictures there are, or one picture
+    whose units belong together."""
+    most = manifest.images.most
+    if not manifest.images.apart:
+        return {name: Range(1, count, count) for name, count in most.items()}
+    units = min(UNITS_AT_ONCE, limits.batch.most * manifest.capacity.max_images * most["units"])
+    return {"units": Range(1, min(limits.batch.usual * most["units"], units), units)}
 
 
 def _longest(manifest: Manifest, limits: Limits) -> int:

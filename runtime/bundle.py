@@ -80,6 +80,9 @@ class Images:
     size         height and width that the vision graph takes, () likewise
     apart        the graph computes each unit (tile) on its own, so that any number can be given
     shared_rows  rows at the start of its output that are the same for all pictures
+    deep         how many of the language model's first blocks have image features of their own added
+                 to what they give (DeepStack); a token's features hold these, too
+    most         of each dynamic dimension of the vision graph, what one picture can need
     positions    rotary positions of the prompt's tokens: one after the other, or three each (time,
                  row and column, M-RoPE)
     """
@@ -93,6 +96,8 @@ class Images:
     apart: bool = True
     shared_rows: int = 0
     positions: Literal["sequence", "grid"] = "sequence"
+    deep: int = 0
+    most: dict[str, int] = field(default_factory=lambda: {"units": 1})
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,11 @@ class Manifest:
     tools: dict[str, str]
     files: dict[str, File]
 
+    @property
+    def feature_width(self) -> int:
+        """Numbers that the vision graph gives per image token."""
+        return self.text.hidden * (1 + self.images.deep)
+
     def write(self, folder: Path) -> None:
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -252,7 +262,7 @@ def _check(manifest: Manifest, path: Path) -> None:
     images, capacity = manifest.images, manifest.capacity
     sizes = (
         *dataclasses.astuple(manifest.text)[:6],
-        *(images.tokens, *images.grid, *images.size),
+        *(images.tokens, *images.grid, *images.size, *images.most.values()),
         *(capacity.max_text_len, capacity.max_images, *capacity.per_layer),
     )
     if min(sizes) < 1 or not 0 < manifest.keep <= 1:
@@ -263,8 +273,11 @@ def _check(manifest: Manifest, path: Path) -> None:
         )
     if len(images.grid) not in (0, 2) or len(images.size) not in (0, 2):
         raise BundleError(f"{path}: images need a grid and a size of two numbers, or none")
-    if images.shared_rows < 0:
-        raise BundleError(f"{path}: images share {images.shared_rows} rows; export again")
+    if images.shared_rows < 0 or not 0 <= images.deep < layers:
+        raise BundleError(
+            f"{path}: images share {images.shared_rows} rows and enter {images.deep} blocks more; "
+            "export again"
+        )
     _check_reductions(manifest.reductions, layers, path)
     if manifest.compression is not None:
         _check_compression(manifest.compression, layers, path)

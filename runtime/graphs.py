@@ -61,11 +61,11 @@ class Graphs:
             }
             rows = self._vision(arrays, each * (some.stop - some.start))
             parts.append(rows[shared if parts else 0 :])
-        return np.concatenate(parts) if parts else np.empty((0, self.manifest.text.hidden))
+        return np.concatenate(parts) if parts else np.empty((0, self.manifest.feature_width))
 
     def _vision(self, arrays: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
         manifest = self.manifest
-        shape = (manifest.images.shared_rows + rows, manifest.text.hidden)
+        shape = (manifest.images.shared_rows + rows, manifest.feature_width)
         out = np.zeros(shape, host_dtype(manifest.dtype))
         self.sessions["vision"].bind({}, {})(arrays, {"image_features": out})
         return out
@@ -83,7 +83,7 @@ class Graphs:
         the buffers that it fills."""
         inputs = _prompt_inputs(prompts)
         asked = {port.name for port in self.manifest.graphs["prefill"].inputs}
-        nothing = np.zeros((1, self.manifest.text.hidden), host_dtype(self.manifest.dtype))
+        nothing = np.zeros((1, self.manifest.feature_width), host_dtype(self.manifest.dtype))
         inputs |= {"image_features": np.concatenate(features) if len(features) else nothing}
         inputs |= {k: v for k, v in counts.prefill.inputs.items() if k in asked}
         outputs: dict[str, np.ndarray] = {}

@@ -23,6 +23,7 @@ class Picture:
     offsets int64 [3,V] and span: with three rotary positions per token (Images.positions grid),
             those of the picture's tokens relative to the position where it begins, and by how much
             what follows is further on
+    size    height and width before it was prepared, where the family's model in transformers asks
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -32,6 +33,7 @@ class Picture:
     text: str | None = None
     offsets: np.ndarray | None = None
     span: int = 0
+    size: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -6,6 +6,7 @@ Not in conftest.py: folders have files of that name, too, and ``import conftest`
 from __future__ import annotations
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -33,12 +34,21 @@ CACHED: dict[str, tuple[str, ...]] = {
     ),
     "lightvlm with prefixkv": ("lightvlm", "kv=prefixkv", "kv_keep=1.0"),
 }
-# In a normal run: every one on the trained model, and each architecture with one of them.
+# The configurations of a normal run: all of LLaVA's, which differ in text model and tower, and one
+# of every other family.
+USUAL = [
+    name
+    for name, (family, config) in TINY.items()
+    if family.name == "llava" or config is next(c for f, c in TINY.values() if f is family)
+]
+# In a normal run: every one on the trained model, and each of these with one of them.
 CACHED_USUAL = [
     *(("tiny-llava", cached) for cached in CACHED),
     *zip(
-        TINY,
-        ("elastic-cache (cached)", "lightvlm (cached)", "prefixkv (cached)", "uniform (cached)"),
+        sorted(USUAL, key=lambda name: not name.startswith("llava:")),
+        cycle(
+            ("elastic-cache (cached)", "lightvlm (cached)", "prefixkv (cached)", "uniform (cached)")
+        ),
         strict=False,
     ),
 ]
@@ -47,4 +57,4 @@ CACHED_USUAL = [
 def transformers_inputs(checkpoint: Path, prompt: Prompt) -> dict[str, torch.Tensor]:
     """What transformers' own model takes for the pictures of a prompt."""
     config = json.loads((checkpoint / "config.json").read_text())
-    return find_family(config, str(checkpoint)).transformers_inputs(prompt.pictures)
+    return find_family(config, str(checkpoint)).transformers_inputs(prompt)

@@ -83,7 +83,7 @@ def checkpoint(shared: Path) -> Callable[[str], Path]:
         folder = shared / "checkpoints" / name.replace(":", "-")
         folder.parent.mkdir(exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if (folder / "preprocessor_config.json").exists():  # written last
+            if (folder / "complete").exists():
                 return folder
             family, config = TINY[name]
             torch.manual_seed(1 + list(TINY).index(name))
@@ -97,23 +97,12 @@ def checkpoint(shared: Path) -> Callable[[str], Path]:
             model.save_pretrained(folder)
             for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
                 shutil.copy(ASSETS / "tiny-llava" / file, folder)
-            (folder / "preprocessor_config.json").write_text(_preprocessor(config))
+            for file, content in family.tiny_files(config).items():
+                (folder / file).write_text(content)
+            (folder / "complete").touch()
         return folder
 
     return make
-
-
-def _preprocessor(config: Any) -> str:
-    import json
-
-    side = config.vision_config.image_size
-    kind = config.vision_config.model_type.removesuffix("_vision_model")
-    size: dict[str, Any] = {"image_processor_type": "SiglipImageProcessor"}
-    size["size"] = {"height": side, "width": side}
-    if kind == "clip":
-        size = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}}
-        size["crop_size"] = {"height": side, "width": side}
-    return json.dumps(size)
 
 
 @pytest.fixture(scope="session")

@@ -56,6 +56,7 @@ WORDS = [
     "market",
     "bridge",
 ]
+ANY_SIZE = (448, 448)  # of pictures for a vision graph that takes them at their own
 FILLERS = (" a", " I", " 1", ".", ",", "!", "?", " x", "7", " z")  # one token each, in some
 
 
@@ -165,7 +166,7 @@ class PromptWriter:
 
     def __init__(self, maker: PromptMaker, bos: str | None) -> None:
         self._maker, self._bos = maker, bos
-        height, width = maker.images.size
+        height, width = maker.images.size or ANY_SIZE
         self.size = height, width
 
     def rendered(self, text: str, images: int) -> str:

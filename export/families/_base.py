@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,8 @@ from torch import nn
 from lvlm.export.language import LanguageModel
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.runtime.bundle import Images
-from lvlm.runtime.pictures import Picture
+from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,37 @@ class Family(Protocol):
         """The arrays of a Picture, in the order of the vision module's arguments; the first
         dimension is ``units``."""
 
-    def transformers_inputs(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
-        """What transformers' own ``generate`` takes for pictures, besides token ids."""
+    def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+        """What transformers' own ``generate`` takes for a prompt's pictures, besides token ids."""
 
     def images(self, config: Any, folder: Path) -> Images: ...
+
+    def bounded(self, images: Images, tokens: int) -> Images:
+        """The same with pictures scaled down to at most ``tokens`` each; ParameterError where that
+        cannot be (``fixed_tokens``)."""
 
     def prompt(self, config: Any, folder: Path) -> PromptFiles: ...
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
         """Named small random configurations that cover what the family supports, for tests."""
+
+    def tiny_files(self, config: Any) -> dict[str, str]:
+        """Files beside the weights of such a configuration, for tests: name -> content. The
+        tokenizer and the chat template are tiny-llava's unless they are among them."""
+
+
+def fixed_tokens(images: Images, tokens: int) -> ParameterError:
+    """Of a family whose pictures all give the same number of tokens."""
+    return ParameterError(
+        f"--max-image-tokens {tokens}: every picture gives {images.tokens} tokens with this model"
+    )
+
+
+def too_few_tokens(tokens: int, least: int) -> ParameterError:
+    """Of a family whose smallest pictures give ``least`` tokens."""
+    return ParameterError(
+        f"--max-image-tokens {tokens}: a picture gives at least {least} tokens with this model"
+    )
 
 
 def non_persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:

@@ -121,7 +121,7 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
     scores = 4 * text.heads
     prefill = tokens * row + 2 * scores * tokens**2
     step = slots * (row + scores * max(capacity.per_layer) + 8 * text.vocab)
-    features = 4 * capacity.max_images * manifest.images.tokens * text.hidden
+    features = 4 * capacity.max_images * manifest.images.tokens * manifest.feature_width
     return prefill + step + features
 
 

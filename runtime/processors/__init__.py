@@ -29,8 +29,8 @@ class Processor(Protocol):
     name: ClassVar[str]
 
     def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
-        """Pictures uint8 [H_i, W_i, 3], prepared; else ``ImageError``. How many tokens each gives
-        depends on its height and width only."""
+        """The pictures uint8 [H_i, W_i, 3] of one prompt, prepared; else ``ImageError``. How many
+        tokens each gives depends only on its height and width and on whether it is alone."""
 
 
 class SquareProcessor(Processor, Protocol):

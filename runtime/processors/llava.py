@@ -8,7 +8,6 @@ are equal.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -16,9 +15,25 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lvlm.runtime.errors import BundleError, ImageError, ParameterError
-from lvlm.runtime.images import MAX_PIXELS
+from lvlm.runtime.errors import BundleError, ParameterError
 from lvlm.runtime.pictures import Picture
+from lvlm.runtime.processors._config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    MAX_OUTPUT_SIDE,
+    check_growth,
+    check_keys,
+    colour,
+    height_width,
+    integer,
+    need,
+    numbers,
+    per_channel,
+    pixel_table,
+    processor_kind,
+    size_of,
+    with_defaults,
+)
 
 
 class LlavaProcessor:
@@ -34,17 +49,15 @@ class LlavaProcessor:
     name: ClassVar[str] = "llava"
 
     def __init__(self, config: Mapping[str, object]) -> None:
-        for key in sorted(_KEYS ^ config.keys()):
-            problem = "lacks" if key in _KEYS else "has an unknown key,"
-            raise BundleError(f"the processor config {problem} {reprlib.repr(key)}; export again")
+        check_keys(config, _KEYS)
         self._resize = _resize(config["resize"])
-        self._crop = None if config["crop"] is None else _height_width("crop", config["crop"])
+        self._crop = None if config["crop"] is None else height_width("crop", config["crop"])
         pad = config["pad_to_square"]
-        _need(isinstance(pad, bool), "pad_to_square", pad, "true or false")
-        self._pad = _colour(config["pad_value"]) if pad else None
-        self._resample = _integer("resample", config["resample"], 0, 5)
-        self._tokens = _integer("image_tokens", config["image_tokens"], 1, 1_000_000)
-        self._table = _pixel_table(config["rescale_factor"], config["mean"], config["std"])
+        need(isinstance(pad, bool), "pad_to_square", pad, "true or false")
+        self._pad = colour("pad_value", config["pad_value"]) if pad else None
+        self._resample = integer("resample", config["resample"], 0, 5)
+        self._tokens = integer("image_tokens", config["image_tokens"], 1, 1_000_000)
+        self._table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
         self._size = self._output_size()
 
     def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
@@ -73,13 +86,13 @@ class LlavaProcessor:
         picture = Image.fromarray(image)
         if self._pad is not None and picture.width != picture.height:
             side = max(picture.size)
-            _check_growth(picture, side, side)
+            check_growth(picture, side, side)
             square = Image.new("RGB", (side, side), self._pad)
             square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
             picture = square
         if self._resize is not None:
             height, width = self._resized(picture.height, picture.width)
-            _check_growth(picture, height, width)
+            check_growth(picture, height, width)
             picture = picture.resize((width, height), Image.Resampling(self._resample))
         if self._crop is not None:
             height, width = self._crop
@@ -113,80 +126,14 @@ PROCESSOR = LlavaProcessor
 _KEYS = {"name", "resize", "resample", "crop", "pad_to_square", "pad_value"} | {
     *("rescale_factor", "mean", "std", "image_tokens")
 }
-_MAX_OUTPUT_SIDE = 8_192
-
-
-def _check_growth(picture: Image.Image, height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        ratio = max(picture.size) / min(picture.size)
-        raise ImageError(
-            f"a picture of {picture.width} x {picture.height} pixels (aspect ratio {ratio:.0f}:1) "
-            f"would grow to {width} x {height} pixels on the way to the model; crop it first"
-        )
-
-
-def _pixel_table(factor: object, mean: object, std: object) -> npt.NDArray[np.float32]:
-    """float32 [3, 256]: what the 256 levels of each channel become, rounded as by transformers."""
-    levels = np.arange(256, dtype=np.float64)
-    if factor is not None:
-        levels = levels * _numbers("rescale_factor", [factor], 1, low=1e-6)[0]
-    table = np.repeat(levels.astype(np.float32)[None], 3, axis=0)
-    if mean is not None or std is not None:
-        shift = np.array(_numbers("mean", mean, 3, low=-1e6), np.float32)
-        scale = np.array(_numbers("std", std, 3, low=1e-6), np.float32)
-        table = (table - shift[:, None]) / scale[:, None]
-    return table
 
 
 def _resize(value: object) -> int | tuple[int, int] | None:
     if value is None:
         return None
     if isinstance(value, Mapping) and value.keys() == {"shortest_edge"}:
-        return _integer("shortest_edge", value["shortest_edge"], 1, _MAX_OUTPUT_SIDE)
-    return _height_width("resize", value)
-
-
-def _height_width(key: str, value: object) -> tuple[int, int]:
-    if not isinstance(value, Mapping) or value.keys() != {"height", "width"}:
-        raise _wrong(key, value, "a height and a width")
-    height, width = (
-        _integer(f"{key} {side}", value[side], 1, _MAX_OUTPUT_SIDE) for side in ("height", "width")
-    )
-    return height, width
-
-
-def _colour(value: object) -> tuple[int, int, int]:
-    if not isinstance(value, Sequence) or len(value) != 3:
-        raise _wrong("pad_value", value, "three numbers")
-    red, green, blue = (_integer("pad_value", level, 0, 255) for level in value)
-    return red, green, blue
-
-
-def _numbers(key: str, value: object, count: int, low: float) -> list[float]:
-    wanted = f"a list of {count}, from {low:g} to 1e+06"
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
-        raise _wrong(key, value, wanted)
-    for number in value:
-        usable = isinstance(number, int | float) and not isinstance(number, bool)
-        _need(usable and low <= number <= 1e6, key, value, wanted)
-    return [float(number) for number in value]
-
-
-def _integer(key: str, value: object, low: int, high: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise _wrong(key, value, f"a whole number from {low} to {high}")
-    return value
-
-
-def _need(condition: bool, key: str, value: object, wanted: str) -> None:
-    if not condition:
-        raise _wrong(key, value, wanted)
-
-
-def _wrong(key: str, value: object, wanted: str) -> BundleError:
-    return BundleError(
-        f"the processor config has {key} = {reprlib.repr(value)}, but it must be {wanted}"
-    )
+        return integer("shortest_edge", value["shortest_edge"], 1, MAX_OUTPUT_SIDE)
+    return height_width("resize", value)
 
 
 # What the exporter uses
@@ -200,8 +147,8 @@ _CLIP: Mapping[str, object] = {
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
 }
 _SIGLIP: Mapping[str, object] = {
     **_CLIP,
@@ -228,20 +175,17 @@ def normalise_config(preprocessor: Mapping[str, object], image_tokens: int) -> d
 
     Raises ``ParameterError`` for another processor, or for an option that is not supported.
     """
-    kind = _kind(preprocessor)
-    given = {
-        **_DEFAULTS[kind],
-        **{key: value for key, value in preprocessor.items() if value is not None},
-    }
+    kind = processor_kind(preprocessor, _DEFAULTS)
+    given = with_defaults(preprocessor, _DEFAULTS[kind])
     pad = bool(given.get("do_pad"))
     if (pad and kind != "LlavaImageProcessor") or given.get("use_square_size"):
         option = "do_pad" if pad else "use_square_size"
         raise ParameterError(f"{kind} with {option} is not supported; turn it off in its config")
-    size = _size(given["size"], square=bool(given.get("default_to_square")))
-    crop = _size(given["crop_size"], square=True)
-    mean, std = _per_channel(given["image_mean"]), _per_channel(given["image_std"])
+    size = size_of(given["size"], square=bool(given.get("default_to_square")))
+    crop = size_of(given["crop_size"], square=True)
+    mean, std = per_channel(given["image_mean"]), per_channel(given["image_std"])
     try:
-        colour = [int(x * 255) for x in _numbers("image_mean", mean, 3, low=0)] if pad else [0] * 3
+        colour = [int(x * 255) for x in numbers("image_mean", mean, 3, low=0)] if pad else [0] * 3
         config: dict[str, object] = {
             "name": LlavaProcessor.name,
             "resize": size if given["do_resize"] else None,
@@ -258,30 +202,3 @@ def normalise_config(preprocessor: Mapping[str, object], image_tokens: int) -> d
     except BundleError as error:
         raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None
     return config
-
-
-def _kind(preprocessor: Mapping[str, object]) -> str:
-    named = preprocessor.get("image_processor_type") or preprocessor.get("feature_extractor_type")
-    if not isinstance(named, str):
-        raise ParameterError("the checkpoint's image processor names no image_processor_type")
-    kind = named.removesuffix("Fast").removesuffix("Pil")
-    kind = kind.replace("FeatureExtractor", "ImageProcessor")
-    if kind not in _DEFAULTS:
-        known = ", ".join(_DEFAULTS)
-        raise ParameterError(f"image processor {named!r} is not supported; supported are {known}")
-    return kind
-
-
-def _size(value: object, square: bool) -> object:
-    """Old configs have a number or [height, width]; new ones name sides, some with nulls."""
-    if isinstance(value, Mapping):
-        return {key: side for key, side in value.items() if side is not None}
-    if isinstance(value, Sequence) and len(value) == 2:
-        return {"height": value[0], "width": value[1]}
-    return {"height": value, "width": value} if square else {"shortest_edge": value}
-
-
-def _per_channel(value: object) -> object:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return list(value)
-    return [value] * 3

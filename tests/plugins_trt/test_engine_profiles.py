@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from lvlm.plugins_trt.engine_request import parse_architectures, parse_size
 from lvlm.plugins_trt.profiles import Limits, longest_prompt, parse_batch, profiles, shapes
 from lvlm.runtime.budgets import Budgets
-from lvlm.runtime.bundle import Manifest, read_bundle
+from lvlm.runtime.bundle import Manifest, Port, read_bundle
 from lvlm.runtime.engines import Range
 from lvlm.runtime.errors import CapacityError, ParameterError
 from lvlm.runtime.limits import new_token_limit
@@ -55,6 +56,21 @@ def test_ranges_are_in_order_and_usual_lengths_are_those_of_one_call(
     assert found["vision"]["units"].most == 4  # the runtime encodes no more at once
     tokens = manifest.images.tokens
     assert prefill["rows"].most == 4 * manifest.capacity.max_images * tokens
+
+
+def test_units_of_pictures_that_are_one_whole_or_many_tiles(
+    manifests: dict[str, Manifest],
+) -> None:
+    """At their own resolution one picture is encoded at a time, tiles are a few at a time."""
+    manifest = manifests["none"]
+    ports = Port("pixel_values", "float32", ("units", 4, 12)), Port("window", "int64", ("windows",))
+    graphs = {**manifest.graphs, "vision": replace(manifest.graphs["vision"], inputs=ports)}
+    images = replace(manifest.images, apart=False, most={"units": 30, "windows": 8})
+    whole = profiles(replace(manifest, images=images, graphs=graphs), Limits(Range(1, 2, 4)))
+    assert whole["vision"] == {"units": Range(1, 30, 30), "windows": Range(1, 8, 8)}
+    for units, most in ((1, 2), (5, 4)):
+        tiled = replace(manifest, images=replace(manifest.images, most={"units": units}))
+        assert profiles(tiled, Limits(Range(1, 1, 1)))["vision"]["units"].most == most
 
 
 @settings(

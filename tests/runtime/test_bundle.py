@@ -198,6 +198,8 @@ def test_a_whole_number_is_a_fraction_too(folder: Path) -> None:
         (put("text", "kv_heads", value=-1), "out of range"),
         (put("images", "tokens", value=0), "out of range"),
         (put("images", "grid", value=[2, 0]), "out of range"),
+        (put("images", "most", value={"units": 0}), "out of range"),
+        (put("images", "deep", value=99), "enter 99 blocks more"),
         (put("images", "grid", value=[4]), "a grid and a size of two numbers"),
         (put("images", "size", value=[8, 8, 3]), "a grid and a size of two numbers"),
         (put("graphs", "vision", "weights", 0, value="v"), "does not list the weight 'v'"),

@@ -53,7 +53,7 @@ class Generating:
         prompt = self._prompts.prepare(request)
         inputs: dict[str, Any] = {"input_ids": torch.tensor([list(prompt.ids)])}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        inputs |= self._family.transformers_inputs(prompt.pictures)
+        inputs |= self._family.transformers_inputs(prompt)
         out = self._model.generate(
             **inputs,
             max_new_tokens=request.new_tokens,

@@ -1,0 +1,310 @@
+"""What the Qwen-VL families share: pictures at their own resolution, three rotary positions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvlm.export.families._base import PromptFiles
+from lvlm.export.families._common import (
+    ROPE_TYPES,
+    build_model,
+    language_model,
+    one_of,
+    preprocessor,
+    read_common,
+    renamed,
+    token_text,
+)
+from lvlm.export.families._files import prompt_files
+from lvlm.export.language import LanguageModel
+from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.standard_ops import attention
+from lvlm.runtime.bundle import Images
+from lvlm.runtime.errors import CheckpointError
+from lvlm.runtime.processors.qwen_vl import bounded_config, normalise_config
+from lvlm.runtime.prompts import Prompt
+
+# Checkpoints on the hub have the names of the first release.
+RENAMES = (
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(?!visual\.|language_model\.)", "model.language_model."),
+)
+# The first release calls the rotary embedding by the name of its three positions.
+ROPES = (*ROPE_TYPES, "mrope")
+
+
+class QwenVL:
+    """See Family; a subclass per transformers class."""
+
+    name: str
+    model_types: tuple[str, ...]
+    config_class: Any
+    model_class: Any
+    default_section: tuple[int, int, int] = (16, 24, 24)
+
+    def window(self, vision: Any) -> int | None:
+        """Side in image tokens of the windows that most blocks attend in, None: no block does."""
+        del vision
+        return None
+
+    def table(self, vision: Any) -> int | None:
+        """Side of the square of learned positions, None: there are none."""
+        del vision
+        return None
+
+    def read_config(self, raw: Mapping[str, Any]) -> Any:
+        own = self.model_types[0]
+        flat = raw.get("text_config") or raw
+        rope = flat.get("rope_parameters") or flat.get("rope_scaling") or {}
+        one_of(self.name, "rope_type", rope.get("rope_type") or rope.get("type") or "mrope", ROPES)
+        types = (own, f"{own}_text")
+        config = read_common(self.name, self.config_class, raw, own, types, ROPES)
+        text, vision = config.text_config, config.vision_config
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        half = size // 2
+        section = text.rope_parameters.get("mrope_section", self.default_section)
+        if len(section) != 3 or sum(section) != half:
+            raise CheckpointError(
+                f"mrope_section {list(section)} does not share out the {half} rotary angles of a "
+                "head; this is no checkpoint with three positions per token"
+            )
+        for name in ("patch_size", "temporal_patch_size"):
+            if not isinstance(getattr(vision, name), int):
+                raise CheckpointError(f"vision {name} {getattr(vision, name)} is not supported")
+        one_of(self.name, "in_channels", vision.in_channels, (3,))
+        one_of(self.name, "vision rope_type", vision.rope_parameters["rope_type"], ("axial",))
+        return config
+
+    def build(self, config: Any) -> nn.Module:
+        return build_model(self.model_class, config)
+
+    def rename(self, key: str) -> str | None:
+        return renamed(key, RENAMES)
+
+    def language(self, model: Any, config: Any) -> LanguageModel:
+        found = language_model(model.model.language_model, model.lm_head, config.text_config)
+        return replace(found, position_rows=3)
+
+    def vision(self, model: Any, config: Any) -> nn.Module:
+        vision = config.vision_config
+        windowed = self.window(vision) is not None
+        return QwenVision(model, vision.fullatt_block_indexes if windowed else None)
+
+    def vision_inputs(self, images: Images) -> list[GraphInput]:
+        config = images.processor
+        count = config["merge"] ** 2
+        values = 3 * config["frames"] * config["patch"] ** 2
+        inputs = [
+            GraphInput("pixel_values", torch.float32, ("units", count, values)),
+            GraphInput("position_ids", torch.int64, ("units", count, 2)),
+        ]
+        if config["window"] is not None:
+            inputs += [
+                GraphInput("window", torch.int64, ("windows", config["window"] ** 2)),
+                GraphInput("place", torch.int64, ("units",)),
+            ]
+        if config["table"] is not None:
+            inputs += [
+                GraphInput("learned", torch.int64, ("units", count, 4)),
+                GraphInput("share", torch.float32, ("units", count, 4)),
+            ]
+        return inputs
+
+    def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+        if not prompt.pictures:
+            return {}
+        pixels = [p.arrays["pixel_values"] for p in prompt.pictures]
+        grids = [[1, *(p.arrays["position_ids"].max((0, 1)) + 1)] for p in prompt.pictures]
+        return {
+            "pixel_values": torch.cat([torch.from_numpy(x).flatten(0, 1) for x in pixels]),
+            "image_grid_thw": torch.tensor(grids),
+            "mm_token_type_ids": torch.from_numpy(prompt.image_id > 0).int()[None],
+        }
+
+    def images(self, config: Any, folder: Path) -> Images:
+        vision = config.vision_config
+        processor = normalise_config(preprocessor(folder), self.window(vision), self.table(vision))
+        cut = {name: processor[name] for name in ("patch", "frames", "merge")}
+        wanted = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+        if tuple(cut.values()) != wanted:
+            raise CheckpointError(
+                f"the image processor cuts pictures into {cut}, config.json asks for {wanted}; "
+                "the folder mixes files of two models"
+            )
+        return Images(
+            token=token_text(folder, config.image_token_id),
+            token_id=config.image_token_id,
+            tokens=_most(processor)["units"],
+            grid=(),
+            size=(),
+            processor=processor,
+            apart=False,
+            positions="grid",
+            deep=len(getattr(vision, "deepstack_visual_indexes", ())),
+            most=_most(processor),
+        )
+
+    def bounded(self, images: Images, tokens: int) -> Images:
+        processor = bounded_config(images.processor, tokens)
+        return replace(images, tokens=tokens, processor=processor, most=_most(processor))
+
+    def prompt(self, config: Any, folder: Path) -> PromptFiles:
+        return prompt_files(folder, config.text_config)
+
+
+def _most(processor: Mapping[str, Any]) -> dict[str, int]:
+    tokens, window = processor["max_tokens"], processor["window"]
+    found = {"units": tokens}
+    # A strip one token high has the fewest tokens in each window
+    return found if window is None else found | {"windows": -(-tokens // window)}
+
+
+class QwenVision(nn.Module):
+    """Patches of one picture to image tokens: blocks with full attention or in windows.
+
+    pixel_values [V,p,3*frames*patch*patch] fp32, position_ids [V,p,2] int64: V tokens of p patches
+    window        [W,n] int64: the tokens of each window, -1 none; place [V]: where each token is
+                  among these
+    -> [V,D]
+
+    Only the attention is written anew: transformers' own splits the patches at lengths that it
+    reads from a tensor, which no graph can.
+    """
+
+    def __init__(self, model: Any, full: Collection[int] | None) -> None:
+        super().__init__()
+        self.visual = model.model.visual
+        self.full = range(len(self.visual.blocks)) if full is None else full
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        position_ids: torch.Tensor,
+        window: torch.Tensor | None = None,
+        place: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        hidden = patches(self.visual, pixel_values)
+        everywhere = Angles.of(self.visual, hidden, position_ids)
+        inside = None if window is None else everywhere.gathered(window, hidden.shape[1])
+        for layer, block in enumerate(self.visual.blocks):
+            angles = everywhere if layer in self.full or inside is None else inside
+            hidden = run_block(block, hidden, angles, place)
+        rows = self.visual.merger(hidden)
+        assert isinstance(rows, torch.Tensor)
+        return rows
+
+
+def patches(visual: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """[V,p,3*frames*patch*patch] -> [V,p,D]. The convolution's stride is its kernel: a product."""
+    proj = visual.patch_embed.proj
+    pixels = pixel_values.to(proj.weight.dtype)
+    return nn.functional.linear(pixels, proj.weight.flatten(1), proj.bias)
+
+
+def run_block(
+    block: Any, hidden: torch.Tensor, angles: Angles, place: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A vision block on [V,p,D]."""
+    hidden = hidden + _attend(block.attn, block.norm1(hidden), angles, place)
+    result = hidden + block.mlp(block.norm2(hidden))
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+class Angles:
+    """cos and sin [W,N,d] of the patches that attend to one another, W windows of N or one of all;
+    in windows also ``window`` [W,n] and ``mask`` [W,1,N,N]."""
+
+    def __init__(
+        self,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        window: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> None:
+        self.cos, self.sin = (x if x.dim() == 3 else x[None] for x in (cos, sin))
+        self.window, self.mask = window, mask
+
+    @classmethod
+    def of(cls, visual: Any, hidden: torch.Tensor, position_ids: torch.Tensor) -> Angles:
+        return cls(*visual.rotary_pos_emb(hidden, position_ids.flatten(0, 1)))
+
+    def gathered(self, window: torch.Tensor, patches: int) -> Angles:
+        size = self.cos.shape[-1]
+        index = window.clamp(min=0)
+        cos, sin = (
+            nn.functional.embedding(index, x.reshape(-1, patches * size)).reshape(
+                -1, window.shape[1] * patches, size
+            )
+            for x in (self.cos, self.sin)
+        )
+        seen = (window >= 0)[..., None].expand(-1, -1, patches).flatten(1)
+        mask = seen[:, None, None].expand(-1, 1, seen.shape[1], -1)
+        return Angles(cos, sin, index, mask)
+
+
+def _attend(
+    module: Any, hidden: torch.Tensor, angles: Angles, place: torch.Tensor | None
+) -> torch.Tensor:
+    """The attention ``module`` of a vision block on [V,p,D]."""
+    tokens, patches, width = hidden.shape
+    rows = module.qkv(hidden)
+    if angles.window is not None:
+        rows = nn.functional.embedding(angles.window, rows.flatten(1))
+    windows, length, size = angles.cos.shape
+    rows = rows.reshape(windows, length, 3, -1, size).permute(2, 0, 3, 1, 4)
+    query, key, value = rows.unbind(0)
+    home = sys.modules[type(module).__module__]
+    turned = home.apply_rotary_pos_emb(query.float(), key.float(), angles.cos, angles.sin)
+    query, key = (x.to(value.dtype) for x in turned)
+    out, _ = attention(module, query, key, value, angles.mask, module.scaling)
+    if angles.window is not None:
+        assert place is not None
+        out = nn.functional.embedding(place, out.reshape(-1, patches * width))
+    result = module.proj(out.reshape(tokens, patches, width))
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+# Of tiny configurations
+
+
+def tiny_text(layers: int, heads: int, kv_heads: int, section: list[int]) -> dict[str, Any]:
+    return {
+        "vocab_size": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": section,
+        },
+    }
+
+
+def tiny_preprocessor(vision: Any) -> dict[str, str]:
+    """For pictures of up to 30 tokens, unless they are long and thin."""
+    token = (vision.patch_size * vision.spatial_merge_size) ** 2
+    config = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "min_pixels": 4 * token,
+        "max_pixels": 30 * token,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    return {"preprocessor_config.json": json.dumps(config)}

@@ -1,0 +1,243 @@
+"""InternVL 2.5 to 3.5 (the ``-hf`` checkpoints): InternViT, pixel shuffle, Qwen or Llama text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from lvlm.export.families._base import PromptFiles, too_few_tokens
+from lvlm.export.families._common import (
+    ROPE_TYPES,
+    TEXT_TYPES,
+    added_token,
+    build_model,
+    heads,
+    language_model,
+    one_of,
+    preprocessor,
+    read_common,
+    renamed,
+    tiny,
+    tiny_tokenizer,
+    token_text,
+)
+from lvlm.export.families._files import prompt_files
+from lvlm.export.language import LanguageModel
+from lvlm.export.recipes._sequence import GraphInput
+from lvlm.runtime.bundle import Images
+from lvlm.runtime.errors import CheckpointError
+from lvlm.runtime.processors.internvl import most_tokens, normalise_config, with_most_tokens
+from lvlm.runtime.prompts import Prompt
+
+RENAMES = (
+    (r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(?:model\.)?vision_tower\.", "model.vision_tower."),
+    (r"^(?:model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
+)
+
+
+class InternVL:
+    """See Family. Tiles and a thumbnail; four patches, or what the config says, make one token."""
+
+    name = "internvl"
+    aliases: ClassVar[Mapping[str, str]] = {
+        "internvl": "OpenGVLab/InternVL3-1B-hf",
+        "internvl-2b": "OpenGVLab/InternVL3-2B-hf",
+        "internvl-8b": "OpenGVLab/InternVL3-8B-hf",
+    }
+    model_types = ("internvl",)
+
+    def read_config(self, raw: Mapping[str, Any]) -> Any:
+        vision = raw.get("vision_config") or {}
+        tower = vision.get("model_type", "internvl_vision")
+        one_of(self.name, "vision tower", tower, ("internvl_vision",))
+        types, ropes = (*TEXT_TYPES, "qwen3"), (*ROPE_TYPES, "dynamic")
+        config = read_common(self.name, InternVLConfig, raw, "qwen2", types, ropes)
+        one_of(self.name, "vision_feature_layer", config.vision_feature_layer, (-1,))
+        chosen = config.vision_feature_select_strategy
+        one_of(self.name, "vision_feature_select_strategy", chosen, ("default",))
+        (height, width), patch = config.vision_config.image_size, config.vision_config.patch_size
+        shuffled = 1 / config.downsample_ratio
+        if height != width or patch[0] != patch[1] or (height // patch[0]) % shuffled:
+            raise CheckpointError(
+                f"tiles of {height} x {width} pixels in patches of {patch[0]} x {patch[1]}, "
+                f"{shuffled:g} along each side to a token, are not supported; squares that fit are"
+            )
+        return config
+
+    def build(self, config: InternVLConfig) -> nn.Module:
+        return build_model(InternVLForConditionalGeneration, config)
+
+    def rename(self, key: str) -> str | None:
+        return renamed(key, RENAMES)
+
+    def language(self, model: Any, config: InternVLConfig) -> LanguageModel:
+        text, parts = config.text_config, model.model.language_model
+        language = language_model(parts, model.lm_head, text)
+        if text.rope_parameters["rope_type"] != "dynamic":
+            return language
+        # The angles are the usual ones up to this length, and grow with the length beyond
+        parts.rotary_emb.rope_type = "default"
+        most = text.max_position_embeddings
+        return replace(language, window=min(language.window or most, most))
+
+    def vision(self, model: Any, config: InternVLConfig) -> nn.Module:
+        return InternVLVision(model, config)
+
+    def vision_inputs(self, images: Images) -> list[GraphInput]:
+        return [GraphInput("pixel_values", torch.float32, ("units", 3, *images.size))]
+
+    def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.pictures]
+        return {"pixel_values": torch.cat(pixels)} if pixels else {}
+
+    def images(self, config: InternVLConfig, folder: Path) -> Images:
+        vision = config.vision_config
+        along = int(vision.image_size[0] // vision.patch_size[0] * config.downsample_ratio)
+        token = token_text(folder, config.image_token_id)
+        processor = normalise_config(
+            preprocessor(folder),
+            along * along,
+            token,
+            added_token(folder, "start_image_token", "<img>"),
+            added_token(folder, "end_image_token", "</img>"),
+        )
+        size = tuple(vision.image_size)
+        if processor["size"] != {"height": size[0], "width": size[1]}:
+            raise CheckpointError(
+                f"the image processor makes tiles of {processor['size']}, the vision tower takes "
+                f"{size[0]} x {size[1]}; make them equal"
+            )
+        return Images(
+            token=token,
+            token_id=config.image_token_id,
+            tokens=most_tokens(processor),
+            grid=(),
+            size=size,
+            processor=processor,
+            most={"units": most_tokens(processor) // (along * along)},
+        )
+
+    def bounded(self, images: Images, tokens: int) -> Images:
+        processor = with_most_tokens(images.processor, tokens)
+        if processor is None:
+            raise too_few_tokens(tokens, images.processor["tile_tokens"])
+        tokens, each = most_tokens(processor), images.processor["tile_tokens"]
+        return replace(images, tokens=tokens, processor=processor, most={"units": tokens // each})
+
+    def prompt(self, config: InternVLConfig, folder: Path) -> PromptFiles:
+        return prompt_files(folder, config.text_config)
+
+    def tiny_configs(self) -> Iterator[tuple[str, Any]]:
+        """Three kinds of text, both norms, q and k norms, one and several tiles, tied weights."""
+        size: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 112}
+        vision: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 80}
+        yield (
+            "qwen2-gqa",
+            tiny(
+                InternVLConfig,
+                Qwen2Config(
+                    **size,
+                    num_hidden_layers=4,
+                    **heads(4, 2, 16),
+                    rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e5},
+                ),
+                InternVLVisionConfig(
+                    **vision,
+                    num_hidden_layers=3,
+                    num_attention_heads=3,
+                    attention_bias=True,
+                    image_size=[28, 28],
+                    patch_size=[7, 7],
+                ),
+                image_token_id=3,
+            ),
+        )
+        yield (
+            "llama-mha-rms",
+            tiny(
+                InternVLConfig,
+                LlamaConfig(**size, num_hidden_layers=2, **heads(2, 2, 32), attention_bias=True),
+                InternVLVisionConfig(
+                    **vision,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    norm_type="rms_norm",
+                    use_qk_norm=True,
+                    use_mean_pooling=False,
+                    image_size=[32, 32],
+                    patch_size=[4, 4],
+                ),
+                image_token_id=3,
+                downsample_ratio=0.25,
+            ),
+        )
+        yield (
+            "qwen3-tied",
+            tiny(
+                InternVLConfig,
+                Qwen3Config(**size, num_hidden_layers=3, **heads(4, 1, 24)),
+                InternVLVisionConfig(
+                    **vision,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    image_size=[40, 40],
+                    patch_size=[4, 4],
+                ),
+                image_token_id=3,
+                tie_word_embeddings=True,
+            ),
+        )
+
+    def tiny_files(self, config: InternVLConfig) -> dict[str, str]:
+        height, width = config.vision_config.image_size
+        processor = {
+            "image_processor_type": "GotOcr2ImageProcessorFast",
+            "crop_to_patches": False,
+            "size": {"height": height, "width": width},
+            "min_patches": 1,
+            "max_patches": 200 // height,
+        }
+        return {
+            "preprocessor_config.json": json.dumps(processor),
+            "tokenizer.json": tiny_tokenizer("<img>", "</img>"),
+        }
+
+
+class InternVLVision(nn.Module):
+    """Tower, pixel shuffle, projector: tiles [units,3,H,W] -> rows [units * tile tokens,D]."""
+
+    def __init__(self, model: Any, config: InternVLConfig) -> None:
+        super().__init__()
+        self.tower = model.model.vision_tower
+        self.projector = model.model.multi_modal_projector
+        self.shuffle, self.ratio = model.model.pixel_shuffle, config.downsample_ratio
+        self.side = config.vision_config.image_size[0] // config.vision_config.patch_size[0]
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden = self.tower.embeddings(pixel_values)
+        for layer in self.tower.encoder.layer:
+            hidden = layer(hidden)
+        patches = self.tower.layernorm(hidden)[:, 1:]  # without the class token
+        grid = patches.unflatten(1, (self.side, self.side))
+        rows = self.projector(self.shuffle(grid, self.ratio).flatten(1, 2)).flatten(0, 1)
+        assert isinstance(rows, torch.Tensor)
+        return rows
+
+
+FAMILY = InternVL()

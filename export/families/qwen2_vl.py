@@ -1,0 +1,57 @@
+"""Qwen2-VL: pictures at their own resolution, attention over the whole picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers.models.qwen2_vl.configuration_qwen2_vl import (
+    Qwen2VLTextConfig,
+    Qwen2VLVisionConfig,
+)
+
+from lvlm.export.families._common import tiny
+from lvlm.export.families._qwen_vl import QwenVL, tiny_preprocessor, tiny_text
+
+
+class Qwen2VL(QwenVL):
+    """See Family."""
+
+    name = "qwen2-vl"
+    aliases: ClassVar[Mapping[str, str]] = {
+        "qwen2-vl": "Qwen/Qwen2-VL-2B-Instruct",
+        "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
+    }
+    model_types = ("qwen2_vl",)
+    config_class = Qwen2VLConfig
+    model_class = Qwen2VLForConditionalGeneration
+
+    def tiny_configs(self) -> Iterator[tuple[str, Any]]:
+        """GQA and MHA, patches of two sizes, tied weights."""
+        vision: dict[str, Any] = {"embed_dim": 48, "num_heads": 3, "hidden_size": 64}
+        yield (
+            "gqa",
+            tiny(
+                Qwen2VLConfig,
+                Qwen2VLTextConfig(**tiny_text(layers=4, heads=4, kv_heads=2, section=[2, 3, 3])),
+                Qwen2VLVisionConfig(**vision, depth=2, mlp_ratio=2),
+                image_token_id=3,
+            ),
+        )
+        yield (
+            "mha-tied",
+            tiny(
+                Qwen2VLConfig,
+                Qwen2VLTextConfig(**tiny_text(layers=3, heads=2, kv_heads=2, section=[4, 6, 6])),
+                Qwen2VLVisionConfig(**vision, depth=3, mlp_ratio=1, patch_size=10),
+                image_token_id=3,
+                tie_word_embeddings=True,
+            ),
+        )
+
+    def tiny_files(self, config: Any) -> dict[str, str]:
+        return tiny_preprocessor(config.vision_config)
+
+
+FAMILY = Qwen2VL()

@@ -1,0 +1,158 @@
+"""Qwen3-VL: learned positions stretched over the picture, and DeepStack: features of several vision
+blocks, which the language model's first blocks add to what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.configuration_qwen3_vl import (
+    Qwen3VLTextConfig,
+    Qwen3VLVisionConfig,
+)
+
+from lvlm.export.families._common import tiny
+from lvlm.export.families._qwen_vl import (
+    Angles,
+    QwenVL,
+    patches,
+    run_block,
+    tiny_preprocessor,
+    tiny_text,
+)
+from lvlm.export.language import LanguageModel
+
+
+class Qwen3VL(QwenVL):
+    """See Family."""
+
+    name = "qwen3-vl"
+    aliases: ClassVar[Mapping[str, str]] = {
+        "qwen3-vl": "Qwen/Qwen3-VL-2B-Instruct",
+        "qwen3-vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
+    }
+    model_types = ("qwen3_vl",)
+    config_class = Qwen3VLConfig
+    model_class = Qwen3VLForConditionalGeneration
+    default_section = (24, 20, 20)
+
+    def table(self, vision: Any) -> int:
+        return int(vision.num_position_embeddings**0.5)
+
+    def language(self, model: Any, config: Any) -> LanguageModel:
+        found = super().language(model, config)
+        deep = len(config.vision_config.deepstack_visual_indexes)
+        return replace(found, rotary=InterleavedRotary(found.rotary), deep=deep)
+
+    def vision(self, model: Any, config: Any) -> nn.Module:
+        del config
+        return Qwen3Vision(model)
+
+    def tiny_configs(self) -> Iterator[tuple[str, Any]]:
+        """GQA and MHA, one and two deep features, patches of two sizes, tied weights."""
+        vision: dict[str, Any] = {"num_heads": 3, "hidden_size": 48, "out_hidden_size": 64}
+        yield (
+            "gqa",
+            tiny(
+                Qwen3VLConfig,
+                Qwen3VLTextConfig(
+                    **tiny_text(layers=4, heads=4, kv_heads=2, section=[8, 4, 4]), head_dim=32
+                ),
+                Qwen3VLVisionConfig(
+                    **vision,
+                    depth=2,
+                    intermediate_size=80,
+                    num_position_embeddings=64,
+                    deepstack_visual_indexes=[0],
+                ),
+                image_token_id=3,
+            ),
+        )
+        yield (
+            "mha-tied",
+            tiny(
+                Qwen3VLConfig,
+                Qwen3VLTextConfig(
+                    **tiny_text(layers=6, heads=2, kv_heads=2, section=[4, 2, 2]), head_dim=16
+                ),
+                Qwen3VLVisionConfig(
+                    **vision,
+                    depth=3,
+                    intermediate_size=56,
+                    patch_size=10,
+                    num_position_embeddings=25,
+                    deepstack_visual_indexes=[0, 2],
+                ),
+                image_token_id=3,
+                tie_word_embeddings=True,
+            ),
+        )
+
+    def tiny_files(self, config: Any) -> dict[str, str]:
+        return tiny_preprocessor(config.vision_config)
+
+
+class InterleavedRotary(nn.Module):
+    """The rotary embedding of transformers' ``rotary``: time, row and column take turns among the
+    angles. Its own writes them over one another in place, which graphs pay with scatters."""
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        self.rotary = rotary
+        axis = torch.zeros(len(rotary.inv_freq), dtype=torch.int64)
+        for which in (1, 2):
+            axis[which : 3 * rotary.mrope_section[which] : 3] = which
+        self.register_buffer("axis", axis, persistent=False)
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B,N] or [3,B,N] int64 -> cos and sin [B,N,d] in x's dtype."""
+        if position_ids.dim() == 2:
+            own = position_ids[..., None]
+        else:
+            own = position_ids.index_select(0, self.axis).permute(1, 2, 0)
+        angles = own.float() * self.rotary.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        scale = self.rotary.attention_scaling
+        return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+
+
+class Qwen3Vision(nn.Module):
+    """Patches of one picture to image tokens and to what the language model's blocks add to them.
+
+    pixel_values [V,p,3*frames*patch*patch] fp32, position_ids [V,p,2] int64: V tokens of p patches
+    learned       [V,p,4] int64: learned positions around each patch; share [V,p,4] fp32 of each
+    -> [V,(1+deep)*D]
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.visual = model.model.visual
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        position_ids: torch.Tensor,
+        learned: torch.Tensor,
+        share: torch.Tensor,
+    ) -> torch.Tensor:
+        visual = self.visual
+        hidden = patches(visual, pixel_values)
+        around = nn.functional.embedding(learned, visual.pos_embed.weight)
+        hidden = hidden + (around * share[..., None]).sum(2).to(hidden.dtype)
+        angles = Angles.of(visual, hidden, position_ids)
+        deep = []
+        for layer, block in enumerate(visual.blocks):
+            hidden = run_block(block, hidden, angles)
+            if layer in visual.deepstack_visual_indexes:
+                merger = visual.deepstack_visual_indexes.index(layer)
+                deep.append(visual.deepstack_merger_list[merger](hidden))
+        return torch.cat([visual.merger(hidden), *deep], dim=-1)
+
+
+FAMILY = Qwen3VL()

@@ -1,0 +1,212 @@
+"""SmolVLM 2: SigLIP tower, pixel shuffle, one linear layer, Llama text; tiles named in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+
+from lvlm.export.families._base import PromptFiles, too_few_tokens
+from lvlm.export.families._common import (
+    added_token,
+    build_model,
+    heads,
+    language_model,
+    one_of,
+    preprocessor,
+    read_common,
+    renamed,
+    tiny,
+    tiny_tokenizer,
+    token_text,
+)
+from lvlm.export.families._files import prompt_files
+from lvlm.export.language import LanguageModel
+from lvlm.export.recipes._sequence import GraphInput
+from lvlm.runtime.bundle import Images
+from lvlm.runtime.errors import CheckpointError
+from lvlm.runtime.processors.smolvlm import most_tokens, normalise_config, with_most_tokens
+from lvlm.runtime.prompts import Prompt
+
+
+class SmolVLM:
+    """See Family. Tiles and a thumbnail; several patches make one token."""
+
+    name = "smolvlm"
+    aliases: ClassVar[Mapping[str, str]] = {
+        "smolvlm": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+        "smolvlm-256m": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+        "smolvlm-2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+    }
+    model_types = ("smolvlm",)
+
+    def read_config(self, raw: Mapping[str, Any]) -> Any:
+        tower = (raw.get("vision_config") or {}).get("model_type", "smolvlm_vision")
+        one_of(self.name, "vision tower", tower, ("smolvlm_vision",))
+        config = read_common(self.name, SmolVLMConfig, raw, "llama", ("llama",))
+        side, patch = config.vision_config.image_size, config.vision_config.patch_size
+        if not isinstance(side, int) or not isinstance(patch, int):
+            raise CheckpointError(
+                f"tiles of {side} pixels in patches of {patch} are not supported; squares are"
+            )
+        if side // patch % config.scale_factor:
+            raise CheckpointError(
+                f"{side // patch} patches along a tile are no multiple of the scale_factor "
+                f"{config.scale_factor}"
+            )
+        return config
+
+    def build(self, config: SmolVLMConfig) -> nn.Module:
+        return build_model(SmolVLMForConditionalGeneration, config)
+
+    def rename(self, key: str) -> str | None:
+        return renamed(key, ())
+
+    def language(self, model: Any, config: SmolVLMConfig) -> LanguageModel:
+        return language_model(model.model.text_model, model.lm_head, config.text_config)
+
+    def vision(self, model: Any, config: SmolVLMConfig) -> nn.Module:
+        return SmolVLMVision(model, config)
+
+    def vision_inputs(self, images: Images) -> list[GraphInput]:
+        return [GraphInput("pixel_values", torch.float32, ("units", 3, *images.size))]
+
+    def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.pictures]
+        return {"pixel_values": torch.cat(pixels)[None]} if pixels else {}
+
+    def images(self, config: SmolVLMConfig, folder: Path) -> Images:
+        side = config.vision_config.image_size
+        along = side // config.vision_config.patch_size // config.scale_factor
+        token = token_text(folder, config.image_token_id)
+        processor = normalise_config(
+            preprocessor(folder),
+            along * along,
+            token,
+            added_token(folder, "fake_image_token", "<fake_token_around_image>"),
+            added_token(folder, "global_image_token", "<global-img>"),
+        )
+        if processor["side"] != side:
+            raise CheckpointError(
+                f"the image processor makes tiles of {processor['side']} pixels, the vision tower "
+                f"takes {side}; make max_image_size and image_size equal"
+            )
+        return Images(
+            token=token,
+            token_id=config.image_token_id,
+            tokens=most_tokens(processor),
+            grid=(),
+            size=(side, side),
+            processor=processor,
+            most={"units": most_tokens(processor) // (along * along)},
+        )
+
+    def bounded(self, images: Images, tokens: int) -> Images:
+        processor = with_most_tokens(images.processor, tokens)
+        if processor is None:
+            raise too_few_tokens(tokens, images.processor["tile_tokens"])
+        tokens, each = most_tokens(processor), images.processor["tile_tokens"]
+        return replace(images, tokens=tokens, processor=processor, most={"units": tokens // each})
+
+    def prompt(self, config: SmolVLMConfig, folder: Path) -> PromptFiles:
+        return prompt_files(folder, config.text_config)
+
+    def tiny_configs(self) -> Iterator[tuple[str, Any]]:
+        """GQA and MHA, biases, tied weights, several tiles and one, factors of the shuffle."""
+        size: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 112}
+        vision: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 80}
+        yield (
+            "gqa-tiles",
+            tiny(
+                SmolVLMConfig,
+                LlamaConfig(**size, num_hidden_layers=4, **heads(4, 2, 24)),
+                SmolVLMVisionConfig(
+                    **vision,
+                    num_hidden_layers=3,
+                    num_attention_heads=3,
+                    image_size=48,
+                    patch_size=6,
+                ),
+                image_token_id=3,
+                scale_factor=4,
+            ),
+        )
+        yield (
+            "mha-bias-tied",
+            tiny(
+                SmolVLMConfig,
+                LlamaConfig(**size, num_hidden_layers=3, **heads(2, 2, 24), attention_bias=True),
+                SmolVLMVisionConfig(
+                    **vision,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    image_size=112,
+                    patch_size=8,
+                ),
+                image_token_id=3,
+                scale_factor=2,
+                tie_word_embeddings=True,
+            ),
+        )
+
+    def tiny_files(self, config: SmolVLMConfig) -> dict[str, str]:
+        side, grid = config.vision_config.image_size, range(1, 4)
+        processor = {
+            "image_processor_type": "SmolVLMImageProcessor",
+            "do_image_splitting": side < 100,
+            "size": {"longest_edge": 3 * side},
+            "max_image_size": {"longest_edge": side},
+        }
+        places = [f"<row_{row}_col_{column}>" for row in grid for column in grid]
+        return {
+            "preprocessor_config.json": json.dumps(processor),
+            "tokenizer.json": tiny_tokenizer("<fake_token_around_image>", "<global-img>", *places),
+        }
+
+
+class SmolVLMVision(nn.Module):
+    """Tower, pixel shuffle, projection: tiles [units,3,S,S] -> rows [units * tile tokens,D]."""
+
+    def __init__(self, model: Any, config: SmolVLMConfig) -> None:
+        super().__init__()
+        self.tower, self.connector = model.model.vision_model, model.model.connector
+        vision = config.vision_config
+        self.places = full_tile_places(vision.image_size // vision.patch_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        embeddings = self.tower.embeddings
+        convolve = embeddings.patch_embedding
+        patches = convolve(pixel_values.to(convolve.weight.dtype)).flatten(2).transpose(1, 2)
+        hidden = patches + embeddings.position_embedding(self.places)
+        for layer in self.tower.encoder.layers:
+            hidden = layer(hidden, None)
+        rows = self.connector(self.tower.post_layernorm(hidden)).flatten(0, 1)
+        assert isinstance(rows, torch.Tensor)
+        return rows
+
+
+def full_tile_places(side: int) -> torch.Tensor:
+    """Which position embedding each patch [side * side] of a tile without padding has.
+
+    The fractions of SmolVLMVisionEmbeddings in fp32: rounding gives some patches a neighbour's.
+    """
+    steps = torch.arange(side, dtype=torch.float32) * (
+        1.0 / torch.tensor(side, dtype=torch.float32)
+    )
+    bounds = torch.arange(1 / side, 1.0, 1 / side, dtype=torch.float32)
+    along = torch.bucketize(steps.clamp(max=1.0 - 1e-6), bounds, right=True)
+    return (along[:, None] * side + along[None]).flatten()
+
+
+FAMILY = SmolVLM()

@@ -1,0 +1,22 @@
+"""Pictures that are scaled to a grid of equal tiles, each of the vision graph's size."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+
+def scaled(
+    pixels: npt.NDArray[np.uint8], height: int, width: int, resample: int
+) -> npt.NDArray[np.uint8]:
+    """Pixels [H, W, 3] → [height, width, 3]; ``resample`` is Pillow's filter number."""
+    picture = Image.fromarray(pixels).resize((width, height), Image.Resampling(resample))
+    return np.asarray(picture)
+
+
+def cut(pixels: npt.NDArray[np.uint8], rows: int, columns: int) -> npt.NDArray[np.uint8]:
+    """Pixels [rows * h, columns * w, 3] → tiles [rows * columns, h, w, 3], row by row."""
+    height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
+    grid = pixels.reshape(rows, height, columns, width, 3)
+    return grid.swapaxes(1, 2).reshape(rows * columns, height, width, 3)

@@ -1,0 +1,186 @@
+"""A picture as one to a dozen tiles and a thumbnail: the preprocessing of InternVL.
+
+The grid of tiles is the one whose shape is closest to the picture's. Source: transformers'
+``GotOcr2ImageProcessorPil`` with ``crop_to_patches``, which ``InternVLProcessor`` always asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lvlm.runtime.errors import BundleError, ParameterError
+from lvlm.runtime.images import MAX_PIXELS
+from lvlm.runtime.pictures import Picture
+from lvlm.runtime.processors._config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    check_keys,
+    height_width,
+    integer,
+    need,
+    per_channel,
+    pixel_table,
+    planes,
+    processor_kind,
+    size_of,
+    text,
+    with_defaults,
+)
+from lvlm.runtime.processors._tiles import cut, scaled
+
+
+class InternVLProcessor:
+    """Pictures → float32 [tiles, 3, H, W], ``tile_tokens`` tokens per tile.
+
+    ``config`` is what :func:`normalise_config` gives: ``size`` (height and width) of a tile,
+    ``resample`` Pillow's filter number, from ``min_tiles`` to ``max_tiles`` without the thumbnail,
+    which a picture of one tile has not; ``rescale_factor``, and ``mean`` and ``std`` [3] each, or
+    None for no such step; ``image_token``, ``start`` and ``end`` of the text that stands for a
+    picture. Raises ``BundleError`` for any other config.
+    """
+
+    name: ClassVar[str] = "internvl"
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        check_keys(config, _KEYS)
+        self._size = height_width("size", config["size"])
+        self._resample = integer("resample", config["resample"], 0, 5)
+        self._most = integer("max_tiles", config["max_tiles"], 1, MAX_TILES)
+        self._least = integer("min_tiles", config["min_tiles"], 1, self._most)
+        fits = self._most * self._size[0] * self._size[1] <= MAX_PIXELS
+        need(fits, "max_tiles", self._most, f"such that all have at most {MAX_PIXELS} pixels")
+        self._table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
+        self._tokens = integer("tile_tokens", config["tile_tokens"], 1, 1_000_000)
+        self._token = text("image_token", config["image_token"])
+        self._start, self._end = text("start", config["start"]), text("end", config["end"])
+
+    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
+        """See Processor."""
+        return [self._picture(self.pixel_values(image)) for image in images]
+
+    def _picture(self, pixels: npt.NDArray[np.float32]) -> Picture:
+        tokens = len(pixels) * self._tokens
+        return Picture(
+            {"pixel_values": pixels},
+            rows=tokens,
+            index=np.arange(tokens)[:, None],
+            text=self._start + self._token * tokens + self._end,
+        )
+
+    def pixel_values(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """A picture uint8 [H_i, W_i, 3] → its tiles row by row, then the thumbnail."""
+        height, width = self._size
+        rows, columns = self.grid(*image.shape[:2])
+        tiles = cut(scaled(image, rows * height, columns * width, self._resample), rows, columns)
+        if len(tiles) > 1:
+            thumbnail = scaled(image, height, width, self._resample)
+            tiles = np.concatenate([tiles, thumbnail[None]])
+        return np.stack([planes(self._table, tile) for tile in tiles])
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tiles: the closest ratio, of equal ones the first, or a later and
+        larger one unless the picture has too few pixels for it."""
+        # The order is that of transformers: by tiles, then as columns and rows count up
+        known = sorted(
+            (
+                (columns, rows)
+                for columns in range(1, self._most + 1)
+                for rows in range(1, self._most + 1)
+                if self._least <= columns * rows <= self._most
+            ),
+            key=lambda shape: shape[0] * shape[1],
+        )
+        best, closest = (1, 1), float("inf")
+        for columns, rows in known:
+            away = abs(width / height - columns / rows)
+            filled = height * width > 0.5 * self._size[0] * self._size[1] * columns * rows
+            if away < closest or (away == closest and filled):
+                best, closest = (rows, columns), away
+        return best
+
+
+PROCESSOR = InternVLProcessor
+
+MAX_TILES = 64
+_KEYS = {"name", "size", "resample", "min_tiles", "max_tiles", "rescale_factor", "mean", "std"} | {
+    *("tile_tokens", "image_token", "start", "end")
+}
+
+
+# What the exporter uses
+
+_GOT_OCR2: Mapping[str, object] = {
+    "do_resize": True,
+    "size": {"height": 384, "width": 384},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "min_patches": 1,
+    "max_patches": 12,
+}
+
+
+def normalise_config(
+    preprocessor: Mapping[str, object], tile_tokens: int, image_token: str, start: str, end: str
+) -> dict[str, object]:
+    """The config of :class:`InternVLProcessor` that does what a Hugging Face config says.
+
+    ``preprocessor`` is a ``preprocessor_config.json`` of the image processor of GOT-OCR2, which
+    InternVL uses; ``start`` and ``end`` stand around a picture's image tokens. Raises
+    ``ParameterError`` for another processor, or for an option that is not supported.
+    """
+    kind = processor_kind(preprocessor, ("GotOcr2ImageProcessor",))
+    given = with_defaults(preprocessor, _GOT_OCR2)
+    for option in ("do_center_crop", "do_pad"):
+        if given.get(option):
+            raise ParameterError(
+                f"{kind} with {option} is not supported; turn it off in its config"
+            )
+    if given["max_patches"] == 1 and not given["do_resize"]:
+        raise ParameterError(f"{kind} with neither tiles nor do_resize is not supported")
+    config: dict[str, object] = {
+        "name": InternVLProcessor.name,
+        "size": size_of(given["size"], square=True),
+        "resample": given["resample"],
+        "min_tiles": given["min_patches"],
+        "max_tiles": given["max_patches"],
+        "rescale_factor": given["rescale_factor"] if given["do_rescale"] else None,
+        "mean": per_channel(given["image_mean"]) if given["do_normalize"] else None,
+        "std": per_channel(given["image_std"]) if given["do_normalize"] else None,
+        "tile_tokens": tile_tokens,
+        "image_token": image_token,
+        "start": start,
+        "end": end,
+    }
+    try:
+        InternVLProcessor(config)
+    except BundleError as error:
+        raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None
+    return config
+
+
+def most_tokens(config: Mapping[str, object]) -> int:
+    """Of one picture, by such a config."""
+    most, each = config["max_tiles"], config["tile_tokens"]
+    assert isinstance(most, int)
+    assert isinstance(each, int)
+    return each * (most + (most > 1))
+
+
+def with_most_tokens(config: Mapping[str, object], tokens: int) -> dict[str, object] | None:
+    """The same with as few tiles as give at most ``tokens``; None: one tile has more."""
+    most, least = config["max_tiles"], config["min_tiles"]
+    assert isinstance(most, int)
+    assert isinstance(least, int)
+    for tiles in range(most, 0, -1):
+        bounded = {**config, "max_tiles": tiles, "min_tiles": min(least, tiles)}
+        if most_tokens(bounded) <= tokens:
+            return bounded
+    return None

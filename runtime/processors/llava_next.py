@@ -1,0 +1,70 @@
+"""LLaVA-NeXT: tiles, the patches of each line of them followed by a newline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from lvlm.runtime.errors import BundleError, ParameterError
+from lvlm.runtime.pictures import Picture
+from lvlm.runtime.processors._anyres import KEYS, Tiles, tiles_config
+from lvlm.runtime.processors._config import CLIP_MEAN, CLIP_STD, check_keys
+
+
+class LlavaNextProcessor:
+    """Pictures → tiles float32 [1 + tiles,3,side,side]; the vision graph gives the newline, then
+    patches x patches rows per tile. ``config`` is what :func:`normalise_config` gives, that of
+    ``Tiles``; BundleError for any other."""
+
+    name: ClassVar[str] = "llava_next"
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        check_keys(config, KEYS)
+        self.tiles = Tiles(config, lambda lines, columns: lines * (columns + 1))
+
+    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
+        """See Processor."""
+        return [self._picture(image) for image in images]
+
+    def _picture(self, image: npt.NDArray[np.uint8]) -> Picture:
+        picture = self.tiles.prepare(image)
+        height, width = picture.size[::-1]
+        pixels = self.tiles.cut(picture)
+        lines = np.pad(self.tiles.kept(height, width), ((0, 0), (0, 1)))  # row 0 is the newline
+        index = np.concatenate([self.tiles.whole(), lines.reshape(-1)])[:, None]
+        rows = len(pixels) * self.tiles.patches**2
+        return Picture({"pixel_values": pixels}, rows, index, size=(height, width))
+
+
+PROCESSOR = LlavaNextProcessor
+
+_DEFAULTS: Mapping[str, object] = {
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+}
+
+
+def normalise_config(
+    preprocessor: Mapping[str, object], side: int, patches: int
+) -> dict[str, object]:
+    """The config of :class:`LlavaNextProcessor` that does what a Hugging Face config says; see
+    ``tiles_config``. Raises ParameterError."""
+    kind = "LlavaNextImageProcessor"
+    config = {"name": LlavaNextProcessor.name} | tiles_config(
+        preprocessor, kind, _DEFAULTS, side, patches
+    )
+    try:
+        LlavaNextProcessor(config)
+    except BundleError as error:
+        raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None
+    return config

@@ -1,0 +1,268 @@
+"""Pictures at their own resolution: the preprocessing of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+
+A picture is scaled to sides that are whole numbers of image tokens (merge x merge patches) and to a
+number of pixels within bounds, then cut into patches, those of a token together. The steps are
+those of transformers' ``Qwen2VLImageProcessorPil``, with the same Pillow calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from lvlm.runtime.errors import BundleError, ImageError, ParameterError
+from lvlm.runtime.pictures import Picture
+from lvlm.runtime.processors._config import (
+    CLIP_MEAN,
+    CLIP_STD,
+    check_keys,
+    integer,
+    per_channel,
+    pixel_table,
+    planes,
+    processor_kind,
+    size_of,
+    with_defaults,
+)
+
+MAX_RATIO = 200  # of a picture's sides: transformers refuses a longer one, too
+
+
+class QwenProcessor:
+    """Pictures of any size -> tokens [h, w] of merge x merge patches each.
+
+    ``config`` is what :func:`normalise_config` gives: ``patch``, ``frames`` (copies of the picture
+    that a patch spans in time) and ``merge``; ``min_pixels`` and ``max_pixels`` of the scaled
+    picture, ``max_tokens`` that one may give; ``window``, the side in tokens of the windows that
+    attend to themselves, or None; ``table``, the side of the square of learned positions that are
+    stretched over a picture, or None; ``resample`` Pillow's filter number; ``rescale_factor``,
+    ``mean`` and ``std`` as for LLaVA. Raises ``BundleError`` for any other config.
+    """
+
+    name: ClassVar[str] = "qwen_vl"
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        check_keys(config, _KEYS)
+        self._patch = integer("patch", config["patch"], 1, 256)
+        self._merge = integer("merge", config["merge"], 1, 16)
+        self._frames = integer("frames", config["frames"], 1, 16)
+        self._most = integer("max_pixels", config["max_pixels"], 1, _PIXELS)
+        self._least = integer("min_pixels", config["min_pixels"], 1, self._most)
+        self._tokens = integer("max_tokens", config["max_tokens"], 1, 1_000_000)
+        window = config["window"]
+        self._window = None if window is None else integer("window", window, 1, 64)
+        table = config["table"]
+        self._side = None if table is None else integer("table", table, 1, 1024)
+        self._resample = integer("resample", config["resample"], 0, 5)
+        self._table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
+
+    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
+        """See Processor. Arrays of each, of h * w tokens (units) of p patches: pixel_values float32
+        [h*w, p, d], position_ids int64 [h*w, p, 2] (row and column), and those of ``_windows``
+        and ``_interpolated``."""
+        return [self._picture(image) for image in images]
+
+    def _picture(self, image: npt.NDArray[np.uint8]) -> Picture:
+        rows, columns = self.grid(*image.shape[:2])
+        side = self._patch * self._merge
+        scaled = Image.fromarray(image).resize(
+            (columns * side, rows * side), Image.Resampling(self._resample)
+        )
+        pixels = planes(self._table, np.asarray(scaled))
+        arrays = {
+            "pixel_values": self._patches(pixels, rows, columns),
+            "position_ids": self._places(rows, columns),
+        }
+        if self._window is not None:
+            arrays |= _windows(rows, columns, self._window)
+        if self._side is not None:
+            sides = rows * self._merge, columns * self._merge
+            arrays |= _interpolated(arrays["position_ids"], sides, self._side)
+        tokens = rows * columns
+        row, column = np.divmod(np.arange(tokens), columns)
+        return Picture(
+            arrays,
+            tokens,
+            np.arange(tokens)[:, None],
+            offsets=np.stack([np.zeros_like(row), row, column]),
+            span=max(rows, columns),
+        )
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens that a picture becomes, in proportion to its sides.
+
+        Raises ``ImageError`` for one so long and thin that it would give too many.
+        """
+        ratio = max(height, width) / min(height, width)
+        side = self._patch * self._merge
+        rows, columns = round(height / side), round(width / side)
+        if rows * columns * side**2 > self._most:
+            shrink = math.sqrt((height * width) / self._most)
+            rows = max(1, math.floor(height / shrink / side))
+            columns = max(1, math.floor(width / shrink / side))
+        elif rows * columns * side**2 < self._least:
+            grow = math.sqrt(self._least / (height * width))
+            rows = math.ceil(height * grow / side)
+            columns = math.ceil(width * grow / side)
+        if ratio > MAX_RATIO or rows * columns > self._tokens:
+            raise ImageError(
+                f"a picture of {width} x {height} pixels (aspect ratio {ratio:.0f}:1) is too long "
+                f"and thin for this model ({MAX_RATIO}:1 at most, and {self._tokens} image tokens);"
+                " crop it first"
+            )
+        return rows, columns
+
+    def _patches(
+        self, pixels: npt.NDArray[np.float32], rows: int, columns: int
+    ) -> npt.NDArray[np.float32]:
+        """Pixels [3, H, W] -> [h*w, merge*merge, 3 * frames * patch * patch]."""
+        merge, patch = self._merge, self._patch
+        cut = pixels.reshape(3, rows, merge, patch, columns, merge, patch)
+        cut = cut.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
+        shape = (*cut.shape[:5], self._frames, patch, patch)
+        return np.broadcast_to(cut, shape).reshape(rows * columns, merge**2, -1)
+
+    def _places(self, rows: int, columns: int) -> npt.NDArray[np.int64]:
+        """Row and column [h*w, merge*merge, 2] of every patch."""
+        merge = self._merge
+        grid = np.stack(np.indices((rows * merge, columns * merge)), -1)
+        grid = grid.reshape(rows, merge, columns, merge, 2).transpose(0, 2, 1, 3, 4)
+        return grid.reshape(rows * columns, merge**2, 2).astype(np.int64)
+
+
+PROCESSOR = QwenProcessor
+
+_KEYS = {"name", "patch", "merge", "frames", "min_pixels", "max_pixels", "max_tokens", "window"} | {
+    *("table", "resample", "rescale_factor", "mean", "std")
+}
+_PIXELS = 1_000_000_000
+
+
+def _windows(rows: int, columns: int, side: int) -> dict[str, npt.NDArray[np.int64]]:
+    """window [W, side*side]: the tokens of every window of a grid, -1 where it is short of some;
+    place [h*w]: where in the flattened windows every token is."""
+    tall, wide = -(-rows // side), -(-columns // side)
+    padded = np.full((tall * side, wide * side), -1, np.int64)
+    padded[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
+    window = padded.reshape(tall, side, wide, side).transpose(0, 2, 1, 3).reshape(-1, side * side)
+    place = np.empty(rows * columns, np.int64)
+    place[window[window >= 0]] = np.flatnonzero(window.ravel() >= 0)
+    return {"window": window, "place": place}
+
+
+def _interpolated(
+    places: npt.NDArray[np.int64], sides: tuple[int, int], table: int
+) -> dict[str, npt.NDArray[Any]]:
+    """learned int64 [..., 4]: of a table x table square laid over the picture, corners on corners,
+    the four positions around each of the patches at ``places`` [..., 2]; share float32 [..., 4]."""
+    taps, weights = [], []
+    for axis, side in enumerate(sides):
+        at = places[..., axis].astype(np.float32) * np.float32(table - 1)
+        at /= np.float32(max(side - 1, 1))
+        low, both = np.floor(at), np.arange(2, dtype=np.float32)
+        taps.append(np.minimum(low.astype(np.int64)[..., None] + [0, 1], table - 1))
+        weights.append(np.maximum(1 - np.abs(at[..., None] - low[..., None] - both), 0))
+    learned = taps[0][..., :, None] * table + taps[1][..., None, :]
+    share = weights[0][..., :, None] * weights[1][..., None, :]
+    shape = (*places.shape[:-1], 4)
+    return {"learned": learned.reshape(shape), "share": share.reshape(shape)}
+
+
+# What the exporter uses
+
+_DEFAULTS: Mapping[str, object] = {
+    "do_resize": True,
+    "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+}
+_KINDS = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
+
+
+def normalise_config(
+    preprocessor: Mapping[str, object], window: int | None = None, table: int | None = None
+) -> dict[str, object]:
+    """The config of :class:`QwenProcessor` that does what a Hugging Face config says.
+
+    ``preprocessor`` is a ``preprocessor_config.json``, or ``processor_config.json``'s
+    ``image_processor``, of any age and backend; ``window`` and ``table`` are the model's. Raises
+    ``ParameterError`` for another processor, or for an option that is not supported.
+    """
+    kind = processor_kind(preprocessor, _KINDS)
+    given = with_defaults(preprocessor, _DEFAULTS)
+    if not given["do_resize"]:
+        raise ParameterError(f"{kind} without do_resize is not supported; turn it on in its config")
+    size = size_of(given["size"], square=False)
+    bounds = dict(size) if isinstance(size, Mapping) else {}
+    # The older names of both bounds win, as in transformers
+    least = given.get("min_pixels", bounds.get("shortest_edge"))
+    most = given.get("max_pixels", bounds.get("longest_edge"))
+    normalised = bool(given["do_normalize"])
+    config: dict[str, object] = {
+        "name": QwenProcessor.name,
+        "patch": given["patch_size"],
+        "merge": given["merge_size"],
+        "frames": given["temporal_patch_size"],
+        "min_pixels": least,
+        "max_pixels": most,
+        "max_tokens": 1,
+        "window": window,
+        "table": table,
+        "resample": given["resample"],
+        "rescale_factor": given["rescale_factor"] if given["do_rescale"] else None,
+        "mean": per_channel(given["image_mean"]) if normalised else None,
+        "std": per_channel(given["image_std"]) if normalised else None,
+    }
+    try:
+        QwenProcessor(config)
+        config["max_tokens"] = _most_tokens(config)
+        QwenProcessor(config)
+    except BundleError as error:
+        raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None
+    return config
+
+
+def bounded_config(config: Mapping[str, object], tokens: int) -> dict[str, object]:
+    """The same with pictures scaled down to at most ``tokens`` each; longer and thinner ones than
+    that allows are refused."""
+    most = tokens * _token_pixels(config)
+    # Pictures are scaled up to whole tokens, which must not lead beyond the upper bound
+    least = min(_whole(config["min_pixels"]), max(1, most // 4))
+    found = {**config, "max_pixels": min(_whole(config["max_pixels"]), most), "min_pixels": least}
+    return {**found, "max_tokens": tokens}
+
+
+def _most_tokens(config: Mapping[str, object]) -> int:
+    """The most tokens of any picture, whatever its sides are."""
+    area = _token_pixels(config)
+    most, least = _whole(config["max_pixels"]) / area, _whole(config["min_pixels"]) / area
+    # Scaled down, a picture of less than a token's height still is one token high
+    found = [math.floor(most), 1]
+    if most < MAX_RATIO:
+        found.append(math.floor(math.sqrt(MAX_RATIO * most)))
+    # Scaled up, both sides are rounded up; a side just above n - 1 tokens becomes n
+    narrowest = math.sqrt(least / MAX_RATIO)
+    for side in range(1, math.ceil(math.sqrt(least)) + 1):
+        found.append(side * math.ceil(least / max(side - 1, narrowest)))
+    return max(found)
+
+
+def _token_pixels(config: Mapping[str, object]) -> int:
+    return (_whole(config["patch"]) * _whole(config["merge"])) ** 2
+
+
+def _whole(value: object) -> int:
+    assert isinstance(value, int)
+    return value
