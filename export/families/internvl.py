@@ -1,4 +1,4 @@
-"""InternVL 2.5 to 3.5 (the ``-hf`` checkpoints): InternViT, pixel shuffle, Qwen or Llama text."""
+"""InternVL 2.5 to 3.5, the ``-hf`` checkpoints: InternViT, pixel shuffle, Qwen or Llama text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
-    LlamaConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -22,7 +21,6 @@ from transformers import (
 from lvlm.export.families._base import PromptFiles, too_few_tokens
 from lvlm.export.families._common import (
     ROPE_TYPES,
-    TEXT_TYPES,
     added_token,
     build_model,
     heads,
@@ -66,7 +64,7 @@ class InternVL:
         vision = raw.get("vision_config") or {}
         tower = vision.get("model_type", "internvl_vision")
         one_of(self.name, "vision tower", tower, ("internvl_vision",))
-        types, ropes = (*TEXT_TYPES, "qwen3"), (*ROPE_TYPES, "dynamic")
+        types, ropes = ("qwen2", "qwen3", "llama"), (*ROPE_TYPES, "dynamic")
         config = read_common(self.name, InternVLConfig, raw, "qwen2", types, ropes)
         one_of(self.name, "vision_feature_layer", config.vision_feature_layer, (-1,))
         chosen = config.vision_feature_select_strategy
@@ -144,7 +142,7 @@ class InternVL:
         return prompt_files(folder, config.text_config)
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
-        """Three kinds of text, both norms, q and k norms, one and several tiles, tied weights."""
+        """Two kinds of text, GQA and MHA, both norms, tiles and shuffles of two sizes."""
         size: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 112}
         vision: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 80}
         yield (
@@ -169,10 +167,10 @@ class InternVL:
             ),
         )
         yield (
-            "llama-mha-rms",
+            "qwen3-mha-rms",
             tiny(
                 InternVLConfig,
-                LlamaConfig(**size, num_hidden_layers=2, **heads(2, 2, 32), attention_bias=True),
+                Qwen3Config(**size, num_hidden_layers=2, **heads(2, 2, 32)),
                 InternVLVisionConfig(
                     **vision,
                     num_hidden_layers=2,
@@ -185,22 +183,6 @@ class InternVL:
                 ),
                 image_token_id=3,
                 downsample_ratio=0.25,
-            ),
-        )
-        yield (
-            "qwen3-tied",
-            tiny(
-                InternVLConfig,
-                Qwen3Config(**size, num_hidden_layers=3, **heads(4, 1, 24)),
-                InternVLVisionConfig(
-                    **vision,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    image_size=[40, 40],
-                    patch_size=[4, 4],
-                ),
-                image_token_id=3,
-                tie_word_embeddings=True,
             ),
         )
 

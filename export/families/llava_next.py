@@ -12,7 +12,6 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     MistralConfig,
-    Qwen2Config,
 )
 
 from lvlm.export.families._common import heads, preprocessor, tiny
@@ -75,23 +74,6 @@ class LlavaNext(AnyResolution):
                 image_grid_pinpoints=[[60, 120], [60, 180], [120, 60]],
                 vision_feature_layer=[-2, 1],
                 multimodal_projector_bias=False,
-            ),
-        )
-        yield (
-            "qwen2-tied",
-            tiny(
-                LlavaNextConfig,
-                Qwen2Config(**size, num_hidden_layers=3, **heads(4, 1, 16)),
-                CLIPVisionConfig(
-                    **tower,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    image_size=36,
-                    patch_size=6,
-                ),
-                image_token_index=3,
-                image_grid_pinpoints=[[36, 72], [72, 36], [72, 72]],
-                tie_word_embeddings=True,
             ),
         )
 
