@@ -54,32 +54,32 @@ def _site(node: ir.Node) -> Site | None:
     """None where the attention is of another kind."""
     if node.op_type != "Attention" or node.domain != "" or len(node.inputs) != 4:
         return None
-    turned, writes = _producer(node.inputs[0], "RotaryEmbedding"), []
-    for value in node.inputs[1:3]:
-        write = _producer(_before_cast(value), "TensorScatter")
-        if write is None or write.inputs[0] is None:
-            return None
-        writes.append(write)
+    query, key, value = node.inputs[:3]
+    turned = _producer(query, "RotaryEmbedding")
+    wrote = [_producer(_before_cast(x), "TensorScatter") for x in (key, value)]
+    if turned is None or wrote[0] is None or wrote[1] is None:
+        return None
+    writes, past = (wrote[0], wrote[1]), wrote[0].inputs[0]
     turned_key = _producer(_before_cast(writes[0].inputs[1]), "RotaryEmbedding")
-    layer = str(writes[0].inputs[0].name).removeprefix("past_key_")
-    if turned is None or turned_key is None or not layer.isdecimal():
+    layer = "" if past is None else str(past.name).removeprefix("past_key_")
+    if turned_key is None or not layer.isdecimal():
         return None
-    angles = turned.inputs[1], turned.inputs[2]
-    if angles != (turned_key.inputs[1], turned_key.inputs[2]) or None in angles:
+    cos, sin = turned.inputs[1:3]
+    if cos is None or sin is None or (cos, sin) != tuple(turned_key.inputs[1:3]):
         return None
-    new_value = _before_cast(writes[1].inputs[1])
-    flat = [_flat(x) for x in (turned.inputs[0], turned_key.inputs[0], new_value)]
+    new = (turned.inputs[0], turned_key.inputs[0], _before_cast(writes[1].inputs[1]))
+    q, k, v = (_flat(x) for x in new)
     result = _joined(node.outputs[0])
-    query, key = node.inputs[0], node.inputs[1]
-    if None in flat or result is None or query.shape is None or key.shape is None:
+    if q is None or k is None or v is None or result is None:
+        return None
+    if query is None or key is None or query.shape is None or key.shape is None:
         return None
     heads, size, kv_heads = query.shape[1], query.shape[3], key.shape[1]
     if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(size, int)):
         return None
-    angle = angles[0].shape
-    if size % 16 or angle is None or angle[-1] != size // 2:
+    if size % 16 or cos.shape is None or cos.shape[-1] != size // 2:
         return None  # no kernel for such heads
-    return Site(int(layer), node, tuple(flat), angles, tuple(writes), result, heads, kv_heads)
+    return Site(int(layer), node, (q, k, v), (cos, sin), writes, result, heads, kv_heads)
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
@@ -196,9 +196,10 @@ def _group(
 ) -> None:
     key, value = (write.inputs[0] for write in site.writes)
     assert key is not None
+    assert key.dtype is not None
     given = [*_packed(site.inputs), key, value, last, total, *tables, position_ids]
     # The kernel takes one type for everything: a narrower cache's.
-    given = [_cast(model, site.node, x, key.dtype) for x in given]
+    given = [None if x is None else _cast(model, site.node, x, key.dtype) for x in given]
     node = ir.node(
         "GroupQueryAttention",
         given,
@@ -212,24 +213,23 @@ def _group(
         num_outputs=3,
     )
     model.graph.insert_before(site.node, node)
-    node.outputs[0].dtype = key.dtype
-    take_place(site.result, _cast(model, site.node, node.outputs[0], site.result.dtype))
+    result = node.outputs[0]
+    result.type = key.type
+    take_place(site.result, _cast(model, site.node, result, site.result.dtype))
     for write, output in zip(site.writes, node.outputs[1:], strict=True):
         take_place(write.outputs[0], output)
 
 
-def _cast(
-    model: ir.Model, before: ir.Node, value: ir.Value | None, dtype: ir.DataType | None
-) -> ir.Value | None:
-    """A float ``value`` as ``dtype``; another or none as it is."""
-    if value is None or dtype is None or value.dtype == dtype or value.dtype not in DTYPES:
+def _cast(model: ir.Model, before: ir.Node, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """A float ``value`` as ``dtype``, another as it is."""
+    if dtype is None or value.dtype == dtype or value.dtype not in DTYPES:
         return value
     name = f"{value.name}_{dtype.name.lower()}"
     if value.is_initializer() and value.const_value is not None:
         return _constant(model, name, value.const_value.numpy().astype(dtype.numpy()))
     node = ir.node("Cast", [value], attributes={"to": int(dtype)})
     node.outputs[0].name, node.outputs[0].shape = name, value.shape
-    node.outputs[0].dtype = dtype
+    node.outputs[0].type = ir.TensorType(dtype)
     model.graph.insert_before(before, node)
     return node.outputs[0]
 

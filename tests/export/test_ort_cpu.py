@@ -66,7 +66,7 @@ def test_lowered_decode_appends_with_one_node_where_new_entries_go_to_the_end(
         assert after["GroupQueryAttention"] == layers
         assert after["Attention"] == 0
         assert after["TensorScatter"] == (layers if recipe is LIGHT else 0)  # the ring's
-    assert after.total() < (0.8 if recipe is ELASTIC else 0.5) * before.total()
+    assert after.total() < (1.0 if recipe is ELASTIC else 0.6) * before.total()
     ours, theirs = (
         onnx.load(folder / f, load_external_data=False).graph
         for f in ("decode.ort-cpu.onnx", "decode.onnx")

@@ -95,6 +95,17 @@ def test_what_goes_wrong_while_running_is_one_line(tmp_path: Path) -> None:
     call({"x": np.zeros((3, WIDE), np.float32)}, {})  # an output that nobody asked for
 
 
+def test_a_stopped_call_runs_no_more(tmp_path: Path) -> None:
+    listed: Any = Listed(tmp_path)
+    session = cpu.Backend(threads=1).load(tmp_path, listed, "first")
+    call, other = session.bind({}, {}), session.bind({}, {})
+    x = {"x": np.zeros((3, WIDE), np.float32)}
+    call.stop()
+    with pytest.raises(BackendError, match="ONNX Runtime failed"):
+        call(x, {})
+    other(x, {})
+
+
 def test_a_graph_that_is_none_and_ports_that_are_others_are_refused(tmp_path: Path) -> None:
     listed: Any = Listed(tmp_path)
     other = (Port("z", "float32", (1,)),)

@@ -253,7 +253,8 @@ def test_every_input_is_consumed(recipe: str, lowered: Make) -> None:
     folder = lowered(recipe)
     core = Backend().core
     for name, graph in read_bundle(folder).graphs.items():
-        inputs = core.read_model(folder / f"{name}.openvino.onnx").inputs
+        model = core.read_model(folder / f"{name}.openvino.onnx")
+        inputs = model.inputs
         unused = [port.any_name for port in inputs if not port.get_target_inputs()]
         assert unused == [], name
         takes = {p.name for p in graph.inputs}
