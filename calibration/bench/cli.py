@@ -87,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--duration", type=float, metavar="S", help=f"seconds of arrivals (default {DURATION:.0f})")
     add(
+        "--memory-budget",
+        metavar="SIZE",
+        help="slots of bundles under load: as many as fit, as 2GB (instead of --slots)",
+    )
+    add(
         "--slots",
         type=int,
         metavar="N",
@@ -244,6 +249,15 @@ def _check(args: argparse.Namespace) -> None:
             raise ParameterError(f"--rate and --duration must be above 0, not {value:g}")
     if args.concurrency and args.rate:
         raise ParameterError("--concurrency and --rate are two kinds of load; run one at a time")
+    if args.memory_budget is not None:
+        from lvlm.runtime.engine.memory import byte_size
+
+        byte_size("--memory-budget", args.memory_budget)
+        if args.slots is not None or not (args.concurrency or args.rate):
+            raise ParameterError(
+                "--memory-budget decides how many slots there are under load: give --concurrency "
+                "or --rate, and no --slots"
+            )
     for name, wants in (("requests", "concurrency"), ("duration", "rate")):
         if getattr(args, name) is not None and not getattr(args, wants):
             raise ParameterError(f"--{name} has no effect without --{wants}; add it")
@@ -293,6 +307,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         threads=args.threads or cores(),
         slots=args.slots or most,
         apart=args.apart,
+        memory_budget=args.memory_budget,
     )
 
 

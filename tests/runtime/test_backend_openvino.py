@@ -163,10 +163,10 @@ def test_precision_is_what_the_cpu_has(
 ) -> None:
     folder = lowered()
     able = Backend().core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    for wanted, capability in PRECISIONS.items():
+    for wanted in ("bf16", "f16"):
         monkeypatch.setenv(PRECISION, wanted)
         command = [str(folder), "Hi", "--device", "openvino", "--max-new-tokens", "2"]
-        if capability in able:
+        if PRECISIONS[wanted] in able:
             assert main(command) == 0
             continue
         assert main(command) == 2
