@@ -35,7 +35,8 @@ class Setup:
 
     ``prompts`` is the bundle whose tokenizer and processor make a peer's inputs where it does not
     make its own. ``lone``: one request after another, never more; else ``slots`` at once at most
-    (a bundle: as many as fit into ``memory_budget``, where that is given), each of ``text_tokens`` (prompt and answer) and ``images`` at most.
+    (a bundle: as many as fit into ``memory_budget``, where that is given), each of ``text_tokens``
+    (prompt and answer) and ``images`` at most.
     """
 
     kind: str
