@@ -34,7 +34,9 @@ def split_products(model: ir.Model) -> None:
             new = _node(model, split, "MatMul", [rows, _part(model, split, weight, start, stop, 1)])
             if bias is not None:
                 new = _node(model, split, "Add", [new, _part(model, split, bias, start, stop, 0)])
-            new.shape, new.dtype, new.name = out.shape, out.dtype, f"{out.name}_apart"
+            new.shape, new.name = out.shape, f"{out.name}_apart"
+            if out.dtype is not None:
+                new.dtype = out.dtype
             out.replace_all_uses_with(new)
             start = stop
         model.graph.remove(split, safe=True)
