@@ -62,7 +62,7 @@ def validate(plan: Plan, folder: Path) -> list[Check]:
 
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as name:
             options = replace(plan.options, dtype="fp32", rounding=torch.bfloat16, targets=())
-            twin = replace(plan, options=options, dtype=torch.float32)
+            twin = replace(plan, options=options, dtype=torch.float32, cache_dtype=torch.float32)
             write_bundle(twin, Path(name), Progress(0, quiet=True))
             checks = _compare(twin, Path(name))
     else:

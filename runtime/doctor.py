@@ -62,6 +62,7 @@ def examine(bundle: Path | None, machine: Machine | None = None) -> list[Finding
     found += gpus
     found += _onnxruntime(machine, seen)
     found += _tensorrt(machine, seen)
+    found.append(_openvino(machine))
     found += _others(machine, {f.subject for f in found})
     if bundle is not None and manifest is not None:
         found += _bundle(bundle, manifest, seen, {f.subject: f for f in found})
@@ -149,6 +150,14 @@ def _tensorrt(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
     yield _plugins(machine)
 
 
+def _openvino(machine: Machine) -> Finding:
+    try:
+        version = machine.attempt("import openvino; print(openvino.__version__)").strip()
+    except BackendError as error:
+        return Finding("device openvino", False, str(error), 'pip install "lvlm-deploy[openvino]"')
+    return Finding("device openvino", True, f"openvino {version}")
+
+
 def _others(machine: Machine, known: Collection[str]) -> Iterator[Finding]:
     """Backends that nothing above knows: they say themselves what they lack."""
     for device in devices():
@@ -198,6 +207,12 @@ def _bundle(
             yield Finding("bundle on cpu", False, "bf16 is for GPU targets", fix)
         elif looked[f"device {device}"].ok:
             yield Finding(f"bundle on {device}", True, "runs")
+    if looked["device openvino"].ok:
+        files = [f"{Path(graph.file).stem}.openvino.onnx" for graph in manifest.graphs.values()]
+        missing = [file for file in files if not (folder / file).is_file()]
+        says = f"{missing[0]} is missing" if missing else "runs"
+        fix = f"lvlm-build engine {folder} --target openvino" if missing else ""
+        yield Finding("bundle on openvino", not missing, says, fix)
     for flavour in FLAVOURS:
         try:
             sets = EngineSet.find(folder, flavour)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from typing import Any
 
 import numpy as np
 
 from lvlm.runtime.backends import cpu
 from lvlm.runtime.engine import Engine, Handle
 
+WORD = "a "
 WARM = 5  # tokens of each stream that are left out
 
 
@@ -51,21 +53,26 @@ def main() -> None:
     args = parser.parse_args()
     if args.inline:
         cpu.Backend.parallel = False
-    endless = {"max_new_tokens": 2000, "ignore_eos": True, "chat_template": False}
+    endless: dict[str, Any] = {"max_new_tokens": 2000, "ignore_eos": True, "chat_template": False}
     with Engine(
         args.bundle, threads=args.threads, verify=False, slots=args.streams + 1, image_cache=0
     ) as engine:
-        streams = [engine.submit("7 " * (20 + i), **endless) for i in range(args.streams)]
+        streams = [engine.submit(WORD * (20 + i), **endless) for i in range(args.streams)]
         for stream in streams:
             for _ in zip(range(WARM + 1), stream.tokens(), strict=False):
                 pass
         quiet = time.perf_counter()
         time.sleep(args.quiet_seconds)
         asked = time.perf_counter()
-        long = engine.submit("7 " * args.prompt_tokens, **(endless | {"max_new_tokens": 1}))
+        per_word = len(engine.tokenizer.encode(WORD * 100)) / 100
+        prompt = WORD * round(args.prompt_tokens / per_word)
+        long = engine.submit(prompt, **(endless | {"max_new_tokens": 1}))
         answer = long.result()
         answered = time.perf_counter()
-        for stream in streams:
+        for stream in streams:  # the gap in which the prompt was read ends with the next token
+            read = len(stream.token_ids)
+            while len(stream.token_ids) == read and not stream.done:
+                time.sleep(0.001)
             stream.cancel()
     figures = {
         "threads": args.threads,

@@ -34,8 +34,9 @@ class Setup:
     """What a child process opens. ``source``: bundle, checkpoint, or what it was converted to.
 
     ``prompts`` is the bundle whose tokenizer and processor make a peer's inputs where it does not
-    make its own. ``lone``: one request after another, never more; else ``slots`` at once at most,
-    each of ``text_tokens`` (prompt and answer) and ``images`` at most.
+    make its own. ``lone``: one request after another, never more; else ``slots`` at once at most
+    (a bundle: as many as fit into ``memory_budget``, where that is given), each of ``text_tokens``
+    (prompt and answer) and ``images`` at most.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Setup:
     text_tokens: int
     images: int
     settings: dict[str, str] = field(default_factory=dict)
+    memory_budget: str | None = None
 
 
 class Serving(Protocol):

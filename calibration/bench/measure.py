@@ -28,6 +28,7 @@ class Plan:
     threads: int
     slots: int
     apart: bool
+    memory_budget: str | None = None
 
 
 @dataclass
@@ -102,6 +103,7 @@ def _open(
             text_tokens=max(case.text_tokens + case.new_tokens for case in plan.cases),
             images=max(case.images for case in plan.cases),
             settings=contender.settings,
+            memory_budget=plan.memory_budget,
         )
         log = logs / f"{len(list(logs.iterdir()))}.log"
         with progress.stage(f"load {contender.label}") as stage:

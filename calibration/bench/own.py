@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-import lvlm
 from lvlm.calibration.bench.contenders import Serving, Setup
 from lvlm.calibration.bench.drive import at_once, one_after_another
 from lvlm.calibration.bench.figures import Record
@@ -16,6 +15,8 @@ from lvlm.calibration.bench.workload import Request, Work
 from lvlm.runtime.answers import Options
 from lvlm.runtime.backends import open_backend
 from lvlm.runtime.bundle import Manifest, read_bundle
+from lvlm.runtime.engine import Engine
+from lvlm.runtime.model import load
 
 QUEUE_LIMIT = 1_000_000  # nothing is refused: waiting shows in the figures
 
@@ -30,7 +31,7 @@ class Alone:
 
     def __init__(self, setup: Setup) -> None:
         device = setup.settings.get("device", "cpu")
-        self._model = lvlm.load(setup.source, device=device, threads=setup.threads)
+        self._model = load(setup.source, device=device, threads=setup.threads)
         self._ratios = ratios(setup.settings)
         self._facts = facts(self._model.manifest, device)
         self._pictures: dict[Request, list[np.ndarray]] = {}
@@ -73,11 +74,12 @@ class Asked:
 class Together:
     def __init__(self, setup: Setup) -> None:
         device = setup.settings.get("device", "cpu")
-        self._engine = lvlm.Engine(
+        self._engine = Engine(
             setup.source,
             device=device,
             threads=setup.threads,
-            slots=setup.slots,
+            slots=setup.slots if setup.memory_budget is None else None,
+            memory_budget=setup.memory_budget,
             max_text_len=setup.text_tokens,
             max_images=max(1, setup.images),
             queue_limit=QUEUE_LIMIT,

@@ -2,8 +2,8 @@
 
 The canonical graph spreads a weight with DequantizeLinear at every run. MatMulNBits saves that; how
 it computes (``accuracy_level``) follows measurements on a CPU without VNNI (docs/quantization.md):
-rounding the few rows of decode to 8 bits makes them up to four times faster, for the many rows of
-prefill fp32 is as fast and exact, and with int8 weights spreading beats MatMulNBits there.
+rounding the few rows of decode to 8 bits makes them up to four times faster; for the many rows of
+prefill fp32 is as fast, and exact.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ def use_block_products(model: ir.Model) -> int:
             raise ExportError(f"{spread.name} has no weight of known shape")
         bits = 4 if numbers.dtype == ir.DataType.UINT4 else 8
         few = _few_rows(node.inputs[0])
-        if bits == 8 and not few:
-            continue
         outputs, inputs = numbers.shape.numpy()
         block = spread.attributes.get_int("block_size", 0)
         attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}

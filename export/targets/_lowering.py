@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from lvlm.export.targets import _passes, _written_out
 from lvlm.export.targets._narrow_products import narrow_products
+from lvlm.export.targets._split_products import split_products
 from lvlm.runtime.bundle import Capacity
 from lvlm.runtime.errors import ExportError
 
@@ -29,6 +30,8 @@ def lower(model: ir.Model, target: Target, capacity: Capacity) -> None:
     if target.static_cache:
         lengths = {f"capacity_{i}": c for i, c in enumerate(capacity.per_layer)}
         _passes.fix_dimensions(model, lengths)
+    if target.flavour in ("tensorrt", "tensorrt-rtx"):
+        split_products(model)
     if target.flavour != "onnxruntime":
         _passes.lower_ops(model)
     _passes.write_out_attention(model, target.attention)

@@ -1,46 +1,38 @@
 """Attention over a cache as ONNX Runtime's GroupQueryAttention: rotary embedding, cache write and
 attention in one node, which reads the valid part of the cache only.
 
-It appends: the new entry goes to slot valid_length - 1. A graph that says of itself that it writes
-there, and nowhere else, can use it (``CACHE_WRITES``); another keeps TensorScatter and Attention.
+It appends: the new entry goes to slot valid_length - 1. Where a graph says of itself that it writes
+there, and nowhere else (``CACHE_WRITES``), the node does all of it. Where it may overwrite a victim
+anywhere, TensorScatter still writes, and the node appends what lies in the last slot once more.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from lvlm.export.targets._attention_sites import Site, find_site
 from lvlm.export.targets._base import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets._ort_fusions import MICROSOFT, take_place
 from lvlm.export.targets._passes import DTYPES
 
 
-@dataclass(frozen=True)
-class Site:
-    """The nodes of one decode attention: q, k, v [B,1,H*d] to ``result`` [B,1,Hq*d]."""
-
-    layer: int
-    node: ir.Node
-    inputs: tuple[ir.Value, ir.Value, ir.Value]
-    angles: tuple[ir.Value, ir.Value]  # cos, sin [B,1,d/2]
-    writes: tuple[ir.Node, ir.Node]
-    result: ir.Value
-    heads: int
-    kv_heads: int
-
-
 def group_attention(model: ir.Model) -> int:
     """Use GroupQueryAttention for masked Attention over what TensorScatter wrote; how often."""
     inputs = {value.name: value for value in model.graph.inputs}
-    sites = [site for node in model.graph if (site := _site(node)) is not None]
-    if not sites or model.metadata_props.get(CACHE_WRITES) != AT_THE_END:
+    sites = [site for node in model.graph if (site := find_site(node)) is not None]
+    if not sites:
         return 0
-    first, positions = model.graph[0], int(model.metadata_props[POSITIONS])
-    lengths = _lengths(model, first, inputs["valid_length"])
+    first = model.graph[0]
+    slot, *lengths = _lengths(model, first, inputs["valid_length"])
+    if model.metadata_props.get(CACHE_WRITES) != AT_THE_END:
+        given = (*lengths, _slots(model, first, slot, sites[0].kv_heads))
+        for site in sites:
+            _group_again(model, site, *(_row(model, first, x, site.layer) for x in given))
+        return len(sites)
+    positions = int(model.metadata_props[POSITIONS])
     tables: dict[tuple[ir.Value, ir.Value], list[ir.Value]] = {}
     for site in sites:
         if site.angles not in tables:
@@ -50,70 +42,8 @@ def group_attention(model: ir.Model) -> int:
     return len(sites)
 
 
-def _site(node: ir.Node) -> Site | None:
-    """None where the attention is of another kind."""
-    if node.op_type != "Attention" or node.domain != "" or len(node.inputs) != 4:
-        return None
-    turned, writes = _producer(node.inputs[0], "RotaryEmbedding"), []
-    for value in node.inputs[1:3]:
-        write = _producer(_before_cast(value), "TensorScatter")
-        if write is None or write.inputs[0] is None:
-            return None
-        writes.append(write)
-    turned_key = _producer(_before_cast(writes[0].inputs[1]), "RotaryEmbedding")
-    layer = str(writes[0].inputs[0].name).removeprefix("past_key_")
-    if turned is None or turned_key is None or not layer.isdecimal():
-        return None
-    angles = turned.inputs[1], turned.inputs[2]
-    if angles != (turned_key.inputs[1], turned_key.inputs[2]) or None in angles:
-        return None
-    new_value = _before_cast(writes[1].inputs[1])
-    flat = [_flat(x) for x in (turned.inputs[0], turned_key.inputs[0], new_value)]
-    result = _joined(node.outputs[0])
-    query, key = node.inputs[0], node.inputs[1]
-    if None in flat or result is None or query.shape is None or key.shape is None:
-        return None
-    heads, size, kv_heads = query.shape[1], query.shape[3], key.shape[1]
-    if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(size, int)):
-        return None
-    angle = angles[0].shape
-    if size % 16 or angle is None or angle[-1] != size // 2:
-        return None  # no kernel for such heads
-    return Site(int(layer), node, tuple(flat), angles, tuple(writes), result, heads, kv_heads)
-
-
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type and node.domain == "" else None
-
-
-def _before_cast(value: ir.Value | None) -> ir.Value | None:
-    """What was cast to or from the type of a narrower cache; without a Cast ``value`` itself."""
-    cast = _producer(value, "Cast")
-    return value if cast is None else cast.inputs[0]
-
-
-def _flat(value: ir.Value | None) -> ir.Value | None:
-    """[B,N,H*d] that became the heads [B,H,N,d] of ``value``."""
-    transpose = _producer(value, "Transpose")
-    if transpose is None or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
-        return None
-    reshape = _producer(transpose.inputs[0], "Reshape")
-    return None if reshape is None else reshape.inputs[0]
-
-
-def _joined(value: ir.Value) -> ir.Value | None:
-    """[B,N,H*d] that the heads [B,H,N,d] of ``value`` become; None if they are used otherwise."""
-    for op_type in ("Transpose", "Reshape"):
-        uses = list(value.uses())
-        if len(uses) != 1 or uses[0].node.op_type != op_type:
-            return None
-        value = uses[0].node.outputs[0]
-    return value
-
-
-def _lengths(model: ir.Model, before: ir.Node, valid: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """int32: the slot [L,B] of each row's newest entry, and the longest row [L] of each layer."""
+def _lengths(model: ir.Model, before: ir.Node, valid: ir.Value) -> tuple[ir.Value, ...]:
+    """Each row's newest slot [L,B], int64 and int32, and the longest row [L], int32."""
     one = _constant(model, "one_entry", np.array(1, np.int64))
     axis = _constant(model, "row_axis", np.array([1], np.int64))
     last = ir.node("Sub", [valid, one])
@@ -124,7 +54,25 @@ def _lengths(model: ir.Model, before: ir.Node, valid: ir.Value) -> tuple[ir.Valu
                        (total, "longest_rows")):  # fmt: skip
         node.outputs[0].name = name
     model.graph.insert_before(before, [last, narrow, longest, total])
-    return narrow.outputs[0], total.outputs[0]
+    return last.outputs[0], narrow.outputs[0], total.outputs[0]
+
+
+def _slots(model: ir.Model, before: ir.Node, last: ir.Value, heads: int) -> ir.Value:
+    """int64 [L,B,H,2]: head and newest slot, as GatherND reads them of a cache [B,H,C,d]."""
+    axes = _constant(model, "slot_axes", np.array([2, 3], np.int64))
+    ones = _constant(model, "each_head", np.ones((1, 1, heads, 1), np.int64))
+    numbers = _constant(model, "head_numbers", np.arange(heads)[None, None, :, None])
+    zero = _constant(model, "no_slot", np.array(0, np.int64))
+    wide = ir.node("Unsqueeze", [last, axes])
+    slots = ir.node("Mul", [wide.outputs[0], ones])
+    none = ir.node("Mul", [slots.outputs[0], zero])
+    head = ir.node("Add", [none.outputs[0], numbers])
+    pairs = ir.node("Concat", [head.outputs[0], slots.outputs[0]], attributes={"axis": -1})
+    nodes = [wide, slots, none, head, pairs]
+    for node in nodes:
+        node.outputs[0].name = f"newest_{node.op_type}_{nodes.index(node)}"
+    model.graph.insert_before(before, nodes)
+    return pairs.outputs[0]
 
 
 def _row(model: ir.Model, before: ir.Node, table: ir.Value, layer: int) -> ir.Value:
@@ -195,41 +143,76 @@ def _group(
     position_ids: ir.Value,
 ) -> None:
     key, value = (write.inputs[0] for write in site.writes)
-    assert key is not None
     given = [*_packed(site.inputs), key, value, last, total, *tables, position_ids]
-    # The kernel takes one type for everything: a narrower cache's.
-    given = [_cast(model, site.node, x, key.dtype) for x in given]
+    node = _node(model, site, given, rotary=True)
+    for write, output in zip(site.writes, node.outputs[1:], strict=True):
+        take_place(write.outputs[0], output)
+
+
+def _group_again(
+    model: ir.Model, site: Site, last: ir.Value, total: ir.Value, slot: ir.Value
+) -> None:
+    """TensorScatter has written anywhere: what lies in the last slot is appended there again."""
+    query = site.node.inputs[0]
+    assert query is not None
+    caches = [write.outputs[0] for write in site.writes]
+    newest = []
+    for cache in caches:
+        entry = ir.node("GatherND", [cache, slot], attributes={"batch_dims": 1})
+        entry.outputs[0].name, entry.outputs[0].dtype = f"{cache.name}_last", cache.dtype
+        model.graph.insert_before(site.node, entry)
+        newest.append(_rows(model, site.node, entry.outputs[0]))
+    _node(model, site, [_rows(model, site.node, query), *newest, *caches, last, total])
+
+
+def _node(
+    model: ir.Model, site: Site, given: list[ir.Value | None], rotary: bool = False
+) -> ir.Node:
+    """The attention in the place of ``site``'s; its outputs 1 and 2 are the cache."""
+    cache = site.writes[0].inputs[0]
+    assert cache is not None
+    assert cache.dtype is not None
     node = ir.node(
         "GroupQueryAttention",
-        given,
+        # The kernel takes one type for everything: a narrower cache's.
+        [None if x is None else _cast(model, site.node, x, cache.dtype) for x in given],
         attributes={
             "num_heads": site.heads,
             "kv_num_heads": site.kv_heads,
             "scale": site.node.attributes["scale"].as_float(),
-            "do_rotary": 1,
+            "do_rotary": int(rotary),
         },
         domain=MICROSOFT,
         num_outputs=3,
     )
     model.graph.insert_before(site.node, node)
-    node.outputs[0].dtype = key.dtype
-    take_place(site.result, _cast(model, site.node, node.outputs[0], site.result.dtype))
-    for write, output in zip(site.writes, node.outputs[1:], strict=True):
-        take_place(write.outputs[0], output)
+    result = node.outputs[0]
+    result.type = cache.type
+    for output in node.outputs:
+        output.name = f"attention_{site.layer}_{output.index()}"
+    take_place(site.result, _cast(model, site.node, result, site.result.dtype))
+    return node
 
 
-def _cast(
-    model: ir.Model, before: ir.Node, value: ir.Value | None, dtype: ir.DataType | None
-) -> ir.Value | None:
-    """A float ``value`` as ``dtype``; another or none as it is."""
-    if value is None or dtype is None or value.dtype == dtype or value.dtype not in DTYPES:
+def _rows(model: ir.Model, before: ir.Node, value: ir.Value) -> ir.Value:
+    """[B,1,H*d] of [B,H,1,d] or [B,H,d]."""
+    sizes = _constant(model, "one_row", np.array([0, 1, -1], np.int64))
+    node = ir.node("Reshape", [value, sizes])
+    node.outputs[0].name, node.outputs[0].dtype = f"{value.name}_row", value.dtype
+    model.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _cast(model: ir.Model, before: ir.Node, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """A float ``value`` as ``dtype``, another as it is."""
+    if dtype is None or value.dtype == dtype or value.dtype not in DTYPES:
         return value
     name = f"{value.name}_{dtype.name.lower()}"
     if value.is_initializer() and value.const_value is not None:
         return _constant(model, name, value.const_value.numpy().astype(dtype.numpy()))
     node = ir.node("Cast", [value], attributes={"to": int(dtype)})
     node.outputs[0].name, node.outputs[0].shape = name, value.shape
-    node.outputs[0].dtype = dtype
+    node.outputs[0].type = ir.TensorType(dtype)
     model.graph.insert_before(before, node)
     return node.outputs[0]
 

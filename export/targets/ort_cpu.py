@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvlm.export.targets._base import FLOATS, NEW_OPS, Target
+from lvlm.export.targets._base import NEW_OPS, Target
 from lvlm.runtime.bundle import Capacity
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+TYPES = frozenset({"float32", "float16"})
 GRAPHS = ("decode",)  # the others are no faster lowered, unless quantized: docs/cpu.md
 
 
@@ -57,8 +58,8 @@ TARGET = OrtCpu(
     sms=(),
     opset=24,
     imports=NEW_OPS,
-    attention=FLOATS,
-    products=FLOATS,
+    attention=TYPES,
+    products=TYPES,
     plugins=False,
     static_cache=False,
     topk_limit=None,

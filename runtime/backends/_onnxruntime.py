@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.runtime.backends import Buffer
+from lvlm.runtime.backends import Buffer, Session
 from lvlm.runtime.backends._host import HostMemory
 from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.errors import BackendError, DeviceMemoryError
@@ -33,7 +33,7 @@ class OnnxRuntime(HostMemory):
     def __init__(self, ort: Any, providers: Sequence[Provider], threads: int | None) -> None:
         self.ort, self.providers, self.threads = ort, providers, threads
 
-    def load(self, folder: Path, manifest: Manifest, name: str) -> OrtSession:
+    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
         graph = manifest.graphs[name]
         options = self.ort.SessionOptions()
         options.log_severity_level = 3

@@ -29,6 +29,8 @@ FUNCTIONS: dict[str, tuple[int, tuple[Any, ...]]] = {
     "SessionGetOutputCount": (31, (c_void_p, POINTER(c_size_t))),
     "SessionGetInputName": (36, (c_void_p, c_size_t, c_void_p, POINTER_OUT)),
     "SessionGetOutputName": (37, (c_void_p, c_size_t, c_void_p, POINTER_OUT)),
+    "CreateRunOptions": (39, (POINTER_OUT,)),
+    "RunOptionsSetTerminate": (46, (c_void_p,)),
     "CreateTensorWithDataAsOrtValue": (
         49,
         (c_void_p, c_void_p, c_size_t, POINTER(c_int64), c_size_t, c_int, POINTER_OUT),
@@ -39,6 +41,7 @@ FUNCTIONS: dict[str, tuple[int, tuple[Any, ...]]] = {
     "ReleaseStatus": (93, (c_void_p,)),
     "ReleaseSession": (95, (c_void_p,)),
     "ReleaseValue": (96, (c_void_p,)),
+    "ReleaseRunOptions": (97, (c_void_p,)),
     "ReleaseSessionOptions": (100, (c_void_p,)),
     "AddSessionConfigEntry": (130, (c_void_p, c_char_p, c_char_p)),
     "RunWithBinding": (133, (c_void_p, c_void_p, c_void_p)),

@@ -26,17 +26,18 @@ class SharedWeights:
 
     def session(self, folder: Path, manifest: Manifest, graph: Graph, file: Path) -> SharedSession:
         """Raises OrtError."""
-        names: dict[str, c_void_p] = {}
+        given: dict[str, c_void_p] = {}
         for name in graph.weights:
-            key = (folder, name)
+            weight, key = manifest.weights[name], (folder, name)
+            if len(weight.dims) < 2:
+                continue  # small, and some kernels that pack those cannot share them
             if key not in self._values:
-                weight = manifest.weights[name]
                 data = self.mapped.bytes_of(folder, name, weight)
                 value = self.library.tensor(data, weight.dtype, weight.dims)
                 self._values[key] = Handle(self.library, value, "ReleaseValue")
-            names[name] = self._values[key].pointer
+            given[name] = self._values[key].pointer
         with self.mapped.dropped_when_read():
-            handle = self.library.session(file, self.threads, names, self.container)
+            handle = self.library.session(file, self.threads, given, self.container)
         return SharedSession(self, handle, graph)
 
 
@@ -61,6 +62,8 @@ class SharedCall:
         self.session, self.library = session, session.library
         made = self.library.create("CreateIoBinding", session.handle.pointer)
         self.binding = Handle(self.library, made, "ReleaseIoBinding")
+        made = self.library.create("CreateRunOptions")
+        self.options = Handle(self.library, made, "ReleaseRunOptions")
         self.lasting = (dict(inputs), dict(outputs))  # keeps the memory alive
         self.ignored = [name for name in session.outputs if name not in outputs]
         for name, buffer in inputs.items():
@@ -79,10 +82,13 @@ class SharedCall:
                 if name not in outputs:
                     place = (self.binding.pointer, name.encode(), self.library.memory)
                     self.library.call("BindOutputToDevice", *place)
-            session = self.session.handle.pointer
-            self.library.call("RunWithBinding", session, None, self.binding.pointer)
+            handles = (self.session.handle, self.options, self.binding)
+            self.library.call("RunWithBinding", *(handle.pointer for handle in handles))
         except OrtError as error:
             raise failure(error, "ONNX Runtime failed") from None
+
+    def stop(self) -> None:
+        self.library.call("RunOptionsSetTerminate", self.options.pointer)
 
     def _bind(self, how: str, name: str, array: np.ndarray) -> None:
         value = self.library.tensor(array, self.session.types[name], array.shape)

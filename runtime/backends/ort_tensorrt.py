@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lvlm.runtime.backends import cuda
-from lvlm.runtime.backends._onnxruntime import OrtSession
+from lvlm.runtime.backends import Session, cuda
 from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.errors import BackendError
 
@@ -27,7 +26,7 @@ class Backend(cuda.Backend):
     def __init__(self, threads: int | None = None) -> None:
         super().__init__(threads, (TENSORRT, *cuda.PROVIDERS))
 
-    def load(self, folder: Path, manifest: Manifest, name: str) -> OrtSession:
+    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
         place = str(folder / "engines" / TARGET)
         cache = {"trt_engine_cache_enable": True, "trt_engine_cache_path": place}
         cache |= {"trt_timing_cache_enable": True, "trt_timing_cache_path": place}

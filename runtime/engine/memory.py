@@ -12,10 +12,12 @@ from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Capacity, Manifest
 from lvlm.runtime.cache import cache_bytes
 from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.graphs import PICTURES_AT_ONCE
 from lvlm.runtime.schedule import Keep, keep_ratios, tokens_per_layer
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 DEFAULT_SLOTS = 4
+WIDEST_ROWS = 12
 
 
 @dataclass(frozen=True)
@@ -107,22 +109,25 @@ def plan_memory(
 
 
 def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
-    """Bytes of activations: the longest prefill on its own and a decode step of all slots, which
-    may run at the same time.
+    """Bytes of activations: the longest prefill, its pictures, and a decode step of all slots, each
+    of which keeps what it took once.
 
-    The widest products bound what lives between two blocks, and attention holds one matrix of
-    scores; measured beside the resident memory of real runs in docs/performance.md.
+    ONNX Runtime's CPU kernels take attention in tiles, so it grows with the tokens and not with
+    their square: by 8 to 11 rows of a graph's widest product, on two shapes (docs/engine.md).
     """
     text = manifest.text
-    sizes = [d for w in manifest.weights.values() for d in w.dims if d != text.vocab]
-    widest = max([text.hidden, *sizes])
+
+    def row(graph: str) -> int:
+        """Bytes per token that are alive at once, fp32."""
+        dims = [d for name in manifest.graphs[graph].weights for d in manifest.weights[name].dims]
+        return 4 * WIDEST_ROWS * max([text.hidden, *(d for d in dims if d != text.vocab)])
+
     tokens = capacity.max_text_len + capacity.max_images * manifest.images.tokens
-    row = 4 * (4 * text.hidden + 3 * widest)  # fp32
-    scores = 4 * text.heads
-    prefill = tokens * row + 2 * scores * tokens**2
-    step = slots * (row + scores * max(capacity.per_layer) + 8 * text.vocab)
+    at_once = min(capacity.max_images, PICTURES_AT_ONCE) * manifest.images.tokens
     features = 4 * capacity.max_images * manifest.images.tokens * manifest.feature_width
-    return prefill + step + features
+    attention = 4 * text.heads * max(capacity.per_layer)
+    step = slots * (row("decode") + attention + 8 * text.vocab)
+    return tokens * row("prefill") + at_once * row("vision") + features + step
 
 
 def byte_size(name: str, value: int | str) -> int:

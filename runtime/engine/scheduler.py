@@ -122,9 +122,10 @@ class Scheduler:
                 self.waiting.clear()
             if self._prefilling is not None:
                 left.append(self._prefilling.request)
-                self._prefilling.stop()
             for request in left:
                 request.handle.fail(again(error))
+            if self._prefilling is not None:
+                self._prefilling.stop()
             self._worker.close()
             self._free()
             atexit.unregister(self.close)
@@ -189,12 +190,11 @@ class Scheduler:
     def _admit(self) -> None:
         """The oldest request that waits takes a slot, if one is free."""
         while self._prefilling is None and self.waiting:
-            reserved = self.slots.reserve(self.waiting[0].keys)
+            request = self.waiting[0]
+            reserved = self.slots.reserve(request.keys)
             if reserved is None:
                 return
             row, prefix = reserved
-            with self._changed:
-                request = self.waiting.popleft()
             request.begin()
             if prefix is not None and worthwhile(request.prompt, prefix.length):
                 self.slots.fill_from(prefix)
@@ -202,10 +202,23 @@ class Scheduler:
                 request.feed.extend(request.prompt.ids[prefix.length :])
                 request.row.position = int(request.prompt.positions[..., prefix.length].max())
                 self.slots.start(request)
+                self._leave_queue()
                 continue
-            call = self.graphs.bind("prefill", self.slots.cache.views(slice(row, row + 1)))
+            try:
+                call = self.graphs.bind("prefill", self.slots.cache.views(slice(row, row + 1)))
+            except Exception as error:
+                request.handle.fail(typed(error))
+                self.slots.abandon()
+                self._leave_queue()
+                continue
             future = self._worker.submit(partial(self._prefill, request, call), self.wake)
             self._prefilling = Prefilling(request, call, future)
+            self._leave_queue()
+
+    def _leave_queue(self) -> None:
+        """Only when it is elsewhere: whatever goes wrong in between, it is told."""
+        with self._changed:
+            self.waiting.popleft()
 
     def _prefill(self, request: Request, call: Call) -> np.ndarray:
         """Logits [vocabulary] after the prompt; on the worker's thread."""
@@ -225,12 +238,12 @@ class Scheduler:
         done = self._prefilling
         if done is None or not done.logits.done():
             return
-        self._prefilling = None
         request, row = done.request, self.slots.filling
         if (problem := done.logits.exception()) is not None:
             request.handle.fail(typed(problem))
         if request.handle.done:
             self.slots.abandon()
+            self._prefilling = None
             return
         assert row is not None
         counts = request.counts
@@ -238,6 +251,7 @@ class Scheduler:
             counts.prefill.entries, counts.kept, slice(row, row + 1), counts.budgets
         )
         place = self.slots.start(request)
+        self._prefilling = None
         self._choose(place, done.logits.result())
 
     def _step(self) -> None:

@@ -119,9 +119,13 @@ def test_under_load(run: Run, full: Path, tmp_path: Path) -> None:
 def test_arrivals_by_themselves(run: Run, full: Path, tmp_path: Path) -> None:
     data = tmp_path / "out.json"
     load = ("--rate", 20, "--duration", 0.3, "--images", 0, "--warmup", 0, "--seed", 5)
-    code, out, err = run(full, *SMALL, *load, "--json", data, "-q")
+    code, out, err = run(full, *SMALL, *load, "--memory-budget", "1GB", "--json", data, "-q")
     assert (code, out, err) == (0, "", "")
     (result,) = json.loads(data.read_text())["results"]
+    planned = result["facts"]["engine_memory"]
+    assert planned["slots"] > 4
+    slots = planned["slots"] * planned["slot"]
+    assert 0.9e9 < slots + planned["weights"] + planned["workspace"] + planned["images"] <= 1e9
     records = result["rounds"][0]["records"]
     assert all(0 < r["arrival"] < 0.3 for r in records)
     assert result["figures"]["prompt_tokens"] == 24
@@ -163,6 +167,8 @@ def test_a_child_that_is_killed(tmp_path: Path) -> None:
         (("BUNDLE", "--requests", "3"), "--requests has no effect without --concurrency"),
         (("BUNDLE", "--duration", "3"), "--duration has no effect without --rate"),
         (("BUNDLE", "--rate", "1", "--concurrency", "2"), "two kinds of load"),
+        (("BUNDLE", "--memory-budget", "2GB"), "decides how many slots there are under load"),
+        (("BUNDLE", "--memory-budget", "much", "--rate", "1"), "give a size as 2GB"),
         (("BUNDLE", "--rate", "-1"), "must be above 0"),
         (("BUNDLE", "--rate", "1e-9"), "brings no request within 30 s"),
         (("BUNDLE", "--new-tokens", "0"), "--new-tokens is 0; give 1 or more"),

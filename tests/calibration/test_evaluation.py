@@ -458,7 +458,7 @@ def test_room_is_what_the_engine_gives(
     manifest = dataclasses.replace(uniform.manifest, capacity=capacity)
     wanted = 5000
     with Model(uniform.folder) as model:
-        model.engine.manifest = manifest
+        model.graphs.manifest = manifest
         options = Options(max_new_tokens=wanted)
         prompt = model.prepare(0, samples[0].prompt, samples[0].images, options)
         try:

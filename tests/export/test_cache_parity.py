@@ -100,8 +100,9 @@ def test_bundle_equals_its_torch_reference(
 
 
 @pytest.mark.parametrize("cached", [c for c in CACHED if c != "lightvlm with prefixkv"])
-def test_keep_1_is_bit_identical_to_none(cached: str, bundle: Callable[..., Path]) -> None:
-    """Prefill and 256 tokens, in a batch of different lengths."""
+def test_keep_1_is_none(cached: str, bundle: Callable[..., Path]) -> None:
+    """Prefill and 256 tokens, in a batch of different lengths. Decode may use another attention
+    (docs/cpu.md), so that logits agree up to rounding."""
     with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
         tokens, full, _ = greedy(model, prompts(model, LONG), LONG)
     recipe, *settings = CACHED[cached]
@@ -110,4 +111,4 @@ def test_keep_1_is_bit_identical_to_none(cached: str, bundle: Callable[..., Path
         mine, logits, _ = greedy(model, prompts(model, LONG), LONG, kv_keep=1.0, **ratios)
     assert mine == tokens
     for ours, theirs in zip(logits, full, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from bundles import ASSETS, CACHED
-from onnx import helper
+from onnx import TensorProto, helper
 
 import lvlm
 from lvlm.export.ops._contract import DOMAIN, OPSET, VERSION, Op, Sample
@@ -22,7 +22,7 @@ from lvlm.export.targets._base import FLOATS, NEW_OPS, Target
 from lvlm.export.targets._narrow_products import narrow_products
 from lvlm.export.targets._passes import LOWERED_DOMAIN, lower_opset
 from lvlm.export.targets._written_out import write_out_normalization, write_out_rotary
-from lvlm.runtime import engine
+from lvlm.runtime import batch
 from lvlm.runtime.answers import Options
 from lvlm.runtime.bundle import Capacity, File, read_bundle
 from lvlm.runtime.discovery import discover
@@ -115,7 +115,10 @@ def test_lowered_graphs_hold_only_what_the_target_takes(
             assert own == {op for domain, op in functions if domain == DOMAIN}
         fixed = all(not str(d).startswith("capacity_") for d in dimensions(model))
         assert fixed == (target.static_cache or name == "vision")
-        assert stored(model) == stored(canonical)
+        kept, added = stored(canonical), stored(model)
+        assert kept.items() <= added.items()
+        bounds = [t for t in model.graph.initializer if t.name not in kept]  # of split products
+        assert all((t.data_type, list(t.dims)) == (TensorProto.INT64, [1]) for t in bounds)
         assert [v.name for v in model.graph.input] == [v.name for v in canonical.graph.input]
         assert [v.name for v in model.graph.output] == [v.name for v in canonical.graph.output]
         check(model, path)
@@ -191,13 +194,13 @@ def logits(folder: Path) -> list[np.ndarray]:
             model.prepare(0, prompt, images, Options())
             for prompt, images in zip(prompts, pictures, strict=True)
         ]
-        batch = model.batches.start(rows)
-        found = [batch.logits.copy()]
+        running = model.batches.start(rows)
+        found = [running.logits.copy()]
         for _ in range(3):
-            for row in batch.rows:
+            for row in running.rows:
                 row.tokens.append(5)
-            batch.decode_step()
-            found.append(batch.logits.copy())
+            running.decode_step()
+            found.append(running.logits.copy())
         return found
 
 
@@ -218,7 +221,7 @@ def test_lowered_graphs_compute_the_same(
     folder = in_place(lowered(original, tmp_path / "bundle", target), target)
     expected = logits(original)
     if target.static_cache:
-        monkeypatch.setattr(engine, "CAPACITY_STEP", 10**6)  # these graphs take full buffers only
+        monkeypatch.setattr(batch, "CAPACITY_STEP", 10**6)  # these graphs take full buffers only
     for ours, theirs in zip(logits(folder), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
@@ -231,7 +234,7 @@ def test_lowered_fp16_graphs_compute_the_same(
     original = bundle("tiny-llava", dtype="fp16", max_images=2)
     folder = in_place(lowered(original, tmp_path / "bundle", TARGETS[name]), TARGETS[name])
     expected = logits(original)
-    monkeypatch.setattr(engine, "CAPACITY_STEP", 10**6)
+    monkeypatch.setattr(batch, "CAPACITY_STEP", 10**6)
     for ours, theirs in zip(logits(folder), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=0.05)
         assert (ours.argmax(-1) == theirs.argmax(-1)).all()

@@ -77,8 +77,9 @@ def test_plans_that_do_not_fit_their_kernel(change: dict[str, Any], message: str
         all_kernels([plugin])
 
 
-def test_images() -> None:
+def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cubin for each architecture, PTX of the lowest that later ones can run; compiled once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled = compile_kernels(COUNT, [86, 90], jobs=2, progress=QUIET)
     cubin, own, ptx = compiled[COUNT[0]]
     assert [(i.arch, i.ptx) for i in (cubin, own, ptx)] == [(86, False), (90, False), (86, True)]

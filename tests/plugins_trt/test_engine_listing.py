@@ -19,5 +19,5 @@ def test_the_cache_of_one_prompt(recipe: str, bundle: Callable[..., Path]) -> No
     with load(bundle("tiny-llava", *CACHED.get(recipe, (recipe,)), max_images=2)) as model:
         manifest = model.manifest
         budgets = Budgets.of(manifest.compression, manifest.text.layers, None)
-        cache = model.engine.cache_for(1, np.array(manifest.capacity.per_layer), budgets)
+        cache = model.batches.cache_for(1, np.array(manifest.capacity.per_layer), budgets)
         assert cache_bytes(manifest) == sum(buffer.nbytes for buffer in cache.buffers.values())

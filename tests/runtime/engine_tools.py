@@ -13,12 +13,13 @@ import numpy as np
 from bundles import ASSETS
 
 from lvlm.runtime.answers import Generation
-from lvlm.runtime.engine import Engine
+from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.engine.scheduler import Scheduler
 from lvlm.runtime.model import Model
 
 PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
 QUESTION = "Describe the picture."
+LONG: dict[str, Any] = {"max_new_tokens": 1000, "ignore_eos": True}
 WAIT = 60.0  # seconds after which a test has failed rather than waits
 
 
@@ -122,3 +123,10 @@ def answers(engine: Engine, asks: Sequence[Ask], expected: Sequence[Generation])
     yield
     for handle, one in zip(handles, expected, strict=True):
         same(handle.result(WAIT), one)
+
+
+def running(engine: Engine, **options: Any) -> Handle:
+    """A request that has a token."""
+    handle = engine.submit(QUESTION, PICTURES[:1], **(LONG | options))
+    next(handle.tokens())
+    return handle

@@ -222,7 +222,8 @@ def test_bf16_travels_as_its_bits(ort: FakeOrt) -> None:
     session = SimpleNamespace(io_binding=lambda: binding)
     ports = (Port("x", "bfloat16", (2, 3)), Port("n", "int64", (1,)))
     host = np.zeros(1, np.int64)
-    OrtSession(session, Graph("g.onnx", ports, ()), "cuda").bind({"x": value, "n": host}, {})
+    graph = Graph("g.onnx", ports, ())
+    OrtSession(session, graph, "cuda", object).bind({"x": value, "n": host}, {})
     assert kinds == [16, np.int64]
 
 
@@ -260,12 +261,12 @@ def test_a_run_that_fails() -> None:
     """One line, of the class that tells whether memory was short."""
     said = "CUDA failure 2: out of memory ; GPU=0"
 
-    def fails(_: object) -> None:
+    def fails(*_: object) -> None:
         raise RuntimeError(f"{said}\nstack")
 
     binding = SimpleNamespace(synchronize_inputs=lambda: None)
     session = SimpleNamespace(io_binding=lambda: binding, run_with_iobinding=fails)
-    call = OrtSession(session, Graph("g.onnx", (), ()), "cuda").bind({}, {})
+    call = OrtSession(session, Graph("g.onnx", (), ()), "cuda", object).bind({}, {})
     with pytest.raises(DeviceMemoryError, match=r"out of memory .*; give fewer prompts") as caught:
         call({}, {})
     assert "\n" not in str(caught.value)

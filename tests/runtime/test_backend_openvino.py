@@ -163,10 +163,10 @@ def test_precision_is_what_the_cpu_has(
 ) -> None:
     folder = lowered()
     able = Backend().core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    for wanted, capability in PRECISIONS.items():
+    for wanted in ("bf16", "f16"):
         monkeypatch.setenv(PRECISION, wanted)
         command = [str(folder), "Hi", "--device", "openvino", "--max-new-tokens", "2"]
-        if capability in able:
+        if PRECISIONS[wanted] in able:
             assert main(command) == 0
             continue
         assert main(command) == 2
@@ -253,7 +253,8 @@ def test_every_input_is_consumed(recipe: str, lowered: Make) -> None:
     folder = lowered(recipe)
     core = Backend().core
     for name, graph in read_bundle(folder).graphs.items():
-        inputs = core.read_model(folder / f"{name}.openvino.onnx").inputs
+        model = core.read_model(folder / f"{name}.openvino.onnx")
+        inputs = model.inputs
         unused = [port.any_name for port in inputs if not port.get_target_inputs()]
         assert unused == [], name
         takes = {p.name for p in graph.inputs}

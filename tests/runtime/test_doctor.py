@@ -25,7 +25,12 @@ PROVIDERS = "TensorrtExecutionProvider CUDAExecutionProvider CPUExecutionProvide
 def machine(
     seen: Driver | str = MODERN,
     packages: Mapping[str, str] = {"onnxruntime-gpu": "1.31.1"},
-    imports: Mapping[str, str] = {"onnxruntime": PROVIDERS, "tensorrt": "10.3.0", "cuda": ""},
+    imports: Mapping[str, str] = {
+        "onnxruntime": PROVIDERS,
+        "tensorrt": "10.3.0",
+        "cuda": "",
+        "openvino": "2026.4.1",
+    },
     library: Any = PLUGINS,
 ) -> Machine:
     """``imports``: what a try of a module prints; what is not named cannot be imported."""
@@ -115,6 +120,8 @@ def test_a_bundle(bundle: Callable[..., Path]) -> None:
     assert findings["bundle on cpu"].ok
     assert findings["bundle on cuda"].ok
     assert "lvlm-build engine" in findings["bundle on tensorrt"].fix
+    assert "vision.openvino.onnx is missing" in findings["bundle on openvino"].says
+    assert findings["bundle on openvino"].fix.endswith("--target openvino")
 
 
 FULL = {"flavour": "tensorrt", "plugins": "code", "sms": (87,), "gpu": "Orin"}

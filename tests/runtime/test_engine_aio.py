@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import PICTURES, QUESTION, WAIT, ask, idle, intercept, same, scheduler
+from engine_tools import LONG, PICTURES, QUESTION, WAIT, ask, idle, intercept, same, scheduler
 
 import lvlm
 from lvlm.runtime.engine import AsyncEngine, Engine
 from lvlm.runtime.errors import EngineClosedError, ParameterError, RequestCancelled, RequestTimeout
-
-LONG: dict[str, Any] = {"max_new_tokens": 1000, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")

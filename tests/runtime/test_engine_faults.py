@@ -20,7 +20,6 @@ from engine_tools import (
     ask,
     idle,
     intercept,
-    same,
     scheduler,
     until,
 )
@@ -35,7 +34,6 @@ LONG = [
     ask(max_new_tokens=25, ignore_eos=True),
     ask("Read the top row.", (1,), max_new_tokens=25, ignore_eos=True),
 ]
-Compared = tuple[list[Ask], list[Generation]]
 
 
 @pytest.fixture(scope="module")
@@ -72,25 +70,27 @@ def short_row(inputs: Any) -> np.ndarray:
 
 def test_a_decode_that_fails_once(engine: Engine, expected: list[Generation]) -> None:
     """Nobody notices: the step is done again, row by row."""
-    decode, failures = intercept(engine, "decode"), iter([None, None, KeyError("odd"), None])
+    decode, failures = intercept(engine, "decode"), iter([KeyError("odd")])
 
     def before(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
-        if (error := next(failures, None)) is not None:
+        if len(inputs["input_ids"]) == 2 and (error := next(failures, None)) is not None:
             raise error
 
     decode.before = before
     with answers(engine, LONG, expected):
         pass
+    assert list(failures) == []
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after the buffers are written"])
 def test_a_decode_that_fails_for_one_row(
     late: bool, engine: Engine, expected: list[Generation]
 ) -> None:
-    decode = intercept(engine, "decode")
+    decode, steps = intercept(engine, "decode"), list[int]()
 
     def fail(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
-        if (inputs["position_ids"][short_row(inputs)] > 20).any():
+        steps.extend(inputs["position_ids"][short_row(inputs)].ravel())
+        if short_row(inputs).any() and steps[-1] > steps[0] + 3:
             raise ZeroDivisionError("by zero\nand more")
 
     if late:
@@ -105,7 +105,7 @@ def test_a_decode_that_fails_for_one_row(
             handle.result(WAIT)
         with pytest.raises(BackendError, match="by zero"):
             list(handle)
-        assert 0 < len(handle.token_ids) < 12  # those before the fault stay
+        assert len(handle.token_ids) == 5  # those before the fault stay
     decode.before = decode.after = lambda inputs, outputs: None  # noqa: ARG005
     assert len(submit(engine, SHORT).result(WAIT).token_ids) == 12
 
@@ -186,67 +186,6 @@ def test_a_compaction_that_fails(bundle: Callable[..., Path]) -> None:
         with answers(engine, [whole, half], expected):
             pass
         idle(engine)
-
-
-# What is not finite
-
-
-def test_logits_of_one_row_that_are_not_finite(engine: Engine, expected: list[Generation]) -> None:
-    decode = intercept(engine, "decode")
-
-    def spoil(inputs: Any, outputs: Any) -> None:
-        outputs["logits"][short_row(inputs)] = np.nan
-
-    decode.after = spoil
-    nan = pytest.raises(BackendError, match="logits contain NaN")
-    with answers(engine, LONG, expected), nan:
-        submit(engine, SHORT).result(WAIT)
-
-
-@pytest.mark.parametrize("recipe", ["none", "lightvlm (cached)", "elastic-cache (cached)"])
-@pytest.mark.parametrize("when", ["prefill", "decode", "cancelled"])
-def test_a_slot_is_clean_after_an_overflow(
-    recipe: str, when: str, bundle: Callable[..., Path]
-) -> None:
-    """Entries that are not finite would spoil whoever comes next: attention gives what lies beyond
-    its own entries a weight of 0, and 0 times infinity is not 0."""
-    folder = bundle("tiny-llava", *CACHED.get(recipe, (recipe,)), max_images=2)
-    with lvlm.load(folder) as model:
-        one = LONG[0].alone(model)
-    with Engine(folder, slots=1) as engine:
-        faulty = intercept(engine, "decode" if when == "decode" else "prefill")
-        handles: list[Handle] = []
-
-        def spoil(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
-            for buffer in scheduler(engine).slots.cache.buffers.values():
-                buffer[:] = np.inf
-            until(lambda: bool(handles))
-            if when == "cancelled":
-                handles[0].cancel()
-            else:
-                outputs["logits"][:] = np.nan
-
-        faulty.after = spoil
-        handles.append(submit(engine, LONG[0]))
-        with pytest.raises(lvlm.LvlmError, match="cancelled" if when == "cancelled" else "NaN"):
-            handles[0].result(WAIT)
-        faulty.after = lambda inputs, outputs: None  # noqa: ARG005
-        same(engine.generate(*LONG[0].arguments, **LONG[0].options), one)
-        idle(engine)
-
-
-def test_a_model_is_clean_after_an_overflow(folder: Path, expected: list[Generation]) -> None:
-    """The same for one call after the other."""
-    with lvlm.load(folder) as model:
-        stream = iter(model.stream(*LONG[0].arguments, **LONG[0].options))
-        next(stream)
-        cache = model.batches._cache
-        assert cache is not None
-        for buffer in cache.buffers.values():
-            buffer[:] = np.inf
-        with pytest.raises(BackendError, match="NaN"):
-            list(stream)
-        same(LONG[0].alone(model), expected[0])
 
 
 # Listeners, and the engine's own mistakes

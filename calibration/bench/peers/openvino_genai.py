@@ -24,7 +24,7 @@ from lvlm.runtime.errors import BackendError
 
 ADVICE = (
     "it needs an older transformers than this package, so give it an environment of its own: "
-    "python -m venv conv && conv/bin/pip install torch optimum-intel openvino "
+    "python -m venv conv && conv/bin/pip install torch optimum-intel nncf openvino "
     "openvino-tokenizers, then --converter-python openvino-genai=conv/bin/python"
 )
 

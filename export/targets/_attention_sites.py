@@ -1,0 +1,83 @@
+"""Where a decode graph attends over a cache: the standard nodes that belong to one attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class Site:
+    """The nodes of one decode attention: q, k, v [B,1,H*d] to ``result`` [B,1,Hq*d]."""
+
+    layer: int
+    node: ir.Node
+    inputs: tuple[ir.Value, ir.Value, ir.Value]
+    angles: tuple[ir.Value, ir.Value]  # cos, sin [B,1,d/2]
+    writes: tuple[ir.Node, ir.Node]
+    result: ir.Value
+    heads: int
+    kv_heads: int
+
+
+def find_site(node: ir.Node) -> Site | None:
+    """None where the attention is of another kind."""
+    if node.op_type != "Attention" or node.domain != "" or len(node.inputs) != 4:
+        return None
+    query, key, value = node.inputs[:3]
+    turned = _producer(query, "RotaryEmbedding")
+    wrote = [_producer(before_cast(x), "TensorScatter") for x in (key, value)]
+    if turned is None or wrote[0] is None or wrote[1] is None:
+        return None
+    writes, past = (wrote[0], wrote[1]), wrote[0].inputs[0]
+    turned_key = _producer(before_cast(writes[0].inputs[1]), "RotaryEmbedding")
+    layer = "" if past is None else str(past.name).removeprefix("past_key_")
+    if turned_key is None or not layer.isdecimal():
+        return None
+    cos, sin = turned.inputs[1:3]
+    if cos is None or sin is None or (cos, sin) != tuple(turned_key.inputs[1:3]):
+        return None
+    new = (turned.inputs[0], turned_key.inputs[0], before_cast(writes[1].inputs[1]))
+    q, k, v = (_flat(x) for x in new)
+    result = _joined(node.outputs[0])
+    if q is None or k is None or v is None or result is None:
+        return None
+    if query is None or key is None or query.shape is None or key.shape is None:
+        return None
+    heads, size, kv_heads = query.shape[1], query.shape[3], key.shape[1]
+    if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(size, int)):
+        return None
+    if size % 16 or cos.shape is None or cos.shape[-1] != size // 2:
+        return None  # no kernel for such heads
+    return Site(int(layer), node, (q, k, v), (cos, sin), writes, result, heads, kv_heads)
+
+
+def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type and node.domain == "" else None
+
+
+def before_cast(value: ir.Value | None) -> ir.Value | None:
+    """What was cast to or from the type of a narrower cache; without a Cast ``value`` itself."""
+    cast = _producer(value, "Cast")
+    return value if cast is None else cast.inputs[0]
+
+
+def _flat(value: ir.Value | None) -> ir.Value | None:
+    """[B,N,H*d] that became the heads [B,H,N,d] of ``value``."""
+    transpose = _producer(value, "Transpose")
+    if transpose is None or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
+        return None
+    reshape = _producer(transpose.inputs[0], "Reshape")
+    return None if reshape is None else reshape.inputs[0]
+
+
+def _joined(value: ir.Value) -> ir.Value | None:
+    """[B,N,H*d] that the heads [B,H,N,d] of ``value`` become; None if they are used otherwise."""
+    for op_type in ("Transpose", "Reshape"):
+        uses = list(value.uses())
+        if len(uses) != 1 or uses[0].node.op_type != op_type:
+            return None
+        value = uses[0].node.outputs[0]
+    return value

@@ -1,0 +1,100 @@
+"""Load time, memory, prefill and decode of one bundle on several devices.
+
+    lvlm-export -m CHECKPOINT --dtype fp32 --max-text-len 2048 --target openvino -o bundle/
+    python scripts/bench_devices.py bundle/ --devices cpu openvino --batch 1 4 --prompt 608 2000
+
+Random tokens, one picture a prompt where the prompt is long enough for one. Every line is of a
+process of its own, so that its peak memory is its own. Decode is the median of ``--steps`` steps,
+prefill the median of ``--rounds`` after one to warm up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import lvlm
+from lvlm.runtime.prompts import Prompt
+from lvlm.runtime.sampling import Sampling
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--devices", nargs="+", default=["cpu", "openvino"])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--prompt", type=int, nargs="+", default=[608])
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args)))
+        return
+    print("| device | prompt | batch | load s | resident MB | peak MB | prefill ms | decode ms |")
+    print("| --- | --: | --: | --: | --: | --: | --: | --: |")
+    for length in args.prompt:
+        for batch in args.batch:
+            for device in args.devices:
+                command = [sys.executable, __file__, str(args.bundle), "--one", device]
+                command += ["--batch", str(batch), "--prompt", str(length)]
+                command += ["--steps", str(args.steps), "--rounds", str(args.rounds)]
+                command += [] if args.threads is None else ["--threads", str(args.threads)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                found = json.loads(done.stdout.splitlines()[-1])
+                row = (device, length, batch, *(f"{value:.4g}" for value in found.values()))
+                print(f"| {' | '.join(map(str, row))} |", flush=True)
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    before = memory("VmRSS")
+    began = time.perf_counter()
+    with lvlm.load(args.bundle, device=args.one, threads=args.threads, verify=False) as model:
+        load, resident = time.perf_counter() - began, memory("VmRSS") - before
+        rows = [prompt(model, args.prompt[0], args.steps, row) for row in range(args.batch[0])]
+        prefills, steps = [], []
+        for _ in range(args.rounds + 1):
+            batch = model.batches.start(rows)
+            prefills.append(batch.timings.prefill_ms)
+        for _ in range(args.steps - 1):
+            for row, logits in zip(batch.rows, batch.logits, strict=True):
+                row.tokens.append(int(logits.argmax()))
+            began = time.perf_counter()
+            batch.decode_step()
+            steps.append(1e3 * (time.perf_counter() - began))
+        peak = memory("VmHWM") - before
+    return {
+        "load": load,
+        "resident": resident,
+        "peak": peak,
+        "prefill": statistics.median(prefills[1:]),
+        "decode": statistics.median(steps),
+    }
+
+
+def prompt(model: lvlm.Model, length: int, new: int, seed: int) -> Prompt:
+    images, random = model.manifest.images, np.random.default_rng(seed)
+    ids = random.integers(10, min(500, model.manifest.text.vocab), length)
+    image_id, pixels = np.zeros(length, np.int64), np.zeros((0, 3, *images.size), np.float32)
+    if length > images.tokens + 5:
+        image_id[5 : 5 + images.tokens], ids[5 : 5 + images.tokens] = 1, images.token_id
+        pixels = random.normal(size=(1, 3, *images.size)).astype(np.float32)
+    return Prompt(ids.tolist(), image_id, pixels, Sampling(), new)
+
+
+def memory(which: str) -> float:
+    """MB: VmRSS, resident now; VmHWM, the most so far."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1.024e-3 * int(next(line for line in lines if line.startswith(which)).split()[1])
+
+
+if __name__ == "__main__":
+    main()
