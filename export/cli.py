@@ -101,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RECIPE",
         help="list the recipes, or one recipe's parameters",
     )
-    parser.add_argument("--list-models", action="store_true", help="list families and aliases")
+    parser.add_argument(
+        "--list-models", action="store_true", help="list families, aliases, and what they take"
+    )
     parser.add_argument("--list-targets", action="store_true", help="list what --target takes")
     return parser
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lvlm.export.checkpoint import SHIPPED
+from lvlm.export.cli import DTYPES
 from lvlm.export.families._base import Family
 from lvlm.export.recipes._base import Recipe, settable
 from lvlm.export.targets._base import Target
@@ -34,13 +37,40 @@ def _show(value: object) -> str:
 
 
 def models() -> str:
-    families: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
-    lines = [f"  {alias:12} shipped with this package" for alias in SHIPPED]
-    for name, family in sorted(families.items()):
-        lines += [
-            f"  {alias:12} {hub_id} (family {name})" for alias, hub_id in family.aliases.items()
+    """What each family takes, and which of its configurations the tests compare: all of it said by
+    the families themselves."""
+    known: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
+    families = sorted(known.items())
+    ids = [("llava", alias, "shipped with this package, trained") for alias in SHIPPED]
+    ids += [(name, alias, hub_id) for name, f in families for alias, hub_id in f.aliases.items()]
+    takes = [
+        (name, f.pictures, f.video or "no", ", ".join(c for c, _ in f.tiny_configs()))
+        for name, f in families
+    ]
+    recipes: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
+    return "\n".join(
+        [
+            "models (or any local folder or hub id of these families):",
+            *_columns([("family", "alias", "hub id"), *ids]),
+            "",
+            *_columns([("family", "a picture becomes", "video", "tested on"), *takes]),
+            "",
+            "Every family: several pictures in a prompt (--max-images), "
+            f"recipes {', '.join(sorted(recipes))}, --dtype {', '.join(DTYPES)}.",
+            "Tested on: small models of these configurations with random weights, token for token "
+            "against transformers.",
+            "The weights on the hub were not run; the export compares them with transformers when "
+            "you do.",
         ]
-    return "\n".join(["models (or any local folder or hub id of these families):", *lines])
+    )
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def targets() -> str:

@@ -56,9 +56,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("max_text_len", "max_images", "max_image_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ParameterError(
-                    f"--{name.replace('_', '-')} is {value}; give 1 or more"
-                )
+                raise ParameterError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
         for name, values in (("dtype", DTYPES), ("weights", KINDS), ("cache", CACHES)):
             value = getattr(self, name)
             if value is not None and value not in list(values):
@@ -118,7 +116,7 @@ def make_plan(options: Options) -> Plan:
     language = family.language(skeleton, config)
     layers = len(language.blocks)
     recipe = _with_profile_file(options.recipe.for_layers(layers), layers, checkpoint)
-    if (early := [r.layer for r in recipe.reductions() if r.layer < language.deep]):
+    if early := [r.layer for r in recipe.reductions() if r.layer < language.deep]:
         raise ParameterError(
             f"recipe {recipe.name} merges image tokens at block {early[0]}, but this model adds "
             f"image features up to block {language.deep - 1}; merge from block {language.deep} on "

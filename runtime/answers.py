@@ -29,6 +29,7 @@ class Options:
     kv_keep: float | None = None
     chat_template: bool = True
     system: str | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
@@ -38,7 +39,10 @@ class Options:
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
             raise ParameterError(f"stop is {self.stop!r}; give a list of texts, none of them empty")
-
+        if self.frames is not None and (
+            isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 1
+        ):
+            raise ParameterError(f"frames is {self.frames!r}; give 1 or more")
         many = self.logprobs
         if many is not None and (isinstance(many, bool) or not isinstance(many, int) or many < 0):
             raise ParameterError(f"logprobs is {many!r}; give None or a whole number of 0 or more")

@@ -80,8 +80,8 @@ class Images:
     size         height and width that the vision graph takes, () likewise
     apart        the graph computes each unit (tile) on its own, so that any number can be given
     shared_rows  rows at the start of its output that are the same for all pictures
-    deep         how many of the language model's first blocks have image features of their own added
-                 to what they give (DeepStack); a token's features hold these, too
+    deep         how many of the language model's first blocks have image features of their own
+                 added to what they give (DeepStack); a token's features hold these, too
     most         of each dynamic dimension of the vision graph, what one picture can need
     positions    rotary positions of the prompt's tokens: one after the other, or three each (time,
                  row and column, M-RoPE)

@@ -37,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     add("bundle", metavar="BUNDLE", type=Path, help="folder made by lvlm-export")
     add("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
     add("--image", action="append", default=[], metavar="PATH", help="a picture; repeatable")
+    add("--video", action="append", default=[], metavar="PATH", help="a clip; repeatable")
+    add("--frames", type=int, metavar="N", help="frames of each clip (default: the model's choice)")
     add("--device", default="cpu", help=f"what to run on: {', '.join(devices())} (default cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the backend's choice)")
     add("--max-new-tokens", type=int, metavar="N", help="length of the answer (default 256)")
@@ -134,6 +136,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.logprobs is not None and not args.json:
         raise ParameterError("--logprobs is part of --json's output; add --json")
     if args.show_merge is not None:
+        if args.video:
+            raise ParameterError("--show-merge draws on pictures, not on videos; leave it out")
         if not args.image:
             raise ParameterError("--show-merge draws on a picture; give one with --image")
         if args.show_merge.suffix.lower() != ".png":
@@ -155,14 +159,14 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     """What was given; the defaults are those of Model.generate."""
     names = (
         *("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed"),
-        *("stop", "ignore_eos", "logprobs", "keep", "kv_keep", "system"),
+        *("stop", "ignore_eos", "logprobs", "keep", "kv_keep", "system", "frames"),
     )
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return options | {"chat_template": not args.no_chat_template}
 
 
 def _answer(model: Model, prompt: str, args: argparse.Namespace) -> Generation:
-    stream = model.stream(prompt, args.image, **_options(args))
+    stream = model.stream(prompt, args.image, args.video, **_options(args))
     started = False
     try:
         for piece in stream:

@@ -20,6 +20,7 @@ from lvlm.runtime.graphs import Graphs
 from lvlm.runtime.images import ImageSource
 from lvlm.runtime.prompts import Prompt, PromptMaker
 from lvlm.runtime.text import TextStream, Tokenizer
+from lvlm.runtime.video import VideoSource
 
 
 class Model:
@@ -52,6 +53,7 @@ class Model:
             manifest.text.vocab,
             manifest.chat_template,
             manifest.special_tokens,
+            manifest.capacity.max_images,
         )
         self.processor = self._prompts.processor
         self._batches: Batches | None = Batches(
@@ -64,6 +66,7 @@ class Model:
         self,
         prompt: str,
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         **options: object,
     ) -> Generation: ...
 
@@ -72,13 +75,17 @@ class Model:
         self,
         prompt: list[str],
         images: Sequence[Sequence[ImageSource]] = (),
+        videos: Sequence[Sequence[VideoSource]] = (),
         **options: object,
     ) -> list[Generation]: ...
 
-    def generate(self, prompt, images=(), **options):  # type: ignore[no-untyped-def]
-        """Answer one prompt, or a list of prompts (then ``images`` is a list of lists) in order.
+    def generate(self, prompt, images=(), videos=(), **options):  # type: ignore[no-untyped-def]
+        """Answer one prompt, or a list of prompts (then ``images`` and ``videos`` are lists of
+        lists) in order.
 
-        Images are paths, bytes, PIL images or uint8 arrays [H,W,3]. Options: max_new_tokens (256),
+        Images are paths, bytes, PIL images or uint8 arrays [H,W,3]; videos paths, bytes or Clips
+        (docs/families.md), whose frames count as images. Options: frames (of each video; None: as
+        many as the model's own processor takes), max_new_tokens (256),
         temperature (0: greedy), top_k, top_p, repetition_penalty, seed, stop (strings that end the
         answer), ignore_eos (go on to max_new_tokens), logprobs (how many of the likeliest tokens to
         tell of at every step; 0: the chosen one only), keep (fraction of image tokens, or one per
@@ -91,19 +98,27 @@ class Model:
         single = isinstance(prompt, str)
         prompts = [prompt] if single else list(prompt)
         pictures = [images] if single else list(images) or [()] * len(prompts)
-        if len(pictures) != len(prompts):
-            raise PromptError(
-                f"{len(prompts)} prompts but {len(pictures)} lists of images; give one list each"
-            )
+        clips = [videos] if single else list(videos) or [()] * len(prompts)
+        for what, lists in (("images", pictures), ("videos", clips)):
+            if len(lists) != len(prompts):
+                raise PromptError(
+                    f"{len(prompts)} prompts but {len(lists)} lists of {what}; give one list each"
+                )
         if not prompts:
             return []
         results: list[Generation] = []
-        for event in self._run(prompts, pictures, parsed):
+        for event in self._run(prompts, pictures, clips, parsed):
             if isinstance(event, list):
                 results = event
         return results[0] if single else results
 
-    def stream(self, prompt: str, images: Sequence[ImageSource] = (), **options: object) -> Stream:
+    def stream(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+        **options: object,
+    ) -> Stream:
         """Like ``generate`` for one prompt, yielding text as soon as it is final.
 
         Nothing is computed before the first piece is asked for, but mistakes in the options are
@@ -112,7 +127,7 @@ class Model:
         parsed = read_options(self.manifest, options)
 
         def pieces() -> Generator[str | Generation]:
-            with closing(self._run([prompt], [images], parsed)) as events:
+            with closing(self._run([prompt], [images], [videos], parsed)) as events:
                 for event in events:
                     yield event[0] if isinstance(event, list) else event[1]
 
@@ -136,13 +151,16 @@ class Model:
         self,
         prompts: Sequence[str],
         pictures: Sequence[Sequence[ImageSource]],
+        clips: Sequence[Sequence[VideoSource]],
         options: Options,
     ) -> Generator[tuple[int, str] | list[Generation]]:
         """(row, piece of text) as they come; at the end the list of generations."""
         with self._exclusive() as batches:
             rows = [
-                self.prepare(row, prompt, images, options)
-                for row, (prompt, images) in enumerate(zip(prompts, pictures, strict=True))
+                self.prepare(row, prompt, images, options, videos)
+                for row, (prompt, images, videos) in enumerate(
+                    zip(prompts, pictures, clips, strict=True)
+                )
             ]
             batch = batches.start(rows, options.keep, options.kv_keep)
             streams = [TextStream(self.tokenizer, options.stop) for _ in rows]
@@ -181,10 +199,15 @@ class Model:
         return self.batches.graphs
 
     def prepare(
-        self, row: int, prompt: str, images: Sequence[ImageSource], options: Options
+        self,
+        row: int,
+        prompt: str,
+        images: Sequence[ImageSource],
+        options: Options,
+        videos: Sequence[VideoSource] = (),
     ) -> Prompt:
         """One row of a batch: pictures opened and scaled, the prompt as token ids."""
-        return self._prompts.prepare(row, prompt, images, options)
+        return self._prompts.prepare(row, prompt, images, options, videos)
 
     def _generation(self, batch: Batch, index: int, text: str) -> Generation:
         row = batch.rows[index]

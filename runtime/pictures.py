@@ -58,7 +58,10 @@ class Picture:
     def digest(self) -> bytes:
         """Names the picture by its content as the language model sees it."""
         found = hashlib.sha256()
-        for name, array in [*sorted(self.arrays.items()), ("index", self.index)]:
+        parts = [*sorted(self.arrays.items()), ("index", self.index)]
+        if self.offsets is not None:  # frames have them by their time
+            parts += [("offsets", self.offsets), ("span", np.array(self.span))]
+        for name, array in parts:
             found.update(repr((name, array.shape, array.dtype.str)).encode())
             found.update(np.ascontiguousarray(array).tobytes())
         return found.digest()

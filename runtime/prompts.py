@@ -9,12 +9,14 @@ import numpy as np
 
 from lvlm.runtime.answers import Options
 from lvlm.runtime.bundle import Images
+from lvlm.runtime.clips import Clips
 from lvlm.runtime.errors import BundleError, ParameterError, PromptError
 from lvlm.runtime.images import ImageSource, open_image
 from lvlm.runtime.pictures import Picture
 from lvlm.runtime.processors import Processor, load_processor
 from lvlm.runtime.sampling import Sampling
 from lvlm.runtime.text import ChatTemplate, Tokenizer, expand_placeholders
+from lvlm.runtime.video import VideoSource
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,17 @@ class Prompt:
 
     @property
     def next_position(self) -> int:
-        """Of the first new token: all three are the same from there on."""
-        return int(self.positions.max()) + 1
+        """Of the first new token: all three are the same from there on. It follows the last token,
+        not the largest position, which one of a clip may have: as in transformers' generate."""
+        return int(self.positions[..., -1].max()) + 1
 
 
 class PromptMaker:
     """Prepares prompts as a model wants them, whether it comes from a bundle or a checkpoint.
 
-    ``vocab`` is the number of tokens that the model knows. Any thread may use it. Raises
-    BundleError if the processor's config or the chat template is not valid.
+    ``vocab`` is the number of tokens that the model knows, ``room`` how many pictures a prompt with
+    clips may have. Any thread may use it. Raises BundleError if the processor's config or the chat
+    template is not valid.
     """
 
     def __init__(
@@ -53,44 +57,63 @@ class PromptMaker:
         vocab: int,
         chat_template: str | None,
         special_tokens: Mapping[str, str],
+        room: int | None = None,
     ) -> None:
         self.tokenizer, self.images, self.vocab = tokenizer, images, vocab
         self.processor: Processor = load_processor(images.processor)
+        self.clips = Clips(self.processor, images, room)
         self.template = (
             ChatTemplate(chat_template, special_tokens, images.token) if chat_template else None
         )
+        self.video_template = self.template
+        if self.clips.video is not None and (own := self.clips.video.template):
+            self.video_template = ChatTemplate(own, special_tokens, images.token)
         self._bos = special_tokens.get("bos_token")
 
     def prepare(
-        self, row: int, prompt: str, images: Sequence[ImageSource], options: Options
+        self,
+        row: int,
+        prompt: str,
+        images: Sequence[ImageSource],
+        options: Options,
+        videos: Sequence[VideoSource] = (),
     ) -> Prompt:
         """One row of a batch: pictures opened and scaled, the prompt as token ids.
 
-        Raises PromptError, ImageError, ParameterError, BundleError.
+        Raises PromptError, ImageError, ParameterError, BundleError; with videos also CapacityError
+        and BackendError.
         """
-        if isinstance(images, str | bytes) or not isinstance(images, Sequence):
-            raise PromptError("images is a list; write images=[picture]")
+        for name, one, given in (("images", "picture", images), ("videos", "clip", videos)):
+            if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+                raise PromptError(f"{name} is a list; write {name}=[{one}]")
+        clips = self.clips.open(videos, len(images), options.frames)
         arrays = [open_image(image) for image in images]
         text, special = prompt, True
         if options.chat_template:
-            if self.template is None:
+            template = self.video_template if clips else self.template
+            if template is None:
                 raise PromptError(
                     "the bundle has no chat template; write the prompt out and use "
                     "chat_template=False (--no-chat-template)"
                 )
-            text = self.template.render(prompt, len(arrays), options.system)
+            video_token = self.clips.video.token if self.clips.video else None
+            text = template.render(prompt, len(arrays), options.system, len(clips), video_token)
             special = not (self._bos and text.startswith(self._bos))
         elif options.system is not None:
             raise ParameterError("system needs the chat template; write it into the prompt")
+        text, pictures, token_ids = self.clips.placed(text, self.processor.pictures(arrays), clips)
         ids = self.tokenizer.encode(text, add_special_tokens=special)
-        pictures = self.processor.pictures(arrays)
         token_id = self.images.token_id
         where = expand_placeholders(ids, token_id, [self._expansion(p) for p in pictures])
-        if not where or not (arrays or prompt.strip()):
+        if not where or not (pictures or prompt.strip()):
             raise PromptError("the prompt is empty; write a question")
         image_id = np.zeros(len(where), np.int64)
         places = np.flatnonzero(np.array(where) == token_id)
         image_id[places] = np.repeat(np.arange(1, len(pictures) + 1), [p.tokens for p in pictures])
+        if clips:
+            own = np.array(where)
+            own[places] = np.array(token_ids)[image_id[places] - 1]
+            where = own.tolist()
         outside = max(where)
         if outside >= self.vocab:
             raise BundleError(f"the tokenizer gives token {outside}, which the model lacks")

@@ -190,14 +190,25 @@ class ChatTemplate:
         except Exception as error:  # RecursionError and others, besides TemplateSyntaxError
             raise BundleError(f"the bundle's chat template is not valid: {_line(error)}") from None
 
-    def render(self, prompt: str, images: int, system: str | None = None) -> str:
-        """The text of a user message, ``images`` pictures before ``prompt``, ready for the answer.
+    def render(
+        self,
+        prompt: str,
+        images: int,
+        system: str | None = None,
+        videos: int = 0,
+        video_token: str | None = None,
+    ) -> str:
+        """The text of a user message, ``images`` pictures and ``videos`` clips before ``prompt``,
+        ready for the answer.
 
-        A prompt that has the image placeholder in it keeps its own places: no others are added.
-        ``system`` is the text of a system message. Raises ``PromptError`` if the template refuses
-        the messages, ``BundleError`` if it fails or reaches for what the sandbox forbids.
+        A prompt that has the placeholder of one or the other in it keeps its own places: no others
+        of these are added. ``system`` is the text of a system message. Raises ``PromptError`` if
+        the template refuses the messages, ``BundleError`` if it fails or reaches for what the
+        sandbox forbids.
         """
         parts = [] if self._image_token in prompt else [{"type": "image"}] * images
+        if videos and not (video_token and video_token in prompt):
+            parts += [{"type": "video"}] * videos
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})

@@ -7,7 +7,7 @@ python="${PYTHON:-python3}"
 venv="${VENV:-.venv-test}"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt ".[cpu,export,openvino,plugins,tensorrt-rtx,dev]"
+    --constraint constraints.txt ".[cpu,export,openvino,plugins,tensorrt-rtx,video,dev]"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"

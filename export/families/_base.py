@@ -33,6 +33,8 @@ class Family(Protocol):
     name: str
     aliases: Mapping[str, str]  # alias -> hub id
     model_types: tuple[str, ...]  # of config.json
+    pictures: str  # how a picture becomes tokens, in a few words (--list-models)
+    video: str  # how a video does, "" where there is none
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         """The transformers configuration; CheckpointError names what is unsupported."""

@@ -109,14 +109,21 @@ def preprocessor(folder: Path) -> dict[str, Any]:
     return processor or read_json(folder / "preprocessor_config.json", required=True)
 
 
+def video_preprocessor(folder: Path) -> dict[str, Any]:
+    """The video processor's config; older checkpoints have the image processor's for both."""
+    own = read_json(folder / "processor_config.json").get("video_processor")
+    own = own or read_json(folder / "video_preprocessor_config.json")
+    return own or read_json(folder / "preprocessor_config.json")
+
+
 def token_text(folder: Path, token_id: int) -> str:
-    """The image token, as prompts have it."""
+    """A token of config.json, that of pictures or of clips, as prompts have it."""
     tokens = read_json(folder / "tokenizer.json", required=True).get("added_tokens", [])
     for token in tokens:
         if token.get("id") == token_id:
             return str(token["content"])
     raise CheckpointError(
-        f"tokenizer.json has no token {token_id}, the image token of config.json; "
+        f"tokenizer.json has no token {token_id}, which config.json names for pictures; "
         "the folder mixes files of two models"
     )
 
@@ -150,8 +157,16 @@ def tiny(kind: Any, text: Any, vision: Any, **options: Any) -> Any:
 
 def tiny_tokenizer(*tokens: str) -> str:
     """tiny-llava's tokenizer.json with more special tokens."""
-    data = json.loads((resources.files("lvlm.assets") / "tiny-llava/tokenizer.json").read_text())
-    first = max(data["model"]["vocab"].values()) + 1
-    for token_id, token in enumerate(tokens, first):
+    data = _tiny_tokenizer()
+    for token_id, token in enumerate(tokens, tiny_token(0)):
         data["added_tokens"].append({**data["added_tokens"][-1], "id": token_id, "content": token})
     return json.dumps(data)
+
+
+def tiny_token(number: int) -> int:
+    """The id that tiny_tokenizer gives to the token of that number."""
+    return int(max(_tiny_tokenizer()["model"]["vocab"].values()) + 1 + number)
+
+
+def _tiny_tokenizer() -> Any:
+    return json.loads((resources.files("lvlm.assets") / "tiny-llava/tokenizer.json").read_text())

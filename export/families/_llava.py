@@ -55,6 +55,8 @@ class AnyResolution:
 
     name: str
     model_types: tuple[str, ...]
+    pictures: str
+    video: str
     config_class: Any
     model_class: Any
     tower_type: str  # where config.json names none

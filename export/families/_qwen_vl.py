@@ -15,13 +15,16 @@ from torch import nn
 from lvlm.export.families._base import PromptFiles
 from lvlm.export.families._common import (
     ROPE_TYPES,
+    added_token,
     build_model,
     language_model,
     one_of,
     preprocessor,
     read_common,
     renamed,
+    tiny_tokenizer,
     token_text,
+    video_preprocessor,
 )
 from lvlm.export.families._files import prompt_files
 from lvlm.export.language import LanguageModel
@@ -29,6 +32,8 @@ from lvlm.export.recipes._sequence import GraphInput
 from lvlm.export.standard_ops import attention
 from lvlm.runtime.bundle import Images
 from lvlm.runtime.errors import CheckpointError
+from lvlm.runtime.processors._qwen_video import video_config
+from lvlm.runtime.processors._video import attempted
 from lvlm.runtime.processors.qwen_vl import bounded_config, normalise_config
 from lvlm.runtime.prompts import Prompt
 
@@ -37,6 +42,7 @@ RENAMES = (
     (r"^visual\.", "model.visual."),
     (r"^model\.(?!visual\.|language_model\.)", "model.language_model."),
 )
+VISION = ("<|vision_start|>", "<|vision_end|>")
 # The first release calls the rotary embedding by the name of its three positions.
 ROPES = (*ROPE_TYPES, "mrope")
 
@@ -46,8 +52,11 @@ class QwenVL:
 
     name: str
     model_types: tuple[str, ...]
+    pictures: str
+    video: str
     config_class: Any
     model_class: Any
+    timed = False  # whether frames of a video have their time before them in words
     default_section: tuple[int, int, int] = (16, 24, 24)
 
     def window(self, vision: Any) -> int | None:
@@ -57,6 +66,11 @@ class QwenVL:
 
     def table(self, vision: Any) -> int | None:
         """Side of the square of learned positions, None: there are none."""
+        del vision
+        return None
+
+    def second(self, vision: Any) -> int | None:
+        """Rotary positions that a second of video lasts, None: each picture of it lasts one."""
         del vision
         return None
 
@@ -131,7 +145,10 @@ class QwenVL:
 
     def images(self, config: Any, folder: Path) -> Images:
         vision = config.vision_config
-        processor = normalise_config(preprocessor(folder), self.window(vision), self.table(vision))
+        video = attempted(lambda: self.video_config(config, folder))
+        processor = normalise_config(
+            preprocessor(folder), self.window(vision), self.table(vision), video
+        )
         cut = {name: processor[name] for name in ("patch", "frames", "merge")}
         wanted = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
         if tuple(cut.values()) != wanted:
@@ -151,6 +168,23 @@ class QwenVL:
             deep=len(getattr(vision, "deepstack_visual_indexes", ())),
             most=_most(processor),
         )
+
+    def video_config(self, config: Any, folder: Path) -> dict[str, object]:
+        """That of clips; CheckpointError, ParameterError."""
+        vision, timed = config.vision_config, self.timed
+        cut = {
+            "patch": vision.patch_size,
+            "frames": vision.temporal_patch_size,
+            "merge": vision.spatial_merge_size,
+        }
+        tokens = {
+            "token": token_text(folder, config.video_token_id),
+            "token_id": config.video_token_id,
+            "image_token": token_text(folder, config.image_token_id),
+            "before": added_token(folder, "vision_start_token", VISION[0]) if timed else "",
+            "after": added_token(folder, "vision_end_token", VISION[1]) if timed else "",
+        }
+        return video_config(video_preprocessor(folder), tokens, cut, self.second(vision))
 
     def bounded(self, images: Images, tokens: int) -> Images:
         processor = bounded_config(images.processor, tokens)
@@ -307,4 +341,7 @@ def tiny_preprocessor(vision: Any) -> dict[str, str]:
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
     }
-    return {"preprocessor_config.json": json.dumps(config)}
+    return {
+        "preprocessor_config.json": json.dumps(config),
+        "tokenizer.json": tiny_tokenizer("<|video_pad|>", *VISION),
+    }

@@ -59,6 +59,8 @@ class InternVL:
         "internvl-8b": "OpenGVLab/InternVL3-8B-hf",
     }
     model_types = ("internvl",)
+    pictures = "tiles, and the whole as one more"
+    video = ""
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         vision = raw.get("vision_config") or {}

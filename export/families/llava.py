@@ -50,6 +50,8 @@ class Llava:
         "llava-13b": "llava-hf/llava-1.5-13b-hf",
     }
     model_types = ("llava",)
+    pictures = "one size, the same tokens for all"
+    video = ""
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         vision = raw.get("vision_config") or {}

@@ -29,6 +29,8 @@ class LlavaNext(AnyResolution):
         "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
     }
     model_types = ("llava_next",)
+    pictures = "tiles, and the whole as one more"
+    video = ""
     config_class = LlavaNextConfig
     model_class = LlavaNextForConditionalGeneration
     tower_type, text_type = "clip_vision_model", "llama"

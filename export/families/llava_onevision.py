@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,9 +18,19 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from lvlm.export.families._common import heads, preprocessor, tiny
+from lvlm.export.families._common import (
+    heads,
+    preprocessor,
+    tiny,
+    tiny_token,
+    tiny_tokenizer,
+    token_text,
+    video_preprocessor,
+)
 from lvlm.export.families._llava import AnyResolution, tiny_preprocessor
 from lvlm.runtime.errors import CheckpointError
+from lvlm.runtime.processors._llava_onevision_video import video_config
+from lvlm.runtime.processors._video import attempted
 from lvlm.runtime.processors.llava_onevision import normalise_config
 from lvlm.runtime.prompts import Prompt
 
@@ -35,6 +46,8 @@ class LlavaOnevision(AnyResolution):
         "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
     }
     model_types = ("llava_onevision",)
+    pictures = "alone: tiles, and the whole as one more; several: a tile each"
+    video = "a tile per frame, pooled"
     config_class = LlavaOnevisionConfig
     model_class = LlavaOnevisionForConditionalGeneration
     tower_type, text_type = "siglip_vision_model", "qwen2"
@@ -53,7 +66,17 @@ class LlavaOnevision(AnyResolution):
         patches = side // config.vision_config.patch_size
         aspect = ASPECT.fullmatch(config.vision_aspect_ratio)
         assert aspect is not None
-        return normalise_config(preprocessor(folder), side, patches, int(aspect[1]))
+        token_id = config.video_token_id
+        video = attempted(
+            lambda: video_config(
+                video_preprocessor(folder),
+                token_text(folder, token_id),
+                token_id,
+                token_text(folder, config.image_token_id),
+                side,
+            )
+        )
+        return normalise_config(preprocessor(folder), side, patches, int(aspect[1]), video)
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         found = super().transformers_inputs(prompt)
@@ -77,7 +100,7 @@ class LlavaOnevision(AnyResolution):
                     vision_use_head=False,
                 ),
                 image_token_index=3,
-                video_token_index=4,
+                video_token_index=tiny_token(0),
                 image_grid_pinpoints=[[60, 120], [120, 60], [120, 120], [120, 180], [180, 120]],
                 vision_aspect_ratio="anyres_max_2",
                 tie_word_embeddings=True,
@@ -96,7 +119,7 @@ class LlavaOnevision(AnyResolution):
                     patch_size=14,
                 ),
                 image_token_index=3,
-                video_token_index=4,
+                video_token_index=tiny_token(0),
                 image_grid_pinpoints=[[56, 56], [56, 112], [112, 56], [112, 112], [168, 168]],
                 vision_aspect_ratio="anyres_max_4",
                 vision_feature_layer=[-2, -1],
@@ -105,7 +128,13 @@ class LlavaOnevision(AnyResolution):
         )
 
     def tiny_files(self, config: LlavaOnevisionConfig) -> dict[str, str]:
-        return tiny_preprocessor("LlavaOnevisionImageProcessor", config)
+        files = tiny_preprocessor("LlavaOnevisionImageProcessor", config)
+        side = config.vision_config.image_size
+        video = {"size": {"height": side, "width": side}}
+        return files | {
+            "video_preprocessor_config.json": json.dumps(video),
+            "tokenizer.json": tiny_tokenizer("<video>"),
+        }
 
 
 FAMILY = LlavaOnevision()

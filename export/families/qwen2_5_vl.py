@@ -11,7 +11,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLVisionConfig,
 )
 
-from lvlm.export.families._common import tiny
+from lvlm.export.families._common import tiny, tiny_token
 from lvlm.export.families._qwen_vl import QwenVL, tiny_preprocessor, tiny_text
 from lvlm.runtime.errors import CheckpointError
 
@@ -25,6 +25,8 @@ class Qwen25VL(QwenVL):
         "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
     }
     model_types = ("qwen2_5_vl",)
+    pictures = "its own resolution"
+    video = "pairs of frames, positions by time"
     config_class = Qwen2_5_VLConfig
     model_class = Qwen2_5_VLForConditionalGeneration
 
@@ -33,6 +35,9 @@ class Qwen25VL(QwenVL):
         if side < 1:
             raise CheckpointError(f"window_size {vision.window_size} is less than an image token")
         return int(side)
+
+    def second(self, vision: Any) -> int:
+        return int(vision.tokens_per_second)
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
         """GQA and MHA, patches and windows of two sizes, tied weights."""
@@ -50,6 +55,7 @@ class Qwen25VL(QwenVL):
                     fullatt_block_indexes=[1],
                 ),
                 image_token_id=3,
+                video_token_id=tiny_token(0),
             ),
         )
         yield (
@@ -66,6 +72,7 @@ class Qwen25VL(QwenVL):
                     fullatt_block_indexes=[1],
                 ),
                 image_token_id=3,
+                video_token_id=tiny_token(0),
                 tie_word_embeddings=True,
             ),
         )

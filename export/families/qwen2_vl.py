@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import (
     Qwen2VLVisionConfig,
 )
 
-from lvlm.export.families._common import tiny
+from lvlm.export.families._common import tiny, tiny_token
 from lvlm.export.families._qwen_vl import QwenVL, tiny_preprocessor, tiny_text
 
 
@@ -24,6 +24,8 @@ class Qwen2VL(QwenVL):
         "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
     }
     model_types = ("qwen2_vl",)
+    pictures = "its own resolution"
+    video = "pairs of frames"
     config_class = Qwen2VLConfig
     model_class = Qwen2VLForConditionalGeneration
 
@@ -37,6 +39,7 @@ class Qwen2VL(QwenVL):
                 Qwen2VLTextConfig(**tiny_text(layers=4, heads=4, kv_heads=2, section=[2, 3, 3])),
                 Qwen2VLVisionConfig(**vision, depth=2, mlp_ratio=2),
                 image_token_id=3,
+                video_token_id=tiny_token(0),
             ),
         )
         yield (
@@ -46,6 +49,7 @@ class Qwen2VL(QwenVL):
                 Qwen2VLTextConfig(**tiny_text(layers=3, heads=2, kv_heads=2, section=[4, 6, 6])),
                 Qwen2VLVisionConfig(**vision, depth=3, mlp_ratio=1, patch_size=10),
                 image_token_id=3,
+                video_token_id=tiny_token(0),
                 tie_word_embeddings=True,
             ),
         )

@@ -3,6 +3,7 @@ blocks, which the language model's first blocks add to what they give."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
     Qwen3VLVisionConfig,
 )
 
-from lvlm.export.families._common import tiny
+from lvlm.export.families._common import tiny, tiny_token
 from lvlm.export.families._qwen_vl import (
     Angles,
     QwenVL,
@@ -36,8 +37,11 @@ class Qwen3VL(QwenVL):
         "qwen3-vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
     }
     model_types = ("qwen3_vl",)
+    pictures = "its own resolution"
+    video = "pairs of frames, with their time"
     config_class = Qwen3VLConfig
     model_class = Qwen3VLForConditionalGeneration
+    timed = True
     default_section = (24, 20, 20)
 
     def table(self, vision: Any) -> int:
@@ -70,6 +74,7 @@ class Qwen3VL(QwenVL):
                     deepstack_visual_indexes=[0],
                 ),
                 image_token_id=3,
+                video_token_id=tiny_token(0),
             ),
         )
         yield (
@@ -88,12 +93,23 @@ class Qwen3VL(QwenVL):
                     deepstack_visual_indexes=[0, 2],
                 ),
                 image_token_id=3,
+                video_token_id=tiny_token(0),
                 tie_word_embeddings=True,
             ),
         )
 
     def tiny_files(self, config: Any) -> dict[str, str]:
-        return tiny_preprocessor(config.vision_config)
+        vision = config.vision_config
+        token = (vision.patch_size * vision.spatial_merge_size) ** 2
+        video = {
+            "video_processor_type": "Qwen3VLVideoProcessor",
+            "size": {"shortest_edge": 4 * token, "longest_edge": 60 * token},
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size,
+        }
+        files = {"video_preprocessor_config.json": json.dumps(video)}
+        return tiny_preprocessor(vision) | files
 
 
 class InterleavedRotary(nn.Module):

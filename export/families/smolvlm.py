@@ -30,12 +30,15 @@ from lvlm.export.families._common import (
     tiny,
     tiny_tokenizer,
     token_text,
+    video_preprocessor,
 )
 from lvlm.export.families._files import prompt_files
 from lvlm.export.language import LanguageModel
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.runtime.bundle import Images
 from lvlm.runtime.errors import CheckpointError
+from lvlm.runtime.processors._smolvlm_video import video_config
+from lvlm.runtime.processors._video import attempted
 from lvlm.runtime.processors.smolvlm import most_tokens, normalise_config, with_most_tokens
 from lvlm.runtime.prompts import Prompt
 
@@ -50,6 +53,8 @@ class SmolVLM:
         "smolvlm-2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
     }
     model_types = ("smolvlm",)
+    pictures = "tiles, and the whole as one more"
+    video = "a tile per frame, with its time"
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         tower = (raw.get("vision_config") or {}).get("model_type", "smolvlm_vision")
@@ -96,6 +101,9 @@ class SmolVLM:
             token,
             added_token(folder, "fake_image_token", "<fake_token_around_image>"),
             added_token(folder, "global_image_token", "<global-img>"),
+            attempted(
+                lambda: video_config(video_preprocessor(folder), config.image_token_id, side)
+            ),
         )
         if processor["side"] != side:
             raise CheckpointError(
@@ -167,6 +175,11 @@ class SmolVLM:
             "do_image_splitting": side < 100,
             "size": {"longest_edge": 3 * side},
             "max_image_size": {"longest_edge": side},
+            "video_sampling": {
+                "fps": 2,
+                "max_frames": 6,
+                "video_size": {"longest_edge": 2 * side},
+            },
         }
         places = [f"<row_{row}_col_{column}>" for row in grid for column in grid]
         return {

@@ -81,7 +81,7 @@ class AsyncEngine:
     async def submit(
         self, prompt: str, images: Sequence[ImageSource] = (), **options: object
     ) -> AsyncHandle:
-        """As Engine.submit; pictures are opened in a thread of their own."""
+        """As Engine.submit, ``videos`` too; pictures are opened in a thread of their own."""
         submit = partial(self.engine.submit, prompt, images, **options)  # type: ignore[arg-type]
         submitted = asyncio.get_running_loop().run_in_executor(None, submit)
         try:

@@ -29,6 +29,7 @@ from lvlm.runtime.images import ImageSource
 from lvlm.runtime.prompts import PromptMaker
 from lvlm.runtime.schedule import Keep
 from lvlm.runtime.text import TextStream, Tokenizer
+from lvlm.runtime.video import VideoSource
 
 
 class Engine:
@@ -85,6 +86,7 @@ class Engine:
             manifest.text.vocab,
             manifest.chat_template,
             manifest.special_tokens,
+            capacity.max_images,
         )
         graphs = Graphs(folder, manifest, backend)
         cache = CompactCache(
@@ -110,6 +112,7 @@ class Engine:
         self,
         prompt: str,
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         *,
         timeout: float | None = None,
         **options: object,
@@ -127,7 +130,7 @@ class Engine:
             raise ParameterError(f"timeout is {timeout!r}; give seconds above 0, or None")
         given = {"keep": self.keep, "kv_keep": self.kv_keep} | options
         parsed = read_options(self.manifest, given)
-        row = self._prompts.prepare(0, prompt, images, parsed)
+        row = self._prompts.prepare(0, prompt, images, parsed, videos)
         counts = count_prompts(
             self.manifest, [row], parsed.keep, parsed.kv_keep, capacity=self.capacity
         )
@@ -145,10 +148,14 @@ class Engine:
         return request.handle
 
     def generate(
-        self, prompt: str, images: Sequence[ImageSource] = (), **options: object
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+        **options: object,
     ) -> Generation:
         """Ask and wait for the answer."""
-        handle = self.submit(prompt, images, **options)  # type: ignore[arg-type]
+        handle = self.submit(prompt, images, videos, **options)  # type: ignore[arg-type]
         try:
             return handle.result()
         finally:

@@ -26,6 +26,8 @@ from lvlm.runtime.processors._config import (
     planes,
     with_defaults,
 )
+from lvlm.runtime.processors._llava_onevision_video import LlavaOnevisionVideo
+from lvlm.runtime.processors._video import opened
 
 SHRINK = 1.1  # by less than this a side is not worth it
 
@@ -42,11 +44,14 @@ class LlavaOnevisionProcessor:
     name: ClassVar[str] = "llava_onevision"
 
     def __init__(self, config: Mapping[str, object]) -> None:
-        check_keys(config, KEYS | {"most_tiles", "pad_value"})
+        check_keys(config, KEYS | {"most_tiles", "pad_value", "video"})
         patches = integer("patches", config["patches"], 1, MAX_OUTPUT_SIDE)
         self._most = integer("most_tiles", config["most_tiles"], 1, 1_000) * patches**2
         self.tiles = Tiles(config, self._tokens)
         self._pad = colour("pad_value", config["pad_value"])
+        self.video, self.no_video = opened(
+            config["video"], lambda own: LlavaOnevisionVideo(own, self.tiles.side, self._frame)
+        )
 
     def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
         """See Processor; ImageError for a picture so long and thin that its square would exceed
@@ -99,6 +104,17 @@ class LlavaOnevisionProcessor:
         rows = self.tiles.patches**2
         return Picture({"pixel_values": pixels}, rows, index, size=image.shape[:2])
 
+    def _frame(self, tile: npt.NDArray[np.float32], last: bool) -> Picture:
+        """Of a clip: patches pooled two by two; the newline after the last frame only."""
+        patches = self.tiles.patches
+        half = math.ceil(patches / 2)
+        index, weight = shrink(self.tiles.whole().reshape(patches, patches), half, half)
+        index, weight = index.reshape(-1, 4), weight.reshape(-1, 4)
+        if last:
+            index = np.concatenate([index, np.zeros((1, 4), np.int64)])
+            weight = np.concatenate([weight, np.eye(1, 4, dtype=np.float32)])
+        return Picture({"pixel_values": tile[None]}, patches**2, index, weight)
+
 
 PROCESSOR = LlavaOnevisionProcessor
 
@@ -147,10 +163,14 @@ _DEFAULTS: Mapping[str, object] = {
 
 
 def normalise_config(
-    preprocessor: Mapping[str, object], side: int, patches: int, most_tiles: int
+    preprocessor: Mapping[str, object],
+    side: int,
+    patches: int,
+    most_tiles: int,
+    video: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The config of :class:`LlavaOnevisionProcessor` that does what a Hugging Face config says; see
-    ``tiles_config``. Raises ParameterError."""
+    ``tiles_config``; ``video`` is that for clips. Raises ParameterError."""
     kind = "LlavaOnevisionImageProcessor"
     config = tiles_config(preprocessor, kind, _DEFAULTS, side, patches)
     if preprocessor.get("do_resize") is False:
@@ -162,6 +182,7 @@ def normalise_config(
             "name": LlavaOnevisionProcessor.name,
             "most_tiles": most_tiles,
             "pad_value": pad,
+            "video": video,
         }
         LlavaOnevisionProcessor(config)
     except BundleError as error:

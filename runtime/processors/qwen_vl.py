@@ -29,8 +29,8 @@ from lvlm.runtime.processors._config import (
     size_of,
     with_defaults,
 )
-
-MAX_RATIO = 200  # of a picture's sides: transformers refuses a longer one, too
+from lvlm.runtime.processors._qwen_video import MAX_RATIO, QwenVideo, whole_tokens
+from lvlm.runtime.processors._video import opened
 
 
 class QwenProcessor:
@@ -41,25 +41,27 @@ class QwenProcessor:
     picture, ``max_tokens`` that one may give; ``window``, the side in tokens of the windows that
     attend to themselves, or None; ``table``, the side of the square of learned positions that are
     stretched over a picture, or None; ``resample`` Pillow's filter number; ``rescale_factor``,
-    ``mean`` and ``std`` as for LLaVA. Raises ``BundleError`` for any other config.
+    ``mean`` and ``std`` as for LLaVA; ``video``, that of ``QwenVideo``. Raises
+    ``BundleError`` for any other config.
     """
 
     name: ClassVar[str] = "qwen_vl"
 
     def __init__(self, config: Mapping[str, object]) -> None:
         check_keys(config, _KEYS)
-        self._patch = integer("patch", config["patch"], 1, 256)
-        self._merge = integer("merge", config["merge"], 1, 16)
-        self._frames = integer("frames", config["frames"], 1, 16)
+        self.patch = integer("patch", config["patch"], 1, 256)
+        self.merge = integer("merge", config["merge"], 1, 16)
+        self.frames = integer("frames", config["frames"], 1, 16)
         self._most = integer("max_pixels", config["max_pixels"], 1, _PIXELS)
         self._least = integer("min_pixels", config["min_pixels"], 1, self._most)
-        self._tokens = integer("max_tokens", config["max_tokens"], 1, 1_000_000)
+        self.tokens = integer("max_tokens", config["max_tokens"], 1, 1_000_000)
         window = config["window"]
         self._window = None if window is None else integer("window", window, 1, 64)
         table = config["table"]
         self._side = None if table is None else integer("table", table, 1, 1024)
         self._resample = integer("resample", config["resample"], 0, 5)
         self._table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
+        self.video, self.no_video = opened(config["video"], lambda own: QwenVideo(own, self))
 
     def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
         """See Processor. Arrays of each, of h * w tokens (units) of p patches: pixel_values float32
@@ -69,11 +71,19 @@ class QwenProcessor:
 
     def _picture(self, image: npt.NDArray[np.uint8]) -> Picture:
         rows, columns = self.grid(*image.shape[:2])
-        side = self._patch * self._merge
+        side = self.patch * self.merge
         scaled = Image.fromarray(image).resize(
             (columns * side, rows * side), Image.Resampling(self._resample)
         )
-        pixels = planes(self._table, np.asarray(scaled))
+        return self.picture([planes(self._table, np.asarray(scaled))], 0, None)
+
+    def picture(
+        self, pixels: Sequence[npt.NDArray[np.float32]], time: int, span: int | None
+    ) -> Picture:
+        """Frames [3,H,W] of whole tokens, or one that stands for all, -> the Picture, ``time``
+        after where it begins; None: what follows is further on by its longer side."""
+        side = self.patch * self.merge
+        rows, columns = pixels[0].shape[1] // side, pixels[0].shape[2] // side
         arrays = {
             "pixel_values": self._patches(pixels, rows, columns),
             "position_ids": self._places(rows, columns),
@@ -81,7 +91,7 @@ class QwenProcessor:
         if self._window is not None:
             arrays |= _windows(rows, columns, self._window)
         if self._side is not None:
-            sides = rows * self._merge, columns * self._merge
+            sides = rows * self.merge, columns * self.merge
             arrays |= _interpolated(arrays["position_ids"], sides, self._side)
         tokens = rows * columns
         row, column = np.divmod(np.arange(tokens), columns)
@@ -89,8 +99,8 @@ class QwenProcessor:
             arrays,
             tokens,
             np.arange(tokens)[:, None],
-            offsets=np.stack([np.zeros_like(row), row, column]),
-            span=max(rows, columns),
+            offsets=np.stack([np.full_like(row, time), row, column]),
+            span=max(rows, columns) if span is None else span,
         )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -99,37 +109,29 @@ class QwenProcessor:
         Raises ``ImageError`` for one so long and thin that it would give too many.
         """
         ratio = max(height, width) / min(height, width)
-        side = self._patch * self._merge
-        rows, columns = round(height / side), round(width / side)
-        if rows * columns * side**2 > self._most:
-            shrink = math.sqrt((height * width) / self._most)
-            rows = max(1, math.floor(height / shrink / side))
-            columns = max(1, math.floor(width / shrink / side))
-        elif rows * columns * side**2 < self._least:
-            grow = math.sqrt(self._least / (height * width))
-            rows = math.ceil(height * grow / side)
-            columns = math.ceil(width * grow / side)
-        if ratio > MAX_RATIO or rows * columns > self._tokens:
+        side = self.patch * self.merge
+        rows, columns = whole_tokens(height, width, side, self._least, self._most)
+        if ratio > MAX_RATIO or rows * columns > self.tokens:
             raise ImageError(
                 f"a picture of {width} x {height} pixels (aspect ratio {ratio:.0f}:1) is too long "
-                f"and thin for this model ({MAX_RATIO}:1 at most, and {self._tokens} image tokens);"
+                f"and thin for this model ({MAX_RATIO}:1 at most, and {self.tokens} image tokens);"
                 " crop it first"
             )
         return rows, columns
 
     def _patches(
-        self, pixels: npt.NDArray[np.float32], rows: int, columns: int
+        self, pixels: Sequence[npt.NDArray[np.float32]], rows: int, columns: int
     ) -> npt.NDArray[np.float32]:
-        """Pixels [3, H, W] -> [h*w, merge*merge, 3 * frames * patch * patch]."""
-        merge, patch = self._merge, self._patch
-        cut = pixels.reshape(3, rows, merge, patch, columns, merge, patch)
-        cut = cut.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]
-        shape = (*cut.shape[:5], self._frames, patch, patch)
+        """Frames [3, H, W] -> [h*w, merge*merge, 3 * frames * patch * patch]."""
+        merge, patch = self.merge, self.patch
+        cut = np.stack(pixels).reshape(-1, 3, rows, merge, patch, columns, merge, patch)
+        cut = cut.transpose(2, 5, 3, 6, 1, 0, 4, 7)
+        shape = (*cut.shape[:5], self.frames, patch, patch)
         return np.broadcast_to(cut, shape).reshape(rows * columns, merge**2, -1)
 
     def _places(self, rows: int, columns: int) -> npt.NDArray[np.int64]:
         """Row and column [h*w, merge*merge, 2] of every patch."""
-        merge = self._merge
+        merge = self.merge
         grid = np.stack(np.indices((rows * merge, columns * merge)), -1)
         grid = grid.reshape(rows, merge, columns, merge, 2).transpose(0, 2, 1, 3, 4)
         return grid.reshape(rows * columns, merge**2, 2).astype(np.int64)
@@ -138,7 +140,7 @@ class QwenProcessor:
 PROCESSOR = QwenProcessor
 
 _KEYS = {"name", "patch", "merge", "frames", "min_pixels", "max_pixels", "max_tokens", "window"} | {
-    *("table", "resample", "rescale_factor", "mean", "std")
+    *("table", "resample", "rescale_factor", "mean", "std", "video")
 }
 _PIXELS = 1_000_000_000
 
@@ -192,13 +194,17 @@ _KINDS = ("Qwen2VLImageProcessor", "Qwen2_5_VLImageProcessor")
 
 
 def normalise_config(
-    preprocessor: Mapping[str, object], window: int | None = None, table: int | None = None
+    preprocessor: Mapping[str, object],
+    window: int | None = None,
+    table: int | None = None,
+    video: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The config of :class:`QwenProcessor` that does what a Hugging Face config says.
 
     ``preprocessor`` is a ``preprocessor_config.json``, or ``processor_config.json``'s
-    ``image_processor``, of any age and backend; ``window`` and ``table`` are the model's. Raises
-    ``ParameterError`` for another processor, or for an option that is not supported.
+    ``image_processor``, of any age and backend; ``window`` and ``table`` are the model's,
+    ``video`` is the config for clips. Raises ``ParameterError`` for another processor, or for an
+    option that is not supported.
     """
     kind = processor_kind(preprocessor, _KINDS)
     given = with_defaults(preprocessor, _DEFAULTS)
@@ -224,6 +230,7 @@ def normalise_config(
         "rescale_factor": given["rescale_factor"] if given["do_rescale"] else None,
         "mean": per_channel(given["image_mean"]) if normalised else None,
         "std": per_channel(given["image_std"]) if normalised else None,
+        "video": video,
     }
     try:
         QwenProcessor(config)

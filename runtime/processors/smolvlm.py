@@ -27,7 +27,9 @@ from lvlm.runtime.processors._config import (
     text,
     with_defaults,
 )
+from lvlm.runtime.processors._smolvlm_video import SmolVLMVideo
 from lvlm.runtime.processors._tiles import cut, scaled
+from lvlm.runtime.processors._video import opened
 
 
 class SmolVLMProcessor:
@@ -37,7 +39,8 @@ class SmolVLMProcessor:
     scaled at first; ``side`` of a tile; ``split``: whether there are more tiles than one;
     ``resample`` Pillow's filter number; ``rescale_factor``, and ``mean`` and ``std`` [3] each, or
     None for no such step; and the tokens ``image_token``, ``around`` (before each tile and after
-    the last) and ``whole`` (before the thumbnail). Raises ``BundleError`` for any other config.
+    the last) and ``whole`` (before the thumbnail); ``video``, that of ``SmolVLMVideo``. Raises
+    ``BundleError`` for any other config.
     """
 
     name: ClassVar[str] = "smolvlm"
@@ -56,13 +59,21 @@ class SmolVLMProcessor:
         self._tokens = integer("tile_tokens", config["tile_tokens"], 1, 1_000_000)
         self._token = text("image_token", config["image_token"])
         self._around, self._whole = text("around", config["around"]), text("whole", config["whole"])
+        self.video, self.no_video = opened(
+            config["video"], lambda own: SmolVLMVideo(own, self._side, self._token, self._frame)
+        )
 
     def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
         """See Processor."""
         return [self._picture(image) for image in images]
 
     def _picture(self, image: npt.NDArray[np.uint8]) -> Picture:
-        pixels, rows, columns = self.pixel_values(image)
+        return self._made(*self.pixel_values(image))
+
+    def _frame(self, tile: npt.NDArray[np.float32]) -> Picture:
+        return self._made(tile[None], 0, 0)
+
+    def _made(self, pixels: npt.NDArray[np.float32], rows: int, columns: int) -> Picture:
         tokens = len(pixels) * self._tokens
         return Picture(
             {"pixel_values": pixels},
@@ -142,7 +153,7 @@ PROCESSOR = SmolVLMProcessor
 MAX_TILES_ALONG = 16
 _MAX_EDGE = 4096  # transformers' MAX_IMAGE_SIZE
 _KEYS = {"name", "longest_edge", "side", "split", "resample", "rescale_factor", "mean", "std"} | {
-    *("tile_tokens", "image_token", "around", "whole")
+    *("tile_tokens", "image_token", "around", "whole", "video")
 }
 
 
@@ -167,12 +178,18 @@ _SMOLVLM: Mapping[str, object] = {
 
 
 def normalise_config(
-    preprocessor: Mapping[str, object], tile_tokens: int, image_token: str, around: str, whole: str
+    preprocessor: Mapping[str, object],
+    tile_tokens: int,
+    image_token: str,
+    around: str,
+    whole: str,
+    video: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The config of :class:`SmolVLMProcessor` that does what a Hugging Face config says.
 
     ``preprocessor`` is a ``preprocessor_config.json`` of the image processor of SmolVLM or
-    Idefics3. Raises ``ParameterError`` for another, or for an option that is not supported.
+    Idefics3, ``video`` the config for clips. Raises ``ParameterError`` for another, or for an
+    option that is not supported.
     """
     kind = processor_kind(preprocessor, ("SmolVLMImageProcessor",))
     given = with_defaults(preprocessor, _SMOLVLM)
@@ -192,6 +209,7 @@ def normalise_config(
         "image_token": image_token,
         "around": around,
         "whole": whole,
+        "video": video,
     }
     try:
         SmolVLMProcessor(config)

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from lvlm.runtime.engine import AsyncEngine, Engine, Handle
     from lvlm.runtime.errors import LvlmError
     from lvlm.runtime.model import Model, load
+    from lvlm.runtime.video import Clip
 
 __all__ = [
     "AsyncEngine",
+    "Clip",
     "Engine",
     "Generation",
     "Handle",
@@ -29,6 +31,7 @@ _HOME = {
     **dict.fromkeys(("Generation", "Stats", "Stream"), "lvlm.runtime.answers"),
     **dict.fromkeys(("AsyncEngine", "Engine", "Handle"), "lvlm.runtime.engine"),
     **dict.fromkeys(("Model", "load"), "lvlm.runtime.model"),
+    "Clip": "lvlm.runtime.video",
     "LvlmError": "lvlm.runtime.errors",
 }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import ASSETS
+from bundles import ASSETS, FAMILIES
 
 from lvlm.export import exporter, validation
 from lvlm.export.cli import main
@@ -246,8 +246,23 @@ def test_listings(capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "--help-recipe", "lightvlm")[1]
     assert "--set keep=0.35" in text
     assert "--set merge=recycle" in text
-    assert "llava-hf/llava-1.5-7b-hf" in run(capsys, "--list-models")[1]
     assert "trt-rtx" in run(capsys, "--list-targets")[1]
+
+
+def test_models_are_listed_as_the_families_say(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run(capsys, "--list-models")[1]
+    lines = [line.split() for line in text.splitlines()]
+    assert ["llava", "tiny-llava", "shipped"] in [line[:3] for line in lines]
+    for name, family in FAMILIES.items():
+        for alias, hub_id in family.aliases.items():
+            assert [name, alias, hub_id] in lines
+        tested = [config for config, _ in family.tiny_configs()]
+        [row] = [x for x in text.splitlines() if x.endswith(", ".join(tested))]
+        assert row.split()[0] == name
+        assert f" {family.pictures} " in row
+        assert f" {family.video or 'no'} " in row
+    assert "The weights on the hub were not run" in text
+    assert "lightvlm" in text
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -133,9 +133,9 @@ def test_flags_reach_the_model(run: Run, light: Path, monkeypatch: pytest.Monkey
     seen: list[Any] = []
     real = lvlm.Model.stream
 
-    def spy(self: Any, prompt: str, images: Any, **options: Any) -> Any:
+    def spy(self: Any, prompt: str, images: Any, videos: Any, **options: Any) -> Any:
         seen[:] = [prompt, images, options]
-        return real(self, prompt, images, **options)
+        return real(self, prompt, images, videos, **options)
 
     monkeypatch.setattr(lvlm.Model, "stream", spy)
     code, _, err = run(
@@ -163,7 +163,8 @@ def test_flags_reach_the_model(run: Run, light: Path, monkeypatch: pytest.Monkey
         "chat_template": True,
     }
     # Every option of the API has a flag, and the defaults are left to the API.
-    assert set(seen[2]) == set(Options.__dataclass_fields__)
+    # (--frames asks for a video: test_clips.py)
+    assert set(seen[2]) | {"frames"} == set(Options.__dataclass_fields__)
     run(light, "USER: Hi ASSISTANT:", "--no-chat-template", "--max-new-tokens", 1, "--keep", "0.5")
     assert seen[2] == {"max_new_tokens": 1, "keep": 0.5, "chat_template": False}
     run(light, "Hi")
