@@ -159,7 +159,8 @@ def _group_again(
     newest = []
     for cache in caches:
         entry = ir.node("GatherND", [cache, slot], attributes={"batch_dims": 1})
-        entry.outputs[0].name, entry.outputs[0].dtype = f"{cache.name}_last", cache.dtype
+        entry.outputs[0].name = f"{cache.name}_last"
+        entry.outputs[0].type = cache.type
         model.graph.insert_before(site.node, entry)
         newest.append(_rows(model, site.node, entry.outputs[0]))
     _node(model, site, [_rows(model, site.node, query), *newest, *caches, last, total])
@@ -198,7 +199,7 @@ def _rows(model: ir.Model, before: ir.Node, value: ir.Value) -> ir.Value:
     """[B,1,H*d] of [B,H,1,d] or [B,H,d]."""
     sizes = _constant(model, "one_row", np.array([0, 1, -1], np.int64))
     node = ir.node("Reshape", [value, sizes])
-    node.outputs[0].name, node.outputs[0].dtype = f"{value.name}_row", value.dtype
+    node.outputs[0].name, node.outputs[0].type = f"{value.name}_row", value.type
     model.graph.insert_before(before, node)
     return node.outputs[0]
 
