@@ -17,6 +17,7 @@ from lvlm.export.targets._attention_sites import Site, find_site
 from lvlm.export.targets._base import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets._ort_fusions import MICROSOFT, take_place
 from lvlm.export.targets._passes import DTYPES
+from lvlm.runtime.backends._onnxruntime import AGAIN
 
 
 def group_attention(model: ir.Model) -> int:
@@ -152,7 +153,11 @@ def _group(
 def _group_again(
     model: ir.Model, site: Site, last: ir.Value, total: ir.Value, slot: ir.Value
 ) -> None:
-    """TensorScatter has written anywhere: what lies in the last slot is appended there again."""
+    """TensorScatter has written anywhere: what lies in the last slot is appended there again.
+
+    The cache that the node gives is an output of its own, so that it can be bound to the same
+    memory: else the node copies the whole cache first.
+    """
     query = site.node.inputs[0]
     assert query is not None
     caches = [write.outputs[0] for write in site.writes]
@@ -163,7 +168,10 @@ def _group_again(
         entry.outputs[0].type = cache.type
         model.graph.insert_before(site.node, entry)
         newest.append(_rows(model, site.node, entry.outputs[0]))
-    _node(model, site, [_rows(model, site.node, query), *newest, *caches, last, total])
+    node = _node(model, site, [_rows(model, site.node, query), *newest, *caches, last, total])
+    for cache, output in zip(caches, node.outputs[1:], strict=True):
+        output.name, output.shape, output.type = f"{cache.name}{AGAIN}", cache.shape, cache.type
+        model.graph.outputs.append(output)
 
 
 def _node(
