@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_prefill import make_bundle, make_model
+from bench_prefill import make_bundle
+from make_checkpoint import make_model
 
 import lvlm
 from lvlm.export.recipes.elastic_cache import ElasticCache

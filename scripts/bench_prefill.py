@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from make_checkpoint import SHAPES, make_model
 
 import lvlm
 from lvlm.export.exporter import export, stages
-from lvlm.export.families.llava import FAMILY
 from lvlm.export.plan import Options, make_plan
 from lvlm.export.progress import Progress
 from lvlm.export.recipes.lightvlm import LightVLM
@@ -32,15 +31,7 @@ from lvlm.runtime.prompts import Prompt
 from lvlm.runtime.sampling import Sampling
 
 KEEPS = (1.0, 0.35, 0.15, 0.03)
-TEXT = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-}
+TEXT = SHAPES["135m"]
 
 
 def main() -> None:
@@ -107,37 +98,6 @@ def arithmetic(tokens_per_layer: list[int]) -> float:
     kv = TEXT["num_key_value_heads"]
     weights = width * head_dim * (2 * heads + 2 * kv) + 3 * width * TEXT["intermediate_size"]
     return float(sum(n * weights + 2 * n * n * heads * head_dim for n in tokens_per_layer))
-
-
-def make_model(folder: Path) -> tuple[Any, Any]:
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=336,
-        patch_size=14,
-    )
-    config = LlavaConfig(
-        text_config=LlamaConfig(**TEXT).to_dict(),
-        vision_config=vision.to_dict(),
-        image_token_index=3,
-        vision_feature_layer=-2,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    model: Any = FAMILY.build(config).eval()
-    if not (folder / "model.safetensors").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(folder)
-        shipped = Path(__file__).parents[1] / "assets/tiny-llava"
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            (folder / name).write_bytes((shipped / name).read_bytes())
-        text = '{"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 336}, '
-        text += '"crop_size": {"height": 336, "width": 336}}'
-        (folder / "preprocessor_config.json").write_text(text)
-    model.set_attn_implementation("sdpa")
-    return config, model
 
 
 def make_bundle(work: Path, recipe: Any, name: str) -> Path:

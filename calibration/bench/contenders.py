@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from lvlm.calibration.bench.cli import PEERS
+from lvlm.calibration.bench.arguments import PEERS
 from lvlm.calibration.bench.figures import Record
 from lvlm.calibration.bench.workload import Work
 from lvlm.runtime.backends import open_backend

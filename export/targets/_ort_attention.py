@@ -17,6 +17,7 @@ from lvlm.export.targets._attention_sites import Site, find_site
 from lvlm.export.targets._base import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets._ort_fusions import MICROSOFT, take_place
 from lvlm.export.targets._passes import DTYPES
+from lvlm.runtime.backends._onnxruntime import AGAIN
 
 
 def group_attention(model: ir.Model) -> int:
@@ -152,17 +153,25 @@ def _group(
 def _group_again(
     model: ir.Model, site: Site, last: ir.Value, total: ir.Value, slot: ir.Value
 ) -> None:
-    """TensorScatter has written anywhere: what lies in the last slot is appended there again."""
+    """TensorScatter has written anywhere: what lies in the last slot is appended there again.
+
+    The cache that the node gives is an output of its own, so that it can be bound to the same
+    memory: else the node copies the whole cache first.
+    """
     query = site.node.inputs[0]
     assert query is not None
     caches = [write.outputs[0] for write in site.writes]
     newest = []
     for cache in caches:
         entry = ir.node("GatherND", [cache, slot], attributes={"batch_dims": 1})
-        entry.outputs[0].name, entry.outputs[0].dtype = f"{cache.name}_last", cache.dtype
+        entry.outputs[0].name = f"{cache.name}_last"
+        entry.outputs[0].type = cache.type
         model.graph.insert_before(site.node, entry)
         newest.append(_rows(model, site.node, entry.outputs[0]))
-    _node(model, site, [_rows(model, site.node, query), *newest, *caches, last, total])
+    node = _node(model, site, [_rows(model, site.node, query), *newest, *caches, last, total])
+    for cache, output in zip(caches, node.outputs[1:], strict=True):
+        output.name, output.shape, output.type = f"{cache.name}{AGAIN}", cache.shape, cache.type
+        model.graph.outputs.append(output)
 
 
 def _node(
@@ -198,7 +207,7 @@ def _rows(model: ir.Model, before: ir.Node, value: ir.Value) -> ir.Value:
     """[B,1,H*d] of [B,H,1,d] or [B,H,d]."""
     sizes = _constant(model, "one_row", np.array([0, 1, -1], np.int64))
     node = ir.node("Reshape", [value, sizes])
-    node.outputs[0].name, node.outputs[0].dtype = f"{value.name}_row", value.dtype
+    node.outputs[0].name, node.outputs[0].type = f"{value.name}_row", value.type
     model.graph.insert_before(before, node)
     return node.outputs[0]
 

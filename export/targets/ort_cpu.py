@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 TYPES = frozenset({"float32", "float16"})
-GRAPHS = ("decode",)  # the others are no faster lowered, unless quantized: docs/cpu.md
+GRAPHS = ("decode", "prefill")  # the others are no faster lowered: docs/cpu.md
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,17 @@ class OrtCpu(Target):
         from onnx_ir.passes import common
 
         from lvlm.export.targets._block_products import use_block_products
+        from lvlm.export.targets._last_rows import keep_last_rows
         from lvlm.export.targets._ort_attention import group_attention
         from lvlm.export.targets._ort_fusions import MICROSOFT, fuse_silu, fuse_skip_normalization
+        from lvlm.export.targets._ort_prefill import chunk_attention
 
+        keep_last_rows(model)
         done = group_attention(model)
         done += fuse_skip_normalization(model) + fuse_silu(model) + use_block_products(model)
-        common.RemoveUnusedNodesPass()(model)
+        common.RemoveUnusedNodesPass()(model)  # drops outputs that nobody reads, too: before this
+        chunk_attention(model)
+        common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         if done:
             model.opset_imports[MICROSOFT] = 1
 

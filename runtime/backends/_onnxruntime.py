@@ -14,6 +14,9 @@ from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.errors import BackendError, DeviceMemoryError
 
 ONNX_BF16 = 16  # TensorProto.BFLOAT16: numpy has no type to say it with
+# After the name of an output that is a buffer of the cache: the same memory, given once more by an
+# operator of a lowered graph, which writes in place only where it is bound to what it reads.
+AGAIN = "_again"
 Provider = str | tuple[str, dict[str, Any]]
 Place = tuple[str, tuple[int, ...], int]  # device, shape, address
 
@@ -46,20 +49,13 @@ class OnnxRuntime(HostMemory):
         except Exception as error:
             raise failure(error, f"{graph.file} cannot be loaded on device {self.name}") from None
         self.check_started(session.get_providers())
-        listed = ([p.name for p in graph.inputs], [p.name for p in graph.outputs])
-        real = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
-        if listed != real:
-            raise BackendError(f"{graph.file} has other inputs or outputs than the manifest lists")
-        return OrtSession(session, graph, self.device, self.ort.RunOptions)
+        given = [o.name for o in session.get_outputs()]
+        check_ports(graph, [i.name for i in session.get_inputs()], given)
+        return OrtSession(session, graph, given, self.device, self.ort.RunOptions)
 
     def file(self, folder: Path, graph: Graph) -> Path:
         """Which form of the graph is run."""
         return folder / graph.file
-
-    def check_ports(self, graph: Graph, inputs: list[str], outputs: list[str]) -> None:
-        """Raise BackendError unless a loaded graph has these ports."""
-        if (inputs, outputs) != ([p.name for p in graph.inputs], [p.name for p in graph.outputs]):
-            raise BackendError(f"{graph.file} has other inputs or outputs than the manifest lists")
 
     def check_started(self, providers: list[str]) -> None:
         """Raise BackendError where ONNX Runtime fell back to other ``providers``."""
@@ -69,15 +65,19 @@ class OrtSession:
     """A loaded graph; ``device`` is where outputs go that nobody asked for."""
 
     def __init__(
-        self, session: Any, graph: Graph, device: str, run_options: Callable[[], Any]
+        self,
+        session: Any,
+        graph: Graph,
+        given: list[str],
+        device: str,
+        run_options: Callable[[], Any],
     ) -> None:
         self.session, self.device, self.run_options = session, device, run_options
-        ports = (*graph.inputs, *graph.outputs)
-        self.types = {p.name: _element_type(p.dtype) for p in ports}
-        self.outputs = [p.name for p in graph.outputs]
+        self.types = {n: _element_type(dtype) for n, dtype in types(graph, given).items()}
+        self.outputs = given
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> OrtCall:
-        return OrtCall(self, inputs, outputs)
+        return OrtCall(self, inputs, with_repeats(outputs, self.outputs))
 
 
 class OrtCall:
@@ -118,6 +118,26 @@ class OrtCall:
     def _bind(self, bind: Callable[..., None], name: str, buffer: Buffer) -> None:
         device, shape, address = _place(buffer)
         bind(name, device, 0, self.types[name], shape, address)
+
+
+def check_ports(graph: Graph, inputs: list[str], outputs: list[str]) -> None:
+    """Raise BackendError unless these of a loaded graph are those that the manifest lists."""
+    listed = [p.name for p in graph.outputs]
+    once = [name for name in outputs if name.removesuffix(AGAIN) not in listed or name in listed]
+    if (inputs, once) != ([p.name for p in graph.inputs], listed):
+        raise BackendError(f"{graph.file} has other inputs or outputs than the manifest lists")
+
+
+def types(graph: Graph, given: Sequence[str]) -> dict[str, str]:
+    """Types by the names of all inputs and ``given`` outputs."""
+    listed = {p.name: p.dtype for p in (*graph.inputs, *graph.outputs)}
+    return listed | {name: listed[name.removesuffix(AGAIN)] for name in given}
+
+
+def with_repeats(outputs: Mapping[str, Buffer], given: Sequence[str]) -> dict[str, Buffer]:
+    """``outputs`` and, of those that the graph gives again, the same buffer under that name."""
+    again = {f"{n}{AGAIN}": b for n, b in outputs.items() if f"{n}{AGAIN}" in given}
+    return {**outputs, **again}
 
 
 def failure(error: Exception, what: str) -> BackendError:

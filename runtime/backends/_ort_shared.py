@@ -10,7 +10,7 @@ import numpy as np
 
 from lvlm.runtime.backends import Buffer
 from lvlm.runtime.backends._mapped_weights import MappedWeights
-from lvlm.runtime.backends._onnxruntime import failure
+from lvlm.runtime.backends._onnxruntime import check_ports, failure, types, with_repeats
 from lvlm.runtime.backends._ort_library import Handle, OrtError, OrtLibrary
 from lvlm.runtime.bundle import Graph, Manifest
 
@@ -38,19 +38,22 @@ class SharedWeights:
             given[name] = self._values[key].pointer
         with self.mapped.dropped_when_read():
             handle = self.library.session(file, self.threads, given, self.container)
-        return SharedSession(self, handle, graph)
+        inputs, outputs = self.library.ports(handle)
+        check_ports(graph, inputs, outputs)
+        return SharedSession(self, handle, types(graph, outputs), outputs)
 
 
 class SharedSession:
     """A loaded graph. Safe to run from several threads, each with a call of its own."""
 
-    def __init__(self, owner: SharedWeights, handle: Handle, graph: Graph) -> None:
+    def __init__(
+        self, owner: SharedWeights, handle: Handle, types: dict[str, str], outputs: list[str]
+    ) -> None:
         self.owner, self.handle, self.library = owner, handle, owner.library
-        self.types = {p.name: p.dtype for p in (*graph.inputs, *graph.outputs)}
-        self.outputs = [p.name for p in graph.outputs]
+        self.types, self.outputs = types, outputs
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> SharedCall:
-        return SharedCall(self, inputs, outputs)
+        return SharedCall(self, inputs, with_repeats(outputs, self.outputs))
 
 
 class SharedCall:

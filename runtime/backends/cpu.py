@@ -40,12 +40,9 @@ class Backend(OnnxRuntime):
             return super().load(folder, manifest, name)
         graph = manifest.graphs[name]
         try:
-            session = self.shared.session(folder, manifest, graph, self.file(folder, graph))
-            found = self.shared.library.ports(session.handle)
+            return self.shared.session(folder, manifest, graph, self.file(folder, graph))
         except OrtError as error:
             raise failure(error, f"{graph.file} cannot be loaded on device {self.name}") from None
-        self.check_ports(graph, *found)
-        return session
 
     def file(self, folder: Path, graph: Graph) -> Path:
         return folder / graph.lowered.get(TARGET, graph.file)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from lvlm.runtime.backends import Call
@@ -28,7 +30,7 @@ class Steps:
         advanced = np.zeros(self.slots.count, bool)
         advanced[:count] = [place not in failed for place in range(count)]
         self.slots.cache.advance(advanced)
-        return failed | self._compact(count)
+        return failed | self._compact()
 
     def _decode(self, count: int) -> dict[int, LvlmError]:
         """If it fails for all at once it is tried row by row, so that one request's fault is not
@@ -55,26 +57,28 @@ class Steps:
                 failed[place] = typed(error)
         return failed
 
-    def _compact(self, count: int) -> dict[int, LvlmError]:
+    def _compact(self) -> dict[int, LvlmError]:
         """Drop entries of the rows whose interval is over."""
         cache = self.slots.cache
         inputs = cache.compaction()
         if inputs is None:
             return {}
-        kept = np.empty_like(inputs["kv_budget"])
-        due = (inputs["kv_budget"] != inputs["valid_length"]).any(0)
+        due = np.flatnonzero((inputs["kv_budget"] != inputs["valid_length"]).any(0))
+        first, stop = int(due[0]), int(due[-1]) + 1
+        some = _of_rows(inputs, slice(first, stop))  # the graph would copy all others
+        kept = np.empty_like(some["kv_budget"])
         try:
-            self._call("compact", 0, count)(inputs, {"kept": kept})
+            self._call("compact", first, stop)(some, {"kept": kept})
         except Exception as error:
             # Not again row by row: some layers may have been compacted, and would be twice.
-            return {int(place): again(typed(error)) for place in np.flatnonzero(due)}
+            return {int(place): again(typed(error)) for place in due}
         failed: dict[int, LvlmError] = {}
-        for place in range(count):
-            some = slice(place, place + 1)
+        for place in range(stop - first):
+            one = slice(place, place + 1)
             try:
-                check_kept(kept[:, some], inputs["kv_budget"][:, some])
+                check_kept(kept[:, one], some["kv_budget"][:, one])
             except BackendError as error:
-                failed[place] = typed(error)
+                failed[first + place] = typed(error)
         cache.compacted()
         return failed
 
@@ -84,6 +88,14 @@ class Steps:
         if key not in self.calls:
             self.calls[key] = self.graphs.bind(name, self.slots.cache.views(slice(start, stop)))
         return self.calls[key]
+
+
+def _of_rows(inputs: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
+    """Inputs of compact.onnx for some of the rows."""
+    some = {name: inputs[name][:, rows] for name in ("valid_length", "kv_budget", "query_slot")}
+    for layer, most in enumerate(some["kv_budget"].max(1)):
+        some[f"kv_slots_{layer}"] = np.arange(most, dtype=np.int64)
+    return some
 
 
 def typed(error: BaseException) -> LvlmError:

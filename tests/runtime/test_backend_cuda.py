@@ -223,7 +223,7 @@ def test_bf16_travels_as_its_bits(ort: FakeOrt) -> None:
     ports = (Port("x", "bfloat16", (2, 3)), Port("n", "int64", (1,)))
     host = np.zeros(1, np.int64)
     graph = Graph("g.onnx", ports, ())
-    OrtSession(session, graph, "cuda", object).bind({"x": value, "n": host}, {})
+    OrtSession(session, graph, [], "cuda", object).bind({"x": value, "n": host}, {})
     assert kinds == [16, np.int64]
 
 
@@ -266,7 +266,7 @@ def test_a_run_that_fails() -> None:
 
     binding = SimpleNamespace(synchronize_inputs=lambda: None)
     session = SimpleNamespace(io_binding=lambda: binding, run_with_iobinding=fails)
-    call = OrtSession(session, Graph("g.onnx", (), ()), "cuda", object).bind({}, {})
+    call = OrtSession(session, Graph("g.onnx", (), ()), [], "cuda", object).bind({}, {})
     with pytest.raises(DeviceMemoryError, match=r"out of memory .*; give fewer prompts") as caught:
         call({}, {})
     assert "\n" not in str(caught.value)

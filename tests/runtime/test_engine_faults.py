@@ -71,14 +71,19 @@ def short_row(inputs: Any) -> np.ndarray:
 def test_a_decode_that_fails_once(engine: Engine, expected: list[Generation]) -> None:
     """Nobody notices: the step is done again, row by row."""
     decode, failures = intercept(engine, "decode"), iter([KeyError("odd")])
+    asked = threading.Event()
 
     def before(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
+        assert asked.wait(WAIT)
+        reading = scheduler(engine)._prefilling
+        if len(inputs["input_ids"]) == 1 and reading is not None:
+            until(reading.logits.done)  # the first request waits for the second
         if len(inputs["input_ids"]) == 2 and (error := next(failures, None)) is not None:
             raise error
 
     decode.before = before
     with answers(engine, LONG, expected):
-        pass
+        asked.set()
     assert list(failures) == []
 
 
