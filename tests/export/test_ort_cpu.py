@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from bundles import ASSETS, CACHED
+from onnx.reference import ReferenceEvaluator
 
 import lvlm
 from lvlm.export.targets._last_rows import keep_last_rows
@@ -163,7 +164,7 @@ def last_rows(body: str) -> list[str]:
     feeds = {n: random.normal(size=(2, 5, 8)).astype(np.float32) for n in ("x", "y")}
     feeds["at"] = np.repeat([[[3]], [[1]]], 8, axis=2)
     results = [
-        onnx.reference.ReferenceEvaluator(m).run(None, feeds)[0]
+        ReferenceEvaluator(m).run(None, feeds)[0]
         for m in (before, ir.serde.serialize_model(after))
     ]
     np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
