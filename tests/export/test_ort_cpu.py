@@ -164,8 +164,7 @@ def last_rows(body: str) -> list[str]:
     feeds = {n: random.normal(size=(2, 5, 8)).astype(np.float32) for n in ("x", "y")}
     feeds["at"] = np.repeat([[[3]], [[1]]], 8, axis=2)
     results = [
-        ReferenceEvaluator(m).run(None, feeds)[0]
-        for m in (before, ir.serde.serialize_model(after))
+        ReferenceEvaluator(m).run(None, feeds)[0] for m in (before, ir.serde.serialize_model(after))
     ]
     np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
     return [node.op_type for node in after.graph]
