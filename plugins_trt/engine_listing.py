@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from lvlm.export.progress import size
 from lvlm.export.targets._base import NEW_OPS, Target
-from lvlm.plugins_trt.plan import element_bytes
+from lvlm.runtime.cache import cache_bytes
 from lvlm.runtime.discovery import discover
 
 if TYPE_CHECKING:
     from lvlm.plugins_trt.engine_plan import Plan
-    from lvlm.runtime.bundle import Manifest
     from lvlm.runtime.engines import EngineSet, Range
 
 PEOPLE = {
@@ -60,7 +59,8 @@ def plan(plan: Plan) -> str:
     if plan.shared:
         total = sum(weight.bytes for weight in plan.shared.values())
         lines.append(f"weights    {size(total)} of matrices are inputs, one copy for all engines")
-    prompts, each = plan.profiles["decode"]["batch"].most, cache_bytes(plan.manifest)
+    prompts = plan.profiles["decode"]["batch"].most
+    each = cache_bytes(plan.manifest, 1, plan.manifest.capacity.per_layer)  # all of it, always
     lines.append(f"cache      {size(each)} a prompt, {size(prompts * each)} for {prompts} at once")
     head = ("graph", "dimension", "from", "usual", "to")
     rows = [
@@ -69,14 +69,6 @@ def plan(plan: Plan) -> str:
         for dim, r in profile.items()
     ]
     return "\n".join([*lines, _table([head, *rows])])
-
-
-def cache_bytes(manifest: Manifest) -> int:
-    """What one prompt's cache takes: engines have all of the capacity, whatever its length."""
-    text, compression = manifest.text, manifest.compression
-    entries = 2 * text.kv_heads * sum(manifest.capacity.per_layer)
-    remembered = text.heads * text.layers * (compression.queries if compression else 0)
-    return (entries + remembered) * text.head_dim * element_bytes(manifest.dtype)
 
 
 def result(engines: EngineSet) -> str:

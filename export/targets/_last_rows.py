@@ -6,8 +6,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 # Each row of the result depends on the same row of the inputs; constants aside.
-ROW_BY_ROW = {"Add", "Mul", "Sigmoid", "Gelu", "Tanh", "Cast"}
-ROW_BY_ROW |= {"MatMul", "RMSNormalization", "Split"}
+ROW_BY_ROW = frozenset(
+    {"Add", "Mul", "Sigmoid", "Gelu", "Tanh", "Cast", "MatMul", "RMSNormalization", "Split"}
+)
 
 
 def keep_last_rows(model: ir.Model) -> int:
@@ -73,7 +74,8 @@ def _by_rows(node: ir.Node) -> bool:
         return False
     others = [x for x in given if not _has_rows(x)]
     if node.op_type == "MatMul":  # a quantized weight is computed from several constants
-        return all(x.shape is not None and len(x.shape) == 2 for x in others)
+        weights = all(x.shape is not None and len(x.shape) == 2 for x in others)
+        return weights and _has_rows(given[0])
     return all(x.is_initializer() or _constant(x) for x in others)
 
 

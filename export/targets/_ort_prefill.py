@@ -11,7 +11,7 @@ from lvlm.export.ops._contract import DOMAIN
 from lvlm.export.ops._graph import Body
 from lvlm.export.targets._passes import call, identifier, lowered_function
 
-CHUNK = 128
+CHUNK = 128  # queries at most; all chunks of a prompt have the same number
 
 
 def chunk_attention(model: ir.Model) -> int:
@@ -32,9 +32,10 @@ def chunk_attention(model: ir.Model) -> int:
 def _function(scale: float) -> onnx.FunctionProto:
     """[B,Hq,N,d] of query [B,Hq,N,d], key and value [B,Hkv,N,d]."""
     g = Body()
-    size, zero, axis = g.const([CHUNK]), g.const([0]), g.const([2])
+    zero, one, axis = g.const([0]), g.const([1]), g.const([2])
     batch, heads, rows, width = (g.dim("query", a) for a in range(4))
-    count = g.Div(g.Add(rows, g.const([CHUNK - 1])), size)
+    count = g.Div(g.Add(rows, g.const([CHUNK - 1])), g.const([CHUNK]))
+    size = g.Div(g.Add(rows, g.Sub(count, one)), count)
     missing = g.Sub(g.Mul(count, size), rows)
     padded = g.Pad("query", g.Concat(g.const([0] * 6), missing, zero, axis=0))
     chunks = g.Reshape(padded, g.Concat(batch, heads, count, size, width, axis=0))

@@ -113,10 +113,10 @@ class OpenVinoCall:
         try:
             for name, array in held.items():
                 self.request.set_tensor(name, self.session.tensor(array))
-            if self.stopped:
-                raise BackendError("OpenVINO failed: the run was stopped")
+            self._check_stopped()
             self.request.start_async()  # ``infer`` could not be cancelled
             self.request.wait()
+            self._check_stopped()  # between the check above and the start nothing was cancelled
         except RuntimeError as error:
             raise BackendError(f"OpenVINO failed: {_reason(error)}") from None
         for name, array in outputs.items():
@@ -127,6 +127,10 @@ class OpenVinoCall:
     def stop(self) -> None:
         self.stopped = True  # for a run that has not begun yet
         self.request.cancel()
+
+    def _check_stopped(self) -> None:
+        if self.stopped:
+            raise BackendError("OpenVINO failed: the run was stopped")
 
     def _store(self) -> None:
         """Write the new entries into the buffers."""

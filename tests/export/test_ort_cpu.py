@@ -13,13 +13,16 @@ import onnx
 import onnx_ir as ir
 import pytest
 from bundles import ASSETS, CACHED
+from onnx.reference import ReferenceEvaluator
 
 import lvlm
 from lvlm.export.targets._last_rows import keep_last_rows
 from lvlm.export.targets._ort_fusions import fuse_silu, fuse_skip_normalization
 from lvlm.export.targets.ort_cpu import TARGET
 from lvlm.runtime.answers import Options
+from lvlm.runtime.backends import cpu
 from lvlm.runtime.backends._onnxruntime import AGAIN
+from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Manifest, read_bundle
 
 NONE = ("none",)
@@ -123,6 +126,22 @@ def test_lowered_decode_computes_the_same(
         np.testing.assert_allclose(ours, theirs, atol=tolerance)
 
 
+@pytest.mark.parametrize("library", [True, False], ids=["C library", "Python package"])
+def test_a_cache_given_twice_is_bound_to_one_memory(
+    library: bool, bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the node copies the whole cache at every step, and nobody would see it but a clock."""
+    if not library:
+        monkeypatch.setattr(cpu, "find_library", lambda package: None)  # noqa: ARG005
+    with lvlm.load(bundle("tiny-llava", *ELASTIC, max_images=2), threads=1) as model:
+        budgets = Budgets.of(model.manifest.compression, model.manifest.text.layers, None)
+        capacities = np.array(model.manifest.capacity.per_layer)
+        buffers = model.batches.cache_for(1, capacities, budgets).buffers
+        _, outputs = model.graphs.bind("decode", buffers).lasting  # type: ignore[attr-defined]
+        for name, buffer in buffers.items():
+            assert outputs[f"present_{name}{AGAIN}"] is outputs[f"present_{name}"] is buffer
+
+
 def logits(folder: Path) -> list[np.ndarray]:
     prompts = ["Read the top row.", "7?", "How often does 7 appear in this picture, and where?"]
     pictures = [[ASSETS / "samples/digits-1.png"], [], [ASSETS / "samples/digits-2.png"] * 2]
@@ -163,8 +182,7 @@ def last_rows(body: str) -> list[str]:
     feeds = {n: random.normal(size=(2, 5, 8)).astype(np.float32) for n in ("x", "y")}
     feeds["at"] = np.repeat([[[3]], [[1]]], 8, axis=2)
     results = [
-        onnx.reference.ReferenceEvaluator(m).run(None, feeds)[0]
-        for m in (before, ir.serde.serialize_model(after))
+        ReferenceEvaluator(m).run(None, feeds)[0] for m in (before, ir.serde.serialize_model(after))
     ]
     np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
     return [node.op_type for node in after.graph]

@@ -169,7 +169,8 @@ def test_keep_1_equals_recipe_none(bundle: Callable[..., Path]) -> None:
         batch = model.batches.start(
             [model.prepare(0, *ROWS[1], Options(chat_template=False))], keep=1.0, kv_keep=1.0
         )
-        np.testing.assert_array_equal(batch.logits, logits)
+        # A layer that is asked for importance has its attention in another form.
+        np.testing.assert_allclose(batch.logits, logits, atol=1e-4)
     assert merged == none
 
 
