@@ -144,7 +144,7 @@ class Prefill(nn.Module):
         inputs = dict(zip(names, extra, strict=True))
         features = nn.functional.embedding(image_row.clamp(min=0), image_features)
         image = (image_row >= 0)[..., None]
-        first, *deep = features.split(model.hidden, dim=-1) if model.deep else [features]
+        first, *deep = torch.split(features, model.hidden, dim=-1) if model.deep else [features]
         hidden = torch.where(image, first, model.embed(input_ids))
         state = TokenSequence(hidden, position_ids, image_id)
         start = torch.zeros_like(input_ids[:, 0])

@@ -23,7 +23,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that do not depen
 LEFTOVERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
-def one_of(family: str, what: str, value: Any, supported: Sequence[str]) -> None:
+def one_of(family: str, what: str, value: Any, supported: Sequence[object]) -> None:
     if value not in supported:
         raise CheckpointError(
             f"{what} '{value}' is not supported; family {family} has {tuple(supported)}"

@@ -122,6 +122,7 @@ class InterleavedRotary(nn.Module):
         axis = torch.zeros(len(rotary.inv_freq), dtype=torch.int64)
         for which in (1, 2):
             axis[which : 3 * rotary.mrope_section[which] : 3] = which
+        self.axis: torch.Tensor
         self.register_buffer("axis", axis, persistent=False)
 
     def forward(

@@ -12,7 +12,7 @@ from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Capacity, Manifest
 from lvlm.runtime.cache import cache_bytes
 from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.graphs import PICTURES_AT_ONCE
+from lvlm.runtime.graphs import UNITS_AT_ONCE
 from lvlm.runtime.schedule import Keep, keep_ratios, tokens_per_layer
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -123,7 +123,10 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
         return 4 * WIDEST_ROWS * max([text.hidden, *(d for d in dims if d != text.vocab)])
 
     tokens = capacity.max_text_len + capacity.max_images * manifest.images.tokens
-    at_once = min(capacity.max_images, PICTURES_AT_ONCE) * manifest.images.tokens
+    images = manifest.images
+    units = images.most["units"]
+    some = min(capacity.max_images * units, UNITS_AT_ONCE) if images.apart else units
+    at_once = -(-some * images.tokens // units)
     features = 4 * capacity.max_images * manifest.images.tokens * manifest.feature_width
     attention = 4 * text.heads * max(capacity.per_layer)
     step = slots * (row("decode") + attention + 8 * text.vocab)

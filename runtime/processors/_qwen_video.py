@@ -118,7 +118,7 @@ class QwenVideo:
         check_enough(clip, count)
         step = total / count
         # torch.arange computes in double precision and gives single
-        return (np.arange(math.ceil(total / step)) * step).astype(np.float32).astype(int).tolist()
+        return [int(i) for i in (np.arange(math.ceil(total / step)) * step).astype(np.float32)]
 
     def _sampled_timed(self, clip: Clip, count: int | None, fps: float | None) -> list[int]:
         if count is None and fps is not None:
@@ -127,7 +127,7 @@ class QwenVideo:
         elif count is None:
             count = min(max(clip.frames, self._fewest), self._most_frames)
         check_enough(clip, count)
-        return np.linspace(0, clip.frames - 1, count).round().astype(int).tolist()
+        return [int(i) for i in np.linspace(0, clip.frames - 1, count).round()]
 
     def footage(self, clip: Clip, indices: Sequence[int]) -> Footage:
         """See Video."""
@@ -163,12 +163,12 @@ class QwenVideo:
         """The first rotary position of every picture, less that of the clip."""
         number = np.arange(math.ceil(len(indices) / self.per_picture))
         if self._timed:
-            return (number * 0).tolist()
+            return [0] * len(number)
         if self._second is None:
-            return number.tolist()
+            return list(range(len(number)))
         taken = len(indices) / clip.frames * clip.fps
         step = np.float32(self._second) * np.float32(self.per_picture / taken)
-        return (number.astype(np.float32) * step).astype(np.int64).tolist()
+        return [int(i) for i in number.astype(np.float32) * step]
 
     def grid(self, height: int, width: int, frames: int) -> tuple[int, int]:
         """Rows and columns of tokens of a picture. Raises ``ImageError``."""
@@ -232,7 +232,8 @@ _COMMON: Mapping[str, object] = {
     "min_frames": 4,
     "max_frames": 768,
 }
-_PLAIN: Mapping[str, object] = _COMMON | {
+_PLAIN: Mapping[str, object] = {
+    **_COMMON,
     "do_sample_frames": False,
     "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 28 * 28 * 768},
     "image_mean": CLIP_MEAN,
@@ -240,7 +241,8 @@ _PLAIN: Mapping[str, object] = _COMMON | {
     "patch_size": 14,
     "max_video_tokens": 128_000,
 }
-_TIMED: Mapping[str, object] = _COMMON | {
+_TIMED: Mapping[str, object] = {
+    **_COMMON,
     "do_sample_frames": True,
     "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768},
     "image_mean": [0.5, 0.5, 0.5],

@@ -75,7 +75,7 @@ class SmolVLMVideo:
             first, last = int(clip.fps), min(int(clip.frames - clip.fps), last)
         if first >= last:
             first, last = 0, clip.frames - 1
-        return np.unique(np.linspace(first, last, wanted, dtype=int)).tolist()
+        return [int(i) for i in np.unique(np.linspace(first, last, wanted, dtype=int))]
 
     def footage(self, clip: Clip, indices: Sequence[int]) -> Footage:
         """See Video."""

@@ -84,7 +84,7 @@ class QwenProcessor:
         after where it begins; None: what follows is further on by its longer side."""
         side = self.patch * self.merge
         rows, columns = pixels[0].shape[1] // side, pixels[0].shape[2] // side
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "pixel_values": self._patches(pixels, rows, columns),
             "position_ids": self._places(rows, columns),
         }
@@ -132,9 +132,9 @@ class QwenProcessor:
     def _places(self, rows: int, columns: int) -> npt.NDArray[np.int64]:
         """Row and column [h*w, merge*merge, 2] of every patch."""
         merge = self.merge
-        grid = np.stack(np.indices((rows * merge, columns * merge)), -1)
+        grid = np.moveaxis(np.indices((rows * merge, columns * merge)), 0, -1)
         grid = grid.reshape(rows, merge, columns, merge, 2).transpose(0, 2, 1, 3, 4)
-        return grid.reshape(rows * columns, merge**2, 2).astype(np.int64)
+        return np.asarray(grid.reshape(rows * columns, merge**2, 2), np.int64)
 
 
 PROCESSOR = QwenProcessor
