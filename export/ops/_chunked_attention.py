@@ -29,12 +29,14 @@ def importance_function(schema: onnx.defs.OpSchema, chunk: int, parts: int) -> o
     g = Body()
     length = g.Unsqueeze("length", g.const([1]))
     slots = g.Where(g.Less("query_slot", length), "query_slot", g.const(-1))
-    if parts:
+    if parts == 1:
+        total = _at_once(g, slots)
+    elif parts:
         count = g.const([parts])
         chunks = _split(g, count, _share(g, g.dim("query", 2), count), slots)
+        total = _scan(g, chunks, scored=True)[0]
     else:
-        chunks = _split_by(g, chunk, slots)
-    total = _scan(g, chunks, scored=True)[0]
+        total = _scan(g, _split_by(g, chunk, slots), scored=True)[0]
     built_for = {"chunk": chunk, "parts": parts}
     return g.function(schema, [_finish(g, total, length)], built_for, required=["scale"])
 
@@ -94,6 +96,39 @@ def _split(g: Body, count: Value, size: Value, slots: Value) -> Chunks:
     return Chunks(count, size, query, g.Transpose(slots, perm=[1, 0, 2]))
 
 
+def _at_once(g: Body, slots: Value) -> Value:
+    """What each key received of all queries, without a loop: the turned keys stay a flag of the
+    product."""
+    batch, width = g.dim("query", 0), g.dim("query", 3)
+    size, end = g.dim("query", 2), g.dim("key", 2)
+    keys = g.Transpose(g.Cast("key", to=F32), perm=[0, 1, 3, 2])
+    grouped = g.Concat(batch, g.dim("key", 1), g.const([-1]), width, axis=0)
+    scale = g.attribute("scale", "value_float", onnx.AttributeProto.FLOAT)
+    query = g.Mul(g.Cast(g.Reshape("query", grouped), to=F32), scale)
+    shape = [batch, g.dim("query", 1), size, end]
+    return _received(g, _attention(g, g.MatMul(query, keys), slots, shape), slots, shape)
+
+
+def _attention(b: Body, logits: Value, slots: Value, shape: list[Value]) -> Value:
+    """[B, Hq, r, n] of logits [B, Hkv, G * r, n]; slots [B or 1, r]; ``shape``: B, Hq, r and n."""
+    logits = b.Reshape(logits, b.Concat(*shape, axis=0))
+    slots = b.Unsqueeze(slots, b.const([1, 3]))
+    # Before the softmax: whatever padding holds is gone, even NaN.
+    seen = b.LessOrEqual(b.arange(shape[-1]), slots)
+    return b.Softmax(b.Where(seen, logits, b.const(LOWEST, np.float32)), axis=-1)
+
+
+def _received(b: Body, attention: Value, slots: Value, shape: list[Value]) -> Value:
+    """[B, n]: attention summed over heads and used rows."""
+    batch, heads, size, end = shape
+    used = b.Cast(b.GreaterOrEqual(slots, b.const(0)), to=F32)
+    used = b.Expand(b.Unsqueeze(used, b.const([1])), b.Concat(batch, heads, size, axis=0))
+    # One product instead of a sum: unused rows weigh 0 and are finite.
+    used = b.Reshape(used, b.Concat(batch, b.const([1, -1]), axis=0))
+    rows = b.Reshape(attention, b.Concat(batch, b.const([-1]), end, axis=0))
+    return b.Squeeze(b.MatMul(used, rows), b.const([1]))
+
+
 def _scan(g: Body, chunks: Chunks, scored: bool, value: Value | None = None) -> list[Value]:
     """Sum of attention [B, N] over heads and used rows, if ``scored``; attention over ``value``
     [n, B, Hkv, G * extent, d], if given: then each chunk sees the keys up to its end."""
@@ -118,18 +153,10 @@ def _scan(g: Body, chunks: Chunks, scored: bool, value: Value | None = None) -> 
         keys = b.Slice(keys, b.const([0]), end, b.const([3]))
     logits = b.MatMul(b.Mul(b.Cast("chunk_query", to=F32), scale), keys)
     grouped = b.Shape(logits)
-    logits = b.Reshape(logits, b.Concat(batch, heads, size, end, axis=0))
-    slots = b.Unsqueeze("chunk_slots", b.const([1, 3]))  # [B or 1, 1, extent, 1]
-    # Before the softmax: whatever padding holds is gone, even NaN.
-    seen = b.LessOrEqual(b.arange(end), slots)
-    attention = b.Softmax(b.Where(seen, logits, b.const(LOWEST, np.float32)), axis=-1)
+    shape = [batch, heads, size, end]
+    attention = _attention(b, logits, "chunk_slots", shape)
     if scored:
-        used = b.Cast(b.GreaterOrEqual("chunk_slots", b.const(0)), to=F32)
-        used = b.Expand(b.Unsqueeze(used, b.const([1])), b.Concat(batch, heads, size, axis=0))
-        # One product instead of a sum: unused rows weigh 0 and are finite.
-        used = b.Reshape(used, b.Concat(batch, b.const([1, -1]), axis=0))
-        received = b.MatMul(used, b.Reshape(attention, b.Concat(batch, b.const([-1]), end, axis=0)))
-        received = b.Squeeze(received, b.const([1]))
+        received = _received(b, attention, "chunk_slots", shape)
         if value is not None:
             rest = b.Sub(positions, end)
             received = b.Pad(received, b.Concat(b.const([0] * 3), rest, axis=0))

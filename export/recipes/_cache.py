@@ -100,9 +100,8 @@ class CacheRule:
         length: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        (importance,) = CACHE_IMPORTANCE(
-            queries, key, index, length, scale=scale, chunk=self.queries
-        )
+        # So few queries need no loop.
+        (importance,) = CACHE_IMPORTANCE(queries, key, index, length, scale=scale, parts=1)
         return importance
 
     def _compact(
