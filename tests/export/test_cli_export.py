@@ -257,8 +257,8 @@ def test_models_are_listed_as_the_families_say(capsys: pytest.CaptureFixture[str
         for alias, hub_id in family.aliases.items():
             assert [name, alias, hub_id] in lines
         tested = [config for config, _ in family.tiny_configs()]
-        [row] = [x for x in text.splitlines() if x.endswith(", ".join(tested))]
-        assert row.split()[0] == name
+        ends = f" {', '.join(tested)}"
+        [row] = [x for x in text.splitlines() if x.split()[:1] == [name] and x.endswith(ends)]
         assert f" {family.pictures} " in row
         assert f" {family.video or 'no'} " in row
     assert "The weights on the hub were not run" in text

@@ -95,7 +95,7 @@ def test_what_is_no_clip(av: Any, file: Path, tmp_path: Path) -> None:
     refused(playlist, "is not a clip that can be read")
     sound = io.BytesIO()
     with av.open(sound, "w", format="matroska") as out:
-        stream = out.add_stream("flac", rate=8000)
+        stream = out.add_stream("pcm_s16le", rate=8000)
         samples = np.zeros((1, 8000), np.int16)
         frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
         frame.sample_rate = 8000

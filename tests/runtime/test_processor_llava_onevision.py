@@ -79,7 +79,8 @@ def test_tokens_equal_what_the_model_packs(
     assert picture.tokens <= ours.tiles.most_tokens <= (most or 10**9)
     rows = np.random.default_rng(0).normal(size=(1 + picture.rows, 3)).astype(np.float32)
     expected = packed(rows, picture.units, picture.size, GRID)
-    np.testing.assert_allclose(picture.features(rows), expected, atol=1e-6)
+    # A weight has the rounding of a coordinate of up to some forty patches.
+    np.testing.assert_allclose(picture.features(rows), expected, atol=2e-5)
     assert (picture.weight is not None) == (alone and picture.tokens > 0 and mixed(expected, rows))
     if not alone:
         assert picture.tokens == PATCHES**2 + 1
