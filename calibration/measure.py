@@ -67,7 +67,7 @@ def plan(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton = build_skeleton(family, config, torch.float32, mode)
     language = family.language(skeleton, config)
-    recipe = recipe.for_layers(len(language.blocks))
+    recipe = recipe.for_layers(len(language.blocks), language.deep)
     if recipe.name != "none" and not recipe.reductions():
         raise ParameterError(
             f"recipe '{recipe.name}' merges no tokens, so it changes nothing here; leave --recipe "

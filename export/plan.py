@@ -115,7 +115,8 @@ def make_plan(options: Options) -> Plan:
     skeleton = build_skeleton(family, config, dtype, mode)
     language = family.language(skeleton, config)
     layers = len(language.blocks)
-    recipe = _with_profile_file(options.recipe.for_layers(layers), layers, checkpoint)
+    recipe = options.recipe.for_layers(layers, language.deep)
+    recipe = _with_profile_file(recipe, layers, checkpoint)
     if early := [r.layer for r in recipe.reductions() if r.layer < language.deep]:
         raise ParameterError(
             f"recipe {recipe.name} merges image tokens at block {early[0]}, but this model adds "

@@ -82,8 +82,8 @@ class _Recording(Recipe):
     recipe: Recipe
     rule: CacheRule
 
-    def for_layers(self, layers: int) -> Self:
-        return type(self)(self.recipe.for_layers(layers), self.rule)
+    def for_layers(self, layers: int, deep: int = 0) -> Self:
+        return type(self)(self.recipe.for_layers(layers, deep), self.rule)
 
     def inputs(self) -> list[GraphInput]:
         return self.recipe.inputs()

@@ -58,7 +58,7 @@ class Reference:
     ) -> None:
         self.model, self.cache_dtype = model.eval(), cache_dtype
         self.language: LanguageModel = family.language(model, config)
-        self.recipe = recipe.for_layers(len(self.language.blocks))
+        self.recipe = recipe.for_layers(len(self.language.blocks), self.language.deep)
         self.vision = family.vision(model, config)
 
     @torch.no_grad()

@@ -48,9 +48,10 @@ class Recipe:
     summary: ClassVar[str]
     source: ClassVar[str]
 
-    def for_layers(self, layers: int) -> Self:
-        """The recipe with its defaults worked out and checked for a model of that depth."""
-        del layers
+    def for_layers(self, layers: int, deep: int = 0) -> Self:
+        """The recipe with its defaults worked out and checked for a model of that depth, whose
+        first ``deep`` blocks need all image tokens (DeepStack)."""
+        del layers, deep
         return self
 
     def inputs(self) -> list[GraphInput]:

@@ -47,7 +47,8 @@ class LightVLM(Recipe):
 
     keep: float = parameter(0.35, "final fraction of each picture's tokens, in (0, 1]")
     stages: tuple[int, ...] | None = parameter(
-        None, "blocks whose input is reduced; default max(1, round(L * 1/14, 2/7, 1/2))"
+        None,
+        "blocks whose input is reduced; default max(1, round(L * 1/14, 2/7, 1/2)), after DeepStack",
     )
     schedule: tuple[float, ...] | None = parameter(
         None, "fraction of the original tokens left after each stage; default keep ** (i / n)"
@@ -96,7 +97,7 @@ class LightVLM(Recipe):
             if list(self.schedule) != sorted(self.schedule, reverse=True):
                 raise ParameterError(f"schedule {list(self.schedule)} must not rise")
 
-    def for_layers(self, layers: int) -> Self:
+    def for_layers(self, layers: int, deep: int = 0) -> Self:
         if layers < 2:
             raise ParameterError(
                 f"recipe 'lightvlm' needs at least 2 layers, this model has {layers}; "
@@ -104,7 +105,8 @@ class LightVLM(Recipe):
             )
         stages = self.stages
         if stages is None:
-            stages = tuple(dict.fromkeys(max(1, round(layers * d)) for d in STAGE_DEPTHS))
+            places = (max(1, deep, round(layers * d)) for d in STAGE_DEPTHS)
+            stages = tuple(dict.fromkeys(min(place, layers - 1) for place in places))
         if max(stages) >= layers:
             raise ParameterError(
                 f"stages {list(stages)}: this model has blocks 1 to {layers - 1} to choose from"

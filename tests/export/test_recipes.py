@@ -24,6 +24,13 @@ def test_default_stages(layers: int, stages: tuple[int, ...]) -> None:
     assert LightVLM().for_layers(layers).stages == stages
 
 
+def test_default_stages_wait_for_all_features() -> None:
+    """DeepStack adds some behind the first blocks, for all image tokens."""
+    assert LightVLM().for_layers(28, 3).stages == (3, 8, 14)
+    assert LightVLM().for_layers(6, 2).stages == (2, 3)
+    assert LightVLM().for_layers(3, 3).stages == (2,)  # which is then refused
+
+
 @pytest.mark.parametrize(("keep", "mean"), [(0.35, 0.50), (0.15, 0.32), (0.03, 0.17)])
 def test_layer_mean_fraction_of_28_blocks(keep: float, mean: float) -> None:
     """The paper-sized model: 35/15/3 % at the end are 50/32/17 % on average."""
