@@ -24,7 +24,7 @@ from lvlm.runtime.processors._config import (
     planes,
     text,
 )
-from lvlm.runtime.processors._tiles import scaled
+from lvlm.runtime.processors._tiles import scaled_frame
 from lvlm.runtime.processors._video import evenly, sampling, video_options
 from lvlm.runtime.video import Clip, Footage
 
@@ -64,7 +64,7 @@ class LlavaOnevisionVideo:
         """See Video."""
         pictures = []
         for number, frame in enumerate(clip.read(indices), 1):
-            tile = planes(self._table, scaled(frame, self._side, self._side, self._resample))
+            tile = planes(self._table, scaled_frame(frame, self._side, self._side, self._resample))
             pictures.append(self._frame(tile, number == len(indices)))
         return Footage(self._image * len(pictures), pictures, self._token_id)
 

@@ -28,7 +28,7 @@ from lvlm.runtime.processors._config import (
     size_of,
     text,
 )
-from lvlm.runtime.processors._tiles import scaled
+from lvlm.runtime.processors._tiles import scaled_frame
 from lvlm.runtime.processors._video import check_enough, sampling, video_options
 from lvlm.runtime.video import Clip, Footage, Frame
 
@@ -137,7 +137,9 @@ class QwenVideo:
         pictures: list[Picture] = []
         for group in _grouped(clip.read(indices), self.per_picture):
             pixels = [
-                planes(self._table, scaled(frame, rows * side, columns * side, self._resample))
+                planes(
+                    self._table, scaled_frame(frame, rows * side, columns * side, self._resample)
+                )
                 for frame in group
             ]
             last = len(pictures) + 1 == len(times)

@@ -23,7 +23,7 @@ from lvlm.runtime.processors._config import (
     planes,
     text,
 )
-from lvlm.runtime.processors._tiles import scaled
+from lvlm.runtime.processors._tiles import scaled_frame
 from lvlm.runtime.processors._video import sampling, spoken, video_options
 from lvlm.runtime.video import Clip, Footage, Frame
 
@@ -99,8 +99,8 @@ class SmolVLMVideo:
             width += width % 2
         else:
             height += height % 2
-        pixels = scaled(frame, max(height, 1), max(width, 1), self._resample)
-        return planes(self._table, scaled(pixels, self._side, self._side, self._resample))
+        pixels = scaled_frame(frame, max(height, 1), max(width, 1), self._resample)
+        return planes(self._table, scaled_frame(pixels, self._side, self._side, self._resample))
 
 
 _MAX_EDGE = 4096
