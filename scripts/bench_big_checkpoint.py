@@ -1,8 +1,8 @@
-"""Export a checkpoint of LLaVA-1.5-7B's exact shapes (random fp16 weights); print time and memory.
+"""Export a checkpoint of a 7 or 8B model's exact shapes (random weights); print time and memory.
 
-    python scripts/bench_big_checkpoint.py --work /some/disk/with/30GB
+    python scripts/bench_big_checkpoint.py --work /some/disk/with/36GB --shape llava-1.5-7b
 
-The checkpoint is made once (about 14 GB) and kept in --work; the bundle is removed again.
+The checkpoint is made once (14 to 18 GB) and kept in --work, unless --remove; the bundle is not.
 """
 
 from __future__ import annotations
@@ -18,54 +18,26 @@ from importlib import resources
 from pathlib import Path
 
 import torch
+from big_shapes import SHAPES
 from safetensors.torch import save_file
 
 from lvlm.export.checkpoint import find_family
 
-CONFIG = {
-    "architectures": ["LlavaForConditionalGeneration"],
-    "model_type": "llava",
-    "image_token_index": 32000,
-    "projector_hidden_act": "gelu",
-    "vision_feature_layer": -2,
-    "vision_feature_select_strategy": "default",
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-    "text_config": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-05,
-        "vocab_size": 32064,
-    },
-    "vision_config": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
-    },
-}
 SHARD = 1_000_000_000  # bytes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="llava-1.5-7b")
     parser.add_argument("--recipe", default="lightvlm")
+    parser.add_argument("--remove", action="store_true", help="the checkpoint too, when done")
     args = parser.parse_args()
-    folder = args.work / "llava-7b-random"
+    folder = args.work / f"{args.shape}-random"
     if not (folder / "model.safetensors.index.json").exists():
-        make_checkpoint(folder)
+        make_checkpoint(folder, args.shape)
     stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    output = args.work / "llava-7b-bundle"
+    output = args.work / f"{args.shape}-bundle"
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "lvlm", "export", "-m", str(folder), "-r", args.recipe]
     began = time.perf_counter()
@@ -78,59 +50,44 @@ def main() -> None:
     print(f"peak resident memory  {peak / 1e9:.2f} GB")
     print(f"peak / checkpoint     {peak / stored:.3f}")
     shutil.rmtree(output)
+    if args.remove:
+        shutil.rmtree(folder)
 
 
-def make_checkpoint(folder: Path) -> None:
-    """Names as on the hub (older than the model class's own), shards of about 1 GB."""
+def make_checkpoint(folder: Path, shape: str) -> None:
+    """Shards of about 1 GB, a tokenizer and processors as small tests have them."""
     print(f"making a random checkpoint in {folder} …", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    family = find_family(CONFIG, "")
+    make, dtype = SHAPES[shape]
+    config = make()
+    family = find_family(config.to_dict(), "")
     with torch.device("meta"):
-        model = family.build(family.read_config(CONFIG))
-    noise = torch.empty(300_000_000, dtype=torch.float16).normal_(0, 0.02)
+        model = family.build(config)
+    noise = torch.empty(700_000_000, dtype=dtype).normal_(0, 0.02)
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
-    number = 0
 
     def flush() -> None:
-        nonlocal number
-        number += 1
-        name = f"model-{number:05d}.safetensors"
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
         save_file(shard, folder / name)
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
     for start, (name, parameter) in enumerate(model.named_parameters()):
         count, begin = parameter.numel(), start * 1009
-        shard[hub_name(name)] = noise[begin : begin + count].reshape(parameter.shape).clone()
-        if sum(t.numel() * 2 for t in shard.values()) > SHARD:
+        shard[name] = noise[begin : begin + count].reshape(parameter.shape).clone()
+        if sum(t.nbytes for t in shard.values()) > SHARD:
             flush()
     flush()
-    index = {"metadata": {}, "weight_map": weight_map}
     shipped = Path(str(resources.files("lvlm.assets") / "tiny-llava"))
-    tokenizer = json.loads((shipped / "tokenizer.json").read_text())
-    for token in tokenizer["added_tokens"]:
-        if token["content"] == "<image>":
-            token["id"] = CONFIG["image_token_index"]
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    side = {"height": 336, "width": 336}
-    processor = {"image_processor_type": "CLIPImageProcessor", "crop_size": side}
-    processor["size"] = {"shortest_edge": 336}
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(shipped / file, folder)
+    for file, content in family.tiny_files(config).items():
+        (folder / file).write_text(content)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def hub_name(name: str) -> str:
-    for new, old in (
-        ("lm_head.", "language_model.lm_head."),
-        ("model.language_model.", "language_model.model."),
-        ("model.vision_tower.", "vision_tower.vision_model."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-    ):
-        if name.startswith(new):
-            return old + name.removeprefix(new)
-    raise ValueError(name)
 
 
 if __name__ == "__main__":

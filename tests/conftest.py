@@ -34,7 +34,7 @@ torch.set_num_threads(1)  # small models: more threads only wait for one another
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--whole", action="store_true", help="every combination of the parity tests, 256 tokens"
+        "--whole", action="store_true", help="every combination of models and recipes, 256 tokens"
     )
     parser.addoption(
         "--stress-steps", type=int, default=90, help="random operations on the engine (90)"

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import onnx
 import pytest
-from bundles import CACHED, CACHED_USUAL, TINY
+from bundles import CACHED, CACHED_USUAL, MERGED, TINY
 
 from lvlm.runtime.bundle import read_bundle
 
 MODELS = ["tiny-llava", *TINY]
 VARIANTS = [
-    *((name, recipe) for name in MODELS for recipe in ("none", "lightvlm")),
+    *((name, "none") for name in MODELS),
+    *((name, "lightvlm") for name in MERGED),
     *CACHED_USUAL,
 ]
 
@@ -57,7 +58,7 @@ def test_weights_are_stored_once_and_used_as_they_lie(
     assert (folder / "weights.bin").stat().st_size == ends[-1][1]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MERGED)
 def test_prefill_merges_once_per_stage_and_compacts_every_layer(
     name: str, bundle: Callable[..., Path]
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import ASSETS, TINY, transformers_inputs
+from bundles import ASSETS, MERGED, TINY, transformers_inputs
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -113,14 +113,15 @@ def reference_answers(reference: Reference, model: Model, keep: float, count: in
     return answers
 
 
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        *((name, ()) for name in MODELS),
-        ("tiny-llava", ("merge=nearest", "importance=text")),
-        ("tiny-llava", ("merge=drop", "stages=[2,4]")),
-    ],
-)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"name", "settings"} <= set(metafunc.fixturenames):
+        names = MODELS if metafunc.config.getoption("--whole") else MERGED
+        cases: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
+        cases.append(("tiny-llava", ("merge=nearest", "importance=text")))
+        cases.append(("tiny-llava", ("merge=drop", "stages=[2,4]")))
+        metafunc.parametrize(("name", "settings"), cases)
+
+
 def test_lightvlm_equals_its_torch_reference(
     name: str,
     settings: tuple[str, ...],
