@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
@@ -31,19 +31,27 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="llava-1.5-7b")
     parser.add_argument("--recipe", default="lightvlm")
+    parser.add_argument("--only-make", action="store_true", help="the checkpoint, no export")
     parser.add_argument("--remove", action="store_true", help="the checkpoint too, when done")
     args = parser.parse_args()
     folder = args.work / f"{args.shape}-random"
-    if not (folder / "model.safetensors.index.json").exists():
+    if args.only_make:
         make_checkpoint(folder, args.shape)
+        return
+    if not (folder / "model.safetensors.index.json").exists():
+        # In a process of its own: a child's peak counts the memory of whom it is forked from
+        make = ["--work", str(args.work), "--shape", args.shape, "--only-make"]
+        subprocess.run([sys.executable, __file__, *make], check=True)
     stored = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     output = args.work / f"{args.shape}-bundle"
     shutil.rmtree(output, ignore_errors=True)
     command = [sys.executable, "-m", "lvlm", "export", "-m", str(folder), "-r", args.recipe]
     began = time.perf_counter()
-    subprocess.run([*command, "-o", str(output), "--no-validate"], check=True)
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    process = subprocess.Popen([*command, "-o", str(output), "--no-validate"])
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"the export failed ({os.waitstatus_to_exitcode(status)})")
+    seconds, peak = time.perf_counter() - began, used.ru_maxrss * 1024
     print(f"checkpoint            {stored / 1e9:.2f} GB")
     print(f"bundle                {sum(f.stat().st_size for f in output.iterdir()) / 1e9:.2f} GB")
     print(f"time                  {seconds:.0f} s")

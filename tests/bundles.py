@@ -41,6 +41,7 @@ USUAL = [
     for name, (family, config) in TINY.items()
     if family.name == "llava" or config is next(c for f, c in TINY.values() if f is family)
 ]
+OTHERS = [name for name in USUAL if not name.startswith("llava:")]  # one of each other family
 MERGED = ["tiny-llava", *USUAL]  # with lightvlm, likewise
 # In a normal run: every one on the trained model, and each of these with one of them.
 CACHED_USUAL = [

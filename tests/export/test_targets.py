@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from bundles import ASSETS, CACHED
+from bundles import ASSETS, CACHED, OTHERS
 from onnx import TensorProto, helper
 
 import lvlm
@@ -122,6 +122,22 @@ def test_lowered_graphs_hold_only_what_the_target_takes(
         assert [v.name for v in model.graph.input] == [v.name for v in canonical.graph.input]
         assert [v.name for v in model.graph.output] == [v.name for v in canonical.graph.output]
         check(model, path)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_family_lowers_for_every_target(
+    name: str, bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    original = bundle(name, max_images=2)
+    for target in TARGETS.values():
+        folder = lowered(original, tmp_path / target.name, target)
+        for graph in read_bundle(folder).graphs.values():
+            path = folder / target.file(graph.file)
+            model = onnx.load(path, load_external_data=False)
+            kinds = {(node.domain, node.op_type) for node in all_nodes(model)}
+            assert {op for domain, op in kinds if domain == ""} & NEW_OPS <= target.imports
+            check(model, path)
+        shutil.rmtree(folder)
 
 
 def dimensions(model: onnx.ModelProto) -> list[int | str]:
