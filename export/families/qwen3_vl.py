@@ -17,14 +17,8 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
 )
 
 from lvlm.export.families._common import tiny, tiny_token
-from lvlm.export.families._qwen_vl import (
-    Angles,
-    QwenVL,
-    patches,
-    run_block,
-    tiny_preprocessor,
-    tiny_text,
-)
+from lvlm.export.families._qwen_vision import Angles, patches, run_block
+from lvlm.export.families._qwen_vl import QwenVL, tiny_preprocessor, tiny_text
 from lvlm.export.language import LanguageModel
 
 
