@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.export.ops._contract import DOMAIN, OPSET, VERSION, Op
+from lvlm.export.plain_splits import plain_splits
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.export.standard_ops import PLACEHOLDER_DOMAIN, exchanged_leaves
 from lvlm.runtime.bundle import Port
@@ -94,6 +95,7 @@ def trace(
     _to_standard_domain(model)
     _add_functions(model)
     _constant_reshapes(model)
+    plain_splits(model)
     ir.passes.Sequential(
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),

@@ -195,7 +195,7 @@ class InternVL:
             "crop_to_patches": False,
             "size": {"height": height, "width": width},
             "min_patches": 1,
-            "max_patches": 200 // height,
+            "max_patches": max(1, 200 // height),
         }
         return {
             "preprocessor_config.json": json.dumps(processor),

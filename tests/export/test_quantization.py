@@ -168,10 +168,8 @@ def test_bundles_equal_torch_with_rounded_weights_and_cache(
     with lvlm.load(folder) as model:
         for row in ROWS:
             prompt = model.prepare(0, *row, Request(chat_template=False))
-            features = reference.encode(prompt.pixels) if len(prompt.pixels) else torch.zeros(0)
-            answers.append(
-                reference.generate(prompt.ids, prompt.image_id, features, max_new_tokens=STEPS)
-            )
+            features = reference.encode(prompt.pictures)
+            answers.append(reference.generate(prompt, features, max_new_tokens=STEPS))
         fast = follow(model, answers)
     with lvlm.load(canonical(folder, tmp_path / "canonical")) as model:
         exact = follow(model, answers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +45,7 @@ def build_engines(
     **changes: Any,
 ) -> EngineSet:
     """A copy of the bundle ``source`` in ``folder``, with engines."""
-    shutil.copytree(source, folder, copy_function=os.link)
+    shutil.copytree(source, folder)
     manifest = read_bundle(folder)
     where = folder / "engines" / "sm89-fake"
     where.mkdir(parents=True)

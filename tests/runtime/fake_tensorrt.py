@@ -225,12 +225,13 @@ class FakeEngine:
     def is_shape_inference_io(self, name: str) -> bool:
         return name in self.reads_on_host
 
-    def dims(self, name: str) -> list[int | str]:
+    def dims(self, name: str) -> list[int | str | None]:
+        """None: an extent that is computed, of outputs."""
         port = self.inputs.get(name) or self.outputs[name]
         return [self.built["static"].get(d, d) for d in port.shape]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(-1 if isinstance(d, str) else d for d in self.dims(name))
+        return tuple(d if isinstance(d, int) else -1 for d in self.dims(name))
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[list[int]]:
         assert profile == 0
@@ -253,6 +254,7 @@ class FakeContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.workspace = (0, 0)
+        self.known: dict[str, tuple[int, ...]] = {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         if -1 in self.engine.get_tensor_shape(name):
@@ -273,7 +275,20 @@ class FakeContext:
             for port, shape in self.shapes.items()
             for dim, length in zip(self.engine.dims(port), shape, strict=True)
         }
-        return tuple(lengths[d] if isinstance(d, str) else d for d in self.engine.dims(name))
+        dims = self.engine.dims(name)
+        if None in dims:
+            return self._computed(name)
+        return tuple(lengths[d] if isinstance(d, str) else d for d in dims)  # type: ignore[misc]
+
+    def _computed(self, name: str) -> tuple[int, ...]:
+        key = repr((name, sorted(self.shapes.items())))
+        if key not in self.known:
+            engine = self.engine
+            fixed = {n: engine.get_tensor_shape(n) for n in engine.inputs}  # weights
+            shapes = {**fixed, **self.shapes}
+            zeros = {n: np.zeros(s, engine.dtype(n)) for n, s in shapes.items()}
+            self.known[key] = self.engine.session.run([name], zeros)[0].shape
+        return self.known[key]
 
     def update_device_memory_size_for_shapes(self) -> int:
         return 16 * sum(math.prod(shape) for shape in self.shapes.values())
