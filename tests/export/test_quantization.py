@@ -174,19 +174,24 @@ def test_bundles_equal_torch_with_rounded_weights_and_cache(
     with lvlm.load(canonical(folder, tmp_path / "canonical")) as model:
         exact = follow(model, answers)
     assert len({tuple(answer.tokens) for answer in answers}) == len(ROWS)
-    alike = 0
+    alike = sure = 0
     for step in range(STEPS):
         wanted = np.stack([answer.logits[step].numpy() for answer in answers])
         largest = np.abs(wanted).max()
-        assert np.abs(exact[step] - wanted).max() < 2e-3 * largest
+        near = 2e-3 * largest
+        assert np.abs(exact[step] - wanted).max() < near
         # Random weights amplify rounding, and where it decides which entries compaction drops,
         # the answers go different ways.
         if which != "compacted" or step < INTERVAL:
             limit = 5e-2 if which == "trained" else 0.1
             assert np.abs(fast[step] - wanted).max() < limit * largest
-        tokens = [answer.tokens[step] for answer in answers]
-        assert exact[step].argmax(1).tolist() == tokens
+        tokens = np.array([answer.tokens[step] for answer in answers])
+        second, best = np.sort(wanted, axis=1)[:, -2:].T
+        decided = best - second > 2 * near
+        assert (exact[step].argmax(1) == tokens)[decided].all()
+        sure += int(decided.sum())
         alike += int((fast[step].argmax(1) == tokens).sum())
+    assert sure > 0.9 * STEPS * len(ROWS)
     if which == "trained":  # random weights leave many tokens undecided
         assert alike >= 0.95 * STEPS * len(ROWS)
 
