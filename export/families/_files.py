@@ -52,7 +52,7 @@ def prompt_files(folder: Path, text_config: Any) -> PromptFiles:
         if isinstance(token, str):
             specials[name] = token
     eos = read_json(folder / "generation_config.json").get("eos_token_id")
-    eos = text_config.eos_token_id if eos is None else eos
+    eos = getattr(text_config, "eos_token_id", None) if eos is None else eos  # Qwen3-VL: no default
     ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     return PromptFiles(
         chat_template=template if isinstance(template, str) else None,
