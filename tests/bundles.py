@@ -42,7 +42,8 @@ USUAL = [
     if family.name == "llava" or config is next(c for f, c in TINY.values() if f is family)
 ]
 OTHERS = [name for name in USUAL if not name.startswith("llava:")]  # one of each other family
-MERGED = ["tiny-llava", *USUAL]  # with lightvlm, likewise
+# With lightvlm in a normal run: one of every family, whose text models are all there are.
+MERGED = ["tiny-llava", "llava:llama-mha-bias-rope3-siglip", *OTHERS]
 # In a normal run: every one on the trained model, and each of these with one of them.
 CACHED_USUAL = [
     *(("tiny-llava", cached) for cached in CACHED),
