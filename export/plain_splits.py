@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 
 def plain_splits(model: ir.Model) -> int:
-    """Replace every SplitToSequence of known parts that SequenceAt alone reads; how many."""
+    """Replace every SplitToSequence of known parts that SequenceAt alone reads, none of them an
+    output of the graph; how many."""
     done = 0
     for node in list(model.graph):
         if node.domain == "" and node.op_type == "SplitToSequence":
@@ -22,7 +23,9 @@ def _replace(graph: ir.Graph, node: ir.Node) -> bool:
     if sizes is None or any(reader.op_type != "SequenceAt" for reader in readers):
         return False
     places = [_constant(reader.inputs[1]) for reader in readers]
-    if any(place is None for place in places):
+    if any(place is None for place in places) or any(
+        reader.outputs[0].is_graph_output() for reader in readers
+    ):
         return False
     name = node.outputs[0].name
     lengths = ir.node("Constant", [], attributes={"value_ints": sizes})

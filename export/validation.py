@@ -28,7 +28,7 @@ from lvlm.runtime.prompts import Prompt
 
 if TYPE_CHECKING:
     from lvlm.export.families._base import Family
-from lvlm.export.plan import Plan
+    from lvlm.export.plan import Plan
 
 PICTURE, QUESTION, TOKENS = "samples/digits-1.png", "Describe the picture.", 24
 # Largest |difference| over the largest |reference|, by the dtype that was run.

@@ -53,13 +53,12 @@ class Graphs:
         parts: list[np.ndarray] = []
         units = sum(p.units for p in pictures)
         each = sum(p.rows for p in pictures) // max(1, units)
+        names = pictures[0].arrays if pictures else ()
+        arrays = {name: np.concatenate([p.arrays[name] for p in pictures]) for name in names}
         for first in range(0, units, UNITS_AT_ONCE):
             some = slice(first, min(first + UNITS_AT_ONCE, units))
-            arrays = {
-                name: np.concatenate([p.arrays[name] for p in pictures])[some]
-                for name in pictures[0].arrays
-            }
-            rows = self._vision(arrays, each * (some.stop - some.start))
+            taken = {name: array[some] for name, array in arrays.items()}
+            rows = self._vision(taken, each * (some.stop - some.start))
             parts.append(rows[shared if parts else 0 :])
         return np.concatenate(parts) if parts else np.empty((0, self.manifest.feature_width))
 

@@ -20,19 +20,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from bench_prefill import make_bundle
 from make_checkpoint import make_model
+from random_prompt import random_prompt
 
 import lvlm
 from lvlm.export.recipes.elastic_cache import ElasticCache
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.recipes.prefixkv import PrefixKV
-from lvlm.runtime.pictures import Picture
 from lvlm.runtime.prompts import Prompt
-from lvlm.runtime.sampling import Sampling
 
 RECIPES = {r.name: r for r in (NoCompression(), ElasticCache(), PrefixKV(), LightVLM(keep=1.0))}
 # name of the row: recipe (None: transformers), call options, share of prompt and answer
@@ -70,27 +68,16 @@ def main() -> None:
         paired_table(args.work, length, args.new)
 
 
-def prompt_of(length: int, new: int) -> Prompt:
-    """``length`` tokens, 576 of them a picture's where they fit."""
-    ids = np.random.default_rng(0).integers(10, 512, length)
-    image_id, pictures = np.zeros(length, np.int64), []
-    if length > 576 + 5:
-        image_id[5:581], ids[5:581] = 1, 3
-        pixels = np.random.default_rng(1).normal(size=(1, 3, 336, 336)).astype(np.float32)
-        pictures.append(Picture({"pixel_values": pixels}, 576, np.arange(576)[:, None]))
-    return Prompt(ids.tolist(), image_id, pictures, np.arange(length), Sampling(), new)
-
-
 def decode_row(work: Path, name: str, length: int, new: int) -> dict[str, Any]:
     recipe, options, share = ROWS[name]
     length, new = round(length * share), round(new * share)
     before = memory("VmRSS")
     if recipe is None:
-        steps, cache = transformers_steps(work, prompt_of(length, new), new)
+        steps, cache = transformers_steps(work, random_prompt(length, new), new)
         exact = None
     else:
         with lvlm.load(work / f"cache-{recipe}", verify=False) as model:
-            batch = model.batches.start([prompt_of(length, new)], **options)
+            batch = model.batches.start([random_prompt(length, new)], **options)
             steps = []
             for _ in range(new - 1):
                 batch.rows[0].tokens.append(int(batch.logits[0].argmax()))
@@ -176,7 +163,7 @@ class Stream:
 
     def step(self) -> None:
         if not self.left:
-            prompt = prompt_of(self.length, self.new)
+            prompt = random_prompt(self.length, self.new)
             self.batch = self.model.batches.start([prompt], **self.options)
             self.left = self.new - 1
         self.batch.rows[0].tokens.append(int(self.batch.logits[0].argmax()))
@@ -213,7 +200,7 @@ def prefill_table(work: Path, length: int, rounds: int) -> None:
     for number in range(rounds + 1):
         for name, model in models.items():
             options = {"kv_keep": 0.2} if name != "none" else {}
-            batch = model.batches.start([prompt_of(length, 1)], **options)
+            batch = model.batches.start([random_prompt(length, 1)], **options)
             if number:  # the first round warms up
                 times[name].append(batch.timings.prefill_ms)
     full = statistics.median(times["none"])

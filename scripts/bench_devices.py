@@ -18,11 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+from random_prompt import prompt_for
 
 import lvlm
-from lvlm.runtime.prompts import Prompt
-from lvlm.runtime.sampling import Sampling
 
 
 def main() -> None:
@@ -48,7 +46,9 @@ def main() -> None:
                 command += ["--batch", str(batch), "--prompt", str(length)]
                 command += ["--steps", str(args.steps), "--rounds", str(args.rounds)]
                 command += [] if args.threads is None else ["--threads", str(args.threads)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    sys.exit(f"{device}: {done.stderr.strip().splitlines()[-1]}")
                 found = json.loads(done.stdout.splitlines()[-1])
                 row = (device, length, batch, *(f"{value:.4g}" for value in found.values()))
                 print(f"| {' | '.join(map(str, row))} |", flush=True)
@@ -59,7 +59,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     began = time.perf_counter()
     with lvlm.load(args.bundle, device=args.one, threads=args.threads, verify=False) as model:
         load, resident = time.perf_counter() - began, memory("VmRSS") - before
-        rows = [prompt(model, args.prompt[0], args.steps, row) for row in range(args.batch[0])]
+        length, made = args.prompt[0], range(args.batch[0])
+        rows = [prompt_for(model.manifest, length, args.steps, row) for row in made]
         prefills, steps = [], []
         for _ in range(args.rounds + 1):
             batch = model.batches.start(rows)
@@ -78,16 +79,6 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         "prefill": statistics.median(prefills[1:]),
         "decode": statistics.median(steps),
     }
-
-
-def prompt(model: lvlm.Model, length: int, new: int, seed: int) -> Prompt:
-    images, random = model.manifest.images, np.random.default_rng(seed)
-    ids = random.integers(10, min(500, model.manifest.text.vocab), length)
-    image_id, pixels = np.zeros(length, np.int64), np.zeros((0, 3, *images.size), np.float32)
-    if length > images.tokens + 5:
-        image_id[5 : 5 + images.tokens], ids[5 : 5 + images.tokens] = 1, images.token_id
-        pixels = random.normal(size=(1, 3, *images.size)).astype(np.float32)
-    return Prompt(ids.tolist(), image_id, pixels, Sampling(), new)
 
 
 def memory(which: str) -> float:

@@ -26,13 +26,12 @@ from typing import Any
 
 import numpy as np
 from bench_big_checkpoint import make_checkpoint
+from random_prompt import prompt_for
 
 import lvlm
 from lvlm.runtime.bundle import Manifest, read_bundle
-from lvlm.runtime.errors import LvlmError
-from lvlm.runtime.pictures import Picture
+from lvlm.runtime.errors import LvlmError, ParameterError
 from lvlm.runtime.prompts import Prompt
-from lvlm.runtime.sampling import Sampling
 
 CASES = ("1x1024+512", "8x1024+512", "16x1024+512", "16x624+256", "48x624+256", "1x1024+4096")
 # name of a row: recipe (None: transformers), settings at export, options of a call
@@ -90,9 +89,9 @@ def main() -> None:
 def checkpoint(args: argparse.Namespace) -> Path:
     if args.shape == "tiny":
         return Path(str(resources.files("lvlm.assets") / "tiny-llava"))
-    folder = Path(args.work) / "llava-7b-random"
+    folder = Path(args.work) / "llava-1.5-7b-random"
     if not (folder / "model.safetensors.index.json").exists():
-        make_checkpoint(folder)
+        make_checkpoint(folder, "llava-1.5-7b")
     return folder
 
 
@@ -183,17 +182,11 @@ def run_ours(
 
 
 def prompt_of(manifest: Manifest, case: Case, row: int) -> Prompt:
-    """``case.prompt`` tokens, the picture's after the fifth."""
-    image, count = manifest.images, manifest.images.tokens
-    random = np.random.default_rng(row)
-    ids = random.integers(10, min(512, manifest.text.vocab), case.prompt)
-    image_id = np.zeros(case.prompt, np.int64)
-    image_id[5 : 5 + count] = 1
-    if case.prompt < 5 + count + 1:
-        raise lvlm.ParameterError(f"a prompt of {case.prompt} has no room for {count} image tokens")
-    pixels = random.normal(size=(1, 3, *image.size)).astype(np.float32)
-    picture = Picture({"pixel_values": pixels}, count, np.arange(count)[:, None])
-    return Prompt(ids.tolist(), image_id, [picture], np.arange(len(ids)), Sampling(), case.new)
+    prompt = prompt_for(manifest, case.prompt, case.new, row)
+    if not prompt.pictures:
+        tokens = manifest.images.tokens
+        raise ParameterError(f"a prompt of {case.prompt} has no room for {tokens} image tokens")
+    return prompt
 
 
 def transformers_row(args: argparse.Namespace, case: Case) -> dict[str, Any]:

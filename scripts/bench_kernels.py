@@ -257,11 +257,10 @@ def time_products(
     random = np.random.default_rng(0)
     gemm = form.startswith("Gemm")
     shape = (width, depth) if gemm else (depth, width)
+    transposed: dict[str, Any] = {"transB": 1} if gemm else {}
     weights = {f"w_{i}": random.standard_normal(shape, np.float32) for i in range(copies)}
     nodes = [
-        helper.make_node(
-            "Gemm" if gemm else "MatMul", ["x", w], [f"out_{w}"], **({"transB": 1} if gemm else {})
-        )
+        helper.make_node("Gemm" if gemm else "MatMul", ["x", w], [f"out_{w}"], **transposed)
         for w in weights
     ]
     model = graph(nodes, {"x": np.zeros((1, depth), np.float32)}, weights, 24)

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from make_checkpoint import SHAPES, make_model
+from random_prompt import random_prompt
 
 import lvlm
 from lvlm.export.exporter import export, stages
@@ -26,9 +26,6 @@ from lvlm.export.plan import Options, make_plan
 from lvlm.export.progress import Progress
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
-from lvlm.runtime.pictures import Picture
-from lvlm.runtime.prompts import Prompt
-from lvlm.runtime.sampling import Sampling
 
 KEEPS = (1.0, 0.35, 0.15, 0.03)
 TEXT = SHAPES["135m"]
@@ -40,18 +37,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=608, help="tokens, 576 of them the picture's")
     args = parser.parse_args()
-    config, torch_model = make_model(args.work / "checkpoint")
+    _, torch_model = make_model(args.work / "checkpoint")
     bundles = {
         recipe.name: make_bundle(args.work, recipe, f"bundle-{recipe.name}")
         for recipe in (NoCompression(), LightVLM(kv="none"))
     }
-    ids = np.random.default_rng(0).integers(10, 512, args.prompt)
-    image_id = np.zeros(args.prompt, np.int64)
-    image_id[5:581] = 1
-    ids[5:581] = config.image_token_id
-    pixels = np.random.default_rng(1).normal(size=(1, 3, 336, 336)).astype(np.float32)
-    picture = Picture({"pixel_values": pixels}, 576, np.arange(576)[:, None])
-    prompt = Prompt(ids.tolist(), image_id, [picture], np.arange(len(ids)), Sampling(), 1)
+    prompt = random_prompt(args.prompt, 1)
+    pixels = torch.from_numpy(prompt.pictures[0].arrays["pixel_values"])
     models = {name: lvlm.load(folder) for name, folder in bundles.items()}
 
     def ours(name: str, keep: float) -> Callable[[], tuple[float, list[int]]]:
@@ -63,8 +55,8 @@ def main() -> None:
 
     def transformers() -> tuple[float, list[int]]:
         with torch.no_grad():
-            features = torch_model.get_image_features(torch.from_numpy(pixels)).pooler_output
-            embeds = torch_model.get_input_embeddings()(torch.from_numpy(ids)[None])
+            features = torch_model.get_image_features(pixels).pooler_output
+            embeds = torch_model.get_input_embeddings()(torch.tensor([prompt.ids]))
             embeds[0, 5:581] = features[0]
             began = time.perf_counter()
             torch_model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1)

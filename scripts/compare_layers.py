@@ -91,18 +91,22 @@ def record(args: argparse.Namespace) -> dict[str, Arrays]:
     """What the last call of every graph was given, by a real question on the CPU."""
     found: dict[str, Arrays] = {}
 
+    class Recording:
+        def __init__(self, name: str, call: Call, bound: Mapping[str, Any]) -> None:
+            self.name, self.call, self.bound, self.stop = name, call, bound, call.stop
+
+        def __call__(
+            self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
+        ) -> None:
+            found[self.name] = {k: np.array(v) for k, v in {**self.bound, **inputs}.items()}
+            self.call(inputs, outputs)
+
     class Recorder:
         def __init__(self, name: str, session: Session) -> None:
             self.name, self.session = name, session
 
         def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
-            call = self.session.bind(inputs, outputs)
-
-            def recording(given: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray]) -> None:
-                found[self.name] = {k: np.array(v) for k, v in {**inputs, **given}.items()}
-                call(given, out)
-
-            return recording
+            return Recording(self.name, self.session.bind(inputs, outputs), inputs)
 
     with load(args.bundle, verify=not args.no_verify) as model:
         for name in model.manifest.graphs:

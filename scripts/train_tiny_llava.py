@@ -179,7 +179,8 @@ def pixels(grids: list[digits.Grid]) -> torch.Tensor:
 def patch_features(model: LlavaForConditionalGeneration, images: torch.Tensor) -> torch.Tensor:
     """[B, 144, 128]: what the projector reads."""
     out = model.model.vision_tower(images, output_hidden_states=True)
-    return out.hidden_states[-2][:, 1:]
+    patches: torch.Tensor = out.hidden_states[-2][:, 1:]
+    return patches
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -240,7 +241,7 @@ class Layout:
     because every digit is one token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
+        self.tokenizer = tokenizer
         self.prefix = [1, *self.encode("USER: "), *[3] * IMAGE_TOKENS, *self.encode("\n")]
         self.image_at = len(self.prefix) - IMAGE_TOKENS - len(self.encode("\n"))
         _, answered, turn, position = self.sequence(
@@ -253,6 +254,9 @@ class Layout:
         self.mask = torch.zeros(size, size).masked_fill(~sees, -1e9)[None, None]
         # Kind of each predicted answer token, for reports.
         self.kinds = [TURNS[int(t)] for t in turn[answered]]
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def sequence(self, grid: digits.Grid, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
         """ids [S], whether a token belongs to an answer [S], its turn [S], its position [S]."""

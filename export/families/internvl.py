@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from lvlm.export.families._base import PromptFiles, too_few_tokens
+from lvlm.export.families._base import PromptFiles
 from lvlm.export.families._common import (
     ROPE_TYPES,
     added_token,
@@ -34,6 +34,7 @@ from lvlm.export.families._common import (
     token_text,
 )
 from lvlm.export.families._files import prompt_files
+from lvlm.export.families._whole_tiles import fewer_tiles, tile_images
 from lvlm.export.language import LanguageModel
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.runtime.bundle import Images
@@ -123,22 +124,10 @@ class InternVL:
                 f"the image processor makes tiles of {processor['size']}, the vision tower takes "
                 f"{size[0]} x {size[1]}; make them equal"
             )
-        return Images(
-            token=token,
-            token_id=config.image_token_id,
-            tokens=most_tokens(processor),
-            grid=(),
-            size=size,
-            processor=processor,
-            most={"units": most_tokens(processor) // (along * along)},
-        )
+        return tile_images(token, config.image_token_id, size, processor, most_tokens)
 
     def bounded(self, images: Images, tokens: int) -> Images:
-        processor = with_most_tokens(images.processor, tokens)
-        if processor is None:
-            raise too_few_tokens(tokens, images.processor["tile_tokens"])
-        tokens, each = most_tokens(processor), images.processor["tile_tokens"]
-        return replace(images, tokens=tokens, processor=processor, most={"units": tokens // each})
+        return fewer_tiles(images, tokens, with_most_tokens, most_tokens)
 
     def prompt(self, config: InternVLConfig, folder: Path) -> PromptFiles:
         return prompt_files(folder, config.text_config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from transformers import (
 )
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
-from lvlm.export.families._base import PromptFiles, too_few_tokens
+from lvlm.export.families._base import PromptFiles
 from lvlm.export.families._common import (
     added_token,
     build_model,
@@ -33,6 +32,7 @@ from lvlm.export.families._common import (
     video_preprocessor,
 )
 from lvlm.export.families._files import prompt_files
+from lvlm.export.families._whole_tiles import fewer_tiles, tile_images
 from lvlm.export.language import LanguageModel
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.runtime.bundle import Images
@@ -110,22 +110,10 @@ class SmolVLM:
                 f"the image processor makes tiles of {processor['side']} pixels, the vision tower "
                 f"takes {side}; make max_image_size and image_size equal"
             )
-        return Images(
-            token=token,
-            token_id=config.image_token_id,
-            tokens=most_tokens(processor),
-            grid=(),
-            size=(side, side),
-            processor=processor,
-            most={"units": most_tokens(processor) // (along * along)},
-        )
+        return tile_images(token, config.image_token_id, (side, side), processor, most_tokens)
 
     def bounded(self, images: Images, tokens: int) -> Images:
-        processor = with_most_tokens(images.processor, tokens)
-        if processor is None:
-            raise too_few_tokens(tokens, images.processor["tile_tokens"])
-        tokens, each = most_tokens(processor), images.processor["tile_tokens"]
-        return replace(images, tokens=tokens, processor=processor, most={"units": tokens // each})
+        return fewer_tiles(images, tokens, with_most_tokens, most_tokens)
 
     def prompt(self, config: SmolVLMConfig, folder: Path) -> PromptFiles:
         return prompt_files(folder, config.text_config)

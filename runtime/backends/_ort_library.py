@@ -9,6 +9,7 @@ functions are found by their place in the table ``OrtApi``, to which versions on
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import weakref
 from collections.abc import Callable, Mapping
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_void_p
@@ -78,11 +79,19 @@ class OrtError(Exception):
     """What ONNX Runtime says went wrong."""
 
 
-def find_library(package: Path) -> Path | None:
-    """The C library in the folder of the package onnxruntime; None where a build has none."""
+def find_library() -> Path | None:
+    """The C library in the package onnxruntime, which is not imported; None where there is none."""
+    try:
+        spec = importlib.util.find_spec("onnxruntime")
+    except ValueError:  # of a module that somebody made up
+        spec = None
+    folders = () if spec is None else spec.submodule_search_locations or ()
     patterns = ("libonnxruntime.so*", "libonnxruntime*.dylib", "onnxruntime.dll")
-    found = [path for pattern in patterns for path in sorted((package / "capi").glob(pattern))]
-    return found[0] if found else None
+    for folder in folders:
+        for pattern in patterns:
+            for path in sorted((Path(folder) / "capi").glob(pattern)):
+                return path
+    return None
 
 
 class Handle:

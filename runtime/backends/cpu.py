@@ -12,6 +12,7 @@ from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.errors import BackendError
 
 TARGET = "ort-cpu"  # whose form of a graph it runs where the bundle has one
+MEND = "install lvlm-deploy[cpu] (or lvlm-deploy[cuda] on NVIDIA machines)"
 
 
 class Backend(OnnxRuntime):
@@ -23,12 +24,15 @@ class Backend(OnnxRuntime):
     name = "cpu"
 
     def __init__(self, threads: int | None = None) -> None:
-        ort = require(
-            "onnxruntime", "install lvlm-deploy[cpu] (or lvlm-deploy[cuda] on NVIDIA machines)"
-        )
+        library = find_library()
+        # The Python package takes 19 MB for calls that are of no use here
+        ort = None if library else require("onnxruntime", MEND)
         super().__init__(ort, ["CPUExecutionProvider"], threads)
-        library = find_library(Path(ort.__file__).parent)
-        self.shared = None if library is None else SharedWeights(library, threads)
+        try:
+            self.shared = None if library is None else SharedWeights(library, threads)
+        except (OrtError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise BackendError(f"onnxruntime cannot be loaded ({reason}); {MEND}") from None
 
     def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
         if manifest.dtype == "bfloat16":

@@ -22,7 +22,7 @@ from lvlm.runtime.processors import Processor
 from lvlm.runtime.processors._config import (
     MAX_OUTPUT_SIDE,
     integer,
-    per_channel,
+    pixel_options,
     pixel_table,
     planes,
     processor_kind,
@@ -204,9 +204,6 @@ def tiles_config(
         "side": side,
         "patches": patches,
         "resolutions": given["image_grid_pinpoints"],
-        "resample": given["resample"],
-        "rescale_factor": given["rescale_factor"] if given["do_rescale"] else None,
-        "mean": per_channel(given["image_mean"]) if given["do_normalize"] else None,
-        "std": per_channel(given["image_std"]) if given["do_normalize"] else None,
+        **pixel_options(given),
         "max_tokens": None,
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -142,3 +143,23 @@ def per_channel(value: object) -> object:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return list(value)
     return [value] * 3
+
+
+def pixel_options(given: Mapping[str, object]) -> dict[str, object]:
+    """How pixels are scaled, and what their levels become; None: that step is left out."""
+    normalised = bool(given["do_normalize"])
+    return {
+        "resample": given["resample"],
+        "rescale_factor": given["rescale_factor"] if given["do_rescale"] else None,
+        "mean": per_channel(given["image_mean"]) if normalised else None,
+        "std": per_channel(given["image_std"]) if normalised else None,
+    }
+
+
+@contextmanager
+def judging(kind: str) -> Iterator[None]:
+    """What a processor says of the config made from a checkpoint's, as ParameterError."""
+    try:
+        yield
+    except BundleError as error:
+        raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None

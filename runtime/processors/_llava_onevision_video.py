@@ -19,7 +19,7 @@ from lvlm.runtime.processors._config import (
     check_keys,
     integer,
     need,
-    per_channel,
+    pixel_options,
     pixel_table,
     planes,
     text,
@@ -104,8 +104,5 @@ def video_config(
         "sample": bool(options["do_sample_frames"]),
         "fps": options.get("fps"),
         "num_frames": options.get("num_frames"),
-        "resample": options["resample"],
-        "rescale_factor": options["rescale_factor"] if options["do_rescale"] else None,
-        "mean": per_channel(options["image_mean"]) if options["do_normalize"] else None,
-        "std": per_channel(options["image_std"]) if options["do_normalize"] else None,
+        **pixel_options(options),
     }

@@ -22,7 +22,7 @@ from lvlm.runtime.processors._config import (
     check_keys,
     integer,
     need,
-    per_channel,
+    pixel_options,
     pixel_table,
     planes,
     size_of,
@@ -291,8 +291,5 @@ def video_config(
         "max_pixels": bounds.get("longest_edge"),
         "cap": options["max_video_tokens"] if options.get("cap_pixels_per_frame") else None,
         "second": second,
-        "resample": options["resample"],
-        "rescale_factor": options["rescale_factor"] if options["do_rescale"] else None,
-        "mean": per_channel(options["image_mean"]) if options["do_normalize"] else None,
-        "std": per_channel(options["image_std"]) if options["do_normalize"] else None,
+        **pixel_options(options),
     }

@@ -18,7 +18,7 @@ from lvlm.runtime.processors._config import (
     MAX_OUTPUT_SIDE,
     check_keys,
     integer,
-    per_channel,
+    pixel_options,
     pixel_table,
     planes,
     text,
@@ -136,8 +136,5 @@ def video_config(given: Mapping[str, Any], token_id: int, side: int) -> dict[str
         "fps": own.get("fps", options.get("fps")),
         "num_frames": own.get("max_frames", options.get("num_frames")),
         "longest_edge": size["longest_edge"],
-        "resample": options["resample"],
-        "rescale_factor": options["rescale_factor"] if options["do_rescale"] else None,
-        "mean": per_channel(options["image_mean"]) if options["do_normalize"] else None,
-        "std": per_channel(options["image_std"]) if options["do_normalize"] else None,
+        **pixel_options(options),
     }

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lvlm.runtime.errors import BundleError, ParameterError
+from lvlm.runtime.errors import ParameterError
 from lvlm.runtime.images import MAX_PIXELS
 from lvlm.runtime.pictures import Picture
 from lvlm.runtime.processors._config import (
@@ -21,8 +21,9 @@ from lvlm.runtime.processors._config import (
     check_keys,
     height_width,
     integer,
+    judging,
     need,
-    per_channel,
+    pixel_options,
     pixel_table,
     planes,
     processor_kind,
@@ -148,21 +149,16 @@ def normalise_config(
     config: dict[str, object] = {
         "name": InternVLProcessor.name,
         "size": size_of(given["size"], square=True),
-        "resample": given["resample"],
         "min_tiles": given["min_patches"],
         "max_tiles": given["max_patches"],
-        "rescale_factor": given["rescale_factor"] if given["do_rescale"] else None,
-        "mean": per_channel(given["image_mean"]) if given["do_normalize"] else None,
-        "std": per_channel(given["image_std"]) if given["do_normalize"] else None,
+        **pixel_options(given),
         "tile_tokens": tile_tokens,
         "image_token": image_token,
         "start": start,
         "end": end,
     }
-    try:
+    with judging(kind):
         InternVLProcessor(config)
-    except BundleError as error:
-        raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None
     return config
 
 

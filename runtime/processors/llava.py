@@ -26,9 +26,11 @@ from lvlm.runtime.processors._config import (
     colour,
     height_width,
     integer,
+    judging,
     need,
     numbers,
     per_channel,
+    pixel_options,
     pixel_table,
     processor_kind,
     size_of,
@@ -183,22 +185,17 @@ def normalise_config(preprocessor: Mapping[str, object], image_tokens: int) -> d
         raise ParameterError(f"{kind} with {option} is not supported; turn it off in its config")
     size = size_of(given["size"], square=bool(given.get("default_to_square")))
     crop = size_of(given["crop_size"], square=True)
-    mean, std = per_channel(given["image_mean"]), per_channel(given["image_std"])
-    try:
+    mean = per_channel(given["image_mean"])
+    with judging(kind):
         colour = [int(x * 255) for x in numbers("image_mean", mean, 3, low=0)] if pad else [0] * 3
         config: dict[str, object] = {
             "name": LlavaProcessor.name,
             "resize": size if given["do_resize"] else None,
-            "resample": given["resample"],
             "crop": crop if given["do_center_crop"] else None,
             "pad_to_square": pad,
             "pad_value": colour,
-            "rescale_factor": given["rescale_factor"] if given["do_rescale"] else None,
-            "mean": mean if given["do_normalize"] else None,
-            "std": std if given["do_normalize"] else None,
+            **pixel_options(given),
             "image_tokens": image_tokens,
         }
         LlavaProcessor(config)
-    except BundleError as error:
-        raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None
     return config

@@ -8,10 +8,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lvlm.runtime.errors import BundleError, ParameterError
 from lvlm.runtime.pictures import Picture
 from lvlm.runtime.processors._anyres import KEYS, Tiles, tiles_config
-from lvlm.runtime.processors._config import CLIP_MEAN, CLIP_STD, check_keys
+from lvlm.runtime.processors._config import CLIP_MEAN, CLIP_STD, check_keys, judging
 
 
 class LlavaNextProcessor:
@@ -63,8 +62,6 @@ def normalise_config(
     config = {"name": LlavaNextProcessor.name} | tiles_config(
         preprocessor, kind, _DEFAULTS, side, patches
     )
-    try:
+    with judging(kind):
         LlavaNextProcessor(config)
-    except BundleError as error:
-        raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None
     return config

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lvlm.runtime.errors import BundleError, ParameterError
+from lvlm.runtime.errors import ParameterError
 from lvlm.runtime.pictures import Picture
 from lvlm.runtime.processors._anyres import KEYS, Tiles, tiles_config
 from lvlm.runtime.processors._config import (
@@ -21,6 +21,7 @@ from lvlm.runtime.processors._config import (
     check_keys,
     colour,
     integer,
+    judging,
     numbers,
     per_channel,
     planes,
@@ -176,7 +177,7 @@ def normalise_config(
     if preprocessor.get("do_resize") is False:
         raise ParameterError(f"{kind} without do_resize is not supported; turn it on in its config")
     mean = per_channel(with_defaults(preprocessor, _DEFAULTS)["image_mean"])
-    try:
+    with judging(kind):
         pad = [int(x * 255) for x in numbers("image_mean", mean, 3, low=0)]
         config |= {
             "name": LlavaOnevisionProcessor.name,
@@ -185,6 +186,4 @@ def normalise_config(
             "video": video,
         }
         LlavaOnevisionProcessor(config)
-    except BundleError as error:
-        raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None
     return config

@@ -15,14 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lvlm.runtime.errors import BundleError, ImageError, ParameterError
+from lvlm.runtime.errors import ImageError, ParameterError
 from lvlm.runtime.pictures import Picture
 from lvlm.runtime.processors._config import (
     CLIP_MEAN,
     CLIP_STD,
     check_keys,
     integer,
-    per_channel,
+    judging,
+    pixel_options,
     pixel_table,
     planes,
     processor_kind,
@@ -215,7 +216,6 @@ def normalise_config(
     # The older names of both bounds win, as in transformers
     least = given.get("min_pixels", bounds.get("shortest_edge"))
     most = given.get("max_pixels", bounds.get("longest_edge"))
-    normalised = bool(given["do_normalize"])
     config: dict[str, object] = {
         "name": QwenProcessor.name,
         "patch": given["patch_size"],
@@ -226,18 +226,13 @@ def normalise_config(
         "max_tokens": 1,
         "window": window,
         "table": table,
-        "resample": given["resample"],
-        "rescale_factor": given["rescale_factor"] if given["do_rescale"] else None,
-        "mean": per_channel(given["image_mean"]) if normalised else None,
-        "std": per_channel(given["image_std"]) if normalised else None,
+        **pixel_options(given),
         "video": video,
     }
-    try:
+    with judging(kind):
         QwenProcessor(config)
         config["max_tokens"] = _most_tokens(config)
         QwenProcessor(config)
-    except BundleError as error:
-        raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None
     return config
 
 

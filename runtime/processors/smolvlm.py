@@ -13,14 +13,15 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lvlm.runtime.errors import BundleError, ParameterError
+from lvlm.runtime.errors import ParameterError
 from lvlm.runtime.pictures import Picture
 from lvlm.runtime.processors._config import (
     MAX_OUTPUT_SIDE,
     check_keys,
     integer,
+    judging,
     need,
-    per_channel,
+    pixel_options,
     pixel_table,
     planes,
     processor_kind,
@@ -201,20 +202,15 @@ def normalise_config(
         "longest_edge": _longest_edge(kind, "size", given["size"]),
         "side": _longest_edge(kind, "max_image_size", given["max_image_size"]),
         "split": given["do_image_splitting"],
-        "resample": given["resample"],
-        "rescale_factor": given["rescale_factor"] if given["do_rescale"] else None,
-        "mean": per_channel(given["image_mean"]) if given["do_normalize"] else None,
-        "std": per_channel(given["image_std"]) if given["do_normalize"] else None,
+        **pixel_options(given),
         "tile_tokens": tile_tokens,
         "image_token": image_token,
         "around": around,
         "whole": whole,
         "video": video,
     }
-    try:
+    with judging(kind):
         SmolVLMProcessor(config)
-    except BundleError as error:
-        raise ParameterError(f"{kind} of the checkpoint cannot be used: {error}") from None
     return config
 
 

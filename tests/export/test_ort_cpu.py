@@ -132,7 +132,7 @@ def test_a_cache_given_twice_is_bound_to_one_memory(
 ) -> None:
     """Else the node copies the whole cache at every step, and nobody would see it but a clock."""
     if not library:
-        monkeypatch.setattr(cpu, "find_library", lambda package: None)  # noqa: ARG005
+        monkeypatch.setattr(cpu, "find_library", lambda: None)
     with lvlm.load(bundle("tiny-llava", *ELASTIC, max_images=2), threads=1) as model:
         budgets = Budgets.of(model.manifest.compression, model.manifest.text.layers, None)
         capacities = np.array(model.manifest.capacity.per_layer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,8 +141,33 @@ def test_without_the_library_answers_are_the_same(
             return tokens
 
     expected = answer()
-    monkeypatch.setattr(cpu, "find_library", lambda package: None)  # noqa: ARG005
+    monkeypatch.setattr(cpu, "find_library", lambda: None)
     assert answer() == expected
+
+
+def test_the_python_package_is_not_imported() -> None:
+    code = """
+import sys
+from lvlm.runtime.backends.cpu import Backend
+assert Backend().shared is not None
+print("onnxruntime" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match=r"onnxruntime cannot be imported .*lvlm-deploy\[cpu\]"):
+        cpu.Backend()
+
+
+def test_a_broken_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "libonnxruntime.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(cpu, "find_library", lambda: broken)
+    with pytest.raises(BackendError, match=r"onnxruntime cannot be loaded .*lvlm-deploy\[cpu\]"):
+        cpu.Backend()
 
 
 def test_a_bundle_without_the_lowered_graph_runs_the_canonical_one(
