@@ -18,7 +18,7 @@ import numpy as np
 from lvlm.runtime.bundle import Weight
 from lvlm.runtime.errors import BackendError
 
-SECONDS = 0.02  # between two looks at what has been read
+SECONDS = 0.004  # between two looks at what has been read
 BITS = {"uint4": 4, "int4": 4, "bfloat16": 16}  # of types that numpy has not
 
 

@@ -38,13 +38,9 @@ class OnnxRuntime(HostMemory):
 
     def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
         graph = manifest.graphs[name]
-        options = self.ort.SessionOptions()
-        options.log_severity_level = 3
-        if self.threads is not None:
-            options.intra_op_num_threads = self.threads
         try:
             session = self.ort.InferenceSession(
-                str(self.file(folder, graph)), options, providers=list(self.providers)
+                str(self.file(folder, graph)), self.options(), providers=list(self.providers)
             )
         except Exception as error:
             raise failure(error, f"{graph.file} cannot be loaded on device {self.name}") from None
@@ -52,6 +48,13 @@ class OnnxRuntime(HostMemory):
         given = [o.name for o in session.get_outputs()]
         check_ports(graph, [i.name for i in session.get_inputs()], given)
         return OrtSession(session, graph, given, self.device, self.ort.RunOptions)
+
+    def options(self) -> Any:
+        options = self.ort.SessionOptions()
+        options.log_severity_level = 3
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        return options
 
     def file(self, folder: Path, graph: Graph) -> Path:
         """Which form of the graph is run."""

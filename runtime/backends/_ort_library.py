@@ -24,6 +24,7 @@ POINTER_OUT = POINTER(c_void_p)
 FUNCTIONS: dict[str, tuple[int, tuple[Any, ...]]] = {
     "CreateEnv": (3, (c_int, c_char_p, POINTER_OUT)),
     "CreateSessionOptions": (10, (POINTER_OUT,)),
+    "DisableMemPattern": (17, (c_void_p,)),
     "SetSessionLogSeverityLevel": (22, (c_void_p, c_int)),
     "SetIntraOpNumThreads": (24, (c_void_p, c_int)),
     "SessionGetInputCount": (30, (c_void_p, POINTER(c_size_t))),
@@ -72,7 +73,7 @@ ELEMENTS = {
     "uint4": 21,
     "int4": 22,
 }
-WARNINGS_OFF = 3
+FATAL = 4  # what is logged: errors are raised, and a request that is cancelled is none
 
 
 class OrtError(Exception):
@@ -120,7 +121,7 @@ class OrtLibrary:
             for name, (place, arguments) in FUNCTIONS.items()
         }
         self._message = ctypes.CFUNCTYPE(c_char_p, c_void_p)(entries[2])
-        self.environment = self.create("CreateEnv", WARNINGS_OFF, b"lvlm")
+        self.environment = self.create("CreateEnv", FATAL, b"lvlm")
         self.memory = self.create("CreateCpuMemoryInfo", 0, 0)  # the device's own, by default
         self.allocator = self.create("GetAllocatorWithDefaultOptions")
 
@@ -163,7 +164,9 @@ class OrtLibrary:
     ) -> Handle:
         """A graph on the CPU; ``weights`` stand in for its external initializers."""
         options = Handle(self, self.create("CreateSessionOptions"), "ReleaseSessionOptions")
-        self.call("SetSessionLogSeverityLevel", options.pointer, WARNINGS_OFF)
+        self.call("SetSessionLogSeverityLevel", options.pointer, FATAL)
+        # One plan of memory for each length of prompt that was met, beside what the arena has
+        self.call("DisableMemPattern", options.pointer)
         if threads is not None:
             self.call("SetIntraOpNumThreads", options.pointer, threads)
         for name, value in weights.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lvlm.runtime.backends import Session, require
 from lvlm.runtime.backends._onnxruntime import OnnxRuntime, failure
@@ -47,6 +48,11 @@ class Backend(OnnxRuntime):
             return self.shared.session(folder, manifest, graph, self.file(folder, graph))
         except OrtError as error:
             raise failure(error, f"{graph.file} cannot be loaded on device {self.name}") from None
+
+    def options(self) -> Any:
+        options = super().options()
+        options.enable_mem_pattern = False  # as the shared sessions have it
+        return options
 
     def file(self, folder: Path, graph: Graph) -> Path:
         return folder / graph.lowered.get(TARGET, graph.file)
