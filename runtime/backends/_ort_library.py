@@ -167,6 +167,9 @@ class OrtLibrary:
         self.call("SetSessionLogSeverityLevel", options.pointer, FATAL)
         # One plan of memory for each length of prompt that was met, beside what the arena has
         self.call("DisableMemPattern", options.pointer)
+        # A session's threads would go on spinning after a run, against those of the next session
+        entry = (b"session.force_spinning_stop", b"1")
+        self.call("AddSessionConfigEntry", options.pointer, *entry)
         if threads is not None:
             self.call("SetIntraOpNumThreads", options.pointer, threads)
         for name, value in weights.items():

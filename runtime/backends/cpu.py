@@ -51,7 +51,8 @@ class Backend(OnnxRuntime):
 
     def options(self) -> Any:
         options = super().options()
-        options.enable_mem_pattern = False  # as the shared sessions have it
+        options.enable_mem_pattern = False  # both as the shared sessions have it
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 
     def file(self, folder: Path, graph: Graph) -> Path:

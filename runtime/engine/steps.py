@@ -64,22 +64,28 @@ class Steps:
         if inputs is None:
             return {}
         due = np.flatnonzero((inputs["kv_budget"] != inputs["valid_length"]).any(0))
-        first, stop = int(due[0]), int(due[-1]) + 1
-        some = _of_rows(inputs, slice(first, stop))  # the graph would copy all others
+        failed: dict[int, LvlmError] = {}
+        # Rows side by side together, none between: the graph would copy it
+        for group in np.split(due, np.flatnonzero(np.diff(due) > 1) + 1):
+            failed |= self._compact_rows(inputs, slice(int(group[0]), int(group[-1]) + 1))
+        cache.compacted()
+        return failed
+
+    def _compact_rows(self, inputs: Mapping[str, np.ndarray], rows: slice) -> dict[int, LvlmError]:
+        some = _of_rows(inputs, rows)
         kept = np.empty_like(some["kv_budget"])
         try:
-            self._call("compact", first, stop)(some, {"kept": kept})
+            self._call("compact", rows.start, rows.stop)(some, {"kept": kept})
         except Exception as error:
             # Not again row by row: some layers may have been compacted, and would be twice.
-            return {int(place): again(typed(error)) for place in due}
+            return {place: again(typed(error)) for place in range(rows.start, rows.stop)}
         failed: dict[int, LvlmError] = {}
-        for place in range(stop - first):
+        for place in range(rows.stop - rows.start):
             one = slice(place, place + 1)
             try:
                 check_kept(kept[:, one], some["kv_budget"][:, one])
             except BackendError as error:
-                failed[first + place] = typed(error)
-        cache.compacted()
+                failed[rows.start + place] = typed(error)
         return failed
 
     def _call(self, name: str, start: int, stop: int) -> Call:
