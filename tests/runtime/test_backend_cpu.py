@@ -88,6 +88,18 @@ def test_sessions_share_one_packed_copy_of_a_weight(tmp_path: Path) -> None:
         np.testing.assert_allclose(y, np.linalg.multi_dot([x, *listed.values]), atol=1e-3)
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory: Linux only")
+def test_a_length_met_again_takes_no_more_memory(tmp_path: Path) -> None:
+    listed: Any = Listed(tmp_path)
+    call = cpu.Backend(threads=1).load(tmp_path, listed, "first").bind({}, {})
+    grown = []
+    x, y = np.ones((1000, WIDE), np.float32), np.ones((1000, WIDE), np.float32)
+    for _ in range(4):
+        call({"x": x}, {"y": y})
+        grown.append(resident())
+    assert max(grown) - grown[0] < 2 * MEGABYTE, grown
+
+
 def test_what_goes_wrong_while_running_is_one_line(tmp_path: Path) -> None:
     listed: Any = Listed(tmp_path)
     session = cpu.Backend(threads=1).load(tmp_path, listed, "first")
