@@ -97,7 +97,7 @@ def scatter(cache: torch.Tensor, update: torch.Tensor, index: torch.Tensor) -> t
     """Write ``update`` [B,H,n,d] into ``cache`` [B,H,C,d] from slot ``index`` [B] int64 on."""
     if torch.compiler.is_exporting():
         return _node("TensorScatter", [cache, update, index], {"axis": -2}, cache)
-    slots = index[:, None] + torch.arange(update.shape[2])
+    slots = index[:, None] + torch.arange(update.shape[2], device=index.device)
     where = slots[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
     return cache.scatter(2, where, update)
 

@@ -4,8 +4,10 @@ usage: scripts/gpu_check.sh [--tensorrt-root FOLDER] [-o FILE] [--dry-run] …
 
 Builds the plugin library and its harness; runs every op on every sample in fp32, fp16 and bf16,
 outside and inside of a CUDA graph; runs the samples again under compute-sanitizer, if that is
-installed; measures calls as large as real models make them; writes a page of tables (docs/gpu.md).
+installed; measures calls as large as real models make them; writes a page of tables (docs/gpu.md),
+each line when it is known, so that a run that is cut off leaves what it had. --parts chooses.
 Needs torch, triton, onnx and numpy, a C++ compiler and cmake; not TensorRT, whose headers suffice.
+A machine without a network takes a library built elsewhere: --make FOLDER there, --build FOLDER.
 --dry-run does the same without a GPU, up to the launches, which a driver of the tests notes down.
 """
 
@@ -17,7 +19,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -33,28 +36,54 @@ from lvlm.plugins_trt.registry import plugins
 ROOT = Path(__file__).parents[1]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MARK = "<!-- from here on written by scripts/gpu_check.sh -->\n\n"
+PARTS = ("samples", "times", "sanitizer")
 TOOLS = ("memcheck", "racecheck", "initcheck")
 
 
 def main() -> int:
     args = _arguments()
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        harness = _harness(args, work)
-        environment = _fake_driver(work, args.arch) if args.dry_run else {}
-        page = [*_title(args), *_samples(harness, work, environment, args)]
-        page += _sanitizer(harness, work, args)
-        page += timings(
+    if args.make is not None:
+        _build(args, args.make, args.make)
+        return 0
+    with tempfile.TemporaryDirectory() as name, _page(args) as say:
+        for line in _lines(args, Path(name)):
+            say(line)
+        for line in FAILED:
+            say(f"Failed: {line}")
+    return 1 if FAILED else 0
+
+
+@contextmanager
+def _page(args: argparse.Namespace) -> Iterator[Callable[[str], None]]:
+    """What takes the page's lines: they are printed and, but for a dry run, in the file at once."""
+    with ExitStack() as stack:
+        file = None
+        if not args.dry_run:
+            before = args.output.read_text(encoding="utf-8") if args.output.exists() else ""
+            file = stack.enter_context(args.output.open("w", encoding="utf-8"))
+            file.write(before.partition(MARK)[0] + MARK)
+
+        def say(line: str) -> None:
+            print(line, flush=True)
+            if file is not None:
+                file.write(line + "\n")
+                file.flush()
+
+        yield say
+
+
+def _lines(args: argparse.Namespace, work: Path) -> Iterator[str]:
+    harness = _harness(args, work)
+    environment = _fake_driver(work, args.arch) if args.dry_run else {}
+    yield from _title(args)
+    if "samples" in args.parts:
+        yield from _samples(harness, work, environment, args)
+    if "times" in args.parts:
+        yield from timings(
             harness, work, environment, args.ops, args.longest, args.repeats, dry_run=args.dry_run
         )
-    text = "\n".join(page) + "\n"
-    print(text)
-    if not args.dry_run:
-        before = args.output.read_text(encoding="utf-8") if args.output.exists() else ""
-        args.output.write_text(before.partition(MARK)[0] + MARK + text, encoding="utf-8")
-    for line in FAILED:
-        print("failed:", line, file=sys.stderr)
-    return 1 if FAILED else 0
+    if "sanitizer" in args.parts:
+        yield from _sanitizer(harness, work, args)
 
 
 def _arguments() -> argparse.Namespace:
@@ -64,6 +93,9 @@ def _arguments() -> argparse.Namespace:
     add("--arch", type=int, help="compute capability (default: this GPU's; without one, 87)")
     add("--tensorrt-root", type=Path, help="folder with include/ (default: fetched)")
     add("--build", type=Path, help="folder with a library and harness that are built already")
+    add("--make", type=Path, metavar="FOLDER", help="only build library and harness, into FOLDER")
+    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of the page")
+    add("--tools", nargs="+", choices=TOOLS, default=list(TOOLS), help="of compute-sanitizer")
     add("--dtypes", default="fp32,fp16,bf16", help="of the samples")
     add("--ops", default=",".join(sorted(plugins())), help="which ones")
     add("--longest", type=int, default=LENGTHS[-1], help="positions of the longest measured call")
@@ -71,10 +103,11 @@ def _arguments() -> argparse.Namespace:
     add("--jobs", type=int, default=os.cpu_count() or 1)
     add("-o", "--output", type=Path, default=ROOT / "docs/gpu.md")
     args = parser.parse_args()
-    if not args.dry_run and not torch.cuda.is_available():
+    without = args.dry_run or args.make is not None
+    if not without and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --dry-run goes up to the launches without one")
     if args.arch is None:
-        major, minor = (8, 7) if args.dry_run else torch.cuda.get_device_capability()
+        major, minor = (8, 7) if without else torch.cuda.get_device_capability()
         args.arch = 10 * major + minor
     args.dtypes, args.ops = args.dtypes.split(","), args.ops.split(",")
     if args.dry_run:
@@ -86,23 +119,28 @@ def _harness(args: argparse.Namespace, work: Path) -> Harness:
     folder = args.build
     if folder is None:
         folder = work / "library"
-        root = args.tensorrt_root
-        if root is None:
-            root = work / "headers"
-            subprocess.run(
-                ["bash", str(ROOT / "scripts/fetch_tensorrt_headers.sh"), str(root)],
-                check=True,
-                env=os.environ | {"PYTHON": sys.executable},
-            )
-        headers = build.Headers(root)
-        chosen = [plugins()[name] for name in args.ops]
-        build.build_library(
-            chosen, [args.arch], folder, headers=headers, jobs=args.jobs,
-            progress=Progress(build.STAGES),
-        )  # fmt: skip
-        build.run_cmake(folder / "source", folder / "build", build.HARNESS, headers, args.jobs)
-        shutil.copy(folder / "build" / build.HARNESS, folder)
+        _build(args, folder, work)
     return Harness(folder / build.LIBRARY, folder / build.HARNESS)
+
+
+def _build(args: argparse.Namespace, folder: Path, work: Path) -> None:
+    """Library and harness into ``folder``."""
+    root = args.tensorrt_root
+    if root is None:
+        root = work / "headers"
+        subprocess.run(
+            ["bash", str(ROOT / "scripts/fetch_tensorrt_headers.sh"), str(root)],
+            check=True,
+            env=os.environ | {"PYTHON": sys.executable},
+        )
+    headers = build.Headers(root)
+    chosen = [plugins()[name] for name in args.ops]
+    build.build_library(
+        chosen, [args.arch], folder, headers=headers, jobs=args.jobs,
+        progress=Progress(build.STAGES),
+    )  # fmt: skip
+    build.run_cmake(folder / "source", folder / "build", build.HARNESS, headers, args.jobs)
+    shutil.copy(folder / "build" / build.HARNESS, folder)
 
 
 def _fake_driver(work: Path, arch: int) -> dict[str, str]:
@@ -173,11 +211,11 @@ def _sanitizer(harness: Harness, work: Path, args: argparse.Namespace) -> Iterat
         yield "Not run: " + ("it is not installed." if program is None else "there is no GPU.")
         yield ""
         return
-    yield "| op | " + " | ".join(TOOLS) + " |"
-    yield "| --- |" + " --- |" * len(TOOLS)
+    yield "| op | " + " | ".join(args.tools) + " |"
+    yield "| --- |" + " --- |" * len(args.tools)
     for name in args.ops:
         results = []
-        for tool in TOOLS:
+        for tool in args.tools:
             prefix = (program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "1")
             checked = Harness(harness.library, harness.program, prefix)
             before = len(FAILED)

@@ -7,6 +7,8 @@ the op run anywhere without a custom library; a kernel or plugin (plugins_trt/) 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,11 +72,15 @@ class Op:
     lowered: Callable[[Mapping[str, Attribute]], onnx.FunctionProto] | None = None
 
     def __call__(self, *inputs: torch.Tensor | None, **attributes: Attribute) -> Tensors:
-        """Run the reference, or, while a graph is exported, leave one node in it.
+        """Run the reference (or what ``computed_by`` gives), or, while a graph is exported, leave
+        one node in it.
 
         ``torch.export`` counts too: its program is what ``torch.onnx.export`` is then given.
         """
         if not (torch.onnx.is_in_onnx_export() or torch.compiler.is_exporting()):
+            compute = _computed_by.get()
+            if compute is not None:
+                return compute(self, inputs, attributes)
             return self.reference(*inputs, **attributes)
         described = self.outputs(*inputs, **attributes)
         while inputs[-1] is None:  # an empty name at the end is one input too many to TensorRT
@@ -89,3 +95,18 @@ class Op:
                 version=VERSION,
             )
         )
+
+
+Compute = Callable[[Op, Sequence[torch.Tensor | None], Mapping[str, Attribute]], Tensors]
+_computed_by: ContextVar[Compute | None] = ContextVar("computed_by", default=None)
+
+
+@contextmanager
+def computed_by(compute: Compute) -> Iterator[None]:
+    """Within: ``compute(op, inputs, attributes)`` gives every op's outputs instead of its torch
+    reference, so that a recipe's own code runs on kernels."""
+    token = _computed_by.set(compute)
+    try:
+        yield
+    finally:
+        _computed_by.reset(token)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plugin_library import OPS_ARCH, Built
+from plugin_library import Built
 
 from lvlm.export.ops._contract import Sample
 from lvlm.plugins_trt.registry import plugins
@@ -28,17 +28,34 @@ def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_dry_run(built: Built) -> None:
-    done = gpu_check(
-        *("--dry-run", "--arch", str(OPS_ARCH), "--build", str(built.library.parent)),
-        *("--dtypes", "fp16", "--ops", "TokenImportance,TokenMerge", "--repeats", "2"),
+def test_a_session_without_a_gpu(built: Built, tmp_path: Path) -> None:
+    """All steps of gpu_session.sh as far as they go: launches noted down, recipes interpreted."""
+    done = subprocess.run(
+        [
+            *("bash", str(SCRIPTS / "gpu_session.sh"), str(tmp_path / "out"), "--dry-run"),
+            *("--build", str(built.library.parent)),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHON": sys.executable},
     )
-    assert done.returncode == 0, done.stderr
-    assert "nothing ran on a GPU" in done.stdout
-    rows = [line for line in done.stdout.splitlines() if line.startswith(("| Cache", "| Token"))]
-    assert {row.split(" | ")[0] for row in rows} == {"| TokenImportance", "| TokenMerge"}
-    assert all("not run" in row for row in rows)
-    assert not [row for row in rows if "failed" in row]
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = {file.stem: file.read_text() for file in (tmp_path / "out").iterdir()}
+    steps = ["machine", "samples", "times", "recipes", "sanitizer"]
+    assert sorted(logs) == sorted([*steps, "session"])
+    assert logs["session"].count("status 0") == len(steps)
+    for name in ("samples", "times"):
+        assert "nothing ran on a GPU" in logs[name]
+        rows = [r for r in logs[name].splitlines() if r.startswith(("| Cache", "| Token"))]
+        assert {row.split(" | ")[0].removeprefix("| ") for row in rows} == set(plugins())
+        assert all("not run" in row for row in rows)
+    checked = logs["recipes"].partition("## Prefill")[0]
+    rows = [r.split(" | ") for r in checked.splitlines() if r.startswith(("| light", "| elastic"))]
+    assert len(rows) == 2
+    for _, difference, same in rows:
+        assert float(difference) < 1e-5
+        assert same == "2 of 2 |"
+    assert "failed" not in logs["recipes"]
 
 
 def test_without_a_gpu() -> None:

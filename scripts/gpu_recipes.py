@@ -1,0 +1,292 @@
+"""A recipe's own Prefill, Decode and Compact modules on Triton kernels and torch's fused attention,
+for bench_recipes_torch.py: what an engine would run, without TensorRT.
+
+The modules are those that the exporter traces. Every lvlm op in them runs as its kernel, the cache
+is written in place, and attention is torch's scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from lvlm.export import language as language_graphs
+from lvlm.export.language import Compact, Decode, LanguageModel, Prefill
+from lvlm.export.ops._contract import Attribute, Op, computed_by
+from lvlm.export.ports import buffer_kinds, compact_counts, recipe_inputs
+from lvlm.export.recipes._base import Recipe
+from lvlm.plugins_trt.registry import plugins
+from lvlm.plugins_trt.runner import run
+from lvlm.runtime.budgets import Budgets
+from lvlm.runtime.schedule import PrefillPlan, keep_ratios, plan_prefill
+
+ALL_SLOTS = "lvlm-all-slots"
+Call = Callable[[], Any]  # gives a tensor
+BEFORE = 5  # text tokens before the picture's
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama-like language model and the tokens of one picture."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    inner: int
+    vocab: int
+    image_tokens: int
+
+
+SHAPES = {
+    "llava-7b": Shape("LLaVA-1.5-7B", 32, 4096, 32, 32, 11008, 32064, 576),
+    "tiny": Shape("a tiny model", 4, 128, 4, 2, 192, 256, 40),
+}
+
+
+def make_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Random weights, made on the device."""
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocab,
+        max_position_embeddings=32768,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(dtype).to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1)
+            else:
+                parameter.normal_(0, 0.02)
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffer has no weights
+    return model.eval().requires_grad_(False)
+
+
+def language_of(model: LlamaForCausalLM) -> LanguageModel:
+    config = model.config
+    head = config.hidden_size // config.num_attention_heads
+    return LanguageModel(
+        embed=model.model.embed_tokens,
+        rotary=model.model.rotary_emb,
+        blocks=list(model.model.layers),
+        norm=model.model.norm,
+        head=model.lm_head,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head,
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        scale=head**-0.5,
+    )
+
+
+def on_kernels(
+    op: Op, inputs: Sequence[torch.Tensor | None], attributes: Mapping[str, Attribute]
+) -> tuple[torch.Tensor, ...]:
+    """An op's outputs from its kernels; causal attention from torch's and, if it is scored,
+    CacheImportance's kernels."""
+    if op.name != "CausalAttention":
+        return run(plugins()[op.name], inputs, attributes, checked=False)
+    query, key, value, *rest = inputs
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    scale = float(attributes["scale"])
+    output = scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    if not rest or rest[0] is None:
+        return (output,)
+    slots = torch.arange(key.shape[2], device=key.device).repeat(key.shape[0], 1)
+    scored = (query, key, slots, rest[0])
+    return output, *run(plugins()["CacheImportance"], scored, {"scale": scale}, checked=False)
+
+
+def _write(cache: torch.Tensor, update: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    (updated,) = run(plugins()["CacheUpdate"], (cache, update, index), {}, checked=False)
+    return updated
+
+
+def _attend_all(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    tap: Any = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Over every slot of the cache, as when it is full: with a mask torch takes a slower kernel."""
+    del module, attention_mask
+    tap.query = query
+    gqa = query.shape[1] != key.shape[1]
+    out = scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=gqa)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(ALL_SLOTS, _attend_all)
+
+
+@contextmanager
+def engine_like(model: LlamaForCausalLM, attention: str) -> Iterator[None]:
+    """Within: ops on kernels, cache writes in place, fused RMS norms, ``attention`` by its name."""
+    norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
+    before, model.config._attn_implementation = model.config._attn_implementation, attention
+    scatter = vars(language_graphs)["scatter"]
+    vars(language_graphs)["scatter"] = _write
+    for norm in norms:
+        norm.forward = types.MethodType(_rms_norm, norm)
+    try:
+        with torch.no_grad(), computed_by(on_kernels):
+            yield
+    finally:
+        model.config._attn_implementation = before
+        vars(language_graphs)["scatter"] = scatter
+        for norm in norms:
+            del norm.forward
+
+
+def _rms_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return rms_norm(hidden, (hidden.shape[-1],), self.weight, self.variance_epsilon)
+
+
+class Measured:
+    """One recipe on one model, at one batch and prompt length; every row has one picture."""
+
+    def __init__(
+        self, model: LlamaForCausalLM, shape: Shape, recipe: Recipe, batch: int, prompt: int
+    ) -> None:
+        self.model, self.shape, self.batch, self.prompt = model, shape, batch, prompt
+        self.language = language_of(model)
+        self.recipe = recipe.for_layers(shape.layers)
+        self.rule = self.recipe.cache_rule()
+        self.budgets = Budgets.of(self.rule.compression if self.rule else None, shape.layers, None)
+        self.plan = self._plan()
+        self.kept = self.budgets.prompt(self.plan.entries)
+        self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
+
+    def _plan(self) -> PrefillPlan:
+        reductions = self.recipe.reductions()
+        exported = float(self.recipe.parameters().get("keep", 1.0))
+        image = self.shape.image_tokens
+        return plan_prefill(
+            reductions,
+            keep_ratios(reductions, exported, None),
+            self.shape.layers,
+            [self.prompt - image] * self.batch,
+            [[image]] * self.batch,
+            [self.prompt - image - BEFORE] * self.batch,
+        )
+
+    def capacity(self, new: int) -> np.ndarray:
+        """Slots of every layer [L] for an answer of ``new`` tokens."""
+        return self.budgets.capacity(self.plan.entries, np.full(self.batch, new - 1))
+
+    def cache_bytes(self, slots: np.ndarray) -> int:
+        """Of keys and values of all rows, ``slots`` [L] each."""
+        entry = 2 * self.shape.kv_heads * self.language.head_dim * self.dtype.itemsize
+        return int(slots.sum() * self.batch * entry)
+
+    def prefill(self) -> Call:
+        """A call without arguments that reads the prompt and fills every layer's cache."""
+        image, batch, prompt = self.shape.image_tokens, self.batch, self.prompt
+        ids = torch.randint(10, self.shape.vocab, (batch, prompt), device=self.device)
+        image_id = torch.zeros_like(ids)
+        image_id[:, BEFORE : BEFORE + image] = 1
+        row = torch.full_like(ids, -1)
+        row[:, BEFORE : BEFORE + image] = torch.arange(batch * image, device=self.device).view(
+            batch, image
+        )
+        features = torch.randn(batch * image, self.language.hidden, device=self.device)
+        features = (features * 0.02).to(self.dtype)
+        positions = torch.arange(prompt, device=self.device).repeat(batch, 1)
+        given = dict(self.plan.inputs) | {"kv_budget": self.kept}
+        given |= {f"kv_slots_{i}": np.arange(n) for i, n in enumerate(self.kept.max(1))}
+        extra = self._on_device(given, recipe_inputs(self.language, self.recipe))
+        buffers = self._buffers(self.kept.max(1))
+        module = Prefill(self.language, self.recipe)
+
+        def call() -> Any:
+            return module(ids, features, row, image_id, positions, extra, buffers)[0]
+
+        return call
+
+    def decode(self, slots: np.ndarray) -> Call:
+        """One step over caches of ``slots`` [L], all of them valid; the last slot is written."""
+        buffers = self._buffers(slots)
+        shape = (self.shape.layers, self.batch)
+        valid = torch.from_numpy(np.ascontiguousarray(np.broadcast_to(slots[:, None], shape)))
+        valid = valid.to(self.device)
+        ids = torch.randint(10, self.shape.vocab, (self.batch, 1), device=self.device)
+        positions = torch.full_like(ids, int(slots.max()))
+        ring = None
+        if self.rule is not None and self.rule.queries:
+            ring = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
+        module = Decode(self.language)
+
+        def call() -> Any:
+            logits = module(ids, positions, valid - 1, valid, ring, buffers)[0]
+            return logits.argmax(-1)
+
+        return call
+
+    def compact(self) -> Call | None:
+        """One compaction of all rows, as due after an interval; None: the recipe has none."""
+        rule = self.rule
+        if rule is None or rule.compression.interval is None:
+            return None
+        interval = rule.compression.interval
+        budget = self.budgets.step(self.plan.entries + interval)
+        valid = self.budgets.step(self.plan.entries) + interval
+        back = np.arange(rule.queries - 1, -1, -1)
+        given = {
+            "valid_length": valid,
+            "query_slot": (valid - 1)[..., None] - back,
+            "kv_budget": budget,
+        }
+        given |= {f"kv_slots_{i}": np.arange(n) for i, n in enumerate(budget.max(1))}
+        fixed = self._on_device(given, compact_counts(self.language, rule))
+        buffers = self._buffers(valid.max(1))
+        module = Compact(self.language, rule)
+
+        def call() -> Any:
+            return module(fixed, buffers)[0]
+
+        return call
+
+    def _on_device(self, given: Mapping[str, np.ndarray], ports: Sequence[Any]) -> list[Any]:
+        return [
+            torch.from_numpy(np.ascontiguousarray(given[p.name])).to(self.device) for p in ports
+        ]
+
+    def _buffers(self, slots: np.ndarray) -> list[torch.Tensor]:
+        model, rule = self.language, self.rule
+        ring = (self.batch, model.heads, rule.queries if rule else 0, model.head_dim)
+        return [
+            torch.randn(
+                ring if kind == "query" else (self.batch, model.kv_heads, int(n), model.head_dim),
+                device=self.device,
+                dtype=self.dtype,
+            )
+            for n in slots
+            for kind in buffer_kinds(rule)
+        ]

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# The first ten minutes on a GPU: everything that this project claims of its kernels, in one command.
+# usage: scripts/gpu_session.sh OUT_DIR [--build FOLDER] [--dry-run]
+#
+# Each step has a limit of its own, and what it prints is in OUT_DIR at once, so that a run that is cut
+# off leaves what it had. Needs torch, triton, transformers, onnx and numpy; no TensorRT, no network if
+# --build names a folder of `scripts/gpu_check.sh --make FOLDER --arch 90`, made on another machine.
+# --dry-run goes through without a GPU: kernels in Triton's interpreter, launches into a stand-in driver.
+set -uo pipefail
+out=${1:?usage: scripts/gpu_session.sh OUT_DIR [--build FOLDER] [--dry-run]}
+shift
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+build=() dry=""
+while [ $# -gt 0 ]; do
+    case $1 in
+        --build) build=(--build "$(cd "${2:?--build FOLDER}" && pwd)") || exit 2; shift 2 ;;
+        --dry-run) dry=1; shift ;;
+        *) echo "unknown argument $1" >&2; exit 2 ;;
+    esac
+done
+cd "$(dirname "$0")/.."
+export PYTHON="${PYTHON:-python3}" PYTHONUNBUFFERED=1
+if ! "$PYTHON" -c 'import lvlm.plugins_trt' 2> /dev/null; then
+    tree=$(mktemp -d)
+    trap 'rm -rf "$tree"' EXIT
+    mkdir "$tree/lvlm"
+    ln -s "$PWD"/src/lvlm/* "$PWD"/{runtime,export,calibration,plugins_trt,assets} "$tree/lvlm/"
+    export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}"
+fi
+failed=0
+
+step() { # name, limit in seconds, command …: what it prints goes to name.log
+    local name=$1 limit=$2 began=$SECONDS status
+    shift 2
+    echo "== $name (at most $limit s): $*" | tee -a "$out/session.log"
+    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+    status=${PIPESTATUS[0]}
+    [ "$status" = 0 ] || failed=1
+    echo "== $name: status $status, $((SECONDS - began)) s" | tee -a "$out/session.log"
+}
+
+machine() {
+    nvidia-smi || echo "no nvidia-smi here"
+    "$PYTHON" -c 'import sys, torch, triton, transformers, numpy
+print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__,
+      "transformers", transformers.__version__, "numpy", numpy.__version__)'
+}
+export -f machine
+
+check=(bash scripts/gpu_check.sh "${build[@]}")
+recipes=("$PYTHON" scripts/bench_recipes_torch.py)
+if [ -n "$dry" ]; then
+    check+=(--dry-run --dtypes fp16 --repeats 2)
+    recipes=(env TRITON_INTERPRET=1 "${recipes[@]}" --shape tiny --device cpu --repeats 1
+        --recipes none "lightvlm 15 %" "elastic-cache 0.2")
+fi
+: > "$out/session.log"
+step machine 15 bash -c machine
+step samples 100 "${check[@]}" --parts samples -o /dev/null
+step times 110 "${check[@]}" --parts times --longest 8192 -o /dev/null
+step recipes 220 "${recipes[@]}"
+step sanitizer 60 "${check[@]}" --parts sanitizer --tools memcheck -o /dev/null
+exit $failed
