@@ -20,7 +20,7 @@ from lvlm.export.prompting import prepare, prompt_maker
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.reference import Reference, load_fp32
 from lvlm.export.samples import Sample
-from lvlm.export.skeleton import build_skeleton
+from lvlm.export.weight_names import open_skeleton
 from lvlm.runtime.errors import ParameterError, PromptError
 from lvlm.runtime.prompts import PromptMaker
 
@@ -65,7 +65,7 @@ def plan(
     family = checkpoints.find_family(checkpoint.config, checkpoint.source)
     config = family.read_config(checkpoint.config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    skeleton = build_skeleton(family, config, torch.float32, mode)
+    skeleton, names = open_skeleton(checkpoint, family, config, torch.float32, mode)
     language = family.language(skeleton, config)
     recipe = recipe.for_layers(len(language.blocks), language.deep)
     if recipe.name != "none" and not recipe.reductions():
@@ -77,7 +77,7 @@ def plan(
         checkpoint=checkpoint,
         family=family,
         config=config,
-        stored_names=checkpoints.match_weights(checkpoint, family, skeleton),
+        stored_names=names,
         window=language.window,
         recipe=recipe,
         maker=prompt_maker(checkpoint, family, config),

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from lvlm.export.families._base import Family
 from lvlm.export.families._files import read_json
+from lvlm.export.hub import download
 from lvlm.runtime.discovery import discover, nearest
-from lvlm.runtime.errors import CheckpointError
+from lvlm.runtime.errors import CheckpointError, ParameterError
 
 SHIPPED = {"tiny-llava": "tiny-llava"}  # alias -> folder in lvlm.assets
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ROWS = 4096  # compared at once: a vocabulary's embeddings need not fit into memory twice
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as the header of its file describes it; ``dtype`` as safetensors writes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -36,54 +48,97 @@ class Checkpoint:
         return read_json(self.folder / "config.json", required=True)
 
     @cached_property
-    def files(self) -> dict[str, Path]:
-        """Stored tensor name -> safetensors file."""
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            listed = read_json(index).get("weight_map")
-            if not isinstance(listed, dict):
-                raise CheckpointError(f"{index} has no weight_map")
-            names = {str(k): self.folder / Path(str(v)).name for k, v in listed.items()}
-            for path in sorted(set(names.values())):
-                if not path.is_file():
-                    raise CheckpointError(f"{path} is listed in {index.name} but missing")
-            return names
-        single = self.folder / "model.safetensors"
-        if not single.is_file():
-            raise CheckpointError(
-                f"{self.folder} has no model.safetensors or model.safetensors.index.json; "
-                "save the checkpoint in safetensors format"
-            )
-        with _open(single) as file:
-            return {str(name): single for name in file.keys()}  # noqa: SIM118
+    def weight_files(self) -> list[Path]:
+        """The safetensors files that transformers would read, in its order."""
+        named = self.config.get("transformers_weights")  # a choice of the checkpoint's own
+        names = [WEIGHTS, INDEX] if named is None else [str(named)]
+        for name in names:
+            path = self._inside(name, "config.json")
+            if not os.path.isfile(path):
+                continue
+            return self._listed(path) if path.name.endswith(".index.json") else [path]
+        raise CheckpointError(
+            f"{self.folder} has no {' or '.join(names)}; save the checkpoint in safetensors format"
+        )
 
-    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(stored name, shape) of every tensor, from the files' headers alone."""
-        by_file: dict[Path, list[str]] = {}
-        for name, path in self.files.items():
-            by_file.setdefault(path, []).append(name)
-        for path, names in by_file.items():
-            with _open(path) as file:
-                held = set(file.keys())
-                for name in names:
-                    if name not in held:
-                        raise CheckpointError(f"{path} lacks '{name}', which its index lists")
-                    yield name, tuple(file.get_slice(name).get_shape())
+    def _listed(self, index: Path) -> list[Path]:
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(x, str) for x in listed.values()):
+            raise CheckpointError(f"{index} has no weight_map of files")
+        paths = [self._inside(name, index.name) for name in sorted(set(listed.values()))]
+        for path in paths:
+            if not os.path.isfile(path):
+                raise CheckpointError(f"{path} is listed in {index.name} but missing")
+        return paths
+
+    def _inside(self, name: str, source: str) -> Path:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(
+                f"{source} of {self.folder} names weights outside the folder: {name[:80]}"
+            )
+        return self.folder / name
+
+    @cached_property
+    def tensors(self) -> dict[str, Stored]:
+        """Every tensor of the weight files, from their headers alone.
+
+        An index only says which files there are, as in transformers: what they hold counts.
+        """
+        found: dict[str, Stored] = {}
+        for path in self.weight_files:
+            with open_weights(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name in found:
+                        raise CheckpointError(
+                            f"{name} is in {found[name].file.name} and in {path.name}; "
+                            "remove the file that does not belong to the checkpoint"
+                        )
+                    held = file.get_slice(name)
+                    found[name] = Stored(path, tuple(held.get_shape()), str(held.get_dtype()))
+        if not found:
+            raise CheckpointError(f"{self.folder} has weight files without a tensor")
+        return found
+
+    def stored_dtype(self) -> torch.dtype | None:
+        """The weights' own: as the index says, or of the first tensor that is floating point."""
+        index = self.folder / INDEX
+        if index not in self.weight_files and len(self.weight_files) > 1:
+            metadata = read_json(index).get("metadata")
+            named = metadata.get("dtype") if isinstance(metadata, dict) else None
+            if isinstance(named, str) and getattr(torch, named, None) in DTYPES.values():
+                return getattr(torch, named)  # type: ignore[no-any-return]
+        first = self.weight_files[0]
+        of_first = (t for t in self.tensors.values() if t.file == first)
+        return next((DTYPES[t.dtype] for t in of_first if t.dtype in DTYPES), None)
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor. The file is opened anew each time: a map kept open would keep every page
         that was read in memory."""
-        with _open(self.files[name]) as file:
+        with open_weights(self.tensors[name].file) as file:
             tensor = file.get_tensor(name)
             assert isinstance(tensor, torch.Tensor)
             return tensor
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values, read a part at a time."""
+        a, b = self.tensors[one], self.tensors[other]
+        if a.shape != b.shape:
+            return False
+        with open_weights(a.file) as first, open_weights(b.file) as second:
+            left, right = first.get_slice(one), second.get_slice(other)
+            return all(
+                torch.equal(left[i : i + ROWS].double(), right[i : i + ROWS].double())
+                for i in range(0, a.shape[0], ROWS)
+            )
 
-def _open(path: Path) -> Any:
+
+def open_weights(path: Path) -> Any:
+    """The safetensors file, opened for torch. Raises CheckpointError."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file: {error}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is no readable safetensors file: {reason}") from None
 
 
 def find_family(config: Mapping[str, Any], source: str) -> Family:
@@ -95,85 +150,54 @@ def find_family(config: Mapping[str, Any], source: str) -> Family:
             return family
     known = ", ".join(t for f in families.values() for t in f.model_types)
     raise CheckpointError(
-        f"{source} is of the architecture '{kind}', which is not supported; supported: {known}"
+        f"{source} is of the architecture '{str(kind)[:80]}', which is not supported; "
+        f"supported: {known}"
     )
 
 
 def resolve(model: str, revision: str | None = None) -> Checkpoint:
-    """A checkpoint from an alias, a local folder or a hub id (downloaded if need be)."""
-    if model in SHIPPED:
-        folder = resources.files("lvlm.assets") / SHIPPED[model]
-        return Checkpoint(Path(str(folder)), model, None)
-    folder = Path(model)
-    if folder.is_dir():
-        return Checkpoint(folder, str(folder), None)
+    """A checkpoint from an alias, a local folder or a hub id (downloaded if need be).
+
+    Raises CheckpointError, and ParameterError where ``revision`` has no meaning.
+    """
+    if model in SHIPPED or os.path.isdir(model):
+        if revision is not None:
+            what = "shipped with this package" if model in SHIPPED else "a folder"
+            raise ParameterError(
+                f"--revision {revision[:80]}: {model} is {what} and has no revisions; leave it out"
+            )
+        folder = Path(str(resources.files("lvlm.assets") / SHIPPED.get(model, "")))
+        found = Checkpoint(folder if model in SHIPPED else Path(model), model, None)
+    else:
+        hub_id = _hub_id(model)
+        found = Checkpoint(download(hub_id, revision), hub_id, revision)
+    _refuse_adapter(found)
+    return found
+
+
+def _hub_id(model: str) -> str:
     aliases = known_aliases()
     hub_id = aliases.get(model, model)
     if hub_id.count("/") != 1 or model.startswith((".", "/", "~")):
-        if "/" in model or folder.suffix:
-            raise CheckpointError(f"{model} is no folder; give an alias, a folder or a hub id")
-        raise nearest("model", model, [*aliases, *SHIPPED])
-    return Checkpoint(_download(hub_id, revision), hub_id, revision)
+        if "/" in model or Path(model).suffix:
+            raise CheckpointError(f"{model[:80]} is no folder; give an alias, a folder or a hub id")
+        raise nearest("model", model[:80], [*aliases, *SHIPPED])
+    return hub_id
+
+
+def _refuse_adapter(checkpoint: Checkpoint) -> None:
+    """transformers would add it to the weights; without it the answers are other ones."""
+    if os.path.exists(checkpoint.folder / "adapter_config.json"):
+        raise CheckpointError(
+            f"{checkpoint.source} holds an adapter (adapter_config.json), which is not supported; "
+            "merge it into the weights (peft: merge_and_unload, save_pretrained), or remove its "
+            "files to export the base model"
+        )
 
 
 def known_aliases() -> dict[str, str]:
     families: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
     return {alias: hub_id for f in families.values() for alias, hub_id in f.aliases.items()}
-
-
-def _download(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
-    except LocalEntryNotFoundError:
-        reason = "the hub cannot be reached and the model is not in the local cache"
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-    raise CheckpointError(
-        f"{hub_id} could not be downloaded: {reason}; give a local folder with -m"
-    )
-
-
-def match_weights(checkpoint: Checkpoint, family: Family, model: nn.Module) -> dict[str, str]:
-    """Parameter name -> stored name, after comparing every name and shape.
-
-    A missing, extra or misshapen weight is an error that names it. A tied parameter may be absent:
-    it takes the stored tensor of the one it shares.
-    """
-    wanted = {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)}
-    stored: dict[str, str] = {}
-    for key, shape in checkpoint.shapes():
-        name = family.rename(key)
-        if name is None:
-            continue
-        if name not in wanted:
-            raise CheckpointError(f"{checkpoint.source} has a weight the model lacks: {key}")
-        if name in stored:
-            raise CheckpointError(
-                f"{checkpoint.source} has {stored[name]} and {key} for one weight"
-            )
-        if shape != wanted[name]:
-            raise CheckpointError(
-                f"{checkpoint.source}: {key} has shape {list(shape)}, "
-                f"config.json asks for {list(wanted[name])}"
-            )
-        stored[name] = key
-    shared: dict[int, str] = {}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name in stored:
-        shared.setdefault(id(parameters[name]), name)
-    missing = [n for n in wanted if n not in stored and id(parameters[n]) not in shared]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"{checkpoint.source} lacks the weight {missing[0]}{more}")
-    return {n: stored.get(n) or stored[shared[id(parameters[n])]] for n in wanted}
-
-
-def total_bytes(checkpoint: Checkpoint) -> int:
-    """Size on disk of the safetensors files."""
-    return sum(p.stat().st_size for p in set(checkpoint.files.values()))
 
 
 def describe(config: Mapping[str, Any]) -> str:

@@ -19,8 +19,8 @@ from lvlm.export.progress import size
 from lvlm.export.quantization import BLOCKS, KINDS, Quantization, product_weights
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.samples import read_samples
-from lvlm.export.skeleton import build_skeleton
 from lvlm.export.targets._base import Target
+from lvlm.export.weight_names import open_skeleton
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Capacity, Images
 from lvlm.runtime.errors import ExportError, ParameterError
@@ -108,11 +108,11 @@ def make_plan(options: Options) -> Plan:
     checkpoint = checkpoints.resolve(options.model, options.revision)
     family = checkpoints.find_family(checkpoint.config, checkpoint.source)
     config = family.read_config(checkpoint.config)
-    dtype = DTYPES[options.dtype] if options.dtype else _stored_dtype(checkpoint.config)
+    dtype = DTYPES[options.dtype] if options.dtype else _stored_dtype(config, checkpoint)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     cache_dtype = CACHES[options.cache] if options.cache else dtype
     _check_dtypes(options, dtype)
-    skeleton = build_skeleton(family, config, dtype, mode)
+    skeleton, stored_names = open_skeleton(checkpoint, family, config, dtype, mode)
     language = family.language(skeleton, config)
     layers = len(language.blocks)
     recipe = options.recipe.for_layers(layers, language.deep)
@@ -126,7 +126,6 @@ def make_plan(options: Options) -> Plan:
     images = family.images(config, checkpoint.folder)
     if options.max_image_tokens is not None and options.max_image_tokens < images.tokens:
         images = family.bounded(images, options.max_image_tokens)
-    stored_names = checkpoints.match_weights(checkpoint, family, skeleton)
     longest = options.max_text_len + options.max_images * images.tokens
     if language.window is not None and language.window < longest:
         raise ParameterError(
@@ -220,13 +219,14 @@ def _with_profile_file(recipe: Recipe, layers: int, checkpoint: checkpoints.Chec
     return recipe.with_profile(profile.keep, profile.rows)
 
 
-def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
-    named = config.get("dtype") or config.get("torch_dtype")
-    named = named or config.get("text_config", {}).get("dtype")
-    named = named or config.get("text_config", {}).get("torch_dtype") or "float32"
-    dtype = getattr(torch, str(named), None)
+def _stored_dtype(config: Any, checkpoint: checkpoints.Checkpoint) -> torch.dtype:
+    """As transformers chooses: config.json's where it names one, or else the weights' own."""
+    dtype = config.dtype or checkpoint.stored_dtype()
     if dtype not in DTYPES.values():
-        raise ParameterError(f"config.json says dtype {named}; choose one with --dtype")
+        where = "config.json says" if config.dtype else "the weights are of"
+        raise ParameterError(
+            f"{where} dtype {str(dtype).removeprefix('torch.')}; choose one with --dtype"
+        )
     assert isinstance(dtype, torch.dtype)
     return dtype
 

@@ -162,7 +162,7 @@ def model_hash(folder: Path) -> str:
     origin, but no tensor that was trained begins with the same numbers. Raises CheckpointError.
     """
     digest = hashlib.sha256()
-    weights = Checkpoint(folder, str(folder), None).files.values()
+    weights = Checkpoint(folder, str(folder), None).weight_files
     for path in (folder / "config.json", *sorted(set(weights))):
         try:
             if path.suffix == ".json":

@@ -43,9 +43,6 @@ class Family(Protocol):
         """The whole model in transformers' own class and torch's default dtype (called on the meta
         device to trace)."""
 
-    def rename(self, key: str) -> str | None:
-        """The model's parameter name for a checkpoint's key; None: a leftover to ignore."""
-
     def language(self, model: Any, config: Any) -> LanguageModel: ...
 
     def vision(self, model: Any, config: Any) -> nn.Module:

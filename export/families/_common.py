@@ -1,9 +1,8 @@
-"""What families have in common: checks of config.json, names of weights, Llama-like text models."""
+"""What families have in common: checks of config.json, Llama-like text models."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,8 +18,6 @@ from lvlm.runtime.errors import CheckpointError
 
 TEXT_TYPES = ("llama", "mistral", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that do not depend on the length
-# Tables that older versions stored although they follow from the configuration.
-LEFTOVERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
 
 def one_of(family: str, what: str, value: Any, supported: Sequence[object]) -> None:
@@ -28,6 +25,28 @@ def one_of(family: str, what: str, value: Any, supported: Sequence[object]) -> N
         raise CheckpointError(
             f"{what} '{value}' is not supported; family {family} has {tuple(supported)}"
         )
+
+
+def section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of config.json, {} where there is none; CheckpointError if it is no object."""
+    found = raw.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"config.json: {name} is {str(found)[:80]}, not an object")
+    return found
+
+
+def refuse_quantized(raw: Mapping[str, Any], at: str = "") -> None:
+    """CheckpointError where config.json, or a part of it, says that the weights are quantized."""
+    for name, value in raw.items():
+        if name in ("quantization_config", "compression_config") and value:
+            method = value.get("quant_method") if isinstance(value, Mapping) else None
+            how = f" with {str(method)[:40]}" if method else ""
+            raise CheckpointError(
+                f"the checkpoint is quantized{how} ({at}{name} in config.json); "
+                "export the original weights"
+            )
+        if isinstance(value, Mapping) and name.endswith("_config"):
+            refuse_quantized(value, f"{at}{name}.")
 
 
 def read_common(
@@ -42,14 +61,11 @@ def read_common(
 
     ``text_type`` is the text model's where the config names none. CheckpointError.
     """
-    text = raw.get("text_config") or {}
+    text = section(raw, "text_config")
     one_of(family, "text backbone", text.get("model_type", text_type), text_types)
-    if raw.get("quantization_config"):
-        raise CheckpointError(
-            "the checkpoint is quantized (quantization_config); export the original weights"
-        )
+    refuse_quantized(raw)
     # Older configurations call the table of rotary parameters rope_scaling, its kind type.
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = section(text, "rope_parameters") or section(text, "rope_scaling")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     one_of(family, "rope_type", rope_type, rope_types)
     try:
@@ -71,17 +87,6 @@ def build_model(kind: Any, config: Any) -> nn.Module:
     )
     assert isinstance(model, nn.Module)
     return model
-
-
-def renamed(key: str, renames: Sequence[tuple[str, str]]) -> str | None:
-    """A checkpoint's key by the first of (pattern, replacement) that matches; None: a leftover."""
-    if LEFTOVERS.search(key):
-        return None
-    for pattern, target in renames:
-        name, hits = re.subn(pattern, target, key)
-        if hits:
-            return name
-    return key
 
 
 def language_model(parts: Any, head: nn.Module, text: Any) -> LanguageModel:

@@ -18,7 +18,7 @@ from lvlm.export.families._common import (
     language_model,
     one_of,
     read_common,
-    renamed,
+    section,
     token_text,
 )
 from lvlm.export.families._files import prompt_files
@@ -31,14 +31,6 @@ from lvlm.runtime.processors._anyres import TiledProcessor, Tiles
 from lvlm.runtime.prompts import Prompt
 
 VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
-# Names changed between versions of transformers; applied in order, the first that matches.
-RENAMES = (
-    (r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
-    (r"^(?:model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
-    (r"^(?:model\.)?image_newline$", "model.image_newline"),
-)
 
 
 def tile_tokens(config: Any) -> int:
@@ -67,7 +59,7 @@ class AnyResolution:
         raise NotImplementedError
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
-        vision = raw.get("vision_config") or {}
+        vision = section(raw, "vision_config")
         tower = vision.get("model_type", self.tower_type)
         one_of(self.name, "vision tower", tower, VISION_TYPES)
         config = read_common(self.name, self.config_class, raw, self.text_type, TEXT_TYPES)
@@ -82,9 +74,6 @@ class AnyResolution:
 
     def build(self, config: Any) -> nn.Module:
         return build_model(self.model_class, config)
-
-    def rename(self, key: str) -> str | None:
-        return renamed(key, RENAMES)
 
     def language(self, model: Any, config: Any) -> LanguageModel:
         return language_model(model.model.language_model, model.lm_head, config.text_config)

@@ -20,7 +20,7 @@ from lvlm.export.families._common import (
     one_of,
     preprocessor,
     read_common,
-    renamed,
+    section,
     tiny_tokenizer,
     token_text,
     video_preprocessor,
@@ -36,11 +36,6 @@ from lvlm.runtime.processors._video import attempted
 from lvlm.runtime.processors.qwen_vl import bounded_config, normalise_config
 from lvlm.runtime.prompts import Prompt
 
-# Checkpoints on the hub have the names of the first release.
-RENAMES = (
-    (r"^visual\.", "model.visual."),
-    (r"^model\.(?!visual\.|language_model\.)", "model.language_model."),
-)
 VISION = ("<|vision_start|>", "<|vision_end|>")
 # The first release calls the rotary embedding by the name of its three positions.
 ROPES = (*ROPE_TYPES, "mrope")
@@ -75,18 +70,18 @@ class QwenVL:
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         own = self.model_types[0]
-        flat = raw.get("text_config") or raw
-        rope = flat.get("rope_parameters") or flat.get("rope_scaling") or {}
+        flat = section(raw, "text_config") or raw
+        rope = section(flat, "rope_parameters") or section(flat, "rope_scaling")
         one_of(self.name, "rope_type", rope.get("rope_type") or rope.get("type") or "mrope", ROPES)
         types = (own, f"{own}_text")
         config = read_common(self.name, self.config_class, raw, own, types, ROPES)
         text, vision = config.text_config, config.vision_config
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         half = size // 2
-        section = text.rope_parameters.get("mrope_section", self.default_section)
-        if len(section) != 3 or sum(section) != half:
+        shares = text.rope_parameters.get("mrope_section", self.default_section)
+        if len(shares) != 3 or sum(shares) != half:
             raise CheckpointError(
-                f"mrope_section {list(section)} does not share out the {half} rotary angles of a "
+                f"mrope_section {list(shares)} does not share out the {half} rotary angles of a "
                 "head; this is no checkpoint with three positions per token"
             )
         for name in ("patch_size", "temporal_patch_size"):
@@ -98,9 +93,6 @@ class QwenVL:
 
     def build(self, config: Any) -> nn.Module:
         return build_model(self.model_class, config)
-
-    def rename(self, key: str) -> str | None:
-        return renamed(key, RENAMES)
 
     def language(self, model: Any, config: Any) -> LanguageModel:
         found = language_model(model.model.language_model, model.lm_head, config.text_config)

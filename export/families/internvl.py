@@ -28,7 +28,7 @@ from lvlm.export.families._common import (
     one_of,
     preprocessor,
     read_common,
-    renamed,
+    section,
     tiny,
     tiny_tokenizer,
     token_text,
@@ -41,13 +41,6 @@ from lvlm.runtime.bundle import Images
 from lvlm.runtime.errors import CheckpointError
 from lvlm.runtime.processors.internvl import most_tokens, normalise_config, with_most_tokens
 from lvlm.runtime.prompts import Prompt
-
-RENAMES = (
-    (r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^(?:model\.)?vision_tower\.", "model.vision_tower."),
-    (r"^(?:model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
-)
 
 
 class InternVL:
@@ -64,7 +57,7 @@ class InternVL:
     video = ""
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
-        vision = raw.get("vision_config") or {}
+        vision = section(raw, "vision_config")
         tower = vision.get("model_type", "internvl_vision")
         one_of(self.name, "vision tower", tower, ("internvl_vision",))
         types, ropes = ("qwen2", "qwen3", "llama"), (*ROPE_TYPES, "dynamic")
@@ -83,9 +76,6 @@ class InternVL:
 
     def build(self, config: InternVLConfig) -> nn.Module:
         return build_model(InternVLForConditionalGeneration, config)
-
-    def rename(self, key: str) -> str | None:
-        return renamed(key, RENAMES)
 
     def language(self, model: Any, config: InternVLConfig) -> LanguageModel:
         text, parts = config.text_config, model.model.language_model

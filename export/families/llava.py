@@ -28,12 +28,12 @@ from lvlm.export.families._common import (
     one_of,
     preprocessor,
     read_common,
-    renamed,
+    section,
     tiny,
     token_text,
 )
 from lvlm.export.families._files import prompt_files
-from lvlm.export.families._llava import RENAMES, VISION_TYPES, LlavaVision, tile_tokens
+from lvlm.export.families._llava import VISION_TYPES, LlavaVision, tile_tokens
 from lvlm.export.language import LanguageModel
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.runtime.bundle import Images
@@ -54,16 +54,13 @@ class Llava:
     video = ""
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
-        vision = raw.get("vision_config") or {}
+        vision = section(raw, "vision_config")
         tower = vision.get("model_type", "clip_vision_model")
         one_of(self.name, "vision tower", tower, VISION_TYPES)
         return read_common(self.name, LlavaConfig, raw, "llama", TEXT_TYPES)
 
     def build(self, config: LlavaConfig) -> nn.Module:
         return build_model(LlavaForConditionalGeneration, config)
-
-    def rename(self, key: str) -> str | None:
-        return renamed(key, RENAMES)
 
     def language(self, model: Any, config: LlavaConfig) -> LanguageModel:
         return language_model(model.model.language_model, model.lm_head, config.text_config)

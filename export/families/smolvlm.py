@@ -25,7 +25,7 @@ from lvlm.export.families._common import (
     one_of,
     preprocessor,
     read_common,
-    renamed,
+    section,
     tiny,
     tiny_tokenizer,
     token_text,
@@ -57,7 +57,7 @@ class SmolVLM:
     video = "a tile per frame, with its time"
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
-        tower = (raw.get("vision_config") or {}).get("model_type", "smolvlm_vision")
+        tower = section(raw, "vision_config").get("model_type", "smolvlm_vision")
         one_of(self.name, "vision tower", tower, ("smolvlm_vision",))
         config = read_common(self.name, SmolVLMConfig, raw, "llama", ("llama",))
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
@@ -74,9 +74,6 @@ class SmolVLM:
 
     def build(self, config: SmolVLMConfig) -> nn.Module:
         return build_model(SmolVLMForConditionalGeneration, config)
-
-    def rename(self, key: str) -> str | None:
-        return renamed(key, ())
 
     def language(self, model: Any, config: SmolVLMConfig) -> LanguageModel:
         return language_model(model.model.text_model, model.lm_head, config.text_config)

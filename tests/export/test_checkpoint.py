@@ -115,6 +115,107 @@ def test_shards_give_the_same_bundle(folder: Path) -> None:
         plan(folder)
 
 
+def shards(folder: Path, index: dict[str, Any] | None = None, **parts: Any) -> None:
+    """The weights in files of these names, and an index of them."""
+    (folder / "model.safetensors").unlink()
+    for file, tensors in parts.items():
+        save_file(tensors, folder / f"{file}.safetensors")
+    known = {k: f"{file}.safetensors" for file, tensors in parts.items() for k in tensors}
+    made = {"metadata": {}, "weight_map": known} if index is None else index
+    (folder / "model.safetensors.index.json").write_text(json.dumps(made))
+
+
+def test_a_stale_index_beside_the_whole_file(folder: Path) -> None:
+    """transformers reads model.safetensors where there is one."""
+    index = {"weight_map": {"lm_head.weight": "gone.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert [path.name for path in plan(folder).checkpoint.weight_files] == ["model.safetensors"]
+
+
+def test_an_index_only_lists_files(folder: Path) -> None:
+    """Tensors count where they are, as in transformers, not where the index has them."""
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    first, second = ({k: weights[k] for k in part} for part in (names[::2], names[1::2]))
+    swapped = dict.fromkeys(first, "b.safetensors") | dict.fromkeys(second, "a.safetensors")
+    del swapped[names[0]]  # nor need it name everything
+    shards(folder, {"weight_map": swapped}, a=first, b=second)
+    made = plan(folder)
+    assert torch.equal(made.checkpoint.read(names[0]), weights[names[0]])
+
+
+def test_a_tensor_in_two_files_is_named(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    name = min(weights)
+    shards(folder, a=weights, b={name: weights[name]})
+    with pytest.raises(CheckpointError, match=r"embed_tokens.* is in a\.safetensors and in b"):
+        plan(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "../x.safetensors"}}, "outside the folder"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "outside the folder"),
+        ({"weight_map": {"a": 5}}, "has no weight_map of files"),
+        ({"weight_map": []}, "has no weight_map of files"),
+        ({"weight_map": {"a": "x" * 5000}}, "is listed in .* but missing"),
+        ([], "holds no JSON object"),
+    ],
+)
+def test_an_index_that_is_wrong(folder: Path, index: Any, message: str) -> None:
+    shards(folder, index)
+    with pytest.raises(CheckpointError, match=message):
+        plan(folder)
+
+
+def test_weights_that_the_configuration_names(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "chosen.safetensors")
+    change_config(folder, transformers_weights="chosen.safetensors")
+    assert [path.name for path in plan(folder).checkpoint.weight_files] == ["chosen.safetensors"]
+    change_config(folder, transformers_weights="../chosen.safetensors")
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        plan(folder)
+
+
+def test_two_names_for_one_weight(folder: Path) -> None:
+    now, before = "model.language_model.norm.weight", "language_model.model.norm.weight"
+    change_weights(folder, lambda w: w.update({now: w[before].clone()}))
+    with pytest.raises(CheckpointError, match=r"norm\.weight for one weight"):
+        plan(folder)
+
+
+@pytest.mark.parametrize("of_text", [None, "float32"])
+def test_the_weights_say_the_dtype_where_the_configuration_does_not(
+    folder: Path, of_text: str | None
+) -> None:
+    """As transformers: the text model's alone is not the model's."""
+    change_weights(folder, lambda w: w.update({k: v.bfloat16() for k, v in w.items()}))
+    change_config(folder, dtype=None, torch_dtype=None, text_config__dtype=of_text)
+    assert plan(folder).dtype == torch.bfloat16
+    change_config(folder, torch_dtype="float16")
+    assert plan(folder).dtype == torch.float16
+
+
+def test_weights_of_whole_numbers_are_quantized(folder: Path) -> None:
+    name = "language_model.model.layers.0.mlp.up_proj.weight"
+    change_weights(folder, lambda w: w.update({name: w[name].to(torch.int8)}))
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight is stored as I8"):
+        plan(folder)
+
+
+def test_an_adapter_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter.* merge it into the weights"):
+        plan(folder)
+
+
+def test_a_revision_of_what_has_none(folder: Path) -> None:
+    for model in (str(folder), "tiny-llava"):
+        with pytest.raises(ParameterError, match=r"--revision main.* has no revisions"):
+            checkpoints.resolve(model, "main")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -126,7 +227,9 @@ def test_shards_give_the_same_bundle(folder: Path) -> None:
             "rope_type 'longrope'",
         ),
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy.*cls"),
-        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"with awq \(quantization_config in"),
+        ({"text_config__quantization_config": {"b": 4}}, r"\(text_config\.quantization_config in"),
+        ({"compression_config": {"format": "x"}}, r"\(compression_config in config\.json"),
         (
             {
                 "text_config__layer_types": ["sliding_attention"] * 3,
@@ -185,6 +288,10 @@ def test_names_that_mean_nothing() -> None:
         checkpoints.resolve("lava")
     with pytest.raises(CheckpointError, match="no folder"):
         checkpoints.resolve("./nowhere")
+    for model in ("x" * 100_000, "x/" * 1000, "\0", ""):
+        with pytest.raises(LvlmError) as caught:
+            checkpoints.resolve(model)
+        assert len(str(caught.value)) < 500
 
 
 def test_every_family_has_tiny_configs_that_its_own_check_accepts() -> None:

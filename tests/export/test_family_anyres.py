@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import FAMILIES, TINY, transformers_inputs
+from bundles import TINY, transformers_inputs
 from test_parity import load_torch
 
 import lvlm
@@ -68,24 +68,6 @@ def test_files_of_two_models(checkpoint: Callable[[str], Path], tmp_path: Path) 
     family, config = TINY[NEXT]
     with pytest.raises(CheckpointError, match="image_grid_pinpoints"):
         family.images(config, folder)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("image_newline", "model.image_newline"),
-        ("language_model.lm_head.weight", "lm_head.weight"),
-        ("language_model.model.norm.weight", "model.language_model.norm.weight"),
-        (
-            "vision_tower.vision_model.encoder.layers.0.mlp.fc1.bias",
-            "model.vision_tower.encoder.layers.0.mlp.fc1.bias",
-        ),
-        ("multi_modal_projector.linear_1.bias", "model.multi_modal_projector.linear_1.bias"),
-    ],
-)
-def test_names_of_the_checkpoints_on_the_hub(old: str, new: str) -> None:
-    assert FAMILIES["llava-next"].rename(old) == new
-    assert FAMILIES["llava-onevision"].rename(old) == new
 
 
 @pytest.mark.parametrize("name", [NEXT, ONEVISION])

@@ -161,16 +161,6 @@ def test_merging_waits_for_the_last_features(
                 make_plan(options)
 
 
-def test_names_of_weights_of_all_ages() -> None:
-    for name in LIGHT:
-        family = TINY[name][0]
-        now = "model.visual.blocks.0.attn.qkv.weight", "model.language_model.norm.weight"
-        assert [family.rename(key) for key in now] == list(now)
-        old = "visual.blocks.0.attn.qkv.weight", "model.norm.weight"
-        assert [family.rename(key) for key in old] == list(now)
-        assert family.rename("lm_head.weight") == "lm_head.weight"
-
-
 def hub_config(family: Any) -> dict[str, Any]:
     """As the first release has it: text options beside the others."""
     name = next(n for n, (f, _) in TINY.items() if f is family)

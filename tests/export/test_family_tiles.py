@@ -171,23 +171,3 @@ def test_tiles_of_another_size_than_the_towers(
     wrong["vision_config"]["image_size"] = 2 * side if isinstance(side, int) else [2 * side[0]] * 2
     with pytest.raises(CheckpointError, match="image processor makes tiles of"):
         family.images(family.read_config(wrong), checkpoint(name))
-
-
-@pytest.mark.parametrize(
-    ("name", "stored", "known"),
-    [
-        ("internvl", "language_model.model.norm.weight", "model.language_model.norm.weight"),
-        ("internvl", "language_model.lm_head.weight", "lm_head.weight"),
-        ("internvl", "vision_tower.layernorm.bias", "model.vision_tower.layernorm.bias"),
-        (
-            "internvl",
-            "multi_modal_projector.linear_1.bias",
-            "model.multi_modal_projector.linear_1.bias",
-        ),
-        ("internvl", "model.language_model.norm.weight", "model.language_model.norm.weight"),
-        ("smolvlm", "model.text_model.norm.weight", "model.text_model.norm.weight"),
-        ("smolvlm", "model.text_model.layers.0.self_attn.rotary_emb.inv_freq", None),
-    ],
-)
-def test_names_of_weights_of_all_ages(name: str, stored: str, known: str | None) -> None:
-    assert FAMILIES[name].rename(stored) == known
