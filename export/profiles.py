@@ -162,8 +162,8 @@ def model_hash(folder: Path) -> str:
     origin, but no tensor that was trained begins with the same numbers. Raises CheckpointError.
     """
     digest = hashlib.sha256()
-    weights = Checkpoint(folder, str(folder), None).weight_files
-    for path in (folder / "config.json", *sorted(set(weights))):
+    weights = {t.file for t in Checkpoint(folder, str(folder), None).tensors.values()}
+    for path in (folder / "config.json", *sorted(weights)):
         try:
             if path.suffix == ".json":
                 digest.update(path.read_bytes())
