@@ -10,8 +10,9 @@ import numpy as np
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Manifest
 from lvlm.runtime.errors import CapacityError
+from lvlm.runtime.generation_options import Keep
 from lvlm.runtime.limits import new_token_limit
-from lvlm.runtime.schedule import Keep, keep_ratios, plan_prefill
+from lvlm.runtime.schedule import keep_ratios, plan_prefill
 
 SMALLEST = 1e-300  # every picture is down to one token
 HALVINGS = 64  # past the precision of a float

@@ -20,9 +20,9 @@ from lvlm.calibration.metrics import surprise
 from lvlm.calibration.records import Record, Run
 from lvlm.calibration.samples import PLACEHOLDER, DataError, Sample
 from lvlm.calibration.variants import Bundle, Variant
-from lvlm.runtime.answers import Options
 from lvlm.runtime.batch import Batch
 from lvlm.runtime.errors import BundleError, LvlmError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import Model
 from lvlm.runtime.prompts import Prompt, PromptMaker
 from lvlm.runtime.text import Tokenizer
@@ -54,7 +54,9 @@ class BundleRunner:
             manifest.chat_template,
             manifest.special_tokens,
         )
-        self._options = Options(chat_template=bool(manifest.chat_template), system=how.system)
+        self._options = GenerationOptions(
+            chat_template=bool(manifest.chat_template), system=how.system
+        )
         self._closing = ExitStack()
 
     def __enter__(self) -> Self:

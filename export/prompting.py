@@ -7,9 +7,9 @@ from typing import Any
 from lvlm.export.checkpoint import Checkpoint
 from lvlm.export.families._base import Family
 from lvlm.export.samples import Sample
-from lvlm.runtime.answers import Options
 from lvlm.runtime.bundle import Images
 from lvlm.runtime.errors import BundleError, CheckpointError, LvlmError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.prompts import Prompt, PromptMaker
 from lvlm.runtime.text import Tokenizer
 
@@ -42,7 +42,7 @@ def prepare(maker: PromptMaker, sample: Sample) -> Prompt:
     text, templated = sample.prompt, maker.template is not None
     if not templated and maker.images.token not in text:
         text = f"{maker.images.token}\n" * len(sample.images) + text
-    options = Options(chat_template=templated, max_new_tokens=1)
+    options = GenerationOptions(chat_template=templated, max_new_tokens=1)
     try:
         return maker.prepare(0, text, sample.images, options)
     except LvlmError as error:

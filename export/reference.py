@@ -24,9 +24,10 @@ from lvlm.export.recipes._cache import CacheRule
 from lvlm.export.skeleton import default_dtype
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.errors import ValidationError
+from lvlm.runtime.generation_options import Keep
 from lvlm.runtime.pictures import Picture
 from lvlm.runtime.prompts import Prompt
-from lvlm.runtime.schedule import Keep, keep_ratios, plan_prefill
+from lvlm.runtime.schedule import keep_ratios, plan_prefill
 
 
 @dataclass

@@ -20,9 +20,9 @@ import torch
 from lvlm.export.progress import Progress
 from lvlm.export.quantization import round_products
 from lvlm.export.reference import Answer, Reference, load_fp32
-from lvlm.runtime.answers import Options
 from lvlm.runtime.batch import Batch
 from lvlm.runtime.errors import LvlmError, ValidationError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import Model
 from lvlm.runtime.prompts import Prompt
 
@@ -177,7 +177,7 @@ def _token_count(plan: Plan) -> int:
 
 
 def _prompt(model: Model, picture: bytes, tokens: int) -> Prompt:
-    options = Options(max_new_tokens=tokens)
+    options = GenerationOptions(max_new_tokens=tokens)
     try:
         return model.prepare(0, QUESTION, [picture], options)
     except LvlmError:

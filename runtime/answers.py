@@ -1,58 +1,14 @@
-"""What a call takes and gives: options, the answer and what it took, the stream of its pieces."""
+"""What a call gives: the answer and what it took, the stream of its pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.sampling import Sampling, TokenScore
-from lvlm.runtime.schedule import Keep
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to answer; see Model.generate."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: Sequence[str] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    keep: Keep | None = None
-    kv_keep: float | None = None
-    chat_template: bool = True
-    system: str | None = None
-    frames: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise ParameterError(
-                f"max_new_tokens is {self.max_new_tokens!r}; give a whole number of 1 or more"
-            )
-        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stops, Sequence) or not all(isinstance(s, str) and s for s in stops):
-            raise ParameterError(f"stop is {self.stop!r}; give a list of texts, none of them empty")
-        if self.frames is not None and (
-            isinstance(self.frames, bool) or not isinstance(self.frames, int) or self.frames < 1
-        ):
-            raise ParameterError(f"frames is {self.frames!r}; give 1 or more")
-        many = self.logprobs
-        if many is not None and (isinstance(many, bool) or not isinstance(many, int) or many < 0):
-            raise ParameterError(f"logprobs is {many!r}; give None or a whole number of 0 or more")
-
-    def sampling(self, row: int) -> Sampling:
-        """Row r of a seeded batch draws from seed + r, so that equal prompts differ."""
-        seed = self.seed + row if isinstance(self.seed, int) else self.seed
-        return Sampling(
-            self.temperature, self.top_k, self.top_p, self.repetition_penalty, seed=seed
-        )
+from lvlm.runtime.generation_options import GenerationOptions as Options  # noqa: F401 - old name
+from lvlm.runtime.sampling import TokenScore
 
 
 @dataclass(frozen=True)

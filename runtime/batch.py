@@ -12,10 +12,10 @@ from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.cache import CompactCache
 from lvlm.runtime.counts import count_prompts
 from lvlm.runtime.errors import BackendError
+from lvlm.runtime.generation_options import Keep
 from lvlm.runtime.graphs import Graphs, check_kept
 from lvlm.runtime.prompts import Prompt
 from lvlm.runtime.row import Row
-from lvlm.runtime.schedule import Keep
 
 CAPACITY_STEP = 64  # cache lengths are rounded up to this, so that buffers are reused
 

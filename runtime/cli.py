@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from lvlm.runtime.backends import devices
 from lvlm.runtime.console import Parser, run_main
 from lvlm.runtime.errors import ParameterError, PromptError
+from lvlm.runtime.generation_options import GenerationOptions
+from lvlm.runtime.option_flags import add_option_flags, given_options
 
 if TYPE_CHECKING:
     from lvlm.runtime.answers import Generation, Stats
@@ -38,42 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     add("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
     add("--image", action="append", default=[], metavar="PATH", help="a picture; repeatable")
     add("--video", action="append", default=[], metavar="PATH", help="a clip; repeatable")
-    add("--frames", type=int, metavar="N", help="frames of each clip (default: the model's choice)")
     add("--device", default="cpu", help=f"what to run on: {', '.join(devices())} (default cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the backend's choice)")
-    add("--max-new-tokens", type=int, metavar="N", help="length of the answer (default 256)")
-    add("--temperature", type=float, metavar="T", help="0 (default) takes the likeliest token")
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest (default 0: all)")
-    add("--top-p", type=float, metavar="P", help="draw from the likeliest, up to P (default 1.0)")
-    add("--repetition-penalty", type=float, metavar="X", help="above 1 repeats less (default 1.0)")
-    add("--seed", type=int, metavar="N", help="makes draws repeatable")
-    add("--stop", action="append", metavar="TEXT", help="end the answer before TEXT; repeatable")
-    add("--ignore-eos", action="store_true", default=None, help="go on to --max-new-tokens")
-    add(
-        "--logprobs",
-        type=int,
-        metavar="N",
-        help="with --json: each token's logarithm of its probability, and the N likeliest ones",
-    )
-    add(
-        "--keep",
-        type=_keep,
-        metavar="R",
-        help="fraction of the image tokens to keep, or one per reduction, as 0.7,0.5,0.3 "
-        "(default: as exported)",
-    )
-    add(
-        "--kv-keep",
-        type=float,
-        metavar="G",
-        help="fraction of the cache entries to keep (default: as exported)",
-    )
-    add("--system", metavar="TEXT", help="system message")
-    add(
-        "--no-chat-template",
-        action="store_true",
-        help="the prompt as it stands, with its own image placeholders",
-    )
+    add_option_flags(parser)
     add(
         "--show-merge",
         type=Path,
@@ -89,17 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _keep(text: str) -> float | tuple[float, ...]:
-    try:
-        ratios = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        wanted = "is not a number or a list like 0.7,0.5,0.3"
-        raise argparse.ArgumentTypeError(f"'{text}' {wanted}") from None
-    return ratios[0] if len(ratios) == 1 else ratios
-
-
 def _run(args: argparse.Namespace) -> int:
-    _check(args)
+    options = _check(args)
     prompt = _prompt(args.prompt)
 
     from lvlm.runtime.model import load
@@ -114,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
             from lvlm.runtime.show_merge import check_shows
 
             check_shows(model.manifest)
-        answer = _answer(model, prompt, args)
+        answer = _answer(model, prompt, args, options)
         if args.show_merge:
             _save_picture(model, answer, args)
     cut = _cut_short(model, answer)
@@ -127,10 +87,11 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> GenerationOptions:
     """What can be known to be wrong before anything is loaded."""
+    options = given_options(args)
     idle = [name for name in DRAWING if getattr(args, name) is not None]
-    if idle and not args.temperature:
+    if idle and not options.temperature:
         flag = "--" + idle[0].replace("_", "-")
         raise ParameterError(f"{flag} has no effect at temperature 0; add --temperature 0.7, say")
     if args.logprobs is not None and not args.json:
@@ -144,6 +105,7 @@ def _check(args: argparse.Namespace) -> None:
             raise ParameterError(f"--show-merge {args.show_merge}: name a file ending in .png")
         if not args.show_merge.absolute().parent.is_dir():
             raise ParameterError(f"--show-merge {args.show_merge}: there is no such folder")
+    return options
 
 
 def _prompt(given: str) -> str:
@@ -155,18 +117,10 @@ def _prompt(given: str) -> str:
         raise PromptError("standard input is not valid text; pass UTF-8") from None
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given; the defaults are those of Model.generate."""
-    names = (
-        *("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed"),
-        *("stop", "ignore_eos", "logprobs", "keep", "kv_keep", "system", "frames"),
-    )
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return options | {"chat_template": not args.no_chat_template}
-
-
-def _answer(model: Model, prompt: str, args: argparse.Namespace) -> Generation:
-    stream = model.stream(prompt, args.image, args.video, **_options(args))
+def _answer(
+    model: Model, prompt: str, args: argparse.Namespace, options: GenerationOptions
+) -> Generation:
+    stream = model.stream(prompt, args.image, args.video, options)
     started = False
     try:
         for piece in stream:

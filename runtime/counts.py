@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.runtime.answers import Options
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Capacity, Manifest
-from lvlm.runtime.discovery import nearest
+from lvlm.runtime.generation_options import GenerationOptions, Keep
 from lvlm.runtime.limits import new_token_limit
 from lvlm.runtime.prompts import Prompt
-from lvlm.runtime.schedule import Keep, PrefillPlan, keep_ratios, plan_prefill
+from lvlm.runtime.schedule import PrefillPlan, keep_ratios, plan_prefill
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,14 @@ def count_prompts(
     return PromptCounts(image_tokens, prefill, budgets, budgets.prompt(prefill.entries), limits)
 
 
-def read_options(manifest: Manifest, given: Mapping[str, object]) -> Options:
-    """The options of a call; a wrong one is an error before any work. Raises ParameterError."""
-    unknown = set(given) - set(Options.__dataclass_fields__)
-    if unknown:
-        raise nearest("option", min(unknown), Options.__dataclass_fields__)
-    options = Options(**given)  # type: ignore[arg-type]
-    options.sampling(0)
+def read_options(
+    manifest: Manifest, base: GenerationOptions | None, given: Mapping[str, object]
+) -> GenerationOptions:
+    """The options of a call to a bundle; a wrong one is an error before any work.
+
+    Raises ParameterError.
+    """
+    options = GenerationOptions.of(base, given)
     keep_ratios(manifest.reductions, manifest.keep, options.keep)
     Budgets.of(manifest.compression, manifest.text.layers, options.kv_keep)
     return options

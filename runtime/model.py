@@ -8,14 +8,16 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self, overload
+from typing import Self, Unpack, overload
 
-from lvlm.runtime.answers import Generation, Options, Stats, Stream
+from lvlm.runtime.answers import Generation, Stats, Stream
+from lvlm.runtime.asks import Ask, Images, Videos, many_asks, one_ask
 from lvlm.runtime.backends import open_backend
 from lvlm.runtime.batch import Batch, Batches
 from lvlm.runtime.bundle import Manifest, read_bundle
 from lvlm.runtime.counts import read_options
-from lvlm.runtime.errors import BackendError, ParameterError, PromptError
+from lvlm.runtime.errors import BackendError, ParameterError
+from lvlm.runtime.generation_options import GenerationOptions, OptionValues
 from lvlm.runtime.graphs import Graphs
 from lvlm.runtime.images import ImageSource
 from lvlm.runtime.prompts import Prompt, PromptMaker
@@ -65,69 +67,57 @@ class Model:
     def generate(
         self,
         prompt: str,
-        images: Sequence[ImageSource] = (),
-        videos: Sequence[VideoSource] = (),
-        **options: object,
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
     ) -> Generation: ...
 
     @overload
     def generate(
         self,
         prompt: list[str],
-        images: Sequence[Sequence[ImageSource]] = (),
-        videos: Sequence[Sequence[VideoSource]] = (),
-        **options: object,
+        images: Sequence[Images | None] | None = (),
+        videos: Sequence[Videos | None] | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
     ) -> list[Generation]: ...
 
-    def generate(self, prompt, images=(), videos=(), **options):  # type: ignore[no-untyped-def]
+    def generate(self, prompt, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
         """Answer one prompt, or a list of prompts (then ``images`` and ``videos`` are lists of
         lists) in order.
 
-        Images are paths, bytes, PIL images or uint8 arrays [H,W,3]; videos paths, bytes or Clips
-        (docs/families.md), whose frames count as images. Options: frames (of each video; None: as
-        many as the model's own processor takes), max_new_tokens (256),
-        temperature (0: greedy), top_k, top_p, repetition_penalty, seed, stop (strings that end the
-        answer), ignore_eos (go on to max_new_tokens), logprobs (how many of the likeliest tokens to
-        tell of at every step; 0: the chosen one only), keep (fraction of image tokens, or one per
-        reduction), kv_keep (fraction of the cache entries), chat_template (False: the prompt as it
-        stands, with its own image placeholders), system.
+        Args:
+            images: paths, bytes, PIL images or uint8 arrays [H,W,3].
+            videos: paths, bytes or Clips (docs/families.md), whose frames count as images.
+            options: GenerationOptions; what is ``given`` by name comes before it.
 
         Raises ParameterError, PromptError, ImageError, CapacityError, BackendError.
         """
-        parsed = read_options(self.manifest, options)
-        single = isinstance(prompt, str)
-        prompts = [prompt] if single else list(prompt)
-        pictures = [images] if single else list(images) or [()] * len(prompts)
-        clips = [videos] if single else list(videos) or [()] * len(prompts)
-        for what, lists in (("images", pictures), ("videos", clips)):
-            if len(lists) != len(prompts):
-                raise PromptError(
-                    f"{len(prompts)} prompts but {len(lists)} lists of {what}; give one list each"
-                )
-        if not prompts:
-            return []
-        results: list[Generation] = []
-        for event in self._run(prompts, pictures, clips, parsed):
-            if isinstance(event, list):
-                results = event
-        return results[0] if single else results
+        parsed = read_options(self.manifest, options, given)
+        if isinstance(prompt, str):
+            return self._answers([one_ask(prompt, images, videos)], parsed)[0]
+        asks = many_asks(prompt, images, videos)
+        return self._answers(asks, parsed) if asks else []
 
     def stream(
         self,
         prompt: str,
-        images: Sequence[ImageSource] = (),
-        videos: Sequence[VideoSource] = (),
-        **options: object,
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
     ) -> Stream:
         """Like ``generate`` for one prompt, yielding text as soon as it is final.
 
         Nothing is computed before the first piece is asked for, but mistakes in the options are
         raised here.
         """
-        parsed = read_options(self.manifest, options)
+        parsed = read_options(self.manifest, options, given)
+        ask = one_ask(prompt, images, videos)
 
         def pieces() -> Generator[str | Generation]:
-            with closing(self._run([prompt], [images], [videos], parsed)) as events:
+            with closing(self._run([ask], parsed)) as events:
                 for event in events:
                     yield event[0] if isinstance(event, list) else event[1]
 
@@ -147,20 +137,21 @@ class Model:
     ) -> None:
         self.close()
 
+    def _answers(self, asks: Sequence[Ask], options: GenerationOptions) -> list[Generation]:
+        results: list[Generation] = []
+        for event in self._run(asks, options):
+            if isinstance(event, list):
+                results = event
+        return results
+
     def _run(
-        self,
-        prompts: Sequence[str],
-        pictures: Sequence[Sequence[ImageSource]],
-        clips: Sequence[Sequence[VideoSource]],
-        options: Options,
+        self, asks: Sequence[Ask], options: GenerationOptions
     ) -> Generator[tuple[int, str] | list[Generation]]:
         """(row, piece of text) as they come; at the end the list of generations."""
         with self._exclusive() as batches:
             rows = [
-                self.prepare(row, prompt, images, options, videos)
-                for row, (prompt, images, videos) in enumerate(
-                    zip(prompts, pictures, clips, strict=True)
-                )
+                self.prepare(row, ask.prompt, ask.images, options, ask.videos)
+                for row, ask in enumerate(asks)
             ]
             batch = batches.start(rows, options.keep, options.kv_keep)
             streams = [TextStream(self.tokenizer, options.stop) for _ in rows]
@@ -203,7 +194,7 @@ class Model:
         row: int,
         prompt: str,
         images: Sequence[ImageSource],
-        options: Options,
+        options: GenerationOptions,
         videos: Sequence[VideoSource] = (),
     ) -> Prompt:
         """One row of a batch: pictures opened and scaled, the prompt as token ids."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lvlm.runtime.answers import Options
 from lvlm.runtime.bundle import Images
 from lvlm.runtime.clips import Clips
 from lvlm.runtime.errors import BundleError, ParameterError, PromptError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.images import ImageSource, open_image
 from lvlm.runtime.pictures import Picture
 from lvlm.runtime.processors import Processor, load_processor
@@ -68,6 +68,7 @@ class PromptMaker:
         self.video_template = self.template
         if self.clips.video is not None and (own := self.clips.video.template):
             self.video_template = ChatTemplate(own, special_tokens, images.token)
+        self._special_tokens = dict(special_tokens)
         self._bos = special_tokens.get("bos_token")
 
     def prepare(
@@ -75,7 +76,7 @@ class PromptMaker:
         row: int,
         prompt: str,
         images: Sequence[ImageSource],
-        options: Options,
+        options: GenerationOptions,
         videos: Sequence[VideoSource] = (),
     ) -> Prompt:
         """One row of a batch: pictures opened and scaled, the prompt as token ids.
@@ -91,6 +92,8 @@ class PromptMaker:
         text, special = prompt, True
         if options.chat_template:
             template = self.video_template if clips else self.template
+            if isinstance(options.chat_template, str):
+                template = self._own_template(options.chat_template)
             if template is None:
                 raise PromptError(
                     "the bundle has no chat template; write the prompt out and use "
@@ -122,11 +125,19 @@ class PromptMaker:
             image_id,
             pictures,
             self._positions(image_id, pictures),
-            options.sampling(row),
+            Sampling.of(options, row),
             options.max_new_tokens,
             options.ignore_eos,
             options.logprobs,
         )
+
+    def _own_template(self, source: str) -> ChatTemplate:
+        """A template that the caller gives."""
+        try:
+            return ChatTemplate(source, self._special_tokens, self.images.token)
+        except BundleError as error:
+            reason = str(error).removeprefix("the bundle's ")
+            raise ParameterError(f"the given {reason}") from None
 
     def _positions(self, image_id: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
         if self.images.positions == "sequence":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lvlm.runtime.errors import BackendError, ParameterError
+from lvlm.runtime.generation_options import GenerationOptions
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,25 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+
+    @classmethod
+    def of(
+        cls, options: GenerationOptions, row: int, generation: Mapping[str, Any] | None = None
+    ) -> Sampling:
+        """For row ``row`` of a call; ``generation`` is what the bundle says (None: nothing). A
+        seeded batch's row r draws from seed + r, so that equal prompts differ."""
+        says = {
+            name: value
+            for name, value in (generation or {}).items()
+            if name in ("top_k", "top_p", "repetition_penalty") and value is not None
+        }
+        says |= {
+            name: value
+            for name in ("top_k", "top_p", "repetition_penalty")
+            if (value := getattr(options, name)) is not None
+        }
+        seed = None if options.seed is None else options.seed + row
+        return cls(options.temperature, **says, seed=seed)
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, Real, "0 or above", lambda x: 0 <= x < math.inf)

@@ -14,8 +14,7 @@ import numpy as np
 
 from lvlm.runtime.bundle import Reduction
 from lvlm.runtime.errors import ParameterError
-
-Keep = float | Sequence[float]
+from lvlm.runtime.generation_options import Keep
 
 
 def keep_ratios(

@@ -12,10 +12,10 @@ from lvlm.calibration.bench.contenders import Serving, Setup
 from lvlm.calibration.bench.drive import at_once, one_after_another
 from lvlm.calibration.bench.figures import Record
 from lvlm.calibration.bench.workload import Request, Work
-from lvlm.runtime.answers import Options
 from lvlm.runtime.backends import open_backend
 from lvlm.runtime.bundle import Manifest, read_bundle
 from lvlm.runtime.engine import Engine
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import load
 
 QUEUE_LIMIT = 1_000_000  # nothing is refused: waiting shows in the figures
@@ -41,7 +41,7 @@ class Alone:
         return one_after_another(self._answer, work)
 
     def _answer(self, request: Request, mark: Callable[[], None]) -> tuple[int, int | None]:
-        options = Options(
+        options = GenerationOptions(
             max_new_tokens=request.new_tokens,
             ignore_eos=True,
             chat_template=self._model.manifest.chat_template is not None,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncIterator, Generator
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 from lvlm.runtime.answers import Generation
+from lvlm.runtime.asks import Images, Videos
 from lvlm.runtime.engine.engine import Engine
 from lvlm.runtime.engine.handle import Handle
-from lvlm.runtime.images import ImageSource
+from lvlm.runtime.generation_options import GenerationOptions, OptionValues
 
 
 class AsyncHandle:
@@ -79,10 +80,19 @@ class AsyncEngine:
         self.engine = engine
 
     async def submit(
-        self, prompt: str, images: Sequence[ImageSource] = (), **options: object
+        self,
+        prompt: str,
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        *,
+        timeout: float | None = None,
+        **given: Unpack[OptionValues],
     ) -> AsyncHandle:
-        """As Engine.submit, ``videos`` too; pictures are opened in a thread of their own."""
-        submit = partial(self.engine.submit, prompt, images, **options)  # type: ignore[arg-type]
+        """As Engine.submit; pictures are opened in a thread of their own."""
+        submit = partial(
+            self.engine.submit, prompt, images, videos, options, timeout=timeout, **given
+        )
         submitted = asyncio.get_running_loop().run_in_executor(None, submit)
         try:
             return AsyncHandle(await asyncio.shield(submitted))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 from lvlm.runtime.answers import Generation
+from lvlm.runtime.asks import Images, Videos, one_ask
 from lvlm.runtime.backends import open_backend
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import read_bundle
@@ -24,12 +25,10 @@ from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.scheduler import Scheduler
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.generation_options import GenerationOptions, Keep, OptionValues
 from lvlm.runtime.graphs import Graphs
-from lvlm.runtime.images import ImageSource
 from lvlm.runtime.prompts import PromptMaker
-from lvlm.runtime.schedule import Keep
 from lvlm.runtime.text import TextStream, Tokenizer
-from lvlm.runtime.video import VideoSource
 
 
 class Engine:
@@ -111,13 +110,14 @@ class Engine:
     def submit(
         self,
         prompt: str,
-        images: Sequence[ImageSource] = (),
-        videos: Sequence[VideoSource] = (),
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
         *,
         timeout: float | None = None,
-        **options: object,
+        **given: Unpack[OptionValues],
     ) -> Handle:
-        """Ask; the answer comes through the handle. ``options`` are those of Model.generate.
+        """Ask; the answer comes through the handle. Arguments are those of Model.generate.
 
         ``timeout`` in seconds from now: a request that is not answered by then ends with
         RequestTimeout. Pictures are opened and scaled here, in the caller's thread. Raises at once
@@ -128,9 +128,14 @@ class Engine:
         number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
         if timeout is not None and not (number and timeout > 0):
             raise ParameterError(f"timeout is {timeout!r}; give seconds above 0, or None")
-        given = {"keep": self.keep, "kv_keep": self.kv_keep} | options
-        parsed = read_options(self.manifest, given)
-        row = self._prompts.prepare(0, prompt, images, parsed, videos)
+        ask = one_ask(prompt, images, videos)
+        parsed = read_options(self.manifest, options, given)
+        parsed = replace(
+            parsed,
+            keep=self.keep if parsed.keep is None else parsed.keep,
+            kv_keep=self.kv_keep if parsed.kv_keep is None else parsed.kv_keep,
+        )
+        row = self._prompts.prepare(0, ask.prompt, ask.images, parsed, ask.videos)
         counts = count_prompts(
             self.manifest, [row], parsed.keep, parsed.kv_keep, capacity=self.capacity
         )
@@ -150,12 +155,13 @@ class Engine:
     def generate(
         self,
         prompt: str,
-        images: Sequence[ImageSource] = (),
-        videos: Sequence[VideoSource] = (),
-        **options: object,
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
     ) -> Generation:
         """Ask and wait for the answer."""
-        handle = self.submit(prompt, images, videos, **options)  # type: ignore[arg-type]
+        handle = self.submit(prompt, images, videos, options, **given)
         try:
             return handle.result()
         finally:

@@ -12,8 +12,9 @@ from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Capacity, Manifest
 from lvlm.runtime.cache import cache_bytes
 from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.generation_options import Keep
 from lvlm.runtime.graphs import UNITS_AT_ONCE
-from lvlm.runtime.schedule import Keep, keep_ratios, tokens_per_layer
+from lvlm.runtime.schedule import keep_ratios, tokens_per_layer
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 DEFAULT_SLOTS = 4

@@ -26,9 +26,9 @@ from lvlm.calibration.records import Record, RecordStore, ResultsError, Run
 from lvlm.calibration.runner import BundleRunner, Conditions, answer_ids, feed
 from lvlm.calibration.samples import Sample, read_samples
 from lvlm.calibration.variants import Bundle, Variant, reference_of, variants
-from lvlm.runtime.answers import Options
 from lvlm.runtime.bundle import Reduction
 from lvlm.runtime.errors import CapacityError, ParameterError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import Model
 from lvlm.runtime.schedule import keep_ratios, tokens_per_layer
 from lvlm.runtime.text import Tokenizer
@@ -92,7 +92,7 @@ def test_perplexity_equals_that_of_transformers(
     losses: list[float] = []
     with Model(full.folder) as model:
         for sample in samples:
-            prepared = model.prepare(0, sample.prompt, sample.images, Options())
+            prepared = model.prepare(0, sample.prompt, sample.images, GenerationOptions())
             content = [{"type": "image"}, {"type": "text", "text": sample.prompt}]
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -131,7 +131,7 @@ def test_forced_tokens_meet_the_same_cache_as_generated_ones(
     in the same places."""
     with Model(uniform.folder) as model:
         prompts = [
-            model.prepare(0, s.prompt, s.images, Options(max_new_tokens=n))
+            model.prepare(0, s.prompt, s.images, GenerationOptions(max_new_tokens=n))
             for s, n in zip(samples, (40, 12, 3), strict=True)
         ]
         batch = model.batches.start(prompts, None, 0.3)
@@ -459,7 +459,7 @@ def test_room_is_what_the_engine_gives(
     wanted = 5000
     with Model(uniform.folder) as model:
         model.graphs.manifest = manifest
-        options = Options(max_new_tokens=wanted)
+        options = GenerationOptions(max_new_tokens=wanted)
         prompt = model.prepare(0, samples[0].prompt, samples[0].images, options)
         try:
             limit = model.batches.start([prompt], None, kv_keep).rows[0].limit

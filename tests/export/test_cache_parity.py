@@ -16,7 +16,7 @@ from test_parity import ROWS, make_reference
 
 import lvlm
 from lvlm.export.reference import Reference
-from lvlm.runtime.answers import Options
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import Model
 from lvlm.runtime.prompts import Prompt
 
@@ -41,7 +41,7 @@ def count(request: pytest.FixtureRequest) -> int:
 
 
 def prompts(model: Model, count: int) -> list[Prompt]:
-    options = Options(chat_template=False, max_new_tokens=count)
+    options = GenerationOptions(chat_template=False, max_new_tokens=count)
     return [model.prepare(0, text, pictures, options) for text, pictures in ROWS]
 
 

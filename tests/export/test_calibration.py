@@ -23,9 +23,9 @@ from lvlm.export.recipes._base import Recipe, parse_settings
 from lvlm.export.recording import record_importances
 from lvlm.export.reference import Reference
 from lvlm.export.samples import Sample, builtin_samples
-from lvlm.runtime.answers import Options
 from lvlm.runtime.discovery import discover
 from lvlm.runtime.errors import CheckpointError, ImageError, ParameterError, PromptError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.prompts import Prompt
 
 MODEL = ModelId("m", "M", "0" * 64)
@@ -113,7 +113,7 @@ def test_prompts_equal_those_of_a_bundle(
     with lvlm.load(bundle(name, max_images=2)) as model:
         for sample in (*builtin_samples()[:2], Sample((), "Hello", "text")):
             ours = prompting.prepare(maker, sample)
-            theirs = model.prepare(0, sample.prompt, sample.images, Options())
+            theirs = model.prepare(0, sample.prompt, sample.images, GenerationOptions())
             assert list(ours.ids) == list(theirs.ids)
             np.testing.assert_array_equal(ours.image_id, theirs.image_id)
             assert [p.digest() for p in ours.pictures] == [p.digest() for p in theirs.pictures]

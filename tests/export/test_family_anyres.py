@@ -16,8 +16,8 @@ from test_parity import load_torch
 
 import lvlm
 from lvlm.export.families._base import Family
-from lvlm.runtime.answers import Options
 from lvlm.runtime.errors import CheckpointError, ParameterError
+from lvlm.runtime.generation_options import GenerationOptions
 
 NEXT, ONEVISION = "llava-next:mistral-gqa", "llava-onevision:qwen2-gqa-tied-siglip"
 UNITS = {NEXT: 5, ONEVISION: 7}  # of the largest resolution, and the whole picture
@@ -82,7 +82,7 @@ def test_pictures_of_other_shapes_equal_transformers_generate(
     theirs, expected, counts = load_torch(checkpoint(name)), [], set()
     with lvlm.load(bundle(name, max_images=2)) as model:
         for text, row in zip(texts, rows, strict=True):
-            prompt = model.prepare(0, text, row, Options(chat_template=False))
+            prompt = model.prepare(0, text, row, GenerationOptions(chat_template=False))
             counts |= {picture.tokens for picture in prompt.pictures}
             ids = torch.tensor([list(prompt.ids)])
             with torch.no_grad():
@@ -110,7 +110,7 @@ def test_fewer_tokens_per_picture(
         images = model.manifest.images
         assert images.tokens <= most
         assert images.most["units"] < UNITS[name]
-        options = Options(chat_template=False)
+        options = GenerationOptions(chat_template=False)
         prompt = model.prepare(0, "USER: <image>\nWhat is it? ASSISTANT:", [picture], options)
         assert prompt.pictures[0].tokens <= most
         batch = model.batches.start([prompt])

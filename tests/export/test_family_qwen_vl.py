@@ -20,8 +20,8 @@ from lvlm.export.plan import make_plan
 from lvlm.export.recipes._base import parse_settings
 from lvlm.export.recipes.lightvlm import RECIPE as LIGHTVLM
 from lvlm.export.recipes.none import RECIPE
-from lvlm.runtime.answers import Options
 from lvlm.runtime.errors import CheckpointError, ParameterError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.prompts import Prompt
 
 MODELS = [name for name, (family, _) in TINY.items() if "qwen" in family.name]
@@ -42,7 +42,7 @@ def test_pictures_of_every_shape_equal_transformers_generate(
     with lvlm.load(bundle(name, max_images=2)) as model:
         for pictures in (*([picture(*s)] for s in shapes), [picture(9, 80), picture(90, 60)]):
             text = "USER: " + "<image>" * len(pictures) + "Describe it. ASSISTANT:"
-            prompt = model.prepare(0, text, pictures, Options(chat_template=False))
+            prompt = model.prepare(0, text, pictures, GenerationOptions(chat_template=False))
             ids = torch.tensor([list(prompt.ids)])
             inputs = transformers_inputs(checkpoint(name), prompt)
             # Without text between two pictures transformers takes them for one
@@ -99,7 +99,7 @@ def test_positions_are_those_of_an_uncompressed_run(
     """Merging keeps three rows with every token that survives; new tokens count on from them."""
     with lvlm.load(bundle(name, max_images=2)) as model:
         text, pictures = ROWS[1]
-        prompt = model.prepare(0, text, pictures, Options(chat_template=False))
+        prompt = model.prepare(0, text, pictures, GenerationOptions(chat_template=False))
     full = uncompressed(checkpoint(name), prompt, 6)
     np.testing.assert_array_equal(full[0], prompt.positions)
     settings = ["kv_keep=0.5"] if recipe in ("elastic-cache", "prefixkv") else []

@@ -21,8 +21,8 @@ from lvlm.export.plan import Options as Export
 from lvlm.export.plan import make_plan
 from lvlm.export.prompting import prompt_maker
 from lvlm.export.recipes.none import NoCompression
-from lvlm.runtime.answers import Options
 from lvlm.runtime.errors import CheckpointError, ParameterError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.prompts import PromptMaker
 
 NAMES = [name for name in TINY if name.startswith(("internvl:", "smolvlm:"))]
@@ -50,7 +50,7 @@ def test_pictures_stand_in_the_prompt_as_their_text(
         0,
         "USER: <image>\nLeft.<image> and<image><image>\n\n<image>right? ASSISTANT:",
         pictures(),
-        Options(chat_template=False),
+        GenerationOptions(chat_template=False),
     )
     text = "USER: {}\nLeft.{} and{}{}\n\n{}right? ASSISTANT:".format(
         *(picture.text for picture in prompt.pictures)
@@ -69,7 +69,7 @@ def test_pictures_of_other_shapes_equal_transformers_generate(
     name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
     """Rows whose pictures give different numbers of tokens, alone in transformers."""
-    folder, options = checkpoint(name), Options(chat_template=False)
+    folder, options = checkpoint(name), GenerationOptions(chat_template=False)
     found = pictures()
     rows = [found[1:3], found[3:4], found[4:], found[2:4]]
     texts = [f"USER: {'<image>' * len(row)} What is it? ASSISTANT:" for row in rows]

@@ -19,11 +19,11 @@ import lvlm
 from lvlm.export.targets._last_rows import keep_last_rows
 from lvlm.export.targets._ort_fusions import fuse_silu, fuse_skip_normalization
 from lvlm.export.targets.ort_cpu import TARGET
-from lvlm.runtime.answers import Options
 from lvlm.runtime.backends import cpu
 from lvlm.runtime.backends._onnxruntime import AGAIN
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Manifest, read_bundle
+from lvlm.runtime.generation_options import GenerationOptions
 
 NONE = ("none",)
 LIGHT = CACHED["lightvlm (cached)"]
@@ -147,7 +147,7 @@ def logits(folder: Path) -> list[np.ndarray]:
     pictures = [[ASSETS / "samples/digits-1.png"], [], [ASSETS / "samples/digits-2.png"] * 2]
     with lvlm.load(folder, threads=1) as model:
         rows = [
-            model.prepare(i, prompt, images, Options())
+            model.prepare(i, prompt, images, GenerationOptions())
             for i, (prompt, images) in enumerate(zip(prompts, pictures, strict=True))
         ]
         batch = model.batches.start(rows)

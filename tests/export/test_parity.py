@@ -19,8 +19,8 @@ from lvlm.export.ops.token_merge import OP as TOKEN_MERGE
 from lvlm.export.recipes import lightvlm
 from lvlm.export.recipes._base import parse_settings
 from lvlm.export.reference import Reference
-from lvlm.runtime.answers import Options
 from lvlm.runtime.discovery import discover
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import Model
 
 MODELS = ["tiny-llava", *TINY]
@@ -45,7 +45,7 @@ def transformers_tokens(folder: Path, model: Model, count: int) -> list[list[int
     theirs = load_torch(folder)
     answers = []
     for text, pictures in ROWS:
-        prompt = model.prepare(0, text, pictures, Options(chat_template=False))
+        prompt = model.prepare(0, text, pictures, GenerationOptions(chat_template=False))
         ids = torch.tensor([list(prompt.ids)])
         with torch.no_grad():
             out = theirs.generate(
@@ -91,7 +91,7 @@ def make_reference(folder: Path, recipe: str, *settings: str) -> Reference:
 def reference_answers(reference: Reference, model: Model, keep: float, count: int) -> list[Any]:
     answers: list[Any] = []
     for text, pictures in ROWS:
-        prompt = model.prepare(0, text, pictures, Options(chat_template=False))
+        prompt = model.prepare(0, text, pictures, GenerationOptions(chat_template=False))
         features = reference.encode(prompt.pictures)
         entered: list[torch.Tensor] = []
 
@@ -163,13 +163,17 @@ def test_keep_1_equals_recipe_none(bundle: Callable[..., Path]) -> None:
     options: dict[str, Any] = {"max_new_tokens": 64, "chat_template": False}
     with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
         none = [g.token_ids for g in model.generate(texts, pictures, **options)]
-        batch = model.batches.start([model.prepare(0, *ROWS[1], Options(chat_template=False))])
+        batch = model.batches.start(
+            [model.prepare(0, *ROWS[1], GenerationOptions(chat_template=False))]
+        )
         logits = batch.logits.copy()
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
         options |= {"keep": 1.0, "kv_keep": 1.0}
         merged = [g.token_ids for g in model.generate(texts, pictures, **options)]
         batch = model.batches.start(
-            [model.prepare(0, *ROWS[1], Options(chat_template=False))], keep=1.0, kv_keep=1.0
+            [model.prepare(0, *ROWS[1], GenerationOptions(chat_template=False))],
+            keep=1.0,
+            kv_keep=1.0,
         )
         # A layer that is asked for importance has its attention in another form.
         np.testing.assert_allclose(batch.logits, logits, atol=1e-4)
@@ -183,7 +187,9 @@ def test_image_tokens_entering_each_layer_follow_the_schedule(
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
         for keep in (0.35, 0.15, 0.03):
             batch = model.batches.start(
-                [model.prepare(0, "Describe the picture.", PICTURES[:1], Options())], keep, 1.0
+                [model.prepare(0, "Describe the picture.", PICTURES[:1], GenerationOptions())],
+                keep,
+                1.0,
             )
             text = (
                 len(batch.counts.prefill.entries) and int(batch.counts.prefill.entries[0, 0]) - 144
@@ -200,7 +206,7 @@ def test_image_tokens_entering_each_layer_follow_the_schedule(
 def test_padding_and_company_change_nothing(bundle: Callable[..., Path]) -> None:
     """Logits of a row alone and beside a longer row with more pictures."""
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
-        rows = [model.prepare(0, *row, Options(chat_template=False)) for row in ROWS]
+        rows = [model.prepare(0, *row, GenerationOptions(chat_template=False)) for row in ROWS]
         together = model.batches.start(rows).logits.copy()
         for row, prompt in enumerate(rows):
             alone = model.batches.start([prompt]).logits

@@ -29,10 +29,10 @@ from lvlm.export.quantized_products import BLOCKS
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.reference import Answer, Reference
 from lvlm.export.targets._base import Target
-from lvlm.runtime.answers import Options as Request
 from lvlm.runtime.bundle import Capacity, Manifest, read_bundle
 from lvlm.runtime.discovery import discover
 from lvlm.runtime.errors import ExportError, ParameterError
+from lvlm.runtime.generation_options import GenerationOptions as Request
 from lvlm.runtime.model import Model
 
 TARGETS: dict[str, Target] = discover("lvlm.export.targets", "TARGET")

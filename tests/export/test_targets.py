@@ -23,10 +23,10 @@ from lvlm.export.targets._narrow_products import narrow_products
 from lvlm.export.targets._passes import LOWERED_DOMAIN, lower_opset
 from lvlm.export.targets._written_out import write_out_normalization, write_out_rotary
 from lvlm.runtime import batch
-from lvlm.runtime.answers import Options
 from lvlm.runtime.bundle import Capacity, File, read_bundle
 from lvlm.runtime.discovery import discover
 from lvlm.runtime.errors import ExportError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.integrity import sha256_of
 
 # Those that lower as their data says; a target with passes of its own has tests of its own.
@@ -207,7 +207,7 @@ def logits(folder: Path) -> list[np.ndarray]:
         prompts = ["Read the top row.", "How often does 7 appear?"]
         pictures = [[ASSETS / "samples/digits-1.png"], []]
         rows = [
-            model.prepare(0, prompt, images, Options())
+            model.prepare(0, prompt, images, GenerationOptions())
             for prompt, images in zip(prompts, pictures, strict=True)
         ]
         running = model.batches.start(rows)

@@ -26,7 +26,7 @@ from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoPro
 from transformers.video_utils import VideoMetadata
 
 import lvlm
-from lvlm.runtime.answers import Options
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import Model
 from lvlm.runtime.processors import load_processor
 from lvlm.runtime.processors._tiles import scaled_frame
@@ -82,7 +82,7 @@ def prepared(model: Model, film: Clip) -> tuple[str, int | None, Prompt]:
     text = f"USER: {video.token}Describe it. ASSISTANT:"
     # Qwen2-VL takes all unless told, and would round a number to pairs.
     frames = None if video.sampled(film, None) == list(range(film.frames)) else film.frames
-    options = Options(chat_template=False, frames=frames)
+    options = GenerationOptions(chat_template=False, frames=frames)
     return text, frames, model.prepare(0, text, [], options, [film])
 
 
@@ -147,7 +147,7 @@ def test_a_clip_and_a_picture(bundle: Callable[..., Path]) -> None:
         with lvlm.load(bundle(name, max_images=2)) as model:
             video: Any = model.processor.video  # type: ignore[attr-defined]
             film = clip(video.per_picture)
-            options = Options(chat_template=False, frames=film.frames)
+            options = GenerationOptions(chat_template=False, frames=film.frames)
             [alone] = model.processor.pictures([still])
             for text, place in ((f"{video.token} a <image> b", 1), (f"<image>c {video.token}", 0)):
                 prompt = model.prepare(0, text, [still], options, [film])

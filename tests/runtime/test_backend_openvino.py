@@ -18,11 +18,11 @@ from bundles import ASSETS, CACHED, OTHERS
 import lvlm
 from lvlm.export.targets.openvino import TARGET
 from lvlm.plugins_trt.cli import main as build
-from lvlm.runtime.answers import Options
 from lvlm.runtime.backends.openvino import PRECISION, PRECISIONS, Backend
 from lvlm.runtime.bundle import read_bundle
 from lvlm.runtime.cli import main
 from lvlm.runtime.errors import BackendError, ParameterError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import Model
 
 Make = Callable[..., Path]
@@ -54,7 +54,9 @@ def lowered(bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 def decode_steps(model: Model, steps: int) -> list[np.ndarray]:
     """Logits of the three prompts after each of some steps."""
-    prompts = [model.prepare(0, p, i, Options()) for p, i in zip(PROMPTS, IMAGES, strict=True)]
+    prompts = [
+        model.prepare(0, p, i, GenerationOptions()) for p, i in zip(PROMPTS, IMAGES, strict=True)
+    ]
     batch = model.batches.start(prompts)
     logits = [batch.logits.copy()]
     for _ in range(steps):

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 import lvlm
-from lvlm.runtime.answers import Options
 from lvlm.runtime.backends import _weights, devices, open_backend
 from lvlm.runtime.backends._staging import ALIGNMENT, Staging
 from lvlm.runtime.backends._tensorrt_session import Session, Shared, Workspace
@@ -26,6 +25,7 @@ from lvlm.runtime.bundle import Graph, Port
 from lvlm.runtime.cli import main
 from lvlm.runtime.engines import EngineSet
 from lvlm.runtime.errors import BackendError, CapacityError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import Model
 
 pytestmark = pytest.mark.usefixtures("trt")
@@ -38,7 +38,8 @@ IMAGES = [PICTURES[:1], PICTURES, []]
 def decode_steps(model: Model, rows: int, steps: int, **ratios: Any) -> list[np.ndarray]:
     """Logits of a batch after each of some steps."""
     prompts = [
-        model.prepare(0, p, i, Options()) for p, i in zip(PROMPTS[:rows], IMAGES, strict=False)
+        model.prepare(0, p, i, GenerationOptions())
+        for p, i in zip(PROMPTS[:rows], IMAGES, strict=False)
     ]
     batch = model.batches.start(prompts, **ratios)
     logits = [batch.logits.copy()]
@@ -83,7 +84,7 @@ def test_fp16(built: Make) -> None:
     folder = built("none", dtype="fp16")
     with lvlm.load(folder) as cpu, lvlm.load(folder, device="tensorrt-rtx") as model:
         expected, ours = decode_steps(cpu, 2, 3), decode_steps(model, 2, 3)
-        cache = model.batches.start([model.prepare(0, "Hi", [], Options())]).cache
+        cache = model.batches.start([model.prepare(0, "Hi", [], GenerationOptions())]).cache
     for mine, theirs in zip(ours, expected, strict=True):
         assert mine.dtype == np.float32
         np.testing.assert_allclose(mine, theirs, atol=2e-2)

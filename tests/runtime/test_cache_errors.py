@@ -14,9 +14,9 @@ from bundles import ASSETS, CACHED
 from PIL import Image
 
 import lvlm
-from lvlm.runtime.answers import Options
 from lvlm.runtime.cli import main
 from lvlm.runtime.errors import BackendError, ParameterError
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import Model
 
 PICTURE = np.asarray(Image.open(ASSETS / "samples/digits-1.png"))
@@ -62,7 +62,7 @@ def test_a_kept_prompt_shorter_than_the_distance(elastic: Model) -> None:
         n = answer.stats.prompt_tokens
         assert n < 25
         assert answer.stats.kept_per_layer == (max(2, round(kv_keep * n)),) * 6
-    prompt = elastic.prepare(0, "Hi", [], Options(chat_template=False))
+    prompt = elastic.prepare(0, "Hi", [], GenerationOptions(chat_template=False))
     batch = elastic.batches.start([prompt], kv_keep=0.2)
     kept, sinks = int(batch.counts.kept[0, 0]), 1
     assert batch.counts.budgets.fixed_point(batch.counts.kept)[0, 0] == max(sinks, kept // 2)
@@ -70,7 +70,7 @@ def test_a_kept_prompt_shorter_than_the_distance(elastic: Model) -> None:
 
 def test_short_answers_use_few_bytes(elastic: Model) -> None:
     """Allocated: the capacities times an entry's bytes, and nothing beside it."""
-    prompt = elastic.prepare(0, "Describe the picture.", [PICTURE], Options())
+    prompt = elastic.prepare(0, "Describe the picture.", [PICTURE], GenerationOptions())
     sizes = []
     for kv_keep in (0.2, 1.0):
         cache = elastic.batches.start([prompt], kv_keep=kv_keep).cache
@@ -114,7 +114,7 @@ def test_importance_that_becomes_infinite_in_decode_is_an_error(
 ) -> None:
     """compact.onnx says so too."""
     with lvlm.load(bundle("tiny-llava", *INTERVAL, max_images=2), threads=1) as model:
-        prompt = model.prepare(0, "Describe the picture.", [PICTURE], Options())
+        prompt = model.prepare(0, "Describe the picture.", [PICTURE], GenerationOptions())
         batch = model.batches.start([prompt], kv_keep=0.5)
         for _ in range(15):
             batch.rows[0].tokens.append(5)

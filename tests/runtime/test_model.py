@@ -13,7 +13,7 @@ from bundles import ASSETS
 from PIL import Image
 
 import lvlm
-from lvlm.runtime.answers import Options, Stats
+from lvlm.runtime.answers import Stats
 from lvlm.runtime.errors import (
     BackendError,
     BundleError,
@@ -22,6 +22,7 @@ from lvlm.runtime.errors import (
     ParameterError,
     PromptError,
 )
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import Model
 from lvlm.runtime.sampling import Sampler
 
@@ -55,7 +56,7 @@ def text_of(model: Model, tokens: int, start: str = "") -> str:
     text = start
     pictures = [PICTURE] * start.count("<image>")
     for _ in range(4 * tokens):
-        prompt = model.prepare(0, text or "7", pictures, Options(chat_template=False))
+        prompt = model.prepare(0, text or "7", pictures, GenerationOptions(chat_template=False))
         count = int((prompt.image_id == 0).sum())
         if count == tokens:
             return text
@@ -79,7 +80,7 @@ def text_of(model: Model, tokens: int, start: str = "") -> str:
         ("Hi", PICTURE.read_bytes(), "write images="),
         ("Hi", np.zeros((4, 4, 3), np.uint8), "write images="),
         ("Hi", Image.new("RGB", (4, 4)), "write images="),
-        ("Hi", None, "write images="),
+        ("Hi", {"a": PICTURE}, "write images="),
     ],
     ids=range(11),
 )
@@ -201,7 +202,7 @@ def test_too_many_images(small: Model) -> None:
 
 @pytest.mark.usefixtures("endless")
 def test_more_kept_than_exported_may_exceed_the_cache(small: Model) -> None:
-    text = int((small.prepare(0, QUESTION, [PICTURE], Options()).image_id == 0).sum())
+    text = int((small.prepare(0, QUESTION, [PICTURE], GenerationOptions()).image_id == 0).sum())
     with pytest.raises(
         CapacityError, match=r"layer 3 needs 128 cache entries, there are 82; lower keep or kv_keep"
     ):
@@ -339,8 +340,8 @@ def test_a_closed_model_says_so(bundle: Callable[..., Path]) -> None:
 @pytest.mark.usefixtures("endless")
 def test_decode_writes_one_slot_in_place(light: Model) -> None:
     prompts = [
-        light.prepare(0, QUESTION, [PICTURE], Options()),
-        light.prepare(1, "Read the top row.", [PICTURE, OTHER], Options()),
+        light.prepare(0, QUESTION, [PICTURE], GenerationOptions()),
+        light.prepare(1, "Read the top row.", [PICTURE, OTHER], GenerationOptions()),
     ]
     batch = light.batches.start(prompts)
     cache = batch.cache
@@ -363,7 +364,7 @@ def test_decode_writes_one_slot_in_place(light: Model) -> None:
 
 
 def test_buffers_are_used_again(light: Model) -> None:
-    prompt = light.prepare(0, QUESTION, [PICTURE], Options())
+    prompt = light.prepare(0, QUESTION, [PICTURE], GenerationOptions())
     first = light.batches.start([prompt]).cache
     assert light.batches.start([prompt]).cache is first
     assert light.batches.start([prompt, prompt]).cache is not first

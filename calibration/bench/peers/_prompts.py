@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from lvlm.calibration.bench.workload import PromptWriter, Request, Work, prompt_maker
-from lvlm.runtime.answers import Options
 from lvlm.runtime.bundle import read_bundle
+from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.prompts import Prompt
 
 
@@ -32,8 +32,8 @@ class Prompts:
         return self._pictures[request]
 
     @cached_property
-    def _options(self) -> Options:
-        return Options(chat_template=self.maker.template is not None)
+    def _options(self) -> GenerationOptions:
+        return GenerationOptions(chat_template=self.maker.template is not None)
 
     def prepare(self, request: Request) -> Prompt:
         return self.maker.prepare(0, request.prompt, self.pictures(request), self._options)
