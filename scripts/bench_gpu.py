@@ -5,10 +5,13 @@
     python scripts/bench_gpu.py --work /tmp/dry --device cpu --shape tiny --cases 1x160+8 2x160+8
 
 A case is prompts at once x tokens of a prompt (one picture's among them) + new tokens. The model
-has LLaVA-1.5-7B's shapes and random fp16 weights, made here; 30 GB of disk. For engines of TensorRT
-the bundle's text length is that of the longest case and ``lvlm-build engine`` is run for every
-recipe, so run long cases by themselves. Every row runs in a process of its own, after a warm-up;
-answers end at their length. A case that does not fit into memory says so.
+has LLaVA-1.5-7B's shapes and random fp16 weights, made here. One recipe after the other: exported,
+measured in all cases by one process, and removed, so that disk for the checkpoint and one bundle
+(28 GB, 42 with engines) is enough. For engines of TensorRT the bundle's text length is that of the
+longest case, so run long cases by themselves. Each figure is printed when it is there, the tables
+at the end; answers end at their length. A case that does not fit into memory says so.
+
+Without ONNX Runtime or TensorRT on the GPU: bench_recipes_torch.py.
 """
 
 from __future__ import annotations
@@ -16,20 +19,23 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from bench_big_checkpoint import make_checkpoint
-from random_prompt import prompt_for
+from random_prompt import BEFORE, prompt_for, random_prompt
 
 import lvlm
-from lvlm.runtime.bundle import Manifest, read_bundle
+from lvlm.runtime.backends import open_backend
 from lvlm.runtime.errors import LvlmError, ParameterError
 from lvlm.runtime.prompts import Prompt
 
@@ -45,6 +51,8 @@ ROWS: dict[str, tuple[str | None, tuple[str, ...], dict[str, float]]] = {
     "prefixkv 0.2": ("prefixkv", ("kv_keep=0.2",), {}),
 }
 TARGETS = {"tensorrt": "trt-11", "tensorrt-rtx": "trt-rtx"}
+DISK = {"7b": 14_200_000_000, "tiny": 30_000_000}  # bytes of a checkpoint, a bundle or engines
+Figures = dict[str, Any]  # of a row in a case, or the reason why there are none
 
 
 @dataclass(frozen=True)
@@ -68,22 +76,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="where checkpoint and bundles go")
     parser.add_argument("--device", default="cuda", help="as lvlm-run takes it")
-    parser.add_argument("--shape", choices=("7b", "tiny"), default="7b")
+    parser.add_argument("--shape", choices=DISK, default="7b")
     parser.add_argument("--cases", type=Case.parse, nargs="+", default=[*map(Case.parse, CASES)])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=ROWS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args, args.one, args.cases[0])))
+        for case in args.cases:
+            print(json.dumps(measure(args, args.one, case)), flush=True)
         return
-    args.work.mkdir(parents=True, exist_ok=True)
+    check_machine(args)
     checkpoint(args)
+    print(f"device {args.device}: {device_name(args.device)}; shape {args.shape}\n", flush=True)
+    found: dict[str, list[Figures]] = {}
     for name in args.rows:
-        if ROWS[name][0] is not None:
-            make_bundle(args, name)
-    print(f"device {args.device}: {device_name(args.device)}; shape {args.shape}\n")
-    for case in args.cases:
-        table(args, case)
+        make_bundle(args, name)
+        found[name] = all_cases(args, name)
+        shutil.rmtree(bundle_folder(args, name), ignore_errors=True)
+    for number, case in enumerate(args.cases):
+        table(case, {name: figures[number] for name, figures in found.items()})
+
+
+def check_machine(args: argparse.Namespace) -> None:
+    """Ends with one line where the device's runtime is not there or the disk is too small, before
+    anything large is made."""
+    if {row for row in args.rows if ROWS[row][0] is not None}:
+        try:
+            open_backend(args.device)
+        except LvlmError as error:
+            sys.exit(str(error))
+    args.work.mkdir(parents=True, exist_ok=True)
+    needed = DISK[args.shape] * (3 if args.device in TARGETS else 2)
+    have = sum(f.stat().st_size for f in args.work.rglob("*") if f.is_file())
+    free = shutil.disk_usage(args.work).free + have
+    if free < needed:
+        sys.exit(
+            f"{args.work} has room for {free / 1e9:.0f} GB, {needed / 1e9:.0f} GB are needed; "
+            "give a --work on a larger disk"
+        )
+
+
+def all_cases(args: argparse.Namespace, name: str) -> list[Figures]:
+    """Every case's figures, from one process; what follows a crash says what it said."""
+    command = [sys.executable, __file__, "--work", str(args.work), "--device", args.device]
+    command += ["--shape", args.shape, "--one", name, "--cases", *map(str, args.cases)]
+    figures: list[Figures] = []
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                figures.append(json.loads(line))
+                print(f"{args.cases[len(figures) - 1]} {name}: {line}", end="", flush=True)
+        process.wait()
+        errors.seek(0)
+        said = errors.read().strip().splitlines() or [f"ended with {process.returncode}"]
+    missing = len(args.cases) - len(figures)
+    return figures + [{"reason": said[-1]}] * missing
 
 
 def checkpoint(args: argparse.Namespace) -> Path:
@@ -102,12 +153,14 @@ def bundle_folder(args: argparse.Namespace, name: str) -> Path:
 
 def make_bundle(args: argparse.Namespace, name: str) -> None:
     recipe, settings, _ = ROWS[name]
+    if recipe is None:
+        return
     folder = bundle_folder(args, name)
     words = [word for setting in settings for word in ("--set", setting)]
     longest = max(case.prompt + case.new for case in args.cases)
     dtype = "fp32" if args.shape == "tiny" else "fp16"
     if not folder.exists():
-        command = ["export", "-m", str(checkpoint(args)), "-r", str(recipe), *words]
+        command = ["export", "-m", str(checkpoint(args)), "-r", recipe, *words]
         command += ["--dtype", dtype, "--max-text-len", str(longest), "--no-validate"]
         lvlm_command(*command, "-o", str(folder))
     if target := TARGETS.get(args.device):
@@ -128,39 +181,36 @@ def device_name(device: str) -> str:
     return driver().gpus[0].name
 
 
-def table(args: argparse.Namespace, case: Case) -> None:
-    print(f"{case.batch} prompts of {case.prompt} tokens, {case.new} new\n")
+def table(case: Case, found: dict[str, Figures]) -> None:
+    print(f"\n{case.batch} prompts of {case.prompt} tokens, {case.new} new\n")
     print("| | prefill ms | of transformers | ms a step | of transformers | tokens/s | cache |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    peer: dict[str, Any] | None = None
-    for name in args.rows:
-        command = [sys.executable, __file__, "--work", str(args.work), "--device", args.device]
-        command += ["--shape", args.shape, "--cases", str(case), "--one", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
-        if "prefill" not in found:
-            reason = found.get("reason") or done.stderr.strip().splitlines()[-1]
-            print(f"| {name} | not run: {reason} | | | | | |", flush=True)
+    peer = found.get("transformers", {})
+    for name, figures in found.items():
+        if "prefill" not in figures:
+            print(f"| {name} | not run: {figures['reason']} | | | | | |")
             continue
-        peer = found if name == "transformers" else peer
-        shares = [f"{found[k] / peer[k]:.0%}" if peer else "" for k in ("prefill", "step")]
-        rate = case.batch * case.new / (found["prefill"] + found["step"] * (case.new - 1)) * 1e3
+        keys = ("prefill", "step")
+        shares = [f"{figures[k] / peer[k]:.0%}" if k in peer else "" for k in keys]
+        seconds = (figures["prefill"] + figures["step"] * (case.new - 1)) / 1e3
         print(
-            f"| {name} | {found['prefill']:.1f} | {shares[0]} | {found['step']:.2f} | {shares[1]} "
-            f"| {rate:.1f} | {found['cache'] / 1e6:.0f} MB |",
-            flush=True,
+            f"| {name} | {figures['prefill']:.1f} | {shares[0]} | {figures['step']:.2f} "
+            f"| {shares[1]} | {case.batch * case.new / seconds:.1f} "
+            f"| {figures['cache'] / 1e6:.0f} MB |"
         )
-    print()
 
 
-def measure(args: argparse.Namespace, name: str, case: Case) -> dict[str, Any]:
+def measure(args: argparse.Namespace, name: str, case: Case) -> Figures:
     """Milliseconds of prefill and, on average, of a step; bytes of the cache; or the reason."""
     recipe, _, options = ROWS[name]
     try:
         if recipe is None:
             return transformers_row(args, case)
         with lvlm.load(bundle_folder(args, name), device=args.device, verify=False) as model:
-            prompts = [prompt_of(model.manifest, case, row) for row in range(case.batch)]
+            prompts = [
+                with_picture(prompt_for(model.manifest, case.prompt, case.new, row))
+                for row in range(case.batch)
+            ]
             run_ours(model, prompts, 4, options)
             return run_ours(model, prompts, case.new, options)
     except LvlmError as error:
@@ -169,7 +219,7 @@ def measure(args: argparse.Namespace, name: str, case: Case) -> dict[str, Any]:
 
 def run_ours(
     model: lvlm.Model, prompts: list[Prompt], new: int, options: dict[str, float]
-) -> dict[str, Any]:
+) -> Figures:
     batch = model.batches.start(prompts, **options)
     began = time.perf_counter()
     for _ in range(new - 1):
@@ -177,27 +227,35 @@ def run_ours(
             row.tokens.append(int(logits.argmax()))
         batch.decode_step()
     step = (time.perf_counter() - began) * 1e3 / max(1, new - 1)
-    cache = sum(buffer.nbytes for buffer in batch.cache.buffers.values())
-    return {"prefill": batch.timings.prefill_ms, "step": step, "cache": cache}
+    return {
+        "prefill": batch.timings.prefill_ms,
+        "step": step,
+        "cache": batch.cache.bytes_allocated,
+    }
 
 
-def prompt_of(manifest: Manifest, case: Case, row: int) -> Prompt:
-    prompt = prompt_for(manifest, case.prompt, case.new, row)
+def with_picture(prompt: Prompt) -> Prompt:
     if not prompt.pictures:
-        tokens = manifest.images.tokens
-        raise ParameterError(f"a prompt of {case.prompt} has no room for {tokens} image tokens")
+        raise ParameterError(f"a prompt of {len(prompt.ids)} has no room for a picture's tokens")
     return prompt
 
 
-def transformers_row(args: argparse.Namespace, case: Case) -> dict[str, Any]:
+def transformers_row(args: argparse.Namespace, case: Case) -> Figures:
     """The same prompts in transformers: fp16 and its fused attention on a GPU."""
     import torch
-    from transformers import DynamicCache, LlavaForConditionalGeneration
+    from transformers import DynamicCache
 
     place = "cpu" if args.device == "cpu" else "cuda"
     dtype = torch.float32 if args.shape == "tiny" else torch.float16
-    manifest = read_bundle(bundle_folder(args, "none"), verify=False)
-    prompts = [prompt_of(manifest, case, row) for row in range(case.batch)]
+    config = json.loads((checkpoint(args) / "config.json").read_text(encoding="utf-8"))
+    side, patch = (config["vision_config"][key] for key in ("image_size", "patch_size"))
+    tokens, vocab = (side // patch) ** 2, config["text_config"]["vocab_size"]
+    prompts = [
+        with_picture(
+            random_prompt(case.prompt, case.new, row, tokens=tokens, size=(side, side), vocab=vocab)
+        )
+        for row in range(case.batch)
+    ]
     ids = torch.tensor([list(p.ids) for p in prompts], device=place)
     arrays = [p.pictures[0].arrays["pixel_values"] for p in prompts]
     pixels = torch.from_numpy(np.concatenate(arrays)).to(place, dtype)
@@ -207,12 +265,12 @@ def transformers_row(args: argparse.Namespace, case: Case) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def run(new: int) -> dict[str, Any]:
+    def run(new: int) -> Figures:
         cache = DynamicCache(config=model.config.get_text_config())
         embeds = model.get_input_embeddings()(ids)
         features = model.get_image_features(pixels).pooler_output
         for row in range(case.batch):
-            embeds[row, 5 : 5 + manifest.images.tokens] = features[row]
+            embeds[row, BEFORE : BEFORE + tokens] = features[row]
         began = wait()
         out = model(inputs_embeds=embeds, past_key_values=cache, logits_to_keep=1)
         middle = wait()
@@ -226,12 +284,18 @@ def transformers_row(args: argparse.Namespace, case: Case) -> dict[str, Any]:
 
     try:
         with torch.no_grad():
-            model = LlavaForConditionalGeneration.from_pretrained(checkpoint(args), dtype=dtype)
-            model = model.to(place).eval()
+            model = transformers_model(checkpoint(args), dtype, place)
             run(4)
             return run(case.new)
     except torch.OutOfMemoryError as error:
         return {"reason": f"out of memory ({str(error).split('. ')[0]})"}
+
+
+@cache
+def transformers_model(folder: Path, dtype: Any, place: str) -> Any:
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(place).eval()
 
 
 if __name__ == "__main__":

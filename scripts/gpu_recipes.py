@@ -234,8 +234,7 @@ class Measured:
         """One step over caches of ``slots`` [L], all of them valid; the last slot is written."""
         buffers = self._buffers(slots)
         shape = (self.shape.layers, self.batch)
-        valid = torch.from_numpy(np.ascontiguousarray(np.broadcast_to(slots[:, None], shape)))
-        valid = valid.to(self.device)
+        valid = torch.from_numpy(np.broadcast_to(slots[:, None], shape).copy()).to(self.device)
         ids = torch.randint(10, self.shape.vocab, (self.batch, 1), device=self.device)
         positions = torch.full_like(ids, int(slots.max()))
         ring = None

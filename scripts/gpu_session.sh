@@ -3,8 +3,9 @@
 # usage: scripts/gpu_session.sh OUT_DIR [--build FOLDER] [--dry-run]
 #
 # Each step has a limit of its own, and what it prints is in OUT_DIR at once, so that a run that is cut
-# off leaves what it had. Needs torch, triton, transformers, onnx and numpy; no TensorRT, no network if
-# --build names a folder of `scripts/gpu_check.sh --make FOLDER --arch 90`, made on another machine.
+# off leaves what it had: under 600 s in all. Needs torch, triton, transformers, onnx and numpy; no
+# TensorRT, and no network if --build names a folder that `scripts/gpu_check.sh --make FOLDER --arch 90`
+# made on another machine.
 # --dry-run goes through without a GPU: kernels in Triton's interpreter, launches into a stand-in driver.
 set -uo pipefail
 out=${1:?usage: scripts/gpu_session.sh OUT_DIR [--build FOLDER] [--dry-run]}
@@ -56,8 +57,8 @@ if [ -n "$dry" ]; then
 fi
 : > "$out/session.log"
 step machine 15 bash -c machine
-step samples 100 "${check[@]}" --parts samples -o /dev/null
-step times 110 "${check[@]}" --parts times --longest 8192 -o /dev/null
-step recipes 220 "${recipes[@]}"
-step sanitizer 60 "${check[@]}" --parts sanitizer --tools memcheck -o /dev/null
+step samples 60 "${check[@]}" --parts samples -o /dev/null
+step times 90 "${check[@]}" --parts times --longest 8192 -o /dev/null
+step sanitizer 45 "${check[@]}" --parts sanitizer --tools memcheck -o /dev/null
+step recipes 380 "${recipes[@]}"
 exit $failed
