@@ -53,6 +53,7 @@ class BundleRunner:
             manifest.text.vocab,
             manifest.chat_template,
             manifest.special_tokens,
+            generation=manifest.generation,
         )
         self._options = GenerationOptions(
             chat_template=bool(manifest.chat_template), system=how.system

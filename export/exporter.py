@@ -114,7 +114,8 @@ def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
             ir.save(graph.model, folder / f"{graph.name}.onnx")
         if _name(plan.dtype) in ORT_CPU.products:  # the default device's, in every bundle for it
             described = _lower(ORT_CPU, folder, described, plan)
-        prompt = plan.family.prompt(plan.config, plan.checkpoint.folder)
+        prompt = plan.prompt
+        (folder / "tokenizer.json").write_text(prompt.tokenizer, encoding="utf-8")
         for name in prompt.files:
             shutil.copyfile(plan.checkpoint.folder / name, folder / name)
         if plan.profile is not None:
@@ -162,6 +163,7 @@ def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
         validation="skipped",
         tools={name: _version(name) for name in TOOLS},
         files=files | _hash_others(folder, files),
+        generation=prompt.generation,
     )
     manifest.write(folder)
     return manifest

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.export import checkpoint as checkpoints
-from lvlm.export.families._base import Family
+from lvlm.export.families._base import Family, PromptFiles
 from lvlm.export.language import LanguageModel
 from lvlm.export.profiles import Profile, check_profile, model_hash, read_profile
 from lvlm.export.progress import size
@@ -95,6 +95,7 @@ class Plan:
     dtype: torch.dtype
     cache_dtype: torch.dtype
     images: Images
+    prompt: PromptFiles
     recipe: Recipe
     stored_names: dict[str, str]
     weight_bytes: int
@@ -143,6 +144,7 @@ def make_plan(options: Options) -> Plan:
         dtype=dtype,
         cache_dtype=cache_dtype,
         images=images,
+        prompt=family.prompt(config, checkpoint.folder),
         recipe=recipe,
         stored_names=stored_names,
         weight_bytes=weight_bytes,

@@ -24,11 +24,12 @@ def prompt_maker(
     files = family.prompt(config, checkpoint.folder)
     try:
         return PromptMaker(
-            Tokenizer(checkpoint.folder / "tokenizer.json", files.eos_ids),
+            Tokenizer.of_text(files.tokenizer, files.eos_ids),
             images or family.images(config, checkpoint.folder),
             config.get_text_config().vocab_size,
             files.chat_template,
             files.special_tokens,
+            generation=files.generation,
         )
     except BundleError as error:
         reason = str(error).removesuffix("; export the bundle again")

@@ -179,7 +179,9 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``dtype`` is what the graphs compute in; the cache may be narrower, and so may weights."""
+    """``dtype`` is what the graphs compute in; the cache may be narrower, and so may weights.
+    ``generation`` is what generation_config.json says that changes an answer
+    (generation_config.py)."""
 
     schema: int
     family: str
@@ -202,6 +204,7 @@ class Manifest:
     validation: str
     tools: dict[str, str]
     files: dict[str, File]
+    generation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def feature_width(self) -> int:
@@ -341,11 +344,17 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         if not isinstance(data, Mapping):
             raise BundleError(f"{where} is not an object; export the bundle again")
         hints = typing.get_type_hints(kind)
-        odd = set(data) ^ set(hints)
+        optional = {
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        }
+        odd = set(data) ^ set(hints) - (optional - set(data))
         if odd:
             state = "unknown" if odd & set(data) else "missing"
             raise BundleError(f"{where}: {state} field '{min(odd)}'; export the bundle again")
-        return kind(**{k: _decode(hint, data[k], f"{where}.{k}") for k, hint in hints.items()})
+        given = {k: hint for k, hint in hints.items() if k in data}
+        return kind(**{k: _decode(hint, data[k], f"{where}.{k}") for k, hint in given.items()})
     if origin is tuple and isinstance(data, list):
         return tuple(_decode(arguments[0], x, f"{where}[{i}]") for i, x in enumerate(data))
     if origin is dict and isinstance(data, Mapping):

@@ -56,6 +56,7 @@ class Model:
             manifest.chat_template,
             manifest.special_tokens,
             manifest.capacity.max_images,
+            manifest.generation,
         )
         self.processor = self._prompts.processor
         self._batches: Batches | None = Batches(
@@ -154,7 +155,7 @@ class Model:
                 for row, ask in enumerate(asks)
             ]
             batch = batches.start(rows, options.keep, options.kv_keep)
-            streams = [TextStream(self.tokenizer, options.stop) for _ in rows]
+            streams = [TextStream(self.tokenizer, options.stop, row.lead) for row in rows]
             texts = ["" for _ in rows]
             while batch.active:
                 for index, token in batch.step():

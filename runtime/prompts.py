@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from lvlm.runtime.bundle import Images
+from lvlm.runtime.chat_template import ChatTemplate
 from lvlm.runtime.clips import Clips
 from lvlm.runtime.errors import BundleError, ParameterError, PromptError
+from lvlm.runtime.generation_config import GenerationConfig
 from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.images import ImageSource, open_image
 from lvlm.runtime.pictures import Picture
 from lvlm.runtime.processors import Processor, load_processor
 from lvlm.runtime.sampling import Sampling
-from lvlm.runtime.text import ChatTemplate, Tokenizer, expand_placeholders
+from lvlm.runtime.text import Tokenizer, expand_placeholders
 from lvlm.runtime.video import VideoSource
 
 
@@ -24,6 +28,8 @@ class Prompt:
     """One row: token ids with every picture's placeholder repeated per image token.
 
     image_id [N] int64: 0 text, m the m-th of the ``pictures``; positions [N] int64, or [3,N].
+    ``generation`` is the checkpoint's part in choosing tokens, ``sampling`` the caller's, too;
+    ``lead`` is the space before an answer that is no part of it (ChatTemplate).
     """
 
     ids: Sequence[int]
@@ -34,6 +40,8 @@ class Prompt:
     max_new_tokens: int
     ignore_eos: bool = False
     logprobs: int | None = None
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    lead: str = ""
 
     @property
     def next_position(self) -> int:
@@ -46,8 +54,8 @@ class PromptMaker:
     """Prepares prompts as a model wants them, whether it comes from a bundle or a checkpoint.
 
     ``vocab`` is the number of tokens that the model knows, ``room`` how many pictures a prompt with
-    clips may have. Any thread may use it. Raises BundleError if the processor's config or the chat
-    template is not valid.
+    clips may have, ``generation`` the manifest's part of that name. Any thread may use it. Raises
+    BundleError if the processor's config, the chat template or ``generation`` is not valid.
     """
 
     def __init__(
@@ -58,8 +66,10 @@ class PromptMaker:
         chat_template: str | None,
         special_tokens: Mapping[str, str],
         room: int | None = None,
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer, self.images, self.vocab = tokenizer, images, vocab
+        self.generation = GenerationConfig.of(generation or {}, tuple(sorted(tokenizer.eos_ids)))
         self.processor: Processor = load_processor(images.processor)
         self.clips = Clips(self.processor, images, room)
         self.template = (
@@ -70,6 +80,7 @@ class PromptMaker:
             self.video_template = ChatTemplate(own, special_tokens, images.token)
         self._special_tokens = dict(special_tokens)
         self._bos = special_tokens.get("bos_token")
+        self._given = lru_cache(8)(self._own_template)
 
     def prepare(
         self,
@@ -89,16 +100,10 @@ class PromptMaker:
                 raise PromptError(f"{name} is a list; write {name}=[{one}]")
         clips = self.clips.open(videos, len(images), options.frames)
         arrays = [open_image(image) for image in images]
-        text, special = prompt, True
+        text, special, lead = prompt, True, ""
         if options.chat_template:
-            template = self.video_template if clips else self.template
-            if isinstance(options.chat_template, str):
-                template = self._own_template(options.chat_template)
-            if template is None:
-                raise PromptError(
-                    "the bundle has no chat template; write the prompt out and use "
-                    "chat_template=False (--no-chat-template)"
-                )
+            template = self._template(options.chat_template, bool(clips))
+            lead = template.lead
             video_token = self.clips.video.token if self.clips.video else None
             text = template.render(prompt, len(arrays), options.system, len(clips), video_token)
             special = not (self._bos and text.startswith(self._bos))
@@ -107,7 +112,8 @@ class PromptMaker:
         text, pictures, token_ids = self.clips.placed(text, self.processor.pictures(arrays), clips)
         ids = self.tokenizer.encode(text, add_special_tokens=special)
         token_id = self.images.token_id
-        where = expand_placeholders(ids, token_id, [self._expansion(p) for p in pictures])
+        advice = self._advice(prompt, options)
+        where = expand_placeholders(ids, token_id, [self._expansion(p) for p in pictures], advice)
         if not where or not (pictures or prompt.strip()):
             raise PromptError("the prompt is empty; write a question")
         image_id = np.zeros(len(where), np.int64)
@@ -125,19 +131,52 @@ class PromptMaker:
             image_id,
             pictures,
             self._positions(image_id, pictures),
-            Sampling.of(options, row),
+            Sampling.of(options, row, self.generation),
             options.max_new_tokens,
             options.ignore_eos,
             options.logprobs,
+            self.generation,
+            lead,
         )
 
+    def _template(self, wanted: bool | str, clips: bool) -> ChatTemplate:
+        if isinstance(wanted, str):
+            return self._given(wanted)
+        template = self.video_template if clips else self.template
+        if template is None:
+            raise PromptError(
+                "the bundle has no chat template; write the prompt out and use "
+                "chat_template=False (--no-chat-template)"
+            )
+        return template
+
     def _own_template(self, source: str) -> ChatTemplate:
-        """A template that the caller gives."""
-        try:
-            return ChatTemplate(source, self._special_tokens, self.images.token)
-        except BundleError as error:
-            reason = str(error).removeprefix("the bundle's ")
-            raise ParameterError(f"the given {reason}") from None
+        """One that a caller gives."""
+        name = "the chat_template that was given"
+        template = ChatTemplate(
+            source, self._special_tokens, self.images.token, name, ParameterError
+        )
+        if not template.writes_questions:
+            raise ParameterError(
+                f"{name} does not write the question; give the text of a Jinja template, "
+                "True for the bundle's own or False for none"
+            )
+        return template
+
+    def _advice(self, prompt: str, options: GenerationOptions) -> str:
+        """What helps when there are more or fewer placeholders than pictures."""
+        token = self.images.token
+        if options.chat_template and token in prompt + (options.system or ""):
+            return (
+                f"{token} in a question stands for a picture: give one for each, or write it "
+                f"another way, as {token[:1]} {token[1:-1]} {token[-1:]}"
+            )
+        if options.chat_template:
+            return (
+                f"the chat template writes them; write the prompt out, with one {token} per image, "
+                "and use chat_template=False (--no-chat-template)"
+            )
+        return f"write one {token} per image where it belongs, or let the chat template do it"
 
     def _positions(self, image_id: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
         if self.images.positions == "sequence":

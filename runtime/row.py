@@ -26,7 +26,7 @@ class Row:
 
     def __post_init__(self) -> None:
         self.position = self.prompt.next_position
-        self.sampler = Sampler(self.prompt.sampling, self.prompt.ids)
+        self.sampler = Sampler(self.prompt.sampling, self.prompt.ids, self.prompt.generation)
 
     def choose(self, logits: np.ndarray, eos_ids: Collection[int]) -> int:
         """The next token, from logits [vocabulary]; BackendError where these are not finite."""

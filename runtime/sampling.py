@@ -1,10 +1,10 @@
-"""Choosing the next token from logits, as transformers does: penalty, temperature, top-k, top-p."""
+"""Choosing the next token from logits, as transformers does: temperature, top-k, top-p."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lvlm.runtime.errors import BackendError, ParameterError
+from lvlm.runtime.generation_config import GenerationConfig
 from lvlm.runtime.generation_options import GenerationOptions
+from lvlm.runtime.logits_processors import LogitsProcessors
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,19 @@ class Sampling:
 
     @classmethod
     def of(
-        cls, options: GenerationOptions, row: int, generation: Mapping[str, Any] | None = None
+        cls, options: GenerationOptions, row: int, config: GenerationConfig | None = None
     ) -> Sampling:
-        """For row ``row`` of a call; ``generation`` is what the bundle says (None: nothing). A
-        seeded batch's row r draws from seed + r, so that equal prompts differ."""
-        says = {
-            name: value
-            for name, value in (generation or {}).items()
-            if name in ("top_k", "top_p", "repetition_penalty") and value is not None
-        }
-        says |= {
-            name: value
-            for name in ("top_k", "top_p", "repetition_penalty")
-            if (value := getattr(options, name)) is not None
-        }
-        seed = None if options.seed is None else options.seed + row
-        return cls(options.temperature, **says, seed=seed)
+        """For row ``row`` of a call: what the caller says, then what the checkpoint does. A seeded
+        batch's row r draws from seed + r, so that equal prompts differ."""
+        config = config or GenerationConfig()
+        penalty, top_k, top_p = options.repetition_penalty, options.top_k, options.top_p
+        return cls(
+            options.temperature,
+            config.top_k if top_k is None else top_k,
+            config.top_p if top_p is None else top_p,
+            config.repetition_penalty if penalty is None else penalty,
+            None if options.seed is None else options.seed + row,
+        )
 
     def __post_init__(self) -> None:
         _check("temperature", self.temperature, Real, "0 or above", lambda x: 0 <= x < math.inf)
@@ -84,12 +83,23 @@ class TokenScore:
 
 
 class Sampler:
-    """Chooses the tokens of one row's answer, and remembers them. For one thread at a time."""
+    """Chooses the tokens of one row's answer, and remembers them. For one thread at a time.
 
-    def __init__(self, params: Sampling, prompt_ids: Sequence[int]) -> None:
+    ``config`` is what the checkpoint's generation_config.json says, of which the penalty is already
+    among ``params``; the default changes nothing.
+    """
+
+    def __init__(
+        self,
+        params: Sampling,
+        prompt_ids: Sequence[int],
+        config: GenerationConfig | None = None,
+    ) -> None:
         self._params = params
-        self._prompt_ids = np.asarray(prompt_ids, np.int64)
-        self._seen: npt.NDArray[np.bool_] | None = None  # [vocab]; its size comes with the logits
+        config = replace(
+            config or GenerationConfig(), repetition_penalty=float(params.repetition_penalty)
+        )
+        self._processors = LogitsProcessors(config, prompt_ids)
         self._random = np.random.default_rng(params.seed)
 
     def choose(self, logits: npt.NDArray[np.floating]) -> int:
@@ -102,25 +112,15 @@ class Sampler:
             raise BackendError(
                 "logits contain NaN or infinity; the model overflows: use a bundle in float32"
             )
-        if self._params.repetition_penalty != 1:
-            scores = self._penalised(scores)
+        if not self._processors.idle:
+            scores = self._processors(scores)
         token = int(scores.argmax()) if self._params.temperature == 0 else self._draw(scores)
-        if self._seen is not None:
-            self._seen[token] = True
+        self._processors.chosen(token)
         return token
 
-    def _penalised(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        if self._seen is None:
-            self._seen = np.zeros(scores.size, bool)
-            # Embeddings may have rows, and prompts ids, that the logits lack
-            self._seen[self._prompt_ids[self._prompt_ids < scores.size]] = True
-        penalty = np.float32(self._params.repetition_penalty)
-        with np.errstate(over="ignore"):  # clipped below
-            changed = np.where(scores < 0, scores * penalty, scores / penalty)
-        largest = np.finfo(np.float32).max
-        return np.where(self._seen, changed.clip(-largest, largest), scores)
-
     def _draw(self, scores: npt.NDArray[np.float32]) -> int:
+        if scores.max() == -np.inf:
+            raise BackendError("generation_config.json forbids every token; nothing can be drawn")
         tokens, probabilities = candidates(scores, self._params)
         reached = probabilities.cumsum()
         # random() is below 1, so that a token of probability 0 is never drawn

@@ -1,21 +1,15 @@
-"""Text in and out: tokens, text as it streams, chat templates, places of pictures in prompts."""
+"""Text in and out: tokens, text as it streams, places of pictures in prompts."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
 
-import jinja2
-import jinja2.ext
 import tokenizers
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lvlm.runtime.errors import BundleError, ParameterError, PromptError
 
@@ -27,12 +21,27 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | os.PathLike[str], eos_ids: Sequence[int]) -> None:
+        name = os.fspath(path)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(os.fspath(path))
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise _no_tokenizer(name, error) from None
+        self._open(text, eos_ids, name)
+
+    @classmethod
+    def of_text(cls, text: str, eos_ids: Sequence[int]) -> Self:
+        """From the content of a ``tokenizer.json``."""
+        made = cls.__new__(cls)
+        made._open(text, eos_ids, "tokenizer.json")
+        return made
+
+    def _open(self, text: str, eos_ids: Sequence[int], name: str) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise BundleError(
-                f"{os.fspath(path)} is not a tokenizer ({_line(error)}); export the bundle again"
-            ) from None
+            raise _no_tokenizer(name, error) from None
+        if (processor := self._tokenizer.post_processor) is not None:
+            _check_post_processor(json.loads(processor.__getstate__()), name)
         # A tokenizer.json may carry settings of a training run: a prompt must not be cut or padded
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -67,16 +76,32 @@ class Tokenizer:
         return None if token_id in self._special else self._tokenizer.id_to_token(token_id)
 
 
+def _no_tokenizer(name: str, reason: object) -> BundleError:
+    return BundleError(f"{name} is not a tokenizer ({_line(reason)}); export the bundle again")
+
+
+def _check_post_processor(processor: dict[str, Any], name: str) -> None:
+    """What would make the library panic, which is no Exception, at the first prompt."""
+    for inner in processor.get("processors", ()):
+        _check_post_processor(inner, name)
+    for piece in processor.get("single", ()):
+        token = piece.get("SpecialToken", {}).get("id")
+        if token is not None and token not in processor["special_tokens"]:
+            raise _no_tokenizer(name, f"its post-processor names {token!r}, which it lacks")
+        if piece.get("Sequence", {}).get("id", "A") != "A":
+            raise _no_tokenizer(name, "its post-processor wants two texts")
+
+
 class TextStream:
     """Turns one row's tokens into text, piece by piece. What it has returned never changes.
 
-    The pieces and what ``finish`` returns, put together, are ``decode`` of all tokens, cut before
-    the first stop string. First is the one that is complete first, and of two complete at once the
-    longer. ``stopped`` tells whether there was one. Raises ``ParameterError`` for an empty stop
-    string.
+    The pieces and what ``finish`` returns, put together, are ``decode`` of all tokens, without the
+    space ``lead`` where it begins with that, cut before the first stop string. First is the one
+    that is complete first, and of two complete at once the longer. ``stopped`` tells whether there
+    was one. Raises ``ParameterError`` for an empty stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), lead: str = "") -> None:
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in self._stop:
             raise ParameterError("a stop string is empty; leave it out or give it text")
@@ -84,6 +109,8 @@ class TextStream:
         self._tokenizer = tokenizer
         self._window: list[int] = []  # the last tokens, with enough of a past to be decoded right
         self._sent = 0  # characters of the window's text that are through
+        self._lead = lead  # "" once the text has begun
+        self._begun = ""  # text so short that it may be the lead's beginning
         self._held = ""  # final text that a stop string may begin in
 
     def push(self, token_id: int, *, last: bool = False) -> str:
@@ -112,6 +139,9 @@ class TextStream:
             return ""
         text = self._release(self._tokenizer.decode(self._window)[self._sent :])
         self._window, self._sent = [], 0
+        if not self.stopped and self._begun:  # the whole text is part of a lead
+            self._lead, begun = "", self._begun
+            text += self._release(begun)
         if not self.stopped:
             text, self._held = text + self._held, ""
         return text
@@ -128,6 +158,12 @@ class TextStream:
             self._sent -= len(text) - len(rest)
 
     def _release(self, fresh: str) -> str:
+        if self._lead:
+            fresh = self._begun + fresh
+            if len(fresh) < len(self._lead) and self._lead.startswith(fresh):
+                self._begun = fresh
+                return ""
+            fresh, self._lead, self._begun = fresh.removeprefix(self._lead), "", ""
         text = self._held + fresh
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
@@ -151,18 +187,18 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def expand_placeholders(
-    ids: list[int], image_token_id: int, pictures: Sequence[Sequence[int]]
+    ids: list[int], image_token_id: int, pictures: Sequence[Sequence[int]], advice: str
 ) -> list[int]:
     """``ids`` with the m-th image placeholder replaced by the tokens of the m-th picture.
 
-    Raises ``PromptError`` unless there are as many placeholders as pictures.
+    Raises ``PromptError``, which ends with ``advice``, unless there are as many placeholders as
+    pictures.
     """
     places = ids.count(image_token_id)
     if places != len(pictures):
         raise PromptError(
             f"the prompt has {_plural(places, 'image placeholder')} "
-            f"for {_plural(len(pictures), 'image')}; "
-            "write one per image, or none and use the chat template"
+            f"for {_plural(len(pictures), 'image')}; {advice}"
         )
     remaining = iter(pictures)
     return [
@@ -172,113 +208,6 @@ def expand_placeholders(
 
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-class ChatTemplate:
-    """A bundle's chat template, run in a sandbox as transformers runs it. Any thread may use it.
-
-    ``source`` is Jinja, ``special_tokens`` the variables it may use (``bos_token``, …), and
-    ``image_token`` the placeholder that it writes for a picture. Raises ``BundleError`` if the
-    template is not valid.
-    """
-
-    def __init__(self, source: str, special_tokens: Mapping[str, str], image_token: str) -> None:
-        self._special_tokens = dict(special_tokens)
-        self._image_token = image_token
-        try:
-            self._template = _environment().from_string(source)
-        except Exception as error:  # RecursionError and others, besides TemplateSyntaxError
-            raise BundleError(f"the bundle's chat template is not valid: {_line(error)}") from None
-
-    def render(
-        self,
-        prompt: str,
-        images: int,
-        system: str | None = None,
-        videos: int = 0,
-        video_token: str | None = None,
-    ) -> str:
-        """The text of a user message, ``images`` pictures and ``videos`` clips before ``prompt``,
-        ready for the answer.
-
-        A prompt that has the placeholder of one or the other in it keeps its own places: no others
-        of these are added. ``system`` is the text of a system message. Raises ``PromptError`` if
-        the template refuses the messages, ``BundleError`` if it fails or reaches for what the
-        sandbox forbids.
-        """
-        parts = [] if self._image_token in prompt else [{"type": "image"}] * images
-        if videos and not (video_token and video_token in prompt):
-            parts += [{"type": "video"}] * videos
-        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        variables = {
-            **self._special_tokens,
-            "messages": messages,
-            "tools": None,
-            "documents": None,
-            "add_generation_prompt": True,
-        }
-        try:
-            return self._template.render(variables)
-        except PromptError:
-            raise
-        except SecurityError as error:
-            raise BundleError(
-                f"the bundle's chat template does what templates may not: {_line(error)}"
-            ) from None
-        except Exception as error:  # a template can raise whatever its expressions can
-            raise BundleError(
-                f"the bundle's chat template fails: {_line(error)}; "
-                "write the prompt out and use chat_template=False"
-            ) from None
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        # Jinja's own gives a value that raises when it is used, but is printed as nothing
-        raise SecurityError(f"access to {attribute!r} of {type(obj).__name__}")
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks text to train on; here its body is text like any other."""
-
-    tags = {"generation"}  # noqa: RUF012 - the type is Jinja's
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> _Sandbox:
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    helpers: dict[str, Callable[..., object]] = {"raise_exception": _refuse, "strftime_now": _now}
-    environment.globals.update(helpers)
-    return environment
-
-
-def _tojson(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as it is, where Jinja's filter escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _refuse(message: object) -> NoReturn:
-    raise PromptError(f"the chat template refuses the prompt: {_line(message)}")
-
-
-def _now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
 
 
 def _line(message: object) -> str:

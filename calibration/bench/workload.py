@@ -123,6 +123,7 @@ def prompt_maker(folder: Path, manifest: Manifest) -> PromptMaker:
         manifest.text.vocab,
         manifest.chat_template,
         manifest.special_tokens,
+        generation=manifest.generation,
     )
 
 

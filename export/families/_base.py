@@ -19,11 +19,17 @@ from lvlm.runtime.prompts import Prompt
 
 @dataclass(frozen=True)
 class PromptFiles:
-    """How prompts are written: what the runtime needs beyond tokenizer.json."""
+    """How prompts are written, and how answers are chosen: what the runtime needs.
 
+    ``tokenizer`` is the content of the bundle's tokenizer.json, ``generation`` that of the
+    manifest's field.
+    """
+
+    tokenizer: str
     chat_template: str | None
     special_tokens: dict[str, str]
     eos_ids: tuple[int, ...]
+    generation: dict[str, Any]
     files: tuple[str, ...]  # of the checkpoint, copied into the bundle as they are
 
 

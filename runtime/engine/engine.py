@@ -86,6 +86,7 @@ class Engine:
             manifest.chat_template,
             manifest.special_tokens,
             capacity.max_images,
+            manifest.generation,
         )
         graphs = Graphs(folder, manifest, backend)
         cache = CompactCache(
@@ -143,7 +144,7 @@ class Engine:
         request = Request(
             prompt=row,
             counts=counts,
-            stream=TextStream(self.tokenizer, parsed.stop),
+            stream=TextStream(self.tokenizer, parsed.stop, row.lead),
             handle=Handle(self._scheduler.wake),
             digests=digests,
             keys=prompt_keys(row, digests),

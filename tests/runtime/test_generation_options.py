@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.generation_config import GenerationConfig
 from lvlm.runtime.generation_options import GenerationOptions, OptionValues
 from lvlm.runtime.option_flags import add_option_flags, given_options
 from lvlm.runtime.sampling import Sampling
@@ -139,7 +140,7 @@ def test_a_seeded_row_draws_from_its_own_seed() -> None:
 
 
 def test_what_the_call_says_comes_before_what_the_bundle_says() -> None:
-    says = {"repetition_penalty": 1.3, "top_k": 5, "temperature": 0.7}
+    says = GenerationConfig(repetition_penalty=1.3, top_k=5, sampling={"temperature": 0.7})
     assert Sampling.of(GenerationOptions(), 0, says) == Sampling(repetition_penalty=1.3, top_k=5)
     given = GenerationOptions(repetition_penalty=1.0, top_k=0)
     assert Sampling.of(given, 0, says) == Sampling()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Library
 
 from lvlm.runtime.errors import BundleError, ParameterError, PromptError
-from lvlm.runtime.text import ChatTemplate, TextStream, Tokenizer, expand_placeholders
+from lvlm.runtime.text import TextStream, Tokenizer, expand_placeholders
 
 CORPUS = ["hello world, the end. stop!", "日本語 and 😀😁 emoji", "a b  c   d", "größe naïve €"] * 3
 
@@ -124,22 +125,27 @@ def byte_alphabet() -> list[str]:
     return [table[b] for b in range(256)]
 
 
+LEADS = ["", " ", "\n\n", "a", "st", " s"]
 STOPS = ["stop", "\n", " ", "a", "top", "st", "€", "o w", "\ufffd", "日本", "aa", "a b", "p!"]
 CASES = st.sampled_from(KINDS).flatmap(lambda kind: st.tuples(st.just(kind), ids_of(kind)))
 
 
 @settings(max_examples=300, deadline=None)
-@given(CASES, st.lists(st.sampled_from(STOPS), max_size=3))
-@example(("byte_fallback", [4 + 0x61, 4 + 0xE2, 262]), [])
-@example(("byte_fallback", [*(4 + byte for byte in b"xa b"), 262]), ["a b", " "])
+@given(CASES, st.lists(st.sampled_from(STOPS), max_size=3), st.sampled_from(LEADS))
+@example(("byte_fallback", [4 + 0x61, 4 + 0xE2, 262]), [], "")
+@example(("byte_fallback", [*(4 + byte for byte in b"xa b"), 262]), ["a b", " "], "")
+@example(("byte_level", [256 + 3, 256 + 3]), [], "a")
 def test_pieces_are_the_text_up_to_the_first_stop_string(
-    tokenizers_by_kind: dict[str, Tokenizer], case: tuple[str, list[int]], stop: list[str]
+    tokenizers_by_kind: dict[str, Tokenizer],
+    case: tuple[str, list[int]],
+    stop: list[str],
+    lead: str,
 ) -> None:
     kind, ids = case
     tokenizer = tokenizers_by_kind[kind]
-    stream = TextStream(tokenizer, stop)
+    stream = TextStream(tokenizer, stop, lead)
     text = "".join([stream.push(i) for i in ids]) + stream.finish()
-    whole = tokenizer.decode(ids)
+    whole = tokenizer.decode(ids).removeprefix(lead)
     assert text == cut_at_stop(whole, stop)
     assert stream.stopped == any(s in whole for s in stop)
 
@@ -253,111 +259,51 @@ def test_prompts_are_never_cut_or_padded(tmp_path: Path) -> None:
     assert len(tokenizer.encode("a")) == 1
 
 
-@pytest.mark.parametrize("content", [None, "", "{}", "[]", '{"model": {"type": "BPE"}}', "\x00"])
-def test_broken_tokenizer(content: str | None, tmp_path: Path) -> None:
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{}", b"[]", b'{"model": {"type": "BPE"}}', b"\0", b"\xff{", DEEP.encode()],
+)
+def test_broken_tokenizer(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content)
     with pytest.raises(BundleError, match=r"tokenizer\.json is not a tokenizer"):
         Tokenizer(path, [])
 
 
-LLAVA = (
-    "{% for message in messages %}"
-    "{{ message['role'] | upper }}: "
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
-
-def template(source: str, **special_tokens: str) -> ChatTemplate:
-    return ChatTemplate(source, special_tokens, "<image>")
-
-
-def test_chat_template() -> None:
-    chat = template(LLAVA)
-    assert chat.render("Hi", images=0) == "USER: Hi ASSISTANT:"
-    assert chat.render("Hi", images=2) == "USER: <image>\n<image>\nHi ASSISTANT:"
-    assert chat.render("Hi", 1, system="Be brief.") == (
-        "SYSTEM: Be brief. USER: <image>\nHi ASSISTANT:"
-    )
-    # Places that the prompt has already are not doubled
-    assert chat.render("A <image> B", images=1) == "USER: A <image> B ASSISTANT:"
-
-
-def test_template_environment_is_that_of_transformers() -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    source = (
-        "{{ bos_token }}{% if tools is not none or documents %}tools{% endif %}\n"
-        "{% for message in messages %}\n"
-        "  {% if loop.first %}{% continue %}{% endif %}\n"
-        "{% generation %}{{ message | tojson }}{% endgeneration %}\n"
-        "{{ strftime_now('%Y') }}{{ {'b': '<é>', 'a': 1} | tojson(indent=2, sort_keys=True) }}\n"
-        "{% endfor %}{% if add_generation_prompt %}go{% endif %}"
-    )
-    messages = [
-        {"role": "system", "content": [{"type": "text", "text": "s"}]},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<é>"}]},
-    ]
-    rendered, _ = render_jinja_template(
-        [messages], chat_template=source, add_generation_prompt=True, bos_token="<s>"
-    )
-    assert template(source, bos_token="<s>").render("<é>", 1, system="s") == rendered[0]
-
-
-def test_special_tokens_cannot_replace_the_messages() -> None:
-    assert template("{{ messages | length }}", messages="x", self="y").render("Hi", 0) == "1"
-
-
-def test_template_may_refuse() -> None:
-    with pytest.raises(PromptError, match="no system role please"):
-        template("{{ raise_exception('no system\nrole please') }}").render("Hi", 0)
-
-
+@pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(
-    "source",
+    ("piece", "reason"),
     [
-        "{{ ''.__class__ }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].update(role='x') }}",
-        "{{ raise_exception.__globals__ }}",
-        "{{ lipsum.__globals__['os'].system('true') }}",
-        "{{ ''['__class__'] }}",
-        "{{ '{0.__class__}'.format('') }}",
-        "{{ messages | map(attribute='__class__') | list }}",
-        "{{ (''|attr('__class__')) }}",
-        "{{ cycler.__init__.__globals__ }}",
-        "{{ self.__init__ }}",
+        ({"SpecialToken": {"id": "<gone>", "type_id": 0}}, "names '<gone>', which it lacks"),
+        ({"Sequence": {"id": "B", "type_id": 0}}, "wants two texts"),
     ],
 )
-def test_sandbox_holds(source: str) -> None:
-    with pytest.raises(BundleError, match="does what templates may not"):
-        template(source).render("Hi", 0)
-
-
-@pytest.mark.parametrize(
-    "source", ["{{ 1 // 0 }}", "{{ nothing.at.all }}", "{{ messages + 1 }}", "{% include 'x' %}"]
-)
-def test_template_that_fails(source: str) -> None:
-    with pytest.raises(BundleError, match="chat template fails") as caught:
-        template(source).render("Hi", 0)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("source", ["{% if %}", "{{", "{% generation %}", "{{ x | nofilter }}"])
-def test_template_that_is_not_valid(source: str) -> None:
-    with pytest.raises(BundleError, match="is not valid"):
-        template(source)
+def test_post_processors_that_would_panic(
+    piece: dict[str, object], reason: str, nested: bool
+) -> None:
+    data = json.loads(LIBRARIES["byte_level"].to_str())
+    sequence = {"Sequence": {"id": "A", "type_id": 0}}
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [piece, sequence],
+        "pair": [sequence, sequence],
+        "special_tokens": {},
+    }
+    data["post_processor"] = (
+        {"type": "Sequence", "processors": [processor]} if nested else processor
+    )
+    with pytest.raises(BundleError, match=reason):
+        Tokenizer.of_text(json.dumps(data), [])
 
 
 def test_placeholders() -> None:
-    assert expand_placeholders([5, 9, 6, 9], 9, [[9, 9], [7, 9, 8]]) == [5, 9, 9, 6, 7, 9, 8]
-    assert expand_placeholders([5, 6], 9, []) == [5, 6]
-    with pytest.raises(PromptError, match="has 2 image placeholders for 1 image;"):
-        expand_placeholders([9, 9], 9, [[9]])
-    with pytest.raises(PromptError, match="has 0 image placeholders for 2 images;"):
-        expand_placeholders([1], 9, [[9], [9]])
+    assert expand_placeholders([5, 9, 6, 9], 9, [[9, 9], [7, 9, 8]], "") == [5, 9, 9, 6, 7, 9, 8]
+    assert expand_placeholders([5, 6], 9, [], "") == [5, 6]
+    with pytest.raises(PromptError, match="has 2 image placeholders for 1 image; do"):
+        expand_placeholders([9, 9], 9, [[9]], "do")
+    with pytest.raises(PromptError, match="has 0 image placeholders for 2 images; do"):
+        expand_placeholders([1], 9, [[9], [9]], "do")
