@@ -17,6 +17,10 @@ from lvlm.export.families._generation import honoured, read_generation_config
 from lvlm.runtime.errors import BundleError, CheckpointError
 from lvlm.runtime.text import Tokenizer
 
+READ = (
+    *("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"),
+    *("special_tokens_map.json", "chat_template.json"),
+)
 COPIED = (  # tokenizer.json is written as transformers has loaded it
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -47,7 +51,7 @@ def prompt_files(folder: Path, text_config: Any) -> PromptFiles:
     """What transformers makes of a checkpoint's small files: the tokenizer with every token that
     any of them lists, chat template, named special tokens, how tokens are chosen and when a text
     ends. Raises CheckpointError."""
-    for name in ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
+    for name in READ:
         read_json(folder / name)  # what cannot be read is named
     if (folder / "tokenizer.json").is_file():
         _check_tokenizer(folder / "tokenizer.json")

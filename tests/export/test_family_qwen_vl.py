@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from bundles import FAMILIES, TINY, transformers_inputs
 from test_parity import ROWS, load_torch, make_reference
 
 import lvlm
-from lvlm.export.families._files import prompt_files
 from lvlm.export.plan import Options as ExportOptions
 from lvlm.export.plan import make_plan
 from lvlm.export.recipes._base import parse_settings
@@ -172,11 +170,6 @@ def hub_config(family: Any) -> dict[str, Any]:
     vision = {k: v for k, v in raw["vision_config"].items() if k != "rope_parameters"}
     vision["model_type"] = raw["model_type"]
     return {**flat, **raw, "vision_config": vision, "rope_scaling": scaling, "rope_theta": 1e6}
-
-
-def test_a_text_model_without_an_end_token(tmp_path: Path) -> None:
-    """Qwen3-VL's configuration in transformers has no default for it."""
-    assert prompt_files(tmp_path, SimpleNamespace()).eos_ids == ()
 
 
 @pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl"])

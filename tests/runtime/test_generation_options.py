@@ -116,7 +116,7 @@ def test_values_out_of_their_range(name: str, value: Any) -> None:
 
 
 def test_a_number_that_cannot_be_written_out() -> None:
-    with pytest.raises(ParameterError, match="^seed is of type int; give"):
+    with pytest.raises(ParameterError, match=r"^seed is of type int; give"):
         GenerationOptions(seed=10**5000)
 
 
