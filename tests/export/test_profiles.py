@@ -358,13 +358,7 @@ def test_model_hash_of_a_damaged_file(folder: Path) -> None:
     path.write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointError, match="is no readable safetensors file"):
         model_hash(folder)
-    # With an index the files themselves are first opened here.
-    index = {"weight_map": {"a": path.name}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    for content in (b"\xff" * 100, b"", b"\2" + b"\0" * 7 + b"{}", b"\2" + b"\0" * 7 + b"[]"):
+    for content in (b"", b"\2" + b"\0" * 7 + b"{}", b"\2" + b"\0" * 7 + b"[]"):
         path.write_bytes(content)
-        if content.endswith(b"{}"):
-            model_hash(folder)
-            continue
-        with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        with pytest.raises(CheckpointError, match=r"no readable safetensors|without a tensor"):
             model_hash(folder)
