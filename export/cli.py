@@ -128,6 +128,7 @@ def _run(args: argparse.Namespace) -> int:
     if options.validate:
         require(["onnxruntime"], "cpu", " (or export with --no-validate)")
 
+    from lvlm.export.estimates import check_machine
     from lvlm.export.exporter import export, stages
     from lvlm.export.plan import check_output, make_plan
     from lvlm.export.progress import Progress
@@ -141,6 +142,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{args.model} is {plan.checkpoint.source}", file=sys.stderr)
     if args.dry_run:
         print(json.dumps(plan_data(plan), indent=1) if args.json else plan_table(plan))
+        check_machine(plan)
         return 0
     progress = Progress(stages(options), quiet=quiet)
     report = export(plan, progress)

@@ -16,10 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.export import checkpoint as checkpoints
 from lvlm.export import weights
+from lvlm.export.estimates import check_machine
 from lvlm.export.fused_products import fuse_products
 from lvlm.export.graphs import graph_names, trace_graph
 from lvlm.export.output import temporary_sibling
-from lvlm.export.plan import Options, Plan, check_disk, check_output
+from lvlm.export.plan import Options, Plan, check_output
 from lvlm.export.progress import Progress, size
 from lvlm.export.quantization import product_weights
 from lvlm.export.quantized_products import BLOCKS, QuantizedTensor, quantize_products
@@ -57,7 +58,7 @@ def export(plan: Plan, progress: Progress) -> Report:
     """Write the bundle; nothing is left in its place if any step fails."""
     output = plan.options.output
     check_output(output)
-    check_disk(plan)
+    check_machine(plan)
     with temporary_sibling(output, ExportError) as folder:
         plan = with_profile(plan, progress)
         manifest = write_bundle(plan, folder, progress)

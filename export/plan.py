@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.export import checkpoint as checkpoints
+from lvlm.export import estimates
 from lvlm.export.families._base import Family, PromptFiles
 from lvlm.export.language import LanguageModel
 from lvlm.export.profiles import Profile, check_profile, model_hash, read_profile
-from lvlm.export.progress import size
 from lvlm.export.quantization import BLOCKS, KINDS, Quantization, product_weights
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.samples import read_samples
@@ -101,6 +100,7 @@ class Plan:
     weight_bytes: int
     cache: CachePlan
     peak_bytes: int
+    unvalidated_bytes: int  # the same without validation
     profile: Profile | None = None  # measured by this export
 
 
@@ -136,6 +136,11 @@ def make_plan(options: Options) -> Plan:
     unique = {id(p): p for p in skeleton.parameters()}.values()
     parameters, largest = sum(p.numel() for p in unique), max(p.numel() for p in unique)
     weight_bytes = parameters * dtype.itemsize + _saved(options, skeleton, language, dtype)
+    sizes = {"weight_bytes": weight_bytes, "largest": largest, "parameters": parameters}
+    peak, unvalidated = (
+        estimates.peak_memory(options, **sizes, dtype=dtype, validate=validate)
+        for validate in (options.validate, False)
+    )
     return Plan(
         options=options,
         checkpoint=checkpoint,
@@ -149,7 +154,8 @@ def make_plan(options: Options) -> Plan:
         stored_names=stored_names,
         weight_bytes=weight_bytes,
         cache=plan_cache(options, recipe, images, language, cache_dtype),
-        peak_bytes=_peak_estimate(options, weight_bytes, largest, parameters, dtype),
+        peak_bytes=peak,
+        unvalidated_bytes=unvalidated,
     )
 
 
@@ -233,29 +239,14 @@ def _stored_dtype(config: Any, checkpoint: checkpoints.Checkpoint) -> torch.dtyp
     return dtype
 
 
-def _peak_estimate(
-    options: Options, weight_bytes: int, largest: int, parameters: int, dtype: torch.dtype
-) -> int:
-    """Libraries and traced graphs (docs/measurements.md), and two copies of the largest tensor,
-    with quantization another two in fp32. Validation also loads the model in fp32 and the bundle.
-    """
-    base = 550_000_000 + 2 * largest * (dtype.itemsize + (4 if options.weights else 0))
-    return base + (4 * parameters + 3 * weight_bytes if options.validate else 0)
-
-
 def check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    """ExportError where no bundle can be written at ``output``."""
+    try:
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    except (OSError, ValueError) as error:  # a name too long, a folder of somebody else
+        reason = getattr(error, "strerror", None) or error
+        raise ExportError(f"-o {str(output)[:80]} cannot be used: {reason}") from None
+    if taken:
         raise ExportError(f"{output} exists and is not empty; give another -o or remove it")
     if not output.absolute().parent.is_dir():
         raise ExportError(f"the folder {output.absolute().parent} does not exist; make it first")
-
-
-def check_disk(plan: Plan) -> None:
-    free = shutil.disk_usage(plan.options.output.absolute().parent).free
-    twin = 2 * plan.weight_bytes if plan.options.validate and plan.dtype == torch.bfloat16 else 0
-    needed = plan.weight_bytes + twin + 50_000_000
-    if free < needed:
-        raise ExportError(
-            f"the bundle needs {size(needed)}, the disk has {size(free)} free; "
-            "free some or give -o on another disk"
-        )

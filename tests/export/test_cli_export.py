@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from bundles import ASSETS, FAMILIES
 
-from lvlm.export import exporter, validation
+from lvlm.export import estimates, exporter, validation
 from lvlm.export.cli import main
 from lvlm.export.profiles import DataId, ModelId, Profile, RecipeId, Spread, model_hash
 from lvlm.export.validation import Check
@@ -235,10 +235,38 @@ def test_disk_too_small(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(exporter.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(
+        estimates.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1)
+    )
     code, _, err = run(capsys, "-m", checkpoint(NAME), "-o", tmp_path / "out")
     assert code == 2
     assert "the disk has 1 B free" in err
+
+
+@pytest.mark.parametrize(
+    ("free", "message"),
+    [(700_000_000, "or give --no-validate (about "), (10_000_000, "a machine with more memory\n")],
+)
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_memory_too_small(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    message: str,
+    dry: tuple[str, ...],
+) -> None:
+    """Said before any work."""
+    monkeypatch.setattr(estimates, "free_memory", lambda: free)
+    monkeypatch.setattr(
+        estimates, "peak_memory", lambda *_, validate, **__: 600_000_000 + validate * 10**9
+    )
+    monkeypatch.setattr(exporter, "write_bundle", None)
+    code, _, err = run(capsys, "-m", checkpoint(NAME), "-o", tmp_path / "out", *dry)
+    assert code == 2
+    assert "the export needs about 1.6 GB of memory" in err
+    assert message in err
 
 
 def test_listings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,56 @@
+"""What an export is said to need, and what the machine is said to have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvlm.export import estimates
+from lvlm.export.plan import Options
+from lvlm.export.recipes._base import parse_settings
+from lvlm.runtime.discovery import discover
+
+GB = 10**9
+
+
+def peak(recipe: str = "none", validate: bool = False, dtype: torch.dtype = torch.float16) -> int:
+    """Of a model of 7 G parameters."""
+    kind = discover("lvlm.export.recipes", "RECIPE")[recipe]
+    return estimates.peak_memory(
+        Options("m", parse_settings(kind, []), Path("out")),
+        weight_bytes=7 * GB * dtype.itemsize,
+        largest=131_000_000,
+        parameters=7 * GB,
+        dtype=dtype,
+        validate=validate,
+    )
+
+
+def test_without_validation_no_part_grows_with_the_model() -> None:
+    assert peak() < 2 * GB
+    assert peak() < peak(dtype=torch.float32) < 2 * GB
+    assert peak(validate=True) > peak()
+
+
+def test_a_profile_is_measured_on_the_whole_model() -> None:
+    assert peak("prefixkv") > 28 * GB
+
+
+def test_the_container_counts_where_it_has_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimates, "CGROUP", tmp_path)
+    machine = estimates.free_memory()
+    for name, text in (
+        ("memory.max", "3000000"),
+        ("memory.current", "2500000"),
+        ("memory.stat", "anon 1\ninactive_file 700000"),
+    ):
+        (tmp_path / name).write_text(text)
+    assert estimates.free_memory() == 1_200_000
+    (tmp_path / "memory.max").write_text("max")
+    after = estimates.free_memory()
+    assert (machine is None) == (after is None)
+    assert after is None or after > 1_200_000
