@@ -31,14 +31,13 @@ from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
 from lvlm.export.tracing import TracedGraph
 from lvlm.runtime.bundle import (
     SCHEMA,
-    File,
     Graph,
     Manifest,
     Quantization,
     Text,
 )
 from lvlm.runtime.errors import ExportError
-from lvlm.runtime.integrity import sha256_of
+from lvlm.runtime.integrity import File, describe
 
 TOOLS = ("lvlm-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime")
 
@@ -235,7 +234,7 @@ def _hash_others(folder: Path, known: dict[str, File]) -> dict[str, File]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in known:
-            found[name] = File(sha256_of(path), path.stat().st_size)
+            found[name] = describe(path)
     return found
 
 
@@ -244,7 +243,7 @@ def _record_validation(folder: Path, manifest: Manifest, checks: list[Any]) -> M
 
     path = folder / "validation.json"
     path.write_text(json.dumps([asdict(c) for c in checks], indent=1) + "\n")
-    file = File(sha256_of(path), path.stat().st_size)
+    file = describe(path)
     twin = "passed on its fp32 twin" if manifest.dtype == "bfloat16" else "passed"
     manifest = replace(manifest, validation=twin, files={**manifest.files, path.name: file})
     manifest.write(folder)

@@ -9,7 +9,6 @@ side in one tensor (fused_products.py), quantized ones lie as numbers and scales
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,8 @@ from lvlm.export.checkpoint import Checkpoint
 from lvlm.export.quantization import quantize
 from lvlm.export.quantized_products import BLOCKS, QuantizedTensor
 from lvlm.export.tracing import TracedGraph
-from lvlm.runtime.bundle import File, Weight
+from lvlm.runtime.bundle import Weight
+from lvlm.runtime.integrity import File, FileHash
 
 WEIGHTS = "weights.bin"
 ALIGNMENT = 4096  # a page, so that a reader can map single tensors
@@ -150,12 +150,12 @@ def write(
     progress: Callable[[int], None],
     rounding: torch.dtype | None = None,
 ) -> File:
-    """Stream every tensor from the checkpoint to ``path``; its hash and size.
+    """Stream every tensor from the checkpoint to ``path``; its hashes and size.
 
     ``rounding`` first rounds to a narrower type: the fp32 twin of a bf16 bundle.
     """
     content = _Content(checkpoint, stored_names, dtype, rounding)
-    digest, position = hashlib.sha256(), 0
+    found, position = FileHash(), 0
     with path.open("wb") as file:
         for entry in entries:
             if entry.offset < position:
@@ -163,10 +163,10 @@ def write(
             data = content.of(entry).view(torch.uint8).numpy().data
             for chunk in (bytes(entry.offset - position), data):
                 file.write(chunk)
-                digest.update(chunk)
+                found.update(chunk)
             position = entry.offset + entry.nbytes
             progress(entry.nbytes)
-    return File(digest.hexdigest(), position)
+    return found.file()
 
 
 class _Content:

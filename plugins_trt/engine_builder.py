@@ -20,10 +20,10 @@ from lvlm.plugins_trt.engine_plan import Plan
 from lvlm.plugins_trt.engine_request import Request
 from lvlm.plugins_trt.profiles import shapes
 from lvlm.plugins_trt.tensorrt_builder import NAMESPACE, Settings, TensorRt, open_tensorrt
-from lvlm.runtime.bundle import MANIFEST, File, Manifest, read_bundle
+from lvlm.runtime.bundle import MANIFEST, Manifest, read_bundle
 from lvlm.runtime.engines import SCHEMA, EngineGraph, EngineSet, PluginLibrary
 from lvlm.runtime.errors import BackendError, BuildError
-from lvlm.runtime.integrity import sha256_of
+from lvlm.runtime.integrity import describe, sha256_of
 
 
 def stages(plan: Plan) -> int:
@@ -100,7 +100,7 @@ def lower_bundle(bundle: Path, manifest: Manifest, target: Target, progress: Pro
         files = dict(manifest.files)
         for name in target.write(bundle, graphs, manifest.capacity):
             path = bundle / name
-            files[name] = File(sha256_of(path), path.stat().st_size)
+            files[name] = describe(path)
         manifest = dataclasses.replace(manifest, files=files)
         try:
             with tempfile.TemporaryDirectory(dir=bundle, prefix=".lowering-") as partial:

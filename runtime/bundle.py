@@ -1,7 +1,7 @@
 """The bundle: a folder with graphs, weights, tokenizer and the manifest ``lvlm.json``, their list.
 
 The exporter writes these types, the runtime reads them. Nothing in a bundle is trusted: every field
-has its type checked, every path stays inside the folder, every file its recorded hash.
+has its type checked, every file is listed and has its recorded hash.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lvlm.runtime.errors import BundleError
-from lvlm.runtime.integrity import check_files
+from lvlm.runtime.integrity import File, check_files
 
-SCHEMA = 3
+SCHEMA = 4
+READABLE = (3, SCHEMA)  # 3 has neither ``generation`` nor hashes of blocks
 MANIFEST = "lvlm.json"
 T = TypeVar("T")
 
@@ -164,12 +165,6 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class File:
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Quantization:
     """The language model's products are stored in ``bits``, with a scale per ``block`` inputs."""
 
@@ -212,7 +207,8 @@ class Manifest:
         return self.text.hidden * (1 + self.images.deep)
 
     def write(self, folder: Path) -> None:
-        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        data = dataclasses.asdict(self) | {"schema": SCHEMA}
+        text = json.dumps(data, indent=1, ensure_ascii=False)
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -232,27 +228,20 @@ def read_bundle(folder: str | Path, *, verify: bool = True) -> Manifest:
     except (ValueError, OSError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None
     schema = data.get("schema") if isinstance(data, dict) else None
-    if schema != SCHEMA:
+    if schema not in READABLE or isinstance(schema, bool):
         raise BundleError(
-            f"{path} has schema {schema!r}, this version reads {SCHEMA}; "
+            f"{path} has schema {schema!r}, this version reads {READABLE[0]} and {SCHEMA}; "
             "export again with this version or install the one that wrote it"
         )
     manifest = decode(Manifest, data, path.name)
     _check(manifest, path)
-    files = {name: (f.sha256, f.bytes) for name, f in manifest.files.items()}
-    check_files(folder, files, hashes=verify)
+    check_files(folder, manifest.files, "sample" if verify else "none")
     return manifest
 
 
 def _check(manifest: Manifest, path: Path) -> None:
     """What types alone cannot say."""
     graphs = [f for g in manifest.graphs.values() for f in (g.file, *g.lowered.values())]
-    for name in graphs + list(manifest.files):
-        parts = PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts or not name or set(name) & {"\\", "\0"}:
-            raise BundleError(
-                f"{path}: the path {name!r} leaves the bundle; do not use this bundle"
-            )
     missing = {"vision", "prefill", "decode"} - set(manifest.graphs)
     if missing:
         raise BundleError(f"{path} lists no {', '.join(sorted(missing))} graph; export again")
@@ -336,6 +325,13 @@ def decode(kind: type[T], data: Any, where: str) -> T:
     return typing.cast(T, _decode(kind, data, where))
 
 
+def _required(kind: Any) -> set[str]:
+    """The fields without a default, which earlier schemas lack."""
+    defaults = {f.name: (f.default, f.default_factory) for f in dataclasses.fields(kind)}
+    absent = (dataclasses.MISSING, dataclasses.MISSING)
+    return {name for name, default in defaults.items() if default == absent}
+
+
 def _decode(kind: Any, data: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
@@ -344,17 +340,11 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         if not isinstance(data, Mapping):
             raise BundleError(f"{where} is not an object; export the bundle again")
         hints = typing.get_type_hints(kind)
-        optional = {
-            f.name
-            for f in dataclasses.fields(kind)
-            if f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-        }
-        odd = set(data) ^ set(hints) - (optional - set(data))
-        if odd:
-            state = "unknown" if odd & set(data) else "missing"
-            raise BundleError(f"{where}: {state} field '{min(odd)}'; export the bundle again")
-        given = {k: hint for k, hint in hints.items() if k in data}
-        return kind(**{k: _decode(hint, data[k], f"{where}.{k}") for k, hint in given.items()})
+        if unknown := set(data) - set(hints):
+            raise BundleError(f"{where}: unknown field '{min(unknown)}'; export the bundle again")
+        if missing := _required(kind) - set(data):
+            raise BundleError(f"{where}: missing field '{min(missing)}'; export the bundle again")
+        return kind(**{k: _decode(hints[k], v, f"{where}.{k}") for k, v in data.items()})
     if origin is tuple and isinstance(data, list):
         return tuple(_decode(arguments[0], x, f"{where}[{i}]") for i, x in enumerate(data))
     if origin is dict and isinstance(data, Mapping):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lvlm.runtime.bundle import Manifest, decode
 from lvlm.runtime.errors import BackendError, BundleError
-from lvlm.runtime.integrity import check_files
+from lvlm.runtime.integrity import File, check_files
 
 FOLDER = "engines"
 FILE = "engine.json"
@@ -122,9 +122,9 @@ class EngineSet:
         Raises BackendError that says what is wrong.
         """
         engines = cls._parse(folder)
-        files = {g.file: (g.sha256, g.bytes) for g in engines.graphs.values()}
+        files = {g.file: File(g.sha256, g.bytes) for g in engines.graphs.values()}
         try:
-            check_files(folder, files, hashes=verify)
+            check_files(folder, files, "sample" if verify else "none")
         except BundleError as error:
             reason = str(error).partition(";")[0].replace("its export", "it was built")
             raise BackendError(f"{reason}; {engines.mend}") from None

@@ -23,11 +23,11 @@ from lvlm.export.targets._narrow_products import narrow_products
 from lvlm.export.targets._passes import LOWERED_DOMAIN, lower_opset
 from lvlm.export.targets._written_out import write_out_normalization, write_out_rotary
 from lvlm.runtime import batch
-from lvlm.runtime.bundle import Capacity, File, read_bundle
+from lvlm.runtime.bundle import Capacity, read_bundle
 from lvlm.runtime.discovery import discover
 from lvlm.runtime.errors import ExportError
 from lvlm.runtime.generation_options import GenerationOptions
-from lvlm.runtime.integrity import sha256_of
+from lvlm.runtime.integrity import describe
 
 # Those that lower as their data says; a target with passes of its own has tests of its own.
 TARGETS: dict[str, Target] = {
@@ -196,7 +196,7 @@ def in_place(folder: Path, target: Target) -> Path:
         model = onnx.load(folder / target.file(graph.file), load_external_data=False)
         path.unlink()
         onnx.save(with_functions(model) if target.plugins else model, path)
-        files[graph.file] = File(sha256_of(path), path.stat().st_size)
+        files[graph.file] = describe(path)
     dataclasses.replace(manifest, files=files).write(folder)
     return folder
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from lvlm.runtime.bundle import File
 from lvlm.runtime.engines import (
     SCHEMA,
     EngineGraph,
@@ -21,6 +20,7 @@ from lvlm.runtime.engines import (
     Weight,
 )
 from lvlm.runtime.errors import BackendError
+from lvlm.runtime.integrity import File
 
 ENGINE = b"an engine"
 BUNDLE = {"decode.onnx": "1" * 64, "weights.bin": "2" * 64}
