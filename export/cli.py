@@ -157,11 +157,12 @@ def require(packages: Sequence[str], extra: str, otherwise: str = "") -> None:
     from importlib.util import find_spec
 
     from lvlm.runtime.errors import ExportError
+    from lvlm.runtime.installing import install
 
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise ExportError(
-            f"{', '.join(missing)} not installed; pip install lvlm-deploy[{extra}]{otherwise}"
+            f"{', '.join(missing)} not installed; {install(*extra.split(','))}{otherwise}"
         )
 
 

@@ -23,6 +23,7 @@ from lvlm.plugins_trt.tensorrt_builder import NAMESPACE, Settings, TensorRt, ope
 from lvlm.runtime.bundle import MANIFEST, Manifest, read_bundle
 from lvlm.runtime.engines import SCHEMA, EngineGraph, EngineSet, PluginLibrary
 from lvlm.runtime.errors import BackendError, BuildError
+from lvlm.runtime.installing import install
 from lvlm.runtime.integrity import describe, sha256_of
 
 
@@ -92,7 +93,7 @@ def lower_bundle(bundle: Path, manifest: Manifest, target: Target, progress: Pro
     if missing := [name for name in ("torch", "onnx_ir", "onnxscript") if find_spec(name) is None]:
         raise BuildError(
             f"{bundle} has no graphs for {target.name}, and to make them here needs "
-            f"{', '.join(missing)}; pip install lvlm-deploy[export], or export it with --target "
+            f"{', '.join(missing)}; {install('export')}, or export it with --target "
             f"{target.name}"
         )
     with progress.stage(f"lower for {target.name}") as stage:

@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _plugins() -> list[Any]:
     from lvlm.runtime.errors import BuildError
+    from lvlm.runtime.installing import install
 
     try:
         from lvlm.plugins_trt.registry import plugins
@@ -88,7 +89,5 @@ def _plugins() -> list[Any]:
         return list(plugins().values())
     except ImportError as error:
         if error.name and error.name.split(".")[0] == "triton":
-            raise BuildError(
-                "kernels are compiled with Triton; pip install lvlm-deploy[plugins]"
-            ) from None
+            raise BuildError(f"kernels are compiled with Triton; {install('plugins')}") from None
         raise

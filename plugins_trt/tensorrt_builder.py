@@ -22,16 +22,17 @@ from lvlm.export.progress import size
 from lvlm.plugins_trt.shared_weights import with_inputs
 from lvlm.runtime.engines import Weight
 from lvlm.runtime.errors import BackendError, BuildError
+from lvlm.runtime.installing import install
 
 # flavour -> (name for people, module, how to install it)
 PACKAGES = {
     "tensorrt": (
         "TensorRT",
         "tensorrt",
-        "pip install lvlm-deploy[tensorrt]; on a Jetson use JetPack's own, in a virtual "
+        f"{install('tensorrt')}; on a Jetson use JetPack's own, in a virtual "
         "environment made with --system-site-packages",
     ),
-    "tensorrt-rtx": ("TensorRT-RTX", "tensorrt_rtx", "pip install lvlm-deploy[tensorrt-rtx]"),
+    "tensorrt-rtx": ("TensorRT-RTX", "tensorrt_rtx", install("tensorrt-rtx")),
 }
 NAMESPACE, PLUGIN_VERSION = "lvlm", "1"  # of the plugins
 Shapes = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]

@@ -22,6 +22,7 @@ from lvlm.runtime.backends import devices
 from lvlm.runtime.bundle import Manifest, read_bundle
 from lvlm.runtime.engines import PLUGINS, EngineSet
 from lvlm.runtime.errors import BackendError
+from lvlm.runtime.installing import install
 from lvlm.runtime.integrity import sha256_of
 from lvlm.runtime.nvidia import Driver, driver
 
@@ -107,9 +108,9 @@ def _onnxruntime(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
             "import onnxruntime; print(*onnxruntime.get_available_providers())"
         ).split()
     except BackendError as error:
-        yield Finding("device cpu", False, str(error), 'pip install "lvlm-deploy[cpu]"')
+        yield Finding("device cpu", False, str(error), install("cpu"))
         for device in PROVIDERS:
-            fix = 'pip install "lvlm-deploy[cuda]"'
+            fix = install("cuda")
             yield Finding(f"device {device}", False, str(error), fix)
         return
     name = f"onnxruntime-gpu {gpu}" if gpu else f"onnxruntime {plain}"
@@ -118,7 +119,7 @@ def _onnxruntime(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
         says, fix = name, ""
         if provider not in providers:
             says = f"{name} has no {provider}"
-            fix = 'pip uninstall -y onnxruntime; pip install "lvlm-deploy[cuda]" (Linux x86_64)'
+            fix = f"pip uninstall -y onnxruntime; {install('cuda')} (Linux x86_64)"
         elif seen is None or not seen.gpus:
             says, fix = f"{name}, but no GPU", "see NVIDIA driver above"
         elif seen.cuda < CUDA_FOR_ORT:
@@ -132,7 +133,7 @@ def _tensorrt(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
     """The backends tensorrt and tensorrt-rtx, and the plugin library that the former loads."""
     usable = seen is not None and bool(seen.gpus)
     for device, module in FLAVOURS.items():
-        subject, extra = f"device {device}", f'pip install "lvlm-deploy[{device}]"'
+        subject, extra = f"device {device}", install(device)
         if device == "tensorrt" and Path("/etc/nv_tegra_release").is_file():
             extra = "use JetPack's own TensorRT: a venv made with --system-site-packages"
         try:
@@ -154,7 +155,7 @@ def _openvino(machine: Machine) -> Finding:
     try:
         version = machine.attempt("import openvino; print(openvino.__version__)").strip()
     except BackendError as error:
-        return Finding("device openvino", False, str(error), 'pip install "lvlm-deploy[openvino]"')
+        return Finding("device openvino", False, str(error), install("openvino"))
     return Finding("device openvino", True, f"openvino {version}")
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from lvlm.runtime.backends import require
 from lvlm.runtime.errors import ImageError, ParameterError
 from lvlm.runtime.images import open_image
+from lvlm.runtime.installing import install
 from lvlm.runtime.pictures import Picture
 
 Frame: TypeAlias = npt.NDArray[np.uint8]
@@ -84,7 +85,7 @@ def open_clip(source: VideoSource) -> Clip:
         raise ImageError(
             f"a clip cannot be made from {type(source).__name__}; give a path, bytes or a Clip"
         )
-    av = require("av", "pip install lvlm-deploy[video]")
+    av = require("av", install("video"))
     with _opened(av, source, name) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or 0

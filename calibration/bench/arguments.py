@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from lvlm.runtime.console import Parser
 from lvlm.runtime.discovery import names
+from lvlm.runtime.installing import install
 
 T = TypeVar("T")
 PEERS = "lvlm.calibration.bench.peers"
@@ -168,7 +169,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if args.plot.suffix not in (".png", ".svg"):
             raise ParameterError(f"--plot {args.plot}: name a file ending in .png or .svg")
         if find_spec("matplotlib") is None:
-            raise ParameterError("--plot needs matplotlib; pip install lvlm-deploy[bench]")
+            raise ParameterError(f"--plot needs matplotlib; {install('bench')}")
     for name in ("json", "plot"):
         path = getattr(args, name)
         if path is not None and not path.absolute().parent.is_dir():

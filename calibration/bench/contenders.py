@@ -19,6 +19,7 @@ from lvlm.runtime.backends import open_backend
 from lvlm.runtime.bundle import Manifest, read_bundle
 from lvlm.runtime.discovery import discover, nearest
 from lvlm.runtime.errors import BundleError, LvlmError, ParameterError
+from lvlm.runtime.installing import install
 from lvlm.runtime.integrity import sha256_of
 
 BUNDLE = "bundle"
@@ -160,8 +161,7 @@ def peer_contender(text: str) -> Contender:
     missing = [module for module in peer.modules if importlib.util.find_spec(module) is None]
     if missing:
         raise BenchError(
-            f"--against {name}: {', '.join(missing)} not installed; "
-            "pip install lvlm-deploy[bench,export]"
+            f"--against {name}: {', '.join(missing)} not installed; {install('bench', 'export')}"
         )
     return Contender(text, dict.fromkeys(words, ""), peer=peer)
 

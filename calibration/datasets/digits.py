@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from lvlm.calibration.samples import DataError, Dataset, Request, Sample
+from lvlm.runtime.installing import install
 
 Split = Literal["train", "heldout"]
 Kind = Literal["cell", "row", "count", "describe"]
@@ -140,9 +141,7 @@ class Digits(Dataset):
 
     def read(self, request: Request) -> list[Sample]:
         if find_spec("sklearn") is None:
-            raise DataError(
-                "the data set 'digits' needs scikit-learn; pip install lvlm-deploy[calibration]"
-            )
+            raise DataError(f"the data set 'digits' needs scikit-learn; {install('calibration')}")
         kinds = cast(tuple[Kind, ...], request.kinds or self.kinds)
         drawn = samples("heldout", request.samples or DEFAULT_SAMPLES, kinds=kinds)
         return [

@@ -17,6 +17,7 @@ from lvlm.runtime.backends._weights import Weights
 from lvlm.runtime.bundle import Manifest
 from lvlm.runtime.engines import EngineSet
 from lvlm.runtime.errors import BackendError, DeviceMemoryError, ParameterError
+from lvlm.runtime.installing import install
 from lvlm.runtime.integrity import sha256_of
 
 
@@ -36,7 +37,7 @@ class TensorRt:
             raise ParameterError(f"device {name} takes no number of threads; leave --threads out")
         self.name = name
         self.driver = _cuda.open_driver()
-        self.trt = require(name.replace("-", "_"), f"pip install 'lvlm-deploy[{name}]'")
+        self.trt = require(name.replace("-", "_"), install(name))
         self.log = _logger(self.trt)
         self.runtime = self.trt.Runtime(self.log)
         self.shared = Shared(self.trt, self.driver, Workspace(self.driver), self.log)

@@ -11,9 +11,9 @@ from lvlm.runtime.backends._ort_library import OrtError, find_library
 from lvlm.runtime.backends._ort_shared import SharedWeights
 from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.errors import BackendError
+from lvlm.runtime.installing import install
 
 TARGET = "ort-cpu"  # whose form of a graph it runs where the bundle has one
-MEND = "install lvlm-deploy[cpu] (or lvlm-deploy[cuda] on NVIDIA machines)"
 
 
 class Backend(OnnxRuntime):
@@ -27,13 +27,13 @@ class Backend(OnnxRuntime):
     def __init__(self, threads: int | None = None) -> None:
         library = find_library()
         # The Python package takes 19 MB for calls that are of no use here
-        ort = None if library else require("onnxruntime", MEND)
+        ort = None if library else require("onnxruntime", _mend())
         super().__init__(ort, ["CPUExecutionProvider"], threads)
         try:
             self.shared = None if library is None else SharedWeights(library, threads)
         except (OrtError, OSError) as error:
             reason = str(error).partition("\n")[0]
-            raise BackendError(f"onnxruntime cannot be loaded ({reason}); {MEND}") from None
+            raise BackendError(f"onnxruntime cannot be loaded ({reason}); {_mend()}") from None
 
     def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
         if manifest.dtype == "bfloat16":
@@ -57,3 +57,7 @@ class Backend(OnnxRuntime):
 
     def file(self, folder: Path, graph: Graph) -> Path:
         return folder / graph.lowered.get(TARGET, graph.file)
+
+
+def _mend() -> str:
+    return f"{install('cpu')} (or with the extra cuda, on NVIDIA machines)"

@@ -12,10 +12,10 @@ from lvlm.runtime import nvidia
 from lvlm.runtime.backends import Buffer, host_dtype, require
 from lvlm.runtime.backends._onnxruntime import OnnxRuntime, Provider, failure
 from lvlm.runtime.errors import BackendError
+from lvlm.runtime.installing import install
 
 # Shapes are computed on the CPU, and ops that have no CUDA kernel.
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
-PACKAGE = "pip uninstall -y onnxruntime, then pip install 'lvlm-deploy[cuda]'"
 
 
 class Backend(OnnxRuntime):
@@ -29,13 +29,14 @@ class Backend(OnnxRuntime):
     def __init__(
         self, threads: int | None = None, providers: Sequence[Provider] = PROVIDERS
     ) -> None:
-        ort = require("onnxruntime", "pip install 'lvlm-deploy[cuda]'")
+        ort = require("onnxruntime", install("cuda"))
         available = ort.get_available_providers()
         self.first = providers[0] if isinstance(providers[0], str) else providers[0][0]
         if self.first not in available:
             listed = ", ".join(available)
             raise BackendError(
-                f"the installed onnxruntime has no {self.first}, only {listed}; {PACKAGE}"
+                f"the installed onnxruntime has no {self.first}, only {listed}; "
+                f"pip uninstall -y onnxruntime, then {install('cuda')}"
             )
         ort.preload_dlls()  # CUDA and cuDNN where pip put them
         super().__init__(ort, providers, threads)

@@ -16,6 +16,7 @@ from lvlm.runtime.backends import require
 from lvlm.runtime.backends._host import HostMemory
 from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.errors import BackendError, ParameterError
+from lvlm.runtime.installing import install
 
 SLOTS = "cache_slots"  # output [writes,B]: where the entries of each present output go
 PRECISION = "LVLM_OPENVINO_PRECISION"
@@ -33,7 +34,7 @@ class Backend(HostMemory):
     parallel = True  # every call has an infer request of its own
 
     def __init__(self, threads: int | None = None) -> None:
-        self.ov = require("openvino", "pip install 'lvlm-deploy[openvino]'")
+        self.ov = require("openvino", install("openvino"))
         self.core = self.ov.Core()
         self.options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",

@@ -17,6 +17,7 @@ from lvlm.calibration.bench.cli import main
 from lvlm.calibration.bench.contenders import BenchError, peers
 from lvlm.calibration.bench.process import Child
 from lvlm.runtime.bundle import MANIFEST
+from lvlm.runtime.installing import install
 
 SMALL = ("--threads", 1, "--prompt-tokens", 24, "--new-tokens", 6)
 
@@ -217,7 +218,7 @@ def test_a_peer_that_is_not_installed(run: Run, full: Path, name: str) -> None:
         pytest.skip(f"{name} is installed")
     code, _, err = run(full, "--against", name)
     assert code == 2
-    assert "not installed; pip install lvlm-deploy[bench,export]" in err
+    assert f"not installed; {install('bench', 'export')}" in err
 
 
 def test_a_converter_that_is_not_installed(

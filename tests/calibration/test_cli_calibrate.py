@@ -22,6 +22,7 @@ from lvlm.export import calibration, recording
 from lvlm.export.profiles import check_profile, model_hash, read_profile
 from lvlm.export.progress import Progress, Stage, duration
 from lvlm.main import main as lvlm_main
+from lvlm.runtime.installing import install
 
 MODEL = ASSETS / "tiny-llava"
 
@@ -231,9 +232,7 @@ def test_a_missing_package_is_named_with_its_extra(
     argv = ["-m", MODEL, "-o", tmp_path / "p.json", *(["--data", "digits"] if needed else [])]
     code, _, err = run(capsys, *argv)
     assert code == 2
-    assert err == (
-        f"lvlm-calibrate: error: {package} not installed; pip install lvlm-deploy[calibration]\n"
-    )
+    assert err == (f"lvlm-calibrate: error: {package} not installed; {install('calibration')}\n")
 
 
 def test_a_folder_that_cannot_be_written(

@@ -20,6 +20,7 @@ from lvlm.calibration.eval_cli import main
 from lvlm.calibration.records import Record
 from lvlm.calibration.runner import BundleRunner
 from lvlm.export.plan import Plan
+from lvlm.runtime.installing import install
 
 FILES = ["records.jsonl", "results.json", "results.md", "results.png", "settings.json"]
 
@@ -273,7 +274,7 @@ def test_missing_packages_get_one_line(
     )
     code, _, err = run(full, *DIGITS, "-o", tmp_path / "out")
     assert code == 2
-    assert "rouge_score not installed; pip install lvlm-deploy[calibration]" in one_line(err)
+    assert f"rouge_score not installed; {install('calibration')}" in one_line(err)
 
 
 # Bundles made from recipes

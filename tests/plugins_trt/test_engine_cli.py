@@ -19,6 +19,7 @@ from lvlm.runtime.bundle import read_bundle
 from lvlm.runtime.discovery import discover
 from lvlm.runtime.engines import EngineSet
 from lvlm.runtime.errors import BackendError
+from lvlm.runtime.installing import install
 from lvlm.runtime.nvidia import Driver, Gpu
 
 rtx = pytest.importorskip("tensorrt_rtx")
@@ -224,7 +225,7 @@ def test_missing_package(
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     err = refused(folder, "--target", "trt-11-portable")
     assert "TensorRT is missing" in err
-    assert "pip install lvlm-deploy[tensorrt]" in err
+    assert install("tensorrt") in err
 
 
 @pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX")  # its timing cache
@@ -302,7 +303,7 @@ def test_a_jetson_without_torch_takes_what_was_exported_for_it(
     monkeypatch.setattr(engine_builder, "find_spec", lambda name: None if name == "torch" else 1)
     err = refused(folder, "--target", "trt-rtx", "--sm", "86")
     assert "has no graphs for trt-rtx" in err
-    assert "torch; pip install lvlm-deploy[export], or export it with --target trt-rtx" in err
+    assert f"torch; {install('export')}, or export it with --target trt-rtx" in err
 
 
 def test_a_changed_lowered_graph_is_noticed(folder: Path, refused: Callable[..., str]) -> None:

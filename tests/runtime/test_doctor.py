@@ -14,6 +14,7 @@ import pytest
 from lvlm.runtime import doctor_cli
 from lvlm.runtime.doctor import Finding, Machine, as_json, can_run, examine
 from lvlm.runtime.errors import BackendError, BundleError
+from lvlm.runtime.installing import install
 from lvlm.runtime.nvidia import Driver, Gpu, driver
 
 ORIN = Gpu("Orin", 87, 8_000_000_000, True)
@@ -79,9 +80,9 @@ def test_a_machine_with_everything() -> None:
             {"imports": {"onnxruntime": "CPUExecutionProvider"}},
             "device cuda",
             "no CUDAExecutionProvider",
-            "lvlm-deploy[cuda]",
+            install("cuda"),
         ),
-        ({"imports": {}}, "device cpu", "No module named 'onnxruntime'", "lvlm-deploy[cpu]"),
+        ({"imports": {}}, "device cpu", "No module named 'onnxruntime'", install("cpu")),
         ({"imports": {}}, "device tensorrt", "No module named 'tensorrt'", "[tensorrt]"),
         (
             {"imports": {"onnxruntime": PROVIDERS, "tensorrt": "10.3.0"}},

@@ -19,9 +19,10 @@ from lvlm.calibration.bench.drive import one_after_another
 from lvlm.calibration.bench.figures import Record
 from lvlm.calibration.bench.peers._prompts import Prompts
 from lvlm.calibration.bench.workload import Request, Work
+from lvlm.runtime.installing import install
 
 ADVICE = (
-    "pip install lvlm-deploy[bench,export] there, or name another environment's interpreter with "
+    f"{install('bench', 'export')} there, or name another environment's interpreter with "
     "--converter-python onnxruntime-genai=PYTHON"
 )
 
