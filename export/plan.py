@@ -15,6 +15,7 @@ from lvlm.export import estimates
 from lvlm.export.families._base import Family, PromptFiles
 from lvlm.export.language import LanguageModel
 from lvlm.export.profiles import Profile, check_profile, model_hash, read_profile
+from lvlm.export.prompting import prompt_maker
 from lvlm.export.quantization import BLOCKS, KINDS, Quantization, product_weights
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.samples import read_samples
@@ -127,6 +128,8 @@ def make_plan(options: Options) -> Plan:
     images = family.images(config, checkpoint.folder)
     if options.max_image_tokens is not None and options.max_image_tokens < images.tokens:
         images = family.bounded(images, options.max_image_tokens)
+    prompt = family.prompt(config, checkpoint.folder)
+    prompt_maker(checkpoint, family, config, images, prompt)  # raises what a load would
     longest = options.max_text_len + options.max_images * images.tokens
     if language.window is not None and language.window < longest:
         raise ParameterError(
@@ -149,7 +152,7 @@ def make_plan(options: Options) -> Plan:
         dtype=dtype,
         cache_dtype=cache_dtype,
         images=images,
-        prompt=family.prompt(config, checkpoint.folder),
+        prompt=prompt,
         recipe=recipe,
         stored_names=stored_names,
         weight_bytes=weight_bytes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lvlm.export.checkpoint import Checkpoint
-from lvlm.export.families._base import Family
+from lvlm.export.families._base import Family, PromptFiles
 from lvlm.export.samples import Sample
 from lvlm.runtime.bundle import Images
 from lvlm.runtime.errors import BundleError, CheckpointError, LvlmError
@@ -15,13 +15,18 @@ from lvlm.runtime.text import Tokenizer
 
 
 def prompt_maker(
-    checkpoint: Checkpoint, family: Family, config: Any, images: Images | None = None
+    checkpoint: Checkpoint,
+    family: Family,
+    config: Any,
+    images: Images | None = None,
+    files: PromptFiles | None = None,
 ) -> PromptMaker:
     """What writes prompts exactly as a bundle of this checkpoint does. Raises CheckpointError.
 
-    ``images`` are the bundle's where they are not simply the checkpoint's.
+    ``images`` are the bundle's where they are not simply the checkpoint's; ``files`` what is known
+    of its small files.
     """
-    files = family.prompt(config, checkpoint.folder)
+    files = files or family.prompt(config, checkpoint.folder)
     try:
         return PromptMaker(
             Tokenizer.of_text(files.tokenizer, files.eos_ids),

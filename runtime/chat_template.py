@@ -50,9 +50,9 @@ class ChatTemplate:
             raise wrong(f"{name} is not valid: {_line(error)}") from None
         self.content: dict[str, Content] = dict.fromkeys(ROLES, "parts")
         with spending(Budget()):
-            tried = {role: self._way_of(role) for role in ROLES}
-            self.content = {role: content for role, (content, _) in tried.items()}
-            written = tried["user"][1]
+            written = self._find_way("user")  # first: the others' probes have a user in them
+            self._find_way("system")
+            self._find_way("assistant")
             self.writes_questions = written is not None
             self.places_images = written is None or image_token in written
             self.lead = self._lead()
@@ -140,13 +140,14 @@ class ChatTemplate:
         # A list that is printed as it is shows what its parts are called
         return text if PROBE in text and not _shows_parts(text) else None
 
-    def _way_of(self, role: str) -> tuple[Content, str | None]:
-        """How content is given in messages of that role, and what is then made of a probe."""
+    def _find_way(self, role: str) -> str | None:
+        """How content is given in messages of that role; what is made of a probe, if anything."""
         ways: tuple[tuple[Content, int], ...] = (("parts", 1), ("parts", 0), ("text", 0))
         for content, images in ways:
             if (text := self._tried(role, content, images)) is not None:
-                return content, text
-        return "parts", None
+                self.content[role] = content
+                return text
+        return None
 
     def _lead(self) -> str:
         """What is between the assistant's turn and its message, where that is space alone."""

@@ -21,10 +21,12 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
+from lvlm.runtime import template_filters as filters
 from lvlm.runtime import template_functions as functions
 from lvlm.runtime.template_budget import budget
 
-SOURCE = 1_000_000  # characters of a template
+SOURCE = 200_000  # characters of a template, and
+NODES = 20_000  # of its syntax tree: to compile more takes seconds; known ones have a few thousand
 
 _STR = (
     "capitalize casefold center count endswith expandtabs find format format_map index isalnum "
@@ -52,8 +54,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             extensions=[_Generation, jinja2.ext.loopcontrols],
             finalize=_output,
         )
-        self.filters: dict[str, Callable[..., Any]] = functions.filters(self.filters) | _OWN  # type: ignore[arg-type,assignment]
-        self.tests: dict[str, Callable[..., Any]] = functions.tests(self.tests)  # type: ignore[arg-type,assignment]
+        self.filters: dict[str, Callable[..., Any]] = filters.filters(self.filters) | _OWN  # type: ignore[arg-type,assignment]
+        self.tests: dict[str, Callable[..., Any]] = filters.tests(self.tests)  # type: ignore[arg-type,assignment]
         for name in ("lipsum", "dict", "namespace"):
             del self.globals[name]
         self.globals.update({"dict": _Dict(), "namespace": _Namespace})
@@ -71,7 +73,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if len(source) > SOURCE:
             raise TemplateSyntaxError(f"it is longer than {SOURCE} characters", 1)
         tree = super()._parse(source, name, filename)
-        _metered(tree)
+        if _metered(tree)[1] > NODES:
+            raise TemplateSyntaxError(f"it has more than {NODES} parts", 1)
         return tree
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:

@@ -130,6 +130,21 @@ def test_prompts_without_a_chat_template(checkpoint: Callable[[str], Path], tmp_
     assert int((bare.image_id == 2).sum()) == 144
 
 
+def test_prompts_of_a_template_that_takes_text(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("tiny-llava"), tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] + ' ' }}{% endfor %}"
+    )
+    maker = prompting.prompt_maker(*open_folder(folder))
+    picture = builtin_samples()[0].images[0]
+    made = prompting.prepare(maker, Sample((picture,), "Which?", "a"))
+    assert int((made.image_id == 1).sum()) == 144
+    text = maker.tokenizer.decode([i for i in made.ids if i != maker.images.token_id])
+    assert text == "USER: \nWhich? "
+
+
 @pytest.mark.parametrize(
     ("sample", "kind", "message"),
     [

@@ -89,6 +89,41 @@ def test_prompt_errors(light: Model, prompt: str, images: Any, said: str) -> Non
         light.generate(prompt, images, chat_template=False)
 
 
+@pytest.mark.parametrize(("prompt", "images"), [("Is <image> bold?", 0), ("<image> <image>?", 1)])
+def test_a_question_that_quotes_the_placeholder(light: Model, prompt: str, images: int) -> None:
+    with pytest.raises(PromptError, match=r"stands for a picture: .* as < image >$") as caught:
+        light.generate(prompt, [PICTURE] * images)
+    assert "chat template" not in str(caught.value)
+
+
+OWN = "Q: {% for p in messages[0].content %}{{ p.text or '<image>' }}{% endfor %} A:"
+
+
+def test_a_template_that_the_caller_gives(light: Model) -> None:
+    given = GenerationOptions(chat_template=OWN)
+    written = GenerationOptions(chat_template=False)
+    ours = light.prepare(0, "Which?", [PICTURE], given).ids
+    assert list(ours) == list(light.prepare(0, "Q: <image>Which? A:", [PICTURE], written).ids)
+    for wrong, said in [
+        ("vicuna", "does not write the question"),
+        ("{% if %}", "is not valid"),
+        ("{{ 1 // 0 }}", "does not write the question"),
+        ("{{ 'a' * 10**10 }}", "does not write the question"),
+    ]:
+        with pytest.raises(ParameterError, match=f"the chat_template that was given {said}"):
+            light.generate("Which?", [PICTURE], chat_template=wrong)
+
+
+def test_an_answer_begins_after_the_templates_space(light: Model) -> None:
+    """Not where the prompt stands as it is: then the two together are the whole text."""
+    written = light.generate("USER: <image>\nWhich? ASSISTANT:", [PICTURE], chat_template=False)
+    answer = light.generate("Which?", [PICTURE])
+    stream = light.stream("Which?", [PICTURE])
+    assert answer.token_ids == written.token_ids
+    assert written.text == " " + answer.text
+    assert "".join(stream) == answer.text
+
+
 def test_empty_prompt_with_the_chat_template(light: Model) -> None:
     with pytest.raises(PromptError, match="the prompt is empty"):
         light.generate("")
