@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lvlm.export.families._files import read_json
+from lvlm.export.families._files import load_tokenizer, read_json
 from lvlm.export.language import LanguageModel
 from lvlm.export.standard_ops import ATTENTION
 from lvlm.runtime.errors import CheckpointError
@@ -123,14 +123,13 @@ def video_preprocessor(folder: Path) -> dict[str, Any]:
 
 def token_text(folder: Path, token_id: int) -> str:
     """A token of config.json, that of pictures or of clips, as prompts have it."""
-    tokens = read_json(folder / "tokenizer.json", required=True).get("added_tokens", [])
-    for token in tokens:
-        if token.get("id") == token_id:
-            return str(token["content"])
-    raise CheckpointError(
-        f"tokenizer.json has no token {token_id}, which config.json names for pictures; "
-        "the folder mixes files of two models"
-    )
+    token = load_tokenizer(folder).added_tokens_decoder.get(token_id)
+    if token is None:
+        raise CheckpointError(
+            f"the tokenizer has no added token {str(token_id)[:40]}, which config.json names for "
+            "pictures; the folder mixes files of two models"
+        )
+    return str(token.content)
 
 
 def added_token(folder: Path, name: str, default: str) -> str:

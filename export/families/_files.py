@@ -21,6 +21,7 @@ READ = (
     *("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"),
     *("special_tokens_map.json", "chat_template.json"),
 )
+OLDER = (("vocab.json", "merges.txt"), ("tokenizer.model",))  # without a tokenizer.json
 COPIED = (  # tokenizer.json is written as transformers has loaded it
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -53,10 +54,7 @@ def prompt_files(folder: Path, text_config: Any) -> PromptFiles:
     ends. Raises CheckpointError."""
     for name in READ:
         read_json(folder / name)  # what cannot be read is named
-    if (folder / "tokenizer.json").is_file():
-        _check_tokenizer(folder / "tokenizer.json")
-    tokenizer = _asked(folder, "tokenizer", lambda: AutoTokenizer.from_pretrained(folder))
-    _check_loaded(folder, tokenizer)
+    tokenizer = load_tokenizer(folder)
     config = _asked(folder, "generation_config.json", lambda: read_generation_config(folder))
     template = _asked(
         folder,
@@ -71,6 +69,31 @@ def prompt_files(folder: Path, text_config: Any) -> PromptFiles:
         generation=honoured(config, folder),
         files=tuple(name for name in COPIED if (folder / name).is_file()),
     )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer, from tokenizer.json or from what older checkpoints have instead.
+    Raises CheckpointError."""
+    if (folder / "tokenizer.json").is_file():
+        _check_tokenizer(folder / "tokenizer.json")
+    elif not any(all((folder / name).is_file() for name in names) for names in OLDER):
+        # transformers would make an empty one
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json, nor {', nor '.join(map(' and '.join, OLDER))}; "
+            "is the checkpoint complete?"
+        )
+    try:
+        tokenizer = _asked(folder, "tokenizer", lambda: AutoTokenizer.from_pretrained(folder))
+    except CheckpointError as error:
+        if (folder / "tokenizer.json").is_file():
+            raise
+        kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class"))[:60]
+        raise CheckpointError(
+            f"{error}; there is no tokenizer.json: write one with transformers, "
+            f"{kind}.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        ) from None
+    _check_loaded(folder, tokenizer)
+    return tokenizer
 
 
 def _asked(folder: Path, what: str, load: Callable[[], Any]) -> Any:

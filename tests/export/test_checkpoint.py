@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from bundles import FAMILIES
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from lvlm.export import checkpoint as checkpoints
 from lvlm.export.exporter import export
@@ -271,6 +273,41 @@ def test_an_attention_window_bounds_the_length(
 def test_missing_files_are_named(folder: Path, file: str, message: str) -> None:
     (folder / file).unlink()
     with pytest.raises(CheckpointError, match=message):
+        plan(folder)
+
+
+def older_tokenizer(folder: Path) -> None:
+    """vocab.json and merges.txt for tokenizer.json, as the first Qwen2-VL checkpoints have it."""
+    made = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(made["model"]["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in made["model"]["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["backend"]
+    config["tokenizer_class"] = "Qwen2Tokenizer"
+    config["added_tokens_decoder"] = {
+        str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in made["added_tokens"]
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_vocab_and_merges_become_a_tokenizer(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(checkpoint("qwen2-vl:mha-tied"), tmp_path / "checkpoint"))
+    older_tokenizer(copy)
+    made = plan(copy)
+    ours = tokenizers.Tokenizer.from_str(made.prompt.tokenizer)
+    text = "A <image> of 5 things"
+    theirs = AutoTokenizer.from_pretrained(copy)(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode(text, add_special_tokens=False).ids == theirs
+    assert made.images.token == "<image>"
+
+
+def test_what_transformers_cannot_convert_is_told_how(folder: Path) -> None:
+    older_tokenizer(folder)  # of a LLaVA, where transformers takes a tokenizer.json only
+    with pytest.raises(CheckpointError, match=r"Qwen2Tokenizer\.from_pretrained\(FOLDER\)\.save"):
         plan(folder)
 
 
