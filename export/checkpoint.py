@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -18,7 +19,7 @@ from lvlm.export.families._base import Family
 from lvlm.export.families._files import read_json
 from lvlm.export.hub import download
 from lvlm.runtime.discovery import discover, nearest
-from lvlm.runtime.errors import CheckpointError, ParameterError
+from lvlm.runtime.errors import CheckpointError, LvlmError, ParameterError
 
 SHIPPED = {"tiny-llava": "tiny-llava"}  # alias -> folder in lvlm.assets
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -193,6 +194,22 @@ def _refuse_adapter(checkpoint: Checkpoint) -> None:
             "merge it into the weights (peft: merge_and_unload, save_pretrained), or remove its "
             "files to export the base model"
         )
+
+
+@contextmanager
+def described_by(checkpoint: Checkpoint) -> Iterator[None]:
+    """Within it, whatever transformers or torch raise for words and numbers of the checkpoint's
+    files, which is of many types, is a CheckpointError of one line."""
+    try:
+        yield
+    except (LvlmError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"the files of {checkpoint.source} describe no model that can be exported: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
 
 
 def known_aliases() -> dict[str, str]:

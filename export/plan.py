@@ -108,6 +108,11 @@ class Plan:
 def make_plan(options: Options) -> Plan:
     """Resolve and check everything that can be checked without tracing."""
     checkpoint = checkpoints.resolve(options.model, options.revision)
+    with checkpoints.described_by(checkpoint):
+        return _plan_of(checkpoint, options)
+
+
+def _plan_of(checkpoint: checkpoints.Checkpoint, options: Options) -> Plan:
     family = checkpoints.find_family(checkpoint.config, checkpoint.source)
     config = family.read_config(checkpoint.config)
     dtype = DTYPES[options.dtype] if options.dtype else _stored_dtype(config, checkpoint)

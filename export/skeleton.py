@@ -18,8 +18,17 @@ def build_skeleton(
     family: Family, config: Any, dtype: torch.dtype, mode: FakeTensorMode
 ) -> nn.Module:
     """The family's model with fake parameters of ``dtype`` and real (small) buffers."""
+    return traceable(build_shape(family, config, dtype), mode)
+
+
+def build_shape(family: Family, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The family's model on the meta device: names and shapes, at no cost."""
     with default_dtype(dtype), torch.device("meta"):
-        model = family.build(config)
+        return family.build(config)
+
+
+def traceable(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """``model`` of the meta device with fake parameters and real buffers, in place."""
     _replace_parameters(model, mode)
     for module, name, buffer in non_persistent_buffers(model):
         module._buffers[name] = _real_buffer(module, name, buffer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +14,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from lvlm.export.checkpoint import DTYPES, Checkpoint
 from lvlm.export.families._base import Family
-from lvlm.export.skeleton import build_skeleton
+from lvlm.export.skeleton import build_shape, traceable
 from lvlm.runtime.errors import CheckpointError
+
+LAYERS = ("num_hidden_layers", "depth")
 
 
 def open_skeleton(
@@ -27,12 +29,25 @@ def open_skeleton(
     stay apart, as in transformers: ``config`` is changed to say so. A weight that is missing, left
     over, there twice or of another shape is a CheckpointError that names it.
     """
-    model: Any = build_skeleton(family, config, dtype, mode)
+    _bound_layers(config.to_dict(), len(checkpoint.tensors))
+    model: Any = build_shape(family, config, dtype)
     stored = _match(checkpoint, model)
     if any(_differ(checkpoint, stored, *pair) for pair in model.all_tied_weights_keys.items()):
         config.tie_word_embeddings = False
-        model = build_skeleton(family, config, dtype, mode)
-    return model, _complete(checkpoint, model, stored)
+        model = build_shape(family, config, dtype)
+    names = _complete(checkpoint, model, stored)
+    return traceable(model, mode), names
+
+
+def _bound_layers(config: Mapping[str, Any], tensors: int) -> None:
+    """A number of layers that is a mistake would take hours to build."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _bound_layers(value, tensors)
+        elif name in LAYERS and isinstance(value, int) and value > tensors:
+            raise CheckpointError(
+                f"config.json says {name} {str(value)[:40]}, the files hold {tensors} tensors"
+            )
 
 
 def renamed(model: Any, keys: Iterable[str]) -> dict[str, str | None]:
