@@ -62,6 +62,17 @@ def plan(
 ) -> Job:
     """Resolve and check the checkpoint and the recipe, without loading weights."""
     checkpoint = checkpoints.resolve(model, revision)
+    with checkpoints.described_by(checkpoint):
+        return _job(checkpoint, recipe, samples, keep, output)
+
+
+def _job(
+    checkpoint: checkpoints.Checkpoint,
+    recipe: Recipe,
+    samples: list[Sample],
+    keep: float,
+    output: Path,
+) -> Job:
     family = checkpoints.find_family(checkpoint.config, checkpoint.source)
     config = family.read_config(checkpoint.config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)

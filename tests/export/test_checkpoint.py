@@ -44,8 +44,8 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Non
     save_file(weights, file)
 
 
-def change_config(folder: Path, **values: Any) -> None:
-    file = folder / "config.json"
+def change_config(folder: Path, name: str = "config.json", /, **values: Any) -> None:
+    file = folder / name
     config = json.loads(file.read_text())
     for path, value in values.items():
         where = config
@@ -309,6 +309,51 @@ def test_what_transformers_cannot_convert_is_told_how(folder: Path) -> None:
     older_tokenizer(folder)  # of a LLaVA, where transformers takes a tokenizer.json only
     with pytest.raises(CheckpointError, match=r"Qwen2Tokenizer\.from_pretrained\(FOLDER\)\.save"):
         plan(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [
+        ("config.json", {"vision_config": [1]}),
+        ("config.json", {"text_config": "llama"}),
+        ("config.json", {"model_type": ["llava"]}),
+        ("config.json", {"image_token_index": "x", "image_token_id": "x"}),
+        ("config.json", {"text_config__hidden_size": -64}),
+        ("config.json", {"text_config__hidden_size": 10**30}),
+        ("config.json", {"text_config__num_attention_heads": 0}),
+        ("config.json", {"text_config__num_hidden_layers": 10**9}),
+        ("config.json", {"text_config__rope_parameters": 5}),
+        ("config.json", {"text_config__rope_parameters": {"rope_theta": "x"}}),
+        ("config.json", {"vision_config__patch_size": 0}),
+        ("config.json", {"vision_config__image_size": 10**6, "vision_config__patch_size": 1}),
+        ("config.json", {"vision_feature_layer": "last"}),
+        ("config.json", {"dtype": "auto"}),
+        ("preprocessor_config.json", {"size": "big"}),
+        ("preprocessor_config.json", {"size": {"height": -1, "width": 1}}),
+        ("preprocessor_config.json", {"image_mean": {"a": None}}),
+    ],
+)
+def test_words_and_numbers_that_describe_no_model(
+    folder: Path, file: str, value: dict[str, Any]
+) -> None:
+    """One line each, and at once."""
+    change_config(folder, file, **value)
+    with pytest.raises(LvlmError) as caught:
+        plan(folder)
+    message = str(caught.value).replace(str(folder), "")
+    assert "\n" not in message
+    assert 20 < len(message) < 500
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b'{"a": ' * 100_000, b"", b"null"]
+)
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json", "tokenizer.json"])
+def test_files_that_hold_no_json(folder: Path, file: str, content: bytes) -> None:
+    (folder / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match=file.replace(".", r"\.")) as caught:
+        plan(folder)
+    assert len(str(caught.value).replace(str(folder), "")) < 300
 
 
 def test_damaged_files_are_named(folder: Path) -> None:
