@@ -16,3 +16,6 @@ for recipe in none lightvlm; do
     fi
 done
 "$venv/bin/python" scripts/quickstart.py out/none out/lightvlm
+echo
+echo "next: . $venv/bin/activate"
+echo "      lvlm-run out/lightvlm --image assets/samples/digits-1.png \"Read row 1:\""
