@@ -110,18 +110,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if args.verbose else "1")
-    require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
     if args.help_recipe is not None or args.list_models or args.list_targets:
-        from lvlm.export import listings
-
-        if args.list_models:
-            print(listings.models())
-        if args.list_targets:
-            print(listings.targets())
-        if args.help_recipe is not None:
-            name = args.help_recipe or (args.recipe if args.recipe != "none" else "")
-            print(listings.recipe(name) if name else listings.recipes())
-        return 0
+        return _list(args)
+    require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
     options = _options(args)
     if options.weights:
         require(["onnxruntime"], "cpu", " (or leave --weights out)")  # its quantizer
@@ -150,6 +141,22 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(report_data(report), indent=1))
     elif not args.quiet:
         print(report_table(report), file=sys.stderr)
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from lvlm.export.stand_ins import stand_ins
+
+    with stand_ins():
+        from lvlm.export import listings
+
+        if args.list_models:
+            print(listings.models())
+        if args.list_targets:
+            print(listings.targets())
+        if args.help_recipe is not None:
+            name = args.help_recipe or (args.recipe if args.recipe != "none" else "")
+            print(listings.recipe(name) if name else listings.recipes())
     return 0
 
 

@@ -1,8 +1,11 @@
-"""What is there to choose from: recipes with their parameters, families, targets."""
+"""What is there to choose from: recipes with their parameters, families, targets.
+
+To be called within ``stand_ins``: nothing here needs torch. Lines fit a terminal of 80 columns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
 
 from lvlm.export.checkpoint import SHIPPED
 from lvlm.export.cli import DTYPES
@@ -11,11 +14,18 @@ from lvlm.export.recipes._base import Recipe, settable
 from lvlm.export.targets._base import Target
 from lvlm.runtime.discovery import discover, nearest
 
+WIDTH = 80
+
 
 def recipes() -> str:
     known: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
-    lines = [f"  {name:12} {r.summary} [{r.source}]" for name, r in sorted(known.items())]
-    return "\n".join(["recipes (--help-recipe NAME lists one's parameters):", *lines])
+    width = max(map(len, known))
+    lines = ["recipes (--help-recipe NAME lists one's parameters):"]
+    for name, kind in sorted(known.items()):
+        lines += _wrapped(f"  {name:{width}}  ", kind.summary)
+        if kind.source != "-":
+            lines += _wrapped(" " * (width + 4), f"[{kind.source}]")
+    return "\n".join(lines)
 
 
 def recipe(name: str) -> str:
@@ -23,10 +33,10 @@ def recipe(name: str) -> str:
     if name not in known:
         raise nearest("recipe", name, known)
     chosen = known[name]
-    lines = [f"{name}: {chosen.summary}", f"source: {chosen.source}"]
+    lines = [*_wrapped(f"{name}: ", chosen.summary), f"source: {chosen.source}"]
     for field in settable(chosen):
         lines.append(f"  --set {field.name}={_show(field.default)}")
-        lines.append(f"        {field.metadata['doc']}")
+        lines += _wrapped("        ", field.metadata["doc"])
     if not settable(chosen):
         lines.append("no parameters")
     return "\n".join(lines)
@@ -37,43 +47,46 @@ def _show(value: object) -> str:
 
 
 def models() -> str:
-    """What each family takes, and which of its configurations the tests compare: all of it said by
-    the families themselves."""
+    """Each family, what it takes and its models, as the families themselves say."""
     known: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
-    families = sorted(known.items())
-    ids = [("llava", alias, "shipped with this package, trained") for alias in SHIPPED]
-    ids += [(name, alias, hub_id) for name, f in families for alias, hub_id in f.aliases.items()]
-    takes = [
-        (name, f.pictures, f.video or "no", ", ".join(c for c, _ in f.tiny_configs()))
-        for name, f in families
-    ]
+    shipped = dict.fromkeys(SHIPPED, "shipped with this package, trained")
+    lines = ["models (or any local folder or hub id of these families):"]
+    for name, family in sorted(known.items()):
+        aliases = (shipped if name == "llava" else {}) | dict(family.aliases)
+        width = max(map(len, aliases))
+        lines += ["", f"{name}", *_wrapped("  a picture becomes: ", family.pictures)]
+        lines += _wrapped("  video: ", family.video or "no")
+        lines += [f"  {alias:{width}}  {hub_id}" for alias, hub_id in aliases.items()]
     recipes: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
     return "\n".join(
         [
-            "models (or any local folder or hub id of these families):",
-            *_columns([("family", "alias", "hub id"), *ids]),
+            *lines,
             "",
-            *_columns([("family", "a picture becomes", "video", "tested on"), *takes]),
-            "",
-            "Every family: several pictures in a prompt (--max-images), "
-            f"recipes {', '.join(sorted(recipes))}, --dtype {', '.join(DTYPES)}.",
-            "Tested on: small models of these configurations with random weights, token for token "
-            "against transformers.",
-            "The weights on the hub were not run; the export compares them with transformers when "
-            "you do.",
+            *_wrapped(
+                "",
+                "Every family: several pictures in a prompt (--max-images), recipes "
+                f"{', '.join(sorted(recipes))}, --dtype {', '.join(DTYPES)}.",
+            ),
+            *_wrapped(
+                "",
+                "Tested on small models with random weights, token for token against "
+                "transformers. The weights on the hub were not run; the export compares them "
+                "with transformers when you do.",
+            ),
         ]
     )
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(f"{x:{w}}" for x, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def targets() -> str:
     known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
     width = max(map(len, known))
-    return "\n".join(f"  {name:{width}} {t.summary}" for name, t in sorted(known.items()))
+    rows = (_wrapped(f"  {name:{width}}  ", t.summary) for name, t in sorted(known.items()))
+    return "\n".join(line for row in rows for line in row)
+
+
+def _wrapped(first: str, text: str) -> list[str]:
+    """``text`` after ``first``, in lines that are indented alike."""
+    indent = " " * min(len(first), WIDTH // 2)
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
+    )
