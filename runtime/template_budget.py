@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 WORK = 300_000  # nodes looked at, calls and passes through loops: less than a second
 CHARACTERS = 16_000_000  # of all strings made
 PER_NODE = 200  # more work for each node of what a template is given
+PER_PIECE = 20  # and for each piece of text in it
 PER_CHARACTER = 100
 _SCANNED = 64  # characters that cost as much as a node
 BITS = 20_000  # of the largest whole number
@@ -42,8 +43,12 @@ class Budget:
     @classmethod
     def for_input(cls, values: object) -> Budget:
         """More for longer messages: what a template may do grows with what it is given."""
-        weight = cls().weigh(values)
-        return cls(WORK + PER_NODE * weight.nodes, CHARACTERS + PER_CHARACTER * weight.characters)
+        weight = cls(2**62, 2**62).weigh(values)
+        pieces = weight.characters // _SCANNED
+        return cls(
+            WORK + PER_NODE * (weight.nodes - pieces) + PER_PIECE * pieces,
+            CHARACTERS + PER_CHARACTER * weight.characters,
+        )
 
     def work(self, nodes: int = 1) -> None:
         self._work -= nodes

@@ -44,7 +44,7 @@ def tests(known: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., An
 def _paying(
     function: Callable[..., Any], shallow: bool, through: bool = False, pay: Pay | None = None
 ) -> Callable[..., Any]:
-    """``shallow``: it looks at the surface of its value, or (``through``) of every item in it."""
+    """``shallow``: it looks at the surface of its value; ``through``: it takes every item of it."""
     first = 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
 
     @functools.wraps(function)
@@ -54,6 +54,8 @@ def _paying(
             budget().work(1 + (len(given[0]) if through and _sized(given[0]) else 0))
         else:
             given = plain(given)
+            if through and isinstance(given[0], str):  # it becomes a list of characters
+                budget().work(len(given[0]))
             weights = [seen(value) for value in (*given, *kwargs.values())]
             if pay is not None:
                 pay(Given(given, kwargs, weights[0]))
@@ -67,8 +69,11 @@ def _sized(value: Any) -> bool:
 
 
 _LEFT_OUT = ("forceescape", "pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
-_THROUGH = frozenset(("list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"))
-_SHALLOW = _THROUGH | frozenset(
+_ITEMS = frozenset(("list", "map", "reject", "rejectattr", "reverse", "select", "selectattr"))
+_THROUGH = _ITEMS | frozenset(
+    ("batch", "groupby", "join", "max", "min", "slice", "sort", "sum", "unique")
+)
+_SHALLOW = _ITEMS | frozenset(
     ("abs", "attr", "count", "d", "default", "first", "float", "items", "last", "length", "safe")
 )
 _SHALLOW_TESTS = frozenset(

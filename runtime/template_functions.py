@@ -127,6 +127,7 @@ def _pay_method(text: str, name: str, args: Sequence[Any], given: Weight) -> Non
     elif name == "replace" and len(args) > 1 and isinstance(first, str):
         pay.make(replaced(text, first, str(args[1])))
     elif name == "join":
+        pay.work(len(first) if isinstance(first, str) else 0)
         pay.make(given.characters + given.nodes * len(text))
     elif name in ("split", "rsplit"):
         pay.work(text.count(first) if isinstance(first, str) and first else len(text) // 2)

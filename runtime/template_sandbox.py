@@ -38,7 +38,7 @@ METHODS: dict[type, frozenset[str]] = {
     str: frozenset(_STR.split()),
     dict: frozenset(("copy", "get", "items", "keys", "values")),
     list: frozenset(("copy", "count", "index")),
-    tuple: frozenset(("count", "index")),
+    tuple: frozenset(("count", "index", "grouper", "list")),  # the latter two of groupby
 }
 
 
@@ -101,6 +101,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         args = tuple(functions.plain(args))
         functions.pay_call(__obj, args, kwargs)
         return functions.checked(super().call(__context, __obj, *args, **kwargs))
+
+    def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name in _OWN:  # map() calls filters by name
+            raise SecurityError(f"the filter {name!r}")
+        return super().call_filter(name, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         if super().wrap_str_format(value) is None:

@@ -58,6 +58,10 @@ class Tokenizer:
             encoded = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except TypeError:
             raise PromptError("the prompt is not valid Unicode; pass UTF-8 text") from None
+        except BaseException as error:  # a panic of the library is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            raise _no_tokenizer("tokenizer.json", error) from None
         return list(encoded.ids)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -51,6 +51,9 @@ TOO_MUCH = """
 {{ range(99999) | map('string') | map('list') | sum(start=[]) | length }}
 {% for i in range(9999) %}{% set x %}{{ 'a' * 100000 }}{% endset %}{% endfor %}
 {{ ('a b ' * 1000000).split() | length }}
+{{ ('a' * 4000000) | slice(2) | list | length }}
+{{ ('a' * 4000000) | sort | length }}
+{{ '-'.join('a' * 4000000) | length }}
 {% for x in 'a' * 400000 %}{{ messages | tojson }}{% endfor %}
 """.strip().splitlines()
 
@@ -83,7 +86,12 @@ def test_recursion_without_end(source: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["{{ (1).to_bytes(9, 'big') }}", "{{ 'a'.encode() }}", "{{ 'a'.translate({97: 'b'}) }}"],
+    [
+        "{{ [-1000000000] | map('step()') | list }}",
+        "{{ (1).to_bytes(9, 'big') }}",
+        "{{ 'a'.encode() }}",
+        "{{ 'a'.translate({97: 'b'}) }}",
+    ],
 )
 def test_methods_that_no_template_needs(source: str) -> None:
     with pytest.raises(BundleError, match="does what templates may not"):
@@ -136,6 +144,11 @@ def test_what_a_template_may_do_grows_with_what_it_is_given() -> None:
         ("{{ dict(a=1) }}{{ dict.fromkeys('a') }}{{ namespace(x=1).x }}", "{'a': 1}{'a': None}1"),
         ("{% set c = cycler(1, 2) %}{{ c.next() }}{{ c.next() }}{{ c.next() }}", "121"),
         ("{{ [[1], [2, 3]] | sum(start=[]) }}{{ [1, 2] | join('-') }}", "[1, 2, 3]1-2"),
+        (
+            "{% for g in messages[0].content | groupby('type') %}{{ g.grouper }}{{ g.list | length }}"
+            "{% endfor %}",
+            "text1",
+        ),
         ("{{ 'a-b'.split('-') | last }}{{ ' x '.strip() }}{{ 'a'.join(['1', '2']) }}", "bx1a2"),
     ],
 )
