@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Self
 
 import numpy as np
 
 from lvlm.runtime.generation_options import GenerationOptions as Options  # noqa: F401 - old name
 from lvlm.runtime.sampling import TokenScore
+
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -44,39 +48,68 @@ class Stats:
 @dataclass(frozen=True)
 class Generation:
     """One answer. ``token_ids`` ends with the end-of-text token where the model chose it;
-    ``finish_reason`` is "stop" (end of text or a stop string) or "length"; ``capacity_reached``
-    then tells whether the bundle's capacity ended it before max_new_tokens. ``image_id`` tells of
-    every prompt token whether it is text (0) or of the m-th image (m). ``merge_maps`` holds, per
-    reduction, old -> new index of every token that enters it (a prompt token enters the first), -1
-    where it was dropped; padding follows in a batch. ``scores`` has an entry per token where
+    ``finish_reason`` is "stop" (end of text or a stop string) or "length". ``stop_reason`` tells
+    which stop: the stop string, or the id of the end-of-text token; it is None at "length", where
+    ``capacity_reached`` tells whether the bundle's capacity ended it before max_new_tokens.
+    ``image_id`` tells of every prompt token whether it is text (0) or of the m-th image (m).
+    ``merge_maps`` holds, per reduction, old -> new index of every token that enters it (a prompt
+    token enters the first), -1 where it was dropped; padding follows in a batch. ``scores`` has an
+    entry per token where
     logprobs were asked for."""
 
     text: str
     token_ids: list[int]
-    finish_reason: str
+    finish_reason: FinishReason
     stats: Stats
     image_id: np.ndarray = field(repr=False, compare=False)
     merge_maps: list[np.ndarray] = field(repr=False, compare=False, default_factory=list)
     capacity_reached: bool = False
     scores: list[TokenScore] = field(repr=False, default_factory=list)
+    stop_reason: str | int | None = None
 
 
 class Stream:
-    """Iterate for the pieces of an answer; ``result`` is there after the last.
+    """An iterator over the pieces of an answer; ``result`` is there after the last.
 
-    To stop before that, ``close`` it: the model is busy until then.
+    To stop before that, ``close`` it, or use ``with``: a model is busy until then.
     """
 
-    def __init__(self, pieces: Generator[str | Generation]) -> None:
-        self._pieces = pieces
+    def __init__(
+        self, pieces: Generator[str | Generation], cancel: Callable[[], object] | None = None
+    ) -> None:
+        """``cancel`` is called when the stream is closed."""
+        self._pieces, self._cancel = pieces, cancel
+        self._count = 0
         self.result: Generation | None = None
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
         for piece in self._pieces:
             if isinstance(piece, Generation):
                 self.result = piece
             elif piece:
-                yield piece
+                self._count += 1
+                return piece
+        raise StopIteration
 
     def close(self) -> None:
         self._pieces.close()
+        if self._cancel is not None:
+            self._cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "going on" if self.result is None else f"ended by {self.result.finish_reason}"
+        return f"<lvlm.Stream: {state}, {self._count} pieces>"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lvlm.runtime.errors import LvlmError
+from lvlm.runtime.version import DISTRIBUTION, version
 
 USER_ERROR = 2
 INTERRUPTED = 130  # as shells report a program that SIGINT ended
@@ -48,11 +49,23 @@ def _fail(program: str, message: str) -> int:
     return USER_ERROR
 
 
+class _Version(argparse.Action):
+    """Prints what is installed, and ends; it is looked up only then."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "dest": argparse.SUPPRESS})
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"{DISTRIBUTION} {version()}")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one line for a mistake, and the nearest flags for an unknown one."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
+        self.add_argument("--version", action=_Version, nargs=0, help="what is installed")
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None

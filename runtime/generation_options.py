@@ -33,7 +33,9 @@ class Option:
     help: str
 
 
-def whole(least: int, help: str, metavar: str = "N", most: float = math.inf) -> Option:
+def whole(
+    least: int, most: float = math.inf, wanted: str = "", help: str = "", metavar: str = "N"
+) -> Option:
     def read(value: object) -> int:
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError
@@ -42,10 +44,12 @@ def whole(least: int, help: str, metavar: str = "N", most: float = math.inf) -> 
         return int(value)
 
     bounds = f"of {least} or more" if most == math.inf else f"from {least} to {most:g}"
-    return Option(f"a whole number {bounds}", read, "whole", metavar, help)
+    return Option(wanted or f"a whole number {bounds}", read, "whole", metavar, help)
 
 
-def number(wanted: str, fits: Callable[[float], bool], help: str, metavar: str) -> Option:
+def number(
+    wanted: str, fits: Callable[[float], bool], help: str = "", metavar: str = "X"
+) -> Option:
     def read(value: object) -> float:
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError
@@ -54,6 +58,22 @@ def number(wanted: str, fits: Callable[[float], bool], help: str, metavar: str) 
         return taken
 
     return Option(wanted, read, "number", metavar, help)
+
+
+def read_value(name: str, what: Option, value: object) -> Any:
+    """A value as Python's own. Raises ParameterError, which names it."""
+    value = _plain(value)
+    try:
+        return what.read(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ParameterError(f"{name} is {shown(value)}; give {what.wanted}") from None
+
+
+def _plain(value: object) -> object:
+    """Python's own value for one of numpy's scalars, or torch's."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    return value
 
 
 def _switch(value: object) -> bool:
@@ -130,13 +150,16 @@ class GenerationOptions:
     Raises ParameterError for a value of another kind or out of its range.
     """
 
-    max_new_tokens: int = option(256, whole(1, "length of the answer"))
+    max_new_tokens: int = option(256, whole(1, help="length of the answer"))
     temperature: float = option(
         0.0,
         number("0 or above", lambda x: 0 <= x < math.inf, "0 takes the likeliest token", "T"),
     )
     top_k: int | None = option(
-        None, whole(0, "draw from the K likeliest, 0: all (default: as the bundle says)", "K")
+        None,
+        whole(
+            0, help="draw from the K likeliest, 0: all (default: as the bundle says)", metavar="K"
+        ),
     )
     top_p: float | None = option(
         None,
@@ -156,7 +179,7 @@ class GenerationOptions:
             "X",
         ),
     )
-    seed: int | None = option(None, whole(0, "makes draws repeatable", most=2**128))
+    seed: int | None = option(None, whole(0, 2**128, help="makes draws repeatable"))
     stop: Sequence[str] = option(
         (),
         Option(
@@ -174,7 +197,7 @@ class GenerationOptions:
         None,
         whole(
             0,
-            "with --json: each token's logarithm of its probability, and the N likeliest ones",
+            help="with --json: each token's logarithm of its probability, and the N likeliest ones",
         ),
     )
     keep: float | Sequence[float] | None = option(  # Keep
@@ -200,19 +223,16 @@ class GenerationOptions:
         ),
     )
     system: str | None = option(None, Option("a text", _text, "text", "TEXT", "system message"))
-    frames: int | None = option(None, whole(1, "frames of each clip (default: the model's choice)"))
+    frames: int | None = option(
+        None, whole(1, help="frames of each clip (default: the model's choice)")
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value = _plain(getattr(self, each.name))
-            what: Option = each.metadata["option"]
-            if value is None and each.default is None:
-                continue
-            try:
-                taken = what.read(value)
-            except (TypeError, ValueError, OverflowError):
-                raise ParameterError(f"{each.name} is {shown(value)}; give {what.wanted}") from None
-            object.__setattr__(self, each.name, taken)
+            value = getattr(self, each.name)
+            if value is not None or each.default is not None:
+                taken = read_value(each.name, each.metadata["option"], value)
+                object.__setattr__(self, each.name, taken)
 
     @classmethod
     def of(cls, base: GenerationOptions | None, given: Mapping[str, object]) -> Self:
@@ -250,10 +270,3 @@ class OptionValues(TypedDict, total=False):
     chat_template: bool | str
     system: str | None
     frames: int | None
-
-
-def _plain(value: object) -> object:
-    """Python's own value for one of numpy's scalars, or torch's."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        return value.item()
-    return value

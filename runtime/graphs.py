@@ -11,6 +11,7 @@ from lvlm.runtime.backends import Backend, Buffer, Call, Session, host_dtype
 from lvlm.runtime.bundle import Manifest
 from lvlm.runtime.counts import PromptCounts
 from lvlm.runtime.errors import BackendError
+from lvlm.runtime.forks import keep_in_children
 from lvlm.runtime.pictures import Picture
 from lvlm.runtime.prompts import Prompt
 
@@ -25,6 +26,7 @@ class Graphs:
         self.sessions: dict[str, Session] = {
             name: backend.load(folder, manifest, name) for name in manifest.graphs
         }
+        keep_in_children(self)
 
     def bind(self, name: str, buffers: Mapping[str, Buffer]) -> Call:
         """A graph with those of the cache's ``buffers`` that it takes and gives."""

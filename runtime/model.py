@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -12,11 +12,12 @@ from typing import Self, Unpack, overload
 
 from lvlm.runtime.answers import Generation, Stats, Stream
 from lvlm.runtime.asks import Ask, Images, Videos, many_asks, one_ask
-from lvlm.runtime.backends import open_backend
+from lvlm.runtime.backends import open_backend, thread_count
 from lvlm.runtime.batch import Batch, Batches
 from lvlm.runtime.bundle import Manifest, read_bundle
 from lvlm.runtime.counts import read_options
-from lvlm.runtime.errors import BackendError, ParameterError
+from lvlm.runtime.errors import BackendError
+from lvlm.runtime.forks import Home
 from lvlm.runtime.generation_options import GenerationOptions, OptionValues
 from lvlm.runtime.graphs import Graphs
 from lvlm.runtime.images import ImageSource
@@ -44,8 +45,9 @@ class Model:
         Raises BundleError, BackendError, ParameterError.
         """
         folder = Path(bundle)
-        if threads is not None and threads < 1:
-            raise ParameterError(f"threads is {threads}; give 1 or more")
+        threads = thread_count(threads)
+        self.folder, self.device = folder, device
+        self._home = Home("model")
         self.manifest: Manifest = read_bundle(folder, verify=verify)
         manifest = self.manifest
         self.tokenizer = Tokenizer(folder / "tokenizer.json", manifest.text.eos_ids)
@@ -95,7 +97,7 @@ class Model:
 
         Raises ParameterError, PromptError, ImageError, CapacityError, BackendError.
         """
-        parsed = read_options(self.manifest, options, given)
+        parsed = self._options(options, given)
         if isinstance(prompt, str):
             return self._answers([one_ask(prompt, images, videos)], parsed)[0]
         asks = many_asks(prompt, images, videos)
@@ -114,7 +116,7 @@ class Model:
         Nothing is computed before the first piece is asked for, but mistakes in the options are
         raised here.
         """
-        parsed = read_options(self.manifest, options, given)
+        parsed = self._options(options, given)
         ask = one_ask(prompt, images, videos)
 
         def pieces() -> Generator[str | Generation]:
@@ -127,6 +129,11 @@ class Model:
     def close(self) -> None:
         self._batches = None
 
+    def __repr__(self) -> str:
+        what = f"{self.manifest.family}, {self.manifest.dtype}, recipe {self.manifest.recipe}"
+        closed = ", closed" if self._batches is None else ""
+        return f"<lvlm.Model {self.folder} on {self.device}: {what}{closed}>"
+
     def __enter__(self) -> Self:
         return self
 
@@ -137,6 +144,13 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _options(
+        self, options: GenerationOptions | None, given: Mapping[str, object]
+    ) -> GenerationOptions:
+        parsed = read_options(self.manifest, options, given)
+        self.tokenizer.stop_ids(parsed.stop)
+        return parsed
 
     def _answers(self, asks: Sequence[Ask], options: GenerationOptions) -> list[Generation]:
         results: list[Generation] = []
@@ -154,21 +168,22 @@ class Model:
                 self.prepare(row, ask.prompt, ask.images, options, ask.videos)
                 for row, ask in enumerate(asks)
             ]
-            batch = batches.start(rows, options.keep, options.kv_keep)
             streams = [TextStream(self.tokenizer, options.stop, row.lead) for row in rows]
+            batch = batches.start(rows, options.keep, options.kv_keep)
             texts = ["" for _ in rows]
             while batch.active:
                 for index, token in batch.step():
                     row, stream = batch.rows[index], streams[index]
                     piece = stream.push(token, last=row.finish_reason is not None)
-                    if stream.stopped:
-                        row.finish_reason = "stop"
+                    if stream.stopped is not None:
+                        row.stop(stream.stopped)
                     texts[index] += piece
                     yield index, piece
             yield [self._generation(batch, index, text) for index, text in enumerate(texts)]
 
     @contextmanager
     def _exclusive(self) -> Iterator[Batches]:
+        self._home.check()
         batches = self.batches
         if not self._busy.acquire(blocking=False):
             raise BackendError(
@@ -224,6 +239,7 @@ class Model:
             maps,
             row.cut_short,
             row.scores,
+            row.stop_reason,
         )
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lvlm.runtime.answers import FinishReason
 from lvlm.runtime.prompts import Prompt
 from lvlm.runtime.sampling import Sampler, TokenScore
 
 
 @dataclass
 class Row:
-    """What became of one prompt so far. finish_reason: stop, length, or None while it runs.
+    """What became of one prompt so far. finish_reason: None while it runs.
 
     ``limit`` is the number of new tokens it may have, ``position`` the true one of the next token.
     """
@@ -22,7 +23,8 @@ class Row:
     limit: int
     tokens: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
 
     def __post_init__(self) -> None:
         self.position = self.prompt.next_position
@@ -35,10 +37,14 @@ class Row:
             self.scores.append(TokenScore.of(logits, token, self.prompt.logprobs))
         self.tokens.append(token)
         if token in eos_ids and not self.prompt.ignore_eos:
-            self.finish_reason = "stop"
+            self.finish_reason, self.stop_reason = "stop", token
         elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"
         return token
+
+    def stop(self, text: str) -> None:
+        """A stop string has come."""
+        self.finish_reason, self.stop_reason = "stop", text
 
     @property
     def cut_short(self) -> bool:

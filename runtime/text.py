@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import tokenizers
 
-from lvlm.runtime.errors import BundleError, ParameterError, PromptError
+from lvlm.runtime.errors import BundleError, ParameterError, PromptError, shown
 
 
 class Tokenizer:
@@ -46,7 +46,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(number for number, token in added.items() if token.special)
+        self._special = {number: token.content for number, token in added.items() if token.special}
         self.eos_ids = frozenset(eos_ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -75,6 +75,23 @@ class Tokenizer:
             raise BundleError(f"the tokenizer has no token {token!r}; export the bundle again")
         return number
 
+    def stop_ids(self, stops: Sequence[str]) -> dict[int, str]:
+        """Those stop strings that are special tokens, which no text has in it, by their ids.
+
+        Raises ``ParameterError`` for one that can never come: an empty one, or one that has a
+        special token and more.
+        """
+        for stop in stops:
+            if not stop:
+                raise ParameterError("a stop string is empty; leave it out or give it text")
+            inside = [text for text in self._special.values() if text in stop and text != stop]
+            if inside and stop not in self._special.values():
+                raise ParameterError(
+                    f"stop {shown(stop)} has the special token {shown(inside[0])} and more; give "
+                    "the token alone"
+                )
+        return {number: text for number, text in self._special.items() if text in stops}
+
     def visible_token(self, token_id: int) -> str | None:
         """The token as the vocabulary has it, or None if ``decode`` leaves it out."""
         return None if token_id in self._special else self._tokenizer.id_to_token(token_id)
@@ -101,15 +118,16 @@ class TextStream:
 
     The pieces and what ``finish`` returns, put together, are ``decode`` of all tokens, without the
     space ``lead`` where it begins with that, cut before the first stop string. First is the one
-    that is complete first, and of two complete at once the longer. ``stopped`` tells whether there
-    was one. Raises ``ParameterError`` for an empty stop string.
+    that is complete first, and of two complete at once the longer. ``stopped`` is the stop string
+    that came, if one did. One that is a special token's text is matched by that token, which is no
+    part of the text. Raises ``ParameterError`` for an empty stop string and for one that has a
+    special token and more in it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), lead: str = "") -> None:
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in self._stop:
-            raise ParameterError("a stop string is empty; leave it out or give it text")
-        self.stopped = False
+        self._stop_ids = tokenizer.stop_ids(self._stop)
+        self.stopped: str | None = None
         self._tokenizer = tokenizer
         self._window: list[int] = []  # the last tokens, with enough of a past to be decoded right
         self._sent = 0  # characters of the window's text that are through
@@ -123,6 +141,10 @@ class TextStream:
         return piece + self.finish() if last else piece
 
     def _push(self, token_id: int) -> str:
+        if not self.stopped and token_id in self._stop_ids:
+            text = self.finish()  # a stop string that is text may end there, too, and was first
+            self.stopped = self.stopped or self._stop_ids[token_id]
+            return text
         token = self._tokenizer.visible_token(token_id)
         if self.stopped or token is None:
             return ""
@@ -169,10 +191,10 @@ class TextStream:
                 return ""
             fresh, self._lead, self._begun = fresh.removeprefix(self._lead), "", ""
         text = self._held + fresh
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return text[: min(found)[1]]
+            _, at, self.stopped = min(found)
+            return text[:at]
         keep = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -4,6 +4,7 @@ underscores for dashes."""
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lvlm.runtime.bundle import Manifest
 from lvlm.runtime.discovery import names, nearest
 from lvlm.runtime.errors import BackendError
+from lvlm.runtime.generation_options import read_value, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,8 +74,19 @@ def devices() -> list[str]:
     return [name.replace("_", "-") for name in names(__name__)]
 
 
+def thread_count(threads: int | None) -> int | None:
+    """``threads`` as a number, None as it is. Raises ParameterError for more than there are CPUs:
+    threads that have none wait for one another."""
+    if threads is None:
+        return None
+    most = os.cpu_count() or 1
+    wanted = f"1 to {most}, as many CPUs as this machine has"
+    return int(read_value("threads", whole(1, most, wanted), threads))
+
+
 def open_backend(device: str, *, threads: int | None = None) -> Backend:
     """The backend for a device name; imports what only that backend needs."""
+    threads = thread_count(threads)
     known = devices()
     if device not in known:
         raise nearest("device", device, known)

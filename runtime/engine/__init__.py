@@ -4,5 +4,6 @@ from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
 from lvlm.runtime.engine.engine import Engine
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.memory import Memory
+from lvlm.runtime.engine.stats import EngineStats
 
-__all__ = ["AsyncEngine", "AsyncHandle", "Engine", "Handle", "Memory"]
+__all__ = ["AsyncEngine", "AsyncHandle", "Engine", "EngineStats", "Handle", "Memory"]

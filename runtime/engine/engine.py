@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, Unpack, overload
 
-from lvlm.runtime.answers import Generation
-from lvlm.runtime.asks import Images, Videos, one_ask
-from lvlm.runtime.backends import open_backend
+from lvlm.runtime.answers import Generation, Stream
+from lvlm.runtime.asks import Ask, Images, Videos, many_asks, one_ask
+from lvlm.runtime.backends import open_backend, thread_count
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import read_bundle
 from lvlm.runtime.cache import CompactCache
@@ -24,11 +25,21 @@ from lvlm.runtime.engine.prefixes import prompt_keys, reusable
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.scheduler import Scheduler
 from lvlm.runtime.engine.slots import Slots
-from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.generation_options import GenerationOptions, Keep, OptionValues
+from lvlm.runtime.engine.stats import EngineStats
+from lvlm.runtime.errors import QueueFullError
+from lvlm.runtime.generation_options import (
+    GenerationOptions,
+    Keep,
+    OptionValues,
+    number,
+    read_value,
+    whole,
+)
 from lvlm.runtime.graphs import Graphs
 from lvlm.runtime.prompts import PromptMaker
 from lvlm.runtime.text import TextStream, Tokenizer
+
+SECONDS = number("seconds above 0, or None", lambda x: x > 0)
 
 
 class Engine:
@@ -66,10 +77,9 @@ class Engine:
         Raises BundleError, BackendError, ParameterError.
         """
         folder = Path(bundle)
-        if threads is not None and threads < 1:
-            raise ParameterError(f"threads is {threads}; give 1 or more")
-        if isinstance(queue_limit, bool) or not isinstance(queue_limit, int) or queue_limit < 1:
-            raise ParameterError(f"queue_limit is {queue_limit!r}; give 1 or more")
+        threads = thread_count(threads)
+        queue_limit = read_value("queue_limit", whole(1), queue_limit)
+        self.folder, self.device = folder, device
         self.manifest = manifest = read_bundle(folder, verify=verify)
         self.keep, self.kv_keep = keep, kv_keep
         capacity = slot_capacity(manifest, max_text_len, max_images, keep, kv_keep)
@@ -123,50 +133,128 @@ class Engine:
         ``timeout`` in seconds from now: a request that is not answered by then ends with
         RequestTimeout. Pictures are opened and scaled here, in the caller's thread. Raises at once
         what is wrong with the request: ParameterError, PromptError, ImageError, CapacityError,
-        QueueFullError, EngineClosedError.
+        QueueFullError, EngineClosedError; BackendError in a process that was forked from the
+        engine's.
         """
-        now = time.perf_counter()
-        number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-        if timeout is not None and not (number and timeout > 0):
-            raise ParameterError(f"timeout is {timeout!r}; give seconds above 0, or None")
-        ask = one_ask(prompt, images, videos)
-        parsed = read_options(self.manifest, options, given)
-        parsed = replace(
-            parsed,
-            keep=self.keep if parsed.keep is None else parsed.keep,
-            kv_keep=self.kv_keep if parsed.kv_keep is None else parsed.kv_keep,
-        )
-        row = self._prompts.prepare(0, ask.prompt, ask.images, parsed, ask.videos)
-        counts = count_prompts(
-            self.manifest, [row], parsed.keep, parsed.kv_keep, capacity=self.capacity
-        )
-        digests = [picture.digest() for picture in row.pictures]
-        request = Request(
-            prompt=row,
-            counts=counts,
-            stream=TextStream(self.tokenizer, parsed.stop, row.lead),
-            handle=Handle(self._scheduler.wake),
-            digests=digests,
-            keys=prompt_keys(row, digests),
-            deadline=None if timeout is None else now + timeout,
-        )
-        self._scheduler.submit(request)
-        return request.handle
+        parsed = self._options(options, given)
+        return self._submit(0, one_ask(prompt, images, videos), parsed, timeout)
 
+    @overload
     def generate(
         self,
         prompt: str,
         images: Images | None = (),
         videos: Videos | None = (),
         options: GenerationOptions | None = None,
+        *,
+        timeout: float | None = None,
         **given: Unpack[OptionValues],
-    ) -> Generation:
-        """Ask and wait for the answer."""
-        handle = self.submit(prompt, images, videos, options, **given)
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str],
+        images: Sequence[Images | None] | None = (),
+        videos: Sequence[Videos | None] | None = (),
+        options: GenerationOptions | None = None,
+        *,
+        timeout: float | None = None,
+        **given: Unpack[OptionValues],
+    ) -> list[Generation]: ...
+
+    def generate(self, prompt, images=(), videos=(), options=None, *, timeout=None, **given):  # type: ignore[no-untyped-def]
+        """Ask and wait for the answer, or the answers to a list of prompts, as Model.generate.
+
+        A list that is longer than the queue has room for waits for it. ``timeout`` counts for each
+        prompt from when it is submitted.
+        """
+        parsed = self._options(options, given)
+        if isinstance(prompt, str):
+            return self._answers([one_ask(prompt, images, videos)], parsed, timeout)[0]
+        return self._answers(many_asks(prompt, images, videos), parsed, timeout)
+
+    def stream(
+        self,
+        prompt: str,
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        *,
+        timeout: float | None = None,
+        **given: Unpack[OptionValues],
+    ) -> Stream:
+        """As Model.stream; the request is submitted here. Closing the stream cancels it."""
+        handle = self.submit(prompt, images, videos, options, timeout=timeout, **given)
+
+        def pieces() -> Generator[str | Generation]:
+            yield from handle
+            yield handle.result()
+
+        return Stream(pieces(), handle.cancel)
+
+    def _options(
+        self, options: GenerationOptions | None, given: Mapping[str, object]
+    ) -> GenerationOptions:
+        self._scheduler.check_process()
+        parsed = read_options(self.manifest, options, given)
+        return replace(
+            parsed,
+            keep=self.keep if parsed.keep is None else parsed.keep,
+            kv_keep=self.kv_keep if parsed.kv_keep is None else parsed.kv_keep,
+        )
+
+    def _answers(
+        self, asks: Sequence[Ask], options: GenerationOptions, timeout: float | None
+    ) -> list[Generation]:
+        handles: list[Handle] = []
         try:
-            return handle.result()
+            for row, ask in enumerate(asks):
+                handles.append(self._submit(row, ask, options, timeout, handles))
+            return [handle.result() for handle in handles]
         finally:
-            handle.cancel()  # of use only if the wait was interrupted
+            for handle in handles:
+                handle.cancel()  # of use only if the wait was interrupted
+
+    def _submit(
+        self,
+        index: int,
+        ask: Ask,
+        options: GenerationOptions,
+        timeout: float | None,
+        before: Sequence[Handle] = (),
+    ) -> Handle:
+        """The prompt ``index`` of a call; where the queue is full it waits for those ``before``."""
+        now = time.perf_counter()
+        if timeout is not None:
+            timeout = read_value("timeout", SECONDS, timeout)
+        row = self._prompts.prepare(index, ask.prompt, ask.images, options, ask.videos)
+        counts = count_prompts(
+            self.manifest, [row], options.keep, options.kv_keep, capacity=self.capacity
+        )
+        digests = [picture.digest() for picture in row.pictures]
+        request = Request(
+            prompt=row,
+            counts=counts,
+            stream=TextStream(self.tokenizer, options.stop, row.lead),
+            handle=Handle(self._scheduler.wake),
+            digests=digests,
+            keys=prompt_keys(row, digests),
+            deadline=None if timeout is None else now + timeout,
+        )
+        while True:
+            try:
+                self._scheduler.submit(request)
+                return request.handle
+            except QueueFullError:
+                pending = next((handle for handle in before if not handle.done), None)
+                if pending is None:
+                    raise
+            pending.wait()
+
+    def stats(self) -> EngineStats:
+        """What it is doing, in numbers."""
+        return self._scheduler.stats()
 
     def memory(self) -> Memory:
         """What it takes: the plan that was made before anything was allocated."""
@@ -176,6 +264,13 @@ class Engine:
         """Take no more requests. Those there end with EngineClosedError, or are finished first."""
         self._scheduler.close(finish=finish)
         self._closer.detach()
+
+    def __repr__(self) -> str:
+        now = self.stats()
+        return (
+            f"<lvlm.Engine {self.folder} on {self.device}: {self._memory.slots} slots, "
+            f"{now.running} running, {now.waiting} waiting>"
+        )
 
     def __enter__(self) -> Self:
         return self

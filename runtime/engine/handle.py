@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 from lvlm.runtime.answers import Generation
 from lvlm.runtime.errors import LvlmError, RequestCancelled
+from lvlm.runtime.forks import forked, orphan_in_children
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
 class Handle:
     """One request. Every method may be called from any thread, iterators may be many.
+    ``with`` cancels it at the end, if it is not done.
 
     Iterate for the pieces of text as they become final. A request that failed raises its error at
     the end of an iteration and from ``result``; what came before stays in ``text``. Nothing waits
@@ -35,6 +40,7 @@ class Handle:
         self._result: Generation | None = None
         self._error: LvlmError | None = None
         self.submitted = time.perf_counter()
+        orphan_in_children(self)
 
     # For callers
 
@@ -51,13 +57,17 @@ class Handle:
         Raises the request's error if it failed; TimeoutError if the wait was too short, and the
         request goes on.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
-                raise TimeoutError(f"no answer after {timeout} s; wait longer, or cancel")
+        if not self.wait(timeout):
+            raise TimeoutError(f"no answer after {timeout} s; wait longer, or cancel")
         if self._error is not None:
             raise self._error.with_traceback(None)
         assert self._result is not None
         return self._result
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end, ``timeout`` seconds at most; whether it has come."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.done, timeout)
 
     def cancel(self) -> bool:
         """Stop the request: its slot is free before the next token. False: it had ended already."""
@@ -88,10 +98,26 @@ class Handle:
 
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` whenever there is more to read, from the engine's thread: be quick,
-        and do not wait for an answer. What it raises goes to sys.excepthook."""
+        and do not wait for an answer. What it raises is logged."""
         with self._changed:
             self._listeners.append(listener)
         self._tell([listener])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+    def __repr__(self) -> str:
+        ended = "answered" if self._error is None else type(self._error).__name__
+        state = ended if self.done else "going on"
+        return f"<lvlm.Handle: {state}, {len(self._tokens)} tokens>"
 
     # For the engine
 
@@ -125,13 +151,19 @@ class Handle:
         self._tell(listeners)
         return True
 
+    def orphan(self) -> None:
+        """In a forked child: nobody answers there, and whoever held the lock is gone."""
+        self._changed = threading.Condition()
+        self._listeners.clear()
+        self.fail(forked("engine"))
+
     @staticmethod
     def _tell(listeners: Sequence[Callable[[], None]]) -> None:
         for listener in listeners:
             try:
                 listener()
             except Exception:
-                sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+                log.exception("a listener of a request failed")
 
     def _follow(self, items: list[T]) -> Iterator[T]:
         """The items, those there already and those to come."""

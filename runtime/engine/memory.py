@@ -12,7 +12,7 @@ from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Capacity, Manifest
 from lvlm.runtime.cache import cache_bytes
 from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.generation_options import Keep
+from lvlm.runtime.generation_options import Keep, Option, read_value, whole
 from lvlm.runtime.graphs import UNITS_AT_ONCE
 from lvlm.runtime.schedule import keep_ratios, tokens_per_layer
 
@@ -53,16 +53,8 @@ def slot_capacity(
     Raises ParameterError for more than the bundle was exported with.
     """
     given = manifest.capacity
-    text = given.max_text_len if max_text_len is None else max_text_len
-    images = given.max_images if max_images is None else max_images
-    for name, value, most in (
-        ("max_text_len", text, given.max_text_len),
-        ("max_images", images, given.max_images),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ParameterError(
-                f"{name} is {value!r}; give 1 to {most}, as the bundle was exported"
-            )
+    text = _within("max_text_len", max_text_len, given.max_text_len)
+    images = _within("max_images", max_images, given.max_images)
     layers = manifest.text.layers
     ratios = keep_ratios(manifest.reductions, manifest.keep, keep)
     entering = tokens_per_layer(manifest.reductions, ratios, manifest.images.tokens, layers)
@@ -70,6 +62,12 @@ def slot_capacity(
     budgets = Budgets.of(manifest.compression, layers, kv_keep)
     slots = np.minimum(budgets.limit(seen), given.per_layer)
     return Capacity(text, images, tuple(slots.tolist()))
+
+
+def _within(name: str, value: int | None, most: int) -> int:
+    """``value``, or what the bundle was exported with."""
+    wanted = f"1 to {most}, as the bundle was exported"
+    return most if value is None else int(read_value(name, whole(1, most, wanted), value))
 
 
 def plan_memory(
@@ -83,8 +81,8 @@ def plan_memory(
 
     Raises ParameterError if there is room for none, or for fewer than ``slots``.
     """
-    if slots is not None and (isinstance(slots, bool) or not isinstance(slots, int) or slots < 1):
-        raise ParameterError(f"slots is {slots!r}; give a whole number of 1 or more")
+    if slots is not None:
+        slots = read_value("slots", whole(1), slots)
     weights = sum(w.bytes for w in manifest.weights.values())
     slot = cache_bytes(manifest, 1, capacity.per_layer)
     pictures = byte_size("image_cache", images)
@@ -136,15 +134,19 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
 
 def byte_size(name: str, value: int | str) -> int:
     """2GB, 512MiB or a number of bytes."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    match = re.fullmatch(r"([\d.]+)\s*([a-z]*)", str(value).strip().lower())
-    try:
-        if match and isinstance(value, str) and math.isfinite(number := float(match[1])):
-            return int(number * UNITS[match[2]])
-    except (KeyError, ValueError):
-        pass
-    raise ParameterError(f"{name} is {value!r}; give a size as 2GB, 512MiB or a number of bytes")
+    return int(read_value(name, SIZE, value))
+
+
+def _size(value: object) -> int:
+    if not isinstance(value, str):
+        return int(whole(0).read(value))
+    match = re.fullmatch(r"([\d.]+)\s*([a-z]*)", value.strip().lower(), re.ASCII)
+    if not match or match[2] not in UNITS or not math.isfinite(number := float(match[1])):
+        raise ValueError
+    return int(number * UNITS[match[2]])
+
+
+SIZE = Option("a size as 2GB, 512MiB or a number of bytes", _size, "text", "SIZE", "")
 
 
 def in_mb(size: int) -> str:

@@ -62,8 +62,8 @@ class Request:
         row = self.row
         token = row.choose(logits, eos_ids)
         piece = self.stream.push(token, last=row.finish_reason is not None)
-        if self.stream.stopped:
-            row.finish_reason = "stop"
+        if self.stream.stopped is not None:
+            row.stop(self.stream.stopped)
         self.handle.push(token, piece)
 
     def generation(self, slot_bytes: int, used_bytes: int) -> Generation:
@@ -91,4 +91,5 @@ class Request:
             [m[0] for m in self.maps],
             row.cut_short,
             row.scores,
+            row.stop_reason,
         )

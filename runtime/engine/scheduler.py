@@ -4,6 +4,7 @@ the other. A request joins or leaves between two steps."""
 from __future__ import annotations
 
 import atexit
+import logging
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from lvlm.runtime.engine.image_cache import ImageCache
 from lvlm.runtime.engine.prefixes import worthwhile
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.slots import Slots
+from lvlm.runtime.engine.stats import EngineStats, Meter
 from lvlm.runtime.engine.steps import Steps, again, described, typed
 from lvlm.runtime.engine.worker import Beside, Inline, Worker
 from lvlm.runtime.errors import (
@@ -27,7 +29,10 @@ from lvlm.runtime.errors import (
     QueueFullError,
     RequestTimeout,
 )
+from lvlm.runtime.forks import Home, orphan_in_children
 from lvlm.runtime.graphs import Graphs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -61,14 +66,21 @@ class Scheduler:
         self._prefilling: Prefilling | None = None
         self._changed = threading.Condition()
         self._closing: str | None = None  # "now", or "finish" what is there first
+        self._home = Home("engine")
+        self._meter = Meter()
         self._steps = Steps(graphs, slots)
         self._worker: Worker = Beside("lvlm-prefill") if graphs.backend.parallel else Inline()
         self._thread = threading.Thread(target=self._run, name="lvlm-engine", daemon=True)
         self._thread.start()
         # No thread may be inside a backend when the interpreter goes.
         atexit.register(self.close, finish=False)
+        orphan_in_children(self)
 
     # For any thread
+
+    def check_process(self) -> None:
+        """Raises BackendError in a forked child."""
+        self._home.check()
 
     def submit(self, request: Request) -> None:
         """Raises QueueFullError, EngineClosedError."""
@@ -81,11 +93,32 @@ class Scheduler:
                     "the engine more slots or a larger queue_limit"
                 )
             self.waiting.append(request)
+            self._meter.submitted += 1
             self._changed.notify_all()
 
     def wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+    def stats(self) -> EngineStats:
+        with self._changed:
+            waiting, running = len(self.waiting), len(self.slots.running)
+            reading = self._prefilling is not None
+        cache, meter = self.slots.cache, self._meter
+        return EngineStats(
+            running=running + reading,
+            waiting=waiting,
+            submitted=meter.submitted,
+            answered=meter.answered,
+            new_tokens=meter.new_tokens,
+            tokens_per_second=meter.tokens_per_second(),
+            prompt_tokens=meter.prompt_tokens,
+            reused_tokens=meter.reused_tokens,
+            image_hits=self.images.hits,
+            image_misses=self.images.misses,
+            cache_bytes=cache.bytes_allocated,
+            cache_bytes_used=sum(cache.bytes_used(place) for place in range(running)),
+        )
 
     def close(self, *, finish: bool) -> None:
         """No more requests. Those there are finished first, or fail with EngineClosedError."""
@@ -99,6 +132,12 @@ class Scheduler:
             if self._closing != "now":
                 self._closing = "finish" if finish else "now"
             self._changed.notify_all()
+
+    def orphan(self) -> None:
+        """In a forked child, where the engine's thread is not: whoever held the lock is gone."""
+        self._changed = threading.Condition()
+        self._closing = "now"
+        atexit.unregister(self.close)
 
     # The engine's thread
 
@@ -114,7 +153,7 @@ class Scheduler:
                     self._step()
         except Exception as bug:  # nobody may wait for ever
             error = BackendError(f"the engine stopped ({described(bug)}); open it again")
-            raise
+            log.exception("the engine stopped")
         finally:
             with self._changed:
                 self._closing = "now"
@@ -196,9 +235,11 @@ class Scheduler:
                 return
             row, prefix = reserved
             request.begin()
+            self._meter.prompt_tokens += len(request.prompt.ids)
             if prefix is not None and worthwhile(request.prompt, prefix.length):
                 self.slots.fill_from(prefix)
                 request.reused = prefix.length
+                self._meter.reused_tokens += prefix.length
                 request.feed.extend(request.prompt.ids[prefix.length :])
                 request.row.position = int(request.prompt.positions[..., prefix.length].max())
                 self.slots.start(request)
@@ -283,9 +324,11 @@ class Scheduler:
             request.handle.fail(typed(error))
             self.slots.release(place, keep=False)
             return
+        self._meter.token()
         if request.row.finish_reason is not None:
             cache = self.slots.cache
             slot = cache.bytes_allocated // self.slots.count
             answer = request.generation(slot, cache.bytes_used(place))
             self.slots.release(place, keep=True)
+            self._meter.answered += not request.handle.done
             request.handle.finish(answer)

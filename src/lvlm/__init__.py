@@ -5,40 +5,95 @@ The public API is loaded when first used, so that ``import lvlm`` costs nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lvlm.runtime.answers import Generation, Stats, Stream
-    from lvlm.runtime.engine import AsyncEngine, Engine, Handle
-    from lvlm.runtime.errors import LvlmError
+    from lvlm.runtime.engine import AsyncEngine, AsyncHandle, Engine, EngineStats, Handle, Memory
+    from lvlm.runtime.errors import (
+        BackendError,
+        BundleError,
+        CapacityError,
+        DeviceMemoryError,
+        EngineClosedError,
+        ImageError,
+        LvlmError,
+        ParameterError,
+        PromptError,
+        QueueFullError,
+        RequestCancelled,
+        RequestError,
+        RequestTimeout,
+    )
+    from lvlm.runtime.generation_options import GenerationOptions
     from lvlm.runtime.model import Model, load
+    from lvlm.runtime.sampling import TokenScore
     from lvlm.runtime.video import Clip
+
+    __version__: str
+
+# Where each public name is; the imports above say the same to type checkers and editors.
+_HOME = {
+    "lvlm.runtime.answers": ("Generation", "Stats", "Stream"),
+    "lvlm.runtime.engine": (
+        *("AsyncEngine", "AsyncHandle", "Engine", "EngineStats", "Handle", "Memory"),
+    ),
+    "lvlm.runtime.errors": (
+        *("BackendError", "BundleError", "CapacityError", "DeviceMemoryError"),
+        *("EngineClosedError", "ImageError", "LvlmError", "ParameterError", "PromptError"),
+        *("QueueFullError", "RequestCancelled", "RequestError", "RequestTimeout"),
+    ),
+    "lvlm.runtime.generation_options": ("GenerationOptions",),
+    "lvlm.runtime.model": ("Model", "load"),
+    "lvlm.runtime.sampling": ("TokenScore",),
+    "lvlm.runtime.video": ("Clip",),
+}
 
 __all__ = [
     "AsyncEngine",
+    "AsyncHandle",
+    "BackendError",
+    "BundleError",
+    "CapacityError",
     "Clip",
+    "DeviceMemoryError",
     "Engine",
+    "EngineClosedError",
+    "EngineStats",
     "Generation",
+    "GenerationOptions",
     "Handle",
+    "ImageError",
     "LvlmError",
+    "Memory",
     "Model",
+    "ParameterError",
+    "PromptError",
+    "QueueFullError",
+    "RequestCancelled",
+    "RequestError",
+    "RequestTimeout",
     "Stats",
     "Stream",
+    "TokenScore",
     "load",
 ]
 
-_HOME = {
-    **dict.fromkeys(("Generation", "Stats", "Stream"), "lvlm.runtime.answers"),
-    **dict.fromkeys(("AsyncEngine", "Engine", "Handle"), "lvlm.runtime.engine"),
-    **dict.fromkeys(("Model", "load"), "lvlm.runtime.model"),
-    "Clip": "lvlm.runtime.video",
-    "LvlmError": "lvlm.runtime.errors",
-}
 
+if not TYPE_CHECKING:  # type checkers would take every name for one that it finds
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'lvlm' has no attribute '{name}'")
-    import importlib
+    def __getattr__(name: str) -> object:
+        import importlib
 
-    return getattr(importlib.import_module(_HOME[name]), name)
+        if name == "__version__":
+            found = importlib.import_module("lvlm.runtime.version").version()
+        else:
+            home = next((home for home, names in _HOME.items() if name in names), None)
+            if home is None:
+                raise AttributeError(f"module 'lvlm' has no attribute '{name}'")
+            found = getattr(importlib.import_module(home), name)
+        globals()[name] = found
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, "__version__"})

@@ -11,8 +11,8 @@ from pathlib import Path
 from lvlm.runtime.console import run_main
 from lvlm.runtime.discovery import nearest
 from lvlm.runtime.errors import LvlmError, ParameterError
+from lvlm.runtime.version import DISTRIBUTION, version
 
-DISTRIBUTION = "lvlm-deploy"
 PREFIX = "lvlm-"
 
 
@@ -35,7 +35,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb in ("-h", "--help"):
         print(_help(verbs))
     elif verb == "--version":
-        print(f"{DISTRIBUTION} {distribution.version}")
+        print(f"{DISTRIBUTION} {version()}")
     elif verb not in verbs:
         raise nearest("verb", verb, verbs)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -106,6 +107,20 @@ class _FaultyCall:
 
     def stop(self) -> None:
         self.call.stop()
+
+
+@contextmanager
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What lvlm logs meanwhile, which goes nowhere else."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("lvlm")
+    logger.addHandler(handler)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)
 
 
 def intercept(engine: Engine, name: str) -> Faulty:

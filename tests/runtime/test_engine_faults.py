@@ -20,6 +20,7 @@ from engine_tools import (
     ask,
     idle,
     intercept,
+    logged,
     scheduler,
     until,
 )
@@ -197,14 +198,10 @@ def test_a_compaction_that_fails(bundle: Callable[..., Path]) -> None:
 # Listeners, and the engine's own mistakes
 
 
-def test_listeners_may_do_anything(
-    engine: Engine, expected: list[Generation], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_listeners_may_do_anything(engine: Engine, expected: list[Generation]) -> None:
     """Raise, cancel their own request or another one, ask for more."""
-    seen: list[type[BaseException]] = []
-    monkeypatch.setattr("sys.excepthook", lambda kind, error, trace: seen.append(kind))  # noqa: ARG005
     more: list[Handle] = []
-    with answers(engine, LONG, expected):
+    with logged() as records, answers(engine, LONG, expected):
         own, other, third = (submit(engine, SHORT) for _ in range(3))
 
         def cancels() -> None:
@@ -227,7 +224,7 @@ def test_listeners_may_do_anything(
         assert len(more[0].result(WAIT).token_ids) == 12
         for handle in (own, other):
             assert type(handle_error(handle)) is lvlm.runtime.errors.RequestCancelled
-    assert set(seen) == {LookupError}
+    assert {record.exc_info[0] for record in records if record.exc_info} == {LookupError}
 
 
 def test_two_listeners_that_cancel_each_other(engine: Engine) -> None:
@@ -246,16 +243,19 @@ def test_two_listeners_that_cancel_each_other(engine: Engine) -> None:
 
 def test_a_mistake_of_the_engine_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for ever, and it is said aloud."""
-    said: list[Any] = []
-    monkeypatch.setattr(threading, "excepthook", said.append)
     engine = Engine(folder, slots=1)
     monkeypatch.setattr(scheduler(engine).slots, "start", None)
-    handles = [engine.submit(QUESTION) for _ in range(3)]
-    for handle in handles:
-        with pytest.raises(BackendError, match=r"^the engine stopped \(TypeError: .*open it again"):
-            handle.result(WAIT)
-    until(lambda: bool(said))
-    assert said[0].exc_type is TypeError
+    all_asked = threading.Event()
+    intercept(engine, "prefill").before = lambda inputs, outputs: all_asked.wait(WAIT)  # noqa: ARG005
+    with logged() as records:
+        handles = [engine.submit(QUESTION) for _ in range(3)]
+        all_asked.set()
+        for handle in handles:
+            with pytest.raises(
+                BackendError, match=r"^the engine stopped \(TypeError: .*open it ag"
+            ):
+                handle.result(WAIT)
+    assert [record.getMessage() for record in records] == ["the engine stopped"]
     with pytest.raises(EngineClosedError, match="this engine is closed"):
         engine.submit(QUESTION)
     engine.close()

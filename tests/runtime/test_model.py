@@ -14,6 +14,7 @@ from PIL import Image
 
 import lvlm
 from lvlm.runtime.answers import Stats
+from lvlm.runtime.backends import open_backend
 from lvlm.runtime.errors import (
     BackendError,
     BundleError,
@@ -177,8 +178,11 @@ def test_loading_errors(bundle: Callable[..., Path], tmp_path: Path) -> None:
     folder = bundle("tiny-llava", max_images=2)
     with pytest.raises(ParameterError, match="unknown device 'cpi'; did you mean cpu"):
         lvlm.load(folder, device="cpi")
-    with pytest.raises(ParameterError, match="threads is 0; give 1 or more"):
-        lvlm.load(folder, threads=0)
+    for threads in (0, 300, 2**32 + 1, "2", True):
+        with pytest.raises(ParameterError, match=rf"threads is '?{threads}'?; give 1 to \d+, as"):
+            lvlm.load(folder, threads=threads)  # type: ignore[arg-type]
+        with pytest.raises(ParameterError, match=r"threads is .* CPUs"):
+            open_backend("cpu", threads=threads)  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="does not exist"):
         lvlm.load(tmp_path / "none")
 

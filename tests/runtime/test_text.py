@@ -147,7 +147,7 @@ def test_pieces_are_the_text_up_to_the_first_stop_string(
     text = "".join([stream.push(i) for i in ids]) + stream.finish()
     whole = tokenizer.decode(ids).removeprefix(lead)
     assert text == cut_at_stop(whole, stop)
-    assert stream.stopped == any(s in whole for s in stop)
+    assert bool(stream.stopped) == any(s in whole for s in stop)
 
 
 @settings(max_examples=100, deadline=None)
@@ -220,11 +220,26 @@ def test_stop_string_in_pieces(tokenizers_by_kind: dict[str, Tokenizer]) -> None
     ids = [tokenizer.token_id(t) for t in ["a", "▁st", "op", "b"]]
     stream = TextStream(tokenizer, ["stop"])
     assert [stream.push(i) for i in ids] == ["a", " ", "", ""]
-    assert stream.stopped
+    assert stream.stopped == "stop"
     assert stream.finish() == ""
     stream = TextStream(tokenizer, ["stoop"])
     assert [stream.push(i) for i in ids] == ["a", " ", "stop", "b"]
     assert not stream.stopped
+
+
+def test_stop_string_that_is_a_special_token(tokenizers_by_kind: dict[str, Tokenizer]) -> None:
+    """It is no text, so it is matched by its id; text that was held back comes before it."""
+    tokenizer = tokenizers_by_kind["byte_fallback"]
+    special = "</s>"
+    ids = [tokenizer.token_id(t) for t in ["a", "▁st", special, "op", "b"]]
+    stream = TextStream(tokenizer, ["stop", special])
+    assert "".join([stream.push(i) for i in ids]) + stream.finish() == "a st"
+    assert stream.stopped == special
+    stream = TextStream(tokenizer, ["stop"])
+    assert "".join([stream.push(i) for i in ids]) == "a "
+    assert stream.stopped == "stop"
+    with pytest.raises(ParameterError, match=f"special token '{special}' and more; give"):
+        TextStream(tokenizer, [special + " then"])
 
 
 def test_held_text_comes_at_the_end(tokenizers_by_kind: dict[str, Tokenizer]) -> None:

@@ -1,0 +1,84 @@
+"""What ``import lvlm`` gives: names, types, errors, the version."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import mypy.api
+import pytest
+
+import lvlm
+from lvlm.runtime import errors
+
+PROGRAM = """
+import lvlm
+from lvlm import Engine, GenerationOptions, QueueFullError
+
+model = lvlm.load("out/")
+reveal_type(model)  # says "lvlm.runtime.model.Model"
+reveal_type(model.generate("Hi", temperature=0.5))  # says "lvlm.runtime.answers.Generation"
+reveal_type(model.generate(["Hi"], options=GenerationOptions(seed=1)))  # says "list[lvlm.
+reveal_type(Engine("out/").submit("Hi").result().stop_reason)  # says "str | int | None"
+try:
+    lvlm.Engine("out/").stats().running
+except QueueFullError as error:
+    reveal_type(error)  # says "lvlm.runtime.errors.QueueFullError"
+model.generate("Hi", temprature=0.5)  # says did you mean "temperature"
+model.stream("Hi", temperature="0.5")  # says expected "float"
+Engine("out/").generate("Hi", max_tokens=3)  # says did you mean "max_new_tokens"
+GenerationOptions(max_tokens=3)  # says did you mean "max_new_tokens"
+lvlm.Modell  # says maybe "Model"
+"""
+
+
+def test_a_type_checker_sees_the_api(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    argv = ["--strict", "--follow-imports=silent", "--config-file=", f"{program}"]
+    said, _, _ = mypy.api.run([*argv, f"--cache-dir={tmp_path / 'cache'}"])
+    about = re.findall(r"program\.py:(\d+): (?:error|note): (.*)$", said, re.MULTILINE)
+    for number, line in enumerate(PROGRAM.splitlines(), 1):
+        found = [text for at, text in about if int(at) == number]
+        expected = line.partition("  # says ")[2]
+        assert bool(found) == bool(expected), said
+        assert not expected or any(expected in text for text in found), said
+
+
+def test_names_are_listed() -> None:
+    assert set(lvlm.__all__) <= set(dir(lvlm))
+    assert "__version__" in dir(lvlm)
+    for name in lvlm.__all__:
+        assert getattr(lvlm, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        getattr(lvlm, "nonsense")  # noqa: B009 - as a user would write it
+
+
+def test_errors_of_the_runtime_are_public() -> None:
+    tools = {"CheckpointError", "ExportError", "ValidationError", "BuildError"}
+    found = {
+        name
+        for name, value in vars(errors).items()
+        if inspect.isclass(value) and issubclass(value, errors.LvlmError)
+    }
+    assert found - tools <= set(lvlm.__all__)
+
+
+def test_version() -> None:
+    assert lvlm.__version__ == metadata.version("lvlm-deploy")
+
+
+def test_every_command_says_its_version(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = metadata.distribution("lvlm-deploy").entry_points.select(group="console_scripts")
+    assert len(points) >= 8
+    for point in points:
+        monkeypatch.setattr(sys, "argv", [point.name, "--version"])
+        with contextlib.suppress(SystemExit):
+            point.load()()
+        assert capsys.readouterr().out == f"lvlm-deploy {lvlm.__version__}\n"
