@@ -7,6 +7,7 @@ about a data set is checked here and there before any model is loaded.
 from __future__ import annotations
 
 import hashlib
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +134,13 @@ def listing() -> str:
     """The data sets and the layouts of files, a line each."""
     known: dict[str, Dataset] = discover("lvlm.calibration.datasets", "DATASET")
     width = max(map(len, known))
-    return "\n".join(f"{name:{width}}  {dataset.summary}" for name, dataset in known.items())
+    return "\n".join(
+        line
+        for name, dataset in known.items()
+        for line in textwrap.wrap(
+            f"{name:{width}}  {dataset.summary}", 80, subsequent_indent=" " * (width + 2)
+        )
+    )
 
 
 def _dataset(data: str, layout: str | None) -> Dataset:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+TICKS = 1.0, 60.0  # seconds between signs of life: on a terminal, elsewhere
+
 
 class Progress:
-    """One line per stage; on a terminal the running line is rewritten in place."""
+    """One line per stage; on a terminal the running line is rewritten in place, elsewhere a long
+    stage says now and then that it goes on."""
 
     def __init__(self, stages: int, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self.stages, self.quiet = stages, quiet
@@ -23,7 +28,18 @@ class Progress:
         self.number += 1
         stage = Stage(self, f"[{self.number}/{self.stages}] {what}")
         stage.show("…")
-        yield stage
+        over = threading.Event()
+        clock = threading.Thread(target=stage.tick, args=(over,), daemon=True)
+        clock.start()
+        try:
+            yield stage
+        except BaseException:
+            over.set()
+            clock.join()
+            stage.leave()
+            raise
+        over.set()
+        clock.join()
         stage.show(stage.result or "done", final=True)
 
     @property
@@ -36,20 +52,38 @@ class Stage:
 
     def __init__(self, progress: Progress, title: str) -> None:
         self.progress, self.title = progress, title
-        self.result = ""
+        self.result, self.text = "", ""
+        self.lock = threading.Lock()
         self.began = self.shown = time.monotonic()
         self.bytes_done = 0
 
     def show(self, text: str, *, final: bool = False) -> None:
+        self._write(text, end="\n" if final else "", aloud=final)
+
+    def tick(self, over: threading.Event) -> None:
+        """Show how long the stage has run, again and again until it is ``over``."""
+        terminal = self.progress.stream.isatty()
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            while not over.wait(TICKS[0] if terminal else TICKS[1]):
+                self._write(self.text, end="" if terminal else "\n", aloud=True)
+
+    def leave(self) -> None:
+        """End the line: what comes next is an error."""
+        if not self.progress.quiet and self.progress.stream.isatty():
+            print(file=self.progress.stream, flush=True)
+
+    def _write(self, text: str, *, end: str, aloud: bool) -> None:
+        """Off a terminal only what is said ``aloud`` is a line."""
         if self.progress.quiet:
             return
-        stream = self.progress.stream
+        stream, self.text = self.progress.stream, text
         seconds = time.monotonic() - self.began
-        line = f"{self.title}  {text}" + (f"  {seconds:.1f} s" if final or seconds > 1 else "")
-        if stream.isatty():
-            print(f"\r\033[K{line}", end="\n" if final else "", file=stream, flush=True)
-        elif final:
-            print(line, file=stream, flush=True)
+        line = f"{self.title}  {text}" + (f"  {seconds:.1f} s" if aloud or seconds > 1 else "")
+        with self.lock:
+            if stream.isatty():
+                print(f"\r\033[K{line}", end=end, file=stream, flush=True)
+            elif aloud:
+                print(line, file=stream, flush=True)
 
     def add_bytes(self, count: int, total: int) -> None:
         """Progress of copying; shown at most ten times a second."""

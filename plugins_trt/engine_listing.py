@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,29 +24,31 @@ PEOPLE = {
 
 
 def targets() -> str:
-    """A table of what ``--target`` takes."""
+    """What ``--target`` takes, in lines that fit a terminal of 80 columns."""
     known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
-    head = ("target", "engine", "for", "sm", "opset", "plugins", "written out", "verified")
-    rows = [_row(known[name]) for name in sorted(known)]
-    return _table([head, *rows])
+    return "\n\n".join("\n".join(_block(known[name])) for name in sorted(known))
 
 
-def _row(target: Target) -> tuple[str, ...]:
+def _block(target: Target) -> list[str]:
     written = sorted(NEW_OPS - target.imports)
     types = {"float32", "float16", "bfloat16"} - target.attention
     if types:
         which = "" if len(types) == 3 else f" {', '.join(sorted(types))}"
         written.insert(0, f"Attention{which}")
-    return (
-        target.name,
-        f"{PEOPLE[target.flavour]} {'.'.join(map(str, target.version))}",
-        target.platform,
-        ", ".join(map(str, target.sms)) or "any",
-        str(target.opset),
-        "yes" if target.plugins else "no",
-        ", ".join(written) or "nothing",
-        target.verified or "no",
-    )
+    architectures = ", ".join(map(str, target.sms)) or "any"
+    facts = {
+        "engine": f"{PEOPLE[target.flavour]} {'.'.join(map(str, target.version))}",
+        "for": f"{target.platform} (sm {architectures})",
+        "opset": f"{target.opset}, {'plugins' if target.plugins else 'no plugins'}",
+        "written out": ", ".join(written) or "nothing",
+        "verified": target.verified or "no",
+    }
+    lines = [target.name]
+    for name, value in facts.items():
+        lines += textwrap.wrap(
+            value, 80, initial_indent=f"  {name:11}  ", subsequent_indent=" " * 15
+        )
+    return lines
 
 
 def plan(plan: Plan) -> str:

@@ -87,12 +87,13 @@ def _packages_anew() -> Iterator[None]:
 def test_targets_are_listed_with_what_was_seen_of_them(run: Any) -> None:
     code, out, _ = run("--list-targets")
     assert code == 0
-    lines = {line.split()[0]: line for line in out.splitlines()}
+    blocks = {block.partition("\n")[0]: " ".join(block.split()) for block in out.split("\n\n")}
     targets = discover("lvlm.export.targets", "TARGET")
-    assert set(lines) == {"target", *targets}
+    assert set(blocks) == set(targets)
     for name, target in targets.items():
-        assert lines[name].endswith(target.verified or " no")
-    assert "Attention, RMSNormalization" in lines["jetson-orin-jp62"]
+        assert blocks[name].endswith(f"verified {target.verified or 'no'}")
+    assert "Attention, RMSNormalization" in blocks["jetson-orin-jp62"]
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_what_is_built_and_where(folder: Path, run: Any) -> None:
