@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm.runtime.console import Parser, run_main
+from lvlm.runtime.console import Parser, add_verify, run_main
 
 if TYPE_CHECKING:
     from lvlm.calibration.metrics import Metric
@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=1, metavar="N", help="prompts at a time (default 1)")
     add("--device", default="cpu", help="what to run on (default cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the backend's choice)")
+    add_verify(add)
     add("--no-timings", action="store_true", help="leave times out of the results")
     add("-q", "--quiet", action="store_true", help="no progress, no table")
     make = parser.add_argument_group("bundles to make, kept below the output folder")
@@ -133,7 +134,8 @@ def _run(args: argparse.Namespace) -> int:
     samples = read_samples(
         args.data, layout=args.format, images=args.images, samples=args.samples, kinds=args.kinds
     )
-    given = [Bundle.read(path) for path in {p.resolve(): p for p in args.bundles}.values()]
+    folders = {p.resolve(): p for p in args.bundles}.values()
+    given = [Bundle.read(path, verify=args.verify) for path in folders]
     reference = _reference(args, metrics, given)
     if not args.recipes:
         variants(given, args.keep, args.kv_keep)
@@ -217,7 +219,7 @@ def _reference(
     from lvlm.runtime.errors import ParameterError
 
     if args.reference is not None:
-        bundle = Bundle.read(args.reference)
+        bundle = Bundle.read(args.reference, verify=args.verify)
         if not bundle.is_full:
             raise ParameterError(
                 f"--reference {args.reference} does not keep the full cache; give a bundle of "

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lvlm.runtime.bundle import decode
 from lvlm.runtime.errors import BundleError, LvlmError
+from lvlm.runtime.typed_json import decode
 
 Run = Literal["forced", "greedy"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lvlm.runtime.bundle import MANIFEST, Manifest, read_bundle
 from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.integrity import Verify
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Bundle:
     digest: str
 
     @classmethod
-    def read(cls, folder: Path, label: str | None = None) -> Bundle:
-        """Files are looked at, not hashed: loading does that. Raises BundleError."""
-        manifest = read_bundle(folder, verify=False)
+    def read(cls, folder: Path, label: str | None = None, verify: Verify = "none") -> Bundle:
+        """Loading looks at the files' hashes, too. Raises BundleError."""
+        manifest = read_bundle(folder, verify)
         digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
         return cls(label or str(folder), folder, manifest, digest)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lvlm.export.checkpoint import Checkpoint, describe
-from lvlm.runtime.bundle import ProfileRow, decode
+from lvlm.runtime.bundle import ProfileRow
 from lvlm.runtime.errors import BundleError, CheckpointError, ExportError, ParameterError
+from lvlm.runtime.typed_json import decode
 
 SCHEMA = 1
 MAKE_ONE = "make one with lvlm-calibrate"

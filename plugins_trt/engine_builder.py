@@ -70,7 +70,7 @@ def build(plan: Plan, progress: Progress) -> EngineSet:
 
 def lower_only(request: Request, progress: Progress, dry_run: bool) -> str:
     """For engines that build from the graph when they load it."""
-    target, manifest = request.target, read_bundle(request.bundle)
+    target, manifest = request.target, read_bundle(request.bundle, request.verify)
     files = ", ".join(target.file(graph.file) for graph in manifest.graphs.values())
     done = "there already" if lowered(manifest, target) else "written"
     if dry_run:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lvlm.runtime.console import add_verify
+
 if TYPE_CHECKING:
     from lvlm.export.targets._base import Target
     from lvlm.plugins_trt.engine_request import Request
@@ -51,6 +53,7 @@ def add_parser(subparsers: Any) -> None:
     add("--hardware-compatible", action="store_true", help="engines also for later GPUs")
     add("--timing-cache", metavar="FILE", type=Path, help="read and extend it (default: our own)")
     add("-o", "--output", metavar="FOLDER", type=Path, help="default: BUNDLE/engines/GPU-VERSION")
+    add_verify(add)
     add("--force", action="store_true", help="replace engines that are there")
     add("--dry-run", action="store_true", help="check everything, print the plan, build nothing")
     add("-q", "--quiet", action="store_true", help="no progress")
@@ -105,6 +108,7 @@ def _request(args: argparse.Namespace) -> Request:
         timing_cache=args.timing_cache,
         output=args.output,
         force=args.force,
+        verify=args.verify,
     )
 
 

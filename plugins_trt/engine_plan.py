@@ -42,7 +42,7 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Check everything that can be checked before building. Raises LvlmError."""
-    manifest = read_bundle(request.bundle)
+    manifest = read_bundle(request.bundle, request.verify)
     _check_dtype(request.target, manifest.dtype)
     found = profiles(manifest, request.limits)
     _check_topk(request.target, found)

@@ -13,6 +13,7 @@ from lvlm.plugins_trt.profiles import Limits, parse_batch
 from lvlm.runtime.discovery import discover, nearest
 from lvlm.runtime.engines import PLUGINS
 from lvlm.runtime.errors import BackendError, ParameterError
+from lvlm.runtime.integrity import Verify
 
 Weights = Literal["inputs", "embedded"]
 DEFAULT_BATCH = "1..4"
@@ -53,6 +54,7 @@ class Request:
     timing_cache: Path | None = None
     output: Path | None = None
     force: bool = False
+    verify: Verify = "sample"
 
     def __post_init__(self) -> None:
         """Raises ParameterError for a flag that the target has no use for."""

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from lvlm.runtime.errors import BundleError
-from lvlm.runtime.integrity import File, check_files
+from lvlm.runtime.errors import BundleError, shown
+from lvlm.runtime.integrity import File, Verify, check_files
+from lvlm.runtime.manifest_checks import check
+from lvlm.runtime.typed_json import decode, read_json
 
 SCHEMA = 4
 READABLE = (3, SCHEMA)  # 3 has neither ``generation`` nor hashes of blocks
 MANIFEST = "lvlm.json"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -212,157 +209,29 @@ class Manifest:
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def read_bundle(folder: str | Path, *, verify: bool = True) -> Manifest:
+def read_bundle(folder: str | Path, verify: Verify = "sample") -> Manifest:
     """The checked manifest of a bundle; BundleError says what is wrong with it.
 
-    ``verify`` compares every listed file with its hash (skipped for files already verified that
-    have kept size and time); without it they must still be there, inside, and of the right size.
+    ``verify``: how the listed files are compared with their hashes (integrity.py); that they are
+    there and of the right size is always looked at.
     """
     folder = Path(folder)
     path = folder / MANIFEST
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{shown(str(folder))} cannot be read ({error})") from None
+    if not there:
         what = "is not a bundle (no lvlm.json in it)" if folder.is_dir() else "does not exist"
         raise BundleError(f"{folder} {what}; make one with lvlm-export -o {folder}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read ({error}); export the bundle again") from None
+    data = read_json(path)
     schema = data.get("schema") if isinstance(data, dict) else None
-    if schema not in READABLE or isinstance(schema, bool):
+    if isinstance(schema, bool) or schema not in READABLE:
         raise BundleError(
-            f"{path} has schema {schema!r}, this version reads {READABLE[0]} and {SCHEMA}; "
+            f"{path} has schema {shown(schema)}, this version reads {READABLE[0]} and {SCHEMA}; "
             "export again with this version or install the one that wrote it"
         )
     manifest = decode(Manifest, data, path.name)
-    _check(manifest, path)
-    check_files(folder, manifest.files, "sample" if verify else "none")
+    check(manifest, path)
+    check_files(folder, manifest.files, verify)
     return manifest
-
-
-def _check(manifest: Manifest, path: Path) -> None:
-    """What types alone cannot say."""
-    graphs = [f for g in manifest.graphs.values() for f in (g.file, *g.lowered.values())]
-    missing = {"vision", "prefill", "decode"} - set(manifest.graphs)
-    if missing:
-        raise BundleError(f"{path} lists no {', '.join(sorted(missing))} graph; export again")
-    if unlisted := set(graphs) - set(manifest.files):
-        raise BundleError(f"{path} has no hash for {', '.join(sorted(unlisted))}; export again")
-    _check_weights(manifest, path)
-    layers = manifest.text.layers
-    if len(manifest.capacity.per_layer) != layers:
-        raise BundleError(f"{path} lists capacities for another number of layers than {layers}")
-    images, capacity = manifest.images, manifest.capacity
-    sizes = (
-        *dataclasses.astuple(manifest.text)[:6],
-        *(images.tokens, *images.grid, *images.size, *images.most.values()),
-        *(capacity.max_text_len, capacity.max_images, *capacity.per_layer),
-    )
-    if min(sizes) < 1 or not 0 < manifest.keep <= 1:
-        raise BundleError(f"{path} has a size or keep ratio out of range; export again")
-    if (q := manifest.quantization) is not None and (q.bits not in (4, 8) or q.block < 1):
-        raise BundleError(
-            f"{path} has weights of {q.bits} bits in blocks of {q.block}; export again"
-        )
-    if len(images.grid) not in (0, 2) or len(images.size) not in (0, 2):
-        raise BundleError(f"{path}: images need a grid and a size of two numbers, or none")
-    if images.shared_rows < 0 or not 0 <= images.deep < layers:
-        raise BundleError(
-            f"{path}: images share {images.shared_rows} rows and enter {images.deep} blocks more; "
-            "export again"
-        )
-    _check_reductions(manifest.reductions, layers, path)
-    if manifest.compression is not None:
-        _check_compression(manifest.compression, layers, path)
-
-
-def _check_weights(manifest: Manifest, path: Path) -> None:
-    """Every graph's weights are listed, and lie inside their files."""
-    if unknown := {w for g in manifest.graphs.values() for w in g.weights} - set(manifest.weights):
-        raise BundleError(f"{path} does not list the weight {min(unknown)!r}; export again")
-    for name, w in manifest.weights.items():
-        size = manifest.files[w.file].bytes if w.file in manifest.files else 0
-        if min(w.offset, w.bytes, *w.dims, 0) < 0 or w.offset + w.bytes > size:
-            raise BundleError(f"{path}: the weight {name!r} lies outside its file; export again")
-
-
-def _check_reductions(reductions: tuple[Reduction, ...], layers: int, path: Path) -> None:
-    stages = [r.layer for r in reductions]
-    if any(not 0 < layer < layers for layer in stages) or stages != sorted(set(stages)):
-        raise BundleError(f"{path} reduces tokens at layers {stages} of {layers}; export again")
-    for r in reductions:
-        # NaN fails every comparison
-        fractions = [x for x in (r.ratio, r.recycle) if x is not None]
-        steps = [x for x in (r.exponent,) if x is not None]
-        usable = all(0 < x <= 1 for x in fractions) and all(0 < x < math.inf for x in steps)
-        if not usable or (r.ratio is None) == (r.exponent is None):
-            raise BundleError(f"{path} has a reduction out of range ({r}); export again")
-    if len({r.ratio is None for r in reductions}) > 1:
-        raise BundleError(f"{path} mixes reductions with and without own ratio; export again")
-
-
-def _check_compression(c: Compression, layers: int, path: Path) -> None:
-    keeps, shares = [row.keep for row in c.profile], [row.fractions for row in c.profile]
-    means = [math.fsum(row) / layers for row in shares]
-    fits = {
-        "keep": 0 < c.keep <= 1,
-        "profile": keeps == sorted(set(keeps)) and all(len(row) == layers for row in shares),
-        "profile's fractions": all(0 < x <= 1 for row in (keeps, *shares) for x in row),
-        "profile's means": all(abs(m - k) <= 1e-6 for m, k in zip(means, keeps, strict=True)),
-        "cap": c.cap is None or c.cap >= c.sinks + c.recent,
-        "floor": c.floor >= 0 and (c.floor == 0 or c.interval is not None),
-        "sinks or recent": min(c.sinks, c.recent - c.queries) >= 0 < c.sinks + c.recent,
-        "distance": (c.distance or 0) >= 0 and (c.distance is None) != (c.interval is None),
-        "interval": c.interval is None or c.interval > 0,
-        "queries": c.queries >= 0 and (c.queries > 0) == (c.interval is not None),
-        "semantics": c.semantics == "paper" or c.interval is None,
-    }
-    if wrong := ", ".join(name for name, fit in fits.items() if not fit):
-        raise BundleError(f"{path} has a cache compression out of range ({wrong}); export again")
-
-
-def decode(kind: type[T], data: Any, where: str) -> T:
-    """``data`` (from JSON) as the typed ``kind``; BundleError names the field that does not fit."""
-    return typing.cast(T, _decode(kind, data, where))
-
-
-def _required(kind: Any) -> set[str]:
-    """The fields without a default, which earlier schemas lack."""
-    defaults = {f.name: (f.default, f.default_factory) for f in dataclasses.fields(kind)}
-    absent = (dataclasses.MISSING, dataclasses.MISSING)
-    return {name for name, default in defaults.items() if default == absent}
-
-
-def _decode(kind: Any, data: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return data
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(data, Mapping):
-            raise BundleError(f"{where} is not an object; export the bundle again")
-        hints = typing.get_type_hints(kind)
-        if unknown := set(data) - set(hints):
-            raise BundleError(f"{where}: unknown field '{min(unknown)}'; export the bundle again")
-        if missing := _required(kind) - set(data):
-            raise BundleError(f"{where}: missing field '{min(missing)}'; export the bundle again")
-        return kind(**{k: _decode(hints[k], v, f"{where}.{k}") for k, v in data.items()})
-    if origin is tuple and isinstance(data, list):
-        return tuple(_decode(arguments[0], x, f"{where}[{i}]") for i, x in enumerate(data))
-    if origin is dict and isinstance(data, Mapping):
-        return {str(k): _decode(arguments[1], v, f"{where}.{k}") for k, v in data.items()}
-    if origin is Literal and data in arguments:
-        return data
-    if origin in (typing.Union, types.UnionType):
-        for option in arguments:
-            if option is type(None) and data is None:
-                return None
-            if option is not type(None):
-                try:
-                    return _decode(option, data, where)
-                except BundleError:
-                    continue
-    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
-        return float(data)
-    fits = isinstance(kind, type) and isinstance(data, kind)
-    if fits and isinstance(data, bool) == (kind is bool):  # to Python, True is a whole number
-        return data
-    raise BundleError(f"{where} holds {data!r}, which does not fit; export the bundle again")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm.runtime.backends import devices
-from lvlm.runtime.console import Parser, run_main
+from lvlm.runtime.console import Parser, add_verify, run_main
 from lvlm.runtime.errors import ParameterError, PromptError
 from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.option_flags import add_option_flags, given_options
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--stats", action="store_true", help="tokens, times and cache sizes on standard error")
     add("--json", action="store_true", help="one JSON object, printed at the end")
-    add("--no-verify", action="store_true", help="do not compare the bundle's files with hashes")
+    add_verify(add)
     talk = parser.add_mutually_exclusive_group()
     talk.add_argument("-v", "--verbose", action="store_true", help="say what was loaded")
     talk.add_argument("-q", "--quiet", action="store_true", help="no notes on standard error")
@@ -65,9 +65,7 @@ def _run(args: argparse.Namespace) -> int:
     from lvlm.runtime.model import load
 
     began = time.perf_counter()
-    with load(
-        args.bundle, device=args.device, threads=args.threads, verify=not args.no_verify
-    ) as model:
+    with load(args.bundle, device=args.device, threads=args.threads, verify=args.verify) as model:
         if args.verbose:
             _describe(model, args, time.perf_counter() - began)
         if args.show_merge:

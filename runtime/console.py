@@ -32,7 +32,7 @@ def run_main(program: str, body: Callable[[], int]) -> int:
         sys.stdout.flush()
         return status
     except LvlmError as error:
-        return _fail(program, str(error))
+        return _fail(program, "\n".join(filter(None, (str(error), error.details))))
     except MemoryError as error:
         detail = f" ({error})" if str(error) else ""
         return _fail(program, f"not enough memory{detail}; free some, or use a smaller model")
@@ -58,6 +58,17 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         print(f"{DISTRIBUTION} {version()}")
         parser.exit()
+
+
+def add_verify(add: Callable[..., Any]) -> None:
+    """--verify, for every command that loads a bundle."""
+    add(
+        "--verify",
+        choices=("sample", "full", "none"),
+        default="sample",
+        help="compare the bundle's files with their hashes: sample (default) reads large files "
+        "once as a whole and then some blocks of them, full all of everything",
+    )
 
 
 class Parser(argparse.ArgumentParser):

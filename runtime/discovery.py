@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.errors import ParameterError, shown
 
 
 def names(package: str) -> list[str]:
@@ -37,5 +37,5 @@ def nearest(kind: str, name: str, known: Iterable[str]) -> ParameterError:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
-        return ParameterError(f"unknown {kind} '{name}'; did you mean {' or '.join(close)}?")
-    return ParameterError(f"unknown {kind} '{name}'; known: {', '.join(known)}")
+        return ParameterError(f"unknown {kind} {shown(name)}; did you mean {' or '.join(close)}?")
+    return ParameterError(f"unknown {kind} {shown(name)}; known: {', '.join(known)}")

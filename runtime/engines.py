@@ -16,9 +16,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lvlm.runtime.bundle import Manifest, decode
+from lvlm.runtime.bundle import Manifest
 from lvlm.runtime.errors import BackendError, BundleError
-from lvlm.runtime.integrity import File, check_files
+from lvlm.runtime.integrity import File, Verify, check_files
+from lvlm.runtime.typed_json import decode
 
 FOLDER = "engines"
 FILE = "engine.json"
@@ -116,15 +117,16 @@ class EngineSet:
         return found
 
     @classmethod
-    def read(cls, folder: Path, *, verify: bool = True) -> EngineSet:
-        """The set in ``folder``, whose files are all there; ``verify``: and have their hashes.
+    def read(cls, folder: Path, *, verify: Verify = "sample") -> EngineSet:
+        """The set in ``folder``, whose files are all there; ``verify``: and have their hashes, see
+        ``check_files``.
 
         Raises BackendError that says what is wrong.
         """
         engines = cls._parse(folder)
         files = {g.file: File(g.sha256, g.bytes) for g in engines.graphs.values()}
         try:
-            check_files(folder, files, "sample" if verify else "none")
+            check_files(folder, files, verify)
         except BundleError as error:
             reason = str(error).partition(";")[0].replace("its export", "it was built")
             raise BackendError(f"{reason}; {engines.mend}") from None

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+LONGEST = 1_000  # characters of a message
+
 
 class LvlmError(Exception):
-    """Base of every error whose message says what is wrong and how to mend it, in one line."""
+    """Base of every error whose message says what is wrong and how to mend it.
+
+    The message is one line, whatever it quotes: what cannot be printed in one becomes spaces, and
+    what is longer than anybody reads is cut in the middle.
+    ``details`` are further lines, which command lines print below it.
+    """
+
+    details = ""
+
+    def __init__(self, message: str = "") -> None:
+        text = str(message)
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 3 :]}"
+        super().__init__("".join(c if c.isprintable() else " " for c in text))
 
 
 class ParameterError(LvlmError, ValueError):
@@ -68,7 +83,11 @@ class ExportError(LvlmError):
 
 
 class ValidationError(ExportError):
-    """An exported graph does not compute what the checkpoint computes."""
+    """An exported graph does not compute what the checkpoint computes. ``details``: every check."""
+
+    def __init__(self, message: str = "", details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class BuildError(LvlmError):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from lvlm.runtime.errors import BundleError
+from lvlm.runtime.typed_json import decode
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,6 @@ class GenerationConfig:
 
         Raises BundleError for a field that is unknown or does not fit.
         """
-        # Imported here: bundle.py, which reads every typed part, is above this module
-        from lvlm.runtime.bundle import decode
-
         whole = cls().stored(everything=True) | dict(stored) | {"eos_ids": list(eos_ids)}
         return decode(cls, whole, "generation")
 

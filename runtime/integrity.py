@@ -15,9 +15,9 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from lvlm.runtime.errors import BundleError
+from lvlm.runtime.errors import BundleError, ParameterError, shown
 
 Verify = Literal["sample", "full", "none"]
 BLOCK = 1 << 20
@@ -82,25 +82,28 @@ def sha256_of(path: Path) -> str:
 
 
 def check_files(folder: Path, expected: Mapping[str, File], verify: Verify = "sample") -> None:
-    """Raise BundleError for a file of ``expected`` that is missing or has changed.
+    """Raise BundleError for a file of ``expected`` that is missing or has changed, ParameterError
+    for another ``verify``.
 
     Files may be links to anywhere: their hashes protect what is read.
 
     verify  sample: as this module's first lines say; full: all files are hashed as a whole; none:
             only their sizes are looked at
     """
+    if verify not in get_args(Verify):
+        raise ParameterError(f"verify is {shown(verify)}; give {', '.join(get_args(Verify))}")
     stamps = {} if verify == "none" else _read_stamps()
     before = dict(stamps)
     for name, file in expected.items():
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or not name or set(name) & {"\\", "\0"}:
-            raise BundleError(f"the path {name!r} leaves {folder}; do not use it")
+            raise BundleError(f"the path {shown(name)} leaves {folder}; do not use it")
         try:
             _check_file(folder, name, file, verify, stamps)
         except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, Python 3.12
             reason = error.strerror if isinstance(error, OSError) else error
             raise BundleError(
-                f"{folder / name} cannot be read ({reason}); copy it again or export again"
+                f"{shown(name)} in {folder} cannot be read ({reason}); copy or export it again"
             ) from None
     if stamps != before:
         _write_stamps(stamps)

@@ -21,6 +21,7 @@ from lvlm.runtime.forks import Home
 from lvlm.runtime.generation_options import GenerationOptions, OptionValues
 from lvlm.runtime.graphs import Graphs
 from lvlm.runtime.images import ImageSource
+from lvlm.runtime.integrity import Verify
 from lvlm.runtime.prompts import Prompt, PromptMaker
 from lvlm.runtime.text import TextStream, Tokenizer
 from lvlm.runtime.video import VideoSource
@@ -38,9 +39,10 @@ class Model:
         *,
         device: str = "cpu",
         threads: int | None = None,
-        verify: bool = True,
+        verify: Verify = "sample",
     ) -> None:
-        """``threads``: None lets the backend choose. ``verify`` False skips the file hashes.
+        """``threads``: None lets the backend choose. ``verify``: how files are
+        compared with their hashes (sample, full or none; docs/extending.md).
 
         Raises BundleError, BackendError, ParameterError.
         """
@@ -48,7 +50,7 @@ class Model:
         threads = thread_count(threads)
         self.folder, self.device = folder, device
         self._home = Home("model")
-        self.manifest: Manifest = read_bundle(folder, verify=verify)
+        self.manifest: Manifest = read_bundle(folder, verify)
         manifest = self.manifest
         self.tokenizer = Tokenizer(folder / "tokenizer.json", manifest.text.eos_ids)
         self._prompts = PromptMaker(
@@ -248,7 +250,7 @@ def load(
     *,
     device: str = "cpu",
     threads: int | None = None,
-    verify: bool = True,
+    verify: Verify = "sample",
 ) -> Model:
     """Load a bundle made by lvlm-export; see Model."""
     return Model(bundle, device=device, threads=threads, verify=verify)

@@ -76,7 +76,7 @@ def decode_row(work: Path, name: str, length: int, new: int) -> dict[str, Any]:
         steps, cache = transformers_steps(work, random_prompt(length, new), new)
         exact = None
     else:
-        with lvlm.load(work / f"cache-{recipe}", verify=False) as model:
+        with lvlm.load(work / f"cache-{recipe}", verify="none") as model:
             batch = model.batches.start([random_prompt(length, new)], **options)
             steps = []
             for _ in range(new - 1):
@@ -180,8 +180,8 @@ def paired_table(work: Path, length: int, new: int) -> None:
     print("| --- | --- | --- | --- |")
     for recipe in ("elastic-cache", "prefixkv", "lightvlm"):
         with (
-            lvlm.load(work / f"cache-{recipe}", verify=False) as compressed,
-            lvlm.load(work / "cache-none", verify=False) as full,
+            lvlm.load(work / f"cache-{recipe}", verify="none") as compressed,
+            lvlm.load(work / "cache-none", verify="none") as full,
         ):
             pair = (
                 Stream(compressed, f"{recipe} keep 0.2", length, new),
@@ -195,7 +195,7 @@ def paired_table(work: Path, length: int, new: int) -> None:
 
 
 def prefill_table(work: Path, length: int, rounds: int) -> None:
-    models = {name: lvlm.load(work / f"cache-{name}", verify=False) for name in RECIPES}
+    models = {name: lvlm.load(work / f"cache-{name}", verify="none") for name in RECIPES}
     times: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):
         for name, model in models.items():

@@ -57,7 +57,7 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> dict[str, float]:
     before = memory("VmRSS")
     began = time.perf_counter()
-    with lvlm.load(args.bundle, device=args.one, threads=args.threads, verify=False) as model:
+    with lvlm.load(args.bundle, device=args.one, threads=args.threads, verify="none") as model:
         load, resident = time.perf_counter() - began, memory("VmRSS") - before
         length, made = args.prompt[0], range(args.batch[0])
         rows = [prompt_for(model.manifest, length, args.steps, row) for row in made]

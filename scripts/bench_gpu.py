@@ -206,7 +206,7 @@ def measure(args: argparse.Namespace, name: str, case: Case) -> Figures:
     try:
         if recipe is None:
             return transformers_row(args, case)
-        with lvlm.load(bundle_folder(args, name), device=args.device, verify=False) as model:
+        with lvlm.load(bundle_folder(args, name), device=args.device, verify="none") as model:
             prompts = [
                 with_picture(prompt_for(model.manifest, case.prompt, case.new, row))
                 for row in range(case.batch)

@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--prompt", default="Describe the picture.")
     parser.add_argument("--graph", action="append", help="only this one; repeatable")
     parser.add_argument("--outputs-only", action="store_true", help="not the tensors in between")
-    parser.add_argument("--no-verify", action="store_true", help="for graphs changed by hand")
+    parser.add_argument("--verify", default="sample", help="none: for graphs changed by hand")
     args = parser.parse_args()
     return run_main("compare_layers", lambda: compare(args))
 
@@ -65,7 +65,7 @@ def compare(args: argparse.Namespace) -> int:
 
     set_default_logger_severity(3)
     G_LOGGER.module_severity = G_LOGGER.ERROR
-    manifest = read_bundle(args.bundle, verify=not args.no_verify)
+    manifest = read_bundle(args.bundle, verify=args.verify)
     target = args.target or TARGETS[args.against]
     recorded = record(args)
     failed = 0
@@ -108,7 +108,7 @@ def record(args: argparse.Namespace) -> dict[str, Arrays]:
         def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
             return Recording(self.name, self.session.bind(inputs, outputs), inputs)
 
-    with load(args.bundle, verify=not args.no_verify) as model:
+    with load(args.bundle, verify=args.verify) as model:
         for name in model.manifest.graphs:
             session = model.graphs.sessions[name]
             model.graphs.sessions[name] = Recorder(name, session)

@@ -55,7 +55,7 @@ def main() -> None:
         cpu.Backend.parallel = False
     endless: dict[str, Any] = {"max_new_tokens": 2000, "ignore_eos": True, "chat_template": False}
     with Engine(
-        args.bundle, threads=args.threads, verify=False, slots=args.streams + 1, image_cache=0
+        args.bundle, threads=args.threads, verify="none", slots=args.streams + 1, image_cache=0
     ) as engine:
         streams = [engine.submit(WORD * (20 + i), **endless) for i in range(args.streams)]
         for stream in streams:

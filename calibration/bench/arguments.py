@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from lvlm.runtime.console import Parser
+from lvlm.runtime.console import Parser, add_verify
 from lvlm.runtime.discovery import names
 from lvlm.runtime.installing import install
 
@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--kv-keep", metavar="G", help="fraction of the cache to keep, where a bundle shortens it")
     add("--device", default="cpu", help="what bundles run on (default cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads of each (default: all cores)")
+    add_verify(add)
     work = parser.add_argument_group("work")
     add = work.add_argument
     add(

@@ -20,8 +20,8 @@ from typing import Any
 from lvlm.calibration.bench.contenders import BUNDLE, Serving, Setup, peers
 from lvlm.calibration.bench.memory import forget_peak, peak_bytes
 from lvlm.calibration.bench.workload import Work
-from lvlm.runtime.bundle import decode
 from lvlm.runtime.errors import LvlmError
+from lvlm.runtime.typed_json import decode
 
 
 def main() -> None:

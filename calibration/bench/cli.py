@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     common = {"keep": args.keep, "kv-keep": args.kv_keep, "device": args.device}
     common = {name: value for name, value in common.items() if value is not None}
-    contenders = [bundle_contender(text, common) for text in args.bundles]
+    contenders = [bundle_contender(text, common, args.verify) for text in args.bundles]
     contenders += [peer_contender(text) for text in args.against]
     _check_labels(contenders)
     plan = _plan(args)

@@ -21,6 +21,7 @@ from lvlm.runtime.bundle import Manifest, read_bundle
 from lvlm.runtime.discovery import discover, nearest
 from lvlm.runtime.errors import BundleError, LvlmError, ParameterError
 from lvlm.runtime.installing import install
+from lvlm.runtime.integrity import Verify
 
 BUNDLE = "bundle"
 BUNDLE_SETTINGS = ("device", "keep", "kv-keep")
@@ -115,14 +116,14 @@ def peers() -> dict[str, Peer]:
     return discover(PEERS, "PEER")
 
 
-def bundle_contender(text: str, common: Mapping[str, str]) -> Contender:
+def bundle_contender(text: str, common: Mapping[str, str], verify: Verify = "sample") -> Contender:
     """``FOLDER[:SETTING…]``; of ``common`` settings (keep, kv-keep) those that its recipe takes.
 
     Raises ParameterError, BundleError.
     """
     path, *words = [text] if Path(text).exists() else text.split(":")
     folder = Path(path)
-    manifest = read_bundle(folder)
+    manifest = read_bundle(folder, verify)
     settings = {}
     for word in words:
         name, sign, value = word.partition("=")

@@ -16,7 +16,7 @@ from typing import Any, Self
 from lvlm.calibration.bench.contenders import BenchError, Setup
 from lvlm.calibration.bench.figures import Record, Round
 from lvlm.calibration.bench.workload import Work
-from lvlm.runtime.bundle import decode
+from lvlm.runtime.typed_json import decode
 
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 PATIENCE = 20  # seconds for a child to end by itself

@@ -36,6 +36,7 @@ from lvlm.runtime.generation_options import (
     whole,
 )
 from lvlm.runtime.graphs import Graphs
+from lvlm.runtime.integrity import Verify
 from lvlm.runtime.prompts import PromptMaker
 from lvlm.runtime.text import TextStream, Tokenizer
 
@@ -55,7 +56,7 @@ class Engine:
         *,
         device: str = "cpu",
         threads: int | None = None,
-        verify: bool = True,
+        verify: Verify = "sample",
         slots: int | None = None,
         memory_budget: int | str | None = None,
         max_text_len: int | None = None,
@@ -80,7 +81,7 @@ class Engine:
         threads = thread_count(threads)
         queue_limit = read_value("queue_limit", whole(1), queue_limit)
         self.folder, self.device = folder, device
-        self.manifest = manifest = read_bundle(folder, verify=verify)
+        self.manifest = manifest = read_bundle(folder, verify)
         self.keep, self.kv_keep = keep, kv_keep
         capacity = slot_capacity(manifest, max_text_len, max_images, keep, kv_keep)
         backend = open_backend(device, threads=threads)

@@ -40,7 +40,7 @@ def test_a_difference_is_found(lowered: Path, tmp_path: Path) -> None:
     norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
     next(a for a in norm.attribute if a.name == "epsilon").f = 0.5
     onnx.save(model, file)
-    done = compare(folder, "--against", "onnxruntime", "--graph", "vision", "--no-verify")
+    done = compare(folder, "--against", "onnxruntime", "--graph", "vision", "--verify", "none")
     assert done.returncode == 1, done.stderr
     assert "✗ vision: " in done.stdout
 

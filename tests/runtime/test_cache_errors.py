@@ -103,7 +103,7 @@ def test_importance_that_is_not_finite_is_an_error(
 ) -> None:
     folder = poisoned(bundle("tiny-llava", *settings, max_images=2), "prefill", tmp_path / "bundle")
     with (
-        lvlm.load(folder, threads=1, verify=False) as model,
+        lvlm.load(folder, threads=1, verify="none") as model,
         pytest.raises(BackendError, match=r"layer 2, prompt 1: the attention .* is not finite"),
     ):
         model.generate("Describe the picture.", [PICTURE], kv_keep=0.5)

@@ -145,7 +145,17 @@ def test_flags_reach_the_model(run: Run, light: Path, monkeypatch: pytest.Monkey
         *("--max-new-tokens", 3, "--temperature", 0.5, "--top-k", 4, "--top-p", 0.9),
         *("--repetition-penalty", 1.1, "--seed", 5, "--stop", "x", "--stop", "yz"),
         *("--ignore-eos", "--logprobs", 2, "--json"),
-        *("--keep", "0.7,0.5,0.3", "--kv-keep", 0.9, "--system", "Be brief.", "--no-verify", "-q"),
+        *(
+            "--keep",
+            "0.7,0.5,0.3",
+            "--kv-keep",
+            0.9,
+            "--system",
+            "Be brief.",
+            "--verify",
+            "none",
+            "-q",
+        ),
     )
     assert code == 0, err
     assert seen[:2] == ["Hi", [str(PICTURE), str(OTHER)]]

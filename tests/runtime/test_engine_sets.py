@@ -148,10 +148,10 @@ def test_files_that_changed(engines: EngineSet) -> None:
     path.write_bytes(b"another!!")
     with pytest.raises(BackendError, match=r"has changed since it was built; rebuild them: "):
         EngineSet.read(engines.folder)
-    assert EngineSet.read(engines.folder, verify=False) == engines
+    assert EngineSet.read(engines.folder, verify="none") == engines
     path.unlink()
     with pytest.raises(BackendError, match=r"lacks the file decode\.engine; rebuild them"):
-        EngineSet.read(engines.folder, verify=False)
+        EngineSet.read(engines.folder, verify="none")
 
 
 @pytest.mark.parametrize(
