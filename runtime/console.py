@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -76,18 +77,32 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
+        self._texts: list[str] = []  # arguments that look like flags and are none
         self.add_argument("--version", action=_Version, nargs=0, help="what is installed")
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> argparse.Namespace:
+        self._texts = list(filter(self._is_text, sys.argv[1:] if args is None else args))
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
-            flag = rest[0].partition("=")[0]
-            close = difflib.get_close_matches(flag, self._flags(), n=3, cutoff=0.6)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            self.error(f"unknown argument {rest[0]}{hint}")
+            self.error(f"unknown argument {rest[0]}{self._nearest(rest[0].partition('=')[0])}")
         return parsed
+
+    def _nearest(self, flag: str) -> str:
+        """First what it is the beginning of: --temp."""
+        whole = [f for f in self._flags() if len(flag) > 3 and f.startswith(flag)]
+        close = whole or difflib.get_close_matches(flag, self._flags(), n=3, cutoff=0.6)
+        return f"; did you mean {' or '.join(close)}?" if close else ""
+
+    def _is_text(self, argument: str) -> bool:
+        """Whether it begins as a flag does and is none, nor a number: -5+3?"""
+        if argument.partition("=")[0] in self._flags():
+            return False
+        with contextlib.suppress(ValueError):
+            float(argument)
+            return False
+        return re.match(r"-(\d|[^-].*\s|--)", argument) is not None
 
     def _flags(self) -> list[str]:
         """Its own, and those of its subcommands."""
@@ -96,4 +111,7 @@ class Parser(argparse.ArgumentParser):
         return [flag for parser in (self, *below) for flag in parser._option_string_actions]
 
     def error(self, message: str) -> NoReturn:
+        if self._texts:
+            text = self._texts[0][:40]
+            message += f"; text that begins with - comes last, after --: -- '{text}'"
         self.exit(USER_ERROR, f"{self.prog}: error: {message} ({self.prog} --help lists all)\n")

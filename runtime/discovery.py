@@ -6,7 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -32,10 +32,14 @@ def discover(package: str, attribute: str) -> dict[str, Any]:
     return found
 
 
-def nearest(kind: str, name: str, known: Iterable[str]) -> ParameterError:
-    """The error for an unknown name: offers the nearest known ones, or lists all."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+def nearest(
+    kind: str, name: str, known: Iterable[str], meant: Mapping[str, str] | None = None
+) -> ParameterError:
+    """The error for an unknown name: offers what is ``meant`` by it, or the nearest known ones, or
+    lists all."""
+    known, name = sorted(known), name[:80]
+    other = (meant or {}).get(name.lower())
+    close = [other] if other in known else difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return ParameterError(f"unknown {kind} {shown(name)}; did you mean {' or '.join(close)}?")
     return ParameterError(f"unknown {kind} {shown(name)}; known: {', '.join(known)}")

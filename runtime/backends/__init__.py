@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 Buffer = Any  # what a backend allocates: memory on its device
 
+# What people call devices
+MEANT = {
+    **dict.fromkeys(("gpu", "nvidia", "cuda:0"), "cuda"),
+    **dict.fromkeys(("trt", "ort-trt"), "tensorrt"),
+    **dict.fromkeys(("rtx", "trt-rtx"), "tensorrt-rtx"),
+    **dict.fromkeys(("intel", "ov", "openvino-cpu"), "openvino"),
+}
+
 
 class Call(Protocol):
     """A graph with its lasting buffers bound."""
@@ -89,7 +97,7 @@ def open_backend(device: str, *, threads: int | None = None) -> Backend:
     threads = thread_count(threads)
     known = devices()
     if device not in known:
-        raise nearest("device", device, known)
+        raise nearest("device", device, known, MEANT)
     module = importlib.import_module(f"{__name__}.{device.replace('-', '_')}")
     backend: Backend = module.Backend(threads=threads)
     return backend
