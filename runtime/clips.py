@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import cast
 
 from lvlm.runtime.bundle import Images
-from lvlm.runtime.errors import CapacityError, ParameterError, PromptError
+from lvlm.runtime.errors import CapacityError, ParameterError
 from lvlm.runtime.pictures import Picture
 from lvlm.runtime.processors import Processor
 from lvlm.runtime.processors._video import MAX_FRAMES, Video
+from lvlm.runtime.text import misplaced
 from lvlm.runtime.video import Footage, VideoSource, open_clip
 
 
@@ -60,19 +61,17 @@ class Clips:
         )
 
     def placed(
-        self, text: str, pictures: Sequence[Picture], clips: Sequence[Footage]
+        self, text: str, pictures: Sequence[Picture], clips: Sequence[Footage], advice: str
     ) -> tuple[str, list[Picture], list[int]]:
         """A prompt with image placeholders for the clips' frames in place of each clip's; all
-        pictures in its order; the token that each one's are. Raises PromptError."""
+        pictures in its order; the token that each one's are. Raises PromptError, with ``advice``,
+        unless each clip has its placeholder."""
         stills, token_id = list(pictures), self._images.token_id
         if self.video is None:
             return text, stills, [token_id] * len(stills)
         parts = text.split(self.video.token)
         if len(parts) != 1 + len(clips):
-            raise PromptError(
-                f"the prompt has {len(parts) - 1} video placeholders for {len(clips)} videos; "
-                "write one per video, or none and use the chat template"
-            )
+            raise misplaced("video", len(parts) - 1, len(clips), advice)
         made, ordered = parts[0], stills[: (taken := parts[0].count(self._images.token))]
         token_ids = [token_id] * len(ordered)
         for clip, part in zip(clips, parts[1:], strict=True):

@@ -101,18 +101,20 @@ class PromptMaker:
         clips = self.clips.open(videos, len(images), options.frames)
         arrays = [open_image(image) for image in images]
         text, special, lead = prompt, True, ""
+        video_token = self.clips.video.token if self.clips.video else None
         if options.chat_template:
             template = self._template(options.chat_template, bool(clips))
             lead = template.lead
-            video_token = self.clips.video.token if self.clips.video else None
             text = template.render(prompt, len(arrays), options.system, len(clips), video_token)
             special = not (self._bos and text.startswith(self._bos))
         elif options.system is not None:
             raise ParameterError("system needs the chat template; write it into the prompt")
-        text, pictures, token_ids = self.clips.placed(text, self.processor.pictures(arrays), clips)
+        advice = _advice("video", video_token or "", prompt, options)
+        stills = self.processor.pictures(arrays)
+        text, pictures, token_ids = self.clips.placed(text, stills, clips, advice)
         ids = self.tokenizer.encode(text, add_special_tokens=special)
         token_id = self.images.token_id
-        advice = self._advice(prompt, options)
+        advice = _advice("image", self.images.token, prompt, options)
         where = expand_placeholders(ids, token_id, [self._expansion(p) for p in pictures], advice)
         if not where or not (pictures or prompt.strip()):
             raise PromptError("the prompt is empty; write a question")
@@ -163,21 +165,6 @@ class PromptMaker:
             )
         return template
 
-    def _advice(self, prompt: str, options: GenerationOptions) -> str:
-        """What helps when there are more or fewer placeholders than pictures."""
-        token = self.images.token
-        if options.chat_template and token in prompt + (options.system or ""):
-            return (
-                f"{token} in a question stands for a picture: give one for each, or write it "
-                f"another way, as {token[:1]} {token[1:-1]} {token[-1:]}"
-            )
-        if options.chat_template:
-            return (
-                f"the chat template writes them; write the prompt out, with one {token} per image, "
-                "and use chat_template=False (--no-chat-template)"
-            )
-        return f"write one {token} per image where it belongs, or let the chat template do it"
-
     def _positions(self, image_id: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
         if self.images.positions == "sequence":
             return np.arange(len(image_id))
@@ -195,6 +182,22 @@ class PromptMaker:
                 f"{picture.tokens}; export the bundle again"
             )
         return ids
+
+
+def _advice(what: str, token: str, prompt: str, options: GenerationOptions) -> str:
+    """What helps when there are more or fewer placeholders than images or videos."""
+    if token in prompt + (options.system or ""):
+        article = "an" if what == "image" else "a"
+        return (
+            f"{token} stands for {article} {what}: give one for each, or write it another way, as "
+            f"{token[:1]} {token[1:-1]} {token[-1:]}"
+        )
+    if options.chat_template:
+        return (
+            f"the chat template writes them; write the prompt out, with one {token} per {what}, "
+            "and use chat_template=False (--no-chat-template)"
+        )
+    return f"write one {token} per {what} where it belongs, or let the chat template do it"
 
 
 def grid_positions(image_id: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:

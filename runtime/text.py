@@ -222,14 +222,17 @@ def expand_placeholders(
     """
     places = ids.count(image_token_id)
     if places != len(pictures):
-        raise PromptError(
-            f"the prompt has {_plural(places, 'image placeholder')} "
-            f"for {_plural(len(pictures), 'image')}; {advice}"
-        )
+        raise misplaced("image", places, len(pictures), advice)
     remaining = iter(pictures)
     return [
         made for token in ids for made in (next(remaining) if token == image_token_id else [token])
     ]
+
+
+def misplaced(what: str, places: int, given: int, advice: str) -> PromptError:
+    """More or fewer placeholders than pictures or clips."""
+    has = _plural(places, f"{what} placeholder")
+    return PromptError(f"the prompt has {has} for {_plural(given, what)}; {advice}")
 
 
 def _plural(count: int, noun: str) -> str:

@@ -92,7 +92,9 @@ def test_prompt_errors(light: Model, prompt: str, images: Any, said: str) -> Non
 
 @pytest.mark.parametrize(("prompt", "images"), [("Is <image> bold?", 0), ("<image> <image>?", 1)])
 def test_a_question_that_quotes_the_placeholder(light: Model, prompt: str, images: int) -> None:
-    with pytest.raises(PromptError, match=r"stands for a picture: .* as < image >$") as caught:
+    with pytest.raises(
+        PromptError, match=r"<image> stands for an image: .* as < image >$"
+    ) as caught:
         light.generate(prompt, [PICTURE] * images)
     assert "chat template" not in str(caught.value)
 
