@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Generator
-from functools import partial
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, Unpack, overload
 
 from lvlm.runtime.answers import Generation
-from lvlm.runtime.asks import Images, Videos
+from lvlm.runtime.asks import Ask, Images, Videos, many_asks, one_ask
 from lvlm.runtime.engine.engine import Engine
 from lvlm.runtime.engine.handle import Handle
+from lvlm.runtime.engine.memory import Memory
+from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.generation_options import GenerationOptions, OptionValues
 
 
 class AsyncHandle:
-    """``async for piece in handle`` for the text, ``await handle`` for the answer.
+    """``async for piece in handle`` for the text, ``await handle`` for the answer; ``async with``
+    cancels the request at the end, if it is not done.
 
     A task that is cancelled while it waits here cancels the request. For one event loop.
     """
@@ -49,11 +51,30 @@ class AsyncHandle:
         return self._answer().__await__()
 
     def cancel(self) -> bool:
+        """As Handle.cancel."""
         return self.handle.cancel()
 
-    async def _answer(self) -> Generation:
+    async def wait(self) -> None:
+        """Until the request has ended, one way or the other."""
         while not self.handle.done:
             await self._changed(len(self.handle.text))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.cancel()
+
+    def __repr__(self) -> str:
+        return repr(self.handle).replace("lvlm.Handle", "lvlm.AsyncHandle")
+
+    async def _answer(self) -> Generation:
+        await self.wait()
         return self.handle.result()
 
     async def _changed(self, read: int) -> None:
@@ -66,11 +87,6 @@ class AsyncHandle:
         except asyncio.CancelledError:
             self.handle.cancel()
             raise
-
-
-def _cancel(submitted: asyncio.Future[Handle]) -> None:
-    if not submitted.cancelled() and submitted.exception() is None:
-        submitted.result().cancel()
 
 
 class AsyncEngine:
@@ -90,15 +106,96 @@ class AsyncEngine:
         **given: Unpack[OptionValues],
     ) -> AsyncHandle:
         """As Engine.submit; pictures are opened in a thread of their own."""
-        submit = partial(
-            self.engine.submit, prompt, images, videos, options, timeout=timeout, **given
-        )
-        submitted = asyncio.get_running_loop().run_in_executor(None, submit)
+        parsed = self.engine.options(options, given)
+        return await self._submit(0, one_ask(prompt, images, videos), parsed, timeout, ())
+
+    @overload
+    async def generate(
+        self,
+        prompt: str,
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        *,
+        timeout: float | None = None,
+        **given: Unpack[OptionValues],
+    ) -> Generation: ...
+
+    @overload
+    async def generate(
+        self,
+        prompt: list[str],
+        images: Sequence[Images | None] | None = (),
+        videos: Sequence[Videos | None] | None = (),
+        options: GenerationOptions | None = None,
+        *,
+        timeout: float | None = None,
+        **given: Unpack[OptionValues],
+    ) -> list[Generation]: ...
+
+    async def generate(self, prompt, images=(), videos=(), options=None, *, timeout=None, **given):  # type: ignore[no-untyped-def]
+        """As Engine.generate. A task that is cancelled while it waits cancels the requests."""
+        parsed = self.engine.options(options, given)
+        if isinstance(prompt, str):
+            return (await self._answers([one_ask(prompt, images, videos)], parsed, timeout))[0]
+        return await self._answers(many_asks(prompt, images, videos), parsed, timeout)
+
+    async def stream(
+        self,
+        prompt: str,
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        *,
+        timeout: float | None = None,
+        **given: Unpack[OptionValues],
+    ) -> AsyncGenerator[str]:
+        """The pieces of an answer as they come; to be closed (contextlib.aclosing), or read to the
+        end. ``submit`` tells more than the text."""
+        handle = await self.submit(prompt, images, videos, options, timeout=timeout, **given)
         try:
-            return AsyncHandle(await asyncio.shield(submitted))
-        except asyncio.CancelledError:
-            submitted.add_done_callback(_cancel)  # nobody will get the handle
-            raise
+            async for piece in handle:
+                yield piece
+        finally:
+            handle.cancel()
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing, in numbers."""
+        return self.engine.stats()
+
+    def memory(self) -> Memory:
+        """What the engine takes."""
+        return self.engine.memory()
+
+    async def _submit(
+        self,
+        index: int,
+        ask: Ask,
+        options: GenerationOptions,
+        timeout: float | None,
+        before: Sequence[AsyncHandle],
+    ) -> AsyncHandle:
+        """The prompt ``index`` of a call; where the queue is full it waits for those ``before``."""
+        request = await asyncio.to_thread(self.engine.prepare, index, ask, options, timeout)
+        theirs = {other.handle: other for other in before}
+        while (pending := self.engine.enqueue(request, list(theirs))) is not None:
+            await theirs[pending].wait()
+        return AsyncHandle(request.handle)
+
+    async def _answers(
+        self, asks: Sequence[Ask], options: GenerationOptions, timeout: float | None
+    ) -> list[Generation]:
+        handles: list[AsyncHandle] = []
+        try:
+            for index, ask in enumerate(asks):
+                handles.append(await self._submit(index, ask, options, timeout, handles))
+            return [await handle for handle in handles]
+        finally:
+            for handle in handles:
+                handle.cancel()  # of use only if the wait was interrupted
+
+    def __repr__(self) -> str:
+        return f"<lvlm.AsyncEngine over {self.engine!r}>"
 
     async def close(self, *, finish: bool = False) -> None:
         await asyncio.to_thread(self.engine.close, finish=finish)

@@ -137,8 +137,10 @@ class Engine:
         QueueFullError, EngineClosedError; BackendError in a process that was forked from the
         engine's.
         """
-        parsed = self._options(options, given)
-        return self._submit(0, one_ask(prompt, images, videos), parsed, timeout)
+        parsed = self.options(options, given)
+        request = self.prepare(0, one_ask(prompt, images, videos), parsed, timeout)
+        self.enqueue(request, ())
+        return request.handle
 
     @overload
     def generate(
@@ -170,7 +172,7 @@ class Engine:
         A list that is longer than the queue has room for waits for it. ``timeout`` counts for each
         prompt from when it is submitted.
         """
-        parsed = self._options(options, given)
+        parsed = self.options(options, given)
         if isinstance(prompt, str):
             return self._answers([one_ask(prompt, images, videos)], parsed, timeout)[0]
         return self._answers(many_asks(prompt, images, videos), parsed, timeout)
@@ -194,9 +196,20 @@ class Engine:
 
         return Stream(pieces(), handle.cancel)
 
-    def _options(
+    def stats(self) -> EngineStats:
+        """What it is doing, in numbers."""
+        return self._scheduler.stats()
+
+    def memory(self) -> Memory:
+        """What it takes: the plan that was made before anything was allocated."""
+        return self._memory
+
+    # The steps of a call, for AsyncEngine, too
+
+    def options(
         self, options: GenerationOptions | None, given: Mapping[str, object]
     ) -> GenerationOptions:
+        """The options of a call; raises BackendError in a forked child, and ParameterError."""
         self._scheduler.check_process()
         parsed = read_options(self.manifest, options, given)
         return replace(
@@ -205,27 +218,10 @@ class Engine:
             kv_keep=self.kv_keep if parsed.kv_keep is None else parsed.kv_keep,
         )
 
-    def _answers(
-        self, asks: Sequence[Ask], options: GenerationOptions, timeout: float | None
-    ) -> list[Generation]:
-        handles: list[Handle] = []
-        try:
-            for row, ask in enumerate(asks):
-                handles.append(self._submit(row, ask, options, timeout, handles))
-            return [handle.result() for handle in handles]
-        finally:
-            for handle in handles:
-                handle.cancel()  # of use only if the wait was interrupted
-
-    def _submit(
-        self,
-        index: int,
-        ask: Ask,
-        options: GenerationOptions,
-        timeout: float | None,
-        before: Sequence[Handle] = (),
-    ) -> Handle:
-        """The prompt ``index`` of a call; where the queue is full it waits for those ``before``."""
+    def prepare(
+        self, index: int, ask: Ask, options: GenerationOptions, timeout: float | None
+    ) -> Request:
+        """The prompt ``index`` of a call as a request; its pictures are opened here."""
         now = time.perf_counter()
         if timeout is not None:
             timeout = read_value("timeout", SECONDS, timeout)
@@ -234,7 +230,7 @@ class Engine:
             self.manifest, [row], options.keep, options.kv_keep, capacity=self.capacity
         )
         digests = [picture.digest() for picture in row.pictures]
-        request = Request(
+        return Request(
             prompt=row,
             counts=counts,
             stream=TextStream(self.tokenizer, options.stop, row.lead),
@@ -243,23 +239,33 @@ class Engine:
             keys=prompt_keys(row, digests),
             deadline=None if timeout is None else now + timeout,
         )
-        while True:
-            try:
-                self._scheduler.submit(request)
-                return request.handle
-            except QueueFullError:
-                pending = next((handle for handle in before if not handle.done), None)
-                if pending is None:
-                    raise
-            pending.wait()
 
-    def stats(self) -> EngineStats:
-        """What it is doing, in numbers."""
-        return self._scheduler.stats()
+    def enqueue(self, request: Request, before: Sequence[Handle]) -> Handle | None:
+        """Put it into the queue. Where that is full: the one ``before`` it in the same call to wait
+        for; QueueFullError without one. None when it is in."""
+        try:
+            self._scheduler.submit(request)
+        except QueueFullError:
+            pending = next((handle for handle in before if not handle.done), None)
+            if pending is None:
+                raise
+            return pending
+        return None
 
-    def memory(self) -> Memory:
-        """What it takes: the plan that was made before anything was allocated."""
-        return self._memory
+    def _answers(
+        self, asks: Sequence[Ask], options: GenerationOptions, timeout: float | None
+    ) -> list[Generation]:
+        handles: list[Handle] = []
+        try:
+            for index, ask in enumerate(asks):
+                request = self.prepare(index, ask, options, timeout)
+                while (pending := self.enqueue(request, handles)) is not None:
+                    pending.wait()
+                handles.append(request.handle)
+            return [handle.result() for handle in handles]
+        finally:
+            for handle in handles:
+                handle.cancel()  # of use only if the wait was interrupted
 
     def close(self, *, finish: bool = False) -> None:
         """Take no more requests. Those there end with EngineClosedError, or are finished first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -116,20 +117,20 @@ def test_out_of_time(engine: Engine) -> None:
     run(main())
 
 
-def test_cancelled_while_it_is_being_submitted(
+def test_cancelled_while_it_is_being_prepared(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody gets its handle, so nobody could cancel it any more."""
-    entered, gate, submit = threading.Event(), threading.Event(), engine.submit
-    handles = []
+    """Nobody gets its handle, so it is never asked."""
+    entered, gate, ended, prepare = *(threading.Event() for _ in range(3)), engine.prepare
 
-    def slow(*arguments: Any, **options: Any) -> Any:
+    def slow(*arguments: Any) -> Any:
         entered.set()
         assert gate.wait(WAIT)
-        handles.append(submit(*arguments, **options))
-        return handles[0]
+        request = prepare(*arguments)
+        ended.set()
+        return request
 
-    monkeypatch.setattr(engine, "submit", slow)
+    monkeypatch.setattr(engine, "prepare", slow)
 
     async def main() -> None:
         task = asyncio.create_task(AsyncEngine(engine).submit(QUESTION, **LONG))
@@ -138,12 +139,59 @@ def test_cancelled_while_it_is_being_submitted(
         with pytest.raises(asyncio.CancelledError):
             await task
         gate.set()
-        while not (handles and handles[0].done):
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(ended.wait, WAIT)
 
     run(main())
-    with pytest.raises(RequestCancelled):
-        handles[0].result(0)
+    assert engine.stats().submitted == 0
+
+
+def test_answers_at_once(folder: Path) -> None:
+    """``generate`` is Engine.generate: lists, seeds of rows, a queue that is too short."""
+    options = lvlm.GenerationOptions(max_new_tokens=3, temperature=2.0, seed=5)
+    prompts = ["Hi", QUESTION, "Ho", "Hu"]
+
+    async def main() -> None:
+        async with AsyncEngine(Engine(folder, slots=1, queue_limit=1)) as engine:
+            expected = await asyncio.to_thread(engine.engine.generate, prompts, options=options)
+            answers = await engine.generate(prompts, options=options)
+            assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
+            assert (await engine.generate("Hi", options=options)).text == expected[0].text
+            pieces = [piece async for piece in engine.stream("Hi", options=options)]
+            assert "".join(pieces) == expected[0].text
+            assert engine.stats().answered == 4 + 4 + 1 + 1
+            assert engine.memory().slots == 1
+            assert repr(engine).startswith("<lvlm.AsyncEngine over <lvlm.Engine ")
+
+    run(main())
+
+
+def test_a_cancelled_list_cancels_its_requests(engine: Engine) -> None:
+    async def main() -> None:
+        task = asyncio.create_task(AsyncEngine(engine).generate(["Hi"] * 4, **LONG))
+        while engine.stats().submitted < 4:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(main())
+    idle(engine)
+    assert engine.stats().answered == 0
+
+
+def test_a_handle_left_behind_is_cancelled(engine: Engine) -> None:
+    async def main() -> None:
+        async with await AsyncEngine(engine).submit("Hi", **LONG) as handle:
+            async for _ in handle:
+                break
+        with pytest.raises(RequestCancelled):
+            await handle
+        async with contextlib.aclosing(AsyncEngine(engine).stream("Hi", **LONG)) as pieces:
+            async for _ in pieces:
+                break
+
+    run(main())
+    idle(engine)
 
 
 def test_mistakes_and_the_end(folder: Path) -> None:
