@@ -43,7 +43,8 @@ def whole(
             raise ValueError
         return int(value)
 
-    bounds = f"of {least} or more" if most == math.inf else f"from {least} to {most:g}"
+    highest = f"{most:g}" if most > 10**12 else f"{most:,}"
+    bounds = f"of {least} or more" if most == math.inf else f"from {least} to {highest}"
     return Option(wanted or f"a whole number {bounds}", read, "whole", metavar, help)
 
 
@@ -146,6 +147,8 @@ class GenerationOptions:
             is a Jinja template in place of the bundle's.
         system: text of the system message.
         frames: how many frames of each video. None: as the model's own processor takes.
+        max_image_pixels: pixels that a picture may have; 7 to 15 bytes each while it is decoded.
+            None: 64 megapixels.
 
     Raises ParameterError for a value of another kind or out of its range.
     """
@@ -226,6 +229,9 @@ class GenerationOptions:
     frames: int | None = option(
         None, whole(1, help="frames of each clip (default: the model's choice)")
     )
+    max_image_pixels: int | None = option(
+        None, whole(1, 178_956_970, help="pixels that a picture may have (default: 64 million)")
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -270,3 +276,4 @@ class OptionValues(TypedDict, total=False):
     chat_template: bool | str
     system: str | None
     frames: int | None
+    max_image_pixels: int | None

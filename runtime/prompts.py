@@ -99,7 +99,7 @@ class PromptMaker:
             if isinstance(given, str | bytes) or not isinstance(given, Sequence):
                 raise PromptError(f"{name} is a list; write {name}=[{one}]")
         clips = self.clips.open(videos, len(images), options.frames)
-        arrays = [open_image(image) for image in images]
+        arrays = [open_image(image, options.max_image_pixels) for image in images]
         text, special, lead = prompt, True, ""
         video_token = self.clips.video.token if self.clips.video else None
         if options.chat_template:

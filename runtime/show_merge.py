@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from lvlm.runtime.answers import Generation
 from lvlm.runtime.bundle import Images, Manifest
 from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.images import ImageSource, open_image
+from lvlm.runtime.images import MOST_PIXELS, ImageSource, open_image
 from lvlm.runtime.model import Model
 from lvlm.runtime.processors import SquareProcessor
 
@@ -64,7 +64,7 @@ def merge_picture(
     layers = [r.layer for r in model.manifest.reductions]
     rows = []
     for number, source in enumerate(images, 1):
-        seen = processor.fit(open_image(source))
+        seen = processor.fit(open_image(source, MOST_PIXELS))
         scale = -(-PANEL // min(seen.size))
         large = seen.resize((seen.width * scale, seen.height * scale), Image.Resampling.BICUBIC)
         places = np.flatnonzero(generation.image_id == number)

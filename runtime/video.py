@@ -7,16 +7,18 @@ Files are decoded by PyAV (extra ``video``). The frames are those that transform
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from lvlm.runtime.backends import require
-from lvlm.runtime.errors import ImageError, ParameterError
+from lvlm.runtime.errors import ImageError, ParameterError, shown
 from lvlm.runtime.images import open_image
 from lvlm.runtime.installing import install
 from lvlm.runtime.pictures import Picture
@@ -45,14 +47,22 @@ class Clip:
     @classmethod
     def of(cls, frames: Sequence[Frame], fps: float) -> Clip:
         """One whose frames are there already. Raises ImageError, ParameterError."""
+        if isinstance(frames, str | bytes) or not hasattr(frames, "__iter__"):
+            raise ImageError(f"frames is {shown(frames)}; give a list of pictures [H, W, 3]")
         pictures = [open_image(frame) for frame in frames]
         if len({picture.shape for picture in pictures}) != 1:
             raise ImageError("a clip needs frames, all of the same size")
-        if not fps > 0:
-            raise ParameterError(f"fps is {fps!r}; give the frames per second of the clip")
+        number = fps.item() if hasattr(fps, "item") else fps
+        usable = isinstance(number, Real) and not isinstance(number, bool)
+        if not usable or not 0 < (rate := float(number)) < math.inf:  # NaN fails every comparison
+            raise ParameterError(
+                f"fps is {shown(fps)}; give the clip's frames per second, a number above 0"
+            )
         height, width = pictures[0].shape[:2]
-        seconds = len(pictures) / fps
-        return cls(len(pictures), fps, seconds, height, width, lambda at: (pictures[i] for i in at))
+        seconds = len(pictures) / rate
+        return cls(
+            len(pictures), rate, seconds, height, width, lambda at: (pictures[i] for i in at)
+        )
 
 
 VideoSource: TypeAlias = str | os.PathLike[str] | bytes | Clip
