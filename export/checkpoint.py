@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,32 +17,26 @@ from safetensors import SafetensorError, safe_open
 
 from lvlm.export.families._base import Family
 from lvlm.export.families._files import read_json
-from lvlm.export.hub import download
+from lvlm.export.hub import fetch
+from lvlm.export.weight_files import INDEX, Stored, weight_files
 from lvlm.runtime.discovery import discover, nearest
 from lvlm.runtime.errors import CheckpointError, LvlmError, ParameterError
 
 SHIPPED = {"tiny-llava": "tiny-llava"}  # alias -> folder in lvlm.assets
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ROWS = 4096  # compared at once: a vocabulary's embeddings need not fit into memory twice
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor as the header of its file describes it; ``dtype`` as safetensors writes it."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Checkpoint:
-    """A folder in Hugging Face format. ``source`` is what the user may look it up by."""
+    """A folder in Hugging Face format. ``source`` is what the user may look it up by; ``absent``
+    are weight files that are still to be downloaded, ``absent_bytes`` in all."""
 
     folder: Path
     source: str
     revision: str | None
+    absent: Mapping[str, Mapping[str, Stored]] = field(default_factory=dict)
+    absent_bytes: int = 0
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -51,33 +45,11 @@ class Checkpoint:
     @cached_property
     def weight_files(self) -> list[Path]:
         """The safetensors files that transformers would read, in its order."""
-        named = self.config.get("transformers_weights")  # a choice of the checkpoint's own
-        names = [WEIGHTS, INDEX] if named is None else [str(named)]
-        for name in names:
-            path = self._inside(name, "config.json")
-            if not os.path.isfile(path):
-                continue
-            return self._listed(path) if path.name.endswith(".index.json") else [path]
-        raise CheckpointError(
-            f"{self.folder} has no {' or '.join(names)}; save the checkpoint in safetensors format"
-        )
 
-    def _listed(self, index: Path) -> list[Path]:
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(x, str) for x in listed.values()):
-            raise CheckpointError(f"{index} has no weight_map of files")
-        paths = [self._inside(name, index.name) for name in sorted(set(listed.values()))]
-        for path in paths:
-            if not os.path.isfile(path):
-                raise CheckpointError(f"{path} is listed in {index.name} but missing")
-        return paths
+        def exists(name: str) -> bool:
+            return name in self.absent or os.path.isfile(self.folder / name)
 
-    def _inside(self, name: str, source: str) -> Path:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise CheckpointError(
-                f"{source} of {self.folder} names weights outside the folder: {name[:80]}"
-            )
-        return self.folder / name
+        return [self.folder / name for name in weight_files(self.folder, self.config, exists)]
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
@@ -87,15 +59,14 @@ class Checkpoint:
         """
         found: dict[str, Stored] = {}
         for path in self.weight_files:
-            with open_weights(path) as file:
-                for name in file.keys():  # noqa: SIM118
-                    if name in found:
-                        raise CheckpointError(
-                            f"{name} is in {found[name].file.name} and in {path.name}; "
-                            "remove the file that does not belong to the checkpoint"
-                        )
-                    held = file.get_slice(name)
-                    found[name] = Stored(path, tuple(held.get_shape()), str(held.get_dtype()))
+            held = self.absent.get(path.relative_to(self.folder).as_posix()) or _header(path)
+            if twice := found.keys() & held.keys():
+                name = min(twice)
+                raise CheckpointError(
+                    f"{name} is in {found[name].file.name} and in {path.name}; "
+                    "remove the file that does not belong to the checkpoint"
+                )
+            found |= held
         if not found:
             raise CheckpointError(f"{self.folder} has weight files without a tensor")
         return found
@@ -121,9 +92,10 @@ class Checkpoint:
             return tensor
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same values, read a part at a time."""
+        """Whether two tensors hold the same values, read a part at a time; of what is not here it
+        is said that they do not."""
         a, b = self.tensors[one], self.tensors[other]
-        if a.shape != b.shape:
+        if a.shape != b.shape or self.absent:
             return False
         with open_weights(a.file) as first, open_weights(b.file) as second:
             left, right = first.get_slice(one), second.get_slice(other)
@@ -131,6 +103,15 @@ class Checkpoint:
                 torch.equal(left[i : i + ROWS].double(), right[i : i + ROWS].double())
                 for i in range(0, a.shape[0], ROWS)
             )
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    with open_weights(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: Stored(path, tuple(held.get_shape()), str(held.get_dtype()))
+            for name, held in slices.items()
+        }
 
 
 def open_weights(path: Path) -> Any:
@@ -156,8 +137,13 @@ def find_family(config: Mapping[str, Any], source: str) -> Family:
     )
 
 
-def resolve(model: str, revision: str | None = None) -> Checkpoint:
-    """A checkpoint from an alias, a local folder or a hub id (downloaded if need be).
+def resolve(
+    model: str, revision: str | None = None, *, weights: bool = True, quiet: bool = False
+) -> Checkpoint:
+    """A checkpoint from an alias, a local folder or a hub id.
+
+    What is on the hub is downloaded if need be, with its progress on standard error unless
+    ``quiet``; without ``weights`` only the small files are.
 
     Raises CheckpointError, and ParameterError where ``revision`` has no meaning.
     """
@@ -171,7 +157,8 @@ def resolve(model: str, revision: str | None = None) -> Checkpoint:
         found = Checkpoint(folder if model in SHIPPED else Path(model), model, None)
     else:
         hub_id = _hub_id(model)
-        found = Checkpoint(download(hub_id, revision), hub_id, revision)
+        got = fetch(hub_id, revision, weights=weights, quiet=quiet)
+        found = Checkpoint(got.folder, hub_id, revision, got.absent, got.absent_bytes)
     _refuse_adapter(found)
     return found
 

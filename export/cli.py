@@ -128,7 +128,7 @@ def _run(args: argparse.Namespace) -> int:
     check_output(options.output)
     quiet = args.quiet or args.json
     set_logging(args.verbose)
-    plan = make_plan(options)
+    plan = make_plan(options, weights=not args.dry_run, quiet=quiet)
     if not quiet and plan.checkpoint.source != args.model:
         print(f"{args.model} is {plan.checkpoint.source}", file=sys.stderr)
     if args.dry_run:

@@ -105,9 +105,15 @@ class Plan:
     profile: Profile | None = None  # measured by this export
 
 
-def make_plan(options: Options) -> Plan:
-    """Resolve and check everything that can be checked without tracing."""
-    checkpoint = checkpoints.resolve(options.model, options.revision)
+def make_plan(options: Options, *, weights: bool = True, quiet: bool = False) -> Plan:
+    """Resolve and check everything that can be checked without tracing.
+
+    Args:
+        weights: whether to download them where they are on the hub only; without, their headers
+            are read.
+        quiet: show no progress of a download.
+    """
+    checkpoint = checkpoints.resolve(options.model, options.revision, weights=weights, quiet=quiet)
     with checkpoints.described_by(checkpoint):
         return _plan_of(checkpoint, options)
 
@@ -231,7 +237,8 @@ def _with_profile_file(recipe: Recipe, layers: int, checkpoint: checkpoints.Chec
     if wanted is None or wanted.file is None:
         return recipe
     profile = read_profile(wanted.file)
-    check_profile(profile, layers, model_hash(checkpoint.folder))
+    if not checkpoint.absent:  # or else their content is not known yet
+        check_profile(profile, layers, model_hash(checkpoint.folder))
     return recipe.with_profile(profile.keep, profile.rows)
 
 

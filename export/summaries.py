@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from typing import Any
 
 from lvlm.export.exporter import Report
 from lvlm.export.graphs import graph_names
 from lvlm.export.plan import Plan
 from lvlm.export.progress import size
+from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
 
 
 def plan_data(plan: Plan) -> dict[str, Any]:
@@ -21,6 +23,8 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "cache_dtype": _name(plan.cache_dtype),
         "output": str(plan.options.output),
         "graphs": [f"{name}.onnx" for name in graph_names(plan.recipe)],
+        "files": bundle_files(plan),
+        "download_bytes": plan.checkpoint.absent_bytes,
         "weight_bytes": plan.weight_bytes,
         "image_tokens": plan.images.tokens,
         "image_tokens_per_layer": plan.cache.image_tokens,
@@ -30,13 +34,31 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     }
 
 
-def plan_table(plan: Plan) -> str:
+def bundle_files(plan: Plan) -> list[str]:
+    """Every file that the bundle will have."""
     graphs = graph_names(plan.recipe)
+    files = ["lvlm.json", "weights.bin", "tokenizer.json", *plan.prompt.files]
+    files += [f"{name}.onnx" for name in graphs]
+    targets = list(plan.options.targets)
+    if _name(plan.dtype) in ORT_CPU.products:
+        targets.append(ORT_CPU)
+    files += [target.file(f"{name}.onnx") for target in targets for name in target.lowers(graphs)]
+    wanted = plan.recipe.calibration()
+    if plan.profile is not None or (wanted is not None and wanted.file is None):
+        files.append("profile.json")
+    if plan.options.validate:
+        files.append("validation.json")
+    return sorted(set(files))
+
+
+def plan_table(plan: Plan) -> str:
+    fetched = {"download": f"{size(plan.checkpoint.absent_bytes)} of weights, not done yet"}
     return layout(
         {
             "model": f"{plan.checkpoint.source} (family {plan.family.name})",
+            **(fetched if plan.checkpoint.absent else {}),
             "recipe": _recipe_line(plan),
-            "would write": f"{plan.options.output}/ with graphs {', '.join(graphs)}",
+            "would write": f"{plan.options.output}/ with {', '.join(bundle_files(plan))}",
             "weights": f"{size(plan.weight_bytes)} as {_name(plan.dtype)}{_quantized(plan)}",
             "image tokens": _pyramid(plan),
             "cache": _cache(plan),
@@ -108,5 +130,16 @@ def _pyramid(plan: Plan) -> str:
 
 
 def layout(rows: dict[str, str]) -> str:
+    """Names and values, in lines that fit a terminal of 80 columns where words allow it."""
     width = max(map(len, rows))
-    return "\n".join(f"  {name:{width}}  {value}" for name, value in rows.items())
+    return "\n".join(
+        textwrap.fill(
+            value,
+            80,
+            initial_indent=f"  {name:{width}}  ",
+            subsequent_indent=" " * (width + 4),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name, value in rows.items()
+    )

@@ -7,7 +7,7 @@ operator that is in doubt is written out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -77,6 +77,10 @@ class Target:
         from lvlm.export.targets._lowering import lower
 
         lower(model, self, capacity)
+
+    def lowers(self, graphs: Iterable[str]) -> list[str]:
+        """Which of these graphs it has a form of its own for."""
+        return list(graphs)
 
     def write(self, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> list[str]:
         """Write a lowered graph beside each of ``graphs`` (name -> file of the bundle); the new

@@ -6,7 +6,7 @@ Written with every bundle that it can run; device ``cpu`` runs it in the canonic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +42,9 @@ class OrtCpu(Target):
         common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         if done:
             model.opset_imports[MICROSOFT] = 1
+
+    def lowers(self, graphs: Iterable[str]) -> list[str]:
+        return [name for name in graphs if name in GRAPHS]
 
     def write(self, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> list[str]:
         from lvlm.export.targets._block_products import has_quantized_weights

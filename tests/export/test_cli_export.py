@@ -54,6 +54,9 @@ def test_export_validates_and_reports(
     manifest = read_bundle(tmp_path / "out")
     assert manifest.validation == "passed"
     assert manifest.parameters["keep"] == 0.2
+    parts = ("-m", checkpoint(NAME), "-r", "lightvlm", "-o", tmp_path / "other", "--dry-run")
+    foretold = json.loads(run(capsys, *parts, "--json")[1])["files"]
+    assert foretold == sorted(path.name for path in (tmp_path / "out").iterdir())
     recorded = json.loads((tmp_path / "out/validation.json").read_text())
     assert {c["name"].split()[0] for c in recorded} >= {"vision.onnx", "prefill.onnx"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
