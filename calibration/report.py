@@ -13,6 +13,7 @@ from lvlm.calibration.metrics import Metric
 from lvlm.calibration.records import Record, ResultsError, Run
 from lvlm.calibration.samples import Sample
 from lvlm.calibration.variants import Variant
+from lvlm.runtime.output import whole_file
 
 NONE = "–"  # noqa: RUF001 - a dash, as tables have it
 TIMES = ("vision_ms", "prefill_ms", "decode_ms")
@@ -167,9 +168,5 @@ def _without_times(data: Any) -> Any:
 
 def write(path: Path, text: str) -> None:
     """Replaces ``path`` in one step. Raises ResultsError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole_file(path, ResultsError) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ResultsError(f"{path} cannot be written: {error.strerror or error}") from None

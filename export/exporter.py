@@ -19,7 +19,6 @@ from lvlm.export import weights
 from lvlm.export.estimates import check_machine
 from lvlm.export.fused_products import fuse_products
 from lvlm.export.graphs import graph_names, trace_graph
-from lvlm.export.output import temporary_sibling
 from lvlm.export.plan import Options, Plan, check_output
 from lvlm.export.progress import Progress, size
 from lvlm.export.quantization import product_weights
@@ -38,6 +37,7 @@ from lvlm.runtime.bundle import (
 )
 from lvlm.runtime.errors import ExportError
 from lvlm.runtime.integrity import File, describe
+from lvlm.runtime.output import temporary_sibling
 
 TOOLS = ("lvlm-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime")
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from lvlm.export.checkpoint import Checkpoint, describe
 from lvlm.runtime.bundle import ProfileRow
 from lvlm.runtime.errors import BundleError, CheckpointError, ExportError, ParameterError
+from lvlm.runtime.output import whole_file
 from lvlm.runtime.typed_json import decode
 
 SCHEMA = 1
@@ -79,13 +79,8 @@ class Profile:
     def write(self, path: Path) -> None:
         """Replaces ``path`` in one step. Raises ExportError."""
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        try:
+        with whole_file(path, ExportError) as partial:
             partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise ExportError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 def read_profile(path: str | Path) -> Profile:

@@ -60,7 +60,7 @@ def validate(plan: Plan, folder: Path) -> list[Check]:
     if plan.dtype == torch.bfloat16:
         from lvlm.export.exporter import write_bundle
 
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".twin-") as name:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".twin-") as name:
             options = replace(plan.options, dtype="fp32", rounding=torch.bfloat16, targets=())
             twin = replace(plan, options=options, dtype=torch.float32, cache_dtype=torch.float32)
             write_bundle(twin, Path(name), Progress(0, quiet=True))

@@ -6,13 +6,11 @@ import dataclasses
 import hashlib
 import os
 import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import onnx
 
-from lvlm.export.output import temporary_sibling
 from lvlm.export.progress import Progress, Stage, size
 from lvlm.export.targets._base import Target
 from lvlm.plugins_trt.engine_listing import PEOPLE
@@ -25,6 +23,7 @@ from lvlm.runtime.engines import SCHEMA, EngineGraph, EngineSet, PluginLibrary
 from lvlm.runtime.errors import BackendError, BuildError
 from lvlm.runtime.installing import install
 from lvlm.runtime.integrity import describe, sha256_of
+from lvlm.runtime.output import temporary_sibling, whole_file
 
 
 def stages(plan: Plan) -> int:
@@ -103,12 +102,8 @@ def lower_bundle(bundle: Path, manifest: Manifest, target: Target, progress: Pro
             path = bundle / name
             files[name] = describe(path)
         manifest = dataclasses.replace(manifest, files=files)
-        try:
-            with tempfile.TemporaryDirectory(dir=bundle, prefix=".lowering-") as partial:
-                manifest.write(Path(partial))
-                os.replace(Path(partial) / MANIFEST, bundle / MANIFEST)
-        except OSError as error:
-            raise BuildError(f"{bundle / MANIFEST} cannot be written: {error.strerror}") from error
+        with whole_file(bundle / MANIFEST, BuildError) as partial:
+            partial.write_text(manifest.text_form(), encoding="utf-8")
         stage.result = f"*.{target.name}.onnx"
     return manifest
 
@@ -192,6 +187,5 @@ def _read_cache(path: Path | None) -> bytes | None:
 
 def _write_cache(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)
+    with whole_file(path, BuildError) as partial:
+        partial.write_bytes(data)

@@ -204,9 +204,12 @@ class Manifest:
         return self.text.hidden * (1 + self.images.deep)
 
     def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(self.text_form(), encoding="utf-8")
+
+    def text_form(self) -> str:
+        """What lvlm.json holds."""
         data = dataclasses.asdict(self) | {"schema": SCHEMA}
-        text = json.dumps(data, indent=1, ensure_ascii=False)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def read_bundle(folder: str | Path, verify: Verify = "sample") -> Manifest:

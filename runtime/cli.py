@@ -16,6 +16,7 @@ from lvlm.runtime.console import Parser, add_verify, run_main
 from lvlm.runtime.errors import ParameterError, PromptError
 from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.option_flags import add_option_flags, given_options
+from lvlm.runtime.output import whole_file
 
 if TYPE_CHECKING:
     from lvlm.runtime.answers import Generation, Stats
@@ -136,11 +137,9 @@ def _answer(
 def _save_picture(model: Model, answer: Generation, args: argparse.Namespace) -> None:
     from lvlm.runtime.show_merge import merge_picture
 
-    try:
-        merge_picture(model, args.image, answer).save(args.show_merge)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ParameterError(f"{args.show_merge} cannot be written: {reason}") from None
+    picture = merge_picture(model, args.image, answer)
+    with whole_file(args.show_merge, ParameterError) as partial:
+        picture.save(partial, "PNG")
     if not args.quiet:
         print(f"lvlm-run: wrote {args.show_merge}", file=sys.stderr)
 

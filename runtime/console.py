@@ -7,31 +7,39 @@ import contextlib
 import difflib
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from lvlm.runtime.errors import LvlmError
+from lvlm.runtime.errors import LvlmError, shown
 from lvlm.runtime.version import DISTRIBUTION, version
 
 USER_ERROR = 2
 INTERRUPTED = 130  # as shells report a program that SIGINT ended
-BROKEN_PIPE = 141  # and one that SIGPIPE ended
+TERMINATED = 143  # and one that SIGTERM ended
+
+
+class _Terminated(BaseException):
+    """SIGTERM came: what was begun is undone on the way out, as with Ctrl-C."""
 
 
 def run_main(program: str, body: Callable[[], int]) -> int:
     """The exit status of ``body``, with what a user can mend turned into a message.
 
-    An ``LvlmError`` or a lack of memory is ``program: error: …`` on stderr and status 2; Ctrl-C is
-    130 and a closed output pipe (``… | head``) is 141, both without a word. Anything else is a bug
+    What a user or the machine can mend (an ``LvlmError``, want of memory, what the system refuses)
+    is ``program: error: …`` on stderr and status 2. Ctrl-C is 130, SIGTERM 143, an output pipe that
+    is closed (``… | head``) the end of the work and 0, all without a word. Anything else is a bug
     and keeps its traceback.
     """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - print would use standard output
+    if sys.stdout is None:
+        return _fail(program, "standard output is closed; send it to a file, or to /dev/null")
     try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # an answer may not fit a terminal's encoding
-        status = body()
-        sys.stdout.flush()
-        return status
+        with _signals():
+            return _flushed(body)
     except LvlmError as error:
         return _fail(program, "\n".join(filter(None, (str(error), error.details))))
     except MemoryError as error:
@@ -39,14 +47,58 @@ def run_main(program: str, body: Callable[[], int]) -> int:
         return _fail(program, f"not enough memory{detail}; free some, or use a smaller model")
     except KeyboardInterrupt:
         return INTERRUPTED
+    except _Terminated:
+        return TERMINATED
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # not a real file: nothing to flush at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        _discard_output()
+        return 0
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _discard_output()
+        where = "its output" if error.filename is None else shown(str(error.filename))
+        return _fail(program, f"{where} cannot be read or written: {error.strerror}")
+
+
+def _flushed(body: Callable[[], int]) -> int:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # an answer may not fit a terminal's encoding
+    try:
+        return body()
+    finally:
+        sys.stdout.flush()  # while what goes wrong can still be told
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Signals are exceptions meanwhile. Of the main thread: others cannot have it so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, _terminate),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _Terminated
+
+
+def _discard_output() -> None:
+    """What is still to be flushed at the exit would fail again."""
+    with contextlib.suppress(OSError, ValueError):  # not a real file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(program: str, message: str) -> int:
-    print(f"{program}: error: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody can be told
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     return USER_ERROR
 
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from lvlm.calibration.bench.contenders import BenchError, Contender, Conversion
 from lvlm.export.progress import Progress
 from lvlm.runtime.integrity import sha256_of
+from lvlm.runtime.output import temporary_sibling
 
 DONE = ".complete"
 MISSING = """
@@ -92,9 +92,9 @@ def _convert(label: str, conversion: Conversion, checkpoint: Path, out: Path, py
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BenchError(f"--cache {out.parent}: {error.strerror or error}") from None
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".partial-") as work:
-        _run(label, conversion, checkpoint, Path(work), python)
-        made = Path(work) / "out"
+    with temporary_sibling(out, BenchError) as work:
+        _run(label, conversion, checkpoint, work, python)
+        made = work / "out"
         (made / DONE).touch()
         shutil.rmtree(out, ignore_errors=True)
         made.rename(out)

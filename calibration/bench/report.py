@@ -12,6 +12,7 @@ from lvlm.calibration.bench.contenders import BenchError
 from lvlm.calibration.bench.figures import Figures, Spread
 from lvlm.calibration.bench.measure import Plan, Result
 from lvlm.calibration.bench.workload import Case
+from lvlm.runtime.output import whole_file
 
 NONE = "—"
 MEANINGS = (
@@ -148,9 +149,5 @@ def _plain(result: Result, case: Case, machine: Mapping[str, Any]) -> dict[str, 
 
 def write(path: Path, text: str) -> None:
     """Replaces ``path`` in one step. Raises BenchError."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with whole_file(path, BenchError) as partial:
         partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise BenchError(f"{path} cannot be written: {error.strerror or error}") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from lvlm.export.targets._narrow_products import narrow_products
 from lvlm.export.targets._split_products import split_products
 from lvlm.runtime.bundle import Capacity
 from lvlm.runtime.errors import ExportError
+from lvlm.runtime.output import whole_file
 
 if TYPE_CHECKING:
     from lvlm.export.targets._base import Target
@@ -61,14 +61,8 @@ def write(target: Target, bundle: Path, graphs: Mapping[str, str], capacity: Cap
         for value in model.graph.initializers.values():
             _keep_external(value)
         name = target.file(file)
-        partial = bundle / f".{name}.partial-{os.getpid()}"
-        try:
+        with whole_file(bundle / name, ExportError) as partial:
             ir.save(model, partial)
-            partial.replace(bundle / name)
-        except OSError as error:
-            raise ExportError(f"{bundle / name} cannot be written: {error.strerror}") from error
-        finally:
-            partial.unlink(missing_ok=True)
         written.append(name)
     return written
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from lvlm.main import main
+from lvlm.commands import main
 
 sys.exit(main())
