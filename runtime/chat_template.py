@@ -55,7 +55,7 @@ class ChatTemplate:
             self._find_way("assistant")
             self.writes_questions = written is not None
             self.places_images = written is None or image_token in written
-            self.lead = self._lead()
+            self._turn, self.lead = self._assistant_turn()
 
     def render(
         self,
@@ -125,6 +125,10 @@ class ChatTemplate:
         }
         return self._template.render(variables)
 
+    def lead_after(self, prompt: str) -> str:
+        """``lead`` for a prompt written out that ends as the template's own do, else nothing."""
+        return self.lead if self._turn and prompt.endswith(self._turn) else ""
+
     # What kind of template it is
 
     def _tried(self, role: str, content: Content, images: int = 0) -> str | None:
@@ -149,17 +153,19 @@ class ChatTemplate:
                 return text
         return None
 
-    def _lead(self) -> str:
-        """What is between the assistant's turn and its message, where that is space alone."""
-        user, answer = self._message("user", "x"), self._message("assistant", PROBE)
+    def _assistant_turn(self) -> tuple[str, str]:
+        """How a prompt ends that is ready for the answer, and what the template writes between
+        that and an assistant's message, where it is white space alone."""
+        user, answer = self._message("user", "x" + PROBE), self._message("assistant", PROBE)
         try:
             start = self._run([user])
             whole = self._run([user, answer], answer=False)
         except Exception:
-            return ""
-        between = whole.removeprefix(start).partition(PROBE)[0]
-        written = whole.startswith(start) and PROBE in whole
-        return between if written and between.isspace() else ""
+            return "", ""
+        between, found, _ = whole.removeprefix(start).partition(PROBE)
+        if not (whole.startswith(start) and found and between.isspace()):
+            return "", ""
+        return start.rpartition(PROBE)[2].lstrip(), between
 
 
 def _shows_parts(text: str) -> bool:

@@ -109,6 +109,8 @@ class PromptMaker:
             special = not (self._bos and text.startswith(self._bos))
         elif options.system is not None:
             raise ParameterError("system needs the chat template; write it into the prompt")
+        elif self.template is not None:
+            lead = self.template.lead_after(prompt)
         advice = _advice("video", video_token or "", prompt, options)
         stills = self.processor.pictures(arrays)
         text, pictures, token_ids = self.clips.placed(text, stills, clips, advice)

@@ -118,13 +118,15 @@ def test_a_template_that_the_caller_gives(light: Model) -> None:
 
 
 def test_an_answer_begins_after_the_templates_space(light: Model) -> None:
-    """Not where the prompt stands as it is: then the two together are the whole text."""
-    written = light.generate("USER: <image>\nWhich? ASSISTANT:", [PICTURE], chat_template=False)
+    """A prompt written out that ends otherwise is gone on with: the two are one text."""
+    text, written = "USER: <image>\nWhich? ASSISTANT:", GenerationOptions(chat_template=False)
     answer = light.generate("Which?", [PICTURE])
-    stream = light.stream("Which?", [PICTURE])
-    assert answer.token_ids == written.token_ids
-    assert written.text == " " + answer.text
-    assert "".join(stream) == answer.text
+    assert light.tokenizer.decode(answer.token_ids) == " " + answer.text
+    assert light.generate(text, [PICTURE], options=written).text == answer.text
+    assert "".join(light.stream("Which?", [PICTURE])) == answer.text
+    other = light.generate(text + " The", [PICTURE], options=written)
+    assert other.text == light.tokenizer.decode(other.token_ids)
+    assert other.text.startswith(" ")
 
 
 def test_empty_prompt_with_the_chat_template(light: Model) -> None:
