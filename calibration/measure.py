@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvlm.calibration.picture import draw_profile
 from lvlm.export import checkpoint as checkpoints
 from lvlm.export.calibration import calibrate
+from lvlm.export.estimates import LIBRARIES, check_memory
 from lvlm.export.families._base import Family
 from lvlm.export.profiles import Profile, identify
 from lvlm.export.progress import Progress, Stage, size
@@ -84,6 +85,8 @@ def _job(
             f"recipe '{recipe.name}' merges no tokens, so it changes nothing here; leave --recipe "
             "out, and give the profile to lvlm-export"
         )
+    elements = sum(p.numel() for p in {id(p): p for p in skeleton.parameters()}.values())
+    check_memory("measuring", LIBRARIES + 4 * elements)
     return Job(
         checkpoint=checkpoint,
         family=family,

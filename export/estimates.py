@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from lvlm.runtime.errors import ExportError
 if TYPE_CHECKING:
     from lvlm.export.plan import Options, Plan
 
+LIBRARIES = 550_000_000  # torch and what belongs to it, and traced graphs
 CGROUP = Path("/sys/fs/cgroup")  # of the container, where there is one
 
 
@@ -37,7 +39,7 @@ def peak_memory(
         largest: elements of the largest parameter.
         parameters: elements of all.
     """
-    base = 550_000_000 + 2 * largest * (dtype.itemsize + (4 if options.weights else 0))
+    base = LIBRARIES + 2 * largest * (dtype.itemsize + (4 if options.weights else 0))
     wanted = options.recipe.calibration()
     if validate:
         return base + 4 * parameters + 3 * weight_bytes
@@ -59,15 +61,24 @@ def check_machine(plan: Plan) -> None:
             f"the bundle needs {size(disk(plan))}, the disk has {size(free)} free; "
             "free some or give -o on another disk"
         )
+    check_memory(
+        "the export",
+        plan.peak_bytes,
+        {f"give --no-validate (about {size(plan.unvalidated_bytes)})": plan.unvalidated_bytes},
+    )
+
+
+def check_memory(what: str, needed: int, others: Mapping[str, int] | None = None) -> None:
+    """ExportError where ``what`` needs more bytes than are free; of ``others``, advice -> bytes, it
+    gives what would fit."""
     memory = free_memory()
-    if memory is None or plan.peak_bytes <= memory:
+    if memory is None or needed <= memory:
         return
-    helps = "close other programs or use a machine with more memory"
-    if plan.unvalidated_bytes <= memory:
-        helps += f", or give --no-validate (about {size(plan.unvalidated_bytes)})"
+    helps = ["close other programs or use a machine with more memory"]
+    helps += [advice for advice, least in (others or {}).items() if least <= memory]
     raise ExportError(
-        f"the export needs about {size(plan.peak_bytes)} of memory, {size(memory)} are free; "
-        f"{helps}"
+        f"{what} needs about {size(needed)} of memory, {size(memory)} are free; "
+        f"{', or '.join(helps)}"
     )
 
 

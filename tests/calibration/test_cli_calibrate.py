@@ -18,7 +18,7 @@ from PIL import Image
 
 from lvlm.calibration import measure
 from lvlm.calibration.cli import main
-from lvlm.export import calibration, recording
+from lvlm.export import calibration, estimates, recording
 from lvlm.export.profiles import check_profile, model_hash, read_profile
 from lvlm.export.progress import Progress, Stage, duration
 from lvlm.main import main as lvlm_main
@@ -242,6 +242,17 @@ def test_a_folder_that_cannot_be_written(
     monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
     code, _, err = run(capsys, "-m", MODEL, "-o", tmp_path / "p.json")
     assert (code, "cannot be written to" in err) == (2, True)
+
+
+def test_memory_too_small(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimates, "free_memory", lambda: 1000)
+    monkeypatch.setattr(measure, "load_fp32", None)
+    code, _, err = run(capsys, "-m", "tiny-llava", "--data", data, "-o", tmp_path / "p.json")
+    assert code == 2
+    assert "measuring needs about 564.8 MB of memory" in err
+    assert "a machine with more memory" in err
 
 
 def test_a_prompt_longer_than_the_attention_window(

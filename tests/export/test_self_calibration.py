@@ -1,0 +1,35 @@
+"""An export that measures its profile itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvlm.export import self_calibration
+from lvlm.export.plan import Options, make_plan
+from lvlm.export.profiles import DataId, ModelId, Profile, RecipeId, Spread
+from lvlm.export.progress import Progress
+from lvlm.export.recipes._base import parse_settings
+from lvlm.runtime.bundle import ProfileRow
+from lvlm.runtime.discovery import discover
+
+
+def test_the_cache_is_counted_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 of an fp32 bundle: half of what fp32 takes."""
+    row = ProfileRow(0.5, (0.5,) * 6)
+    made = Profile(
+        *("prefixkv", 1, 0.5, (row,), Spread((0.0,) * 6, (row.fractions,)), 6),
+        *(ModelId("a", "b", "0"), DataId("", 1), RecipeId("none", {}), {}),
+    )
+    monkeypatch.setattr(self_calibration, "calibrate", lambda *_, **__: made)
+    recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")["prefixkv"], [])
+
+    def cache_bytes(**options: Any) -> int:
+        given = Options("tiny-llava", recipe, Path("out"), dtype="fp32", validate=False, **options)
+        plan = self_calibration.with_profile(make_plan(given), Progress(0, quiet=True))
+        assert plan.profile is made
+        return plan.cache.bytes
+
+    assert cache_bytes() == 2 * cache_bytes(cache="fp16")
