@@ -28,7 +28,7 @@ def prompt_maker(
     """
     files = files or family.prompt(config, checkpoint.folder)
     try:
-        return PromptMaker(
+        maker = PromptMaker(
             Tokenizer.of_text(files.tokenizer, files.eos_ids),
             images or family.images(config, checkpoint.folder),
             config.get_text_config().vocab_size,
@@ -40,6 +40,13 @@ def prompt_maker(
         reason = str(error).removesuffix("; export the bundle again")
         reason = reason.replace("the bundle's ", "its ")
         raise CheckpointError(f"{checkpoint.source} gives no prompts: {reason}") from None
+    template = maker.template
+    if template is not None and template.forbidden and not template.writes_questions:
+        raise CheckpointError(
+            f"{checkpoint.source} gives no prompts: its chat template asks for what templates may "
+            f"not: {template.forbidden}"
+        )
+    return maker
 
 
 def prepare(maker: PromptMaker, sample: Sample) -> Prompt:

@@ -25,7 +25,8 @@ class ChatTemplate:
     and the other for the system: which is found by trying both (``content``). ``lead`` is the space
     that the template writes between "it is the assistant's turn" and an assistant's message: an
     answer begins after it.
-    ``writes_questions``: whether a user's text comes out at all.
+    ``writes_questions``: whether a user's text comes out at all; ``forbidden``: what the sandbox
+    has kept it from meanwhile.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ChatTemplate:
                 self._template = environment.from_string(source)
         except Exception as error:  # RecursionError and others, besides TemplateSyntaxError
             raise wrong(f"{name} is not valid: {_line(error)}") from None
+        self.forbidden = ""
         self.content: dict[str, Content] = dict.fromkeys(ROLES, "parts")
         with spending(Budget()):
             written = self._find_way("user")  # first: the others' probes have a user in them
@@ -139,6 +141,9 @@ class ChatTemplate:
         after = [user] if role == "system" else []
         try:
             text = self._run([*before, message, *after], answer=role != "assistant")
+        except (SecurityError, TemplateLimitError) as error:
+            self.forbidden = _line(error)
+            return None
         except Exception:
             return None
         # A list that is printed as it is shows what its parts are called

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -43,8 +42,8 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         penalty = self.repetition_penalty
-        if not 0 < penalty < math.inf:  # NaN fails, too
-            raise BundleError(f"repetition_penalty is {penalty!r}, but it must be above 0")
+        if not 0.01 <= penalty <= 100:  # NaN fails, too
+            raise BundleError(f"repetition_penalty is {penalty!r}; it must be from 0.01 to 100")
         for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens", "top_k"):
             if getattr(self, name) < 0:
                 raise BundleError(f"{name} is {getattr(self, name)!r}, but it must be 0 or above")

@@ -162,12 +162,20 @@ def test_a_sample_that_cannot_be_prepared_is_named(
     assert str(error.value).startswith(message)
 
 
-def test_a_checkpoint_without_a_usable_tokenizer(
-    checkpoint: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% if %}", "is not valid"),
+        ("{{ 'a' * 10**10 }}", "asks for what templates may not: it makes too much text"),
+        ("{{ ''.__class__ }}", "asks for what templates may not: access to '__class__'"),
+    ],
+)
+def test_a_checkpoint_without_a_usable_template(
+    template: str, said: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(checkpoint("tiny-llava"), tmp_path / "model"))
-    (folder / "chat_template.jinja").write_text("{% if %}")
-    with pytest.raises(CheckpointError, match="its chat template is not valid") as error:
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError, match=f"its chat template {said}") as error:
         prompting.prompt_maker(*open_folder(folder))
     assert "bundle" not in str(error.value)
 
