@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lvlm.runtime.errors import BundleError, shown
+from lvlm.runtime.errors import BundleError, ParameterError, shown
 from lvlm.runtime.integrity import File, Verify, check_files
 from lvlm.runtime.manifest_checks import check
 from lvlm.runtime.typed_json import decode, read_json
@@ -210,6 +210,16 @@ class Manifest:
         """What lvlm.json holds."""
         data = dataclasses.asdict(self) | {"schema": SCHEMA}
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def bundle_path(bundle: object) -> Path:
+    """Where a bundle is, as a caller gives it. Raises ParameterError if that is no path."""
+    try:
+        return Path(bundle)  # type: ignore[arg-type]
+    except TypeError:
+        raise ParameterError(
+            f"bundle is {shown(bundle)}; give the path of a folder made by lvlm-export"
+        ) from None
 
 
 def read_bundle(folder: str | Path, verify: Verify = "sample") -> Manifest:

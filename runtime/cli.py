@@ -186,12 +186,19 @@ def _table(answer: Generation, cut: str | None) -> str:
         "prefill": f"{stats.prefill_ms:.1f} ms",
         "decode": f"{stats.decode_tokens_per_second:.1f} tokens/s ({stats.decode_steps} steps)",
         "new tokens": str(stats.new_tokens),
-        "finished by": answer.finish_reason + (f": {cut}" if cut else ""),
+        "finished by": _ending(answer) + (f": {cut}" if cut else ""),
         "cache allocated": f"{stats.cache_bytes_allocated:,} bytes",
         "cache used": f"{stats.cache_bytes_used:,} bytes",
     }
     width = max(map(len, rows))
     return "\n".join(f"  {name:{width}}  {value}" for name, value in rows.items())
+
+
+def _ending(answer: Generation) -> str:
+    which = answer.stop_reason
+    if which is None:
+        return answer.finish_reason
+    return f"stop at token {which}" if isinstance(which, int) else f"stop at {which!r}"
 
 
 def _kept(stats: Stats) -> str:
@@ -209,6 +216,7 @@ def _data(answer: Generation) -> dict[str, Any]:
         "text": answer.text,
         "token_ids": answer.token_ids,
         "finish_reason": answer.finish_reason,
+        "stop_reason": answer.stop_reason,
         **({"logprobs": scores} if scores else {}),
         "stats": dataclasses.asdict(answer.stats) | {"decode_tokens_per_second": speed},
     }

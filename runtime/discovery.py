@@ -37,7 +37,7 @@ def nearest(
 ) -> ParameterError:
     """The error for an unknown name: offers what is ``meant`` by it, or the nearest known ones, or
     lists all."""
-    known, name = sorted(known), name[:80]
+    known, name = sorted(known), str(name)[:80]
     other = (meant or {}).get(name.lower())
     close = [other] if other in known else difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:

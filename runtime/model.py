@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack, overload
 
@@ -14,7 +13,7 @@ from lvlm.runtime.answers import Generation, Stats, Stream
 from lvlm.runtime.asks import Ask, Images, Videos, many_asks, one_ask
 from lvlm.runtime.backends import open_backend, thread_count
 from lvlm.runtime.batch import Batch, Batches
-from lvlm.runtime.bundle import Manifest, read_bundle
+from lvlm.runtime.bundle import Manifest, bundle_path, read_bundle
 from lvlm.runtime.counts import read_options
 from lvlm.runtime.errors import BackendError
 from lvlm.runtime.forks import Home
@@ -46,7 +45,7 @@ class Model:
 
         Raises BundleError, BackendError, ParameterError.
         """
-        folder = Path(bundle)
+        folder = bundle_path(bundle)
         threads = thread_count(threads)
         self.folder, self.device = folder, device
         self._home = Home("model")

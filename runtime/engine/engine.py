@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack, overload
 
@@ -15,7 +14,7 @@ from lvlm.runtime.answers import Generation, Stream
 from lvlm.runtime.asks import Ask, Images, Videos, many_asks, one_ask
 from lvlm.runtime.backends import open_backend, thread_count
 from lvlm.runtime.budgets import Budgets
-from lvlm.runtime.bundle import read_bundle
+from lvlm.runtime.bundle import bundle_path, read_bundle
 from lvlm.runtime.cache import CompactCache
 from lvlm.runtime.counts import count_prompts, read_options
 from lvlm.runtime.engine.handle import Handle
@@ -77,7 +76,7 @@ class Engine:
 
         Raises BundleError, BackendError, ParameterError.
         """
-        folder = Path(bundle)
+        folder = bundle_path(bundle)
         threads = thread_count(threads)
         queue_limit = read_value("queue_limit", whole(1), queue_limit)
         self.folder, self.device = folder, device

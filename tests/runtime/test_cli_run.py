@@ -99,6 +99,7 @@ def test_json_is_one_object(run: Run, light: Path, expected: Generation) -> None
     assert data["text"] == expected.text
     assert data["token_ids"] == expected.token_ids
     assert data["finish_reason"] == expected.finish_reason
+    assert data["stop_reason"] is None
     assert data["stats"]["image_tokens"] == 144
     assert data["stats"]["image_tokens_per_layer"] == [144, 101, 72, 50, 50, 50]
     assert data["stats"]["decode_tokens_per_second"] > 0
@@ -118,6 +119,14 @@ def test_stats_go_to_stderr(run: Run, light: Path, expected: Generation) -> None
     for name in ("cache allocated", "cache used"):
         bytes_ = getattr(expected.stats, name.replace(" ", "_bytes_"))
         assert rows[name] == f"{bytes_:,} bytes"
+
+
+def test_which_stop_is_told(run: Run, light: Path) -> None:
+    argv = (light, QUESTION, "--image", PICTURE, "--stop", "n", "--json", "--stats")
+    code, out, err = run(*argv)
+    assert code == 0
+    assert json.loads(out)["stop_reason"] == "n"
+    assert re.search(r"finished by +stop at 'n'$", err, re.MULTILINE)
 
 
 def test_prompt_from_standard_input(

@@ -13,7 +13,7 @@ from bundles import ASSETS
 from PIL import Image
 
 import lvlm
-from lvlm.runtime.answers import Stats
+from lvlm.runtime.answers import Generation, Stats
 from lvlm.runtime.backends import open_backend
 from lvlm.runtime.errors import (
     BackendError,
@@ -189,6 +189,59 @@ def test_loading_errors(bundle: Callable[..., Path], tmp_path: Path) -> None:
             open_backend("cpu", threads=threads)  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="does not exist"):
         lvlm.load(tmp_path / "none")
+    for bundle_given in (None, 5, b"out"):
+        with pytest.raises(ParameterError, match=r"^bundle is .*; give the path of a folder"):
+            lvlm.load(bundle_given)  # type: ignore[arg-type]
+    with pytest.raises(ParameterError, match="unknown device"):
+        lvlm.load(folder, device=None)  # type: ignore[arg-type]
+
+
+PROMPTS = [None, b"Hi", 5, {"prompt": "Hi"}, [{"role": "user", "content": "Hi"}], ["Hi", None]]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
+def test_what_a_prompt_may_be(light: Model, prompt: Any) -> None:
+    with pytest.raises(PromptError, match=r"^prompt is .*; give (text|the question as text)"):
+        light.generate(prompt)
+    with pytest.raises(PromptError, match=r"^prompt is .*; give the question as text"):
+        light.stream(prompt)
+
+
+def test_lists_of_pictures_may_be_left_out(light: Model) -> None:
+    answers = light.generate(("Hi", "Hi"), [None, []], None, max_new_tokens=2)  # type: ignore[call-overload]
+    assert answers[0].token_ids == answers[1].token_ids
+    assert light.generate("Hi", None, max_new_tokens=2).token_ids == answers[0].token_ids
+    for images in ([PICTURE] * 2, {"a": PICTURE}, PICTURE):
+        with pytest.raises(PromptError, match=r"^images is .*(write images=|one list each)"):
+            light.generate(["Hi", "Ho"], images)  # type: ignore[arg-type]
+
+
+def test_which_stop(light: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A special token is matched by its id, a text by what is decoded."""
+    tokens = iter([])
+    monkeypatch.setattr(Sampler, "choose", lambda self, logits: next(tokens))  # noqa: ARG005
+
+    def answer(*chosen: int, **options: Any) -> Generation:
+        nonlocal tokens
+        tokens = iter(chosen)
+        return light.generate("Hi", **options)
+
+    end = light.tokenizer.token_id("</s>")
+    found = answer(20, 21, end, ignore_eos=True, stop=["</s>"])
+    assert (found.token_ids, found.finish_reason, found.stop_reason) == (
+        [20, 21, end],
+        "stop",
+        "</s>",
+    )
+    text = found.text
+    found = answer(20, 21, end)
+    assert (found.text, found.finish_reason, found.stop_reason) == (text, "stop", end)
+    found = answer(20, 21, max_new_tokens=2)
+    assert (found.text, found.finish_reason, found.stop_reason) == (text, "length", None)
+    found = answer(20, 21, 20, 21, stop=[text[-1:]])
+    assert (found.finish_reason, found.stop_reason) == ("stop", text[-1:])
+    with pytest.raises(ParameterError, match="special token '</s>' and more"):
+        light.stream("Hi", stop=["</s> and"])
 
 
 def test_bf16_is_refused_on_the_cpu(bundle: Callable[..., Path]) -> None:
