@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 DISTRIBUTION = "lvlm-deploy"
 
 
 def version() -> str:
     """Of the installed distribution; ``unknown`` where sources are run that are not installed."""
+    from importlib import metadata  # takes a while, which --help has no use for
+
     try:
         return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
