@@ -1,0 +1,196 @@
+"""A LLaVA run by hand: transformers' own modules in a plain loop, one prompt, no padding.
+
+Nothing here comes from lvlm. The checkpoint is loaded by ``from_pretrained``, pictures and text by
+the checkpoint's own processor and tokenizer; attention is written out below. A ``Rule`` (see
+twin_rules.py) is asked before every block whether the sequence gets shorter, and after every block
+what of its cache stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import (
+    AttentionInterface,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
+
+NAME = "lvlm-tests-naive"
+
+
+@dataclass
+class Seen:
+    """One attention: queries [H,n,d] and keys [H,m,d] of every query head, rotary applied, and the
+    probabilities [H,n,m]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass
+class Sequence:
+    """What enters a block: hidden [N,D], positions [N], whose picture each token is (0: text)."""
+
+    hidden: torch.Tensor
+    positions: list[int]
+    picture: list[int]
+
+
+@dataclass
+class Layer:
+    """One block's cache in order of age: keys and values [Hkv,n,d], the most recent queries [H,q,d]
+    and how many tokens were ever cached."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    queries: torch.Tensor
+    seen: int
+    kept_of_prompt: int = 0
+
+
+class Rule(Protocol):
+    def shorten(self, block: int, sequence: Sequence, before: Seen | None) -> Sequence: ...
+
+    def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None: ...
+
+    def after_step(self, block: int, layer: Layer, step: int) -> None: ...
+
+
+class _Entries:
+    """Stands in for transformers' Cache: gives a block all keys and values there are."""
+
+    def __init__(self, layer: Layer | None) -> None:
+        self.layer = layer
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.layer is not None:
+            key = torch.cat((self.layer.key[None], key), 2)
+            value = torch.cat((self.layer.value[None], value), 2)
+        self.key, self.value = key[0], value[0]
+        return key, value
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    note: list[Seen] | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    del module
+    groups = query.shape[1] // key.shape[1]
+    out = torch.empty_like(query)
+    weights = torch.empty(query.shape[1], query.shape[2], key.shape[2])
+    for head in range(query.shape[1]):
+        logits = query[0, head] @ key[0, head // groups].T * scaling
+        if attention_mask is not None:
+            logits = logits + attention_mask
+        weights[head] = logits.softmax(-1)
+        out[0, head] = weights[head] @ value[0, head // groups]
+    if note is not None:
+        keys = torch.stack([key[0, h // groups] for h in range(query.shape[1])])
+        note.append(Seen(query[0], keys, weights))
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+@dataclass
+class Answer:
+    tokens: list[int] = field(default_factory=list)
+    entered: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+
+
+class Twin:
+    """A checkpoint of class LlavaForConditionalGeneration."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+        self.model.eval()
+        self.text = self.model.model.language_model
+        self.text.config._attn_implementation = NAME
+        self.images = AutoImageProcessor.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def answer(self, prompt: str, pictures: list[Any], rule: Rule, count: int) -> Answer:
+        """``count`` greedy tokens to a prompt with its placeholders, past any end of text."""
+        sequence = self._embed(prompt, pictures)
+        found, layers, before = Answer(), [], None
+        total = len(sequence.positions)
+        for index, block in enumerate(self.text.layers):
+            sequence = rule.shorten(index, sequence, before)
+            hidden, before, entries = self._run(block, sequence.hidden, sequence.positions, None)
+            sequence = Sequence(hidden, sequence.positions, sequence.picture)
+            layer = Layer(entries.key, entries.value, before.query, len(sequence.positions))
+            found.entered.append(layer.seen)
+            rule.after_prompt(index, layer, before)
+            layer.kept_of_prompt = layer.key.shape[1]
+            found.kept.append(layer.kept_of_prompt)
+            layers.append(layer)
+        hidden = sequence.hidden[-1:]
+        for step in range(count):
+            found.tokens.append(int(self.model.lm_head(self.text.norm(hidden))[0].argmax()))
+            if step + 1 == count:
+                break
+            hidden = self.model.get_input_embeddings()(torch.tensor(found.tokens[-1:]))
+            for index, block in enumerate(self.text.layers):
+                layer = layers[index]
+                hidden, attention, entries = self._run(block, hidden, [total + step], layer)
+                layer.key, layer.value = entries.key, entries.value
+                layer.queries = torch.cat((layer.queries, attention.query), 1)
+                layer.seen += 1
+                rule.after_step(index, layer, step + 1)
+        return found
+
+    def _embed(self, prompt: str, pictures: list[Any]) -> Sequence:
+        token = self.model.config.image_token_id
+        ids = self.tokenizer(prompt).input_ids
+        features = []
+        for picture in pictures:
+            pixels = self.images(picture, return_tensors="pt").pixel_values
+            features.append(self.model.get_image_features(pixels).pooler_output[0])
+        rows, owner, number = [], [], 0
+        for one in ids:
+            if one == token:
+                rows.append(features[number])
+                number += 1
+                owner += [number] * len(rows[-1])
+            else:
+                rows.append(self.model.get_input_embeddings()(torch.tensor([one])))
+                owner.append(0)
+        assert number == len(pictures)
+        hidden = torch.cat(rows)
+        return Sequence(hidden, list(range(len(hidden))), owner)
+
+    def _run(
+        self, block: Any, hidden: torch.Tensor, positions: list[int], layer: Layer | None
+    ) -> tuple[torch.Tensor, Seen, _Entries]:
+        place = torch.tensor([positions])
+        entries, note = _Entries(layer), []
+        mask = None
+        if layer is None:
+            mask = torch.full((len(positions), len(positions)), float("-inf")).triu(1)
+        out = block(
+            hidden[None],
+            attention_mask=mask,
+            position_ids=place,
+            position_embeddings=self.text.rotary_emb(hidden[None], position_ids=place),
+            past_key_values=entries,
+            note=note,
+        )
+        out = out[0] if isinstance(out, tuple) else out
+        return out[0], note[0], entries
