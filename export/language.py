@@ -233,7 +233,7 @@ class Compact(nn.Module):
         names = (i.name for i in compact_counts(self.model, self.rule))
         inputs = dict(zip(names, fixed, strict=True))
         start = torch.zeros_like(inputs["valid_length"][0])
-        dtype = next(self.model.embed.parameters()).dtype
+        dtype = next(self.model.norm.parameters()).dtype  # that of what is computed
         written: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
         for layer in range(len(self.model.blocks)):

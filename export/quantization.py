@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lvlm.export.language import LanguageModel
+from lvlm.export.stored_weights import Read, StoredLinear
 from lvlm.runtime.errors import ParameterError
 
 KINDS = {"int8": 8, "int4": 4}  # what --weights takes, in bits
@@ -102,10 +103,23 @@ def round_products(language: LanguageModel, how: Quantization, scales: torch.dty
     the bundle's dtype. A head that shares its weight with the embedding gets one of its own."""
     shared = language.embed.weight
     for linear in products(language):
-        packed, factors = quantize(linear.weight.t().float().numpy(), how)
-        rounded = torch.from_numpy(factors).to(scales).float().numpy()
-        weight = torch.from_numpy(dequantize(packed, rounded, how).T).to(linear.weight.dtype)
-        if linear.weight is shared:
-            linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        if isinstance(linear, StoredLinear):
+            linear.read = _rounding(linear.read, how, scales)
+        elif linear.weight is shared:
+            rounded = _rounded(linear.weight, how, scales)
+            linear.weight = nn.Parameter(rounded, requires_grad=False)
         else:
-            linear.weight.copy_(weight)
+            # Never in place: the weight may be mapped from the checkpoint's file
+            linear.weight.data = _rounded(linear.weight, how, scales)
+
+
+def _rounding(read: Read, how: Quantization, scales: torch.dtype) -> Read:
+    return lambda rows: _rounded(read(rows), how, scales)
+
+
+def _rounded(rows: torch.Tensor, how: Quantization, scales: torch.dtype) -> torch.Tensor:
+    """Any rows of a weight [N,K], each with blocks of its own, in their own dtype."""
+    packed, factors = quantize(rows.t().float().numpy(), how)
+    rounded = torch.from_numpy(factors).to(scales).float().numpy()
+    weight = torch.from_numpy(dequantize(packed, rounded, how).T)
+    return weight.to(rows.dtype).contiguous()

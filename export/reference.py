@@ -21,7 +21,8 @@ from lvlm.export.naive_cache import NaiveCache
 from lvlm.export.ports import buffer_kinds, recipe_inputs
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.recipes._cache import CacheRule
-from lvlm.export.skeleton import default_dtype
+from lvlm.export.skeleton import build_shape, with_parameters
+from lvlm.export.stored_weights import compute_in_fp32
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.errors import ValidationError
 from lvlm.runtime.generation_options import Keep
@@ -151,10 +152,10 @@ def load_fp32(
     stored_names: dict[str, str],
     rounding: torch.dtype,
 ) -> nn.Module:
-    """The whole model in fp32, its weights rounded to the bundle's dtype."""
-    with default_dtype(torch.float32):
-        model = family.build(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.copy_(checkpoint.read(stored_names[name]).to(rounding))
-    return model.eval().requires_grad_(False)
+    """The whole model, computing in fp32 with its weights rounded to the bundle's dtype.
+
+    Weights of large products stay in their files (stored_weights.py).
+    """
+    model = build_shape(family, config, torch.float32)
+    with_parameters(model, lambda name, _: checkpoint.read(stored_names[name]))
+    return compute_in_fp32(model, rounding)

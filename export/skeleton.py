@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,28 @@ def build_shape(family: Family, config: Any, dtype: torch.dtype) -> nn.Module:
 
 def traceable(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """``model`` of the meta device with fake parameters and real buffers, in place."""
-    _replace_parameters(model, mode)
+
+    def fake(_: str, old: torch.Tensor) -> torch.Tensor:
+        with mode:  # meta parameters cannot be traced as CPU tensors; fake ones can
+            return torch.empty(old.shape, dtype=old.dtype, device="cpu")
+
+    return with_parameters(model, fake)
+
+
+def with_parameters(
+    model: nn.Module, parameter: Callable[[str, torch.Tensor], torch.Tensor]
+) -> nn.Module:
+    """``model`` of the meta device with what ``parameter`` gives for each name and meta parameter,
+    and real buffers, in place. Tied parameters stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, old in module._parameters.items():
+            if old is None:
+                continue
+            if id(old) not in made:
+                data = parameter(f"{path}.{name}" if path else name, old)
+                made[id(old)] = nn.Parameter(data, requires_grad=False)
+            module._parameters[name] = made[id(old)]
     for module, name, buffer in non_persistent_buffers(model):
         module._buffers[name] = _real_buffer(module, name, buffer)
     return model.eval().requires_grad_(False)
@@ -43,20 +64,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _replace_parameters(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Meta parameters cannot be traced as CPU tensors; fake ones can. Tied ones stay tied."""
-    made: dict[int, nn.Parameter] = {}
-    with mode:
-        for module in model.modules():
-            for name, old in module._parameters.items():
-                if old is None:
-                    continue
-                if id(old) not in made:
-                    fake = torch.empty(old.shape, dtype=old.dtype, device="cpu")
-                    made[id(old)] = nn.Parameter(fake, requires_grad=False)
-                module._parameters[name] = made[id(old)]
 
 
 def _real_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,156 @@
+"""Every form of a bundle's graphs that can be run on this machine, as sessions of one backend.
+
+ONNX Runtime runs the files over the weights where they lie, mapped, without packing or folding
+them into copies. What a file lacks for that is put into it in memory: the functions of the lvlm
+ops where a target has plugins for them, and fp32 for bf16, which the CPU provider does not compute.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import onnx_ir as ir
+from onnx import helper
+
+from lvlm.export.ops._contract import DOMAIN, OPSET, VERSION, Op
+from lvlm.export.targets._base import Target
+from lvlm.export.verify.widened import widen
+from lvlm.runtime.backends import Session, open_backend
+from lvlm.runtime.backends._onnxruntime import OnnxRuntime, OrtSession, check_ports, failure
+from lvlm.runtime.bundle import Graph, Manifest
+from lvlm.runtime.discovery import discover
+
+if TYPE_CHECKING:
+    from lvlm.runtime.backends import Backend
+
+CANONICAL = "canonical"
+LARGE = 2_000_000_000  # bytes of weights from which no engine may make its own copy of them
+PLUGIN = ("plugin_namespace", "plugin_version")  # attributes that only TensorRT reads
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of the graphs: graph -> file. ``reason``: why it cannot be run here, or ""; ``how``:
+    what was put into the files to run them."""
+
+    name: str
+    files: Mapping[str, str]
+    how: str = ""
+    reason: str = ""
+    static: bool = False
+
+
+def forms_of(manifest: Manifest) -> list[Form]:
+    """The canonical graphs first, then those of every target in the bundle."""
+    known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
+    wide = "bf16 widened to fp32" if manifest.dtype == "bfloat16" else ""
+    found = [Form(CANONICAL, {n: g.file for n, g in manifest.graphs.items()}, wide)]
+    for name in dict.fromkeys(t for g in manifest.graphs.values() for t in g.lowered):
+        files = {n: g.lowered.get(name, g.file) for n, g in manifest.graphs.items()}
+        target = known[name]
+        plugins = "the lvlm ops' functions put back" if target.plugins else ""
+        how = ", ".join(x for x in (wide, plugins) if x)
+        reason = ""
+        if target.flavour == "openvino":
+            how, reason = "", _without_openvino(manifest)
+        found.append(Form(name, files, how, reason, target.static_cache))
+    return found
+
+
+def _without_openvino(manifest: Manifest) -> str:
+    if importlib.util.find_spec("openvino") is None:
+        return "openvino is not installed"
+    if sum(w.bytes for w in manifest.weights.values()) > LARGE:
+        return f"OpenVINO would copy the weights, which are more than {LARGE / 1e9:g} GB"
+    return ""
+
+
+def open_form(form: Form, manifest: Manifest) -> tuple[Backend, Manifest]:
+    """A backend that runs the form's files, and the manifest as it is to be read with it."""
+    if form.name == "openvino":
+        return open_backend("openvino"), manifest
+    return Mapped(form), as_float32(manifest) if manifest.dtype == "bfloat16" else manifest
+
+
+def as_float32(manifest: Manifest) -> Manifest:
+    """A bf16 bundle's manifest for graphs that are widened."""
+
+    def wide(graph: Graph) -> Graph:
+        inputs, outputs = (
+            tuple(replace(p, dtype="float32") if p.dtype == "bfloat16" else p for p in ports)
+            for ports in (graph.inputs, graph.outputs)
+        )
+        return replace(graph, inputs=inputs, outputs=outputs)
+
+    graphs = {name: wide(graph) for name, graph in manifest.graphs.items()}
+    return replace(manifest, dtype="float32", cache_dtype="float32", graphs=graphs)
+
+
+class Mapped(OnnxRuntime):
+    """ONNX Runtime on the CPU over mapped weights. Slower than device cpu, and small."""
+
+    name = "cpu"
+
+    def __init__(self, form: Form) -> None:
+        import onnxruntime
+
+        super().__init__(onnxruntime, ["CPUExecutionProvider"], None)
+        self.form, self.static_capacity = form, form.static
+
+    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
+        graph, file = manifest.graphs[name], self.form.files[name]
+        options = self.options()
+        options.enable_mem_pattern = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        place = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(place, str(folder.absolute()))
+        try:
+            session = self.ort.InferenceSession(
+                runnable(folder / file, self.form.how),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=["ConstantFolding"],
+            )
+        except Exception as error:
+            raise failure(error, f"{file} cannot be loaded by ONNX Runtime") from None
+        given = [o.name for o in session.get_outputs()]
+        check_ports(graph, [i.name for i in session.get_inputs()], given)
+        return OrtSession(session, graph, given, self.device, self.ort.RunOptions)
+
+
+def runnable(path: Path, how: str) -> bytes:
+    """The graph in a file, with what ONNX Runtime needs beside it; its weights stay outside."""
+    if not how:
+        return path.read_bytes()
+    model = onnx.load(path, load_external_data=False)
+    if "functions" in how:
+        put_functions_back(model)
+    if "bf16" in how:
+        return bytes(ir.to_proto(widen(ir.from_proto(model))).SerializeToString())
+    return bytes(model.SerializeToString())
+
+
+def put_functions_back(model: onnx.ModelProto) -> None:
+    """The lvlm ops' functions, which plugins stand for, and the opset that they are written in."""
+    ops: dict[str, Op] = discover("lvlm.export.ops", "OP")
+    attributes: dict[str, dict[str, Any]] = {}
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            kept = [a for a in node.attribute if a.name not in PLUGIN]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+            values = {a.name: helper.get_attribute_value(a) for a in kept}
+            attributes[node.op_type] = {
+                k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()
+            }
+    for op, values in attributes.items():
+        model.functions.append(ops[op].function(values))
+    del model.opset_import[:]
+    model.opset_import.extend(
+        [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    )

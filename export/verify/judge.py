@@ -1,0 +1,274 @@
+"""The judge of an export: the checkpoint as transformers itself loads, prepares and answers.
+
+Nothing of what is judged is used here: files, tokenizer, chat template, image processor, model and
+generate are transformers' own. Weights are mapped from their files (stored_weights.py), so that a
+model of any size needs little memory.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from lvlm.export.stored_weights import compute_in_fp32
+from lvlm.runtime.errors import ValidationError
+
+SECONDS, LEAST = 30.0, 4  # of steps that are compared, and how many at least
+
+
+@dataclass
+class Verdict:
+    """One greedy answer. ``features`` [V,D] stand in the place of the picture's tokens, in blocks
+    of D for every block they enter; ``logits`` [vocabulary] of every step are the model's own,
+    ``scores`` what generate chose from after its processors; ``estimate`` says how the number of
+    steps was chosen."""
+
+    ids: list[int]
+    features: torch.Tensor
+    logits: list[torch.Tensor] = field(default_factory=list)
+    scores: list[torch.Tensor] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    estimate: str = ""
+
+
+class Judge:
+    """A checkpoint folder in transformers' hands."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValidationError where transformers cannot load it."""
+        self.folder = folder
+        with _quiet():
+            self.tokenizer = self._load(transformers.AutoTokenizer)
+            self.images = self._load(transformers.AutoImageProcessor)
+            self.config = self._load(transformers.AutoConfig)
+        kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[self.config.model_type])
+        kwargs = getattr(getattr(kind, "valid_processor_kwargs", None), "_defaults", {})
+        asked = kwargs.get("images_kwargs") or getattr(kind, "images_kwargs", None)
+        self.image_options = dict(asked or {})  # what the model's processor asks for by default
+        self.processor, self.without = self._processor(kind)
+
+    def _processor(self, kind: Any) -> tuple[Any, str]:
+        """The folder's processor where transformers has it whole; else None and the reason."""
+        try:
+            with _quiet():
+                found = transformers.AutoProcessor.from_pretrained(
+                    self.folder, local_files_only=True
+                )
+        except Exception as error:  # often a package that only videos need
+            return None, " ".join(str(error).split()).partition(". ")[0][:160]
+        if type(found) is not kind:  # guessed from a folder that names none
+            return None, f"the folder names {type(found).__name__}, the model has {kind.__name__}"
+        if "patch_size" in vars(found) and found.patch_size is None:
+            return None, "the folder has no processor_config.json"
+        return found, ""
+
+    def _load(self, kind: Any) -> Any:
+        try:
+            return kind.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # whatever a file of the checkpoint may cause there
+            reason = " ".join(str(error).split())[:200]
+            raise ValidationError(
+                f"transformers' {kind.__name__} cannot load {self.folder}: {reason}; "
+                "mend the checkpoint, or export with --no-validate"
+            ) from None
+
+    def load_model(self, dtype: torch.dtype) -> None:
+        """The model, its weights left in their files where they are of ``dtype``."""
+        options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+        with _quiet():
+            try:
+                model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+                    self.folder, local_files_only=True, **options
+                )
+            except Exception as error:  # see _load
+                reason = " ".join(str(error).split())[:200]
+                raise ValidationError(
+                    f"transformers cannot load the model in {self.folder}: {reason}"
+                ) from None
+        if missing := sorted(info["missing_keys"]):
+            raise ValidationError(
+                f"transformers finds no weight {missing[0]} in {self.folder}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            )
+        self.model: Any = compute_in_fp32(model)
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """What ends an answer of generate."""
+        eos = self.model.generation_config.eos_token_id
+        return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
+
+    def template(self) -> bool:
+        return bool(self._templates().chat_template)
+
+    def _templates(self) -> Any:
+        own = self.processor is not None and getattr(self.processor, "chat_template", None)
+        return self.processor if own else self.tokenizer
+
+    def render(self, question: str, images: int, system: str | None) -> str | None:
+        """The text of a conversation, ready for the answer; None where the template refuses."""
+        parts: list[dict[str, Any]] = [{"type": "image"}] * images
+        placeholder = self.tokenizer.convert_ids_to_tokens(self.image_id)
+        lists = [*parts, {"type": "text", "text": question}], [{"type": "text", "text": system}]
+        strings = f"{placeholder}\n" * images + question, system
+        for said, instruction in (lists, strings):
+            messages = [{"role": "user", "content": said}]
+            if system is not None:
+                messages.insert(0, {"role": "system", "content": instruction})
+            try:
+                with _quiet():
+                    text = self._templates().apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=True
+                    )
+            except Exception:  # a template can raise whatever its expressions can
+                continue
+            # One that wants strings prints the list of parts, or nothing
+            if question in text and "'type'" not in text:
+                return str(text)
+        return None
+
+    @property
+    def image_id(self) -> int:
+        """The token that stands for pictures."""
+        found = getattr(self.config, "image_token_id", None)
+        return int(self.config.image_token_index if found is None else found)
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        with _quiet():
+            return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def pixels(self, picture: Image.Image) -> dict[str, torch.Tensor]:
+        """What the image processor gives a model for one picture."""
+        with _quiet():
+            found = self.images(images=[picture], return_tensors="pt", **self.image_options)
+        return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
+
+    def ids(self, text: str, picture: Image.Image) -> list[int] | None:
+        """Of a rendered prompt with its picture; None where the folder's processor is not of this
+        model."""
+        if self.processor is None:
+            return None
+        bos = self.tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        with _quiet():
+            found = self.processor(
+                images=[picture], text=[text], add_special_tokens=special, return_tensors="pt"
+            )
+        return [int(x) for x in found["input_ids"][0]]
+
+    @torch.no_grad()
+    def answer(
+        self,
+        ids: Sequence[int],
+        picture: Mapping[str, torch.Tensor],
+        image_ids: set[int],
+        most: int,
+        tell: Callable[[str], None],
+    ) -> Verdict:
+        """generate as the checkpoint configures it, greedily; at least LEAST tokens, and as many of
+        ``most`` as SECONDS allow."""
+        tokens = torch.tensor([list(ids)])
+        is_image = torch.isin(tokens[0], torch.tensor(sorted(image_ids)))
+        taken = _taken(self.model, picture)
+        if "mm_token_type_ids" in _parameters(self.model):
+            taken["mm_token_type_ids"] = is_image.int()[None]
+        seen: list[torch.Tensor] = []
+
+        def watch(module: Any, args: Any, given: dict[str, Any]) -> None:
+            if not seen:
+                embedded = given.get("inputs_embeds")
+                embedded = args[0] if embedded is None else embedded
+                deep = given.get("deepstack_visual_embeds")
+                parts = [embedded[0, is_image], *(deep if deep is not None else ())]
+                seen.append(torch.cat([p.float() for p in parts], dim=-1))
+
+        clock = _Clock(most)
+        hook = self.model.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            with _quiet():
+                out = self.model.generate(
+                    input_ids=tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    **taken,
+                    do_sample=False,
+                    num_beams=1,
+                    max_new_tokens=most,
+                    return_dict_in_generate=True,
+                    output_logits=True,
+                    output_scores=True,
+                    stopping_criteria=transformers.StoppingCriteriaList([clock]),
+                )
+        finally:
+            hook.remove()
+        tell(clock.estimate)
+        return Verdict(
+            list(ids),
+            seen[0],
+            [x[0].float() for x in out.logits],
+            [x[0].float() for x in out.scores],
+            [int(t) for t in out.sequences[0, len(ids) :]],
+            clock.estimate,
+        )
+
+
+class _Clock(transformers.StoppingCriteria):  # type: ignore[misc]
+    """Ends an answer after as many tokens as the time allows, from the first step's time."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.wanted, self.done = most, most, 0
+        self.began = time.perf_counter()
+        self.first = 0.0
+        self.estimate = ""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.done += 1
+        now = time.perf_counter() - self.began
+        if self.done == 1:
+            self.first = now
+        if self.done <= 2:
+            step = max(now - self.first, 1e-4)
+            if self.done == 2:
+                self.wanted = min(self.most, max(LEAST, int(SECONDS / step)))
+            self.estimate = (
+                f"{self.wanted} tokens are compared: {self.first:.1f} s for the prompt"
+                + (f", {step:.2f} s a token" if self.done == 2 else "")
+            )
+        return torch.full((len(input_ids),), self.done >= self.wanted)
+
+
+def _parameters(model: Any) -> set[str]:
+    import inspect
+
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _taken(model: Any, picture: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Those of an image processor's arrays that the model has arguments for."""
+    return {k: v for k, v in picture.items() if k in _parameters(model)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither transformers' warnings nor its progress: what matters is compared."""
+    logging = transformers.utils.logging
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
