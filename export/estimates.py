@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lvlm.export.progress import size
+from lvlm.export.targets._base import LARGE
 from lvlm.runtime.errors import ExportError
 
 if TYPE_CHECKING:
     from lvlm.export.plan import Options, Plan
 
 LIBRARIES = 550_000_000  # torch and what belongs to it, and traced graphs
+RUNNING = 1_000_000_000  # bytes beside the weights while a prompt is run
 CGROUP = Path("/sys/fs/cgroup")  # of the container, where there is one
 
 
@@ -24,32 +26,31 @@ def peak_memory(
     *,
     weight_bytes: int,
     largest: int,
-    parameters: int,
     dtype: torch.dtype,
     validate: bool,
 ) -> int:
     """Most resident memory of an export, in bytes; the page cache is not counted.
 
     Libraries and traced graphs (docs/measurements.md), and two copies of the largest tensor, with
-    quantization another two in fp32. Validation also loads the model in fp32 and the bundle; a
-    profile is measured on the model in fp32.
+    quantization another two in fp32. Validation and the measuring of a profile leave the weights
+    in their files and make one of them fp32 at a time, at most twice; small ones and what passes
+    through the layers are counted as RUNNING.
 
     Args:
         weight_bytes: of the bundle.
         largest: elements of the largest parameter.
-        parameters: elements of all.
     """
     base = LIBRARIES + 2 * largest * (dtype.itemsize + (4 if options.weights else 0))
     wanted = options.recipe.calibration()
-    if validate:
-        return base + 4 * parameters + 3 * weight_bytes
-    return base + (4 * parameters if wanted is not None and wanted.file is None else 0)
+    if not validate and (wanted is None or wanted.file is not None):
+        return base
+    copies = any(t.flavour == "openvino" for t in options.targets) and weight_bytes <= LARGE
+    return max(base, LIBRARIES + RUNNING + 8 * largest) + 3 * weight_bytes * copies
 
 
 def disk(plan: Plan) -> int:
-    """Bytes that the export writes at most, its temporary files included."""
-    twin = 2 * plan.weight_bytes if plan.options.validate and plan.dtype == torch.bfloat16 else 0
-    return plan.weight_bytes + twin + 50_000_000
+    """Bytes that the export writes at most."""
+    return plan.weight_bytes + 50_000_000
 
 
 def check_machine(plan: Plan) -> None:

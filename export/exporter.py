@@ -66,9 +66,10 @@ def export(plan: Plan, progress: Progress) -> Report:
             from lvlm.export.validation import validate
 
             with progress.stage("compare with the checkpoint on a picture") as stage:
-                report.validation = validate(plan, folder)
-                stage.result = f"{len(report.validation)} checks passed"
-            manifest = _record_validation(folder, manifest, report.validation)
+                outcome = validate(plan, folder, stage.show)
+                report.validation = outcome.checks
+                stage.result = f"{len(outcome.checks)} checks passed; {outcome.estimate}"
+            manifest = _record_validation(folder, manifest, asdict(outcome))
         os.replace(folder, output)
     return replace(report, manifest=manifest, seconds=progress.elapsed)
 
@@ -100,7 +101,6 @@ def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
             plan.stored_names,
             plan.dtype,
             lambda n: stage.add_bytes(n, total),
-            plan.options.rounding,
         )
         stage.result = size(total)
     with progress.stage("write graphs, tokenizer and manifest") as stage:
@@ -238,14 +238,14 @@ def _hash_others(folder: Path, known: dict[str, File]) -> dict[str, File]:
     return found
 
 
-def _record_validation(folder: Path, manifest: Manifest, checks: list[Any]) -> Manifest:
+def _record_validation(folder: Path, manifest: Manifest, outcome: dict[str, Any]) -> Manifest:
     import json
 
     path = folder / "validation.json"
-    path.write_text(json.dumps([asdict(c) for c in checks], indent=1) + "\n")
+    path.write_text(json.dumps(outcome, indent=1, ensure_ascii=False) + "\n")
     file = describe(path)
-    twin = "passed on its fp32 twin" if manifest.dtype == "bfloat16" else "passed"
-    manifest = replace(manifest, validation=twin, files={**manifest.files, path.name: file})
+    how = "passed, widened to fp32" if manifest.dtype == "bfloat16" else "passed"
+    manifest = replace(manifest, validation=how, files={**manifest.files, path.name: file})
     manifest.write(folder)
     return manifest
 

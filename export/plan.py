@@ -50,8 +50,6 @@ class Options:
     max_image_tokens: int | None = None
     validate: bool = True
     targets: tuple[Target, ...] = ()
-    # Set by validation only: the fp32 twin of a bf16 bundle holds weights rounded to bf16.
-    rounding: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_text_len", "max_images", "max_image_tokens"):
@@ -150,7 +148,7 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: Options) -> Plan:
     unique = {id(p): p for p in skeleton.parameters()}.values()
     parameters, largest = sum(p.numel() for p in unique), max(p.numel() for p in unique)
     weight_bytes = parameters * dtype.itemsize + _saved(options, skeleton, language, dtype)
-    sizes = {"weight_bytes": weight_bytes, "largest": largest, "parameters": parameters}
+    sizes = {"weight_bytes": weight_bytes, "largest": largest}
     peak, unvalidated = (
         estimates.peak_memory(options, **sizes, dtype=dtype, validate=validate)
         for validate in (options.validate, False)

@@ -1,78 +1,101 @@
-"""Does the bundle compute what the checkpoint computes? Figures per graph, then tokens.
+"""Does the bundle compute what the checkpoint computes? transformers' own loading is the judge.
 
-A real picture goes through the bundle on ONNX Runtime and through the torch reference in fp32.
-Where the bundle's weights or cache are narrower on purpose, so are the reference's: whether the
-export is right is one question, what the rounding costs another, which is answered beside it.
+First what goes into the model (pixels, chat template, token ids, end of text), then the canonical
+graphs with nothing merged or dropped against transformers' generate, then every form of the graphs
+that can be run here, with the recipe as exported, against the recipe's torch reference. Where the
+bundle's weights or cache are narrower on purpose, so are the reference's: whether the export is
+right is one question, what the rounding costs another, which is answered beside it.
 """
 
 from __future__ import annotations
 
-import tempfile
+import gc
+import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 
-from lvlm.export.progress import Progress
 from lvlm.export.quantization import round_products
 from lvlm.export.reference import Answer, Reference, load_fp32
-from lvlm.runtime.batch import Batch
+from lvlm.export.verify import prompts
+from lvlm.export.verify.checks import Check, difference
+from lvlm.export.verify.forms import CANONICAL, Form, forms_of
+from lvlm.export.verify.judge import LEAST, Judge, Verdict
+from lvlm.export.verify.run import Run, run_form, soon, whole
+from lvlm.runtime.bundle import Manifest, read_bundle
 from lvlm.runtime.errors import LvlmError, ValidationError
-from lvlm.runtime.generation_options import GenerationOptions
-from lvlm.runtime.model import Model
-from lvlm.runtime.prompts import Prompt
+from lvlm.runtime.prompts import Prompt, PromptMaker
+from lvlm.runtime.text import Tokenizer
 
 if TYPE_CHECKING:
-    from lvlm.export.families._base import Family
     from lvlm.export.plan import Plan
 
-PICTURE, QUESTION, TOKENS = "samples/digits-1.png", "Describe the picture.", 24
+PICTURE, TOKENS, FEW = "samples/digits-1.png", 24, 4
+INTERVAL = 2  # steps between runs of compact.onnx, so that few tokens are enough for one
 # Largest |difference| over the largest |reference|, by the dtype that was run.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 # MatMulNBits rounds what it multiplies int4 and int8 weights with to 8 bits.
 QUANTIZED_TOLERANCE = 5e-2
+# Of weights that are stored wider than the bundle has them: bf16 has 8 bits.
+ROUNDED_TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-@dataclass(frozen=True)
-class Check:
-    """One comparison: ``figure`` must not exceed ``limit``; None: it is only told."""
+@dataclass
+class Outcome:
+    """The comparisons; ``files``: what was run of the bundle's graphs, by file, and of the rest why
+    not; ``estimate``: how many tokens were compared and why."""
 
-    name: str
-    figure: float
-    limit: float | None
-    unit: str
+    checks: list[Check] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    estimate: str = ""
 
-    @property
-    def passed(self) -> bool:
-        return self.limit is None or self.figure <= self.limit
+    def check(self) -> None:
+        """ValidationError with the table where a comparison failed."""
+        if not all(check.passed for check in self.checks):
+            raise ValidationError(
+                "the bundle does not compute what the checkpoint computes; nothing was written\n"
+                + table(self.checks)
+            )
 
 
-def validate(plan: Plan, folder: Path) -> list[Check]:
-    """All checks of a finished bundle in ``folder``; ValidationError with the table if one fails.
-
-    A bf16 bundle, which the CPU cannot run, is checked through a twin in fp32 whose weights are
-    rounded to bf16.
-    """
-    if plan.dtype == torch.bfloat16:
-        from lvlm.export.exporter import write_bundle
-
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".twin-") as name:
-            options = replace(plan.options, dtype="fp32", rounding=torch.bfloat16, targets=())
-            twin = replace(plan, options=options, dtype=torch.float32, cache_dtype=torch.float32)
-            write_bundle(twin, Path(name), Progress(0, quiet=True))
-            checks = _compare(twin, Path(name))
-    else:
-        checks = _compare(plan, folder)
-    if not all(check.passed for check in checks):
-        raise ValidationError(
-            "the bundle does not compute what the checkpoint computes; nothing was written",
-            table(checks),
-        )
-    return checks
+def validate(plan: Plan, folder: Path, tell: Callable[[str], None] = lambda _: None) -> Outcome:
+    """All checks of a finished bundle; ValidationError with the table if one fails."""
+    manifest, outcome = read_bundle(folder, verify=False), Outcome()
+    judge = Judge(plan.checkpoint.folder)
+    judge.load_model(plan.checkpoint.stored_dtype() or plan.dtype)
+    maker = _prompt_maker(folder, manifest)
+    data = (resources.files("lvlm.assets") / PICTURE).read_bytes()
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    outcome.checks.append(prompts.eos(judge, manifest.text.eos_ids))
+    try:
+        prompt = prompts.prepare(maker, picture, TOKENS + 1)
+    except LvlmError as error:
+        outcome.checks += prompts.texts(judge, maker)
+        outcome.check()
+        raise ValidationError(f"the bundle takes no prompt with a picture: {error}") from None
+    resized = manifest.images.tokens < plan.family.images(plan.config, judge.folder).tokens
+    if resized:
+        outcome.notes.append("pixels: not compared, --max-image-tokens scales pictures down")
+    outcome.checks += prompts.compare(judge, plan.family, maker, picture, prompt, not resized)
+    if judge.without:
+        outcome.notes.append(f"tokens around pictures: not compared, {judge.without}")
+    outcome.check()  # nothing else can be right
+    pixels = plan.family.transformers_inputs(prompt) if resized else judge.pixels(picture)
+    verdict = judge.answer(prompt.ids, pixels, {judge.image_id}, TOKENS, tell)
+    outcome.estimate = verdict.estimate
+    del judge
+    gc.collect()
+    _against_judge(plan, folder, manifest, prompt, verdict, outcome)
+    _against_reference(plan, folder, manifest, prompt, len(verdict.logits), outcome)
+    outcome.check()
+    return outcome
 
 
 def table(checks: Sequence[Check]) -> str:
@@ -90,78 +113,153 @@ def _mark(check: Check) -> str:
     return "✓" if check.passed else "✗"
 
 
-def _compare(plan: Plan, folder: Path) -> list[Check]:
+def _prompt_maker(folder: Path, manifest: Manifest) -> PromptMaker:
+    return PromptMaker(
+        Tokenizer(folder / "tokenizer.json", manifest.text.eos_ids),
+        manifest.images,
+        manifest.text.vocab,
+        manifest.chat_template,
+        manifest.special_tokens,
+        manifest.capacity.max_images,
+        manifest.generation,
+    )
+
+
+def _narrow(plan: Plan) -> bool:
+    return plan.options.quantization is not None or plan.cache_dtype != plan.dtype
+
+
+def _against_judge(
+    plan: Plan,
+    folder: Path,
+    manifest: Manifest,
+    prompt: Prompt,
+    verdict: Verdict,
+    outcome: Outcome,
+) -> None:
+    """The canonical graphs with nothing merged and nothing dropped, whatever the recipe."""
+    form = forms_of(manifest)[0]
+    entries = len(prompt.ids) + len(verdict.tokens) + 1
+    run = _run(folder, form, whole(manifest, entries), prompt, verdict.tokens, 1.0)
+    stored = plan.checkpoint.stored_dtype() or plan.dtype
+    limit: float | None = TOLERANCE[plan.dtype]
+    if stored.itemsize > plan.dtype.itemsize or plan.dtype != stored:
+        limit = max(TOLERANCE[plan.dtype], ROUNDED_TOLERANCE.get(plan.dtype, 0.0))
+    exact = limit
+    if _narrow(plan):
+        limit = None  # what it costs is told; what is right, the reference says
+    unit = "of the largest value"
+    outcome.checks.append(
+        Check(
+            "vision.onnx  and transformers",
+            prompts.features(run.features, verdict.features),
+            exact,
+            unit,
+        )
+    )
+    apart = [difference(a, b.numpy()) for a, b in zip(run.logits, verdict.logits, strict=True)]
+    outcome.checks.append(Check("prefill.onnx and transformers", apart[0], limit, unit))
+    outcome.checks.append(Check("decode.onnx  and transformers", max(apart), limit, unit))
+    wrong = _wrong_tokens(run.chosen, verdict.tokens, verdict.scores, limit or np.inf)
+    name = f"tokens unlike transformers' generate, of {len(verdict.tokens)}"
+    outcome.checks.append(Check(name, wrong, None if limit is None else 0, "tokens"))
+
+
+def _against_reference(
+    plan: Plan, folder: Path, manifest: Manifest, prompt: Prompt, steps: int, outcome: Outcome
+) -> None:
+    """Every form that can be run here, with the recipe as exported."""
+    steps = max(LEAST, steps)
+    recipe, rule = plan.recipe, plan.recipe.cache_rule()
+    if rule is not None and (rule.compression.interval or 0) > INTERVAL:
+        recipe = replace(recipe, kv_interval=INTERVAL)  # type: ignore[call-arg]
+    manifest = soon(manifest, INTERVAL)
     how, limit = plan.options.quantization, TOLERANCE[plan.dtype]
     limit = limit if how is None else max(limit, QUANTIZED_TOLERANCE)
-    rounding = plan.options.rounding or plan.dtype
-    torch_model = load_fp32(plan.family, plan.config, plan.checkpoint, plan.stored_names, rounding)
-    reference = Reference(plan.family, plan.config, torch_model, plan.recipe)
-    narrow = how is not None or plan.cache_dtype != plan.dtype
-
-    def relative(name: str, ours: np.ndarray, theirs: np.ndarray) -> Check:
-        figure = _difference(ours, theirs)
-        return Check(name, figure if np.isfinite(figure) else np.inf, limit, "of the largest value")
-
-    picture = (resources.files("lvlm.assets") / PICTURE).read_bytes()
-    with Model(folder, verify="none") as model:
-        prompt = _prompt(model, picture, _token_count(plan))
-        features = reference.encode(prompt.pictures)
-        batch = model.batches.start([prompt])
-        answer = original = reference.generate(
-            prompt, features, max_new_tokens=prompt.max_new_tokens
-        )
-        if narrow:
-            cache = torch.float32 if plan.cache_dtype == plan.dtype else plan.cache_dtype
-            reference = Reference(plan.family, plan.config, torch_model, plan.recipe, cache)
-            if how is not None:
-                round_products(reference.language, how, plan.dtype)
-            answer = reference.generate(
-                prompt,
-                features,
-                max_new_tokens=prompt.max_new_tokens,
-                forced=original.tokens,
-            )
-        checks = [
-            relative(
-                "vision.onnx  image features", np.concatenate(batch.features), features.numpy()
-            ),
-            relative("prefill.onnx logits", batch.logits[0], answer.logits[0].numpy()),
-        ]
-        layers = range(model.manifest.text.layers)
-        caches = [batch.cache.buffers[f"{x}_{i}"] for i in layers for x in ("key", "value")]
-        checks.append(
-            max(
-                (
-                    relative("prefill.onnx cache", ours[:, :, : theirs.shape[2]], theirs.numpy())
-                    for ours, theirs in zip(caches, answer.caches, strict=True)
-                ),
-                key=lambda check: check.figure,
-            )
-        )
-        tokens, decode = _decode(batch, answer.tokens, [x.numpy() for x in answer.logits], relative)
-    checks.append(decode)
-    best = [int(scores.argmax()) for scores in answer.logits]
-    wrong = _wrong_tokens(tokens, best, answer.logits, limit)
-    checks.append(Check(f"tokens that differ, of {len(answer.tokens)}", wrong, 0, "tokens"))
-    if narrow:
-        checks += _cost(original, answer)
-    elif plan.recipe.name == "none" and rounding == torch.float32:
-        theirs = _transformers_tokens(plan.family, torch_model, prompt, len(answer.tokens))
-        wrong = sum(a != b for a, b in zip(tokens, theirs, strict=False))
-        checks.append(Check("tokens unlike transformers' generate", wrong, 0, "tokens"))
-    return checks
+    model = load_fp32(plan.family, plan.config, plan.checkpoint, plan.stored_names, plan.dtype)
+    reference = Reference(plan.family, plan.config, model, recipe)
+    features = reference.encode(prompt.pictures)
+    answer = original = reference.generate(prompt, features, max_new_tokens=steps)
+    if _narrow(plan):
+        cache = torch.float32 if plan.cache_dtype == plan.dtype else plan.cache_dtype
+        reference = Reference(plan.family, plan.config, model, recipe, cache)
+        if how is not None:
+            round_products(reference.language, how, plan.dtype)
+        answer = reference.generate(prompt, features, max_new_tokens=steps, forced=original.tokens)
+    del model, reference
+    gc.collect()
+    for form in forms_of(manifest):
+        if not form.reason:
+            fed = answer.tokens if form.name in (CANONICAL, "ort-cpu") else answer.tokens[:FEW]
+            run = _run(folder, form, manifest, prompt, fed)
+            exact = TOLERANCE[torch.float32] if "fp32" in form.how else limit
+            outcome.checks += _compare_form(form, run, answer, features, exact)
+            _note_files(outcome, form, run.compacted)
+        else:
+            _note_files(outcome, form, False)
+        gc.collect()
+    if _narrow(plan):
+        outcome.checks += _cost(original, answer)
 
 
-def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest |difference| over the largest |theirs|."""
-    difference = np.abs(ours.astype(np.float64) - theirs).max()
-    return float(difference / max(float(np.abs(theirs).max()), 1e-6))
+def _run(
+    folder: Path,
+    form: Form,
+    manifest: Manifest,
+    prompt: Prompt,
+    tokens: Sequence[int],
+    ratio: float | None = None,
+) -> Run:
+    try:
+        return run_form(folder, form, manifest, prompt, tokens, ratio)
+    except LvlmError as error:
+        raise ValidationError(f"the bundle's graphs ({form.name}) cannot be run: {error}") from None
+
+
+def _compare_form(
+    form: Form, run: Run, answer: Answer, features: torch.Tensor, limit: float
+) -> list[Check]:
+    unit = "of the largest value"
+    logits = [x.numpy() for x in answer.logits]
+    apart = [difference(a, b) for a, b in zip(run.logits, logits, strict=False)]
+    caches = max(
+        difference(ours, theirs.numpy())
+        for ours, theirs in zip(run.caches, answer.caches, strict=True)
+    )
+    best = [int(scores.argmax()) for scores in answer.logits[: len(run.logits)]]
+    own = [int(scores.argmax()) for scores in run.logits]
+    wrong = _wrong_tokens(own, best, answer.logits, limit)
+    shown = [
+        ("prefill", "logits", apart[0], limit, unit),
+        ("prefill", "cache", caches, limit, unit),
+        ("decode", "logits", max(apart), limit, unit),
+        ("decode", f"tokens that differ, of {len(own)}", wrong, 0, "tokens"),
+    ]
+    vision = prompts.features(run.features, features)
+    shown.insert(0, ("vision", "image features", vision, limit, unit))
+    return [
+        Check(f"{form.files[graph]} {what}", figure, most, of)
+        for graph, what, figure, most, of in shown
+        if form.name == CANONICAL or form.files[graph] != f"{graph}.onnx"
+    ]
+
+
+def _note_files(outcome: Outcome, form: Form, compacted: bool) -> None:
+    for graph, file in form.files.items():
+        said = f"not run: {form.reason}" if form.reason else "run"
+        if graph == "compact" and not compacted and not form.reason:
+            said = "loaded, not run: fewer tokens than an interval"
+        elif form.how and not form.reason:
+            said = f"run, {form.how}"
+        before = outcome.files.get(file, "")
+        if not before.startswith("run"):
+            outcome.files[file] = said
 
 
 def _cost(original: Answer, rounded: Answer) -> list[Check]:
     """What narrower weights and caches change against the checkpoint, on the same tokens."""
     pairs = list(zip(rounded.logits, original.logits, strict=True))
-    largest = max(_difference(a.numpy(), b.numpy()) for a, b in pairs)
+    largest = max(difference(a.numpy(), b.numpy()) for a, b in pairs)
     changed = sum(int(a.argmax()) != int(b.argmax()) for a, b in pairs)
     return [
         Check("rounding: change of the logits", largest, None, "of the largest value"),
@@ -169,64 +267,13 @@ def _cost(original: Answer, rounded: Answer) -> list[Check]:
     ]
 
 
-def _token_count(plan: Plan) -> int:
-    """Enough for compact.onnx to run once, where there is one."""
-    rule = plan.recipe.cache_rule()
-    interval = rule.compression.interval if rule else None
-    return max(TOKENS, (interval or 0) + 4)
-
-
-def _prompt(model: Model, picture: bytes, tokens: int) -> Prompt:
-    options = GenerationOptions(max_new_tokens=tokens)
-    try:
-        return model.prepare(0, QUESTION, [picture], options)
-    except LvlmError:
-        # A checkpoint without a chat template: the bare question after the picture.
-        text = f"{model.manifest.images.token}\n{QUESTION}"
-        return model.prepare(0, text, [picture], replace(options, chat_template=False))
-
-
-def _decode(
-    batch: Batch,
-    forced: Sequence[int],
-    logits: Sequence[np.ndarray],
-    relative: Callable[[str, np.ndarray, np.ndarray], Check],
-) -> tuple[list[int], Check]:
-    """Follow the reference's tokens; what the bundle would have chosen, and the worst logits."""
-    chosen, worst = [], Check("decode.onnx  logits", 0.0, np.inf, "")
-    row = batch.rows[0]
-    for step, token in enumerate(forced):
-        check = relative("decode.onnx  logits", batch.logits[0], logits[step])
-        worst = max(worst, check, key=lambda c: c.figure)
-        chosen.append(int(batch.logits[0].argmax()))
-        row.tokens.append(token)
-        if step + 1 < len(forced):
-            batch.decode_step()
-    return chosen, worst
-
-
 def _wrong_tokens(
-    ours: Sequence[int], theirs: Sequence[int], logits: Sequence[torch.Tensor], limit: float
+    ours: Sequence[int], theirs: Sequence[int], scores: Sequence[torch.Tensor], limit: float
 ) -> int:
-    """Tokens that differ though the reference was not undecided between the two."""
+    """Tokens that differ though the judge was not undecided between the two."""
     wrong = 0
-    for a, b, scores in zip(ours, theirs, logits, strict=True):
-        gap = float(scores[b] - scores[a])
-        wrong += a != b and gap > limit * float(scores.abs().max())
+    for a, b, of in zip(ours, theirs, scores, strict=False):
+        finite = of[torch.isfinite(of)]
+        gap = float(of[b] - of[a])
+        wrong += a != b and gap > limit * float(finite.abs().max())
     return wrong
-
-
-def _transformers_tokens(
-    family: Family, model: torch.nn.Module, prompt: Prompt, count: int
-) -> list[int]:
-    ids = torch.tensor([list(prompt.ids)])
-    model.set_attn_implementation("sdpa")  # type: ignore[operator]
-    with torch.no_grad():
-        out = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            **family.transformers_inputs(prompt),
-            max_new_tokens=count,
-            do_sample=False,
-        )
-    return [int(t) for t in out[0, ids.shape[1] :]]

@@ -148,13 +148,9 @@ def write(
     stored_names: Mapping[str, str],
     dtype: torch.dtype,
     progress: Callable[[int], None],
-    rounding: torch.dtype | None = None,
 ) -> File:
-    """Stream every tensor from the checkpoint to ``path``; its hashes and size.
-
-    ``rounding`` first rounds to a narrower type: the fp32 twin of a bf16 bundle.
-    """
-    content = _Content(checkpoint, stored_names, dtype, rounding)
+    """Stream every tensor from the checkpoint to ``path``; its hashes and size."""
+    content = _Content(checkpoint, stored_names, dtype)
     found, position = FileHash(), 0
     with path.open("wb") as file:
         for entry in entries:
@@ -177,10 +173,9 @@ class _Content:
         checkpoint: Checkpoint,
         stored_names: Mapping[str, str],
         dtype: torch.dtype,
-        rounding: torch.dtype | None,
     ) -> None:
         self.checkpoint, self.stored_names = checkpoint, stored_names
-        self.dtype, self.rounding = dtype, rounding
+        self.dtype = dtype
         self.last: tuple[str, np.ndarray, np.ndarray] | None = None
 
     def of(self, entry: Entry) -> torch.Tensor:
@@ -204,6 +199,6 @@ class _Content:
         tensors = []
         for part in parts:
             tensor = self.checkpoint.read(self.stored_names[part.parameter])
-            tensor = (tensor if self.rounding is None else tensor.to(self.rounding)).to(self.dtype)
+            tensor = tensor.to(self.dtype)
             tensors.append(tensor.t() if part.transposed else tensor)
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-1)

@@ -24,6 +24,8 @@ NEW_OPS = frozenset({"RMSNormalization", "RotaryEmbedding", "TensorScatter"})
 FLOATS = frozenset({"float32", "float16", "bfloat16"})
 HALVES = frozenset({"float16", "bfloat16"})
 
+# Bytes of weights above which a validation runs no engine that makes its own copy of them
+LARGE = 2_000_000_000
 # Metadata of a decode graph: how many positions its tokens can have; that every new entry goes to
 # slot valid_length - 1
 POSITIONS = "lvlm.positions"

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx import helper
 
 from lvlm.export.ops._contract import DOMAIN, OPSET, VERSION, Op
-from lvlm.export.targets._base import Target
+from lvlm.export.targets._base import LARGE, Target
 from lvlm.export.verify.widened import widen
 from lvlm.runtime.backends import Session, open_backend
 from lvlm.runtime.backends._onnxruntime import OnnxRuntime, OrtSession, check_ports, failure
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from lvlm.runtime.backends import Backend
 
 CANONICAL = "canonical"
-LARGE = 2_000_000_000  # bytes of weights from which no engine may make its own copy of them
 PLUGIN = ("plugin_namespace", "plugin_version")  # attributes that only TensorRT reads
 
 
@@ -106,6 +105,9 @@ class Mapped(OnnxRuntime):
         graph, file = manifest.graphs[name], self.form.files[name]
         options = self.options()
         options.enable_mem_pattern = False
+        # Beyond basic, casts of weights are folded into copies; the arena would keep every cast
+        options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.disable_prepacking", "1")
         place = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(place, str(folder.absolute()))

@@ -122,7 +122,7 @@ class Judge:
         lists = [*parts, {"type": "text", "text": question}], [{"type": "text", "text": system}]
         strings = f"{placeholder}\n" * images + question, system
         for said, instruction in (lists, strings):
-            messages = [{"role": "user", "content": said}]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": said}]
             if system is not None:
                 messages.insert(0, {"role": "system", "content": instruction})
             try:
@@ -184,7 +184,7 @@ class Judge:
             taken["mm_token_type_ids"] = is_image.int()[None]
         seen: list[torch.Tensor] = []
 
-        def watch(module: Any, args: Any, given: dict[str, Any]) -> None:
+        def watch(_: Any, args: Any, given: dict[str, Any]) -> None:
             if not seen:
                 embedded = given.get("inputs_embeds")
                 embedded = args[0] if embedded is None else embedded
@@ -230,7 +230,7 @@ class _Clock(transformers.StoppingCriteria):  # type: ignore[misc]
         self.first = 0.0
         self.estimate = ""
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:  # noqa: ARG002
         self.done += 1
         now = time.perf_counter() - self.began
         if self.done == 1:

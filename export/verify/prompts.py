@@ -32,21 +32,27 @@ TOKENS_A_TEXT = 16
 
 
 def compare(
-    judge: Judge, family: Family, maker: PromptMaker, picture: Image.Image, prompt: Prompt
+    judge: Judge,
+    family: Family,
+    maker: PromptMaker,
+    picture: Image.Image,
+    prompt: Prompt,
+    pixels: bool,
 ) -> Iterator[Check]:
     """Checks of a bundle's ``maker`` against the checkpoint's own; ``prompt`` is QUESTION about the
-    picture, as the bundle has it."""
+    picture, as the bundle has it. ``pixels``: whether the bundle is to scale pictures alike."""
     odd = picture.resize((picture.width // 2 + 7, picture.height))
-    yield _pixels(judge, family, prompt, picture, "a picture")
-    try:
-        other = prepare(maker, odd)
-    except LvlmError:  # no room or template for it; what says so is compared below
-        other = None
-    if other is not None:
-        yield _pixels(judge, family, other, odd, "one of another shape")
+    if pixels:
+        yield _pixels(judge, family, prompt, picture, "a picture")
+        yield _pixels(judge, family, prepare(maker, odd), odd, "one of another shape")
+        yield _ids(judge, maker, picture, prompt)
+    yield from texts(judge, maker)
+
+
+def texts(judge: Judge, maker: PromptMaker) -> Iterator[Check]:
+    """Checks of the chat template and of the tokenizer."""
     if maker.template is not None or judge.template():
         yield from _roles(judge, maker)
-    yield _ids(judge, maker, picture, prompt)
     yield _corpus(judge, maker)
 
 

@@ -3,8 +3,6 @@ read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import onnx_ir as ir
 
 NARROW, WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
@@ -14,7 +12,7 @@ TYPES = ("to", "dtype", "softmax_precision", "stash_type")  # attributes that na
 def widen(model: ir.Model) -> ir.Model:
     """Change ``model``: every value of bf16 is of fp32, weights in files excepted."""
     graph = model.graph
-    casts = []
+    casts: list[ir.Value] = []
     for value in list(graph.initializers.values()):
         if value.const_value is None or value.const_value.dtype != NARROW:
             continue
@@ -23,11 +21,11 @@ def widen(model: ir.Model) -> ir.Model:
         else:
             value.const_value = _wide(value.const_value)
             value.dtype = WIDE
-    for scope in (graph, *model.functions.values()):
+    scopes: list[ir.Graph | ir.Function] = [graph, *model.functions.values()]
+    for scope in scopes:
         _widen_values(scope)
-        for node in _nodes(scope):
+        for node in scope.all_nodes():
             _widen_node(node)
-    kept = {id(value) for value in casts}
     for value in casts:
         value.dtype = NARROW
         cast = ir.node(
@@ -38,12 +36,7 @@ def widen(model: ir.Model) -> ir.Model:
         value.replace_all_uses_with(out)
         cast.replace_input_with(0, value)
         graph.insert_before(graph[0], cast)
-    assert kept == {id(v) for v in casts}
     return model
-
-
-def _nodes(scope: ir.Graph | ir.Function) -> Iterator[ir.Node]:
-    yield from scope.all_nodes()
 
 
 def _widen_values(scope: ir.Graph | ir.Function) -> None:
@@ -65,5 +58,5 @@ def _widen_node(node: ir.Node) -> None:
             _widen_values(attribute.value)
 
 
-def _wide(tensor: ir.TensorProtocol) -> ir.Tensor:
+def _wide(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.tensor(tensor.numpy().astype("float32"), dtype=WIDE, name=tensor.name)

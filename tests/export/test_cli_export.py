@@ -58,11 +58,11 @@ def test_export_validates_and_reports(
     foretold = json.loads(run(capsys, *parts, "--json")[1])["files"]
     assert foretold == sorted(path.name for path in (tmp_path / "out").iterdir())
     recorded = json.loads((tmp_path / "out/validation.json").read_text())
-    assert {c["name"].split()[0] for c in recorded} >= {"vision.onnx", "prefill.onnx"}
+    assert {c["name"].split()[0] for c in recorded["checks"]} >= {"vision.onnx", "prefill.onnx"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_bf16_is_checked_through_its_twin(
+def test_bf16_is_checked_widened_to_fp32(
     checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = run(
@@ -72,7 +72,7 @@ def test_bf16_is_checked_through_its_twin(
     assert code == 0, err
     manifest = read_bundle(tmp_path / "out")
     assert manifest.dtype == "bfloat16"
-    assert manifest.validation == "passed on its fp32 twin"
+    assert manifest.validation == "passed, widened to fp32"
     assert (tmp_path / "out/decode.trt-rtx.onnx").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

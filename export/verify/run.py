@@ -1,0 +1,109 @@
+"""One prompt through one form of a bundle's graphs, following given tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from lvlm.export.verify.forms import Form, open_form
+from lvlm.runtime import batch as batches
+from lvlm.runtime.bundle import Manifest
+from lvlm.runtime.graphs import Graphs
+from lvlm.runtime.prompts import Prompt
+
+
+@dataclass
+class Run:
+    """What a form gives: ``features`` [V,width], the cache's entries after prefill of every layer,
+    ``logits`` [vocabulary] of every step and the token that the bundle's sampler takes from them;
+    ``compacted``: compact.onnx has been run."""
+
+    features: np.ndarray
+    caches: list[np.ndarray] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
+    compacted: bool = False
+
+
+def run_form(
+    folder: Path,
+    form: Form,
+    manifest: Manifest,
+    prompt: Prompt,
+    tokens: Sequence[int],
+    ratio: float | None = None,
+) -> Run:
+    """``tokens`` are fed whatever is chosen. ``ratio``: of tokens and entries, None as exported.
+
+    Raises BackendError, CapacityError.
+    """
+    backend, manifest = open_form(form, manifest)
+    merging, compressed = bool(manifest.reductions), manifest.compression is not None
+    batch = batches.Batches(Graphs(folder, manifest, backend)).start(
+        [prompt], ratio if merging else None, ratio if compressed else None
+    )
+    row, layers = batch.rows[0], range(manifest.text.layers)
+    held = batch.features
+    width = manifest.feature_width
+    found = Run(_floats(np.concatenate(held)) if held else np.zeros((0, width), np.float32))
+    kept = batch.counts.kept[:, 0]
+    for layer in layers:
+        for name in ("key", "value"):
+            entries = batch.cache.buffers[f"{name}_{layer}"][:, :, : kept[layer]]
+            found.caches.append(_floats(entries).copy())
+    for step, token in enumerate(tokens):
+        logits = batch.logits[0]
+        found.logits.append(logits.copy())
+        found.chosen.append(row.choose(logits, ()))
+        row.tokens[-1], row.finish_reason = token, None
+        if step + 1 < len(tokens):
+            batch.decode_step()
+    c = manifest.compression
+    found.compacted = c is not None and c.interval is not None and len(tokens) > c.interval
+    return found
+
+
+def whole(manifest: Manifest, entries: int) -> Manifest:
+    """A manifest by which nothing is merged or dropped at ratio 1, with room for ``entries``."""
+    c = manifest.compression
+    return _roomy(
+        replace(
+            manifest,
+            keep=1.0,
+            reductions=tuple(
+                r if r.ratio is None else replace(r, ratio=1.0) for r in manifest.reductions
+            ),
+            compression=None if c is None else replace(c, keep=1.0, cap=None, profile=()),
+        ),
+        entries,
+    )
+
+
+def _roomy(manifest: Manifest, entries: int) -> Manifest:
+    capacity = manifest.capacity
+    return replace(
+        manifest,
+        capacity=replace(
+            capacity,
+            max_text_len=max(capacity.max_text_len, entries),
+            per_layer=tuple(max(c, entries) for c in capacity.per_layer),
+        ),
+    )
+
+
+def soon(manifest: Manifest, interval: int) -> Manifest:
+    """With at most ``interval`` steps to the first run of compact.onnx."""
+    c = manifest.compression
+    if c is None or c.interval is None:
+        return manifest
+    return replace(manifest, compression=replace(c, interval=min(c.interval, interval)))
+
+
+def _floats(array: np.ndarray) -> np.ndarray:
+    """numpy has no bf16, whose bits travel as uint16."""
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array

@@ -1,0 +1,162 @@
+"""What an export's validation notices: every fault here passes the hash of its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from lvlm.export import plan as planning
+from lvlm.export import validation
+from lvlm.export.stored_weights import StoredEmbedding, StoredLinear, compute_in_fp32
+from lvlm.export.verify.forms import forms_of, runnable
+from lvlm.runtime.bundle import Manifest, read_bundle
+from lvlm.runtime.discovery import discover
+from lvlm.runtime.errors import ValidationError
+
+NAME, RECIPE = "tiny-llava", "lightvlm"
+
+
+def plan_of(checkpoint: Path, output: Path, dtype: str = "fp32", recipe: str = RECIPE) -> Any:
+    made = discover("lvlm.export.recipes", "RECIPE")[recipe]()
+    return planning.make_plan(
+        planning.Options(model=str(checkpoint), recipe=made, output=output, dtype=dtype)
+    )
+
+
+@pytest.fixture
+def good(
+    bundle: Callable[..., Path], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> tuple[Any, Path]:
+    """A plan and a copy of its bundle, to be broken."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle(NAME, RECIPE), folder)
+    return plan_of(checkpoint(NAME), folder), folder
+
+
+def change(folder: Path, **fields: Any) -> None:
+    manifest = read_bundle(folder, verify=False)
+    dataclasses.replace(manifest, **fields).write(folder)
+
+
+def of(folder: Path) -> Manifest:
+    return read_bundle(folder, verify=False)
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """With its size in the manifest."""
+    (folder / name).write_bytes(content)
+    data = json.loads((folder / "lvlm.json").read_text())
+    data["files"][name]["bytes"] = len(content)
+    (folder / "lvlm.json").write_text(json.dumps(data))
+
+
+def test_a_good_bundle_passes_and_says_what_was_run(good: tuple[Any, Path]) -> None:
+    plan, folder = good
+    outcome = validation.validate(plan, folder)
+    names = {check.name for check in outcome.checks}
+    assert {"pixels of a picture", "prompt's ids", "end-of-text ids"} <= names
+    assert any(name.startswith("tokens unlike transformers' generate") for name in names)
+    graphs = ("vision", "prefill", "decode", "compact")
+    files = {f"{g}.onnx" for g in graphs} | {f"{g}.ort-cpu.onnx" for g in ("prefill", "decode")}
+    assert outcome.files == dict.fromkeys(files, "run")
+    assert outcome.estimate.startswith("24 tokens are compared")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("mean", [0.5, 0.5, 0.5]), ("std", [0.5, 0.5, 0.5]), ("resample", 2)]
+)
+def test_other_pixels_are_noticed(good: tuple[Any, Path], name: str, value: Any) -> None:
+    plan, folder = good
+    images = of(folder).images
+    assert name in images.processor
+    change(folder, images=dataclasses.replace(images, processor={**images.processor, name: value}))
+    with pytest.raises(ValidationError, match="✗ pixels of a picture"):
+        validation.validate(plan, folder)
+
+
+def test_wrong_end_of_text_is_noticed(good: tuple[Any, Path]) -> None:
+    plan, folder = good
+    change(folder, text=dataclasses.replace(of(folder).text, eos_ids=(5,)))
+    with pytest.raises(ValidationError, match="✗ end-of-text ids"):
+        validation.validate(plan, folder)
+
+
+@pytest.mark.parametrize("template", ["Hello", "<image>\nHello", None])
+def test_another_chat_template_is_noticed(good: tuple[Any, Path], template: str | None) -> None:
+    plan, folder = good
+    change(folder, chat_template=template)
+    with pytest.raises(ValidationError, match="✗ chat template: user"):
+        validation.validate(plan, folder)
+
+
+def test_swapped_angles_in_the_canonical_decode_are_noticed(good: tuple[Any, Path]) -> None:
+    plan, folder = good
+    model = onnx.load(folder / "decode.onnx", load_external_data=False)
+    turned = [n for n in model.graph.node if n.op_type == "RotaryEmbedding"]
+    assert turned
+    for node in turned:
+        node.input[1], node.input[2] = node.input[2], node.input[1]
+    replace_file(folder, "decode.onnx", model.SerializeToString())
+    with pytest.raises(ValidationError, match=r"✗ decode.onnx  and transformers"):
+        validation.validate(plan, folder)
+
+
+def test_another_graph_in_a_file_is_noticed(good: tuple[Any, Path]) -> None:
+    plan, folder = good
+    replace_file(folder, "decode.onnx", (folder / "vision.onnx").read_bytes())
+    with pytest.raises(ValidationError, match=r"decode.onnx has other inputs or outputs"):
+        validation.validate(plan, folder)
+
+
+def test_a_target_of_plugins_is_run_with_its_functions(
+    bundle: Callable[..., Path], checkpoint: Callable[[str], Path]
+) -> None:
+    """In bf16, which the CPU does not compute: widened in memory, nothing is written."""
+    folder = bundle(NAME, RECIPE, dtype="bf16", targets=("trt-11",))
+    before = sorted(folder.iterdir())
+    outcome = validation.validate(plan_of(checkpoint(NAME), folder, "bf16"), folder)
+    assert sorted(folder.iterdir()) == before
+    assert outcome.files["decode.onnx"] == "run, bf16 widened to fp32"
+    how = "run, bf16 widened to fp32, the lvlm ops' functions put back"
+    assert outcome.files["prefill.trt-11.onnx"] == outcome.files["compact.trt-11.onnx"] == how
+    form = next(f for f in forms_of(of(folder)) if f.name == "trt-11")
+    model = onnx.load_from_string(runnable(folder / "decode.trt-11.onnx", form.how))
+    outside = {i.name for i in model.graph.initializer}
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        narrow = value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+        assert not narrow or value.name in outside
+
+
+def test_weights_stay_as_they_are_stored() -> None:
+    model = nn.Sequential(
+        nn.Embedding(1 << 14, 1 << 10), nn.Linear(1 << 10, 1 << 11), nn.Linear(2048, 3)
+    )
+    model.to(torch.bfloat16)
+    expected = [p.detach().float() for p in model.parameters()]
+    data = model[1].weight.data_ptr()
+    compute_in_fp32(model)
+    assert [type(m) for m in model] == [StoredEmbedding, StoredLinear, nn.Linear]
+    assert model[1].weight.data_ptr() == data
+    ids = torch.tensor([[1, 5]])
+    rows = nn.functional.embedding(ids, expected[0])
+    middle = nn.functional.linear(rows, expected[1], expected[2])
+    torch.testing.assert_close(model(ids), nn.functional.linear(middle, expected[3], expected[4]))
+
+
+def test_rows_of_a_stored_weight_are_rounded_to_the_bundles_dtype() -> None:
+    layer = nn.Sequential(nn.Linear(1 << 10, 1 << 10, bias=False))
+    exact = layer[0].weight.detach().clone()
+    compute_in_fp32(layer, torch.bfloat16)
+    x = torch.ones(1, 1 << 10)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, exact.bfloat16().float()))
+    assert np.array_equal(layer[0].weight.numpy(), exact.numpy())
