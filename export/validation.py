@@ -57,17 +57,22 @@ class Outcome:
     estimate: str = ""
 
     def check(self) -> None:
-        """ValidationError with the table where a comparison failed."""
-        if not all(check.passed for check in self.checks):
-            raise ValidationError(
-                "the bundle does not compute what the checkpoint computes; nothing was written\n"
-                + table(self.checks)
-            )
+        """ValidationError, with the table, where a comparison failed."""
+        failed = [check.name for check in self.checks if not check.passed]
+        if not failed:
+            return
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        error = ValidationError(
+            "the bundle does not compute what the checkpoint computes; nothing was written "
+            f"(✗ {failed[0]}{more})"
+        )
+        error.details = table(self.checks)
+        raise error
 
 
 def validate(plan: Plan, folder: Path, tell: Callable[[str], None] = lambda _: None) -> Outcome:
     """All checks of a finished bundle; ValidationError with the table if one fails."""
-    manifest, outcome = read_bundle(folder, verify=False), Outcome()
+    manifest, outcome = read_bundle(folder, "none"), Outcome()
     judge = Judge(plan.checkpoint.folder)
     judge.load_model(plan.checkpoint.stored_dtype() or plan.dtype)
     maker = _prompt_maker(folder, manifest)
@@ -93,6 +98,7 @@ def validate(plan: Plan, folder: Path, tell: Callable[[str], None] = lambda _: N
     del judge
     gc.collect()
     _against_judge(plan, folder, manifest, prompt, verdict, outcome)
+    outcome.check()
     _against_reference(plan, folder, manifest, prompt, len(verdict.logits), outcome)
     outcome.check()
     return outcome
@@ -151,7 +157,7 @@ def _against_judge(
     unit = "of the largest value"
     outcome.checks.append(
         Check(
-            "vision.onnx  and transformers",
+            "vision.onnx and transformers",
             prompts.features(run.features, verdict.features),
             exact,
             unit,
@@ -159,7 +165,7 @@ def _against_judge(
     )
     apart = [difference(a, b.numpy()) for a, b in zip(run.logits, verdict.logits, strict=True)]
     outcome.checks.append(Check("prefill.onnx and transformers", apart[0], limit, unit))
-    outcome.checks.append(Check("decode.onnx  and transformers", max(apart), limit, unit))
+    outcome.checks.append(Check("decode.onnx and transformers", max(apart), limit, unit))
     wrong = _wrong_tokens(run.chosen, verdict.tokens, verdict.scores, limit or np.inf)
     name = f"tokens unlike transformers' generate, of {len(verdict.tokens)}"
     outcome.checks.append(Check(name, wrong, None if limit is None else 0, "tokens"))

@@ -62,18 +62,21 @@ def test_export_validates_and_reports(
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_bf16_is_checked_widened_to_fp32(
+def test_bf16_and_plugins_are_checked_on_what_is_put_into_the_graphs(
     checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = run(
-        capsys, "-m", checkpoint(NAME), "--dtype", "bf16", "-o", tmp_path / "out", "--target",
-        "trt-rtx",
+        capsys, "-m", checkpoint(NAME), "-r", "lightvlm", "--dtype", "bf16", "-o", tmp_path / "out",
+        "--target", "trt-11",
     )  # fmt: skip
     assert code == 0, err
     manifest = read_bundle(tmp_path / "out")
     assert manifest.dtype == "bfloat16"
     assert manifest.validation == "passed, widened to fp32"
-    assert (tmp_path / "out/decode.trt-rtx.onnx").exists()
+    files = json.loads((tmp_path / "out/validation.json").read_text())["files"]
+    assert files["decode.onnx"] == "run, bf16 widened to fp32"
+    how = "run, bf16 widened to fp32, the lvlm ops' functions put back"
+    assert files["prefill.trt-11.onnx"] == files["compact.trt-11.onnx"] == how
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

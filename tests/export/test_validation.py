@@ -18,12 +18,11 @@ from torch import nn
 from lvlm.export import plan as planning
 from lvlm.export import validation
 from lvlm.export.stored_weights import StoredEmbedding, StoredLinear, compute_in_fp32
-from lvlm.export.verify.forms import forms_of, runnable
 from lvlm.runtime.bundle import Manifest, read_bundle
 from lvlm.runtime.discovery import discover
 from lvlm.runtime.errors import ValidationError
 
-NAME, RECIPE = "tiny-llava", "lightvlm"
+NAME, RECIPE = "tiny-llava", "none"
 
 
 def plan_of(checkpoint: Path, output: Path, dtype: str = "fp32", recipe: str = RECIPE) -> Any:
@@ -44,12 +43,12 @@ def good(
 
 
 def change(folder: Path, **fields: Any) -> None:
-    manifest = read_bundle(folder, verify=False)
+    manifest = read_bundle(folder, "none")
     dataclasses.replace(manifest, **fields).write(folder)
 
 
 def of(folder: Path) -> Manifest:
-    return read_bundle(folder, verify=False)
+    return read_bundle(folder, "none")
 
 
 def replace_file(folder: Path, name: str, content: bytes) -> None:
@@ -66,7 +65,7 @@ def test_a_good_bundle_passes_and_says_what_was_run(good: tuple[Any, Path]) -> N
     names = {check.name for check in outcome.checks}
     assert {"pixels of a picture", "prompt's ids", "end-of-text ids"} <= names
     assert any(name.startswith("tokens unlike transformers' generate") for name in names)
-    graphs = ("vision", "prefill", "decode", "compact")
+    graphs = ("vision", "prefill", "decode")
     files = {f"{g}.onnx" for g in graphs} | {f"{g}.ort-cpu.onnx" for g in ("prefill", "decode")}
     assert outcome.files == dict.fromkeys(files, "run")
     assert outcome.estimate.startswith("24 tokens are compared")
@@ -80,7 +79,7 @@ def test_other_pixels_are_noticed(good: tuple[Any, Path], name: str, value: Any)
     images = of(folder).images
     assert name in images.processor
     change(folder, images=dataclasses.replace(images, processor={**images.processor, name: value}))
-    with pytest.raises(ValidationError, match="✗ pixels of a picture"):
+    with pytest.raises(ValidationError, match="✗ pixels of "):
         validation.validate(plan, folder)
 
 
@@ -107,7 +106,7 @@ def test_swapped_angles_in_the_canonical_decode_are_noticed(good: tuple[Any, Pat
     for node in turned:
         node.input[1], node.input[2] = node.input[2], node.input[1]
     replace_file(folder, "decode.onnx", model.SerializeToString())
-    with pytest.raises(ValidationError, match=r"✗ decode.onnx  and transformers"):
+    with pytest.raises(ValidationError, match="✗ decode.onnx and transformers"):
         validation.validate(plan, folder)
 
 
@@ -116,25 +115,6 @@ def test_another_graph_in_a_file_is_noticed(good: tuple[Any, Path]) -> None:
     replace_file(folder, "decode.onnx", (folder / "vision.onnx").read_bytes())
     with pytest.raises(ValidationError, match=r"decode.onnx has other inputs or outputs"):
         validation.validate(plan, folder)
-
-
-def test_a_target_of_plugins_is_run_with_its_functions(
-    bundle: Callable[..., Path], checkpoint: Callable[[str], Path]
-) -> None:
-    """In bf16, which the CPU does not compute: widened in memory, nothing is written."""
-    folder = bundle(NAME, RECIPE, dtype="bf16", targets=("trt-11",))
-    before = sorted(folder.iterdir())
-    outcome = validation.validate(plan_of(checkpoint(NAME), folder, "bf16"), folder)
-    assert sorted(folder.iterdir()) == before
-    assert outcome.files["decode.onnx"] == "run, bf16 widened to fp32"
-    how = "run, bf16 widened to fp32, the lvlm ops' functions put back"
-    assert outcome.files["prefill.trt-11.onnx"] == outcome.files["compact.trt-11.onnx"] == how
-    form = next(f for f in forms_of(of(folder)) if f.name == "trt-11")
-    model = onnx.load_from_string(runnable(folder / "decode.trt-11.onnx", form.how))
-    outside = {i.name for i in model.graph.initializer}
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        narrow = value.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
-        assert not narrow or value.name in outside
 
 
 def test_weights_stay_as_they_are_stored() -> None:

@@ -1,0 +1,69 @@
+"""Compare a finished bundle with its checkpoint again, as lvlm-export does; print time and memory.
+
+python scripts/validate_bundle.py CHECKPOINT BUNDLE
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+from lvlm.export import validation
+from lvlm.export.plan import DTYPES, Options, make_plan
+from lvlm.export.recipes._base import parse_settings
+from lvlm.runtime.bundle import read_bundle
+from lvlm.runtime.discovery import discover
+from lvlm.runtime.errors import LvlmError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("bundle", type=Path)
+    args = parser.parse_args()
+    manifest = read_bundle(args.bundle, "none")
+    if manifest.quantization is not None or (manifest.compression and manifest.compression.profile):
+        sys.exit("bundles with quantized weights or a profile are compared by lvlm-export alone")
+    given = [f"{k}={json.dumps(v)}" for k, v in manifest.parameters.items() if v is not None]
+    recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[manifest.recipe], given)
+    dtype = next(k for k, v in DTYPES.items() if str(v) == f"torch.{manifest.dtype}")
+    plan = make_plan(Options(args.checkpoint, recipe, args.bundle, dtype))
+    peak, began = Peak(), time.perf_counter()
+    try:
+        outcome = validation.validate(plan, args.bundle, lambda text: print(text, flush=True))
+    except LvlmError as error:
+        sys.exit(str(error))
+    finally:
+        print(f"time         {time.perf_counter() - began:.0f} s")
+        print(f"peak memory  {peak.stop() / 1e9:.2f} GB, the page cache aside")
+    print(validation.table(outcome.checks))
+    print(json.dumps({**dataclasses.asdict(outcome), "checks": len(outcome.checks)}, indent=1))
+
+
+class Peak:
+    """The most anonymous memory of this process, looked at ten times a second (Linux)."""
+
+    def __init__(self) -> None:
+        self.bytes, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        self._done.set()
+        self._thread.join()
+        return self.bytes
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.1):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon"):
+                    self.bytes = max(self.bytes, int(line.split()[1]) * 1024)
+
+
+if __name__ == "__main__":
+    main()
