@@ -106,7 +106,7 @@ def test_swapped_angles_in_the_canonical_decode_are_noticed(good: tuple[Any, Pat
     for node in turned:
         node.input[1], node.input[2] = node.input[2], node.input[1]
     replace_file(folder, "decode.onnx", model.SerializeToString())
-    with pytest.raises(ValidationError, match="✗ decode.onnx and transformers"):
+    with pytest.raises(ValidationError, match=r"✗ decode\.onnx and transformers"):
         validation.validate(plan, folder)
 
 
