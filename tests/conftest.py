@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 
 from bundles import ASSETS, TINY
 from filelock import FileLock
+from random_weights import randomise
 
 from lvlm.export import exporter
 from lvlm.export import plan as planning
@@ -86,14 +87,9 @@ def checkpoint(shared: Path) -> Callable[[str], Path]:
             if (folder / "complete").exists():
                 return folder
             family, config = TINY[name]
-            torch.manual_seed(1 + list(TINY).index(name))
             with default_dtype(torch.float32):
                 model = family.build(config)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    # Larger than the usual start: logits must differ by more than rounding.
-                    if parameter.dim() > 1:
-                        parameter.normal_(0, 0.15)
+            randomise(model, seed=1 + list(TINY).index(name))
             model.save_pretrained(folder)
             for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
                 shutil.copy(ASSETS / "tiny-llava" / file, folder)

@@ -1,0 +1,144 @@
+"""Faults to put into the product, and for each the cheap test that must see it.
+
+Each replaces one piece of one source file. What a test must notice is written down here, so a
+test that no longer can is found by ``pytest tests/mutations --whole``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PARITY = "tests/export/test_parity.py::test_none_equals_transformers_generate"
+BIASED = f"{PARITY}[llava:llama-mha-bias-rope3-siglip]"
+GROUPED = f"{PARITY}[llava:llama-gqa-clip]"
+TIED = f"{PARITY}[llava:qwen2-tied-siglip]"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``old``, found once in ``file`` of the package, becomes ``new``; ``test`` must fail."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+FAULTS = {
+    "q, k and v biases dropped": Fault(
+        "export/fused_products.py",
+        "    if first.bias is not None:\n        nodes.append",
+        "    if first.bias is None:\n        nodes.append",
+        BIASED,
+    ),
+    "q and k biases swapped in the fused product": Fault(
+        "export/fused_products.py",
+        'tuple(m.bias or "" for m in members)',
+        'tuple(m.bias or "" for m in (*members[1::-1], *members[2:]))',
+        BIASED,
+    ),
+    "two norms swapped": Fault(
+        "export/weights.py",
+        "self.stored_names[part.parameter]",
+        'self.stored_names[part.parameter.replace("input_layernorm", "x").replace('
+        '"post_attention_layernorm", "input_layernorm").replace(".x.", '
+        '".post_attention_layernorm.")]',
+        BIASED,
+    ),
+    "wrong rope theta": Fault(
+        "export/families/_common.py",
+        "    return config\n\n\ndef build_model",
+        '    config.text_config.rope_parameters["rope_theta"] = 5000.0\n'
+        "    return config\n\n\ndef build_model",
+        GROUPED,
+    ),
+    "sine and cosine swapped": Fault(
+        "export/standard_ops.py",
+        "[cos[..., :half], sin[..., :half]]",
+        "[sin[..., :half], cos[..., :half]]",
+        GROUPED,
+    ),
+    "attention without its scale": Fault(
+        "export/standard_ops.py",
+        "query.shape[-1] ** -0.5 if scaling is None else float(scaling)",
+        "1.0",
+        GROUPED,
+    ),
+    "key heads of a group in the wrong order": Fault(
+        "export/standard_ops.py",
+        "    if tap is not None:\n        tap.query,",
+        "    key, value = key.flip(1), value.flip(1)\n    if tap is not None:\n        tap.query,",
+        GROUPED,
+    ),
+    "position after a picture off by one": Fault(
+        "runtime/prompts.py",
+        "here + picture.span, int(",
+        "here + picture.span + 1, int(",
+        f"{PARITY}[qwen2-vl:gqa]",
+    ),
+    "position of new tokens off by one": Fault(
+        "runtime/cache.py",
+        "            return true\n",
+        "            return true + 1\n",
+        GROUPED,
+    ),
+    "projector without its last bias": Fault(
+        "export/families/_llava.py",
+        "self.projector(features).flatten(0, 1)",
+        "(self.projector(features) - self.projector.linear_2.bias).flatten(0, 1)",
+        BIASED,
+    ),
+    "features of the layer before": Fault(
+        "export/families/_llava.py",
+        "[i % depth for i in wanted]",
+        "[(i - 1) % depth for i in wanted]",
+        BIASED,
+    ),
+    "wrong epsilon of norms": Fault(
+        "export/standard_ops.py",
+        '"epsilon": self.variance_epsilon',
+        '"epsilon": 0.1',
+        BIASED,
+    ),
+    "output projection transposed": Fault(
+        "export/weights.py",
+        "if part.transposed else tensor)",
+        'if part.transposed and "o_proj" not in part.parameter else tensor)',
+        TIED,
+    ),
+    "merged states not divided by the sum of their weights": Fault(
+        "export/ops/_token_merge_function.py",
+        "return g.Div(weight, g.ReduceSum(weight, g.const([2]), keepdims=1))",
+        "return weight",
+        "tests/export/test_token_merge.py::test_onnx_function_matches_loops",
+    ),
+    "the same in the torch reference": Fault(
+        "export/ops/token_merge.py",
+        "    share = share / share.sum(dim=1, keepdim=True)\n",
+        "",
+        "tests/export/test_token_merge.py::test_reference_matches_loops",
+    ),
+    "the newest entry overwritten instead of the oldest": Fault(
+        "runtime/cache.py",
+        "self.slots[(*np.nonzero(where), self.head[where])]",
+        "self.slots[(*np.nonzero(where), (self.head + self.count - 1)[where])]",
+        "tests/runtime/test_cache.py::test_victims_by_hand",
+    ),
+    "the most important entries evicted": Fault(
+        "export/ops/cache_compact.py",
+        "argsort(descending=True, stable=True)\n    return ranked",
+        "argsort(stable=True)\n    return ranked",
+        "tests/export/test_cache_compact.py::test_matches_loops",
+    ),
+    "one image token too many": Fault(
+        "runtime/schedule.py",
+        "return max(1, round(image_tokens * ratio))",
+        "return min(image_tokens, max(1, round(image_tokens * ratio)) + 1)",
+        "tests/runtime/test_schedule.py::test_kept_is_the_rounded_share_but_at_least_one",
+    ),
+}
+# In a normal run: one that the fastest tests see, one that only parity sees.
+USUAL = (
+    "q and k biases swapped in the fused product",
+    "the newest entry overwritten instead of the oldest",
+)
