@@ -51,6 +51,8 @@ def read_samples(path: str | Path) -> list[Sample]:
     Raises ParameterError, which names file and line; pictures must exist, but are not opened here.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe or a device might never end
+        raise ParameterError(f"the samples {path} are not a file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

@@ -1,0 +1,1 @@
+"""Generated inputs and kills for every command: see docs/notes/campaign.md."""

@@ -1,0 +1,104 @@
+"""The campaign of generated inputs and kills: a short one of fixed seeds, and what it notices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+sys.path.append(str(SCRIPTS))
+
+from campaign import children, judge  # noqa: E402
+from campaign.case import Base, Case  # noqa: E402
+from campaign.judge import Outcome  # noqa: E402
+
+from lvlm.export.samples import read_samples  # noqa: E402
+from lvlm.runtime.errors import ParameterError  # noqa: E402
+
+BASE = Base(Path("bundle"), Path("checkpoint"), ())
+
+
+def test_a_short_campaign_finds_nothing(pytestconfig: pytest.Config) -> None:
+    whole = pytestconfig.getoption("--whole")
+    count = ["--inputs", "2000", "--kills", "40"] if whole else ["--inputs", "120", "--kills", "6"]
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "fuzz_campaign.py", *count, "--seed", "14"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| all |" in done.stdout
+
+
+def _raise() -> None:
+    raise KeyError("x")
+
+
+@pytest.mark.parametrize(
+    ("call", "fault"),
+    [
+        (_raise, "traceback"),
+        (lambda: os._exit(3), "ended with 3"),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "ended by signal 11"),
+        (lambda: time.sleep(60), "hang"),
+        (lambda: bytearray(64 << 20).count(1), "memory"),
+        (lambda: Path("out/.x.partial-1").touch(), "left .x.partial-1"),
+        (lambda: sys.exit(2), "refused without a cause"),
+        (lambda: sys.exit(5), "status 5"),
+        (lambda: None, None),
+    ],
+)
+def test_what_a_process_notices(
+    call: object, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(children, "SECONDS", 1)
+    monkeypatch.setattr(children, "GRACE", 1)
+    if fault == "memory":
+        monkeypatch.setattr(judge, "MEMORY", 1 << 20)
+    else:
+        monkeypatch.setattr(judge, "MEMORY", 1 << 40)
+    generator = SimpleNamespace(make=lambda *_: Case("call", call=call))
+    fine = SimpleNamespace(make=lambda *_: Case("call", call=lambda: None))
+    results = list(children.run("x", generator, [4], 1, BASE, tmp_path))
+    assert [r.number for r in results] == [4]
+    assert (fault in results[0].faults) if fault else not results[0].faults
+    assert [r.number for r in children.run("x", fine, range(3), 1, BASE, tmp_path)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("case", "outcome", "fault"),
+    [
+        (Case("lvlm-run"), Outcome(1, "", "lvlm-run: error: x", 0, 0), "status 1"),
+        (Case("lvlm-run"), Outcome(2, "", "lvlm-run: error: x\n1\n2\n3\n", 0, 0), "4 lines"),
+        (Case("lvlm-run"), Outcome(2, "", "thread panicked at x error: y", 0, 0), "traceback"),
+        (Case("lvlm-run"), Outcome(0, "", "", 31, 0), "hang"),
+        (Case("lvlm-run", refused=True), Outcome(0, "", "", 0, 0), "damage accepted"),
+        (Case("lvlm-run", refused=True), Outcome(2, "", "lvlm-run: error: x", 0, 0), None),
+        (Case("lvlm-doctor"), Outcome(1, "✗ x", "", 0, 0), None),
+    ],
+)
+def test_what_the_judge_notices(
+    case: Case, outcome: Outcome, fault: str | None, tmp_path: Path
+) -> None:
+    assert judge.faults(case, outcome, tmp_path) == ([fault] if fault else [])
+
+
+def test_half_a_bundle_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "out/bundle").mkdir(parents=True)
+    case = Case("lvlm-export", output=tmp_path / "out/bundle")
+    (found,) = judge.leftovers(case, tmp_path)
+    assert found.startswith("half-written")
+
+
+def test_samples_that_never_end(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ParameterError, match="not a file"):
+            read_samples(path)
