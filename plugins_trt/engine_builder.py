@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from lvlm.runtime.errors import BackendError, BuildError
 from lvlm.runtime.installing import install
 from lvlm.runtime.integrity import describe, sha256_of
 from lvlm.runtime.output import temporary_sibling, whole_file
+from lvlm.runtime.typed_json import read_json
 
 
 def stages(plan: Plan) -> int:
@@ -98,14 +101,27 @@ def lower_bundle(bundle: Path, manifest: Manifest, target: Target, progress: Pro
     with progress.stage(f"lower for {target.name}") as stage:
         graphs = {name: graph.file for name, graph in manifest.graphs.items()}
         files = dict(manifest.files)
-        for name in target.write(bundle, graphs, manifest.capacity):
-            path = bundle / name
-            files[name] = describe(path)
-        manifest = dataclasses.replace(manifest, files=files)
-        with whole_file(bundle / MANIFEST, BuildError) as partial:
-            partial.write_text(manifest.text_form(), encoding="utf-8")
+        with _listed_or_removed(bundle, [target.file(file) for file in graphs.values()]):
+            for name in target.write(bundle, graphs, manifest.capacity):
+                files[name] = describe(bundle / name)
+            manifest = dataclasses.replace(manifest, files=files)
+            with whole_file(bundle / MANIFEST, BuildError) as partial:
+                partial.write_text(manifest.text_form(), encoding="utf-8")
         stage.result = f"*.{target.name}.onnx"
     return manifest
+
+
+@contextlib.contextmanager
+def _listed_or_removed(bundle: Path, names: Sequence[str]) -> Iterator[None]:
+    """Files whose making is cut short go again, unless the manifest lists them by then."""
+    try:
+        yield
+    except BaseException:
+        listed = read_json(bundle / MANIFEST)["files"]
+        for name in names:
+            if name not in listed:
+                (bundle / name).unlink(missing_ok=True)
+        raise
 
 
 def _build_graph(

@@ -56,24 +56,9 @@ def _small_file(rng: random.Random, path: Path) -> None:
     value = json.loads(data)
     if path.name == "generation_config.json" and rng.random() < 0.7:
         names = ("repetition_penalty", "bad_words_ids", "suppress_tokens", "min_new_tokens")
-        known: tuple[Any, ...] = (
-            1.2,
-            [[5]],
-            [5, 6],
-            2,
-            0,
-            -1,
-            "x",
-            None,
-            [[]],
-            [[-1]],
-            1e400,
-            True,
-            [10**9],
-        )
-        value[rng.choice((*names, "eos_token_id", "no_repeat_ngram_size"))] = rng.choice(
-            [*known, [10**9]]
-        )
+        known: list[Any] = [1.2, [[5]], [5, 6], 2, 0, -1, "x", None, [[]], [[-1]], 1e400, True]
+        name = rng.choice((*names, "eos_token_id", "no_repeat_ngram_size"))
+        value[name] = rng.choice([*known, [10**9]])
         replace(path, json.dumps(value).encode())
         return
     replace(path, json_bytes(rng, mutate_json(rng, value)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from lvlm.export.targets import trt_rtx
+from lvlm.plugins_trt import engine_builder
 from lvlm.plugins_trt.cli import main
 from lvlm.plugins_trt.tensorrt_builder import TensorRt, failure, open_tensorrt
 from lvlm.runtime import nvidia
@@ -315,3 +317,24 @@ def test_a_changed_lowered_graph_is_noticed(folder: Path, refused: Callable[...,
         data["files"][name] = {"sha256": "0" * 64, "bytes": (folder / name).stat().st_size}
         (folder / "lvlm.json").write_text(json.dumps(data))
     assert "has changed since its export" in refused(folder, "--target", "trt-rtx")
+
+
+def test_lowering_that_is_cut_short_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(__file__).parents[1] / "data/bundles/schema-3.zip"
+    with zipfile.ZipFile(data) as archive:
+        archive.extractall(tmp_path)
+    folder = tmp_path / "s3"
+    before = sorted(path.name for path in folder.iterdir())
+
+    def stop(path: Path) -> None:
+        assert path.is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_builder, "describe", stop)
+    assert main(["engine", str(folder), "--target", "openvino", "-q"]) == 130
+    assert sorted(path.name for path in folder.iterdir()) == before
+    monkeypatch.undo()
+    assert main(["engine", str(folder), "--target", "openvino", "-q"]) == 0
+    read_bundle(folder, "full")
