@@ -20,28 +20,38 @@ from typing import Any
 
 from lvlm.runtime.backends import devices
 from lvlm.runtime.bundle import Manifest, read_bundle
-from lvlm.runtime.engines import PLUGINS, EngineSet
-from lvlm.runtime.errors import BackendError
+from lvlm.runtime.engines import PLUGINS, EngineSet, NoEnginesError
+from lvlm.runtime.errors import BackendError, BundleError, LvlmError
 from lvlm.runtime.installing import install
 from lvlm.runtime.integrity import sha256_of
-from lvlm.runtime.nvidia import Driver, driver
+from lvlm.runtime.nvidia import Driver, NoGpuError, driver
 
 CUDA_FOR_ORT = (13, 0)  # what onnxruntime-gpu 1.31 is built with
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
 LIBRARY = "liblvlm_plugins.so"
+ABSENT = "–"  # noqa: RUF001 - a dash is meant
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # device: Python module
 
 
 @dataclass(frozen=True)
 class Finding:
-    """subject  what was looked at; ok: it can be used; says: what was seen; fix: how to mend it;
-    version  of the package, where it decides what runs"""
+    """subject  what was looked at
+    ok       it can be used
+    says     what was seen
+    fix      how to come by it, or how to mend it
+    version  of the package, where it decides what runs
+    broken   it is there, and does not work: what is not there may simply not be wanted"""
 
     subject: str
     ok: bool
     says: str
     fix: str = ""
     version: str = ""
+    broken: bool = False
+
+    @property
+    def mark(self) -> str:
+        return "✓" if self.ok else "✗" if self.broken else ABSENT
 
 
 @dataclass(frozen=True)
@@ -55,9 +65,8 @@ class Machine:
 
 
 def examine(bundle: Path | None, machine: Machine | None = None) -> list[Finding]:
-    """Every finding, the machine's first. Raises BundleError if ``bundle`` is none."""
+    """Every finding, the machine's first; every file of ``bundle`` is hashed."""
     machine = machine or Machine()
-    manifest = None if bundle is None else read_bundle(bundle)
     found = [Finding("system", True, _system())]
     seen, gpus = _gpus(machine)
     found += gpus
@@ -65,9 +74,26 @@ def examine(bundle: Path | None, machine: Machine | None = None) -> list[Finding
     found += _tensorrt(machine, seen)
     found.append(_openvino(machine))
     found += _others(machine, {f.subject for f in found})
-    if bundle is not None and manifest is not None:
-        found += _bundle(bundle, manifest, seen, {f.subject: f for f in found})
-    return found
+    if bundle is None:
+        return found
+    try:
+        manifest = read_bundle(bundle, "full")
+    except BundleError as error:
+        return [*found, _unusable("bundle", error)]
+    return [*found, *_bundle(bundle, manifest, seen, {f.subject: f for f in found})]
+
+
+def _unusable(subject: str, error: LvlmError, fix: str = "") -> Finding:
+    """What is there and does not work."""
+    what, _, mend = str(error).partition("; ")
+    return Finding(subject, False, what, fix or mend or "see the message", broken=True)
+
+
+def _not_imported(subject: str, module: str, error: BackendError, fix: str) -> Finding:
+    """A package that is not installed, or one that is and cannot be imported."""
+    absent = f"No module named '{module}'" in str(error)
+    says = f"{module} is not installed" if absent else str(error)
+    return Finding(subject, False, says, fix, broken=not absent)
 
 
 def _system() -> str:
@@ -82,13 +108,15 @@ def _system() -> str:
 def _gpus(machine: Machine) -> tuple[Driver | None, list[Finding]]:
     try:
         seen = machine.driver()
-    except BackendError as error:
+    except NoGpuError as error:
         what, _, fix = str(error).partition("; ")
         return None, [Finding("NVIDIA driver", False, what, fix)]
+    except BackendError as error:
+        return None, [_unusable("NVIDIA driver", error)]
     found = [Finding("NVIDIA driver", True, "serves CUDA {}.{}".format(*seen.cuda))]
     if not seen.gpus:
         fix = "check that the GPU is seated and visible (CUDA_VISIBLE_DEVICES, container options)"
-        found.append(Finding("GPU", False, "the driver sees none", fix))
+        found.append(Finding("GPU", False, "the driver sees none", fix, broken=True))
     for number, gpu in enumerate(seen.gpus):
         shared = ", shared with the CPU" if gpu.integrated else ""
         says = f"{gpu.name}, SM {gpu.sm}, {gpu.memory / 1e9:.1f} GB{shared}"
@@ -102,21 +130,20 @@ def _onnxruntime(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
     if plain and gpu:
         says = f"onnxruntime {plain} and onnxruntime-gpu {gpu} overwrite each other's files"
         fix = "pip uninstall -y onnxruntime onnxruntime-gpu, then install one of them"
-        yield Finding("onnxruntime", False, says, fix)
+        yield Finding("onnxruntime", False, says, fix, broken=True)
     try:
         providers = machine.attempt(
             "import onnxruntime; print(*onnxruntime.get_available_providers())"
         ).split()
     except BackendError as error:
-        yield Finding("device cpu", False, str(error), install("cpu"))
+        yield _not_imported("device cpu", "onnxruntime", error, install("cpu"))
         for device in PROVIDERS:
-            fix = install("cuda")
-            yield Finding(f"device {device}", False, str(error), fix)
+            yield _not_imported(f"device {device}", "onnxruntime", error, install("cuda"))
         return
     name = f"onnxruntime-gpu {gpu}" if gpu else f"onnxruntime {plain}"
     yield Finding("device cpu", True, name)
     for device, provider in PROVIDERS.items():
-        says, fix = name, ""
+        says, fix, broken = name, "", False
         if provider not in providers:
             says = f"{name} has no {provider}"
             fix = f"pip uninstall -y onnxruntime; {install('cuda')} (Linux x86_64)"
@@ -125,8 +152,8 @@ def _onnxruntime(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
         elif seen.cuda < CUDA_FOR_ORT:
             needs = "{} needs CUDA {}.{}; the driver serves {}.{}"
             says = needs.format(name, *CUDA_FOR_ORT, *seen.cuda)
-            fix = "install a newer NVIDIA driver"
-        yield Finding(f"device {device}", not fix, says, fix)
+            fix, broken = "install a newer NVIDIA driver", True
+        yield Finding(f"device {device}", not fix, says, fix, broken=broken)
 
 
 def _tensorrt(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
@@ -140,7 +167,7 @@ def _tensorrt(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
             version = machine.attempt(f"import {module}; print({module}.__version__)").strip()
             machine.attempt(BINDINGS)
         except BackendError as error:
-            yield Finding(subject, False, str(error), extra)
+            yield _not_imported(subject, module, error, extra)
             continue
         says = f"{device} {version}"
         if usable:
@@ -155,7 +182,7 @@ def _openvino(machine: Machine) -> Finding:
     try:
         version = machine.attempt("import openvino; print(openvino.__version__)").strip()
     except BackendError as error:
-        return Finding("device openvino", False, str(error), install("openvino"))
+        return _not_imported("device openvino", "openvino", error, install("openvino"))
     return Finding("device openvino", True, f"openvino {version}")
 
 
@@ -190,9 +217,11 @@ def _plugins(machine: Machine) -> Finding:
     try:
         library = machine.load(path)
     except OSError as error:
-        return Finding("TensorRT plugins", False, f"not loaded: {error}", fix)
+        named = PLUGINS in os.environ
+        return Finding("TensorRT plugins", False, f"not loaded: {error}", fix, broken=named)
     if not hasattr(library, "getCreators"):
-        return Finding("TensorRT plugins", False, f"{path} holds no TensorRT plugins", fix)
+        says = f"{path} holds no TensorRT plugins"
+        return Finding("TensorRT plugins", False, says, fix, broken=True)
     return Finding("TensorRT plugins", True, path)
 
 
@@ -210,16 +239,19 @@ def _bundle(
             yield Finding(f"bundle on {device}", True, "runs")
     if looked["device openvino"].ok:
         files = [f"{Path(graph.file).stem}.openvino.onnx" for graph in manifest.graphs.values()]
-        missing = [file for file in files if not (folder / file).is_file()]
+        missing = [file for file in files if file not in manifest.files]
         says = f"{missing[0]} is missing" if missing else "runs"
         fix = f"lvlm-build engine {folder} --target openvino" if missing else ""
         yield Finding("bundle on openvino", not missing, says, fix)
     for flavour in FLAVOURS:
         try:
             sets = EngineSet.find(folder, flavour)
-        except BackendError as error:
+        except NoEnginesError as error:
             what, _, fix = str(error).partition("; ")
             yield Finding(f"bundle on {flavour}", False, what, fix)
+            continue
+        except BackendError as error:
+            yield _unusable(f"bundle on {flavour}", error)
             continue
         for engines in sets:
             yield _engines(engines, manifest, seen, looked)
@@ -245,10 +277,10 @@ def _engines(
             plugin_hash=None if library is None else sha256_of(library),
             manifest=manifest,
         )
-        EngineSet.read(engines.folder)
+        EngineSet.read(engines.folder, verify="full")
     except BackendError as error:
         what, _, fix = str(error).rpartition("; ")
-        return Finding(subject, False, what, fix)
+        return Finding(subject, False, what, fix, broken=True)
     return Finding(subject, True, f"{engines.folder.name} fits")
 
 
@@ -275,6 +307,8 @@ def as_json(findings: list[Finding]) -> str:
 
 
 def can_run(findings: list[Finding]) -> bool:
-    """Whether one device at least can be used (for the bundle, if one was looked at)."""
+    """Whether one device at least can be used (for the bundle, if one was looked at), and nothing
+    that is there is broken."""
     kind = "bundle on " if any(f.subject == "bundle" for f in findings) else "device "
-    return any(f.ok and f.subject.startswith(kind) for f in findings)
+    usable = any(f.ok and f.subject.startswith(kind) for f in findings)
+    return usable and not any(f.broken for f in findings)

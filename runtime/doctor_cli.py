@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lvlm.runtime.console import Parser, run_main
 
-NOTHING = 1  # exit status where no device at all can be used
+UNUSABLE = 2  # exit status where something is broken, or nothing can run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +20,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="lvlm-doctor",
         description="Look at the driver, the GPUs, ONNX Runtime, TensorRT and, if given, a bundle "
-        "and its engines. Every ✗ says how to mend it. Exit status 1 if nothing can run.",
+        "and its engines; all its files are hashed. ✓ works, a dash is not installed or not there, "
+        "✗ is broken; both say what to do. Exit status: 0 something can run and nothing is broken, "
+        "2 otherwise.",
     )
     parser.add_argument("bundle", metavar="BUNDLE", nargs="?", type=Path, help="look at it, too")
     parser.add_argument("--json", action="store_true", help="a list of findings")
@@ -36,7 +38,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         width = max(len(f.subject) for f in findings)
         for f in findings:
-            print(f"{'✓' if f.ok else '✗'} {f.subject:{width}}  {f.says}")
+            print(f"{f.mark} {f.subject:{width}}  {f.says}")
             if not f.ok:
                 print(f"  {'':{width}}  → {f.fix}")
-    return 0 if can_run(findings) else NOTHING
+    return 0 if can_run(findings) else UNUSABLE

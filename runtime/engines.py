@@ -27,6 +27,10 @@ SCHEMA = 1
 PLUGINS = "LVLM_PLUGINS"  # environment variable: the plugin library to load
 
 
+class NoEnginesError(BackendError):
+    """None were built for this bundle."""
+
+
 @dataclass(frozen=True)
 class Range:
     """A dimension of an optimization profile."""
@@ -110,7 +114,7 @@ class EngineSet:
         # Files are verified when a set is chosen: .read().
         found = [s for s in (cls._parse(f) for f in folders) if s.flavour == flavour]
         if not found:
-            raise BackendError(
+            raise NoEnginesError(
                 f"{bundle} has no engines for {flavour}; build them with lvlm-build engine "
                 f"{bundle} --target NAME (--list-targets lists the names)"
             )

@@ -15,6 +15,13 @@ LIBRARY = "libcuda.so.1"
 MAJOR, MINOR, INTEGRATED = 75, 76, 18  # CUdevice_attribute
 
 
+NO_DEVICE = 100  # what cuInit gives where it finds no GPU
+
+
+class NoGpuError(BackendError):
+    """This machine has no NVIDIA driver, or no GPU for it: nothing is broken."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     """sm is 10 · major + minor of the compute capability; memory in bytes, shared with the CPU on
@@ -39,15 +46,15 @@ def driver(load: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> Driver:
     try:
         cuda = load(LIBRARY)
     except OSError:
-        raise BackendError(
+        raise NoGpuError(
             f"no NVIDIA driver ({LIBRARY} is not found); install the driver, or, in a container, "
             "start it with the NVIDIA runtime (--gpus all)"
         ) from None
     if status := cuda.cuInit(0):
-        raise BackendError(
-            f"the NVIDIA driver does not start (cuInit gives {status}); "
-            + ("there is no GPU it can use" if status == 100 else "is it the one of this kernel?")
-        )
+        what = f"the NVIDIA driver does not start (cuInit gives {status})"
+        if status == NO_DEVICE:
+            raise NoGpuError(f"{what}; there is no GPU it can use")
+        raise BackendError(f"{what}; is it the one of this kernel?")
     version, count = ctypes.c_int(), ctypes.c_int()
     _call(cuda, "cuDriverGetVersion", ctypes.byref(version))
     _call(cuda, "cuDeviceGetCount", ctypes.byref(count))

@@ -59,9 +59,9 @@ class Backend(HostMemory):
     def load(self, folder: Path, manifest: Manifest, name: str) -> OpenVinoSession:
         graph = manifest.graphs[name]
         lowered = folder / f"{Path(graph.file).stem}.{self.name}.onnx"
-        if not lowered.is_file():
+        if lowered.name not in manifest.files:
             raise BackendError(
-                f"{lowered} is missing; make it with lvlm-build engine {folder} --target "
+                f"{folder} has no {lowered.name}; make it with lvlm-build engine {folder} --target "
                 f"{self.name}"
             )
         try:

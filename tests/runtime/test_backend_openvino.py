@@ -190,7 +190,7 @@ def test_graphs_that_were_not_lowered_are_made_by_the_command_that_is_named(
 ) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(bundle("tiny-llava", max_images=2), folder)
-    with pytest.raises(BackendError, match="is missing; make it with lvlm-build") as caught:
+    with pytest.raises(BackendError, match="; make it with lvlm-build") as caught:
         lvlm.load(folder, device="openvino")
     command = str(caught.value).partition("make it with lvlm-build ")[2].split()
     assert build(command) == 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
+import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +15,9 @@ from typing import Any
 import pytest
 
 from lvlm.runtime import doctor_cli
-from lvlm.runtime.doctor import Finding, Machine, as_json, can_run, examine
-from lvlm.runtime.errors import BackendError, BundleError
+from lvlm.runtime.bundle import read_bundle
+from lvlm.runtime.doctor import ABSENT, Finding, Machine, as_json, can_run, examine
+from lvlm.runtime.errors import BackendError
 from lvlm.runtime.installing import install
 from lvlm.runtime.nvidia import Driver, Gpu, driver
 
@@ -82,8 +86,8 @@ def test_a_machine_with_everything() -> None:
             "no CUDAExecutionProvider",
             install("cuda"),
         ),
-        ({"imports": {}}, "device cpu", "No module named 'onnxruntime'", install("cpu")),
-        ({"imports": {}}, "device tensorrt", "No module named 'tensorrt'", "[tensorrt]"),
+        ({"imports": {}}, "device cpu", "onnxruntime is not installed", install("cpu")),
+        ({"imports": {}}, "device tensorrt", "tensorrt is not installed", "[tensorrt]"),
         (
             {"imports": {"onnxruntime": PROVIDERS, "tensorrt": "10.3.0"}},
             "device tensorrt",
@@ -173,12 +177,61 @@ def test_a_backend_that_is_only_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BundleError, match="is not a bundle"):
-        examine(tmp_path, machine())
     assert doctor_cli.main([str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("lvlm-doctor: error: ")
-    assert error.count("\n") == 1
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "✓ device cpu" in out
+    assert re.search(r"✗ bundle  .* is not a bundle", out)
+
+
+def test_a_bundle_that_changed_at_the_same_size_and_time(
+    bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(bundle("tiny-llava"), folder)
+    read_bundle(folder)
+    weights = folder / "weights.bin"
+    times, data = weights.stat(), bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 255
+    weights.write_bytes(data)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    findings = examine(folder, machine())
+    assert findings[-1].subject == "bundle"
+    assert findings[-1].broken
+    assert "weights.bin has changed" in findings[-1].says
+    assert "copy it again" in findings[-1].fix
+    assert not can_run(findings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "broken"),
+    [
+        ({"seen": "no NVIDIA driver", "imports": {"onnxruntime": PROVIDERS}}, {"NVIDIA driver"}),
+        ({"imports": {"onnxruntime": PROVIDERS}, "library": None}, set()),
+        ({"library": SimpleNamespace()}, {"TensorRT plugins"}),
+        ({"packages": {"onnxruntime": "1", "onnxruntime-gpu": "1"}}, {"onnxruntime"}),
+        (
+            {"seen": Driver((12, 6), (ORIN,))},
+            {"device cuda", "device ort-tensorrt"},
+        ),
+    ],
+)
+def test_what_is_merely_not_there_is_not_broken(changes: dict[str, Any], broken: set[str]) -> None:
+    findings = examine(None, machine(**changes))
+    assert {f.subject for f in findings if f.broken} == broken
+    assert can_run(findings) == (not broken)
+    marks = {f.mark for f in findings if not f.ok and not f.broken}
+    assert marks <= {ABSENT}
+
+
+def test_a_package_that_is_there_and_cannot_be_imported_is_broken() -> None:
+    def attempt(_: str) -> str:
+        raise BackendError("ImportError: libfoo.so.1: cannot open shared object file")
+
+    odd = Machine(lambda: MODERN, {}.get, attempt, lambda _: PLUGINS)
+    finding = found(odd)["device openvino"]
+    assert finding.broken
+    assert "libfoo" in finding.says
 
 
 def test_the_command_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
