@@ -16,8 +16,10 @@ import pytest
 from bundles import ASSETS, CACHED, OTHERS
 
 import lvlm
+from lvlm.export.progress import Progress
 from lvlm.export.targets.openvino import TARGET
 from lvlm.plugins_trt.cli import main as build
+from lvlm.plugins_trt.engine_builder import lower_bundle
 from lvlm.runtime.backends.openvino import PRECISION, PRECISIONS, Backend
 from lvlm.runtime.bundle import read_bundle
 from lvlm.runtime.cli import main
@@ -43,9 +45,7 @@ def lowered(bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
             folder = tmp_path_factory.mktemp("openvino") / "bundle"
             settings = () if recipe == "none" else CACHED[recipe]
             shutil.copytree(bundle(model, *settings, dtype=dtype, max_images=2), folder)
-            manifest = read_bundle(folder)
-            graphs = {name: graph.file for name, graph in manifest.graphs.items()}
-            TARGET.write(folder, graphs, manifest.capacity)
+            lower_bundle(folder, read_bundle(folder), TARGET, Progress(1, quiet=True))
             made[key] = folder
         return made[key]
 
