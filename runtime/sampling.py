@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lvlm.runtime.errors import BackendError, ParameterError
+from lvlm.runtime.errors import BackendError
 from lvlm.runtime.generation_config import GenerationConfig
 from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.logits_processors import LogitsProcessors
@@ -25,9 +22,8 @@ class Sampling:
     and a token is drawn. ``top_k`` draws from the k likeliest (0: all), ``top_p`` from the fewest
     likeliest that together reach that probability. ``repetition_penalty`` above 1 makes tokens of
     the prompt and of the answer less likely, also at temperature 0. ``seed`` makes draws repeatable
-    (None: they differ each time).
-
-    Raises ``ParameterError`` for a value out of its range.
+    (None: they differ each time). Values are checked where they come from: GenerationOptions,
+    GenerationConfig.
     """
 
     temperature: float = 0.0
@@ -51,15 +47,6 @@ class Sampling:
             config.repetition_penalty if penalty is None else penalty,
             None if options.seed is None else options.seed + row,
         )
-
-    def __post_init__(self) -> None:
-        _check("temperature", self.temperature, Real, "0 or above", lambda x: 0 <= x < math.inf)
-        _check("top_k", self.top_k, Integral, "a whole number, 0 (all) or above", lambda x: x >= 0)
-        _check("top_p", self.top_p, Real, "above 0 and at most 1", lambda x: 0 < x <= 1)
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, Real, "from 0.01 to 100", lambda x: 0.01 <= x <= 100)
-        if self.seed is not None:
-            _check("seed", self.seed, Integral, "None or a whole number from 0", lambda x: x >= 0)
 
 
 @dataclass(frozen=True)
@@ -150,11 +137,3 @@ def candidates(
         keep[-1] = True  # rounding must not leave nothing
         tokens, weights = tokens[order[keep]], weights[order[keep]]
     return tokens, weights
-
-
-def _check(
-    name: str, value: object, kind: type[Real | Integral], wanted: str, fits: Callable[[Any], bool]
-) -> None:
-    # NaN fails every comparison; bool is a number to Python, but not to a user
-    if not isinstance(value, kind) or isinstance(value, bool) or not fits(value):
-        raise ParameterError(f"{name} is {value!r}, but it must be {wanted}")

@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lvlm.runtime.errors import BackendError, ParameterError
+from lvlm.runtime.errors import BackendError
 from lvlm.runtime.sampling import Sampler, Sampling, candidates
 
 VOCAB = 40
@@ -156,27 +156,3 @@ def test_extreme_values_give_a_token_of_the_vocabulary(
 def test_logits_that_are_not_finite(bad: float, temperature: float) -> None:
     with pytest.raises(BackendError, match="NaN or infinity"):
         Sampler(Sampling(temperature=temperature), []).choose(np.array([0, bad, 1], np.float32))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "wanted"),
-    [
-        ("temperature", -0.1, "0 or above"),
-        ("temperature", float("nan"), "0 or above"),
-        ("temperature", float("inf"), "0 or above"),
-        ("temperature", "hot", "0 or above"),
-        ("top_k", -1, "0 .all. or above"),
-        ("top_k", 1.5, "whole number"),
-        ("top_k", True, "whole number"),
-        ("top_p", 0.0, "at most 1"),
-        ("top_p", 1.01, "at most 1"),
-        ("top_p", float("nan"), "at most 1"),
-        ("repetition_penalty", 0.0, "from 0.01 to 100"),
-        ("repetition_penalty", float("nan"), "from 0.01 to 100"),
-        ("seed", -1, "None or a whole number"),
-        ("seed", 0.5, "None or a whole number"),
-    ],
-)
-def test_values_out_of_range(name: str, value: object, wanted: str) -> None:
-    with pytest.raises(ParameterError, match=rf"{name} is .*{wanted}"):
-        Sampling(**{name: value})  # type: ignore[arg-type]
