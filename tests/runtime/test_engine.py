@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bundles import CACHED
@@ -176,6 +177,25 @@ def test_a_second_question_about_the_same_picture(bundle: Callable[..., Path]) -
             twice = [engine.generate(QUESTION, PICTURES[:1], max_new_tokens=3) for _ in range(2)]
             assert [g.stats.reused_tokens for g in twice] == [0, 0]
             assert (engine.images.misses, engine.images.hits) == (1, 1)
+
+
+def test_the_same_beginning_with_other_options(bundle: Callable[..., Path]) -> None:
+    """What a prefix holds does not depend on how tokens are chosen, and no choice on what is held;
+    another system message is another beginning."""
+    options: list[dict[str, Any]] = [
+        *({}, {"repetition_penalty": 1.4}, {"temperature": 0.8, "seed": 3}, {"logprobs": 2}),
+        *({"stop": ["e"]}, {"system": "Be brief"}),
+    ]
+    asks = [ask(QUESTION + end, **given) for end in ("", " Now!") for given in options]
+    folder = folder_of(bundle, "none")
+    with lvlm.load(folder) as model:
+        expected = [a.alone(model) for a in asks]
+    with Engine(folder, slots=3) as engine:
+        handles = [engine.submit(*a.arguments, **a.options) for a in asks]
+        got = [handle.result(WAIT) for handle in handles]
+    for ours, theirs in zip(got, expected, strict=True):
+        same(ours, theirs)
+    assert any(g.stats.reused_tokens for g in got)
 
 
 def test_a_prefix_of_a_request_that_still_runs(bundle: Callable[..., Path]) -> None:

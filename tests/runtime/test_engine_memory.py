@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from bundles import CACHED
 from engine_tools import PICTURES, scheduler
@@ -68,6 +69,8 @@ def test_as_many_slots_as_fit(manifest: Manifest, budget: int, images: int | str
     assert planned.total <= budget
     assert plan_memory(manifest, capacity, planned.slots + 1, None, images).total > budget
     assert plan_memory(manifest, capacity, planned.slots, budget, images) == planned
+    slots, size = np.int64(planned.slots), np.int64(budget)
+    assert plan_memory(manifest, capacity, slots, size, images) == planned  # type: ignore[arg-type]
     with pytest.raises(ParameterError, match=f"but {planned.slots + 1} slots of"):
         plan_memory(manifest, capacity, planned.slots + 1, budget, images)
 
