@@ -41,7 +41,7 @@ class Model:
         verify: Verify = "sample",
     ) -> None:
         """``threads``: None lets the backend choose. ``verify``: how files are
-        compared with their hashes (sample, full or none; docs/extending.md).
+        compared with their hashes (sample, full or none; docs/bundles.md).
 
         Raises BundleError, BackendError, ParameterError.
         """

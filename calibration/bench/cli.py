@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lvlm.calibration.bench.workload import Case
     from lvlm.export.progress import Progress
 
-FAILED = 1  # the status if a contender failed while others were measured
+FAILED = 2  # the status if a contender failed while others were measured
 PACKAGES = (
     *("lvlm-deploy", "numpy", "onnxruntime", "openvino"),
     *("torch", "transformers", "onnxruntime-genai", "openvino-genai"),

@@ -135,7 +135,7 @@ def test_arrivals_by_themselves(run: Run, full: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("apart", [(), ("--apart",)])
 def test_one_that_fails_is_a_line(run: Run, full: Path, broken: Path, apart: tuple[str]) -> None:
     code, out, err = run(broken, full, "--repeats", 1, "--warmup", 0, *SMALL, *apart)
-    assert code == 1
+    assert code == 2
     table = {row[0]: row for row in rows(out)}
     assert table["broken"][1:3] == ["failed, see below", "—"]
     assert float(table[full.name][1]) > 0
