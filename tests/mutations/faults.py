@@ -121,7 +121,8 @@ FAULTS = {
     "the newest entry overwritten instead of the oldest": Fault(
         "runtime/cache.py",
         "self.slots[(*np.nonzero(where), self.head[where])]",
-        "self.slots[(*np.nonzero(where), (self.head + self.count - 1)[where])]",
+        "self.slots[(*np.nonzero(where), "
+        "((self.head + self.count - 1) % self.slots.shape[2])[where])]",
         "tests/runtime/test_cache.py::test_victims_by_hand",
     ),
     "the most important entries evicted": Fault(
