@@ -77,7 +77,7 @@ def _file(rng: random.Random) -> tuple[bytes, str]:
             exif = picture.getexif()
             exif[0x0112] = rng.choice((1, 3, 6, 8, 9, 0))
             options["exif"] = exif
-        if rng.random() < 0.2:
+        if rng.random() < 0.2 and kind != "AVIF":  # Pillow 13 ends writing such with signal 11
             options |= {"save_all": True, "append_images": [picture.copy()]}
         file = io.BytesIO()
         try:
