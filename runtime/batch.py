@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,6 @@ import numpy as np
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.cache import CompactCache
 from lvlm.runtime.counts import count_prompts
-from lvlm.runtime.errors import BackendError
 from lvlm.runtime.generation_options import Keep
 from lvlm.runtime.graphs import Graphs, check_kept
 from lvlm.runtime.prompts import Prompt
@@ -70,6 +70,16 @@ class Batches:
         """The next batch gets new buffers."""
         self._cache = None
 
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Within: whatever is raised, an overflow say, leaves no buffers to the next answer. What
+        lies in them beyond its own entries would spoil it: 0 times NaN is not 0."""
+        try:
+            yield
+        except BaseException:
+            self.forget()
+            raise
+
 
 class Batch:
     """Prompts on their way: ``step`` decodes one token for every row that still runs.
@@ -94,6 +104,15 @@ class Batch:
         budgets = self.counts.budgets
         needed = budgets.capacity(self.counts.prefill.entries, fed)
         self.cache = owner.cache_for(len(prompts), needed, budgets)
+        with owner.forgetting():
+            self._prefill(prompts)
+        self._decode = graphs.bind("decode", self.cache.buffers)
+        self._compact = (
+            graphs.bind("compact", self.cache.buffers) if "compact" in graphs.sessions else None
+        )
+
+    def _prefill(self, prompts: Sequence[Prompt]) -> None:
+        graphs = self.graphs
         began = time.perf_counter()
         self.features = graphs.encode([p for prompt in prompts for p in prompt.pictures])
         self.timings.vision_ms = _since(began)
@@ -103,10 +122,6 @@ class Batch:
         )
         self.cache.begin(self.counts.prefill.entries, self.counts.kept)
         self.timings.prefill_ms = _since(began)
-        self._decode = graphs.bind("decode", self.cache.buffers)
-        self._compact = (
-            graphs.bind("compact", self.cache.buffers) if "compact" in graphs.sessions else None
-        )
 
     @property
     def active(self) -> bool:
@@ -117,11 +132,8 @@ class Batch:
         eos = self.graphs.manifest.text.eos_ids
         for index, row in enumerate(self.rows):
             if row.finish_reason is None:
-                try:
+                with self.owner.forgetting():
                     token = row.choose(self.logits[index], eos)
-                except BackendError:
-                    self.owner.forget()  # buffers that hold NaN would spoil the next answer
-                    raise
                 yield index, token
         if self.active:
             self.decode_step()
@@ -129,6 +141,12 @@ class Batch:
     def decode_step(self) -> None:
         """Feed every row's newest token; afterwards ``logits`` [B,vocabulary] are the next ones."""
         began = time.perf_counter()
+        with self.owner.forgetting():
+            self._decode_rows()
+        self.timings.decode_ms += _since(began)
+        self.timings.decode_steps += 1
+
+    def _decode_rows(self) -> None:
         running = np.array([row.finish_reason is None for row in self.rows])
         inputs = self.cache.decode_inputs(
             np.array([row.tokens[-1] for row in self.rows], np.int64),
@@ -139,8 +157,6 @@ class Batch:
         for row in self.rows:
             row.position += row.finish_reason is None
         self._compact_cache()
-        self.timings.decode_ms += _since(began)
-        self.timings.decode_steps += 1
 
     def _compact_cache(self) -> None:
         """Between two steps: drop entries where an interval is over and there are too many."""

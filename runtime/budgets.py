@@ -16,8 +16,8 @@ import numpy as np
 
 from lvlm.runtime.bundle import Compression, ProfileRow
 from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.rounding import DIGITS, rounded
 
-DIGITS = 9  # a product this near to a whole number (or a half) is one, up to rounding
 TOLERANCE = 10.0**-DIGITS
 
 
@@ -62,7 +62,7 @@ class Budgets:
         lower = np.minimum(self.protected, entries)
         share = self.fractions * entries
         if not c.profile:
-            return _int64(np.clip(np.rint(np.round(share, DIGITS)), lower, upper))
+            return _int64(np.clip(rounded(share), lower, upper))
         rows = [_apportion(*row) for row in zip(share.T, lower.T, upper.T, strict=True)]
         return np.stack(rows, axis=1)
 
@@ -83,11 +83,14 @@ class Budgets:
 
     def fixed_point(self, kept: np.ndarray) -> np.ndarray:
         """Index [L,B] by age of the entry that elimination one by one removes; ``kept`` [L,B] of
-        the prompt. It equals ``kept`` where only sinks are left: then answers lose their oldest."""
+        the prompt. It equals ``kept`` where only sinks are left: then answers lose their oldest.
+        The released code guards no sink."""
         assert self.compression is not None
         assert self.compression.distance is not None
         distance = self.compression.distance
         point = np.where(kept <= distance, kept // 2, kept - distance)
+        if self.compression.semantics == "reference":
+            return _int64(point)
         return _int64(np.minimum(np.maximum(point, self.compression.sinks), kept))
 
     def capacity(self, entries: np.ndarray, new_tokens: np.ndarray) -> np.ndarray:
@@ -178,7 +181,7 @@ def _apportion(share: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.nd
     layers first. Where the bounds take or give, all others move by as much; nothing within the
     bounds [L] has a smaller sum of squared differences. Bounds that exclude the sum move the sum.
     """
-    total = round(round(math.fsum(share), DIGITS))
+    total = rounded(math.fsum(share))
     total = min(max(total, int(lower.sum())), int(upper.sum()))
     exact = np.round(share, DIGITS)
     floors = np.floor(exact)

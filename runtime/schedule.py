@@ -15,6 +15,7 @@ import numpy as np
 from lvlm.runtime.bundle import Reduction
 from lvlm.runtime.errors import ParameterError
 from lvlm.runtime.generation_options import Keep
+from lvlm.runtime.rounding import rounded
 
 
 def keep_ratios(
@@ -59,13 +60,13 @@ def _fraction(value: object) -> float:
 
 
 def kept(image_tokens: int, ratio: float) -> int:
-    """Tokens of a picture that stay: max(1, round(V * ratio)), Python's round."""
-    return max(1, round(image_tokens * ratio))
+    """Tokens of a picture that stay: max(1, round(V * ratio))."""
+    return max(1, rounded(image_tokens * ratio))
 
 
 def recycled(count: int, fraction: float | None) -> int:
     """How many of ``count`` kept tokens absorb others; one token alone absorbs none."""
-    return max(1, round(fraction * count)) if fraction is not None and count >= 2 else 0
+    return max(1, rounded(fraction * count)) if fraction is not None and count >= 2 else 0
 
 
 def tokens_per_layer(

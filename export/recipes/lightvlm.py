@@ -31,6 +31,7 @@ from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.bundle import ProfileRow, Reduction
 from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.rounding import rounded
 
 Importance = Literal["last", "text"]
 Merge = Literal["recycle", "nearest", "drop"]
@@ -105,7 +106,7 @@ class LightVLM(Recipe):
             )
         stages = self.stages
         if stages is None:
-            places = (max(1, deep, round(layers * d)) for d in STAGE_DEPTHS)
+            places = (max(1, deep, rounded(layers * d)) for d in STAGE_DEPTHS)
             stages = tuple(dict.fromkeys(min(place, layers - 1) for place in places))
         if max(stages) >= layers:
             raise ParameterError(

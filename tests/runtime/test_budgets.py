@@ -298,6 +298,12 @@ def test_fixed_point(distance: int, sinks: int, kept: list[int], expected: list[
     compression = replace(UNIFORM, distance=distance, sinks=sinks)
     point = Budgets.of(compression, 1, None).fixed_point(array(kept))
     assert point.tolist() == [expected]
+
+
+def test_the_released_code_guards_no_sink() -> None:
+    compression = replace(UNIFORM, distance=25, sinks=4, semantics="reference")
+    point = Budgets.of(compression, 1, None).fixed_point(array([100, 27, 26, 9, 5, 2]))
+    assert point.tolist() == [[75, 2, 1, 4, 2, 1]]
     assert point.dtype == np.int64
 
 

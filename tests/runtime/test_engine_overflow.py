@@ -96,6 +96,35 @@ def test_a_slot_is_clean_after_an_overflow(
         idle(engine)
 
 
+@pytest.mark.parametrize("graph", ["prefill", "decode"])
+def test_a_model_is_clean_after_a_graph_that_failed(
+    graph: str, folder: Path, expected: list[Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buffers that a failing graph left behind, whatever they hold, are not used again: a backend
+    that reads whole buffers would find NaN in them."""
+    with lvlm.load(folder) as model:
+        bind = model.graphs.bind
+
+        def spoiled(name: str, buffers: Any) -> Any:
+            call = bind(name, buffers)
+            if name != graph:
+                return call
+
+            def fail(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
+                for buffer in buffers.values():
+                    buffer[:] = np.nan
+                raise BackendError("overflow")
+
+            return fail
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.graphs, "bind", spoiled)
+            with pytest.raises(BackendError, match="overflow"):
+                LONG[0].alone(model)
+        assert model.batches._cache is None
+        same(LONG[0].alone(model), expected[0])
+
+
 def test_a_model_is_clean_after_an_overflow(folder: Path, expected: list[Generation]) -> None:
     """The same for one call after the other."""
     with lvlm.load(folder) as model:
