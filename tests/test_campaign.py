@@ -81,7 +81,9 @@ def test_what_a_process_notices(
         (Case("lvlm-run"), Outcome(0, "", "", 31, 0), "hang"),
         (Case("lvlm-run", refused=True), Outcome(0, "", "", 0, 0), "damage accepted"),
         (Case("lvlm-run", refused=True), Outcome(2, "", "lvlm-run: error: x", 0, 0), None),
-        (Case("lvlm-doctor"), Outcome(1, "✗ x", "", 0, 0), None),
+        (Case("lvlm-run"), Outcome(2, "✗ x", "", 0, 0), "refused without a cause"),
+        (Case("lvlm-doctor"), Outcome(2, "✗ x", "", 0, 0), None),
+        (Case("lvlm-doctor"), Outcome(2, "✓ x", "", 0, 0), "refused without a cause"),
     ],
 )
 def test_what_the_judge_notices(

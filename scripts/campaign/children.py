@@ -24,7 +24,7 @@ from campaign.judge import SECONDS, Outcome, faults
 
 GRACE = 15  # seconds more for making the input, and for cores that others use
 ROOM = 8 << 30  # address space that a process may add to what it was forked with
-KEPT = 4_000  # characters of output
+KEPT = 100_000  # characters of output
 
 
 @dataclass(frozen=True)

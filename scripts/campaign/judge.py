@@ -28,11 +28,9 @@ def faults(case: Case, outcome: Outcome, folder: Path) -> list[str]:
     """What is wrong with it; [] for nothing."""
     found = []
     text = outcome.stdout + outcome.stderr
-    # lvlm-doctor's 1 says that nothing can run: documented
-    allowed = (*STATUSES, 1) if case.program == "lvlm-doctor" else STATUSES
     if any(trace in text for trace in TRACES):
         found.append("traceback")
-    if outcome.status not in allowed:
+    if outcome.status not in STATUSES:
         found.append(f"status {outcome.status}")
     if outcome.seconds > SECONDS:
         found.append("hang")
@@ -40,13 +38,19 @@ def faults(case: Case, outcome: Outcome, folder: Path) -> list[str]:
         found.append("memory")
     if outcome.status == 2:
         lines = [line for line in outcome.stderr.splitlines() if line.strip()]
-        if not any("error:" in line for line in lines):
+        if not any("error:" in line for line in lines) and not _diagnosed(case, outcome):
             found.append("refused without a cause")
         if len(lines) > MESSAGE_LINES:
             found.append(f"{len(lines)} lines")
     if case.refused and outcome.status == 0:
         found.append("damage accepted")
     return found + leftovers(case, folder)
+
+
+def _diagnosed(case: Case, outcome: Outcome) -> bool:
+    """lvlm-doctor's causes are its output."""
+    says = ("✗ ", '"broken": true')
+    return case.program == "lvlm-doctor" and any(cause in outcome.stdout for cause in says)
 
 
 def leftovers(case: Case, folder: Path) -> list[str]:
