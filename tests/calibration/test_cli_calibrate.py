@@ -159,7 +159,7 @@ def test_the_same_command_goes_on_after_an_interrupt(
         (["--data", "digits", "--samples", "0"], "0 samples are asked for; give 1 or more"),
         (["--data", "FOLDER/one.jsonl", "--samples", "2"], "give 1 to 1, as FOLDER/one.jsonl"),
         (["--data", "FOLDER/none.jsonl"], "none.jsonl do not exist"),
-        (["--data", "FOLDER"], "cannot be read: Is a directory"),
+        (["--data", "FOLDER"], "are not a file"),
         (["--data", "FOLDER/empty.jsonl"], "empty.jsonl holds no samples"),
         (["--data", "FOLDER/bad.jsonl"], "bad.jsonl:2: not JSON"),
         (["--data", "FOLDER/lacks.jsonl"], 'lacks.jsonl:1: "prompt" is missing'),

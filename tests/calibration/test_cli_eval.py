@@ -383,7 +383,9 @@ def test_help_imports_nothing_heavy() -> None:
 def test_data_sets_are_listed(run: Run) -> None:
     code, printed, _ = run("--list-data")
     assert code == 0
-    assert [line.split()[0] for line in printed.splitlines()] == [
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
         *("digits", "jsonl", "llava-detail", "mm-vet")
     ]
 
