@@ -135,8 +135,8 @@ FAULTS = {
     ),
     "one image token too many": Fault(
         "runtime/schedule.py",
-        "return max(1, round(image_tokens * ratio))",
-        "return min(image_tokens, max(1, round(image_tokens * ratio)) + 1)",
+        "return max(1, rounded(image_tokens * ratio))",
+        "return min(image_tokens, max(1, rounded(image_tokens * ratio)) + 1)",
         "tests/runtime/test_schedule.py::test_kept_is_the_rounded_share_but_at_least_one",
     ),
     "image tokens scored by the token before the last": Fault(
