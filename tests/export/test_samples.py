@@ -73,7 +73,7 @@ def test_what_is_wrong_with_a_file(content: str | bytes, message: str, folder: P
 def test_files_that_cannot_be_read(folder: Path) -> None:
     with pytest.raises(ParameterError, match=r"no\.jsonl do not exist"):
         read_samples(folder / "no.jsonl")
-    with pytest.raises(ParameterError, match="cannot be read: Is a directory"):
+    with pytest.raises(ParameterError, match="are not a file"):
         read_samples(folder)
 
 
