@@ -9,7 +9,6 @@ from typing import Literal, Self
 
 import numpy as np
 
-from lvlm.runtime.generation_options import GenerationOptions as Options  # noqa: F401 - old name
 from lvlm.runtime.sampling import TokenScore
 
 FinishReason = Literal["stop", "length"]
