@@ -50,7 +50,8 @@ def faults(case: Case, outcome: Outcome, folder: Path) -> list[str]:
 def _diagnosed(case: Case, outcome: Outcome) -> bool:
     """lvlm-doctor's causes are its output."""
     says = ("✗ ", '"broken": true')
-    return case.program == "lvlm-doctor" and any(cause in outcome.stdout for cause in says)
+    doctor = case.program == "lvlm-doctor" or case.argv[:1] == ("doctor",)
+    return doctor and any(cause in outcome.stdout for cause in says)
 
 
 def leftovers(case: Case, folder: Path) -> list[str]:

@@ -71,10 +71,9 @@ def mutate_json(rng: random.Random, value: Any, times: int | None = None) -> Any
                 for part in other:
                     taken = taken[part] if _has(taken, part) else taken
                 inside[key] = json.loads(json.dumps(taken))
-            case 2 | 3 if isinstance(inside[key], int | float) and inside[key] not in (True, False):
-                inside[key] = int(inside[key] * rng.choice((-1, 0, 2, 1000, 0.5))) + rng.choice(
-                    (0, 1)
-                )
+            case 2 | 3 if _is_number(inside[key]):
+                factor = rng.choice((-1, 0, 2, 1000, 0.5))
+                inside[key] = int(inside[key] * factor) + rng.choice((0, 1))
             case 4 if isinstance(inside[key], bool):
                 inside[key] = not inside[key]
             case 5 if isinstance(inside, dict):
@@ -88,6 +87,12 @@ def _has(value: Any, part: Any) -> bool:
     if isinstance(value, dict):
         return part in value
     return isinstance(value, list) and isinstance(part, int) and part < len(value)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) or (isinstance(value, float) and abs(value) < 1e300)
 
 
 def json_bytes(rng: random.Random, value: Any) -> bytes:
