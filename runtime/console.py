@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import contextlib
 import difflib
@@ -10,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -79,11 +81,28 @@ def _signals() -> Iterator[None]:
         signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
         signal.SIGTERM: signal.signal(signal.SIGTERM, _terminate),
     }
+    hook, sys.unraisablehook = sys.unraisablehook, _come_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _come_again(lost: sys.UnraisableHookArgs) -> None:
+    """A signal that came within a finalizer, where its exception ends, is sent once more."""
+    numbers = {KeyboardInterrupt: signal.SIGINT, _Terminated: signal.SIGTERM}
+    if lost.exc_type not in numbers:
+        sys.__unraisablehook__(lost)
+        return
+    number = numbers[lost.exc_type]
+
+    def send() -> None:
+        time.sleep(0.1)  # by then the finalizer has ended
+        os.kill(os.getpid(), number)
+
+    _thread.start_new_thread(send, ())  # Thread.start would wait, within the finalizer
 
 
 def _terminate(*_: object) -> NoReturn:

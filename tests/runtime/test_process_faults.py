@@ -52,6 +52,26 @@ sys.argv = ["lvlm-run", "nowhere", "Hi"]
 sys.exit(commands.main())
 """
 
+# A signal within a finalizer, which loses every exception
+FINALIZER = """
+import os, sys, time
+from lvlm.runtime.console import run_main
+
+class Final:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        for _ in range(1000):
+            pass
+
+def body():
+    final = Final()
+    del final
+    time.sleep(30)
+    return 0
+
+sys.exit(run_main("prog", body))
+"""
+
 
 def python(code: str, *arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
@@ -112,6 +132,12 @@ def test_what_was_begun_is_undone(tmp_path: Path, sent: signal.Signals, status: 
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (status, "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_within_a_finalizer_is_not_lost(sent: signal.Signals, status: int) -> None:
+    done = python(FINALIZER, str(int(sent)))
+    assert (done.returncode, done.stderr) == (status, "")
 
 
 def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
