@@ -25,6 +25,21 @@ from lvlm.runtime.errors import ParameterError  # noqa: E402
 BASE = Base(Path("bundle"), Path("checkpoint"), ())
 
 
+def test_what_is_slow_once_is_no_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "SECONDS", 1)
+    monkeypatch.setattr(children, "GRACE", 1)
+    seen = tmp_path / "seen"
+
+    def slow_once() -> None:
+        if not seen.exists():
+            seen.touch()
+            time.sleep(60)
+
+    generator = SimpleNamespace(make=lambda *_: Case("call", call=slow_once))
+    results = list(children.run("x", generator, range(3), 1, BASE, tmp_path))
+    assert [(r.number, r.faults) for r in results] == [(0, ()), (1, ()), (2, ())]
+
+
 def test_a_short_campaign_finds_nothing(pytestconfig: pytest.Config) -> None:
     whole = pytestconfig.getoption("--whole")
     count = ["--inputs", "2000", "--kills", "40"] if whole else ["--inputs", "120", "--kills", "6"]

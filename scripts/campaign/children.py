@@ -42,8 +42,12 @@ class Result:
 def run(
     name: str, generator: Generator, numbers: Sequence[int], seed: int, base: Base, work: Path
 ) -> Iterator[Result]:
-    """The results of the cases with these numbers, in their order."""
-    left = list(numbers)
+    """The results of the cases with these numbers, in their order.
+
+    One that hangs is run a second time, and that counts: cores that others use can stop anything
+    for a while, an input that hangs does so again.
+    """
+    left, again = list(numbers), set[int]()
     while left:
         reader, writer = os.pipe()
         sys.stdout.flush()
@@ -54,8 +58,11 @@ def run(
         os.close(writer)
         try:
             for result in _results(reader, process, name, work):
-                yield result
+                if "hang" in result.faults and result.number not in again:
+                    again.add(result.number)
+                    break
                 left.remove(result.number)
+                yield result
         finally:
             os.close(reader)
             with contextlib.suppress(ProcessLookupError):
