@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -56,12 +57,17 @@ def _raise() -> None:
     raise KeyError("x")
 
 
+def _crash() -> None:
+    faulthandler.disable()  # pytest's own would tell all of it
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 @pytest.mark.parametrize(
     ("call", "fault"),
     [
         (_raise, "traceback"),
         (lambda: os._exit(3), "ended with 3"),
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "ended by signal 11"),
+        (_crash, "ended by signal 11"),
         (lambda: time.sleep(60), "hang"),
         (lambda: bytearray(64 << 20).count(1), "memory"),
         (lambda: Path("out/.x.partial-1").touch(), "left .x.partial-1"),
