@@ -37,7 +37,7 @@ def main() -> None:
     try:
         outcome = validation.validate(plan, args.bundle, lambda text: print(text, flush=True))
     except LvlmError as error:
-        sys.exit(str(error))
+        sys.exit(f"{error}\n{error.details}".rstrip())  # which figures, not only how many
     finally:
         print(f"time         {time.perf_counter() - began:.0f} s")
         print(f"peak memory  {peak.stop() / 1e9:.2f} GB, the page cache aside")
