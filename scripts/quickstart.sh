@@ -18,4 +18,4 @@ done
 "$venv/bin/python" scripts/quickstart.py out/none out/lightvlm
 echo
 echo "next: . $venv/bin/activate"
-echo "      lvlm-run out/lightvlm --image assets/samples/digits-1.png \"Read row 1:\""
+echo "      lvlm-run out/lightvlm --image assets/samples/digits-1.png \"Read the top row.\""

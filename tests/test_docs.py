@@ -1,0 +1,167 @@
+"""What README, docs/ and messages name exists: links, files, commands, flags, extras."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import lvlm
+from lvlm.commands import MODULES
+from lvlm.main import run_verb
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CODE = [
+    file
+    for folder in ("src", "runtime", "export", "calibration", "plugins_trt", "scripts")
+    for file in sorted((ROOT / folder).rglob("*"))
+    if file.suffix in (".py", ".sh")
+]
+FOLDERS = "assets|calibration|docs|export|plugins_trt|runtime|scripts|src|tests"
+FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w*./-]*\w\.\w+")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
+COMMAND = re.compile(r"\blvlm[- ](?:bench|build|calibrate|doctor|eval|export|run)(?=\s|$)")
+NAMED = re.compile(r"\blvlm-([a-z]+)\b")
+# Flags of other programs: venv, pytest (tests/conftest.py), gunicorn, docker.
+FOREIGN = {"--system-site-packages", "--whole", "--stress-steps", "--preload", "--gpus"}
+
+
+@cache
+def help_of(*verb: str) -> str:
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        run_verb(verb[0], [*verb[1:], "--help"])
+    return text.getvalue()
+
+
+@cache
+def flags_of(*verb: str) -> frozenset[str]:
+    return frozenset(FLAG.findall(help_of(*verb)))
+
+
+@cache
+def all_flags() -> frozenset[str]:
+    known = set(FOREIGN)
+    for verb in MODULES:
+        known |= flags_of(verb)
+    for part in ("plugins", "engine"):
+        known |= flags_of("build", part)
+    for file in (ROOT / "scripts").rglob("*"):
+        if file.suffix in (".py", ".sh"):
+            known |= declared(file)
+    return frozenset(known)
+
+
+def declared(script: Path) -> set[str]:
+    """Flags that a script takes: what it gives to add_argument, or a case of the shell; those of
+    the script that it hands all its arguments to."""
+    text = script.read_text()
+    flags = set(re.findall(r"""add_argument\((?:\s*"-\w",)?\s*"(--[a-z][a-z0-9-]+)""", text))
+    flags |= set(re.findall(r"""\badd\((?:\s*"-\w",)?\s*"(--[a-z][a-z0-9-]+)""", text))
+    flags |= set(re.findall(r"^\s*(--[a-z][a-z0-9-]+)\)", text, re.MULTILINE))
+    for inner in re.findall(r"(scripts/\w+\.py) \"\$@\"", text):
+        flags |= declared(ROOT / inner)
+    return flags
+
+
+def commands(page: str) -> Iterator[str]:
+    """Lines of indented or fenced blocks, and code within lines, that call a command of ours."""
+    joined = page.replace("\\\n", " ")
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^ {4}.*$", "", joined, flags=re.MULTILINE))
+    blocks = re.findall(r"^ {4}(.+)$", joined, re.MULTILINE)
+    for text in [*inline, *blocks]:
+        for each in re.split(r"[;&|]+| # ", text):
+            if COMMAND.match(each.strip()):
+                yield each.strip()
+
+
+def strings(source: str) -> Iterator[str]:
+    """Every text of a module that is no docstring; the parts of an f-string joined."""
+    tree = ast.parse(source)
+    silent = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if id(node) in silent:
+            continue
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(
+                part.value if isinstance(part, ast.Constant) else "{}" for part in node.values
+            )
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in link:
+            name, _, anchor = link.partition("#")
+            target = page.parent / name if name else page
+            assert target.exists(), link
+            assert not anchor or f"# {anchor}".replace("-", " ") in target.read_text().lower(), link
+
+
+def test_files_that_are_named_exist() -> None:
+    for file in [*PAGES, *CODE]:
+        for name in FILE.findall(file.read_text()):
+            assert list(ROOT.glob(name)), f"{file.relative_to(ROOT)} names {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_take_the_flags_they_are_shown_with(page: Path) -> None:
+    for command in commands(page.read_text()):
+        words = command.replace("lvlm-", "lvlm ").split()
+        verb = tuple(words[1:3] if words[1] == "build" and len(words) > 2 else words[1:2])
+        unknown = set(FLAG.findall(command)) - flags_of(*verb)
+        assert not unknown, f"{command}: {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_scripts_take_the_flags_they_are_shown_with(page: Path) -> None:
+    for name, rest in re.findall(
+        r"(scripts/\w+\.(?:py|sh))([^`#|;&\n]*)", page.read_text().replace("\\\n", " ")
+    ):
+        unknown = set(FLAG.findall(rest)) - declared(ROOT / name)
+        assert not unknown - {"--help"}, f"{name}{rest}: {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_in_running_text_exist(page: Path) -> None:
+    assert set(FLAG.findall(page.read_text())) <= all_flags()
+
+
+def test_messages_name_commands_and_flags_that_exist() -> None:
+    for file in CODE:
+        for text in strings(file.read_text()) if file.suffix == ".py" else ():
+            if " " in text:  # a sentence: no argument of another program, no name of a thread
+                assert set(NAMED.findall(text)) <= {*MODULES, "deploy"}, f"{file}: {text}"
+                assert set(FLAG.findall(text)) <= all_flags(), f"{file}: {text}"
+
+
+def test_extras_that_are_named_exist() -> None:
+    extras = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    )
+    for file in [*PAGES, *CODE]:
+        for names in re.findall(r"(?:\.|\.whl)\[([a-z,-]+)\]\"", file.read_text()):
+            assert set(names.split(",")) <= extras, f"{file.name}: {names}"
+        for calls in re.findall(r"\binstall\(([^)]*)\)", file.read_text()):
+            assert set(re.findall(r"\"([a-z-]+)\"", calls)) <= extras, f"{file.name}: {calls}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_compile_and_name_what_there_is(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        tree = compile(block, page.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "lvlm":
+                assert {each.name for each in node.names} <= set(dir(lvlm))
+    for name in re.findall(r"`lvlm\.([A-Za-z_]\w*)", page.read_text()):
+        assert name in [*dir(lvlm), "runtime", "json"], name
