@@ -69,9 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from lvlm.export.cli import require, set_logging
+    from lvlm.export.cli import require, set_environment, set_logging
 
+    set_environment(verbose=False)
     require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
     require(["matplotlib"], "calibration")
     _check_output(args)

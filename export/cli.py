@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if args.verbose else "1")
+    set_environment(args.verbose)
     if args.help_recipe is not None or args.list_models or args.list_targets:
         return _list(args)
     require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
@@ -212,6 +212,13 @@ def known_recipe(name: str) -> type[Recipe]:
     if name not in known:
         raise nearest("recipe", name, known)
     return known[name]
+
+
+def set_environment(verbose: bool) -> None:
+    """What torch and transformers read when they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
+    # Torch's threads wait asleep: of a small model, most of the processor's time was spinning
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def set_logging(verbose: bool) -> None:

@@ -25,7 +25,7 @@ from lvlm.export.quantization import round_products
 from lvlm.export.reference import Answer, Reference, load_fp32
 from lvlm.export.verify import prompts
 from lvlm.export.verify.checks import Check, difference
-from lvlm.export.verify.forms import CANONICAL, Form, forms_of
+from lvlm.export.verify.forms import CANONICAL, Form, Opened, forms_of
 from lvlm.export.verify.judge import LEAST, Judge, Verdict
 from lvlm.export.verify.run import Run, run_form, soon, whole
 from lvlm.runtime.bundle import Manifest, read_bundle
@@ -63,8 +63,7 @@ class Outcome:
             return
         more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
         error = ValidationError(
-            "the bundle does not compute what the checkpoint computes; nothing was written "
-            f"(✗ {failed[0]}{more})"
+            f"the bundle does not compute what the checkpoint computes (✗ {failed[0]}{more})"
         )
         error.details = table(self.checks)
         raise error
@@ -97,9 +96,10 @@ def validate(plan: Plan, folder: Path, tell: Callable[[str], None] = lambda _: N
     outcome.estimate = verdict.estimate
     del judge
     gc.collect()
-    _against_judge(plan, folder, manifest, prompt, verdict, outcome)
+    opened: Opened = {}
+    _against_judge(plan, folder, manifest, prompt, verdict, opened, outcome)
     outcome.check()
-    _against_reference(plan, folder, manifest, prompt, len(verdict.logits), outcome)
+    _against_reference(plan, folder, manifest, prompt, len(verdict.logits), opened, outcome)
     outcome.check()
     return outcome
 
@@ -141,12 +141,13 @@ def _against_judge(
     manifest: Manifest,
     prompt: Prompt,
     verdict: Verdict,
+    opened: Opened,
     outcome: Outcome,
 ) -> None:
     """The canonical graphs with nothing merged and nothing dropped, whatever the recipe."""
     form = forms_of(manifest)[0]
     entries = len(prompt.ids) + len(verdict.tokens) + 1
-    run = _run(folder, form, whole(manifest, entries), prompt, verdict.tokens, 1.0)
+    run = _run(folder, form, whole(manifest, entries), prompt, verdict.tokens, opened, 1.0)
     stored = plan.checkpoint.stored_dtype() or plan.dtype
     limit: float | None = TOLERANCE[plan.dtype]
     if stored.itemsize > plan.dtype.itemsize or plan.dtype != stored:
@@ -172,7 +173,13 @@ def _against_judge(
 
 
 def _against_reference(
-    plan: Plan, folder: Path, manifest: Manifest, prompt: Prompt, steps: int, outcome: Outcome
+    plan: Plan,
+    folder: Path,
+    manifest: Manifest,
+    prompt: Prompt,
+    steps: int,
+    opened: Opened,
+    outcome: Outcome,
 ) -> None:
     """Every form that can be run here, with the recipe as exported."""
     steps = max(LEAST, steps)
@@ -197,13 +204,12 @@ def _against_reference(
     for form in forms_of(manifest):
         if not form.reason:
             fed = answer.tokens if form.name in (CANONICAL, "ort-cpu") else answer.tokens[:FEW]
-            run = _run(folder, form, manifest, prompt, fed)
+            run = _run(folder, form, manifest, prompt, fed, opened)
             exact = TOLERANCE[torch.float32] if "fp32" in form.how else limit
             outcome.checks += _compare_form(form, run, answer, features, exact)
             _note_files(outcome, form, run.compacted)
         else:
             _note_files(outcome, form, False)
-        gc.collect()
     if _narrow(plan):
         outcome.checks += _cost(original, answer)
 
@@ -214,10 +220,11 @@ def _run(
     manifest: Manifest,
     prompt: Prompt,
     tokens: Sequence[int],
+    opened: Opened,
     ratio: float | None = None,
 ) -> Run:
     try:
-        return run_form(folder, form, manifest, prompt, tokens, ratio)
+        return run_form(folder, form, manifest, prompt, tokens, opened, ratio)
     except LvlmError as error:
         raise ValidationError(f"the bundle's graphs ({form.name}) cannot be run: {error}") from None
 

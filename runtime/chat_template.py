@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal, NoReturn
 
@@ -13,9 +14,19 @@ from lvlm.runtime.template_budget import Budget, TemplateLimitError, budget, spe
 from lvlm.runtime.template_sandbox import Sandbox
 
 Content = Literal["parts", "text"]
-ROLES = ("user", "system", "assistant")
-ROLES = ("user", "system", "assistant")
+Role = Literal["user", "system", "assistant"]
+ROLES: tuple[Role, ...] = ("user", "system", "assistant")
 PROBE = "lvlmprobe"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation: ``images`` pictures and ``videos`` clips before its text."""
+
+    role: Role
+    text: str
+    images: int = 0
+    videos: int = 0
 
 
 class ChatTemplate:
@@ -68,23 +79,22 @@ class ChatTemplate:
         video_token: str | None = None,
     ) -> str:
         """The text of a user message, ``images`` pictures and ``videos`` clips before ``prompt``,
-        ready for the answer.
+        ready for the answer. ``system`` is the text of a system message. Raises as render_turns."""
+        turns = [] if system is None else [Turn("system", system)]
+        turns.append(Turn("user", prompt, images, videos))
+        return self.render_turns(turns, video_token)
 
-        A prompt that has the placeholder of one or the other in it keeps its own places: no others
-        of these are added. A template that writes no placeholders has them written before the
-        prompt, each on a line of its own. ``system`` is the text of a system message. Raises
-        ``PromptError`` if the template refuses the messages, ``BundleError`` if it fails, reaches
-        for what the sandbox forbids or asks for too much work.
+    def render_turns(self, turns: Sequence[Turn], video_token: str | None = None) -> str:
+        """The text of a conversation, ready for the next answer.
+
+        A text that has the placeholder of pictures or clips in it keeps its own places: no others
+        of these are added to that turn. With a template that writes no placeholders they are
+        written before the text, each on a line of its own. Raises ``PromptError`` if the template
+        refuses the messages, ``BundleError`` if it fails, reaches for what the sandbox forbids or
+        asks for too much work.
         """
-        images = 0 if self._image_token in prompt else images
-        videos = 0 if video_token and video_token in prompt else videos
-        if not self.places_images:
-            prompt = f"{self._image_token}\n" * images + prompt
-            prompt = f"{video_token}\n" * videos + prompt if video_token else prompt
-            images = videos = 0
-        messages = [self._message("user", prompt, images, videos)]
-        if system is not None:
-            messages.insert(0, self._message("system", system))
+        placed = [self._placed(turn, video_token) for turn in turns]
+        messages = [self._message(t.role, t.text, t.images, t.videos) for t in placed]
         try:
             with spending(Budget.for_input(messages)):
                 return self._run(messages)
@@ -102,6 +112,16 @@ class ChatTemplate:
                 f"{self._name} fails: {_line(error)}; "
                 "write the prompt out and use chat_template=False"
             ) from None
+
+    def _placed(self, turn: Turn, video_token: str | None) -> Turn:
+        """The turn with as many pictures and clips as the template is to write placeholders for."""
+        images = 0 if self._image_token in turn.text else turn.images
+        videos = 0 if video_token and video_token in turn.text else turn.videos
+        if self.places_images:
+            return replace(turn, images=images, videos=videos)
+        text = f"{self._image_token}\n" * images + turn.text
+        text = f"{video_token}\n" * videos + text if video_token else text
+        return replace(turn, text=text, images=0, videos=0)
 
     def _message(
         self,

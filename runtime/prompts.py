@@ -106,7 +106,7 @@ class PromptMaker:
             template = self._template(options.chat_template, bool(clips))
             lead = template.lead
             text = template.render(prompt, len(arrays), options.system, len(clips), video_token)
-            special = not (self._bos and text.startswith(self._bos))
+            special = not self.begins(text)
         elif options.system is not None:
             raise ParameterError("system needs the chat template; write it into the prompt")
         elif self.template is not None:
@@ -142,6 +142,10 @@ class PromptMaker:
             self.generation,
             lead,
         )
+
+    def begins(self, text: str) -> bool:
+        """Whether a template has written the token that begins a text: no other is added."""
+        return bool(self._bos) and text.startswith(str(self._bos))
 
     def _template(self, wanted: bool | str, clips: bool) -> ChatTemplate:
         if isinstance(wanted, str):

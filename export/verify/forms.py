@@ -69,11 +69,16 @@ def _without_openvino(manifest: Manifest) -> str:
     return ""
 
 
-def open_form(form: Form, manifest: Manifest) -> tuple[Backend, Manifest]:
+# What is loaded already, by file and what was put into it: forms share files, and so do runs
+Opened = dict[tuple[str, str], Session]
+
+
+def open_form(form: Form, manifest: Manifest, opened: Opened) -> tuple[Backend, Manifest]:
     """A backend that runs the form's files, and the manifest as it is to be read with it."""
     if form.name == "openvino":
         return open_backend("openvino"), manifest
-    return Mapped(form), as_float32(manifest) if manifest.dtype == "bfloat16" else manifest
+    wide = as_float32(manifest) if manifest.dtype == "bfloat16" else manifest
+    return Mapped(form, opened), wide
 
 
 def as_float32(manifest: Manifest) -> Manifest:
@@ -95,14 +100,19 @@ class Mapped(OnnxRuntime):
 
     name = "cpu"
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: Form, opened: Opened) -> None:
         import onnxruntime
 
         super().__init__(onnxruntime, ["CPUExecutionProvider"], None)
-        self.form, self.static_capacity = form, form.static
+        self.form, self.static_capacity, self.opened = form, form.static, opened
 
     def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
-        graph, file = manifest.graphs[name], self.form.files[name]
+        key = self.form.files[name], self.form.how
+        if key not in self.opened:
+            self.opened[key] = self._open(folder, manifest.graphs[name], key[0])
+        return self.opened[key]
+
+    def _open(self, folder: Path, graph: Graph, file: str) -> Session:
         options = self.options()
         options.enable_mem_pattern = False
         # Beyond basic, casts of weights are folded into copies; the arena would keep every cast
@@ -111,6 +121,8 @@ class Mapped(OnnxRuntime):
         # In the other order every cast comes first, before any product takes its result
         options.execution_order = self.ort.ExecutionOrder.PRIORITY_BASED
         options.add_session_config_entry("session.disable_prepacking", "1")
+        # Threads of many sessions would spin against each other's, and against torch's
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         place = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(place, str(folder.absolute()))
         try:

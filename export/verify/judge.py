@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from lvlm.export.stored_weights import compute_in_fp32
+from lvlm.runtime.chat_template import Turn
 from lvlm.runtime.errors import ValidationError
 
 SECONDS, LEAST = 30.0, 4  # of steps that are compared, and how many at least
@@ -115,16 +117,12 @@ class Judge:
         own = self.processor is not None and getattr(self.processor, "chat_template", None)
         return self.processor if own else self.tokenizer
 
-    def render(self, question: str, images: int, system: str | None) -> str | None:
-        """The text of a conversation, ready for the answer; None where the template refuses."""
-        parts: list[dict[str, Any]] = [{"type": "image"}] * images
-        placeholder = self.tokenizer.convert_ids_to_tokens(self.image_id)
-        lists = [*parts, {"type": "text", "text": question}], [{"type": "text", "text": system}]
-        strings = f"{placeholder}\n" * images + question, system
-        for said, instruction in (lists, strings):
-            messages: list[dict[str, Any]] = [{"role": "user", "content": said}]
-            if system is not None:
-                messages.insert(0, {"role": "system", "content": instruction})
+    def render(self, turns: Sequence[Turn]) -> str | None:
+        """The text of a conversation, ready for the answer; None where the template refuses it."""
+        roles = list(dict.fromkeys(turn.role for turn in turns))
+        found: list[str] = []
+        for ways in product(("parts", "text"), repeat=len(roles)):
+            messages = [self._message(turn, dict(zip(roles, ways, strict=True))) for turn in turns]
             try:
                 with _quiet():
                     text = self._templates().apply_chat_template(
@@ -132,16 +130,31 @@ class Judge:
                     )
             except Exception:  # a template can raise whatever its expressions can
                 continue
-            # One that wants strings prints the list of parts, or nothing
-            if question in text and "'type'" not in text:
-                return str(text)
-        return None
+            found.append(str(text))
+
+        def goodness(text: str) -> tuple[bool, int]:
+            # A template that wants strings prints the list of parts, or nothing
+            return "'type'" not in text, sum(turn.text.strip() in text for turn in turns)
+
+        return max(found, key=goodness, default=None)
+
+    def _message(self, turn: Turn, ways: Mapping[str, str]) -> dict[str, Any]:
+        if ways[turn.role] == "text":
+            placeholder = self.tokenizer.convert_ids_to_tokens(self.image_id)
+            return {"role": turn.role, "content": f"{placeholder}\n" * turn.images + turn.text}
+        parts: list[dict[str, Any]] = [{"type": "image"}] * turn.images
+        return {"role": turn.role, "content": [*parts, {"type": "text", "text": turn.text}]}
 
     @property
     def image_id(self) -> int:
         """The token that stands for pictures."""
         found = getattr(self.config, "image_token_id", None)
         return int(self.config.image_token_index if found is None else found)
+
+    def begins(self, text: str) -> bool:
+        """Whether a prompt has the token that begins a text in it: the tokenizer adds no other."""
+        bos = self.tokenizer.bos_token
+        return bool(bos) and text.startswith(bos)
 
     def encode(self, text: str, special: bool) -> list[int]:
         with _quiet():
@@ -158,8 +171,7 @@ class Judge:
         model."""
         if self.processor is None:
             return None
-        bos = self.tokenizer.bos_token
-        special = not (bos and text.startswith(bos))
+        special = not self.begins(text)
         with _quiet():
             found = self.processor(
                 images=[picture], text=[text], add_special_tokens=special, return_tensors="pt"

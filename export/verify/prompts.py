@@ -11,6 +11,7 @@ from PIL import Image
 
 from lvlm.export.verify.checks import Check, difference
 from lvlm.export.verify.judge import Judge
+from lvlm.runtime.chat_template import Turn
 from lvlm.runtime.errors import LvlmError, PromptError
 from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.prompts import Prompt, PromptMaker
@@ -20,6 +21,23 @@ if TYPE_CHECKING:
 
 QUESTION = "Describe the picture."
 SYSTEM = "You are an assistant. Answer briefly."
+ANSWER, NEXT = "A grid of digits,\nseven in all.", " And the last one?"
+CONVERSATIONS = {
+    "user": [Turn("user", QUESTION)],
+    "user, picture": [Turn("user", QUESTION, 1)],
+    "system, user, picture": [Turn("system", SYSTEM), Turn("user", QUESTION, 1)],
+    "after an answer": [
+        Turn("user", QUESTION, 1),
+        Turn("assistant", ANSWER),
+        Turn("user", NEXT),
+    ],
+    "system, two answers": [
+        Turn("system", SYSTEM),
+        *(Turn("user", QUESTION, 1), Turn("assistant", ANSWER)),
+        *(Turn("user", NEXT, 1), Turn("assistant", ANSWER)),
+        Turn("user", QUESTION),
+    ],
+}
 PIXELS = 1e-4  # of values around 1, whose steps are 0.015
 TEXTS = (
     "Hello, world!",
@@ -77,32 +95,34 @@ def _pixels(judge: Judge, family: Family, prompt: Prompt, picture: Image.Image, 
 
 
 def _roles(judge: Judge, maker: PromptMaker) -> Iterator[Check]:
-    """Conversations as the chat template writes them."""
-    said = (("user", 0, None), ("user, picture", 1, None), ("system, user, picture", 1, SYSTEM))
-    for roles, images, system in said:
-        theirs = judge.render(QUESTION, images, system)
-        if theirs is None:  # the template takes none such
-            continue
+    """Conversations as the chat template writes them, and their token ids."""
+    wrong = compared = 0
+    for name, turns in CONVERSATIONS.items():
+        theirs = judge.render(turns)
         try:
-            template = maker.template
-            ours = template.render(QUESTION, images, system) if template else None
+            ours = maker.template.render_turns(turns) if maker.template else None
         except LvlmError:
-            ours = None
-        yield Check(f"chat template: {roles}", float(ours != theirs), 0, "texts that differ")
+            ours = None  # what the template refuses, both refuse
+        yield Check(f"chat template: {name}", float(ours != theirs), 0, "texts that differ")
+        if ours is not None and theirs is not None:
+            expected = judge.encode(theirs, not judge.begins(theirs))
+            made = maker.tokenizer.encode(ours, add_special_tokens=not maker.begins(ours))
+            wrong += _unequal(made, expected)
+            compared += 1
+    yield Check(f"ids of {compared} conversations", wrong, 0, "ids that differ")
 
 
 def _ids(judge: Judge, maker: PromptMaker, picture: Image.Image, prompt: Prompt) -> Check:
     """Of the whole prompt; without transformers' processor with every picture's tokens as one."""
     token = maker.images.token
-    text = judge.render(QUESTION, 1, None) if maker.template else f"{token}\n{QUESTION}"
+    text = judge.render([Turn("user", QUESTION, 1)]) if maker.template else f"{token}\n{QUESTION}"
     if text is None:
         return Check("prompt's ids", np.inf, 0, "ids that differ")
     theirs = judge.ids(text, picture)
     ours: list[int] = list(prompt.ids)
     name = "prompt's ids"
     if theirs is None:
-        bos = judge.tokenizer.bos_token
-        theirs = judge.encode(text, not (bos and text.startswith(bos)))
+        theirs = judge.encode(text, not judge.begins(text))
         first = int(np.flatnonzero(prompt.image_id > 0)[0])
         plain = [t for t, m in zip(ours, prompt.image_id, strict=True) if m == 0]
         before = theirs.index(maker.images.token_id) if maker.images.token_id in theirs else -1

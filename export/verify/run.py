@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lvlm.export.verify.forms import Form, open_form
+from lvlm.export.verify.forms import Form, Opened, open_form
 from lvlm.runtime import batch as batches
 from lvlm.runtime.bundle import Manifest
 from lvlm.runtime.graphs import Graphs
@@ -34,13 +34,15 @@ def run_form(
     manifest: Manifest,
     prompt: Prompt,
     tokens: Sequence[int],
+    opened: Opened,
     ratio: float | None = None,
 ) -> Run:
-    """``tokens`` are fed whatever is chosen. ``ratio``: of tokens and entries, None as exported.
+    """``tokens`` are fed whatever is chosen. ``opened``: sessions of the same folder, those of this
+    run are added. ``ratio``: of tokens and entries, None as exported.
 
     Raises BackendError, CapacityError.
     """
-    backend, manifest = open_form(form, manifest)
+    backend, manifest = open_form(form, manifest, opened)
     merging, compressed = bool(manifest.reductions), manifest.compression is not None
     batch = batches.Batches(Graphs(folder, manifest, backend)).start(
         [prompt], ratio if merging else None, ratio if compressed else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lvlm.export.cli import main
 from lvlm.export.profiles import DataId, ModelId, Profile, RecipeId, Spread, model_hash
 from lvlm.export.validation import Check
 from lvlm.runtime.bundle import ProfileRow, read_bundle
+from lvlm.runtime.errors import ValidationError
 
 NAME = "llava:llama-mha-bias-rope3-siglip"
 
@@ -297,6 +299,18 @@ def test_models_are_listed_as_the_families_say(capsys: pytest.CaptureFixture[str
     assert "lightvlm" in text
 
 
+def test_torchs_threads_wait_asleep(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before torch is imported, which listings do not (next test); not over a user's own."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    run(capsys, "--list-targets")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    run(capsys, "--list-targets")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 LISTINGS = (
     ("--list-models",),
     ("--list-targets",),
@@ -343,3 +357,19 @@ def test_table_marks_what_failed() -> None:
     lines = validation.table([Check("a", 0.1, 1, "x"), Check("b", 2, 1, "x")]).splitlines()
     assert "✓" in lines[0]
     assert "✗" in lines[1]
+
+
+def test_a_failed_comparison_says_what_failed_and_that_nothing_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = validation.Outcome([Check("prefill.onnx logits", 2, 1, "x")])
+    with pytest.raises(ValidationError) as caught:
+        outcome.check()
+    assert "written" not in str(caught.value)  # that is the exporter's to say
+    monkeypatch.setattr(exporter, "write_bundle", lambda *_: None)
+    monkeypatch.setattr(validation, "validate", lambda *_: outcome.check())
+    code, _, err = run(capsys, "-m", "tiny-llava", "-o", tmp_path / "out", "-q")
+    assert code == 2
+    assert "(✗ prefill.onnx logits); nothing was written\n" in err
+    assert "✗ prefill.onnx logits  2 x (limit 1)" in err
+    assert not list(tmp_path.iterdir())

@@ -19,7 +19,9 @@ from torch import nn
 from lvlm.export import plan as planning
 from lvlm.export import validation
 from lvlm.export.stored_weights import StoredEmbedding, StoredLinear, compute_in_fp32
-from lvlm.runtime.bundle import Manifest, read_bundle
+from lvlm.export.verify.forms import Mapped
+from lvlm.runtime.backends import Session
+from lvlm.runtime.bundle import Graph, Manifest, read_bundle
 from lvlm.runtime.discovery import discover
 from lvlm.runtime.errors import ValidationError
 
@@ -67,8 +69,18 @@ def noticed(plan: Any, folder: Path, line: str) -> None:
     assert re.search(line, caught.value.details), caught.value.details
 
 
-def test_a_good_bundle_passes_and_says_what_was_run(good: tuple[Any, Path]) -> None:
+def test_a_good_bundle_passes_and_says_what_was_run(
+    good: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan, folder = good
+    loaded: list[str] = []
+    open_file = Mapped._open
+
+    def noted(self: Mapped, folder: Path, graph: Graph, file: str) -> Session:
+        loaded.append(file)
+        return open_file(self, folder, graph, file)
+
+    monkeypatch.setattr(Mapped, "_open", noted)
     outcome = validation.validate(plan, folder)
     names = {check.name for check in outcome.checks}
     assert {"pixels of a picture", "prompt's ids", "end-of-text ids"} <= names
@@ -76,6 +88,7 @@ def test_a_good_bundle_passes_and_says_what_was_run(good: tuple[Any, Path]) -> N
     graphs = ("vision", "prefill", "decode")
     files = {f"{g}.onnx" for g in graphs} | {f"{g}.ort-cpu.onnx" for g in ("prefill", "decode")}
     assert outcome.files == dict.fromkeys(files, "run")
+    assert sorted(loaded) == sorted(files)  # each once, though two runs take some of them
     assert outcome.estimate.startswith("24 tokens are compared")
 
 
@@ -101,6 +114,16 @@ def test_another_chat_template_is_noticed(good: tuple[Any, Path], template: str 
     plan, folder = good
     change(folder, chat_template=template)
     noticed(plan, folder, "✗ chat template: user")
+
+
+@pytest.mark.parametrize("instead", ["BOT: ", "{{ raise_exception('no answers') }}"])
+def test_other_answers_in_conversations_are_noticed(good: tuple[Any, Path], instead: str) -> None:
+    plan, folder = good
+    template = of(folder).chat_template
+    assert template is not None
+    assert "{{ 'ASSISTANT: ' }}" in template
+    change(folder, chat_template=template.replace("{{ 'ASSISTANT: ' }}", instead))
+    noticed(plan, folder, "✗ chat template: after an answer")
 
 
 def test_swapped_angles_in_the_canonical_decode_are_noticed(good: tuple[Any, Path]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lvlm.runtime.chat_template import ChatTemplate
+from lvlm.runtime.chat_template import ChatTemplate, Turn
 from lvlm.runtime.errors import BundleError, PromptError
 
 LLAVA = (
@@ -172,6 +174,30 @@ def test_how_content_is_given_and_what_is_made_of_it(name: str) -> None:
             bos_token="<s>",
         )
         assert chat.render("Which?", images, system) == theirs[0]
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n != "fixed place"])
+def test_conversations_are_written_as_transformers_writes_them(name: str) -> None:
+    source, content, _ = ALL[name]
+    said = (("system", "Be brief."), ("user", "Which?"), ("assistant", "Two."), ("user", "And?"))
+    messages = [
+        {"role": r, "content": text if content[r] == "text" else [{"type": "text", "text": text}]}
+        for r, text in said
+    ]
+    theirs, _ = render_jinja_template(
+        [messages], chat_template=source, add_generation_prompt=True, bos_token="<s>"
+    )
+    ours = template(source, bos_token="<s>").render_turns([Turn(*turn) for turn in said])
+    assert ours == theirs[0]
+    assert "Two." in ours
+
+
+def test_each_turn_has_its_own_pictures() -> None:
+    turns = [Turn("user", "1", 1), Turn("assistant", "2"), Turn("user", "3", 2)]
+    turns.append(Turn("user", "<image> 4", 1))  # has its place
+    for source in (LLAVA, STRINGS):
+        between = re.split("[1234]", template(source).render_turns(turns))
+        assert [part.count("<image>") for part in between] == [1, 0, 2, 1, 0]
 
 
 def test_pictures_have_places_where_the_template_has_none() -> None:
