@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvlm.calibration.picture import draw_profile
 from lvlm.export import checkpoint as checkpoints
 from lvlm.export.calibration import calibrate
-from lvlm.export.estimates import LIBRARIES, check_memory
+from lvlm.export.estimates import check_memory, running_memory
 from lvlm.export.families._base import Family
 from lvlm.export.profiles import Profile, identify
-from lvlm.export.progress import Progress, Stage, size
+from lvlm.export.progress import Progress, Stage
 from lvlm.export.prompting import prepare, prompt_maker
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.reference import Reference, load_fp32
@@ -85,8 +85,8 @@ def _job(
             f"recipe '{recipe.name}' merges no tokens, so it changes nothing here; leave --recipe "
             "out, and give the profile to lvlm-export"
         )
-    elements = sum(p.numel() for p in {id(p): p for p in skeleton.parameters()}.values())
-    check_memory("measuring", LIBRARIES + 4 * elements)
+    largest = max(p.numel() for p in skeleton.parameters())
+    check_memory("measuring", running_memory(largest))
     return Job(
         checkpoint=checkpoint,
         family=family,
@@ -105,10 +105,10 @@ def measure(job: Job, progress: Progress) -> Profile:
     """The profile, written with its picture. What is finished survives an interrupt in ``work``."""
     with progress.stage(f"check {len(job.samples)} samples") as stage:
         _check_samples(job)
-    with progress.stage("load the model in fp32") as stage:
+    with progress.stage("open the model, to compute in fp32") as stage:
         model = load_fp32(job.family, job.config, job.checkpoint, job.stored_names, torch.float32)
         reference = Reference(job.family, job.config, model, job.recipe)
-        stage.result = size(4 * sum(p.numel() for p in model.parameters()))
+        stage.result = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"
     with progress.stage("measure importances") as stage:
         profile = _read_samples(job, reference, stage)
     with progress.stage("write the profile and its picture") as stage:

@@ -32,9 +32,8 @@ def peak_memory(
     """Most resident memory of an export, in bytes; the page cache is not counted.
 
     Libraries and traced graphs (docs/measurements.md), and two copies of the largest tensor, with
-    quantization another two in fp32. Validation and the measuring of a profile leave the weights
-    in their files and make one of them fp32 at a time, at most twice; small ones and what passes
-    through the layers are counted as RUNNING.
+    quantization another two in fp32; with validation or the measuring of a profile also
+    ``running_memory``.
 
     Args:
         weight_bytes: of the bundle.
@@ -45,7 +44,16 @@ def peak_memory(
     if not validate and (wanted is None or wanted.file is not None):
         return base
     copies = any(t.flavour == "openvino" for t in options.targets) and weight_bytes <= LARGE
-    return max(base, LIBRARIES + RUNNING + 8 * largest) + 3 * weight_bytes * copies
+    return max(base, running_memory(largest)) + 3 * weight_bytes * copies
+
+
+def running_memory(largest: int) -> int:
+    """Bytes for the checkpoint to answer in torch, its largest parameter of ``largest`` elements.
+
+    The weights stay in their files; one of them is made fp32 at a time, at most twice. Small ones
+    and what passes through the layers are counted as RUNNING.
+    """
+    return LIBRARIES + RUNNING + 8 * largest
 
 
 def disk(plan: Plan) -> int:

@@ -35,7 +35,7 @@ from lvlm.runtime.bundle import (
     Quantization,
     Text,
 )
-from lvlm.runtime.errors import ExportError
+from lvlm.runtime.errors import ExportError, ValidationError
 from lvlm.runtime.integrity import File, describe
 from lvlm.runtime.output import temporary_sibling
 
@@ -66,7 +66,12 @@ def export(plan: Plan, progress: Progress) -> Report:
             from lvlm.export.validation import validate
 
             with progress.stage("compare with the checkpoint on a picture") as stage:
-                outcome = validate(plan, folder, stage.show)
+                try:
+                    outcome = validate(plan, folder, stage.show)
+                except ValidationError as error:
+                    told = ValidationError(f"{error}; nothing was written")
+                    told.details = error.details
+                    raise told from None
                 report.validation = outcome.checks
                 stage.result = f"{len(outcome.checks)} checks passed; {outcome.estimate}"
             manifest = _record_validation(folder, manifest, asdict(outcome))

@@ -24,7 +24,7 @@ def samples_for(wanted: Calibration) -> list[Sample]:
 def with_profile(plan: Plan, progress: Progress) -> Plan:
     """The plan with a profile measured on the recipe's samples, if it still needs one.
 
-    The whole model is loaded in fp32 for that.
+    The model computes in fp32 for that, over the weights in their files.
     """
     wanted = plan.recipe.calibration()
     if wanted is None:

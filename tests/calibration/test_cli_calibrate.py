@@ -251,7 +251,7 @@ def test_memory_too_small(
     monkeypatch.setattr(measure, "load_fp32", None)
     code, _, err = run(capsys, "-m", "tiny-llava", "--data", data, "-o", tmp_path / "p.json")
     assert code == 2
-    assert "measuring needs about 564.8 MB of memory" in err
+    assert "measuring needs about 1.6 GB of memory" in err
     assert "a machine with more memory" in err
 
 

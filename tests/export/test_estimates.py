@@ -38,6 +38,10 @@ def test_no_validation_and_no_profile_of_7b_takes_more_than_4_gb(dtype: torch.dt
     assert peak("prefixkv", dtype=dtype) <= 4 * GB
 
 
+def test_measuring_a_profile_grows_with_the_largest_parameter_alone() -> None:
+    assert estimates.running_memory(131_000_000) <= 4 * GB
+
+
 def test_the_container_counts_where_it_has_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
