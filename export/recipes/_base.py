@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 
@@ -93,8 +93,10 @@ def settable(recipe: type[Recipe]) -> list[dataclasses.Field[Any]]:
 
 
 def parse_settings(recipe: type[Recipe], settings: Sequence[str]) -> Recipe:
-    """A recipe from ``name=value`` strings; values are JSON, or plain words."""
+    """A recipe from ``name=value`` strings; values are JSON, or plain words, which alone a parameter
+    that is text takes: ``positions=true`` is a word."""
     known = {f.name for f in settable(recipe)}
+    hints = get_type_hints(recipe)
     values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -108,8 +110,15 @@ def parse_settings(recipe: type[Recipe], settings: Sequence[str]) -> Recipe:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
+        if not isinstance(value, str) and _is_text(hints[name]):
+            value = text
         values[name] = tuple(value) if isinstance(value, list) else value
     return recipe(**values)
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether a field so annotated holds words: str, str | None or a Literal of them."""
+    return hint is str or any(kind is str or isinstance(kind, str) for kind in get_args(hint))
 
 
 def fraction(name: str, value: Any) -> None:
@@ -135,8 +144,6 @@ def no_profile_and_keep(name: str, profile: str | None, kv_keep: float | None) -
     """ParameterError if both are given: a profile has its own kv_keep."""
     if profile is not None and kv_keep is not None:
         raise ParameterError(f"{name} and kv_keep are both given; the profile has its own kv_keep")
-    if profile is not None and not isinstance(profile, str):
-        raise ParameterError(f"{name} is {profile!r}; give the file that lvlm-calibrate wrote")
     if kv_keep is not None:
         fraction("kv_keep", kv_keep)
 

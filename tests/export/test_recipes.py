@@ -93,7 +93,6 @@ def test_wrong_settings(setting: str, message: str) -> None:
         ("prefixkv", ("semantics=reference", "kv_cap=9"), "has no kv_cap"),
         ("prefixkv", ("profile=a.json", "kv_keep=0.2"), "profile and kv_keep are both given"),
         ("prefixkv", ("profile=a.json", "samples=b.jsonl"), "profile and samples are both given"),
-        ("prefixkv", ("profile=3",), "profile is 3; give the file"),
         ("lightvlm", ("kv_profile=a.json", "kv_keep=0.2"), "kv_profile and kv_keep are both"),
         ("lightvlm", ("kv=none", "kv_keep=0.5"), "kv=none keeps the whole cache"),
         ("lightvlm", ("kv=prefixkv", "kv_floor=8"), "kv_floor belongs to kv=interval"),
@@ -161,6 +160,19 @@ def test_settings_reach_the_recipe() -> None:
     assert [r.ratio for r in settled.reductions()] == [0.5, 0.1]
     with pytest.raises(ParameterError, match="has no parameters"):
         parse_settings(RECIPES["none"], ["keep=1"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_every_default_can_be_set(recipe: type[Recipe]) -> None:
+    """As it is shown: ``positions=true`` is a word, though JSON has it, too."""
+    for field in settable(recipe):
+        if field.default is not None:
+            parsed = parse_settings(recipe, [f"{field.name}={field.default}"])
+            assert getattr(parsed, field.name) == field.default
+
+
+def test_a_file_may_be_named_like_a_number() -> None:
+    assert parse_settings(RECIPES["prefixkv"], ["samples=2026"]).parameters()["samples"] == "2026"
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
