@@ -17,7 +17,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from bundles import ASSETS, TINY
+import drawn
+from bundles import ASSETS, FAMILIES, TINY
 from filelock import FileLock
 from random_weights import randomise
 
@@ -76,7 +77,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(shared: Path) -> Callable[[str], Path]:
-    """A checkpoint folder by name: tiny-llava, or a family's tiny configuration, weights random."""
+    """A checkpoint folder by name: tiny-llava, a family's tiny configuration or a drawn one, with
+    random weights."""
 
     def make(name: str) -> Path:
         if name == "tiny-llava":
@@ -86,10 +88,14 @@ def checkpoint(shared: Path) -> Callable[[str], Path]:
         with FileLock(f"{folder}.lock"):
             if (folder / "complete").exists():
                 return folder
-            family, config = TINY[name]
+            if name.startswith(drawn.PREFIX):
+                number = int(name.removeprefix(drawn.PREFIX))
+                family, config, seed = FAMILIES["llava"], drawn.draw_config(number), number
+            else:
+                (family, config), seed = TINY[name], 1 + list(TINY).index(name)
             with default_dtype(torch.float32):
                 model = family.build(config)
-            randomise(model, seed=1 + list(TINY).index(name))
+            randomise(model, seed)
             model.save_pretrained(folder)
             for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
                 shutil.copy(ASSETS / "tiny-llava" / file, folder)

@@ -93,8 +93,8 @@ def settable(recipe: type[Recipe]) -> list[dataclasses.Field[Any]]:
 
 
 def parse_settings(recipe: type[Recipe], settings: Sequence[str]) -> Recipe:
-    """A recipe from ``name=value`` strings; values are JSON, or plain words, which alone a parameter
-    that is text takes: ``positions=true`` is a word."""
+    """A recipe from ``name=value`` strings; values are JSON, or plain words; a parameter that is
+    text takes any word: ``positions=true`` is one, though JSON has it, too."""
     known = {f.name for f in settable(recipe)}
     hints = get_type_hints(recipe)
     values: dict[str, Any] = {}

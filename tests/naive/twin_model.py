@@ -1,4 +1,4 @@
-"""A LLaVA run by hand: transformers' own modules in a plain loop, one prompt, no padding.
+"""A model run by hand: transformers' own modules in a plain loop, one prompt, no padding.
 
 Nothing here comes from lvlm. The checkpoint is loaded by ``from_pretrained``, pictures and text by
 the checkpoint's own processor and tokenizer; attention is written out below. A ``Rule`` (see
@@ -35,10 +35,11 @@ class Seen:
 
 @dataclass
 class Sequence:
-    """What enters a block: hidden [N,D], positions [N], whose picture each token is (0: text)."""
+    """What enters a block: hidden [N,D], positions [1,N] ([3,N] with M-RoPE), whose picture each
+    token is (0: text)."""
 
     hidden: torch.Tensor
-    positions: list[int]
+    positions: torch.Tensor
     picture: list[int]
 
 
@@ -55,6 +56,8 @@ class Layer:
 
 
 class Rule(Protocol):
+    layer0: bool  # a new token's position is the length of the first block's cache
+
     def shorten(self, block: int, sequence: Sequence, before: Seen | None) -> Sequence: ...
 
     def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None: ...
@@ -109,13 +112,18 @@ AttentionInterface.register(NAME, _attention)
 
 @dataclass
 class Answer:
+    """Greedy tokens, and the logits [vocabulary] that each was chosen by; of every block the tokens
+    that entered it, the entries that the prompt left and those that are there at the end."""
+
     tokens: list[int] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
     entered: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
 
 class Twin:
-    """A checkpoint of class LlavaForConditionalGeneration."""
+    """A checkpoint whose pictures all give one run of tokens, numbered like text: LLaVA's."""
 
     def __init__(self, folder: Path) -> None:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -128,14 +136,13 @@ class Twin:
     @torch.no_grad()
     def answer(self, prompt: str, pictures: list[Any], rule: Rule, count: int) -> Answer:
         """``count`` greedy tokens to a prompt with its placeholders, past any end of text."""
-        sequence = self._embed(prompt, pictures)
+        sequence, following = self._embed(prompt, pictures)
         found, layers, before = Answer(), [], None
-        total = len(sequence.positions)
         for index, block in enumerate(self.text.layers):
             sequence = rule.shorten(index, sequence, before)
             hidden, before, entries = self._run(block, sequence.hidden, sequence.positions, None)
             sequence = Sequence(hidden, sequence.positions, sequence.picture)
-            layer = Layer(entries.key, entries.value, before.query, len(sequence.positions))
+            layer = Layer(entries.key, entries.value, before.query, len(hidden))
             found.entered.append(layer.seen)
             rule.after_prompt(index, layer, before)
             layer.kept_of_prompt = layer.key.shape[1]
@@ -143,47 +150,61 @@ class Twin:
             layers.append(layer)
         hidden = sequence.hidden[-1:]
         for step in range(count):
-            found.tokens.append(int(self.model.lm_head(self.text.norm(hidden))[0].argmax()))
+            found.logits.append(self.model.lm_head(self.text.norm(hidden))[0])
+            found.tokens.append(int(found.logits[-1].argmax()))
             if step + 1 == count:
                 break
             hidden = self.model.get_input_embeddings()(torch.tensor(found.tokens[-1:]))
+            place = layers[0].key.shape[1] if rule.layer0 else following + step
+            here = sequence.positions.new_full((len(sequence.positions), 1), place)
             for index, block in enumerate(self.text.layers):
                 layer = layers[index]
-                hidden, attention, entries = self._run(block, hidden, [total + step], layer)
+                hidden, attention, entries = self._run(block, hidden, here, layer)
                 layer.key, layer.value = entries.key, entries.value
                 layer.queries = torch.cat((layer.queries, attention.query), 1)
                 layer.seen += 1
                 rule.after_step(index, layer, step + 1)
+        found.lengths = [layer.key.shape[1] for layer in layers]
         return found
 
-    def _embed(self, prompt: str, pictures: list[Any]) -> Sequence:
+    def _embed(self, prompt: str, pictures: list[Any]) -> tuple[Sequence, int]:
+        """What enters the first block, and the position of the first new token."""
         token = self.model.config.image_token_id
-        ids = self.tokenizer(prompt).input_ids
-        features = []
-        for picture in pictures:
-            pixels = self.images(picture, return_tensors="pt").pixel_values
-            features.append(self.model.get_image_features(pixels).pooler_output[0])
-        rows, owner, number = [], [], 0
-        for one in ids:
+        features = [self._features(picture) for picture in pictures]
+        ids, rows, owner, number = [], [], [], 0
+        for one in self.tokenizer(prompt).input_ids:
             if one == token:
                 rows.append(features[number])
                 number += 1
-                owner += [number] * len(rows[-1])
             else:
                 rows.append(self.model.get_input_embeddings()(torch.tensor([one])))
-                owner.append(0)
+            ids += [one] * len(rows[-1])
+            owner += [number if one == token else 0] * len(rows[-1])
         assert number == len(pictures)
-        hidden = torch.cat(rows)
-        return Sequence(hidden, list(range(len(hidden))), owner)
+        positions, following = self._positions(torch.tensor(ids), torch.tensor(owner), pictures)
+        return Sequence(torch.cat(rows), positions, owner), following
+
+    def _features(self, picture: Any) -> torch.Tensor:
+        """Of one picture, [V,D]."""
+        pixels = self.images(picture, return_tensors="pt").pixel_values
+        features: torch.Tensor = self.model.get_image_features(pixels).pooler_output[0]
+        return features
+
+    def _positions(
+        self, ids: torch.Tensor, owner: torch.Tensor, pictures: list[Any]
+    ) -> tuple[torch.Tensor, int]:
+        """Those of the prompt's ``ids`` [N], and the one that follows."""
+        del owner, pictures
+        return torch.arange(len(ids))[None], len(ids)
 
     def _run(
-        self, block: Any, hidden: torch.Tensor, positions: list[int], layer: Layer | None
+        self, block: Any, hidden: torch.Tensor, positions: torch.Tensor, layer: Layer | None
     ) -> tuple[torch.Tensor, Seen, _Entries]:
-        place = torch.tensor([positions])
+        place = positions if len(positions) == 1 else positions[:, None]
         entries, note = _Entries(layer), []
         mask = None
         if layer is None:
-            mask = torch.full((len(positions), len(positions)), float("-inf")).triu(1)
+            mask = torch.full((len(hidden), len(hidden)), float("-inf")).triu(1)
         out = block(
             hidden[None],
             attention_mask=mask,
@@ -194,3 +215,24 @@ class Twin:
         )
         out = out[0] if isinstance(out, tuple) else out
         return out[0], note[0], entries
+
+
+class QwenTwin(Twin):
+    """A Qwen-VL: as many tokens as a picture is large, three positions per token."""
+
+    def _features(self, picture: Any) -> torch.Tensor:
+        inputs = self.images(picture, return_tensors="pt")
+        found = self.model.get_image_features(inputs.pixel_values, inputs.image_grid_thw)
+        features: torch.Tensor = found.pooler_output[0]
+        return features
+
+    def _positions(
+        self, ids: torch.Tensor, owner: torch.Tensor, pictures: list[Any]
+    ) -> tuple[torch.Tensor, int]:
+        if not pictures:
+            return torch.arange(len(ids)).expand(3, -1), len(ids)
+        grids = [self.images(p, return_tensors="pt").image_grid_thw for p in pictures]
+        positions, delta = self.model.model.get_rope_index(
+            ids[None], mm_token_type_ids=(owner > 0).int()[None], image_grid_thw=torch.cat(grids)
+        )
+        return positions[:, 0], len(ids) + int(delta)

@@ -1,4 +1,4 @@
-"""The recipes' counts and choices as plain loops, from their definition (docs/recipes.md) alone.
+"""The caches' counts and choices as plain loops, from their definition (docs/recipes.md) alone.
 
 Nothing here comes from lvlm. Every count that a definition rounds is rounded half to even, after
 what lies below 1e-9 is taken for noise of floating point.
@@ -30,6 +30,8 @@ def ranked(scores: list[float]) -> list[int]:
 class NoRule:
     """Recipe ``none``, and what the others leave as it is."""
 
+    layer0 = False
+
     def shorten(self, block: int, sequence: Sequence, before: Seen | None) -> Sequence:
         del block, before
         return sequence
@@ -52,6 +54,17 @@ def received(attention: Seen) -> list[float]:
     return scores
 
 
+def shared_out(shares: list[float], least: list[int], most: list[int]) -> list[int]:
+    """Whole numbers between ``least`` and ``most`` whose sum is that of the ``shares``, rounded:
+    one by one to whoever is furthest below its share, the first of equals."""
+    counts = list(least)
+    total = min(max(rounded(math.fsum(shares)), sum(least)), sum(most))
+    while sum(counts) < total:
+        open_ones = [i for i in range(len(counts)) if counts[i] < most[i]]
+        counts[max(open_ones, key=lambda i: (round(shares[i] - counts[i], 9), -i))] += 1
+    return counts
+
+
 @dataclass
 class FixedPoint(NoRule):
     """uniform, elastic-cache (``merge``) and, with ``shares`` of the layers, prefixkv; ``entered``:
@@ -62,11 +75,13 @@ class FixedPoint(NoRule):
     shares: list[float] | None = None
     sinks: int = 1
     distance: int = 25
+    cap: int | None = None
+    layer0: bool = False
     entered: list[int] = field(default_factory=list)
 
     def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
         total = layer.seen
-        count = min(total, max(self.sinks + 1, self._count(block, total)))
+        count = self._count(block, total)
         protected = {*range(min(self.sinks, total)), total - 1}
         best = [p for p in ranked(received(attention)) if p not in protected]
         stay = sorted(protected | set(best[: count - len(protected)]))
@@ -80,53 +95,58 @@ class FixedPoint(NoRule):
             layer.key, layer.value = layer.key[:, stay], layer.value[:, stay]
 
     def _count(self, block: int, total: int) -> int:
+        layers = len(self.shares) if self.shares is not None else block + 1
+        entered = self.entered or [total] * layers
+        most = [n if self.cap is None else min(n, self.cap) for n in entered]
+        least = [min(n, self.sinks + 1) for n in entered]
         if self.shares is None:
-            return rounded(self.keep * total)
-        entered = self.entered or [total] * len(self.shares)
+            return min(max(rounded(self.keep * total), least[block]), most[block])
         exact = [share * n for share, n in zip(self.shares, entered, strict=True)]
-        counts = [math.floor(round(x, 9)) for x in exact]  # largest remainder over all layers
-        rest = rounded(sum(exact)) - sum(counts)
-        order = ranked([round(x - math.floor(round(x, 9)), 9) for x in exact])
-        for place in [p for p in order if counts[p] < entered[p]][:rest]:
-            counts[place] += 1
-        assert min(counts) > self.sinks, "the test's fractions are too small for this twin"
-        return counts[block]
+        return shared_out(exact, least, most)[block]
 
     def after_step(self, block: int, layer: Layer, step: int) -> None:
         del step
         share = self.keep if self.shares is None else self.shares[block]
-        if layer.key.shape[1] <= max(1, self.sinks, up(share * layer.seen)):
+        budget = max(1, self.sinks, up(share * layer.seen))
+        if layer.key.shape[1] <= (budget if self.cap is None else min(budget, self.cap)):
             return
         kept = layer.kept_of_prompt
         victim = kept - self.distance if kept > self.distance else kept // 2
-        victim = min(max(victim, self.sinks), kept)
+        self.remove(layer, min(max(victim, self.sinks), kept))
+
+    @staticmethod
+    def remove(layer: Layer, victim: int) -> None:
         others = [p for p in range(layer.key.shape[1]) if p != victim]
         layer.key, layer.value = layer.key[:, others], layer.value[:, others]
 
 
 @dataclass
 class Interval(NoRule):
-    """lightvlm's own cache."""
+    """lightvlm's own cache; ``shares`` of the layers, where a profile has them."""
 
     keep: float
     floor: int
     protect: int
     interval: int
     sinks: int = 4
+    cap: int | None = None
+    layer0: bool = False
+    shares: list[float] | None = None
 
     def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
-        del block, attention
-        self._compact(layer)
+        del attention
+        self._compact(block, layer)
 
     def after_step(self, block: int, layer: Layer, step: int) -> None:
-        del block
         if step % self.interval == 0:
-            self._compact(layer)
+            self._compact(block, layer)
 
-    def _compact(self, layer: Layer) -> None:
+    def _compact(self, block: int, layer: Layer) -> None:
         there = layer.key.shape[1]
-        budget = min(layer.seen, max(self.floor, up(self.keep * layer.seen)))
+        share = self.keep if self.shares is None else self.shares[block]
+        budget = min(layer.seen, max(self.floor, up(share * layer.seen)))
         budget = max(budget, min(layer.seen, self.sinks + self.protect))
+        budget = budget if self.cap is None else min(budget, self.cap)
         if there <= budget:
             return
         heads, width = layer.queries.shape[0], layer.key.shape[2]
@@ -143,66 +163,3 @@ class Interval(NoRule):
         best = [p for p in ranked(scores.tolist()) if p not in protected]
         stay = sorted(protected | set(best[: budget - len(protected)]))
         layer.key, layer.value = layer.key[:, stay], layer.value[:, stay]
-
-
-@dataclass
-class Pyramid(NoRule):
-    """lightvlm's merging over the cache rule ``cache``; ``tokens`` of a picture at the start."""
-
-    keep: float
-    stages: list[int]
-    tokens: int
-    cache: NoRule
-
-    def shorten(self, block: int, sequence: Sequence, before: Seen | None) -> Sequence:
-        if block == 0 and isinstance(self.cache, FixedPoint) and self.cache.shares is not None:
-            text, pictures = sequence.picture.count(0), max(sequence.picture)
-            layers = range(len(self.cache.shares))
-            self.cache.entered = [text + pictures * self._left(layer) for layer in layers]
-        if block not in self.stages:
-            return sequence
-        assert before is not None
-        left = self._left(block)
-        paid = before.weights[:, -1].mean(0).tolist()
-        hidden = sequence.hidden.clone()
-        gone: set[int] = set()
-        for picture in range(1, max(sequence.picture) + 1):
-            places = [p for p, owner in enumerate(sequence.picture) if owner == picture]
-            order = [places[i] for i in ranked([paid[p] for p in places])]
-            assert len(sequence.picture) - 1 not in places, "not for prompts that end in a picture"
-            gone |= set(order[left:])
-            self._recycle(sequence.hidden, hidden, order[:left], order[left:], paid)
-        stay = [p for p in range(len(hidden)) if p not in gone]
-        return Sequence(
-            hidden[stay], [sequence.positions[p] for p in stay], [sequence.picture[p] for p in stay]
-        )
-
-    def _left(self, block: int) -> int:
-        """Tokens of a picture that enter a block."""
-        done = sum(stage <= block for stage in self.stages)
-        return max(1, rounded(self.tokens * self.keep ** (done / len(self.stages))))
-
-    @staticmethod
-    def _recycle(
-        old: torch.Tensor, new: torch.Tensor, stay: list[int], loose: list[int], paid: list[float]
-    ) -> None:
-        if len(stay) < 2:
-            return
-        centres = stay[-max(1, rounded(0.1 * len(stay))) :]
-        claimed: dict[int, list[tuple[float, int]]] = {c: [] for c in centres}
-        for token in loose:
-            likeness = [float(torch.cosine_similarity(old[token], old[c], dim=0)) for c in centres]
-            best = ranked(likeness)[0]
-            claimed[centres[best]].append((-likeness[best], token))
-        for centre, tokens in claimed.items():
-            members = [centre, *(token for _, token in sorted(tokens)[:5])]
-            weights = torch.tensor([paid[m] for m in members])
-            if float(weights.sum()) == 0:
-                weights = torch.ones(len(members))
-            new[centre] = (weights[:, None] * old[members]).sum(0) / weights.sum()
-
-    def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
-        self.cache.after_prompt(block, layer, attention)
-
-    def after_step(self, block: int, layer: Layer, step: int) -> None:
-        self.cache.after_step(block, layer, step)

@@ -1,0 +1,68 @@
+"""A bundle against its twin: tokens, logits and counts of every prompt, together and alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bundles import ASSETS
+from PIL import Image
+from twin_model import Answer, Twin
+from twin_rules import NoRule
+
+import lvlm
+from lvlm.runtime.generation_options import GenerationOptions
+from lvlm.runtime.model import Model
+
+IMAGE = "<image>\n"
+PICTURES = [np.asarray(Image.open(ASSETS / f"samples/digits-{i}.png")) for i in (1, 2)]
+Row = tuple[str, list[np.ndarray]]
+# One picture, none, several, next to nothing, a picture before all text.
+ROWS: list[Row] = [
+    (f"USER: {IMAGE}Describe the picture. ASSISTANT:", PICTURES[:1]),
+    ("USER: How often does 7 appear in a picture that nobody gave you? ASSISTANT:", []),
+    (f"USER: {IMAGE}and {IMAGE}Which digit is in the top row? ASSISTANT:", PICTURES[::-1]),
+    ("7", []),
+    (f"{IMAGE}7", PICTURES[1:]),
+]
+# A token may differ where the two best are as near as this; logits must agree anyway.
+TOLERANCE = 1e-3
+
+
+def compare_steps(
+    bundle: Path,
+    twin: Twin,
+    rule: Callable[[], NoRule],
+    rows: list[Row],
+    count: int,
+    **ratios: Any,
+) -> list[Answer]:
+    """Both are fed the twin's tokens, so that a step is compared whatever went before."""
+    expected = [twin.answer(prompt, pictures, rule(), count) for prompt, pictures in rows]
+    with lvlm.load(bundle) as model:
+        _compare(model, rows, expected, ratios)
+        _compare(model, rows[:1], expected[:1], ratios)
+    return expected
+
+
+def _compare(model: Model, rows: list[Row], expected: list[Answer], ratios: dict[str, Any]) -> None:
+    options = GenerationOptions(chat_template=False, max_new_tokens=len(expected[0].tokens))
+    prompts = [model.prepare(0, text, pictures, options) for text, pictures in rows]
+    batch = model.batches.start(prompts, **ratios)
+    assert batch.counts.prefill.entries.T.tolist() == [answer.entered for answer in expected]
+    assert batch.counts.kept.T.tolist() == [answer.kept for answer in expected]
+    for step in range(len(expected[0].tokens)):
+        theirs = torch.stack([answer.logits[step] for answer in expected]).numpy()
+        limit = TOLERANCE * np.abs(theirs).max()
+        np.testing.assert_allclose(batch.logits, theirs, rtol=0, atol=limit, err_msg=f"{step}")
+        for row, answer, mine in zip(batch.rows, expected, batch.logits, strict=True):
+            token = answer.tokens[step]
+            assert mine.argmax() == token or mine.max() - mine[token] < 2 * limit, step
+            row.tokens.append(token)
+        if step + 1 < len(expected[0].tokens):
+            batch.decode_step()
+    left = (batch.cache.lengths - (batch.cache.victims >= 0)).T
+    assert left.tolist() == [answer.lengths for answer in expected]

@@ -1,0 +1,104 @@
+"""Bundles of checkpoints drawn at random against their twins, every recipe with drawn settings."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from against import ROWS, compare_steps
+from drawn import PREFIX
+from twin_model import Twin
+from twin_recipes import Settings, arguments, rule_of
+
+COUNT = 44
+CACHES = ("uniform", "elastic-cache", "prefixkv")
+KINDS = (
+    "none",
+    *CACHES,
+    "elastic-cache reference",
+    "prefixkv reference",
+    "lightvlm interval",
+    "lightvlm none",
+    *(f"lightvlm {cache}" for cache in CACHES),
+)
+USUAL = [(13, "elastic-cache reference"), (20, "lightvlm elastic-cache"), (10, "lightvlm interval")]
+WHOLE = [*USUAL, *((number, kind) for number in range(9) for kind in KINDS)]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"number", "kind"} <= set(metafunc.fixturenames):
+        whole = metafunc.config.getoption("--whole")
+        metafunc.parametrize(("number", "kind"), WHOLE if whole else USUAL)
+
+
+def draw_settings(chance: random.Random, kind: str, layers: int) -> tuple[str, Settings]:
+    """Recipe and settings; room for the whole cache, so that one bundle serves every ratio."""
+    recipe, _, variant = kind.partition(" ")
+    settings: Settings = {} if kind == "none" or variant == "none" else {"kv_keep": 1.0}
+    if variant == "reference":
+        settings["semantics"] = "reference"
+    if recipe == "lightvlm":
+        settings |= {"kv": variant} | _merging(chance, layers)
+    if variant == "interval":
+        settings["kv_floor"] = chance.randrange(0, 20)
+        settings["kv_protect"] = chance.randrange(1, 10)
+        settings["kv_interval"] = chance.randrange(3, 17)
+    if recipe in CACHES:
+        settings["distance"] = chance.randrange(1, 30)
+    if settings and variant != "none":
+        settings["kv_sinks"] = chance.randrange(0 if variant != "reference" else 1, 5)
+        settings["positions"] = chance.choice(["true", "true", "layer0"])
+        if variant != "reference" and chance.random() < 0.3:
+            settings["kv_cap"] = chance.randrange(20, 60)
+    return recipe, settings
+
+
+def _merging(chance: random.Random, layers: int) -> Settings:
+    count = chance.randrange(1, layers)
+    settings: Settings = {
+        "stages": sorted(chance.sample(range(1, layers), count)),
+        "importance": chance.choice(["last", "text"]),
+        "merge": chance.choice(["recycle", "recycle", "nearest", "drop"]),
+    }
+    if settings["merge"] == "recycle":
+        settings |= {"recycle": chance.choice([0.1, 0.3]), "absorb": chance.randrange(1, 7)}
+    return settings
+
+
+def draw_ratios(chance: random.Random, kind: str, stages: int) -> list[dict[str, Any]]:
+    """One token of a picture left, a list of fractions, and anything."""
+    found: list[dict[str, Any]] = [{}, {}, {}]
+    if kind != "none" and not kind.endswith(" none"):
+        for ratios, kv_keep in zip(found, (chance.uniform(0.1, 0.9), 1.0, 0.05), strict=True):
+            ratios["kv_keep"] = kv_keep
+    if stages:
+        falling = sorted((chance.uniform(0.05, 1) for _ in range(stages)), reverse=True)
+        for ratios, keep in zip(found, (falling, 1.0, 1e-6), strict=True):
+            ratios["keep"] = keep
+    return found if found[0] else found[:1]
+
+
+def test_drawn(
+    number: int,
+    kind: str,
+    checkpoint: Callable[[str], Path],
+    bundle: Callable[..., Path],
+) -> None:
+    name = f"{PREFIX}{number}"
+    twin = Twin(checkpoint(name))
+    chance = random.Random(f"{number} {kind}")
+    recipe, settings = draw_settings(chance, kind, len(twin.text.layers))
+    folder = bundle(name, recipe, *arguments(settings), max_images=2)
+    for ratios in draw_ratios(chance, kind, len(settings.get("stages", []))):
+        answers = compare_steps(
+            folder,
+            twin,
+            lambda own=ratios: rule_of(recipe, settings, folder, **own),
+            ROWS,
+            COUNT,
+            **ratios,
+        )
+        assert len({tuple(answer.tokens) for answer in answers}) > 2, (settings, ratios)

@@ -1,0 +1,76 @@
+"""From a recipe's name and settings, as an export takes them, to the twin's rule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from twin_merging import Pyramid
+from twin_released import ReleasedElastic, ReleasedPrefix
+from twin_rules import FixedPoint, Interval, NoRule, rounded
+
+Settings = dict[str, Any]
+
+
+def arguments(settings: Settings) -> list[str]:
+    """name=value strings."""
+    return [f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items()]
+
+
+def rule_of(
+    recipe: str, settings: Settings, folder: Path, keep: Any = None, kv_keep: float = 1.0
+) -> NoRule:
+    """The rule of the bundle in ``folder`` at a call's ratios; of the bundle only its depth and a
+    profile's rows are read."""
+    manifest = json.loads((folder / "lvlm.json").read_text())
+    rows = (manifest["compression"] or {}).get("profile") or []
+    layers = int(manifest["text"]["layers"])
+    shares = profile_shares(rows, kv_keep) if rows else None
+    if recipe != "lightvlm":
+        return _cache(recipe, settings, kv_keep, shares)
+    places = [min(max(1, rounded(layers * part)), layers - 1) for part in (1 / 14, 2 / 7, 1 / 2)]
+    stages = settings.get("stages") or sorted(set(places))
+    fractions = settings.get("schedule") if keep is None else keep
+    if isinstance(fractions, float):
+        fractions = [fractions ** (i / len(stages)) for i in range(1, len(stages) + 1)]
+    assert fractions is not None
+    names = ("importance", "merge", "recycle", "absorb")
+    own = {name: settings[name] for name in names if name in settings}
+    kind = settings.get("kv", "interval")
+    given = {"kv_sinks": 4} | settings
+    cache = NoRule() if kind == "none" else _cache(kind, given, kv_keep, shares)
+    return Pyramid(list(fractions), stages, cache, **own)
+
+
+def _cache(kind: str, settings: Settings, keep: float, shares: list[float] | None) -> NoRule:
+    common = {
+        "sinks": settings.get("kv_sinks", 1),
+        "layer0": settings.get("positions") == "layer0",
+    }
+    if kind == "none":
+        return NoRule()
+    if kind == "interval":
+        names = ("kv_floor", "kv_protect", "kv_interval")
+        counts = [settings.get(n, usual) for n, usual in zip(names, (128, 32, 64), strict=True)]
+        cap = settings.get("kv_cap")
+        return Interval(keep, *counts, cap=cap, shares=shares, **common)
+    common["distance"] = settings.get("distance", 25)
+    if settings.get("semantics") == "reference":
+        if shares is not None:
+            return ReleasedPrefix(shares, **common)
+        return ReleasedElastic(keep, **common)
+    merge = kind == "elastic-cache"
+    return FixedPoint(keep, merge=merge, shares=shares, cap=settings.get("kv_cap"), **common)
+
+
+def profile_shares(profile: list[dict[str, Any]], keep: float) -> list[float]:
+    """Of every layer at ``keep``, from the profile's rows, with nothing and everything at its
+    ends."""
+    rows = {row["keep"]: row["fractions"] for row in profile if row["keep"] < 1}
+    layers = len(next(iter(rows.values())))
+    rows |= {0.0: [0.0] * layers, 1.0: [1.0] * layers}
+    below, above = max(k for k in rows if k <= keep), min(k for k in rows if k >= keep)
+    part = 0.0 if above == below else (keep - below) / (above - below)
+    pairs = zip(rows[below], rows[above], strict=True)
+    return [low + (high - low) * part for low, high in pairs]
