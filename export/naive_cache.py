@@ -46,11 +46,12 @@ class NaiveCache:
         """Key and value of every layer in turn."""
         return [x for pair in zip(self.keys, self.values, strict=True) for x in pair]
 
-    def decode(self, token: int, position: int) -> torch.Tensor:
-        """Logits [1,vocabulary] after one more token; evicts what the budgets say."""
+    def decode(self, token: int, position: np.ndarray) -> torch.Tensor:
+        """Logits [1,vocabulary] after one more token at ``position`` [] int64, or [3]; evicts what
+        the budgets say."""
         layers = len(self.keys)
         if self.rule is not None and self.rule.compression.positions == "layer0":
-            position = self.keys[0].shape[2]
+            position = np.array(self.keys[0].shape[2])
         lengths = torch.tensor([[key.shape[2]] for key in self.keys])
         buffers: list[torch.Tensor] = []
         for layer in range(layers):
@@ -62,7 +63,7 @@ class NaiveCache:
         newest = torch.tensor([self.rule.queries - 1]) if self.rule and self.queries else None
         logits, *buffers = Decode(self.model)(
             torch.tensor([[token]]),
-            torch.tensor([[position]]),
+            torch.from_numpy(position[..., None, None]),
             lengths,
             lengths + 1,
             newest,

@@ -128,7 +128,8 @@ class Reference:
             answer.tokens.append(token)
             if token in eos_ids or step + 1 == max_new_tokens:
                 break
-            logits = cache.decode(token, prompt.next_position + step)
+            # As in generate, each of three counts on by itself: the runtime has one number for all
+            logits = cache.decode(token, prompt.positions[..., -1] + 1 + step)
         return answer
 
     def _empty_buffers(self, kept: Sequence[int], rule: CacheRule | None) -> list[torch.Tensor]:

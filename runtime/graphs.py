@@ -82,13 +82,16 @@ class Graphs:
 
         ``features`` [V,D] are those of all rows' pictures in order; ``call`` is prefill, bound to
         the buffers that it fills."""
-        inputs = _prompt_inputs(prompts)
+        compression = counts.budgets.compression
+        # A count of entries as position belongs to the prompt's own, as the released code has them
+        counted = compression is not None and compression.positions == "layer0"
+        inputs = _prompt_inputs(prompts, [p.positions if counted else p.aligned for p in prompts])
         asked = {port.name for port in self.manifest.graphs["prefill"].inputs}
         nothing = np.zeros((1, self.manifest.feature_width), host_dtype(self.manifest.dtype))
         inputs |= {"image_features": np.concatenate(features) if len(features) else nothing}
         inputs |= {k: v for k, v in counts.prefill.inputs.items() if k in asked}
         outputs: dict[str, np.ndarray] = {}
-        if counts.budgets.compression is not None:
+        if compression is not None:
             inputs["kv_budget"] = counts.kept
             for layer, most in enumerate(counts.kept.max(1)):
                 inputs[f"kv_slots_{layer}"] = np.arange(most, dtype=np.int64)
@@ -102,19 +105,21 @@ class Graphs:
         return logits, maps
 
 
-def _prompt_inputs(prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+def _prompt_inputs(
+    prompts: Sequence[Prompt], positions: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
     """Rows of different lengths as arrays [B,N], padded on the right."""
     rows, longest = len(prompts), max(len(p.ids) for p in prompts)
     ids = np.zeros((rows, longest), np.int64)
     image_id = np.full((rows, longest), -1, np.int64)
     image_row = np.full((rows, longest), -1, np.int64)
-    position = np.zeros((*prompts[0].positions.shape[:-1], rows, longest), np.int64)
+    position = np.zeros((*positions[0].shape[:-1], rows, longest), np.int64)
     next_feature = 0
     for b, prompt in enumerate(prompts):
         length = len(prompt.ids)
         ids[b, :length] = prompt.ids
         image_id[b, :length] = prompt.image_id
-        position[..., b, :length] = prompt.positions
+        position[..., b, :length] = positions[b]
         placeholders = np.flatnonzero(prompt.image_id > 0)
         count = len(placeholders)
         image_row[b, placeholders] = np.arange(next_feature, next_feature + count)

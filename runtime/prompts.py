@@ -27,7 +27,8 @@ from lvlm.runtime.video import VideoSource
 class Prompt:
     """One row: token ids with every picture's placeholder repeated per image token.
 
-    image_id [N] int64: 0 text, m the m-th of the ``pictures``; positions [N] int64, or [3,N].
+    image_id [N] int64: 0 text, m the m-th of the ``pictures``; positions [N] int64, or [3,N]: the
+    model's own, which is not always how prefill gets them (``aligned``).
     ``generation`` is the checkpoint's part in choosing tokens, ``sampling`` the caller's, too;
     ``lead`` is the space before an answer that is no part of it (ChatTemplate).
     """
@@ -44,10 +45,23 @@ class Prompt:
     lead: str = ""
 
     @property
+    def aligned(self) -> np.ndarray:
+        """``positions``, each of the three as a whole moved to where the last token's are one.
+
+        In transformers' generate each of a new token's three positions follows the last token's.
+        Those differ where that is a picture's, and decode takes one number. Rotary attention knows
+        nothing but differences within each of the three, which stay. Behind text nothing moves.
+        """
+        last = self.positions[..., -1:]
+        # The time of a clip may be larger than any position that decode has to know.
+        goal = min(int(last.max()), len(self.ids) - 1)
+        moved: np.ndarray = self.positions + (goal - last)
+        return moved
+
+    @property
     def next_position(self) -> int:
-        """Of the first new token: all three are the same from there on. It follows the last token,
-        not the largest position, which one of a clip may have: as in transformers' generate."""
-        return int(self.positions[..., -1].max()) + 1
+        """Of the first new token, in all of the three that are ``aligned``."""
+        return int(self.aligned[..., -1].max()) + 1
 
 
 class PromptMaker:

@@ -12,6 +12,7 @@ from lvlm.runtime.prompts import Prompt
 # Decode reads the rest of a prompt token by token: each takes as long as this many in prefill do,
 # about (docs/performance.md).
 TOKEN_COST = 8
+_MOVED = 2**62  # makes a key less than any other
 
 
 def reusable(manifest: Manifest) -> bool:
@@ -25,12 +26,15 @@ def reusable(manifest: Manifest) -> bool:
 
 def prompt_keys(prompt: Prompt, digests: Sequence[bytes]) -> np.ndarray:
     """int64 [N]: a token's id for text, for the k-th token of a picture a negative number made of
-    the picture's digest and k."""
+    the picture's digest and k. One whose positions are moved (Prompt.aligned) begins like none that
+    could go on from its entries."""
     keys = np.array(prompt.ids, np.int64)
     for image, digest in enumerate(digests, 1):
         places = np.flatnonzero(prompt.image_id == image)
         start = int.from_bytes(digest[:7], "little")  # below 2**56: no overflow
         keys[places] = -1 - start - np.arange(len(places))
+    if (prompt.aligned != prompt.positions).any():
+        keys[0] -= _MOVED
     return keys
 
 
