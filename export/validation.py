@@ -25,7 +25,7 @@ from lvlm.export.quantization import round_products
 from lvlm.export.reference import Answer, Reference, load_fp32
 from lvlm.export.verify import prompts
 from lvlm.export.verify.checks import Check, difference
-from lvlm.export.verify.forms import CANONICAL, Form, Opened, forms_of
+from lvlm.export.verify.forms import CANONICAL, Form, Opened, canonical, forms_of
 from lvlm.export.verify.judge import LEAST, Judge, Verdict
 from lvlm.export.verify.run import Run, run_form, soon, whole
 from lvlm.runtime.bundle import Manifest, read_bundle
@@ -42,6 +42,7 @@ INTERVAL = 2  # steps between runs of compact.onnx, so that few tokens are enoug
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 # MatMulNBits rounds what it multiplies int4 and int8 weights with to 8 bits.
 QUANTIZED_TOLERANCE = 5e-2
+NEAR_TIES = "compared in fp32 alone; fp16 ranks near ties in another order"
 # Of weights that are stored wider than the bundle has them: bf16 has 8 bits.
 ROUNDED_TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
@@ -145,9 +146,10 @@ def _against_judge(
     outcome: Outcome,
 ) -> None:
     """The canonical graphs with nothing merged and nothing dropped, whatever the recipe."""
-    form = forms_of(manifest)[0]
+    form = canonical(manifest, widened=False)
     entries = len(prompt.ids) + len(verdict.tokens) + 1
     run = _run(folder, form, whole(manifest, entries), prompt, verdict.tokens, opened, 1.0)
+    _note_files(outcome, form, False)
     stored = plan.checkpoint.stored_dtype() or plan.dtype
     limit: float | None = TOLERANCE[plan.dtype]
     if stored.itemsize > plan.dtype.itemsize or plan.dtype != stored:
@@ -187,8 +189,7 @@ def _against_reference(
     if rule is not None and (rule.compression.interval or 0) > INTERVAL:
         recipe = replace(recipe, kv_interval=INTERVAL)  # type: ignore[call-arg]
     manifest = soon(manifest, INTERVAL)
-    how, limit = plan.options.quantization, TOLERANCE[plan.dtype]
-    limit = limit if how is None else max(limit, QUANTIZED_TOLERANCE)
+    how = plan.options.quantization
     model = load_fp32(plan.family, plan.config, plan.checkpoint, plan.stored_names, plan.dtype)
     reference = Reference(plan.family, plan.config, model, recipe)
     features = reference.encode(prompt.pictures)
@@ -201,17 +202,27 @@ def _against_reference(
         answer = reference.generate(prompt, features, max_new_tokens=steps, forced=original.tokens)
     del model, reference
     gc.collect()
+    chooses = rule is not None or bool(manifest.reductions)
     for form in forms_of(manifest):
         if not form.reason:
-            fed = answer.tokens if form.name in (CANONICAL, "ort-cpu") else answer.tokens[:FEW]
+            whole_answer = form.name in (CANONICAL, "ort-cpu") and not form.rounds
+            fed = answer.tokens if whole_answer else answer.tokens[:FEW]
             run = _run(folder, form, manifest, prompt, fed, opened)
-            exact = TOLERANCE[torch.float32] if "fp32" in form.how else limit
-            outcome.checks += _compare_form(form, run, answer, features, exact)
+            caches = not (form.rounds and chooses)
+            outcome.checks += _compare_form(form, run, answer, features, _limit(plan, form), caches)
             _note_files(outcome, form, run.compacted)
+            if not caches:
+                outcome.notes.append(f"cache of {form.files['prefill']}: {NEAR_TIES}")
         else:
             _note_files(outcome, form, False)
     if _narrow(plan):
         outcome.checks += _cost(original, answer)
+
+
+def _limit(plan: Plan, form: Form) -> float:
+    found = TOLERANCE[torch.float32 if form.widened else plan.dtype]
+    exact = plan.options.quantization is None or form.name == CANONICAL
+    return found if exact else max(found, QUANTIZED_TOLERANCE)
 
 
 def _run(
@@ -230,29 +241,28 @@ def _run(
 
 
 def _compare_form(
-    form: Form, run: Run, answer: Answer, features: torch.Tensor, limit: float
+    form: Form, run: Run, answer: Answer, features: torch.Tensor, limit: float, caches: bool
 ) -> list[Check]:
-    unit = "of the largest value"
+    unit, how = "of the largest value", ", in fp16" if form.rounds else ""
     logits = [x.numpy() for x in answer.logits]
     apart = [difference(a, b) for a, b in zip(run.logits, logits, strict=False)]
-    caches = max(
-        difference(ours, theirs.numpy())
-        for ours, theirs in zip(run.caches, answer.caches, strict=True)
-    )
     best = [int(scores.argmax()) for scores in answer.logits[: len(run.logits)]]
     own = [int(scores.argmax()) for scores in run.logits]
     wrong = _wrong_tokens(own, best, answer.logits, limit)
     shown = [
         ("prefill", "logits", apart[0], limit, unit),
-        ("prefill", "cache", caches, limit, unit),
         ("decode", "logits", max(apart), limit, unit),
         ("decode", f"tokens that differ, of {len(own)}", wrong, 0, "tokens"),
     ]
+    if caches:
+        pairs = zip(run.caches, answer.caches, strict=True)
+        most = max(difference(ours, theirs.numpy()) for ours, theirs in pairs)
+        shown.insert(1, ("prefill", "cache", most, limit, unit))
     vision = prompts.features(run.features, features)
     shown.insert(0, ("vision", "image features", vision, limit, unit))
     return [
-        Check(f"{form.files[graph]} {what}", figure, most, of)
-        for graph, what, figure, most, of in shown
+        Check(f"{form.files[graph]} {what}{how}", figure, at_most, of)
+        for graph, what, figure, at_most, of in shown
         if form.name == CANONICAL or form.files[graph] != f"{graph}.onnx"
     ]
 
@@ -267,6 +277,8 @@ def _note_files(outcome: Outcome, form: Form, compacted: bool) -> None:
         before = outcome.files.get(file, "")
         if not before.startswith("run"):
             outcome.files[file] = said
+        elif said.startswith("run") and len(said) != len(before) and "as it is" not in before:
+            outcome.files[file] = f"{max(said, before, key=len)}, and as it is"
 
 
 def _cost(original: Answer, rounded: Answer) -> list[Check]:

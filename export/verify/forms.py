@@ -29,35 +29,56 @@ if TYPE_CHECKING:
     from lvlm.runtime.backends import Backend
 
 CANONICAL = "canonical"
+SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 PLUGIN = ("plugin_namespace", "plugin_version")  # attributes that only TensorRT reads
 
 
 @dataclass(frozen=True)
 class Form:
-    """One form of the graphs: graph -> file. ``reason``: why it cannot be run here, or ""; ``how``:
-    what was put into the files to run them."""
+    """One form of the graphs: graph -> file. ``widened``: the manifest's dtype if that is made fp32
+    in memory, or ""; ``functions``: the lvlm ops' functions are put back; ``rounds``: computes in
+    fp16; ``reason``: why it cannot be run here, or ""."""
 
     name: str
     files: Mapping[str, str]
-    how: str = ""
+    widened: str = ""
+    functions: bool = False
+    rounds: bool = False
     reason: str = ""
     static: bool = False
 
+    @property
+    def how(self) -> str:
+        """What was put into the files to run them."""
+        wide = f"{SHORT[self.widened]} widened to fp32" if self.widened else ""
+        functions = "the lvlm ops' functions put back" if self.functions else ""
+        return ", ".join(x for x in (wide, functions) if x)
+
+
+def canonical(manifest: Manifest, *, widened: bool) -> Form:
+    """The canonical graphs; in fp32 if asked for, and where nothing else computes their dtype."""
+    files = {n: g.file for n, g in manifest.graphs.items()}
+    if manifest.dtype == "bfloat16" or (widened and manifest.dtype in SHORT):
+        return Form(CANONICAL, files, manifest.dtype)
+    return Form(CANONICAL, files, rounds=manifest.dtype in SHORT)
+
 
 def forms_of(manifest: Manifest) -> list[Form]:
-    """The canonical graphs first, then those of every target in the bundle."""
+    """The canonical graphs first, then those of every target in the bundle; graphs in fp16 that
+    device cpu runs come twice."""
     known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
-    wide = "bf16 widened to fp32" if manifest.dtype == "bfloat16" else ""
-    found = [Form(CANONICAL, {n: g.file for n, g in manifest.graphs.items()}, wide)]
+    found = [canonical(manifest, widened=True)]
+    widened = found[0].widened
     for name in dict.fromkeys(t for g in manifest.graphs.values() for t in g.lowered):
         files = {n: g.lowered.get(name, g.file) for n, g in manifest.graphs.items()}
         target = known[name]
-        plugins = "the lvlm ops' functions put back" if target.plugins else ""
-        how = ", ".join(x for x in (wide, plugins) if x)
-        reason = ""
-        if target.flavour == "openvino":
-            how, reason = "", _without_openvino(manifest)
-        found.append(Form(name, files, how, reason, target.static_cache))
+        if target.flavour == "openvino":  # computes in fp32 whatever the graphs are in
+            found.append(Form(name, files, reason=_without_openvino(manifest)))
+            continue
+        form = Form(name, files, widened, target.plugins, static=target.static_cache)
+        found.append(form)
+        if target.flavour == "onnxruntime" and widened == "float16":
+            found.append(replace(form, widened="", rounds=True))
     return found
 
 
@@ -77,22 +98,23 @@ def open_form(form: Form, manifest: Manifest, opened: Opened) -> tuple[Backend, 
     """A backend that runs the form's files, and the manifest as it is to be read with it."""
     if form.name == "openvino":
         return open_backend("openvino"), manifest
-    wide = as_float32(manifest) if manifest.dtype == "bfloat16" else manifest
-    return Mapped(form, opened), wide
+    return Mapped(form, opened), as_float32(manifest) if form.widened else manifest
 
 
 def as_float32(manifest: Manifest) -> Manifest:
-    """A bf16 bundle's manifest for graphs that are widened."""
+    """A bundle's manifest for graphs that are widened."""
+    narrow = manifest.dtype
 
     def wide(graph: Graph) -> Graph:
         inputs, outputs = (
-            tuple(replace(p, dtype="float32") if p.dtype == "bfloat16" else p for p in ports)
+            tuple(replace(p, dtype="float32") if p.dtype == narrow else p for p in ports)
             for ports in (graph.inputs, graph.outputs)
         )
         return replace(graph, inputs=inputs, outputs=outputs)
 
     graphs = {name: wide(graph) for name, graph in manifest.graphs.items()}
-    return replace(manifest, dtype="float32", cache_dtype="float32", graphs=graphs)
+    cache = "float32" if manifest.cache_dtype == narrow else manifest.cache_dtype
+    return replace(manifest, dtype="float32", cache_dtype=cache, graphs=graphs)
 
 
 class Mapped(OnnxRuntime):
@@ -127,7 +149,7 @@ class Mapped(OnnxRuntime):
         options.add_session_config_entry(place, str(folder.absolute()))
         try:
             session = self.ort.InferenceSession(
-                runnable(folder / file, self.form.how),
+                runnable(folder / file, self.form),
                 options,
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=["ConstantFolding"],
@@ -139,15 +161,15 @@ class Mapped(OnnxRuntime):
         return OrtSession(session, graph, given, self.device, self.ort.RunOptions)
 
 
-def runnable(path: Path, how: str) -> bytes:
+def runnable(path: Path, form: Form) -> bytes:
     """The graph in a file, with what ONNX Runtime needs beside it; its weights stay outside."""
-    if not how:
+    if not form.how:
         return path.read_bytes()
     model = onnx.load(path, load_external_data=False)
-    if "functions" in how:
+    if form.functions:
         put_functions_back(model)
-    if "bf16" in how:
-        return bytes(ir.to_proto(widen(ir.from_proto(model))).SerializeToString())
+    if form.widened:
+        model = ir.to_proto(widen(ir.from_proto(model), form.widened))
     return bytes(model.SerializeToString())
 
 

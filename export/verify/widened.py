@@ -1,20 +1,22 @@
-"""A graph in bf16 that computes in fp32 over the same stored weights: each is cast where it is
-read."""
+"""A graph in fp16 or bf16 that computes in fp32 over the same stored weights: each is cast where it
+is read."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-NARROW, WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
+WIDE = ir.DataType.FLOAT
+# Dtype of a manifest -> of its graphs' values
+NARROW = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 TYPES = ("to", "dtype", "softmax_precision", "stash_type")  # attributes that name a data type
 
 
-def widen(model: ir.Model) -> ir.Model:
-    """Change ``model``: every value of bf16 is of fp32, weights in files excepted."""
-    graph = model.graph
+def widen(model: ir.Model, dtype: str) -> ir.Model:
+    """Change ``model``: every value of ``dtype`` is of fp32, weights in files excepted."""
+    graph, narrow = model.graph, NARROW[dtype]
     casts: list[ir.Value] = []
     for value in list(graph.initializers.values()):
-        if value.const_value is None or value.const_value.dtype != NARROW:
+        if value.const_value is None or value.const_value.dtype != narrow:
             continue
         if isinstance(value.const_value, ir.ExternalTensor):
             casts.append(value)
@@ -23,39 +25,59 @@ def widen(model: ir.Model) -> ir.Model:
             value.dtype = WIDE
     scopes: list[ir.Graph | ir.Function] = [graph, *model.functions.values()]
     for scope in scopes:
-        _widen_values(scope)
+        _widen_values(scope, narrow)
         for node in scope.all_nodes():
-            _widen_node(node)
+            _widen_node(node, narrow)
     for value in casts:
-        value.dtype = NARROW
-        cast = ir.node(
-            "Cast", [value], {"to": ir.AttrInt64("to", int(WIDE))}, name=f"{value.name}_wide"
-        )
-        out = cast.outputs[0]
-        out.name, out.dtype, out.shape = f"{value.name}_wide", WIDE, value.shape
-        value.replace_all_uses_with(out)
-        cast.replace_input_with(0, value)
-        graph.insert_before(graph[0], cast)
+        value.dtype = narrow
+        _cast_where_read(graph, value, narrow)
     return model
 
 
-def _widen_values(scope: ir.Graph | ir.Function) -> None:
+def _cast_where_read(graph: ir.Graph, weight: ir.Value, narrow: ir.DataType) -> None:
+    """Of a table of embeddings the few rows that are looked up are cast, not the table."""
+    uses = list(weight.uses())
+    found = [u.node for u in uses if u.node.op_type == "Gather" and u.idx == 0]
+    for node in found:
+        rows = node.outputs[0]
+        takers = list(rows.uses())
+        rows.dtype = narrow
+        cast = _cast(rows, f"{rows.name}_wide")
+        graph.insert_after(node, cast)
+        for use in takers:
+            use.node.replace_input_with(use.idx, cast.outputs[0])
+    if len(found) < len(uses):
+        cast = _cast(weight, f"{weight.name}_wide")
+        graph.insert_before(graph[0], cast)
+        for use in uses:
+            if use.node not in found:
+                use.node.replace_input_with(use.idx, cast.outputs[0])
+
+
+def _cast(value: ir.Value, name: str) -> ir.Node:
+    cast = ir.node("Cast", [value], {"to": ir.AttrInt64("to", int(WIDE))}, name=name)
+    out = cast.outputs[0]
+    out.name, out.dtype, out.shape = name, WIDE, value.shape
+    return cast
+
+
+def _widen_values(scope: ir.Graph | ir.Function, narrow: ir.DataType) -> None:
     for value in (*scope.inputs, *scope.outputs):
-        if value.dtype == NARROW:
+        if value.dtype == narrow:
             value.dtype = WIDE
 
 
-def _widen_node(node: ir.Node) -> None:
+def _widen_node(node: ir.Node, narrow: ir.DataType) -> None:
     for value in node.outputs:
-        if value.dtype == NARROW:
+        if value.dtype == narrow:
             value.dtype = WIDE
     for name, attribute in list(node.attributes.items()):
-        if attribute.type == ir.AttributeType.INT and name in TYPES and attribute.value == NARROW:
+        if attribute.type == ir.AttributeType.INT and name in TYPES and attribute.value == narrow:
             node.attributes[name] = ir.AttrInt64(name, int(WIDE))
-        elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == NARROW:
+        elif attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == narrow:
             node.attributes[name] = ir.AttrTensor(name, _wide(attribute.value))
         elif attribute.type == ir.AttributeType.GRAPH:
-            _widen_values(attribute.value)
+            _widen_values(attribute.value, narrow)
 
 
 def _wide(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
