@@ -14,10 +14,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from bundles import CACHED
 from torch import nn
 
 from lvlm.export import plan as planning
 from lvlm.export import validation
+from lvlm.export.recipes._base import parse_settings
 from lvlm.export.stored_weights import StoredEmbedding, StoredLinear, compute_in_fp32
 from lvlm.export.verify.forms import Mapped
 from lvlm.runtime.backends import Session
@@ -26,6 +28,7 @@ from lvlm.runtime.discovery import discover
 from lvlm.runtime.errors import ValidationError
 
 NAME, RECIPE = "tiny-llava", "none"
+ELASTIC = CACHED["elastic-cache (cached)"]
 
 
 def plan_of(checkpoint: Path, output: Path, dtype: str = "fp32", recipe: str = RECIPE) -> Any:
@@ -135,6 +138,42 @@ def test_swapped_angles_in_the_canonical_decode_are_noticed(good: tuple[Any, Pat
         node.input[1], node.input[2] = node.input[2], node.input[1]
     replace_file(folder, "decode.onnx", model.SerializeToString())
     noticed(plan, folder, r"✗ decode\.onnx and transformers")
+
+
+@pytest.fixture
+def half(
+    bundle: Callable[..., Path], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> tuple[Any, Path]:
+    """A plan in fp16 with a cache that ranks its entries, and a copy of the bundle."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle(NAME, *ELASTIC, dtype="fp16", max_images=2), folder)
+    recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[ELASTIC[0]], ELASTIC[1:])
+    options = planning.Options(
+        model=str(checkpoint(NAME)), recipe=recipe, output=folder, dtype="fp16", max_images=2
+    )
+    return planning.make_plan(options), folder
+
+
+def test_fp16_is_compared_in_fp32_and_as_it_is(half: tuple[Any, Path]) -> None:
+    """Near ties of ranks fall otherwise in fp16, and then no two caches are alike."""
+    outcome = validation.validate(*half)
+    limits = {check.name: check.limit for check in outcome.checks}
+    assert limits["prefill.onnx and transformers"] == 5e-2
+    assert limits["prefill.onnx cache"] == limits["prefill.ort-cpu.onnx cache"] == 1e-3
+    assert limits["prefill.ort-cpu.onnx logits, in fp16"] == 5e-2
+    assert "prefill.ort-cpu.onnx cache, in fp16" not in limits
+    assert any(note.startswith("cache of prefill.ort-cpu.onnx") for note in outcome.notes)
+    assert set(outcome.files.values()) == {"run, fp16 widened to fp32, and as it is"}
+
+
+def test_a_fault_smaller_than_what_fp16_loses_is_noticed(half: tuple[Any, Path]) -> None:
+    plan, folder = half
+    model = onnx.load(folder / "prefill.ort-cpu.onnx", load_external_data=False)
+    norm = next(n for n in model.graph.node if "RMSNorm" in n.op_type or "LayerNorm" in n.op_type)
+    epsilon = next(a for a in norm.attribute if a.name == "epsilon")
+    epsilon.f *= 300
+    replace_file(folder, "prefill.ort-cpu.onnx", model.SerializeToString())
+    noticed(plan, folder, r"✗ prefill\.ort-cpu\.onnx cache .*limit 0\.001\)")
 
 
 def test_another_graph_in_a_file_is_noticed(good: tuple[Any, Path]) -> None:

@@ -1,0 +1,56 @@
+"""fp16 and bf16 graphs that compute in fp32: what is cast, and where."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx import helper
+
+from lvlm.export.verify.widened import widen
+
+ROWS, WIDTH = 50, 8
+FLOAT16 = onnx.TensorProto.FLOAT16
+
+
+def embedding_and_head(folder: Path, head: str) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """ids -> Gather -> MatMul, the weights in a file, with ``head`` the name of the second."""
+    random = np.random.default_rng(0)
+    weights = {"table": random.standard_normal((ROWS, WIDTH)).astype(np.float16)}
+    weights["head"] = random.standard_normal((ROWS, WIDTH)).astype(np.float16)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["rows"]),
+        helper.make_node("Transpose", [head], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["rows", "turned"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("logits", FLOAT16, ["n", ROWS])],
+        [onnx.numpy_helper.from_array(weights[n], n) for n in dict.fromkeys(("table", head))],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
+    path = folder / "model.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    return onnx.load(path, load_external_data=False), weights
+
+
+@pytest.mark.parametrize("head", ["head", "table"], ids=["own", "shared with the embedding"])
+def test_rows_that_are_looked_up_are_cast_and_not_the_table(head: str, tmp_path: Path) -> None:
+    model, weights = embedding_and_head(tmp_path, head)
+    wide = ir.to_proto(widen(ir.from_proto(model), "float16"))
+    casts = Counter(n.input[0] for n in wide.graph.node if n.op_type == "Cast")
+    assert casts == {"rows": 1, head: 1}
+    onnx.save(wide, tmp_path / "wide.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "wide.onnx")
+    ids = np.array([3, 49, 0], np.int64)
+    (found,) = session.run(None, {"ids": ids})
+    expected = weights["table"][ids].astype(np.float32) @ weights[head].astype(np.float32).T
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
