@@ -83,7 +83,10 @@ def make_checkpoint(folder: Path, shape: str) -> None:
 
     for start, (name, parameter) in enumerate(model.named_parameters()):
         count, begin = parameter.numel(), start * 1009
-        shard[name] = noise[begin : begin + count].reshape(parameter.shape).clone()
+        weight = noise[begin : begin + count].reshape(parameter.shape).clone()
+        if parameter.ndim == 1 and name.endswith("weight"):
+            weight += 1  # norms: near 0 they would leave every token equally important
+        shard[name] = weight
         if sum(t.nbytes for t in shard.values()) > SHARD:
             flush()
     flush()

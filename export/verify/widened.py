@@ -46,12 +46,11 @@ def _cast_where_read(graph: ir.Graph, weight: ir.Value, narrow: ir.DataType) -> 
         graph.insert_after(node, cast)
         for use in takers:
             use.node.replace_input_with(use.idx, cast.outputs[0])
-    if len(found) < len(uses):
-        cast = _cast(weight, f"{weight.name}_wide")
-        graph.insert_before(graph[0], cast)
-        for use in uses:
-            if use.node not in found:
-                use.node.replace_input_with(use.idx, cast.outputs[0])
+    for number, use in enumerate(u for u in uses if u.node not in found):
+        # One for each use, right before it: as many in fp32 at a time as one product takes
+        cast = _cast(weight, f"{weight.name}_wide_{number}")
+        graph.insert_before(use.node, cast)
+        use.node.replace_input_with(use.idx, cast.outputs[0])
 
 
 def _cast(value: ir.Value, name: str) -> ir.Node:
