@@ -37,14 +37,34 @@ class Batches:
         self.graphs = graphs
         self._cache: CompactCache | None = None
 
+    @contextmanager
+    def run(
+        self, prompts: Sequence[Prompt], keep: Keep | None = None, kv_keep: float | None = None
+    ) -> Iterator[Batch]:
+        """A batch, started; within, it is answered.
+
+        Its buffers serve the next one only if all of it went well: nothing was raised, it was not
+        left before the end, and no row overflowed, not even one that nobody looked at any more.
+        What lies in buffers beyond a row's own entries would spoil it: 0 times NaN is not 0.
+        """
+        clean = False
+        try:
+            batch = self.start(prompts, keep, kv_keep)
+            yield batch
+            clean = not batch.active and bool(np.isfinite(batch.logits).all())
+        finally:
+            if not clean:
+                self.forget()
+
     def start(
         self, prompts: Sequence[Prompt], keep: Keep | None = None, kv_keep: float | None = None
     ) -> Batch:
-        """Encode the pictures and prefill every prompt; the ratios are those of generate."""
+        """Encode the pictures and prefill every prompt; the ratios are those of generate. See
+        ``run`` for whom answers matter to."""
         return Batch(self, prompts, keep, kv_keep)
 
     def cache_for(self, batch: int, needed: np.ndarray, budgets: Budgets) -> CompactCache:
-        """Buffers for ``needed`` entries per layer; the last ones again where they fit."""
+        """Buffers for ``needed`` [L] entries; the last ones again where they fit."""
         manifest, backend = self.graphs.manifest, self.graphs.backend
         limits = np.array(manifest.capacity.per_layer)
         rounded = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
@@ -70,16 +90,6 @@ class Batches:
         """The next batch gets new buffers."""
         self._cache = None
 
-    @contextmanager
-    def forgetting(self) -> Iterator[None]:
-        """Within: whatever is raised, an overflow say, leaves no buffers to the next answer. What
-        lies in them beyond its own entries would spoil it: 0 times NaN is not 0."""
-        try:
-            yield
-        except BaseException:
-            self.forget()
-            raise
-
 
 class Batch:
     """Prompts on their way: ``step`` decodes one token for every row that still runs.
@@ -95,8 +105,7 @@ class Batch:
         keep: Keep | None,
         kv_keep: float | None,
     ) -> None:
-        self.owner, self.graphs = owner, owner.graphs
-        graphs = owner.graphs
+        self.graphs = graphs = owner.graphs
         self.timings = Timings()
         self.counts = count_prompts(graphs.manifest, prompts, keep, kv_keep)
         self.rows = [Row(p, limit) for p, limit in zip(prompts, self.counts.limits, strict=True)]
@@ -104,8 +113,7 @@ class Batch:
         budgets = self.counts.budgets
         needed = budgets.capacity(self.counts.prefill.entries, fed)
         self.cache = owner.cache_for(len(prompts), needed, budgets)
-        with owner.forgetting():
-            self._prefill(prompts)
+        self._prefill(prompts)
         self._decode = graphs.bind("decode", self.cache.buffers)
         self._compact = (
             graphs.bind("compact", self.cache.buffers) if "compact" in graphs.sessions else None
@@ -132,21 +140,13 @@ class Batch:
         eos = self.graphs.manifest.text.eos_ids
         for index, row in enumerate(self.rows):
             if row.finish_reason is None:
-                with self.owner.forgetting():
-                    token = row.choose(self.logits[index], eos)
-                yield index, token
+                yield index, row.choose(self.logits[index], eos)
         if self.active:
             self.decode_step()
 
     def decode_step(self) -> None:
         """Feed every row's newest token; afterwards ``logits`` [B,vocabulary] are the next ones."""
         began = time.perf_counter()
-        with self.owner.forgetting():
-            self._decode_rows()
-        self.timings.decode_ms += _since(began)
-        self.timings.decode_steps += 1
-
-    def _decode_rows(self) -> None:
         running = np.array([row.finish_reason is None for row in self.rows])
         inputs = self.cache.decode_inputs(
             np.array([row.tokens[-1] for row in self.rows], np.int64),
@@ -157,6 +157,8 @@ class Batch:
         for row in self.rows:
             row.position += row.finish_reason is None
         self._compact_cache()
+        self.timings.decode_ms += _since(began)
+        self.timings.decode_steps += 1
 
     def _compact_cache(self) -> None:
         """Between two steps: drop entries where an interval is over and there are too many."""

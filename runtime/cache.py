@@ -52,38 +52,45 @@ class CompactCache:
         capacities: Sequence[int],
         budgets: Budgets,
     ) -> None:
-        shape = (len(capacities), batch)
         self.backend, self.active = backend, batch
-        self.budgets = replace(budgets, fractions=np.repeat(budgets.fractions, batch, axis=1))
-        self.capacities = np.array(capacities, np.int64)
-        self.lengths = np.zeros(shape, np.int64)
-        self.seen = np.zeros(shape, np.int64)
-        self.steps = np.zeros(batch, np.int64)  # tokens decoded since the prompt
-        self.victims = np.full(shape, -1, np.int64)  # slots to be overwritten next, -1: none
         compression = budgets.compression
         self._queries = compression.queries if compression is not None else 0
         shapes = _shapes(text, self._queries, batch, capacities)
         item = ITEM_BYTES[dtype]
         self.bytes_allocated = sum(math.prod(s) for s in shapes.values()) * item
         self.buffers: dict[str, Buffer] = {}
+        room = backend.room()
+        if room is not None and self.bytes_allocated > room:
+            raise self._no_room(batch, f", this machine has {room:,}")
         try:
             for name, buffer_shape in shapes.items():
                 self.buffers[name] = backend.allocate(buffer_shape, dtype)
         except DeviceMemoryError as error:
             there = sum(math.prod(shapes[name]) for name in self.buffers) * item
             free = "" if error.free is None else f", {there + error.free:,} are free"
-            raise DeviceMemoryError(
-                f"the cache (batch of {batch}) needs {self.bytes_allocated:,} bytes of GPU memory"
-                f"{free}; give fewer prompts at once, or export with a smaller --max-text-len or "
-                "kv_keep"
-            ) from None
+            raise self._no_room(batch, free) from None
         self._entry_bytes = 2 * text.kv_heads * text.head_dim * item
         query_bytes = text.heads * text.head_dim * item
         self._ring_bytes = len(capacities) * self._queries * query_bytes
+
+        shape = (len(capacities), batch)
+        self.budgets = replace(budgets, fractions=np.repeat(budgets.fractions, batch, axis=1))
+        self.capacities = np.array(capacities, np.int64)
+        self.lengths = np.zeros(shape, np.int64)
+        self.seen = np.zeros(shape, np.int64)
+        self.steps = np.zeros(batch, np.int64)  # tokens decoded since the prompt
+        self.victims = np.full(shape, -1, np.int64)  # slots to be overwritten next, -1: none
         one_by_one = compression is not None and compression.distance is not None
         self._queues = SlotQueues(*shape, int(self.capacities.max())) if one_by_one else None
         self._advanced = np.zeros(batch, bool)
         self._compacted: np.ndarray | None = None
+
+    def _no_room(self, batch: int, there: str) -> DeviceMemoryError:
+        return DeviceMemoryError(
+            f"the cache (batch of {batch}) needs {self.bytes_allocated:,} bytes of memory{there}; "
+            "ask for fewer prompts (slots) or new tokens at once, or export with a smaller "
+            "--max-text-len or kv_keep"
+        )
 
     def reset(self, budgets: Budgets) -> None:
         """Make ready for a call with other budgets of the same bundle; the buffers stay."""

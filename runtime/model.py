@@ -170,16 +170,16 @@ class Model:
                 for row, ask in enumerate(asks)
             ]
             streams = [TextStream(self.tokenizer, options.stop, row.lead) for row in rows]
-            batch = batches.start(rows, options.keep, options.kv_keep)
             texts = ["" for _ in rows]
-            while batch.active:
-                for index, token in batch.step():
-                    row, stream = batch.rows[index], streams[index]
-                    piece = stream.push(token, last=row.finish_reason is not None)
-                    if stream.stopped is not None:
-                        row.stop(stream.stopped)
-                    texts[index] += piece
-                    yield index, piece
+            with batches.run(rows, options.keep, options.kv_keep) as batch:
+                while batch.active:
+                    for index, token in batch.step():
+                        row, stream = batch.rows[index], streams[index]
+                        piece = stream.push(token, last=row.finish_reason is not None)
+                        if stream.stopped is not None:
+                            row.stop(stream.stopped)
+                        texts[index] += piece
+                        yield index, piece
             yield [self._generation(batch, index, text) for index, text in enumerate(texts)]
 
     @contextmanager

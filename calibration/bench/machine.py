@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lvlm.runtime.backends._host import physical_memory
+
 BUSY = 0.25  # of the cores already taken before the run: figures will be noisy
 READ_BYTES = 1 << 30  # well beyond any cache
 
@@ -39,7 +41,7 @@ def describe(threads: int, packages: Sequence[str]) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": cores(),
         "threads": threads,
-        "memory_bytes": _memory(),
+        "memory_bytes": physical_memory(),
         "read_bytes_per_s": read_bandwidth(threads),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
@@ -64,13 +66,6 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def read_bandwidth(threads: int, size: int = READ_BYTES, repeats: int = 5) -> float:

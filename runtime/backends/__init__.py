@@ -64,6 +64,9 @@ class Backend(Protocol):
     def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
         """The graph ``name`` of the bundle in ``folder``."""
 
+    def room(self) -> int | None:
+        """Bytes that buffers can never exceed; None where ``allocate`` tells it in time."""
+
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A buffer of zeros; DeviceMemoryError if there is no room."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,6 +165,8 @@ class CudaDriver:
         return int(free)
 
     def allocate(self, size: int) -> int | None:
+        if size > sys.maxsize:
+            return None
         error, address = self.runtime.cudaMalloc(size)
         if _name(error) == "cudaErrorMemoryAllocation":
             self.runtime.cudaGetLastError()  # else the next call reports it again

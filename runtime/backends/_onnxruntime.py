@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.runtime.backends import Buffer, Session
-from lvlm.runtime.backends._host import HostMemory
+from lvlm.runtime.backends import Buffer, Session, _host
 from lvlm.runtime.bundle import Graph, Manifest
-from lvlm.runtime.errors import BackendError, DeviceMemoryError
+from lvlm.runtime.errors import BackendError
 
 ONNX_BF16 = 16  # TensorProto.BFLOAT16: numpy has no type to say it with
 # After the name of an output that is a buffer of the cache: the same memory, given once more by an
@@ -21,7 +20,7 @@ Provider = str | tuple[str, dict[str, Any]]
 Place = tuple[str, tuple[int, ...], int]  # device, shape, address
 
 
-class OnnxRuntime(HostMemory):
+class OnnxRuntime(_host.HostMemory):
     """What the backends of ONNX Runtime share. Buffers are bound by address.
 
     ``providers`` in order of preference, by name or as (name, options); the first one must start,
@@ -144,14 +143,8 @@ def with_repeats(outputs: Mapping[str, Buffer], given: Sequence[str]) -> dict[st
 
 
 def failure(error: Exception, what: str) -> BackendError:
-    """The error to raise for ONNX Runtime's: one line, with a hint where memory was short."""
-    reason = str(error).partition("\n")[0]
-    if any(sign in str(error).lower() for sign in ("out of memory", "failed to allocate")):
-        return DeviceMemoryError(
-            f"{what} for want of memory ({reason}); give fewer prompts at once or shorter ones, "
-            "or lower kv_keep"
-        )
-    return BackendError(f"{what}: {reason}")
+    """The error to raise for ONNX Runtime's."""
+    return _host.failure(error, what, str(error).partition("\n")[0])
 
 
 def _place(buffer: Buffer) -> Place:

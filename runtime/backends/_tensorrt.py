@@ -55,6 +55,9 @@ class TensorRt:
         weights = self.weights.of(folder, built.weights)
         return Session(self.shared, name, engine, manifest.graphs[name], weights)
 
+    def room(self) -> int | None:
+        return None
+
     def allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceArray:
         size = math.prod(shape) * np.dtype(host_dtype(dtype)).itemsize
         buffer = DeviceBuffer(self.driver, size, "a buffer", "give fewer prompts at once")

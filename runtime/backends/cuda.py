@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from lvlm.runtime import nvidia
-from lvlm.runtime.backends import Buffer, host_dtype, require
+from lvlm.runtime.backends import Buffer, require
 from lvlm.runtime.backends._onnxruntime import OnnxRuntime, Provider, failure
 from lvlm.runtime.errors import BackendError
 from lvlm.runtime.installing import install
@@ -48,8 +46,11 @@ class Backend(OnnxRuntime):
                 f"check the driver with nvidia-smi, and {self.mend}"
             )
 
+    def room(self) -> int | None:
+        return None
+
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        zeros: Any = np.zeros(shape, host_dtype(dtype))
+        zeros = super().allocate(shape, dtype)
         try:
             return self.ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
         except Exception as error:

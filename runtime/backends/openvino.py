@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lvlm.runtime.backends import require
-from lvlm.runtime.backends._host import HostMemory
+from lvlm.runtime.backends._host import HostMemory, failure
 from lvlm.runtime.bundle import Graph, Manifest
 from lvlm.runtime.errors import BackendError, ParameterError
 from lvlm.runtime.installing import install
@@ -67,8 +67,8 @@ class Backend(HostMemory):
         try:
             model = self.core.read_model(lowered)
             compiled = self.core.compile_model(model, "CPU", self.options)
-        except RuntimeError as error:
-            raise BackendError(f"OpenVINO cannot load {lowered}: {_reason(error)}") from None
+        except (RuntimeError, MemoryError) as error:
+            raise failure(error, f"OpenVINO cannot load {lowered}", _reason(error)) from None
         _check_ports(lowered, graph, compiled)
         return OpenVinoSession(self.ov, graph, compiled)
 
@@ -118,8 +118,8 @@ class OpenVinoCall:
             self.request.start_async()  # ``infer`` could not be cancelled
             self.request.wait()
             self._check_stopped()  # between the check above and the start nothing was cancelled
-        except RuntimeError as error:
-            raise BackendError(f"OpenVINO failed: {_reason(error)}") from None
+        except (RuntimeError, MemoryError) as error:
+            raise failure(error, "OpenVINO failed", _reason(error)) from None
         for name, array in outputs.items():
             array[...] = self._result(name).reshape(array.shape)
         if self.buffers:

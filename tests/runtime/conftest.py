@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from fake_engines import RECIPES, Make, build_engines
+from fake_onnxruntime import FakeOrt
 from fake_tensorrt import FakeDriver, FakeTensorRt
 
+from lvlm.runtime import nvidia
 from lvlm.runtime.backends import _cuda
 from lvlm.runtime.sampling import Sampler
 
@@ -36,6 +38,16 @@ def full(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
     monkeypatch.setitem(sys.modules, "tensorrt", trt)  # type: ignore[arg-type]
     monkeypatch.delenv("LVLM_PLUGINS", raising=False)
     return trt
+
+
+@pytest.fixture
+def ort(monkeypatch: pytest.MonkeyPatch) -> FakeOrt:
+    """An ONNX Runtime with a GPU."""
+    fake = FakeOrt()
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(nvidia, "copy_on_device", fake.copy)
+    monkeypatch.setattr(nvidia, "clear_on_device", fake.clear)
+    return fake
 
 
 @pytest.fixture

@@ -123,9 +123,9 @@ def logged() -> Iterator[list[logging.LogRecord]]:
         logger.removeHandler(handler)
 
 
-def intercept(engine: Engine, name: str) -> Faulty:
-    """Stand between an engine and one of its graphs. Before the first request."""
-    sessions = scheduler(engine).graphs.sessions
+def intercept(who: Engine | Model, name: str) -> Faulty:
+    """Stand between an engine or a model and one of its graphs. Before the first request."""
+    sessions = (who.graphs if isinstance(who, Model) else scheduler(who).graphs).sessions
     faulty = Faulty(sessions[name])
     sessions[name] = faulty
     return faulty

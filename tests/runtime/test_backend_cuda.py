@@ -1,12 +1,9 @@
-"""The cuda backend with an ONNX Runtime that only says that it has a GPU: its "device" values are
-host memory under another name, which it does not take for the host's."""
+"""The cuda backend with an ONNX Runtime that only says that it has a GPU (fake_onnxruntime.py)."""
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +13,9 @@ import onnxruntime
 import pytest
 from bundles import ASSETS, CACHED
 from engine_tools import WAIT, Ask, idle, same, scheduler
+from fake_onnxruntime import FakeOrt
 
 import lvlm
-from lvlm.runtime import nvidia
 from lvlm.runtime.backends import open_backend
 from lvlm.runtime.backends._onnxruntime import OrtSession
 from lvlm.runtime.backends.cuda import Backend
@@ -30,103 +27,6 @@ from lvlm.runtime.errors import BackendError, DeviceMemoryError
 PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
 PROMPTS = ["Describe the picture.", "Read the top row.", "Hi"]
 IMAGES = [PICTURES[:1], PICTURES, []]
-
-
-@dataclass
-class FakeOrt:
-    """onnxruntime-gpu, as far as the backend uses it."""
-
-    available: tuple[str, ...] = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    starts: bool = True
-    full: bool = False
-    preloaded: bool = False
-    arrays: dict[int, np.ndarray] = field(default_factory=dict)  # the device's, by address
-    bound: list[tuple[str, str, int]] = field(default_factory=list)
-    waits: list[str] = field(default_factory=list)
-    opened: list[str] = field(default_factory=list)
-    SessionOptions = onnxruntime.SessionOptions
-    RunOptions = onnxruntime.RunOptions
-
-    def get_available_providers(self) -> list[str]:
-        return list(self.available)
-
-    def preload_dlls(self) -> None:
-        self.preloaded = True
-
-    @property
-    def OrtValue(self) -> Any:  # noqa: N802
-        return SimpleNamespace(ortvalue_from_numpy=self._value)
-
-    def _value(self, array: np.ndarray, device: str, number: int) -> Any:
-        assert (device, number) == ("cuda", 0)
-        if self.full:
-            raise RuntimeError("Failed to allocate memory for requested buffer of size 64\nstack")
-        mine = array.copy()
-        self.arrays[mine.ctypes.data] = mine
-        return SimpleNamespace(
-            device_name=lambda: "cuda",
-            shape=lambda: list(mine.shape),
-            data_ptr=lambda: mine.ctypes.data,
-            tensor_size_in_bytes=lambda: mine.nbytes,
-        )
-
-    def holds(self, address: int) -> bool:
-        """Whether it is of the device's memory."""
-        return any(0 <= address - start < array.nbytes for start, array in self.arrays.items())
-
-    def InferenceSession(self, path: str, options: Any, providers: list[str]) -> Any:  # noqa: N802
-        providers = [p if isinstance(p, str) else p[0] for p in providers]
-        assert providers == list(self.available)
-        self.opened.append(Path(path).name)
-        options.intra_op_num_threads = 1
-        real = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return SimpleNamespace(
-            get_providers=lambda: providers if self.starts else providers[1:],
-            get_inputs=real.get_inputs,
-            get_outputs=real.get_outputs,
-            io_binding=lambda: Binding(self, real.io_binding()),
-            run_with_iobinding=lambda binding, how: real.run_with_iobinding(binding.real, how),
-        )
-
-
-@dataclass
-class Binding:
-    """Checks where memory is, then binds it as the host's."""
-
-    ort: FakeOrt
-    real: Any
-
-    def bind_input(self, *place: Any) -> None:
-        self._bind(self.real.bind_input, *place)
-
-    def bind_output(self, name: str, device: str, *place: Any) -> None:
-        if place:
-            self._bind(self.real.bind_output, name, device, *place)
-        else:
-            assert device == "cuda"  # what nobody reads stays there
-            self.real.bind_output(name, "cpu")
-
-    def _bind(
-        self, bind: Any, name: str, device: str, number: int, kind: Any, shape: Any, address: int
-    ) -> None:
-        assert (device == "cuda") == self.ort.holds(address), name
-        self.ort.bound.append((name, device, address))
-        bind(name, "cpu", number, kind, shape, address)
-
-    def synchronize_inputs(self) -> None:
-        self.ort.waits.append("inputs")
-
-    def synchronize_outputs(self) -> None:
-        self.ort.waits.append("outputs")
-
-
-@pytest.fixture
-def ort(monkeypatch: pytest.MonkeyPatch) -> FakeOrt:
-    fake = FakeOrt()
-    monkeypatch.setitem(sys.modules, "onnxruntime", fake)  # type: ignore[arg-type]
-    return fake
-
-
 TENSORRT = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
 LIGHTVLM = CACHED["lightvlm (cached)"]
 
@@ -171,22 +71,10 @@ def test_answers_are_those_of_the_cpu(
 def test_rows_of_the_device_s_memory(
     recipe: tuple[str, ...],
     bundle: Callable[..., Path],
-    ort: FakeOrt,
+    ort: FakeOrt,  # noqa: ARG001
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An engine binds parts of the buffers, and moves rows within the device."""
-
-    def copy(target: int, source: int, size: int) -> None:
-        assert ort.holds(target)
-        assert ort.holds(source + size - 1)
-        ctypes.memmove(target, source, size)
-
-    def clear(target: int, size: int) -> None:
-        assert ort.holds(target)
-        ctypes.memset(target, 0, size)
-
-    monkeypatch.setattr(nvidia, "copy_on_device", copy)
-    monkeypatch.setattr(nvidia, "clear_on_device", clear)
     folder = bundle("tiny-llava", *recipe, max_images=2)
     ratio = {"kv_keep": 0.5} if len(recipe) > 1 else {}
     asks = [Ask(p, (0,), {"max_new_tokens": 4 + 9 * i, **ratio}) for i, p in enumerate(PROMPTS * 2)]
@@ -252,7 +140,7 @@ def test_no_room_for_the_cache(ort: FakeOrt, bundle: Callable[..., Path]) -> Non
     with lvlm.load(bundle("tiny-llava", max_images=2), device="cuda") as model:
         ort.full = True
         with pytest.raises(
-            DeviceMemoryError, match=r"the cache \(batch of 1\) needs .*; give fewer"
+            DeviceMemoryError, match=r"the cache \(batch of 1\) needs .*; ask for fewer"
         ):
             model.generate("Hi")
 

@@ -148,8 +148,9 @@ def test_no_room_for_the_cache(built: Make, driver: FakeDriver) -> None:
         driver.room = sum(b.nbytes for b in driver.blocks.values()) + whole // 2
         with pytest.raises(
             DeviceMemoryError,
-            match=rf"cache \(batch of 1\) needs {whole:,} bytes .*, {whole // 2:,} are free; give "
-            "fewer prompts at once, or export with a smaller --max-text-len",
+            match=rf"cache \(batch of 1\) needs {whole:,} bytes .*, {whole // 2:,} are free; ask "
+            r"for fewer prompts \(slots\) or new tokens at once, or export with a "
+            "smaller --max-text-len",
         ):
             model.generate("Hi")
         driver.room = 1 << 40

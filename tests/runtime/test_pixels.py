@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lvlm.runtime.errors import ImageError
 from lvlm.runtime.images import open_image
@@ -38,6 +38,24 @@ def test_16_bits_are_scaled_by_their_range(kind: str) -> None:
 
 def test_16_bit_pil_image() -> None:
     assert np.abs(open_image(Image.fromarray(RAMP))[:, :, 1] - RAMP / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16B", ">u2"), ("I;16L", "<u2"), ("I;16N", "=u2")])
+def test_16_bits_in_any_order_of_bytes(mode: str, dtype: str) -> None:
+    """Pillow reads a TIFF of a big-endian machine into a mode of its own."""
+    picture = Image.frombytes(mode, (64, 64), RAMP.astype(dtype).tobytes())
+    given = [picture, saved(picture, "TIFF")] if mode == "I;16B" else [picture]
+    for source in given:
+        assert np.abs(open_image(source)[:, :, 0] - RAMP / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_colors_multiplied_by_their_opacity(mode: str) -> None:
+    picture = Image.new(mode, (2, 1), (40, 128) if mode == "LA" else (40, 40, 40, 128))
+    picture.putpixel((1, 0), (0,) * len(mode))
+    opened = open_image(picture.convert(f"{mode[:-1]}a"))
+    assert opened[0, 0].tolist() == pytest.approx([255 - (255 - 40) * 128 / 255] * 3, abs=2)
+    assert opened[0, 1].tolist() == [255] * 3  # transparent, not black
 
 
 def test_transparent_gray_of_16_bits() -> None:
@@ -78,10 +96,22 @@ def test_without_a_range(array: np.ndarray, problem: str) -> None:
         open_image(Image.fromarray(array))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "CMYK", "1"])
+@pytest.mark.parametrize("turn", range(9))
+def test_many_bands_turned(turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (37, 23, 3), np.uint8))
+    picture.getexif()[0x0112] = turn
+    monkeypatch.setattr("lvlm.runtime.pixels.BAND", 23 * 5)
+    opened = open_image(picture)
+    np.testing.assert_array_equal(opened, np.asarray(ImageOps.exif_transpose(picture)))
+    assert opened.flags.c_contiguous
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "CMYK", "1", "I", "F"])
 def test_many_bands(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(3).integers(0, 256, (37, 23, 4), np.uint8)
-    picture = Image.fromarray(pixels).convert("RGB" if mode in ("P", "CMYK", "1") else "RGBA")
+    picture = Image.fromarray(pixels).convert(
+        "RGB" if mode in ("P", "CMYK", "1", "I", "F") else "RGBA"
+    )
     picture = picture.convert(mode)
     whole = open_image(picture)
     monkeypatch.setattr("lvlm.runtime.pixels.BAND", 23 * 5)
