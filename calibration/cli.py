@@ -23,8 +23,7 @@ DIGITS_SAMPLES = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    return run_main("lvlm-calibrate", lambda: _run(args))
+    return run_main("lvlm-calibrate", lambda: _run(_parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,8 +25,7 @@ EXPORT_FLAGS = ("set", "dtype", "revision", "max_text_len", "no_validate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    return run_main("lvlm-eval", lambda: _run(args))
+    return run_main("lvlm-eval", lambda: _run(_parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,8 +22,7 @@ CACHES = ("fp16",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    return run_main("lvlm-export", lambda: _run(args))
+    return run_main("lvlm-export", lambda: _run(_parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,10 @@ SUBCOMMANDS = ("lvlm.plugins_trt.plugins_cli", "lvlm.plugins_trt.engine_cli")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return run_main("lvlm-build", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = Parser(
         prog="lvlm-build",
         description="Build what TensorRT needs to run a bundle.",
@@ -21,4 +25,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     for module in SUBCOMMANDS:
         importlib.import_module(module).add_parser(subparsers)
     args = parser.parse_args(argv)
-    return run_main("lvlm-build", lambda: int(args.run(args)))
+    return int(args.run(args))

@@ -26,8 +26,7 @@ DRAWING = ("top_k", "top_p", "seed")  # without effect at temperature 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    return run_main("lvlm-run", lambda: _run(args))
+    return run_main("lvlm-run", lambda: _run(_parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,7 +28,8 @@ class _Terminated(BaseException):
 
 
 def run_main(program: str, body: Callable[[], int]) -> int:
-    """The exit status of ``body``, with what a user can mend turned into a message.
+    """The exit status of ``body``, which reads the command line and does the work, with what a user
+    can mend turned into a message.
 
     What a user or the machine can mend (an ``LvlmError``, want of memory, what the system refuses)
     is ``program: error: …`` on stderr and status 2. Ctrl-C is 130, SIGTERM 143, an output pipe that
@@ -157,8 +158,15 @@ class Parser(argparse.ArgumentParser):
         self._texts = list(filter(self._is_text, sys.argv[1:] if args is None else args))
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
-            self.error(f"unknown argument {rest[0]}{self._nearest(rest[0].partition('=')[0])}")
+            flag = rest[0].partition("=")[0]
+            if flag in self._flags():
+                self.exit(USER_ERROR, f"{self.prog}: error: {flag} comes after --; put it before\n")
+            self.error(f"unknown argument {rest[0]}{self._nearest(flag)}")
         return parsed
+
+    def print_help(self, file: Any = None) -> None:
+        """argparse's own is silent about an output that takes nothing."""
+        print(self.format_help(), end="", file=file)
 
     def _nearest(self, flag: str) -> str:
         """First what it is the beginning of: --temp."""

@@ -12,8 +12,7 @@ UNUSABLE = 2  # exit status where something is broken, or nothing can run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    return run_main("lvlm-doctor", lambda: _run(args))
+    return run_main("lvlm-doctor", lambda: _run(_parser().parse_args(argv)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,8 +34,7 @@ PACKAGES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = make_parser().parse_args(arguments)
-    return run_main("lvlm-bench", lambda: _run(args, arguments))
+    return run_main("lvlm-bench", lambda: _run(make_parser().parse_args(arguments), arguments))
 
 
 def _run(args: argparse.Namespace, arguments: Sequence[str]) -> int:

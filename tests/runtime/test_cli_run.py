@@ -241,6 +241,7 @@ def test_an_answer_cut_by_the_capacity_is_told(
         ([], "required: BUNDLE, PROMPT"),
         (["BUNDLE", "Hi", "--imge", "x"], "unknown argument --imge; did you mean --image"),
         (["BUNDLE", "Hi", "--temp", "1"], "unknown argument --temp; did you mean --temperature?"),
+        (["BUNDLE", "--", "-5", "--top-k", "2"], "error: --top-k comes after --; put it before"),
         (["BUNDLE", "-5+3?"], "text that begins with - comes last, after --: -- '-5+3?'"),
         (["BUNDLE", "Hi", "--device", "gpu"], "unknown device 'gpu'; did you mean cuda?"),
         (["BUNDLE", "Hi", "--max-new=3"], "unknown argument --max-new=3; did you mean --max-new-t"),

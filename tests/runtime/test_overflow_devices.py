@@ -31,7 +31,7 @@ from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.model import Model
 from lvlm.runtime.sampling import Sampler
 
-DEVICES = ("cpu", "openvino", "cuda", "tensorrt-rtx", "tensorrt")
+DEVICES = ("cpu", "openvino", "cuda", "tensorrt-rtx")
 GOOD: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True, "kv_keep": 0.5}
 ASK = (QUESTION, PICTURES[:1])
 TWO = ([QUESTION, "Read the top row."], [PICTURES[:1], PICTURES[1:]])
@@ -54,8 +54,7 @@ def folders(
                 shutil.copytree(source, folder)
                 lower_bundle(folder, read_bundle(folder), TARGET, Progress(1, quiet=True))
             else:
-                flavour = {"flavour": "tensorrt", "target": "trt-11"}
-                build_engines(source, folder, **(flavour if device == "tensorrt" else {}))
+                build_engines(source, folder)
         return made[device]
 
     return make
@@ -64,7 +63,7 @@ def folders(
 @pytest.fixture(params=DEVICES)
 def where(request: pytest.FixtureRequest, folders: Callable[[str], Path]) -> tuple[Path, str]:
     """A bundle and the device to load it on, which is there or stood in for."""
-    stands_in = {"cuda": "ort", "tensorrt-rtx": "trt", "tensorrt": "full"}
+    stands_in = {"cuda": "ort", "tensorrt-rtx": "trt"}
     folder = folders(request.param)
     if request.param in stands_in:
         request.getfixturevalue(stands_in[request.param])

@@ -110,6 +110,15 @@ def test_a_full_output_is_told_in_a_line() -> None:
     assert (done.returncode, done.stderr) == (2, expected)
 
 
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_a_full_output_while_the_command_line_is_read(flag: str) -> None:
+    code = "import sys\nfrom lvlm.runtime.cli import main\nsys.exit(main(sys.argv[1:]))"
+    with open("/dev/full", "w") as full:
+        done = python(code, flag, stdout=full)
+    expected = "lvlm-run: error: its output cannot be read or written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
 def test_nobody_to_tell_is_still_a_status() -> None:
     with open("/dev/full", "w") as full:
         assert python(PRINT, stdout=full, stderr=full).returncode == 2
