@@ -235,7 +235,10 @@ def read_bundle(folder: str | Path, verify: Verify = "sample") -> Manifest:
     except (OSError, ValueError) as error:
         raise BundleError(f"{shown(str(folder))} cannot be read ({error})") from None
     if not there:
-        what = "is not a bundle (no lvlm.json in it)" if folder.is_dir() else "does not exist"
+        what = "does not exist"
+        if folder.exists():
+            empty = "no lvlm.json in it" if folder.is_dir() else "a file, and a bundle is a folder"
+            what = f"is not a bundle ({empty})"
         raise BundleError(f"{folder} {what}; make one with lvlm-export -o {folder}")
     data = read_json(path)
     schema = data.get("schema") if isinstance(data, dict) else None

@@ -140,7 +140,7 @@ def test_what_was_written_is_read(folder: Path) -> None:
 def test_places_that_are_no_bundle(folder: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "nowhere")
     assert "is not a bundle (no lvlm.json in it)" in refused(tmp_path)
-    assert "is not a bundle" not in refused(folder / "tokenizer.json")  # a file, not a folder
+    assert "(a file, and a bundle is a folder)" in refused(folder / "tokenizer.json")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00\xff", '{"schema": 3'], ids=range(5))
