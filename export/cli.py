@@ -120,11 +120,10 @@ def _run(args: argparse.Namespace) -> int:
 
     from lvlm.export.estimates import check_machine
     from lvlm.export.exporter import export, stages
-    from lvlm.export.plan import check_output, make_plan
+    from lvlm.export.plan import make_plan
     from lvlm.export.progress import Progress
     from lvlm.export.summaries import plan_data, plan_table, report_data, report_table
 
-    check_output(options.output)
     quiet = args.quiet or args.json
     set_logging(args.verbose)
     plan = make_plan(options, weights=not args.dry_run, quiet=quiet)
@@ -173,6 +172,7 @@ def require(packages: Sequence[str], extra: str, otherwise: str = "") -> None:
 
 
 def _options(args: argparse.Namespace) -> Options:
+    from lvlm.export.places import check_output
     from lvlm.runtime.discovery import discover, nearest
     from lvlm.runtime.errors import ParameterError
 
@@ -180,6 +180,7 @@ def _options(args: argparse.Namespace) -> Options:
         raise ParameterError("which model? give -m (tiny-llava is shipped with this package)")
     if args.output is None:
         raise ParameterError("where to? give -o FOLDER")
+    check_output(args.output)
     from lvlm.export.plan import Options
     from lvlm.export.recipes._base import parse_settings
 

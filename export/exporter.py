@@ -19,7 +19,8 @@ from lvlm.export import weights
 from lvlm.export.estimates import check_machine
 from lvlm.export.fused_products import fuse_products
 from lvlm.export.graphs import graph_names, trace_graph
-from lvlm.export.plan import Options, Plan, check_output
+from lvlm.export.places import check_output
+from lvlm.export.plan import Options, Plan
 from lvlm.export.progress import Progress, size
 from lvlm.export.quantization import product_weights
 from lvlm.export.quantized_products import BLOCKS, QuantizedTensor, quantize_products

@@ -23,7 +23,7 @@ from lvlm.export.targets._base import Target
 from lvlm.export.weight_names import open_skeleton
 from lvlm.runtime.budgets import Budgets
 from lvlm.runtime.bundle import Capacity, Images
-from lvlm.runtime.errors import ExportError, ParameterError
+from lvlm.runtime.errors import ParameterError
 from lvlm.runtime.schedule import keep_ratios, tokens_per_layer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -250,16 +250,3 @@ def _stored_dtype(config: Any, checkpoint: checkpoints.Checkpoint) -> torch.dtyp
         )
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def check_output(output: Path) -> None:
-    """ExportError where no bundle can be written at ``output``."""
-    try:
-        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
-    except (OSError, ValueError) as error:  # a name too long, a folder of somebody else
-        reason = getattr(error, "strerror", None) or error
-        raise ExportError(f"-o {str(output)[:80]} cannot be used: {reason}") from None
-    if taken:
-        raise ExportError(f"{output} exists and is not empty; give another -o or remove it")
-    if not output.absolute().parent.is_dir():
-        raise ExportError(f"the folder {output.absolute().parent} does not exist; make it first")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,16 +63,23 @@ def make_sources(
     progress: Progress,
 ) -> Path:
     """``folder``/source, which cmake builds without Python and Triton, on another machine too."""
-    compiled = compile_kernels(all_kernels(plugins), archs, jobs=jobs, progress=progress)
     sources = folder / "source"
+    with _written(sources):  # first: compiling takes minutes
+        copy_shell(sources)
+    compiled = compile_kernels(all_kernels(plugins), archs, jobs=jobs, progress=progress)
     with progress.stage("write C++") as stage:
-        try:
-            copy_shell(sources)
+        with _written(sources):
             write_sources(sources, plugins, compiled)
-        except OSError as error:
-            raise BuildError(f"{sources} cannot be written: {error.strerror or error}") from None
         stage.result = size((sources / "kernels.bin").stat().st_size)
     return sources
+
+
+@contextlib.contextmanager
+def _written(sources: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(f"{sources} cannot be written: {error.strerror or error}") from None
 
 
 def copy_shell(sources: Path) -> None:

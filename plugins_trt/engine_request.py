@@ -119,4 +119,7 @@ def parse_size(text: str) -> int:
     unit = (found[2] or "").replace("K", "k").replace("ki", "Ki") if found else ""
     if found is None or unit not in UNITS or float(found[1]) <= 0:
         raise ParameterError(f"--workspace {text}: give a size as 4GB or 512MiB")
-    return int(float(found[1]) * UNITS[unit])
+    size = int(float(found[1]) * UNITS[unit])
+    if size < UNITS["k"]:  # 4 was meant as 4GB
+        raise ParameterError(f"--workspace {text} is {size:,} bytes; give a size as 4GB or 512MiB")
+    return size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -222,6 +223,20 @@ def bundle_path(bundle: object) -> Path:
         ) from None
 
 
+def _no_bundle(folder: Path) -> str:
+    """What is there instead, and what to do."""
+    name = str(folder) if str(folder).isprintable() else shown(str(folder))
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return f"{name} is a checkpoint; make a bundle of it: lvlm-export -m {name} -o BUNDLE"
+        return f"{name} is not a bundle (no lvlm.json in it); make one with lvlm-export -m MODEL"
+    if folder.name == MANIFEST and folder.exists():
+        return f"{name} is a file of a bundle; give its folder {folder.parent}"
+    if os.path.lexists(folder):
+        return f"{name} is not a bundle (a file, and a bundle is a folder that lvlm-export made)"
+    return f"{name} does not exist; make one with lvlm-export -m MODEL -o {name}"
+
+
 def read_bundle(folder: str | Path, verify: Verify = "sample") -> Manifest:
     """The checked manifest of a bundle; BundleError says what is wrong with it.
 
@@ -233,13 +248,10 @@ def read_bundle(folder: str | Path, verify: Verify = "sample") -> Manifest:
     try:
         there = path.is_file()
     except (OSError, ValueError) as error:
-        raise BundleError(f"{shown(str(folder))} cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"{shown(str(folder))} cannot be read ({reason})") from None
     if not there:
-        what = "does not exist"
-        if folder.exists():
-            empty = "no lvlm.json in it" if folder.is_dir() else "a file, and a bundle is a folder"
-            what = f"is not a bundle ({empty})"
-        raise BundleError(f"{folder} {what}; make one with lvlm-export -o {folder}")
+        raise BundleError(_no_bundle(folder))
     data = read_json(path)
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, bool) or schema not in READABLE:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lvlm.runtime.answers import Generation, Stats
     from lvlm.runtime.model import Model
 
+LONGEST_PROMPT = 10_000_000  # characters: a pipe might never end
 DRAWING = ("top_k", "top_p", "seed")  # without effect at temperature 0
 
 
@@ -110,9 +111,12 @@ def _prompt(given: str) -> str:
     if given != "-":
         return given
     try:
-        return sys.stdin.read().removesuffix("\n")
+        text = sys.stdin.read(LONGEST_PROMPT + 1)
     except UnicodeDecodeError:
         raise PromptError("standard input is not valid text; pass UTF-8") from None
+    if len(text) > LONGEST_PROMPT:
+        raise PromptError(f"standard input has over {LONGEST_PROMPT:,} characters; give a question")
+    return text.removesuffix("\n")
 
 
 def _answer(

@@ -157,6 +157,8 @@ class Parser(argparse.ArgumentParser):
     ) -> argparse.Namespace:
         self._texts = list(filter(self._is_text, sys.argv[1:] if args is None else args))
         parsed, rest = self.parse_known_args(args, namespace)
+        if rest and not rest[0].startswith("-"):
+            self.error(f"too many arguments: {shown(rest[0])}; put text with spaces in quotes")
         if rest:
             flag = rest[0].partition("=")[0]
             if flag in self._flags():

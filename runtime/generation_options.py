@@ -30,7 +30,7 @@ class Option:
     read: Callable[[object], Any]
     flag: Flag
     metavar: str | None
-    help: str
+    help: str = ""
 
 
 def whole(
@@ -43,7 +43,7 @@ def whole(
             raise ValueError
         return int(value)
 
-    highest = f"{most:g}" if most > 10**12 else f"{most:,}"
+    highest = f"2**{math.log2(most):.0f}" if most > 10**12 else f"{most:,}"
     bounds = f"of {least} or more" if most == math.inf else f"from {least} to {highest}"
     return Option(wanted or f"a whole number {bounds}", read, "whole", metavar, help)
 
@@ -81,6 +81,9 @@ def _switch(value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError
     return value
+
+
+SWITCH = Option("True or False", _switch, "switch", None)
 
 
 def _text(value: object) -> str:
@@ -193,9 +196,7 @@ class GenerationOptions:
             "end the answer before TEXT; repeatable",
         ),
     )
-    ignore_eos: bool = option(
-        False, Option("True or False", _switch, "switch", None, "go on to --max-new-tokens")
-    )
+    ignore_eos: bool = option(False, replace(SWITCH, help="go on to --max-new-tokens"))
     logprobs: int | None = option(
         None,
         whole(

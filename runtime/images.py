@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lvlm.runtime.errors import ImageError, shown
+from lvlm.runtime.opening import at_once
 from lvlm.runtime.pixels import rgb
 
 ImageSource: TypeAlias = (
@@ -110,7 +111,7 @@ def _of_url(url: str) -> bytes:
 def _from_path(path: str | os.PathLike[str], most: int) -> npt.NDArray[np.uint8]:
     name = f"picture {shown(os.fspath(path), 300)}"
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below, outside of this try
+        file = open(path, "rb", opener=at_once)  # noqa: SIM115 - closed outside of this try
     except FileNotFoundError:
         raise ImageError(f"{name} does not exist; check it (URLs are not downloaded)") from None
     except IsADirectoryError:
@@ -177,6 +178,6 @@ def _check_size(height: int, width: int, name: str, most: int) -> None:
 
 def _too_large(name: str, most: int) -> ImageError:
     return ImageError(
-        f"{name} is too large; scale it down to at most {most / 1e6:g} megapixels and {MAX_SIDE} "
-        "pixels a side, or raise max_image_pixels"
+        f"{name} is too large; scale it down to at most {most:,} pixels in all and {MAX_SIDE:,} a "
+        "side, or raise max_image_pixels"
     )

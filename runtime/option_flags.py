@@ -10,6 +10,9 @@ from typing import Any
 
 from lvlm.runtime.errors import ParameterError
 from lvlm.runtime.generation_options import GenerationOptions, Option
+from lvlm.runtime.opening import at_once
+
+LONGEST = 1_000_000  # characters that are read of a template: far more than one may have
 
 
 def add_option_flags(parser: argparse.ArgumentParser, names: Iterable[str] = ()) -> None:
@@ -57,12 +60,16 @@ def given_options(args: argparse.Namespace) -> GenerationOptions:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8", opener=at_once) as file:
+            text = file.read(LONGEST)
     except OSError as error:
         reason = error.strerror or error
         raise ParameterError(f"--chat-template {path} cannot be read: {reason}") from None
     except UnicodeDecodeError:
         raise ParameterError(f"--chat-template {path} is not text in UTF-8") from None
+    if not text:
+        raise ParameterError(f"--chat-template {path} is empty")
+    return text
 
 
 def _ratios(text: str) -> float | tuple[float, ...]:

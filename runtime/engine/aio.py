@@ -14,6 +14,7 @@ from lvlm.runtime.engine.engine import Engine
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.memory import Memory
 from lvlm.runtime.engine.stats import EngineStats
+from lvlm.runtime.errors import ParameterError, shown
 from lvlm.runtime.generation_options import GenerationOptions, OptionValues
 
 
@@ -93,6 +94,10 @@ class AsyncEngine:
     """An Engine whose requests are awaited. ``async with`` closes the engine at the end."""
 
     def __init__(self, engine: Engine) -> None:
+        if not isinstance(engine, Engine):
+            raise ParameterError(
+                f"engine is {shown(engine)}; give lvlm.AsyncEngine(lvlm.Engine(BUNDLE))"
+            )
         self.engine = engine
 
     async def submit(

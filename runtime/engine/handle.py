@@ -12,6 +12,9 @@ from typing import Self, TypeVar
 from lvlm.runtime.answers import Generation
 from lvlm.runtime.errors import LvlmError, RequestCancelled
 from lvlm.runtime.forks import forked, orphan_in_children
+from lvlm.runtime.generation_options import number, read_value
+
+WAIT = number("seconds, 0 or more, or None", lambda x: x >= 0)
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +69,8 @@ class Handle:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end, ``timeout`` seconds at most; whether it has come."""
+        if timeout is not None:
+            timeout = read_value("timeout", WAIT, timeout)
         with self._changed:
             return self._changed.wait_for(lambda: self.done, timeout)
 

@@ -96,4 +96,5 @@ if not TYPE_CHECKING:  # type checkers would take every name for one that it fin
         return found
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__, "__version__"})
+        own = {name for name in globals() if name.startswith("__")}
+        return sorted({*own, *__all__, "__version__"})

@@ -207,6 +207,16 @@ def test_mistakes_are_one_line(
     assert error.count("\n") == 1
 
 
+def test_a_place_that_cannot_be_written_is_known_before_minutes_of_compiling(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "compile_kernels", lambda *_, **__: pytest.fail("compiled"))
+    (tmp_path / "file").write_text("")
+    status, error = command(capsys, "plugins", "--arch", "87", "-o", str(tmp_path / "file"))
+    assert status == 2
+    assert "file/source cannot be written: Not a directory" in error
+
+
 def test_sources_to_build_elsewhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,6 +148,7 @@ def test_onnx_runtime_builds_nothing(target: str, folder: Path, run: Any) -> Non
         (("--target", "trt-rtx", "--batch", "8..1"), "--batch 8..1: give LOW..HIGH"),
         (("--target", "trt-rtx", "--max-prompt", "9999"), "room for"),
         (("--target", "trt-rtx", "--workspace", "much"), "give a size as 4GB"),
+        (("--target", "trt-rtx", "--workspace", "4"), "--workspace 4 is 4 bytes; give a size as"),
         (("--target", "trt-rtx", "--plugins", "x.so"), "TensorRT-RTX runs no plugins"),
         (("--target", "trt-rtx", "--hardware-compatible"), "name the GPUs with --sm instead"),
         (("--target", "trt-rtx", "--timing-cache", "x"), "measures nothing while it builds"),

@@ -52,6 +52,7 @@ def test_a_type_checker_sees_the_api(tmp_path: Path) -> None:
 def test_names_are_listed() -> None:
     assert set(lvlm.__all__) <= set(dir(lvlm))
     assert "__version__" in dir(lvlm)
+    assert {name for name in dir(lvlm) if not name.startswith("_")} == set(lvlm.__all__)
     for name in lvlm.__all__:
         assert getattr(lvlm, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

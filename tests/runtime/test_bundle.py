@@ -140,7 +140,14 @@ def test_what_was_written_is_read(folder: Path) -> None:
 def test_places_that_are_no_bundle(folder: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused(tmp_path / "nowhere")
     assert "is not a bundle (no lvlm.json in it)" in refused(tmp_path)
-    assert "(a file, and a bundle is a folder)" in refused(folder / "tokenizer.json")
+    assert "tokenizer.json is not a bundle (a file, and" in refused(folder / "tokenizer.json")
+    assert f"is a file of a bundle; give its folder {folder}" in refused(folder / "lvlm.json")
+    (tmp_path / "loop").symlink_to("loop")
+    assert "loop is not a bundle (a file, and" in refused(tmp_path / "loop")
+    (tmp_path / "config.json").write_text("{}")
+    assert f"is a checkpoint; make a bundle of it: lvlm-export -m {tmp_path}" in refused(tmp_path)
+    assert len(refused(tmp_path / ("x" * 5000))) < 200
+    assert r"'a\x00b'" in refused(Path("a\0b"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "\x00\xff", '{"schema": 3'], ids=range(5))

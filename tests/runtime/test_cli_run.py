@@ -135,6 +135,8 @@ def test_prompt_from_standard_input(
     monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION + "\n"))
     code, out, _ = run(light, "-", "--image", PICTURE, "--max-new-tokens", 12)
     assert (code, out) == (0, expected.text + "\n")
+    monkeypatch.setattr(sys, "stdin", open("/dev/zero"))  # noqa: SIM115 - for the whole call
+    assert "standard input has over 10,000,000 characters" in one_line(run(light, "-")[2])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\xff"), "utf-8"))
     code, _, err = run(light, "-")
     assert code == 2
@@ -245,7 +247,7 @@ def test_an_answer_cut_by_the_capacity_is_told(
         (["BUNDLE", "-5+3?"], "text that begins with - comes last, after --: -- '-5+3?'"),
         (["BUNDLE", "Hi", "--device", "gpu"], "unknown device 'gpu'; did you mean cuda?"),
         (["BUNDLE", "Hi", "--max-new=3"], "unknown argument --max-new=3; did you mean --max-new-t"),
-        (["BUNDLE", "Hi", "there"], "unknown argument there ("),
+        (["BUNDLE", "Hi", "there"], "too many arguments: 'there'; put text with spaces in q"),
         (["BUNDLE", "Hi", "-v", "-q"], "not allowed with"),
         (["BUNDLE", "Hi", "--threads", "two"], "--threads"),
         (["BUNDLE", "Hi", "--threads", "0"], "threads is 0"),
@@ -265,7 +267,8 @@ def test_an_answer_cut_by_the_capacity_is_told(
         (["BUNDLE", "<image> Hi", "--no-chat-template"], "1 image placeholder for 0 images"),
         (["BUNDLE", "Hi", *["--image", PICTURE] * 3], "--max-images 2"),
         (["nowhere", "Hi"], "nowhere does not exist; make one with lvlm-export"),
-        ([ASSETS, "Hi"], "is not a bundle"),
+        ([ASSETS, "Hi"], "is a checkpoint; make a bundle of it"),
+        (["BUNDLE", "Hi", "--chat-template", os.devnull], f"{os.devnull} is empty"),
         (["BUNDLE", "Hi", "--show-merge", "a.png"], "--show-merge draws on a picture"),
         (["BUNDLE", "Hi", "--image", PICTURE, "--show-merge", "a.jpg"], "ending in .png"),
         (["BUNDLE", "Hi", "--image", PICTURE, "--show-merge", "no/a.png"], "no such folder"),

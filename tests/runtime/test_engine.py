@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import lvlm
 from lvlm.runtime.backends import cpu
-from lvlm.runtime.engine import Engine
+from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.errors import CapacityError, ParameterError, PromptError, QueueFullError
 from lvlm.runtime.model import Model
 
@@ -221,6 +221,9 @@ def test_mistakes_are_raised_by_submit(bundle: Callable[..., Path]) -> None:
         for wrong in (0, -1, "soon", float("nan"), True):
             with pytest.raises(ParameterError, match="timeout is"):
                 engine.submit(QUESTION, timeout=wrong)  # type: ignore[arg-type]
+        for wrong in (-1, "soon", float("nan"), True):
+            with pytest.raises(ParameterError, match="timeout is"):
+                Handle(lambda: None).result(wrong)  # type: ignore[arg-type]
         with pytest.raises(ParameterError, match="max_new_tokens is 0"):
             engine.submit(QUESTION, max_new_tokens=0)
         with pytest.raises(ParameterError, match="option 'sead'"):

@@ -33,6 +33,11 @@ def run(main: Coroutine[Any, Any, Any]) -> None:
     asyncio.run(asyncio.wait_for(main, WAIT))
 
 
+def test_it_is_made_of_an_engine() -> None:
+    with pytest.raises(ParameterError, match=r"engine is 'out/'; give lvlm.AsyncEngine\(lvlm.Eng"):
+        AsyncEngine("out/")  # type: ignore[arg-type]
+
+
 def test_many_at_once(folder: Path, engine: Engine) -> None:
     asks = [ask(p, (i % 2,), max_new_tokens=3 + i) for i, p in enumerate(["Hi", QUESTION] * 4)]
     with lvlm.load(folder) as model:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lvlm.runtime.bundle import Capacity, Manifest, read_bundle
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.engine.memory import byte_size, plan_memory, slot_capacity
-from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.errors import DeviceMemoryError, ParameterError
 
 RECIPES = {"none": ("none",), "lightvlm": ("lightvlm",), **CACHED}
 
@@ -90,6 +90,13 @@ def test_too_little_says_what_is_needed(manifest: Manifest, bundle: Callable[...
 
 def test_neither_slots_nor_budget(manifest: Manifest) -> None:
     assert plan_memory(manifest, manifest.capacity, None, None, 0).slots == 4
+
+
+def test_more_slots_than_any_machine_has_memory_for(bundle: Callable[..., Path]) -> None:
+    with pytest.raises(DeviceMemoryError, match=r"no memory for 1,000,000,000 slots of .* MB"):
+        Engine(bundle("tiny-llava", max_images=2), slots=10**9)
+    with pytest.raises(ParameterError, match="reuse_prefixes is 'no'; give True or False"):
+        Engine(bundle("tiny-llava", max_images=2), reuse_prefixes="no")  # type: ignore[arg-type]
 
 
 def test_slots_smaller_than_the_bundles(manifest: Manifest) -> None:

@@ -1,0 +1,20 @@
+"""Where a bundle may be written; known before torch is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lvlm.runtime.errors import ExportError
+
+
+def check_output(output: Path) -> None:
+    """ExportError where no bundle can be written at ``output``."""
+    try:
+        taken = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    except (OSError, ValueError) as error:  # a name too long, a folder of somebody else
+        reason = getattr(error, "strerror", None) or error
+        raise ExportError(f"-o {str(output)[:80]} cannot be used: {reason}") from None
+    if taken:
+        raise ExportError(f"{output} exists and is not empty; give another -o or remove it")
+    if not output.absolute().parent.is_dir():
+        raise ExportError(f"the folder {output.absolute().parent} does not exist; make it first")
