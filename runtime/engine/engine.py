@@ -83,6 +83,8 @@ class Engine:
         reuse_prefixes = read_value("reuse_prefixes", SWITCH, reuse_prefixes)
         self.folder, self.device = folder, device
         self.manifest = manifest = read_bundle(folder, verify)
+        ratios = read_options(manifest, None, {"keep": keep, "kv_keep": kv_keep})
+        keep, kv_keep = ratios.keep, ratios.kv_keep
         self.keep, self.kv_keep = keep, kv_keep
         capacity = slot_capacity(manifest, max_text_len, max_images, keep, kv_keep)
         backend = open_backend(device, threads=threads)

@@ -86,6 +86,10 @@ def test_too_little_says_what_is_needed(manifest: Manifest, bundle: Callable[...
     for wrong in ({"slots": 0}, {"slots": True}, {"slots": 2.0}, {"memory_budget": "1kB"}):
         with pytest.raises(ParameterError, match=r"slots is|memory_budget is"):
             Engine(folder, **wrong)  # type: ignore[arg-type]
+    # True is no number, "no" no switch
+    for name, odd in (("keep", True), ("kv_keep", True), ("keep", "x"), ("reuse_prefixes", "no")):
+        with pytest.raises(ParameterError, match=f"^{name} is "):
+            Engine(folder, **{name: odd})  # type: ignore[arg-type]
 
 
 def test_neither_slots_nor_budget(manifest: Manifest) -> None:
