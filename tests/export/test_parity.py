@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,16 @@ def load_torch(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def transformers_tokens(folder: Path, model: Model, count: int) -> list[list[int]]:
+def transformers_tokens(
+    folder: Path,
+    model: Model,
+    count: int,
+    rows: Sequence[tuple[str, list[np.ndarray]]] = ROWS,
+) -> list[list[int]]:
     """Greedy ids of transformers' own generate, prompt by prompt, without its processor."""
     theirs = load_torch(folder)
     answers = []
-    for text, pictures in ROWS:
+    for text, pictures in rows:
         prompt = model.prepare(0, text, pictures, GenerationOptions(chat_template=False))
         ids = torch.tensor([list(prompt.ids)])
         with torch.no_grad():
@@ -201,6 +206,23 @@ def test_image_tokens_entering_each_layer_follow_the_schedule(
                 for layer in range(6)
             ]
             assert [n - text for n in written] == expected
+
+
+def test_a_picture_anywhere(bundle: Callable[..., Path]) -> None:
+    """First, last, between words and alone: recipe none as transformers; lightvlm at keep 1 as
+    none, and at less alone as in a batch."""
+    texts = ["First words <image> then words", "Describe this: <image>", "<image>Say", "<image>"]
+    rows = [(text, PICTURES[:1]) for text in texts]
+    options: dict[str, Any] = {"max_new_tokens": 16, "chat_template": False}
+    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+        plain = [model.generate(*row, **options).token_ids for row in rows]
+        assert plain == transformers_tokens(ASSETS / "tiny-llava", model, 16, rows)
+    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
+        for row, tokens in zip(rows, plain, strict=True):
+            assert model.generate(*row, keep=1.0, kv_keep=1.0, **options).token_ids == tokens
+            alone = model.generate(*row, keep=0.2, **options)
+            pair = model.generate([row[0], "Hello"], [row[1], []], keep=0.2, **options)
+            assert pair[0].token_ids == alone.token_ids
 
 
 def test_padding_and_company_change_nothing(bundle: Callable[..., Path]) -> None:

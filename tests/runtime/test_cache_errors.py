@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ def test_a_kept_prompt_shorter_than_the_distance(elastic: Model) -> None:
     batch = elastic.batches.start([prompt], kv_keep=0.2)
     kept, sinks = int(batch.counts.kept[0, 0]), 1
     assert batch.counts.budgets.fixed_point(batch.counts.kept)[0, 0] == max(sinks, kept // 2)
+
+
+@pytest.mark.parametrize("recipe", ["elastic-cache (cached)", "lightvlm (cached)"])
+def test_prompts_of_one_token_and_some(recipe: str, bundle: Callable[..., Path]) -> None:
+    """They run to the end, alone as in a batch; a shorter answer is a longer one's beginning."""
+    with lvlm.load(bundle("tiny-llava", *CACHED[recipe], max_images=2), threads=1) as model:
+        for text, keep in product(("a", "ab", "Hello there, what now?"), (0.01, 0.5)):
+            options: dict[str, Any] = {"chat_template": False, "kv_keep": keep, "ignore_eos": True}
+            alone = model.generate(text, max_new_tokens=30, **options).token_ids
+            assert len(alone) == 30
+            pair = model.generate([text, "A longer prompt"], max_new_tokens=30, **options)
+            assert pair[0].token_ids == alone
+            for n in (1, 2):
+                assert model.generate(text, max_new_tokens=n, **options).token_ids == alone[:n]
 
 
 def test_short_answers_use_few_bytes(elastic: Model) -> None:
