@@ -72,8 +72,13 @@ class CompactCache:
         self._entry_bytes = 2 * text.kv_heads * text.head_dim * item
         query_bytes = text.heads * text.head_dim * item
         self._ring_bytes = len(capacities) * self._queries * query_bytes
+        try:
+            self._make_counts(budgets, batch, capacities)
+        except MemoryError:
+            raise self._no_room(batch, "") from None
 
-        shape = (len(capacities), batch)
+    def _make_counts(self, budgets: Budgets, batch: int, capacities: Sequence[int]) -> None:
+        shape, compression = (len(capacities), batch), budgets.compression
         self.budgets = replace(budgets, fractions=np.repeat(budgets.fractions, batch, axis=1))
         self.capacities = np.array(capacities, np.int64)
         self.lengths = np.zeros(shape, np.int64)

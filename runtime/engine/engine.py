@@ -19,13 +19,13 @@ from lvlm.runtime.cache import CompactCache
 from lvlm.runtime.counts import count_prompts, read_options
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.image_cache import ImageCache
-from lvlm.runtime.engine.memory import Memory, in_mb, plan_memory, slot_capacity
+from lvlm.runtime.engine.memory import Memory, plan_memory, slot_capacity
 from lvlm.runtime.engine.prefixes import prompt_keys, reusable
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.scheduler import Scheduler
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.engine.stats import EngineStats
-from lvlm.runtime.errors import DeviceMemoryError, QueueFullError
+from lvlm.runtime.errors import QueueFullError
 from lvlm.runtime.generation_options import (
     SWITCH,
     GenerationOptions,
@@ -103,20 +103,14 @@ class Engine:
             manifest.generation,
         )
         graphs = Graphs(folder, manifest, backend)
-        try:
-            cache = CompactCache(
-                backend,
-                manifest.text,
-                manifest.cache_dtype,
-                self._memory.slots,
-                capacity.per_layer,
-                Budgets.of(manifest.compression, manifest.text.layers, kv_keep),
-            )
-        except MemoryError:
-            raise DeviceMemoryError(
-                f"there is no memory for {self._memory.slots:,} slots of "
-                f"{in_mb(self._memory.slot)}; give fewer, or a memory_budget"
-            ) from None
+        cache = CompactCache(
+            backend,
+            manifest.text,
+            manifest.cache_dtype,
+            self._memory.slots,
+            capacity.per_layer,
+            Budgets.of(manifest.compression, manifest.text.layers, kv_keep),
+        )
         self.images = ImageCache(self._memory.images)
         self._scheduler = Scheduler(
             graphs,
