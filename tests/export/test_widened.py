@@ -46,7 +46,7 @@ def test_rows_that_are_looked_up_are_cast_and_not_the_table(head: str, tmp_path:
     model, weights = embedding_and_head(tmp_path, head)
     wide = ir.to_proto(widen(ir.from_proto(model), "float16"))
     casts = Counter(n.input[0] for n in wide.graph.node if n.op_type == "Cast")
-    assert casts == {"rows": 1, head: 1}
+    assert casts == {"rows": 1, f"{head}_wide_0_waits": 1}
     onnx.save(wide, tmp_path / "wide.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "wide.onnx")
     ids = np.array([3, 49, 0], np.int64)
@@ -54,3 +54,18 @@ def test_rows_that_are_looked_up_are_cast_and_not_the_table(head: str, tmp_path:
     expected = weights["table"][ids].astype(np.float32) @ weights[head].astype(np.float32).T
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_is_cast_when_its_product_is_next(tmp_path: Path) -> None:
+    """Casts that wait for nothing are all run first, and then a model is in memory twice."""
+    model, _ = embedding_and_head(tmp_path, "head")
+    wide = widen(ir.from_proto(model), "float16")
+    (cast,) = (n for n in wide.graph if n.op_type == "Cast" and n.name.startswith("head"))
+    found, ahead = set(), [cast]
+    while ahead:
+        for value in ahead.pop().inputs:
+            assert value is not None
+            producer = value.producer()
+            found.add(value.name)
+            ahead += [] if producer is None else [producer]
+    assert {"head", "table", "ids"} <= found
