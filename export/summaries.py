@@ -80,7 +80,7 @@ def report_table(report: Report) -> str:
     }
     lines = [layout(rows)]
     if report.validation:
-        from lvlm.export.validation import table  # ONNX Runtime is needed only to validate
+        from lvlm.export.verify.checks import table  # torch is loaded where something was checked
 
         lines.append(table(report.validation))
     lines.append(f'next: lvlm-run {report.output} --image PICTURE "QUESTION"')

@@ -16,6 +16,7 @@ from pathlib import Path
 from lvlm.export import validation
 from lvlm.export.plan import DTYPES, Options, make_plan
 from lvlm.export.recipes._base import parse_settings
+from lvlm.export.verify.checks import table
 from lvlm.runtime.bundle import read_bundle
 from lvlm.runtime.discovery import discover
 from lvlm.runtime.errors import LvlmError
@@ -41,7 +42,7 @@ def main() -> None:
     finally:
         print(f"time         {time.perf_counter() - began:.0f} s")
         print(f"peak memory  {peak.stop() / 1e9:.2f} GB, the page cache aside")
-    print(validation.table(outcome.checks))
+    print(table(outcome.checks))
     print(json.dumps({**dataclasses.asdict(outcome), "checks": len(outcome.checks)}, indent=1))
 
 

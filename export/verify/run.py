@@ -11,6 +11,7 @@ import numpy as np
 from lvlm.export.verify.forms import Form, Opened, open_form
 from lvlm.runtime import batch as batches
 from lvlm.runtime.bundle import Manifest
+from lvlm.runtime.errors import LvlmError, ValidationError
 from lvlm.runtime.graphs import Graphs
 from lvlm.runtime.prompts import Prompt
 
@@ -40,8 +41,23 @@ def run_form(
     """``tokens`` are fed whatever is chosen. ``opened``: sessions of the same folder, those of this
     run are added. ``ratio``: of tokens and entries, None as exported.
 
-    Raises BackendError, CapacityError.
+    Raises ValidationError where the form cannot be run.
     """
+    try:
+        return _run(folder, form, manifest, prompt, tokens, opened, ratio)
+    except LvlmError as error:
+        raise ValidationError(f"the bundle's graphs ({form.name}) cannot be run: {error}") from None
+
+
+def _run(
+    folder: Path,
+    form: Form,
+    manifest: Manifest,
+    prompt: Prompt,
+    tokens: Sequence[int],
+    opened: Opened,
+    ratio: float | None,
+) -> Run:
     backend, manifest = open_form(form, manifest, opened)
     merging, compressed = bool(manifest.reductions), manifest.compression is not None
     batch = batches.Batches(Graphs(folder, manifest, backend)).start(

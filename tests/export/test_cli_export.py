@@ -354,7 +354,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_table_marks_what_failed() -> None:
-    lines = validation.table([Check("a", 0.1, 1, "x"), Check("b", 2, 1, "x")]).splitlines()
+    lines = table([Check("a", 0.1, 1, "x"), Check("b", 2, 1, "x")]).splitlines()
     assert "✓" in lines[0]
     assert "✗" in lines[1]
 
@@ -362,7 +362,7 @@ def test_table_marks_what_failed() -> None:
 def test_a_failed_comparison_says_what_failed_and_that_nothing_was_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = validation.Outcome([Check("prefill.onnx logits", 2, 1, "x")])
+    outcome = Outcome([Check("prefill.onnx logits", 2, 1, "x")])
     with pytest.raises(ValidationError) as caught:
         outcome.check()
     assert "written" not in str(caught.value)  # that is the exporter's to say

@@ -176,6 +176,30 @@ def test_a_fault_smaller_than_what_fp16_loses_is_noticed(half: tuple[Any, Path])
     noticed(plan, folder, r"✗ prefill\.ort-cpu\.onnx cache .*limit 0\.001\)")
 
 
+def test_near_ties_in_one_picture_are_settled_by_another(
+    half: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what both pictures show is a fault."""
+    compare, seen = validation.against_reference, []
+
+    def apart(plan: Any, folder: Path, manifest: Manifest, prompt: Any, *rest: Any) -> Outcome:
+        seen.append(prompt)
+        if len(seen) == 1:
+            return Outcome([Check("prefill.onnx cache", 1.5, 1e-3, "x")])
+        return compare(plan, folder, manifest, prompt, *rest)
+
+    monkeypatch.setattr(validation, "against_reference", apart)
+    outcome = validation.validate(*half)
+    assert len(seen) == 2
+    assert seen[0].ids == seen[1].ids
+    assert not np.array_equal(*(p.pictures[0].arrays["pixel_values"] for p in seen))
+    assert any("near ties" in note for note in outcome.notes)
+    monkeypatch.setattr(
+        validation, "against_reference", lambda *_: Outcome([Check("one", 1.5, 1e-3, "x")])
+    )
+    noticed(*half, "✗ one")
+
+
 def test_another_graph_in_a_file_is_noticed(good: tuple[Any, Path]) -> None:
     plan, folder = good
     replace_file(folder, "decode.onnx", (folder / "vision.onnx").read_bytes())

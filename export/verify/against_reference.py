@@ -1,0 +1,129 @@
+"""A bundle's recipe on every form of its graphs, against the torch reference of the recipe."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lvlm.export.quantization import round_products
+from lvlm.export.reference import Answer, Reference, load_fp32
+from lvlm.export.verify import prompts
+from lvlm.export.verify.checks import TOLERANCE, UNIT, Check, difference, wrong_tokens
+from lvlm.export.verify.forms import CANONICAL, Form, Opened, forms_of
+from lvlm.export.verify.judge import LEAST
+from lvlm.export.verify.outcome import Outcome
+from lvlm.export.verify.run import Run, run_form, soon
+from lvlm.runtime.bundle import Manifest
+from lvlm.runtime.prompts import Prompt
+
+if TYPE_CHECKING:
+    from lvlm.export.plan import Plan
+
+FEW = 4  # steps of forms that are slow here
+INTERVAL = 2  # steps between runs of compact.onnx, so that few tokens are enough for one
+# MatMulNBits rounds what it multiplies int4 and int8 weights with to 8 bits.
+QUANTIZED_TOLERANCE = 5e-2
+NEAR_TIES = "compared in fp32 alone; fp16 ranks near ties in another order"
+
+
+def narrow(plan: Plan) -> bool:
+    """Weights or cache are narrower than what is computed in, on purpose."""
+    return plan.options.quantization is not None or plan.cache_dtype != plan.dtype
+
+
+def chooses(manifest: Manifest) -> bool:
+    """The recipe ranks tokens or entries, and what it keeps depends on these ranks."""
+    return bool(manifest.reductions) or manifest.compression is not None
+
+
+def against_reference(
+    plan: Plan,
+    folder: Path,
+    manifest: Manifest,
+    prompt: Prompt,
+    steps: int,
+    opened: Opened,
+) -> Outcome:
+    """Every form that can be run here, with the recipe as exported, for ``steps`` tokens."""
+    outcome, steps = Outcome(), max(LEAST, steps)
+    recipe, rule = plan.recipe, plan.recipe.cache_rule()
+    if rule is not None and (rule.compression.interval or 0) > INTERVAL:
+        recipe = replace(recipe, kv_interval=INTERVAL)  # type: ignore[call-arg]
+    manifest = soon(manifest, INTERVAL)
+    how = plan.options.quantization
+    model = load_fp32(plan.family, plan.config, plan.checkpoint, plan.stored_names, plan.dtype)
+    reference = Reference(plan.family, plan.config, model, recipe)
+    features = reference.encode(prompt.pictures)
+    answer = original = reference.generate(prompt, features, max_new_tokens=steps)
+    if narrow(plan):
+        cache = torch.float32 if plan.cache_dtype == plan.dtype else plan.cache_dtype
+        reference = Reference(plan.family, plan.config, model, recipe, cache)
+        if how is not None:
+            round_products(reference.language, how, plan.dtype)
+        answer = reference.generate(prompt, features, max_new_tokens=steps, forced=original.tokens)
+    del model, reference
+    gc.collect()
+    choosing = chooses(manifest)
+    for form in forms_of(manifest):
+        if not form.reason:
+            whole_answer = form.name in (CANONICAL, "ort-cpu") and not form.rounds
+            fed = answer.tokens if whole_answer else answer.tokens[:FEW]
+            run = run_form(folder, form, manifest, prompt, fed, opened)
+            caches = not (form.rounds and choosing)
+            outcome.checks += _compare_form(form, run, answer, features, _limit(plan, form), caches)
+            outcome.ran(form, run.compacted)
+            if not caches:
+                outcome.notes.append(f"cache of {form.files['prefill']}: {NEAR_TIES}")
+        else:
+            outcome.ran(form, False)
+    if narrow(plan):
+        outcome.checks += _cost(original, answer)
+    return outcome
+
+
+def _limit(plan: Plan, form: Form) -> float:
+    found = TOLERANCE[torch.float32 if form.widened else plan.dtype]
+    exact = plan.options.quantization is None or form.name == CANONICAL
+    return found if exact else max(found, QUANTIZED_TOLERANCE)
+
+
+def _compare_form(
+    form: Form, run: Run, answer: Answer, features: torch.Tensor, limit: float, caches: bool
+) -> list[Check]:
+    how = ", in fp16" if form.rounds else ""
+    logits = [x.numpy() for x in answer.logits]
+    apart = [difference(a, b) for a, b in zip(run.logits, logits, strict=False)]
+    best = [int(scores.argmax()) for scores in answer.logits[: len(run.logits)]]
+    own = [int(scores.argmax()) for scores in run.logits]
+    wrong = wrong_tokens(own, best, answer.logits, limit)
+    shown = [
+        ("prefill", "logits", apart[0], limit, UNIT),
+        ("decode", "logits", max(apart), limit, UNIT),
+        ("decode", f"tokens that differ, of {len(own)}", wrong, 0, "tokens"),
+    ]
+    if caches:
+        pairs = zip(run.caches, answer.caches, strict=True)
+        most = max(difference(ours, theirs.numpy()) for ours, theirs in pairs)
+        shown.insert(1, ("prefill", "cache", most, limit, UNIT))
+    vision = prompts.features(run.features, features)
+    shown.insert(0, ("vision", "image features", vision, limit, UNIT))
+    return [
+        Check(f"{form.files[graph]} {what}{how}", figure, at_most, of)
+        for graph, what, figure, at_most, of in shown
+        if form.name == CANONICAL or form.files[graph] != f"{graph}.onnx"
+    ]
+
+
+def _cost(original: Answer, rounded: Answer) -> list[Check]:
+    """What narrower weights and caches change against the checkpoint, on the same tokens."""
+    pairs = list(zip(rounded.logits, original.logits, strict=True))
+    largest = max(difference(a.numpy(), b.numpy()) for a, b in pairs)
+    changed = sum(int(a.argmax()) != int(b.argmax()) for a, b in pairs)
+    return [
+        Check("rounding: change of the logits", largest, None, UNIT),
+        Check(f"rounding: tokens that change, of {len(pairs)}", changed, None, "tokens"),
+    ]
