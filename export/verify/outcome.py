@@ -8,6 +8,8 @@ from lvlm.export.verify.checks import Check, table
 from lvlm.export.verify.forms import Form
 from lvlm.runtime.errors import ValidationError
 
+AS_IT_IS = ", and as it is"
+
 
 @dataclass
 class Outcome:
@@ -43,13 +45,20 @@ class Outcome:
                 said = "loaded, not run: fewer tokens than an interval"
             elif form.how and not form.reason:
                 said = f"run, {form.how}"
-            before = self.files.get(file, "")
-            if not before.startswith("run"):
-                self.files[file] = said
-            elif said.startswith("run") and len(said) != len(before) and "as it is" not in before:
-                self.files[file] = f"{max(said, before, key=len)}, and as it is"
+            self._note(file, said)
+
+    def _note(self, file: str, said: str) -> None:
+        before = self.files.get(file, "")
+        more = max(before, said, key=len)
+        if not before.startswith("run") or not said.startswith("run"):
+            self.files[file] = before if before.startswith("run") else said
+        elif "run" in (before, said) and not more.endswith(("run", AS_IT_IS)):
+            self.files[file] = more + AS_IT_IS
+        else:
+            self.files[file] = more
 
     def add(self, other: Outcome) -> None:
         self.checks += other.checks
         self.notes += other.notes
-        self.files |= other.files
+        for file, said in other.files.items():
+            self._note(file, said)

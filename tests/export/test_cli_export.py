@@ -19,7 +19,8 @@ from bundles import ASSETS, FAMILIES
 from lvlm.export import estimates, exporter, validation
 from lvlm.export.cli import main
 from lvlm.export.profiles import DataId, ModelId, Profile, RecipeId, Spread, model_hash
-from lvlm.export.validation import Check
+from lvlm.export.verify.checks import Check, table
+from lvlm.export.verify.outcome import Outcome
 from lvlm.runtime.bundle import ProfileRow, read_bundle
 from lvlm.runtime.errors import ValidationError
 

@@ -21,7 +21,9 @@ from lvlm.export import plan as planning
 from lvlm.export import validation
 from lvlm.export.recipes._base import parse_settings
 from lvlm.export.stored_weights import StoredEmbedding, StoredLinear, compute_in_fp32
+from lvlm.export.verify.checks import Check
 from lvlm.export.verify.forms import Mapped
+from lvlm.export.verify.outcome import Outcome
 from lvlm.runtime.backends import Session
 from lvlm.runtime.bundle import Graph, Manifest, read_bundle
 from lvlm.runtime.discovery import discover
