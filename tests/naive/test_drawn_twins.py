@@ -49,7 +49,7 @@ def draw_settings(chance: random.Random, kind: str, layers: int) -> tuple[str, S
     if recipe in CACHES:
         settings["distance"] = chance.randrange(1, 30)
     if settings and variant != "none":
-        settings["kv_sinks"] = chance.randrange(0 if variant != "reference" else 1, 5)
+        settings["kv_sinks"] = chance.choice([1, 2, 3] if variant == "reference" else [0, 2, 3, 5])
         settings["positions"] = chance.choice(["true", "true", "layer0"])
         if variant != "reference" and chance.random() < 0.3:
             settings["kv_cap"] = chance.randrange(20, 60)
@@ -69,14 +69,16 @@ def _merging(chance: random.Random, layers: int) -> Settings:
 
 
 def draw_ratios(chance: random.Random, kind: str, stages: int) -> list[dict[str, Any]]:
-    """One token of a picture left, a list of fractions, and anything."""
-    found: list[dict[str, Any]] = [{}, {}, {}]
+    """Anything, everything, next to nothing (one token of a picture left), and a share that gives
+    halves of odd counts."""
+    found: list[dict[str, Any]] = [{}, {}, {}, {}]
     if kind != "none" and not kind.endswith(" none"):
-        for ratios, kv_keep in zip(found, (chance.uniform(0.1, 0.9), 1.0, 0.05), strict=True):
+        shares = (chance.uniform(0.1, 0.9), 1.0, 0.05, 0.5)
+        for ratios, kv_keep in zip(found, shares, strict=True):
             ratios["kv_keep"] = kv_keep
     if stages:
         falling = sorted((chance.uniform(0.05, 1) for _ in range(stages)), reverse=True)
-        for ratios, keep in zip(found, (falling, 1.0, 1e-6), strict=True):
+        for ratios, keep in zip(found, (falling, 1.0, 1e-6, [0.3] * stages), strict=True):
             ratios["keep"] = keep
     return found if found[0] else found[:1]
 

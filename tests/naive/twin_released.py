@@ -28,6 +28,8 @@ class ReleasedElastic(NoRule):
         if gone == 1:
             FixedPoint.remove(layer, 0)
             return
+        if total <= self.sinks + 1:  # too short for the released code, which guards nothing
+            return
         scores = received(attention)[self.sinks : total - 1]
         order = sorted(range(len(scores)), key=lambda place: (scores[place], place))
         anchors = [place + self.sinks for place, one in enumerate(order) if one > gone]
@@ -60,11 +62,13 @@ class ReleasedPrefix(NoRule):
 
     def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
         total = layer.seen
+        if total <= self.sinks + 1:  # too short for the released code, which guards nothing
+            return
         gone = round((1 - self.shares[block]) * total)
         scores = received(attention)[self.sinks : total - 1]
         order = sorted(range(len(scores)), key=lambda place: (scores[place], place))
         stay = sorted(place + self.sinks for place in order[gone:])
-        stay = [*range(min(self.sinks, total)), *stay, total - 1]
+        stay = [*range(self.sinks), *stay, total - 1]
         layer.key, layer.value = layer.key[:, stay], layer.value[:, stay]
 
     def after_step(self, block: int, layer: Layer, step: int) -> None:
