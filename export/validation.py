@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lvlm.export.verify import prompts
+from lvlm.export.verify import contents, prompts
 from lvlm.export.verify.against_reference import against_reference, chooses, narrow
 from lvlm.export.verify.checks import TOLERANCE, UNIT, Check, difference, wrong_tokens
 from lvlm.export.verify.forms import Opened, canonical
@@ -48,7 +48,13 @@ def validate(plan: Plan, folder: Path, tell: Callable[[str], None] = lambda _: N
     judge.load_model(plan.checkpoint.stored_dtype() or plan.dtype)
     maker = _prompt_maker(folder, manifest)
     picture = _picture(PICTURE)
+    outcome.checks.append(contents.planned(plan, manifest))
     outcome.checks.append(prompts.eos(judge, manifest.text.eos_ids))
+    outcome.checks.append(contents.choosing(judge, manifest))
+    if (rows := contents.embedding(judge, folder, manifest)) is not None:
+        outcome.checks.append(rows)
+    else:
+        outcome.notes.append("rows of the embedding: only those of the prompt are compared")
     try:
         prompt = prompts.prepare(maker, picture, TOKENS + 1)
     except LvlmError as error:

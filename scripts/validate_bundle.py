@@ -33,7 +33,17 @@ def main() -> None:
     given = [f"{k}={json.dumps(v)}" for k, v in manifest.parameters.items() if v is not None]
     recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[manifest.recipe], given)
     dtype = next(k for k, v in DTYPES.items() if str(v) == f"torch.{manifest.dtype}")
-    plan = make_plan(Options(args.checkpoint, recipe, args.bundle, dtype))
+    plan = make_plan(
+        Options(
+            args.checkpoint,
+            recipe,
+            args.bundle,
+            dtype,
+            cache="fp16" if manifest.cache_dtype != manifest.dtype else None,
+            max_text_len=manifest.capacity.max_text_len,
+            max_images=manifest.capacity.max_images,
+        )
+    )
     peak, began = Peak(), time.perf_counter()
     try:
         outcome = validation.validate(plan, args.bundle, lambda text: print(text, flush=True))

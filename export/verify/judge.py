@@ -110,6 +110,12 @@ class Judge:
         eos = self.model.generation_config.eos_token_id
         return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """By their names, as chat templates have them."""
+        found = self.tokenizer.special_tokens_map.items()
+        return {k: str(v) for k, v in found if not isinstance(v, list)}
+
     def template(self) -> bool:
         return bool(self._templates().chat_template)
 
@@ -159,6 +165,14 @@ class Judge:
     def encode(self, text: str, special: bool) -> list[int]:
         with _quiet():
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Without special tokens, as answers are shown."""
+        with _quiet():
+            found = self.tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        return str(found)
 
     def pixels(self, picture: Image.Image) -> dict[str, torch.Tensor]:
         """What the image processor gives a model for one picture."""

@@ -46,7 +46,7 @@ TEXTS = (
     "東京 مرحبا привет 👩‍👧",
     "def f(x): return x**2  # code",
 )
-TOKENS_A_TEXT = 16
+TOKENS_A_TEXT, AT_ONCE = 16, 64
 
 
 def compare(
@@ -72,6 +72,7 @@ def texts(judge: Judge, maker: PromptMaker) -> Iterator[Check]:
     if maker.template is not None or judge.template():
         yield from _roles(judge, maker)
     yield _corpus(judge, maker)
+    yield _vocabulary(judge, maker)
 
 
 def prepare(maker: PromptMaker, picture: Image.Image, tokens: int = 1) -> Prompt:
@@ -150,6 +151,18 @@ def _corpus(judge: Judge, maker: PromptMaker) -> Check:
     return Check(
         f"tokenizer: {len(texts)} texts, {len(added)} added tokens", wrong, 0, "texts that differ"
     )
+
+
+def _vocabulary(judge: Judge, maker: PromptMaker) -> Check:
+    """Every token: its text in both tokenizers, and what these make of that text."""
+    count = len(judge.tokenizer)
+    wrong = 0
+    for first in range(0, count, AT_ONCE):
+        ids = list(range(first, min(first + AT_ONCE, count)))
+        text = judge.decode(ids)
+        same = maker.tokenizer.decode(ids) == text
+        wrong += not (same and maker.tokenizer.encode(text, False) == judge.encode(text, False))
+    return Check(f"tokenizer: its {count} tokens", wrong, 0, "texts that differ")
 
 
 def _unequal(ours: list[int], theirs: list[int]) -> int:

@@ -21,6 +21,7 @@ from lvlm.export import plan as planning
 from lvlm.export import validation
 from lvlm.export.recipes._base import parse_settings
 from lvlm.export.stored_weights import StoredEmbedding, StoredLinear, compute_in_fp32
+from lvlm.export.verify import contents
 from lvlm.export.verify.checks import Check
 from lvlm.export.verify.forms import Mapped
 from lvlm.export.verify.outcome import Outcome
@@ -129,6 +130,70 @@ def test_other_answers_in_conversations_are_noticed(good: tuple[Any, Path], inst
     assert "{{ 'ASSISTANT: ' }}" in template
     change(folder, chat_template=template.replace("{{ 'ASSISTANT: ' }}", instead))
     noticed(plan, folder, "✗ chat template: after an answer")
+
+
+def test_one_wrong_row_of_the_embedding_is_noticed(good: tuple[Any, Path]) -> None:
+    """Of a token that the prompt has not."""
+    plan, folder = good
+    (stored,) = (w for n, w in of(folder).weights.items() if n.endswith("embed_tokens.weight"))
+    table = np.memmap(folder / stored.file, "f4", "r+", stored.offset, stored.dims)
+    table[-2, 0] += 1
+    table.flush()
+    noticed(plan, folder, r"✗ rows of the embedding, of 512 +1 rows")
+
+
+def test_another_vocabulary_is_noticed(good: tuple[Any, Path]) -> None:
+    """Two tokens that no text of the corpus has, each in the other's place."""
+    plan, folder = good
+    data = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    a, b = list(vocabulary)[-7], list(vocabulary)[-1]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    replace_file(folder, "tokenizer.json", json.dumps(data).encode())
+    noticed(plan, folder, "✗ tokenizer: its 383 tokens")
+
+
+def test_another_decoder_is_noticed(good: tuple[Any, Path]) -> None:
+    plan, folder = good
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["decoder"] = None
+    replace_file(folder, "tokenizer.json", json.dumps(data).encode())
+    noticed(plan, folder, "✗ tokenizer: its 383 tokens")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("generation", {"repetition_penalty": 1.02}),
+        ("generation", {"bad_words_ids": [[300]]}),
+        ("special_tokens", {"bos_token": "</s>"}),
+    ],
+)
+def test_another_choice_of_tokens_is_noticed(
+    good: tuple[Any, Path], name: str, value: dict[str, Any]
+) -> None:
+    """Too small a change for the answer that is compared."""
+    plan, folder = good
+    change(folder, **{name: {**getattr(of(folder), name), **value}})
+    noticed(plan, folder, "✗ manifest: generation, special tokens")
+
+
+@pytest.mark.parametrize("field", ["capacity", "compression", "parameters"])
+def test_what_only_longer_prompts_would_show_is_noticed(
+    field: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    plan = plan_of(checkpoint(NAME), tmp_path / "bundle", recipe="lightvlm")
+    manifest = read_bundle(bundle(NAME, "lightvlm"), "none")
+    assert contents.planned(plan, manifest).passed
+    assert manifest.compression is not None
+    most = (*manifest.capacity.per_layer[:-1], manifest.capacity.per_layer[-1] - 16)
+    other: dict[str, Any] = {
+        "capacity": dataclasses.replace(manifest.capacity, per_layer=most),
+        "compression": dataclasses.replace(manifest.compression, interval=32),
+        "parameters": {**manifest.parameters, "kv_sinks": 9},
+    }
+    wrong = dataclasses.replace(manifest, **{field: other[field]})
+    assert contents.planned(plan, wrong).figure == 1
 
 
 def test_swapped_angles_in_the_canonical_decode_are_noticed(good: tuple[Any, Path]) -> None:
