@@ -19,6 +19,7 @@ from onnx import helper
 
 from lvlm.export.ops._contract import DOMAIN, OPSET, VERSION, Op
 from lvlm.export.targets._base import LARGE, Target
+from lvlm.export.verify.waiting import let_quantized_wait
 from lvlm.export.verify.widened import widen
 from lvlm.runtime.backends import Session, open_backend
 from lvlm.runtime.backends._onnxruntime import OnnxRuntime, OrtSession, check_ports, failure
@@ -163,13 +164,16 @@ class Mapped(OnnxRuntime):
 
 def runnable(path: Path, form: Form) -> bytes:
     """The graph in a file, with what ONNX Runtime needs beside it; its weights stay outside."""
-    if not form.how:
-        return path.read_bytes()
     model = onnx.load(path, load_external_data=False)
+    quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+    if not form.how and not quantized:
+        return path.read_bytes()
     if form.functions:
         put_functions_back(model)
-    if form.widened:
-        model = ir.to_proto(widen(ir.from_proto(model), form.widened))
+    if form.widened or quantized:
+        changed = ir.from_proto(model)
+        let_quantized_wait(changed)
+        model = ir.to_proto(widen(changed, form.widened) if form.widened else changed)
     return bytes(model.SerializeToString())
 
 

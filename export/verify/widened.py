@@ -3,8 +3,9 @@ is read."""
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
+
+from lvlm.export.verify.waiting import beside, waiting
 
 WIDE = ir.DataType.FLOAT
 # Dtype of a manifest -> of its graphs' values
@@ -50,42 +51,11 @@ def _cast_where_read(graph: ir.Graph, weight: ir.Value, narrow: ir.DataType) -> 
     for number, use in enumerate(u for u in uses if u.node not in found):
         # One for each use: as many weights in fp32 at a time as one product takes
         name = f"{weight.name}_wide_{number}"
-        waiting, source = _waiting(weight, _beside(use.node, weight), name)
+        before, source = waiting(weight, beside(use.node, weight), name)
         source.dtype = narrow
         cast = _cast(source, name)
-        graph.insert_before(use.node, [*waiting, cast])
+        graph.insert_before(use.node, [*before, cast])
         use.node.replace_input_with(use.idx, cast.outputs[0])
-
-
-def _beside(node: ir.Node, weight: ir.Value) -> ir.Value | None:
-    """What is computed before ``node`` can take the weight, if anything is."""
-    for value in node.inputs:
-        if value is not None and value is not weight and not value.is_initializer():
-            return value
-    uses = list(node.outputs[0].uses())  # a weight that is transposed on its way
-    return _beside(uses[0].node, node.outputs[0]) if len(uses) == 1 else None
-
-
-def _waiting(weight: ir.Value, value: ir.Value | None, name: str) -> tuple[list[ir.Node], ir.Value]:
-    """Nodes that give the weight once ``value`` is there: its shape plus nothing times the other's.
-
-    ONNX Runtime runs what waits for nothing first: all casts, and then no machine has the memory.
-    """
-    if value is None or weight.shape is None:
-        return [], weight
-    shape = ir.node("Shape", [value], {"start": ir.AttrInt64("start", -1)}, name=f"{name}_of")
-    zero, own = (
-        ir.node("Constant", [], {"value": ir.AttrTensor("value", ir.tensor(x))}, name=f"{name}_{i}")
-        for i, x in enumerate((np.zeros(1, np.int64), np.array(weight.shape.numpy(), np.int64)))
-    )
-    nothing = ir.node("Mul", [shape.outputs[0], zero.outputs[0]], name=f"{name}_nothing")
-    same = ir.node("Add", [own.outputs[0], nothing.outputs[0]], name=f"{name}_shape")
-    given = ir.node("Reshape", [weight, same.outputs[0]], name=f"{name}_waits")
-    nodes = [shape, zero, own, nothing, same, given]
-    for node in nodes:
-        node.outputs[0].name = node.name
-    given.outputs[0].shape = weight.shape
-    return nodes, given.outputs[0]
 
 
 def _cast(value: ir.Value, name: str) -> ir.Node:

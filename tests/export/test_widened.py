@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from onnx import helper
 
+from lvlm.export.verify.waiting import let_quantized_wait
 from lvlm.export.verify.widened import widen
 
 ROWS, WIDTH = 50, 8
@@ -69,3 +70,31 @@ def test_a_weight_is_cast_when_its_product_is_next(tmp_path: Path) -> None:
             found.add(value.name)
             ahead += [] if producer is None else [producer]
     assert {"head", "table", "ids"} <= found
+
+
+def test_a_quantized_weight_waits_as_well() -> None:
+    random = np.random.default_rng(0)
+    packed = random.integers(0, 255, (WIDTH, ROWS)).astype(np.uint8)
+    scales = random.random((1, ROWS)).astype(np.float32)
+    spread = {"axis": 0, "block_size": WIDTH}
+    graph = helper.make_graph(
+        [
+            helper.make_node("DequantizeLinear", ["w", "s"], ["wide"], name="spread", **spread),
+            helper.make_node("MatMul", ["x", "wide"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", WIDTH])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", ROWS])],
+        [onnx.numpy_helper.from_array(packed, "w"), onnx.numpy_helper.from_array(scales, "s")],
+    )
+    opset = [helper.make_opsetid("", 24)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=opset, ir_version=10))
+    let_quantized_wait(model)
+    node = next(n for n in model.graph if n.op_type == "DequantizeLinear")
+    assert node.inputs[1] is not None
+    assert node.inputs[1].producer() is not None
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    x = random.standard_normal((3, WIDTH)).astype(np.float32)
+    np.testing.assert_allclose(
+        session.run(None, {"x": x})[0], x @ (packed * scales), rtol=1e-4, atol=1e-3
+    )

@@ -1,0 +1,51 @@
+"""Weights that wait for what they are multiplied with, so that one at a time is spread in memory.
+
+ONNX Runtime runs what waits for nothing first: all casts of weights, all DequantizeLinear, and then
+the whole model is in memory in the dtype that is computed in.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+
+def let_quantized_wait(model: ir.Model) -> None:
+    """Every DequantizeLinear of a weight runs when its product is next: its scales wait."""
+    graph = model.graph
+    for node in list(graph):
+        scales = node.inputs[1] if node.op_type == "DequantizeLinear" else None
+        if scales is None or not scales.is_initializer():
+            continue
+        before, given = waiting(scales, beside(node, scales), f"{scales.name}_{node.name}")
+        given.dtype = scales.dtype
+        graph.insert_before(node, before)
+        node.replace_input_with(1, given)
+
+
+def beside(node: ir.Node, weight: ir.Value) -> ir.Value | None:
+    """What is computed before ``node`` can take the weight, if anything is."""
+    for value in node.inputs:
+        if value is not None and value is not weight and not value.is_initializer():
+            return value
+    uses = list(node.outputs[0].uses())  # a weight that is transposed on its way
+    return beside(uses[0].node, node.outputs[0]) if len(uses) == 1 else None
+
+
+def waiting(weight: ir.Value, value: ir.Value | None, name: str) -> tuple[list[ir.Node], ir.Value]:
+    """Nodes that give the weight once ``value`` is there: its own shape, plus 0 of the other."""
+    if value is None or weight.shape is None:
+        return [], weight
+    shape = ir.node("Shape", [value], {"start": ir.AttrInt64("start", -1)}, name=f"{name}_of")
+    zero, own = (
+        ir.node("Constant", [], {"value": ir.AttrTensor("value", ir.tensor(x))}, name=f"{name}_{i}")
+        for i, x in enumerate((np.zeros(1, np.int64), np.array(weight.shape.numpy(), np.int64)))
+    )
+    nothing = ir.node("Mul", [shape.outputs[0], zero.outputs[0]], name=f"{name}_nothing")
+    same = ir.node("Add", [own.outputs[0], nothing.outputs[0]], name=f"{name}_shape")
+    given = ir.node("Reshape", [weight, same.outputs[0]], name=f"{name}_waits")
+    nodes = [shape, zero, own, nothing, same, given]
+    for node in nodes:
+        node.outputs[0].name = node.name
+    given.outputs[0].shape = weight.shape
+    return nodes, given.outputs[0]
