@@ -43,26 +43,19 @@ def run_form(
 
     Raises ValidationError where the form cannot be run.
     """
+    merging, compressed = bool(manifest.reductions), manifest.compression is not None
     try:
-        return _run(folder, form, manifest, prompt, tokens, opened, ratio)
+        backend, manifest = open_form(form, manifest, opened)
+        batch = batches.Batches(Graphs(folder, manifest, backend)).start(
+            [prompt], ratio if merging else None, ratio if compressed else None
+        )
+        return _follow(batch, manifest, tokens)
     except LvlmError as error:
         raise ValidationError(f"the bundle's graphs ({form.name}) cannot be run: {error}") from None
 
 
-def _run(
-    folder: Path,
-    form: Form,
-    manifest: Manifest,
-    prompt: Prompt,
-    tokens: Sequence[int],
-    opened: Opened,
-    ratio: float | None,
-) -> Run:
-    backend, manifest = open_form(form, manifest, opened)
-    merging, compressed = bool(manifest.reductions), manifest.compression is not None
-    batch = batches.Batches(Graphs(folder, manifest, backend)).start(
-        [prompt], ratio if merging else None, ratio if compressed else None
-    )
+def _follow(batch: batches.Batch, manifest: Manifest, tokens: Sequence[int]) -> Run:
+    """A prefilled batch of one, fed with ``tokens``."""
     row, layers = batch.rows[0], range(manifest.text.layers)
     held = batch.features
     width = manifest.feature_width

@@ -18,7 +18,6 @@ def let_quantized_wait(model: ir.Model) -> None:
         if scales is None or not scales.is_initializer():
             continue
         before, given = waiting(scales, beside(node, scales), f"{scales.name}_{node.name}")
-        given.dtype = scales.dtype
         graph.insert_before(node, before)
         node.replace_input_with(1, given)
 
@@ -48,4 +47,6 @@ def waiting(weight: ir.Value, value: ir.Value | None, name: str) -> tuple[list[i
     for node in nodes:
         node.outputs[0].name = node.name
     given.outputs[0].shape = weight.shape
+    if weight.dtype is not None:
+        given.outputs[0].dtype = weight.dtype
     return nodes, given.outputs[0]

@@ -52,7 +52,6 @@ def _cast_where_read(graph: ir.Graph, weight: ir.Value, narrow: ir.DataType) -> 
         # One for each use: as many weights in fp32 at a time as one product takes
         name = f"{weight.name}_wide_{number}"
         before, source = waiting(weight, beside(use.node, weight), name)
-        source.dtype = narrow
         cast = _cast(source, name)
         graph.insert_before(use.node, [*before, cast])
         use.node.replace_input_with(use.idx, cast.outputs[0])
