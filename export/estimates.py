@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lvlm.export.progress import size
-from lvlm.export.targets._base import LARGE
-from lvlm.runtime.errors import ExportError
+from lvlm.core.errors import ExportError
+from lvlm.core.progress import size
+from lvlm.export.targets.target import LARGE
 
 if TYPE_CHECKING:
-    from lvlm.export.plan import Options, Plan
+    from lvlm.export.export_plan import Options, Plan
 
 LIBRARIES = 550_000_000  # torch and what belongs to it, and traced graphs
 RUNNING = 1_000_000_000  # bytes beside the weights while a prompt is run

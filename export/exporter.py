@@ -14,31 +14,31 @@ import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lvlm.export import checkpoint as checkpoints
-from lvlm.export import weights
+from lvlm.core.errors import ExportError, ValidationError
+from lvlm.core.integrity import File, describe
+from lvlm.core.output import temporary_sibling
+from lvlm.core.progress import Progress, size
+from lvlm.export.checkpoint import reading as checkpoints
+from lvlm.export.checkpoint.skeleton import build_skeleton
 from lvlm.export.estimates import check_machine
-from lvlm.export.fused_products import fuse_products
-from lvlm.export.graphs import graph_names, trace_graph
+from lvlm.export.export_plan import Options, Plan
+from lvlm.export.graphs.bundle_graphs import graph_names, trace_graph
+from lvlm.export.graphs.tracing import TracedGraph
 from lvlm.export.places import check_output
-from lvlm.export.plan import Options, Plan
-from lvlm.export.progress import Progress, size
-from lvlm.export.quantization import product_weights
-from lvlm.export.quantized_products import BLOCKS, QuantizedTensor, quantize_products
 from lvlm.export.self_calibration import with_profile
-from lvlm.export.skeleton import build_skeleton
-from lvlm.export.targets._base import AT_THE_END, CACHE_WRITES, POSITIONS, Target
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
-from lvlm.export.tracing import TracedGraph
-from lvlm.runtime.bundle import (
+from lvlm.export.targets.target import AT_THE_END, CACHE_WRITES, POSITIONS, Target
+from lvlm.export.weights import store as weights
+from lvlm.export.weights.fused_linears import fuse_products
+from lvlm.export.weights.quantization import product_weights
+from lvlm.export.weights.quantized_linears import BLOCKS, QuantizedTensor, quantize_products
+from lvlm.runtime.bundle.manifest import (
     SCHEMA,
     Graph,
     Manifest,
     Quantization,
     Text,
 )
-from lvlm.runtime.errors import ExportError, ValidationError
-from lvlm.runtime.integrity import File, describe
-from lvlm.runtime.output import temporary_sibling
 
 TOOLS = ("lvlm-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime")
 
@@ -64,7 +64,7 @@ def export(plan: Plan, progress: Progress) -> Report:
         manifest = write_bundle(plan, folder, progress)
         report = Report(output, plan, manifest, progress.elapsed)
         if plan.options.validate:
-            from lvlm.export.validation import validate
+            from lvlm.export.verify.validation import validate
 
             with progress.stage("compare with the checkpoint on a picture") as stage:
                 try:

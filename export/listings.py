@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import textwrap
 
-from lvlm.export.checkpoint import SHIPPED
-from lvlm.export.cli import DTYPES
-from lvlm.export.families._base import Family
+from lvlm.core.discovery import discover, nearest
+from lvlm.export.checkpoint.reading import SHIPPED
+from lvlm.export.export_cli import DTYPES
+from lvlm.export.families.family import Family
 from lvlm.export.recipes._base import Recipe, settable
-from lvlm.export.targets._base import Target
-from lvlm.runtime.discovery import discover, nearest
+from lvlm.export.targets.target import Target
 
 WIDTH = 80
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lvlm.runtime.errors import ExportError
+from lvlm.core.errors import ExportError
 
 
 def check_output(output: Path) -> None:

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import torch
 
-from lvlm.export.calibration import calibrate
-from lvlm.export.plan import Plan, plan_cache
-from lvlm.export.profiles import identify
-from lvlm.export.progress import Progress
-from lvlm.export.prompting import prepare, prompt_maker
+from lvlm.core.progress import Progress
+from lvlm.export.budgets.calibration_samples import Sample, builtin_samples, read_samples
+from lvlm.export.budgets.measuring import calibrate
+from lvlm.export.budgets.prefix_profiles import identify
+from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
+from lvlm.export.export_plan import Plan, plan_cache
 from lvlm.export.recipes._base import Calibration
-from lvlm.export.reference import Reference, load_fp32
-from lvlm.export.samples import Sample, builtin_samples, read_samples
+from lvlm.export.reference.torch_reference import Reference, load_fp32
 
 
 def samples_for(wanted: Calibration) -> list[Sample]:

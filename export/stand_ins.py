@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from lvlm.runtime.discovery import discover
+from lvlm.core.discovery import discover
 
 PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnx_ir", "onnxscript", "ml_dtypes")
 

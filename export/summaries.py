@@ -6,10 +6,10 @@ import dataclasses
 import textwrap
 from typing import Any
 
+from lvlm.core.progress import size
+from lvlm.export.export_plan import Plan
 from lvlm.export.exporter import Report
-from lvlm.export.graphs import graph_names
-from lvlm.export.plan import Plan
-from lvlm.export.progress import size
+from lvlm.export.graphs.bundle_graphs import graph_names
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
 
 

@@ -9,21 +9,21 @@ from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import Self, Unpack, overload
 
-from lvlm.runtime.answers import Generation, Stats, Stream
-from lvlm.runtime.asks import Ask, Images, Videos, many_asks, one_ask
+from lvlm.core.errors import BackendError
+from lvlm.core.forks import Home
+from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend, thread_count
-from lvlm.runtime.batch import Batch, Batches
-from lvlm.runtime.bundle import Manifest, bundle_path, read_bundle
-from lvlm.runtime.counts import read_options
-from lvlm.runtime.errors import BackendError
-from lvlm.runtime.forks import Home
-from lvlm.runtime.generation_options import GenerationOptions, OptionValues
-from lvlm.runtime.graphs import Graphs
-from lvlm.runtime.images import ImageSource
-from lvlm.runtime.integrity import Verify
-from lvlm.runtime.prompts import Prompt, PromptMaker
-from lvlm.runtime.text import TextStream, Tokenizer
-from lvlm.runtime.video import VideoSource
+from lvlm.runtime.bundle.manifest import Manifest, bundle_path, read_bundle
+from lvlm.runtime.generate.answers import Generation, Stats, Stream
+from lvlm.runtime.generate.asks import Ask, Images, Videos, many_asks, one_ask
+from lvlm.runtime.generate.batch import Batch, Batches
+from lvlm.runtime.generate.call_plan import read_options
+from lvlm.runtime.generate.loaded_graphs import Graphs
+from lvlm.runtime.media.images import ImageSource
+from lvlm.runtime.media.video import VideoSource
+from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
+from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
+from lvlm.runtime.prompt.text import TextStream, Tokenizer
 
 
 class Model:

@@ -30,7 +30,7 @@ from lvlm.export.recipes.elastic_cache import ElasticCache
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.recipes.prefixkv import PrefixKV
-from lvlm.runtime.prompts import Prompt
+from lvlm.runtime.prompt.prompts import Prompt
 
 RECIPES = {r.name: r for r in (NoCompression(), ElasticCache(), PrefixKV(), LightVLM(keep=1.0))}
 # name of the row: recipe (None: transformers), call options, share of prompt and answer

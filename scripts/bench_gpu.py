@@ -35,9 +35,9 @@ from bench_big_checkpoint import make_checkpoint
 from random_prompt import BEFORE, prompt_for, random_prompt
 
 import lvlm
+from lvlm.core.errors import LvlmError, ParameterError
 from lvlm.runtime.backends import open_backend
-from lvlm.runtime.errors import LvlmError, ParameterError
-from lvlm.runtime.prompts import Prompt
+from lvlm.runtime.prompt.prompts import Prompt
 
 CASES = ("1x1024+512", "8x1024+512", "16x1024+512", "16x624+256", "48x624+256", "1x1024+4096")
 # name of a row: recipe (None: transformers), settings at export, options of a call
@@ -176,7 +176,7 @@ def lvlm_command(*words: str) -> None:
 def device_name(device: str) -> str:
     if device == "cpu":
         return "the CPU"
-    from lvlm.runtime.nvidia import driver
+    from lvlm.core.nvidia import driver
 
     return driver().gpus[0].name
 

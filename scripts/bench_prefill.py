@@ -21,9 +21,9 @@ from make_checkpoint import SHAPES, make_model
 from random_prompt import random_prompt
 
 import lvlm
+from lvlm.core.progress import Progress
+from lvlm.export.export_plan import Options, make_plan
 from lvlm.export.exporter import export, stages
-from lvlm.export.plan import Options, make_plan
-from lvlm.export.progress import Progress
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
 

@@ -25,13 +25,13 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from lvlm.export.ops._contract import DOMAIN, OPSET, VERSION, Op
-from lvlm.export.targets._base import target_file
+from lvlm.core.console import Parser, run_main
+from lvlm.core.discovery import discover
+from lvlm.core.errors import BackendError, ParameterError
+from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
+from lvlm.export.targets.target import target_file
 from lvlm.runtime.backends import Call, Session, require
-from lvlm.runtime.bundle import Manifest, read_bundle
-from lvlm.runtime.console import Parser, run_main
-from lvlm.runtime.discovery import discover
-from lvlm.runtime.errors import BackendError, ParameterError
+from lvlm.runtime.bundle.manifest import Manifest, read_bundle
 from lvlm.runtime.model import load
 
 Arrays = dict[str, np.ndarray]

@@ -28,10 +28,10 @@ from gpu_cases import LENGTHS
 from gpu_compare import FAILED, OPS, converted, difference, ran, run_calls
 from gpu_times import timings
 
-from lvlm.export.progress import Progress
-from lvlm.plugins_trt import build
-from lvlm.plugins_trt.harness import Harness, read_outputs
-from lvlm.plugins_trt.registry import plugins
+from lvlm.core.progress import Progress
+from lvlm.plugins_trt.plugins import library_build as build
+from lvlm.plugins_trt.plugins.library_harness import Harness, read_outputs
+from lvlm.plugins_trt.plugins.registry import plugins
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from gpu_cases import Call
 
-from lvlm.export.ops._contract import Op, Sample
-from lvlm.plugins_trt.harness import Harness, fields_of, inputs_of, write_case
-from lvlm.plugins_trt.plan import DATA, Plugin
-from lvlm.plugins_trt.registry import plugins
-from lvlm.runtime.discovery import discover
-from lvlm.runtime.errors import BuildError
+from lvlm.core.discovery import discover
+from lvlm.core.errors import BuildError
+from lvlm.export.ops.op import Op, Sample
+from lvlm.plugins_trt.plugins.library_harness import Harness, fields_of, inputs_of, write_case
+from lvlm.plugins_trt.plugins.plugin_plan import DATA, Plugin
+from lvlm.plugins_trt.plugins.registry import plugins
 
 OPS: dict[str, Op] = discover("lvlm.export.ops", "OP")
 FAILED: list[str] = []  # what went wrong so far

@@ -19,15 +19,15 @@ from torch import nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from lvlm.export import language as language_graphs
-from lvlm.export.language import Compact, Decode, LanguageModel, Prefill
-from lvlm.export.ops._contract import Attribute, Op, computed_by
-from lvlm.export.ports import buffer_kinds, compact_counts, recipe_inputs
+from lvlm.export.graphs import language as language_graphs
+from lvlm.export.graphs.language import Compact, Decode, LanguageModel, Prefill
+from lvlm.export.graphs.ports import buffer_kinds, compact_counts, recipe_inputs
+from lvlm.export.ops.op import Attribute, Op, computed_by
 from lvlm.export.recipes._base import Recipe
-from lvlm.plugins_trt.registry import plugins
-from lvlm.plugins_trt.runner import run
-from lvlm.runtime.budgets import Budgets
-from lvlm.runtime.schedule import PrefillPlan, keep_ratios, plan_prefill
+from lvlm.plugins_trt.plugins.plan_runner import run
+from lvlm.plugins_trt.plugins.registry import plugins
+from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.kv.image_tokens import PrefillPlan, keep_ratios, plan_prefill
 
 ALL_SLOTS = "lvlm-all-slots"
 Call = Callable[[], Any]  # gives a tensor

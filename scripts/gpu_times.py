@@ -9,9 +9,9 @@ import torch
 from gpu_cases import Call, calls
 from gpu_compare import FAILED, OPS, difference, ran, run_calls
 
-from lvlm.export.ops._contract import Sample
-from lvlm.plugins_trt.harness import Harness, read_outputs
-from lvlm.plugins_trt.registry import plugins
+from lvlm.export.ops.op import Sample
+from lvlm.plugins_trt.plugins.library_harness import Harness, read_outputs
+from lvlm.plugins_trt.plugins.registry import plugins
 
 
 def timings(

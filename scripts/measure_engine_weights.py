@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lvlm.export.progress import Progress
+from lvlm.core.console import Parser, run_main
+from lvlm.core.errors import BuildError
+from lvlm.core.progress import Progress
 from lvlm.export.targets.trt_rtx import TARGET
-from lvlm.plugins_trt.engine_builder import lower_bundle
-from lvlm.plugins_trt.profiles import Limits, parse_batch, profiles, shapes
-from lvlm.plugins_trt.shared_weights import shared_matrices, stored_weights
-from lvlm.plugins_trt.tensorrt_builder import Settings, open_tensorrt
-from lvlm.runtime.bundle import Manifest, read_bundle
-from lvlm.runtime.console import Parser, run_main
-from lvlm.runtime.errors import BuildError
+from lvlm.plugins_trt.engines.engine_builder import lower_bundle
+from lvlm.plugins_trt.engines.shape_profiles import Limits, parse_batch, profiles, shapes
+from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
+from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
+from lvlm.runtime.bundle.manifest import Manifest, read_bundle
 
 SM = 86
 GRAPHS = ("prefill", "decode")  # vision shares no weight with them

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 import lvlm
-from lvlm.runtime.answers import Generation
+from lvlm.runtime.generate.answers import Generation
 
 RUNS = 7  # medians of these, after one to warm up
 SAMPLE = Path(__file__).parents[1] / "assets/samples/digits-1.png"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lvlm.runtime.bundle import Manifest
-from lvlm.runtime.pictures import Picture
-from lvlm.runtime.prompts import Prompt
-from lvlm.runtime.sampling import Sampling
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.prompt.prompts import Prompt
+from lvlm.runtime.sampling.sampler import Sampling
 
 BEFORE = 5  # tokens before the picture's
 

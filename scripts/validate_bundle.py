@@ -13,13 +13,13 @@ import threading
 import time
 from pathlib import Path
 
-from lvlm.export import validation
-from lvlm.export.plan import DTYPES, Options, make_plan
+from lvlm.core.discovery import discover
+from lvlm.core.errors import LvlmError
+from lvlm.export.export_plan import DTYPES, Options, make_plan
 from lvlm.export.recipes._base import parse_settings
+from lvlm.export.verify import validation
 from lvlm.export.verify.checks import table
-from lvlm.runtime.bundle import read_bundle
-from lvlm.runtime.discovery import discover
-from lvlm.runtime.errors import LvlmError
+from lvlm.runtime.bundle.manifest import read_bundle
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from lvlm.export.checkpoint import find_family
-from lvlm.export.families._base import Family
-from lvlm.runtime.discovery import discover
-from lvlm.runtime.prompts import Prompt
+from lvlm.core.discovery import discover
+from lvlm.export.checkpoint.reading import find_family
+from lvlm.export.families.family import Family
+from lvlm.runtime.prompt.prompts import Prompt
 
 ASSETS = Path(__file__).parents[1] / "assets"
 FAMILIES: dict[str, Family] = discover("lvlm.export.families", "FAMILY")

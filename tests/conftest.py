@@ -22,14 +22,14 @@ from bundles import ASSETS, FAMILIES, TINY
 from filelock import FileLock
 from random_weights import randomise
 
+from lvlm.core.discovery import discover
+from lvlm.core.progress import Progress
+from lvlm.export import export_plan as planning
 from lvlm.export import exporter
-from lvlm.export import plan as planning
-from lvlm.export.progress import Progress
+from lvlm.export.checkpoint.skeleton import default_dtype
 from lvlm.export.recipes._base import parse_settings
-from lvlm.export.skeleton import default_dtype
-from lvlm.export.targets._base import Target
+from lvlm.export.targets.target import Target
 from lvlm.runtime.backends import cpu
-from lvlm.runtime.discovery import discover
 
 torch.set_num_threads(1)  # small models: more threads only wait for one another
 

@@ -14,7 +14,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from lvlm.export.families._common import tiny
+from lvlm.export.families.parts.llama_text import tiny
 
 PREFIX = "drawn:"
 LAYOUTS = ("mha", "gqa", "mqa")

@@ -20,8 +20,8 @@ from campaign import children, judge  # noqa: E402
 from campaign.case import Base, Case  # noqa: E402
 from campaign.judge import Outcome  # noqa: E402
 
-from lvlm.export.samples import read_samples  # noqa: E402
-from lvlm.runtime.errors import ParameterError  # noqa: E402
+from lvlm.core.errors import ParameterError  # noqa: E402
+from lvlm.export.budgets.calibration_samples import read_samples  # noqa: E402
 
 BASE = Base(Path("bundle"), Path("checkpoint"), ())
 

@@ -78,7 +78,7 @@ def test_the_scan_sees_the_files() -> None:
     names = {path.relative_to(ROOT).as_posix() for _, path in FILES}
     expected = {"runtime/model.py", "runtime/backends/cpu.py", "src/lvlm/main.py"}
     assert expected | {"export/exporter.py", "calibration/datasets/digits.py"} <= names
-    assert {"numpy", "lvlm.runtime.budgets"} <= set(imports(ROOT / "runtime/batch.py"))
+    assert {"numpy", "lvlm.runtime.kv.budgets"} <= set(imports(ROOT / "runtime/generate/batch.py"))
 
 
 def python(code: str) -> str:
@@ -123,7 +123,7 @@ def test_commands_start_without_what_they_run_with() -> None:
     """--help must be quick: argparse comes before numpy."""
     code = """
 import sys
-import lvlm.main, lvlm.runtime.cli, lvlm.export.cli
+import lvlm.main, lvlm.runtime.run_cli, lvlm.export.export_cli
 print(sorted({"numpy", "onnxruntime", "PIL", "torch", "onnx", "jinja2"} & set(sys.modules)))
 """
     assert python(code).strip() == "[]"

@@ -1,6 +1,6 @@
 """The process of one contender: opens it, then serves rounds on command.
 
-``python -m lvlm.calibration.bench.child`` reads one JSON object a line from standard input and
+``python -m lvlm.bench.child`` reads one JSON object a line from standard input and
 answers each with one: ``{"do": "open", "setup": …}``, ``{"do": "round", "work": …}``, then the end
 of input. An answer with ``error`` is one line about what went wrong. What libraries print goes to
 standard error.
@@ -17,11 +17,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from lvlm.calibration.bench.contenders import BUNDLE, Serving, Setup, peers
-from lvlm.calibration.bench.memory import forget_peak, peak_bytes
-from lvlm.calibration.bench.workload import Work
-from lvlm.runtime.errors import LvlmError
-from lvlm.runtime.typed_json import decode
+from lvlm.bench.contenders import BUNDLE, Serving, Setup, peers
+from lvlm.bench.resident_memory import forget_peak, peak_bytes
+from lvlm.bench.workload import Work
+from lvlm.core.errors import LvlmError
+from lvlm.core.typed_json import decode
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
 def _open(setup: Setup, served: list[Serving]) -> dict[str, Any]:
     began = time.perf_counter()
     if setup.kind == BUNDLE:
-        from lvlm.calibration.bench.own import open_bundle
+        from lvlm.bench.own import open_bundle
 
         serving: Serving = open_bundle(setup)
     else:

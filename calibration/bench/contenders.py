@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from lvlm.calibration.bench.arguments import PEERS
-from lvlm.calibration.bench.figures import Record
-from lvlm.calibration.bench.workload import Work
+from lvlm.bench.bench_arguments import PEERS
+from lvlm.bench.figures import Record
+from lvlm.bench.workload import Work
+from lvlm.core.discovery import discover, nearest
+from lvlm.core.errors import BundleError, LvlmError, ParameterError
+from lvlm.core.installing import install
+from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend
-from lvlm.runtime.bundle import Manifest, read_bundle
-from lvlm.runtime.discovery import discover, nearest
-from lvlm.runtime.errors import BundleError, LvlmError, ParameterError
-from lvlm.runtime.installing import install
-from lvlm.runtime.integrity import Verify
+from lvlm.runtime.bundle.manifest import Manifest, read_bundle
 
 BUNDLE = "bundle"
 BUNDLE_SETTINGS = ("device", "keep", "kv-keep")
@@ -82,7 +82,7 @@ class Conversion:
 
 
 class Peer(Protocol):
-    """Another runtime; a file of lvlm.calibration.bench.peers has one as ``PEER``.
+    """Another runtime; a file of lvlm.bench.peers has one as ``PEER``.
 
     ``modules`` it imports; ``settings``: words that may follow its name; ``note`` goes into tables.
     """

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from lvlm.calibration.bench.contenders import BenchError, Contender, Conversion
-from lvlm.export.progress import Progress
-from lvlm.runtime.integrity import sha256_of
-from lvlm.runtime.output import temporary_sibling
+from lvlm.bench.contenders import BenchError, Contender, Conversion
+from lvlm.core.integrity import sha256_of
+from lvlm.core.output import temporary_sibling
+from lvlm.core.progress import Progress
 
 DONE = ".complete"
 MISSING = """

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from lvlm.calibration.bench.figures import Record
-from lvlm.calibration.bench.workload import Request, Work
+from lvlm.bench.figures import Record
+from lvlm.bench.workload import Request, Work
 
 
 class Pending(Protocol):

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lvlm.runtime.backends._host import physical_memory
+from lvlm.runtime.backends.host.buffers import physical_memory
 
 BUSY = 0.25  # of the cores already taken before the run: figures will be noisy
 READ_BYTES = 1 << 30  # well beyond any cache

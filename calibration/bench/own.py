@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.calibration.bench.contenders import Serving, Setup
-from lvlm.calibration.bench.drive import at_once, one_after_another
-from lvlm.calibration.bench.figures import Record
-from lvlm.calibration.bench.workload import Request, Work
+from lvlm.bench.contenders import Serving, Setup
+from lvlm.bench.drive import at_once, one_after_another
+from lvlm.bench.figures import Record
+from lvlm.bench.workload import Request, Work
 from lvlm.runtime.backends import open_backend
-from lvlm.runtime.bundle import Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Manifest, read_bundle
 from lvlm.runtime.engine import Engine
-from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import load
+from lvlm.runtime.options.generation_options import GenerationOptions
 
 QUEUE_LIMIT = 1_000_000  # nothing is refused: waiting shows in the figures
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lvlm.calibration.bench.contenders import BenchError, Setup
-from lvlm.calibration.bench.figures import Record, Round
-from lvlm.calibration.bench.workload import Work
-from lvlm.runtime.typed_json import decode
+from lvlm.bench.contenders import BenchError, Setup
+from lvlm.bench.figures import Record, Round
+from lvlm.bench.workload import Work
+from lvlm.core.typed_json import decode
 
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 PATIENCE = 20  # seconds for a child to end by itself
@@ -32,7 +32,7 @@ class Child:
         self.label, self._log = label, log
         with log.open("w", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "lvlm.calibration.bench.child"],
+                [sys.executable, "-m", "lvlm.bench.child"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.prompts import PromptMaker
-from lvlm.runtime.text import Tokenizer
+from lvlm.core.errors import ParameterError
+from lvlm.runtime.prompt.prompts import PromptMaker
+from lvlm.runtime.prompt.text import Tokenizer
 
 if TYPE_CHECKING:
-    from lvlm.runtime.bundle import Manifest
+    from lvlm.runtime.bundle.manifest import Manifest
 
 WORDS = [
     "house",

@@ -19,8 +19,8 @@ from typing import ClassVar, Literal, cast, get_args
 import numpy as np
 from PIL import Image
 
-from lvlm.calibration.samples import DataError, Dataset, Request, Sample
-from lvlm.runtime.installing import install
+from lvlm.calibration.datasets.samples import DataError, Dataset, Request, Sample
+from lvlm.core.installing import install
 
 Split = Literal["train", "heldout"]
 Kind = Literal["cell", "row", "count", "describe"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lvlm.calibration.datasets._files import Entry, first, parse, read_text
-from lvlm.calibration.samples import Dataset, Request, Sample
+from lvlm.calibration.datasets.files import Entry, first, parse, read_text
+from lvlm.calibration.datasets.samples import Dataset, Request, Sample
 
 
 class JsonLines(Dataset):

@@ -18,8 +18,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from lvlm.export.families._base import PromptFiles
-from lvlm.export.families._common import (
+from lvlm.core.errors import CheckpointError
+from lvlm.export.families.family import PromptFiles
+from lvlm.export.families.parts.llama_text import (
     ROPE_TYPES,
     added_token,
     build_model,
@@ -33,14 +34,13 @@ from lvlm.export.families._common import (
     tiny_tokenizer,
     token_text,
 )
-from lvlm.export.families._files import prompt_files
-from lvlm.export.families._whole_tiles import fewer_tiles, tile_images
-from lvlm.export.language import LanguageModel
+from lvlm.export.families.parts.side_files import prompt_files
+from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
+from lvlm.export.graphs.language import LanguageModel
 from lvlm.export.recipes._sequence import GraphInput
-from lvlm.runtime.bundle import Images
-from lvlm.runtime.errors import CheckpointError
+from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.internvl import most_tokens, normalise_config, with_most_tokens
-from lvlm.runtime.prompts import Prompt
+from lvlm.runtime.prompt.prompts import Prompt
 
 
 class InternVL:

@@ -19,8 +19,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from lvlm.export.families._base import PromptFiles, fixed_tokens
-from lvlm.export.families._common import (
+from lvlm.export.families.family import PromptFiles, fixed_tokens
+from lvlm.export.families.parts.llama_text import (
     TEXT_TYPES,
     build_model,
     heads,
@@ -32,13 +32,13 @@ from lvlm.export.families._common import (
     tiny,
     token_text,
 )
-from lvlm.export.families._files import prompt_files
-from lvlm.export.families._llava import VISION_TYPES, LlavaVision, tile_tokens
-from lvlm.export.language import LanguageModel
+from lvlm.export.families.parts.llava_like import VISION_TYPES, LlavaVision, tile_tokens
+from lvlm.export.families.parts.side_files import prompt_files
+from lvlm.export.graphs.language import LanguageModel
 from lvlm.export.recipes._sequence import GraphInput
-from lvlm.runtime.bundle import Images
+from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.llava import normalise_config
-from lvlm.runtime.prompts import Prompt
+from lvlm.runtime.prompt.prompts import Prompt
 
 
 class Llava:

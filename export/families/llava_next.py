@@ -14,8 +14,8 @@ from transformers import (
     MistralConfig,
 )
 
-from lvlm.export.families._common import heads, preprocessor, tiny
-from lvlm.export.families._llava import AnyResolution, tiny_preprocessor
+from lvlm.export.families.parts.llama_text import heads, preprocessor, tiny
+from lvlm.export.families.parts.llava_like import AnyResolution, tiny_preprocessor
 from lvlm.runtime.processors.llava_next import normalise_config
 
 

@@ -18,7 +18,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from lvlm.export.families._common import (
+from lvlm.core.errors import CheckpointError
+from lvlm.export.families.parts.llama_text import (
     heads,
     preprocessor,
     tiny,
@@ -27,12 +28,11 @@ from lvlm.export.families._common import (
     token_text,
     video_preprocessor,
 )
-from lvlm.export.families._llava import AnyResolution, tiny_preprocessor
-from lvlm.runtime.errors import CheckpointError
-from lvlm.runtime.processors._llava_onevision_video import video_config
-from lvlm.runtime.processors._video import attempted
+from lvlm.export.families.parts.llava_like import AnyResolution, tiny_preprocessor
 from lvlm.runtime.processors.llava_onevision import normalise_config
-from lvlm.runtime.prompts import Prompt
+from lvlm.runtime.processors.parts.frames import attempted
+from lvlm.runtime.processors.parts.llava_onevision_video import video_config
+from lvlm.runtime.prompt.prompts import Prompt
 
 ASPECT = re.compile(r"anyres_max_([1-9][0-9]{0,2})")
 

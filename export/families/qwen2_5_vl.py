@@ -11,9 +11,9 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLVisionConfig,
 )
 
-from lvlm.export.families._common import tiny, tiny_token
-from lvlm.export.families._qwen_vl import QwenVL, tiny_preprocessor, tiny_text
-from lvlm.runtime.errors import CheckpointError
+from lvlm.core.errors import CheckpointError
+from lvlm.export.families.parts.llama_text import tiny, tiny_token
+from lvlm.export.families.parts.qwen_vl_like import QwenVL, tiny_preprocessor, tiny_text
 
 
 class Qwen25VL(QwenVL):

@@ -11,8 +11,8 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import (
     Qwen2VLVisionConfig,
 )
 
-from lvlm.export.families._common import tiny, tiny_token
-from lvlm.export.families._qwen_vl import QwenVL, tiny_preprocessor, tiny_text
+from lvlm.export.families.parts.llama_text import tiny, tiny_token
+from lvlm.export.families.parts.qwen_vl_like import QwenVL, tiny_preprocessor, tiny_text
 
 
 class Qwen2VL(QwenVL):

@@ -16,10 +16,10 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
     Qwen3VLVisionConfig,
 )
 
-from lvlm.export.families._common import tiny, tiny_token
-from lvlm.export.families._qwen_vision import Angles, patches, run_block
-from lvlm.export.families._qwen_vl import QwenVL, tiny_preprocessor, tiny_text
-from lvlm.export.language import LanguageModel
+from lvlm.export.families.parts.llama_text import tiny, tiny_token
+from lvlm.export.families.parts.qwen_vision import Angles, patches, run_block
+from lvlm.export.families.parts.qwen_vl_like import QwenVL, tiny_preprocessor, tiny_text
+from lvlm.export.graphs.language import LanguageModel
 
 
 class Qwen3VL(QwenVL):

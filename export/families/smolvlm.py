@@ -16,8 +16,9 @@ from transformers import (
 )
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
-from lvlm.export.families._base import PromptFiles
-from lvlm.export.families._common import (
+from lvlm.core.errors import CheckpointError
+from lvlm.export.families.family import PromptFiles
+from lvlm.export.families.parts.llama_text import (
     added_token,
     build_model,
     heads,
@@ -31,16 +32,15 @@ from lvlm.export.families._common import (
     token_text,
     video_preprocessor,
 )
-from lvlm.export.families._files import prompt_files
-from lvlm.export.families._whole_tiles import fewer_tiles, tile_images
-from lvlm.export.language import LanguageModel
+from lvlm.export.families.parts.side_files import prompt_files
+from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
+from lvlm.export.graphs.language import LanguageModel
 from lvlm.export.recipes._sequence import GraphInput
-from lvlm.runtime.bundle import Images
-from lvlm.runtime.errors import CheckpointError
-from lvlm.runtime.processors._smolvlm_video import video_config
-from lvlm.runtime.processors._video import attempted
+from lvlm.runtime.bundle.manifest import Images
+from lvlm.runtime.processors.parts.frames import attempted
+from lvlm.runtime.processors.parts.smolvlm_video import video_config
 from lvlm.runtime.processors.smolvlm import most_tokens, normalise_config, with_most_tokens
-from lvlm.runtime.prompts import Prompt
+from lvlm.runtime.prompt.prompts import Prompt
 
 
 class SmolVLM:

@@ -14,9 +14,9 @@ import torch
 from onnx.defs import OpSchema
 from onnx.helper import make_attribute
 
-from lvlm.export.ops._chunked_attention import importance_function
-from lvlm.export.ops._contract import DOMAIN, VERSION, Attribute, Op, Sample, Shape, register
-from lvlm.runtime.errors import ParameterError
+from lvlm.core.errors import ParameterError
+from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, Sample, Shape, register
+from lvlm.export.ops.parts.chunked_attention import importance_function
 
 CHUNK = 128
 

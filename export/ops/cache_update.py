@@ -13,8 +13,8 @@ import torch
 from onnx import helper
 from onnx.defs import OpSchema
 
-from lvlm.export.ops._contract import DOMAIN, OPSET, VERSION, Attribute, Op, Sample, Shape, register
-from lvlm.runtime.errors import ParameterError
+from lvlm.core.errors import ParameterError
+from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Attribute, Op, Sample, Shape, register
 
 SCHEMA = register(
     OpSchema(

@@ -14,10 +14,10 @@ from onnx.defs import OpSchema
 from onnx.helper import make_attribute
 from torch.nn.functional import scaled_dot_product_attention
 
+from lvlm.core.errors import ParameterError
 from lvlm.export.ops import cache_importance
-from lvlm.export.ops._chunked_attention import attention_function, lowered_attention
-from lvlm.export.ops._contract import DOMAIN, VERSION, Attribute, Op, Sample, Shape, register
-from lvlm.runtime.errors import ParameterError
+from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, Sample, Shape, register
+from lvlm.export.ops.parts.chunked_attention import attention_function, lowered_attention
 
 CHUNK = 128
 

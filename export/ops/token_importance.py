@@ -13,9 +13,9 @@ import onnx
 import torch
 from onnx.defs import OpSchema
 
-from lvlm.export.ops._contract import DOMAIN, VERSION, Attribute, Op, Sample, Shape, register
-from lvlm.export.ops._graph import Body
-from lvlm.runtime.errors import ParameterError
+from lvlm.core.errors import ParameterError
+from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, Sample, Shape, register
+from lvlm.export.ops.parts.body import Body
 
 SCHEMA = register(
     OpSchema(

@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 
+from lvlm.core.discovery import nearest
+from lvlm.core.errors import ParameterError
 from lvlm.export.recipes._cache import CacheRule
 from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap
-from lvlm.runtime.bundle import ProfileRow, Reduction
-from lvlm.runtime.discovery import nearest
-from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.bundle.manifest import ProfileRow, Reduction
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Literal
 
 import torch
 
-from lvlm.export.ops.cache_compact import OP as CACHE_COMPACT
+from lvlm.core.errors import ParameterError
+from lvlm.export.ops.cache_compact.contract import OP as CACHE_COMPACT
 from lvlm.export.ops.cache_importance import OP as CACHE_IMPORTANCE
 from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap
-from lvlm.runtime.bundle import Compression
-from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.bundle.manifest import Compression
 
 Positions = Literal["true", "layer0"]
 Semantics = Literal["paper", "reference"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from lvlm.export.recipes._base import Recipe, choice, fraction, parameter, whole
 from lvlm.export.recipes._cache import Positions, cap_above
-from lvlm.runtime.bundle import Compression
+from lvlm.runtime.bundle.manifest import Compression
 
 KEEP = 0.5
 

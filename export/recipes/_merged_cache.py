@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from lvlm.core.discovery import discover, nearest
+from lvlm.core.errors import ParameterError
 from lvlm.export.recipes._base import (
     Calibration,
     Recipe,
@@ -21,9 +23,7 @@ from lvlm.export.recipes._base import (
 )
 from lvlm.export.recipes._cache import CacheRule, Positions, cap_above
 from lvlm.export.recipes._fixed_point import KEEP
-from lvlm.runtime.bundle import Compression
-from lvlm.runtime.discovery import discover, nearest
-from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.bundle.manifest import Compression
 
 if TYPE_CHECKING:
     from lvlm.export.recipes.lightvlm import LightVLM

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lvlm.core.errors import ParameterError
 from lvlm.export.recipes._base import choice, parameter
 from lvlm.export.recipes._cache import CacheRule, Semantics
 from lvlm.export.recipes._fixed_point import FixedPoint
-from lvlm.runtime.errors import ParameterError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 
+from lvlm.core.errors import ParameterError
+from lvlm.core.rounding import rounded
 from lvlm.export.ops.token_importance import OP as TOKEN_IMPORTANCE
-from lvlm.export.ops.token_merge import OP as TOKEN_MERGE
+from lvlm.export.ops.token_merge.contract import OP as TOKEN_MERGE
 from lvlm.export.recipes import _merged_cache
 from lvlm.export.recipes._base import (
     Calibration,
@@ -29,9 +31,7 @@ from lvlm.export.recipes._cache import CacheRule, Positions
 from lvlm.export.recipes._fixed_point import KEEP
 from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap
-from lvlm.runtime.bundle import ProfileRow, Reduction
-from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.rounding import rounded
+from lvlm.runtime.bundle.manifest import ProfileRow, Reduction
 
 Importance = Literal["last", "text"]
 Merge = Literal["recycle", "nearest", "drop"]

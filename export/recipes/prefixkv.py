@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+from lvlm.core.errors import ParameterError
 from lvlm.export.recipes._base import (
     Calibration,
     choice,
@@ -20,8 +21,7 @@ from lvlm.export.recipes._base import (
 )
 from lvlm.export.recipes._cache import CacheRule, Semantics
 from lvlm.export.recipes._fixed_point import KEEP, FixedPoint
-from lvlm.runtime.bundle import ProfileRow
-from lvlm.runtime.errors import ParameterError
+from lvlm.runtime.bundle.manifest import ProfileRow
 
 
 @dataclass(frozen=True)

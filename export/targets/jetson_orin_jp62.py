@@ -5,7 +5,7 @@ Its parser ends at opset 20 and imports none of the newer ops; the cache is writ
 
 from __future__ import annotations
 
-from lvlm.export.targets._base import FLOATS, Target
+from lvlm.export.targets.target import FLOATS, Target
 
 TARGET = Target(
     name="jetson-orin-jp62",

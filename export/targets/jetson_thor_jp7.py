@@ -6,7 +6,7 @@ RotaryEmbedding and TensorScatter in 10.15: all are written out here.
 
 from __future__ import annotations
 
-from lvlm.export.targets._base import FLOATS, Target
+from lvlm.export.targets.target import FLOATS, Target
 
 TARGET = Target(
     name="jetson-thor-jp7",

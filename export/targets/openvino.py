@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lvlm.export.targets._base import FLOATS, Target
-from lvlm.runtime.bundle import Capacity
+from lvlm.export.targets.target import FLOATS, Target
+from lvlm.runtime.bundle.manifest import Capacity
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,7 +24,9 @@ class OpenVino(Target):
     def lower(self, model: ir.Model, capacity: Capacity) -> None:  # noqa: ARG002
         from onnx_ir.passes import common
 
-        from lvlm.export.targets import _host_writes, _loops, _passes
+        from lvlm.export.targets.passes import graph_edits as _passes
+        from lvlm.export.targets.passes import host_writes as _host_writes
+        from lvlm.export.targets.passes import loops as _loops
 
         _host_writes.leave_writes_to_host(model)
         _passes.write_out_attention(model)

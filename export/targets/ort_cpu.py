@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvlm.export.targets._base import NEW_OPS, Target
-from lvlm.runtime.bundle import Capacity
+from lvlm.export.targets.target import NEW_OPS, Target
+from lvlm.runtime.bundle.manifest import Capacity
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,11 +28,15 @@ class OrtCpu(Target):
     def lower(self, model: ir.Model, capacity: Capacity) -> None:  # noqa: ARG002
         from onnx_ir.passes import common
 
-        from lvlm.export.targets._block_products import use_block_products
-        from lvlm.export.targets._last_rows import keep_last_rows
-        from lvlm.export.targets._ort_attention import group_attention
-        from lvlm.export.targets._ort_fusions import MICROSOFT, fuse_silu, fuse_skip_normalization
-        from lvlm.export.targets._ort_prefill import chunk_attention
+        from lvlm.export.targets.passes.block_linears import use_block_products
+        from lvlm.export.targets.passes.last_rows import keep_last_rows
+        from lvlm.export.targets.passes.ort_attention import group_attention
+        from lvlm.export.targets.passes.ort_fusions import (
+            MICROSOFT,
+            fuse_silu,
+            fuse_skip_normalization,
+        )
+        from lvlm.export.targets.passes.ort_prefill import chunk_attention
 
         keep_last_rows(model)
         done = group_attention(model)
@@ -47,7 +51,7 @@ class OrtCpu(Target):
         return [name for name in graphs if name in GRAPHS]
 
     def write(self, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> list[str]:
-        from lvlm.export.targets._block_products import has_quantized_weights
+        from lvlm.export.targets.passes.block_linears import has_quantized_weights
 
         wanted = {
             name: file

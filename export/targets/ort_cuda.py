@@ -6,7 +6,7 @@ functions of the lvlm ops.
 
 from __future__ import annotations
 
-from lvlm.export.targets._base import FLOATS, NEW_OPS, Target
+from lvlm.export.targets.target import FLOATS, NEW_OPS, Target
 
 TARGET = Target(
     name="ort-cuda",

@@ -6,7 +6,7 @@ which the provider does not promise.
 
 from __future__ import annotations
 
-from lvlm.export.targets._base import FLOATS, HALVES, Target
+from lvlm.export.targets.target import FLOATS, HALVES, Target
 
 TARGET = Target(
     name="ort-tensorrt",

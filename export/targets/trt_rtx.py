@@ -6,7 +6,7 @@ plugin ends the process: the functions stay.
 
 from __future__ import annotations
 
-from lvlm.export.targets._base import FLOATS, HALVES, NEW_OPS, Target
+from lvlm.export.targets.target import FLOATS, HALVES, NEW_OPS, Target
 
 TARGET = Target(
     name="trt-rtx",

@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lvlm.export.quantization import round_products
-from lvlm.export.reference import Answer, Reference, load_fp32
-from lvlm.export.stored_weights import StoredLinear
+from lvlm.export.reference.torch_reference import Answer, Reference, load_fp32
 from lvlm.export.verify import prompts
 from lvlm.export.verify.checks import TOLERANCE, UNIT, Check, difference, wrong_tokens
 from lvlm.export.verify.forms import CANONICAL, Form, Opened, forms_of
 from lvlm.export.verify.judge import LEAST
 from lvlm.export.verify.outcome import Outcome
 from lvlm.export.verify.run import Run, run_form, soon
-from lvlm.runtime.bundle import Manifest
-from lvlm.runtime.prompts import Prompt
+from lvlm.export.weights.quantization import round_products
+from lvlm.export.weights.stored_weights import StoredLinear
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.prompt.prompts import Prompt
 
 if TYPE_CHECKING:
-    from lvlm.export.plan import Plan
+    from lvlm.export.export_plan import Plan
 
 FEW = 4  # steps of forms that are slow here
 INTERVAL = 2  # steps between runs of compact.onnx, so that few tokens are enough for one

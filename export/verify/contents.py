@@ -11,11 +11,11 @@ import torch
 
 from lvlm.export.verify.checks import Check
 from lvlm.export.verify.judge import Judge
-from lvlm.runtime.bundle import Manifest
-from lvlm.runtime.generation_config import GenerationConfig
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.options.generation_config import GenerationConfig
 
 if TYPE_CHECKING:
-    from lvlm.export.plan import Plan
+    from lvlm.export.export_plan import Plan
 
 ROWS = 4096  # of the embedding in memory at a time
 ASKED = (

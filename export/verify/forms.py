@@ -17,14 +17,14 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from lvlm.export.ops._contract import DOMAIN, OPSET, VERSION, Op
-from lvlm.export.targets._base import LARGE, Target
+from lvlm.core.discovery import discover
+from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
+from lvlm.export.targets.target import LARGE, Target
 from lvlm.export.verify.waiting import let_quantized_wait
 from lvlm.export.verify.widened import widen
 from lvlm.runtime.backends import Session, open_backend
-from lvlm.runtime.backends._onnxruntime import OnnxRuntime, OrtSession, check_ports, failure
-from lvlm.runtime.bundle import Graph, Manifest
-from lvlm.runtime.discovery import discover
+from lvlm.runtime.backends.ort.sessions import OnnxRuntime, OrtSession, check_ports, failure
+from lvlm.runtime.bundle.manifest import Graph, Manifest
 
 if TYPE_CHECKING:
     from lvlm.runtime.backends import Backend

@@ -21,9 +21,9 @@ import transformers
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from lvlm.export.stored_weights import compute_in_fp32
-from lvlm.runtime.chat_template import Turn
-from lvlm.runtime.errors import ValidationError
+from lvlm.core.errors import ValidationError
+from lvlm.export.weights.stored_weights import compute_in_fp32
+from lvlm.runtime.prompt.chat_template import Turn
 
 SECONDS, LEAST = 30.0, 4  # of steps that are compared, and how many at least
 

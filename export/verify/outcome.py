@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lvlm.core.errors import ValidationError
 from lvlm.export.verify.checks import Check, table
 from lvlm.export.verify.forms import Form
-from lvlm.runtime.errors import ValidationError
 
 AS_IT_IS = ", and as it is"
 

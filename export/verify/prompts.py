@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lvlm.core.errors import LvlmError, PromptError
 from lvlm.export.verify.checks import Check, difference
 from lvlm.export.verify.judge import Judge
-from lvlm.runtime.chat_template import Turn
-from lvlm.runtime.errors import LvlmError, PromptError
-from lvlm.runtime.generation_options import GenerationOptions
-from lvlm.runtime.prompts import Prompt, PromptMaker
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.prompt.chat_template import Turn
+from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
 
 if TYPE_CHECKING:
-    from lvlm.export.families._base import Family
+    from lvlm.export.families.family import Family
 
 QUESTION = "Describe the picture."
 SYSTEM = "You are an assistant. Answer briefly."

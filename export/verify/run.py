@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lvlm.core.errors import LvlmError, ValidationError
 from lvlm.export.verify.forms import Form, Opened, open_form
-from lvlm.runtime import batch as batches
-from lvlm.runtime.bundle import Manifest
-from lvlm.runtime.errors import LvlmError, ValidationError
-from lvlm.runtime.graphs import Graphs
-from lvlm.runtime.prompts import Prompt
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.generate import batch as batches
+from lvlm.runtime.generate.loaded_graphs import Graphs
+from lvlm.runtime.prompt.prompts import Prompt
 
 
 @dataclass

@@ -9,7 +9,7 @@ from lvlm.plugins_trt.cache_compact.kernel import (
     merge_into_survivors,
     order_scores,
 )
-from lvlm.plugins_trt.plan import (
+from lvlm.plugins_trt.plugins.plugin_plan import (
     DATA,
     HEAD_BLOCKS,
     Attribute,
@@ -20,7 +20,7 @@ from lvlm.plugins_trt.plan import (
     Scratch,
     Step,
 )
-from lvlm.plugins_trt.sizes import extent
+from lvlm.plugins_trt.plugins.sizes import extent
 
 BATCH, HEADS, POSITIONS = extent("key", 0), extent("key", 1), extent("key", 2)
 SLOTS = extent("slots", 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lvlm.plugins_trt._attention_steps import (
+from lvlm.plugins_trt.cache_importance.kernel import mean_over_heads
+from lvlm.plugins_trt.plugins.attention_steps import (
     BATCH,
     GROUP,
     HEADS,
@@ -10,8 +11,7 @@ from lvlm.plugins_trt._attention_steps import (
     softmax_scratch,
     softmax_steps,
 )
-from lvlm.plugins_trt.cache_importance.kernel import mean_over_heads
-from lvlm.plugins_trt.plan import DATA, Attribute, Input, Output, Plugin, Step
+from lvlm.plugins_trt.plugins.plugin_plan import DATA, Attribute, Input, Output, Plugin, Step
 
 ROWS = 64  # of a tile
 ADDED = 256  # positions of a program

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lvlm.plugins_trt.cache_update.kernel import write_entries
-from lvlm.plugins_trt.plan import DATA, Input, Output, Plugin, Step
-from lvlm.plugins_trt.sizes import extent
+from lvlm.plugins_trt.plugins.plugin_plan import DATA, Input, Output, Plugin, Step
+from lvlm.plugins_trt.plugins.sizes import extent
 
 BATCH, HEADS, EXTENT, WIDTH = (extent("cache", axis) for axis in range(4))
 ENTRIES = extent("update", 2)

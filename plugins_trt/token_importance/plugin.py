@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lvlm.plugins_trt._attention_steps import (
+from lvlm.plugins_trt.plugins.attention_steps import (
     BATCH,
     HEADS,
     INDICES,
@@ -11,8 +11,8 @@ from lvlm.plugins_trt._attention_steps import (
     softmax_scratch,
     softmax_steps,
 )
-from lvlm.plugins_trt.plan import DATA, Attribute, Input, Output, Plugin, Step
-from lvlm.plugins_trt.sizes import const
+from lvlm.plugins_trt.plugins.plugin_plan import DATA, Attribute, Input, Output, Plugin, Step
+from lvlm.plugins_trt.plugins.sizes import const
 from lvlm.plugins_trt.token_importance.kernel import mean_over_rows
 
 ROWS = 16  # of a tile: a group's heads, of few queries

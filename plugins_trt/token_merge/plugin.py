@@ -1,5 +1,5 @@
-"""The plan of ``lvlm::TokenMerge``: contract in export/ops/token_merge.py, kernels in kernel.py
-and absorb.py.
+"""The plan of ``lvlm::TokenMerge``: contract in export/ops/token_merge/, kernels in kernel.py and
+absorb.py.
 
 Scratch is 16 + 8 PARTS bytes for each of the B N tokens, 4 for each of the B Nout output slots and
 12 for each of the B M K centre numbers: under 1 % of the hidden states, if those are 4,096 wide and
@@ -8,7 +8,7 @@ fp16. Nothing as large as tokens times centres exists.
 
 from __future__ import annotations
 
-from lvlm.plugins_trt.plan import (
+from lvlm.plugins_trt.plugins.plugin_plan import (
     DATA,
     Attribute,
     Input,
@@ -18,7 +18,7 @@ from lvlm.plugins_trt.plan import (
     Scratch,
     Step,
 )
-from lvlm.plugins_trt.sizes import Size, const, extent, numel
+from lvlm.plugins_trt.plugins.sizes import Size, const, extent, numel
 from lvlm.plugins_trt.token_merge import absorb, kernel
 
 BATCH, LENGTH, WIDTH = (extent("hidden", axis) for axis in range(3))

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lvlm.runtime.bundle import Manifest
-from lvlm.runtime.discovery import names, nearest
-from lvlm.runtime.errors import BackendError
-from lvlm.runtime.generation_options import read_value, whole
+from lvlm.core.discovery import names, nearest
+from lvlm.core.errors import BackendError
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.options.generation_options import read_value, whole
 
 if TYPE_CHECKING:
     import numpy as np

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lvlm.core.errors import BackendError
+from lvlm.core.installing import install
 from lvlm.runtime.backends import Session, require
-from lvlm.runtime.backends._onnxruntime import OnnxRuntime, failure
-from lvlm.runtime.backends._ort_library import OrtError, find_library
-from lvlm.runtime.backends._ort_shared import SharedWeights
-from lvlm.runtime.bundle import Graph, Manifest
-from lvlm.runtime.errors import BackendError
-from lvlm.runtime.installing import install
+from lvlm.runtime.backends.ort.c_library import OrtError, find_library
+from lvlm.runtime.backends.ort.sessions import OnnxRuntime, failure
+from lvlm.runtime.backends.ort.shared_sessions import SharedWeights
+from lvlm.runtime.bundle.manifest import Graph, Manifest
 
 TARGET = "ort-cpu"  # whose form of a graph it runs where the bundle has one
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lvlm.runtime import nvidia
+from lvlm.core import nvidia
+from lvlm.core.errors import BackendError
+from lvlm.core.installing import install
 from lvlm.runtime.backends import Buffer, require
-from lvlm.runtime.backends._onnxruntime import OnnxRuntime, Provider, failure
-from lvlm.runtime.errors import BackendError
-from lvlm.runtime.installing import install
+from lvlm.runtime.backends.ort.sessions import OnnxRuntime, Provider, failure
 
 # Shapes are computed on the CPU, and ops that have no CUDA kernel.
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")

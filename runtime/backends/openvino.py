@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from lvlm.core.errors import BackendError, ParameterError
+from lvlm.core.installing import install
 from lvlm.runtime.backends import require
-from lvlm.runtime.backends._host import HostMemory, failure
-from lvlm.runtime.bundle import Graph, Manifest
-from lvlm.runtime.errors import BackendError, ParameterError
-from lvlm.runtime.installing import install
+from lvlm.runtime.backends.host.buffers import HostMemory, failure
+from lvlm.runtime.bundle.manifest import Graph, Manifest
 
 SLOTS = "cache_slots"  # output [writes,B]: where the entries of each present output go
 PRECISION = "LVLM_OPENVINO_PRECISION"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lvlm.core.errors import BackendError
 from lvlm.runtime.backends import Session, cuda
-from lvlm.runtime.bundle import Graph, Manifest
-from lvlm.runtime.errors import BackendError
+from lvlm.runtime.bundle.manifest import Graph, Manifest
 
 TENSORRT = "TensorrtExecutionProvider"
 TARGET = "ort-tensorrt"  # whose graphs it takes

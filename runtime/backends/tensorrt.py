@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lvlm.runtime.backends._tensorrt import TensorRt
+from lvlm.runtime.backends.trt.engines import TensorRt
 
 
 class Backend(TensorRt):

@@ -3,7 +3,7 @@
 from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
 from lvlm.runtime.engine.engine import Engine
 from lvlm.runtime.engine.handle import Handle
-from lvlm.runtime.engine.memory import Memory
+from lvlm.runtime.engine.memory_plan import Memory
 from lvlm.runtime.engine.stats import EngineStats
 
 __all__ = ["AsyncEngine", "AsyncHandle", "Engine", "EngineStats", "Handle", "Memory"]

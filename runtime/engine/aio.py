@@ -8,14 +8,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
 from types import TracebackType
 from typing import Self, Unpack, overload
 
-from lvlm.runtime.answers import Generation
-from lvlm.runtime.asks import Ask, Images, Videos, many_asks, one_ask
+from lvlm.core.errors import ParameterError, shown
 from lvlm.runtime.engine.engine import Engine
 from lvlm.runtime.engine.handle import Handle
-from lvlm.runtime.engine.memory import Memory
+from lvlm.runtime.engine.memory_plan import Memory
 from lvlm.runtime.engine.stats import EngineStats
-from lvlm.runtime.errors import ParameterError, shown
-from lvlm.runtime.generation_options import GenerationOptions, OptionValues
+from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.generate.asks import Ask, Images, Videos, many_asks, one_ask
+from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
 
 
 class AsyncHandle:

@@ -10,23 +10,25 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self, Unpack, overload
 
-from lvlm.runtime.answers import Generation, Stream
-from lvlm.runtime.asks import Ask, Images, Videos, many_asks, one_ask
+from lvlm.core.errors import QueueFullError
+from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend, thread_count
-from lvlm.runtime.budgets import Budgets
-from lvlm.runtime.bundle import bundle_path, read_bundle
-from lvlm.runtime.cache import CompactCache
-from lvlm.runtime.counts import count_prompts, read_options
+from lvlm.runtime.bundle.manifest import bundle_path, read_bundle
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.image_cache import ImageCache
-from lvlm.runtime.engine.memory import Memory, plan_memory, slot_capacity
+from lvlm.runtime.engine.memory_plan import Memory, plan_memory, slot_capacity
 from lvlm.runtime.engine.prefixes import prompt_keys, reusable
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.scheduler import Scheduler
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.engine.stats import EngineStats
-from lvlm.runtime.errors import QueueFullError
-from lvlm.runtime.generation_options import (
+from lvlm.runtime.generate.answers import Generation, Stream
+from lvlm.runtime.generate.asks import Ask, Images, Videos, many_asks, one_ask
+from lvlm.runtime.generate.call_plan import count_prompts, read_options
+from lvlm.runtime.generate.loaded_graphs import Graphs
+from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.kv.cache import CompactCache
+from lvlm.runtime.options.generation_options import (
     SWITCH,
     GenerationOptions,
     Keep,
@@ -35,10 +37,8 @@ from lvlm.runtime.generation_options import (
     read_value,
     whole,
 )
-from lvlm.runtime.graphs import Graphs
-from lvlm.runtime.integrity import Verify
-from lvlm.runtime.prompts import PromptMaker
-from lvlm.runtime.text import TextStream, Tokenizer
+from lvlm.runtime.prompt.prompts import PromptMaker
+from lvlm.runtime.prompt.text import TextStream, Tokenizer
 
 SECONDS = number("seconds above 0, or None", lambda x: x > 0)
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self, TypeVar
 
-from lvlm.runtime.answers import Generation
-from lvlm.runtime.errors import LvlmError, RequestCancelled
-from lvlm.runtime.forks import forked, orphan_in_children
-from lvlm.runtime.generation_options import number, read_value
+from lvlm.core.errors import LvlmError, RequestCancelled
+from lvlm.core.forks import forked, orphan_in_children
+from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.options.generation_options import number, read_value
 
 WAIT = number("seconds, 0 or more, or None", lambda x: x >= 0)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lvlm.runtime.pictures import Picture
+from lvlm.runtime.media.pictures import Picture
 
 
 class ImageCache:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lvlm.runtime.bundle import Manifest
-from lvlm.runtime.prompts import Prompt
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.prompt.prompts import Prompt
 
 # Decode reads the rest of a prompt token by token: each takes as long as this many in prefill do,
 # about (docs/performance.md).

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lvlm.runtime.answers import Generation, Stats
-from lvlm.runtime.counts import PromptCounts
 from lvlm.runtime.engine.handle import Handle
-from lvlm.runtime.prompts import Prompt
-from lvlm.runtime.row import Row
-from lvlm.runtime.text import TextStream
+from lvlm.runtime.generate.answers import Generation, Stats
+from lvlm.runtime.generate.call_plan import PromptCounts
+from lvlm.runtime.generate.row import Row
+from lvlm.runtime.prompt.prompts import Prompt
+from lvlm.runtime.prompt.text import TextStream
 
 
 @dataclass(eq=False)

@@ -14,6 +14,14 @@ from functools import partial
 
 import numpy as np
 
+from lvlm.core.errors import (
+    BackendError,
+    EngineClosedError,
+    LvlmError,
+    QueueFullError,
+    RequestTimeout,
+)
+from lvlm.core.forks import Home, orphan_in_children
 from lvlm.runtime.backends import Call
 from lvlm.runtime.engine.image_cache import ImageCache
 from lvlm.runtime.engine.prefixes import worthwhile
@@ -22,15 +30,7 @@ from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.engine.stats import EngineStats, Meter
 from lvlm.runtime.engine.steps import Steps, again, described, typed
 from lvlm.runtime.engine.worker import Beside, Inline, Worker
-from lvlm.runtime.errors import (
-    BackendError,
-    EngineClosedError,
-    LvlmError,
-    QueueFullError,
-    RequestTimeout,
-)
-from lvlm.runtime.forks import Home, orphan_in_children
-from lvlm.runtime.graphs import Graphs
+from lvlm.runtime.generate.loaded_graphs import Graphs
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lvlm.runtime.cache import CompactCache
 from lvlm.runtime.engine.request import Request
+from lvlm.runtime.kv.cache import CompactCache
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from lvlm.core.errors import BackendError, LvlmError
 from lvlm.runtime.backends import Call
 from lvlm.runtime.engine.slots import Slots
-from lvlm.runtime.errors import BackendError, LvlmError
-from lvlm.runtime.graphs import Graphs, check_kept
+from lvlm.runtime.generate.loaded_graphs import Graphs, check_kept
 
 
 class Steps:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from lvlm.runtime.discovery import names, nearest
-from lvlm.runtime.errors import BundleError
-from lvlm.runtime.pictures import Picture
+from lvlm.core.discovery import names, nearest
+from lvlm.core.errors import BundleError
+from lvlm.runtime.media.pictures import Picture
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,10 +12,10 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.images import MAX_PIXELS
-from lvlm.runtime.pictures import Picture
-from lvlm.runtime.processors._config import (
+from lvlm.core.errors import ParameterError
+from lvlm.runtime.media.images import MAX_PIXELS
+from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.processors.parts.config_values import (
     CLIP_MEAN,
     CLIP_STD,
     check_keys,
@@ -31,7 +31,7 @@ from lvlm.runtime.processors._config import (
     text,
     with_defaults,
 )
-from lvlm.runtime.processors._tiles import cut, scaled
+from lvlm.runtime.processors.parts.tiles import cut, scaled
 
 
 class InternVLProcessor:

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lvlm.runtime.errors import BundleError, ParameterError
-from lvlm.runtime.pictures import Picture
-from lvlm.runtime.processors._config import (
+from lvlm.core.errors import BundleError, ParameterError
+from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.processors.parts.config_values import (
     CLIP_MEAN,
     CLIP_STD,
     MAX_OUTPUT_SIDE,

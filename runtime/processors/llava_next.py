@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lvlm.runtime.pictures import Picture
-from lvlm.runtime.processors._anyres import KEYS, Tiles, tiles_config
-from lvlm.runtime.processors._config import CLIP_MEAN, CLIP_STD, check_keys, judging
+from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.processors.parts.anyres import KEYS, Tiles, tiles_config
+from lvlm.runtime.processors.parts.config_values import CLIP_MEAN, CLIP_STD, check_keys, judging
 
 
 class LlavaNextProcessor:

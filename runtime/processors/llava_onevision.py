@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.pictures import Picture
-from lvlm.runtime.processors._anyres import KEYS, Tiles, tiles_config
-from lvlm.runtime.processors._config import (
+from lvlm.core.errors import ParameterError
+from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.processors.parts.anyres import KEYS, Tiles, tiles_config
+from lvlm.runtime.processors.parts.config_values import (
     CLIP_MEAN,
     CLIP_STD,
     MAX_OUTPUT_SIDE,
@@ -27,8 +27,8 @@ from lvlm.runtime.processors._config import (
     planes,
     with_defaults,
 )
-from lvlm.runtime.processors._llava_onevision_video import LlavaOnevisionVideo
-from lvlm.runtime.processors._video import opened
+from lvlm.runtime.processors.parts.frames import opened
+from lvlm.runtime.processors.parts.llava_onevision_video import LlavaOnevisionVideo
 
 SHRINK = 1.1  # by less than this a side is not worth it
 

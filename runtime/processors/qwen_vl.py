@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from lvlm.runtime.errors import ImageError, ParameterError
-from lvlm.runtime.pictures import Picture
-from lvlm.runtime.processors._config import (
+from lvlm.core.errors import ImageError, ParameterError
+from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.processors.parts.config_values import (
     CLIP_MEAN,
     CLIP_STD,
     check_keys,
@@ -30,8 +30,8 @@ from lvlm.runtime.processors._config import (
     size_of,
     with_defaults,
 )
-from lvlm.runtime.processors._qwen_video import MAX_RATIO, QwenVideo, whole_tokens
-from lvlm.runtime.processors._video import opened
+from lvlm.runtime.processors.parts.frames import opened
+from lvlm.runtime.processors.parts.qwen_video import MAX_RATIO, QwenVideo, whole_tokens
 
 
 class QwenProcessor:

@@ -13,9 +13,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.pictures import Picture
-from lvlm.runtime.processors._config import (
+from lvlm.core.errors import ParameterError
+from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.processors.parts.config_values import (
     MAX_OUTPUT_SIDE,
     check_keys,
     integer,
@@ -28,9 +28,9 @@ from lvlm.runtime.processors._config import (
     text,
     with_defaults,
 )
-from lvlm.runtime.processors._smolvlm_video import SmolVLMVideo
-from lvlm.runtime.processors._tiles import cut, scaled
-from lvlm.runtime.processors._video import opened
+from lvlm.runtime.processors.parts.frames import opened
+from lvlm.runtime.processors.parts.smolvlm_video import SmolVLMVideo
+from lvlm.runtime.processors.parts.tiles import cut, scaled
 
 
 class SmolVLMProcessor:

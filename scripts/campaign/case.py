@@ -11,13 +11,13 @@ from typing import Protocol
 
 COMMANDS = {
     "lvlm": "lvlm.main",
-    "lvlm-run": "lvlm.runtime.cli",
-    "lvlm-doctor": "lvlm.runtime.doctor_cli",
-    "lvlm-export": "lvlm.export.cli",
-    "lvlm-build": "lvlm.plugins_trt.cli",
-    "lvlm-eval": "lvlm.calibration.eval_cli",
-    "lvlm-calibrate": "lvlm.calibration.cli",
-    "lvlm-bench": "lvlm.calibration.bench.cli",
+    "lvlm-run": "lvlm.runtime.run_cli",
+    "lvlm-doctor": "lvlm.runtime.tools.doctor_cli",
+    "lvlm-export": "lvlm.export.export_cli",
+    "lvlm-build": "lvlm.plugins_trt.build_cli",
+    "lvlm-eval": "lvlm.calibration.evaluate.eval_cli",
+    "lvlm-calibrate": "lvlm.calibration.profile.calibrate_cli",
+    "lvlm-bench": "lvlm.bench.bench_cli",
 }
 MESSAGE_LINES = 3
 
@@ -39,7 +39,7 @@ class Case:
     def run(self) -> int:
         """The exit status, as the installed command would have it."""
         if self.call is not None:
-            from lvlm.runtime.console import run_main
+            from lvlm.core.console import run_main
 
             call = self.call
 

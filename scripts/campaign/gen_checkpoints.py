@@ -12,7 +12,12 @@ from campaign.case import Base, Case
 from campaign.mutate import json_bytes, linked, mutate_bytes, mutate_json, odd_file, replace
 
 WEIGHT = 16
-WARM = ("lvlm.export.cli", "lvlm.export.plan", "lvlm.export.exporter", "lvlm.export.estimates")
+WARM = (
+    "lvlm.export.export_cli",
+    "lvlm.export.export_plan",
+    "lvlm.export.exporter",
+    "lvlm.export.estimates",
+)
 FILES = (
     *("config.json", "config.json", "config.json", "generation_config.json", "tokenizer.json"),
     *("tokenizer_config.json", "processor_config.json", "chat_template.jinja"),

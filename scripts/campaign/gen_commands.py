@@ -12,7 +12,7 @@ from unittest import mock
 from campaign.case import COMMANDS, Base, Case
 
 WEIGHT = 40
-WARM = ("lvlm.runtime.model", *COMMANDS.values(), "lvlm.export.plan", "lvlm.export.listings")
+WARM = ("lvlm.runtime.model", *COMMANDS.values(), "lvlm.export.export_plan", "lvlm.export.listings")
 VALUES = (
     *("0", "1", "-1", "2", "300", str(2**32 + 1), "1e3", "0.5", "nan", "inf", "-0.0", "x", ""),
     *("9" * 5000, "1.5", "a,b", "0.2,0.5", ",", "a=b", "keep=0.5", "=", "é", "\udcff", "a b"),
@@ -98,7 +98,7 @@ def _actions(program: str) -> Iterator[argparse.Action]:
 
     from importlib import import_module
 
-    from lvlm.runtime.console import Parser
+    from lvlm.core.console import Parser
 
     with mock.patch.object(Parser, "parse_args", stop), contextlib.suppress(SystemExit):
         import_module(COMMANDS[program]).main([])

@@ -11,7 +11,11 @@ from campaign.case import Base, Case
 from campaign.mutate import ODD, json_bytes, mutate_bytes, mutate_json, odd_file
 
 WEIGHT = 8
-WARM = ("lvlm.runtime.model", "lvlm.calibration.study", "lvlm.calibration.samples")
+WARM = (
+    "lvlm.runtime.model",
+    "lvlm.calibration.evaluate.study",
+    "lvlm.calibration.datasets.samples",
+)
 
 
 def make(rng: random.Random, folder: Path, base: Base) -> Case:
@@ -30,7 +34,7 @@ def make(rng: random.Random, folder: Path, base: Base) -> Case:
 
 
 def _read(path: Path) -> None:
-    from lvlm.export.samples import read_samples
+    from lvlm.export.budgets.calibration_samples import read_samples
 
     read_samples(path)
 

@@ -22,7 +22,7 @@ def make(rng: random.Random, folder: Path, base: Base) -> Case:
 
 def damaged(rng: random.Random, bundle: Path, base: Base, names: list[str]) -> Case:
     """One of the files changed; in half of the cases the manifest gets its right hash."""
-    from lvlm.runtime.integrity import describe
+    from lvlm.core.integrity import describe
 
     path = bundle / rng.choice(names)
     before = path.read_bytes()

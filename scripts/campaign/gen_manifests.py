@@ -10,7 +10,11 @@ from campaign.case import Base, Case
 from campaign.mutate import json_bytes, linked, mutate_json, odd_file, replace
 
 WEIGHT = 20
-WARM = ("lvlm.runtime.model", "lvlm.runtime.doctor", "lvlm.plugins_trt.engine_builder")
+WARM = (
+    "lvlm.runtime.model",
+    "lvlm.runtime.tools.doctor",
+    "lvlm.plugins_trt.engines.engine_builder",
+)
 
 
 def make(rng: random.Random, folder: Path, base: Base) -> Case:

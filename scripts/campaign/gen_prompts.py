@@ -31,7 +31,7 @@ MORE = ("🙂", "\u202e", "{{ 1 }}", "{% for %}", "USER: ", "ASSISTANT:", "<|im_
 
 
 def make(rng: random.Random, folder: Path, base: Base) -> Case:  # noqa: ARG001
-    from lvlm.runtime.generation_options import GenerationOptions
+    from lvlm.runtime.options.generation_options import GenerationOptions
 
     names = list(GenerationOptions.__dataclass_fields__)
     given = {name: _value(rng) for name in rng.sample(names, rng.choice((0, 0, 1, 2)))}

@@ -24,7 +24,7 @@ def make(rng: random.Random, folder: Path, base: Base) -> Case:
 
 
 def _other_tokenizer(rng: random.Random, bundle: Path, base: Base) -> Case:
-    from lvlm.runtime.integrity import describe
+    from lvlm.core.integrity import describe
 
     path = bundle / ("tokenizer.json" if rng.random() < 0.8 else rng.choice(SMALL))
     replace(path, json_bytes(rng, mutate_json(rng, json.loads(path.read_text()))))

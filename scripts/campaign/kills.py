@@ -23,8 +23,8 @@ from campaign.children import Result, open_streams
 from campaign.judge import SECONDS, TRACES, leftovers
 
 WARM = (
-    *("lvlm.export.exporter", "lvlm.export.cli", "lvlm.calibration.measure"),
-    *("lvlm.calibration.study", "lvlm.plugins_trt.engine_builder", "onnxscript"),
+    *("lvlm.export.exporter", "lvlm.export.export_cli", "lvlm.calibration.profile.measure"),
+    *("lvlm.calibration.evaluate.study", "lvlm.plugins_trt.engines.engine_builder", "onnxscript"),
 )
 SERIES = 10  # kills before the command may finish
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)

@@ -8,9 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lvlm.runtime.answers import Generation, Stats, Stream
-    from lvlm.runtime.engine import AsyncEngine, AsyncHandle, Engine, EngineStats, Handle, Memory
-    from lvlm.runtime.errors import (
+    from lvlm.core.errors import (
         BackendError,
         BundleError,
         CapacityError,
@@ -25,28 +23,30 @@ if TYPE_CHECKING:
         RequestError,
         RequestTimeout,
     )
-    from lvlm.runtime.generation_options import GenerationOptions
+    from lvlm.runtime.engine import AsyncEngine, AsyncHandle, Engine, EngineStats, Handle, Memory
+    from lvlm.runtime.generate.answers import Generation, Stats, Stream
+    from lvlm.runtime.media.video import Clip
     from lvlm.runtime.model import Model, load
-    from lvlm.runtime.sampling import TokenScore
-    from lvlm.runtime.video import Clip
+    from lvlm.runtime.options.generation_options import GenerationOptions
+    from lvlm.runtime.sampling.sampler import TokenScore
 
     __version__: str
 
 # Where each public name is; the imports above say the same to type checkers and editors.
 _HOME = {
-    "lvlm.runtime.answers": ("Generation", "Stats", "Stream"),
+    "lvlm.runtime.generate.answers": ("Generation", "Stats", "Stream"),
     "lvlm.runtime.engine": (
         *("AsyncEngine", "AsyncHandle", "Engine", "EngineStats", "Handle", "Memory"),
     ),
-    "lvlm.runtime.errors": (
+    "lvlm.core.errors": (
         *("BackendError", "BundleError", "CapacityError", "DeviceMemoryError"),
         *("EngineClosedError", "ImageError", "LvlmError", "ParameterError", "PromptError"),
         *("QueueFullError", "RequestCancelled", "RequestError", "RequestTimeout"),
     ),
-    "lvlm.runtime.generation_options": ("GenerationOptions",),
+    "lvlm.runtime.options.generation_options": ("GenerationOptions",),
     "lvlm.runtime.model": ("Model", "load"),
-    "lvlm.runtime.sampling": ("TokenScore",),
-    "lvlm.runtime.video": ("Clip",),
+    "lvlm.runtime.sampling.sampler": ("TokenScore",),
+    "lvlm.runtime.media.video": ("Clip",),
 }
 
 __all__ = [
@@ -86,7 +86,7 @@ if not TYPE_CHECKING:  # type checkers would take every name for one that it fin
         import importlib
 
         if name == "__version__":
-            found = importlib.import_module("lvlm.runtime.version").version()
+            found = importlib.import_module("lvlm.core.version").version()
         else:
             home = next((home for home, names in _HOME.items() if name in names), None)
             if home is None:

@@ -8,13 +8,13 @@ import sys
 
 PREFIX = "lvlm-"
 MODULES = {
-    "bench": "lvlm.calibration.bench.cli",
-    "build": "lvlm.plugins_trt.cli",
-    "calibrate": "lvlm.calibration.cli",
-    "doctor": "lvlm.runtime.doctor_cli",
-    "eval": "lvlm.calibration.eval_cli",
-    "export": "lvlm.export.cli",
-    "run": "lvlm.runtime.cli",
+    "bench": "lvlm.bench.bench_cli",
+    "build": "lvlm.plugins_trt.build_cli",
+    "calibrate": "lvlm.calibration.profile.calibrate_cli",
+    "doctor": "lvlm.runtime.tools.doctor_cli",
+    "eval": "lvlm.calibration.evaluate.eval_cli",
+    "export": "lvlm.export.export_cli",
+    "run": "lvlm.runtime.run_cli",
 }
 
 
@@ -22,9 +22,9 @@ def main() -> int:
     """``lvlm-VERB …``, by the name it was started with, or ``lvlm VERB …``."""
     signal.signal(signal.SIGINT, _leave)  # later exceptions: console.run_main
     program = os.path.basename(sys.argv[0]).removesuffix(".exe")
+    from lvlm.core.console import run_main
     from lvlm.main import main as dispatch
     from lvlm.main import run_verb
-    from lvlm.runtime.console import run_main
 
     verb = program.removeprefix(PREFIX)
     if program == PREFIX + verb and verb in MODULES:

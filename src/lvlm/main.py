@@ -10,10 +10,10 @@ from importlib import util
 from pathlib import Path
 
 from lvlm.commands import MODULES, PREFIX
-from lvlm.runtime.console import run_main
-from lvlm.runtime.discovery import nearest
-from lvlm.runtime.errors import ParameterError
-from lvlm.runtime.version import DISTRIBUTION, version
+from lvlm.core.console import run_main
+from lvlm.core.discovery import nearest
+from lvlm.core.errors import ParameterError
+from lvlm.core.version import DISTRIBUTION, version
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,13 +16,21 @@ from typing import Any
 import pytest
 from bundles import ASSETS, FAMILIES
 
-from lvlm.export import estimates, exporter, validation
-from lvlm.export.cli import main
-from lvlm.export.profiles import DataId, ModelId, Profile, RecipeId, Spread, model_hash
+from lvlm.core.errors import ValidationError
+from lvlm.export import estimates, exporter
+from lvlm.export.budgets.prefix_profiles import (
+    DataId,
+    ModelId,
+    Profile,
+    RecipeId,
+    Spread,
+    model_hash,
+)
+from lvlm.export.export_cli import main
+from lvlm.export.verify import validation
 from lvlm.export.verify.checks import Check, table
 from lvlm.export.verify.outcome import Outcome
-from lvlm.runtime.bundle import ProfileRow, read_bundle
-from lvlm.runtime.errors import ValidationError
+from lvlm.runtime.bundle.manifest import ProfileRow, read_bundle
 
 NAME = "llava:llama-mha-bias-rope3-siglip"
 
@@ -330,7 +338,7 @@ def test_listings_need_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
         "        if name.partition('.')[0] in ('torch', 'transformers', 'onnx', 'onnx_ir'):\n"
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Blocked())\n"
-        "from lvlm.export.cli import main\n"
+        "from lvlm.export.export_cli import main\n"
         f"for argv in {LISTINGS!r}: assert main(argv) == 0\n"
         "assert main(['--help-recipe', 'lightvml']) == 2\n"
     )
@@ -344,7 +352,7 @@ def test_listings_need_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; sys.argv = ['lvlm-export', '--help']\n"
-        "from lvlm.export.cli import main\n"
+        "from lvlm.export.export_cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'transformers', 'onnx', 'numpy'} & set(sys.modules)))"

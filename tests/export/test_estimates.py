@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lvlm.core.discovery import discover
 from lvlm.export import estimates
-from lvlm.export.plan import Options
+from lvlm.export.export_plan import Options
 from lvlm.export.recipes._base import parse_settings
-from lvlm.runtime.discovery import discover
 
 GB = 10**9
 

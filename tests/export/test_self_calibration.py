@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from lvlm.core.discovery import discover
+from lvlm.core.progress import Progress
 from lvlm.export import self_calibration
-from lvlm.export.plan import Options, make_plan
-from lvlm.export.profiles import DataId, ModelId, Profile, RecipeId, Spread
-from lvlm.export.progress import Progress
+from lvlm.export.budgets.prefix_profiles import DataId, ModelId, Profile, RecipeId, Spread
+from lvlm.export.export_plan import Options, make_plan
 from lvlm.export.recipes._base import parse_settings
-from lvlm.runtime.bundle import ProfileRow
-from lvlm.runtime.discovery import discover
+from lvlm.runtime.bundle.manifest import ProfileRow
 
 
 def test_the_cache_is_counted_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PARITY = "tests/export/test_parity.py::test_none_equals_transformers_generate"
+PARITY = "tests/parity/test_parity.py::test_none_equals_transformers_generate"
 BIASED = f"{PARITY}[llava:llama-mha-bias-rope3-siglip]"
 GROUPED = f"{PARITY}[llava:llama-gqa-clip]"
 TIED = f"{PARITY}[llava:qwen2-tied-siglip]"
@@ -28,19 +28,19 @@ class Fault:
 
 FAULTS = {
     "q, k and v biases dropped": Fault(
-        "export/fused_products.py",
+        "export/weights/fused_linears.py",
         "    if first.bias is not None:\n        nodes.append",
         "    if first.bias is None:\n        nodes.append",
         BIASED,
     ),
     "q and k biases swapped in the fused product": Fault(
-        "export/fused_products.py",
+        "export/weights/fused_linears.py",
         'tuple(m.bias or "" for m in members)',
         'tuple(m.bias or "" for m in (*members[1::-1], *members[2:]))',
         BIASED,
     ),
     "two norms swapped": Fault(
-        "export/weights.py",
+        "export/weights/store.py",
         "self.stored_names[part.parameter]",
         'self.stored_names[part.parameter.replace("input_layernorm", "x").replace('
         '"post_attention_layernorm", "input_layernorm").replace(".x.", '
@@ -48,7 +48,7 @@ FAULTS = {
         BIASED,
     ),
     "wrong rope theta": Fault(
-        "export/families/_common.py",
+        "export/families/parts/llama_text.py",
         "    return config\n\n\ndef build_model",
         '    config.text_config.rope_parameters["rope_theta"] = 5000.0\n'
         "    return config\n\n\ndef build_model",
@@ -73,25 +73,25 @@ FAULTS = {
         GROUPED,
     ),
     "position after a picture off by one": Fault(
-        "runtime/prompts.py",
+        "runtime/prompt/prompts.py",
         "here + picture.span, int(",
         "here + picture.span + 1, int(",
         f"{PARITY}[qwen2-vl:gqa]",
     ),
     "position of new tokens off by one": Fault(
-        "runtime/cache.py",
+        "runtime/kv/cache.py",
         "            return true\n",
         "            return true + 1\n",
         GROUPED,
     ),
     "projector without its last bias": Fault(
-        "export/families/_llava.py",
+        "export/families/parts/llava_like.py",
         "self.projector(features).flatten(0, 1)",
         "(self.projector(features) - self.projector.linear_2.bias).flatten(0, 1)",
         BIASED,
     ),
     "features of the layer before": Fault(
-        "export/families/_llava.py",
+        "export/families/parts/llava_like.py",
         "[i % depth for i in wanted]",
         "[(i - 1) % depth for i in wanted]",
         BIASED,
@@ -103,41 +103,41 @@ FAULTS = {
         BIASED,
     ),
     "output projection transposed": Fault(
-        "export/weights.py",
+        "export/weights/store.py",
         "if part.transposed else tensor)",
         'if part.transposed and "o_proj" not in part.parameter else tensor)',
         TIED,
     ),
     "merged states not divided by the sum of their weights": Fault(
-        "export/ops/_token_merge_function.py",
+        "export/ops/token_merge/function.py",
         "return g.Div(weight, g.ReduceSum(weight, g.const([2]), keepdims=1))",
         "return weight",
-        "tests/export/test_token_merge.py::test_onnx_function_matches_loops",
+        "tests/export/ops/test_token_merge.py::test_onnx_function_matches_loops",
     ),
     "the same in the torch reference": Fault(
-        "export/ops/token_merge.py",
+        "export/ops/token_merge/contract.py",
         "    share = share / share.sum(dim=1, keepdim=True)\n",
         "",
-        "tests/export/test_token_merge.py::test_reference_matches_loops",
+        "tests/export/ops/test_token_merge.py::test_reference_matches_loops",
     ),
     "the newest entry overwritten instead of the oldest": Fault(
-        "runtime/cache.py",
+        "runtime/kv/cache.py",
         "self.slots[(*np.nonzero(where), self.head[where])]",
         "self.slots[(*np.nonzero(where), "
         "((self.head + self.count - 1) % self.slots.shape[2])[where])]",
-        "tests/runtime/test_cache.py::test_victims_by_hand",
+        "tests/runtime/kv/test_cache.py::test_victims_by_hand",
     ),
     "the most important entries evicted": Fault(
-        "export/ops/cache_compact.py",
+        "export/ops/cache_compact/contract.py",
         "argsort(descending=True, stable=True)\n    return ranked",
         "argsort(stable=True)\n    return ranked",
-        "tests/export/test_cache_compact.py::test_matches_loops",
+        "tests/export/ops/test_cache_compact.py::test_matches_loops",
     ),
     "one image token too many": Fault(
-        "runtime/schedule.py",
+        "runtime/kv/image_tokens.py",
         "return max(1, rounded(image_tokens * ratio))",
         "return min(image_tokens, max(1, rounded(image_tokens * ratio)) + 1)",
-        "tests/runtime/test_schedule.py::test_kept_is_the_rounded_share_but_at_least_one",
+        "tests/runtime/kv/test_image_tokens.py::test_kept_is_the_rounded_share_but_at_least_one",
     ),
     "image tokens scored by the token before the last": Fault(
         "export/recipes/lightvlm.py",

@@ -14,8 +14,8 @@ from twin_model import Answer, Twin
 from twin_rules import NoRule
 
 import lvlm
-from lvlm.runtime.generation_options import GenerationOptions
 from lvlm.runtime.model import Model
+from lvlm.runtime.options.generation_options import GenerationOptions
 
 IMAGE = "<image>\n"
 PICTURES = [np.asarray(Image.open(ASSETS / f"samples/digits-{i}.png")) for i in (1, 2)]

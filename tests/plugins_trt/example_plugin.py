@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lvlm.plugins_trt.plan import (
+from lvlm.plugins_trt.plugins.plugin_plan import (
     DATA,
     Attribute,
     Input,
@@ -24,7 +24,7 @@ from lvlm.plugins_trt.plan import (
     Scratch,
     Step,
 )
-from lvlm.plugins_trt.sizes import const, extent, numel
+from lvlm.plugins_trt.plugins.sizes import const, extent, numel
 
 
 @triton.jit

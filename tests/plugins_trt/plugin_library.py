@@ -16,17 +16,17 @@ import torch
 from example_plugin import EXAMPLE, count_up
 from filelock import FileLock
 
-from lvlm.export.ops._contract import Op, Sample
-from lvlm.export.progress import Progress
-from lvlm.plugins_trt import build
-from lvlm.plugins_trt.compile import Compiled, compile_kernels
-from lvlm.plugins_trt.harness import Harness, fields_of, inputs_of, write_case
-from lvlm.plugins_trt.kernels import Kernel, all_kernels
-from lvlm.plugins_trt.plan import DATA, Input, Output, Plugin, Step
-from lvlm.plugins_trt.registry import plugins
-from lvlm.plugins_trt.sizes import Size, const, extent, numel
-from lvlm.plugins_trt.sources import write_sources
-from lvlm.runtime.discovery import discover
+from lvlm.core.discovery import discover
+from lvlm.core.progress import Progress
+from lvlm.export.ops.op import Op, Sample
+from lvlm.plugins_trt.plugins import library_build as build
+from lvlm.plugins_trt.plugins.kernel_compiler import Compiled, compile_kernels
+from lvlm.plugins_trt.plugins.kernels import Kernel, all_kernels
+from lvlm.plugins_trt.plugins.library_harness import Harness, fields_of, inputs_of, write_case
+from lvlm.plugins_trt.plugins.plugin_plan import DATA, Input, Output, Plugin, Step
+from lvlm.plugins_trt.plugins.registry import plugins
+from lvlm.plugins_trt.plugins.sizes import Size, const, extent, numel
+from lvlm.plugins_trt.plugins.sources import write_sources
 
 OPS_ARCH, OPS_FLOAT = 87, "float16"
 EXAMPLE_ARCHS, EXAMPLE_FLOATS = [86, 90], ("float32", "float16")

@@ -13,8 +13,8 @@ import pytest
 import torch
 from plugin_library import Built
 
-from lvlm.export.ops._contract import Sample
-from lvlm.plugins_trt.registry import plugins
+from lvlm.export.ops.op import Sample
+from lvlm.plugins_trt.plugins.registry import plugins
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

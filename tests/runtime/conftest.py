@@ -11,9 +11,9 @@ from fake_engines import RECIPES, Make, build_engines
 from fake_onnxruntime import FakeOrt
 from fake_tensorrt import FakeDriver, FakeTensorRt
 
-from lvlm.runtime import nvidia
-from lvlm.runtime.backends import _cuda
-from lvlm.runtime.sampling import Sampler
+from lvlm.core import nvidia
+from lvlm.runtime.backends.trt import driver as _cuda
+from lvlm.runtime.sampling.sampler import Sampler
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 
 import lvlm
 from lvlm.commands import MODULES
+from lvlm.core import errors
 from lvlm.main import run_verb
-from lvlm.runtime import errors
 
 PROGRAM = """
 import lvlm
@@ -21,13 +21,13 @@ from lvlm import Engine, GenerationOptions, QueueFullError
 
 model = lvlm.load("out/")
 reveal_type(model)  # says "lvlm.runtime.model.Model"
-reveal_type(model.generate("Hi", temperature=0.5))  # says "lvlm.runtime.answers.Generation"
+reveal_type(model.generate("Hi", temperature=0.5))  # says "answers.Generation"
 reveal_type(model.generate(["Hi"], options=GenerationOptions(seed=1)))  # says "list[lvlm.
 reveal_type(Engine("out/").submit("Hi").result().stop_reason)  # says "str | int | None"
 try:
     lvlm.Engine("out/").stats().running
 except QueueFullError as error:
-    reveal_type(error)  # says "lvlm.runtime.errors.QueueFullError"
+    reveal_type(error)  # says "lvlm.core.errors.QueueFullError"
 model.generate("Hi", temprature=0.5)  # says did you mean "temperature"
 model.stream("Hi", temperature="0.5")  # says expected "float"
 Engine("out/").generate("Hi", max_tokens=3)  # says did you mean "max_new_tokens"

@@ -21,12 +21,12 @@ from PIL import Image
 import lvlm
 from lvlm import commands
 from lvlm import main as dispatcher
-from lvlm.runtime.answers import Generation
-from lvlm.runtime.cli import _parser, main
-from lvlm.runtime.console import run_main
-from lvlm.runtime.errors import BundleError, ValidationError
-from lvlm.runtime.generation_options import GenerationOptions
-from lvlm.runtime.sampling import Sampler
+from lvlm.core.console import run_main
+from lvlm.core.errors import BundleError, ValidationError
+from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.run_cli import _parser, main
+from lvlm.runtime.sampling.sampler import Sampler
 
 PICTURE = ASSETS / "samples/digits-1.png"
 OTHER = ASSETS / "samples/digits-2.png"
@@ -366,7 +366,7 @@ def python(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def test_an_answer_that_the_terminal_cannot_show_is_no_error() -> None:
     code = """
 import sys
-from lvlm.runtime.console import run_main
+from lvlm.core.console import run_main
 sys.exit(run_main("prog", lambda: print("caf\\u00e9 \\u2192") or 0))
 """
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
@@ -377,7 +377,7 @@ sys.exit(run_main("prog", lambda: print("caf\\u00e9 \\u2192") or 0))
 def test_help_imports_neither_numpy_nor_onnxruntime() -> None:
     code = """
 import sys
-from lvlm.runtime.cli import main
+from lvlm.runtime.run_cli import main
 try:
     main(["--help"])
 except SystemExit as stop:

@@ -13,9 +13,7 @@ from bundles import ASSETS
 from PIL import Image
 
 import lvlm
-from lvlm.runtime.answers import Generation, Stats
-from lvlm.runtime.backends import open_backend
-from lvlm.runtime.errors import (
+from lvlm.core.errors import (
     BackendError,
     BundleError,
     CapacityError,
@@ -23,9 +21,11 @@ from lvlm.runtime.errors import (
     ParameterError,
     PromptError,
 )
-from lvlm.runtime.generation_options import GenerationOptions
+from lvlm.runtime.backends import open_backend
+from lvlm.runtime.generate.answers import Generation, Stats
 from lvlm.runtime.model import Model
-from lvlm.runtime.sampling import Sampler
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.sampling.sampler import Sampler
 
 PICTURE = ASSETS / "samples/digits-1.png"
 OTHER = ASSETS / "samples/digits-2.png"

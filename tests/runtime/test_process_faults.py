@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from lvlm.runtime.errors import ExportError
-from lvlm.runtime.output import temporary_sibling, whole_file
+from lvlm.core.errors import ExportError
+from lvlm.core.output import temporary_sibling, whole_file
 
 PRINT = """
 import sys
-from lvlm.runtime.console import run_main
+from lvlm.core.console import run_main
 sys.exit(run_main("prog", lambda: print("x") or 0))
 """
 WORK = """
 import pathlib, sys, time
-from lvlm.runtime.console import run_main
-from lvlm.runtime.errors import ExportError
-from lvlm.runtime.output import temporary_sibling, whole_file
+from lvlm.core.console import run_main
+from lvlm.core.errors import ExportError
+from lvlm.core.output import temporary_sibling, whole_file
 
 def body():
     place = pathlib.Path(sys.argv[1])
@@ -55,7 +55,7 @@ sys.exit(commands.main())
 # A signal within a finalizer, which loses every exception
 FINALIZER = """
 import os, sys, time
-from lvlm.runtime.console import run_main
+from lvlm.core.console import run_main
 
 class Final:
     def __del__(self):
@@ -112,7 +112,7 @@ def test_a_full_output_is_told_in_a_line() -> None:
 
 @pytest.mark.parametrize("flag", ["--version", "--help"])
 def test_a_full_output_while_the_command_line_is_read(flag: str) -> None:
-    code = "import sys\nfrom lvlm.runtime.cli import main\nsys.exit(main(sys.argv[1:]))"
+    code = "import sys\nfrom lvlm.runtime.run_cli import main\nsys.exit(main(sys.argv[1:]))"
     with open("/dev/full", "w") as full:
         done = python(code, flag, stdout=full)
     expected = "lvlm-run: error: its output cannot be read or written: No space left on device\n"
@@ -166,7 +166,7 @@ def test_what_a_killed_process_left_goes_with_the_next(tmp_path: Path) -> None:
         alive.communicate()
 
 
-@pytest.mark.parametrize("module", ["lvlm.main", "argparse", "lvlm.runtime.cli"])
+@pytest.mark.parametrize("module", ["lvlm.main", "argparse", "lvlm.runtime.run_cli"])
 def test_ctrl_c_while_a_command_is_imported(module: str) -> None:
     done = python(INTERRUPT, module)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

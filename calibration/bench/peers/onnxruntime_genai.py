@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.calibration.bench.contenders import Conversion, Serving, Setup
-from lvlm.calibration.bench.drive import one_after_another
-from lvlm.calibration.bench.figures import Record
-from lvlm.calibration.bench.peers._prompts import Prompts
-from lvlm.calibration.bench.workload import Request, Work
-from lvlm.runtime.installing import install
+from lvlm.bench.contenders import Conversion, Serving, Setup
+from lvlm.bench.drive import one_after_another
+from lvlm.bench.figures import Record
+from lvlm.bench.peers.parts.peer_prompts import Prompts
+from lvlm.bench.workload import Request, Work
+from lvlm.core.installing import install
 
 ADVICE = (
     f"{install('bench', 'export')} there, or name another environment's interpreter with "
@@ -35,7 +35,7 @@ class ONNXRuntimeGenAI:
 
     def conversion(self, settings: Sequence[str]) -> Conversion | None:
         precision = "int4" if "int4" in settings else "fp32"
-        split = "lvlm.calibration.bench.peers._language_model"
+        split = "lvlm.bench.peers.parts.language_model"
         builder = (
             *("{python}", "-m", "onnxruntime_genai.models.builder", "-i", "{work}/text"),
             *("-o", "{out}", "-p", precision, "-e", "cpu", "-c", "{work}/cache"),

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvlm.calibration.bench.contenders import Conversion, Serving, Setup
-from lvlm.calibration.bench.drive import at_once, one_after_another
-from lvlm.calibration.bench.figures import Record
-from lvlm.calibration.bench.peers._prompts import Prompts
-from lvlm.calibration.bench.workload import Request, Work
-from lvlm.runtime.errors import BackendError
+from lvlm.bench.contenders import Conversion, Serving, Setup
+from lvlm.bench.drive import at_once, one_after_another
+from lvlm.bench.figures import Record
+from lvlm.bench.peers.parts.peer_prompts import Prompts
+from lvlm.bench.workload import Request, Work
+from lvlm.core.errors import BackendError
 
 ADVICE = (
     "it needs an older transformers than this package, so give it an environment of its own: "

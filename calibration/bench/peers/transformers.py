@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lvlm.calibration.bench.contenders import Conversion, Serving, Setup
-from lvlm.calibration.bench.drive import one_after_another
-from lvlm.calibration.bench.figures import Record
-from lvlm.calibration.bench.peers._prompts import Prompts
-from lvlm.calibration.bench.workload import Request, Work
+from lvlm.bench.contenders import Conversion, Serving, Setup
+from lvlm.bench.drive import one_after_another
+from lvlm.bench.figures import Record
+from lvlm.bench.peers.parts.peer_prompts import Prompts
+from lvlm.bench.workload import Request, Work
 
 
 class Transformers:
@@ -34,7 +34,7 @@ class Generating:
         import torch
         from transformers import AutoModelForImageTextToText
 
-        from lvlm.export.checkpoint import find_family
+        from lvlm.export.checkpoint.reading import find_family
 
         torch.set_num_threads(setup.threads)
         self._model = AutoModelForImageTextToText.from_pretrained(

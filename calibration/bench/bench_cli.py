@@ -1,0 +1,180 @@
+"""``lvlm-bench``: speed and memory of bundles, alone or under load, beside other runtimes."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm.bench.bench_arguments import (
+    DURATION,
+    REPEATS,
+    REQUESTS,
+    SLOTS,
+    check_arguments,
+    make_parser,
+)
+from lvlm.core.console import run_main
+
+if TYPE_CHECKING:
+    from lvlm.bench.contenders import Contender
+    from lvlm.bench.rounds import Plan
+    from lvlm.bench.workload import Case
+    from lvlm.core.progress import Progress
+
+FAILED = 2  # the status if a contender failed while others were measured
+PACKAGES = (
+    *("lvlm-deploy", "numpy", "onnxruntime", "openvino"),
+    *("torch", "transformers", "onnxruntime-genai", "openvino-genai"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_main("lvlm-bench", lambda: _run(make_parser().parse_args(arguments), arguments))
+
+
+def _run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
+    check_arguments(args)
+    from lvlm.bench.contenders import bundle_contender, check_fit, peer_contender
+    from lvlm.core.progress import Progress
+
+    common = {"keep": args.keep, "kv-keep": args.kv_keep, "device": args.device}
+    common = {name: value for name, value in common.items() if value is not None}
+    contenders = [bundle_contender(text, common, args.verify) for text in args.bundles]
+    contenders += [peer_contender(text) for text in args.against]
+    _check_labels(contenders)
+    plan = _plan(args)
+    check_fit(
+        contenders,
+        max(case.text_tokens + case.new_tokens for case in plan.cases),
+        max(case.images for case in plan.cases),
+    )
+    progress = Progress(_stages(contenders, plan), quiet=args.quiet)
+    return _measure(args, arguments, contenders, plan, progress)
+
+
+def _measure(
+    args: argparse.Namespace,
+    arguments: Sequence[str],
+    contenders: Sequence[Contender],
+    plan: Plan,
+    progress: Progress,
+) -> int:
+    import tempfile
+    from datetime import UTC, datetime
+
+    from lvlm.bench import bench_report as report
+    from lvlm.bench import machine
+    from lvlm.bench.rounds import measure
+    from lvlm.bench.workload import PromptWriter, prompt_maker, work
+
+    first = contenders[0]
+    assert first.folder is not None
+    assert first.manifest is not None
+    maker = prompt_maker(first.folder, first.manifest)
+    writer = PromptWriter(maker, first.manifest.special_tokens.get("bos_token"))
+    for case in plan.cases:
+        work(case, writer, plan.seed)  # what cannot be asked is known before anything is loaded
+    sources = _sources(args, contenders, progress)
+    warning = machine.busy()
+    if warning and not args.quiet:
+        print(f"lvlm-bench: warning: {warning}", file=sys.stderr)
+    about = machine.describe(plan.threads, PACKAGES)
+    run = {
+        "command": shlex.join(["lvlm-bench", *arguments]),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "warning": warning,
+    }
+    with tempfile.TemporaryDirectory(prefix="lvlm-bench-") as logs:
+        results = measure(contenders, sources, first.folder, writer, plan, Path(logs), progress)
+    if args.json:
+        report.write(args.json, report.as_json(results, plan, about, run))
+    if args.plot:
+        from lvlm.bench.bench_plot import draw
+
+        draw(args.plot, results, plan.cases)
+    if not args.quiet:
+        print(report.markdown(results, plan, about), end="")
+    failed = [result.error for result in results if result.error is not None]
+    for error in failed:
+        print(f"lvlm-bench: error: {error}", file=sys.stderr)
+    return FAILED if failed else 0
+
+
+def _sources(
+    args: argparse.Namespace, contenders: Sequence[Contender], progress: Progress
+) -> dict[str, Path]:
+    """What each contender loads, by label: a bundle's folder, or what its checkpoint became."""
+    from lvlm.bench.contenders import find_checkpoint
+    from lvlm.bench.convert import converted, default_cache
+
+    sources = {c.label: c.folder for c in contenders if c.folder is not None}
+    if args.against:
+        pythons = dict(pair.split("=", 1) for pair in args.converter_python)
+        checkpoint = find_checkpoint(args.checkpoint, contenders)
+        peers = [c for c in contenders if c.peer is not None]
+        cache = args.cache or default_cache()
+        sources |= converted(peers, checkpoint, cache, pythons, progress)
+    return sources
+
+
+def _check_labels(contenders: Sequence[Contender]) -> None:
+    from lvlm.core.errors import ParameterError
+
+    labels = [contender.label for contender in contenders]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ParameterError(
+                f"two contenders are called '{label}'; leave one out, or give folders of "
+                "different names"
+            )
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    from lvlm.bench.machine import cores
+    from lvlm.bench.rounds import Plan
+
+    cases = tuple(_cases(args))
+    most = SLOTS if args.rate else max(case.concurrency for case in cases)
+    loaded = bool(args.concurrency or args.rate)
+    return Plan(
+        cases=cases,
+        warmup=args.warmup,
+        repeats=args.repeats or (1 if loaded else REPEATS),
+        seed=args.seed,
+        threads=args.threads or cores(),
+        slots=args.slots or most,
+        apart=args.apart,
+        memory_budget=args.memory_budget,
+    )
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    from lvlm.bench.workload import Case
+
+    cases = []
+    for length in args.prompt_tokens:
+        shape: dict[str, Any] = {
+            "text_tokens": length,
+            "images": args.images,
+            "new_tokens": args.new_tokens,
+        }
+        requests = args.requests or REQUESTS
+        for clients in args.concurrency:
+            cases.append(Case(**shape, requests=requests, concurrency=clients))
+        for rate in args.rate:
+            duration = args.duration or DURATION
+            cases.append(Case(**shape, requests=0, concurrency=0, rate=rate, duration=duration))
+        if not args.concurrency and not args.rate:
+            cases.append(Case(**shape, requests=1, concurrency=1))
+    return cases
+
+
+def _stages(contenders: Sequence[Contender], plan: Plan) -> int:
+    """Of the progress; conversions come on top."""
+    rounds = len(plan.cases) * (len(contenders) if plan.apart else 1)
+    return len(contenders) + rounds

@@ -1,0 +1,168 @@
+"""The samples of an evaluation: a question about pictures and the answer that is scored.
+
+Data sets are found by discovery: each file of ``datasets/`` with a ``DATASET`` is one. Everything
+about a data set is checked here and there before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from lvlm.core.discovery import discover, nearest
+from lvlm.core.errors import ImageError, LvlmError, ParameterError
+from lvlm.runtime.media.images import open_image
+
+PLACEHOLDER = "<image>"  # a picture's place in a prompt, as LLaVA's files write it
+
+
+class DataError(LvlmError, ValueError):
+    """A data set is missing, malformed, or has too few samples."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One question and its answer.
+
+    images  paths, or uint8 arrays [H,W,3]
+    prompt  may have ``<image>`` once per picture where it belongs; otherwise they come first
+    where   names the sample in messages: file and line or entry
+    """
+
+    id: str
+    images: tuple[Path | np.ndarray, ...]
+    prompt: str
+    answer: str
+    where: str
+
+    def check(self) -> None:
+        """Raises DataError if a text is empty, placeholders do not match the pictures, or one of
+        them is missing or cannot be read."""
+        for name in ("prompt", "answer"):
+            if not getattr(self, name).strip():
+                raise DataError(f"{self.where}: the {name} is empty; give it text")
+        places = self.prompt.count(PLACEHOLDER)
+        if places not in (0, len(self.images)):
+            raise DataError(
+                f"{self.where}: {places} {PLACEHOLDER} in the prompt for {len(self.images)} "
+                "image(s); write one per image, or none"
+            )
+        for image in self.images:
+            try:
+                open_image(image)
+            except ImageError as error:
+                raise DataError(f"{self.where}: {error}") from None
+
+    def digest(self) -> str:
+        """sha256 of what the sample holds, wherever its files are."""
+        found = hashlib.sha256()
+        for text in (self.prompt, self.answer):
+            found.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        for image in self.images:
+            if isinstance(image, np.ndarray):
+                data = repr(image.shape).encode() + image.tobytes()
+            else:
+                data = image.read_bytes()
+            found.update(hashlib.sha256(data).digest())
+        return found.hexdigest()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted of a data set. ``samples`` None: all, or its own default."""
+
+    path: Path | None = None
+    images: Path | None = None
+    samples: int | None = None
+    kinds: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise ParameterError(f"--samples is {self.samples}; give 1 or more")
+
+
+class Dataset:
+    """One layout of a file, or one built-in set (``suffix`` None)."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    suffix: ClassVar[str | None] = None
+    kinds: ClassVar[tuple[str, ...]] = ()
+
+    def read(self, request: Request) -> list[Sample]:
+        """The first ``samples`` samples, not yet checked. Raises DataError."""
+        raise NotImplementedError
+
+
+def read_samples(
+    data: str,
+    *,
+    layout: str | None = None,
+    images: Path | None = None,
+    samples: int | None = None,
+    kinds: Sequence[str] = (),
+) -> list[Sample]:
+    """The checked samples of ``data``: the name of a built-in set, or a file.
+
+    ``layout`` names the file's; None: the only one of its suffix. ``images`` is the folder that the
+    file's paths start from. Raises DataError, ParameterError.
+    """
+    found = _dataset(data, layout)
+    path = Path(data) if found.suffix else None
+    if images is not None and path is None:
+        raise ParameterError(f"--images is for files; the data set '{data}' makes its own pictures")
+    if images is not None and not images.is_dir():
+        raise ParameterError(f"--images {images}: there is no such folder")
+    for kind in kinds:
+        if not found.kinds:
+            raise ParameterError(f"--kinds is for data sets with kinds; '{found.name}' has none")
+        if kind not in found.kinds:
+            raise nearest("kind", kind, found.kinds)
+    chosen = found.read(Request(path, images, samples, tuple(dict.fromkeys(kinds))))
+    for sample in chosen:
+        sample.check()
+    return chosen
+
+
+def listing() -> str:
+    """The data sets and the layouts of files, a line each."""
+    known: dict[str, Dataset] = discover("lvlm.calibration.datasets", "DATASET")
+    width = max(map(len, known))
+    return "\n".join(
+        line
+        for name, dataset in known.items()
+        for line in textwrap.wrap(
+            f"{name:{width}}  {dataset.summary}", 80, subsequent_indent=" " * (width + 2)
+        )
+    )
+
+
+def _dataset(data: str, layout: str | None) -> Dataset:
+    known: dict[str, Dataset] = discover("lvlm.calibration.datasets", "DATASET")
+    built_in = [name for name, dataset in known.items() if dataset.suffix is None]
+    if layout is not None and layout not in known:
+        raise nearest("format", layout, set(known) - set(built_in))
+    if data in built_in:
+        if layout not in (None, data):
+            raise ParameterError(f"--format is for files; '{data}' is a built-in data set")
+        return known[data]
+    path = Path(data)
+    if not path.suffix and not path.exists():
+        raise nearest("data set", data, built_in)
+    if not path.is_file():
+        raise DataError(f"--data {data}: there is no such file")
+    fitting = [name for name, dataset in known.items() if dataset.suffix == path.suffix]
+    if layout is not None:
+        if layout in built_in:
+            raise ParameterError(f"--format {layout} is a built-in data set; write --data {layout}")
+        return known[layout]
+    if len(fitting) != 1:
+        layouts = ", ".join(fitting or sorted(set(known) - set(built_in)))
+        raise ParameterError(f"--data {data}: which layout? give --format, one of {layouts}")
+    return known[fitting[0]]

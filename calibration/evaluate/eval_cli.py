@@ -1,0 +1,299 @@
+"""``lvlm-eval``: quality of bundles on a data set, beside the cache and the time they take."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm.core.console import Parser, add_verify, run_main
+
+if TYPE_CHECKING:
+    from lvlm.calibration.datasets.samples import Sample
+    from lvlm.calibration.evaluate.metrics import Metric
+    from lvlm.calibration.evaluate.variants import Bundle
+    from lvlm.core.progress import Progress
+
+METRICS = "ppl,rouge,accuracy"
+MAX_NEW_TOKENS = 256
+MAX_TEXT_LEN = 2048
+# Flags that shape the bundles made from --recipes, and nothing else
+EXPORT_FLAGS = ("set", "dtype", "revision", "max_text_len", "no_validate")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_main("lvlm-eval", lambda: _run(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="lvlm-eval",
+        description="Measure the quality of bundles on a data set, beside the cache and the time "
+        "they take. A run that was cut short goes on where it stopped.",
+        epilog="example: lvlm-eval -m tiny-llava --recipes none,lightvlm --data digits "
+        "--samples 20 --keep 0.3,0.5 -o results/",
+    )
+    add = parser.add_argument
+    add("bundles", nargs="*", type=Path, metavar="BUNDLE", help="folders made by lvlm-export")
+    add("-o", "--output", type=Path, metavar="FOLDER", help="where the results go")
+    add("--data", metavar="NAME|FILE", help="built-in data set, or a file")
+    add("--format", metavar="NAME", help="the file's layout, where its suffix does not tell")
+    add("--list-data", action="store_true", help="list what --data and --format take")
+    add("--images", type=Path, metavar="FOLDER", help="where the file's image paths start from")
+    add("--kinds", type=_names, default=[], metavar="A,B", help="kinds of questions (digits)")
+    add("--samples", type=int, metavar="N", help="the first N (default: all; digits: 100)")
+    add(
+        "--keep",
+        type=_fractions,
+        default=[],
+        metavar="R,…",
+        help="fractions of the cache left after prefill, a row for each; where tokens are merged, "
+        "by merging alone (default: as exported)",
+    )
+    add(
+        "--kv-keep",
+        type=_fractions,
+        default=[],
+        metavar="R,…",
+        help="rows of bundles that merge tokens and compress the cache: the latter alone",
+    )
+    add("--metrics", type=_names, metavar="A,B", help=f"default {METRICS}")
+    add("--max-new-tokens", type=int, metavar="N", help=f"of answers (default {MAX_NEW_TOKENS})")
+    add("--reference", type=Path, metavar="BUNDLE", help="full-cache bundle that rouge compares to")
+    add("--system", metavar="TEXT", help="system message")
+    add("--batch", type=int, default=1, metavar="N", help="prompts at a time (default 1)")
+    add("--device", default="cpu", help="what to run on (default cpu)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: the backend's choice)")
+    add_verify(add)
+    add("--no-timings", action="store_true", help="leave times out of the results")
+    add("-q", "--quiet", action="store_true", help="no progress, no table")
+    make = parser.add_argument_group("bundles to make, kept below the output folder")
+    add = make.add_argument
+    add("-m", "--model", help="alias, local folder or hub id")
+    add("--recipes", type=_names, default=[], metavar="A,B", help="a bundle for each")
+    add(
+        "--set",
+        action="append",
+        metavar="[RECIPE.]NAME=VALUE",
+        help="a parameter of one recipe, or of all that have it; lvlm-export --help-recipe lists "
+        "them",
+    )
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help="default: the checkpoint's own")
+    add("--revision", help="of the hub repository: branch, tag or commit")
+    add(
+        "--max-text-len",
+        type=int,
+        metavar="N",
+        help=f"text tokens of prompt and answer together (default {MAX_TEXT_LEN})",
+    )
+    add("--no-validate", action="store_true", help="do not compare with the checkpoint")
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"'{text}' has an empty name; write a,b")
+    return list(dict.fromkeys(names))
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list like 0.2,0.5") from None
+    for value in values:
+        if not 0 < value <= 1:  # NaN fails every comparison
+            raise argparse.ArgumentTypeError(f"{value} is not above 0 and up to 1")
+    return list(dict.fromkeys(values))
+
+
+def _run(args: argparse.Namespace) -> int:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if args.list_data:
+        from lvlm.calibration.datasets.samples import listing
+
+        print(listing())
+        return 0
+    _check(args)
+    metrics = _metrics(args)
+
+    from lvlm.calibration.datasets.samples import read_samples
+    from lvlm.calibration.evaluate.study import Study, write_results
+    from lvlm.calibration.evaluate.variant_runner import Conditions
+    from lvlm.calibration.evaluate.variants import Bundle, variants
+    from lvlm.core.progress import Progress
+    from lvlm.export.export_cli import set_logging
+    from lvlm.runtime.backends import open_backend
+
+    open_backend(args.device, threads=args.threads)
+    samples = read_samples(
+        args.data, layout=args.format, images=args.images, samples=args.samples, kinds=args.kinds
+    )
+    folders = {p.resolve(): p for p in args.bundles}.values()
+    given = [Bundle.read(path, verify=args.verify) for path in folders]
+    reference = _reference(args, metrics, given)
+    if not args.recipes:
+        variants(given, args.keep, args.kv_keep)
+    settings = _settings(args, metrics, samples, [*given, *reference])
+    set_logging(False)
+    progress = Progress(0, quiet=args.quiet)
+    try:
+        bundles = given + _made(args, samples, settings, progress)
+        how = Conditions(
+            args.batch,
+            args.max_new_tokens or MAX_NEW_TOKENS,
+            args.device,
+            args.threads,
+            args.system,
+        )
+        rows = variants(bundles, args.keep, args.kv_keep)
+        study = Study(rows, reference or bundles, samples, metrics, how)
+        found = study.run(args.output, progress)
+    except KeyboardInterrupt:
+        if not args.quiet:
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise
+    table = write_results(
+        args.output, found, metrics, settings, _about(args, samples), timings=not args.no_timings
+    )
+    if not args.quiet:
+        print(table, end="")
+        print(f"wrote results.md, results.json and results.png in {args.output}", file=sys.stderr)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before anything is read."""
+    from lvlm.core.errors import ParameterError
+
+    if args.output is None:
+        raise ParameterError("where to? give -o FOLDER")
+    if args.data is None:
+        raise ParameterError("which samples? give --data digits (built in), or a file")
+    if bool(args.model) != bool(args.recipes):
+        lacks = "-m MODEL" if args.recipes else "--recipes none,lightvlm, say"
+        raise ParameterError(f"-m and --recipes make bundles together; add {lacks}")
+    if not args.bundles and not args.recipes:
+        raise ParameterError("what to evaluate? give bundles, or -m MODEL --recipes none,lightvlm")
+    if not args.recipes:
+        for name in EXPORT_FLAGS:
+            if getattr(args, name):
+                flag = "--" + name.replace("_", "-")
+                raise ParameterError(f"{flag} is for bundles made from --recipes; leave it out")
+    for name in ("batch", "max_new_tokens", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ParameterError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+
+
+def _metrics(args: argparse.Namespace) -> list[Metric]:
+    from lvlm.calibration.evaluate.metrics import METRICS as KNOWN
+    from lvlm.core.discovery import nearest
+    from lvlm.core.errors import ParameterError
+    from lvlm.export.export_cli import require
+
+    names = args.metrics or METRICS.split(",")
+    for name in names:
+        if name not in KNOWN:
+            raise nearest("metric", name, KNOWN)
+    chosen = [metric for name, metric in KNOWN.items() if name in names]
+    if args.max_new_tokens is not None and all(m.run != "greedy" for m in chosen):
+        raise ParameterError("--max-new-tokens has no effect on ppl, which takes the answers given")
+    against_full = any(m.against_full for m in chosen)
+    if args.reference is not None and not against_full:
+        raise ParameterError("--reference has no effect without the metric rouge")
+    require(["matplotlib", *(["rouge_score"] if against_full else [])], "calibration")
+    return chosen
+
+
+def _reference(
+    args: argparse.Namespace, metrics: Sequence[Metric], given: Sequence[Bundle]
+) -> list[Bundle]:
+    """The bundle of --reference, or none; ParameterError if there is no full cache anywhere."""
+    from lvlm.calibration.evaluate.variants import Bundle
+    from lvlm.core.errors import ParameterError
+
+    if args.reference is not None:
+        bundle = Bundle.read(args.reference, verify=args.verify)
+        if not bundle.is_full:
+            raise ParameterError(
+                f"--reference {args.reference} does not keep the full cache; give a bundle of "
+                "recipe none"
+            )
+        return [bundle]
+    full = "none" in args.recipes or any(bundle.is_full for bundle in given)
+    if any(m.against_full for m in metrics) and not full:
+        raise ParameterError(
+            "rouge compares with the full cache; add none to --recipes, give its bundle with "
+            "--reference, or choose other --metrics"
+        )
+    return []
+
+
+def _made(
+    args: argparse.Namespace,
+    samples: Sequence[Sample],
+    settings: dict[str, Any],
+    progress: Progress,
+) -> list[Bundle]:
+    """The bundles of --recipes. Takes the output folder as soon as nothing is wrong with them."""
+    from lvlm.calibration.evaluate.study import BUNDLES, claim
+
+    if not args.recipes:
+        claim(args.output, settings)
+        return []
+    from lvlm.export.export_cli import require
+
+    require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
+    from lvlm.calibration.evaluate.recipe_bundles import make, order, parse_recipes
+
+    orders = order(
+        parse_recipes(args.recipes, args.set or [], args.keep, args.kv_keep),
+        args.output / BUNDLES,
+        model=args.model,
+        dtype=args.dtype,
+        revision=args.revision,
+        max_text_len=MAX_TEXT_LEN if args.max_text_len is None else args.max_text_len,
+        max_images=max(1, *(len(sample.images) for sample in samples)),
+        validate=not args.no_validate,
+    )
+    claim(args.output, settings)
+    progress.stages += sum(not wanted.is_there for wanted in orders)
+    return make(orders, progress)
+
+
+def _settings(
+    args: argparse.Namespace,
+    metrics: Sequence[Metric],
+    samples: Sequence[Sample],
+    bundles: Sequence[Bundle],
+) -> dict[str, Any]:
+    """Everything that results depend on, by the names of the flags."""
+    from lvlm.calibration.evaluate.records import key_of
+
+    plain = (
+        *("format", "kinds", "keep", "kv_keep", "batch", "device", "threads", "system", "model"),
+        *("recipes", "set", "dtype", "revision", "max_text_len"),
+    )
+    return {
+        "data": [args.data, key_of(samples=[sample.digest() for sample in samples])],
+        "samples": len(samples),
+        "metrics": [metric.name for metric in metrics],
+        "max_new_tokens": args.max_new_tokens or MAX_NEW_TOKENS,
+        "bundles": {bundle.label: bundle.digest for bundle in bundles},
+        "reference": None if args.reference is None else str(args.reference),
+        **{name: getattr(args, name) for name in plain},
+    }
+
+
+def _about(args: argparse.Namespace, samples: Sequence[Sample]) -> str:
+    kinds = f" ({', '.join(args.kinds)})" if args.kinds else ""
+    together = f", {args.batch} prompts at a time" if args.batch > 1 else ""
+    return (
+        f"{len(samples)} samples of {args.data}{kinds}; greedy answers of up to "
+        f"{args.max_new_tokens or MAX_NEW_TOKENS} tokens; on {args.device}{together}."
+    )

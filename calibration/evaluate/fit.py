@@ -1,0 +1,89 @@
+"""What fits, known from counts before anything is run: a wanted fraction of cache, an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lvlm.core.errors import CapacityError
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.kv.answer_limits import new_token_limit
+from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.kv.image_tokens import keep_ratios, plan_prefill
+from lvlm.runtime.options.generation_options import Keep
+
+SMALLEST = 1e-300  # every picture is down to one token
+HALVINGS = 64  # past the precision of a float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A sample in numbers: its text tokens, the tokens of each picture, the answer's token ids."""
+
+    text_tokens: int
+    image_tokens: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """``keep`` is None if the fraction is out of reach; ``least`` is the smallest one within."""
+
+    keep: float | None
+    least: float
+
+
+def solve_keep(manifest: Manifest, shape: Shape, wanted: float) -> Reach:
+    """The ``keep`` whose entries, mean over layers, over the prompt's tokens are nearest to
+    ``wanted``.
+
+    Token counts are whole, so that one picture's fraction is met up to one token. Text and the
+    blocks before the first reduction stay: a fraction more than one token below what they leave is
+    out of reach.
+    """
+    layers = manifest.text.layers
+    everything = (shape.text_tokens + sum(shape.image_tokens)) * layers
+
+    def total(keep: float) -> int:  # never falls as keep rises
+        return int(entries(manifest, shape, keep).sum())
+
+    def around(goal: float) -> tuple[float, float]:
+        """Where the total passes ``goal``: the last keep that does not exceed it, and the next."""
+        low, high = SMALLEST, 1.0
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if total(middle) <= goal else (low, middle)
+        return low, high
+
+    goal, least = wanted * everything, total(SMALLEST)
+    if least - goal > layers:
+        return Reach(None, least / everything)
+    best = min((total(keep) for keep in around(goal)), key=lambda count: abs(count - goal))
+    # The middle of the keeps that give this count, away from where a count tips over
+    return Reach((around(best - 1)[1] + around(best)[0]) / 2, least / everything)
+
+
+def new_tokens(
+    manifest: Manifest, shape: Shape, keep: Keep | None, kv_keep: float | None, wanted: int
+) -> int:
+    """How many new tokens, up to ``wanted``, the bundle's capacity has room for; 0: none."""
+    budgets = Budgets.of(manifest.compression, manifest.text.layers, kv_keep)
+    entering, pictures = entries(manifest, shape, keep), len(shape.image_tokens)
+    try:
+        return new_token_limit(
+            manifest.capacity, budgets, entering, shape.text_tokens, pictures, wanted
+        )
+    except CapacityError:
+        return 0
+
+
+def entries(manifest: Manifest, shape: Shape, keep: Keep | None) -> np.ndarray:
+    """Tokens [L] that enter each block."""
+    ratios = keep_ratios(manifest.reductions, manifest.keep, keep)
+    pictures: Sequence[Sequence[int]] = [shape.image_tokens]
+    plan = plan_prefill(
+        manifest.reductions, ratios, manifest.text.layers, [shape.text_tokens], pictures, [1]
+    )
+    return plan.entries[:, 0]

@@ -1,0 +1,191 @@
+"""Running samples through one bundle: what the answer's tokens cost it, and what it answers.
+
+Forced: the answer's tokens are fed one per decode step, as if the model had chosen them, so that
+compression acts as in generation, and each is scored by the logits that preceded it. Greedy: the
+model answers for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from lvlm.calibration.datasets.samples import PLACEHOLDER, DataError, Sample
+from lvlm.calibration.evaluate.fit import Shape
+from lvlm.calibration.evaluate.metrics import surprise
+from lvlm.calibration.evaluate.records import Record, Run
+from lvlm.calibration.evaluate.variants import Bundle, Variant
+from lvlm.core.errors import BundleError, LvlmError
+from lvlm.runtime.generate.batch import Batch
+from lvlm.runtime.model import Model
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
+from lvlm.runtime.prompt.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How samples are run. ``batch`` prompts at a time, always the same ones together, so that a
+    repetition meets the same rounding."""
+
+    batch: int = 1
+    max_new_tokens: int = 256
+    device: str = "cpu"
+    threads: int | None = None
+    system: str | None = None
+
+
+class BundleRunner:
+    """A bundle that samples are run through. The graphs are loaded on entering its context."""
+
+    def __init__(self, bundle: Bundle, how: Conditions) -> None:
+        self.bundle, self.how = bundle, how
+        manifest = bundle.manifest
+        self._tokenizer = Tokenizer(bundle.folder / "tokenizer.json", manifest.text.eos_ids)
+        self._maker = PromptMaker(
+            self._tokenizer,
+            manifest.images,
+            manifest.text.vocab,
+            manifest.chat_template,
+            manifest.special_tokens,
+            generation=manifest.generation,
+        )
+        self._options = GenerationOptions(
+            chat_template=bool(manifest.chat_template), system=how.system
+        )
+        self._closing = ExitStack()
+
+    def __enter__(self) -> Self:
+        model = Model(self.bundle.folder, device=self.how.device, threads=self.how.threads)
+        self._batches = self._closing.enter_context(model).batches
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        del self._batches
+        self._closing.close()
+
+    def shape(self, sample: Sample) -> Shape:
+        """Raises LvlmError, naming the sample, if it cannot be prepared for this model."""
+        prompt = self._prompt(sample)
+        counts = np.unique(prompt.image_id[prompt.image_id > 0], return_counts=True)[1]
+        text_tokens = len(prompt.ids) - int(counts.sum())
+        return Shape(text_tokens, tuple(counts.tolist()), tuple(self._answer(sample)))
+
+    def _text(self, sample: Sample) -> str:
+        """The prompt with this model's placeholders; without a chat template pictures that have
+        no place in it come first."""
+        image = self.bundle.manifest.images.token
+        text = sample.prompt.replace(PLACEHOLDER, image)
+        if not self._options.chat_template and image not in text:
+            text = f"{image}\n" * len(sample.images) + text
+        return text
+
+    def _prompt(self, sample: Sample) -> Prompt:
+        try:
+            return self._maker.prepare(0, self._text(sample), sample.images, self._options)
+        except LvlmError as error:
+            raise type(error)(f"{sample.where}: {error}") from None
+
+    def _answer(self, sample: Sample) -> list[int]:
+        text = self._text(sample)
+        if self._maker.template is not None:
+            text = self._maker.template.render(text, len(sample.images), self.how.system)
+        ids = answer_ids(self._tokenizer, text, sample.answer)
+        if not ids:
+            raise DataError(f"{sample.where}: the answer has no tokens; give it text")
+        if max(ids) >= self.bundle.manifest.text.vocab:
+            raise BundleError(f"the tokenizer gives token {max(ids)}, which the model lacks")
+        return ids
+
+    def run(
+        self,
+        run: Run,
+        variant: Variant,
+        keep: float | None,
+        samples: Sequence[Sample],
+        shapes: Sequence[Shape],
+        keys: Sequence[str],
+    ) -> list[Record]:
+        """The records of some samples, together in one batch; ``keep`` is the solved option, if
+        the variant has one to solve."""
+        prompts = [
+            replace(
+                self._prompt(sample),
+                max_new_tokens=len(shape.answer) if run == "forced" else self.how.max_new_tokens,
+            )
+            for sample, shape in zip(samples, shapes, strict=True)
+        ]
+        batch = self._batches.start(
+            prompts, variant.keep if keep is None else keep, variant.kv_keep
+        )
+        lengths = np.array([len(prompt.ids) for prompt in prompts])
+        kept = (batch.counts.kept / lengths).mean(axis=0)
+        nll: list[float] | None = None
+        if run == "forced":
+            nll = feed(batch, [shape.answer for shape in shapes])
+        else:
+            while batch.active:
+                for _ in batch.step():
+                    pass
+        times, cache = batch.timings, batch.cache
+        return [
+            Record(
+                key=key,
+                sample=sample.id,
+                kept=float(kept[row]),
+                keep=keep,
+                nll=None if nll is None else nll[row],
+                text=self._decoded(batch.rows[row].tokens) if run == "greedy" else None,
+                tokens=len(batch.rows[row].tokens),
+                cache_bytes_used=cache.bytes_used(row),
+                cache_bytes_allocated=cache.bytes_allocated // len(prompts),
+                vision_ms=times.vision_ms,
+                prefill_ms=times.prefill_ms,
+                decode_ms=times.decode_ms,
+                decode_steps=times.decode_steps,
+            )
+            for row, (sample, key) in enumerate(zip(samples, keys, strict=True))
+        ]
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(tokens).strip()
+
+
+def answer_ids(tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
+    """Token ids of an answer as it follows its prompt, without special tokens.
+
+    Where a prompt does not end in white space, a space comes before the answer: so chat models were
+    trained, and SentencePiece puts one there by itself.
+    """
+    answer = answer.strip()
+    space = "" if prompt[-1:].isspace() else " "
+    head = tokenizer.encode(prompt, add_special_tokens=False)
+    both = tokenizer.encode(prompt + space + answer, add_special_tokens=False)
+    # Where a token spans the border, the answer stands alone
+    alone = both[: len(head)] != head
+    return tokenizer.encode(answer, add_special_tokens=False) if alone else both[len(head) :]
+
+
+def feed(batch: Batch, answers: Sequence[Sequence[int]]) -> list[float]:
+    """Feed each row its answer, a token per step; the sum of the tokens' surprises, in nats."""
+    nll = [0.0] * len(answers)
+    for step in range(max(map(len, answers))):
+        for index, (row, tokens) in enumerate(zip(batch.rows, answers, strict=True)):
+            if step < len(tokens):
+                nll[index] += surprise(batch.logits[index], tokens[step])
+                row.tokens.append(tokens[step])
+                if step + 1 == len(tokens):
+                    row.finish_reason = "length"
+        if batch.active:
+            batch.decode_step()
+    return nll

@@ -1,0 +1,195 @@
+"""``lvlm-calibrate``: measure how much of its cache each layer needs, for recipe prefixkv."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm.core.console import Parser, run_main
+
+if TYPE_CHECKING:
+    from lvlm.calibration.profile.measure import Job
+    from lvlm.export.budgets.calibration_samples import Sample
+    from lvlm.export.budgets.prefix_profiles import Profile
+
+KEEP = 0.2
+DIGITS_SAMPLES = 64
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_main("lvlm-calibrate", lambda: _run(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="lvlm-calibrate",
+        description="Measure how much of its cache each layer needs (PrefixKV) and write a profile "
+        "that lvlm-export takes, with a picture of it beside it. A run that was cut short goes on "
+        "where it stopped.",
+        epilog="example: lvlm-calibrate -m tiny-llava --data digits --keep 0.2 -o profile.json",
+    )
+    add = parser.add_argument
+    add("-m", "--model", help="alias, local folder or hub id")
+    add("-o", "--output", type=Path, metavar="FILE.json", help="the profile")
+    add(
+        "--data",
+        metavar="FILE.jsonl",
+        help='lines {"image": PATH or [PATHS], "prompt": TEXT}, or digits, the built-in task '
+        "(default: general questions about the pictures shipped with this package)",
+    )
+    add("--samples", type=int, metavar="N", help="how many of them to draw (default: all)")
+    add("--seed", type=int, metavar="S", help="of the draw (default 0)")
+    add(
+        "--keep",
+        type=float,
+        default=KEEP,
+        metavar="R",
+        help=f"fraction of all cache entries that stays (default {KEEP}); the profile also holds "
+        "0.05 to 0.95",
+    )
+    add("-r", "--recipe", default="none", help="merging to calibrate under (default: none)")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of the recipe; lvlm-export --help-recipe lists them",
+    )
+    add("--revision", help="of the hub repository: branch, tag or commit")
+    add("--json", action="store_true", help="the result as JSON on stdout")
+    add("-q", "--quiet", action="store_true", help="no progress, no table")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from lvlm.export.export_cli import require, set_environment, set_logging
+
+    set_environment(verbose=False)
+    require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
+    require(["matplotlib"], "calibration")
+    _check_output(args)
+
+    from lvlm.calibration.profile.measure import STAGES, measure, plan
+    from lvlm.core.progress import Progress
+    from lvlm.export.budgets.prefix_search import check_keep
+
+    set_logging(False)
+    check_keep(args.keep)
+    recipe = _recipe(args)
+    job = plan(args.model, args.revision, recipe, _samples(args), args.keep, args.output)
+    quiet = args.quiet or args.json
+    if not quiet and job.checkpoint.source != args.model:
+        print(f"{args.model} is {job.checkpoint.source}", file=sys.stderr)
+    progress = Progress(STAGES, quiet=quiet)
+    profile = measure(job, progress)
+    if args.json:
+        print(json.dumps(_data(job, profile) | {"seconds": round(progress.elapsed, 2)}, indent=1))
+    elif not args.quiet:
+        print(_table(args, job, profile, progress.elapsed), file=sys.stderr)
+    return 0
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before anything is loaded."""
+    from lvlm.core.errors import ExportError, ParameterError
+
+    if args.model is None:
+        raise ParameterError("which model? give -m (tiny-llava is shipped with this package)")
+    if args.output is None:
+        raise ParameterError("where to? give -o FILE.json")
+    output: Path = args.output
+    if output.suffix != ".json":
+        raise ParameterError(f"-o {output}: name a file ending in .json")
+    for path in (output, output.with_suffix(".png")):
+        if path.exists():
+            raise ExportError(f"{path} exists; give another -o or remove it")
+    if not output.absolute().parent.is_dir():
+        raise ExportError(f"the folder {output.absolute().parent} does not exist; make it first")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise ExportError(f"the folder {output.absolute().parent} cannot be written to")
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    from lvlm.export.export_cli import known_recipe
+    from lvlm.export.recipes._base import parse_settings
+
+    return parse_settings(known_recipe(args.recipe), args.set)
+
+
+def _samples(args: argparse.Namespace) -> list[Sample]:
+    from lvlm.core.errors import ParameterError
+    from lvlm.export.budgets.calibration_samples import builtin_samples, choose, read_samples
+
+    if args.samples is None and args.seed is not None and args.data != "digits":
+        raise ParameterError("--seed has no effect where all samples are used; add --samples N")
+    seed = 0 if args.seed is None else args.seed
+    if seed < 0:
+        raise ParameterError(f"--seed is {seed}; give 0 or more")
+    if args.data == "digits":
+        return _digits(DIGITS_SAMPLES if args.samples is None else args.samples, seed)
+    if args.data is None:
+        return choose(builtin_samples(), args.samples, seed, "there are built in")
+    return choose(read_samples(args.data), args.samples, seed, f"{args.data} holds")
+
+
+def _digits(count: int, seed: int) -> list[Sample]:
+    from lvlm.core.errors import ParameterError
+    from lvlm.export.budgets.calibration_samples import Sample
+    from lvlm.export.export_cli import require
+
+    require(["sklearn"], "calibration")
+    from lvlm.calibration.datasets import digits
+
+    if count < 1:
+        raise ParameterError(f"{count} samples are asked for; give 1 or more")
+    pairs = digits.samples("train", count, seed=seed)
+    return [
+        Sample((grid.image,), question.question, f"digits, sample {number}")
+        for number, (grid, question) in enumerate(pairs, 1)
+    ]
+
+
+def _data(job: Job, profile: Profile) -> dict[str, Any]:
+    return {
+        "output": str(job.output),
+        "picture": str(job.picture),
+        "model": job.checkpoint.source,
+        "recipe": {"name": profile.recipe.name, "parameters": profile.recipe.parameters},
+        "keep": profile.keep,
+        "samples": profile.data.samples,
+        "fractions": profile.row().fractions,
+        "std": profile.spread.std,
+    }
+
+
+def _table(args: argparse.Namespace, job: Job, profile: Profile, seconds: float) -> str:
+    from lvlm.export.summaries import layout
+
+    fractions = profile.row().fractions
+    low, high = min(fractions), max(fractions)
+    rows = {
+        "profile": f"{job.output}  ({profile.layers} layers, {profile.data.samples} samples)",
+        "picture": str(job.picture),
+        "budgets": f"{low:.1%} of layer {fractions.index(low)} to {high:.1%} of layer "
+        f"{fractions.index(high)} where {profile.keep:.0%} of all stays",
+        "spread": f"standard deviation over the samples {max(profile.spread.std):.1%} at most",
+        "took": f"{seconds:.1f} s",
+    }
+    return f"{layout(rows)}\nnext: {_next(args)} -o out/"
+
+
+def _next(args: argparse.Namespace) -> str:
+    """The export that takes this profile, under the same merging."""
+    settings = [*args.set, "kv=prefixkv", f"kv_profile={args.output}"]
+    if args.recipe == "none":
+        settings = [f"profile={args.output}"]
+    recipe = "prefixkv" if args.recipe == "none" else args.recipe
+    revision = ["--revision", args.revision] if args.revision else []
+    pairs = [part for setting in settings for part in ("--set", setting)]
+    return shlex.join(["lvlm-export", "-m", args.model, *revision, "-r", recipe, *pairs])

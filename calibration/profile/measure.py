@@ -1,0 +1,155 @@
+"""One calibration: everything is checked, then the model is loaded and reads the samples."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lvlm.calibration.profile.profile_picture import draw_profile
+from lvlm.core.errors import ParameterError, PromptError
+from lvlm.core.progress import Progress, Stage
+from lvlm.export.budgets.calibration_samples import Sample
+from lvlm.export.budgets.measuring import calibrate
+from lvlm.export.budgets.prefix_profiles import Profile, identify
+from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
+from lvlm.export.checkpoint import reading as checkpoints
+from lvlm.export.estimates import check_memory, running_memory
+from lvlm.export.families.family import Family
+from lvlm.export.recipes._base import Recipe
+from lvlm.export.reference.torch_reference import Reference, load_fp32
+from lvlm.export.weights.weight_names import open_skeleton
+from lvlm.runtime.prompt.prompts import PromptMaker
+
+STAGES = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure: all of it found and checked, but the samples not yet opened."""
+
+    checkpoint: checkpoints.Checkpoint
+    family: Family
+    config: Any
+    stored_names: dict[str, str]
+    window: int | None
+    recipe: Recipe
+    maker: PromptMaker
+    samples: list[Sample]
+    keep: float
+    output: Path
+
+    @property
+    def picture(self) -> Path:
+        return self.output.with_suffix(".png")
+
+    @property
+    def work(self) -> Path:
+        """Finished samples of a run that was cut short."""
+        return self.output.with_name(f"{self.output.name}.partial.jsonl")
+
+
+def plan(
+    model: str,
+    revision: str | None,
+    recipe: Recipe,
+    samples: list[Sample],
+    keep: float,
+    output: Path,
+) -> Job:
+    """Resolve and check the checkpoint and the recipe, without loading weights."""
+    checkpoint = checkpoints.resolve(model, revision)
+    with checkpoints.described_by(checkpoint):
+        return _job(checkpoint, recipe, samples, keep, output)
+
+
+def _job(
+    checkpoint: checkpoints.Checkpoint,
+    recipe: Recipe,
+    samples: list[Sample],
+    keep: float,
+    output: Path,
+) -> Job:
+    family = checkpoints.find_family(checkpoint.config, checkpoint.source)
+    config = family.read_config(checkpoint.config)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    skeleton, names = open_skeleton(checkpoint, family, config, torch.float32, mode)
+    language = family.language(skeleton, config)
+    recipe = recipe.for_layers(len(language.blocks), language.deep)
+    if recipe.name != "none" and not recipe.reductions():
+        raise ParameterError(
+            f"recipe '{recipe.name}' merges no tokens, so it changes nothing here; leave --recipe "
+            "out, and give the profile to lvlm-export"
+        )
+    largest = max(p.numel() for p in skeleton.parameters())
+    check_memory("measuring", running_memory(largest))
+    return Job(
+        checkpoint=checkpoint,
+        family=family,
+        config=config,
+        stored_names=names,
+        window=language.window,
+        recipe=recipe,
+        maker=prompt_maker(checkpoint, family, config),
+        samples=samples,
+        keep=keep,
+        output=output,
+    )
+
+
+def measure(job: Job, progress: Progress) -> Profile:
+    """The profile, written with its picture. What is finished survives an interrupt in ``work``."""
+    with progress.stage(f"check {len(job.samples)} samples") as stage:
+        _check_samples(job)
+    with progress.stage("open the model, to compute in fp32") as stage:
+        model = load_fp32(job.family, job.config, job.checkpoint, job.stored_names, torch.float32)
+        reference = Reference(job.family, job.config, model, job.recipe)
+        stage.result = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"
+    with progress.stage("measure importances") as stage:
+        profile = _read_samples(job, reference, stage)
+    with progress.stage("write the profile and its picture") as stage:
+        draw_profile(profile, job.picture)
+        profile.write(job.output)
+        job.work.unlink(missing_ok=True)
+    return profile
+
+
+def _check_samples(job: Job) -> None:
+    """Every sample is prepared once, so that a bad one is known before hours of work."""
+    for sample in job.samples:
+        length = len(prepare(job.maker, sample).ids)
+        if job.window is not None and length > job.window:
+            raise PromptError(
+                f"{sample.where}: {length} tokens, but this model attends over {job.window} only; "
+                "shorten it"
+            )
+
+
+def _read_samples(job: Job, reference: Reference, stage: Stage) -> Profile:
+    total, reused = len(job.samples), 0
+
+    def on_sample(done: int, remembered: bool) -> None:
+        nonlocal reused
+        reused += remembered
+        stage.add_item(done, total, skipped=reused)
+
+    prompts = (prepare(job.maker, sample) for sample in job.samples)
+    try:
+        profile = calibrate(
+            reference,
+            identify(job.checkpoint),
+            prompts,
+            job.keep,
+            work=job.work,
+            on_sample=on_sample,
+        )
+    except KeyboardInterrupt:
+        if not stage.progress.quiet and job.work.exists():
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+        raise
+    stage.result = f"{total} samples" + (f", {reused} from an earlier run" if reused else "")
+    return profile

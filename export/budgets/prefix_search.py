@@ -1,0 +1,144 @@
+"""PrefixKV budgets: how much of its cache each layer keeps, found from importances.
+
+One global threshold p decides (arXiv 2412.03409): each layer keeps the smallest prefix of its
+entries, by falling importance, that holds the share p of the layer's importance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lvlm.core.errors import ParameterError
+from lvlm.runtime.bundle.manifest import ProfileRow
+
+Importances: TypeAlias = Sequence[npt.NDArray[Any] | torch.Tensor]  # [N_l] of every layer
+GRID = tuple(round(0.05 * i, 2) for i in range(1, 20))
+
+
+def search(importances: Importances, keep: float) -> npt.NDArray[np.int64]:
+    """How many entries each layer keeps of one prompt: [L] int64, each at least 1.
+
+    Their sum is exactly round(keep * sum N_l), or L if that is less. Lengths N_l may differ. This
+    is where bisecting the threshold ends; layers whose next entry needs the same threshold get it
+    from the lowest on. Raises ParameterError for a keep or an importance that is out of range.
+    """
+    return _counts(*_steps(importances), keep)
+
+
+def search_fractions(importances: Importances, keeps: Sequence[float]) -> npt.NDArray[np.float64]:
+    """``search`` for each of ``keeps``, as fractions of the layers' lengths: [K,L]."""
+    lengths, steps = _steps(importances)
+    return np.stack([_counts(lengths, steps, keep) / lengths for keep in keeps])
+
+
+def _steps(importances: Importances) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Lengths [L], and the layer that grows by one entry at each step of a rising threshold."""
+    shares = [_shares(s, layer) for layer, s in enumerate(importances)]
+    if not shares:
+        raise ParameterError("there is no layer to search budgets for")
+    lengths = np.array([len(p) for p in shares])
+    # A layer keeps o + 1 entries instead of o once the threshold exceeds the share of o.
+    layer = np.repeat(np.arange(len(shares)), lengths - 1)
+    return lengths, layer[np.lexsort((layer, np.concatenate([p[:-1] for p in shares])))]
+
+
+def _shares(importance: npt.NDArray[Any] | torch.Tensor, layer: int) -> npt.NDArray[np.float64]:
+    """The share [N] that each prefix by falling importance holds; the last is 1."""
+    values = np.asarray(importance, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ParameterError(f"importances of layer {layer} have shape {values.shape}; give [N]")
+    total = np.cumsum(-np.sort(-values))
+    if not (np.isfinite(total[-1]) and values.min() >= 0 and total[-1] > 0):
+        raise ParameterError(
+            f"importances of layer {layer} are not all finite and positive; does the model "
+            "compute finite numbers for this prompt?"
+        )
+    shares: npt.NDArray[np.float64] = total / total[-1]
+    return shares
+
+
+def _counts(
+    lengths: npt.NDArray[np.int64], steps: npt.NDArray[np.int64], keep: float
+) -> npt.NDArray[np.int64]:
+    check_keep(keep)
+    layers = len(lengths)
+    extra = max(round(keep * int(lengths.sum())) - layers, 0)
+    return 1 + np.bincount(steps[:extra], minlength=layers)
+
+
+def check_keep(keep: float) -> None:
+    if not 0 < keep <= 1:  # NaN fails, too
+        raise ParameterError(f"keep is {keep}; give a number above 0 and up to 1")
+
+
+def search_reference(
+    importances: Sequence[torch.Tensor], evicted: float, *, sinks: int = 1, recent: int = 1
+) -> npt.NDArray[np.float64]:
+    """What the released code's search gives: the fraction [L] of each layer to evict.
+
+    importances [B,N] of every layer, N the same for all; ``evicted`` is 1 - keep. Its quirks: row 0
+    decides for the batch, protected entries are subtracted although the fractions apply to all
+    entries, the bisection stops within 5 entries, and scaling to the target rounds down. Sums are
+    torch's in fp32, since rounding decides near ties.
+    """
+    ordered = [s[0].float().sort(descending=True).values for s in importances]
+    shares = torch.stack([(s / s.sum()).cumsum(0) for s in ordered])
+    length = shares.shape[1]
+    target = shares.numel() * evicted
+
+    def evictions(threshold: float) -> npt.NDArray[np.int64]:
+        wanted = torch.full((len(shares), 1), threshold)
+        kept = torch.searchsorted(shares, wanted)[:, 0] + 1
+        return (length - kept - sinks - recent).clamp(min=0).numpy()
+
+    low, high = 0.0, 1.0
+    while True:
+        middle = (low + high) / 2
+        counts = evictions(middle)
+        if abs(counts.sum() - target) < 5 or middle in (low, high):
+            break
+        low, high = (low, middle) if counts.sum() < target else (middle, high)
+    scaled = (counts * target / max(1, counts.sum())).astype(np.int32)
+    fractions: npt.NDArray[np.float64] = scaled / length
+    return fractions
+
+
+def grid(keep: float) -> tuple[float, ...]:
+    """The keeps that a profile has rows for: 0.05 to 0.95, and ``keep``; rising."""
+    check_keep(keep)
+    return tuple(sorted({*GRID, keep}))
+
+
+def profile_rows(
+    per_sample_importances: Iterable[Importances], keeps: Sequence[float]
+) -> tuple[ProfileRow, ...]:
+    """A row for each of ``keeps``: the samples' mean fractions, corrected to have mean keep."""
+    found = [search_fractions(importances, keeps) for importances in per_sample_importances]
+    return mean_rows(np.stack(found), keeps)
+
+
+def mean_rows(fractions: npt.NDArray[np.float64], keeps: Sequence[float]) -> tuple[ProfileRow, ...]:
+    """The rows from the samples' fractions [S,K,L]."""
+    means = fractions.mean(0)
+    return tuple(
+        ProfileRow(keep, tuple(_with_mean(row, keep).tolist()))
+        for keep, row in zip(keeps, means, strict=True)
+    )
+
+
+def _with_mean(fractions: npt.NDArray[np.float64], keep: float) -> npt.NDArray[np.float64]:
+    """``fractions`` [L] scaled to the mean ``keep``; what would exceed 1 goes to the others."""
+    out, free = np.ones_like(fractions), np.ones(len(fractions), bool)
+    while free.any():
+        wanted = keep * len(out) - (len(out) - free.sum())
+        out[free] = fractions[free] * (wanted / fractions[free].sum())
+        over = free & (out > 1)
+        if not over.any():
+            break
+        out[over], free = 1.0, free & ~over
+    return out

@@ -1,0 +1,103 @@
+"""Taking importances: a prompt is read, and every layer's are kept on the way.
+
+They come through the hook of the cache rules, so that whatever else a recipe does in prefill stays
+as it is. Nothing is evicted meanwhile: the importances are of the whole, merged, sequence.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes._cache import CacheRule, Compacted
+from lvlm.export.recipes._sequence import GraphInput, TokenSequence
+from lvlm.export.reference.torch_reference import Reference
+from lvlm.export.standard_ops import Tap
+from lvlm.runtime.bundle.manifest import Compression, Reduction
+from lvlm.runtime.prompt.prompts import Prompt
+
+EVERYTHING = Compression(
+    keep=1.0,
+    profile=(),
+    cap=None,
+    floor=0,
+    sinks=0,
+    recent=1,
+    distance=1,
+    interval=None,
+    queries=0,
+    positions="true",
+    semantics="paper",
+)
+
+
+def record_importances(reference: Reference, prompt: Prompt) -> list[npt.NDArray[np.float32]]:
+    """The importance [N_l] of every entry of every layer, N_l the layer's own length.
+
+    Each is the attention that the entry receives from all prompt queries, its mean over the heads.
+    """
+    rule = _Recorder(EVERYTHING)
+    recorder = copy.copy(reference)
+    recorder.recipe = _Recording(reference.recipe, rule)
+    features = recorder.encode(prompt.pictures)
+    recorder.generate(prompt, features, max_new_tokens=1)
+    return [importance[0].numpy() for importance in rule.importances]
+
+
+@dataclass(frozen=True)
+class _Recorder(CacheRule):
+    """A cache rule that keeps everything and remembers the importances [1,N_l]."""
+
+    importances: list[torch.Tensor] = field(default_factory=list)
+
+    def inputs(self, layers: int) -> list[GraphInput]:
+        del layers
+        return []
+
+    def compact_prompt(
+        self,
+        layer: int,
+        state: TokenSequence,
+        tap: Tap,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor],
+    ) -> Compacted:
+        del layer, inputs
+        self.importances.append(tap.importance)
+        return key, value, state.length()
+
+
+@dataclass(frozen=True)
+class _Recording(Recipe):
+    """A recipe with the recorder in place of its cache rule."""
+
+    recipe: Recipe
+    rule: CacheRule
+
+    def for_layers(self, layers: int, deep: int = 0) -> Self:
+        return type(self)(self.recipe.for_layers(layers, deep), self.rule)
+
+    def inputs(self) -> list[GraphInput]:
+        return self.recipe.inputs()
+
+    def reductions(self) -> tuple[Reduction, ...]:
+        return self.recipe.reductions()
+
+    def before_block(
+        self, layer: int, state: TokenSequence, tap: Tap | None, inputs: Mapping[str, torch.Tensor]
+    ) -> TokenSequence:
+        return self.recipe.before_block(layer, state, tap, inputs)
+
+    def cache_rule(self) -> CacheRule:
+        return self.rule
+
+    def parameters(self) -> dict[str, Any]:
+        return self.recipe.parameters()

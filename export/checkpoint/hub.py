@@ -1,0 +1,126 @@
+"""Fetching a checkpoint from the Hugging Face hub: the small files first, then the weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lvlm.core.errors import CheckpointError, LvlmError
+from lvlm.core.progress import Progress, Stage, size
+from lvlm.export.checkpoint.weight_files import Stored, weight_files
+from lvlm.export.families.parts.side_files import read_json
+
+SMALL = ["*.json", "*.jinja", "merges.txt", "tokenizer.model"]
+WEIGHTS = ["*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A repository's folder in the hub's local cache. ``absent``: weight files that were not
+    fetched, by name, with what their headers say; ``absent_bytes`` their size."""
+
+    folder: Path
+    absent: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    absent_bytes: int = 0
+
+
+def fetch(hub_id: str, revision: str | None, *, weights: bool, quiet: bool) -> Fetched:
+    """What the local cache lacks is downloaded, the weights only if they are wanted: of those that
+    are not, the headers are read. Raises CheckpointError."""
+    with _errors(hub_id):
+        sizes = _sizes(hub_id, revision)
+        folder = _snapshot(hub_id, revision, SMALL)
+        config = read_json(folder / "config.json", required=True)
+
+        def exists(name: str) -> bool:
+            return name in sizes or os.path.isfile(folder / name)
+
+        names = weight_files(folder, config, exists)
+        absent = [name for name in names if not os.path.isfile(folder / name)]
+        total = sum(sizes[name] for name in absent)
+        if not absent:
+            return Fetched(folder)
+        if not weights:
+            headers = {name: _header(hub_id, folder, name) for name in absent}
+            return Fetched(folder, headers, total)
+        free = shutil.disk_usage(folder).free
+        if total > free:
+            raise CheckpointError(
+                f"{hub_id} is {size(total)} to download, the disk of its cache has {size(free)} "
+                "free; free some or set HF_HOME to another disk"
+            )
+        progress = Progress(1, quiet=quiet)
+        with progress.stage(f"download {hub_id}, {size(total)}, files: {len(absent)}") as stage:
+            _snapshot(hub_id, folder.name, absent, _bar(stage, total))
+            stage.result = size(total)
+    return Fetched(folder)
+
+
+def _snapshot(hub_id: str, revision: str | None, files: list[str], bar: Any = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    how = {} if bar is None else {"tqdm_class": bar}
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files, **how))
+
+
+def _sizes(hub_id: str, revision: str | None) -> dict[str, int]:
+    """Weight files of the repository and their bytes; {} where the hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    try:
+        listed = snapshot_download(hub_id, revision=revision, allow_patterns=WEIGHTS, dry_run=True)
+    except DryRunError:
+        return {}
+    return {info.filename: info.file_size or 0 for info in listed}
+
+
+def _header(hub_id: str, folder: Path, name: str) -> dict[str, Stored]:
+    from huggingface_hub import parse_safetensors_file_metadata
+
+    found = parse_safetensors_file_metadata(hub_id, name, revision=folder.name)
+    return {
+        key: Stored(folder / name, tuple(tensor.shape), tensor.dtype)
+        for key, tensor in found.tensors.items()
+    }
+
+
+def _bar(stage: Stage, total: int) -> Any:
+    """What the hub's library takes for a progress bar: bytes go to the stage, nothing is drawn."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # Of two bars in bytes one counts what came over the network, one what was written
+            written = "Downloading" not in str(options.get("desc"))
+            self.counts = options.get("unit") == "B" and written
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            if self.counts:
+                stage.add_bytes(int(n or 0), total)
+
+    return Bar
+
+
+@contextmanager
+def _errors(hub_id: str) -> Iterator[None]:
+    """What the hub and the network raise, in one line."""
+    try:
+        yield
+    except (LvlmError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError):
+            reason = "the hub cannot be reached and the model is not in the local cache"
+        else:
+            lines = str(error).strip().splitlines()
+            reason = lines[0][:200] if lines else type(error).__name__
+        raise CheckpointError(
+            f"{hub_id} could not be downloaded: {reason}; give a local folder with -m"
+        ) from None

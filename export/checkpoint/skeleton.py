@@ -1,0 +1,80 @@
+"""A model without its weights: what tracing needs of a checkpoint of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lvlm.core.errors import CheckpointError
+from lvlm.export.families.family import Family, non_persistent_buffers
+
+
+def build_skeleton(
+    family: Family, config: Any, dtype: torch.dtype, mode: FakeTensorMode
+) -> nn.Module:
+    """The family's model with fake parameters of ``dtype`` and real (small) buffers."""
+    return traceable(build_shape(family, config, dtype), mode)
+
+
+def build_shape(family: Family, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The family's model on the meta device: names and shapes, at no cost."""
+    with default_dtype(dtype), torch.device("meta"):
+        return family.build(config)
+
+
+def traceable(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """``model`` of the meta device with fake parameters and real buffers, in place."""
+
+    def fake(_: str, old: torch.Tensor) -> torch.Tensor:
+        with mode:  # meta parameters cannot be traced as CPU tensors; fake ones can
+            return torch.empty(old.shape, dtype=old.dtype, device="cpu")
+
+    return with_parameters(model, fake)
+
+
+def with_parameters(
+    model: nn.Module, parameter: Callable[[str, torch.Tensor], torch.Tensor]
+) -> nn.Module:
+    """``model`` of the meta device with what ``parameter`` gives for each name and meta parameter,
+    and real buffers, in place. Tied parameters stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        for name, old in module._parameters.items():
+            if old is None:
+                continue
+            if id(old) not in made:
+                data = parameter(f"{path}.{name}" if path else name, old)
+                made[id(old)] = nn.Parameter(data, requires_grad=False)
+            module._parameters[name] = made[id(old)]
+    for module, name, buffer in non_persistent_buffers(model):
+        module._buffers[name] = _real_buffer(module, name, buffer)
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _real_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> torch.Tensor:
+    """The content of a buffer that no checkpoint stores, from the configuration."""
+    if name == "position_ids":
+        return torch.arange(buffer.shape[-1]).expand(buffer.shape)
+    if name in ("inv_freq", "original_inv_freq"):
+        real = type(module)(module.config)  # rotary tables: small, built by the module itself
+        value = real._buffers[name]
+        if value is not None:
+            return value.float()
+    raise CheckpointError(
+        f"buffer '{name}' of {type(module).__name__} is in no checkpoint, and unknown here"
+    )

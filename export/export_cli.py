@@ -1,0 +1,234 @@
+"""``lvlm-export``: a checkpoint and a recipe in, a bundle out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvlm.core.console import Parser, run_main
+
+if TYPE_CHECKING:
+    from lvlm.export.export_plan import Options
+    from lvlm.export.recipes._base import Recipe
+
+DTYPES = ("fp32", "fp16", "bf16")
+WEIGHTS = ("int8", "int4")
+CACHES = ("fp16",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_main("lvlm-export", lambda: _run(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="lvlm-export",
+        description="Export a vision-language model with token merging built into its graphs.",
+        epilog="example: lvlm-export --model tiny-llava --recipe lightvlm -o out/",
+    )
+    parser.add_argument("-m", "--model", help="alias, local folder or hub id")
+    parser.add_argument("-r", "--recipe", default="none", help="default: none")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a parameter of the recipe; --help-recipe lists them",
+    )
+    parser.add_argument("-o", "--output", type=Path, help="the bundle's folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="quantize the language model's weights, block-wise; it still computes in --dtype",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale: 16, 32 (default), 64, 128 or 256; with --weights",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        help="keep keys and values in fp16: half the cache of an fp32 bundle (default: --dtype)",
+    )
+    parser.add_argument(
+        "--max-text-len",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="text tokens of prompt and answer together (default 2048)",
+    )
+    parser.add_argument(
+        "--max-images", type=int, default=1, metavar="N", help="pictures per prompt (default 1)"
+    )
+    parser.add_argument(
+        "--max-image-tokens",
+        type=int,
+        metavar="N",
+        help="scale pictures down to at most N tokens each (default: the checkpoint's own limit)",
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also write graphs lowered for this engine (see --list-targets)",
+    )
+    parser.add_argument("--revision", help="of the hub repository: branch, tag or commit")
+    parser.add_argument(
+        "--no-validate", action="store_true", help="do not compare with the checkpoint"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print sizes, write nothing"
+    )
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no table")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="what torch and its exporter report, too"
+    )
+    parser.add_argument(
+        "--help-recipe",
+        nargs="?",
+        const="",
+        metavar="RECIPE",
+        help="list the recipes, or one recipe's parameters",
+    )
+    parser.add_argument(
+        "--list-models", action="store_true", help="list families, aliases, and what they take"
+    )
+    parser.add_argument("--list-targets", action="store_true", help="list what --target takes")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    set_environment(args.verbose)
+    if args.help_recipe is not None or args.list_models or args.list_targets:
+        return _list(args)
+    require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
+    options = _options(args)
+    if options.weights:
+        require(["onnxruntime"], "cpu", " (or leave --weights out)")  # its quantizer
+    if options.validate:
+        require(["onnxruntime"], "cpu", " (or export with --no-validate)")
+
+    from lvlm.core.progress import Progress
+    from lvlm.export.estimates import check_machine
+    from lvlm.export.export_plan import make_plan
+    from lvlm.export.exporter import export, stages
+    from lvlm.export.summaries import plan_data, plan_table, report_data, report_table
+
+    quiet = args.quiet or args.json
+    set_logging(args.verbose)
+    plan = make_plan(options, weights=not args.dry_run, quiet=quiet)
+    if not quiet and plan.checkpoint.source != args.model:
+        print(f"{args.model} is {plan.checkpoint.source}", file=sys.stderr)
+    if args.dry_run:
+        print(json.dumps(plan_data(plan), indent=1) if args.json else plan_table(plan))
+        check_machine(plan)
+        return 0
+    progress = Progress(stages(options), quiet=quiet)
+    report = export(plan, progress)
+    if args.json:
+        print(json.dumps(report_data(report), indent=1))
+    elif not args.quiet:
+        print(report_table(report), file=sys.stderr)
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from lvlm.export.stand_ins import stand_ins
+
+    with stand_ins():
+        from lvlm.export import listings
+
+        if args.list_models:
+            print(listings.models())
+        if args.list_targets:
+            print(listings.targets())
+        if args.help_recipe is not None:
+            name = args.help_recipe or (args.recipe if args.recipe != "none" else "")
+            print(listings.recipe(name) if name else listings.recipes())
+    return 0
+
+
+def require(packages: Sequence[str], extra: str, otherwise: str = "") -> None:
+    from importlib.util import find_spec
+
+    from lvlm.core.errors import ExportError
+    from lvlm.core.installing import install
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{', '.join(missing)} not installed; {install(*extra.split(','))}{otherwise}"
+        )
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from lvlm.core.discovery import discover, nearest
+    from lvlm.core.errors import ParameterError
+    from lvlm.export.places import check_output
+
+    if args.model is None:
+        raise ParameterError("which model? give -m (tiny-llava is shipped with this package)")
+    if args.output is None:
+        raise ParameterError("where to? give -o FOLDER")
+    check_output(args.output)
+    from lvlm.export.export_plan import Options
+    from lvlm.export.recipes._base import parse_settings
+
+    targets = discover("lvlm.export.targets", "TARGET")
+    for name in args.target:
+        if name not in targets:
+            raise nearest("target", name, targets)
+    return Options(
+        model=args.model,
+        recipe=parse_settings(known_recipe(args.recipe), args.set),
+        output=args.output,
+        dtype=args.dtype,
+        weights=args.weights,
+        block_size=args.block_size,
+        cache=args.cache,
+        revision=args.revision,
+        max_text_len=args.max_text_len,
+        max_images=args.max_images,
+        max_image_tokens=args.max_image_tokens,
+        validate=not args.no_validate,
+        targets=tuple(targets[name] for name in dict.fromkeys(args.target)),
+    )
+
+
+def known_recipe(name: str) -> type[Recipe]:
+    from lvlm.core.discovery import discover, nearest
+
+    known: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
+    if name not in known:
+        raise nearest("recipe", name, known)
+    return known[name]
+
+
+def set_environment(verbose: bool) -> None:
+    """What torch and transformers read when they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
+    # Torch's threads wait asleep: of a small model, most of the processor's time was spinning
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def set_logging(verbose: bool) -> None:
+    import logging
+    import warnings
+
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+        logging.getLogger("lvlm").setLevel(logging.DEBUG)
+        return
+    warnings.simplefilter("ignore")
+    for name in ("torch", "transformers", "onnxscript", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

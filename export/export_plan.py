@@ -1,0 +1,252 @@
+"""Everything known before any work: checkpoint, family, recipe, sizes. What --dry-run prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lvlm.core.errors import ParameterError
+from lvlm.export import estimates
+from lvlm.export.budgets.calibration_samples import read_samples
+from lvlm.export.budgets.prefix_profiles import Profile, check_profile, model_hash, read_profile
+from lvlm.export.budgets.sample_prompts import prompt_maker
+from lvlm.export.checkpoint import reading as checkpoints
+from lvlm.export.families.family import Family, PromptFiles
+from lvlm.export.graphs.language import LanguageModel
+from lvlm.export.recipes._base import Recipe
+from lvlm.export.targets.target import Target
+from lvlm.export.weights.quantization import BLOCKS, KINDS, Quantization, product_weights
+from lvlm.export.weights.weight_names import open_skeleton
+from lvlm.runtime.bundle.manifest import Capacity, Images
+from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CACHES = {"fp16": torch.float16}  # narrower than what is computed with
+BLOCK = 32  # of quantized weights; docs/quantization.md compares sizes
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to export. ``dtype`` None: as the checkpoint has it (its config.json); ``weights`` None:
+    the language model's products are of ``dtype``, too; ``cache`` None: so is the cache;
+    ``max_image_tokens`` None: pictures give as many tokens as the checkpoint says."""
+
+    model: str
+    recipe: Recipe
+    output: Path
+    dtype: str | None = None
+    weights: str | None = None
+    block_size: int | None = None
+    cache: str | None = None
+    revision: str | None = None
+    max_text_len: int = 2048
+    max_images: int = 1
+    max_image_tokens: int | None = None
+    validate: bool = True
+    targets: tuple[Target, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_text_len", "max_images", "max_image_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ParameterError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+        for name, values in (("dtype", DTYPES), ("weights", KINDS), ("cache", CACHES)):
+            value = getattr(self, name)
+            if value is not None and value not in list(values):
+                raise ParameterError(f"--{name} {value}: give one of {', '.join(values)}")
+        if self.block_size is not None:
+            if self.weights is None:
+                raise ParameterError("--block-size is for quantized weights; add --weights int4")
+            if self.block_size not in BLOCKS:
+                sizes = ", ".join(map(str, BLOCKS))
+                raise ParameterError(f"--block-size {self.block_size}: give one of {sizes}")
+
+    @property
+    def quantization(self) -> Quantization | None:
+        if self.weights is None:
+            return None
+        return Quantization(KINDS[self.weights], self.block_size or BLOCK)
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What enters each layer of one picture, the capacities, and their bytes for one sequence."""
+
+    image_tokens: list[int]
+    capacity: Capacity
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything known before any work: what ``--dry-run`` prints."""
+
+    options: Options
+    checkpoint: checkpoints.Checkpoint
+    family: Family
+    config: Any
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    images: Images
+    prompt: PromptFiles
+    recipe: Recipe
+    stored_names: dict[str, str]
+    weight_bytes: int
+    cache: CachePlan
+    peak_bytes: int
+    unvalidated_bytes: int  # the same without validation
+    profile: Profile | None = None  # measured by this export
+
+
+def make_plan(options: Options, *, weights: bool = True, quiet: bool = False) -> Plan:
+    """Resolve and check everything that can be checked without tracing.
+
+    Args:
+        weights: whether to download them where they are on the hub only; without, their headers
+            are read.
+        quiet: show no progress of a download.
+    """
+    checkpoint = checkpoints.resolve(options.model, options.revision, weights=weights, quiet=quiet)
+    with checkpoints.described_by(checkpoint):
+        return _plan_of(checkpoint, options)
+
+
+def _plan_of(checkpoint: checkpoints.Checkpoint, options: Options) -> Plan:
+    family = checkpoints.find_family(checkpoint.config, checkpoint.source)
+    config = family.read_config(checkpoint.config)
+    dtype = DTYPES[options.dtype] if options.dtype else _stored_dtype(config, checkpoint)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    cache_dtype = CACHES[options.cache] if options.cache else dtype
+    _check_dtypes(options, dtype)
+    skeleton, stored_names = open_skeleton(checkpoint, family, config, dtype, mode)
+    language = family.language(skeleton, config)
+    layers = len(language.blocks)
+    recipe = options.recipe.for_layers(layers, language.deep)
+    recipe = _with_profile_file(recipe, layers, checkpoint)
+    if early := [r.layer for r in recipe.reductions() if r.layer < language.deep]:
+        raise ParameterError(
+            f"recipe {recipe.name} merges image tokens at block {early[0]}, but this model adds "
+            f"image features up to block {language.deep - 1}; merge from block {language.deep} on "
+            "(--help-recipe)"
+        )
+    images = family.images(config, checkpoint.folder)
+    if options.max_image_tokens is not None and options.max_image_tokens < images.tokens:
+        images = family.bounded(images, options.max_image_tokens)
+    prompt = family.prompt(config, checkpoint.folder)
+    prompt_maker(checkpoint, family, config, images, prompt)  # raises what a load would
+    longest = options.max_text_len + options.max_images * images.tokens
+    if language.window is not None and language.window < longest:
+        raise ParameterError(
+            f"this model attends over {language.window} tokens only; lower --max-text-len to "
+            f"{language.window - options.max_images * images.tokens} or less"
+        )
+    unique = {id(p): p for p in skeleton.parameters()}.values()
+    parameters, largest = sum(p.numel() for p in unique), max(p.numel() for p in unique)
+    weight_bytes = parameters * dtype.itemsize + _saved(options, skeleton, language, dtype)
+    sizes = {"weight_bytes": weight_bytes, "largest": largest}
+    peak, unvalidated = (
+        estimates.peak_memory(options, **sizes, dtype=dtype, validate=validate)
+        for validate in (options.validate, False)
+    )
+    return Plan(
+        options=options,
+        checkpoint=checkpoint,
+        family=family,
+        config=config,
+        dtype=dtype,
+        cache_dtype=cache_dtype,
+        images=images,
+        prompt=prompt,
+        recipe=recipe,
+        stored_names=stored_names,
+        weight_bytes=weight_bytes,
+        cache=plan_cache(options, recipe, images, language, cache_dtype),
+        peak_bytes=peak,
+        unvalidated_bytes=unvalidated,
+    )
+
+
+def _check_dtypes(options: Options, dtype: torch.dtype) -> None:
+    """ParameterError for data types that do not go together, or that a target does not take."""
+    narrow = {name: value for name in ("weights", "cache") if (value := getattr(options, name))}
+    for name, value in narrow.items():
+        if dtype == torch.bfloat16:
+            raise ParameterError(
+                f"--{name} {value} goes with --dtype fp32 or fp16; the model is bf16"
+            )
+        if name == "cache" and CACHES[value] == dtype:
+            continue
+        for target in options.targets:
+            if not target.narrow:
+                raise ParameterError(
+                    f"target {target.name} does not take --{name} {value}; leave one of them out"
+                )
+
+
+def _saved(
+    options: Options, skeleton: torch.nn.Module, language: LanguageModel, dtype: torch.dtype
+) -> int:
+    """Bytes that quantization adds to those of the weights; ParameterError if it cannot be done."""
+    how = options.quantization
+    if how is None:
+        return 0
+    shared = {id(p) for p in language.embed.parameters()}
+    added = zero_points = 0
+    for name, weight in product_weights(skeleton, language).items():
+        how.check(name, weight.shape[1])
+        blocks = weight.numel() // how.block
+        zero_points = max(zero_points, blocks * how.bits // 8)
+        added += weight.numel() * how.bits // 8 + blocks * dtype.itemsize
+        if id(weight) not in shared:
+            added -= weight.numel() * dtype.itemsize
+    return added + zero_points
+
+
+def plan_cache(
+    options: Options, recipe: Recipe, images: Images, language: LanguageModel, dtype: torch.dtype
+) -> CachePlan:
+    """Entries per layer that the longest prompt and answer can ever occupy."""
+    layers = len(language.blocks)
+    reductions, rule = recipe.reductions(), recipe.cache_rule()
+    ratios = keep_ratios(reductions, float(recipe.parameters().get("keep", 1.0)), None)
+    entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
+    seen = np.array([options.max_text_len + options.max_images * n for n in entering])
+    budgets = Budgets.of(rule.compression if rule else None, layers, None)
+    per_layer = tuple(budgets.limit(seen).tolist())
+    entries = 2 * language.kv_heads * sum(per_layer)
+    rings = language.heads * (rule.queries if rule else 0) * layers
+    return CachePlan(
+        entering,
+        Capacity(options.max_text_len, options.max_images, per_layer),
+        (entries + rings) * language.head_dim * dtype.itemsize,
+    )
+
+
+def _with_profile_file(recipe: Recipe, layers: int, checkpoint: checkpoints.Checkpoint) -> Recipe:
+    """The recipe with the profile from the file it names, checked against the model."""
+    wanted = recipe.calibration()
+    if wanted is not None and wanted.samples is not None:
+        read_samples(wanted.samples)  # measured on later; mistakes in them are said now
+    if wanted is None or wanted.file is None:
+        return recipe
+    profile = read_profile(wanted.file)
+    if not checkpoint.absent:  # or else their content is not known yet
+        check_profile(profile, layers, model_hash(checkpoint.folder))
+    return recipe.with_profile(profile.keep, profile.rows)
+
+
+def _stored_dtype(config: Any, checkpoint: checkpoints.Checkpoint) -> torch.dtype:
+    """As transformers chooses: config.json's where it names one, or else the weights' own."""
+    dtype = config.dtype or checkpoint.stored_dtype()
+    if dtype not in DTYPES.values():
+        where = "config.json says" if config.dtype else "the weights are of"
+        raise ParameterError(
+            f"{where} dtype {str(dtype).removeprefix('torch.')}; choose one with --dtype"
+        )
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,183 @@
+"""What LLaVA and its kin share: CLIP or SigLIP tower, projector, Llama, Mistral or Qwen2 text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lvlm.core.errors import CheckpointError
+from lvlm.export.families.family import PromptFiles, too_few_tokens
+from lvlm.export.families.parts.llama_text import (
+    TEXT_TYPES,
+    build_model,
+    language_model,
+    one_of,
+    read_common,
+    section,
+    token_text,
+)
+from lvlm.export.families.parts.side_files import prompt_files
+from lvlm.export.graphs.language import LanguageModel
+from lvlm.export.recipes._sequence import GraphInput
+from lvlm.runtime.bundle.manifest import Images
+from lvlm.runtime.processors import load_processor
+from lvlm.runtime.processors.parts.anyres import TiledProcessor, Tiles
+from lvlm.runtime.prompt.prompts import Prompt
+
+VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
+
+
+def tile_tokens(config: Any) -> int:
+    """Tokens that the vision tower gives for one picture or tile."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    # "default" drops the first token; only CLIP has a class token there.
+    extra = int(vision.model_type == "clip_vision_model")
+    return int(side * side) + extra - int(config.vision_feature_select_strategy == "default")
+
+
+class AnyResolution:
+    """See Family; a subclass per transformers class. Tiles, each line of patches with a newline."""
+
+    name: str
+    model_types: tuple[str, ...]
+    pictures: str
+    video: str
+    config_class: Any
+    model_class: Any
+    tower_type: str  # where config.json names none
+    text_type: str
+
+    def processor(self, config: Any, folder: Path) -> dict[str, Any]:
+        """The config of the family's processor; ParameterError."""
+        raise NotImplementedError
+
+    def read_config(self, raw: Mapping[str, Any]) -> Any:
+        vision = section(raw, "vision_config")
+        tower = vision.get("model_type", self.tower_type)
+        one_of(self.name, "vision tower", tower, VISION_TYPES)
+        config = read_common(self.name, self.config_class, raw, self.text_type, TEXT_TYPES)
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        if tile_tokens(config) != side * side:
+            raise CheckpointError(
+                f"vision_feature_select_strategy '{config.vision_feature_select_strategy}' of a "
+                f"{tower} leaves {tile_tokens(config)} features of {side} x {side} patches, which "
+                "are no grid; not supported"
+            )
+        return config
+
+    def build(self, config: Any) -> nn.Module:
+        return build_model(self.model_class, config)
+
+    def language(self, model: Any, config: Any) -> LanguageModel:
+        return language_model(model.model.language_model, model.lm_head, config.text_config)
+
+    def vision(self, model: Any, config: Any) -> nn.Module:
+        return TilesVision(model, config)
+
+    def vision_inputs(self, images: Images) -> list[GraphInput]:
+        return [GraphInput("pixel_values", torch.float32, ("units", 3, *images.size))]
+
+    def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+        if not prompt.pictures:
+            return {}
+        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.pictures]
+        sizes = torch.tensor([p.size for p in prompt.pictures])
+        return {"pixel_values": torch.cat(pixels), "image_sizes": sizes}
+
+    def images(self, config: Any, folder: Path) -> Images:
+        side = config.vision_config.image_size
+        processor = self.processor(config, folder)
+        if [list(x) for x in processor["resolutions"]] != [
+            list(x) for x in config.image_grid_pinpoints
+        ]:
+            raise CheckpointError(
+                "image_grid_pinpoints of config.json and of the image processor differ; "
+                "the folder mixes files of two models"
+            )
+        tiles = _tiles(processor)
+        return Images(
+            token=token_text(folder, config.image_token_id),
+            token_id=config.image_token_id,
+            tokens=tiles.most_tokens,
+            grid=(),
+            size=(side, side),
+            processor=processor,
+            shared_rows=1,
+            most={"units": tiles.most_units},
+        )
+
+    def bounded(self, images: Images, tokens: int) -> Images:
+        least = _tiles(images.processor).least_tokens
+        if tokens < least:
+            raise too_few_tokens(tokens, least)
+        processor = images.processor | {"max_tokens": tokens}
+        tiles = _tiles(processor)
+        most = {"units": tiles.most_units}
+        return replace(images, tokens=tiles.most_tokens, processor=processor, most=most)
+
+    def prompt(self, config: Any, folder: Path) -> PromptFiles:
+        return prompt_files(folder, config.text_config)
+
+
+def _tiles(processor: Mapping[str, Any]) -> Tiles:
+    return cast(TiledProcessor, load_processor(processor)).tiles
+
+
+class LlavaVision(nn.Module):
+    """Tower up to the feature layer(s), then the projector: [units,3,H,W] -> [rows,D]."""
+
+    def __init__(self, model: Any, config: Any) -> None:
+        super().__init__()
+        self.tower = model.model.vision_tower
+        self.projector = model.model.multi_modal_projector
+        layers = config.vision_feature_layer
+        depth = config.vision_config.num_hidden_layers + 1
+        wanted: Sequence[int] = [layers] if isinstance(layers, int) else layers
+        self.wanted = [i % depth for i in wanted]
+        self.first = int(config.vision_feature_select_strategy == "default")
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden = self.tower.embeddings(pixel_values)
+        if hasattr(self.tower, "pre_layrnorm"):
+            hidden = self.tower.pre_layrnorm(hidden)
+        states = [hidden]
+        for layer in self.tower.encoder.layers[: max(self.wanted)]:
+            states.append(layer(states[-1], None))
+        features = torch.cat([states[i][:, self.first :] for i in self.wanted], dim=-1)
+        rows = self.projector(features).flatten(0, 1)
+        assert isinstance(rows, torch.Tensor)
+        return rows
+
+
+class TilesVision(LlavaVision):
+    """The newline that ends a line of patches, then the rows of all tiles: [1 + rows,D]."""
+
+    def __init__(self, model: Any, config: Any) -> None:
+        super().__init__(model, config)
+        self.newline = model.model.image_newline
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.newline[None], super().forward(pixel_values)])
+
+
+# Of tiny configurations
+
+
+def tiny_preprocessor(kind: str, config: Any) -> dict[str, str]:
+    """preprocessor_config.json of an image processor class."""
+    side = config.vision_config.image_size
+    size = {"height": side, "width": side}
+    processor = {
+        "image_processor_type": kind,
+        "size": size,
+        "crop_size": size,
+        "image_grid_pinpoints": config.image_grid_pinpoints,
+    }
+    return {"preprocessor_config.json": json.dumps(processor)}

@@ -1,0 +1,236 @@
+"""From a torch module to an ONNX graph: torch.export, torch.onnx, then a few passes.
+
+The graph's large initializers stay fake: each keeps the name of the checkpoint's parameter, and
+weights.py writes the values once for all graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lvlm.core.discovery import discover
+from lvlm.core.errors import ExportError
+from lvlm.export.graphs.plain_splits import plain_splits
+from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
+from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.standard_ops import PLACEHOLDER_DOMAIN, exchanged_leaves
+from lvlm.runtime.bundle.manifest import Port
+
+PORT_TYPES = {
+    ir.DataType.INT64: "int64",
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+}
+
+
+@dataclass
+class TracedGraph:
+    """One graph; initializers named in ``parameters`` have no values yet."""
+
+    name: str
+    model: ir.Model
+    parameters: dict[str, ir.Value]  # checkpoint's parameter name -> initializer
+
+    def ports(self) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+        graph = self.model.graph
+        return tuple(map(_port, graph.inputs)), tuple(map(_port, graph.outputs))
+
+
+def trace(
+    name: str,
+    module: nn.Module,
+    inputs: Sequence[GraphInput],
+    outputs: Sequence[str],
+    arrange: Callable[[list[Any]], tuple[Any, ...]],
+    parameter_names: Mapping[int, str],
+    mode: FakeTensorMode,
+) -> TracedGraph:
+    """Trace ``module`` over fake inputs of the given description.
+
+    ``arrange`` puts the flat list of inputs into the module's arguments; ``parameter_names`` maps
+    id(parameter) to its name in the checkpoint.
+    """
+    sizes = _example_sizes(inputs)
+    dims = {d: torch.export.Dim(d) for i in inputs for d in i.dims if isinstance(d, str)}
+    with mode:
+        examples = [
+            torch.zeros([sizes.get(d, d) for d in i.dims], dtype=i.dtype)  # type: ignore[arg-type]
+            for i in inputs
+        ]
+    dynamic = [
+        {axis: dims[d] for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in inputs
+    ]
+    with mode, torch.no_grad(), exchanged_leaves(module), _quiet():
+        exported = torch.export.export(
+            module, arrange(examples), dynamic_shapes=arrange(dynamic), strict=False
+        )
+        program = torch.onnx.export(
+            exported,
+            args=(),
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            input_names=[i.name for i in inputs],
+            output_names=list(outputs),
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError(f"torch.onnx gave no graph for {name}")
+    model = program.model
+    _describe_inputs(model, inputs)
+    _to_standard_domain(model)
+    _add_functions(model)
+    _constant_reshapes(model)
+    plain_splits(model)
+    ir.passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+    )(model)
+    model.graph.name = name
+    model.producer_name = "lvlm"
+    return TracedGraph(name, model, _claim_parameters(model, module, parameter_names))
+
+
+def _example_sizes(inputs: Sequence[GraphInput]) -> dict[str, int]:
+    """A size for every dynamic dimension; all differ, so that no two are taken for the same."""
+    names = list(dict.fromkeys(d for i in inputs for d in i.dims if isinstance(d, str)))
+    return {name: 5 + 2 * n for n, name in enumerate(names)}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter warns about packages it does not need and prints its progress; all of it
+    shows where the logger ``lvlm`` is at DEBUG (--verbose)."""
+    if logging.getLogger("lvlm").isEnabledFor(logging.DEBUG):
+        yield
+        return
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _describe_inputs(model: ir.Model, inputs: Sequence[GraphInput]) -> None:
+    """Give dynamic dimensions their names everywhere; torch calls them s10, s17 …"""
+    if [v.name for v in model.graph.inputs] != [i.name for i in inputs]:
+        raise ExportError("torch.onnx changed the inputs of the graph")
+    renamed: dict[str, str] = {}
+    for value, described in zip(model.graph.inputs, inputs, strict=True):
+        for dim, name in zip(value.shape or (), described.dims, strict=True):
+            if isinstance(dim, ir.SymbolicDim) and isinstance(name, str):
+                renamed[str(dim.value)] = name
+    symbols = re.compile(r"\bs\d+\b")
+    for value in _values(model.graph):
+        if value.shape is None:
+            continue
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                text = symbols.sub(lambda m: renamed.get(m[0], m[0]), dim.value)
+                # An expression such as 4*batch is no valid dimension name to all readers.
+                value.shape[axis] = text if text.isidentifier() else ir.SymbolicDim(None)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
+
+
+def _to_standard_domain(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.domain == PLACEHOLDER_DOMAIN:
+            node.domain, node.version = "", None
+    model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
+    model.opset_imports[""] = OPSET
+
+
+def _constant_reshapes(model: ir.Model) -> None:
+    """Where a Reshape keeps its dynamic axes in place, its target becomes a constant (0: as is).
+
+    torch computes every target from Shape nodes. TensorRT cannot follow that arithmetic once the
+    length comes from an index input, and then does not know the number of heads.
+    """
+    for node in list(model.graph):
+        if node.op_type != "Reshape" or node.domain != "" or node.inputs[0] is None:
+            continue
+        before, after = node.inputs[0].shape, node.outputs[0].shape
+        if before is None or after is None:
+            continue
+        target = []
+        for axis, dim in enumerate(after):
+            if isinstance(dim, int):
+                target.append(dim)
+            elif axis < len(before) and dim.value is not None and before[axis] == dim:
+                target.append(0)
+        if len(target) != len(after):
+            continue
+        constant = ir.node("Constant", [], attributes={"value_ints": target})
+        constant.outputs[0].name = f"{node.outputs[0].name}_target"
+        model.graph.insert_before(node, constant)
+        node.replace_input_with(1, constant.outputs[0])
+        node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+
+
+def _add_functions(model: ir.Model) -> None:
+    """The body of every lvlm op used, as a model-local function of standard ops."""
+    ops: dict[str, Op] = discover("lvlm.export.ops", "OP")
+    seen: dict[str, dict[str, Any]] = {}
+    for node in model.graph:
+        if node.domain != DOMAIN:
+            continue
+        attributes = {k: a.value for k, a in node.attributes.items()}
+        if seen.setdefault(node.op_type, attributes) != attributes:
+            raise ExportError(f"two variants of {node.op_type} in one graph")
+    for op_type, attributes in seen.items():
+        function = ir.serde.deserialize_function(ops[op_type].function(attributes))
+        model.functions[function.identifier()] = function
+        model.opset_imports[DOMAIN] = VERSION
+
+
+def _claim_parameters(
+    model: ir.Model, module: nn.Module, names: Mapping[int, str]
+) -> dict[str, ir.Value]:
+    """Rename initializers that are the checkpoint's parameters to their names there."""
+    local = {n: names.get(id(p)) for n, p in module.named_parameters(remove_duplicate=False)}
+    claimed: dict[str, ir.Value] = {}
+    for name, value in list(model.graph.initializers.items()):
+        target = local.get(name)
+        if target is None:
+            continue
+        if not value.uses():
+            model.graph.initializers.pop(name)
+            continue
+        model.graph.initializers.pop(name)
+        value.name = target
+        model.graph.initializers[target] = value
+        claimed[target] = value
+    return claimed
+
+
+def _port(value: ir.Value) -> Port:
+    assert value.dtype is not None
+    dims = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ())
+    return Port(str(value.name), PORT_TYPES[value.dtype], dims)

@@ -1,0 +1,162 @@
+"""The torch reference of a recipe: the checkpoint's own modules, one prompt at a time, no padding.
+
+Prefill and Decode run eagerly here, with every lvlm op as its torch reference. What a bundle says
+on ONNX Runtime must equal this token for token in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lvlm.core.errors import ValidationError
+from lvlm.export.checkpoint.reading import Checkpoint
+from lvlm.export.checkpoint.skeleton import build_shape, with_parameters
+from lvlm.export.families.family import Family
+from lvlm.export.graphs.language import LanguageModel, Prefill
+from lvlm.export.graphs.ports import buffer_kinds, recipe_inputs
+from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes._cache import CacheRule
+from lvlm.export.reference.naive_cache import NaiveCache
+from lvlm.export.weights.stored_weights import compute_in_fp32
+from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.kv.image_tokens import keep_ratios, plan_prefill
+from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.options.generation_options import Keep
+from lvlm.runtime.prompt.prompts import Prompt
+
+
+@dataclass
+class Answer:
+    """Greedy tokens, the logits [vocabulary] each was chosen from, and what prefill left.
+
+    entries entered each layer, kept of them stayed; caches: key and value [1,Hkv,kept,d] of every
+    layer; maps: old -> new [N] of each reduction.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+    entries: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    caches: list[torch.Tensor] = field(default_factory=list)
+    maps: list[torch.Tensor] = field(default_factory=list)
+
+
+class Reference:
+    """A checkpoint in fp32 with a recipe, run by torch; the cache may be of a narrower dtype."""
+
+    def __init__(
+        self,
+        family: Family,
+        config: Any,
+        model: nn.Module,
+        recipe: Recipe,
+        cache_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model, self.cache_dtype = model.eval(), cache_dtype
+        self.language: LanguageModel = family.language(model, config)
+        self.recipe = recipe.for_layers(len(self.language.blocks), self.language.deep)
+        self.vision = family.vision(model, config)
+
+    @torch.no_grad()
+    def encode(self, pictures: Sequence[Picture]) -> torch.Tensor:
+        """image_features [R,D] of all pictures' tokens in order."""
+        found = [np.zeros((0, self.language.feature_width), np.float32)]
+        for picture in pictures:
+            rows = self.vision(**{k: torch.from_numpy(x) for k, x in picture.arrays.items()})
+            found.append(picture.features(rows.numpy()))
+        return torch.from_numpy(np.concatenate(found))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Prompt,
+        features: torch.Tensor,
+        *,
+        max_new_tokens: int,
+        keep: Keep | None = None,
+        kv_keep: float | None = None,
+        eos_ids: Sequence[int] = (),
+        forced: Sequence[int] = (),
+    ) -> Answer:
+        """Greedy answer to one prompt; ``forced`` tokens are taken instead of the best ones."""
+        layers, ids, image_id = len(self.language.blocks), prompt.ids, prompt.image_id
+        counts = np.unique(image_id[image_id > 0], return_counts=True)[1].tolist()
+        reductions, rule = self.recipe.reductions(), self.recipe.cache_rule()
+        exported = float(self.recipe.parameters().get("keep", 1.0))
+        after = np.flatnonzero(image_id > 0)
+        tail = len(ids) - int(after[-1]) - 1 if len(after) else 0
+        plan = plan_prefill(
+            reductions,
+            keep_ratios(reductions, exported, keep),
+            layers,
+            [len(ids) - sum(counts)],
+            [counts],
+            [tail],
+        )
+        budgets = Budgets.of(rule.compression if rule else None, layers, kv_keep)
+        kept = budgets.prompt(plan.entries)
+        answer = Answer(entries=plan.entries[:, 0].tolist(), kept=kept[:, 0].tolist())
+        rows = np.full(len(ids), -1)
+        rows[image_id > 0] = np.arange(sum(counts))
+        given = plan.inputs | {"kv_budget": kept}
+        given |= {f"kv_slots_{i}": np.arange(n) for i, n in enumerate(answer.kept)}
+        names = [i.name for i in recipe_inputs(self.language, self.recipe)]
+        logits, *rest = Prefill(self.language, self.recipe)(
+            torch.tensor([list(ids)]),
+            features if len(features) else features.new_zeros(1, self.language.feature_width),
+            torch.from_numpy(rows)[None],
+            torch.from_numpy(image_id)[None],
+            torch.from_numpy(prompt.positions[..., None, :]),
+            [torch.from_numpy(given[name]) for name in names],
+            self._empty_buffers(answer.kept, rule),
+        )
+        answer.maps = [m[0] for m in rest[: len(reductions)]]
+        rest = rest[len(reductions) :]
+        if rule is not None and not torch.equal(rest.pop(0), torch.from_numpy(kept)):
+            raise ValidationError("the attention that ranks the cache entries is not finite")
+        cache = NaiveCache(self.language, rule, budgets, rest, plan.entries[:, 0])
+        answer.caches = cache.entries()
+        for step in range(max_new_tokens):
+            answer.logits.append(logits[0])
+            token = forced[step] if step < len(forced) else int(logits[0].argmax())
+            answer.tokens.append(token)
+            if token in eos_ids or step + 1 == max_new_tokens:
+                break
+            # As in generate, each of three counts on by itself: the runtime has one number for all
+            logits = cache.decode(token, prompt.positions[..., -1] + 1 + step)
+        return answer
+
+    def _empty_buffers(self, kept: Sequence[int], rule: CacheRule | None) -> list[torch.Tensor]:
+        """What prefill writes into: exactly as long as what it keeps."""
+        model = self.language
+        ring = (1, model.heads, rule.queries if rule else 0, model.head_dim)
+        return [
+            torch.zeros(
+                ring if kind == "query" else (1, model.kv_heads, count, model.head_dim),
+                dtype=self.cache_dtype,
+            )
+            for count in kept
+            for kind in buffer_kinds(rule)
+        ]
+
+
+def load_fp32(
+    family: Family,
+    config: Any,
+    checkpoint: Checkpoint,
+    stored_names: dict[str, str],
+    rounding: torch.dtype,
+) -> nn.Module:
+    """The whole model, computing in fp32 with its weights rounded to the bundle's dtype.
+
+    Weights of large products stay in their files (stored_weights.py).
+    """
+    model = build_shape(family, config, torch.float32)
+    with_parameters(model, lambda name, _: checkpoint.read(stored_names[name]))
+    return compute_in_fp32(model, rounding)

@@ -1,0 +1,102 @@
+"""Products with quantized weights as ONNX Runtime's MatMulNBits, which reads the packed blocks.
+
+The canonical graph spreads a weight with DequantizeLinear at every run. MatMulNBits saves that; how
+it computes (``accuracy_level``) follows measurements on a CPU without VNNI (docs/quantization.md):
+rounding the few rows of decode to 8 bits makes them up to four times faster; for the many rows of
+prefill fp32 is as fast, and exact.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lvlm.core.errors import ExportError
+from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
+from lvlm.export.weights.quantized_linears import BLOCKS
+
+FP32, INT8 = 1, 4  # accuracy levels
+
+
+def has_quantized_weights(path: Path) -> bool:
+    return any(node.op_type == "DequantizeLinear" for node in ir.load(path).graph)
+
+
+def use_block_products(model: ir.Model) -> int:
+    """Exchange products over dequantized weights for MatMulNBits where that is faster; how many.
+
+    Precondition: weights as quantized_products.py has them. What spread them stays, unused.
+    """
+    replaced = 0
+    for node in list(model.graph):
+        spread = _spread(node)
+        if spread is None or node.inputs[0] is None:
+            continue
+        numbers, scales = spread.inputs[:2]
+        if numbers is None or scales is None or numbers.shape is None:
+            raise ExportError(f"{spread.name} has no weight of known shape")
+        bits = 4 if numbers.dtype == ir.DataType.UINT4 else 8
+        few = _few_rows(node.inputs[0])
+        outputs, inputs = numbers.shape.numpy()
+        block = spread.attributes.get_int("block_size", 0)
+        attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
+        product = ir.node(
+            "MatMulNBits",
+            [node.inputs[0], _blocks(model, numbers, bits, block), scales],
+            attributes=attributes | {"accuracy_level": INT8 if few else FP32},
+            domain=MICROSOFT,
+        )
+        _replace(model, node, product)
+        replaced += 1
+    return replaced
+
+
+def _spread(node: ir.Node) -> ir.Node | None:
+    """The DequantizeLinear whose result is the second input of a product."""
+    if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
+        return None
+    value = node.inputs[1]
+    producer = None if value is None else value.producer()
+    if producer is not None and producer.op_type == "Transpose" and node.op_type == "MatMul":
+        value = producer.inputs[0]
+        producer = None if value is None else value.producer()
+    return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
+
+
+def _few_rows(x: ir.Value) -> bool:
+    """Whether each sequence of the batch has one row: [B,K] or [B,1,K]."""
+    if x.shape is None:
+        raise ExportError(f"the shape of {x.name} is unknown")
+    return len(x.shape) == 2 or x.shape[-2] == 1
+
+
+def _blocks(model: ir.Model, numbers: ir.Value, bits: int, block: int) -> ir.Value:
+    """The initializer of the same bytes as uint8 [N, K / block, bytes of a block]."""
+    name = f"{numbers.name}{BLOCKS}"
+    if name in model.graph.initializers:
+        return model.graph.initializers[name]
+    tensor = numbers.const_value
+    if not isinstance(tensor, ir.ExternalTensor) or numbers.shape is None:
+        raise ExportError(f"{numbers.name} does not lie in the weights file")
+    outputs, inputs = numbers.shape.numpy()
+    shape = ir.Shape([outputs, inputs // block, block * bits // 8])
+    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=shape)
+    value.const_value = ir.ExternalTensor(
+        tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8, shape=shape, name=name
+    )
+    model.graph.initializers[name] = value
+    return value
+
+
+def _replace(model: ir.Model, node: ir.Node, product: ir.Node) -> None:
+    """``product`` in ``node``'s place, with an Add where that is a Gemm with a bias."""
+    nodes, old = [product], node.outputs[0]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        wide = product.outputs[0]
+        wide.name, wide.shape, wide.type = f"{old.name}_product", old.shape, old.type
+        nodes.append(ir.node("Add", [wide, bias]))
+    model.graph.insert_before(node, nodes)
+    take_place(old, nodes[-1].outputs[0])
+    model.graph.remove(node, safe=True)

@@ -1,0 +1,82 @@
+"""From a canonical graph to one that a target's parser takes: which passes, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from lvlm.core.errors import ExportError
+from lvlm.core.output import whole_file
+from lvlm.export.targets.passes import decomposed as _written_out
+from lvlm.export.targets.passes import graph_edits as _passes
+from lvlm.export.targets.passes.fp16_matmuls import narrow_products
+from lvlm.export.targets.passes.split_linears import split_products
+from lvlm.runtime.bundle.manifest import Capacity
+
+if TYPE_CHECKING:
+    from lvlm.export.targets.target import Target
+
+
+def lower(model: ir.Model, target: Target, capacity: Capacity) -> None:
+    """Change ``model`` into its form for ``target``.
+
+    With plugins every lvlm op is left without a function, and nothing else is a function, either:
+    parsers before TensorRT 10.6 confuse the names inside functions with those around them.
+    """
+    if not target.narrow:
+        _passes.refuse_narrow(model, target.name)
+    if target.static_cache:
+        lengths = {f"capacity_{i}": c for i, c in enumerate(capacity.per_layer)}
+        _passes.fix_dimensions(model, lengths)
+    if target.flavour in ("tensorrt", "tensorrt-rtx"):
+        split_products(model)
+    if target.flavour != "onnxruntime":
+        _passes.lower_ops(model)
+    _passes.write_out_attention(model, target.attention)
+    if "float32" not in target.products:
+        narrow_products(model)
+    if "RMSNormalization" not in target.imports:
+        _written_out.write_out_normalization(model)
+    if "RotaryEmbedding" not in target.imports:
+        _written_out.write_out_rotary(model)
+    if "TensorScatter" not in target.imports:
+        write_cache = (
+            _written_out.cache_updates if target.plugins else _written_out.write_out_cache_updates
+        )
+        write_cache(model)
+    if target.plugins:
+        _passes.inline_lowered(model)
+        _passes.use_plugins(model)
+    _passes.lower_opset(model, target.opset)
+
+
+def write(target: Target, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> list[str]:
+    """See Target.write; a file is there whole or not at all."""
+    written = []
+    for file in graphs.values():
+        model = ir.load(bundle / file)
+        target.lower(model, capacity)
+        for value in model.graph.initializers.values():
+            _keep_external(value)
+        name = target.file(file)
+        with whole_file(bundle / name, ExportError) as partial:
+            ir.save(model, partial)
+        written.append(name)
+    return written
+
+
+def _keep_external(value: ir.Value) -> None:
+    """Loading tied the tensor to the folder of now; in the file it lies beside the graph."""
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor):
+        value.const_value = ir.ExternalTensor(
+            Path(tensor.location).name,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=str(tensor.name),
+        )

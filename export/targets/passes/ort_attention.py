@@ -1,0 +1,234 @@
+"""Attention over a cache as ONNX Runtime's GroupQueryAttention: rotary embedding, cache write and
+attention in one node, which reads the valid part of the cache only.
+
+It appends: the new entry goes to slot valid_length - 1. Where a graph says of itself that it writes
+there, and nowhere else (``CACHE_WRITES``), the node does all of it. Where it may overwrite a victim
+anywhere, TensorScatter still writes, and the node appends what lies in the last slot once more.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from lvlm.export.targets.passes.attention_sites import Site, find_site
+from lvlm.export.targets.passes.graph_edits import DTYPES
+from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
+from lvlm.export.targets.target import AT_THE_END, CACHE_WRITES, POSITIONS
+from lvlm.runtime.backends.ort.sessions import AGAIN
+
+
+def group_attention(model: ir.Model) -> int:
+    """Use GroupQueryAttention for masked Attention over what TensorScatter wrote; how often."""
+    inputs = {value.name: value for value in model.graph.inputs}
+    sites = [site for node in model.graph if (site := find_site(node)) is not None]
+    if not sites:
+        return 0
+    first = model.graph[0]
+    slot, *lengths = _lengths(model, first, inputs["valid_length"])
+    if model.metadata_props.get(CACHE_WRITES) != AT_THE_END:
+        given = (*lengths, _slots(model, first, slot, sites[0].kv_heads))
+        for site in sites:
+            _group_again(model, site, *(_row(model, first, x, site.layer) for x in given))
+        return len(sites)
+    positions = int(model.metadata_props[POSITIONS])
+    tables: dict[tuple[ir.Value, ir.Value], list[ir.Value]] = {}
+    for site in sites:
+        if site.angles not in tables:
+            tables[site.angles] = _tables(model, site.angles, inputs["position_ids"], positions)
+        last, total = (_row(model, first, x, site.layer) for x in lengths)
+        _group(model, site, last, total, tables[site.angles], inputs["position_ids"])
+    return len(sites)
+
+
+def _lengths(model: ir.Model, before: ir.Node, valid: ir.Value) -> tuple[ir.Value, ...]:
+    """Each row's newest slot [L,B], int64 and int32, and the longest row [L], int32."""
+    one = _constant(model, "one_entry", np.array(1, np.int64))
+    axis = _constant(model, "row_axis", np.array([1], np.int64))
+    last = ir.node("Sub", [valid, one])
+    narrow = ir.node("Cast", [last.outputs[0]], attributes={"to": int(ir.DataType.INT32)})
+    longest = ir.node("ReduceMax", [valid, axis], attributes={"keepdims": 0})
+    total = ir.node("Cast", [longest.outputs[0]], attributes={"to": int(ir.DataType.INT32)})
+    for node, name in ((last, "last_slot"), (narrow, "last_slots"), (longest, "longest"),
+                       (total, "longest_rows")):  # fmt: skip
+        node.outputs[0].name = name
+    model.graph.insert_before(before, [last, narrow, longest, total])
+    return last.outputs[0], narrow.outputs[0], total.outputs[0]
+
+
+def _slots(model: ir.Model, before: ir.Node, last: ir.Value, heads: int) -> ir.Value:
+    """int64 [L,B,H,2]: head and newest slot, as GatherND reads them of a cache [B,H,C,d]."""
+    axes = _constant(model, "slot_axes", np.array([2, 3], np.int64))
+    ones = _constant(model, "each_head", np.ones((1, 1, heads, 1), np.int64))
+    numbers = _constant(model, "head_numbers", np.arange(heads)[None, None, :, None])
+    zero = _constant(model, "no_slot", np.array(0, np.int64))
+    wide = ir.node("Unsqueeze", [last, axes])
+    slots = ir.node("Mul", [wide.outputs[0], ones])
+    none = ir.node("Mul", [slots.outputs[0], zero])
+    head = ir.node("Add", [none.outputs[0], numbers])
+    pairs = ir.node("Concat", [head.outputs[0], slots.outputs[0]], attributes={"axis": -1})
+    nodes = [wide, slots, none, head, pairs]
+    for node in nodes:
+        node.outputs[0].name = f"newest_{node.op_type}_{nodes.index(node)}"
+    model.graph.insert_before(before, nodes)
+    return pairs.outputs[0]
+
+
+def _row(model: ir.Model, before: ir.Node, table: ir.Value, layer: int) -> ir.Value:
+    index = _constant(model, f"layer_{layer}", np.array(layer, np.int64))
+    node = ir.node("Gather", [table, index], attributes={"axis": 0})
+    node.outputs[0].name = f"{table.name}_{layer}"
+    model.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    """An initializer, made once."""
+    known = model.graph.initializers
+    if name not in known:
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+        known[name] = value
+    return known[name]
+
+
+def _tables(
+    model: ir.Model, angles: tuple[ir.Value, ir.Value], position_ids: ir.Value, positions: int
+) -> list[ir.Value]:
+    """cos and sin [positions, d/2], computed by the graph's own nodes for every position."""
+    nodes: dict[ir.Node, None] = {}
+    constants: dict[str, np.ndarray] = {}
+    waiting = [*angles]
+    while waiting:
+        value = waiting.pop()
+        if value is position_ids:
+            continue
+        producer = value.producer()
+        if producer is not None:
+            nodes[producer] = None
+            waiting += [x for x in producer.inputs if x is not None]
+        elif value.const_value is not None:
+            constants[str(value.name)] = value.const_value.numpy()
+        else:
+            raise AssertionError(f"rotary angles are computed from {value.name}")
+    ordered = [ir.to_proto(node) for node in model.graph if node in nodes]
+    for node in ordered:
+        del node.metadata_props[:]
+    info = onnx.helper.make_tensor_value_info
+    outs = [str(angle.name) for angle in angles]
+    graph = onnx.helper.make_graph(
+        ordered,
+        "angles",
+        [info(str(position_ids.name), onnx.TensorProto.INT64, [1, positions])],
+        [info(name, int(angle.dtype or 0), None) for name, angle in zip(outs, angles, strict=True)],
+        [onnx.numpy_helper.from_array(x, name) for name, x in constants.items()],
+    )
+    opsets = [onnx.helper.make_opsetid("", model.opset_imports[""])]
+    found = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=opsets)).run(
+        None, {str(position_ids.name): np.arange(positions)[None]}
+    )
+    return [
+        _constant(model, f"{name}_of_positions", np.ascontiguousarray(x[0]))
+        for name, x in zip(outs, found, strict=True)
+    ]
+
+
+def _group(
+    model: ir.Model,
+    site: Site,
+    last: ir.Value,
+    total: ir.Value,
+    tables: list[ir.Value],
+    position_ids: ir.Value,
+) -> None:
+    key, value = (write.inputs[0] for write in site.writes)
+    given = [*_packed(site.inputs), key, value, last, total, *tables, position_ids]
+    node = _node(model, site, given, rotary=True)
+    for write, output in zip(site.writes, node.outputs[1:], strict=True):
+        take_place(write.outputs[0], output)
+
+
+def _group_again(
+    model: ir.Model, site: Site, last: ir.Value, total: ir.Value, slot: ir.Value
+) -> None:
+    """TensorScatter has written anywhere: what lies in the last slot is appended there again.
+
+    The cache that the node gives is an output of its own, so that it can be bound to the same
+    memory: else the node copies the whole cache first.
+    """
+    query = site.node.inputs[0]
+    assert query is not None
+    caches = [write.outputs[0] for write in site.writes]
+    newest = []
+    for cache in caches:
+        entry = ir.node("GatherND", [cache, slot], attributes={"batch_dims": 1})
+        entry.outputs[0].name = f"{cache.name}_last"
+        entry.outputs[0].type = cache.type
+        model.graph.insert_before(site.node, entry)
+        newest.append(_rows(model, site.node, entry.outputs[0]))
+    node = _node(model, site, [_rows(model, site.node, query), *newest, *caches, last, total])
+    for cache, output in zip(caches, node.outputs[1:], strict=True):
+        output.name, output.shape, output.type = f"{cache.name}{AGAIN}", cache.shape, cache.type
+        model.graph.outputs.append(output)
+
+
+def _node(
+    model: ir.Model, site: Site, given: list[ir.Value | None], rotary: bool = False
+) -> ir.Node:
+    """The attention in the place of ``site``'s; its outputs 1 and 2 are the cache."""
+    cache = site.writes[0].inputs[0]
+    assert cache is not None
+    assert cache.dtype is not None
+    node = ir.node(
+        "GroupQueryAttention",
+        # The kernel takes one type for everything: a narrower cache's.
+        [None if x is None else _cast(model, site.node, x, cache.dtype) for x in given],
+        attributes={
+            "num_heads": site.heads,
+            "kv_num_heads": site.kv_heads,
+            "scale": site.node.attributes["scale"].as_float(),
+            "do_rotary": int(rotary),
+        },
+        domain=MICROSOFT,
+        num_outputs=3,
+    )
+    model.graph.insert_before(site.node, node)
+    result = node.outputs[0]
+    result.type = cache.type
+    for output in node.outputs:
+        output.name = f"attention_{site.layer}_{output.index()}"
+    take_place(site.result, _cast(model, site.node, result, site.result.dtype))
+    return node
+
+
+def _rows(model: ir.Model, before: ir.Node, value: ir.Value) -> ir.Value:
+    """[B,1,H*d] of [B,H,1,d] or [B,H,d]."""
+    sizes = _constant(model, "one_row", np.array([0, 1, -1], np.int64))
+    node = ir.node("Reshape", [value, sizes])
+    node.outputs[0].name, node.outputs[0].type = f"{value.name}_row", value.type
+    model.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _cast(model: ir.Model, before: ir.Node, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+    """A float ``value`` as ``dtype``, another as it is."""
+    if dtype is None or value.dtype == dtype or value.dtype not in DTYPES:
+        return value
+    name = f"{value.name}_{dtype.name.lower()}"
+    if value.is_initializer() and value.const_value is not None:
+        return _constant(model, name, value.const_value.numpy().astype(dtype.numpy()))
+    node = ir.node("Cast", [value], attributes={"to": int(dtype)})
+    node.outputs[0].name, node.outputs[0].shape = name, value.shape
+    node.outputs[0].type = ir.TensorType(dtype)
+    model.graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _packed(inputs: tuple[ir.Value, ir.Value, ir.Value]) -> list[ir.Value | None]:
+    """One input where query, key and value are parts of one product."""
+    split = inputs[0].producer()
+    if split is not None and split.op_type == "Split" and tuple(split.outputs) == inputs:
+        return [split.inputs[0], None, None]
+    return list(inputs)

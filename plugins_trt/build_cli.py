@@ -1,0 +1,28 @@
+"""``lvlm-build``: the TensorRT plugin library, and engines of a bundle."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from lvlm.core.console import Parser, run_main
+
+# Each has add_parser(subparsers), which sets ``run``, and imports nothing heavy before it runs.
+SUBCOMMANDS = ("lvlm.plugins_trt.plugins.plugins_cli", "lvlm.plugins_trt.engines.engine_cli")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_main("lvlm-build", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = Parser(
+        prog="lvlm-build",
+        description="Build what TensorRT needs to run a bundle.",
+        epilog="example: lvlm-build plugins --arch 87 -o plugins/",
+    )
+    subparsers = parser.add_subparsers(metavar="WHAT", required=True, parser_class=Parser)
+    for module in SUBCOMMANDS:
+        importlib.import_module(module).add_parser(subparsers)
+    args = parser.parse_args(argv)
+    return int(args.run(args))

@@ -1,0 +1,124 @@
+"""``lvlm-build engine``: the TensorRT engines of a bundle, for one target."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvlm.core.console import add_verify
+
+if TYPE_CHECKING:
+    from lvlm.export.targets.target import Target
+    from lvlm.plugins_trt.engines.engine_request import Request
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "engine",
+        help="engines of a bundle, for one version of TensorRT",
+        description="Build the TensorRT engines of a bundle into its folder engines/. For full "
+        "TensorRT run it on the machine that is to run them; TensorRT-RTX builds anywhere.",
+        epilog="example: lvlm-build engine out/ --target trt-rtx --sm 86,89 --batch 1..8",
+    )
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE", type=Path, nargs="?", help="folder made by lvlm-export")
+    add("--target", metavar="NAME", help="the engine's version and platform; see --list-targets")
+    add("--list-targets", action="store_true", help="print what --target takes, and stop")
+    add(
+        "--sm",
+        metavar="N,…",
+        help="architectures, for trt-rtx only (default: all it knows); else that of this machine",
+    )
+    add(
+        "--batch",
+        metavar="LOW..HIGH",
+        help="prompts at once (default 1..4); LOW..USUAL..HIGH says what to tune for",
+    )
+    add(
+        "--max-prompt",
+        metavar="N",
+        type=int,
+        help="tokens of a prompt, image tokens with them (default: all the bundle has room for)",
+    )
+    add("--workspace", metavar="SIZE", help="memory that building and running may use, as 4GB")
+    add("--plugins", metavar="FILE", type=Path, help="liblvlm_plugins.so (default: $LVLM_PLUGINS)")
+    add(
+        "--weights",
+        choices=("inputs", "embedded"),
+        help="matrices that several engines use: inputs (default) keeps one copy of them on the "
+        "device, embedded a copy in every engine",
+    )
+    add("--version-compatible", action="store_true", help="engines also for later minor versions")
+    add("--hardware-compatible", action="store_true", help="engines also for later GPUs")
+    add("--timing-cache", metavar="FILE", type=Path, help="read and extend it (default: our own)")
+    add("-o", "--output", metavar="FOLDER", type=Path, help="default: BUNDLE/engines/GPU-VERSION")
+    add_verify(add)
+    add("--force", action="store_true", help="replace engines that are there")
+    add("--dry-run", action="store_true", help="check everything, print the plan, build nothing")
+    add("-q", "--quiet", action="store_true", help="no progress")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from lvlm.core.errors import ParameterError
+    from lvlm.plugins_trt.engines import engine_listing
+
+    if args.list_targets:
+        print(engine_listing.targets())
+        return 0
+    if args.bundle is None:
+        raise ParameterError("which bundle? give the folder that lvlm-export made")
+    request = _request(args)
+
+    from lvlm.core.progress import Progress
+    from lvlm.export.export_cli import require
+
+    require(["onnx"], "export")
+
+    from lvlm.plugins_trt.engines import engine_builder
+    from lvlm.plugins_trt.engines.engine_plan import make_plan
+
+    if not request.target.built:
+        print(engine_builder.lower_only(request, Progress(1, quiet=args.quiet), args.dry_run))
+        return 0
+    plan = make_plan(request)
+    if args.dry_run:
+        print(engine_listing.plan(plan))
+        return 0
+    progress = Progress(engine_builder.stages(plan), quiet=args.quiet)
+    print(engine_listing.result(engine_builder.build(plan, progress)))
+    return 0
+
+
+def _request(args: argparse.Namespace) -> Request:
+    from lvlm.plugins_trt.engines.engine_request import Request, parse_architectures, parse_size
+
+    return Request(
+        bundle=args.bundle,
+        target=_target(args.target),
+        sm=None if args.sm is None else parse_architectures(args.sm),
+        batch=args.batch,
+        max_prompt=args.max_prompt,
+        workspace=None if args.workspace is None else parse_size(args.workspace),
+        plugins=args.plugins,
+        weights=args.weights,
+        version_compatible=args.version_compatible,
+        hardware_compatible=args.hardware_compatible,
+        timing_cache=args.timing_cache,
+        output=args.output,
+        force=args.force,
+        verify=args.verify,
+    )
+
+
+def _target(name: str | None) -> Target:
+    from lvlm.core.discovery import discover, nearest
+    from lvlm.core.errors import ParameterError
+
+    known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
+    if name is None:
+        raise ParameterError(f"for what? give --target, one of {', '.join(sorted(known))}")
+    if name not in known:
+        raise nearest("target", name, known)
+    return known[name]

@@ -1,0 +1,99 @@
+"""What ``lvlm-build engine`` prints: targets, a plan, what was built."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lvlm.core.discovery import discover
+from lvlm.core.progress import size
+from lvlm.export.targets.target import NEW_OPS, Target
+from lvlm.runtime.kv.cache import cache_bytes
+
+if TYPE_CHECKING:
+    from lvlm.plugins_trt.engines.engine_plan import Plan
+    from lvlm.runtime.bundle.engine_sets import EngineSet, Range
+
+PEOPLE = {
+    "tensorrt": "TensorRT",
+    "tensorrt-rtx": "TensorRT-RTX",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+}
+
+
+def targets() -> str:
+    """What ``--target`` takes, in lines that fit a terminal of 80 columns."""
+    known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
+    return "\n\n".join("\n".join(_block(known[name])) for name in sorted(known))
+
+
+def _block(target: Target) -> list[str]:
+    written = sorted(NEW_OPS - target.imports)
+    types = {"float32", "float16", "bfloat16"} - target.attention
+    if types:
+        which = "" if len(types) == 3 else f" {', '.join(sorted(types))}"
+        written.insert(0, f"Attention{which}")
+    architectures = ", ".join(map(str, target.sms)) or "any"
+    facts = {
+        "engine": f"{PEOPLE[target.flavour]} {'.'.join(map(str, target.version))}",
+        "for": f"{target.platform} (sm {architectures})",
+        "opset": f"{target.opset}, {'plugins' if target.plugins else 'no plugins'}",
+        "written out": ", ".join(written) or "nothing",
+        "verified": target.verified or "no",
+    }
+    lines = [target.name]
+    for name, value in facts.items():
+        lines += textwrap.wrap(
+            value, 80, initial_indent=f"  {name:11}  ", subsequent_indent=" " * 15
+        )
+    return lines
+
+
+def plan(plan: Plan) -> str:
+    """What would be built, and with which lengths."""
+    target = plan.request.target
+    lines = [
+        f"target     {target.name}: {PEOPLE[target.flavour]} {plan.version}, "
+        f"{plan.gpu or ', '.join(f'sm_{sm}' for sm in plan.sms)}",
+        f"would make {plan.folder}",
+    ]
+    if plan.shared:
+        total = sum(weight.bytes for weight in plan.shared.values())
+        lines.append(f"weights    {size(total)} of matrices are inputs, one copy for all engines")
+    prompts = plan.profiles["decode"]["batch"].most
+    each = cache_bytes(plan.manifest, 1, plan.manifest.capacity.per_layer)  # all of it, always
+    lines.append(f"cache      {size(each)} a prompt, {size(prompts * each)} for {prompts} at once")
+    head = ("graph", "dimension", "from", "usual", "to")
+    rows = [
+        (name, dim, str(r.least), str(r.usual), str(r.most))
+        for name, profile in plan.profiles.items()
+        for dim, r in profile.items()
+    ]
+    return "\n".join([*lines, _table([head, *rows])])
+
+
+def result(engines: EngineSet) -> str:
+    """The folder and what lies in it."""
+    rows = [("engine", "size", "batch", "tokens")]
+    for graph in engines.graphs.values():
+        batch, tokens = graph.profile.get("batch"), graph.profile.get("sequence")
+        rows.append((graph.file, size(graph.bytes), _span(batch), _span(tokens)))
+    lines = [str(engines.folder), _table(rows)]
+    shared = {w.name: w.bytes for g in engines.graphs.values() for w in g.weights}
+    if shared:
+        lines.append(f"and {size(sum(shared.values()))} of weights as inputs, once for all engines")
+    return "\n".join(lines)
+
+
+def _span(extent: Range | None) -> str:
+    return "" if extent is None else f"{extent.least} to {extent.most}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  " + "  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

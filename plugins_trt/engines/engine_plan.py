@@ -1,0 +1,133 @@
+"""What is to be built, for which GPU, with which lengths: all that is known before any work."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lvlm.core import nvidia
+from lvlm.core.errors import BackendError, BuildError, ParameterError
+from lvlm.export.targets.target import Target
+from lvlm.plugins_trt.engines.engine_request import Request
+from lvlm.plugins_trt.engines.shape_profiles import Profile, profiles
+from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
+from lvlm.plugins_trt.engines.tensorrt_builder import TensorRt, open_tensorrt
+from lvlm.runtime.bundle.engine_sets import FILE, FOLDER, Weight
+from lvlm.runtime.bundle.manifest import Manifest, read_bundle
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything known before any work.
+
+    gpu      name of the GPU to build on; None: ahead of time, for ``sms``
+    library  of plugins, for a target that has them
+    stored   weights of every graph; ``shared`` those of them that become inputs
+    """
+
+    request: Request
+    manifest: Manifest
+    version: str
+    gpu: str | None
+    sms: tuple[int, ...]
+    library: Path | None
+    timing_cache: Path | None
+    folder: Path
+    profiles: dict[str, Profile]
+    stored: dict[str, dict[str, Weight]]
+    shared: dict[str, Weight]
+
+
+def make_plan(request: Request) -> Plan:
+    """Check everything that can be checked before building. Raises LvlmError."""
+    manifest = read_bundle(request.bundle, request.verify)
+    _check_dtype(request.target, manifest.dtype)
+    found = profiles(manifest, request.limits)
+    _check_topk(request.target, found)
+    library = request.library()
+    tensorrt = open_tensorrt(request.target.flavour)
+    _check_version(request.target, tensorrt)
+    gpu, sms = _gpu(request)
+    made_for = _slug(gpu or "+".join(f"sm{sm}" for sm in sms))
+    made_for += f"-{request.target.flavour}-{tensorrt.version}"
+    folder = request.output or request.bundle / FOLDER / made_for
+    if folder.exists() and not request.force:
+        raise BuildError(f"{folder} exists; give --force to replace it, or another -o")
+    if folder.exists() and not (folder / FILE).is_file():
+        raise BuildError(f"{folder} is no folder of engines; give another -o or remove it")
+    stored = stored_weights(request.bundle, manifest)
+    return Plan(
+        request=request,
+        manifest=manifest,
+        version=tensorrt.version,
+        gpu=gpu,
+        sms=sms,
+        library=library,
+        timing_cache=None if gpu is None else request.timing_cache or _timing_cache(made_for),
+        folder=folder,
+        profiles=found,
+        stored=stored,
+        shared={} if request.weights == "embedded" else shared_matrices(stored),
+    )
+
+
+def _gpu(request: Request) -> tuple[str | None, tuple[int, ...]]:
+    """(name, (sm,)) of the GPU to build on, or (None, architectures) to build for."""
+    target = request.target
+    if target.flavour == "tensorrt-rtx":
+        return None, request.sm or target.sms
+    gpus = nvidia.driver().gpus
+    if not gpus:
+        raise BackendError("the NVIDIA driver sees no GPU; TensorRT builds on the one that runs it")
+    gpu = gpus[0]
+    if target.sms and gpu.sm not in target.sms:
+        raise BackendError(
+            f"target {target.name} is for {target.platform} (sm_{target.sms[0]}), this GPU is "
+            f"{gpu.name} (sm_{gpu.sm}); run this there, or choose another target (--list-targets)"
+        )
+    return gpu.name, (gpu.sm,)
+
+
+def _check_dtype(target: Target, dtype: str) -> None:
+    if dtype not in target.products:
+        raise ParameterError(
+            f"target {target.name} computes in {', '.join(sorted(target.products))} only, this "
+            f"bundle is in {dtype}; export it with --dtype fp16"
+        )
+
+
+def _check_version(target: Target, tensorrt: TensorRt) -> None:
+    parts = tuple(int(p) for p in tensorrt.version.split(".")[: len(target.version)])
+    if parts != target.version:
+        wanted = ".".join(map(str, target.version))
+        raise BackendError(
+            f"target {target.name} is for {tensorrt.name} {wanted}, here is {tensorrt.version}; "
+            "choose another target (--list-targets) or install that version"
+        )
+
+
+def _check_topk(target: Target, found: dict[str, Profile]) -> None:
+    """Without plugins entries and tokens are ranked by TensorRT's own TopK."""
+    if target.plugins or target.topk_limit is None:
+        return
+    for profile in found.values():
+        for dim, extent in profile.items():
+            if dim.startswith(("kept_", "entries_")) and extent.most > target.topk_limit:
+                raise BuildError(
+                    f"{dim} goes up to {extent.most}, target {target.name} ranks at most "
+                    f"{target.topk_limit} without plugins; lower --max-prompt"
+                )
+
+
+def _slug(text: str) -> str:
+    """NVIDIA GeForce RTX 4090 -> geforce-rtx-4090."""
+    words = re.sub(r"[^a-z0-9+]+", "-", text.lower()).strip("-")
+    return words.removeprefix("nvidia-")
+
+
+def _timing_cache(made_for: str) -> Path:
+    """Where what TensorRT measures is kept from one build to the next."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "lvlm" / f"timing-{made_for}.cache"

@@ -1,0 +1,139 @@
+"""The plugin library: kernels compiled, C++ written, cmake and a C++ compiler run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lvlm.core.errors import BuildError
+from lvlm.core.progress import Progress, size
+from lvlm.plugins_trt.plugins.kernel_compiler import compile_kernels
+from lvlm.plugins_trt.plugins.kernels import all_kernels
+from lvlm.plugins_trt.plugins.plugin_plan import Plugin
+from lvlm.plugins_trt.plugins.sources import write_sources
+
+LIBRARY = "liblvlm_plugins.so"
+HARNESS = "lvlm_plugin_harness"
+SHELL = Path(__file__).parents[1] / "library"  # the C++ that all plugins share
+STAGES = 3
+
+
+@dataclass(frozen=True)
+class Headers:
+    """Folders with include/NvInferRuntime.h and include/cuda.h; None: where cmake finds them."""
+
+    tensorrt: Path | None = None
+    cuda: Path | None = None
+
+
+def build_library(
+    plugins: Sequence[Plugin],
+    archs: Sequence[int],
+    folder: Path,
+    *,
+    headers: Headers,
+    jobs: int,
+    progress: Progress,
+) -> Path:
+    """``folder``/LIBRARY for these architectures. Raises BuildError if anything is missing or does
+    not compile."""
+    check_tools()
+    sources = make_sources(plugins, archs, folder, jobs=jobs, progress=progress)
+    with progress.stage(f"build {LIBRARY}") as stage:
+        built = run_cmake(sources, folder / "build", "lvlm_plugins", headers, jobs)
+        library = folder / LIBRARY
+        fresh = shutil.copy(built, folder / f"{LIBRARY}.new")
+        os.replace(fresh, library)  # a process that uses the old one keeps it
+        stage.result = size(library.stat().st_size)
+    return library
+
+
+def make_sources(
+    plugins: Sequence[Plugin],
+    archs: Sequence[int],
+    folder: Path,
+    *,
+    jobs: int,
+    progress: Progress,
+) -> Path:
+    """``folder``/source, which cmake builds without Python and Triton, on another machine too."""
+    sources = folder / "source"
+    with _written(sources):  # first: compiling takes minutes
+        copy_shell(sources)
+    compiled = compile_kernels(all_kernels(plugins), archs, jobs=jobs, progress=progress)
+    with progress.stage("write C++") as stage:
+        with _written(sources):
+            write_sources(sources, plugins, compiled)
+        stage.result = size((sources / "kernels.bin").stat().st_size)
+    return sources
+
+
+@contextlib.contextmanager
+def _written(sources: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BuildError(f"{sources} cannot be written: {error.strerror or error}") from None
+
+
+def copy_shell(sources: Path) -> None:
+    """The C++ that all plugins share, to where tables.cpp and kernels.bin go."""
+    shutil.copytree(SHELL, sources, copy_function=shutil.copyfile, dirs_exist_ok=True)
+
+
+def check_tools() -> None:
+    """Raises BuildError if a program that building needs is not there."""
+    _cmake()
+    if not os.environ.get("CXX") and shutil.which("c++") is None:
+        raise BuildError("there is no C++ compiler; apt install g++, say, or set CXX")
+
+
+def _cmake() -> str:
+    """From the path, or of this Python environment, as pip installs it."""
+    found = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
+    if found is None:
+        raise BuildError("cmake is not installed; pip install cmake")
+    return found
+
+
+def run_cmake(sources: Path, build: Path, target: str, headers: Headers, jobs: int) -> Path:
+    """The built file of one target. Raises BuildError with the first thing that went wrong."""
+    options = []
+    if headers.tensorrt:
+        options.append(f"-DTENSORRT_ROOT={headers.tensorrt.resolve()}")
+    if cuda := headers.cuda or triton_headers():
+        options.append(f"-DCUDA_ROOT={cuda.resolve()}")
+    options += ["-UTENSORRT_INCLUDE", "-UCUDA_INCLUDE"]  # other folders than last time, maybe
+    cmake = _cmake()
+    _run([cmake, "-S", str(sources), "-B", str(build), *options])
+    _run([cmake, "--build", str(build), "--target", target, "--parallel", str(jobs)])
+    name = f"lib{target}.so" if target == "lvlm_plugins" else target
+    return build / name
+
+
+def triton_headers() -> Path | None:
+    """CUDA's headers come with Triton, so that no CUDA toolkit is needed."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia"
+    complete = all((folder / "include" / f).exists() for f in ("cuda.h", "cuda_runtime_api.h"))
+    return folder if complete else None
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode == 0:
+        return
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith("lvlm: ")]
+    telling += [line for line in lines if "error" in line.lower()]
+    message = (telling or lines or ["no message"])[0].removeprefix("lvlm: ")
+    for name in ("tensorrt", "cuda"):
+        message = message.replace(f"-D{name.upper()}_ROOT=", f"--{name}-root")
+    raise BuildError(f"cmake failed: {message}")

@@ -1,0 +1,268 @@
+"""One TensorRT engine with its buffers: shapes, addresses, and a CUDA graph of repeated calls."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lvlm.core.errors import BackendError, CapacityError, DeviceMemoryError
+from lvlm.runtime.backends import host_dtype
+from lvlm.runtime.backends.trt.driver import CapturedGraph, DeviceArray, DeviceBuffer, Driver
+from lvlm.runtime.backends.trt.staging import Staging
+from lvlm.runtime.bundle.manifest import Graph, Port
+
+TYPES = {  # TensorRT's names
+    "float32": "FLOAT",
+    "float16": "HALF",
+    "bfloat16": "BF16",
+    "int64": "INT64",
+    "int32": "INT32",
+    "bool": "BOOL",
+}
+# What bounds a dimension of an engine's profile: the tokens of a prompt, unless it is one of these.
+LIMITS = {
+    "batch": ("prompts at once", "--batch"),
+    "rows": ("image tokens at once", "--batch"),
+    "units": ("pictures at once", "--batch"),
+}
+TOKENS = ("tokens of a prompt", "--max-prompt")
+Shapes = Mapping[str, tuple[int, ...]]
+notes = logging.getLogger(__name__)
+
+
+class Workspace:
+    """Memory for what engines compute on the way. They run one after another, so they share it."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.buffer: DeviceBuffer | None = None
+
+    @property
+    def address(self) -> int:
+        return 0 if self.buffer is None else self.buffer.address
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.buffer is None else self.buffer.nbytes
+
+    def fit(self, size: int) -> None:
+        """Grow to ``size`` bytes; the address changes then."""
+        if self.buffer is None or self.buffer.nbytes < size:
+            self.buffer = None  # freed before the new one is allocated
+            self.buffer = DeviceBuffer(
+                self.driver, size, "the computation", "give fewer or shorter prompts at once"
+            )
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all engines of a backend have in common; ``log`` remembers TensorRT's errors."""
+
+    trt: Any
+    driver: Driver
+    workspace: Workspace
+    log: Any
+
+
+class Session:
+    """See backends.Session. ``weights`` are the engine's inputs that never change.
+
+    All lengths are known before a call, from the host's plan: outputs are allocated beforehand and
+    the engine's own shapes are compared with them. Not thread-safe; one call at a time among all
+    sessions of ``shared``.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        name: str,
+        engine: Any,
+        graph: Graph,
+        weights: Mapping[str, DeviceArray],
+    ) -> None:
+        trt, self.driver, self.workspace = shared.trt, shared.driver, shared.workspace
+        self.log, self.name, self.engine = shared.log, name, engine
+        self.inputs = {port.name: port for port in graph.inputs}
+        self.outputs = {port.name: port for port in graph.outputs}
+        self.weights = dict(weights)
+        _check_ports(trt, engine, name, graph, weights)
+        managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.context = engine.create_execution_context(managed)
+        if self.context is None:
+            raise DeviceMemoryError(
+                f"the {name} engine cannot be made ready to run, most likely for want of GPU "
+                "memory; close what else uses the GPU, or use a smaller dtype",
+            )
+        self.staging = Staging(self.driver)
+        self.key: object = None  # what the context is set to
+        self.graph: CapturedGraph | None = None
+        self.capturable = True
+
+    def bind(
+        self, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]
+    ) -> TensorRtCall:
+        return TensorRtCall(self, inputs, outputs)
+
+    def prepare(self, call: TensorRtCall, inputs: Shapes, outputs: Shapes) -> object:
+        """Set shapes and addresses, where they are not those of the last call; returns what stands
+        for them all."""
+        bound = {name: buffer.address for name, buffer in call.lasting.items()}
+        key = (inputs, outputs, bound, self.workspace.address)
+        if key != self.key:
+            self.key = self.graph = None  # whatever fails below, nothing is replayed
+            self._set_shapes(dict(inputs) | call.shapes)
+            idle = self._check_outputs(outputs, bound)
+            self.staging.lay_out(
+                self._typed(self.inputs, inputs),
+                self._typed(self.outputs, outputs),
+                self._typed(self.outputs, idle),
+            )
+            self._set_memory()
+            addresses = bound | {name: self.staging.address(name) for name in self.staging.slots}
+            addresses |= {name: buffer.address for name, buffer in self.weights.items()}
+            for name, address in addresses.items():
+                if not self.context.set_tensor_address(name, address):
+                    raise BackendError(f"the {self.name} engine refuses the memory for {name}")
+            self.key = (*key[:3], self.workspace.address)
+        return self.key
+
+    def enqueue(self, *, again: bool) -> None:
+        """Put the computation into the stream. ``again``: the caller repeats its last call, which
+        is worth a graph; a graph of the same buffers and shapes is replayed in any case."""
+        if self.graph is None and again and self._may_capture():
+            try:
+                self.graph = CapturedGraph(self.driver, self._execute)
+            except BackendError as error:
+                self.capturable = False
+                notes.warning(
+                    "lvlm: no CUDA graph for %s, each step costs more: %s", self.name, error
+                )
+        if self.graph is not None:
+            self.graph.launch()
+        else:
+            self._execute()
+
+    def _execute(self) -> None:
+        self.log.errors.clear()
+        if not self.context.execute_async_v3(self.driver.stream):
+            raise BackendError(f"TensorRT failed to run the {self.name} engine: {self.log.text()}")
+
+    def _may_capture(self) -> bool:
+        """TensorRT-RTX says itself whether it may, not while it still compiles kernels."""
+        says = getattr(self.context, "is_stream_capturable", None)
+        return self.capturable and (says is None or says(self.driver.stream))
+
+    def _set_shapes(self, shapes: Shapes) -> None:
+        for name, port in self.inputs.items():
+            _check_shape(self.engine, self.name, port, shapes[name])
+            if not self.context.set_input_shape(name, shapes[name]):
+                raise BackendError(f"the {self.name} engine refuses {name} of shape {shapes[name]}")
+        if missing := self.context.infer_shapes():
+            raise BackendError(f"the {self.name} engine lacks the shape of {', '.join(missing)}")
+
+    def _check_outputs(self, wanted: Shapes, bound: Mapping[str, int]) -> Shapes:
+        """Shapes of the outputs that nobody asked for; the others are as the engine has them."""
+        idle = {}
+        for name in self.outputs:
+            shape = tuple(self.context.get_tensor_shape(name))
+            if min(shape, default=0) < 0 or wanted.get(name, shape) != shape:
+                raise BackendError(
+                    f"the {self.name} engine gives {name} of shape {list(shape)}, not "
+                    f"{list(wanted.get(name, ()))}; build the engines of this bundle again"
+                )
+            if name not in wanted and name not in bound:
+                idle[name] = shape
+        return idle
+
+    def _set_memory(self) -> None:
+        size = self.context.update_device_memory_size_for_shapes()
+        self.workspace.fit(max(1, size))
+        self.context.set_device_memory(self.workspace.address, self.workspace.nbytes)
+
+    @staticmethod
+    def _typed(ports: Mapping[str, Port], shapes: Shapes) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {name: (shape, host_dtype(ports[name].dtype)) for name, shape in shapes.items()}
+
+
+class TensorRtCall:
+    """See backends.Call: one upload, the computation, one download, one wait."""
+
+    def __init__(
+        self,
+        session: Session,
+        inputs: Mapping[str, DeviceArray],
+        outputs: Mapping[str, DeviceArray],
+    ) -> None:
+        self.session = session
+        self.lasting = dict(inputs) | dict(outputs)
+        self.shapes = {name: array.shape for name, array in inputs.items()}
+        self.last: object = None
+
+    def stop(self) -> None:
+        """Not asked for: the backend is not parallel."""
+
+    def __call__(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+        session = self.session
+        key = session.prepare(self, _shapes(inputs), _shapes(outputs))
+        session.staging.upload(inputs)
+        session.enqueue(again=key == self.last)
+        self.last = key
+        session.staging.download()
+        session.driver.synchronize()
+        for name, array in outputs.items():
+            array[...] = session.staging.view(name)
+
+
+def _shapes(arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _check_ports(
+    trt: Any, engine: Any, name: str, graph: Graph, weights: Mapping[str, DeviceArray]
+) -> None:
+    """The engine's inputs and outputs are the manifest's and the weights, all of them in the
+    device's memory."""
+    again = "build the engines of this bundle again"
+    wanted = {(port.name, port.dtype, True) for port in graph.inputs}
+    wanted |= {(weight, array.dtype, True) for weight, array in weights.items()}
+    wanted |= {(port.name, port.dtype, False) for port in graph.outputs}
+    types = {code: ours for ours, code in TYPES.items()}
+    real = set()
+    for tensor in (engine.get_tensor_name(i) for i in range(engine.num_io_tensors)):
+        code = engine.get_tensor_dtype(tensor).name
+        is_input = engine.get_tensor_mode(tensor) == trt.TensorIOMode.INPUT
+        real.add((tensor, types.get(code, code), is_input))
+        if engine.is_shape_inference_io(tensor):
+            raise BackendError(f"the {name} engine reads {tensor} on the host; {again}")
+        if tensor in weights and tuple(engine.get_tensor_shape(tensor)) != weights[tensor].shape:
+            raise BackendError(f"the {name} engine takes {tensor} of another shape; {again}")
+    if odd := real ^ wanted:
+        raise BackendError(f"the {name} engine and the manifest differ in {min(odd)[0]}; {again}")
+
+
+def _check_shape(engine: Any, name: str, port: Port, shape: tuple[int, ...]) -> None:
+    """CapacityError for what the engine was not built for; the message names the flag."""
+    built = tuple(engine.get_tensor_shape(port.name))
+    low = high = built
+    if -1 in built:
+        low, _, high = map(tuple, engine.get_tensor_profile_shape(port.name, 0))
+    if len(built) != len(shape):
+        raise BackendError(f"the {name} engine takes {port.name} of shape {built}, not {shape}")
+    for dim, given, least, most in zip(port.dims, shape, low, high, strict=True):
+        if least <= given <= most:
+            continue
+        if least == most and dim not in LIMITS:
+            raise BackendError(
+                f"the {name} engine takes {port.name} of shape {list(built)}, not {list(shape)}; "
+                "build the engines of this bundle again"
+            )
+        what, flag = LIMITS.get(str(dim), TOKENS)
+        raise CapacityError(
+            f"the {name} engine takes {least} to {most} {what} ({port.name}), this call has "
+            f"{given}; give {'fewer' if given > most else 'more'}, or build it with another "
+            f"{flag} (lvlm-build engine)"
+        )

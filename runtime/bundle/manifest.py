@@ -1,0 +1,265 @@
+"""The bundle: a folder with graphs, weights, tokenizer and the manifest ``lvlm.json``, their list.
+
+The exporter writes these types, the runtime reads them. Nothing in a bundle is trusted: every field
+has its type checked, every file is listed and has its recorded hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lvlm.core.errors import BundleError, ParameterError, shown
+from lvlm.core.integrity import File, Verify, check_files
+from lvlm.core.typed_json import decode, read_json
+from lvlm.runtime.bundle.manifest_checks import check
+
+SCHEMA = 4
+READABLE = (3, SCHEMA)  # 3 has neither ``generation`` nor hashes of blocks
+MANIFEST = "lvlm.json"
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of a graph; a dimension that is a name is dynamic."""
+
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """``weights`` are the names of its large initializers; ``lowered``: target -> file of the same
+    graph, inputs, outputs and weights too, as that target runs it best."""
+
+    file: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    weights: tuple[str, ...] = ()
+    lowered: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a tensor lies: ``bytes`` of ``file`` from ``offset`` on, row-major."""
+
+    file: str
+    offset: int
+    bytes: int
+    dtype: str
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The language model, as far as the runtime must know it."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocab: int
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What becomes of a picture.
+
+    tokens       the most that one picture gives
+    grid         rows x columns of patches, where all pictures have the same: with one token more
+                 than patches the first is the class token; with one less, the first patch has none;
+                 () where it depends on the picture
+    size         height and width that the vision graph takes, () likewise
+    apart        the graph computes each unit (tile) on its own, so that any number can be given
+    shared_rows  rows at the start of its output that are the same for all pictures
+    deep         how many of the language model's first blocks have image features of their own
+                 added to what they give (DeepStack); a token's features hold these, too
+    most         of each dynamic dimension of the vision graph, what one picture can need
+    positions    rotary positions of the prompt's tokens: one after the other, or three each (time,
+                 row and column, M-RoPE)
+    """
+
+    token: str
+    token_id: int
+    tokens: int
+    grid: tuple[int, ...]
+    size: tuple[int, ...]
+    processor: dict[str, Any]
+    apart: bool = True
+    shared_rows: int = 0
+    positions: Literal["sequence", "grid"] = "sequence"
+    deep: int = 0
+    most: dict[str, int] = field(default_factory=lambda: {"units": 1})
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One shortening of the image tokens, at the input of block ``layer``.
+
+    Of V image tokens of a picture, max(1, round(V * ratio)) stay, where the ratio is ``ratio`` or
+    keep ** ``exponent``. ``recycle`` is the part of those that absorb discarded ones (schedule.py).
+    """
+
+    layer: int
+    exponent: float | None
+    ratio: float | None
+    recycle: float | None
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How the cache is kept short; budgets.py computes every count from it.
+
+    keep       fraction of a layer's entries that stays; a call may ask for less
+    profile    rows of a PrefixKV profile by rising keep, interpolated between; (): all layers alike
+    cap        most entries a layer may keep, None: as many as the fraction gives
+    floor      entries that the fraction never goes below
+    sinks      first tokens, which always stay
+    recent     last tokens, which stay when a prompt or an interval is compacted
+    distance   elimination one by one at the fixed point, this far before the end of what is kept of
+               the prompt; None: compaction of many at a time
+    interval   steps from one run of compact.onnx to the next; None: elimination one by one
+    queries    most recent queries that each layer remembers, whose attention scores the entries
+    positions  of new tokens: the true ones, or the length of layer 0's cache (released code)
+    semantics  the papers' rules, or the released code's (parity tests only)
+    """
+
+    keep: float
+    profile: tuple[ProfileRow, ...]
+    cap: int | None
+    floor: int
+    sinks: int
+    recent: int
+    distance: int | None
+    interval: int | None
+    queries: int
+    positions: Literal["true", "layer0"]
+    semantics: Literal["paper", "reference"]
+
+
+@dataclass(frozen=True)
+class ProfileRow:
+    """The fraction each layer keeps when ``keep`` of all entries are kept; their mean is keep."""
+
+    keep: float
+    fractions: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Cache entries per layer for ``max_text_len`` text tokens (prompt and answer) and
+    ``max_images`` pictures at the exported ratios."""
+
+    max_text_len: int
+    max_images: int
+    per_layer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The language model's products are stored in ``bits``, with a scale per ``block`` inputs."""
+
+    bits: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """``dtype`` is what the graphs compute in; the cache may be narrower, and so may weights.
+    ``generation`` is what generation_config.json says that changes an answer
+    (generation_config.py)."""
+
+    schema: int
+    family: str
+    model: dict[str, Any]
+    recipe: str
+    parameters: dict[str, Any]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    cache_dtype: Literal["float32", "float16", "bfloat16"]
+    quantization: Quantization | None
+    graphs: dict[str, Graph]
+    weights: dict[str, Weight]
+    text: Text
+    images: Images
+    keep: float
+    reductions: tuple[Reduction, ...]
+    compression: Compression | None
+    capacity: Capacity
+    chat_template: str | None
+    special_tokens: dict[str, str]
+    validation: str
+    tools: dict[str, str]
+    files: dict[str, File]
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def feature_width(self) -> int:
+        """Numbers that the vision graph gives per image token."""
+        return self.text.hidden * (1 + self.images.deep)
+
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(self.text_form(), encoding="utf-8")
+
+    def text_form(self) -> str:
+        """What lvlm.json holds."""
+        data = dataclasses.asdict(self) | {"schema": SCHEMA}
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+
+
+def bundle_path(bundle: object) -> Path:
+    """Where a bundle is, as a caller gives it. Raises ParameterError if that is no path."""
+    try:
+        return Path(bundle)  # type: ignore[arg-type]
+    except TypeError:
+        raise ParameterError(
+            f"bundle is {shown(bundle)}; give the path of a folder made by lvlm-export"
+        ) from None
+
+
+def _no_bundle(folder: Path) -> str:
+    """What is there instead, and what to do."""
+    name = str(folder) if str(folder).isprintable() else shown(str(folder))
+    if folder.is_dir():
+        if (folder / "config.json").is_file():
+            return f"{name} is a checkpoint; make a bundle of it: lvlm-export -m {name} -o BUNDLE"
+        return f"{name} is not a bundle (no lvlm.json in it); make one with lvlm-export -m MODEL"
+    if folder.name == MANIFEST and folder.exists():
+        return f"{name} is a file of a bundle; give its folder {folder.parent}"
+    if os.path.lexists(folder):
+        return f"{name} is not a bundle (a file, and a bundle is a folder that lvlm-export made)"
+    return f"{name} does not exist; make one with lvlm-export -m MODEL -o {name}"
+
+
+def read_bundle(folder: str | Path, verify: Verify = "sample") -> Manifest:
+    """The checked manifest of a bundle; BundleError says what is wrong with it.
+
+    ``verify``: how the listed files are compared with their hashes (integrity.py); that they are
+    there and of the right size is always looked at.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    try:
+        there = path.is_file()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"{shown(str(folder))} cannot be read ({reason})") from None
+    if not there:
+        raise BundleError(_no_bundle(folder))
+    data = read_json(path)
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(schema, bool) or schema not in READABLE:
+        raise BundleError(
+            f"{path} has schema {shown(schema)}, this version reads {READABLE[0]} and {SCHEMA}; "
+            "export again with this version or install the one that wrote it"
+        )
+    manifest = decode(Manifest, data, path.name)
+    check(manifest, path)
+    check_files(folder, manifest.files, verify)
+    return manifest

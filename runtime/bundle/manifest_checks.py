@@ -1,0 +1,135 @@
+"""What a manifest must be, beyond the types of its fields: a true description of its graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lvlm.core.errors import BundleError, shown
+from lvlm.runtime.bundle.graph_ports import BITS, check_ports
+
+if TYPE_CHECKING:
+    from lvlm.runtime.bundle.manifest import Compression, Manifest, Reduction
+
+LARGEST = 2**31 - 1  # of sizes, so that products of two can be computed with
+GRAPHS = {"vision", "prefill", "decode"}
+
+
+def check(manifest: Manifest, path: Path) -> None:
+    """Raise BundleError for the first thing in the manifest at ``path`` that cannot be."""
+    layers = manifest.text.layers
+    _check_sizes(manifest, path)
+    _check_images(manifest, path)
+    _check_reductions(manifest.reductions, layers, path)
+    if manifest.compression is not None:
+        _check_compression(manifest.compression, layers, path)
+    _check_graphs(manifest, path)
+    _check_weights(manifest, path)
+
+
+def _check_sizes(manifest: Manifest, path: Path) -> None:
+    text, images, capacity = manifest.text, manifest.images, manifest.capacity
+    layers = text.layers
+    if len(capacity.per_layer) != layers:
+        raise BundleError(f"{path} lists capacities for another number of layers than {layers}")
+    sizes = (
+        *dataclasses.astuple(text)[:6],
+        *(images.tokens, *images.grid, *images.size, *images.most.values()),
+        *(capacity.max_text_len, capacity.max_images, *capacity.per_layer),
+    )
+    if not 1 <= min(sizes) <= max(sizes) <= LARGEST or not 0 < manifest.keep <= 1:
+        raise BundleError(f"{path} has a size or keep ratio out of range; export again")
+    tokens = (images.token_id, *text.eos_ids)
+    if not 0 <= min(tokens) <= max(tokens) < text.vocab:
+        raise BundleError(f"{path} names a token that is none of {text.vocab}; export again")
+    if (q := manifest.quantization) is not None and (q.bits not in (4, 8) or q.block < 1):
+        raise BundleError(
+            f"{path} has weights of {q.bits} bits in blocks of {q.block}; export again"
+        )
+
+
+def _check_images(manifest: Manifest, path: Path) -> None:
+    images = manifest.images
+    if len(images.grid) not in (0, 2) or len(images.size) not in (0, 2):
+        raise BundleError(f"{path}: images need a grid and a size of two numbers, or none")
+    shared = images.shared_rows
+    if not 0 <= shared <= images.tokens or not 0 <= images.deep < manifest.text.layers:
+        raise BundleError(
+            f"{path}: images share {shared} rows and enter {images.deep} blocks more; export again"
+        )
+    if "units" not in images.most:
+        raise BundleError(f"{path}: images.most lacks the units; export again")
+
+
+def _check_graphs(manifest: Manifest, path: Path) -> None:
+    compacts = manifest.compression is not None and manifest.compression.interval is not None
+    wanted = GRAPHS | ({"compact"} if compacts else set())
+    if missing := wanted - set(manifest.graphs):
+        raise BundleError(f"{path} lists no {', '.join(sorted(missing))} graph; export again")
+    if more := set(manifest.graphs) - wanted:
+        raise BundleError(
+            f"{path} lists a graph {shown(min(more))}, which has no use; export again"
+        )
+    files = [f for g in manifest.graphs.values() for f in (g.file, *g.lowered.values())]
+    if unlisted := set(files) - set(manifest.files):
+        raise BundleError(f"{path} has no hash for {shown(min(unlisted))}; export again")
+    if "tokenizer.json" not in manifest.files:
+        raise BundleError(f"{path} has no hash for tokenizer.json; export again")
+    check_ports(manifest, path)
+
+
+def _check_weights(manifest: Manifest, path: Path) -> None:
+    """Every graph's weights are listed, and lie inside listed files."""
+    if unknown := {w for g in manifest.graphs.values() for w in g.weights} - set(manifest.weights):
+        raise BundleError(f"{path} does not list the weight {shown(min(unknown))}; export again")
+    for name, w in manifest.weights.items():
+        if w.file not in manifest.files:
+            what = f"the weight {shown(name)} is in {shown(w.file)}, which is not listed"
+        elif w.offset < 0 or w.offset + w.bytes > manifest.files[w.file].bytes:
+            what = f"the weight {shown(name)} lies outside its file"
+        elif w.dtype not in BITS:
+            what = f"the weight {shown(name)} is of the unknown type {shown(w.dtype)}"
+        elif min(w.dims, default=1) < 1 or w.bytes != -(-math.prod(w.dims) * BITS[w.dtype] // 8):
+            what = f"the weight {shown(name)} has another size than its shape"
+        else:
+            continue
+        raise BundleError(f"{path}: {what}; export again")
+
+
+def _check_reductions(reductions: tuple[Reduction, ...], layers: int, path: Path) -> None:
+    stages = [r.layer for r in reductions]
+    if any(not 0 < layer < layers for layer in stages) or stages != sorted(set(stages)):
+        raise BundleError(
+            f"{path} reduces tokens at layers {shown(stages)} of {layers}; export again"
+        )
+    for r in reductions:
+        # NaN fails every comparison
+        fractions = [x for x in (r.ratio, r.recycle) if x is not None]
+        steps = [x for x in (r.exponent,) if x is not None]
+        usable = all(0 < x <= 1 for x in fractions) and all(0 < x < math.inf for x in steps)
+        if not usable or (r.ratio is None) == (r.exponent is None):
+            raise BundleError(f"{path} has a reduction out of range ({shown(r)}); export again")
+    if len({r.ratio is None for r in reductions}) > 1:
+        raise BundleError(f"{path} mixes reductions with and without own ratio; export again")
+
+
+def _check_compression(c: Compression, layers: int, path: Path) -> None:
+    keeps, shares = [row.keep for row in c.profile], [row.fractions for row in c.profile]
+    means = [math.fsum(row) / layers for row in shares]
+    fits = {
+        "keep": 0 < c.keep <= 1,
+        "profile": keeps == sorted(set(keeps)) and all(len(row) == layers for row in shares),
+        "profile's fractions": all(0 < x <= 1 for row in (keeps, *shares) for x in row),
+        "profile's means": all(abs(m - k) <= 1e-6 for m, k in zip(means, keeps, strict=True)),
+        "cap": c.cap is None or c.cap >= c.sinks + c.recent,
+        "floor": c.floor >= 0 and (c.floor == 0 or c.interval is not None),
+        "sinks or recent": min(c.sinks, c.recent - c.queries) >= 0 < c.sinks + c.recent,
+        "distance": (c.distance or 0) >= 0 and (c.distance is None) != (c.interval is None),
+        "interval": c.interval is None or c.interval > 0,
+        "queries": c.queries >= 0 and (c.queries > 0) == (c.interval is not None),
+        "semantics": c.semantics == "paper" or c.interval is None,
+    }
+    if wrong := ", ".join(name for name, fit in fits.items() if not fit):
+        raise BundleError(f"{path} has a cache compression out of range ({wrong}); export again")

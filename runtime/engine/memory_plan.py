@@ -1,0 +1,153 @@
+"""How much memory an engine takes, and how many slots fit: arithmetic on the manifest alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from lvlm.core.errors import ParameterError
+from lvlm.runtime.bundle.manifest import Capacity, Manifest
+from lvlm.runtime.generate.loaded_graphs import UNITS_AT_ONCE
+from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.kv.cache import cache_bytes
+from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
+from lvlm.runtime.options.generation_options import Keep, Option, read_value, whole
+
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+DEFAULT_SLOTS = 4
+WIDEST_ROWS = 12
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. ``slot`` is what one of ``slots`` requests takes; ``workspace`` is an estimate of what
+    the graphs need at most while they run, ``images`` the limit of the cache of pictures."""
+
+    weights: int
+    slot: int
+    slots: int
+    workspace: int
+    images: int
+
+    @property
+    def cache(self) -> int:
+        return self.slot * self.slots
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace + self.images
+
+
+def slot_capacity(
+    manifest: Manifest,
+    max_text_len: int | None,
+    max_images: int | None,
+    keep: Keep | None,
+    kv_keep: float | None,
+) -> Capacity:
+    """What one slot holds: the bundle's capacity, or less for shorter prompts or lower ratios.
+
+    Raises ParameterError for more than the bundle was exported with.
+    """
+    given = manifest.capacity
+    text = _within("max_text_len", max_text_len, given.max_text_len)
+    images = _within("max_images", max_images, given.max_images)
+    layers = manifest.text.layers
+    ratios = keep_ratios(manifest.reductions, manifest.keep, keep)
+    entering = tokens_per_layer(manifest.reductions, ratios, manifest.images.tokens, layers)
+    seen = np.array([text + images * n for n in entering])
+    budgets = Budgets.of(manifest.compression, layers, kv_keep)
+    slots = np.minimum(budgets.limit(seen), given.per_layer)
+    return Capacity(text, images, tuple(slots.tolist()))
+
+
+def _within(name: str, value: int | None, most: int) -> int:
+    """``value``, or what the bundle was exported with."""
+    wanted = f"1 to {most}, as the bundle was exported"
+    return most if value is None else int(read_value(name, whole(1, most, wanted), value))
+
+
+def plan_memory(
+    manifest: Manifest,
+    capacity: Capacity,
+    slots: int | None,
+    budget: int | str | None,
+    images: int | str,
+) -> Memory:
+    """As many slots as fit into ``budget`` bytes, at most ``slots`` (4 where neither is given).
+
+    Raises ParameterError if there is room for none, or for fewer than ``slots``.
+    """
+    if slots is not None:
+        slots = read_value("slots", whole(1), slots)
+    weights = sum(w.bytes for w in manifest.weights.values())
+    slot = cache_bytes(manifest, 1, capacity.per_layer)
+    pictures = byte_size("image_cache", images)
+    wanted = DEFAULT_SLOTS if slots is None else slots
+    if budget is None:
+        return Memory(weights, slot, wanted, workspace(manifest, capacity, wanted), pictures)
+    room = byte_size("memory_budget", budget)
+
+    def plan(count: int) -> Memory:
+        return Memory(weights, slot, count, workspace(manifest, capacity, count), pictures)
+
+    if slots is None:
+        slots = max(1, (room - plan(1).total) // (plan(2).total - plan(1).total) + 1)
+    planned = plan(slots)
+    if planned.total > room:
+        raise ParameterError(
+            f"memory_budget is {in_mb(room)}, but {slots} slot{'s' * (slots > 1)} of "
+            f"{in_mb(slot)} need {in_mb(planned.total)} (weights {in_mb(weights)}, workspace "
+            f"{in_mb(planned.workspace)}, pictures {in_mb(pictures)}); give more, or a smaller "
+            "max_text_len, max_images, kv_keep or image_cache"
+        )
+    return planned
+
+
+def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
+    """Bytes of activations: the longest prefill, its pictures, and a decode step of all slots, each
+    of which keeps what it took once.
+
+    ONNX Runtime's CPU kernels take attention in tiles, so it grows with the tokens and not with
+    their square: by 8 to 10 rows of a graph's widest product, on two shapes (docs/engine.md).
+    """
+    text = manifest.text
+
+    def row(graph: str) -> int:
+        """Bytes per token that are alive at once, fp32."""
+        dims = [d for name in manifest.graphs[graph].weights for d in manifest.weights[name].dims]
+        return 4 * WIDEST_ROWS * max([text.hidden, *(d for d in dims if d != text.vocab)])
+
+    tokens = capacity.max_text_len + capacity.max_images * manifest.images.tokens
+    images = manifest.images
+    units = images.most["units"]
+    some = min(capacity.max_images * units, UNITS_AT_ONCE) if images.apart else units
+    at_once = -(-some * images.tokens // units)
+    features = 4 * capacity.max_images * manifest.images.tokens * manifest.feature_width
+    attention = 4 * text.heads * max(capacity.per_layer)
+    step = slots * (row("decode") + attention + 8 * text.vocab)
+    return tokens * row("prefill") + at_once * row("vision") + features + step
+
+
+def byte_size(name: str, value: int | str) -> int:
+    """2GB, 512MiB or a number of bytes."""
+    return int(read_value(name, SIZE, value))
+
+
+def _size(value: object) -> int:
+    if not isinstance(value, str):
+        return int(whole(0).read(value))
+    match = re.fullmatch(r"([\d.]+)\s*([a-z]*)", value.strip().lower(), re.ASCII)
+    if not match or match[2] not in UNITS or not math.isfinite(number := float(match[1])):
+        raise ValueError
+    return int(number * UNITS[match[2]])
+
+
+SIZE = Option("a size as 2GB, 512MiB or a number of bytes", _size, "text", "SIZE", "")
+
+
+def in_mb(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

@@ -1,0 +1,114 @@
+"""What a call gives: the answer and what it took, the stream of its pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+
+from lvlm.runtime.sampling.sampler import TokenScore
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What one answer took. Times cover the whole batch; bytes are of its cache.
+
+    tokens_per_layer entered each block in prefill, kept_per_layer of them stayed in its cache.
+    An engine also tells how long a request waited, and how many of its prompt's tokens lay in the
+    cache already; its times are those of the steps that the request took part in.
+    """
+
+    prompt_tokens: int
+    image_tokens: int
+    new_tokens: int
+    tokens_per_layer: tuple[int, ...]
+    image_tokens_per_layer: tuple[int, ...]
+    kept_per_layer: tuple[int, ...]
+    vision_ms: float
+    prefill_ms: float
+    decode_ms: float
+    decode_steps: int
+    cache_bytes_allocated: int
+    cache_bytes_used: int
+    queued_ms: float = 0.0
+    reused_tokens: int = 0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Steps per second of this row's stream; 0 if the answer was a single token."""
+        return 1e3 * self.decode_steps / self.decode_ms if self.decode_ms else 0.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. ``token_ids`` ends with the end-of-text token where the model chose it;
+    ``finish_reason`` is "stop" (end of text or a stop string) or "length". ``stop_reason`` tells
+    which stop: the stop string, or the id of the end-of-text token; it is None at "length", where
+    ``capacity_reached`` tells whether the bundle's capacity ended it before max_new_tokens.
+    ``image_id`` tells of every prompt token whether it is text (0) or of the m-th image (m).
+    ``merge_maps`` holds, per reduction, old -> new index of every token that enters it (a prompt
+    token enters the first), -1 where it was dropped; padding follows in a batch. ``scores`` has an
+    entry per token where
+    logprobs were asked for."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stats: Stats
+    image_id: np.ndarray = field(repr=False, compare=False)
+    merge_maps: list[np.ndarray] = field(repr=False, compare=False, default_factory=list)
+    capacity_reached: bool = False
+    scores: list[TokenScore] = field(repr=False, default_factory=list)
+    stop_reason: str | int | None = None
+
+
+class Stream:
+    """An iterator over the pieces of an answer; ``result`` is there after the last.
+
+    To stop before that, ``close`` it, or use ``with``: a model is busy until then.
+    """
+
+    def __init__(
+        self, pieces: Generator[str | Generation], cancel: Callable[[], object] | None = None
+    ) -> None:
+        """``cancel`` is called when the stream is closed."""
+        self._pieces, self._cancel = pieces, cancel
+        self._count = 0
+        self.result: Generation | None = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        for piece in self._pieces:
+            if isinstance(piece, Generation):
+                self.result = piece
+            elif piece:
+                self._count += 1
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        self._pieces.close()
+        if self._cancel is not None:
+            self._cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "going on" if self.result is None else f"ended by {self.result.finish_reason}"
+        return f"<lvlm.Stream: {state}, {self._count} pieces>"

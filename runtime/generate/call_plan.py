@@ -1,0 +1,102 @@
+"""Every count of a call before it is run: tokens per layer, cache entries, answer lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lvlm.runtime.bundle.manifest import Capacity, Manifest
+from lvlm.runtime.kv.answer_limits import new_token_limit
+from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.kv.image_tokens import PrefillPlan, keep_ratios, plan_prefill
+from lvlm.runtime.options.generation_options import GenerationOptions, Keep
+from lvlm.runtime.prompt.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    """The counts of B prompts in L layers.
+
+    image_tokens  per row, of each picture in the prompt
+    prefill       what enters each layer, and the inputs that say so
+    kept          [L,B] int64: entries that prefill leaves in each cache
+    limits        per row, new tokens that fit
+    """
+
+    image_tokens: list[list[int]]
+    prefill: PrefillPlan
+    budgets: Budgets
+    kept: np.ndarray
+    limits: list[int]
+
+    def of_row(self, row: int) -> dict[str, Any]:
+        """What Stats tell of one prompt."""
+        entries = self.prefill.entries[:, row]
+        image_tokens = sum(self.image_tokens[row])
+        text_tokens = int(entries[0]) - image_tokens
+        return {
+            "prompt_tokens": int(entries[0]),
+            "image_tokens": image_tokens,
+            "tokens_per_layer": tuple(entries.tolist()),
+            "image_tokens_per_layer": tuple((entries - text_tokens).tolist()),
+            "kept_per_layer": tuple(self.kept[:, row].tolist()),
+        }
+
+
+def count_prompts(
+    manifest: Manifest,
+    prompts: Sequence[Prompt],
+    keep: Keep | None,
+    kv_keep: float | None,
+    capacity: Capacity | None = None,
+) -> PromptCounts:
+    """Counts at the ratios of generate. ``capacity``: what a row may take, the bundle's by default.
+
+    Raises ParameterError, CapacityError.
+    """
+    images = [np.unique(p.image_id[p.image_id > 0], return_counts=True)[1] for p in prompts]
+    image_tokens = [counts.tolist() for counts in images]
+    text_tokens = [len(p.ids) - sum(v) for p, v in zip(prompts, image_tokens, strict=True)]
+    prefill = plan_prefill(
+        manifest.reductions,
+        keep_ratios(manifest.reductions, manifest.keep, keep),
+        manifest.text.layers,
+        text_tokens,
+        image_tokens,
+        [_tail(p.image_id) for p in prompts],
+    )
+    budgets = Budgets.of(manifest.compression, manifest.text.layers, kv_keep)
+    limits = [
+        new_token_limit(
+            capacity or manifest.capacity,
+            budgets,
+            prefill.entries[:, row],
+            text_tokens[row],
+            len(image_tokens[row]),
+            prompt.max_new_tokens,
+        )
+        for row, prompt in enumerate(prompts)
+    ]
+    return PromptCounts(image_tokens, prefill, budgets, budgets.prompt(prefill.entries), limits)
+
+
+def read_options(
+    manifest: Manifest, base: GenerationOptions | None, given: Mapping[str, object]
+) -> GenerationOptions:
+    """The options of a call to a bundle; a wrong one is an error before any work.
+
+    Raises ParameterError.
+    """
+    options = GenerationOptions.of(base, given)
+    keep_ratios(manifest.reductions, manifest.keep, options.keep)
+    Budgets.of(manifest.compression, manifest.text.layers, options.kv_keep)
+    return options
+
+
+def _tail(image_id: np.ndarray) -> int:
+    """Tokens after the last picture of a row; 0 without one: there is nothing to score."""
+    images = np.flatnonzero(image_id > 0)
+    return len(image_id) - int(images[-1]) - 1 if len(images) else 0

@@ -1,0 +1,144 @@
+"""A bundle's graphs on one backend, and how each is fed. No state but the loaded sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lvlm.core.errors import BackendError
+from lvlm.core.forks import keep_in_children
+from lvlm.runtime.backends import Backend, Buffer, Call, Session, host_dtype
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.generate.call_plan import PromptCounts
+from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.prompt.prompts import Prompt
+
+UNITS_AT_ONCE = 4  # bounds the vision graph's workspace
+
+
+class Graphs:
+    """The sessions of a bundle by name. As thread-safe as the backend (see Backend.parallel)."""
+
+    def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
+        self.manifest, self.backend = manifest, backend
+        self.sessions: dict[str, Session] = {
+            name: backend.load(folder, manifest, name) for name in manifest.graphs
+        }
+        keep_in_children(self)
+
+    def bind(self, name: str, buffers: Mapping[str, Buffer]) -> Call:
+        """A graph with those of the cache's ``buffers`` that it takes and gives."""
+        graph = self.manifest.graphs[name]
+        takes, gives = {p.name for p in graph.inputs}, {p.name for p in graph.outputs}
+        return self.sessions[name].bind(
+            {f"past_{n}": b for n, b in buffers.items() if f"past_{n}" in takes},
+            {f"present_{n}": b for n, b in buffers.items() if f"present_{n}" in gives},
+        )
+
+    def encode(self, pictures: Sequence[Picture]) -> list[np.ndarray]:
+        """The features [V,D] of each picture."""
+        if not self.manifest.images.apart:
+            return [p.features(self._vision(p.arrays, p.rows)) for p in pictures]
+        shared, found, start = self.manifest.images.shared_rows, [], 0
+        rows = self._tiles(pictures)
+        for picture in pictures:
+            own = rows[shared + start : shared + start + picture.rows]
+            found.append(picture.features(np.concatenate([rows[:shared], own]) if shared else own))
+            start += picture.rows
+        return found
+
+    def _tiles(self, pictures: Sequence[Picture]) -> np.ndarray:
+        """Rows of all pictures' units, a few units at a time; the shared rows first."""
+        shared = self.manifest.images.shared_rows
+        parts: list[np.ndarray] = []
+        units = sum(p.units for p in pictures)
+        each = sum(p.rows for p in pictures) // max(1, units)
+        names = pictures[0].arrays if pictures else ()
+        arrays = {name: np.concatenate([p.arrays[name] for p in pictures]) for name in names}
+        for first in range(0, units, UNITS_AT_ONCE):
+            some = slice(first, min(first + UNITS_AT_ONCE, units))
+            taken = {name: array[some] for name, array in arrays.items()}
+            rows = self._vision(taken, each * (some.stop - some.start))
+            parts.append(rows[shared if parts else 0 :])
+        return np.concatenate(parts) if parts else np.empty((0, self.manifest.feature_width))
+
+    def _vision(self, arrays: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
+        manifest = self.manifest
+        shape = (manifest.images.shared_rows + rows, manifest.feature_width)
+        out = np.zeros(shape, host_dtype(manifest.dtype))
+        self.sessions["vision"].bind({}, {})(arrays, {"image_features": out})
+        return out
+
+    def prefill(
+        self,
+        prompts: Sequence[Prompt],
+        counts: PromptCounts,
+        features: Sequence[np.ndarray],
+        call: Call,
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits [B,vocabulary] after each prompt, and the maps old -> new [B,N] of each reduction.
+
+        ``features`` [V,D] are those of all rows' pictures in order; ``call`` is prefill, bound to
+        the buffers that it fills."""
+        compression = counts.budgets.compression
+        # A count of entries as position belongs to the prompt's own, as the released code has them
+        counted = compression is not None and compression.positions == "layer0"
+        inputs = _prompt_inputs(prompts, [p.positions if counted else p.aligned for p in prompts])
+        asked = {port.name for port in self.manifest.graphs["prefill"].inputs}
+        nothing = np.zeros((1, self.manifest.feature_width), host_dtype(self.manifest.dtype))
+        inputs |= {"image_features": np.concatenate(features) if len(features) else nothing}
+        inputs |= {k: v for k, v in counts.prefill.inputs.items() if k in asked}
+        outputs: dict[str, np.ndarray] = {}
+        if compression is not None:
+            inputs["kv_budget"] = counts.kept
+            for layer, most in enumerate(counts.kept.max(1)):
+                inputs[f"kv_slots_{layer}"] = np.arange(most, dtype=np.int64)
+            outputs["kept"] = np.empty_like(counts.kept)
+        maps = [np.empty((len(prompts), n), np.int64) for n in counts.prefill.maps]
+        outputs |= {f"merge_map_{i}": m for i, m in enumerate(maps)}
+        logits = np.empty((len(prompts), self.manifest.text.vocab), np.float32)
+        call(inputs, {"logits": logits, **outputs})
+        if "kept" in outputs:
+            check_kept(outputs["kept"], counts.kept)
+        return logits, maps
+
+
+def _prompt_inputs(
+    prompts: Sequence[Prompt], positions: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Rows of different lengths as arrays [B,N], padded on the right."""
+    rows, longest = len(prompts), max(len(p.ids) for p in prompts)
+    ids = np.zeros((rows, longest), np.int64)
+    image_id = np.full((rows, longest), -1, np.int64)
+    image_row = np.full((rows, longest), -1, np.int64)
+    position = np.zeros((*positions[0].shape[:-1], rows, longest), np.int64)
+    next_feature = 0
+    for b, prompt in enumerate(prompts):
+        length = len(prompt.ids)
+        ids[b, :length] = prompt.ids
+        image_id[b, :length] = prompt.image_id
+        position[..., b, :length] = positions[b]
+        placeholders = np.flatnonzero(prompt.image_id > 0)
+        count = len(placeholders)
+        image_row[b, placeholders] = np.arange(next_feature, next_feature + count)
+        next_feature += count
+    return {
+        "input_ids": ids,
+        "image_row": image_row,
+        "image_id": image_id,
+        "position_ids": position,
+    }
+
+
+def check_kept(kept: np.ndarray, expected: np.ndarray) -> None:
+    """The graph's counts [L,B] are the host's, or an importance was not finite."""
+    wrong = np.argwhere(kept != expected)
+    if len(wrong):
+        layer, row = wrong[0]
+        raise BackendError(
+            f"layer {layer}, prompt {row + 1}: the attention that ranks the cache entries is not "
+            "finite, so none was dropped; the weights or the picture overflow this dtype (try "
+            "--dtype fp32)"
+        )

@@ -1,0 +1,132 @@
+"""How many image tokens stay where: what the host computes before a call, from the manifest alone.
+
+No shape in a graph depends on data: for every reduction the host computes the counts per picture
+and gives lengths as the extents of index inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import numpy as np
+
+from lvlm.core.errors import ParameterError
+from lvlm.core.rounding import rounded
+from lvlm.runtime.bundle.manifest import Reduction
+from lvlm.runtime.options.generation_options import Keep
+
+
+def keep_ratios(
+    reductions: Sequence[Reduction], exported: float, keep: Keep | None
+) -> tuple[float, ...]:
+    """Fraction of the original tokens left after each reduction.
+
+    ``keep`` None: as exported; a number: the final fraction; a list: one fraction per reduction.
+    """
+    if keep is not None and not reductions:
+        if keep == 1.0:
+            return ()
+        raise ParameterError(
+            f"keep={keep} needs a bundle with token merging; export with --recipe lightvlm"
+        )
+    if keep is None or isinstance(keep, Real):
+        fixed = [r.ratio for r in reductions if r.ratio is not None]
+        if keep is None and fixed:
+            return tuple(fixed)
+        if fixed:
+            raise ParameterError(
+                f"this bundle has its own schedule {fixed}: give keep as a list of "
+                f"{len(reductions)} fractions"
+            )
+        final = _fraction(exported if keep is None else keep)
+        return tuple(final ** (r.exponent or 1.0) for r in reductions)
+    if isinstance(keep, str) or not isinstance(keep, Sequence):
+        raise ParameterError(f"keep is {keep!r}; give a number, or a list of one per reduction")
+    ratios = tuple(_fraction(k) for k in keep)
+    if len(ratios) != len(reductions):
+        raise ParameterError(f"keep has {len(ratios)} fractions for {len(reductions)} reductions")
+    if list(ratios) != sorted(ratios, reverse=True):
+        raise ParameterError(f"keep {list(ratios)} must not rise from one reduction to the next")
+    return ratios
+
+
+def _fraction(value: object) -> float:
+    # NaN fails every comparison
+    if not isinstance(value, Real) or not 0 < (number := float(value)) <= 1:
+        raise ParameterError(f"keep is {value!r}; give a number above 0 and up to 1")
+    return number
+
+
+def kept(image_tokens: int, ratio: float) -> int:
+    """Tokens of a picture that stay: max(1, round(V * ratio))."""
+    return max(1, rounded(image_tokens * ratio))
+
+
+def recycled(count: int, fraction: float | None) -> int:
+    """How many of ``count`` kept tokens absorb others; one token alone absorbs none."""
+    return max(1, rounded(fraction * count)) if fraction is not None and count >= 2 else 0
+
+
+def tokens_per_layer(
+    reductions: Sequence[Reduction], ratios: Sequence[float], image_tokens: int, layers: int
+) -> list[int]:
+    """Tokens of one picture that enter each block."""
+    counts = [image_tokens] * layers
+    for reduction, ratio in zip(reductions, ratios, strict=True):
+        counts[reduction.layer :] = [kept(image_tokens, ratio)] * (layers - reduction.layer)
+    return counts
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """The counts of one prefill.
+
+    entries  [L,B] int64: tokens of each row that enter each block, hence its cache entries
+    inputs   the recipe's inputs of the prefill graph
+    maps     length of each row before each reduction, the shape of its map
+    """
+
+    entries: np.ndarray
+    inputs: dict[str, np.ndarray]
+    maps: tuple[int, ...]
+
+
+def plan_prefill(
+    reductions: Sequence[Reduction],
+    ratios: Sequence[float],
+    layers: int,
+    text_tokens: Sequence[int],
+    image_tokens: Sequence[Sequence[int]],
+    tail: Sequence[int],
+) -> PrefillPlan:
+    """Counts for rows of ``text_tokens`` and pictures of ``image_tokens`` each.
+
+    ``tail``: tokens after each row's last picture, whose queries may score the picture.
+    """
+    rows = len(text_tokens)
+    pictures = max(1, *(len(v) for v in image_tokens)) if rows else 1
+    lengths = np.array([t + sum(v) for t, v in zip(text_tokens, image_tokens, strict=True)])
+    entries = np.tile(lengths, (layers, 1)).astype(np.int64)
+    tails = np.maximum(1, np.array(tail, np.int64))
+    inputs = {"query_count": tails, "query_slots": np.arange(tails.max(), dtype=np.int64)}
+    maps = []
+    for stage, (reduction, ratio) in enumerate(zip(reductions, ratios, strict=True)):
+        maps.append(int(entries[reduction.layer].max()))
+        keep = np.zeros((rows, pictures), np.int64)
+        recycle = np.zeros((rows, pictures), np.int64)
+        for b, counts in enumerate(image_tokens):
+            for m, count in enumerate(counts):
+                keep[b, m] = kept(count, ratio)
+                recycle[b, m] = recycled(int(keep[b, m]), reduction.recycle)
+        entries[reduction.layer :] = np.array(text_tokens) + keep.sum(1)
+        inputs |= {
+            f"keep_{stage}": keep,
+            f"recycle_{stage}": recycle,
+            # An extent of 1 where nothing is kept or recycled: engines take no empty tensors.
+            f"keep_slots_{stage}": np.arange(max(1, keep.max()), dtype=np.int64),
+            f"recycle_slots_{stage}": np.arange(max(1, recycle.max()), dtype=np.int64),
+            f"out_slots_{stage}": np.arange(entries[reduction.layer].max(), dtype=np.int64),
+        }
+    return PrefillPlan(entries, inputs, tuple(maps))

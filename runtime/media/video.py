@@ -1,0 +1,143 @@
+"""Opening clips: how long they are, and some of their frames as pictures.
+
+Files are decoded by PyAV (extra ``video``). The frames are those that transformers'
+``read_video_pyav`` gives: in the order of the file, not turned by a phone's rotation.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from lvlm.core.errors import ImageError, ParameterError, shown
+from lvlm.core.installing import install
+from lvlm.runtime.backends import require
+from lvlm.runtime.media.images import open_image
+from lvlm.runtime.media.pictures import Picture
+
+Frame: TypeAlias = npt.NDArray[np.uint8]
+
+# FFmpeg's readers of plain containers: it also has some that open other files, or the network
+_FORMATS = "mov,matroska,avi,mpegts,mpeg,ogg,flv,asf"
+_OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip: how many ``frames`` there are, how many a second, how long it is, and their size.
+
+    ``read`` gives the frames uint8 [H,W,3], RGB, at rising indices, one by one; ImageError.
+    """
+
+    frames: int
+    fps: float
+    seconds: float
+    height: int
+    width: int
+    read: Callable[[Sequence[int]], Iterator[Frame]]
+
+    @classmethod
+    def of(cls, frames: Sequence[Frame], fps: float) -> Clip:
+        """One whose frames are there already. Raises ImageError, ParameterError."""
+        if isinstance(frames, str | bytes) or not hasattr(frames, "__iter__"):
+            raise ImageError(f"frames is {shown(frames)}; give a list of pictures [H, W, 3]")
+        pictures = [open_image(frame) for frame in frames]
+        if len({picture.shape for picture in pictures}) != 1:
+            raise ImageError("a clip needs frames, all of the same size")
+        number = fps.item() if hasattr(fps, "item") else fps
+        usable = isinstance(number, Real) and not isinstance(number, bool)
+        if not usable or not 0 < (rate := float(number)) < math.inf:  # NaN fails every comparison
+            raise ParameterError(
+                f"fps is {shown(fps)}; give the clip's frames per second, a number above 0"
+            )
+        height, width = pictures[0].shape[:2]
+        seconds = len(pictures) / rate
+        return cls(
+            len(pictures), rate, seconds, height, width, lambda at: (pictures[i] for i in at)
+        )
+
+
+VideoSource: TypeAlias = str | os.PathLike[str] | bytes | Clip
+
+
+@dataclass(frozen=True)
+class Footage:
+    """A clip, prepared: ``text`` stands for it in the prompt, with an image placeholder for each of
+    the ``pictures``, whose tokens are ``token_id`` instead of the image token."""
+
+    text: str
+    pictures: Sequence[Picture]
+    token_id: int
+
+
+def open_clip(source: VideoSource) -> Clip:
+    """The clip of a file or of its bytes; only its header is read as yet.
+
+    Raises ImageError if it is none, BackendError if PyAV is not installed.
+    """
+    if isinstance(source, Clip):
+        return source
+    if isinstance(source, bytes):
+        name = f"the clip given as {len(source)} bytes"
+    elif isinstance(source, str | os.PathLike):
+        name = f"clip {os.fspath(source)!r}"
+        if not os.path.isfile(source):
+            raise ImageError(f"{name} does not exist; check it (URLs are not downloaded)")
+    else:
+        raise ImageError(
+            f"a clip cannot be made from {type(source).__name__}; give a path, bytes or a Clip"
+        )
+    av = require("av", install("video"))
+    with _opened(av, source, name) as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate or 0
+        # Some containers do not say how many there are
+        count = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        height, width = stream.height, stream.width
+    if count < 1 or not rate > 0:
+        raise ImageError(f"{name} does not say how many frames a second it has; save it as MP4")
+    open_image(np.broadcast_to(np.uint8(0), (height, width, 3)))  # of a size that is safe
+    seconds = float(count / rate)
+    return Clip(count, float(rate), seconds, height, width, lambda at: _read(av, source, name, at))
+
+
+def _read(
+    av: Any, source: str | os.PathLike[str] | bytes, name: str, wanted: Sequence[int]
+) -> Iterator[Frame]:
+    chosen = set(wanted)
+    with _opened(av, source, name) as container:
+        frames = container.decode(video=0)
+        for index in range(max(chosen) + 1):
+            try:
+                frame = next(frames)
+                array = frame.to_ndarray(format="rgb24") if index in chosen else None
+            except StopIteration:
+                raise ImageError(
+                    f"{name} ends after {index} frames, before its header says; save it again"
+                ) from None
+            except (av.error.FFmpegError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise ImageError(f"{name} is damaged ({reason}); save it again") from None
+            if array is not None:
+                yield open_image(array)
+
+
+def _opened(av: Any, source: str | os.PathLike[str] | bytes, name: str) -> Any:
+    file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{os.path.abspath(source)}"
+    try:
+        container = av.open(file, options=_OPTIONS)
+    except (av.error.FFmpegError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"{name} is not a clip that can be read ({reason}); give MP4") from None
+    if not container.streams.video:
+        container.close()
+        raise ImageError(f"{name} has sound only, no frames")
+    return container

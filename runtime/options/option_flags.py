@@ -1,0 +1,81 @@
+"""Command line flags of the options of a call, made from GenerationOptions."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lvlm.core.errors import ParameterError
+from lvlm.core.opening import at_once
+from lvlm.runtime.options.generation_options import GenerationOptions, Option
+
+LONGEST = 1_000_000  # characters that are read of a template: far more than one may have
+
+
+def add_option_flags(parser: argparse.ArgumentParser, names: Iterable[str] = ()) -> None:
+    """A flag for each option (of those ``names``, where there are any); not given it is None."""
+    wanted = set(names)
+    for each in fields(GenerationOptions):
+        if wanted and each.name not in wanted:
+            continue
+        option: Option = each.metadata["option"]
+        flag = "--" + each.name.replace("_", "-")
+        default = f" (default {each.default:g})" if isinstance(each.default, int | float) else ""
+        settings: dict[str, Any] = {"metavar": option.metavar, "help": option.help + default}
+        if option.flag == "switch":
+            parser.add_argument(flag, action="store_true", default=None, help=option.help)
+        elif option.flag == "template":
+            group = parser.add_mutually_exclusive_group()
+            group.add_argument(flag, type=Path, metavar=option.metavar, help=option.help)
+            group.add_argument(
+                "--no-" + flag.removeprefix("--"),
+                action="store_true",
+                help="the prompt as it stands, with its own image placeholders",
+            )
+        elif option.flag == "texts":
+            parser.add_argument(flag, action="append", **settings)
+        elif option.flag == "ratios":
+            parser.add_argument(flag, type=_ratios, **settings)
+        else:
+            kind = {"whole": int, "number": float, "text": str}[option.flag]
+            parser.add_argument(flag, type=kind, **settings)
+
+
+def given_options(args: argparse.Namespace) -> GenerationOptions:
+    """What was given by flags; all else as GenerationOptions has it.
+
+    Raises ParameterError.
+    """
+    names = [each.name for each in fields(GenerationOptions)]
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    if (path := given.get("chat_template")) is not None:
+        given["chat_template"] = _read(path)
+    if getattr(args, "no_chat_template", False):
+        given["chat_template"] = False
+    return GenerationOptions(**given)
+
+
+def _read(path: Path) -> str:
+    try:
+        with open(path, encoding="utf-8", opener=at_once) as file:
+            text = file.read(LONGEST)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ParameterError(f"--chat-template {path} cannot be read: {reason}") from None
+    except UnicodeDecodeError:
+        raise ParameterError(f"--chat-template {path} is not text in UTF-8") from None
+    if not text:
+        raise ParameterError(f"--chat-template {path} is empty")
+    return text
+
+
+def _ratios(text: str) -> float | tuple[float, ...]:
+    try:
+        ratios = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        wanted = "is not a number or a list like 0.7,0.5,0.3"
+        raise argparse.ArgumentTypeError(f"'{text}' {wanted}") from None
+    return ratios[0] if len(ratios) == 1 else ratios

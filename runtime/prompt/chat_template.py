@@ -1,0 +1,210 @@
+"""Chat templates: from a question and its pictures to the text of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Literal, NoReturn
+
+from jinja2.exceptions import SecurityError
+
+from lvlm.core.errors import BundleError, LvlmError, PromptError
+from lvlm.runtime.prompt.template_budget import Budget, TemplateLimitError, budget, spending
+from lvlm.runtime.prompt.template_sandbox import Sandbox
+
+Content = Literal["parts", "text"]
+Role = Literal["user", "system", "assistant"]
+ROLES: tuple[Role, ...] = ("user", "system", "assistant")
+PROBE = "lvlmprobe"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation: ``images`` pictures and ``videos`` clips before its text."""
+
+    role: Role
+    text: str
+    images: int = 0
+    videos: int = 0
+
+
+class ChatTemplate:
+    """A chat template, run in a sandbox as transformers runs it. Any thread may use it.
+
+    Some templates take a message's content as a list of parts, some as text, some the one for users
+    and the other for the system: which is found by trying both (``content``). ``lead`` is the space
+    that the template writes between "it is the assistant's turn" and an assistant's message: an
+    answer begins after it.
+    ``writes_questions``: whether a user's text comes out at all; ``forbidden``: what the sandbox
+    has kept it from meanwhile.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        image_token: str,
+        name: str = "the bundle's chat template",
+        wrong: type[LvlmError] = BundleError,
+    ) -> None:
+        """``source`` is Jinja, ``special_tokens`` the variables it may use (``bos_token``, …),
+        ``image_token`` the placeholder of a picture, ``name`` and ``wrong`` say whose mistake a
+        bad template is. Raises ``wrong`` if it is not valid."""
+        self._special_tokens = dict(special_tokens)
+        self._image_token, self._name, self._wrong = image_token, name, wrong
+        try:
+            with spending(Budget()):
+                environment = Sandbox()
+                environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+                self._template = environment.from_string(source)
+        except Exception as error:  # RecursionError and others, besides TemplateSyntaxError
+            raise wrong(f"{name} is not valid: {_line(error)}") from None
+        self.forbidden = ""
+        self.content: dict[str, Content] = dict.fromkeys(ROLES, "parts")
+        with spending(Budget()):
+            written = self._find_way("user")  # first: the others' probes have a user in them
+            self._find_way("system")
+            self._find_way("assistant")
+            self.writes_questions = written is not None
+            self.places_images = written is None or image_token in written
+            self._turn, self.lead = self._assistant_turn()
+
+    def render(
+        self,
+        prompt: str,
+        images: int,
+        system: str | None = None,
+        videos: int = 0,
+        video_token: str | None = None,
+    ) -> str:
+        """The text of a user message, ``images`` pictures and ``videos`` clips before ``prompt``,
+        ready for the answer. ``system`` is the text of a system message. Raises as render_turns."""
+        turns = [] if system is None else [Turn("system", system)]
+        turns.append(Turn("user", prompt, images, videos))
+        return self.render_turns(turns, video_token)
+
+    def render_turns(self, turns: Sequence[Turn], video_token: str | None = None) -> str:
+        """The text of a conversation, ready for the next answer.
+
+        A text that has the placeholder of pictures or clips in it keeps its own places: no others
+        of these are added to that turn. With a template that writes no placeholders they are
+        written before the text, each on a line of its own. Raises ``PromptError`` if the template
+        refuses the messages, ``BundleError`` if it fails, reaches for what the sandbox forbids or
+        asks for too much work.
+        """
+        placed = [self._placed(turn, video_token) for turn in turns]
+        messages = [self._message(t.role, t.text, t.images, t.videos) for t in placed]
+        try:
+            with spending(Budget.for_input(messages)):
+                return self._run(messages)
+        except PromptError:
+            raise
+        except SecurityError as error:
+            raise self._wrong(f"{self._name} does what templates may not: {_line(error)}") from None
+        except TemplateLimitError as error:
+            raise self._wrong(
+                f"{self._name} asks for more than templates may: {_line(error)}; "
+                "write the prompt out and use chat_template=False"
+            ) from None
+        except Exception as error:  # a template can raise whatever its expressions can
+            raise self._wrong(
+                f"{self._name} fails: {_line(error)}; "
+                "write the prompt out and use chat_template=False"
+            ) from None
+
+    def _placed(self, turn: Turn, video_token: str | None) -> Turn:
+        """The turn with as many pictures and clips as the template is to write placeholders for."""
+        images = 0 if self._image_token in turn.text else turn.images
+        videos = 0 if video_token and video_token in turn.text else turn.videos
+        if self.places_images:
+            return replace(turn, images=images, videos=videos)
+        text = f"{self._image_token}\n" * images + turn.text
+        text = f"{video_token}\n" * videos + text if video_token else text
+        return replace(turn, text=text, images=0, videos=0)
+
+    def _message(
+        self,
+        role: str,
+        text: str,
+        images: int = 0,
+        videos: int = 0,
+        content: Content | None = None,
+    ) -> dict[str, Any]:
+        if (content or self.content[role]) == "text":
+            return {"role": role, "content": text}
+        parts: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
+        parts += [{"type": "video"} for _ in range(videos)]
+        return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+    def _run(self, messages: list[dict[str, Any]], answer: bool = True) -> str:
+        variables = {
+            **self._special_tokens,
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": answer,
+        }
+        return self._template.render(variables)
+
+    def lead_after(self, prompt: str) -> str:
+        """``lead`` for a prompt written out that ends as the template's own do, else nothing."""
+        return self.lead if self._turn and prompt.endswith(self._turn) else ""
+
+    # What kind of template it is
+
+    def _tried(self, role: str, content: Content, images: int = 0) -> str | None:
+        """What it makes of a message of that role; None if it cannot take it that way."""
+        message = self._message(role, PROBE, images, content=content)
+        user = self._message("user", "x")
+        before = {"user": [], "system": [], "assistant": [user]}[role]
+        after = [user] if role == "system" else []
+        try:
+            text = self._run([*before, message, *after], answer=role != "assistant")
+        except (SecurityError, TemplateLimitError) as error:
+            self.forbidden = _line(error)
+            return None
+        except Exception:
+            return None
+        # A list that is printed as it is shows what its parts are called
+        return text if PROBE in text and not _shows_parts(text) else None
+
+    def _find_way(self, role: str) -> str | None:
+        """How content is given in messages of that role; what is made of a probe, if anything."""
+        ways: tuple[tuple[Content, int], ...] = (("parts", 1), ("parts", 0), ("text", 0))
+        for content, images in ways:
+            if (text := self._tried(role, content, images)) is not None:
+                self.content[role] = content
+                return text
+        return None
+
+    def _assistant_turn(self) -> tuple[str, str]:
+        """How a prompt ends that is ready for the answer, and what the template writes between
+        that and an assistant's message, where it is white space alone."""
+        user, answer = self._message("user", "x" + PROBE), self._message("assistant", PROBE)
+        try:
+            start = self._run([user])
+            whole = self._run([user, answer], answer=False)
+        except Exception:
+            return "", ""
+        between, found, _ = whole.removeprefix(start).partition(PROBE)
+        if not (whole.startswith(start) and found and between.isspace()):
+            return "", ""
+        return start.rpartition(PROBE)[2].lstrip(), between
+
+
+def _shows_parts(text: str) -> bool:
+    return "'type'" in text or '"type"' in text
+
+
+def _refuse(message: object) -> NoReturn:
+    raise PromptError(f"the chat template refuses the prompt: {_line(message)}")
+
+
+def _now(pattern: str) -> str:
+    budget().make(256 * len(pattern))
+    return datetime.now().strftime(pattern)
+
+
+def _line(message: object) -> str:
+    return " ".join(str(message).split())[:300]

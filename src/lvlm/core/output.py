@@ -1,0 +1,96 @@
+"""Results appear whole or not at all: made beside their place, renamed at the end.
+
+What a process that was killed left there goes with the next one that writes to the same place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lvlm.core.errors import LvlmError
+
+
+@contextlib.contextmanager
+def temporary_sibling(output: Path, error: type[LvlmError]) -> Iterator[Path]:
+    """A folder beside ``output``; removed unless it was renamed.
+
+    Raises ``error`` for what the file system refuses, also within the body.
+    """
+    folder = _place(output)
+    lock = None
+    try:
+        folder.mkdir()
+        lock = _lock(folder)
+        _remove_abandoned(output)
+        yield folder
+    except OSError as cause:
+        raise _refused(output, cause, error) from cause
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, error: type[LvlmError]) -> Iterator[Path]:
+    """Where to write what becomes ``path`` at the end, if nothing was raised.
+
+    Raises ``error`` for what the file system refuses, also within the body.
+    """
+    partial = _place(path)
+    lock = None
+    try:
+        partial.touch()
+        lock = _lock(partial)
+        _remove_abandoned(path)
+        yield partial
+        partial.replace(path)
+    except OSError as cause:
+        raise _refused(path, cause, error) from cause
+    finally:
+        with contextlib.suppress(OSError):  # gone already, or it could not be made
+            partial.unlink()
+        if lock is not None:
+            os.close(lock)
+
+
+def _place(output: Path) -> Path:
+    return output.absolute().parent / f".{output.name}.partial-{os.getpid()}"
+
+
+def _refused(path: Path, cause: OSError, error: type[LvlmError]) -> LvlmError:
+    return error(f"{path} cannot be written: {cause.strerror or cause}")
+
+
+def _remove_abandoned(output: Path) -> None:
+    """Leftovers whose process is gone, which is who holds the lock."""
+    own = _place(output)
+    for old in own.parent.glob(glob.escape(f".{output.name}.partial-") + "*"):
+        if old == own or (lock := _lock(old)) is None:
+            continue
+        if old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                old.unlink()
+        os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds a lock on ``path`` until it is closed; None where that is held, or
+    the file system has no locks."""
+    descriptor = None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None

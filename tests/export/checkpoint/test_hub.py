@@ -1,0 +1,76 @@
+"""Checkpoints from a hub: what is downloaded when, and what is shown of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fake_hub import COMMIT, serve
+from safetensors.torch import load_file, save_file
+
+NAME = "owner/tiny"
+# Dry run, the plan of an export, and the same from the cache alone
+CODE = """
+import json, sys
+from pathlib import Path
+from lvlm.export.export_cli import main
+from lvlm.export.export_plan import Options, make_plan
+from lvlm.export.recipes.none import NoCompression
+
+name = "{name}"
+assert main(["-m", name, "-o", "out", "--dry-run"]) == 0
+print(json.dumps(len(list(Path(sys.argv[1]).rglob("*.safetensors")))))
+for quiet in (False, True):
+    plan = make_plan(Options(name, NoCompression(), Path("out")), quiet=quiet)
+    found = plan.checkpoint
+    print(json.dumps([str(found.folder), plan.weight_bytes, found.absent_bytes]))
+assert main(["-m", "owner/nothing", "-o", "out", "--dry-run"]) == 2
+"""
+
+
+def test_a_dry_run_reads_headers_only_and_a_download_shows_its_size(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of weights in two files of 300 kB."""
+    folder, cache = tmp_path / "repository", tmp_path / "cache"
+    folder.mkdir()
+    source = checkpoint("llava:llama-gqa-clip")
+    for path in source.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    weights = load_file(source / "model.safetensors")
+    names = sorted(weights)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({k: weights[k] for k in keys}, folder / file)
+    listed = {"metadata": {}, "weight_map": {k: f for f, keys in parts.items() for k in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listed))
+    (folder / "pytorch_model.bin").write_bytes(b"not wanted")
+    total = sum((folder / file).stat().st_size for file in parts)
+
+    with serve(folder, NAME) as (address, asked):
+        env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache)}
+        done = subprocess.run(
+            [sys.executable, "-c", CODE.format(name=NAME), str(cache)],
+            capture_output=True, text=True, cwd=tmp_path, env=env,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *table, files, first, second = done.stdout.splitlines()
+    assert files == "0"
+    [row] = [line for line in table if "download" in line]
+    assert f"{total / 1e6:.1f} MB" in row
+    made, again = json.loads(first), json.loads(second)
+    assert made == again
+    assert Path(made[0]).name == COMMIT
+    assert made[2] == 0
+    shown = [line for line in done.stderr.splitlines() if "download owner/tiny" in line]
+    assert len(shown) == 1
+    assert f"{total / 1e6:.1f} MB, files: 2" in shown[0]
+    assert "owner/nothing could not be downloaded" in done.stderr.splitlines()[-1]
+    assert not [path for _, path, sent in asked if sent and path.endswith(".bin")]
+    sent = [(path, sent) for how, path, sent in asked if path.endswith(".safetensors") and sent]
+    assert len(sent) == 4  # two headers, two files

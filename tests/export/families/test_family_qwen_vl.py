@@ -1,0 +1,193 @@
+"""Qwen-VL: pictures of many shapes, positions in three rows, and what an export refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bundles import FAMILIES, TINY, transformers_inputs
+from test_parity import ROWS, load_torch, make_reference
+
+import lvlm
+from lvlm.core.errors import CheckpointError, ParameterError
+from lvlm.export.export_plan import Options as ExportOptions
+from lvlm.export.export_plan import make_plan
+from lvlm.export.recipes._base import parse_settings
+from lvlm.export.recipes.lightvlm import RECIPE as LIGHTVLM
+from lvlm.export.recipes.none import RECIPE
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.prompt.prompts import Prompt
+
+MODELS = [name for name, (family, _) in TINY.items() if "qwen" in family.name]
+LIGHT = [name for name in MODELS if name.endswith(":gqa")]
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pictures_of_every_shape_equal_transformers_generate(
+    name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+) -> None:
+    """One token, one row, one column, many of both; in one prompt too."""
+    shapes = [(1, 1), (20, 900), (700, 30), (300, 290)]
+    theirs = load_torch(checkpoint(name))
+    with lvlm.load(bundle(name, max_images=2)) as model:
+        for pictures in (*([picture(*s)] for s in shapes), [picture(9, 80), picture(90, 60)]):
+            text = "USER: " + "<image>" * len(pictures) + "Describe it. ASSISTANT:"
+            prompt = model.prepare(0, text, pictures, GenerationOptions(chat_template=False))
+            ids = torch.tensor([list(prompt.ids)])
+            inputs = transformers_inputs(checkpoint(name), prompt)
+            # Without text between two pictures transformers takes them for one
+            if len(pictures) == 1:
+                positions, _ = theirs.model.get_rope_index(ids, **grid(inputs))
+                np.testing.assert_array_equal(prompt.positions, positions[:, 0])
+                out = theirs.generate(input_ids=ids, **inputs, max_new_tokens=8, do_sample=False)
+                answer = model.generate(text, pictures, max_new_tokens=8, chat_template=False)
+                assert answer.token_ids == out[0, ids.shape[1] :].tolist()
+            (first, *_) = prompt.pictures
+            found = theirs.model.get_image_features(
+                inputs["pixel_values"], inputs["image_grid_thw"]
+            )
+            own = [found.pooler_output, *getattr(found, "deepstack_features", [])]
+            features = model.batches.graphs.encode(prompt.pictures)
+            assert features[0].shape == (first.tokens, model.manifest.feature_width)
+            for mine, *parts in zip(features, *own, strict=True):
+                their = torch.cat(parts, dim=1).detach().numpy()
+                np.testing.assert_allclose(mine, their, atol=2e-4)
+
+
+def grid(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in inputs.items() if k != "pixel_values"}
+
+
+def recorded(rotary: torch.nn.Module, seen: list[np.ndarray]) -> Any:
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
+        positions = kwargs.get("position_ids", args[-1])
+        seen.append(positions.expand(3, *positions.shape[-2:])[:, 0].numpy().copy())
+
+    return rotary.register_forward_hook(hook, with_kwargs=True)
+
+
+def uncompressed(folder: Path, prompt: Prompt, count: int) -> list[np.ndarray]:
+    """Positions [3,N] of the prompt and [3,1] of each new token in transformers' generate."""
+    theirs, seen = load_torch(folder), []
+    ids = torch.tensor([list(prompt.ids)])
+    with recorded(theirs.model.language_model.rotary_emb, seen):
+        theirs.generate(
+            input_ids=ids,
+            **transformers_inputs(folder, prompt),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+        )
+    return seen
+
+
+@pytest.mark.parametrize("recipe", ["none", "lightvlm", "elastic-cache", "prefixkv"])
+@pytest.mark.parametrize("name", LIGHT)
+def test_positions_are_those_of_an_uncompressed_run(
+    name: str, recipe: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+) -> None:
+    """Merging keeps three rows with every token that survives; new tokens count on from them."""
+    with lvlm.load(bundle(name, max_images=2)) as model:
+        text, pictures = ROWS[1]
+        prompt = model.prepare(0, text, pictures, GenerationOptions(chat_template=False))
+    full = uncompressed(checkpoint(name), prompt, 6)
+    np.testing.assert_array_equal(full[0], prompt.positions)
+    settings = ["kv_keep=0.5"] if recipe in ("elastic-cache", "prefixkv") else []
+    reference, seen = make_reference(checkpoint(name), recipe, *settings), []
+    if recipe == "prefixkv":
+        rows = [(0.5, [0.5] * len(reference.language.blocks))]
+        reference.recipe = reference.recipe.with_profile(0.5, profile_rows(rows))
+    features = reference.encode(prompt.pictures)
+    with recorded(reference.language.rotary, seen):
+        answer = reference.generate(prompt, features, max_new_tokens=6)
+    layers = len(reference.language.blocks)
+    stages = [r.layer for r in reference.recipe.reductions()]
+    now, maps = full[0], iter(answer.maps)
+    for layer, positions in enumerate(seen[:layers]):
+        if layer in stages:
+            moved = next(maps).numpy()
+            kept = [np.flatnonzero(moved == new) for new in range(positions.shape[1])]
+            for new, sources in enumerate(kept):
+                assert (now[:, sources] == positions[:, new, None]).all(0).any()
+            now = positions
+        np.testing.assert_array_equal(positions, now)
+    if recipe == "lightvlm":
+        assert now.shape[1] < full[0].shape[1]
+    steps = seen[layers::layers]
+    assert len(steps) == len(full[1:]) == 5
+    for mine, theirs in zip(steps, full[1:], strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def profile_rows(rows: list[tuple[float, list[float]]]) -> Any:
+    from lvlm.runtime.bundle.manifest import ProfileRow
+
+    return tuple(ProfileRow(keep, tuple(fractions)) for keep, fractions in rows)
+
+
+def test_fewer_tokens_per_picture(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """--max-image-tokens shrinks what is reserved, and the pictures with it."""
+    for name in LIGHT:
+        options: dict[str, Any] = {"model": str(checkpoint(name)), "output": tmp_path / "out"}
+        options |= {"recipe": parse_settings(RECIPE, []), "dtype": "fp32"}
+        full, small = (make_plan(ExportOptions(**options, max_image_tokens=n)) for n in (None, 12))
+        assert small.images.tokens == small.images.most["units"] == 12 < full.images.tokens
+        assert small.cache.bytes < full.cache.bytes
+        assert small.images.processor["max_tokens"] == 12
+
+
+def test_merging_waits_for_the_last_features(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Blocks that add image features (DeepStack) need all image tokens."""
+    name = "qwen3-vl:mha-tied"
+    for stages, fits in (("[1,3]", False), ("[2,3]", True)):
+        recipe = parse_settings(LIGHTVLM, [f"stages={stages}"])
+        options = ExportOptions(str(checkpoint(name)), recipe, tmp_path / "out", dtype="fp32")
+        if fits:
+            assert make_plan(options).images.deep == 2
+        else:
+            with pytest.raises(ParameterError, match=r"at block 1.* merge from block 2 on"):
+                make_plan(options)
+
+
+def hub_config(family: Any) -> dict[str, Any]:
+    """As the first release has it: text options beside the others."""
+    name = next(n for n, (f, _) in TINY.items() if f is family)
+    raw = TINY[name][1].to_dict()
+    text = raw.pop("text_config")
+    rope = text.pop("rope_parameters")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    flat = {k: v for k, v in text.items() if k not in ("model_type", "layer_types")}
+    vision = {k: v for k, v in raw["vision_config"].items() if k != "rope_parameters"}
+    vision["model_type"] = raw["model_type"]
+    return {**flat, **raw, "vision_config": vision, "rope_scaling": scaling, "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl"])
+def test_the_hub_s_config_is_read_and_what_is_not_supported_refused(family: str) -> None:
+    found = FAMILIES[family]
+    raw = hub_config(found)
+    config = found.read_config(raw)
+    assert config.text_config.rope_parameters["rope_theta"] == 1e6
+    assert config.text_config.num_hidden_layers == raw["num_hidden_layers"]
+    for change, match in [
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}, "mrope_section"),
+        (
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "sliding-window attention",
+        ),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"vision_config": {**raw["vision_config"], "in_channels": 1}}, "in_channels"),
+    ]:
+        with pytest.raises(CheckpointError, match=match):
+            found.read_config({**raw, **change})

@@ -1,0 +1,185 @@
+"""Recipes: parameters, defaults by depth, the schedule, what --set accepts."""
+
+from __future__ import annotations
+
+import pytest
+
+from lvlm.core.discovery import discover
+from lvlm.core.errors import ParameterError
+from lvlm.export.recipes._base import Recipe, parse_settings, settable
+from lvlm.export.recipes.lightvlm import LightVLM
+from lvlm.export.recipes.prefixkv import PrefixKV
+from lvlm.export.recipes.uniform import Uniform
+from lvlm.runtime.bundle.manifest import ProfileRow
+from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
+
+RECIPES: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages"),
+    [(28, (2, 8, 14)), (32, (2, 9, 16)), (6, (1, 2, 3)), (2, (1,)), (3, (1, 2)), (30, (2, 9, 15))],
+)
+def test_default_stages(layers: int, stages: tuple[int, ...]) -> None:
+    assert LightVLM().for_layers(layers).stages == stages
+
+
+def test_default_stages_wait_for_all_features() -> None:
+    """DeepStack adds some behind the first blocks, for all image tokens."""
+    assert LightVLM().for_layers(28, 3).stages == (3, 8, 14)
+    assert LightVLM().for_layers(6, 2).stages == (2, 3)
+    assert LightVLM().for_layers(3, 3).stages == (2,)  # which is then refused
+
+
+@pytest.mark.parametrize(("keep", "mean"), [(0.35, 0.50), (0.15, 0.32), (0.03, 0.17)])
+def test_layer_mean_fraction_of_28_blocks(keep: float, mean: float) -> None:
+    """The paper-sized model: 35/15/3 % at the end are 50/32/17 % on average."""
+    recipe = LightVLM(keep=keep).for_layers(28)
+    reductions = recipe.reductions()
+    counts = tokens_per_layer(reductions, keep_ratios(reductions, keep, None), 10_000, 28)
+    assert sum(counts) / 28 / 10_000 == pytest.approx(mean, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("keep=0", "keep is 0"),
+        ("keep=1.5", "keep is 1.5"),
+        ("keep=NaN", "keep is nan"),
+        ("keep=true", "keep is True"),
+        ("keep=half", "keep is 'half'"),
+        ("kv_keep=0", "kv_keep is 0; give a number above 0"),
+        ("kv_keep=1.01", "kv_keep is 1.01"),
+        ("kv_keep=NaN", "kv_keep is nan"),
+        ("kv_cap=35", "kv_cap is 35, but 36 entries are protected; give a whole number of 36"),
+        ("kv_floor=-1", "kv_floor is -1"),
+        ("kv_protect=0", "kv_protect is 0"),
+        ("kv_interval=0", "kv_interval is 0"),
+        ("kv_sinks=1.5", "kv_sinks is 1.5"),
+        ("kv=prefixvk", "did you mean prefixkv"),
+        ("kv=lightvlm", "unknown value of kv"),
+        ("positions=layer1", "did you mean layer0"),
+        ("rows=[]", "rows"),
+        ("merge=recycel", "did you mean recycle"),
+        ("importance=first", "importance"),
+        ("absorb=0", "absorb is 0"),
+        ("absorb=2.5", "absorb is 2.5"),
+        ("recycle=0", "recycle is 0"),
+        ("stages=[]", "stages is"),
+        ("stages=[0,1]", "stages is"),
+        ("stages=[3,2]", "stages is"),
+        ("stages=2", "stages is"),
+        ("schedule=[0.3,0.5]", "must not rise"),
+        ("schedule=0.3", "schedule is a list"),
+        ("kep=0.3", "did you mean keep"),
+        ("keep", "write name=value"),
+    ],
+)
+def test_wrong_settings(setting: str, message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        parse_settings(LightVLM, [setting])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message"),
+    [
+        ("elastic-cache", ("kv_keep=0",), "kv_keep is 0; give a number above 0 and up to 1"),
+        ("uniform", ("kv_keep=1.5",), "kv_keep is 1.5"),
+        ("uniform", ("kv_cap=1",), "kv_cap is 1, but 2 entries are protected; give .* 2 or more"),
+        ("uniform", ("kv_sinks=4", "kv_cap=4"), "5 entries are protected"),
+        ("uniform", ("distance=0",), "distance is 0"),
+        ("elastic-cache", ("semantics=papers",), "did you mean paper"),
+        ("elastic-cache", ("semantics=reference", "kv_cap=9"), "has no kv_cap"),
+        ("prefixkv", ("semantics=reference", "kv_cap=9"), "has no kv_cap"),
+        ("prefixkv", ("profile=a.json", "kv_keep=0.2"), "profile and kv_keep are both given"),
+        ("prefixkv", ("profile=a.json", "samples=b.jsonl"), "profile and samples are both given"),
+        ("lightvlm", ("kv_profile=a.json", "kv_keep=0.2"), "kv_profile and kv_keep are both"),
+        ("lightvlm", ("kv=none", "kv_keep=0.5"), "kv=none keeps the whole cache"),
+        ("lightvlm", ("kv=prefixkv", "kv_floor=8"), "kv_floor belongs to kv=interval"),
+        ("lightvlm", ("kv=elastic-cache", "kv_profile=a.json"), "takes no profile"),
+        ("lightvlm", ("kv=prefixkv", "kv_cap=4"), "5 entries are protected"),
+    ],
+)
+def test_wrong_cache_settings(recipe: str, settings: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        parse_settings(RECIPES[recipe], settings)
+
+
+def test_lightvlm_takes_any_cache_recipe() -> None:
+    """Its cache is its own, none, or that of any other recipe, with the shared parameters."""
+    own = LightVLM().for_layers(6)
+    rule = own.cache_rule()
+    assert rule is not None
+    c = rule.compression
+    assert (c.keep, c.floor, c.sinks, c.recent, c.queries) == (0.5, 128, 4, 32, 32)
+    assert (c.interval, c.distance) == (64, None)
+    assert own.parameters()["kv_floor"] == 128
+    assert LightVLM(kv="none").cache_rule() is None
+    others = [name for name in RECIPES if name not in ("none", "lightvlm")]
+    assert len(others) >= 3
+    for name in others:
+        rule = LightVLM(kv=name, kv_keep=0.3, positions="layer0").for_layers(6).cache_rule()
+        alone = parse_settings(RECIPES[name], ["kv_keep=0.3", "kv_sinks=4", "positions=layer0"])
+        assert rule == alone.cache_rule()
+        assert rule is not None
+        assert rule.compression.distance == 25
+
+
+def test_a_recipe_with_a_profile_has_nothing_left_to_calibrate() -> None:
+    rows = (ProfileRow(0.2, (0.1, 0.3)),)
+    for recipe in (PrefixKV(), LightVLM(kv="prefixkv"), LightVLM(kv_profile="p.json")):
+        wanted = recipe.calibration()
+        assert wanted is not None
+        assert wanted.file == getattr(recipe, "kv_profile", None)
+        ready = recipe.with_profile(0.2, rows)
+        assert ready.calibration() is None
+        rule = ready.cache_rule()
+        assert rule is not None
+        assert rule.compression.profile == rows
+        assert rule.compression.keep == 0.2
+    with pytest.raises(ParameterError, match="takes no profile"):
+        Uniform().with_profile(0.2, rows)
+
+
+def test_settings_that_need_the_depth() -> None:
+    with pytest.raises(ParameterError, match="needs at least 2 layers"):
+        LightVLM().for_layers(1)
+    with pytest.raises(ParameterError, match="blocks 1 to 5"):
+        LightVLM(stages=(2, 6)).for_layers(6)
+    with pytest.raises(ParameterError, match="2 fractions for 3 stages"):
+        LightVLM(schedule=(0.5, 0.2)).for_layers(6)
+
+
+def test_settings_reach_the_recipe() -> None:
+    recipe = parse_settings(
+        LightVLM, ["keep=0.2", "stages=[1,4]", "merge=drop", "schedule=[0.5,0.1]"]
+    )
+    assert recipe == LightVLM(keep=0.2, stages=(1, 4), merge="drop", schedule=(0.5, 0.1))
+    settled = recipe.for_layers(6)
+    assert settled.parameters()["keep"] == 0.1  # the schedule's last
+    assert [r.ratio for r in settled.reductions()] == [0.5, 0.1]
+    with pytest.raises(ParameterError, match="has no parameters"):
+        parse_settings(RECIPES["none"], ["keep=1"])
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_every_default_can_be_set(recipe: type[Recipe]) -> None:
+    """As it is shown: ``positions=true`` is a word, though JSON has it, too."""
+    for field in settable(recipe):
+        if field.default is not None:
+            parsed = parse_settings(recipe, [f"{field.name}={field.default}"])
+            assert getattr(parsed, field.name) == field.default
+
+
+def test_a_file_may_be_named_like_a_number() -> None:
+    assert parse_settings(RECIPES["prefixkv"], ["samples=2026"]).parameters()["samples"] == "2026"
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_every_parameter_is_documented(recipe: type[Recipe]) -> None:
+    assert recipe.summary
+    assert recipe.source
+    for field in settable(recipe):
+        assert field.metadata["doc"], field.name
+    parameters = recipe().for_layers(12).parameters()
+    assert parameters.keys() == {f.name for f in settable(recipe)}

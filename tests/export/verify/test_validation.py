@@ -1,0 +1,298 @@
+"""What an export's validation notices: every fault here passes the hash of its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from bundles import CACHED
+from torch import nn
+
+from lvlm.core.discovery import discover
+from lvlm.core.errors import ValidationError
+from lvlm.export import export_plan as planning
+from lvlm.export.recipes._base import parse_settings
+from lvlm.export.verify import contents, validation
+from lvlm.export.verify.checks import Check
+from lvlm.export.verify.forms import Mapped
+from lvlm.export.verify.outcome import Outcome
+from lvlm.export.weights.stored_weights import StoredEmbedding, StoredLinear, compute_in_fp32
+from lvlm.runtime.backends import Session
+from lvlm.runtime.bundle.manifest import Graph, Manifest, read_bundle
+
+NAME, RECIPE = "tiny-llava", "none"
+ELASTIC = CACHED["elastic-cache (cached)"]
+
+
+def plan_of(checkpoint: Path, output: Path, dtype: str = "fp32", recipe: str = RECIPE) -> Any:
+    made = discover("lvlm.export.recipes", "RECIPE")[recipe]()
+    return planning.make_plan(
+        planning.Options(model=str(checkpoint), recipe=made, output=output, dtype=dtype)
+    )
+
+
+@pytest.fixture
+def good(
+    bundle: Callable[..., Path], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> tuple[Any, Path]:
+    """A plan and a copy of its bundle, to be broken."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle(NAME, RECIPE), folder)
+    return plan_of(checkpoint(NAME), folder), folder
+
+
+def change(folder: Path, **fields: Any) -> None:
+    manifest = read_bundle(folder, "none")
+    dataclasses.replace(manifest, **fields).write(folder)
+
+
+def of(folder: Path) -> Manifest:
+    return read_bundle(folder, "none")
+
+
+def replace_file(folder: Path, name: str, content: bytes) -> None:
+    """With its size in the manifest."""
+    (folder / name).write_bytes(content)
+    data = json.loads((folder / "lvlm.json").read_text())
+    data["files"][name]["bytes"] = len(content)
+    (folder / "lvlm.json").write_text(json.dumps(data))
+
+
+def noticed(plan: Any, folder: Path, line: str) -> None:
+    """Validation fails, and its table has that line."""
+    with pytest.raises(ValidationError) as caught:
+        validation.validate(plan, folder)
+    assert re.search(line, caught.value.details), caught.value.details
+
+
+def test_a_good_bundle_passes_and_says_what_was_run(
+    good: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, folder = good
+    loaded: list[str] = []
+    open_file = Mapped._open
+
+    def noted(self: Mapped, folder: Path, graph: Graph, file: str) -> Session:
+        loaded.append(file)
+        return open_file(self, folder, graph, file)
+
+    monkeypatch.setattr(Mapped, "_open", noted)
+    outcome = validation.validate(plan, folder)
+    names = {check.name for check in outcome.checks}
+    assert {"pixels of a picture", "prompt's ids", "end-of-text ids"} <= names
+    assert any(name.startswith("tokens unlike transformers' generate") for name in names)
+    graphs = ("vision", "prefill", "decode")
+    files = {f"{g}.onnx" for g in graphs} | {f"{g}.ort-cpu.onnx" for g in ("prefill", "decode")}
+    assert outcome.files == dict.fromkeys(files, "run")
+    assert sorted(loaded) == sorted(files)  # each once, though two runs take some of them
+    assert outcome.estimate.startswith("24 tokens are compared")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("mean", [0.5, 0.5, 0.5]), ("std", [0.5, 0.5, 0.5]), ("resample", 2)]
+)
+def test_other_pixels_are_noticed(good: tuple[Any, Path], name: str, value: Any) -> None:
+    plan, folder = good
+    images = of(folder).images
+    assert name in images.processor
+    change(folder, images=dataclasses.replace(images, processor={**images.processor, name: value}))
+    noticed(plan, folder, "✗ pixels of ")
+
+
+def test_wrong_end_of_text_is_noticed(good: tuple[Any, Path]) -> None:
+    plan, folder = good
+    change(folder, text=dataclasses.replace(of(folder).text, eos_ids=(5,)))
+    noticed(plan, folder, "✗ end-of-text ids")
+
+
+@pytest.mark.parametrize("template", ["Hello", "<image>\nHello", None])
+def test_another_chat_template_is_noticed(good: tuple[Any, Path], template: str | None) -> None:
+    plan, folder = good
+    change(folder, chat_template=template)
+    noticed(plan, folder, "✗ chat template: user")
+
+
+@pytest.mark.parametrize("instead", ["BOT: ", "{{ raise_exception('no answers') }}"])
+def test_other_answers_in_conversations_are_noticed(good: tuple[Any, Path], instead: str) -> None:
+    plan, folder = good
+    template = of(folder).chat_template
+    assert template is not None
+    assert "{{ 'ASSISTANT: ' }}" in template
+    change(folder, chat_template=template.replace("{{ 'ASSISTANT: ' }}", instead))
+    noticed(plan, folder, "✗ chat template: after an answer")
+
+
+def test_one_wrong_row_of_the_embedding_is_noticed(good: tuple[Any, Path]) -> None:
+    """Of a token that the prompt has not."""
+    plan, folder = good
+    (stored,) = (w for n, w in of(folder).weights.items() if n.endswith("embed_tokens.weight"))
+    table = np.memmap(folder / stored.file, "f4", "r+", stored.offset, stored.dims)
+    table[-2, 0] += 1
+    table.flush()
+    noticed(plan, folder, r"✗ rows of the embedding, of 512 +1 rows")
+
+
+def test_another_vocabulary_is_noticed(good: tuple[Any, Path]) -> None:
+    """Two tokens that no text of the corpus has, each in the other's place."""
+    plan, folder = good
+    data = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = data["model"]["vocab"]
+    a, b = list(vocabulary)[-7], list(vocabulary)[-1]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    replace_file(folder, "tokenizer.json", json.dumps(data).encode())
+    noticed(plan, folder, "✗ tokenizer: its 383 tokens")
+
+
+def test_another_decoder_is_noticed(good: tuple[Any, Path]) -> None:
+    plan, folder = good
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["decoder"] = None
+    replace_file(folder, "tokenizer.json", json.dumps(data).encode())
+    noticed(plan, folder, "✗ tokenizer: its 383 tokens")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("generation", {"repetition_penalty": 1.02}),
+        ("generation", {"bad_words_ids": [[300]]}),
+        ("special_tokens", {"bos_token": "</s>"}),
+    ],
+)
+def test_another_choice_of_tokens_is_noticed(
+    good: tuple[Any, Path], name: str, value: dict[str, Any]
+) -> None:
+    """Too small a change for the answer that is compared."""
+    plan, folder = good
+    change(folder, **{name: {**getattr(of(folder), name), **value}})
+    noticed(plan, folder, "✗ manifest: generation, special tokens")
+
+
+@pytest.mark.parametrize("field", ["capacity", "compression", "parameters"])
+def test_what_only_longer_prompts_would_show_is_noticed(
+    field: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    plan = plan_of(checkpoint(NAME), tmp_path / "bundle", recipe="lightvlm")
+    manifest = read_bundle(bundle(NAME, "lightvlm"), "none")
+    assert contents.planned(plan, manifest).passed
+    assert manifest.compression is not None
+    most = (*manifest.capacity.per_layer[:-1], manifest.capacity.per_layer[-1] - 16)
+    other: dict[str, Any] = {
+        "capacity": dataclasses.replace(manifest.capacity, per_layer=most),
+        "compression": dataclasses.replace(manifest.compression, interval=32),
+        "parameters": {**manifest.parameters, "kv_sinks": 9},
+    }
+    wrong = dataclasses.replace(manifest, **{field: other[field]})
+    assert contents.planned(plan, wrong).figure == 1
+
+
+def test_swapped_angles_in_the_canonical_decode_are_noticed(good: tuple[Any, Path]) -> None:
+    plan, folder = good
+    model = onnx.load(folder / "decode.onnx", load_external_data=False)
+    turned = [n for n in model.graph.node if n.op_type == "RotaryEmbedding"]
+    assert turned
+    for node in turned:
+        node.input[1], node.input[2] = node.input[2], node.input[1]
+    replace_file(folder, "decode.onnx", model.SerializeToString())
+    noticed(plan, folder, r"✗ decode\.onnx and transformers")
+
+
+@pytest.fixture
+def half(
+    bundle: Callable[..., Path], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> tuple[Any, Path]:
+    """A plan in fp16 with a cache that ranks its entries, and a copy of the bundle."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle(NAME, *ELASTIC, dtype="fp16", max_images=2), folder)
+    recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[ELASTIC[0]], ELASTIC[1:])
+    options = planning.Options(
+        model=str(checkpoint(NAME)), recipe=recipe, output=folder, dtype="fp16", max_images=2
+    )
+    return planning.make_plan(options), folder
+
+
+def test_fp16_is_compared_in_fp32_and_as_it_is(half: tuple[Any, Path]) -> None:
+    """Near ties of ranks fall otherwise in fp16, and then no two caches are alike."""
+    outcome = validation.validate(*half)
+    limits = {check.name: check.limit for check in outcome.checks}
+    assert limits["prefill.onnx and transformers"] == 5e-2
+    assert limits["prefill.onnx cache"] == limits["prefill.ort-cpu.onnx cache"] == 1e-3
+    assert limits["prefill.ort-cpu.onnx logits, in fp16"] == 5e-2
+    assert "prefill.ort-cpu.onnx cache, in fp16" not in limits
+    assert any(note.startswith("cache of prefill.ort-cpu.onnx") for note in outcome.notes)
+    assert set(outcome.files.values()) == {"run, fp16 widened to fp32, and as it is"}
+
+
+def test_a_fault_smaller_than_what_fp16_loses_is_noticed(half: tuple[Any, Path]) -> None:
+    plan, folder = half
+    model = onnx.load(folder / "prefill.ort-cpu.onnx", load_external_data=False)
+    norm = next(n for n in model.graph.node if "RMSNorm" in n.op_type or "LayerNorm" in n.op_type)
+    epsilon = next(a for a in norm.attribute if a.name == "epsilon")
+    epsilon.f *= 300
+    replace_file(folder, "prefill.ort-cpu.onnx", model.SerializeToString())
+    noticed(plan, folder, r"✗ prefill\.ort-cpu\.onnx cache .*limit 0\.001\)")
+
+
+def test_near_ties_in_one_picture_are_settled_by_another(
+    half: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what both pictures show is a fault."""
+    compare, seen = validation.against_reference, []
+
+    def apart(plan: Any, folder: Path, manifest: Manifest, prompt: Any, *rest: Any) -> Outcome:
+        seen.append(prompt)
+        if len(seen) == 1:
+            return Outcome([Check("prefill.onnx cache", 1.5, 1e-3, "x")])
+        return compare(plan, folder, manifest, prompt, *rest)
+
+    monkeypatch.setattr(validation, "against_reference", apart)
+    outcome = validation.validate(*half)
+    assert len(seen) == 2
+    assert seen[0].ids == seen[1].ids
+    assert not np.array_equal(*(p.pictures[0].arrays["pixel_values"] for p in seen))
+    assert any("near ties" in note for note in outcome.notes)
+    monkeypatch.setattr(
+        validation, "against_reference", lambda *_: Outcome([Check("one", 1.5, 1e-3, "x")])
+    )
+    noticed(*half, "✗ one")
+
+
+def test_another_graph_in_a_file_is_noticed(good: tuple[Any, Path]) -> None:
+    plan, folder = good
+    replace_file(folder, "decode.onnx", (folder / "vision.onnx").read_bytes())
+    with pytest.raises(ValidationError, match=r"decode.onnx has other inputs or outputs"):
+        validation.validate(plan, folder)
+
+
+def test_weights_stay_as_they_are_stored() -> None:
+    model = nn.Sequential(
+        nn.Embedding(1 << 14, 1 << 10), nn.Linear(1 << 10, 1 << 11), nn.Linear(2048, 3)
+    )
+    model.to(torch.bfloat16)
+    expected = [p.detach().float() for p in model.parameters()]
+    data = model[1].weight.data_ptr()
+    compute_in_fp32(model)
+    assert [type(m) for m in model] == [StoredEmbedding, StoredLinear, nn.Linear]
+    assert model[1].weight.data_ptr() == data
+    ids = torch.tensor([[1, 5]])
+    rows = nn.functional.embedding(ids, expected[0])
+    middle = nn.functional.linear(rows, expected[1], expected[2])
+    torch.testing.assert_close(model(ids), nn.functional.linear(middle, expected[3], expected[4]))
+
+
+def test_rows_of_a_stored_weight_are_rounded_to_the_bundles_dtype() -> None:
+    layer = nn.Sequential(nn.Linear(1 << 10, 1 << 10, bias=False))
+    exact = layer[0].weight.detach().clone()
+    compute_in_fp32(layer, torch.bfloat16)
+    x = torch.ones(1, 1 << 10)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, exact.bfloat16().float()))
+    assert np.array_equal(layer[0].weight.numpy(), exact.numpy())

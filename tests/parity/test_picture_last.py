@@ -1,0 +1,160 @@
+"""Qwen-VL prompts that end with a picture or a clip: a new token's three positions differ there, in
+transformers' generate and so in the torch reference; graphs get one, and moved prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bundles import transformers_inputs
+from test_family_qwen_vl import LIGHT, picture, recorded, uncompressed
+from test_parity import load_torch, make_reference
+from test_video import clip
+from test_video import inputs as clip_inputs
+
+import lvlm
+from lvlm.runtime.engine import Engine
+from lvlm.runtime.model import Model
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.prompt.prompts import Prompt
+
+WIDE, TALL = picture(40, 130), picture(110, 30)
+# The first two end with a picture, the longest one does not.
+ROWS: list[tuple[str, list[np.ndarray]]] = [
+    ("USER: Describe this: <image>", [WIDE]),
+    ("<image> and <image>", [WIDE, TALL]),
+    ("USER: <image>\nWhich digit is in the top row of the picture? ASSISTANT:", [TALL]),
+]
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "chat_template": False}
+LAYER0 = ("elastic-cache", "kv_keep=0.5", "positions=layer0")
+
+
+def prepare(model: Model, text: str, pictures: Sequence[np.ndarray]) -> Prompt:
+    prompt = model.prepare(0, text, pictures, GenerationOptions(**OPTIONS))
+    apart = prompt.image_id[-1] > 0
+    assert bool((prompt.aligned != prompt.positions).any()) == apart
+    return prompt
+
+
+def generated(theirs: Any, ids: torch.Tensor, **inputs: torch.Tensor) -> tuple[Any, Any]:
+    """Greedy tokens [B,steps] of transformers' generate and their logits, a step each."""
+    out = theirs.generate(
+        input_ids=ids,
+        **inputs,
+        max_new_tokens=12,
+        min_new_tokens=12,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[:, ids.shape[1] :].tolist(), out.logits
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_none_equals_transformers_generate(
+    name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+) -> None:
+    """In a ragged batch, as transformers pads one, and every row alone; in the engine, too."""
+    theirs, folder = load_torch(checkpoint(name)), bundle(name, max_images=2)
+    texts, pictures = [r[0] for r in ROWS], [r[1] for r in ROWS]
+    with lvlm.load(folder) as model:
+        prompts = [prepare(model, *row) for row in ROWS]
+        given = [transformers_inputs(checkpoint(name), prompt) for prompt in prompts]
+        tokens, logits = generated(theirs, **left_padded(prompts, given))
+        batch = model.batches.start(prompts)
+        for step in logits:
+            np.testing.assert_allclose(batch.logits, step.numpy(), atol=1e-4)
+            list(batch.step())
+        assert [g.token_ids for g in model.generate(texts, pictures, **OPTIONS)] == tokens
+        alone = [model.generate(*row, **OPTIONS).token_ids for row in ROWS]
+    assert alone == tokens
+    with Engine(folder, slots=2) as engine:
+        handles = [engine.submit(*row, **OPTIONS) for row in ROWS]
+        assert [handle.result(60).token_ids for handle in handles] == tokens
+
+
+def left_padded(
+    prompts: Sequence[Prompt], given: Sequence[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    longest = max(len(p.ids) for p in prompts)
+    rows = [(longest - len(p.ids), torch.tensor(list(p.ids))) for p in prompts]
+    pad = torch.nn.functional.pad
+    return {
+        "ids": torch.stack([pad(ids, (n, 0)) for n, ids in rows]),
+        "attention_mask": torch.stack([pad(torch.ones_like(ids), (n, 0)) for n, ids in rows]),
+        "mm_token_type_ids": torch.stack(
+            [pad(g["mm_token_type_ids"][0], (n, 0)) for g, (n, _) in zip(given, rows, strict=True)]
+        ),
+        "pixel_values": torch.cat([g["pixel_values"] for g in given]),
+        "image_grid_thw": torch.cat([g["image_grid_thw"] for g in given]),
+    }
+
+
+# Qwen3-VL has text behind every frame.
+@pytest.mark.parametrize("name", [name for name in LIGHT if not name.startswith("qwen3")])
+def test_a_clip_at_the_end(
+    name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+) -> None:
+    """Also one so slow that its last frame's time is larger than any position decode knows."""
+    theirs = load_torch(checkpoint(name))
+    with lvlm.load(bundle(name, max_images=2)) as model:
+        video = model.processor.video  # type: ignore[attr-defined]
+        for film in (clip(4, 4.0, 30, 90), clip(4, 0.001)):
+            frames = None if video.sampled(film, None) == list(range(film.frames)) else film.frames
+            options = GenerationOptions(**OPTIONS, frames=frames)
+            text = f"USER: What happens? {video.token}"
+            prompt = model.prepare(0, text, [], options, [film])
+            assert prompt.next_position <= len(prompt.ids)
+            given = clip_inputs(prompt, name.partition(":")[0], film)
+            tokens, logits = generated(theirs, torch.tensor([list(prompt.ids)]), **given)
+            batch = model.batches.start([prompt])
+            for step in logits:
+                np.testing.assert_allclose(batch.logits, step.numpy(), atol=2e-3)
+                list(batch.step())
+            got = model.generate(text, [], [film], frames=frames, **OPTIONS)
+            assert [got.token_ids] == tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [*((name, ("lightvlm",)) for name in LIGHT), (LIGHT[0], LAYER0)],
+    ids=[*LIGHT, "layer0"],
+)
+def test_recipes_equal_their_torch_reference(
+    name: str,
+    recipe: tuple[str, ...],
+    checkpoint: Callable[[str], Path],
+    bundle: Callable[..., Path],
+) -> None:
+    """The reference keeps the three positions apart, as generate does."""
+    reference = make_reference(checkpoint(name), *recipe)
+    layers = len(reference.language.blocks)
+    with lvlm.load(bundle(name, *recipe, max_images=2)) as model:
+        for text, pictures in ROWS[:2]:
+            prompt, seen = prepare(model, text, pictures), []
+            with recorded(reference.language.rotary, seen):
+                features = reference.encode(prompt.pictures)
+                answer = reference.generate(prompt, features, max_new_tokens=12)
+            if recipe != LAYER0:
+                full = uncompressed(checkpoint(name), prompt, 4)
+                for mine, theirs in zip(seen[layers::layers], full[1:], strict=False):
+                    np.testing.assert_array_equal(mine, theirs)
+                assert (full[1] != full[1][0]).any()
+            assert model.generate(text, pictures, **OPTIONS).token_ids == answer.tokens
+
+
+def test_the_engine_does_not_go_on_from_a_moved_prompt(bundle: Callable[..., Path]) -> None:
+    """Entries of a prompt that ends with a picture, then text behind the same picture."""
+    folder, (text, pictures) = bundle(LIGHT[0], max_images=2), ROWS[0]
+    longer = text + "?"
+    with lvlm.load(folder) as model:
+        expected = [model.generate(t, pictures, **OPTIONS) for t in (text, longer, longer)]
+    with Engine(folder, slots=2) as engine:
+        got = [engine.generate(t, pictures, **OPTIONS) for t in (text, longer, longer)]
+    assert [g.token_ids for g in got] == [g.token_ids for g in expected]
+    first, second, third = (g.stats.reused_tokens for g in got)
+    assert first == second == 0 < third

@@ -1,0 +1,341 @@
+"""lvlm-build engine as a user meets it: mistakes in one line, nothing half-built."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lvlm.core import nvidia
+from lvlm.core.discovery import discover
+from lvlm.core.errors import BackendError
+from lvlm.core.installing import install
+from lvlm.core.nvidia import Driver, Gpu
+from lvlm.export.targets import trt_rtx
+from lvlm.plugins_trt.build_cli import main
+from lvlm.plugins_trt.engines import engine_builder
+from lvlm.plugins_trt.engines.tensorrt_builder import TensorRt, failure, open_tensorrt
+from lvlm.runtime.bundle.engine_sets import EngineSet
+from lvlm.runtime.bundle.manifest import read_bundle
+
+rtx = pytest.importorskip("tensorrt_rtx")
+
+SMALL = "llava:qwen2-tied-siglip"
+GPU = Gpu("NVIDIA L4", 89, 24 << 30, integrated=False)
+
+
+@pytest.fixture
+def folder(bundle: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle(SMALL, dtype="fp16", max_images=2), tmp_path / "out"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what making a bundle for the test printed
+        try:
+            code = main(["engine", *map(str, argv)])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def refused(run: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """The one line that says why not; nothing is left of the attempt."""
+
+    def call(*argv: object) -> str:
+        code, out, err = run(*argv, "-q")
+        assert (code, out) == (2, "")
+        assert err.startswith("lvlm-build")
+        assert err.count("\n") == 1, err
+        for word in argv:
+            if isinstance(word, Path) and word.is_dir():
+                assert not list(word.glob("engines/*"))
+                assert not list(word.glob(".*"))
+        return err
+
+    return call
+
+
+def as_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Full TensorRT played by TensorRT-RTX: the same interface, and it builds without a GPU."""
+
+    class Package:
+        __version__ = version
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(rtx, name)
+
+    monkeypatch.setitem(sys.modules, "tensorrt", Package())  # type: ignore[arg-type]
+    monkeypatch.setattr(nvidia, "driver", lambda: Driver((13, 0), (GPU,)))
+
+
+@pytest.fixture(autouse=True)
+def _packages_anew() -> Iterator[None]:
+    yield
+    open_tensorrt.cache_clear()
+
+
+def test_targets_are_listed_with_what_was_seen_of_them(run: Any) -> None:
+    code, out, _ = run("--list-targets")
+    assert code == 0
+    blocks = {block.partition("\n")[0]: " ".join(block.split()) for block in out.split("\n\n")}
+    targets = discover("lvlm.export.targets", "TARGET")
+    assert set(blocks) == set(targets)
+    for name, target in targets.items():
+        assert blocks[name].endswith(f"verified {target.verified or 'no'}")
+    assert "Attention, RMSNormalization" in blocks["jetson-orin-jp62"]
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_what_is_built_and_where(folder: Path, run: Any) -> None:
+    argv = (folder, "--target", "trt-rtx", "--sm", "86,89", "--batch", "2", "--max-prompt", 100)
+    code, out, _ = run(*argv, "--dry-run")
+    assert code == 0
+    where = folder / "engines" / f"sm86+sm89-tensorrt-rtx-{rtx.__version__}"
+    assert f"would make {where}" in out
+    assert not (folder / "engines").exists()
+    assert "decode.trt-rtx.onnx" not in read_bundle(folder).files
+
+    code, out, err = run(*argv)
+    assert code == 0
+    assert out.startswith(str(where))
+    assert "[1/4] lower for trt-rtx" in err
+    assert "[4/4] build decode" in err
+    assert sorted(p.name for p in where.iterdir()) == [
+        *("decode.engine", "engine.json", "prefill.engine", "vision.engine")
+    ]
+    assert [p.name for p in (folder / "engines").iterdir()] == [where.name]
+    engines = EngineSet.read(where)
+    assert (engines.gpu, engines.sms) == (None, (86, 89))
+    assert engines.options == ("--batch", "2", "--max-prompt", "100")
+    assert engines.graphs["prefill"].profile["sequence"].most == 100
+    assert read_bundle(folder).files["decode.trt-rtx.onnx"]
+
+    assert "exists; give --force" in run(*argv)[2]
+    (where / "stale").touch()
+    assert run(*argv, "--force")[0] == 0
+    assert not (where / "stale").exists()
+    assert [p.name for p in (folder / "engines").iterdir()] == [where.name]
+
+
+@pytest.mark.parametrize("target", ["ort-cuda", "ort-tensorrt"])
+def test_onnx_runtime_builds_nothing(target: str, folder: Path, run: Any) -> None:
+    code, out, _ = run(folder, "--target", target)
+    assert code == 0
+    assert f"ONNX Runtime builds nothing beforehand; written: vision.{target}.onnx" in out
+    assert "there already" in run(folder, "--target", target)[1]
+    assert not (folder / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--target", "trt-rxt"), "unknown target 'trt-rxt'; did you mean trt-rtx"),
+        ((), "give --target, one of jetson-orin-jp62"),
+        (("--target", "trt-rtx", "--sm", "75"), "--sm 75 is for --target trt-rtx-turing"),
+        (("--target", "trt-rtx", "--sm", "90"), "unknown architecture '90'"),
+        (("--target", "trt-rtx", "--batch", "8..1"), "--batch 8..1: give LOW..HIGH"),
+        (("--target", "trt-rtx", "--max-prompt", "9999"), "room for"),
+        (("--target", "trt-rtx", "--workspace", "much"), "give a size as 4GB"),
+        (("--target", "trt-rtx", "--workspace", "4"), "--workspace 4 is 4 bytes; give a size as"),
+        (("--target", "trt-rtx", "--plugins", "x.so"), "TensorRT-RTX runs no plugins"),
+        (("--target", "trt-rtx", "--hardware-compatible"), "name the GPUs with --sm instead"),
+        (("--target", "trt-rtx", "--timing-cache", "x"), "measures nothing while it builds"),
+        (("--target", "trt-rtx", "--version-compatible"), "for one version"),
+        (("--target", "trt-11", "--sm", "89"), "builds for the GPU it runs on"),
+        (("--target", "ort-cuda", "--batch", "2"), "only lowered, nothing is built"),
+        (("--target", "trt-11-portable", "--plugins", "x.so"), "does without plugins"),
+        (("--target", "jetson-orin-jp62"), "needs the plugin library; lvlm-build plugins makes"),
+        (("--target", "trt-11", "--plugins", "/no.so"), "library /no.so does not exist"),
+        (
+            ("--target", "jetson-orin-jp62", "--hardware-compatible", "--plugins", "x.so"),
+            "no such thing on a Jetson",
+        ),
+        (("--target", "trt-rtx", "--weight", "inputs"), "did you mean --weights"),
+        (("--target", "trt-rtx", "-o", "/tmp"), "exists; give --force"),
+        (("--target", "trt-rtx", "-o", "/tmp", "--force"), "/tmp is no folder of engines"),
+    ],
+)
+def test_mistakes_are_one_line(
+    flags: tuple[str, ...],
+    why: str,
+    folder: Path,
+    refused: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("LVLM_PLUGINS", raising=False)
+    assert why in refused(folder, *flags)
+
+
+def test_what_is_no_bundle(tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert "is not a bundle" in refused(tmp_path, "--target", "trt-rtx")
+    assert "which bundle?" in refused("--target", "trt-rtx")
+
+
+def test_a_bundle_of_a_type_that_turing_lacks(
+    bundle: Callable[..., Path], refused: Callable[..., str]
+) -> None:
+    wide = bundle("llava:llama-mha-bias-rope3-siglip", max_images=2)
+    err = refused(wide, "--target", "trt-rtx-turing")
+    assert "computes in float16 only, this bundle is in float32; export it with --dtype" in err
+
+
+def test_too_little_workspace(folder: Path, refused: Callable[..., str]) -> None:
+    err = refused(folder, "--target", "trt-rtx", "--sm", "86", "--workspace", "1KB")
+    assert "no way to compute it within --workspace 1.0 kB; give more, or lower --batch" in err
+
+
+def test_what_builders_say_of_memory() -> None:
+    """Messages of TensorRT 8 to 11, which needs a GPU to run out of memory."""
+    requested = "Requested amount of GPU memory (1099511627776 bytes) could not be allocated."
+    assert "1099.5 GB were asked for" in str(failure("TensorRT", requested, None))
+    cuda = "Error Code 2: OutOfMemory (Requested size was 2147483648 bytes.)"
+    assert "not enough GPU memory" in str(failure("TensorRT", cuda, 1))
+    tactic = "Could not find any implementation for node x due to insufficient workspace."
+    assert "within --workspace 4.0 GB" in str(failure("TensorRT", tactic, 4 * 10**9))
+    assert "not enough GPU memory" in str(failure("TensorRT", tactic, None))
+    assert "cannot build this graph: other" in str(failure("TensorRT", "other", 1))
+
+
+def test_ctrl_c_stops_the_builder(folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lvlm.core.progress import Stage
+
+    show = Stage.show
+
+    def interrupt(self: Stage, text: str, *, final: bool = False) -> None:
+        if "of" in text and "(" in text:  # what the builder is doing
+            raise KeyboardInterrupt
+        show(self, text, final=final)
+
+    monkeypatch.setattr(Stage, "show", interrupt)
+    assert run(folder, "--target", "trt-rtx", "--sm", "86")[0] == 130
+    assert not list(folder.glob("engines/*"))
+
+
+def test_missing_package(
+    folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    err = refused(folder, "--target", "trt-11-portable")
+    assert "TensorRT is missing" in err
+    assert install("tensorrt") in err
+
+
+@pytest.mark.filterwarnings("ignore:Use Deprecated in TensorRT-RTX")  # its timing cache
+def test_full_tensorrt_builds_on_the_gpu_there_is(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    as_tensorrt(monkeypatch, "11.1.0")
+    cache = tmp_path / "times.cache"
+    argv = (folder, "--target", "trt-11-portable", "--batch", "1", "--weights", "embedded")
+    code, out, err = run(*argv, "--timing-cache", cache, "--max-prompt", "60")
+    assert code == 0, err
+    assert out.startswith(str(folder / "engines" / "l4-tensorrt-11.1.0"))
+    assert cache.stat().st_size > 0
+    assert not list(tmp_path.glob(".times*"))
+    (engines,) = EngineSet.find(folder, "tensorrt")
+    assert (engines.gpu, engines.sms, engines.plugins) == ("NVIDIA L4", (89,), None)
+    assert not any(graph.weights for graph in engines.graphs.values())
+    manifest = read_bundle(folder)
+    same = {"gpu_sm": 89, "gpu_name": "NVIDIA L4", "plugin_hash": None, "manifest": manifest}
+    engines.check(version="11.1.0", **same)
+    with pytest.raises(BackendError, match=r"are of tensorrt 11.1.0, here is 11.2.0; rebuild them"):
+        engines.check(version="11.2.0", **same)
+
+
+def test_targets_for_another_version_or_gpu(
+    folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = tmp_path / "liblvlm_plugins.so"
+    library.touch()
+    as_tensorrt(monkeypatch, "10.13.3")
+    given = ("--plugins", library)
+    err = refused(folder, "--target", "jetson-orin-jp62", *given)
+    assert "is for TensorRT 10.3, here is 10.13.3; choose another target" in err
+    err = refused(folder, "--target", "jetson-thor-jp7", *given)
+    assert "is for Jetson Thor, JetPack 7 (sm_110), this GPU is NVIDIA L4 (sm_89)" in err
+    monkeypatch.setattr(nvidia, "driver", lambda: Driver((13, 0), ()))
+    assert "sees no GPU" in refused(folder, "--target", "jetson-thor-jp7", *given)
+
+
+class Registry:
+    """A plugin registry with a library of only some plugins; ``handle`` None: it cannot be read."""
+
+    def __init__(self, handle: object, has: tuple[str, ...]) -> None:
+        self.handle, self.has = handle, has
+
+    def load_library(self, _: str) -> object:
+        return self.handle
+
+    def get_creator(self, name: str, version: str, namespace: str) -> object:
+        return name if (version, namespace) == ("1", "lvlm") and name in self.has else None
+
+
+def test_libraries_of_another_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tensorrt = TensorRt("tensorrt-rtx")
+    ops = ("CacheCompact", "CacheUpdate", "TokenMerge")
+    for handle, has, why in (
+        (None, ops, "cannot be loaded as a plugin library"),
+        (1, ops[:1], "lacks the plugins CacheUpdate, TokenMerge that the graphs need"),
+        (1, ops, None),
+    ):
+        registry = Registry(handle, has)
+        monkeypatch.setattr(rtx, "get_plugin_registry", lambda registry=registry: registry)
+        if why is None:
+            tensorrt.load_plugins(tmp_path / "x.so", ops)
+            continue
+        with pytest.raises(BackendError, match=why):
+            tensorrt.load_plugins(tmp_path / "x.so", ops)
+
+
+def test_a_jetson_without_torch_takes_what_was_exported_for_it(
+    folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lvlm.plugins_trt.engines import engine_builder
+
+    monkeypatch.setattr(engine_builder, "find_spec", lambda name: None if name == "torch" else 1)
+    err = refused(folder, "--target", "trt-rtx", "--sm", "86")
+    assert "has no graphs for trt-rtx" in err
+    assert f"torch; {install('export')}, or export it with --target trt-rtx" in err
+
+
+def test_a_changed_lowered_graph_is_noticed(folder: Path, refused: Callable[..., str]) -> None:
+    manifest = read_bundle(folder)
+    graphs = {name: graph.file for name, graph in manifest.graphs.items()}
+    for name in trt_rtx.TARGET.write(folder, graphs, manifest.capacity):
+        data = json.loads((folder / "lvlm.json").read_text())
+        data["files"][name] = {"sha256": "0" * 64, "bytes": (folder / name).stat().st_size}
+        (folder / "lvlm.json").write_text(json.dumps(data))
+    assert "has changed since its export" in refused(folder, "--target", "trt-rtx")
+
+
+def test_lowering_that_is_cut_short_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(__file__).parents[1] / "data/bundles/schema-3.zip"
+    with zipfile.ZipFile(data) as archive:
+        archive.extractall(tmp_path)
+    folder = tmp_path / "s3"
+    before = sorted(path.name for path in folder.iterdir())
+
+    def stop(path: Path) -> None:
+        assert path.is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine_builder, "describe", stop)
+    assert main(["engine", str(folder), "--target", "openvino", "-q"]) == 130
+    assert sorted(path.name for path in folder.iterdir()) == before
+    monkeypatch.undo()
+    assert main(["engine", str(folder), "--target", "openvino", "-q"]) == 0
+    read_bundle(folder, "full")

@@ -1,0 +1,129 @@
+"""Engines of whole bundles, built by TensorRT-RTX ahead of time: no GPU is needed, or used."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import CACHED, CACHED_USUAL, TINY
+
+from lvlm.core.discovery import discover
+from lvlm.core.progress import Progress
+from lvlm.export.targets import trt_rtx, trt_rtx_turing
+from lvlm.export.targets.target import Target
+from lvlm.plugins_trt.engines import engine_builder, tensorrt_builder
+from lvlm.plugins_trt.engines.engine_builder import lower_bundle
+from lvlm.plugins_trt.engines.engine_plan import make_plan
+from lvlm.plugins_trt.engines.engine_request import Request
+from lvlm.plugins_trt.engines.shape_profiles import Limits, parse_batch, profiles, shapes
+from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
+from lvlm.plugins_trt.engines.tensorrt_builder import Built, Settings, TensorRt, open_tensorrt
+from lvlm.runtime.bundle.engine_sets import EngineSet
+from lvlm.runtime.bundle.manifest import read_bundle
+
+pytest.importorskip("tensorrt_rtx")
+
+GENERATIONS = (75, 86, 89, 120)  # in one engine: that costs little more than for one of them
+RECIPES = {
+    "none": ("none",),
+    "lightvlm": ("lightvlm",),
+    "elastic-cache": CACHED["elastic-cache (cached)"],
+    "prefixkv": CACHED["prefixkv (cached)"],
+    "uniform": CACHED["uniform (cached)"],
+}
+
+
+@pytest.fixture
+def built_once(monkeypatch: pytest.MonkeyPatch) -> dict[str, Built]:
+    """Graphs that are the same under several recipes (vision, often decode) are built once."""
+    made: dict[str, Built] = {}
+    build = TensorRt.build
+
+    def remembered(self: TensorRt, model: Any, settings: Settings, show: Any) -> Built:
+        key = hashlib.sha256(Path(model).read_bytes() + repr(settings).encode()).hexdigest()
+        if key not in made:
+            made[key] = build(self, model, settings, show)
+        return made[key]
+
+    monkeypatch.setattr(tensorrt_builder.TensorRt, "build", remembered)
+    return made
+
+
+def build(folder: Path, target: Target = trt_rtx.TARGET, **options: Any) -> EngineSet:
+    request = Request(bundle=folder, target=target, batch="1..2", **options)
+    return engine_builder.build(make_plan(request), Progress(0, quiet=True))
+
+
+def copied(bundle: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(bundle, folder))
+
+
+def test_the_recipes_are_all_recipes() -> None:
+    assert set(RECIPES) == set(discover("lvlm.export.recipes", "RECIPE"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"model", "built_once"} <= set(metafunc.fixturenames):
+        whole = metafunc.config.getoption("--whole")
+        metafunc.parametrize("model", ["tiny-llava", *(TINY if whole else [])])
+
+
+def test_every_recipe_builds_for_every_generation(
+    model: str, bundle: Callable[..., Path], tmp_path: Path, built_once: dict[str, Built]
+) -> None:
+    """In fp16, all that Turing takes."""
+    for recipe, settings in RECIPES.items():
+        folder = copied(bundle(model, *settings, dtype="fp16", max_images=2), tmp_path / recipe)
+        engines = build(folder, trt_rtx_turing.TARGET, sm=GENERATIONS)
+        manifest = read_bundle(folder)
+        assert EngineSet.read(engines.folder) == engines
+        assert set(engines.graphs) == set(manifest.graphs)
+        assert ("compact" in engines.graphs) == (recipe == "lightvlm")
+        for sm in GENERATIONS:
+            engines.check(
+                gpu_sm=sm, gpu_name="", version=engines.version, plugin_hash=None, manifest=manifest
+            )
+        weights = {
+            name: {weight.name for weight in graph.weights}
+            for name, graph in engines.graphs.items()
+        }
+        assert weights["prefill"] == weights["decode"] != set()
+        assert not weights["vision"]
+    assert len(built_once) < sum(3 for _ in RECIPES)  # many of the recipes' graphs are one
+
+
+# Those that the test above does not build
+ARCHITECTURES = [x for x in CACHED_USUAL if x[0] != "tiny-llava"]
+
+
+@pytest.mark.parametrize(("model", "recipe"), ARCHITECTURES)
+def test_every_architecture_builds_in_fp32(
+    model: str, recipe: str, bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = CACHED.get(recipe, (recipe,))
+    engines = build(copied(bundle(model, *settings, max_images=2), tmp_path / "b"), sm=(86,))
+    assert all(graph.bytes > 0 for graph in engines.graphs.values())
+
+
+def test_matrices_as_inputs_are_not_in_the_engine(
+    bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = copied(bundle("tiny-llava", dtype="fp16", max_images=2), tmp_path / "bundle")
+    manifest = lower_bundle(folder, read_bundle(folder), trt_rtx.TARGET, Progress(0, quiet=True))
+    shared = shared_matrices(stored_weights(folder, manifest))
+    graph, profile = manifest.graphs["decode"], profiles(manifest, Limits(parse_batch("1")))
+    extents = shapes(graph, profile["decode"], manifest.capacity.per_layer)
+    built = [
+        open_tensorrt("tensorrt-rtx").build(
+            folder / trt_rtx.TARGET.file(graph.file), Settings(extents, weights, sms=(86,))
+        )
+        for weights in (shared, {})
+    ]
+    apart = sum(weight.bytes for weight in built[0].weights)
+    assert apart == sum(weight.bytes for weight in shared.values()) > 5_000_000
+    assert built[1].weights == []
+    assert built[1].engine.nbytes - built[0].engine.nbytes > 0.9 * apart

@@ -1,0 +1,383 @@
+"""The TensorRT backends on a GPU and a TensorRT that are not there (fake_tensorrt.py): answers are
+the CPU's, and every buffer, copy and graph is looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from bundles import ASSETS
+from fake_engines import RECIPES, Make, one_line
+from fake_tensorrt import FakeDriver, FakeEngine, FakeTensorRt
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+import lvlm
+from lvlm.core.errors import BackendError, CapacityError
+from lvlm.runtime.backends import devices, open_backend
+from lvlm.runtime.backends.trt import engine_weights as _weights
+from lvlm.runtime.backends.trt.engine_session import Session, Shared, Workspace
+from lvlm.runtime.backends.trt.staging import ALIGNMENT, Staging
+from lvlm.runtime.bundle.engine_sets import EngineSet
+from lvlm.runtime.bundle.manifest import Graph, Port
+from lvlm.runtime.model import Model
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.run_cli import main
+
+pytestmark = pytest.mark.usefixtures("trt")
+
+PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
+PROMPTS = ["Describe the picture.", "Read the top row.", "Hi"]
+IMAGES = [PICTURES[:1], PICTURES, []]
+
+
+def decode_steps(model: Model, rows: int, steps: int, **ratios: Any) -> list[np.ndarray]:
+    """Logits of a batch after each of some steps."""
+    prompts = [
+        model.prepare(0, p, i, GenerationOptions())
+        for p, i in zip(PROMPTS[:rows], IMAGES, strict=False)
+    ]
+    batch = model.batches.start(prompts, **ratios)
+    logits = [batch.logits.copy()]
+    for _ in range(steps):
+        for row in batch.rows:
+            row.tokens.append(5)
+        batch.decode_step()
+        logits.append(batch.logits.copy())
+    return logits
+
+
+# Whole answers
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_answers_are_those_of_the_cpu(
+    recipe: str, built: Make, driver: FakeDriver, trt: FakeTensorRt
+) -> None:
+    """Alone and in a batch of different lengths, with the same counts."""
+    folder = built(recipe)
+    options: dict[str, Any] = {"max_new_tokens": 24}
+    if recipe in ("prefixkv", "interval"):
+        options["kv_keep"] = 0.5
+    with lvlm.load(folder) as cpu, lvlm.load(folder, device="tensorrt-rtx") as model:
+        expected = cpu.generate(PROMPTS, IMAGES, **options)
+        together = model.generate(PROMPTS, IMAGES, **options)
+        alone = model.generate(PROMPTS[1], IMAGES[1], **options)
+        assert [g.token_ids for g in together] == [g.token_ids for g in expected]
+        assert alone.token_ids == expected[1].token_ids
+        for ours, theirs in zip(together, expected, strict=True):
+            assert ours.stats.kept_per_layer == theirs.stats.kept_per_layer
+            for mine, other in zip(ours.merge_maps, theirs.merge_maps, strict=True):
+                np.testing.assert_array_equal(mine, other)
+        assert set(ran(driver)) >= {"vision", "prefill", "decode"}
+        assert ("compact" in ran(driver)) == (recipe == "interval")  # after 16 tokens
+    assert trt.libraries == []
+    del model
+    assert driver.blocks == driver.pinned == {}  # closing frees everything
+
+
+def test_fp16(built: Make) -> None:
+    folder = built("none", dtype="fp16")
+    with lvlm.load(folder) as cpu, lvlm.load(folder, device="tensorrt-rtx") as model:
+        expected, ours = decode_steps(cpu, 2, 3), decode_steps(model, 2, 3)
+        cache = model.batches.start([model.prepare(0, "Hi", [], GenerationOptions())]).cache
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.dtype == np.float32
+        np.testing.assert_allclose(mine, theirs, atol=2e-2)
+    capacity = model.manifest.capacity.per_layer[0]
+    assert cache.buffers["key_0"].buffer.nbytes == 2 * capacity * 32 * 2
+    assert cache.bytes_allocated == sum(b.buffer.nbytes for b in cache.buffers.values())
+
+
+def test_pieces_of_a_stream(built: Make) -> None:
+    folder = built()
+    with lvlm.load(folder, device="tensorrt-rtx") as model:
+        answer = model.generate(PROMPTS[0], IMAGES[0], max_new_tokens=12)
+        stream = model.stream(PROMPTS[0], IMAGES[0], max_new_tokens=12)
+        pieces = list(stream)
+    assert len(pieces) > 3
+    assert "".join(pieces) == answer.text
+
+
+def test_the_command_line(built: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = built()
+    argv = [str(folder), PROMPTS[0], "--image", str(PICTURES[0]), "--max-new-tokens", "8"]
+    assert main(argv) == 0
+    expected = capsys.readouterr()
+    assert main([*argv, "--device", "tensorrt-rtx"]) == 0
+    assert capsys.readouterr() == expected
+    assert main([*argv, "--device", "tensorrt-rtx", "--threads", "2"]) == 2
+    assert "leave --threads out" in one_line(capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"what to run on: {', '.join(devices())} (default cpu)" in told
+
+
+# Buffers, copies, graphs
+
+
+def test_the_cache_is_written_in_place(built: Make, driver: FakeDriver) -> None:
+    """One address as past and present, which no step changes; and a call takes one copy in, one
+    out and one wait."""
+    with lvlm.load(built("interval"), device="tensorrt-rtx") as model:
+        decode_steps(model, 2, 18, kv_keep=0.5)
+        cache = model.batches._cache
+        assert cache is not None
+        assert cache.capacities.tolist() == list(model.manifest.capacity.per_layer)
+        runs = [event for event in driver.events if event[0] == "run"]
+        assert {name for _, name, _ in runs} == {"vision", "prefill", "decode", "compact"}
+        for _, name, addresses in runs:
+            for buffer, array in cache.buffers.items():
+                for port in {f"past_{buffer}", f"present_{buffer}"} & set(addresses):
+                    assert addresses[port] == array.address, (name, port)
+        assert all(
+            f"present_{buffer}" in runs[-1][2] or "query" in buffer for buffer in cache.buffers
+        )
+        calls = 2 + 18 + 1  # vision, prefill, decode, compact
+        for kind in ("upload", "download", "wait"):
+            assert driver.kinds().count(kind) == calls
+
+
+def test_new_buffers_are_zeros(driver: FakeDriver) -> None:
+    """What masks hide must be finite. bf16 has two bytes, though numpy does not know it."""
+    backend = open_backend("tensorrt-rtx")
+    array = backend.allocate((2, 3), "bfloat16")
+    driver.synchronize()
+    assert array.buffer.nbytes == 12
+    assert not driver.memory(array.address, 12).any()
+
+
+@pytest.mark.usefixtures("endless")
+def test_decode_is_captured_at_its_second_step(built: Make, driver: FakeDriver) -> None:
+    with lvlm.load(built(), device="tensorrt-rtx") as model:
+        for question in ("Hello there", "Hi"):
+            driver.events.clear()
+            model.generate(question, max_new_tokens=8)  # seven steps
+            if question == "Hello there":
+                assert driver.kinds().count("capture") == 1
+                assert driver.kinds().count("launch") == 6
+                assert ran(driver) == ["prefill", "decode"]
+            else:  # the same buffers and shapes: the graph still holds
+                assert "capture" not in driver.kinds()
+                assert driver.kinds().count("launch") == 7
+                assert ran(driver) == ["prefill"]
+        driver.events.clear()
+        model.generate(["Hi", "Hello there"], max_new_tokens=8)  # another batch size
+        assert driver.kinds().count("capture") == 1
+        assert driver.kinds().count("launch") == 6
+        driver.events.clear()
+        model.generate("Hi", max_new_tokens=2)
+        assert ran(driver) == ["prefill", "decode"]  # new buffers: the graph is gone
+        assert "capture" not in driver.kinds()
+
+
+def ran(driver: FakeDriver) -> list[str]:
+    return [event[1] for event in driver.events if event[0] == "run"]
+
+
+def test_a_longer_prompt_moves_the_workspace_and_the_graph_is_made_anew(
+    built: Make, driver: FakeDriver
+) -> None:
+    with lvlm.load(built(), device="tensorrt-rtx") as model, lvlm.load(built_at(model)) as cpu:
+        for rows in (PROMPTS[2:], PROMPTS[:1], PROMPTS[2:]):
+            images = [IMAGES[PROMPTS.index(rows[0])]]
+            driver.events.clear()
+            ours = model.generate(rows, images, max_new_tokens=6)
+            assert [g.token_ids for g in ours] == [
+                g.token_ids for g in cpu.generate(rows, images, max_new_tokens=6)
+            ]
+
+
+def built_at(model: Model) -> Path:
+    """The bundle that a model's engines were loaded from."""
+    return next(iter(model.graphs.backend._engines))  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("endless")
+def test_nothing_is_captured_while_kernels_are_compiled(
+    built: Make, driver: FakeDriver, trt: FakeTensorRt
+) -> None:
+    trt.compiling = 3
+    with lvlm.load(built(), device="tensorrt-rtx") as model:
+        model.generate("Hi", max_new_tokens=10)
+    assert ran(driver) == ["prefill"] + ["decode"] * 4
+    assert driver.kinds().count("launch") == 5
+
+
+def test_without_graphs_it_says_so_once_and_goes_on(
+    built: Make, driver: FakeDriver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = built()
+    with lvlm.load(folder) as cpu, lvlm.load(folder, device="tensorrt-rtx") as model:
+        expected = cpu.generate(PROMPTS[0], IMAGES[0], max_new_tokens=8)
+        driver.capture_fails = True
+        for _ in range(2):
+            answer = model.generate(PROMPTS[0], IMAGES[0], max_new_tokens=8)
+            assert answer.token_ids == expected.token_ids
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "no CUDA graph for decode" in err
+    assert "cudaErrorStreamCaptureUnsupported" in err
+    assert "launch" not in driver.kinds()
+
+
+def test_weights_are_uploaded_once(
+    built: Make, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines that take their weights as inputs share one copy of them."""
+    monkeypatch.setattr(_weights, "CHUNK", 100_000)  # most go in several parts
+    folder = built("interval", weights="inputs")
+    with lvlm.load(folder) as cpu:
+        expected = cpu.generate(PROMPTS, IMAGES, max_new_tokens=6)
+    with lvlm.load(folder, device="tensorrt-rtx") as model:
+        (engines,) = EngineSet.find(folder, "tensorrt-rtx")
+        weights = {(w.offset, w.bytes) for g in engines.graphs.values() for w in g.weights}
+        size = sum(bytes_ for _, bytes_ in weights)
+        uploaded = sum(event[1] for event in driver.events if event[0] == "upload")
+        assert uploaded == size
+        assert size <= sum(block.nbytes for block in driver.blocks.values()) < 1.02 * size
+        assert not driver.pinned  # the way there is free again
+        ours = model.generate(PROMPTS, IMAGES, max_new_tokens=6)
+        assert [g.token_ids for g in ours] == [g.token_ids for g in expected]
+        taken: dict[str, set[int]] = {}
+        for event in driver.events:
+            if event[0] == "run":
+                for name, address in event[2].items():
+                    taken.setdefault(name, set()).add(address)
+        shared = [name for name in taken if "layers.0" in name or "embed" in name]
+        assert len(shared) > 3
+        assert all(len(taken[name]) == 1 for name in shared)
+
+
+# bf16 and shapes, on one small engine
+
+
+def small_session(driver: FakeDriver, tmp_path: Path, dtype: str, **built: Any) -> Session:
+    """y = x + x, in fp32 inside, of x [n,4] of ``dtype``."""
+    element = {"bfloat16": TensorProto.BFLOAT16, "float32": TensorProto.FLOAT}[dtype]
+    nodes = [
+        helper.make_node("Cast", ["x"], ["a"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["a", "a"], ["b"]),
+        helper.make_node("Cast", ["b"], ["y"], to=element),
+    ]
+    ports = [helper.make_tensor_value_info(n, element, ["batch", 4]) for n in "xy"]
+    graph = helper.make_graph(nodes, "small", ports[:1], ports[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, tmp_path / "small.onnx")
+    described = {"onnx": str(tmp_path / "small.onnx"), "profile": {"batch": (2, 2, 3)}}
+    trt = FakeTensorRt(driver, rtx=False)
+    engine = FakeEngine(trt, described | {"static": {}} | built)
+    log = SimpleNamespace(errors=[], text=lambda: "no reason")
+    listed = Graph(
+        "small.onnx", (Port("x", dtype, ("batch", 4)),), (Port("y", dtype, ("batch", 4)),)
+    )
+    return Session(Shared(trt, driver, Workspace(driver), log), "small", engine, listed, {})
+
+
+def test_bf16_travels_as_its_bits(tmp_path: Path) -> None:
+    session = small_session(FakeDriver(), tmp_path, "bfloat16")
+    values = np.arange(8, dtype=np.float32).reshape(2, 4)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)  # exact: few digits
+    twice = np.zeros_like(bits)
+    session.bind({}, {})({"x": bits}, {"y": twice})
+    np.testing.assert_array_equal((twice.astype(np.uint32) << 16).view(np.float32), 2 * values)
+
+
+def test_replays_read_what_lies_in_the_buffers_now(tmp_path: Path) -> None:
+    driver = FakeDriver()
+    call = small_session(driver, tmp_path, "float32").bind({}, {})
+    for step in range(4):
+        given = np.full((2, 4), step, np.float32)
+        found = np.zeros_like(given)
+        call({"x": given}, {"y": found})
+        np.testing.assert_array_equal(found, 2 * given)
+    assert driver.kinds().count("launch") == 3
+    driver.events.clear()
+    call({"x": np.ones((3, 4), np.float32)}, {})  # nobody asks for y
+    assert driver.kinds() == ["upload", "run", "wait"]
+
+
+ARRAYS = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 40), max_size=3).map(tuple),
+        st.sampled_from(["int64", "float32", "uint16", "float16"]),
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(calls=st.lists(st.tuples(ARRAYS, ARRAYS, ARRAYS), min_size=1, max_size=3))
+def test_arrays_cross_side_by_side(calls: list[Any]) -> None:
+    """Whatever their shapes, in memory that is used again: each arrives where the engine finds it,
+    aligned, and the outputs come back."""
+    driver = FakeDriver()
+    staging = Staging(driver)
+    for inputs, outputs, idle in calls:
+        kinds = [
+            {f"{kind}{i}": array for i, array in enumerate(arrays)}
+            for kind, arrays in (("in", inputs), ("out", outputs), ("idle", idle))
+        ]
+        staging.lay_out(*kinds)
+        given_arrays = {
+            name: np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype) + i
+            for i, (name, (shape, dtype)) in enumerate((kinds[0] | kinds[1]).items())
+        }
+        staging.upload({name: given_arrays[name] for name in kinds[0]})
+        driver.synchronize()
+        for name, slot in staging.slots.items():
+            assert staging.address(name) % ALIGNMENT == 0
+            memory = driver.memory(staging.address(name), slot.nbytes)
+            if name in kinds[1]:
+                memory[:] = given_arrays[name].reshape(-1).view(np.uint8)
+            elif name in kinds[2]:
+                memory[:] = 0xFF  # what an engine writes there hurts nobody
+        for name in kinds[0]:
+            memory = driver.memory(staging.address(name), staging.slots[name].nbytes)
+            assert memory.tobytes() == given_arrays[name].tobytes()
+        staging.download()
+        driver.synchronize()
+        for name in kinds[1]:
+            np.testing.assert_array_equal(staging.view(name), given_arrays[name])
+
+
+@pytest.mark.parametrize(("rows", "fewer"), [(1, "more"), (4, "fewer")])
+def test_shapes_outside_the_profile(tmp_path: Path, rows: int, fewer: str) -> None:
+    call = small_session(FakeDriver(), tmp_path, "float32").bind({}, {})
+    with pytest.raises(
+        CapacityError, match=rf"2 to 3 prompts at once \(x\), .* {rows}; give {fewer}, .* --batch"
+    ):
+        call({"x": np.zeros((rows, 4), np.float32)}, {})
+
+
+def test_outputs_of_another_shape_or_type(tmp_path: Path) -> None:
+    call = small_session(FakeDriver(), tmp_path, "float32").bind({}, {})
+    x = np.zeros((2, 4), np.float32)
+    with pytest.raises(BackendError, match=r"gives y of shape \[2, 4\], not \[2, 5\]; build"):
+        call({"x": x}, {"y": np.zeros((2, 5), np.float32)})
+    with pytest.raises(BackendError, match="x is float64, the graph takes float32"):
+        call({"x": x.astype(np.float64)}, {"y": x})
+
+
+def test_a_host_array_is_no_device_buffer(tmp_path: Path) -> None:
+    session = small_session(FakeDriver(), tmp_path, "float32")
+    array = np.zeros((2, 4), np.float32)
+    fake = SimpleNamespace(address=array.ctypes.data, shape=array.shape)
+    with pytest.raises(AssertionError, match="is not the memory it should be"):
+        session.bind({"x": fake}, {})({}, {"y": array})  # type: ignore[dict-item]
+
+
+def test_an_engine_of_other_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeEngine, "is_shape_inference_io", lambda self, name: name == "x")  # noqa: ARG005
+        with pytest.raises(BackendError, match="reads x on the host; build the engines"):
+            small_session(FakeDriver(), tmp_path, "float32")
+    monkeypatch.setattr(FakeEngine, "dtype", lambda self, name: "int64")  # noqa: ARG005
+    with pytest.raises(BackendError, match=r"small engine and the manifest differ in [xy]; build"):
+        small_session(FakeDriver(), tmp_path, "float32")

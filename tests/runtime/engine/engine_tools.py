@@ -1,0 +1,147 @@
+"""What the engine's tests have in common: requests, their answers alone, faults at chosen calls."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bundles import ASSETS
+
+from lvlm.runtime.engine import Engine, Handle
+from lvlm.runtime.engine.scheduler import Scheduler
+from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.model import Model
+
+PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
+QUESTION = "Describe the picture."
+LONG: dict[str, Any] = {"max_new_tokens": 1000, "ignore_eos": True}
+WAIT = 60.0  # seconds after which a test has failed rather than waits
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request: a prompt, the numbers of its pictures, options of generate."""
+
+    prompt: str = QUESTION
+    pictures: tuple[int, ...] = (0,)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> tuple[str, list[Path]]:
+        return self.prompt, [PICTURES[i] for i in self.pictures]
+
+    def alone(self, model: Model) -> Generation:
+        return model.generate(*self.arguments, **self.options)
+
+
+def ask(prompt: str = QUESTION, pictures: tuple[int, ...] = (0,), **options: Any) -> Ask:
+    return Ask(prompt, pictures, {"max_new_tokens": 6} | options)
+
+
+def same(ours: Generation, theirs: Generation) -> None:
+    """Equal answers, whatever else was run beside them."""
+    assert ours.token_ids == theirs.token_ids
+    assert ours.text == theirs.text
+    assert ours.finish_reason == theirs.finish_reason
+    assert ours.stats.kept_per_layer == theirs.stats.kept_per_layer
+    assert ours.stats.tokens_per_layer == theirs.stats.tokens_per_layer
+    assert len(ours.scores) == len(theirs.scores)
+    for mine, other in zip(ours.scores, theirs.scores, strict=True):
+        np.testing.assert_allclose(mine.logprob, other.logprob, atol=1e-3)
+        assert len(mine.top) == len(other.top)
+        np.testing.assert_allclose([p for _, p in mine.top], [p for _, p in other.top], atol=1e-3)
+
+
+def scheduler(engine: Engine) -> Scheduler:
+    return engine._scheduler
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait until it is so."""
+    end = time.monotonic() + WAIT
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.001)
+
+
+def idle(engine: Engine) -> None:
+    """Nothing runs, waits or is being filled, and every row has one use."""
+    inside = scheduler(engine)
+    until(lambda: not (inside.waiting or inside.slots.running or inside._prefilling))
+    inside.slots.check()
+    assert inside.slots.filling is None
+    assert inside._thread.is_alive()
+
+
+class Faulty:
+    """A session whose calls pass ``before`` and ``after`` (inputs, outputs), which may raise,
+    wait, or change them."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.before: Callable[[Any, Any], None] = lambda inputs, outputs: None  # noqa: ARG005
+        self.after = self.before
+        self.calls = 0
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Any:
+        call = self.session.bind(inputs, outputs)
+        return _FaultyCall(self, call)
+
+
+@dataclass(frozen=True)
+class _FaultyCall:
+    owner: Faulty
+    call: Any
+
+    def __call__(self, inputs: Any, outputs: Any) -> None:
+        self.owner.calls += 1
+        self.owner.before(inputs, outputs)
+        self.call(inputs, outputs)
+        self.owner.after(inputs, outputs)
+
+    def stop(self) -> None:
+        self.call.stop()
+
+
+@contextmanager
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What lvlm logs meanwhile, which goes nowhere else."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logger = logging.getLogger("lvlm")
+    logger.addHandler(handler)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)
+
+
+def intercept(who: Engine | Model, name: str) -> Faulty:
+    """Stand between an engine or a model and one of its graphs. Before the first request."""
+    sessions = (who.graphs if isinstance(who, Model) else scheduler(who).graphs).sessions
+    faulty = Faulty(sessions[name])
+    sessions[name] = faulty
+    return faulty
+
+
+@contextmanager
+def answers(engine: Engine, asks: Sequence[Ask], expected: Sequence[Generation]) -> Iterator[None]:
+    """What is asked beside the body, and answered as if it were alone."""
+    handles = [engine.submit(*a.arguments, **a.options) for a in asks]
+    yield
+    for handle, one in zip(handles, expected, strict=True):
+        same(handle.result(WAIT), one)
+
+
+def running(engine: Engine, **options: Any) -> Handle:
+    """A request that has a token."""
+    handle = engine.submit(QUESTION, PICTURES[:1], **(LONG | options))
+    next(handle.tokens())
+    return handle

@@ -1,0 +1,261 @@
+"""Faults of one request are its own: it gets its error, its slot is free and clean, and all others
+go on as if nothing had been."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import CACHED
+from engine_tools import (
+    PICTURES,
+    QUESTION,
+    WAIT,
+    Ask,
+    answers,
+    ask,
+    idle,
+    intercept,
+    logged,
+    scheduler,
+    until,
+)
+
+import lvlm
+from lvlm.core.errors import BackendError, DeviceMemoryError, EngineClosedError
+from lvlm.runtime.engine import Engine, Handle
+from lvlm.runtime.generate.answers import Generation
+
+SHORT = ask("Hi", (), max_new_tokens=12, ignore_eos=True)  # positions below 100: no picture
+LONG = [
+    ask(max_new_tokens=25, ignore_eos=True),
+    ask("Read the top row.", (1,), max_new_tokens=25, ignore_eos=True),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(bundle: Callable[..., Path]) -> Path:
+    return bundle("tiny-llava", max_images=2)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[Generation]:
+    """The answers to LONG."""
+    with lvlm.load(folder) as model:
+        return [a.alone(model) for a in LONG]
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[Engine]:
+    with Engine(folder, slots=3) as engine:
+        yield engine
+        idle(engine)
+
+
+def submit(engine: Engine, a: Ask) -> Handle:
+    return engine.submit(*a.arguments, **a.options)
+
+
+def short_row(inputs: Any) -> np.ndarray:
+    """Which rows of a decode are SHORT's."""
+    rows: np.ndarray = inputs["position_ids"][:, 0] < 100
+    return rows
+
+
+# Exceptions inside the backend
+
+
+def test_a_decode_that_fails_once(engine: Engine, expected: list[Generation]) -> None:
+    """Nobody notices: the step is done again, row by row."""
+    decode, failures = intercept(engine, "decode"), iter([KeyError("odd")])
+    asked = threading.Event()
+
+    def before(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
+        assert asked.wait(WAIT)
+        reading = scheduler(engine)._prefilling
+        if len(inputs["input_ids"]) == 1 and reading is not None:
+            until(reading.logits.done)  # the first request waits for the second
+        if len(inputs["input_ids"]) == 2 and (error := next(failures, None)) is not None:
+            raise error
+
+    decode.before = before
+    with answers(engine, LONG, expected):
+        asked.set()
+    assert list(failures) == []
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after the buffers are written"])
+def test_a_decode_that_fails_for_one_row(
+    late: bool, engine: Engine, expected: list[Generation]
+) -> None:
+    decode, steps = intercept(engine, "decode"), list[int]()
+
+    def fail(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
+        steps.extend(inputs["position_ids"][short_row(inputs)].ravel())
+        if short_row(inputs).any() and steps[-1] > steps[0] + 3:
+            raise ZeroDivisionError("by zero\nand more")
+
+    if late:
+        decode.after = fail
+    else:
+        decode.before = fail
+    with answers(engine, LONG, expected):
+        handle = submit(engine, SHORT)
+        with pytest.raises(
+            BackendError, match=r"^the backend failed \(ZeroDivisionError: by zero\); the r.* lost$"
+        ):
+            handle.result(WAIT)
+        with pytest.raises(BackendError, match="by zero"):
+            list(handle)
+        assert len(handle.token_ids) == 5  # those before the fault stay
+    decode.before = decode.after = lambda inputs, outputs: None  # noqa: ARG005
+    assert len(submit(engine, SHORT).result(WAIT).token_ids) == 12
+
+
+def test_a_decode_that_always_fails(engine: Engine, expected: list[Generation]) -> None:
+    """Each request has an error of its own, of the backend's class; the engine goes on."""
+    decode = intercept(engine, "decode")
+
+    def fail(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
+        raise DeviceMemoryError("no room; give less")
+
+    decode.before = fail
+    handles = [submit(engine, a) for a in [*LONG, SHORT, *LONG]]
+    errors = [handle_error(handle) for handle in handles]
+    assert [type(error) for error in errors] == [DeviceMemoryError] * 5
+    assert len(set(map(id, errors))) == 5
+    decode.before = lambda inputs, outputs: None  # noqa: ARG005
+    with answers(engine, LONG, expected):
+        pass
+
+
+def handle_error(handle: Handle) -> BaseException:
+    with pytest.raises(lvlm.LvlmError) as caught:
+        handle.result(WAIT)
+    return caught.value
+
+
+@pytest.mark.parametrize("graph", ["vision", "prefill"])
+def test_a_prompt_that_cannot_be_read(
+    graph: str, engine: Engine, expected: list[Generation]
+) -> None:
+    faulty = intercept(engine, graph)
+    one = 1 if graph == "vision" else engine.manifest.images.tokens
+
+    def fail(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
+        # Two pictures: only the middle request's.
+        if len(inputs["pixel_values" if graph == "vision" else "image_features"]) > one:
+            raise RuntimeError("out of luck")
+
+    faulty.before = fail
+    with answers(engine, LONG, expected):
+        odd = ask("Hi", (0, 1), max_new_tokens=3)
+        # A picture that is known already is not encoded again
+        handle = engine.submit(odd.prompt, [turned(p) for p in PICTURES], **odd.options)
+        with pytest.raises(BackendError, match=r"the backend failed .*out of luck"):
+            handle.result(WAIT)
+        assert handle.text == ""
+        assert handle.token_ids == []
+    faulty.before = lambda inputs, outputs: None  # noqa: ARG005
+    assert engine.generate("Hi", [turned(p) for p in PICTURES], max_new_tokens=3).token_ids
+
+
+def turned(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    return np.array(Image.open(path).convert("RGB").rotate(90))
+
+
+def test_a_compaction_that_fails(bundle: Callable[..., Path]) -> None:
+    """The requests whose entries were to be dropped are lost, the others are not."""
+    folder = bundle("tiny-llava", *CACHED["lightvlm (cached)"], max_images=2)
+    whole = ask(max_new_tokens=40, ignore_eos=True, kv_keep=1.0)
+    half = ask("Read the top row.", (1,), max_new_tokens=40, ignore_eos=True, kv_keep=0.5)
+    with lvlm.load(folder) as model:
+        expected = [whole.alone(model), half.alone(model)]
+    with Engine(folder, slots=3) as engine:
+        compact = intercept(engine, "compact")
+
+        def fail(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
+            raise MemoryError("none")
+
+        compact.before = fail
+        with answers(engine, [whole], expected[:1]):
+            handle = submit(engine, half)
+            with pytest.raises(BackendError, match=r"the backend failed .*MemoryError"):
+                handle.result(WAIT)
+        assert compact.calls
+        compact.before = lambda inputs, outputs: None  # noqa: ARG005
+        with answers(engine, [whole, half], expected):
+            pass
+        idle(engine)
+
+
+# Listeners, and the engine's own mistakes
+
+
+def test_listeners_may_do_anything(engine: Engine, expected: list[Generation]) -> None:
+    """Raise, cancel their own request or another one, ask for more."""
+    more: list[Handle] = []
+    with logged() as records, answers(engine, LONG, expected):
+        own, other, third = (submit(engine, SHORT) for _ in range(3))
+
+        def cancels() -> None:
+            if len(own.token_ids) == 2:
+                own.cancel()
+                other.cancel()
+
+        def raises() -> None:
+            raise LookupError("a listener's")
+
+        def asks() -> None:
+            if third.done and not more:
+                more.append(submit(engine, SHORT))
+
+        own.subscribe(cancels)
+        third.subscribe(raises)
+        third.subscribe(asks)
+        assert len(third.result(WAIT).token_ids) == 12
+        until(lambda: bool(more))
+        assert len(more[0].result(WAIT).token_ids) == 12
+        for handle in (own, other):
+            assert type(handle_error(handle)) is lvlm.core.errors.RequestCancelled
+    assert {record.exc_info[0] for record in records if record.exc_info} == {LookupError}
+
+
+def test_two_listeners_that_cancel_each_other(engine: Engine) -> None:
+    """Neither waits for a lock that the other one holds."""
+    for _ in range(20):
+        first, second = submit(engine, SHORT), submit(engine, SHORT)
+        first.subscribe(lambda a=first, b=second: a.done and b.cancel())  # type: ignore[misc]
+        second.subscribe(lambda a=first, b=second: b.done and a.cancel())  # type: ignore[misc]
+        threads = [threading.Thread(target=h.cancel) for h in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT)
+            assert not thread.is_alive()
+
+
+def test_a_mistake_of_the_engine_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for ever, and it is said aloud."""
+    engine = Engine(folder, slots=1)
+    monkeypatch.setattr(scheduler(engine).slots, "start", None)
+    all_asked = threading.Event()
+    intercept(engine, "prefill").before = lambda inputs, outputs: all_asked.wait(WAIT)  # noqa: ARG005
+    with logged() as records:
+        handles = [engine.submit(QUESTION) for _ in range(3)]
+        all_asked.set()
+        for handle in handles:
+            with pytest.raises(
+                BackendError, match=r"^the engine stopped \(TypeError: .*open it ag"
+            ):
+                handle.result(WAIT)
+    assert [record.getMessage() for record in records] == ["the engine stopped"]
+    with pytest.raises(EngineClosedError, match="this engine is closed"):
+        engine.submit(QUESTION)
+    engine.close()
