@@ -1,6 +1,6 @@
 """What a target is: one engine, of one version on one platform, as data.
 
-A target says what an engine takes; ``_lowering.py`` turns that into graphs, ``lvlm-build engine``
+A target says what an engine takes; ``passes/lowering.py`` turns that into graphs, ``lvlm-build engine``
 into engines. Where NVIDIA's documentation is all that is known, ``verified`` is empty and every
 operator that is in doubt is written out.
 """

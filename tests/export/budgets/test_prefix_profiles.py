@@ -41,7 +41,7 @@ from lvlm.export.budgets.prefix_search import (
 )
 from lvlm.export.checkpoint.reading import Checkpoint
 
-VECTORS = sorted((Path(__file__).parents[1] / "data/caches").glob("prefixkv_*.npz"))
+VECTORS = sorted((Path(__file__).parents[2] / "data/caches").glob("prefixkv_*.npz"))
 
 
 def every_threshold(layers: list[list[int]], target: int) -> list[int]:

@@ -13,7 +13,7 @@ from lvlm.export.ops.cache_compact.contract import OP
 from lvlm.export.ops.op import Sample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 
-VECTORS = Path(__file__).parents[1] / "data/caches"
+VECTORS = Path(__file__).parents[2] / "data/caches"
 RECORDED = sorted(path.name for path in VECTORS.glob("*.npz"))
 MODES = {"elastic": "merge-reference", "prefixkv": "evict"}
 

@@ -17,7 +17,7 @@ from lvlm.runtime.bundle.manifest import ProfileRow, Text
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
 
-VECTORS = sorted((Path(__file__).parents[1] / "data/caches").glob("*.npz"))
+VECTORS = sorted((Path(__file__).parents[2] / "data/caches").glob("*.npz"))
 
 
 class Memory(HostMemory):

@@ -323,7 +323,7 @@ def test_a_changed_lowered_graph_is_noticed(folder: Path, refused: Callable[...,
 def test_lowering_that_is_cut_short_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = Path(__file__).parents[1] / "data/bundles/schema-3.zip"
+    data = Path(__file__).parents[2] / "data/bundles/schema-3.zip"
     with zipfile.ZipFile(data) as archive:
         archive.extractall(tmp_path)
     folder = tmp_path / "s3"

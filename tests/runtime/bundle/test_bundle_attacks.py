@@ -19,8 +19,8 @@ from lvlm.core.errors import LvlmError
 from lvlm.core.integrity import describe
 from lvlm.runtime.bundle.manifest import SCHEMA
 
-DATA = Path(__file__).parents[1] / "data/bundles"
-SAMPLE = Path(__file__).parents[2] / "assets/samples/digits-1.png"
+DATA = Path(__file__).parents[2] / "data/bundles"
+SAMPLE = Path(__file__).parents[3] / "assets/samples/digits-1.png"
 ROOM = 2 << 30  # more address space than a load of this bundle needs
 HUGE, LONG = 10**4000, "x" * 100_000
 Edit = Callable[[Any], object]

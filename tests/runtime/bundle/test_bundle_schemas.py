@@ -12,8 +12,8 @@ import lvlm
 from lvlm.core.errors import BundleError
 from lvlm.runtime.bundle.manifest import SCHEMA, read_bundle
 
-DATA = Path(__file__).parents[1] / "data/bundles"
-SAMPLE = Path(__file__).parents[2] / "assets/samples/digits-1.png"
+DATA = Path(__file__).parents[2] / "data/bundles"
+SAMPLE = Path(__file__).parents[3] / "assets/samples/digits-1.png"
 # A random LLaVA of two layers with lightvlm at keep 0.5, exported and asked at commit a2b913b.
 ANSWERS = {
     "Read the top row.": [506, 432, 484, 432, 503, 157, 58, 248, 466, 405, 67, 433],
