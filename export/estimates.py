@@ -1,20 +1,16 @@
-"""What an export needs of the machine, and whether the machine has it."""
+"""How much memory an export takes, and how much there is."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from lvlm.core.errors import ExportError
 from lvlm.core.progress import size
-from lvlm.export.targets.target import LARGE
-
-if TYPE_CHECKING:
-    from lvlm.export.export_plan import Options, Plan
+from lvlm.export.export_options import ExportOptions
+from lvlm.export.targets.description import LARGE
 
 LIBRARIES = 550_000_000  # torch and what belongs to it, and traced graphs
 RUNNING = 1_000_000_000  # bytes beside the weights while a prompt is run
@@ -22,7 +18,7 @@ CGROUP = Path("/sys/fs/cgroup")  # of the container, where there is one
 
 
 def peak_memory(
-    options: Options,
+    options: ExportOptions,
     *,
     weight_bytes: int,
     largest: int,
@@ -54,27 +50,6 @@ def running_memory(largest: int) -> int:
     and what passes through the layers are counted as RUNNING.
     """
     return LIBRARIES + RUNNING + 8 * largest
-
-
-def disk(plan: Plan) -> int:
-    """Bytes that the export writes at most."""
-    return plan.weight_bytes + 50_000_000
-
-
-def check_machine(plan: Plan) -> None:
-    """ExportError, with what helps, where disk or memory are too small for the export."""
-    output = plan.options.output.absolute()
-    free = shutil.disk_usage(output.parent).free
-    if free < disk(plan):
-        raise ExportError(
-            f"the bundle needs {size(disk(plan))}, the disk has {size(free)} free; "
-            "free some or give -o on another disk"
-        )
-    check_memory(
-        "the export",
-        plan.peak_bytes,
-        {f"give --no-validate (about {size(plan.unvalidated_bytes)})": plan.unvalidated_bytes},
-    )
 
 
 def check_memory(what: str, needed: int, others: Mapping[str, int] | None = None) -> None:

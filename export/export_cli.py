@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lvlm.core.console import Parser, run_main
+from lvlm.export.dtypes import DTYPES
 
 if TYPE_CHECKING:
-    from lvlm.export.export_plan import Options
+    from lvlm.export.export_options import ExportOptions
     from lvlm.export.recipes._base import Recipe
 
-DTYPES = ("fp32", "fp16", "bf16")
 WEIGHTS = ("int8", "int4")
 CACHES = ("fp16",)
 
@@ -119,9 +119,9 @@ def _run(args: argparse.Namespace) -> int:
         require(["onnxruntime"], "cpu", " (or export with --no-validate)")
 
     from lvlm.core.progress import Progress
-    from lvlm.export.estimates import check_machine
     from lvlm.export.export_plan import make_plan
     from lvlm.export.exporter import export, stages
+    from lvlm.export.machine import check_machine
     from lvlm.export.summaries import plan_data, plan_table, report_data, report_table
 
     quiet = args.quiet or args.json
@@ -171,7 +171,7 @@ def require(packages: Sequence[str], extra: str, otherwise: str = "") -> None:
         )
 
 
-def _options(args: argparse.Namespace) -> Options:
+def _options(args: argparse.Namespace) -> ExportOptions:
     from lvlm.core.discovery import discover, nearest
     from lvlm.core.errors import ParameterError
     from lvlm.export.places import check_output
@@ -181,14 +181,14 @@ def _options(args: argparse.Namespace) -> Options:
     if args.output is None:
         raise ParameterError("where to? give -o FOLDER")
     check_output(args.output)
-    from lvlm.export.export_plan import Options
+    from lvlm.export.export_options import ExportOptions
     from lvlm.export.recipes._base import parse_settings
 
     targets = discover("lvlm.export.targets", "TARGET")
     for name in args.target:
         if name not in targets:
             raise nearest("target", name, targets)
-    return Options(
+    return ExportOptions(
         model=args.model,
         recipe=parse_settings(known_recipe(args.recipe), args.set),
         output=args.output,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,62 +14,16 @@ from lvlm.export import estimates
 from lvlm.export.budgets.calibration_samples import read_samples
 from lvlm.export.budgets.prefix_profiles import Profile, check_profile, model_hash, read_profile
 from lvlm.export.budgets.sample_prompts import prompt_maker
-from lvlm.export.checkpoint import reading as checkpoints
+from lvlm.export.checkpoint import checkpoint as checkpoints
+from lvlm.export.export_options import CACHES, DTYPES, ExportOptions
 from lvlm.export.families.family import Family, PromptFiles
-from lvlm.export.graphs.language import LanguageModel
+from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.recipes._base import Recipe
-from lvlm.export.targets.target import Target
-from lvlm.export.weights.quantization import BLOCKS, KINDS, Quantization, product_weights
+from lvlm.export.weights.quantization import product_weights
 from lvlm.export.weights.weight_names import open_skeleton
 from lvlm.runtime.bundle.manifest import Capacity, Images
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CACHES = {"fp16": torch.float16}  # narrower than what is computed with
-BLOCK = 32  # of quantized weights; docs/quantization.md compares sizes
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to export. ``dtype`` None: as the checkpoint has it (its config.json); ``weights`` None:
-    the language model's products are of ``dtype``, too; ``cache`` None: so is the cache;
-    ``max_image_tokens`` None: pictures give as many tokens as the checkpoint says."""
-
-    model: str
-    recipe: Recipe
-    output: Path
-    dtype: str | None = None
-    weights: str | None = None
-    block_size: int | None = None
-    cache: str | None = None
-    revision: str | None = None
-    max_text_len: int = 2048
-    max_images: int = 1
-    max_image_tokens: int | None = None
-    validate: bool = True
-    targets: tuple[Target, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("max_text_len", "max_images", "max_image_tokens"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ParameterError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
-        for name, values in (("dtype", DTYPES), ("weights", KINDS), ("cache", CACHES)):
-            value = getattr(self, name)
-            if value is not None and value not in list(values):
-                raise ParameterError(f"--{name} {value}: give one of {', '.join(values)}")
-        if self.block_size is not None:
-            if self.weights is None:
-                raise ParameterError("--block-size is for quantized weights; add --weights int4")
-            if self.block_size not in BLOCKS:
-                sizes = ", ".join(map(str, BLOCKS))
-                raise ParameterError(f"--block-size {self.block_size}: give one of {sizes}")
-
-    @property
-    def quantization(self) -> Quantization | None:
-        if self.weights is None:
-            return None
-        return Quantization(KINDS[self.weights], self.block_size or BLOCK)
 
 
 @dataclass(frozen=True)
@@ -86,7 +39,7 @@ class CachePlan:
 class Plan:
     """Everything known before any work: what ``--dry-run`` prints."""
 
-    options: Options
+    options: ExportOptions
     checkpoint: checkpoints.Checkpoint
     family: Family
     config: Any
@@ -103,7 +56,7 @@ class Plan:
     profile: Profile | None = None  # measured by this export
 
 
-def make_plan(options: Options, *, weights: bool = True, quiet: bool = False) -> Plan:
+def make_plan(options: ExportOptions, *, weights: bool = True, quiet: bool = False) -> Plan:
     """Resolve and check everything that can be checked without tracing.
 
     Args:
@@ -116,7 +69,7 @@ def make_plan(options: Options, *, weights: bool = True, quiet: bool = False) ->
         return _plan_of(checkpoint, options)
 
 
-def _plan_of(checkpoint: checkpoints.Checkpoint, options: Options) -> Plan:
+def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Plan:
     family = checkpoints.find_family(checkpoint.config, checkpoint.source)
     config = family.read_config(checkpoint.config)
     dtype = DTYPES[options.dtype] if options.dtype else _stored_dtype(config, checkpoint)
@@ -171,7 +124,7 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: Options) -> Plan:
     )
 
 
-def _check_dtypes(options: Options, dtype: torch.dtype) -> None:
+def _check_dtypes(options: ExportOptions, dtype: torch.dtype) -> None:
     """ParameterError for data types that do not go together, or that a target does not take."""
     narrow = {name: value for name in ("weights", "cache") if (value := getattr(options, name))}
     for name, value in narrow.items():
@@ -189,7 +142,7 @@ def _check_dtypes(options: Options, dtype: torch.dtype) -> None:
 
 
 def _saved(
-    options: Options, skeleton: torch.nn.Module, language: LanguageModel, dtype: torch.dtype
+    options: ExportOptions, skeleton: torch.nn.Module, language: LanguageModel, dtype: torch.dtype
 ) -> int:
     """Bytes that quantization adds to those of the weights; ParameterError if it cannot be done."""
     how = options.quantization
@@ -208,7 +161,11 @@ def _saved(
 
 
 def plan_cache(
-    options: Options, recipe: Recipe, images: Images, language: LanguageModel, dtype: torch.dtype
+    options: ExportOptions,
+    recipe: Recipe,
+    images: Images,
+    language: LanguageModel,
+    dtype: torch.dtype,
 ) -> CachePlan:
     """Entries per layer that the longest prompt and answer can ever occupy."""
     layers = len(language.blocks)

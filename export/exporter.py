@@ -18,16 +18,18 @@ from lvlm.core.errors import ExportError, ValidationError
 from lvlm.core.integrity import File, describe
 from lvlm.core.output import temporary_sibling
 from lvlm.core.progress import Progress, size
-from lvlm.export.checkpoint import reading as checkpoints
+from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.checkpoint.skeleton import build_skeleton
-from lvlm.export.estimates import check_machine
-from lvlm.export.export_plan import Options, Plan
+from lvlm.export.export_options import ExportOptions
+from lvlm.export.export_plan import Plan
 from lvlm.export.graphs.bundle_graphs import graph_names, trace_graph
 from lvlm.export.graphs.tracing import TracedGraph
+from lvlm.export.machine import check_machine
 from lvlm.export.places import check_output
 from lvlm.export.self_calibration import with_profile
+from lvlm.export.targets.description import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
-from lvlm.export.targets.target import AT_THE_END, CACHE_WRITES, POSITIONS, Target
+from lvlm.export.targets.target import Target
 from lvlm.export.weights import store as weights
 from lvlm.export.weights.fused_linears import fuse_products
 from lvlm.export.weights.quantization import product_weights
@@ -80,7 +82,7 @@ def export(plan: Plan, progress: Progress) -> Report:
     return replace(report, manifest=manifest, seconds=progress.elapsed)
 
 
-def stages(options: Options) -> int:
+def stages(options: ExportOptions) -> int:
     """How many steps the progress of an export has."""
     wanted = options.recipe.calibration()
     measured = wanted is not None and wanted.file is None

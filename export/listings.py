@@ -8,8 +8,8 @@ from __future__ import annotations
 import textwrap
 
 from lvlm.core.discovery import discover, nearest
-from lvlm.export.checkpoint.reading import SHIPPED
-from lvlm.export.export_cli import DTYPES
+from lvlm.export.checkpoint.checkpoint import SHIPPED
+from lvlm.export.dtypes import DTYPES
 from lvlm.export.families.family import Family
 from lvlm.export.recipes._base import Recipe, settable
 from lvlm.export.targets.target import Target

@@ -13,7 +13,8 @@ from lvlm.core.errors import BackendError
 from lvlm.core.forks import Home
 from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend, thread_count
-from lvlm.runtime.bundle.manifest import Manifest, bundle_path, read_bundle
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.bundle.reader import bundle_path, read_bundle
 from lvlm.runtime.generate.answers import Generation, Stats, Stream
 from lvlm.runtime.generate.asks import Ask, Images, Videos, many_asks, one_ask
 from lvlm.runtime.generate.batch import Batch, Batches

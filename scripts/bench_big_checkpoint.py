@@ -21,7 +21,7 @@ import torch
 from big_shapes import SHAPES
 from safetensors.torch import save_file
 
-from lvlm.export.checkpoint.reading import find_family
+from lvlm.export.checkpoint.checkpoint import find_family
 
 SHARD = 1_000_000_000  # bytes
 

@@ -22,7 +22,8 @@ from random_prompt import random_prompt
 
 import lvlm
 from lvlm.core.progress import Progress
-from lvlm.export.export_plan import Options, make_plan
+from lvlm.export.export_options import ExportOptions
+from lvlm.export.export_plan import make_plan
 from lvlm.export.exporter import export, stages
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
@@ -95,7 +96,7 @@ def arithmetic(tokens_per_layer: list[int]) -> float:
 def make_bundle(work: Path, recipe: Any, name: str) -> Path:
     output = work / name  # remove it after a change of the exporter
     if not (output / "lvlm.json").exists():
-        options = Options(
+        options = ExportOptions(
             model=str(work / "checkpoint"),
             recipe=recipe,
             output=output,

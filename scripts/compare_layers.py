@@ -29,9 +29,10 @@ from lvlm.core.console import Parser, run_main
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BackendError, ParameterError
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
-from lvlm.export.targets.target import target_file
+from lvlm.export.targets.description import target_file
 from lvlm.runtime.backends import Call, Session, require
-from lvlm.runtime.bundle.manifest import Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.model import load
 
 Arrays = dict[str, np.ndarray]

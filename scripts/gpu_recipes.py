@@ -20,7 +20,8 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from lvlm.export.graphs import language as language_graphs
-from lvlm.export.graphs.language import Compact, Decode, LanguageModel, Prefill
+from lvlm.export.graphs.language import Compact, Decode, Prefill
+from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.ports import buffer_kinds, compact_counts, recipe_inputs
 from lvlm.export.ops.op import Attribute, Op, computed_by
 from lvlm.export.recipes._base import Recipe

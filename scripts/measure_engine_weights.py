@@ -20,7 +20,8 @@ from lvlm.plugins_trt.engines.engine_builder import lower_bundle
 from lvlm.plugins_trt.engines.shape_profiles import Limits, parse_batch, profiles, shapes
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
 from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
-from lvlm.runtime.bundle.manifest import Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 
 SM = 86
 GRAPHS = ("prefill", "decode")  # vision shares no weight with them

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import LvlmError
-from lvlm.export.export_plan import DTYPES, Options, make_plan
+from lvlm.export.export_options import DTYPES, ExportOptions
+from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes._base import parse_settings
 from lvlm.export.verify import validation
 from lvlm.export.verify.checks import table
-from lvlm.runtime.bundle.manifest import read_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[manifest.recipe], given)
     dtype = next(k for k, v in DTYPES.items() if str(v) == f"torch.{manifest.dtype}")
     plan = make_plan(
-        Options(
+        ExportOptions(
             args.checkpoint,
             recipe,
             args.bundle,

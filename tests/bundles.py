@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lvlm.core.discovery import discover
-from lvlm.export.checkpoint.reading import find_family
+from lvlm.export.checkpoint.checkpoint import find_family
 from lvlm.export.families.family import Family
 from lvlm.runtime.prompt.prompts import Prompt
 

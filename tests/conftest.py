@@ -27,6 +27,7 @@ from lvlm.core.progress import Progress
 from lvlm.export import export_plan as planning
 from lvlm.export import exporter
 from lvlm.export.checkpoint.skeleton import default_dtype
+from lvlm.export.export_options import ExportOptions
 from lvlm.export.recipes._base import parse_settings
 from lvlm.export.targets.target import Target
 from lvlm.runtime.backends import cpu
@@ -130,7 +131,7 @@ def bundle(shared: Path, checkpoint: Callable[[str], Path]) -> Callable[..., Pat
                 known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
                 parsed = parse_settings(discover("lvlm.export.recipes", "RECIPE")[recipe], settings)
                 plan = planning.make_plan(
-                    planning.Options(
+                    ExportOptions(
                         model=str(checkpoint(model)),
                         recipe=parsed,
                         output=output,

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import lvlm
-from lvlm.commands import MODULES
 from lvlm.main import run_verb
+from lvlm.verbs import MODULES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

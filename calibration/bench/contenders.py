@@ -21,7 +21,8 @@ from lvlm.core.errors import BundleError, LvlmError, ParameterError
 from lvlm.core.installing import install
 from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend
-from lvlm.runtime.bundle.manifest import Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 
 BUNDLE = "bundle"
 BUNDLE_SETTINGS = ("device", "keep", "kv-keep")

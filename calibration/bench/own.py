@@ -13,7 +13,8 @@ from lvlm.bench.drive import at_once, one_after_another
 from lvlm.bench.figures import Record
 from lvlm.bench.workload import Request, Work
 from lvlm.runtime.backends import open_backend
-from lvlm.runtime.bundle.manifest import Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.model import load
 from lvlm.runtime.options.generation_options import GenerationOptions

@@ -16,7 +16,8 @@ from lvlm.core.integrity import sha256_of
 from lvlm.core.progress import Progress
 from lvlm.export import export_plan as planning
 from lvlm.export.budgets.prefix_profiles import model_hash
-from lvlm.export.checkpoint import reading as checkpoints
+from lvlm.export.checkpoint import checkpoint as checkpoints
+from lvlm.export.export_options import ExportOptions
 from lvlm.export.exporter import export
 from lvlm.export.recipes._base import Recipe, parse_settings, settable
 from lvlm.runtime.bundle.manifest import MANIFEST, SCHEMA
@@ -27,7 +28,7 @@ class Order:
     """A bundle to make: where, and how."""
 
     label: str
-    options: planning.Options
+    options: ExportOptions
 
     @property
     def folder(self) -> Path:
@@ -130,7 +131,7 @@ def order(
             "recipe": {k: _content(v) for k, v in recipe.parameters().items()},
             "options": [dtype, max_text_len, max_images],
         }
-        options = planning.Options(
+        options = ExportOptions(
             model=model,
             recipe=recipe,
             output=work / f"{recipe.name}-{key_of(**parts)[:8]}",

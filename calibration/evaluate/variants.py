@@ -10,7 +10,8 @@ from pathlib import Path
 
 from lvlm.core.errors import ParameterError
 from lvlm.core.integrity import Verify
-from lvlm.runtime.bundle.manifest import MANIFEST, Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import MANIFEST, Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lvlm.export.budgets.calibration_samples import Sample
 from lvlm.export.budgets.measuring import calibrate
 from lvlm.export.budgets.prefix_profiles import Profile, identify
 from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
-from lvlm.export.checkpoint import reading as checkpoints
+from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.estimates import check_memory, running_memory
 from lvlm.export.families.family import Family
 from lvlm.export.recipes._base import Recipe

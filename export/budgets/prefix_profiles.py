@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lvlm.core.errors import BundleError, CheckpointError, ExportError, ParameterError
 from lvlm.core.output import whole_file
 from lvlm.core.typed_json import decode
-from lvlm.export.checkpoint.reading import Checkpoint, describe
+from lvlm.export.checkpoint.checkpoint import Checkpoint, describe
 from lvlm.runtime.bundle.manifest import ProfileRow
 
 SCHEMA = 1

@@ -6,7 +6,7 @@ from typing import Any
 
 from lvlm.core.errors import BundleError, CheckpointError, LvlmError
 from lvlm.export.budgets.calibration_samples import Sample
-from lvlm.export.checkpoint.reading import Checkpoint
+from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.families.family import Family, PromptFiles
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.options.generation_options import GenerationOptions

@@ -19,7 +19,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
 from lvlm.export.families.parts.llama_text import tiny, tiny_token
 from lvlm.export.families.parts.qwen_vision import Angles, patches, run_block
 from lvlm.export.families.parts.qwen_vl_like import QwenVL, tiny_preprocessor, tiny_text
-from lvlm.export.graphs.language import LanguageModel
+from lvlm.export.graphs.language_model import LanguageModel
 
 
 class Qwen3VL(QwenVL):

@@ -34,7 +34,7 @@ from lvlm.export.families.parts.llama_text import (
 )
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
-from lvlm.export.graphs.language import LanguageModel
+from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.parts.frames import attempted

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lvlm.export.graphs.language import Compact, Decode, LanguageModel, Prefill
+from lvlm.export.graphs.language import Compact, Decode, Prefill
+from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.ports import (
     buffer_kinds,
     buffer_names,

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
+from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.recipes._cache import CacheRule
 from lvlm.export.recipes._sequence import GraphInput
-
-if TYPE_CHECKING:
-    from lvlm.export.graphs.language import LanguageModel
 
 
 def buffer_names(layers: int, *which: str) -> list[str]:

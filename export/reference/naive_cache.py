@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from lvlm.export.graphs.language import Compact, Decode, LanguageModel
+from lvlm.export.graphs.language import Compact, Decode
+from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.recipes._cache import CacheRule
 from lvlm.runtime.kv.budgets import Budgets
 

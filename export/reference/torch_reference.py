@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from lvlm.core.errors import ValidationError
-from lvlm.export.checkpoint.reading import Checkpoint
+from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.checkpoint.skeleton import build_shape, with_parameters
 from lvlm.export.families.family import Family
-from lvlm.export.graphs.language import LanguageModel, Prefill
+from lvlm.export.graphs.language import Prefill
+from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.ports import buffer_kinds, recipe_inputs
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.recipes._cache import CacheRule

@@ -5,7 +5,8 @@ Its parser ends at opset 20 and imports none of the newer ops; the cache is writ
 
 from __future__ import annotations
 
-from lvlm.export.targets.target import FLOATS, Target
+from lvlm.export.targets.description import FLOATS
+from lvlm.export.targets.target import Target
 
 TARGET = Target(
     name="jetson-orin-jp62",

@@ -6,7 +6,8 @@ RotaryEmbedding and TensorScatter in 10.15: all are written out here.
 
 from __future__ import annotations
 
-from lvlm.export.targets.target import FLOATS, Target
+from lvlm.export.targets.description import FLOATS
+from lvlm.export.targets.target import Target
 
 TARGET = Target(
     name="jetson-thor-jp7",

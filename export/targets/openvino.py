@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lvlm.export.targets.target import FLOATS, Target
+from lvlm.export.targets.description import FLOATS
+from lvlm.export.targets.target import Target
 from lvlm.runtime.bundle.manifest import Capacity
 
 if TYPE_CHECKING:

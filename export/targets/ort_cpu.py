@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvlm.export.targets.target import NEW_OPS, Target
+from lvlm.export.targets.description import NEW_OPS
+from lvlm.export.targets.target import Target
 from lvlm.runtime.bundle.manifest import Capacity
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ functions of the lvlm ops.
 
 from __future__ import annotations
 
-from lvlm.export.targets.target import FLOATS, NEW_OPS, Target
+from lvlm.export.targets.description import FLOATS, NEW_OPS
+from lvlm.export.targets.target import Target
 
 TARGET = Target(
     name="ort-cuda",

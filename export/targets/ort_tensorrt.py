@@ -6,7 +6,8 @@ which the provider does not promise.
 
 from __future__ import annotations
 
-from lvlm.export.targets.target import FLOATS, HALVES, Target
+from lvlm.export.targets.description import FLOATS, HALVES
+from lvlm.export.targets.target import Target
 
 TARGET = Target(
     name="ort-tensorrt",

@@ -6,7 +6,8 @@ precision, KVCacheUpdate from TensorScatter (both in 10.15 already).
 
 from __future__ import annotations
 
-from lvlm.export.targets.target import FLOATS, HALVES, NEW_OPS, Target
+from lvlm.export.targets.description import FLOATS, HALVES, NEW_OPS
+from lvlm.export.targets.target import Target
 
 TARGET = Target(
     name="trt-11",

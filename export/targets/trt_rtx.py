@@ -6,7 +6,8 @@ plugin ends the process: the functions stay.
 
 from __future__ import annotations
 
-from lvlm.export.targets.target import FLOATS, HALVES, NEW_OPS, Target
+from lvlm.export.targets.description import FLOATS, HALVES, NEW_OPS
+from lvlm.export.targets.target import Target
 
 TARGET = Target(
     name="trt-rtx",

@@ -19,7 +19,8 @@ from onnx import helper
 
 from lvlm.core.discovery import discover
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
-from lvlm.export.targets.target import LARGE, Target
+from lvlm.export.targets.description import LARGE
+from lvlm.export.targets.target import Target
 from lvlm.export.verify.waiting import let_quantized_wait
 from lvlm.export.verify.widened import widen
 from lvlm.runtime.backends import Session, open_backend

@@ -28,7 +28,8 @@ from lvlm.export.verify.forms import Opened, canonical
 from lvlm.export.verify.judge import Judge, Verdict
 from lvlm.export.verify.outcome import Outcome
 from lvlm.export.verify.run import run_form, whole
-from lvlm.runtime.bundle.manifest import Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
 from lvlm.runtime.prompt.text import Tokenizer
 

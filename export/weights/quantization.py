@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lvlm.core.errors import ParameterError
-from lvlm.export.graphs.language import LanguageModel
+from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.weights.stored_weights import Read, StoredLinear
 
 KINDS = {"int8": 8, "int4": 4}  # what --weights takes, in bits

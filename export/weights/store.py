@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from lvlm.core.integrity import File, FileHash
-from lvlm.export.checkpoint.reading import Checkpoint
+from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.graphs.tracing import TracedGraph
 from lvlm.export.weights.quantization import quantize
 from lvlm.export.weights.quantized_linears import BLOCKS, QuantizedTensor

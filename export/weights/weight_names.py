@@ -13,7 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lvlm.core.errors import CheckpointError
-from lvlm.export.checkpoint.reading import DTYPES, Checkpoint
+from lvlm.export.checkpoint.checkpoint import DTYPES, Checkpoint
 from lvlm.export.checkpoint.skeleton import build_shape, traceable
 from lvlm.export.families.family import Family
 

@@ -26,7 +26,8 @@ from lvlm.plugins_trt.engines.engine_request import Request
 from lvlm.plugins_trt.engines.shape_profiles import shapes
 from lvlm.plugins_trt.engines.tensorrt_builder import NAMESPACE, Settings, TensorRt, open_tensorrt
 from lvlm.runtime.bundle.engine_sets import SCHEMA, EngineGraph, EngineSet, PluginLibrary
-from lvlm.runtime.bundle.manifest import MANIFEST, Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import MANIFEST, Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 
 
 def stages(plan: Plan) -> int:

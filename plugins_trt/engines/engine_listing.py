@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from lvlm.core.discovery import discover
 from lvlm.core.progress import size
-from lvlm.export.targets.target import NEW_OPS, Target
+from lvlm.export.targets.description import NEW_OPS
+from lvlm.export.targets.target import Target
 from lvlm.runtime.kv.cache import cache_bytes
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from lvlm.plugins_trt.engines.shape_profiles import Profile, profiles
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
 from lvlm.plugins_trt.engines.tensorrt_builder import TensorRt, open_tensorrt
 from lvlm.runtime.bundle.engine_sets import FILE, FOLDER, Weight
-from lvlm.runtime.bundle.manifest import Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 
 
 @dataclass(frozen=True)

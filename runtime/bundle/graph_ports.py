@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lvlm.core.errors import BundleError, shown
-
-if TYPE_CHECKING:
-    from lvlm.runtime.bundle.manifest import Manifest, Port
+from lvlm.runtime.bundle.manifest import Manifest, Port
 
 # Bits of a number, by the types that ports and weights may have
 BITS = {

@@ -1,22 +1,17 @@
-"""The bundle: a folder with graphs, weights, tokenizer and the manifest ``lvlm.json``, their list.
+"""The manifest ``lvlm.json`` of a bundle: what is in its folder, and what it must be run with.
 
-The exporter writes these types, the runtime reads them. Nothing in a bundle is trusted: every field
-has its type checked, every file is listed and has its recorded hash.
+The exporter writes these types, the runtime reads them (reader.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lvlm.core.errors import BundleError, ParameterError, shown
-from lvlm.core.integrity import File, Verify, check_files
-from lvlm.core.typed_json import decode, read_json
-from lvlm.runtime.bundle.manifest_checks import check
+from lvlm.core.integrity import File
 
 SCHEMA = 4
 READABLE = (3, SCHEMA)  # 3 has neither ``generation`` nor hashes of blocks
@@ -211,55 +206,3 @@ class Manifest:
         """What lvlm.json holds."""
         data = dataclasses.asdict(self) | {"schema": SCHEMA}
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
-
-
-def bundle_path(bundle: object) -> Path:
-    """Where a bundle is, as a caller gives it. Raises ParameterError if that is no path."""
-    try:
-        return Path(bundle)  # type: ignore[arg-type]
-    except TypeError:
-        raise ParameterError(
-            f"bundle is {shown(bundle)}; give the path of a folder made by lvlm-export"
-        ) from None
-
-
-def _no_bundle(folder: Path) -> str:
-    """What is there instead, and what to do."""
-    name = str(folder) if str(folder).isprintable() else shown(str(folder))
-    if folder.is_dir():
-        if (folder / "config.json").is_file():
-            return f"{name} is a checkpoint; make a bundle of it: lvlm-export -m {name} -o BUNDLE"
-        return f"{name} is not a bundle (no lvlm.json in it); make one with lvlm-export -m MODEL"
-    if folder.name == MANIFEST and folder.exists():
-        return f"{name} is a file of a bundle; give its folder {folder.parent}"
-    if os.path.lexists(folder):
-        return f"{name} is not a bundle (a file, and a bundle is a folder that lvlm-export made)"
-    return f"{name} does not exist; make one with lvlm-export -m MODEL -o {name}"
-
-
-def read_bundle(folder: str | Path, verify: Verify = "sample") -> Manifest:
-    """The checked manifest of a bundle; BundleError says what is wrong with it.
-
-    ``verify``: how the listed files are compared with their hashes (integrity.py); that they are
-    there and of the right size is always looked at.
-    """
-    folder = Path(folder)
-    path = folder / MANIFEST
-    try:
-        there = path.is_file()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BundleError(f"{shown(str(folder))} cannot be read ({reason})") from None
-    if not there:
-        raise BundleError(_no_bundle(folder))
-    data = read_json(path)
-    schema = data.get("schema") if isinstance(data, dict) else None
-    if isinstance(schema, bool) or schema not in READABLE:
-        raise BundleError(
-            f"{path} has schema {shown(schema)}, this version reads {READABLE[0]} and {SCHEMA}; "
-            "export again with this version or install the one that wrote it"
-        )
-    manifest = decode(Manifest, data, path.name)
-    check(manifest, path)
-    check_files(folder, manifest.files, verify)
-    return manifest

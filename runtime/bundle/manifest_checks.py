@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lvlm.core.errors import BundleError, shown
 from lvlm.runtime.bundle.graph_ports import BITS, check_ports
-
-if TYPE_CHECKING:
-    from lvlm.runtime.bundle.manifest import Compression, Manifest, Reduction
+from lvlm.runtime.bundle.manifest import Compression, Manifest, Reduction
 
 LARGEST = 2**31 - 1  # of sizes, so that products of two can be computed with
 GRAPHS = {"vision", "prefill", "decode"}

@@ -13,7 +13,7 @@ from typing import Self, Unpack, overload
 from lvlm.core.errors import QueueFullError
 from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend, thread_count
-from lvlm.runtime.bundle.manifest import bundle_path, read_bundle
+from lvlm.runtime.bundle.reader import bundle_path, read_bundle
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.image_cache import ImageCache
 from lvlm.runtime.engine.memory_plan import Memory, plan_memory, slot_capacity

@@ -24,7 +24,8 @@ from lvlm.core.integrity import sha256_of
 from lvlm.core.nvidia import Driver, NoGpuError, driver
 from lvlm.runtime.backends import devices
 from lvlm.runtime.bundle.engine_sets import PLUGINS, EngineSet, NoEnginesError
-from lvlm.runtime.bundle.manifest import Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 
 CUDA_FOR_ORT = (13, 0)  # what onnxruntime-gpu 1.31 is built with
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}

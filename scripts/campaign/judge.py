@@ -72,7 +72,8 @@ def leftovers(case: Case, folder: Path) -> list[str]:
 def incomplete(bundle: Path) -> list[str]:
     """A bundle with a file that is missing, unlisted or not as its manifest says."""
     from lvlm.core.errors import LvlmError
-    from lvlm.runtime.bundle.manifest import MANIFEST, read_bundle
+    from lvlm.runtime.bundle.manifest import MANIFEST
+    from lvlm.runtime.bundle.reader import read_bundle
 
     try:
         manifest = read_bundle(bundle, verify="full")

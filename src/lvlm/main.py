@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from importlib import util
 from pathlib import Path
 
-from lvlm.commands import MODULES, PREFIX
 from lvlm.core.console import run_main
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError
 from lvlm.core.version import DISTRIBUTION, version
+from lvlm.verbs import MODULES, PREFIX
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,8 @@ from lvlm.bench.workload import (
     work,
 )
 from lvlm.core.errors import ParameterError, PromptError
-from lvlm.runtime.bundle.manifest import Weight, read_bundle
+from lvlm.runtime.bundle.manifest import Weight
+from lvlm.runtime.bundle.reader import read_bundle
 
 NUMBERS = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50)
 

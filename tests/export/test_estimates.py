@@ -9,7 +9,7 @@ import torch
 
 from lvlm.core.discovery import discover
 from lvlm.export import estimates
-from lvlm.export.export_plan import Options
+from lvlm.export.export_options import ExportOptions
 from lvlm.export.recipes._base import parse_settings
 
 GB = 10**9
@@ -19,7 +19,7 @@ def peak(recipe: str = "none", validate: bool = False, dtype: torch.dtype = torc
     """Of a model of 7 G parameters."""
     kind = discover("lvlm.export.recipes", "RECIPE")[recipe]
     return estimates.peak_memory(
-        Options("m", parse_settings(kind, []), Path("out")),
+        ExportOptions("m", parse_settings(kind, []), Path("out")),
         weight_bytes=7 * GB * dtype.itemsize,
         largest=131_000_000,
         dtype=dtype,

@@ -11,7 +11,8 @@ from lvlm.core.discovery import discover
 from lvlm.core.progress import Progress
 from lvlm.export import self_calibration
 from lvlm.export.budgets.prefix_profiles import DataId, ModelId, Profile, RecipeId, Spread
-from lvlm.export.export_plan import Options, make_plan
+from lvlm.export.export_options import ExportOptions
+from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes._base import parse_settings
 from lvlm.runtime.bundle.manifest import ProfileRow
 
@@ -27,7 +28,9 @@ def test_the_cache_is_counted_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -
     recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")["prefixkv"], [])
 
     def cache_bytes(**options: Any) -> int:
-        given = Options("tiny-llava", recipe, Path("out"), dtype="fp32", validate=False, **options)
+        given = ExportOptions(
+            "tiny-llava", recipe, Path("out"), dtype="fp32", validate=False, **options
+        )
         plan = self_calibration.with_profile(make_plan(given), Progress(0, quiet=True))
         assert plan.profile is made
         return plan.cache.bytes

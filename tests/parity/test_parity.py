@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 import lvlm
 from lvlm.core.discovery import discover
-from lvlm.export.checkpoint.reading import Checkpoint, find_family
+from lvlm.export.checkpoint.checkpoint import Checkpoint, find_family
 from lvlm.export.ops.token_merge.contract import OP as TOKEN_MERGE
 from lvlm.export.recipes import lightvlm
 from lvlm.export.recipes._base import parse_settings

@@ -11,9 +11,9 @@ import mypy.api
 import pytest
 
 import lvlm
-from lvlm.commands import MODULES
 from lvlm.core import errors
 from lvlm.main import run_verb
+from lvlm.verbs import MODULES
 
 PROGRAM = """
 import lvlm

@@ -34,7 +34,7 @@ class Generating:
         import torch
         from transformers import AutoModelForImageTextToText
 
-        from lvlm.export.checkpoint.reading import find_family
+        from lvlm.export.checkpoint.checkpoint import find_family
 
         torch.set_num_threads(setup.threads)
         self._model = AutoModelForImageTextToText.from_pretrained(

@@ -13,7 +13,7 @@ from torch import nn
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.parts.side_files import load_tokenizer, read_json
-from lvlm.export.graphs.language import LanguageModel
+from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.standard_ops import ATTENTION
 
 TEXT_TYPES = ("llama", "mistral", "qwen2")

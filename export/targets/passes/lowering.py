@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from lvlm.core.errors import ExportError
 from lvlm.core.output import whole_file
+from lvlm.export.targets.description import Description
 from lvlm.export.targets.passes import decomposed as _written_out
 from lvlm.export.targets.passes import graph_edits as _passes
 from lvlm.export.targets.passes.fp16_matmuls import narrow_products
 from lvlm.export.targets.passes.split_linears import split_products
 from lvlm.runtime.bundle.manifest import Capacity
 
-if TYPE_CHECKING:
-    from lvlm.export.targets.target import Target
 
-
-def lower(model: ir.Model, target: Target, capacity: Capacity) -> None:
+def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
     """Change ``model`` into its form for ``target``.
 
     With plugins every lvlm op is left without a function, and nothing else is a function, either:
@@ -53,19 +50,17 @@ def lower(model: ir.Model, target: Target, capacity: Capacity) -> None:
     _passes.lower_opset(model, target.opset)
 
 
-def write(target: Target, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> list[str]:
-    """See Target.write; a file is there whole or not at all."""
-    written = []
-    for file in graphs.values():
+def write(bundle: Path, files: Mapping[str, str], lower: Callable[[ir.Model], None]) -> list[str]:
+    """Lower each graph of ``files`` (canonical file -> its file for the target) beside it; the new
+    files' names. A file is there whole or not at all."""
+    for file, name in files.items():
         model = ir.load(bundle / file)
-        target.lower(model, capacity)
+        lower(model)
         for value in model.graph.initializers.values():
             _keep_external(value)
-        name = target.file(file)
         with whole_file(bundle / name, ExportError) as partial:
             ir.save(model, partial)
-        written.append(name)
-    return written
+    return list(files.values())
 
 
 def _keep_external(value: ir.Value) -> None:

@@ -13,10 +13,10 @@ import onnx
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from lvlm.export.targets.description import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets.passes.attention_sites import Site, find_site
 from lvlm.export.targets.passes.graph_edits import DTYPES
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
-from lvlm.export.targets.target import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.runtime.backends.ort.sessions import AGAIN
 
 

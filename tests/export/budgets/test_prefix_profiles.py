@@ -39,7 +39,7 @@ from lvlm.export.budgets.prefix_search import (
     search_fractions,
     search_reference,
 )
-from lvlm.export.checkpoint.reading import Checkpoint
+from lvlm.export.checkpoint.checkpoint import Checkpoint
 
 VECTORS = sorted((Path(__file__).parents[2] / "data/caches").glob("prefixkv_*.npz"))
 

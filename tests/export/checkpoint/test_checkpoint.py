@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 
 from lvlm.core.errors import CheckpointError, LvlmError, ParameterError
 from lvlm.core.progress import Progress
-from lvlm.export.checkpoint import reading as checkpoints
-from lvlm.export.export_plan import Options, make_plan
+from lvlm.export.checkpoint import checkpoint as checkpoints
+from lvlm.export.export_options import ExportOptions
+from lvlm.export.export_plan import make_plan
 from lvlm.export.exporter import export
 from lvlm.export.recipes.none import NoCompression
 
@@ -34,7 +35,7 @@ def folder(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
 
 def plan(folder: Path, **options: Any) -> Any:
     output = folder.parent / "out"
-    return make_plan(Options(str(folder), NoCompression(), output, **options))
+    return make_plan(ExportOptions(str(folder), NoCompression(), output, **options))
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

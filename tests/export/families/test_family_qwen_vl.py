@@ -14,7 +14,7 @@ from test_parity import ROWS, load_torch, make_reference
 
 import lvlm
 from lvlm.core.errors import CheckpointError, ParameterError
-from lvlm.export.export_plan import Options as ExportOptions
+from lvlm.export.export_options import ExportOptions as ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes._base import parse_settings
 from lvlm.export.recipes.lightvlm import RECIPE as LIGHTVLM

@@ -17,8 +17,8 @@ from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 import lvlm
 from lvlm.core.errors import CheckpointError, ParameterError
 from lvlm.export.budgets.sample_prompts import prompt_maker
-from lvlm.export.checkpoint.reading import Checkpoint, find_family
-from lvlm.export.export_plan import Options as Export
+from lvlm.export.checkpoint.checkpoint import Checkpoint, find_family
+from lvlm.export.export_options import ExportOptions as Export
 from lvlm.export.export_plan import make_plan
 from lvlm.export.families.smolvlm import full_tile_places
 from lvlm.export.recipes.none import NoCompression

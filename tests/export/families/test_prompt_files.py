@@ -20,7 +20,7 @@ from lvlm.core.errors import CheckpointError
 from lvlm.export.families.family import PromptFiles
 from lvlm.export.families.parts.generation_file import REFUSED
 from lvlm.export.families.parts.side_files import prompt_files
-from lvlm.runtime.bundle.manifest import read_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.chat_template import ChatTemplate
 from lvlm.runtime.prompt.prompts import PromptMaker

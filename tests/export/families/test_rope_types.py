@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForImageTextToText
 
 from lvlm.export.checkpoint.skeleton import build_skeleton
-from lvlm.export.export_plan import Options, make_plan
+from lvlm.export.export_options import ExportOptions
+from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.none import NoCompression
 
 LLAVA = "llava:llama-gqa-clip"
@@ -49,7 +50,9 @@ def test_tables_are_those_of_transformers(
         text["rope_parameters"] = {"rope_theta": usual["rope_theta"], **rope, **sections}
     text["max_position_embeddings"] = 4096
     (folder / "config.json").write_text(json.dumps(config))
-    plan = make_plan(Options(model=str(folder), recipe=NoCompression(), output=tmp_path / "none"))
+    plan = make_plan(
+        ExportOptions(model=str(folder), recipe=NoCompression(), output=tmp_path / "none")
+    )
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     skeleton = build_skeleton(plan.family, plan.config, plan.dtype, mode)
     theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)

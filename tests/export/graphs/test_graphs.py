@@ -10,7 +10,7 @@ import onnx
 import pytest
 from bundles import CACHED, CACHED_USUAL, MERGED, TINY
 
-from lvlm.runtime.bundle.manifest import read_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 
 MODELS = ["tiny-llava", *TINY]
 VARIANTS = [

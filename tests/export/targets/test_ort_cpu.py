@@ -21,7 +21,8 @@ from lvlm.export.targets.passes.last_rows import keep_last_rows
 from lvlm.export.targets.passes.ort_fusions import fuse_silu, fuse_skip_normalization
 from lvlm.runtime.backends import cpu
 from lvlm.runtime.backends.ort.sessions import AGAIN
-from lvlm.runtime.bundle.manifest import Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.options.generation_options import GenerationOptions
 

@@ -21,11 +21,13 @@ from lvlm.core.errors import ExportError
 from lvlm.core.integrity import describe
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op, Sample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
+from lvlm.export.targets.description import FLOATS, NEW_OPS
 from lvlm.export.targets.passes.decomposed import write_out_normalization, write_out_rotary
 from lvlm.export.targets.passes.fp16_matmuls import narrow_products
 from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN, lower_opset
-from lvlm.export.targets.target import FLOATS, NEW_OPS, Target
-from lvlm.runtime.bundle.manifest import Capacity, read_bundle
+from lvlm.export.targets.target import Target
+from lvlm.runtime.bundle.manifest import Capacity
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.generate import batch
 from lvlm.runtime.options.generation_options import GenerationOptions
 

@@ -20,6 +20,7 @@ from torch import nn
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ValidationError
 from lvlm.export import export_plan as planning
+from lvlm.export.export_options import ExportOptions
 from lvlm.export.recipes._base import parse_settings
 from lvlm.export.verify import contents, validation
 from lvlm.export.verify.checks import Check
@@ -27,7 +28,8 @@ from lvlm.export.verify.forms import Mapped
 from lvlm.export.verify.outcome import Outcome
 from lvlm.export.weights.stored_weights import StoredEmbedding, StoredLinear, compute_in_fp32
 from lvlm.runtime.backends import Session
-from lvlm.runtime.bundle.manifest import Graph, Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Graph, Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 
 NAME, RECIPE = "tiny-llava", "none"
 ELASTIC = CACHED["elastic-cache (cached)"]
@@ -36,7 +38,7 @@ ELASTIC = CACHED["elastic-cache (cached)"]
 def plan_of(checkpoint: Path, output: Path, dtype: str = "fp32", recipe: str = RECIPE) -> Any:
     made = discover("lvlm.export.recipes", "RECIPE")[recipe]()
     return planning.make_plan(
-        planning.Options(model=str(checkpoint), recipe=made, output=output, dtype=dtype)
+        ExportOptions(model=str(checkpoint), recipe=made, output=output, dtype=dtype)
     )
 
 
@@ -214,7 +216,7 @@ def half(
     folder = tmp_path / "bundle"
     shutil.copytree(bundle(NAME, *ELASTIC, dtype="fp16", max_images=2), folder)
     recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[ELASTIC[0]], ELASTIC[1:])
-    options = planning.Options(
+    options = ExportOptions(
         model=str(checkpoint(NAME)), recipe=recipe, output=folder, dtype="fp16", max_images=2
     )
     return planning.make_plan(options), folder

@@ -24,14 +24,16 @@ import lvlm
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ExportError, ParameterError
 from lvlm.export import export_cli as cli
-from lvlm.export.checkpoint.reading import Checkpoint
-from lvlm.export.export_plan import Options, make_plan
+from lvlm.export.checkpoint.checkpoint import Checkpoint
+from lvlm.export.export_options import ExportOptions
+from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.reference.torch_reference import Answer, Reference
 from lvlm.export.targets.target import Target
 from lvlm.export.weights.quantization import Quantization, dequantize, quantize, round_products
 from lvlm.export.weights.quantized_linears import BLOCKS
-from lvlm.runtime.bundle.manifest import Capacity, Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Capacity, Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions as Request
 
@@ -236,7 +238,7 @@ def test_everything_is_stored_once(bundle: Callable[..., Path]) -> None:
 
 def test_planned_bytes_are_those_written(bundle: Callable[..., Path], tmp_path: Path) -> None:
     """What narrower weights save; plans also count the parameters that no graph uses."""
-    given = Options("tiny-llava", NoCompression(), tmp_path / "x", "fp32", max_images=2)
+    given = ExportOptions("tiny-llava", NoCompression(), tmp_path / "x", "fp32", max_images=2)
     full, narrow = make_plan(given), make_plan(dataclasses.replace(given, **TRAINED))
     files = [bundle("tiny-llava", max_images=2), export(bundle, "trained")]
     sizes = [read_bundle(folder).files["weights.bin"].bytes for folder in files]

@@ -18,7 +18,8 @@ from transformers import AutoModelForImageTextToText
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.checkpoint.skeleton import build_skeleton
-from lvlm.export.export_plan import Options, Plan, make_plan
+from lvlm.export.export_options import ExportOptions
+from lvlm.export.export_plan import Plan, make_plan
 from lvlm.export.recipes.none import NoCompression
 
 TIED = "llava:qwen2-tied-siglip"
@@ -83,7 +84,7 @@ def edit(folder: Path, text: dict[str, Any] | None = None, **values: Any) -> Non
 
 
 def plan(folder: Path) -> Plan:
-    return make_plan(Options(str(folder), NoCompression(), folder.parent / "out"))
+    return make_plan(ExportOptions(str(folder), NoCompression(), folder.parent / "out"))
 
 
 def check(folder: Path) -> Plan:

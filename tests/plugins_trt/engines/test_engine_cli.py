@@ -22,7 +22,7 @@ from lvlm.plugins_trt.build_cli import main
 from lvlm.plugins_trt.engines import engine_builder
 from lvlm.plugins_trt.engines.tensorrt_builder import TensorRt, failure, open_tensorrt
 from lvlm.runtime.bundle.engine_sets import EngineSet
-from lvlm.runtime.bundle.manifest import read_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 
 rtx = pytest.importorskip("tensorrt_rtx")
 

@@ -14,7 +14,7 @@ from onnx import helper
 from lvlm.core.discovery import discover
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.plugins.registry import plugins
-from lvlm.runtime.bundle.manifest import read_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 
 TARGETS = {n: t for n, t in discover("lvlm.export.targets", "TARGET").items() if t.plugins}
 

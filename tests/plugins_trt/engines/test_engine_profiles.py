@@ -22,7 +22,8 @@ from lvlm.plugins_trt.engines.shape_profiles import (
     shapes,
 )
 from lvlm.runtime.bundle.engine_sets import Range
-from lvlm.runtime.bundle.manifest import Manifest, Port, read_bundle
+from lvlm.runtime.bundle.manifest import Manifest, Port
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.kv.answer_limits import new_token_limit
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import keep_ratios, plan_prefill

@@ -23,7 +23,7 @@ from lvlm.plugins_trt.engines.shape_profiles import Limits, parse_batch, profile
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
 from lvlm.plugins_trt.engines.tensorrt_builder import Built, Settings, TensorRt, open_tensorrt
 from lvlm.runtime.bundle.engine_sets import EngineSet
-from lvlm.runtime.bundle.manifest import read_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 
 pytest.importorskip("tensorrt_rtx")
 

@@ -22,7 +22,7 @@ from lvlm.runtime.bundle.engine_sets import (
     Range,
     Weight,
 )
-from lvlm.runtime.bundle.manifest import read_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 
 RECIPES = {
     "none": ("none",),

@@ -19,7 +19,8 @@ import lvlm
 from lvlm.core.errors import BackendError
 from lvlm.runtime.backends import cpu
 from lvlm.runtime.backends.ort.mapped_weights import MappedWeights
-from lvlm.runtime.bundle.manifest import Graph, Port, Weight, read_bundle
+from lvlm.runtime.bundle.manifest import Graph, Port, Weight
+from lvlm.runtime.bundle.reader import read_bundle
 
 MEGABYTE = 1 << 20
 WIDE, DEEP = 1024, 8  # weights [WIDE,WIDE] fp32 of 4 MB each

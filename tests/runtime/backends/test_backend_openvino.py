@@ -22,7 +22,7 @@ from lvlm.export.targets.openvino import TARGET
 from lvlm.plugins_trt.build_cli import main as build
 from lvlm.plugins_trt.engines.engine_builder import lower_bundle
 from lvlm.runtime.backends.openvino import PRECISION, PRECISIONS, Backend
-from lvlm.runtime.bundle.manifest import read_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.run_cli import main

@@ -25,7 +25,7 @@ from lvlm.core.progress import Progress
 from lvlm.export.targets.openvino import TARGET
 from lvlm.plugins_trt.engines.engine_builder import lower_bundle
 from lvlm.runtime.backends.trt import driver as _cuda
-from lvlm.runtime.bundle.manifest import read_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.kv.cache import CompactCache
 from lvlm.runtime.model import Model

@@ -26,8 +26,8 @@ from lvlm.runtime.bundle.manifest import (
     Reduction,
     Text,
     Weight,
-    read_bundle,
 )
+from lvlm.runtime.bundle.reader import read_bundle
 
 GRAPHS = ("vision", "prefill", "decode")
 FIXED_POINT = Compression(

@@ -10,7 +10,8 @@ import pytest
 
 import lvlm
 from lvlm.core.errors import BundleError
-from lvlm.runtime.bundle.manifest import SCHEMA, read_bundle
+from lvlm.runtime.bundle.manifest import SCHEMA
+from lvlm.runtime.bundle.reader import read_bundle
 
 DATA = Path(__file__).parents[2] / "data/bundles"
 SAMPLE = Path(__file__).parents[3] / "assets/samples/digits-1.png"

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvlm.core.errors import DeviceMemoryError, ParameterError
-from lvlm.runtime.bundle.manifest import Capacity, Manifest, read_bundle
+from lvlm.runtime.bundle.manifest import Capacity, Manifest
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.engine.memory_plan import byte_size, plan_memory, slot_capacity
 

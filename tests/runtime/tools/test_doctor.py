@@ -17,7 +17,7 @@ import pytest
 from lvlm.core.errors import BackendError
 from lvlm.core.installing import install
 from lvlm.core.nvidia import Driver, Gpu, driver
-from lvlm.runtime.bundle.manifest import read_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.tools import doctor_cli
 from lvlm.runtime.tools.doctor import ABSENT, Finding, Machine, as_json, can_run, examine
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lvlm.bench.workload import PromptWriter, Request, Work, prompt_maker
-from lvlm.runtime.bundle.manifest import read_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt
 

@@ -1,0 +1,59 @@
+"""What an export was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lvlm.core.errors import ParameterError
+from lvlm.export.recipes._base import Recipe
+from lvlm.export.targets.target import Target
+from lvlm.export.weights.quantization import BLOCKS, KINDS, Quantization
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CACHES = {"fp16": torch.float16}  # narrower than what is computed with
+BLOCK = 32  # of quantized weights; docs/quantization.md compares sizes
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export. ``dtype`` None: as the checkpoint has it (its config.json); ``weights`` None:
+    the language model's products are of ``dtype``, too; ``cache`` None: so is the cache;
+    ``max_image_tokens`` None: pictures give as many tokens as the checkpoint says."""
+
+    model: str
+    recipe: Recipe
+    output: Path
+    dtype: str | None = None
+    weights: str | None = None
+    block_size: int | None = None
+    cache: str | None = None
+    revision: str | None = None
+    max_text_len: int = 2048
+    max_images: int = 1
+    max_image_tokens: int | None = None
+    validate: bool = True
+    targets: tuple[Target, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("max_text_len", "max_images", "max_image_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ParameterError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+        for name, values in (("dtype", DTYPES), ("weights", KINDS), ("cache", CACHES)):
+            value = getattr(self, name)
+            if value is not None and value not in list(values):
+                raise ParameterError(f"--{name} {value}: give one of {', '.join(values)}")
+        if self.block_size is not None:
+            if self.weights is None:
+                raise ParameterError("--block-size is for quantized weights; add --weights int4")
+            if self.block_size not in BLOCKS:
+                sizes = ", ".join(map(str, BLOCKS))
+                raise ParameterError(f"--block-size {self.block_size}: give one of {sizes}")
+
+    @property
+    def quantization(self) -> Quantization | None:
+        if self.weights is None:
+            return None
+        return Quantization(KINDS[self.weights], self.block_size or BLOCK)

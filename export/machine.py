@@ -1,0 +1,31 @@
+"""Has this machine what an export needs?"""
+
+from __future__ import annotations
+
+import shutil
+
+from lvlm.core.errors import ExportError
+from lvlm.core.progress import size
+from lvlm.export.estimates import check_memory
+from lvlm.export.export_plan import Plan
+
+
+def disk(plan: Plan) -> int:
+    """Bytes that the export writes at most."""
+    return plan.weight_bytes + 50_000_000
+
+
+def check_machine(plan: Plan) -> None:
+    """ExportError, with what helps, where disk or memory are too small for the export."""
+    output = plan.options.output.absolute()
+    free = shutil.disk_usage(output.parent).free
+    if free < disk(plan):
+        raise ExportError(
+            f"the bundle needs {size(disk(plan))}, the disk has {size(free)} free; "
+            "free some or give -o on another disk"
+        )
+    check_memory(
+        "the export",
+        plan.peak_bytes,
+        {f"give --no-validate (about {size(plan.unvalidated_bytes)})": plan.unvalidated_bytes},
+    )

@@ -1,0 +1,14 @@
+"""The commands there are: verb -> module with ``main``."""
+
+from __future__ import annotations
+
+PREFIX = "lvlm-"
+MODULES = {
+    "bench": "lvlm.bench.bench_cli",
+    "build": "lvlm.plugins_trt.build_cli",
+    "calibrate": "lvlm.calibration.profile.calibrate_cli",
+    "doctor": "lvlm.runtime.tools.doctor_cli",
+    "eval": "lvlm.calibration.evaluate.eval_cli",
+    "export": "lvlm.export.export_cli",
+    "run": "lvlm.runtime.run_cli",
+}
