@@ -21,7 +21,7 @@ from lvlm import Engine, GenerationOptions, QueueFullError
 
 model = lvlm.load("out/")
 reveal_type(model)  # says "lvlm.runtime.model.Model"
-reveal_type(model.generate("Hi", temperature=0.5))  # says "answers.Generation"
+reveal_type(model.generate("Hi", temperature=0.5))  # says generate.answers.Generation"
 reveal_type(model.generate(["Hi"], options=GenerationOptions(seed=1)))  # says "list[lvlm.
 reveal_type(Engine("out/").submit("Hi").result().stop_reason)  # says "str | int | None"
 try:
