@@ -1,8 +1,11 @@
-# test: what CI runs. test-all: every combination of models and recipes, long; hours on two cores.
-.PHONY: quickstart test test-all
+# test: what CI runs. test-fast: the tests of a change, in the environment that is active, under two
+# minutes. test-all: every combination of models and recipes, long; hours on two cores.
+.PHONY: quickstart test test-fast test-all
 quickstart:
 	bash scripts/quickstart.sh
 test:
 	bash scripts/test.sh
+test-fast:
+	python -m pytest --numprocesses auto --dist worksteal -m unit
 test-all:
 	bash scripts/test.sh --whole --stress-steps 1000

@@ -10,29 +10,18 @@ from itertools import cycle
 from pathlib import Path
 
 import torch
+from settings import CACHED
 
 from lvlm.core.discovery import discover
 from lvlm.export.checkpoint.checkpoint import find_family
 from lvlm.export.families.family import Family
 from lvlm.runtime.prompt.prompts import Prompt
 
-ASSETS = Path(__file__).parents[1] / "assets"
 FAMILIES: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
 TINY = {
     f"{family.name}:{name}": (family, config)
     for family in FAMILIES.values()
     for name, config in family.tiny_configs()
-}
-# Cache recipes as tests export them: room for the whole cache, so that one bundle serves every
-# fraction; LightVLM's counts are small enough for prompts of a few hundred tokens.
-CACHED: dict[str, tuple[str, ...]] = {
-    "uniform (cached)": ("uniform", "kv_keep=1.0"),
-    "elastic-cache (cached)": ("elastic-cache", "kv_keep=1.0"),
-    "prefixkv (cached)": ("prefixkv", "kv_keep=1.0"),
-    "lightvlm (cached)": (
-        *("lightvlm", "kv_keep=1.0", "kv_floor=8", "kv_protect=8", "kv_interval=16"),
-    ),
-    "lightvlm with prefixkv": ("lightvlm", "kv=prefixkv", "kv_keep=1.0"),
 }
 # The configurations of a normal run: all of LLaVA's, which differ in text model and tower, and one
 # of every other family.

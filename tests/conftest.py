@@ -1,38 +1,30 @@
-"""Checkpoints and bundles that many tests share, each made once per run."""
+"""What all tests share: options, markers, folders of this run, exported bundles, each made once.
+
+Nothing here imports torch, unless a test wants a checkpoint or a bundle: tests of the runtime start
+at once.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 # Without a GPU kernels run in Triton's interpreter, which must be asked for before anything at all
 # imports Triton; transformers does.
-if not torch.cuda.is_available():
+if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Small models: more threads only wait for one another. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import drawn
-from bundles import ASSETS, FAMILIES, TINY
-from filelock import FileLock
-from random_weights import randomise
-
-from lvlm.core.discovery import discover
-from lvlm.core.progress import Progress
-from lvlm.export import export_plan as planning
-from lvlm.export import exporter
-from lvlm.export.checkpoint.skeleton import default_dtype
-from lvlm.export.export_options import ExportOptions
-from lvlm.export.recipes._base import parse_settings
-from lvlm.export.targets.target import Target
 from lvlm.runtime.backends import cpu
 
-torch.set_num_threads(1)  # small models: more threads only wait for one another
+# Fixtures that export with torch, or build with a compiler: seconds each
+SLOW_FIXTURES = {"bundle", "checkpoint", "built", "library", "wheel", "tensorrt_headers"}
+PARITY = ("parity", "naive")  # folders
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,6 +34,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--stress-steps", type=int, default=90, help="random operations on the engine (90)"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Markers: ``parity`` by folder, ``slow`` by what a test needs or its own mark, ``unit`` on
+    all others."""
+    for item in items:
+        if any(part in item.path.parts for part in PARITY):
+            item.add_marker("parity")
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+        if not {"parity", "slow", "gpu"} & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("unit")
 
 
 @pytest.fixture(scope="session")
@@ -80,32 +84,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(shared: Path) -> Callable[[str], Path]:
     """A checkpoint folder by name: tiny-llava, a family's tiny configuration or a drawn one, with
     random weights."""
+    from exports import make_checkpoint
 
-    def make(name: str) -> Path:
-        if name == "tiny-llava":
-            return ASSETS / name
-        folder = shared / "checkpoints" / name.replace(":", "-")
-        folder.parent.mkdir(exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if (folder / "complete").exists():
-                return folder
-            if name.startswith(drawn.PREFIX):
-                number = int(name.removeprefix(drawn.PREFIX))
-                family, config, seed = FAMILIES["llava"], drawn.draw_config(number), number
-            else:
-                (family, config), seed = TINY[name], 1 + list(TINY).index(name)
-            with default_dtype(torch.float32):
-                model = family.build(config)
-            randomise(model, seed)
-            model.save_pretrained(folder)
-            for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-                shutil.copy(ASSETS / "tiny-llava" / file, folder)
-            for file, content in family.tiny_files(config).items():
-                (folder / file).write_text(content)
-            (folder / "complete").touch()
-        return folder
-
-    return make
+    return lambda name: make_checkpoint(name, shared)
 
 
 @pytest.fixture(scope="session")
@@ -114,34 +95,9 @@ def bundle(shared: Path, checkpoint: Callable[[str], Path]) -> Callable[..., Pat
 
     Shared between tests: do not change it, copy it.
     """
+    from exports import make_bundle
 
-    def make(
-        model: str,
-        recipe: str = "none",
-        *settings: str,
-        dtype: str = "fp32",
-        targets: tuple[str, ...] = (),
-        **options: Any,
-    ) -> Path:
-        key = (model, recipe, settings, dtype, targets, *sorted(options.items()))
-        output = shared / "bundles" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-        output.parent.mkdir(exist_ok=True)
-        with FileLock(f"{output}.lock"):
-            if not output.exists():
-                known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
-                parsed = parse_settings(discover("lvlm.export.recipes", "RECIPE")[recipe], settings)
-                plan = planning.make_plan(
-                    ExportOptions(
-                        model=str(checkpoint(model)),
-                        recipe=parsed,
-                        output=output,
-                        dtype=dtype,
-                        validate=False,
-                        targets=tuple(known[t] for t in targets),
-                        **options,
-                    )
-                )
-                exporter.export(plan, Progress(0, quiet=True))
-        return output
+    def make(model: str, *recipe: str, **options: Any) -> Path:
+        return make_bundle(model, checkpoint(model), shared, *recipe, **options)
 
     return make

@@ -41,6 +41,7 @@ def test_what_is_slow_once_is_no_hang(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [(r.number, r.faults) for r in results] == [(0, ()), (1, ()), (2, ())]
 
 
+@pytest.mark.slow
 def test_a_short_campaign_finds_nothing(pytestconfig: pytest.Config) -> None:
     whole = pytestconfig.getoption("--whole")
     count = ["--inputs", "2000", "--kills", "40"] if whole else ["--inputs", "120", "--kills", "6"]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import ASSETS, FAMILIES
+from bundles import FAMILIES
+from settings import ASSETS
 
 from lvlm.core.errors import ValidationError
 from lvlm.export import estimates, exporter

@@ -39,6 +39,7 @@ def broken_package(fault: Fault, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_fault_is_noticed(noticed: str, tmp_path: Path) -> None:
     """By a comparison that fails, not by a crash, which anything at all would notice."""
     fault = FAULTS[noticed]

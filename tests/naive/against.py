@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from bundles import ASSETS
 from PIL import Image
+from settings import ASSETS
 from twin_model import Answer, Twin
 from twin_rules import NoRule
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from against import ROWS
-from bundles import ASSETS, CACHED
+from settings import ASSETS, CACHED
 from twin_model import Twin
 from twin_recipes import Settings, arguments, rule_of
 from twin_rules import FixedPoint, NoRule

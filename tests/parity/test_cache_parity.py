@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import CACHED, CACHED_USUAL, TINY
+from bundles import CACHED_USUAL, TINY
+from settings import CACHED
 from test_parity import ROWS, make_reference
 
 import lvlm

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import ASSETS, MERGED, TINY, transformers_inputs
+from bundles import MERGED, TINY, transformers_inputs
 from PIL import Image
+from settings import ASSETS
 from transformers import AutoModelForImageTextToText
 
 import lvlm

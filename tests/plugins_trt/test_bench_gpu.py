@@ -32,6 +32,7 @@ def test_a_row_has_its_figures(
     assert found["step"] > 0
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     work = tmp_path / "work"
     done = subprocess.run(

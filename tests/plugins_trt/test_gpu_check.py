@@ -58,6 +58,7 @@ def test_a_session_without_a_gpu(built: Built, tmp_path: Path) -> None:
     assert "failed" not in logs["recipes"]
 
 
+@pytest.mark.slow
 def test_without_a_gpu() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

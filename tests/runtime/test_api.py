@@ -36,6 +36,7 @@ lvlm.Modell  # says maybe "Model"
 """
 
 
+@pytest.mark.slow
 def test_a_type_checker_sees_the_api(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import ASSETS
 from PIL import Image
+from settings import ASSETS
 
 import lvlm
 from lvlm.core.errors import (

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import CACHED
 from PIL import Image
+from settings import CACHED
 
 from lvlm.calibration.evaluate import eval_cli, evaluation, recipe_bundles
 from lvlm.calibration.evaluate.eval_cli import main

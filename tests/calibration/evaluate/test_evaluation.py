@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
-from bundles import ASSETS, CACHED, transformers_inputs
+from bundles import transformers_inputs
 from hypothesis import given
 from hypothesis import strategies as st
+from settings import ASSETS, CACHED
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from lvlm.calibration.datasets.samples import Sample, read_samples

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import ASSETS
 from PIL import Image
+from settings import ASSETS
 
 from lvlm.calibration.profile import measure
 from lvlm.calibration.profile.calibrate_cli import main

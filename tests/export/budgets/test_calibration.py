@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import ASSETS, TINY, transformers_inputs
+from bundles import TINY, transformers_inputs
+from settings import ASSETS
 from transformers import AutoModelForImageTextToText
 
 import lvlm

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from bundles import ASSETS
+from settings import ASSETS
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.budgets.calibration_samples import builtin_samples, choose, read_samples

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import ASSETS
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from settings import ASSETS
 
 from lvlm.core.errors import CheckpointError, ExportError, ParameterError
 from lvlm.export.budgets.prefix_profiles import (

@@ -18,7 +18,8 @@ CODE = """
 import json, sys
 from pathlib import Path
 from lvlm.export.export_cli import main
-from lvlm.export.export_plan import Options, make_plan
+from lvlm.export.export_options import ExportOptions as Options
+from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.none import NoCompression
 
 name = "{name}"

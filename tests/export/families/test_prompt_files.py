@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import ASSETS, transformers_inputs
+from bundles import transformers_inputs
+from settings import ASSETS
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers import GenerationConfig as TheirConfig
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import onnx
 import pytest
-from bundles import CACHED, CACHED_USUAL, MERGED, TINY
+from bundles import CACHED_USUAL, MERGED, TINY
+from settings import CACHED
 
 from lvlm.runtime.bundle.reader import read_bundle
 

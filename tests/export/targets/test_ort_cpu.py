@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from bundles import ASSETS, CACHED
 from onnx.reference import ReferenceEvaluator
+from settings import ASSETS, CACHED
 
 import lvlm
 from lvlm.export.targets.ort_cpu import TARGET

@@ -12,8 +12,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from bundles import ASSETS, CACHED, OTHERS
+from bundles import OTHERS
 from onnx import TensorProto, helper
+from settings import ASSETS, CACHED
 
 import lvlm
 from lvlm.core.discovery import discover

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from bundles import CACHED
+from settings import CACHED
 from torch import nn
 
 from lvlm.core.discovery import discover

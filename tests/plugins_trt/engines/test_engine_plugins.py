@@ -8,8 +8,8 @@ from pathlib import Path
 
 import onnx
 import pytest
-from bundles import CACHED
 from onnx import helper
+from settings import CACHED
 
 from lvlm.core.discovery import discover
 from lvlm.export.targets.target import Target

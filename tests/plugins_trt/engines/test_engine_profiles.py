@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import CACHED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from settings import CACHED
 
 from lvlm.core.errors import CapacityError, ParameterError
 from lvlm.plugins_trt.engines.engine_request import parse_architectures, parse_size

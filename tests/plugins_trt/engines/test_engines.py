@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import CACHED, CACHED_USUAL, TINY
+from bundles import CACHED_USUAL, TINY
+from settings import CACHED
 
 from lvlm.core.discovery import discover
 from lvlm.core.progress import Progress

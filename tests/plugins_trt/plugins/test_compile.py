@@ -250,7 +250,7 @@ def test_help_is_quick() -> None:
     """Nothing heavy is imported before it is needed."""
     code = """
 import sys
-from lvlm.plugins_trt import cli
+from lvlm.plugins_trt import build_cli as cli
 try:
     cli.main(["plugins", "--help"])
 except SystemExit:

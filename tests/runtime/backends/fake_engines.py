@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from bundles import CACHED
 from fake_tensorrt import VERSION
+from settings import CACHED
 
 from lvlm.core.integrity import sha256_of
 from lvlm.plugins_trt.engines.shape_profiles import Limits, profiles

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bundles import ASSETS
 from onnx import TensorProto, helper
+from settings import ASSETS
 
 import lvlm
 from lvlm.core.errors import BackendError

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from bundles import ASSETS, CACHED
 from engine_tools import WAIT, Ask, idle, same, scheduler
 from fake_onnxruntime import FakeOrt
+from settings import ASSETS, CACHED
 
 import lvlm
 from lvlm.core.errors import BackendError, DeviceMemoryError

@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from bundles import ASSETS, CACHED, OTHERS
+from bundles import OTHERS
+from settings import ASSETS, CACHED
 
 import lvlm
 from lvlm.core.errors import BackendError, ParameterError

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bundles import ASSETS
 from fake_engines import RECIPES, Make, one_line
 from fake_tensorrt import FakeDriver, FakeEngine, FakeTensorRt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
+from settings import ASSETS
 
 import lvlm
 from lvlm.core.errors import BackendError, CapacityError

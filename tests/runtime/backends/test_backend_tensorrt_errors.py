@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import ASSETS
 from fake_engines import Make, build_engines, one_line
 from fake_tensorrt import VERSION, FakeDriver, FakeTensorRt
+from settings import ASSETS
 
 import lvlm
 from lvlm.core.errors import BackendError, CapacityError, DeviceMemoryError

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import CACHED
 from engine_tools import PICTURES, QUESTION, WAIT, idle, intercept, same, scheduler, until
 from fake_engines import build_engines
 from fake_tensorrt import FakeDriver
+from settings import CACHED
 
 import lvlm
 from lvlm.core.progress import Progress

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bundles import ASSETS
+from settings import ASSETS
 
 from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.engine.scheduler import Scheduler

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import CACHED
 from engine_tools import PICTURES, QUESTION, WAIT, Ask, ask, idle, same
 from fake_engines import Make
 from fake_tensorrt import FakeTensorRt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from settings import CACHED
 
 import lvlm
 from lvlm.core.errors import CapacityError, ParameterError, PromptError, QueueFullError

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import CACHED
 from engine_tools import (
     PICTURES,
     QUESTION,
@@ -24,6 +23,7 @@ from engine_tools import (
     scheduler,
     until,
 )
+from settings import CACHED
 
 import lvlm
 from lvlm.core.errors import BackendError, DeviceMemoryError, EngineClosedError

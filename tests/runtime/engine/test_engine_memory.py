@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import CACHED
 from engine_tools import PICTURES, scheduler
 from hypothesis import given
 from hypothesis import strategies as st
+from settings import CACHED
 
 from lvlm.core.errors import DeviceMemoryError, ParameterError
 from lvlm.runtime.bundle.manifest import Capacity, Manifest

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import CACHED
 from engine_tools import WAIT, Ask, answers, ask, idle, intercept, same, scheduler, until
+from settings import CACHED
 
 import lvlm
 from lvlm.core.errors import BackendError

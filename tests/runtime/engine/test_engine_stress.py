@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import CACHED
 from engine_tools import PICTURES, WAIT, ask, idle, intercept, same, scheduler
+from settings import CACHED
 
 import lvlm
 from lvlm.core.errors import (

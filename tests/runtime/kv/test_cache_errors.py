@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bundles import ASSETS, CACHED
 from PIL import Image
+from settings import ASSETS, CACHED
 
 import lvlm
 from lvlm.core.errors import BackendError, ParameterError

@@ -1,0 +1,85 @@
+"""Checkpoints and bundles that many tests share, each made once, whichever process comes first."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import drawn
+import torch
+from bundles import FAMILIES, TINY
+from filelock import FileLock
+from random_weights import randomise
+from settings import ASSETS
+
+from lvlm.core.discovery import discover
+from lvlm.core.progress import Progress
+from lvlm.export import export_plan as planning
+from lvlm.export import exporter
+from lvlm.export.checkpoint.skeleton import default_dtype
+from lvlm.export.export_options import ExportOptions
+from lvlm.export.recipes._base import parse_settings
+from lvlm.export.targets.target import Target
+
+torch.set_num_threads(1)  # the environment may say otherwise
+
+
+def make_checkpoint(name: str, shared: Path) -> Path:
+    """The folder of a checkpoint: tiny-llava, or random weights for a named configuration."""
+    if name == "tiny-llava":
+        return ASSETS / name
+    folder = shared / "checkpoints" / name.replace(":", "-")
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (folder / "complete").exists():
+            return folder
+        if name.startswith(drawn.PREFIX):
+            number = int(name.removeprefix(drawn.PREFIX))
+            family, config, seed = FAMILIES["llava"], drawn.draw_config(number), number
+        else:
+            (family, config), seed = TINY[name], 1 + list(TINY).index(name)
+        with default_dtype(torch.float32):
+            model = family.build(config)
+        randomise(model, seed)
+        model.save_pretrained(folder)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(ASSETS / "tiny-llava" / file, folder)
+        for file, content in family.tiny_files(config).items():
+            (folder / file).write_text(content)
+        (folder / "complete").touch()
+    return folder
+
+
+def make_bundle(
+    model: str,
+    checkpoint: Path,
+    shared: Path,
+    recipe: str = "none",
+    *settings: str,
+    dtype: str = "fp32",
+    targets: tuple[str, ...] = (),
+    **options: Any,
+) -> Path:
+    """The folder of a bundle, without validation."""
+    key = (model, recipe, settings, dtype, targets, *sorted(options.items()))
+    output = shared / "bundles" / hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    output.parent.mkdir(exist_ok=True)
+    with FileLock(f"{output}.lock"):
+        if not output.exists():
+            known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
+            parsed = parse_settings(discover("lvlm.export.recipes", "RECIPE")[recipe], settings)
+            plan = planning.make_plan(
+                ExportOptions(
+                    model=str(checkpoint),
+                    recipe=parsed,
+                    output=output,
+                    dtype=dtype,
+                    validate=False,
+                    targets=tuple(known[t] for t in targets),
+                    **options,
+                )
+            )
+            exporter.export(plan, Progress(0, quiet=True))
+    return output
