@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from against import ROWS, compare_steps
 from drawn import PREFIX
+from made_profile import write_profile
 from twin_model import Twin
 from twin_recipes import Settings, arguments, rule_of
 
@@ -23,8 +24,16 @@ KINDS = (
     "lightvlm interval",
     "lightvlm none",
     *(f"lightvlm {cache}" for cache in CACHES),
+    "prefixkv profile",
+    "lightvlm interval profile",
+    "lightvlm prefixkv profile",
 )
-USUAL = [(13, "elastic-cache reference"), (20, "lightvlm elastic-cache"), (10, "lightvlm interval")]
+USUAL = [
+    (13, "elastic-cache reference"),
+    (20, "lightvlm elastic-cache"),
+    (10, "lightvlm interval"),
+    (10, "lightvlm prefixkv profile"),
+]
 WHOLE = [*USUAL, *((number, kind) for number in range(9) for kind in KINDS)]
 
 
@@ -36,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def draw_settings(chance: random.Random, kind: str, layers: int) -> tuple[str, Settings]:
     """Recipe and settings; room for the whole cache, so that one bundle serves every ratio."""
-    recipe, _, variant = kind.partition(" ")
+    recipe, _, variant = kind.removesuffix(" profile").partition(" ")
     settings: Settings = {} if kind == "none" or variant == "none" else {"kv_keep": 1.0}
     if variant == "reference":
         settings["semantics"] = "reference"
@@ -88,11 +97,16 @@ def test_drawn(
     kind: str,
     checkpoint: Callable[[str], Path],
     bundle: Callable[..., Path],
+    shared: Path,
 ) -> None:
     name = f"{PREFIX}{number}"
     twin = Twin(checkpoint(name))
     chance = random.Random(f"{number} {kind}")
     recipe, settings = draw_settings(chance, kind, len(twin.text.layers))
+    if kind.endswith(" profile"):
+        file = shared / f"profiles/drawn-{number}.json"
+        write_profile(file, checkpoint(name), len(twin.text.layers), settings.pop("kv_keep"))
+        settings["kv_profile" if recipe == "lightvlm" else "profile"] = str(file)
     folder = bundle(name, recipe, *arguments(settings), max_images=2)
     for ratios in draw_ratios(chance, kind, len(settings.get("stages", []))):
         answers = compare_steps(

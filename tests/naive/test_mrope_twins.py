@@ -13,8 +13,9 @@ from twin_model import QwenTwin
 from twin_recipes import Settings, arguments, rule_of
 
 COUNT = 40
-# None of them ends with a picture; a word between two, without which transformers sees one.
+# A word between two pictures, without which transformers sees one.
 ROWS: list[Row] = [
+    ("USER: Describe this: <image>", [(20, 300)]),  # its last token's three positions differ
     ("USER: <image> Describe it. ASSISTANT:", [(90, 60)]),
     ("<image> and <image> Which? ASSISTANT:", [(20, 300), (70, 70)]),
     ("USER: How often does 7 appear? ASSISTANT:", []),

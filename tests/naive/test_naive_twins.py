@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from against import ROWS
+from made_profile import write_profile
 from settings import ASSETS, CACHED
 from twin_model import Twin
 from twin_recipes import Settings, arguments, rule_of
@@ -73,6 +74,26 @@ def test_lightvlm_over_another_cache(bundle: Callable[..., Path], twin: Twin) ->
     folder = bundle("tiny-llava", "lightvlm", *arguments(settings), max_images=2)
     ratios = {"keep": 0.5, "kv_keep": 0.6}
     compare(folder, twin, lambda: rule_of("lightvlm", settings, folder, **ratios), **ratios)
+
+
+def test_lightvlm_with_shares_of_a_file(
+    bundle: Callable[..., Path], twin: Twin, shared: Path
+) -> None:
+    """A fraction between two rows of it, and the one that it was made for."""
+    file = write_profile(shared / "profiles/tiny-llava.json", ASSETS / "tiny-llava", 6, 0.5)
+    settings = INTERVAL | {"kv_profile": str(file)}
+    del settings["kv_keep"]
+    folder = bundle("tiny-llava", "lightvlm", *arguments(settings), max_images=2)
+    for given in ({"kv_keep": 0.3}, {}):
+        ratios = {"keep": 0.75, "kv_keep": 0.5} | given
+        kept = compare(
+            folder,
+            twin,
+            lambda own=ratios: rule_of("lightvlm", settings, folder, **own),
+            keep=0.75,
+            **given,
+        )
+        assert len(set(kept)) > 3, kept
 
 
 @pytest.mark.parametrize("wrong", [{"distance": 24}, {"merge": True}])

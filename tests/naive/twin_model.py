@@ -136,7 +136,9 @@ class Twin:
     @torch.no_grad()
     def answer(self, prompt: str, pictures: list[Any], rule: Rule, count: int) -> Answer:
         """``count`` greedy tokens to a prompt with its placeholders, past any end of text."""
-        sequence, following = self._embed(prompt, pictures)
+        sequence = self._embed(prompt, pictures)
+        # Behind a picture these are not one number; each counts on, as in transformers' generate.
+        following = sequence.positions[:, -1:] + 1
         found, layers, before = Answer(), [], None
         for index, block in enumerate(self.text.layers):
             sequence = rule.shorten(index, sequence, before)
@@ -155,8 +157,9 @@ class Twin:
             if step + 1 == count:
                 break
             hidden = self.model.get_input_embeddings()(torch.tensor(found.tokens[-1:]))
-            place = layers[0].key.shape[1] if rule.layer0 else following + step
-            here = sequence.positions.new_full((len(sequence.positions), 1), place)
+            here = following + step
+            if rule.layer0:
+                here = torch.full_like(following, layers[0].key.shape[1])
             for index, block in enumerate(self.text.layers):
                 layer = layers[index]
                 hidden, attention, entries = self._run(block, hidden, here, layer)
@@ -167,8 +170,8 @@ class Twin:
         found.lengths = [layer.key.shape[1] for layer in layers]
         return found
 
-    def _embed(self, prompt: str, pictures: list[Any]) -> tuple[Sequence, int]:
-        """What enters the first block, and the position of the first new token."""
+    def _embed(self, prompt: str, pictures: list[Any]) -> Sequence:
+        """What enters the first block."""
         token = self.model.config.image_token_id
         features = [self._features(picture) for picture in pictures]
         ids, rows, owner, number = [], [], [], 0
@@ -181,8 +184,8 @@ class Twin:
             ids += [one] * len(rows[-1])
             owner += [number if one == token else 0] * len(rows[-1])
         assert number == len(pictures)
-        positions, following = self._positions(torch.tensor(ids), torch.tensor(owner), pictures)
-        return Sequence(torch.cat(rows), positions, owner), following
+        positions = self._positions(torch.tensor(ids), torch.tensor(owner), pictures)
+        return Sequence(torch.cat(rows), positions, owner)
 
     def _features(self, picture: Any) -> torch.Tensor:
         """Of one picture, [V,D]."""
@@ -192,10 +195,10 @@ class Twin:
 
     def _positions(
         self, ids: torch.Tensor, owner: torch.Tensor, pictures: list[Any]
-    ) -> tuple[torch.Tensor, int]:
-        """Those of the prompt's ``ids`` [N], and the one that follows."""
+    ) -> torch.Tensor:
+        """Those of the prompt's ``ids`` [N]."""
         del owner, pictures
-        return torch.arange(len(ids))[None], len(ids)
+        return torch.arange(len(ids))[None]
 
     def _run(
         self, block: Any, hidden: torch.Tensor, positions: torch.Tensor, layer: Layer | None
@@ -228,11 +231,11 @@ class QwenTwin(Twin):
 
     def _positions(
         self, ids: torch.Tensor, owner: torch.Tensor, pictures: list[Any]
-    ) -> tuple[torch.Tensor, int]:
+    ) -> torch.Tensor:
         if not pictures:
-            return torch.arange(len(ids)).expand(3, -1), len(ids)
+            return torch.arange(len(ids)).expand(3, -1)
         grids = [self.images(p, return_tensors="pt").image_grid_thw for p in pictures]
-        positions, delta = self.model.model.get_rope_index(
+        positions: torch.Tensor = self.model.model.get_rope_index(
             ids[None], mm_token_type_ids=(owner > 0).int()[None], image_grid_thw=torch.cat(grids)
-        )
-        return positions[:, 0], len(ids) + int(delta)
+        )[0]
+        return positions[:, 0]

@@ -21,10 +21,12 @@ def arguments(settings: Settings) -> list[str]:
 def rule_of(
     recipe: str, settings: Settings, folder: Path, keep: Any = None, kv_keep: float = 1.0
 ) -> NoRule:
-    """The rule of the bundle in ``folder`` at a call's ratios; of the bundle only its depth and a
-    profile's rows are read."""
+    """The rule of the bundle in ``folder`` at a call's ratios; of the bundle only its depth and,
+    where the settings name no profile, the rows of the one that it measured are read."""
     manifest = json.loads((folder / "lvlm.json").read_text())
-    rows = (manifest["compression"] or {}).get("profile") or []
+    file = settings.get("kv_profile") or settings.get("profile")
+    profile = json.loads(Path(file).read_text())["rows"] if file else None
+    rows = profile or (manifest["compression"] or {}).get("profile") or []
     layers = int(manifest["text"]["layers"])
     shares = profile_shares(rows, kv_keep) if rows else None
     if recipe != "lightvlm":

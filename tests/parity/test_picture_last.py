@@ -3,6 +3,7 @@ transformers' generate and so in the torch reference; graphs get one, and moved 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ from test_family_qwen_vl import LIGHT, picture, recorded, uncompressed
 from test_parity import load_torch, make_reference
 from test_video import clip
 from test_video import inputs as clip_inputs
+from transformers import AutoModelForImageTextToText
 
 import lvlm
+from lvlm.core.progress import Progress
+from lvlm.export.targets.openvino import TARGET as OPENVINO
+from lvlm.plugins_trt.engines.engine_builder import lower_bundle
+from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
@@ -30,7 +36,18 @@ ROWS: list[tuple[str, list[np.ndarray]]] = [
     ("USER: <image>\nWhich digit is in the top row of the picture? ASSISTANT:", [TALL]),
 ]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "chat_template": False}
+# Device and dtype, and how far logits may be off as a part of the largest one; bf16 needs OpenVINO.
+OTHER_DEVICES = [("cpu", "fp16", 0.01), ("openvino", "fp32", 1e-4), ("openvino", "bf16", 0.02)]
+ALL_DEVICES = [*OTHER_DEVICES, ("openvino", "fp16", 0.01)]
 LAYER0 = ("elastic-cache", "kv_keep=0.5", "positions=layer0")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        whole = metafunc.config.getoption("--whole")
+        names, devices = (LIGHT, ALL_DEVICES) if whole else (LIGHT[:1], OTHER_DEVICES)
+        cases = [(name, *device) for name in names for device in devices]
+        metafunc.parametrize(("name", "device", "dtype", "part"), cases)
 
 
 def prepare(model: Model, text: str, pictures: Sequence[np.ndarray]) -> Prompt:
@@ -75,6 +92,36 @@ def test_none_equals_transformers_generate(
     with Engine(folder, slots=2) as engine:
         handles = [engine.submit(*row, **OPTIONS) for row in ROWS]
         assert [handle.result(60).token_ids for handle in handles] == tokens
+
+
+def test_other_types_and_devices(
+    name: str,
+    device: str,
+    dtype: str,
+    part: float,
+    checkpoint: Callable[[str], Path],
+    bundle: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Logits of transformers with weights of that type, a step each, as it is fed its tokens."""
+    folder = bundle(name, dtype=dtype, max_images=2)
+    if device == "openvino":
+        folder = Path(shutil.copytree(folder, tmp_path / "bundle"))
+        lower_bundle(folder, read_bundle(folder), OPENVINO, Progress(0, quiet=True))
+    kept = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    theirs = AutoModelForImageTextToText.from_pretrained(checkpoint(name), dtype=kept)
+    with lvlm.load(folder, device=device, threads=1) as model:
+        prompts = [prepare(model, *row) for row in ROWS]
+        given = [transformers_inputs(checkpoint(name), prompt) for prompt in prompts]
+        tokens, logits = generated(theirs.float().eval(), **left_padded(prompts, given))
+        batch = model.batches.start(prompts)
+        for step, expected in enumerate(logits):
+            limit = part * float(expected.abs().max())
+            np.testing.assert_allclose(batch.logits, expected.numpy(), rtol=0, atol=limit)
+            for row, answer in zip(batch.rows, tokens, strict=True):
+                row.tokens.append(answer[step])
+            if step + 1 < len(logits):
+                batch.decode_step()
 
 
 def left_padded(
