@@ -143,7 +143,7 @@ def test_the_scan_sees_the_files() -> None:
     assert {"numpy", "lvlm.runtime.kv.budgets"} <= imports(ROOT / "runtime/generate/batch.py")
     assert "lvlm.runtime.kv" in between_rooms()["lvlm.runtime.generate"]
     assert "lvlm.bench.figures" in files()
-    assert "lvlm.bench.figures" not in files()
+    assert "lvlm.calibration.bench.figures" not in files()
 
 
 def python(code: str) -> str:
