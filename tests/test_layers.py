@@ -192,3 +192,14 @@ import lvlm.main, lvlm.runtime.run_cli, lvlm.export.export_cli
 print(sorted({"numpy", "onnxruntime", "PIL", "torch", "onnx", "jinja2"} & set(sys.modules)))
 """
     assert python(code).strip() == "[]"
+
+
+def test_tests_of_the_runtime_start_without_torch() -> None:
+    """Those that export import it when they do."""
+    code = """
+import sys, pytest
+folders = ["tests/runtime", "tests/core"]
+assert pytest.main(["-qqq", "--collect-only", "-p", "no:cacheprovider", *folders]) == 0
+print(sorted({"torch", "transformers"} & set(sys.modules)))
+"""
+    assert python(code).splitlines()[-1] == "[]"

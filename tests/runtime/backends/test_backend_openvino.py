@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,59 +12,21 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from bundles import OTHERS
-from settings import ASSETS, CACHED
+from openvino_tools import IMAGES, PROMPTS, Make, lowering
+from settings import CACHED
 
 import lvlm
 from lvlm.core.errors import BackendError, ParameterError
-from lvlm.core.progress import Progress
-from lvlm.export.targets.openvino import TARGET
 from lvlm.plugins_trt.build_cli import main as build
-from lvlm.plugins_trt.engines.engine_builder import lower_bundle
 from lvlm.runtime.backends.openvino import PRECISION, PRECISIONS, Backend
 from lvlm.runtime.bundle.reader import read_bundle
-from lvlm.runtime.model import Model
-from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.run_cli import main
-
-Make = Callable[..., Path]
-PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
-PROMPTS = ["Describe the picture.", "Read the top row.", "Hi"]
-IMAGES = [PICTURES[:1], PICTURES, []]
-SMALL = "llava:llama-mha-bias-rope3-siglip"
 
 
 @pytest.fixture(scope="module")
 def lowered(bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A bundle that other tests use, too, with graphs for the target: lowered("none")."""
-    made: dict[tuple[str, ...], Path] = {}
-
-    def make(recipe: str = "none", model: str = "tiny-llava", dtype: str = "fp32") -> Path:
-        key = (recipe, model, dtype)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("openvino") / "bundle"
-            settings = () if recipe == "none" else CACHED[recipe]
-            shutil.copytree(bundle(model, *settings, dtype=dtype, max_images=2), folder)
-            lower_bundle(folder, read_bundle(folder), TARGET, Progress(1, quiet=True))
-            made[key] = folder
-        return made[key]
-
-    return make
-
-
-def decode_steps(model: Model, steps: int) -> list[np.ndarray]:
-    """Logits of the three prompts after each of some steps."""
-    prompts = [
-        model.prepare(0, p, i, GenerationOptions()) for p, i in zip(PROMPTS, IMAGES, strict=True)
-    ]
-    batch = model.batches.start(prompts)
-    logits = [batch.logits.copy()]
-    for _ in range(steps):
-        for row in batch.rows:
-            row.tokens.append(5)
-        batch.decode_step()
-        logits.append(batch.logits.copy())
-    return logits
+    """lowered("none"): a bundle with graphs for OpenVINO."""
+    return lowering(bundle, tmp_path_factory)
 
 
 @pytest.mark.parametrize("recipe", ["none", *CACHED])
@@ -86,26 +47,6 @@ def test_answers_are_those_of_the_cpu(recipe: str, lowered: Make) -> None:
         assert ours.stats.kept_per_layer == theirs.stats.kept_per_layer
         for mine, other in zip(ours.merge_maps, theirs.merge_maps, strict=True):
             np.testing.assert_array_equal(mine, other)
-
-
-@pytest.mark.parametrize(
-    ("model", "dtype", "tolerance"),
-    [
-        (SMALL, "fp32", 2e-4),
-        ("tiny-llava", "fp16", 0.05),
-        *((name, "fp32", 1e-3) for name in OTHERS),
-    ],
-)
-def test_logits_are_those_of_the_cpu(
-    model: str, dtype: str, tolerance: float, lowered: Make
-) -> None:
-    """Other heads and biases, other families' pictures; fp16 bundles, computed in fp32 here."""
-    folder = lowered("none", model, dtype)
-    with lvlm.load(folder, threads=1) as cpu:
-        expected = decode_steps(cpu, 3)
-    with lvlm.load(folder, device="openvino", threads=1) as ours:
-        for mine, other in zip(decode_steps(ours, 3), expected, strict=True):
-            np.testing.assert_allclose(mine, other, atol=tolerance)
 
 
 def random_step(rows: int, slots: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

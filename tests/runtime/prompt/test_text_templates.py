@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from lvlm.core.errors import BundleError, PromptError
 from lvlm.runtime.prompt.chat_template import ChatTemplate, Turn
@@ -35,7 +34,10 @@ def test_chat_template() -> None:
     assert chat.render("A <image> B", images=1) == "USER: A <image> B ASSISTANT:"
 
 
+@pytest.mark.parity
 def test_template_environment_is_that_of_transformers() -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     source = (
         "{{ bos_token }}{% if tools is not none or documents %}tools{% endif %}\n"
         "{% for message in messages %}\n"
@@ -151,9 +153,12 @@ ALL = {
 }
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", ALL)
 def test_how_content_is_given_and_what_is_made_of_it(name: str) -> None:
     """The same text as transformers, for content as the template wants it."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     source, content, lead = ALL[name]
     chat = template(source, bos_token="<s>")
     assert chat.content == content
@@ -176,8 +181,11 @@ def test_how_content_is_given_and_what_is_made_of_it(name: str) -> None:
         assert chat.render("Which?", images, system) == theirs[0]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", [n for n in ALL if n != "fixed place"])
 def test_conversations_are_written_as_transformers_writes_them(name: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     source, content, _ = ALL[name]
     said = (("system", "Be brief."), ("user", "Which?"), ("assistant", "Two."), ("user", "And?"))
     messages = [

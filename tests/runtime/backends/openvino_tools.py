@@ -1,0 +1,56 @@
+"""Bundles with graphs for OpenVINO, and steps of decoding over them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from settings import ASSETS, CACHED
+
+from lvlm.core.progress import Progress
+from lvlm.export.targets.openvino import TARGET
+from lvlm.plugins_trt.engines.engine_builder import lower_bundle
+from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.model import Model
+from lvlm.runtime.options.generation_options import GenerationOptions
+
+Make = Callable[..., Path]
+PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
+PROMPTS = ["Describe the picture.", "Read the top row.", "Hi"]
+IMAGES = [PICTURES[:1], PICTURES, []]
+SMALL = "llava:llama-mha-bias-rope3-siglip"
+
+
+def lowering(bundle: Make, temporary: pytest.TempPathFactory) -> Make:
+    """Makes copies of bundles that other tests use, too, with graphs for the target."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(recipe: str = "none", model: str = "tiny-llava", dtype: str = "fp32") -> Path:
+        key = (recipe, model, dtype)
+        if key not in made:
+            folder = temporary.mktemp("openvino") / "bundle"
+            settings = () if recipe == "none" else CACHED[recipe]
+            shutil.copytree(bundle(model, *settings, dtype=dtype, max_images=2), folder)
+            lower_bundle(folder, read_bundle(folder), TARGET, Progress(1, quiet=True))
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+def decode_steps(model: Model, steps: int) -> list[np.ndarray]:
+    """Logits of the three prompts after each of some steps."""
+    prompts = [
+        model.prepare(0, p, i, GenerationOptions()) for p, i in zip(PROMPTS, IMAGES, strict=True)
+    ]
+    batch = model.batches.start(prompts)
+    logits = [batch.logits.copy()]
+    for _ in range(steps):
+        for row in batch.rows:
+            row.tokens.append(5)
+        batch.decode_step()
+        logits.append(batch.logits.copy())
+    return logits
