@@ -24,6 +24,7 @@ def peak_memory(
     largest: int,
     dtype: torch.dtype,
     validate: bool,
+    angles: int = 0,
 ) -> int:
     """Most resident memory of an export, in bytes; the page cache is not counted.
 
@@ -34,8 +35,10 @@ def peak_memory(
     Args:
         weight_bytes: of the bundle.
         largest: elements of the largest parameter.
+        angles: bytes of the rotary angles of every position, which are computed step by step.
     """
     base = LIBRARIES + 2 * largest * (dtype.itemsize + (4 if options.weights else 0))
+    base += 4 * angles
     wanted = options.recipe.calibration()
     if not validate and (wanted is None or wanted.file is not None):
         return base

@@ -25,6 +25,8 @@ from lvlm.runtime.bundle.manifest import Capacity, Images
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
 
+LONGEST = 2**20  # tokens of a prompt, pictures and all, that a bundle has room for
+
 
 @dataclass(frozen=True)
 class CachePlan:
@@ -50,6 +52,7 @@ class Plan:
     recipe: Recipe
     stored_names: dict[str, str]
     weight_bytes: int
+    angle_bytes: int  # of the rotary angles of every position
     cache: CachePlan
     peak_bytes: int
     unvalidated_bytes: int  # the same without validation
@@ -92,16 +95,13 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Plan
         images = family.bounded(images, options.max_image_tokens)
     prompt = family.prompt(config, checkpoint.folder)
     prompt_maker(checkpoint, family, config, images, prompt)  # raises what a load would
-    longest = options.max_text_len + options.max_images * images.tokens
-    if language.window is not None and language.window < longest:
-        raise ParameterError(
-            f"this model attends over {language.window} tokens only; lower --max-text-len to "
-            f"{language.window - options.max_images * images.tokens} or less"
-        )
+    _check_length(options, images, language)
     unique = {id(p): p for p in skeleton.parameters()}.values()
     parameters, largest = sum(p.numel() for p in unique), max(p.numel() for p in unique)
     weight_bytes = parameters * dtype.itemsize + _saved(options, skeleton, language, dtype)
-    sizes = {"weight_bytes": weight_bytes, "largest": largest}
+    tokens = options.max_text_len + options.max_images * images.tokens
+    angles = 4 * tokens * language.head_dim
+    sizes = {"weight_bytes": weight_bytes, "largest": largest, "angles": angles}
     peak, unvalidated = (
         estimates.peak_memory(options, **sizes, dtype=dtype, validate=validate)
         for validate in (options.validate, False)
@@ -118,10 +118,34 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Plan
         recipe=recipe,
         stored_names=stored_names,
         weight_bytes=weight_bytes,
+        angle_bytes=angles,
         cache=plan_cache(options, recipe, images, language, cache_dtype),
         peak_bytes=peak,
         unvalidated_bytes=unvalidated,
     )
+
+
+def _check_length(options: ExportOptions, images: Images, language: LanguageModel) -> None:
+    """ParameterError where prompts could be longer than the model is made for. Pictures may go
+    beyond: few prompts have as many, and as large ones, as there is room for."""
+    text, pictures = options.max_text_len, options.max_images * images.tokens
+    if text > language.positions:
+        raise ParameterError(
+            f"--max-text-len {text}: this model is made for {language.positions:,} tokens; "
+            f"give {language.positions} or less"
+        )
+    if language.window is not None and language.window < text + pictures:
+        room = language.window - pictures
+        lower = f"--max-text-len to {room} or less" if room > 0 else "--max-images"
+        raise ParameterError(
+            f"this model attends over {language.window} tokens only; lower {lower}"
+        )
+    most = (LONGEST - text) // images.tokens
+    if options.max_images > max(1, most):
+        raise ParameterError(
+            f"--max-images {options.max_images}: with up to {images.tokens} tokens each, a bundle "
+            f"has room for {most:,}; lower it, or --max-image-tokens"
+        )
 
 
 def _check_dtypes(options: ExportOptions, dtype: torch.dtype) -> None:

@@ -12,7 +12,7 @@ from lvlm.export.export_plan import Plan
 
 def disk(plan: Plan) -> int:
     """Bytes that the export writes at most."""
-    return plan.weight_bytes + 50_000_000
+    return plan.weight_bytes + plan.angle_bytes + 50_000_000
 
 
 def check_machine(plan: Plan) -> None:

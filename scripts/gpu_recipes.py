@@ -96,6 +96,7 @@ def language_of(model: LlamaForCausalLM) -> LanguageModel:
         hidden=config.hidden_size,
         vocab=config.vocab_size,
         scale=head**-0.5,
+        positions=config.max_position_embeddings,
     )
 
 

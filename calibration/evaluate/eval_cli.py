@@ -184,6 +184,13 @@ def _check(args: argparse.Namespace) -> None:
             if getattr(args, name):
                 flag = "--" + name.replace("_", "-")
                 raise ParameterError(f"{flag} is for bundles made from --recipes; leave it out")
+    from lvlm.export.stand_ins import stand_ins
+
+    with stand_ins():
+        from lvlm.export.export_cli import known_recipe
+
+        for name in args.recipes:
+            known_recipe(name)
     for name in ("batch", "max_new_tokens", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:

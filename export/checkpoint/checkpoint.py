@@ -21,6 +21,7 @@ from lvlm.export.checkpoint.hub import fetch
 from lvlm.export.checkpoint.weight_files import INDEX, Stored, weight_files
 from lvlm.export.families.family import Family
 from lvlm.export.families.parts.side_files import read_json
+from lvlm.runtime.bundle.manifest import MANIFEST
 
 SHIPPED = {"tiny-llava": "tiny-llava"}  # alias -> folder in lvlm.assets
 ROWS = 4096  # compared at once: a vocabulary's embeddings need not fit into memory twice
@@ -159,6 +160,7 @@ def resolve(
         hub_id = _hub_id(model)
         got = fetch(hub_id, revision, weights=weights, quiet=quiet)
         found = Checkpoint(got.folder, hub_id, revision, got.absent, got.absent_bytes)
+    _refuse_bundle(found)
     _refuse_adapter(found)
     return found
 
@@ -171,6 +173,14 @@ def _hub_id(model: str) -> str:
             raise CheckpointError(f"{model[:80]} is no folder; give an alias, a folder or a hub id")
         raise nearest("model", model[:80], [*aliases, *SHIPPED])
     return hub_id
+
+
+def _refuse_bundle(checkpoint: Checkpoint) -> None:
+    if os.path.exists(checkpoint.folder / MANIFEST):
+        raise CheckpointError(
+            f"{checkpoint.source} is a bundle, exported already; give the checkpoint that it was "
+            "made from, or answer with it: lvlm-run"
+        )
 
 
 def _refuse_adapter(checkpoint: Checkpoint) -> None:

@@ -23,6 +23,7 @@ class LanguageModel:
     hidden: int
     vocab: int
     scale: float  # of query · key in every block's attention
+    positions: int  # the model is made for: of a prompt and its answer
     window: int | None = None  # keys a query can see, or length that rotary angles hold for
     position_rows: int = 1  # rotary positions per token: 3 with M-RoPE
     deep: int = 0  # first blocks whose output gets image features of its own added (DeepStack)

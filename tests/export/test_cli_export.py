@@ -158,6 +158,10 @@ def test_interrupted_export_leaves_nothing_and_stale_folders_go(
         (["-m", "CHECKPOINT", "-r", "prefixkv", "--set", "samples=no.jsonl"], "do not exist"),
         (["-m", "CHECKPOINT", "--target", "trt-rtxx"], "did you mean trt-rtx"),
         (["-m", "CHECKPOINT", "--max-text-len", "0"], "--max-text-len is 0"),
+        (["-m", "CHECKPOINT", "--max-text-len", "1000000000"], "give 2048 or less"),
+        (["-m", "CHECKPOINT", "--max-text-len", "2049", "--dry-run"], "made for 2,048 tokens"),
+        (["-m", "CHECKPOINT", "--max-images", "1000000000", "--dry-run"], "has room for"),
+        (["-m", "BUNDLE"], "is a bundle, exported already; give the checkpoint"),
         (["-m", "CHECKPOINT", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["-m", "EMPTY"], "has no config.json"),
         ([], "which model"),
@@ -170,8 +174,11 @@ def test_mistakes_get_one_line_and_status_2(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    known = {"CHECKPOINT": str(checkpoint(NAME)), "EMPTY": str(tmp_path / "empty")}
+    places = {name: tmp_path / name.lower() for name in ("EMPTY", "BUNDLE")}
+    for place in places.values():
+        place.mkdir()
+    (places["BUNDLE"] / "lvlm.json").touch()
+    known = {"CHECKPOINT": str(checkpoint(NAME)), **{k: str(v) for k, v in places.items()}}
     out = tmp_path / "out"
     capsys.readouterr()  # what saving the checkpoint says
     code, _, err = run(capsys, *(known.get(a, a) for a in argv), "-o", out)

@@ -104,8 +104,16 @@ def language_model(parts: Any, head: nn.Module, text: Any) -> LanguageModel:
         hidden=text.hidden_size,
         vocab=text.vocab_size,
         scale=float(parts.layers[0].self_attn.scaling),
+        positions=_positions(text),
         window=getattr(text, "sliding_window", None) if windowed else None,
     )
+
+
+def _positions(text: Any) -> int:
+    """With rotary angles that are scaled, some configurations have the length before that."""
+    own, rope = int(text.max_position_embeddings), text.rope_parameters
+    before = rope.get("original_max_position_embeddings") or own
+    return max(own, int(before * (rope.get("factor") or 1)))
 
 
 def preprocessor(folder: Path) -> dict[str, Any]:

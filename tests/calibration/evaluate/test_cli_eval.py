@@ -275,6 +275,8 @@ def test_missing_packages_get_one_line(
     code, _, err = run(full, *DIGITS, "-o", tmp_path / "out")
     assert code == 2
     assert f"rouge_score not installed; {install('calibration')}" in one_line(err)
+    argv = ("-m", "tiny-llava", "--recipes", "nope", *DIGITS, "-o", tmp_path / "out")
+    assert "unknown recipe" in one_line(run(*argv)[2])
 
 
 # Bundles made from recipes
