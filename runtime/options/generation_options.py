@@ -11,10 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AnySet
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack
 
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError, shown
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Whole = int | np.integer[Any]
+    Number = float | np.floating[Any] | np.integer[Any]
 
 Keep = float | Sequence[float]  # a fraction, or one per reduction
 Flag = Literal["whole", "number", "switch", "text", "texts", "ratios", "template"]
@@ -234,6 +240,10 @@ class GenerationOptions:
         None, whole(1, 178_956_970, help="pixels that a picture may have (default: 64 million)")
     )
 
+    if TYPE_CHECKING:  # what is given has more types than what is kept
+
+        def __init__(self, **given: Unpack[OptionValues]) -> None: ...
+
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
@@ -261,20 +271,20 @@ class GenerationOptions:
 
 
 class OptionValues(TypedDict, total=False):
-    """GenerationOptions by name, as calls take them: the same names and types."""
+    """GenerationOptions by name, as calls take them: the same names, and numpy's scalars, too."""
 
-    max_new_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    repetition_penalty: float | None
-    seed: int | None
+    max_new_tokens: Whole
+    temperature: Number
+    top_k: Whole | None
+    top_p: Number | None
+    repetition_penalty: Number | None
+    seed: Whole | None
     stop: Sequence[str]
     ignore_eos: bool
-    logprobs: int | None
-    keep: Keep | None
-    kv_keep: float | None
+    logprobs: Whole | None
+    keep: Number | Sequence[Number] | None
+    kv_keep: Number | None
     chat_template: bool | str
     system: str | None
-    frames: int | None
-    max_image_pixels: int | None
+    frames: Whole | None
+    max_image_pixels: Whole | None

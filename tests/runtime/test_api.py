@@ -17,6 +17,7 @@ from lvlm.verbs import MODULES
 
 PROGRAM = """
 import lvlm
+import numpy as np
 from lvlm import Engine, GenerationOptions, QueueFullError
 
 model = lvlm.load("out/")
@@ -29,8 +30,12 @@ try:
 except QueueFullError as error:
     reveal_type(error)  # says "lvlm.core.errors.QueueFullError"
 model.generate("Hi", temprature=0.5)  # says did you mean "temperature"
-model.stream("Hi", temperature="0.5")  # says expected "float"
+model.stream("Hi", temperature="0.5")  # says expected "float |
 Engine("out/").generate("Hi", max_tokens=3)  # says did you mean "max_new_tokens"
+model.generate("Hi", seed=np.int64(3), temperature=np.float32(0.5), keep=[np.float64(0.5)])
+GenerationOptions(seed=np.int64(3), top_p=np.float32(0.5), kv_keep=np.int32(1))
+reveal_type(GenerationOptions(seed=np.int64(3)).seed)  # says "int | None"
+GenerationOptions(seed=np.float64(3))  # says expected "int | integer[Any] | None"
 GenerationOptions(max_tokens=3)  # says did you mean "max_new_tokens"
 lvlm.Modell  # says maybe "Model"
 """
