@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops import cache_importance
 from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, Sample, Shape, register
-from lvlm.export.ops.parts.chunked_attention import attention_function, lowered_attention
+from lvlm.export.ops.parts.chunked_attention import PARTS, attention_function, lowered_attention
 
 CHUNK = 128
 
@@ -125,13 +125,18 @@ def outputs(
 
 def function(attributes: Mapping[str, Attribute]) -> onnx.FunctionProto:
     """The op for ONNX Runtime; ``scale`` is read from the node, all else shapes the body."""
-    return attention_function(SCHEMA, *_variant(attributes))
+    chunk, scored = _variant(attributes)
+    return attention_function(SCHEMA, scored, chunk=chunk)
 
 
-def lowered(attributes: Mapping[str, Attribute]) -> onnx.FunctionProto:
-    """Standard attention, and CacheImportance beside it: TensorRT has a fused kernel for the one
-    and takes no slices of varying length inside a Scan."""
-    return lowered_attention(SCHEMA, *_variant(attributes))
+def lowered(attributes: Mapping[str, Attribute], plugins: bool) -> onnx.FunctionProto:
+    """Standard attention, for which TensorRT has a fused kernel, beside CacheImportance if scored.
+    Without plugins the latter is a loop, and TensorRT-RTX 1.7 finds no kernel for attention in one
+    network with loops, or crashes: then one loop gives both."""
+    chunk, scored = _variant(attributes)
+    if scored and not plugins:
+        return attention_function(SCHEMA, scored, parts=PARTS)
+    return lowered_attention(SCHEMA, chunk, scored)
 
 
 def _variant(attributes: Mapping[str, Attribute]) -> tuple[int, bool]:

@@ -57,8 +57,8 @@ class Op:
     function   the body as standard ops, for the given attributes
     samples    inputs every implementation is checked on
     tolerance  largest |difference| / max(1, largest |reference|), by dtype of the data
-    lowered    the body for TensorRT where that of ``function`` is not for it; other lvlm ops may
-               occur in it
+    lowered    the body for TensorRT where that of ``function`` is not for it, for the given
+               attributes and whether lvlm ops are plugins there; lvlm ops may occur in it
     """
 
     name: str
@@ -69,7 +69,7 @@ class Op:
     function: Callable[[Mapping[str, Attribute]], onnx.FunctionProto]
     samples: Callable[[], Iterator[Sample]]
     tolerance: Mapping[torch.dtype, float]
-    lowered: Callable[[Mapping[str, Attribute]], onnx.FunctionProto] | None = None
+    lowered: Callable[[Mapping[str, Attribute], bool], onnx.FunctionProto] | None = None
 
     def __call__(self, *inputs: torch.Tensor | None, **attributes: Attribute) -> Tensors:
         """Run the reference (or what ``computed_by`` gives), or, while a graph is exported, leave

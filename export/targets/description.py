@@ -38,6 +38,7 @@ class Description:
     opset         newest one its parser takes
     imports       those of NEW_OPS that it takes; the others are written out
     attention     data types in which it takes Attention; in others that is written out
+    row_heads     fewest heads with which it takes Attention of one query row
     products      data types in which it multiplies matrices: those a bundle for it can be in
     plugins       lvlm ops are plugins, which their functions must not stand in for
     static_cache  the length of the cache is fixed in the graph
@@ -61,6 +62,7 @@ class Description:
     topk_limit: int | None
     verified: str
     narrow: bool = False
+    row_heads: int = 1
 
     @property
     def built(self) -> bool:

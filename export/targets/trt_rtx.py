@@ -1,6 +1,7 @@
 """TensorRT-RTX: portable graphs, built ahead of time on any machine, run on RTX GPUs.
 
-Attention of several query rows has no kernel in fp32. Plugin libraries are loaded, but to use a
+Attention has no kernel for several query rows in fp32, and none for one row of less than 4 heads.
+Plugin libraries are loaded, but to use a
 plugin ends the process: the functions stay.
 """
 
@@ -19,6 +20,7 @@ TARGET = Target(
     opset=24,
     imports=NEW_OPS,
     attention=HALVES,
+    row_heads=4,
     products=FLOATS,
     plugins=False,
     static_cache=True,

@@ -1,9 +1,9 @@
 """Attention over chunks of queries as standard ops: the body that two ops share.
 
 A Scan takes one chunk after the other and carries the sum of what each key received. Heads of a
-group stand under each other, so that keys are never repeated. Two things differ between the ops:
-CacheImportance lets a chunk see all keys (TensorRT wants fixed shapes inside a Scan),
-CausalAttention only those up to the chunk's end, which is half the work.
+group stand under each other, so that keys are never repeated. CausalAttention lets a chunk see the
+keys up to its end only, which is half the work; in a given number of chunks it sees all keys, as
+CacheImportance does (TensorRT wants fixed shapes inside a Scan).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from lvlm.export.ops.op import DOMAIN
 from lvlm.export.ops.parts.body import Body, Value
 
 F32 = onnx.TensorProto.FLOAT
-# Chunks of a scoring beside standard attention: TensorRT-RTX 1.7 crashes where attention stands
-# beside a loop whose number of turns depends on the input.
+# Chunks of a loop that TensorRT runs: it wants to know how many turns there are.
 PARTS = 16
 LOWEST = -3.4e38  # finite: a row that sees nothing gives no NaN
 
@@ -41,8 +40,10 @@ def importance_function(schema: onnx.defs.OpSchema, chunk: int, parts: int) -> o
     return g.function(schema, [_finish(g, total, length)], built_for, required=["scale"])
 
 
-def attention_function(schema: onnx.defs.OpSchema, chunk: int, scored: bool) -> onnx.FunctionProto:
-    """CausalAttention; ``scored``: with its importance."""
+def attention_function(
+    schema: onnx.defs.OpSchema, scored: bool, *, chunk: int = 0, parts: int = 0
+) -> onnx.FunctionProto:
+    """CausalAttention; ``scored``: with its importance; ``parts`` as above."""
     g = Body()
     rows = g.dim("query", 2)
     slots = g.Unsqueeze(g.arange(rows), g.const([0]))
@@ -50,8 +51,12 @@ def attention_function(schema: onnx.defs.OpSchema, chunk: int, scored: bool) -> 
     if scored:
         length = g.Unsqueeze("length", g.const([1]))
         slots = g.Where(g.Less(slots, length), slots, g.const(-1))
-    chunks = _split_by(g, chunk, slots)
-    *total, output = _scan(g, chunks, scored, value="value")
+    if parts:
+        count = g.const([parts])
+        chunks = _split(g, count, _share(g, rows, count), slots)
+    else:
+        chunks = _split_by(g, chunk, slots)
+    *total, output = _scan(g, chunks, scored, value="value", sliced=not parts)
     batch, heads, width = (g.dim("query", axis) for axis in (0, 1, 3))
     each = g.Concat(chunks.count, batch, heads, chunks.extent, width, axis=0)
     output = g.Transpose(g.Reshape(output, each), perm=[1, 2, 0, 3, 4])
@@ -129,9 +134,12 @@ def _received(b: Body, attention: Value, slots: Value, shape: list[Value]) -> Va
     return b.Squeeze(b.MatMul(used, rows), b.const([1]))
 
 
-def _scan(g: Body, chunks: Chunks, scored: bool, value: Value | None = None) -> list[Value]:
+def _scan(
+    g: Body, chunks: Chunks, scored: bool, value: Value | None = None, sliced: bool = False
+) -> list[Value]:
     """Sum of attention [B, N] over heads and used rows, if ``scored``; attention over ``value``
-    [n, B, Hkv, G * extent, d], if given: then each chunk sees the keys up to its end."""
+    [n, B, Hkv, G * extent, d], if given. ``sliced``: each chunk reads the keys and values up to its
+    end, in fp32; otherwise all of them, the values in their own type, as fused kernels do."""
     batch, heads, positions = g.dim("key", 0), g.dim("query", 1), g.dim("key", 2)
     keys = g.Transpose(g.Cast("key", to=F32), perm=[0, 1, 3, 2])
     scale = g.attribute("scale", "value_float", onnx.AttributeProto.FLOAT)
@@ -145,7 +153,7 @@ def _scan(g: Body, chunks: Chunks, scored: bool, value: Value | None = None) -> 
     ]
     scanned, carried, outputs = [chunks.query, chunks.slots], [], []
     end = positions
-    if value is not None:
+    if value is not None and sliced:
         value = g.Cast(value, to=F32)
         scanned.append(g.Mul(g.Add(g.arange(chunks.count), g.const(1)), size))
         inputs.append(_port("chunk_end", onnx.TensorProto.INT64))
@@ -157,15 +165,19 @@ def _scan(g: Body, chunks: Chunks, scored: bool, value: Value | None = None) -> 
     attention = _attention(b, logits, "chunk_slots", shape)
     if scored:
         received = _received(b, attention, "chunk_slots", shape)
-        if value is not None:
+        if sliced:
             rest = b.Sub(positions, end)
             received = b.Pad(received, b.Concat(b.const([0] * 3), rest, axis=0))
         inputs.insert(0, _port("chunk_sum"))
         carried.append(g.Expand(g.const(0, np.float32), g.Concat(batch, positions, axis=0)))
         outputs.append(b.Add("chunk_sum", received))
     if value is not None:
-        values = b.Slice(value, b.const([0]), end, b.const([2]))
-        outputs.append(b.MatMul(b.Reshape(attention, grouped), values))
+        attention = b.Reshape(attention, grouped)
+        if sliced:
+            mixed = b.MatMul(attention, b.Slice(value, b.const([0]), end, b.const([2])))
+        else:
+            mixed = b.Cast(b.MatMul(b.CastLike(attention, value), value), to=F32)
+        outputs.append(mixed)
 
     body = helper.make_graph(b.nodes, "chunk", inputs, [_port(name) for name in outputs])
     return list(
@@ -200,7 +212,7 @@ def lowered_attention(schema: onnx.defs.OpSchema, chunk: int, scored: bool) -> o
         shape = g.Concat(g.dim("key", 0), g.dim("key", 2), axis=0)
         slots = g.Expand(g.arange(g.dim("key", 2)), shape)
         given = ["query", "key", slots, "length"]
-        results += g.node("CacheImportance", *given, chunk=chunk, parts=PARTS, domain=DOMAIN)
+        results += g.node("CacheImportance", *given, chunk=chunk, domain=DOMAIN)
         g.read_attribute("scale", "scale", onnx.AttributeProto.FLOAT)
     built_for = {"chunk": chunk, "importance": int(scored)}
     inputs = None if scored else schema.min_input

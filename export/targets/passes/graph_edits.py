@@ -48,9 +48,9 @@ def refuse_narrow(model: ir.Model, target: str) -> None:
         raise ExportError(f"target {target} does not take {what}; export without {flag}")
 
 
-def lower_ops(model: ir.Model) -> None:
+def lower_ops(model: ir.Model, plugins: bool) -> None:
     """Replace every lvlm op that has a form for TensorRT (``Op.lowered``) by the nodes of that
-    form, and add the functions of the lvlm ops among them.
+    form, and add the functions of the lvlm ops among them. ``plugins``: those will be plugins.
 
     Postcondition: what an optional output alone was computed from is gone where nothing reads it.
     """
@@ -58,7 +58,7 @@ def lower_ops(model: ir.Model) -> None:
     lowered = set()
     for node in model.graph:
         if node.domain == DOMAIN and (form := ops[node.op_type].lowered) is not None:
-            function = ir.serde.deserialize_function(form(_attributes(node)))
+            function = ir.serde.deserialize_function(form(_attributes(node), plugins))
             model.functions[function.identifier()] = function
             lowered.add(function.identifier())
     common.InlinePass(lambda function: function.identifier() in lowered)(model)
@@ -157,9 +157,9 @@ def _check_known(node: ir.Node, opset: int) -> None:
         raise ExportError(f"{node.op_type} of opset {opset} {what}; it is to be written out")
 
 
-def write_out_attention(model: ir.Model, kept: Collection[str] = ()) -> int:
+def write_out_attention(model: ir.Model, kept: Collection[str] = (), row_heads: int = 1) -> int:
     """Replace Attention by matrix products and a softmax in fp32, but for data types in ``kept``;
-    returns how many there were.
+    of one query row also there, with fewer heads than ``row_heads``. Returns how many there were.
 
     Precondition: 4-D inputs with static head counts, no cache inputs.
     """
@@ -170,9 +170,10 @@ def write_out_attention(model: ir.Model, kept: Collection[str] = ()) -> int:
         query, key = node.inputs[0], node.inputs[1]
         if query is None or key is None or query.shape is None or key.shape is None:
             raise ExportError(f"the shape of {node.name} is unknown; it cannot be written out")
-        if query.dtype is None or DTYPES[query.dtype] in kept:
-            continue
         heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
+        few = query.shape[2] == 1 and isinstance(heads, int) and heads < row_heads
+        if query.dtype is None or (DTYPES[query.dtype] in kept and not few):
+            continue
         if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)):
             raise ExportError(f"the heads of {node.name} are not static; it cannot be written out")
         if set(node.attributes) - {"is_causal", "scale"} or len(node.outputs) > 1:

@@ -31,8 +31,8 @@ def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
     if target.flavour in ("tensorrt", "tensorrt-rtx"):
         split_products(model)
     if target.flavour != "onnxruntime":
-        _passes.lower_ops(model)
-    _passes.write_out_attention(model, target.attention)
+        _passes.lower_ops(model, target.plugins)
+    _passes.write_out_attention(model, target.attention, target.row_heads)
     if "float32" not in target.products:
         narrow_products(model)
     if "RMSNormalization" not in target.imports:

@@ -20,7 +20,11 @@ from lvlm.core.errors import ExportError, ParameterError
 from lvlm.export.ops.causal_attention import OP
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Sample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
+from lvlm.export.targets import trt_rtx, trt_rtx_turing
 from lvlm.export.targets.passes.graph_edits import lower_ops, write_out_attention
+from lvlm.export.targets.target import Target
+from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
+from lvlm.runtime.bundle.manifest import Capacity
 
 ENGINES = ("torch", "onnx")
 NAN = float("nan")
@@ -181,21 +185,72 @@ def ragged() -> Case:
     return query, key, value, torch.tensor([40, 17])
 
 
-def test_lowered_form_scores_only_what_is_read() -> None:
+@pytest.mark.parametrize("read", [True, False])
+def test_lowered_form_scores_beside_attention_only_what_is_read(read: bool) -> None:
     case = ragged()
     expected = run(case, 1, "torch")
+    model = graph(case, read, [])
+    lower_ops(model, plugins=True)
+    assert write_out_attention(model) == 1  # its shapes are known after the pass
+    assert ("CacheImportance" in {n.op_type for n in model.graph}) == read
+    assert ("CacheImportance" in {f.name for f in model.functions.values()}) == read
+    assert "CausalAttention" not in {f.name for f in model.functions.values()}
+    assert_same(model, case, expected[: 1 + read])
+
+
+@pytest.mark.parametrize("extent", [40, 5])  # 16 chunks of 3 with padding; fewer rows than chunks
+def test_lowered_form_without_plugins_is_one_loop(extent: int) -> None:
+    query, key, value, length = ragged()
+    cut = [t[:, :, :extent] for t in (query, key, value)]
+    for dtype, limit in ((torch.float32, 1e-5), (torch.float16, 3e-3)):
+        case = (cut[0].to(dtype), cut[1].to(dtype), cut[2].to(dtype), length.clamp(max=extent))
+        model = graph(case, True, [])
+        lower_ops(model, plugins=False)
+        kinds = [n.op_type for n in model.graph]
+        assert kinds.count("Scan") == 1
+        assert "Attention" not in kinds
+        assert not model.functions
+        assert_same(model, case, run(case, 1, "torch"), limit)
+
+
+def assert_same(
+    model: ir.Model, case: Case, expected: list[np.ndarray], limit: float = 1e-5
+) -> None:
     valid = ~padding(case).numpy()
-    for read in (True, False):
-        model = graph(case, read, [])
-        lower_ops(model)
-        assert write_out_attention(model) == 1  # its shapes are known after the pass
-        assert ("CacheImportance" in {n.op_type for n in model.graph}) == read
-        assert ("CacheImportance" in {f.name for f in model.functions.values()}) == read
-        assert "CausalAttention" not in {f.name for f in model.functions.values()}
-        found = session(ir.to_proto(model)).run(None, feeds(OP, sample(case, 1)))
-        np.testing.assert_allclose(found[0] * valid, expected[0] * valid, atol=1e-5)
-        if read:
-            np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+    found = session(ir.to_proto(model)).run(None, feeds(OP, sample(case, 1)))
+    assert len(found) == len(expected)
+    np.testing.assert_allclose(found[0] * valid, expected[0] * valid, atol=limit)
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+LAYERS = """<ir_version: 11, opset_import: ["" : 24, "lvlm" : 1]>
+g (T[B, 4, N, 64] q, T[B, 2, N, 64] k, T[B, 2, N, 64] v, int64[B] length)
+    => (T[B, 4, N, 64] z, float[B, N] scores) <T[B, 4, N, 64] x, T[B, 4, N, 64] y>
+{
+    x, first = lvlm.CausalAttention <scale = 0.125, importance = 1> (q, k, v, length)
+    y, second = lvlm.CausalAttention <scale = 0.125, importance = 1> (x, k, v, length)
+    z, scores = lvlm.CausalAttention <scale = 0.125, importance = 1> (y, k, v, length)
+}"""
+
+
+@pytest.mark.parametrize("target", [trt_rtx_turing.TARGET, trt_rtx.TARGET], ids=lambda t: t.name)
+def test_layers_that_score_build_for_tensorrt_rtx(target: Target) -> None:
+    """Beside loops the builder has no kernel for attention, or ends the process."""
+    pytest.importorskip("tensorrt_rtx")
+    dtype = "bfloat16" if "bfloat16" in target.products else "float16"
+    model = ir.from_onnx_text(LAYERS.replace("T[", f"{dtype}["))
+    target.lower(model, Capacity(1, 1, ()))
+    assert "Attention" not in {node.op_type for node in model.graph}
+    extents = {"q": (4, 64), "k": (2, 64), "v": (2, 64)}
+    shapes = {
+        n: [(b, h, r, d) for b, r in ((1, 1), (1, 20), (2, 40))] for n, (h, d) in extents.items()
+    }
+    built = open_tensorrt("tensorrt-rtx").build(
+        ir.to_proto(model).SerializeToString(),
+        Settings({**shapes, "length": ((1,), (1,), (2,))}, sms=(target.sms[0],)),
+    )
+    assert built.engine.nbytes > 0
 
 
 def test_lowered_form_refuses_another_variant_beside_it() -> None:
@@ -210,7 +265,7 @@ def test_lowered_form_refuses_another_variant_beside_it() -> None:
     assert model.opset_import[0].version == OPSET
     assert model.opset_import[1].version == VERSION
     with pytest.raises(ExportError, match="two variants of CacheImportance in one graph"):
-        lower_ops(ir.serde.deserialize_model(model))
+        lower_ops(ir.serde.deserialize_model(model), plugins=True)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -27,6 +27,7 @@ from lvlm.export.targets.passes.decomposed import write_out_normalization, write
 from lvlm.export.targets.passes.fp16_matmuls import narrow_products
 from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN, lower_opset
 from lvlm.export.targets.target import Target
+from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
 from lvlm.runtime.bundle.manifest import Capacity
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.generate import batch
@@ -301,6 +302,29 @@ def test_narrow_products_do_not_overflow_and_keep_what_is_not_finite_in_its_plac
 def graph_of(body: str, inputs: str, outputs: str) -> ir.Model:
     text = f'<ir_version: 10, opset_import: ["" : 24]> g ({inputs}) => ({outputs}) {{ {body} }}'
     return ir.serde.deserialize_model(onnx.parser.parse_model(text))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "rows", "kept"),
+    [(3, 3, 1, False), (2, 1, 1, False), (4, 4, 1, True), (2, 2, 2, True)],
+)
+def test_rtx_has_a_kernel_for_the_attention_that_is_left_to_it(
+    heads: int, kv_heads: int, rows: int, kept: bool
+) -> None:
+    model = graph_of(
+        "y = Attention (q, k, v, m)",
+        f"float16[B, {heads}, {rows}, 64] q, float16[B, {kv_heads}, 40, 64] k, "
+        f"float16[B, {kv_heads}, 40, 64] v, bool[B, 1, 1, 40] m",
+        f"float16[B, {heads}, {rows}, 64] y",
+    )
+    TARGETS["trt-rtx"].lower(model, Capacity(1, 1, ()))
+    assert ("Attention" in {node.op_type for node in model.graph}) == kept
+    pytest.importorskip("tensorrt_rtx")
+    shapes = {i.name: [(n, *list(i.shape)[1:]) for n in (1, 1, 2)] for i in model.graph.inputs}
+    built = open_tensorrt("tensorrt-rtx").build(
+        ir.to_proto(model).SerializeToString(), Settings(shapes, sms=(86,))
+    )
+    assert built.engine.nbytes > 0
 
 
 KINDS = {"float": (np.float32, 1e-6), "float16": (np.float16, 8e-3)}
