@@ -54,6 +54,7 @@ class Report:
     manifest: Manifest
     seconds: float
     validation: list[Any] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def export(plan: Plan, progress: Progress) -> Report:
@@ -75,7 +76,7 @@ def export(plan: Plan, progress: Progress) -> Report:
                     told = ValidationError(f"{error}; nothing was written")
                     told.details = error.details
                     raise told from None
-                report.validation = outcome.checks
+                report.validation, report.notes = outcome.checks, outcome.told()
                 stage.result = f"{len(outcome.checks)} checks passed; {outcome.estimate}"
             manifest = _record_validation(folder, manifest, asdict(outcome))
         os.replace(folder, output)

@@ -5,16 +5,13 @@ To be called within ``stand_ins``: nothing here needs torch. Lines fit a termina
 
 from __future__ import annotations
 
-import textwrap
-
 from lvlm.core.discovery import discover, nearest
+from lvlm.core.wrapping import wrapped
 from lvlm.export.checkpoint.checkpoint import SHIPPED
 from lvlm.export.dtypes import DTYPES
 from lvlm.export.families.family import Family
 from lvlm.export.recipes._base import Recipe, settable
 from lvlm.export.targets.target import Target
-
-WIDTH = 80
 
 
 def recipes() -> str:
@@ -22,9 +19,9 @@ def recipes() -> str:
     width = max(map(len, known))
     lines = ["recipes (--help-recipe NAME lists one's parameters):"]
     for name, kind in sorted(known.items()):
-        lines += _wrapped(f"  {name:{width}}  ", kind.summary)
+        lines.append(wrapped(f"  {name:{width}}  ", kind.summary))
         if kind.source != "-":
-            lines += _wrapped(" " * (width + 4), f"[{kind.source}]")
+            lines.append(wrapped(" " * (width + 4), f"[{kind.source}]"))
     return "\n".join(lines)
 
 
@@ -33,10 +30,10 @@ def recipe(name: str) -> str:
     if name not in known:
         raise nearest("recipe", name, known)
     chosen = known[name]
-    lines = [*_wrapped(f"{name}: ", chosen.summary), f"source: {chosen.source}"]
+    lines = [wrapped(f"{name}: ", chosen.summary), f"source: {chosen.source}"]
     for field in settable(chosen):
         lines.append(f"  --set {field.name}={_show(field.default)}")
-        lines += _wrapped("        ", field.metadata["doc"])
+        lines.append(wrapped("        ", field.metadata["doc"]))
     if not settable(chosen):
         lines.append("no parameters")
     return "\n".join(lines)
@@ -54,20 +51,20 @@ def models() -> str:
     for name, family in sorted(known.items()):
         aliases = (shipped if name == "llava" else {}) | dict(family.aliases)
         width = max(map(len, aliases))
-        lines += ["", f"{name}", *_wrapped("  a picture becomes: ", family.pictures)]
-        lines += _wrapped("  video: ", family.video or "no")
+        lines += ["", f"{name}", wrapped("  a picture becomes: ", family.pictures)]
+        lines.append(wrapped("  video: ", family.video or "no"))
         lines += [f"  {alias:{width}}  {hub_id}" for alias, hub_id in aliases.items()]
     recipes: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
     return "\n".join(
         [
             *lines,
             "",
-            *_wrapped(
+            wrapped(
                 "",
                 "Every family: several pictures in a prompt (--max-images), recipes "
                 f"{', '.join(sorted(recipes))}, --dtype {', '.join(DTYPES)}.",
             ),
-            *_wrapped(
+            wrapped(
                 "",
                 "Tested on small models with random weights, token for token against "
                 "transformers. The weights on the hub were not run; the export compares them "
@@ -80,13 +77,5 @@ def models() -> str:
 def targets() -> str:
     known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
     width = max(map(len, known))
-    rows = (_wrapped(f"  {name:{width}}  ", t.summary) for name, t in sorted(known.items()))
-    return "\n".join(line for row in rows for line in row)
-
-
-def _wrapped(first: str, text: str) -> list[str]:
-    """``text`` after ``first``, in lines that are indented alike."""
-    indent = " " * min(len(first), WIDTH // 2)
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False
-    )
+    rows = (wrapped(f"  {name:{width}}  ", t.summary) for name, t in sorted(known.items()))
+    return "\n".join(rows)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from typing import Any
 
 from lvlm.core.progress import size
+from lvlm.core.wrapping import wrapped
 from lvlm.export.export_plan import Plan
 from lvlm.export.exporter import Report
 from lvlm.export.graphs.bundle_graphs import graph_names
@@ -83,6 +83,7 @@ def report_table(report: Report) -> str:
         from lvlm.export.verify.checks import table  # torch is loaded where something was checked
 
         lines.append(table(report.validation))
+    lines += [wrapped("  note: ", note) for note in report.notes]
     lines.append(f'next: lvlm-run {report.output} --image PICTURE "QUESTION"')
     return "\n".join(lines)
 
@@ -93,6 +94,7 @@ def report_data(report: Report) -> dict[str, Any]:
         "files": {name: f.bytes for name, f in report.manifest.files.items()},
         "validation": report.manifest.validation,
         "checks": [dataclasses.asdict(c) | {"passed": c.passed} for c in report.validation],
+        "notes": report.notes,
     }
 
 
@@ -132,14 +134,4 @@ def _pyramid(plan: Plan) -> str:
 def layout(rows: dict[str, str]) -> str:
     """Names and values, in lines that fit a terminal of 80 columns where words allow it."""
     width = max(map(len, rows))
-    return "\n".join(
-        textwrap.fill(
-            value,
-            80,
-            initial_indent=f"  {name:{width}}  ",
-            subsequent_indent=" " * (width + 4),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, value in rows.items()
-    )
+    return "\n".join(wrapped(f"  {name:{width}}  ", value) for name, value in rows.items())

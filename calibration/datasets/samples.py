@@ -7,7 +7,6 @@ about a data set is checked here and there before any model is loaded.
 from __future__ import annotations
 
 import hashlib
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from lvlm.core.discovery import discover, nearest
 from lvlm.core.errors import ImageError, LvlmError, ParameterError
+from lvlm.core.wrapping import wrapped
 from lvlm.runtime.media.images import open_image
 
 PLACEHOLDER = "<image>"  # a picture's place in a prompt, as LLaVA's files write it
@@ -135,11 +135,7 @@ def listing() -> str:
     known: dict[str, Dataset] = discover("lvlm.calibration.datasets", "DATASET")
     width = max(map(len, known))
     return "\n".join(
-        line
-        for name, dataset in known.items()
-        for line in textwrap.wrap(
-            f"{name:{width}}  {dataset.summary}", 80, subsequent_indent=" " * (width + 2)
-        )
+        wrapped(f"{name:{width}}  ", dataset.summary) for name, dataset in known.items()
     )
 
 

@@ -2,28 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lvlm.core.errors import ValidationError
+from lvlm.core.errors import ValidationError, shown
 from lvlm.export.verify.checks import Check, table
 from lvlm.export.verify.forms import Form
 
+SOME = 8  # names in a line
+NOT_RUN = "not run: "
 AS_IT_IS = ", and as it is"
 
 
 @dataclass
 class Outcome:
     """The comparisons; ``files``: what was run of the bundle's graphs, by file, and of the rest why
-    not; ``estimate``: how many tokens were compared and why."""
+    not; ``unlike``: added tokens that no prompt here has and on which the tokenizers differ;
+    ``estimate``: how many tokens were compared and why."""
 
     checks: list[Check] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
     estimate: str = ""
 
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
+
+    def told(self) -> list[str]:
+        """What else is to be known, a line each: notes, tokens, what was not run and why."""
+        lines = list(self.notes)
+        if self.unlike:
+            lines.append(
+                f"added tokens that transformers reads or shows otherwise: {some(self.unlike)}; no "
+                "prompt compared here has them"
+            )
+        reasons: dict[str, list[str]] = {}
+        for file, said in self.files.items():
+            if NOT_RUN in said:
+                reasons.setdefault(said.partition(NOT_RUN)[2], []).append(file)
+        return lines + [f"{NOT_RUN}{', '.join(f)}: {reason}" for reason, f in reasons.items()]
 
     def check(self) -> None:
         """ValidationError, with the table, where a comparison failed."""
@@ -40,9 +59,9 @@ class Outcome:
     def ran(self, form: Form, compacted: bool) -> None:
         """A form's files were run, or its reason says why not."""
         for graph, file in form.files.items():
-            said = f"not run: {form.reason}" if form.reason else "run"
+            said = f"{NOT_RUN}{form.reason}" if form.reason else "run"
             if graph == "compact" and not compacted and not form.reason:
-                said = "loaded, not run: fewer tokens than an interval"
+                said = f"loaded, {NOT_RUN}fewer tokens than an interval"
             elif form.how and not form.reason:
                 said = f"run, {form.how}"
             self._note(file, said)
@@ -60,5 +79,11 @@ class Outcome:
     def add(self, other: Outcome) -> None:
         self.checks += other.checks
         self.notes += other.notes
+        self.unlike += other.unlike
         for file, said in other.files.items():
             self._note(file, said)
+
+
+def some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SOME} more" if len(names) > SOME else ""
+    return ", ".join(map(shown, names[:SOME])) + more

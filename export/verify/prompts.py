@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 
-from lvlm.core.errors import LvlmError, PromptError
+from lvlm.core.errors import LvlmError
+from lvlm.export.verify import vocabulary
 from lvlm.export.verify.checks import Check, difference
 from lvlm.export.verify.judge import Judge
+from lvlm.export.verify.outcome import Outcome
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.chat_template import Turn
 from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
@@ -39,14 +41,6 @@ CONVERSATIONS = {
     ],
 }
 PIXELS = 1e-4  # of values around 1, whose steps are 0.015
-TEXTS = (
-    "Hello, world!",
-    " two  spaces,\ta tab\nand a line",
-    "Größe 12½ — naïve “quotes”",
-    "東京 مرحبا привет 👩‍👧",
-    "def f(x): return x**2  # code",
-)
-TOKENS_A_TEXT, AT_ONCE = 16, 64
 
 
 def compare(
@@ -56,23 +50,27 @@ def compare(
     picture: Image.Image,
     prompt: Prompt,
     pixels: bool,
-) -> Iterator[Check]:
-    """Checks of a bundle's ``maker`` against the checkpoint's own; ``prompt`` is QUESTION about the
+) -> Outcome:
+    """A bundle's ``maker`` against the checkpoint's own; ``prompt`` is QUESTION about the
     picture, as the bundle has it. ``pixels``: whether the bundle is to scale pictures alike."""
-    odd = picture.resize((picture.width // 2 + 7, picture.height))
+    outcome, odd = Outcome(), picture.resize((picture.width // 2 + 7, picture.height))
     if pixels:
-        yield _pixels(judge, family, prompt, picture, "a picture")
-        yield _pixels(judge, family, prepare(maker, odd), odd, "one of another shape")
-        yield _ids(judge, maker, picture, prompt)
-    yield from texts(judge, maker)
+        outcome.checks += [
+            _pixels(judge, family, prompt, picture, "a picture"),
+            _pixels(judge, family, prepare(maker, odd), odd, "one of another shape"),
+            _ids(judge, maker, picture, prompt),
+        ]
+    outcome.add(texts(judge, maker, prompt.ids))
+    return outcome
 
 
-def texts(judge: Judge, maker: PromptMaker) -> Iterator[Check]:
-    """Checks of the chat template and of the tokenizer."""
+def texts(judge: Judge, maker: PromptMaker, ids: Iterable[int] = ()) -> Outcome:
+    """The chat template and the tokenizer; ``ids``: of a prompt with a picture."""
+    outcome, used = Outcome(), {*map(int, ids), *judge.eos_ids, *maker.tokenizer.eos_ids}
     if maker.template is not None or judge.template():
-        yield from _roles(judge, maker)
-    yield _corpus(judge, maker)
-    yield _vocabulary(judge, maker)
+        used |= _roles(judge, maker, outcome)
+    outcome.add(vocabulary.compare(judge, maker, used))
+    return outcome
 
 
 def prepare(maker: PromptMaker, picture: Image.Image, tokens: int = 1) -> Prompt:
@@ -95,22 +93,27 @@ def _pixels(judge: Judge, family: Family, prompt: Prompt, picture: Image.Image, 
     return Check(f"pixels of {what}", worst, PIXELS, "apart")
 
 
-def _roles(judge: Judge, maker: PromptMaker) -> Iterator[Check]:
-    """Conversations as the chat template writes them, and their token ids."""
+def _roles(judge: Judge, maker: PromptMaker, outcome: Outcome) -> set[int]:
+    """Conversations as the chat template writes them, and their token ids, which it returns."""
     wrong = compared = 0
+    used: set[int] = set()
     for name, turns in CONVERSATIONS.items():
         theirs = judge.render(turns)
         try:
             ours = maker.template.render_turns(turns) if maker.template else None
         except LvlmError:
             ours = None  # what the template refuses, both refuse
-        yield Check(f"chat template: {name}", float(ours != theirs), 0, "texts that differ")
+        outcome.checks.append(
+            Check(f"chat template: {name}", float(ours != theirs), 0, "texts that differ")
+        )
         if ours is not None and theirs is not None:
             expected = judge.encode(theirs, not judge.begins(theirs))
             made = maker.tokenizer.encode(ours, add_special_tokens=not maker.begins(ours))
             wrong += _unequal(made, expected)
+            used.update(made, expected)
             compared += 1
-    yield Check(f"ids of {compared} conversations", wrong, 0, "ids that differ")
+    outcome.checks.append(Check(f"ids of {compared} conversations", wrong, 0, "ids that differ"))
+    return used
 
 
 def _ids(judge: Judge, maker: PromptMaker, picture: Image.Image, prompt: Prompt) -> Check:
@@ -133,36 +136,6 @@ def _ids(judge: Judge, maker: PromptMaker, picture: Image.Image, prompt: Prompt)
         ends = ends and plain[len(plain) - len(theirs) + before :] == theirs[before:]
         return Check(f"{name}, picture aside", float(not ends), 0, "ids that differ")
     return Check(name, _unequal(ours, theirs), 0, "ids that differ")
-
-
-def _corpus(judge: Judge, maker: PromptMaker) -> Check:
-    """A few texts in many scripts, and every added token with text around it."""
-    added = sorted(judge.tokenizer.get_added_vocab(), key=str)
-    groups = [added[i : i + TOKENS_A_TEXT] for i in range(0, len(added), TOKENS_A_TEXT)]
-    texts = [*TEXTS, *(f"{' a'.join(g)} b {'c '.join(g)}" for g in groups)]
-    wrong = 0
-    for text in texts:
-        for special in (True, False):
-            try:
-                ours = maker.tokenizer.encode(text, add_special_tokens=special)
-            except PromptError:
-                ours = []
-            wrong += ours != judge.encode(text, special)
-    return Check(
-        f"tokenizer: {len(texts)} texts, {len(added)} added tokens", wrong, 0, "texts that differ"
-    )
-
-
-def _vocabulary(judge: Judge, maker: PromptMaker) -> Check:
-    """Every token: its text in both tokenizers, and what these make of that text."""
-    count = len(judge.tokenizer)
-    wrong = 0
-    for first in range(0, count, AT_ONCE):
-        ids = list(range(first, min(first + AT_ONCE, count)))
-        text = judge.decode(ids)
-        same = maker.tokenizer.decode(ids) == text
-        wrong += not (same and maker.tokenizer.encode(text, False) == judge.encode(text, False))
-    return Check(f"tokenizer: its {count} tokens", wrong, 0, "texts that differ")
 
 
 def _unequal(ours: list[int], theirs: list[int]) -> int:

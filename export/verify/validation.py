@@ -59,13 +59,13 @@ def validate(plan: Plan, folder: Path, tell: Callable[[str], None] = lambda _: N
     try:
         prompt = prompts.prepare(maker, picture, TOKENS + 1)
     except LvlmError as error:
-        outcome.checks += prompts.texts(judge, maker)
+        outcome.add(prompts.texts(judge, maker))
         outcome.check()
         raise ValidationError(f"the bundle takes no prompt with a picture: {error}") from None
     resized = manifest.images.tokens < plan.family.images(plan.config, judge.folder).tokens
     if resized:
         outcome.notes.append("pixels: not compared, --max-image-tokens scales pictures down")
-    outcome.checks += prompts.compare(judge, plan.family, maker, picture, prompt, not resized)
+    outcome.add(prompts.compare(judge, plan.family, maker, picture, prompt, not resized))
     if judge.without:
         outcome.notes.append(f"tokens around pictures: not compared, {judge.without}")
     outcome.check()  # nothing else can be right

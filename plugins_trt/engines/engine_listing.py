@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lvlm.core.discovery import discover
 from lvlm.core.progress import size
+from lvlm.core.wrapping import wrapped
 from lvlm.export.targets.description import NEW_OPS
 from lvlm.export.targets.target import Target
 from lvlm.runtime.kv.cache import cache_bytes
@@ -46,9 +46,7 @@ def _block(target: Target) -> list[str]:
     }
     lines = [target.name]
     for name, value in facts.items():
-        lines += textwrap.wrap(
-            value, 80, initial_indent=f"  {name:11}  ", subsequent_indent=" " * 15
-        )
+        lines.append(wrapped(f"  {name:11}  ", value))
     return lines
 
 

@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from lvlm.core.wrapping import wrapped
     from lvlm.runtime.tools.doctor import as_json, can_run, examine
 
     findings = examine(args.bundle)
@@ -37,7 +38,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         width = max(len(f.subject) for f in findings)
         for f in findings:
-            print(f"{f.mark} {f.subject:{width}}  {f.says}")
+            print(wrapped(f"{f.mark} {f.subject:{width}}  ", f.says))
             if not f.ok:
-                print(f"  {'':{width}}  → {f.fix}")
+                print(wrapped(f"  {'':{width}}  → ", f.fix))
     return 0 if can_run(findings) else UNUSABLE

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from lvlm.export.budgets.prefix_profiles import (
     model_hash,
 )
 from lvlm.export.export_cli import main
-from lvlm.export.verify import validation
+from lvlm.export.verify import forms, validation
 from lvlm.export.verify.checks import Check, table
 from lvlm.export.verify.outcome import Outcome
 from lvlm.runtime.bundle.manifest import ProfileRow
@@ -47,8 +48,13 @@ def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, st
 
 
 def test_export_validates_and_reports(
-    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also what was not run."""
+    monkeypatch.setattr(forms, "LARGE", 0)
     code, _, err = run(
         capsys,
         "-m",
@@ -57,17 +63,22 @@ def test_export_validates_and_reports(
         "lightvlm",
         "--set",
         "keep=0.2",
+        "--target",
+        "openvino",
         "-o",
         tmp_path / "out",
     )
     assert code == 0, err
-    assert "[7/7]" in err
+    assert "[8/8]" in err
+    line = r"note: not run: vision\.openvino\.onnx, prefill\.openvino\.onnx, .*: open(vino)? ?"
+    assert re.search(line, " ".join(err.split()))
     assert "✓ vision.onnx" in err
     assert "✗" not in err
     manifest = read_bundle(tmp_path / "out")
     assert manifest.validation == "passed"
     assert manifest.parameters["keep"] == 0.2
     parts = ("-m", checkpoint(NAME), "-r", "lightvlm", "-o", tmp_path / "other", "--dry-run")
+    parts += ("--target", "openvino")
     foretold = json.loads(run(capsys, *parts, "--json")[1])["files"]
     assert foretold == sorted(path.name for path in (tmp_path / "out").iterdir())
     recorded = json.loads((tmp_path / "out/validation.json").read_text())

@@ -22,9 +22,10 @@ from lvlm.core.errors import ValidationError
 from lvlm.export import export_plan as planning
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.recipes._base import parse_settings
-from lvlm.export.verify import contents, validation
+from lvlm.export.verify import contents, validation, vocabulary
 from lvlm.export.verify.checks import Check
 from lvlm.export.verify.forms import Mapped
+from lvlm.export.verify.judge import Judge
 from lvlm.export.verify.outcome import Outcome
 from lvlm.export.weights.stored_weights import StoredEmbedding, StoredLinear, compute_in_fp32
 from lvlm.runtime.backends import Session
@@ -160,6 +161,44 @@ def test_another_decoder_is_noticed(good: tuple[Any, Path]) -> None:
     data["decoder"] = None
     replace_file(folder, "tokenizer.json", json.dumps(data).encode())
     noticed(plan, folder, "✗ tokenizer: its 383 tokens")
+
+
+def changed_token(folder: Path, content: str) -> None:
+    """Answers show it."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    (token,) = (t for t in data["added_tokens"] if t["content"] == content)
+    token["special"] = False
+    replace_file(folder, "tokenizer.json", json.dumps(data).encode())
+
+
+def test_another_added_token_of_the_prompts_is_noticed_by_name(good: tuple[Any, Path]) -> None:
+    plan, folder = good
+    changed_token(folder, "<image>")
+    noticed(plan, folder, r"✗ tokenizer: its 383 tokens \('<image>'\)")
+
+
+def test_another_added_token_that_no_prompt_has_is_told_by_name(good: tuple[Any, Path]) -> None:
+    plan, folder = good
+    changed_token(folder, "<pad>")
+    outcome = validation.validate(plan, folder)
+    assert outcome.unlike == ["<pad>"]
+    assert any("otherwise: '<pad>'; no prompt" in line for line in outcome.told())
+
+
+def test_tokens_that_differ_by_numbers_alone_are_one_kind(
+    checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+) -> None:
+    """Another picture may have <row_2> where the prompt that is compared has <row_1>."""
+    judge = Judge(checkpoint(NAME))
+    judge.tokenizer.add_tokens(["<row_1>", "<row_2>", "<other>"])
+    folder = bundle(NAME, RECIPE)
+    maker = validation._prompt_maker(folder, read_bundle(folder, "none"))
+    (row,) = judge.tokenizer.convert_tokens_to_ids(["<row_1>"])
+    names = ["<other>", "<row_1>", "<row_2>"]
+    assert vocabulary.compare(judge, maker, set()).unlike == names
+    outcome = vocabulary.compare(judge, maker, {row})
+    assert outcome.unlike == ["<other>"]
+    assert [check.figure for check in outcome.checks] == [2, 2]
 
 
 @pytest.mark.parametrize(

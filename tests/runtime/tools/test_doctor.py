@@ -18,7 +18,7 @@ from lvlm.core.errors import BackendError
 from lvlm.core.installing import install
 from lvlm.core.nvidia import Driver, Gpu, driver
 from lvlm.runtime.bundle.reader import read_bundle
-from lvlm.runtime.tools import doctor_cli
+from lvlm.runtime.tools import doctor, doctor_cli
 from lvlm.runtime.tools.doctor import ABSENT, Finding, Machine, as_json, can_run, examine
 
 ORIN = Gpu("Orin", 87, 8_000_000_000, True)
@@ -182,6 +182,24 @@ def test_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert err == ""
     assert "✓ device cpu" in out
     assert re.search(r"✗ bundle  .* is not a bundle", out)
+
+
+def test_lines_fit_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings = [Finding("one", True, "word " * 30), Finding("the other", False, "-", "mend " * 30)]
+    monkeypatch.setattr(doctor, "examine", lambda _: findings)
+    doctor_cli.main([])
+    lines = capsys.readouterr().out.splitlines()
+    starts = (
+        "✓ one        word",
+        " " * 13 + "word",
+        f"{ABSENT} the other  -",
+        " " * 11 + "  → mend",
+    )
+    for start in starts:
+        assert any(line.startswith(start) for line in lines), lines
+    assert 60 < max(map(len, lines)) <= 80
 
 
 def test_a_bundle_that_changed_at_the_same_size_and_time(
