@@ -14,6 +14,7 @@ from lvlm.export.targets.description import LARGE
 
 LIBRARIES = 550_000_000  # torch and what belongs to it, and traced graphs
 RUNNING = 1_000_000_000  # bytes beside the weights while a prompt is run
+ANGLES = 13  # times the rotary angles of every position, while they are computed and written
 CGROUP = Path("/sys/fs/cgroup")  # of the container, where there is one
 
 
@@ -35,10 +36,10 @@ def peak_memory(
     Args:
         weight_bytes: of the bundle.
         largest: elements of the largest parameter.
-        angles: bytes of the rotary angles of every position, which are computed step by step.
+        angles: bytes of the rotary angles of every position.
     """
     base = LIBRARIES + 2 * largest * (dtype.itemsize + (4 if options.weights else 0))
-    base += 4 * angles
+    base += ANGLES * angles
     wanted = options.recipe.calibration()
     if not validate and (wanted is None or wanted.file is not None):
         return base

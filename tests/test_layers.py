@@ -203,3 +203,13 @@ assert pytest.main(["-qqq", "--collect-only", "-p", "no:cacheprovider", *folders
 print(sorted({"torch", "transformers"} & set(sys.modules)))
 """
     assert python(code).splitlines()[-1] == "[]"
+
+
+def test_commands_see_to_signals_before_anything_else_is_imported() -> None:
+    """Ctrl-C while these are imported would end in a traceback."""
+    code = """
+import sys
+before = set(sys.modules)
+import lvlm.commands
+print(sorted({"typing", "re", "argparse", "lvlm.verbs"} & set(sys.modules) - before))"""
+    assert python(code).strip() == "[]"

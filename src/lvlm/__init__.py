@@ -5,7 +5,7 @@ The public API is loaded when first used, so that ``import lvlm`` costs nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+TYPE_CHECKING = False  # importing typing takes longer than all else before a command sees Ctrl-C
 
 if TYPE_CHECKING:
     from lvlm.core.errors import (

@@ -6,8 +6,6 @@ import os
 import signal
 import sys
 
-from lvlm.verbs import MODULES, PREFIX
-
 
 def main() -> int:
     """``lvlm-VERB …``, by the name it was started with, or ``lvlm VERB …``."""
@@ -16,6 +14,7 @@ def main() -> int:
     from lvlm.core.console import run_main
     from lvlm.main import main as dispatch
     from lvlm.main import run_verb
+    from lvlm.verbs import MODULES, PREFIX
 
     verb = program.removeprefix(PREFIX)
     if program == PREFIX + verb and verb in MODULES:
