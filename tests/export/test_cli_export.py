@@ -70,7 +70,10 @@ def test_export_validates_and_reports(
     )
     assert code == 0, err
     assert "[8/8]" in err
-    line = r"note: not run: vision\.openvino\.onnx, prefill\.openvino\.onnx, .*: open(vino)? ?"
+    line = (
+        r"note: not run: vision\.openvino\.onnx, prefill\.openvino\.onnx, .*: "
+        "(OpenVINO would copy the weights|openvino is not installed)"
+    )
     assert re.search(line, " ".join(err.split()))
     assert "✓ vision.onnx" in err
     assert "✗" not in err
