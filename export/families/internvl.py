@@ -37,6 +37,7 @@ from lvlm.export.families.parts.llama_text import (
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
 from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.graphs.repeats import run_layer
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.internvl import most_tokens, normalise_config, with_most_tokens
@@ -195,7 +196,7 @@ class InternVLVision(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden = self.tower.embeddings(pixel_values)
         for layer in self.tower.encoder.layer:
-            hidden = layer(hidden)
+            hidden = run_layer(layer, hidden, masked=False)
         patches = self.tower.layernorm(hidden)[:, 1:]  # without the class token
         grid = patches.unflatten(1, (self.side, self.side))
         rows = self.projector(self.shuffle(grid, self.ratio).flatten(1, 2)).flatten(0, 1)

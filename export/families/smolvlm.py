@@ -35,6 +35,7 @@ from lvlm.export.families.parts.llama_text import (
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
 from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.graphs.repeats import run_layer
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.parts.frames import attempted
@@ -188,7 +189,7 @@ class SmolVLMVision(nn.Module):
         patches = convolve(pixel_values.to(convolve.weight.dtype)).flatten(2).transpose(1, 2)
         hidden = patches + embeddings.position_embedding(self.places)
         for layer in self.tower.encoder.layers:
-            hidden = layer(hidden, None)
+            hidden = run_layer(layer, hidden, masked=True)
         rows = self.connector(self.tower.post_layernorm(hidden)).flatten(0, 1)
         assert isinstance(rows, torch.Tensor)
         return rows

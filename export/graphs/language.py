@@ -7,17 +7,18 @@ compacts a layer's entries right after the layer, so the full cache of all layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.graphs.ports import compact_counts, recipe_inputs
+from lvlm.export.graphs.ports import buffer_kinds, compact_counts, recipe_inputs
+from lvlm.export.graphs.repeats import Described, like, repeated
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.recipes._cache import CacheRule
-from lvlm.export.recipes._sequence import TokenSequence
+from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap, scatter
 
 
@@ -59,15 +60,15 @@ def store(buffer: torch.Tensor, x: torch.Tensor, index: torch.Tensor) -> torch.T
 
 
 def run_block(
-    model: LanguageModel,
     block: nn.Module,
     hidden: torch.Tensor,
     positions: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
     cache: PromptEntries | CacheWriter,
     tap: Tap,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    angles = model.rotary(hidden, position_ids=positions)
+    """A block's output [B,N,D]; ``angles`` are cos and sin [B,N,d] of the positions."""
     out = block(
         hidden,
         attention_mask=mask,
@@ -81,8 +82,25 @@ def run_block(
 
 
 def _registered(model: LanguageModel) -> nn.ModuleList:
-    """The parts as submodules, so that tracing sees their parameters by name."""
-    return nn.ModuleList([model.embed, model.rotary, *model.blocks, model.norm, model.head])
+    """The parts as submodules, so that tracing sees their parameters by name; blocks are traced
+    apart (repeats.py)."""
+    return nn.ModuleList([model.embed, model.rotary, model.norm, model.head])
+
+
+def _own_inputs(
+    one: Sequence[GraphInput], layer: int, inputs: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """What one layer takes of ``inputs``: the row of those that all layers have, and those of its
+    own name; ``one`` describes them for a model of a single layer."""
+    return [
+        inputs[i.name][layer] if i.dims[0] == 1 else inputs[i.name.removesuffix("0") + str(layer)]
+        for i in one
+    ]
+
+
+def _named(one: Sequence[GraphInput], own: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """``_own_inputs`` as a rule reads them, as those of layer 0."""
+    return {i.name: (x,) if i.dims[0] == 1 else x for i, x in zip(one, own, strict=True)}
 
 
 class Prefill(nn.Module):
@@ -123,32 +141,81 @@ class Prefill(nn.Module):
         hidden = torch.where(image, first, model.embed(input_ids))
         state = TokenSequence(hidden, position_ids, image_id)
         start = torch.zeros_like(input_ids[:, 0])
-        scored = rule is not None and rule.scores_all
         written: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
         tap: Tap | None = None
+        turned: torch.Tensor | None = None  # positions that the angles are of
+        angles: tuple[torch.Tensor, ...] = ()
+        kinds = len(buffer_kinds(rule))
         for layer, block in enumerate(model.blocks):
             state = recipe.before_block(layer, state, tap, inputs)
-            tap = Tap(state.length() if scored else None)
-            entries = PromptEntries()
-            state.hidden = run_block(model, block, state.hidden, state.positions, entries, tap)
+            if state.positions is not turned:
+                turned = state.positions
+                angles = model.rotary(state.hidden, position_ids=turned)
+            own = buffers[kinds * layer : kinds * (layer + 1)]
+            limits = _own_inputs(rule.inputs(1), layer, inputs) if rule else []
+            given = [state.hidden, state.positions, state.image_id, *angles, start, *own, *limits]
+            tap, state.hidden, count, new = self._repeat(block, given, own)
+            kept += count
+            written += new
             if layer < model.deep:  # no recipe merges before (plan.py)
                 state.hidden = state.hidden + torch.where(image, deep[layer], 0)
-            new = [entries.key, entries.value]
-            if rule is not None:
-                *new, count = rule.compact_prompt(
-                    layer, state, tap, entries.key, entries.value, inputs
-                )
-                kept.append(count)
-                if rule.queries:
-                    new.append(rule.ring(state, tap)[0])
-            own = buffers[len(written) : len(written) + len(new)]
-            written += [store(buffer, x, start) for buffer, x in zip(own, new, strict=True)]
         width = state.hidden.shape[-1]
         last = state.hidden.gather(1, state.last()[:, None, None].expand(-1, 1, width))[:, 0]
         logits = model.head(model.norm(last)).float()
         counts = [torch.stack(kept)] if kept else []
         return (logits, *state.maps, *counts, *written)
+
+    def _repeat(
+        self, block: nn.Module, given: Sequence[torch.Tensor], own: Sequence[torch.Tensor]
+    ) -> tuple[Tap, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """A block's tap, its output, with a cache rule how many entries stay, its buffers."""
+        model, rule = self.model, self.rule
+        (batch, length, _), dtype = given[0].shape, given[0].dtype
+        scored = rule is not None and rule.scores_all
+        outputs: list[Described] = [
+            (dtype, (batch, model.heads, length, model.head_dim)),
+            (dtype, (batch, model.kv_heads, length, model.head_dim)),
+            like(given[0]),
+            *([(torch.float32, (batch, length))] if scored else []),
+            *([(torch.int64, (batch,))] if rule is not None else []),
+            *map(like, own),
+        ]
+        query, key, hidden, *rest = repeated(self._block, block, given, outputs)
+        tap = Tap(scale=model.scale)
+        tap.query, tap.key = query, key
+        if scored:
+            tap.importance = rest.pop(0)
+        return tap, hidden, [rest.pop(0)] if rule is not None else [], rest
+
+    def _block(
+        self,
+        block: nn.Module,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        image_id: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        start: torch.Tensor,
+        *rest: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """A block, and what its cache keeps of the prompt; the outputs as in ``_repeat``."""
+        rule, kinds = self.rule, len(buffer_kinds(self.rule))
+        buffers, counts = rest[:kinds], rest[kinds:]
+        state = TokenSequence(hidden, positions, image_id)
+        scored = rule is not None and rule.scores_all
+        tap, entries = Tap(state.length() if scored else None), PromptEntries()
+        state.hidden = run_block(block, hidden, positions, (cos, sin), entries, tap)
+        new, kept = [entries.key, entries.value], []
+        if rule is not None:
+            own = _named(rule.inputs(1), counts)
+            *new, count = rule.compact_prompt(0, state, tap, entries.key, entries.value, own)
+            kept.append(count)
+            if rule.queries:
+                new.append(rule.ring(state, tap)[0])
+        received = [tap.importance] if scored else []
+        written = [store(buffer, x, start) for buffer, x in zip(buffers, new, strict=True)]
+        return (tap.query, tap.key, state.hidden, *received, *kept, *written)
 
 
 class Decode(nn.Module):
@@ -176,18 +243,36 @@ class Decode(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         model = self.model
         hidden = model.embed(input_ids)
+        angles = model.rotary(hidden, position_ids=position_ids)
+        ring = [] if query_index is None else [query_index]
+        kinds = 2 + len(ring)
         written: list[torch.Tensor] = []
         for layer, block in enumerate(model.blocks):
-            key, value = buffers[len(written) : len(written) + 2]
-            slots = torch.arange(key.shape[2], device=hidden.device)
-            mask = (slots[None] < valid_length[layer][:, None])[:, None, None]
-            cache, tap = CacheWriter((key, value), write_index[layer]), Tap()
-            hidden = run_block(model, block, hidden, position_ids, cache, tap, mask)
-            written += cache.written
-            if query_index is not None:
-                written.append(store(buffers[len(written)], tap.query, query_index))
+            own = buffers[kinds * layer : kinds * (layer + 1)]
+            given = [hidden, position_ids, *angles, *own]
+            given += [write_index[layer], valid_length[layer], *ring]
+            outputs = [like(hidden), *map(like, own)]
+            hidden, *new = repeated(_decode_block, block, given, outputs)
+            written += new
         logits = model.head(model.norm(hidden[:, 0])).float()
         return (logits, *written)
+
+
+def _decode_block(
+    block: nn.Module,
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *rest: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """A block on one token per row, and its buffers with the token's entry."""
+    key, value, *query, index, valid = rest if len(rest) == 4 else rest[:-1]
+    slots = torch.arange(key.shape[2], device=hidden.device)
+    mask = (slots[None] < valid[:, None])[:, None, None]
+    cache, tap = CacheWriter((key, value), index), Tap()
+    hidden = run_block(block, hidden, positions, (cos, sin), cache, tap, mask)
+    return (hidden, *cache.written, *(store(ring, tap.query, rest[-1]) for ring in query))
 
 
 class Compact(nn.Module):
@@ -201,22 +286,34 @@ class Compact(nn.Module):
     def __init__(self, model: LanguageModel, rule: CacheRule) -> None:
         super().__init__()
         self.model, self.rule = model, rule
+        self.none = nn.Identity()  # no weights: all layers are alike
 
     def forward(
         self, fixed: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        names = (i.name for i in compact_counts(self.model, self.rule))
+        layers = len(self.model.blocks)
+        names = (i.name for i in compact_counts(self.rule, layers))
         inputs = dict(zip(names, fixed, strict=True))
         start = torch.zeros_like(inputs["valid_length"][0])
-        dtype = next(self.model.norm.parameters()).dtype  # that of what is computed
         written: list[torch.Tensor] = []
         kept: list[torch.Tensor] = []
-        for layer in range(len(self.model.blocks)):
+        for layer in range(layers):
             own = buffers[3 * layer : 3 * layer + 3]
-            key, value, queries = (buffer.to(dtype) for buffer in own)
-            *new, count = self.rule.compact_buffers(
-                layer, queries, key, value, self.model.scale, inputs
-            )
+            counts = _own_inputs(compact_counts(self.rule, 1), layer, inputs)
+            outputs = [like(start), *map(like, own[:2])]
+            count, *new = repeated(self._layer, self.none, [start, *own, *counts], outputs)
             kept.append(count)
-            written += [store(old, x, start) for old, x in zip(own, new, strict=False)]
+            written += new
         return (torch.stack(kept), *written)
+
+    def _layer(
+        self, _: nn.Module, start: torch.Tensor, *rest: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """How many entries of a layer stay, and its keys and values with these first."""
+        own, counts = rest[:3], rest[3:]
+        dtype = next(self.model.norm.parameters()).dtype  # that of what is computed
+        key, value, queries = (buffer.to(dtype) for buffer in own)
+        inputs = _named(compact_counts(self.rule, 1), counts)
+        *new, count = self.rule.compact_buffers(0, queries, key, value, self.model.scale, inputs)
+        written = (store(old, x, start) for old, x in zip(own, new, strict=False))
+        return (count, *written)

@@ -76,11 +76,10 @@ def decode_inputs(
 
 
 def compact_inputs(model: LanguageModel, rule: CacheRule, dtype: torch.dtype) -> list[GraphInput]:
-    return [*compact_counts(model, rule), *buffer_inputs(model, rule, dtype)]
+    return [*compact_counts(rule, len(model.blocks)), *buffer_inputs(model, rule, dtype)]
 
 
-def compact_counts(model: LanguageModel, rule: CacheRule) -> list[GraphInput]:
-    layers = len(model.blocks)
+def compact_counts(rule: CacheRule, layers: int) -> list[GraphInput]:
     return [
         GraphInput("valid_length", torch.int64, (layers, "batch")),
         GraphInput("query_slot", torch.int64, (layers, "batch", rule.queries)),

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ExportError
 from lvlm.export.graphs.plain_splits import plain_splits
+from lvlm.export.graphs.repeats import BodyModule, collected, write_out
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.export.standard_ops import PLACEHOLDER_DOMAIN, exchanged_leaves
@@ -64,6 +65,38 @@ def trace(
     ``arrange`` puts the flat list of inputs into the module's arguments; ``parameter_names`` maps
     id(parameter) to its name in the checkpoint.
     """
+    with collected() as repeats:
+        model = _onnx(name, module, inputs, outputs, arrange, mode)
+    bodies = [
+        _onnx(name, BodyModule(k), k.inputs, [f"output_{i}" for i in range(k.outputs)], _one, mode)
+        for k in repeats.kinds
+    ]
+    parameters = _claim_parameters(model, module, parameter_names)
+    parameters |= write_out(model, repeats, bodies, parameter_names)
+    _to_standard_domain(model)
+    _add_functions(model)
+    _constant_reshapes(model)
+    plain_splits(model)
+    ir.passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+    )(model)
+    model.graph.name = name
+    model.producer_name = "lvlm"
+    return TracedGraph(name, model, _in_order_of_use(model.graph, parameters))
+
+
+def _onnx(
+    name: str,
+    module: nn.Module,
+    inputs: Sequence[GraphInput],
+    outputs: Sequence[str],
+    arrange: Callable[[list[Any]], tuple[Any, ...]],
+    mode: FakeTensorMode,
+) -> ir.Model:
+    """What torch makes of ``module``, its inputs and sizes named as described."""
     sizes = _example_sizes(inputs)
     dims = {d: torch.export.Dim(d) for i in inputs for d in i.dims if isinstance(d, str)}
     with mode:
@@ -90,21 +123,12 @@ def trace(
         )
     if program is None:
         raise ExportError(f"torch.onnx gave no graph for {name}")
-    model = program.model
-    _describe_inputs(model, inputs)
-    _to_standard_domain(model)
-    _add_functions(model)
-    _constant_reshapes(model)
-    plain_splits(model)
-    ir.passes.Sequential(
-        common.IdentityEliminationPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedOpsetsPass(),
-    )(model)
-    model.graph.name = name
-    model.producer_name = "lvlm"
-    return TracedGraph(name, model, _claim_parameters(model, module, parameter_names))
+    _describe_inputs(program.model, inputs)
+    return program.model
+
+
+def _one(inputs: list[Any]) -> tuple[Any, ...]:
+    return (inputs,)
 
 
 def _example_sizes(inputs: Sequence[GraphInput]) -> dict[str, int]:
@@ -228,6 +252,13 @@ def _claim_parameters(
         model.graph.initializers[target] = value
         claimed[target] = value
     return claimed
+
+
+def _in_order_of_use(graph: ir.Graph, parameters: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+    """Those that are used, as the nodes read them one after another."""
+    names = {value: name for name, value in parameters.items()}
+    used = (v for node in graph.all_nodes() for v in node.inputs if v is not None)
+    return {names[v]: v for v in dict.fromkeys(used) if v in names}
 
 
 def _port(value: ir.Value) -> Port:

@@ -24,6 +24,7 @@ from lvlm.export.families.parts.llama_text import (
 )
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.graphs.repeats import run_layer
 from lvlm.export.recipes._sequence import GraphInput
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors import load_processor
@@ -149,7 +150,7 @@ class LlavaVision(nn.Module):
             hidden = self.tower.pre_layrnorm(hidden)
         states = [hidden]
         for layer in self.tower.encoder.layers[: max(self.wanted)]:
-            states.append(layer(states[-1], None))
+            states.append(run_layer(layer, states[-1], masked=True))
         features = torch.cat([states[i][:, self.first :] for i in self.wanted], dim=-1)
         rows = self.projector(features).flatten(0, 1)
         assert isinstance(rows, torch.Tensor)

@@ -1,0 +1,307 @@
+"""Blocks that differ in their weights alone are traced once; each then gets a copy of the nodes.
+
+torch's exporter takes seconds for a block, a copy milliseconds. A module calls ``repeated`` for
+each of its blocks; while a graph is traced, that leaves one node in place of the block, and
+``write_out`` puts the nodes of the kind's one trace there, with the block's own weights.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from lvlm.core.errors import ExportError
+from lvlm.export.recipes._sequence import GraphInput
+
+DOMAIN = "lvlm.repeats"  # of the nodes that stand for blocks while a graph is traced
+Body = Callable[..., tuple[torch.Tensor, ...]]
+Described = tuple[torch.dtype, Sequence[Any]]  # dtype and shape, whose sizes may be symbolic
+NUMBERS = ("layer_idx",)  # attributes that say which block a module is in, and nothing else
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is traced once: ``body`` with ``module``, the first of its blocks."""
+
+    body: Body
+    module: nn.Module
+    inputs: Sequence[GraphInput]
+    outputs: int
+
+
+@dataclass
+class Repeats:
+    """The blocks of one graph: their kinds, and every module by the number its nodes have."""
+
+    kinds: list[Kind] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
+
+    def node(
+        self, kind: Kind, inputs: Sequence[torch.Tensor], outputs: Sequence[Described]
+    ) -> tuple[torch.Tensor, ...]:
+        found = next((i for i, known in enumerate(self.kinds) if _same(known, kind)), None)
+        if found is None:
+            found = len(self.kinds)
+            self.kinds.append(kind)
+        member = next((i for i, m in enumerate(self.modules) if m is kind.module), None)
+        if member is None:
+            member = len(self.modules)
+            self.modules.append(kind.module)
+        return tuple(
+            torch.onnx.ops.symbolic_multi_out(
+                f"{DOMAIN}::Block",
+                inputs,
+                {"kind": found, "module": member},
+                dtypes=[dtype for dtype, _ in outputs],
+                shapes=[shape for _, shape in outputs],
+                version=1,
+            )
+        )
+
+
+_tracing: ContextVar[Repeats | None] = ContextVar("tracing", default=None)
+
+
+@contextmanager
+def collected() -> Iterator[Repeats]:
+    """Within: calls of ``repeated`` leave nodes, and what these stand for is collected."""
+    repeats = Repeats()
+    token = _tracing.set(repeats)
+    try:
+        yield repeats
+    finally:
+        _tracing.reset(token)
+
+
+def repeated(
+    body: Body,
+    module: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[Described],
+) -> tuple[torch.Tensor, ...]:
+    """``body(module, *inputs)``, which gives ``outputs``; one node of a graph that is traced.
+
+    Args:
+        body: a function or bound method that depends on nothing but its arguments and what is the
+            same for all blocks of the graph
+        module: the block, with all parameters that the body reads
+    """
+    repeats = _tracing.get()
+    if repeats is None:
+        return body(module, *inputs)
+    return repeats.node(Kind(body, module, _patterns(inputs), len(outputs)), inputs, outputs)
+
+
+def like(x: torch.Tensor) -> Described:
+    return x.dtype, x.shape
+
+
+def run_layer(layer: nn.Module, hidden: torch.Tensor, *, masked: bool) -> torch.Tensor:
+    """A layer of a vision tower, [units,patches,D] -> the same; ``masked``: it takes an attention
+    mask, of which there is none."""
+    return repeated(_without_mask if masked else _layer, layer, [hidden], [like(hidden)])[0]
+
+
+def _layer(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor]:
+    return (layer(hidden),)
+
+
+def _without_mask(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor]:
+    return (layer(hidden, None),)
+
+
+class BodyModule(nn.Module):
+    """A kind as a module of its own; takes the inputs as one list."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__()
+        self.body, self.module = kind.body, kind.module
+
+    def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return self.body(self.module, *inputs)
+
+
+def _patterns(inputs: Sequence[torch.Tensor]) -> list[GraphInput]:
+    """The inputs' types and sizes; every symbolic size gets a name by where it comes first."""
+    names: dict[object, str] = {}
+    return [
+        GraphInput(
+            f"input_{i}",
+            x.dtype,
+            tuple(
+                d if isinstance(d, int) else names.setdefault(_identity(d), f"size_{len(names)}")
+                for d in x.shape
+            ),
+        )
+        for i, x in enumerate(inputs)
+    ]
+
+
+def _identity(size: torch.SymInt) -> object:
+    """What tells a size from others. Each input has symbols of its own, even for sizes that are
+    declared to be the same; their example values then are (tracing.py), and no others."""
+    expression = size.node.expr
+    return size.node.hint if expression.is_symbol else (size.node.hint, str(expression))
+
+
+def _same(a: Kind, b: Kind) -> bool:
+    return a.body == b.body and a.inputs == b.inputs and _alike(a.module, b.module)
+
+
+def _alike(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two modules compute the same from the same weights: classes, sizes, settings."""
+    if a is b:
+        return True
+    if type(a) is not type(b) or a._modules.keys() != b._modules.keys():
+        return False
+    own = {"_parameters", "_buffers", "_modules", *NUMBERS}
+    settings = [{k: v for k, v in m.__dict__.items() if k not in own} for m in (a, b)]
+    return (
+        _equal(settings[0], settings[1])
+        and all(_alike_tensors(getattr(a, n), getattr(b, n)) for n in ("_parameters", "_buffers"))
+        and all(
+            x is y or (x is not None and y is not None and _alike(x, y))
+            for x, y in zip(a._modules.values(), b._modules.values(), strict=True)
+        )
+    )
+
+
+def _alike_tensors(
+    a: Mapping[str, torch.Tensor | None], b: Mapping[str, torch.Tensor | None]
+) -> bool:
+    """Parameters of the same sizes; buffers, whose values are part of the trace, the same ones."""
+
+    def alike(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
+        if x is None or y is None or not isinstance(x, nn.Parameter):
+            return x is y
+        return isinstance(y, nn.Parameter) and (x.shape, x.dtype) == (y.shape, y.dtype)
+
+    return a.keys() == b.keys() and all(alike(a[n], b[n]) for n in a)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Equality of settings; what cannot be compared is not equal."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, types.MethodType):  # of exchanged leaves: bound to each its own module
+        return a.__func__ is b.__func__
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return isinstance(a, int | float | str | tuple | list | set | torch.dtype) and bool(a == b)
+
+
+def write_out(
+    model: ir.Model,
+    repeats: Repeats,
+    bodies: Sequence[ir.Model],
+    parameter_names: Mapping[int, str],
+) -> dict[str, ir.Value]:
+    """Put each block's own copy of its kind's nodes in its place.
+
+    Args:
+        bodies: a model for each kind, of a BodyModule
+        parameter_names: of the checkpoint, by id(parameter)
+
+    Returns:
+        The new initializers that are parameters, by their names in the checkpoint.
+    """
+    made: dict[str, ir.Value] = {}
+    blocks = [node for node in model.graph if node.domain == DOMAIN]
+    for number, node in enumerate(blocks):
+        kind = node.attributes.get_int("kind")
+        module = repeats.modules[node.attributes.get_int("module")]
+        body = bodies[kind]
+        copy = body.graph.clone()
+        _take_sizes(copy, repeats.kinds[kind].inputs, node.inputs)
+        for inside, given in zip(list(copy.inputs), node.inputs, strict=True):
+            assert given is not None
+            inside.replace_all_uses_with(given)
+        local = {
+            f"module.{name}": parameter_names.get(id(p))
+            for name, p in module.named_parameters(remove_duplicate=False)
+        }
+        for name in list(copy.initializers):
+            value, known = copy.initializers.pop(name), local.get(name)
+            if value.uses():
+                value = _initializer(model.graph, value, known or f"kind_{kind}.{name}")
+                if known is not None:
+                    made[known] = value
+        _place(model.graph, node, copy, f"block_{number}")
+        for domain, version in body.opset_imports.items():
+            model.opset_imports.setdefault(domain, version)
+        model.functions.update(body.functions)
+    model.opset_imports.pop(DOMAIN, None)
+    return made
+
+
+def _take_sizes(
+    copy: ir.Graph, described: Sequence[GraphInput], given: Sequence[ir.Value | None]
+) -> None:
+    """Name every size in ``copy`` as the graph that it goes into does."""
+    sizes: dict[str, int | ir.SymbolicDim] = {}
+    for inside, value in zip(described, given, strict=True):
+        shape = None if value is None else value.shape
+        for axis, size in enumerate(inside.dims):
+            if isinstance(size, str):
+                found = ir.SymbolicDim(None) if shape is None else shape[axis]
+                if str(sizes.setdefault(size, found)) != str(found):
+                    raise ExportError(f"{sizes[size]} and {found} were taken for one size")
+    for node in copy.all_nodes():
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape(
+                    d if isinstance(d, int) else sizes.get(str(d.value), ir.SymbolicDim(None))
+                    for d in value.shape
+                )
+
+
+def _initializer(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    """``graph``'s initializer of that name: ``value``, if there is none yet."""
+    known = graph.initializers.get(name)
+    if known is not None:
+        value.replace_all_uses_with(known)
+        return known
+    value.name = name
+    graph.initializers[name] = value
+    return value
+
+
+def _place(graph: ir.Graph, block: ir.Node, copy: ir.Graph, name: str) -> None:
+    """Move the nodes of ``copy`` to where ``block`` is, and its outputs to whoever reads these."""
+    nodes, outputs = list(copy), list(copy.outputs)
+    copy.outputs.clear()
+    copy.remove(nodes)
+    graph.insert_before(block, nodes)
+    for node in nodes:
+        node.name = f"{name}.{node.name}"
+        for value in node.outputs:
+            value.name = f"{name}.{value.name}"
+    for old, new in zip(block.outputs, outputs, strict=True):
+        _check(name, old, new)
+        new.shape = old.shape
+        final = old.is_graph_output()
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        if final:
+            new.name, old.name = old.name, f"{name}.{new.name}"
+    graph.remove(block, safe=True)
+
+
+def _check(name: str, said: ir.Value, found: ir.Value) -> None:
+    """ExportError unless a block's output is of the type and sizes that were said beforehand."""
+    dims = [tuple(value.shape or ()) for value in (said, found)]
+    sizes = zip(*dims, strict=True) if len(dims[0]) == len(dims[1]) else [(0, 1)]
+    apart = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes)
+    if said.dtype != found.dtype or apart:
+        raise ExportError(
+            f"{name} gives {found.dtype} {found.shape}, not the {said.dtype} {said.shape} expected"
+        )
