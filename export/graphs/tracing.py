@@ -6,28 +6,24 @@ weights.py writes the values once for all graphs.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-import torch
 from onnx_ir.passes import common
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ExportError
+from lvlm.export.graphs.block_copies import write_out
 from lvlm.export.graphs.plain_splits import plain_splits
-from lvlm.export.graphs.repeats import BodyModule, collected, write_out
+from lvlm.export.graphs.repeats import BodyModule, collected
+from lvlm.export.graphs.torch_export import to_onnx
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
 from lvlm.export.recipes._sequence import GraphInput
-from lvlm.export.standard_ops import PLACEHOLDER_DOMAIN, exchanged_leaves
+from lvlm.export.standard_ops import PLACEHOLDER_DOMAIN
 from lvlm.runtime.bundle.manifest import Port
 
 PORT_TYPES = {
@@ -66,9 +62,11 @@ def trace(
     id(parameter) to its name in the checkpoint.
     """
     with collected() as repeats:
-        model = _onnx(name, module, inputs, outputs, arrange, mode)
+        model = to_onnx(name, module, inputs, outputs, arrange, mode)
     bodies = [
-        _onnx(name, BodyModule(k), k.inputs, [f"output_{i}" for i in range(k.outputs)], _one, mode)
+        to_onnx(
+            name, BodyModule(k), k.inputs, [f"output_{i}" for i in range(k.outputs)], _one, mode
+        )
         for k in repeats.kinds
     ]
     parameters = _claim_parameters(model, module, parameter_names)
@@ -88,99 +86,8 @@ def trace(
     return TracedGraph(name, model, _in_order_of_use(model.graph, parameters))
 
 
-def _onnx(
-    name: str,
-    module: nn.Module,
-    inputs: Sequence[GraphInput],
-    outputs: Sequence[str],
-    arrange: Callable[[list[Any]], tuple[Any, ...]],
-    mode: FakeTensorMode,
-) -> ir.Model:
-    """What torch makes of ``module``, its inputs and sizes named as described."""
-    sizes = _example_sizes(inputs)
-    dims = {d: torch.export.Dim(d) for i in inputs for d in i.dims if isinstance(d, str)}
-    with mode:
-        examples = [
-            torch.zeros([sizes.get(d, d) for d in i.dims], dtype=i.dtype)  # type: ignore[arg-type]
-            for i in inputs
-        ]
-    dynamic = [
-        {axis: dims[d] for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in inputs
-    ]
-    with mode, torch.no_grad(), exchanged_leaves(module), _quiet():
-        exported = torch.export.export(
-            module, arrange(examples), dynamic_shapes=arrange(dynamic), strict=False
-        )
-        program = torch.onnx.export(
-            exported,
-            args=(),
-            dynamo=True,
-            opset_version=OPSET,
-            optimize=False,
-            input_names=[i.name for i in inputs],
-            output_names=list(outputs),
-            verbose=False,
-        )
-    if program is None:
-        raise ExportError(f"torch.onnx gave no graph for {name}")
-    _describe_inputs(program.model, inputs)
-    return program.model
-
-
 def _one(inputs: list[Any]) -> tuple[Any, ...]:
     return (inputs,)
-
-
-def _example_sizes(inputs: Sequence[GraphInput]) -> dict[str, int]:
-    """A size for every dynamic dimension; all differ, so that no two are taken for the same."""
-    names = list(dict.fromkeys(d for i in inputs for d in i.dims if isinstance(d, str)))
-    return {name: 5 + 2 * n for n, name in enumerate(names)}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """torch's exporter warns about packages it does not need and prints its progress; all of it
-    shows where the logger ``lvlm`` is at DEBUG (--verbose)."""
-    if logging.getLogger("lvlm").isEnabledFor(logging.DEBUG):
-        yield
-        return
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _describe_inputs(model: ir.Model, inputs: Sequence[GraphInput]) -> None:
-    """Give dynamic dimensions their names everywhere; torch calls them s10, s17 …"""
-    if [v.name for v in model.graph.inputs] != [i.name for i in inputs]:
-        raise ExportError("torch.onnx changed the inputs of the graph")
-    renamed: dict[str, str] = {}
-    for value, described in zip(model.graph.inputs, inputs, strict=True):
-        for dim, name in zip(value.shape or (), described.dims, strict=True):
-            if isinstance(dim, ir.SymbolicDim) and isinstance(name, str):
-                renamed[str(dim.value)] = name
-    symbols = re.compile(r"\bs\d+\b")
-    for value in _values(model.graph):
-        if value.shape is None:
-            continue
-        for axis, dim in enumerate(value.shape):
-            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                text = symbols.sub(lambda m: renamed.get(m[0], m[0]), dim.value)
-                # An expression such as 4*batch is no valid dimension name to all readers.
-                value.shape[axis] = text if text.isidentifier() else ir.SymbolicDim(None)
-
-
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from graph.inputs
-    for node in graph:
-        yield from node.outputs
 
 
 def _to_standard_domain(model: ir.Model) -> None:

@@ -1,0 +1,129 @@
+"""From a torch module to a first ONNX graph: torch.export, then torch.onnx."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+from lvlm.core.errors import ExportError
+from lvlm.export.ops.op import OPSET
+from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.standard_ops import exchanged_leaves
+
+
+def to_onnx(
+    name: str,
+    module: nn.Module,
+    inputs: Sequence[GraphInput],
+    outputs: Sequence[str],
+    arrange: Callable[[list[Any]], tuple[Any, ...]],
+    mode: FakeTensorMode,
+) -> ir.Model:
+    """What torch makes of ``module``, its inputs and sizes named as described."""
+    sizes = _example_sizes(inputs)
+    dims = {d: torch.export.Dim(d) for i in inputs for d in i.dims if isinstance(d, str)}
+    with mode:
+        examples = [
+            torch.zeros([sizes.get(d, d) for d in i.dims], dtype=i.dtype)  # type: ignore[arg-type]
+            for i in inputs
+        ]
+    dynamic = [
+        {axis: dims[d] for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in inputs
+    ]
+    with mode, torch.no_grad(), exchanged_leaves(module), _quiet(), _one_registry():
+        exported = torch.export.export(
+            module, arrange(examples), dynamic_shapes=arrange(dynamic), strict=False
+        )
+        program = torch.onnx.export(
+            exported,
+            args=(),
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            input_names=[i.name for i in inputs],
+            output_names=list(outputs),
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError(f"torch.onnx gave no graph for {name}")
+    _describe_inputs(program.model, inputs)
+    return program.model
+
+
+def _example_sizes(inputs: Sequence[GraphInput]) -> dict[str, int]:
+    """A size for every dynamic dimension; all differ, so that no two are taken for the same."""
+    names = list(dict.fromkeys(d for i in inputs for d in i.dims if isinstance(d, str)))
+    return {name: 5 + 2 * n for n, name in enumerate(names)}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter warns about packages it does not need and prints its progress; all of it
+    shows where the logger ``lvlm`` is at DEBUG (--verbose)."""
+    if logging.getLogger("lvlm").isEnabledFor(logging.DEBUG):
+        yield
+        return
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+_registry = functools.cache(ONNXRegistry.from_torchlib)
+
+
+@contextlib.contextmanager
+def _one_registry() -> Iterator[None]:
+    """torch.onnx makes its table of ops for every graph anew, which takes it about a second; here
+    it is the same one every time (no graph adds ops to it)."""
+    own = ONNXRegistry.__dict__["from_torchlib"]
+    ONNXRegistry.from_torchlib = staticmethod(_registry)  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = own  # type: ignore[method-assign]
+
+
+def _describe_inputs(model: ir.Model, inputs: Sequence[GraphInput]) -> None:
+    """Give dynamic dimensions their names everywhere; torch calls them s10, s17 …"""
+    if [v.name for v in model.graph.inputs] != [i.name for i in inputs]:
+        raise ExportError("torch.onnx changed the inputs of the graph")
+    renamed: dict[str, str] = {}
+    for value, described in zip(model.graph.inputs, inputs, strict=True):
+        for dim, name in zip(value.shape or (), described.dims, strict=True):
+            if isinstance(dim, ir.SymbolicDim) and isinstance(name, str):
+                renamed[str(dim.value)] = name
+    symbols = re.compile(r"\bs\d+\b")
+    for value in _values(model.graph):
+        if value.shape is None:
+            continue
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                text = symbols.sub(lambda m: renamed.get(m[0], m[0]), dim.value)
+                # An expression such as 4*batch is no valid dimension name to all readers.
+                value.shape[axis] = text if text.isidentifier() else ir.SymbolicDim(None)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
