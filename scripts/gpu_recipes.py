@@ -265,7 +265,7 @@ class Measured:
             "kv_budget": budget,
         }
         given |= {f"kv_slots_{i}": np.arange(n) for i, n in enumerate(budget.max(1))}
-        fixed = self._on_device(given, compact_counts(self.language, rule))
+        fixed = self._on_device(given, compact_counts(rule, len(budget)))
         buffers = self._buffers(valid.max(1))
         module = Compact(self.language, rule)
 
