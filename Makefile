@@ -1,6 +1,9 @@
-# test: what CI runs. test-fast: the tests of a change, in the environment that is active, under two
-# minutes. test-all: every combination of models and recipes, long; hours on two cores.
-.PHONY: quickstart test test-fast test-all
+# dev: a checkout to work in (.venv, editable). test: what CI runs. test-fast: the tests of a change,
+# in the environment that is active, under two minutes. test-all: every combination of models and
+# recipes, long; hours on two cores.
+.PHONY: dev quickstart test test-fast test-all
+dev:
+	bash scripts/dev.sh
 quickstart:
 	bash scripts/quickstart.sh
 test:

@@ -1,10 +1,17 @@
-"""Which packages there are: every folder with Python files, read from the tree at build time."""
+"""Which packages there are: every folder with Python files, read from the tree at build time.
 
+The root's folders are packages within ``lvlm``. An editable install puts a folder of links in that
+shape on Python's path, so that type checkers and editors find what Python finds (CONTRIBUTING.md).
+"""
+
+import shutil
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent
+LINKS = ROOT / ".editable"
 # A package of its own each; a folder within a folder goes to the longest that it begins with.
 HOMES = {
     "src/lvlm": "lvlm",
@@ -34,5 +41,31 @@ def _elsewhere(folder: Path, home: str) -> bool:
     return any(folder.is_relative_to(other) for other in HOMES if len(other) > len(home))
 
 
+class Editable(editable_wheel):
+    """``pip install -e .``: the folder of links is on Python's path, by a plain .pth file."""
+
+    def finalize_options(self) -> None:
+        link_packages()
+        self.distribution.package_dir = {"": LINKS.name}
+        super().finalize_options()
+
+
+def link_packages() -> None:
+    """``.editable/lvlm``: each home is one link; its entries are, where another home shares it."""
+    shutil.rmtree(LINKS, ignore_errors=True)
+    for home, name in HOMES.items():
+        place = LINKS.joinpath(*name.split("."))
+        inside = any(other.startswith(f"{name}.") for other in HOMES.values())
+        around = any(other.startswith(f"{home}/") for other in HOMES)
+        entries = sorted((ROOT / home).iterdir()) if inside or around else [ROOT / home]
+        for entry in entries:
+            link = place / entry.name if inside or around else place
+            if entry.relative_to(ROOT).as_posix() in HOMES and entry != ROOT / home:
+                continue  # a package of its own
+            if entry.name != "__pycache__":
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(entry)
+
+
 FOUND = packages()
-setup(packages=list(FOUND), package_dir=FOUND)
+setup(packages=list(FOUND), package_dir=FOUND, cmdclass={"editable_wheel": Editable})

@@ -8,7 +8,7 @@ installed; measures calls as large as real models make them; writes a page of ta
 each line when it is known, so that a run that is cut off leaves what it had. --parts chooses.
 Needs torch, triton, onnx and numpy, a C++ compiler and cmake; not TensorRT, whose headers suffice.
 A machine without a network takes a library built elsewhere: --make FOLDER there, --build FOLDER.
---dry-run does the same without a GPU, up to the launches, which a driver of the tests notes down.
+--dry-run does the same without a GPU, up to the launches; a stand-in for the driver notes them.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _fake_driver(work: Path, arch: int) -> dict[str, str]:
     subprocess.run(
         [
             *("c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-isystem", str(include / "include")),
-            *(str(ROOT / "tests/plugins_trt/fake_cuda.cpp"), "-o", str(work / "libcuda.so.1")),
+            *(str(build.SHELL / "test/fake_cuda.cpp"), "-o", str(work / "libcuda.so.1")),
         ],
         check=True,
     )

@@ -18,13 +18,14 @@ from lvlm.main import run_verb
 from lvlm.verbs import MODULES
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = [
     file
     for folder in ("src", "runtime", "export", "calibration", "plugins_trt", "scripts")
     for file in sorted((ROOT / folder).rglob("*"))
     if file.suffix in (".py", ".sh")
 ]
+PACKAGES = {"bench", "calibration", "core", "export", "plugins_trt", "runtime"}
 FOLDERS = "assets|calibration|docs|export|plugins_trt|runtime|scripts|src|tests"
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w*./-]*\w\.\w+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
@@ -164,4 +165,9 @@ def test_python_blocks_compile_and_name_what_there_is(page: Path) -> None:
             if isinstance(node, ast.ImportFrom) and node.module == "lvlm":
                 assert {each.name for each in node.names} <= set(dir(lvlm))
     for name in re.findall(r"`lvlm\.([A-Za-z_]\w*)", page.read_text()):
-        assert name in [*dir(lvlm), "runtime", "json"], name
+        assert name in [*dir(lvlm), *PACKAGES, "json"], name
+
+
+def test_the_stability_page_names_what_is_public() -> None:
+    named = re.findall(r"`(\w+)`", (ROOT / "docs/stability.md").read_text())
+    assert set(lvlm.__all__) <= set(named)

@@ -146,7 +146,7 @@ def _fake(folder: Path) -> None:
     subprocess.run(
         [
             *(os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC"),
-            *("-isystem", str(include / "include"), str(Path(__file__).parent / "fake_cuda.cpp")),
+            *("-isystem", str(include / "include"), str(build.SHELL / "test/fake_cuda.cpp")),
             *("-o", str(folder / "fake/libcuda.so.1")),
         ],
         check=True,
