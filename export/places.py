@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lvlm.core.errors import ExportError
+from lvlm.core.output import check_place
 
 
 def check_output(output: Path) -> None:
@@ -16,5 +17,4 @@ def check_output(output: Path) -> None:
         raise ExportError(f"-o {str(output)[:80]} cannot be used: {reason}") from None
     if taken:
         raise ExportError(f"{output} exists and is not empty; give another -o or remove it")
-    if not output.absolute().parent.is_dir():
-        raise ExportError(f"the folder {output.absolute().parent} does not exist; make it first")
+    check_place("-o", output, ExportError)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvlm.core.console import Parser, add_verify, run_main
 from lvlm.core.errors import ParameterError, PromptError
-from lvlm.core.output import whole_file
+from lvlm.core.output import check_place, whole_file
 from lvlm.runtime.backends import devices
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.options.option_flags import add_option_flags, given_options
@@ -102,8 +102,7 @@ def _check(args: argparse.Namespace) -> GenerationOptions:
             raise ParameterError("--show-merge draws on a picture; give one with --image")
         if args.show_merge.suffix.lower() != ".png":
             raise ParameterError(f"--show-merge {args.show_merge}: name a file ending in .png")
-        if not args.show_merge.absolute().parent.is_dir():
-            raise ParameterError(f"--show-merge {args.show_merge}: there is no such folder")
+        check_place("--show-merge", args.show_merge, ParameterError)
     return options
 
 

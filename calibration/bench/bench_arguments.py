@@ -130,6 +130,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     from importlib.util import find_spec
 
     from lvlm.core.errors import ParameterError
+    from lvlm.core.output import check_place
 
     if not args.bundles:
         raise ParameterError(
@@ -173,7 +174,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ParameterError(f"--plot needs matplotlib; {install('bench')}")
     for name in ("json", "plot"):
         path = getattr(args, name)
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ParameterError(f"--{name} {path}: there is no such folder")
+        if path is not None:
+            check_place(f"--{name}", path, ParameterError)
     if args.quiet and args.json is None and args.plot is None:
         raise ParameterError("-q prints no table; add --json FILE or --plot FILE")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -98,6 +97,7 @@ def _run(args: argparse.Namespace) -> int:
 def _check_output(args: argparse.Namespace) -> None:
     """What can be known to be wrong before anything is loaded."""
     from lvlm.core.errors import ExportError, ParameterError
+    from lvlm.core.output import check_place
 
     if args.model is None:
         raise ParameterError("which model? give -m (tiny-llava is shipped with this package)")
@@ -109,10 +109,7 @@ def _check_output(args: argparse.Namespace) -> None:
     for path in (output, output.with_suffix(".png")):
         if path.exists():
             raise ExportError(f"{path} exists; give another -o or remove it")
-    if not output.absolute().parent.is_dir():
-        raise ExportError(f"the folder {output.absolute().parent} does not exist; make it first")
-    if not os.access(output.absolute().parent, os.W_OK):
-        raise ExportError(f"the folder {output.absolute().parent} cannot be written to")
+    check_place("-o", output, ExportError)
 
 
 def _recipe(args: argparse.Namespace) -> Any:

@@ -179,7 +179,7 @@ def test_a_child_that_is_killed(tmp_path: Path) -> None:
         (("BUNDLE", "--prompt-tokens", "a"), "'a' is not a list like 1,4,16"),
         (("BUNDLE", "--checkpoint", "x"), "--checkpoint is for --against"),
         (("BUNDLE", "--plot", "x.pdf"), "name a file ending in .png or .svg"),
-        (("BUNDLE", "--json", "no/where.json"), "there is no such folder"),
+        (("BUNDLE", "--json", "no/where.json"), "no does not exist; make it first"),
         (("BUNDLE", "-q"), "-q prints no table"),
         (("BUNDLE", "--against", "transformers", "--checkpoint", "."), "no config.json in it"),
     ],

@@ -269,6 +269,16 @@ def test_output_that_is_in_the_way(
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before weights are fetched. Root may write anywhere, so the answer is set."""
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode == os.W_OK))
+    code, _, err = run(capsys, "-m", "who/absent", "-o", tmp_path / "out")
+    assert code == 2
+    assert f"the folder {tmp_path} cannot be written to" in err
+
+
 def test_disk_too_small(
     checkpoint: Callable[[str], Path],
     tmp_path: Path,

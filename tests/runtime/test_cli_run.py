@@ -272,7 +272,7 @@ def test_an_answer_cut_by_the_capacity_is_told(
         (["BUNDLE", "Hi", "--chat-template", os.devnull], f"{os.devnull} is empty"),
         (["BUNDLE", "Hi", "--show-merge", "a.png"], "--show-merge draws on a picture"),
         (["BUNDLE", "Hi", "--image", PICTURE, "--show-merge", "a.jpg"], "ending in .png"),
-        (["BUNDLE", "Hi", "--image", PICTURE, "--show-merge", "no/a.png"], "no such folder"),
+        (["BUNDLE", "Hi", "--image", PICTURE, "--show-merge", "no/a.png"], "no does not exist"),
     ],
     ids=lambda x: "-".join(map(str, x[1:3])).replace("/", "") if isinstance(x, list) else "",
 )

@@ -16,6 +16,16 @@ from pathlib import Path
 from lvlm.core.errors import LvlmError
 
 
+def check_place(flag: str, path: Path, error: type[LvlmError]) -> None:
+    """Raises ``error`` where nothing can be written beside ``path``, so that it is known before
+    any work is done."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise error(f"{flag}: the folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise error(f"{flag}: the folder {folder} cannot be written to; give another one")
+
+
 @contextlib.contextmanager
 def temporary_sibling(output: Path, error: type[LvlmError]) -> Iterator[Path]:
     """A folder beside ``output``; removed unless it was renamed.
