@@ -62,7 +62,7 @@ class Repeats:
                 inputs,
                 {"kind": found, "module": member},
                 dtypes=[dtype for dtype, _ in outputs],
-                shapes=[shape for _, shape in outputs],
+                shapes=_by_few_symbols(inputs, [shape for _, shape in outputs]),
                 version=1,
             )
         )
@@ -151,6 +151,21 @@ def _identity(size: torch.SymInt) -> object:
     declared to be the same; their example values then are (tracing.py), and no others."""
     expression = size.node.expr
     return size.node.hint if expression.is_symbol else (size.node.hint, str(expression))
+
+
+def _by_few_symbols(
+    inputs: Sequence[torch.Tensor], shapes: Sequence[Sequence[Any]]
+) -> list[list[Any]]:
+    """The shapes with each size's first symbol among ``inputs``: every further one would be a node
+    that the exporter carries through all its passes."""
+    first: dict[object, Any] = {}
+    for x in inputs:
+        for size in x.shape:
+            if not isinstance(size, int):
+                first.setdefault(_identity(size), size)
+    return [
+        [s if isinstance(s, int) else first.get(_identity(s), s) for s in shape] for shape in shapes
+    ]
 
 
 def _same(a: Kind, b: Kind) -> bool:
