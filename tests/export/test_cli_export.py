@@ -19,7 +19,7 @@ from bundles import FAMILIES
 from settings import ASSETS
 
 from lvlm.core.errors import ValidationError
-from lvlm.export import estimates, exporter
+from lvlm.export import estimates, exporter, machine
 from lvlm.export.budgets.prefix_profiles import (
     DataId,
     ModelId,
@@ -285,9 +285,7 @@ def test_disk_too_small(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        estimates.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1)
-    )
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     code, _, err = run(capsys, "-m", checkpoint(NAME), "-o", tmp_path / "out")
     assert code == 2
     assert "the disk has 1 B free" in err
