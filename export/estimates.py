@@ -29,8 +29,8 @@ def peak_memory(
 ) -> int:
     """Most resident memory of an export, in bytes; the page cache is not counted.
 
-    Libraries and traced graphs (docs/measurements.md), and two copies of the largest tensor, with
-    quantization another two in fp32; with validation or the measuring of a profile also
+    Libraries and traced graphs (docs/notes/measurements.md), and two copies of the largest tensor,
+    with quantization another two in fp32; with validation or the measuring of a profile also
     ``running_memory``.
 
     Args:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tables and plots of docs/quality: what compression costs on tiny-llava's held-out digits.
+# The tables and plots of docs/notes/quality: what compression costs on tiny-llava's held-out digits.
 # Needs the package with extras cpu, export and calibration. usage: scripts/eval_digits.sh [SAMPLES]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,8 +15,8 @@ lvlm-eval "${common[@]}" --recipes none,uniform,elastic-cache,prefixkv,lightvlm 
     -o "$work/recipes"
 lvlm-eval "${common[@]}" --recipes none,uniform --set uniform.positions=layer0 -o "$work/layer0"
 
-mkdir -p docs/quality
+mkdir -p docs/notes/quality
 for name in recipes layer0; do
-    cp "$work/$name/results.md" "docs/quality/$name.md"
-    cp "$work/$name/results.png" "docs/quality/$name.png"
+    cp "$work/$name/results.md" "docs/notes/quality/$name.md"
+    cp "$work/$name/results.png" "docs/notes/quality/$name.png"
 done

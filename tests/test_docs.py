@@ -6,6 +6,7 @@ import ast
 import contextlib
 import io
 import re
+import runpy
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -31,8 +32,15 @@ FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w*./-]*\w\.\w+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 COMMAND = re.compile(r"\blvlm[- ](?:bench|build|calibrate|doctor|eval|export|run)(?=\s|$)")
 NAMED = re.compile(r"\blvlm-([a-z]+)\b")
-# Flags of other programs: venv, pytest (tests/conftest.py), gunicorn, docker.
-FOREIGN = {"--system-site-packages", "--whole", "--stress-steps", "--preload", "--gpus"}
+# Flags of other programs: pip, venv, pytest (tests/conftest.py), gunicorn, docker.
+FOREIGN = {
+    "--constraint",
+    "--system-site-packages",
+    "--whole",
+    "--stress-steps",
+    "--preload",
+    "--gpus",
+}
 
 
 @cache
@@ -171,3 +179,13 @@ def test_python_blocks_compile_and_name_what_there_is(page: Path) -> None:
 def test_the_stability_page_names_what_is_public() -> None:
     named = re.findall(r"`(\w+)`", (ROOT / "docs/stability.md").read_text())
     assert set(lvlm.__all__) <= set(named)
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) < 900
+
+
+def test_the_command_line_reference_is_that_of_the_parsers() -> None:
+    reference = runpy.run_path(str(ROOT / "scripts/cli_reference.py"))["reference"]
+    page = (ROOT / "docs/cli.md").read_text()
+    assert page == reference(), "run python scripts/cli_reference.py"

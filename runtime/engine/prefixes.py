@@ -10,7 +10,7 @@ from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.prompt.prompts import Prompt
 
 # Decode reads the rest of a prompt token by token: each takes as long as this many in prefill do,
-# about (docs/performance.md).
+# about (docs/notes/performance.md).
 TOKEN_COST = 8
 _MOVED = 2**62  # makes a key less than any other
 
