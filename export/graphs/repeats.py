@@ -131,24 +131,27 @@ class BodyModule(nn.Module):
 
 
 def _patterns(inputs: Sequence[torch.Tensor]) -> list[GraphInput]:
-    """The inputs' types and sizes; every symbolic size gets a name by where it comes first."""
+    """The inputs' types and sizes; every symbolic size gets a name by where it comes first, its
+    multiples are told by that (4*size_0)."""
     names: dict[object, str] = {}
+
+    def name(size: int | torch.SymInt) -> int | str:
+        if isinstance(size, int):
+            return size
+        times, symbol = size.node.expr.as_coeff_Mul()
+        if times == 1 or not symbol.is_symbol:
+            return names.setdefault(_identity(size), f"size_{len(names)}")
+        one = names.setdefault(size.node.hint // int(times), f"size_{len(names)}")
+        return f"{int(times)}*{one}"
+
     return [
-        GraphInput(
-            f"input_{i}",
-            x.dtype,
-            tuple(
-                d if isinstance(d, int) else names.setdefault(_identity(d), f"size_{len(names)}")
-                for d in x.shape
-            ),
-        )
-        for i, x in enumerate(inputs)
+        GraphInput(f"input_{i}", x.dtype, tuple(map(name, x.shape))) for i, x in enumerate(inputs)
     ]
 
 
 def _identity(size: torch.SymInt) -> object:
     """What tells a size from others. Each input has symbols of its own, even for sizes that are
-    declared to be the same; their example values then are (tracing.py), and no others."""
+    declared to be the same; their example values then are (torch_export.py), and no others."""
     expression = size.node.expr
     return size.node.hint if expression.is_symbol else (size.node.hint, str(expression))
 

@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -33,14 +33,11 @@ def to_onnx(
 ) -> ir.Model:
     """What torch makes of ``module``, its inputs and sizes named as described."""
     sizes = _example_sizes(inputs)
-    dims = {d: torch.export.Dim(d) for i in inputs for d in i.dims if isinstance(d, str)}
+    dims = {name: torch.export.Dim(name) for name in sizes}
     with mode:
-        examples = [
-            torch.zeros([sizes.get(d, d) for d in i.dims], dtype=i.dtype)  # type: ignore[arg-type]
-            for i in inputs
-        ]
+        examples = [torch.zeros([_of(d, sizes) for d in i.dims], dtype=i.dtype) for i in inputs]
     dynamic = [
-        {axis: dims[d] for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in inputs
+        {axis: _of(d, dims) for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in inputs
     ]
     with mode, torch.no_grad(), exchanged_leaves(module), _quiet(), _one_registry():
         exported = torch.export.export(
@@ -64,8 +61,17 @@ def to_onnx(
 
 def _example_sizes(inputs: Sequence[GraphInput]) -> dict[str, int]:
     """A size for every dynamic dimension; all differ, so that no two are taken for the same."""
-    names = list(dict.fromkeys(d for i in inputs for d in i.dims if isinstance(d, str)))
+    given = (d.partition("*") for i in inputs for d in i.dims if isinstance(d, str))
+    names = list(dict.fromkeys(after or name for name, _, after in given))
     return {name: 5 + 2 * n for n, name in enumerate(names)}
+
+
+def _of(dim: int | str, known: Mapping[str, Any]) -> Any:
+    """A dimension, or a multiple of one (4*units), by what is known of the names."""
+    if isinstance(dim, int):
+        return dim
+    times, multiple, name = dim.partition("*")
+    return int(times) * known[name] if multiple else known[dim]
 
 
 @contextlib.contextmanager

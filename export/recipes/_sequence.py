@@ -33,7 +33,8 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class GraphInput:
-    """One input of a graph: name, element type, and its dimensions (a name: dynamic)."""
+    """One input of a graph: name, element type, and its dimensions (a name: dynamic; inside the
+    exporter also a multiple of one, 4*name)."""
 
     name: str
     dtype: torch.dtype

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lvlm.export.graphs.repeats import like, repeated
 from lvlm.export.standard_ops import attention
 
 
@@ -58,10 +59,21 @@ def run_block(
     block: Any, hidden: torch.Tensor, angles: Angles, place: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A vision block on [V,p,D]."""
+    given = [hidden, angles.cos, angles.sin]
+    if angles.window is not None:
+        assert angles.mask is not None
+        assert place is not None
+        given += [angles.window, angles.mask, place]
+    return repeated(_block, block, given, [like(hidden)])[0]
+
+
+def _block(
+    block: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *inside: torch.Tensor
+) -> tuple[torch.Tensor]:
+    window, mask, place = inside or (None, None, None)
+    angles = Angles(cos, sin, window, mask)
     hidden = hidden + _attend(block.attn, block.norm1(hidden), angles, place)
-    result = hidden + block.mlp(block.norm2(hidden))
-    assert isinstance(result, torch.Tensor)
-    return result
+    return (hidden + block.mlp(block.norm2(hidden)),)
 
 
 class Angles:
