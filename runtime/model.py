@@ -1,4 +1,8 @@
-"""A loaded bundle: prompts and pictures in, text out."""
+"""A loaded bundle: prompts and pictures in, text out.
+
+The engine's loop (engine/batch.py), driven in the caller's thread: the prompts of a call are read
+together and end together.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,19 @@ import os
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Self, Unpack, overload
 
-from lvlm.core.errors import BackendError
+from lvlm.core.errors import BackendError, ParameterError
 from lvlm.core.forks import Home
 from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend, thread_count
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import bundle_path, read_bundle
-from lvlm.runtime.generate.answers import Generation, Stats, Stream
+from lvlm.runtime.engine.calls import Answer, Calls
+from lvlm.runtime.generate.answers import Generation, Stream
 from lvlm.runtime.generate.asks import Ask, Images, Videos, many_asks, one_ask
-from lvlm.runtime.generate.batch import Batch, Batches
 from lvlm.runtime.generate.call_plan import read_options
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.media.images import ImageSource
@@ -63,7 +68,7 @@ class Model:
             manifest.generation,
         )
         self.processor = self._prompts.processor
-        self._batches: Batches | None = Batches(
+        self._calls: Calls | None = Calls(
             Graphs(folder, manifest, open_backend(device, threads=threads))
         )
         self._busy = threading.Lock()
@@ -105,6 +110,50 @@ class Model:
         asks = many_asks(prompt, images, videos)
         return self._answers(asks, parsed) if asks else []
 
+    @overload
+    def score(
+        self,
+        prompt: str,
+        answer: Sequence[int],
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
+    ) -> Generation: ...
+
+    @overload
+    def score(
+        self,
+        prompt: list[str],
+        answer: Sequence[Sequence[int]],
+        images: Sequence[Images | None] | None = (),
+        videos: Sequence[Videos | None] | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
+    ) -> list[Generation]: ...
+
+    def score(self, prompt, answer, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
+        """How likely an answer is: its tokens are fed one by one, as if the model had chosen them,
+        so that merging and compression act as they do in ``generate``.
+
+        Args:
+            answer: token ids (``tokenizer.encode``), or a list of such lists for a list of prompts.
+            options: as for generate; what chooses or ends an answer has no part in it.
+
+        Returns:
+            What generate returns, with an entry in ``scores`` for each of the tokens: the natural
+            logarithm of its probability after all before it, and of the ``logprobs`` likeliest.
+
+        Raises what generate raises; CapacityError where there is no room for all of an answer.
+        """
+        parsed = replace(self._options(options, given), stop=())
+        if isinstance(prompt, str):
+            return self._answers([one_ask(prompt, images, videos)], parsed, [answer])[0]
+        asks = many_asks(prompt, images, videos)
+        if len(answer) != len(asks):
+            raise ParameterError(f"{len(asks)} prompts but {len(answer)} answers; give one each")
+        return self._answers(asks, parsed, answer) if asks else []
+
     def stream(
         self,
         prompt: str,
@@ -119,21 +168,25 @@ class Model:
         raised here.
         """
         parsed = self._options(options, given)
-        ask = one_ask(prompt, images, videos)
+        ask, answer = one_ask(prompt, images, videos), Answer()
 
         def pieces() -> Generator[str | Generation]:
-            with closing(self._run([ask], parsed)) as events:
-                for event in events:
-                    yield event[0] if isinstance(event, list) else event[1]
+            read = 0
+            with closing(self._run([ask], parsed, [answer])) as steps:
+                for _ in steps:
+                    yield from answer.pieces[read:]
+                    read = len(answer.pieces)
+            if answer.result is not None:
+                yield answer.result
 
-        return Stream(pieces())
+        return Stream(pieces(), lambda: answer.times)
 
     def close(self) -> None:
-        self._batches = None
+        self._calls = None
 
     def __repr__(self) -> str:
         what = f"{self.manifest.family}, {self.manifest.dtype}, recipe {self.manifest.recipe}"
-        closed = ", closed" if self._batches is None else ""
+        closed = ", closed" if self._calls is None else ""
         return f"<lvlm.Model {self.folder} on {self.device}: {what}{closed}>"
 
     def __enter__(self) -> Self:
@@ -154,58 +207,64 @@ class Model:
         self.tokenizer.stop_ids(parsed.stop)
         return parsed
 
-    def _answers(self, asks: Sequence[Ask], options: GenerationOptions) -> list[Generation]:
-        results: list[Generation] = []
-        for event in self._run(asks, options):
-            if isinstance(event, list):
-                results = event
-        return results
+    def _answers(
+        self,
+        asks: Sequence[Ask],
+        options: GenerationOptions,
+        forced: Sequence[Sequence[int]] | None = None,
+    ) -> list[Generation]:
+        answers = [Answer() for _ in asks]
+        for _ in self._run(asks, options, answers, forced):
+            pass
+        return [answer.result for answer in answers if answer.result is not None]
 
     def _run(
-        self, asks: Sequence[Ask], options: GenerationOptions
-    ) -> Generator[tuple[int, str] | list[Generation]]:
-        """(row, piece of text) as they come; at the end the list of generations."""
-        with self._exclusive() as batches:
-            rows = [
+        self,
+        asks: Sequence[Ask],
+        options: GenerationOptions,
+        answers: Sequence[Answer],
+        forced: Sequence[Sequence[int]] | None = None,
+    ) -> Generator[None]:
+        """To the end of all ``answers``; it pauses after every token."""
+        with self._exclusive() as calls:
+            prompts = [
                 self.prepare(row, ask.prompt, ask.images, options, ask.videos)
                 for row, ask in enumerate(asks)
             ]
-            streams = [TextStream(self.tokenizer, options.stop, row.lead) for row in rows]
-            texts = ["" for _ in rows]
-            with batches.run(rows, options.keep, options.kv_keep) as batch:
-                while batch.active:
-                    for index, token in batch.step():
-                        row, stream = batch.rows[index], streams[index]
-                        piece = stream.push(token, last=row.finish_reason is not None)
-                        if stream.stopped is not None:
-                            row.stop(stream.stopped)
-                        texts[index] += piece
-                        yield index, piece
-            yield [self._generation(batch, index, text) for index, text in enumerate(texts)]
+            if forced is not None:
+                prompts = list(map(self._prompts.with_answer, prompts, forced))
+            streams = [TextStream(self.tokenizer, options.stop, prompt.lead) for prompt in prompts]
+            asked = list(zip(answers, streams, strict=True))
+            with calls.run(prompts, options.keep, options.kv_keep, asked) as batch:
+                batch.choose(range(len(prompts)))
+                yield
+                while batch.running:
+                    batch.step()
+                    yield
 
     @contextmanager
-    def _exclusive(self) -> Iterator[Batches]:
+    def _exclusive(self) -> Iterator[Calls]:
         self._home.check()
-        batches = self.batches
+        calls = self.calls
         if not self._busy.acquire(blocking=False):
             raise BackendError(
                 "this model is answering another call; finish or close that stream, or load a "
                 "second model"
             )
         try:
-            yield batches
+            yield calls
         finally:
             self._busy.release()
 
     @property
-    def batches(self) -> Batches:
-        if self._batches is None:
+    def calls(self) -> Calls:
+        if self._calls is None:
             raise BackendError("this model is closed; load the bundle again")
-        return self._batches
+        return self._calls
 
     @property
     def graphs(self) -> Graphs:
-        return self.batches.graphs
+        return self.calls.graphs
 
     def prepare(
         self,
@@ -217,32 +276,6 @@ class Model:
     ) -> Prompt:
         """One row of a batch: pictures opened and scaled, the prompt as token ids."""
         return self._prompts.prepare(row, prompt, images, options, videos)
-
-    def _generation(self, batch: Batch, index: int, text: str) -> Generation:
-        row = batch.rows[index]
-        stats = Stats(
-            **batch.counts.of_row(index),
-            new_tokens=len(row.tokens),
-            vision_ms=batch.timings.vision_ms,
-            prefill_ms=batch.timings.prefill_ms,
-            decode_ms=batch.timings.decode_ms,
-            decode_steps=batch.timings.decode_steps,
-            cache_bytes_allocated=batch.cache.bytes_allocated,
-            cache_bytes_used=batch.cache.bytes_used(index),
-        )
-        assert row.finish_reason is not None
-        maps = [m[index] for m in batch.merge_maps]
-        return Generation(
-            text,
-            row.tokens,
-            row.finish_reason,
-            stats,
-            row.prompt.image_id,
-            maps,
-            row.cut_short,
-            row.scores,
-            row.stop_reason,
-        )
 
 
 def load(

@@ -34,7 +34,7 @@ from lvlm.runtime.prompt.prompts import Prompt
 
 RECIPES = {r.name: r for r in (NoCompression(), ElasticCache(), PrefixKV(), LightVLM(keep=1.0))}
 # name of the row: recipe (None: transformers), call options, share of prompt and answer
-ROWS: dict[str, tuple[str | None, dict[str, float], float]] = {
+ROWS: dict[str, tuple[str | None, dict[str, Any], float]] = {
     "transformers": (None, {}, 1.0),
     "none": ("none", {}, 1.0),
     "full, 0.2 as long": ("none", {}, 0.2),
@@ -77,12 +77,12 @@ def decode_row(work: Path, name: str, length: int, new: int) -> dict[str, Any]:
         exact = None
     else:
         with lvlm.load(work / f"cache-{recipe}", verify="none") as model:
-            batch = model.batches.start([random_prompt(length, new)], **options)
+            batch = model.calls.start([random_prompt(length, new)], **options)
             steps = []
             for _ in range(new - 1):
-                batch.rows[0].tokens.append(int(batch.logits[0].argmax()))
+                chosen = batch.logits.argmax(1).tolist()
                 began = time.perf_counter()
-                batch.decode_step()
+                batch.feed(chosen)
                 steps.append(time.perf_counter() - began)
             text, held = model.manifest.text, batch.cache
             entry = 2 * text.kv_heads * text.head_dim * 4
@@ -164,11 +164,11 @@ class Stream:
     def step(self) -> None:
         if not self.left:
             prompt = random_prompt(self.length, self.new)
-            self.batch = self.model.batches.start([prompt], **self.options)
+            self.batch = self.model.calls.start([prompt], **self.options)
             self.left = self.new - 1
-        self.batch.rows[0].tokens.append(int(self.batch.logits[0].argmax()))
+        chosen = self.batch.logits.argmax(1).tolist()
         began = time.perf_counter()
-        self.batch.decode_step()
+        self.batch.feed(chosen)
         self.steps.append(time.perf_counter() - began)
         self.left -= 1
 
@@ -199,10 +199,10 @@ def prefill_table(work: Path, length: int, rounds: int) -> None:
     times: dict[str, list[float]] = {name: [] for name in models}
     for number in range(rounds + 1):
         for name, model in models.items():
-            options = {"kv_keep": 0.2} if name != "none" else {}
-            batch = model.batches.start([random_prompt(length, 1)], **options)
+            options: dict[str, Any] = {"kv_keep": 0.2} if name != "none" else {}
+            batch = model.calls.start([random_prompt(length, 1)], **options)
             if number:  # the first round warms up
-                times[name].append(batch.timings.prefill_ms)
+                times[name].append(batch.running[0].prefill_ms)
     full = statistics.median(times["none"])
     print(f"\nprefill, prompt {length}, keep 0.2\n")
     print("| | median ms | min-max | more than none |")

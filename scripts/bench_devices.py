@@ -63,13 +63,12 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         rows = [prompt_for(model.manifest, length, args.steps, row) for row in made]
         prefills, steps = [], []
         for _ in range(args.rounds + 1):
-            batch = model.batches.start(rows)
-            prefills.append(batch.timings.prefill_ms)
+            batch = model.calls.start(rows)
+            prefills.append(batch.running[0].prefill_ms)
         for _ in range(args.steps - 1):
-            for row, logits in zip(batch.rows, batch.logits, strict=True):
-                row.tokens.append(int(logits.argmax()))
+            chosen = batch.logits.argmax(1).tolist()
             began = time.perf_counter()
-            batch.decode_step()
+            batch.feed(chosen)
             steps.append(1e3 * (time.perf_counter() - began))
         peak = memory("VmHWM") - before
     return {

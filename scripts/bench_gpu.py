@@ -41,7 +41,7 @@ from lvlm.runtime.prompt.prompts import Prompt
 
 CASES = ("1x1024+512", "8x1024+512", "16x1024+512", "16x624+256", "48x624+256", "1x1024+4096")
 # name of a row: recipe (None: transformers), settings at export, options of a call
-ROWS: dict[str, tuple[str | None, tuple[str, ...], dict[str, float]]] = {
+ROWS: dict[str, tuple[str | None, tuple[str, ...], dict[str, Any]]] = {
     "transformers": (None, (), {}),
     "none": ("none", (), {}),
     "lightvlm 35 %": ("lightvlm", (), {"keep": 0.35}),
@@ -218,17 +218,15 @@ def measure(args: argparse.Namespace, name: str, case: Case) -> Figures:
 
 
 def run_ours(
-    model: lvlm.Model, prompts: list[Prompt], new: int, options: dict[str, float]
+    model: lvlm.Model, prompts: list[Prompt], new: int, options: dict[str, Any]
 ) -> Figures:
-    batch = model.batches.start(prompts, **options)
+    batch = model.calls.start(prompts, **options)
     began = time.perf_counter()
     for _ in range(new - 1):
-        for row, logits in zip(batch.rows, batch.logits, strict=True):
-            row.tokens.append(int(logits.argmax()))
-        batch.decode_step()
+        batch.feed(batch.logits.argmax(1).tolist())
     step = (time.perf_counter() - began) * 1e3 / max(1, new - 1)
     return {
-        "prefill": batch.timings.prefill_ms,
+        "prefill": batch.running[0].prefill_ms,
         "step": step,
         "cache": batch.cache.bytes_allocated,
     }

@@ -49,8 +49,8 @@ def main() -> None:
 
     def ours(name: str, keep: float) -> Callable[[], tuple[float, list[int]]]:
         def run() -> tuple[float, list[int]]:
-            batch = models[name].batches.start([prompt], keep=keep)
-            return batch.timings.prefill_ms, batch.counts.prefill.entries[:, 0].tolist()
+            (request,) = models[name].calls.start([prompt], keep=keep).running
+            return request.prefill_ms, request.counts.prefill.entries[:, 0].tolist()
 
         return run
 

@@ -140,8 +140,8 @@ def test_the_scan_sees_the_files() -> None:
     names = {path.relative_to(ROOT).as_posix() for path in files().values()}
     expected = {"runtime/model.py", "runtime/backends/cpu.py", "src/lvlm/main.py"}
     assert expected | {"export/exporter.py", "calibration/datasets/digits.py"} <= names
-    assert {"numpy", "lvlm.runtime.kv.budgets"} <= imports(ROOT / "runtime/generate/batch.py")
-    assert "lvlm.runtime.kv" in between_rooms()["lvlm.runtime.generate"]
+    assert {"numpy", "lvlm.runtime.kv.budgets"} <= imports(ROOT / "runtime/engine/calls.py")
+    assert "lvlm.runtime.kv" in between_rooms()["lvlm.runtime.engine"]
     assert "lvlm.bench.figures" in files()
     assert "lvlm.calibration.bench.figures" not in files()
 

@@ -19,8 +19,14 @@ class Pending(Protocol):
         ...
 
 
-# Answers a request; calls the function it is given at each token. (prompt tokens, cache bytes)
-Answer = Callable[[Request, Callable[[], None]], tuple[int, int | None]]
+class Mark(Protocol):
+    """There is a token; ``at``: since then, on perf_counter's clock."""
+
+    def __call__(self, at: float | None = None) -> None: ...
+
+
+# Answers a request; marks each token. (prompt tokens, cache bytes)
+Answer = Callable[[Request, Mark], tuple[int, int | None]]
 
 
 def one_after_another(answer: Answer, work: Work) -> list[Record]:
@@ -35,7 +41,11 @@ def one_after_another(answer: Answer, work: Work) -> list[Record]:
             behind = index - work.concurrency
             arrival = ends[behind] if behind >= 0 else 0.0
         times: list[float] = []
-        tokens, cache = answer(request, lambda times=times: times.append(time.perf_counter()))  # type: ignore[misc]
+
+        def mark(at: float | None = None, times: list[float] = times) -> None:
+            times.append(time.perf_counter() if at is None else at)
+
+        tokens, cache = answer(request, mark)
         ends.append(time.perf_counter() - began)
         records.append(Record(arrival, tuple(t - began for t in times), tokens, cache))
     return records

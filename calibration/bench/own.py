@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from lvlm.bench.contenders import Serving, Setup
-from lvlm.bench.drive import at_once, one_after_another
+from lvlm.bench.drive import Mark, at_once, one_after_another
 from lvlm.bench.figures import Record
 from lvlm.bench.workload import Request, Work
 from lvlm.runtime.backends import open_backend
@@ -17,7 +17,6 @@ from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.model import load
-from lvlm.runtime.options.generation_options import GenerationOptions
 
 QUEUE_LIMIT = 1_000_000  # nothing is refused: waiting shows in the figures
 
@@ -28,7 +27,7 @@ def open_bundle(setup: Setup) -> Serving:
 
 
 class Alone:
-    """What Model.generate does, with the time of every token: a text may be final later."""
+    """What Model.stream does, with the time of every token: a text may be final later."""
 
     def __init__(self, setup: Setup) -> None:
         device = setup.settings.get("device", "cpu")
@@ -41,18 +40,22 @@ class Alone:
         self._pictures = {request: request.open() for request in work.requests}
         return one_after_another(self._answer, work)
 
-    def _answer(self, request: Request, mark: Callable[[], None]) -> tuple[int, int | None]:
-        options = GenerationOptions(
+    def _answer(self, request: Request, mark: Mark) -> tuple[int, int | None]:
+        with self._model.stream(
+            request.prompt,
+            self._pictures[request],
             max_new_tokens=request.new_tokens,
             ignore_eos=True,
             chat_template=self._model.manifest.chat_template is not None,
-        )
-        prompt = self._model.prepare(0, request.prompt, self._pictures[request], options)
-        batch = self._model.batches.start([prompt], **self._ratios)
-        while batch.active:
-            for _ in batch.step():
-                mark()
-        return len(prompt.ids), batch.cache.bytes_used(0)
+            **self._ratios,
+        ) as stream:
+            for _ in stream:
+                pass
+        for at in stream.token_times:
+            mark(at)
+        assert stream.result is not None
+        stats = stream.result.stats
+        return stats.prompt_tokens, stats.cache_bytes_used
 
     def facts(self) -> dict[str, Any]:
         return self._facts

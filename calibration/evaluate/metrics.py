@@ -11,11 +11,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-
 from lvlm.calibration.datasets.samples import Sample
 from lvlm.calibration.evaluate.records import Record, Run
-from lvlm.core.errors import BackendError
 
 
 class Score(NamedTuple):
@@ -98,20 +95,6 @@ class Accuracy(Metric):
 
 
 METRICS: dict[str, Metric] = {m.name: m for m in (Perplexity(), RougeL(), Accuracy())}
-
-
-def surprise(logits: np.ndarray, token: int) -> float:
-    """Negative log-likelihood of ``token`` in nats, from logits [vocabulary].
-
-    Raises BackendError if there is NaN or infinity among them.
-    """
-    scores = logits.astype(np.float64)
-    if not np.isfinite(scores).all():
-        raise BackendError(
-            "logits contain NaN or infinity; the model overflows: use a bundle in float32"
-        )
-    largest = scores.max()
-    return float(np.log(np.exp(scores - largest).sum()) + largest - scores[token])
 
 
 def rouge_l(target: str, text: str) -> float:

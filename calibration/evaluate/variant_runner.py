@@ -7,9 +7,10 @@ model answers for itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -17,11 +18,10 @@ import numpy as np
 
 from lvlm.calibration.datasets.samples import PLACEHOLDER, DataError, Sample
 from lvlm.calibration.evaluate.fit import Shape
-from lvlm.calibration.evaluate.metrics import surprise
 from lvlm.calibration.evaluate.records import Record, Run
 from lvlm.calibration.evaluate.variants import Bundle, Variant
 from lvlm.core.errors import BundleError, LvlmError
-from lvlm.runtime.generate.batch import Batch
+from lvlm.runtime.generate.answers import Stats
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
@@ -62,7 +62,7 @@ class BundleRunner:
 
     def __enter__(self) -> Self:
         model = Model(self.bundle.folder, device=self.how.device, threads=self.how.threads)
-        self._batches = self._closing.enter_context(model).batches
+        self._model = self._closing.enter_context(model)
         return self
 
     def __exit__(
@@ -71,7 +71,7 @@ class BundleRunner:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        del self._batches
+        del self._model
         self._closing.close()
 
     def shape(self, sample: Sample) -> Shape:
@@ -118,43 +118,35 @@ class BundleRunner:
     ) -> list[Record]:
         """The records of some samples, together in one batch; ``keep`` is the solved option, if
         the variant has one to solve."""
-        prompts = [
-            replace(
-                self._prompt(sample),
-                max_new_tokens=len(shape.answer) if run == "forced" else self.how.max_new_tokens,
-            )
-            for sample, shape in zip(samples, shapes, strict=True)
-        ]
-        batch = self._batches.start(
-            prompts, variant.keep if keep is None else keep, variant.kv_keep
-        )
-        lengths = np.array([len(prompt.ids) for prompt in prompts])
-        kept = (batch.counts.kept / lengths).mean(axis=0)
-        nll: list[float] | None = None
+        texts = [self._text(sample) for sample in samples]
+        images = [sample.images for sample in samples]
+        ratios = {"keep": variant.keep if keep is None else keep, "kv_keep": variant.kv_keep}
+        options = GenerationOptions.of(self._options, ratios)
         if run == "forced":
-            nll = feed(batch, [shape.answer for shape in shapes])
+            answers = [shape.answer for shape in shapes]
+            found = self._model.score(texts, answers, images, options=options)
         else:
-            while batch.active:
-                for _ in batch.step():
-                    pass
-        times, cache = batch.timings, batch.cache
+            most = self.how.max_new_tokens
+            found = self._model.generate(texts, images, options=options, max_new_tokens=most)
         return [
             Record(
                 key=key,
                 sample=sample.id,
-                kept=float(kept[row]),
+                kept=float(
+                    np.mean(np.divide(answer.stats.kept_per_layer, answer.stats.prompt_tokens))
+                ),
                 keep=keep,
-                nll=None if nll is None else nll[row],
-                text=self._decoded(batch.rows[row].tokens) if run == "greedy" else None,
-                tokens=len(batch.rows[row].tokens),
-                cache_bytes_used=cache.bytes_used(row),
-                cache_bytes_allocated=cache.bytes_allocated // len(prompts),
-                vision_ms=times.vision_ms,
-                prefill_ms=times.prefill_ms,
-                decode_ms=times.decode_ms,
-                decode_steps=times.decode_steps,
+                nll=math.fsum(-s.logprob for s in answer.scores) if run == "forced" else None,
+                text=self._decoded(answer.token_ids) if run == "greedy" else None,
+                tokens=answer.stats.new_tokens,
+                cache_bytes_used=answer.stats.cache_bytes_used,
+                cache_bytes_allocated=answer.stats.cache_bytes_allocated // len(samples),
+                vision_ms=answer.stats.vision_ms,
+                prefill_ms=answer.stats.prefill_ms,
+                decode_ms=answer.stats.decode_ms,
+                decode_steps=answer.stats.decode_steps,
             )
-            for row, (sample, key) in enumerate(zip(samples, keys, strict=True))
+            for answer, sample, key in zip(found, samples, keys, strict=True)
         ]
 
     def _decoded(self, tokens: Sequence[int]) -> str:
@@ -176,16 +168,6 @@ def answer_ids(tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
     return tokenizer.encode(answer, add_special_tokens=False) if alone else both[len(head) :]
 
 
-def feed(batch: Batch, answers: Sequence[Sequence[int]]) -> list[float]:
-    """Feed each row its answer, a token per step; the sum of the tokens' surprises, in nats."""
-    nll = [0.0] * len(answers)
-    for step in range(max(map(len, answers))):
-        for index, (row, tokens) in enumerate(zip(batch.rows, answers, strict=True)):
-            if step < len(tokens):
-                nll[index] += surprise(batch.logits[index], tokens[step])
-                row.tokens.append(tokens[step])
-                if step + 1 == len(tokens):
-                    row.finish_reason = "length"
-        if batch.active:
-            batch.decode_step()
-    return nll
+def _share(stats: Stats) -> float:
+    """Of the entries of all layers, those that stayed after prefill."""
+    return float(np.mean(np.divide(stats.kept_per_layer, stats.prompt_tokens)))

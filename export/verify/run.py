@@ -11,7 +11,8 @@ import numpy as np
 from lvlm.core.errors import LvlmError, ValidationError
 from lvlm.export.verify.forms import Form, Opened, open_form
 from lvlm.runtime.bundle.manifest import Manifest
-from lvlm.runtime.generate import batch as batches
+from lvlm.runtime.engine.batch import Batch
+from lvlm.runtime.engine.calls import Calls
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.prompt.prompts import Prompt
 
@@ -46,22 +47,25 @@ def run_form(
     merging, compressed = bool(manifest.reductions), manifest.compression is not None
     try:
         backend, manifest = open_form(form, manifest, opened)
-        batch = batches.Batches(Graphs(folder, manifest, backend)).start(
+        graphs = Graphs(folder, manifest, backend)
+        features = graphs.encode(prompt.pictures)
+        batch = Calls(graphs, lambda _: features).start(
             [prompt], ratio if merging else None, ratio if compressed else None
         )
-        return _follow(batch, manifest, tokens)
+        return _follow(batch, features, manifest, tokens)
     except LvlmError as error:
         raise ValidationError(f"the bundle's graphs ({form.name}) cannot be run: {error}") from None
 
 
-def _follow(batch: batches.Batch, manifest: Manifest, tokens: Sequence[int]) -> Run:
+def _follow(
+    batch: Batch, features: list[np.ndarray], manifest: Manifest, tokens: Sequence[int]
+) -> Run:
     """A prefilled batch of one, fed with ``tokens``."""
-    row, layers = batch.rows[0], range(manifest.text.layers)
-    held = batch.features
-    width = manifest.feature_width
-    found = Run(_floats(np.concatenate(held)) if held else np.zeros((0, width), np.float32))
-    kept = batch.counts.kept[:, 0]
-    for layer in layers:
+    (request,) = batch.running
+    row, width = request.row, manifest.feature_width
+    found = Run(_floats(np.concatenate(features)) if features else np.zeros((0, width), np.float32))
+    kept = request.counts.kept[:, 0]
+    for layer in range(manifest.text.layers):
         for name in ("key", "value"):
             entries = batch.cache.buffers[f"{name}_{layer}"][:, :, : kept[layer]]
             found.caches.append(_floats(entries).copy())

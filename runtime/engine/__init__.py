@@ -1,9 +1,11 @@
-"""Many requests at once over one loaded bundle: what a service embeds."""
+"""The host's loop, and many requests at once over one loaded bundle: what a service embeds.
 
-from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
+For asyncio, which only it imports: engine/aio.py.
+"""
+
 from lvlm.runtime.engine.engine import Engine
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.memory_plan import Memory
 from lvlm.runtime.engine.stats import EngineStats
 
-__all__ = ["AsyncEngine", "AsyncHandle", "Engine", "EngineStats", "Handle", "Memory"]
+__all__ = ["Engine", "EngineStats", "Handle", "Memory"]

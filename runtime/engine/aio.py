@@ -181,11 +181,11 @@ class AsyncEngine:
         before: Sequence[AsyncHandle],
     ) -> AsyncHandle:
         """The prompt ``index`` of a call; where the queue is full it waits for those ``before``."""
-        request = await asyncio.to_thread(self.engine.prepare, index, ask, options, timeout)
+        request, handle = await asyncio.to_thread(self.engine.prepare, index, ask, options, timeout)
         theirs = {other.handle: other for other in before}
         while (pending := self.engine.enqueue(request, list(theirs))) is not None:
             await theirs[pending].wait()
-        return AsyncHandle(request.handle)
+        return AsyncHandle(handle)
 
     async def _answers(
         self, asks: Sequence[Ask], options: GenerationOptions, timeout: float | None

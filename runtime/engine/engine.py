@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Self, Unpack, overload
 
@@ -14,6 +15,7 @@ from lvlm.core.errors import QueueFullError
 from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend, thread_count
 from lvlm.runtime.bundle.reader import bundle_path, read_bundle
+from lvlm.runtime.engine.batch import Batch
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.image_cache import ImageCache
 from lvlm.runtime.engine.memory_plan import Memory, plan_memory, slot_capacity
@@ -112,12 +114,9 @@ class Engine:
             Budgets.of(manifest.compression, manifest.text.layers, kv_keep),
         )
         self.images = ImageCache(self._memory.images)
-        self._scheduler = Scheduler(
-            graphs,
-            Slots(cache, keeps_prefixes=reuse_prefixes and reusable(manifest)),
-            self.images,
-            queue_limit,
-        )
+        rows = Slots(cache, keeps_prefixes=reuse_prefixes and reusable(manifest))
+        encode = partial(self.images.of_requests, graphs.encode)
+        self._scheduler = Scheduler(Batch(graphs, rows, encode), self.images, queue_limit)
         # Without waiting: it may run on any thread, the scheduler's own ones too.
         self._closer = weakref.finalize(self, self._scheduler.stop)
         self._closer.atexit = False  # the scheduler sees to that
@@ -141,9 +140,9 @@ class Engine:
         engine's.
         """
         parsed = self.options(options, given)
-        request = self.prepare(0, one_ask(prompt, images, videos), parsed, timeout)
+        request, handle = self.prepare(0, one_ask(prompt, images, videos), parsed, timeout)
         self.enqueue(request, ())
-        return request.handle
+        return handle
 
     @overload
     def generate(
@@ -197,7 +196,7 @@ class Engine:
             yield from handle
             yield handle.result()
 
-        return Stream(pieces(), handle.cancel)
+        return Stream(pieces(), lambda: handle.token_times, handle.cancel)
 
     def stats(self) -> EngineStats:
         """What it is doing, in numbers."""
@@ -223,7 +222,7 @@ class Engine:
 
     def prepare(
         self, index: int, ask: Ask, options: GenerationOptions, timeout: float | None
-    ) -> Request:
+    ) -> tuple[Request, Handle]:
         """The prompt ``index`` of a call as a request; its pictures are opened here."""
         now = time.perf_counter()
         if timeout is not None:
@@ -233,15 +232,18 @@ class Engine:
             self.manifest, [row], options.keep, options.kv_keep, capacity=self.capacity
         )
         digests = [picture.digest() for picture in row.pictures]
-        return Request(
+        handle = Handle(self._scheduler.wake)
+        request = Request(
             prompt=row,
             counts=counts,
+            caller=handle,
             stream=TextStream(self.tokenizer, options.stop, row.lead),
-            handle=Handle(self._scheduler.wake),
             digests=digests,
             keys=prompt_keys(row, digests),
+            submitted=handle.submitted,
             deadline=None if timeout is None else now + timeout,
         )
+        return request, handle
 
     def enqueue(self, request: Request, before: Sequence[Handle]) -> Handle | None:
         """Put it into the queue. Where that is full: the one ``before`` it in the same call to wait
@@ -261,10 +263,10 @@ class Engine:
         handles: list[Handle] = []
         try:
             for index, ask in enumerate(asks):
-                request = self.prepare(index, ask, options, timeout)
+                request, handle = self.prepare(index, ask, options, timeout)
                 while (pending := self.enqueue(request, handles)) is not None:
                     pending.wait()
-                handles.append(request.handle)
+                handles.append(handle)
             return [handle.result() for handle in handles]
         finally:
             for handle in handles:

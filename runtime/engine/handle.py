@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 
 from lvlm.core.errors import LvlmError, RequestCancelled
 from lvlm.core.forks import forked, orphan_in_children
+from lvlm.runtime.engine.faults import typed
 from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.options.generation_options import number, read_value
 
@@ -141,9 +142,9 @@ class Handle:
         """False if it had ended already."""
         return self._end(result, None)
 
-    def fail(self, error: LvlmError) -> bool:
+    def fail(self, error: Exception) -> bool:
         """False if it had ended already."""
-        return self._end(None, error)
+        return self._end(None, typed(error))
 
     def _end(self, result: Generation | None, error: LvlmError | None) -> bool:
         with self._changed:

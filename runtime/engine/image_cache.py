@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from lvlm.runtime.engine.request import Request
 from lvlm.runtime.media.pictures import Picture
 
 
@@ -34,6 +35,16 @@ class ImageCache:
         for name in dict.fromkeys(digests):
             self._keep(name, found[name])
         return [found[name] for name in digests]
+
+    def of_requests(
+        self,
+        encode: Callable[[Sequence[Picture]], list[np.ndarray]],
+        requests: Sequence[Request],
+    ) -> list[np.ndarray]:
+        """As ``features``, of all pictures of some requests."""
+        digests = [digest for request in requests for digest in request.digests]
+        pictures = [picture for request in requests for picture in request.prompt.pictures]
+        return self.features(digests, pictures, encode)
 
     def _keep(self, name: bytes, features: np.ndarray) -> None:
         if name in self._features:

@@ -1,14 +1,14 @@
-"""A request inside the engine: what is asked, and how far it has come."""
+"""A request on its way: what is asked, how far it has come, and whom it is told."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.generate.answers import Generation, Stats
 from lvlm.runtime.generate.call_plan import PromptCounts
 from lvlm.runtime.generate.row import Row
@@ -16,23 +16,50 @@ from lvlm.runtime.prompt.prompts import Prompt
 from lvlm.runtime.prompt.text import TextStream
 
 
+class Caller(Protocol):
+    """Whoever asked, as the loop tells it what becomes of the request."""
+
+    @property
+    def done(self) -> bool:
+        """Nobody waits any more: it was answered, it failed, or its caller has ended it."""
+
+    @property
+    def text(self) -> str:
+        """All pieces so far."""
+
+    def push(self, token: int, piece: str) -> None:
+        """The next token of the answer, and the text that is final with it."""
+
+    def finish(self, result: Generation) -> object:
+        """The whole answer."""
+
+    def fail(self, error: Exception) -> object:
+        """There will be none."""
+
+
 @dataclass(eq=False)
 class Request:
-    """Belongs to the engine's thread once it is submitted.
+    """Belongs to the thread of its batch once it is admitted.
 
-    ``keys`` [N] int64 name the prompt's tokens by content, pictures included (prefixes.py).
-    ``feed`` are prompt tokens that decode still has to read. ``deadline`` is on perf_counter's
-    clock. ``digests`` name the pictures.
+    ``counts`` are those of the prompts that are read together, of which this is the ``index``-th.
+    ``stream`` makes text of the tokens; None: nobody asked for any. ``digests`` name the pictures,
+    ``keys`` [N] int64 the prompt's tokens by content, pictures included (prefixes.py); neither is
+    asked for where nothing is kept for others. ``feed`` are prompt tokens that decode still has to
+    read. ``spoiled``: its entries may not be finite. ``submitted`` and ``deadline`` are on
+    perf_counter's clock.
     """
 
     prompt: Prompt
     counts: PromptCounts
-    stream: TextStream
-    handle: Handle
-    digests: list[bytes]
-    keys: np.ndarray
-    deadline: float | None
+    caller: Caller
+    stream: TextStream | None = None
+    index: int = 0
+    digests: list[bytes] = field(default_factory=list)
+    keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    submitted: float = field(default_factory=time.perf_counter)
+    deadline: float | None = None
     feed: deque[int] = field(default_factory=deque)
+    spoiled: bool = False
     reused: int = 0
     maps: list[np.ndarray] = field(default_factory=list)
     queued_ms: float = 0.0
@@ -42,11 +69,16 @@ class Request:
     decode_steps: int = 0
 
     def __post_init__(self) -> None:
-        self.row = Row(self.prompt, self.counts.limits[0])
+        self.row = Row(self.prompt, self.counts.limits[self.index])
 
-    def begin(self) -> None:
-        """It leaves the queue."""
-        self.queued_ms = (time.perf_counter() - self.handle.submitted) * 1e3
+    def leave_queue(self) -> None:
+        """Its prompt is about to be read."""
+        self.queued_ms = (time.perf_counter() - self.submitted) * 1e3
+
+    @property
+    def ended(self) -> bool:
+        """There is nothing more to choose."""
+        return self.row.finish_reason is not None or self.caller.done
 
     @property
     def next_token(self) -> int:
@@ -59,36 +91,37 @@ class Request:
 
     def choose(self, logits: np.ndarray, eos_ids: tuple[int, ...]) -> None:
         """The next token of the answer, from logits [vocabulary], handed to the caller."""
-        row = self.row
-        token = row.choose(logits, eos_ids)
-        piece = self.stream.push(token, last=row.finish_reason is not None)
-        if self.stream.stopped is not None:
-            row.stop(self.stream.stopped)
-        self.handle.push(token, piece)
+        row, stream = self.row, self.stream
+        token, piece = row.choose(logits, eos_ids), ""
+        if stream is not None:
+            piece = stream.push(token, last=row.finish_reason is not None)
+            if stream.stopped is not None:
+                row.stop(stream.stopped)
+        self.caller.push(token, piece)
 
-    def generation(self, slot_bytes: int, used_bytes: int) -> Generation:
-        """The answer, once it has a finish_reason."""
+    def generation(self, allocated: int, used: int) -> Generation:
+        """The answer, once it has a finish_reason; bytes of its cache."""
         row = self.row
         assert row.finish_reason is not None
         stats = Stats(
-            **self.counts.of_row(0),
+            **self.counts.of_row(self.index),
             new_tokens=len(row.tokens),
             vision_ms=self.vision_ms,
             prefill_ms=self.prefill_ms,
             decode_ms=self.decode_ms,
             decode_steps=self.decode_steps,
-            cache_bytes_allocated=slot_bytes,
-            cache_bytes_used=used_bytes,
+            cache_bytes_allocated=allocated,
+            cache_bytes_used=used,
             queued_ms=self.queued_ms,
             reused_tokens=self.reused,
         )
         return Generation(
-            self.handle.text,
+            self.caller.text,
             row.tokens,
             row.finish_reason,
             stats,
             self.prompt.image_id,
-            [m[0] for m in self.maps],
+            self.maps,
             row.cut_short,
             row.scores,
             row.stop_reason,

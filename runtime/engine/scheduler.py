@@ -1,5 +1,5 @@
-"""The engine's thread: admits, prefills and decodes, one decode step of all running requests after
-the other. A request joins or leaves between two steps."""
+"""The engine's thread: takes requests from a queue into the batch, one decode step of all running
+requests after the other. A request joins or leaves between two steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 
@@ -22,32 +21,32 @@ from lvlm.core.errors import (
     RequestTimeout,
 )
 from lvlm.core.forks import Home, orphan_in_children
-from lvlm.runtime.backends import Call
+from lvlm.runtime.engine.batch import Batch, Reading
+from lvlm.runtime.engine.faults import described
 from lvlm.runtime.engine.image_cache import ImageCache
-from lvlm.runtime.engine.prefixes import worthwhile
 from lvlm.runtime.engine.request import Request
-from lvlm.runtime.engine.slots import Slots
-from lvlm.runtime.engine.stats import EngineStats, Meter
-from lvlm.runtime.engine.steps import Steps, again, described, typed
+from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.engine.worker import Beside, Inline, Worker
-from lvlm.runtime.generate.loaded_graphs import Graphs
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Prefilling:
-    """A request whose prompt is being read, into the reserved row, by ``call``."""
+    """A request whose prompt is being read."""
 
-    request: Request
-    call: Call
+    reading: Reading
     logits: Future[np.ndarray]
     stopped: bool = False
+
+    @property
+    def request(self) -> Request:
+        return self.reading.requests[0]
 
     def stop(self) -> None:
         """Nobody waits for it any more."""
         if not self.stopped:
-            self.call.stop()
+            self.reading.call.stop()
         self.stopped = True
 
 
@@ -59,17 +58,15 @@ class Scheduler:
     ``submit``, ``wake`` and ``close`` are for any thread, all else is for the engine's own.
     """
 
-    def __init__(self, graphs: Graphs, slots: Slots, images: ImageCache, queue_limit: int) -> None:
-        self.graphs, self.slots, self.images = graphs, slots, images
-        self.queue_limit = queue_limit
+    def __init__(self, batch: Batch, images: ImageCache, queue_limit: int) -> None:
+        self.batch, self.images, self.queue_limit = batch, images, queue_limit
         self.waiting: deque[Request] = deque()
         self._prefilling: Prefilling | None = None
         self._changed = threading.Condition()
         self._closing: str | None = None  # "now", or "finish" what is there first
         self._home = Home("engine")
-        self._meter = Meter()
-        self._steps = Steps(graphs, slots)
-        self._worker: Worker = Beside("lvlm-prefill") if graphs.backend.parallel else Inline()
+        parallel = batch.graphs.backend.parallel
+        self._worker: Worker = Beside("lvlm-prefill") if parallel else Inline()
         self._thread = threading.Thread(target=self._run, name="lvlm-engine", daemon=True)
         self._thread.start()
         # No thread may be inside a backend when the interpreter goes.
@@ -93,7 +90,7 @@ class Scheduler:
                     "the engine more slots or a larger queue_limit"
                 )
             self.waiting.append(request)
-            self._meter.submitted += 1
+            self.batch.meter.submitted += 1
             self._changed.notify_all()
 
     def wake(self) -> None:
@@ -102,9 +99,9 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         with self._changed:
-            waiting, running = len(self.waiting), len(self.slots.running)
+            waiting, running = len(self.waiting), len(self.batch.running)
             reading = self._prefilling is not None
-        cache, meter = self.slots.cache, self._meter
+        cache, meter = self.batch.cache, self.batch.meter
         return EngineStats(
             running=running + reading,
             waiting=waiting,
@@ -149,20 +146,20 @@ class Scheduler:
                 self._take_prefilled()
                 self._admit()
                 self._take_prefilled()  # one that was read on this thread
-                if self.slots.running:
-                    self._step()
+                if self.batch.running:
+                    self.batch.step()
         except Exception as bug:  # nobody may wait for ever
             error = BackendError(f"the engine stopped ({described(bug)}); open it again")
             log.exception("the engine stopped")
         finally:
             with self._changed:
                 self._closing = "now"
-                left = [*self.waiting, *self.slots.running]
+                left = [*self.waiting, *self.batch.running]
                 self.waiting.clear()
             if self._prefilling is not None:
                 left.append(self._prefilling.request)
             for request in left:
-                request.handle.fail(again(error))
+                request.caller.fail(error)
             if self._prefilling is not None:
                 self._prefilling.stop()
             self._worker.close()
@@ -172,21 +169,19 @@ class Scheduler:
     def _free(self) -> None:
         """Give back the memory, even if someone keeps the closed engine."""
         self._prefilling = None
-        self._steps.calls.clear()
-        self.slots.cache.buffers.clear()
-        self.graphs.sessions.clear()
+        self.batch.free()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do; False when the engine is to end."""
         with self._changed:
             while True:
-                idle = not (self.waiting or self.slots.running or self._prefilling)
+                idle = not (self.waiting or self.batch.running or self._prefilling)
                 if self._closing == "now" or (self._closing == "finish" and idle):
                     return False
                 ready = self._prefilling is not None and self._prefilling.logits.done()
-                if self.slots.running or ready or (self.waiting and not self._prefilling):
+                if self.batch.running or ready or (self.waiting and not self._prefilling):
                     return True
-                if any(request.handle.done for request in self._all()):
+                if any(request.caller.done for request in self._all()):
                     return True
                 if self._prefilling is not None and self._unwanted(self._prefilling):
                     return True
@@ -199,12 +194,12 @@ class Scheduler:
 
     @staticmethod
     def _unwanted(prefilling: Prefilling) -> bool:
-        return prefilling.request.handle.done and not prefilling.stopped
+        return prefilling.request.caller.done and not prefilling.stopped
 
     def _all(self) -> list[Request]:
         prefilling = [self._prefilling.request] if self._prefilling is not None else []
-        live = [r for r in prefilling if not r.handle.done]
-        return [*self.waiting, *live, *self.slots.running]
+        live = [r for r in prefilling if not r.caller.done]
+        return [*self.waiting, *live, *self.batch.running]
 
     def _sweep(self) -> None:
         """End what is over its time, and drop what its caller has ended."""
@@ -213,122 +208,32 @@ class Scheduler:
             everyone = self._all()
         for request in everyone:
             if request.deadline is not None and now >= request.deadline:
-                request.handle.fail(
+                request.caller.fail(
                     RequestTimeout("the request's timeout is over; give it more, or ask less")
                 )
         with self._changed:
-            self.waiting = deque(r for r in self.waiting if not r.handle.done)
+            self.waiting = deque(r for r in self.waiting if not r.caller.done)
         if self._prefilling is not None and self._unwanted(self._prefilling):
             self._prefilling.stop()
-        for place in reversed(range(len(self.slots.running))):
-            request = self.slots.running[place]
-            if request.handle.done:
-                # While decode reads a prompt nobody looks whether the logits are finite.
-                self.slots.release(place, keep=not request.feed)
+        self.batch.settle()
 
     def _admit(self) -> None:
         """The oldest request that waits takes a slot, if one is free."""
-        while self._prefilling is None and self.waiting:
+        while self.waiting and self.batch.slots.room(1):
             request = self.waiting[0]
-            reserved = self.slots.reserve(request.keys)
-            if reserved is None:
-                return
-            row, prefix = reserved
-            request.begin()
-            self._meter.prompt_tokens += len(request.prompt.ids)
-            if prefix is not None and worthwhile(request.prompt, prefix.length):
-                self.slots.fill_from(prefix)
-                request.reused = prefix.length
-                self._meter.reused_tokens += prefix.length
-                request.feed.extend(request.prompt.ids[prefix.length :])
-                request.row.position = int(request.prompt.positions[..., prefix.length].max())
-                self.slots.start(request)
-                self._leave_queue()
-                continue
-            try:
-                call = self.graphs.bind("prefill", self.slots.cache.views(slice(row, row + 1)))
-            except Exception as error:
-                request.handle.fail(typed(error))
-                self.slots.abandon()
-                self._leave_queue()
-                continue
-            future = self._worker.submit(partial(self._prefill, request, call), self.wake)
-            self._prefilling = Prefilling(request, call, future)
-            self._leave_queue()
-
-    def _leave_queue(self) -> None:
-        """Only when it is elsewhere: whatever goes wrong in between, it is told."""
-        with self._changed:
-            self.waiting.popleft()
-
-    def _prefill(self, request: Request, call: Call) -> np.ndarray:
-        """Logits [vocabulary] after the prompt; on the worker's thread."""
-        began = time.perf_counter()
-        features = self.images.features(
-            request.digests, request.prompt.pictures, self.graphs.encode
-        )
-        request.vision_ms = (time.perf_counter() - began) * 1e3
-        began = time.perf_counter()
-        logits, request.maps = self.graphs.prefill([request.prompt], request.counts, features, call)
-        request.prefill_ms = (time.perf_counter() - began) * 1e3
-        first: np.ndarray = logits[0]
-        return first
+            request.leave_queue()
+            reading = self.batch.admit([request])
+            if reading is not None:
+                logits = self._worker.submit(reading.run, self.wake)
+                self._prefilling = Prefilling(reading, logits)
+            with self._changed:  # only now: whatever goes wrong in between, it is told
+                self.waiting.popleft()
 
     def _take_prefilled(self) -> None:
         """A prompt that has been read becomes a running request, with its first token."""
         done = self._prefilling
         if done is None or not done.logits.done():
             return
-        request, row = done.request, self.slots.filling
-        if (problem := done.logits.exception()) is not None:
-            request.handle.fail(typed(problem))
-        if request.handle.done:
-            self.slots.abandon()
-            self._prefilling = None
-            return
-        assert row is not None
-        counts = request.counts
-        self.slots.cache.begin(
-            counts.prefill.entries, counts.kept, slice(row, row + 1), counts.budgets
-        )
-        place = self.slots.start(request)
+        places = self.batch.begin(done.reading, done.logits.result)
         self._prefilling = None
-        self._choose(place, done.logits.result())
-
-    def _step(self) -> None:
-        """One decode step of every running request."""
-        began = time.perf_counter()
-        running = list(self.slots.running)
-        failed = self._steps.run()
-        took = (time.perf_counter() - began) * 1e3
-        for place in reversed(range(len(running))):  # a release moves only later places
-            request = running[place]
-            if place in failed:
-                request.handle.fail(failed[place])
-                self.slots.release(place, keep=False)
-                continue
-            request.decode_ms += took
-            request.decode_steps += 1
-            request.row.position += 1
-            if request.feed:
-                request.feed.popleft()
-            if not request.feed:
-                self._choose(place, self._steps.logits[place])
-
-    def _choose(self, place: int, logits: np.ndarray) -> None:
-        """The next token of a running request, which may be its last."""
-        request = self.slots.running[place]
-        try:
-            request.choose(logits, self.graphs.manifest.text.eos_ids)
-        except Exception as error:
-            request.handle.fail(typed(error))
-            self.slots.release(place, keep=False)
-            return
-        self._meter.token()
-        if request.row.finish_reason is not None:
-            cache = self.slots.cache
-            slot = cache.bytes_allocated // self.slots.count
-            answer = request.generation(slot, cache.bytes_used(place))
-            self.slots.release(place, keep=True)
-            self._meter.answered += not request.handle.done
-            request.handle.finish(answer)
+        self.batch.choose(places)

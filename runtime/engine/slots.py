@@ -8,6 +8,7 @@ used again by a prompt that begins alike.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,52 +32,59 @@ class Slots:
         self.cache, self.keeps_prefixes = cache, keeps_prefixes
         self.count = len(cache.steps)
         self.running: list[Request] = []
-        self.filling: int | None = None  # the row that prefill writes
+        self.filling = range(0)  # the rows that prefill writes
         self.kept: dict[int, np.ndarray] = {}  # row -> what its entries are; the oldest first
         cache.active = 0
 
-    def reserve(self, keys: np.ndarray) -> tuple[int, Prefix | None] | None:
-        """A row to be filled, and what may be copied into it; None if all rows are running.
+    def room(self, count: int) -> bool:
+        """Whether as many rows can be reserved: one group at a time is being filled."""
+        return not self.filling and len(self.running) + count <= self.count
 
-        It is the next running one, so that nothing has to move when it is full, unless another one
-        ends until then.
+    def reserve(self, count: int, keys: np.ndarray | None = None) -> tuple[slice, Prefix | None]:
+        """Rows to be filled, for which there is ``room``; and what may be copied into the one row
+        of a prompt with these ``keys``.
+
+        They are the next running ones, so that nothing has to move when they are full, unless
+        another one ends until then.
         """
-        if self.filling is not None or len(self.running) == self.count:
-            return None
-        row, prefix = len(self.running), self._longest(keys)
+        assert self.room(count)
+        first = len(self.running)
+        prefix = None if keys is None else self._longest(keys)
         if prefix is not None and prefix.row in self.kept:
             self.kept[prefix.row] = self.kept.pop(prefix.row)  # used last
-        moved = self._vacate(row)
-        if prefix is not None and prefix.row == row:
-            prefix = Prefix(moved, prefix.length)
-        self.filling = row
-        return row, prefix
+        for row in range(first, first + count):
+            moved = self._vacate(row, first + count)
+            if prefix is not None and prefix.row == row:
+                prefix = Prefix(moved, prefix.length)
+        self.filling = range(first, first + count)
+        return slice(first, first + count), prefix
 
     def fill_from(self, prefix: Prefix) -> None:
         """The reserved row takes what it shares with another one."""
-        assert self.filling is not None
-        if prefix.row != self.filling:
-            self.cache.copy_row(prefix.row, self.filling)
+        (row,) = self.filling
+        if prefix.row != row:
+            self.cache.copy_row(prefix.row, row)
         count = np.full((len(self.cache.lengths), 1), prefix.length)
-        self.cache.begin(count, count, slice(self.filling, self.filling + 1))
+        self.cache.begin(count, count, slice(row, row + 1))
 
     def abandon(self) -> None:
-        """The reserved row is free again, and clean: what was written there may not be finite."""
-        assert self.filling is not None
-        self.cache.clear_row(self.filling)
-        self.filling = None
+        """The reserved rows are free again, and clean: what was written there may not be finite."""
+        for row in self.filling:
+            self.cache.clear_row(row)
+        self.filling = range(0)
 
-    def start(self, request: Request) -> int:
-        """The reserved row, filled, becomes the last running one; its place."""
-        assert self.filling is not None
-        place = len(self.running)
-        if self.filling != place:
-            self._vacate(place)
-            self.cache.copy_row(self.filling, place)
-        self.filling = None
-        self.running.append(request)
+    def start(self, requests: Sequence[Request]) -> range:
+        """The reserved rows, filled, become the last running ones; their places."""
+        assert len(requests) == len(self.filling)
+        first = len(self.running)
+        for place, row in enumerate(self.filling, first):
+            if row != place:
+                self._vacate(place, place + 1)
+                self.cache.copy_row(row, place)
+        self.filling = range(0)
+        self.running.extend(requests)
         self.cache.active = len(self.running)
-        return place
+        return range(first, len(self.running))
 
     def release(self, place: int, *, keep: bool) -> None:
         """A running request has ended; ``keep`` its entries where there is a row for them, or clear
@@ -102,8 +110,8 @@ class Slots:
         first = len(self.running)
         assert self.cache.active == first <= self.count
         assert all(first <= row < self.count for row in self.kept)
-        assert self.filling is None or first <= self.filling < self.count
-        assert self.filling not in self.kept
+        assert all(first <= row < self.count for row in self.filling)
+        assert not self.kept.keys() & set(self.filling)
         assert len({id(request) for request in self.running}) == first
 
     def _longest(self, keys: np.ndarray) -> Prefix | None:
@@ -125,15 +133,16 @@ class Slots:
 
     def _spare(self, first: int) -> int | None:
         """A row from ``first`` on for entries to be kept: a free one, or that of the least used."""
-        rows = (r for r in range(first, self.count) if r not in self.kept and r != self.filling)
+        rows = (r for r in range(first, self.count) if r not in self.kept and r not in self.filling)
         free = next(rows, None)
         return free if free is not None else next(iter(self.kept), None)
 
-    def _vacate(self, row: int) -> int:
-        """Put what is kept in ``row`` elsewhere, if there is room: where it is now, or ``row``."""
+    def _vacate(self, row: int, first: int) -> int:
+        """Put what is kept in ``row`` elsewhere, from ``first`` on, if there is room: where it is
+        now, or ``row``."""
         if row not in self.kept:
             return row
-        target = self._spare(row + 1)
+        target = self._spare(first)
         assert target is not None
         if target == row:
             del self.kept[row]

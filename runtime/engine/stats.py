@@ -45,7 +45,7 @@ class EngineStats:
 
 
 class Meter:
-    """What is counted as it happens. The engine's thread writes, any thread reads."""
+    """What is counted as it happens. The loop's thread writes, any thread reads."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock

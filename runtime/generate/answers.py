@@ -74,10 +74,14 @@ class Stream:
     """
 
     def __init__(
-        self, pieces: Generator[str | Generation], cancel: Callable[[], object] | None = None
+        self,
+        pieces: Generator[str | Generation],
+        times: Callable[[], list[float]],
+        cancel: Callable[[], object] | None = None,
     ) -> None:
-        """``cancel`` is called when the stream is closed."""
-        self._pieces, self._cancel = pieces, cancel
+        """``times`` are those of the tokens so far; ``cancel`` is called when the stream is
+        closed."""
+        self._pieces, self._times, self._cancel = pieces, times, cancel
         self._count = 0
         self.result: Generation | None = None
 
@@ -92,6 +96,11 @@ class Stream:
                 self._count += 1
                 return piece
         raise StopIteration
+
+    @property
+    def token_times(self) -> list[float]:
+        """time.perf_counter() when each token so far was chosen; its text may be final later."""
+        return list(self._times())
 
     def close(self) -> None:
         self._pieces.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lvlm.core.errors import CapacityError
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.kv.answer_limits import new_token_limit
 from lvlm.runtime.kv.budgets import Budgets
@@ -55,7 +56,8 @@ def count_prompts(
 ) -> PromptCounts:
     """Counts at the ratios of generate. ``capacity``: what a row may take, the bundle's by default.
 
-    Raises ParameterError, CapacityError.
+    Raises ParameterError, CapacityError: there is no room for one new token, or for all of an
+    answer that is given.
     """
     images = [np.unique(p.image_id[p.image_id > 0], return_counts=True)[1] for p in prompts]
     image_tokens = [counts.tolist() for counts in images]
@@ -80,6 +82,12 @@ def count_prompts(
         )
         for row, prompt in enumerate(prompts)
     ]
+    for prompt, limit in zip(prompts, limits, strict=True):
+        if prompt.forced is not None and limit < len(prompt.forced):
+            raise CapacityError(
+                f"the answer has {len(prompt.forced)} tokens, but there is room for {limit}; "
+                "shorten it or the prompt, or export with more --max-text-len"
+            )
     return PromptCounts(image_tokens, prefill, budgets, budgets.prompt(prefill.entries), limits)
 
 

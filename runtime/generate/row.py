@@ -9,7 +9,7 @@ import numpy as np
 
 from lvlm.runtime.generate.answers import FinishReason
 from lvlm.runtime.prompt.prompts import Prompt
-from lvlm.runtime.sampling.sampler import Sampler, TokenScore
+from lvlm.runtime.sampling.sampler import Forced, Sampler, TokenScore
 
 
 @dataclass
@@ -28,7 +28,11 @@ class Row:
 
     def __post_init__(self) -> None:
         self.position = self.prompt.next_position
-        self.sampler = Sampler(self.prompt.sampling, self.prompt.ids, self.prompt.generation)
+        self.sampler: Sampler | Forced
+        if self.prompt.forced is None:
+            self.sampler = Sampler(self.prompt.sampling, self.prompt.ids, self.prompt.generation)
+        else:
+            self.sampler = Forced(self.prompt.forced)
 
     def choose(self, logits: np.ndarray, eos_ids: Collection[int]) -> int:
         """The next token, from logits [vocabulary]; BackendError where these are not finite."""

@@ -97,14 +97,6 @@ class CompactCache:
             "--max-text-len or kv_keep"
         )
 
-    def reset(self, budgets: Budgets) -> None:
-        """Make ready for a call with other budgets of the same bundle; the buffers stay."""
-        assert budgets.compression == self.budgets.compression
-        self.budgets = replace(
-            budgets, fractions=np.repeat(budgets.fractions, len(self.steps), axis=1)
-        )
-        self.begin(np.zeros_like(self.seen), np.zeros_like(self.lengths))
-
     def begin(
         self,
         seen: np.ndarray,

@@ -69,14 +69,14 @@ def number(
 
 def read_value(name: str, what: Option, value: object) -> Any:
     """A value as Python's own. Raises ParameterError, which names it."""
-    value = _plain(value)
+    value = plain(value)
     try:
         return what.read(value)
     except (TypeError, ValueError, OverflowError):
         raise ParameterError(f"{name} is {shown(value)}; give {what.wanted}") from None
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """Python's own value for one of numpy's scalars, or torch's."""
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
@@ -116,7 +116,7 @@ def _ratios(value: object) -> float | tuple[float, ...]:
         raise TypeError
     if isinstance(value, Real):
         return _fraction.read(value)  # type: ignore[no-any-return]
-    return tuple(_fraction.read(_plain(one)) for one in value)  # type: ignore[attr-defined]
+    return tuple(_fraction.read(plain(one)) for one in value)  # type: ignore[attr-defined]
 
 
 _fraction = number(

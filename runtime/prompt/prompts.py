@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,13 @@ from lvlm.runtime.media.images import ImageSource, open_image
 from lvlm.runtime.media.pictures import Picture
 from lvlm.runtime.media.video import VideoSource
 from lvlm.runtime.options.generation_config import GenerationConfig
-from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.options.generation_options import (
+    GenerationOptions,
+    Option,
+    plain,
+    read_value,
+    whole,
+)
 from lvlm.runtime.processors import Processor, load_processor
 from lvlm.runtime.prompt.chat_template import ChatTemplate
 from lvlm.runtime.prompt.clips import Clips
@@ -30,7 +36,8 @@ class Prompt:
     image_id [N] int64: 0 text, m the m-th of the ``pictures``; positions [N] int64, or [3,N]: the
     model's own, which is not always how prefill gets them (``aligned``).
     ``generation`` is the checkpoint's part in choosing tokens, ``sampling`` the caller's, too;
-    ``lead`` is the space before an answer that is no part of it (ChatTemplate).
+    ``lead`` is the space before an answer that is no part of it (ChatTemplate). ``forced``: the
+    answer, whatever the model would choose.
     """
 
     ids: Sequence[int]
@@ -43,6 +50,7 @@ class Prompt:
     logprobs: int | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     lead: str = ""
+    forced: tuple[int, ...] | None = None
 
     @property
     def aligned(self) -> np.ndarray:
@@ -155,6 +163,25 @@ class PromptMaker:
             options.logprobs,
             self.generation,
             lead,
+        )
+
+    def with_answer(self, prompt: Prompt, tokens: Sequence[int]) -> Prompt:
+        """A prompt whose answer is these tokens, each of which is scored. Raises ParameterError."""
+        one = whole(0, self.vocab - 1)
+
+        def read(ids: Any) -> tuple[int, ...]:
+            if not len(ids):
+                raise ValueError
+            return tuple(one.read(plain(token)) for token in ids)
+
+        wanted = f"token ids, one or more, each below {self.vocab:,}"
+        forced = read_value("answer", Option(wanted, read, "text", None), tokens)
+        return replace(
+            prompt,
+            forced=forced,
+            max_new_tokens=len(forced),
+            ignore_eos=True,
+            logprobs=prompt.logprobs or 0,
         )
 
     def begins(self, text: str) -> bool:

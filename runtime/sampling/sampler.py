@@ -64,7 +64,7 @@ class TokenScore:
         """From logits [vocabulary]."""
         shifted = logits.astype(np.float64) - logits.max()
         scores = shifted - np.log(np.exp(shifted).sum())
-        best = np.argsort(-scores, kind="stable")[:count]
+        best = np.argsort(-scores, kind="stable")[:count] if count else ()
         top = tuple((int(t), float(scores[t])) for t in best)
         return cls(float(scores[token]), top)
 
@@ -95,10 +95,7 @@ class Sampler:
         Raises ``BackendError`` if there is NaN or infinity among them.
         """
         scores = np.asarray(logits, np.float32)
-        if not np.isfinite(scores).all():
-            raise BackendError(
-                "logits contain NaN or infinity; the model overflows: use a bundle in float32"
-            )
+        check_finite(scores)
         if not self._processors.idle:
             scores = self._processors(scores)
         token = int(scores.argmax()) if self._params.temperature == 0 else self._draw(scores)
@@ -112,6 +109,26 @@ class Sampler:
         reached = probabilities.cumsum()
         # random() is below 1, so that a token of probability 0 is never drawn
         return int(tokens[reached.searchsorted(self._random.random() * reached[-1], side="right")])
+
+
+class Forced:
+    """In a sampler's place: the tokens of an answer that is given."""
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = iter(tokens)
+
+    def choose(self, logits: npt.NDArray[np.floating]) -> int:
+        """The next one, whatever the logits [vocab] say. Raises as Sampler.choose."""
+        check_finite(logits)
+        return next(self._tokens)
+
+
+def check_finite(logits: npt.NDArray[np.floating]) -> None:
+    """Raises ``BackendError`` if there is NaN or infinity among logits [vocab]."""
+    if not np.isfinite(logits).all():
+        raise BackendError(
+            "logits contain NaN or infinity; the model overflows: use a bundle in float32"
+        )
 
 
 def candidates(

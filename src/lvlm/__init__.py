@@ -23,7 +23,8 @@ if TYPE_CHECKING:
         RequestError,
         RequestTimeout,
     )
-    from lvlm.runtime.engine import AsyncEngine, AsyncHandle, Engine, EngineStats, Handle, Memory
+    from lvlm.runtime.engine import Engine, EngineStats, Handle, Memory
+    from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
     from lvlm.runtime.generate.answers import Generation, Stats, Stream
     from lvlm.runtime.media.video import Clip
     from lvlm.runtime.model import Model, load
@@ -35,9 +36,8 @@ if TYPE_CHECKING:
 # Where each public name is; the imports above say the same to type checkers and editors.
 _HOME = {
     "lvlm.runtime.generate.answers": ("Generation", "Stats", "Stream"),
-    "lvlm.runtime.engine": (
-        *("AsyncEngine", "AsyncHandle", "Engine", "EngineStats", "Handle", "Memory"),
-    ),
+    "lvlm.runtime.engine": ("Engine", "EngineStats", "Handle", "Memory"),
+    "lvlm.runtime.engine.aio": ("AsyncEngine", "AsyncHandle"),
     "lvlm.core.errors": (
         *("BackendError", "BundleError", "CapacityError", "DeviceMemoryError"),
         *("EngineClosedError", "ImageError", "LvlmError", "ParameterError", "PromptError"),

@@ -51,18 +51,18 @@ def compare_steps(
 def _compare(model: Model, rows: list[Row], expected: list[Answer], ratios: dict[str, Any]) -> None:
     options = GenerationOptions(chat_template=False, max_new_tokens=len(expected[0].tokens))
     prompts = [model.prepare(0, text, pictures, options) for text, pictures in rows]
-    batch = model.batches.start(prompts, **ratios)
-    assert batch.counts.prefill.entries.T.tolist() == [answer.entered for answer in expected]
-    assert batch.counts.kept.T.tolist() == [answer.kept for answer in expected]
+    batch = model.calls.start(prompts, **ratios)
+    counts = batch.running[0].counts
+    assert counts.prefill.entries.T.tolist() == [answer.entered for answer in expected]
+    assert counts.kept.T.tolist() == [answer.kept for answer in expected]
     for step in range(len(expected[0].tokens)):
         theirs = torch.stack([answer.logits[step] for answer in expected]).numpy()
         limit = TOLERANCE * np.abs(theirs).max()
         np.testing.assert_allclose(batch.logits, theirs, rtol=0, atol=limit, err_msg=f"{step}")
-        for row, answer, mine in zip(batch.rows, expected, batch.logits, strict=True):
+        for answer, mine in zip(expected, batch.logits, strict=True):
             token = answer.tokens[step]
             assert mine.argmax() == token or mine.max() - mine[token] < 2 * limit, step
-            row.tokens.append(token)
         if step + 1 < len(expected[0].tokens):
-            batch.decode_step()
+            batch.feed([answer.tokens[step] for answer in expected])
     left = (batch.cache.lengths - (batch.cache.victims >= 0)).T
     assert left.tolist() == [answer.lengths for answer in expected]

@@ -50,15 +50,12 @@ def greedy(
     model: Model, rows: Sequence[Prompt], count: int, **ratios: Any
 ) -> tuple[list[list[int]], list[np.ndarray], Any]:
     """Tokens [row][step] past any end of text, each step's logits [B,vocabulary], the batch."""
-    batch = model.batches.start(rows, **ratios)
-    logits = []
-    for step in range(count):
+    batch = model.calls.start(rows, **ratios)
+    logits = [batch.logits.copy()]
+    while len(logits) < count:
+        batch.feed(batch.logits.argmax(1).tolist())
         logits.append(batch.logits.copy())
-        for row, token in zip(batch.rows, batch.logits.argmax(1), strict=True):
-            row.tokens.append(int(token))
-        if step + 1 < count:
-            batch.decode_step()
-    return [row.tokens for row in batch.rows], logits, batch
+    return np.argmax(logits, 2).T.tolist(), logits, batch
 
 
 def expected(reference: Reference, prompt: Prompt, count: int, kv_keep: float) -> Any:
@@ -93,7 +90,7 @@ def test_bundle_equals_its_torch_reference(
             answers = [expected(reference, row, count, kv_keep) for row in rows]
             together, _, batch = greedy(model, rows, count, kv_keep=kv_keep)
             assert together == [a.tokens for a in answers], kv_keep
-            assert batch.counts.kept.T.tolist() == [a.kept for a in answers]
+            assert batch.running[0].counts.kept.T.tolist() == [a.kept for a in answers]
             alone, _, _ = greedy(model, rows[1:2], count, kv_keep=kv_keep)
             assert alone == [answers[1].tokens], kv_keep
             shrunk.add(int(batch.cache.lengths.sum()))

@@ -169,14 +169,14 @@ def test_keep_1_equals_recipe_none(bundle: Callable[..., Path]) -> None:
     options: dict[str, Any] = {"max_new_tokens": 64, "chat_template": False}
     with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
         none = [g.token_ids for g in model.generate(texts, pictures, **options)]
-        batch = model.batches.start(
+        batch = model.calls.start(
             [model.prepare(0, *ROWS[1], GenerationOptions(chat_template=False))]
         )
         logits = batch.logits.copy()
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
         options |= {"keep": 1.0, "kv_keep": 1.0}
         merged = [g.token_ids for g in model.generate(texts, pictures, **options)]
-        batch = model.batches.start(
+        batch = model.calls.start(
             [model.prepare(0, *ROWS[1], GenerationOptions(chat_template=False))],
             keep=1.0,
             kv_keep=1.0,
@@ -192,14 +192,12 @@ def test_image_tokens_entering_each_layer_follow_the_schedule(
     """V * keep ** (i / n), rounded, after stage i of n; seen in what the caches really hold."""
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
         for keep in (0.35, 0.15, 0.03):
-            batch = model.batches.start(
+            batch = model.calls.start(
                 [model.prepare(0, "Describe the picture.", PICTURES[:1], GenerationOptions())],
                 keep,
                 1.0,
             )
-            text = (
-                len(batch.counts.prefill.entries) and int(batch.counts.prefill.entries[0, 0]) - 144
-            )
+            text = int(batch.running[0].counts.prefill.entries[0, 0]) - 144
             steps = [144, *(max(1, round(144 * keep ** (i / 3))) for i in (1, 2, 3))]
             expected = [steps[min(layer, 3)] for layer in range(6)]
             written = [
@@ -230,7 +228,7 @@ def test_padding_and_company_change_nothing(bundle: Callable[..., Path]) -> None
     """Logits of a row alone and beside a longer row with more pictures."""
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
         rows = [model.prepare(0, *row, GenerationOptions(chat_template=False)) for row in ROWS]
-        together = model.batches.start(rows).logits.copy()
+        together = model.calls.start(rows).logits.copy()
         for row, prompt in enumerate(rows):
-            alone = model.batches.start([prompt]).logits
+            alone = model.calls.start([prompt]).logits
             np.testing.assert_allclose(together[row], alone[0], atol=2e-4)

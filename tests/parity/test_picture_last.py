@@ -82,10 +82,11 @@ def test_none_equals_transformers_generate(
         prompts = [prepare(model, *row) for row in ROWS]
         given = [transformers_inputs(checkpoint(name), prompt) for prompt in prompts]
         tokens, logits = generated(theirs, **left_padded(prompts, given))
-        batch = model.batches.start(prompts)
-        for step in logits:
+        batch = model.calls.start(prompts)
+        for number, step in enumerate(logits, 1):
             np.testing.assert_allclose(batch.logits, step.numpy(), atol=1e-4)
-            list(batch.step())
+            if number < len(logits):
+                batch.feed([row[number - 1] for row in tokens])
         assert [g.token_ids for g in model.generate(texts, pictures, **OPTIONS)] == tokens
         alone = [model.generate(*row, **OPTIONS).token_ids for row in ROWS]
     assert alone == tokens
@@ -114,14 +115,12 @@ def test_other_types_and_devices(
         prompts = [prepare(model, *row) for row in ROWS]
         given = [transformers_inputs(checkpoint(name), prompt) for prompt in prompts]
         tokens, logits = generated(theirs.float().eval(), **left_padded(prompts, given))
-        batch = model.batches.start(prompts)
+        batch = model.calls.start(prompts)
         for step, expected in enumerate(logits):
             limit = part * float(expected.abs().max())
             np.testing.assert_allclose(batch.logits, expected.numpy(), rtol=0, atol=limit)
-            for row, answer in zip(batch.rows, tokens, strict=True):
-                row.tokens.append(answer[step])
             if step + 1 < len(logits):
-                batch.decode_step()
+                batch.feed([answer[step] for answer in tokens])
 
 
 def left_padded(
@@ -158,10 +157,11 @@ def test_a_clip_at_the_end(
             assert prompt.next_position <= len(prompt.ids)
             given = clip_inputs(prompt, name.partition(":")[0], film)
             tokens, logits = generated(theirs, torch.tensor([list(prompt.ids)]), **given)
-            batch = model.batches.start([prompt])
-            for step in logits:
+            batch = model.calls.start([prompt])
+            for number, step in enumerate(logits, 1):
                 np.testing.assert_allclose(batch.logits, step.numpy(), atol=2e-3)
-                list(batch.step())
+                if number < len(logits):
+                    batch.feed([row[number - 1] for row in tokens])
             got = model.generate(text, [], [film], frames=frames, **OPTIONS)
             assert [got.token_ids] == tokens
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from engine_tools import intercept
 from PIL import Image
 from settings import ASSETS
 
@@ -396,6 +398,66 @@ def test_stats_and_maps_fit_together(light: Model) -> None:
     )
 
 
+# Answers that are given
+
+
+def test_a_score_is_that_of_the_model_s_own_choice(light: Model) -> None:
+    asks = (["Read the top row.", "Hi"], [[PICTURE, OTHER], []])
+    options: dict[str, Any] = {"keep": 0.3, "kv_keep": 0.5, "logprobs": 2, "max_new_tokens": 20}
+    own = light.generate(*asks, ignore_eos=True, **options)
+    answers = [own[0].token_ids, own[1].token_ids[:7]]
+    fed = light.score(asks[0], answers, asks[1], stop=("e",), **options)
+    for mine, theirs, tokens in zip(fed, own, answers, strict=True):
+        assert mine.token_ids == tokens
+        assert mine.scores == theirs.scores[: len(tokens)]
+        assert mine.finish_reason == "length"
+    assert fed[0].text == own[0].text
+    assert fed[0].stats.cache_bytes_used == own[0].stats.cache_bytes_used
+    alone = light.score(asks[0][1], np.array(answers[1]), keep=0.3, kv_keep=0.5)
+    assert alone.token_ids == answers[1]
+    assert all(score.top == () for score in alone.scores)
+    other = [5] * 7
+    assert sum(s.logprob for s in light.score("Hi", other).scores) < sum(
+        s.logprob for s in alone.scores
+    )
+
+
+def test_what_cannot_be_scored(light: Model) -> None:
+    for wrong in ([], [-1], [10**6], [0.5], "7", 7, None):
+        with pytest.raises(ParameterError, match=r"^answer is .*; give token ids, one or more"):
+            light.score("Hi", wrong)  # type: ignore[call-overload]
+    with pytest.raises(ParameterError, match="2 prompts but 1 answers"):
+        light.score(["Hi", "Hello"], [[5]])
+    most = light.manifest.capacity.max_text_len
+    with pytest.raises(CapacityError, match=f"answer has {most} tokens, but there is room"):
+        light.score("Hi", [5] * most)
+    assert light.generate("Hi", max_new_tokens=1).token_ids
+
+
+def test_a_score_of_what_is_not_finite(bundle: Callable[..., Path]) -> None:
+    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+
+        def spoil(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
+            outputs["logits"][0, 9] = np.inf
+
+        intercept(model, "decode").after = spoil
+        with pytest.raises(BackendError, match="logits contain NaN or infinity"):
+            model.score("Hi", [5, 6])
+
+
+def test_times_of_a_stream(light: Model) -> None:
+    """One for each token, whether or not its text is final."""
+    began = time.perf_counter()
+    with light.stream(QUESTION, [PICTURE], max_new_tokens=9, ignore_eos=True) as stream:
+        assert stream.token_times == []
+        next(stream)
+        assert len(stream.token_times) > 0
+        list(stream)
+    times = [began, *stream.token_times, time.perf_counter()]
+    assert times == sorted(times)
+    assert len(times) == 11
+
+
 # One call at a time; closing
 
 
@@ -439,7 +501,7 @@ def test_decode_writes_one_slot_in_place(light: Model) -> None:
         light.prepare(0, QUESTION, [PICTURE], GenerationOptions()),
         light.prepare(1, "Read the top row.", [PICTURE, OTHER], GenerationOptions()),
     ]
-    batch = light.batches.start(prompts)
+    batch = light.calls.start(prompts)
     cache = batch.cache
     addresses = {name: b.ctypes.data for name, b in cache.buffers.items()}
     allocated = cache.bytes_allocated
@@ -447,7 +509,8 @@ def test_decode_writes_one_slot_in_place(light: Model) -> None:
         before = {name: b.copy() for name, b in cache.buffers.items()}
         index, _ = cache.next_slot()
         ring = cache.query_index
-        list(batch.step())
+        batch.choose(range(2))
+        batch.decode_step()
         for name, buffer in cache.buffers.items():
             layer = int(name.rpartition("_")[2])
             changed = (buffer != before[name]).any((1, 3))
@@ -461,6 +524,6 @@ def test_decode_writes_one_slot_in_place(light: Model) -> None:
 
 def test_buffers_are_used_again(light: Model) -> None:
     prompt = light.prepare(0, QUESTION, [PICTURE], GenerationOptions())
-    first = light.batches.start([prompt]).cache
-    assert light.batches.start([prompt]).cache is first
-    assert light.batches.start([prompt, prompt]).cache is not first
+    first = light.calls.start([prompt]).cache
+    assert light.calls.start([prompt]).cache is first
+    assert light.calls.start([prompt, prompt]).cache is not first

@@ -23,9 +23,9 @@ from lvlm.calibration.datasets.samples import Sample, read_samples
 from lvlm.calibration.evaluate import evaluation
 from lvlm.calibration.evaluate.evaluation import evaluate, plan_jobs
 from lvlm.calibration.evaluate.fit import Shape, new_tokens, solve_keep
-from lvlm.calibration.evaluate.metrics import METRICS, surprise
+from lvlm.calibration.evaluate.metrics import METRICS
 from lvlm.calibration.evaluate.records import Record, RecordStore, ResultsError, Run
-from lvlm.calibration.evaluate.variant_runner import BundleRunner, Conditions, answer_ids, feed
+from lvlm.calibration.evaluate.variant_runner import BundleRunner, Conditions, answer_ids
 from lvlm.calibration.evaluate.variants import Bundle, Variant, reference_of, variants
 from lvlm.core.errors import CapacityError, ParameterError
 from lvlm.runtime.bundle.manifest import Reduction
@@ -130,22 +130,18 @@ def test_forced_tokens_meet_the_same_cache_as_generated_ones(
 ) -> None:
     """The model's own answer, fed to it, is as likely as when it chose it: eviction happens, and
     in the same places."""
+    answers: list[list[int]] = []
+    texts, images = [s.prompt for s in samples], [s.images for s in samples]
     with Model(uniform.folder) as model:
-        prompts = [
-            model.prepare(0, s.prompt, s.images, GenerationOptions(max_new_tokens=n))
-            for s, n in zip(samples, (40, 12, 3), strict=True)
-        ]
-        batch = model.batches.start(prompts, None, 0.3)
-        surprises = [0.0] * len(prompts)
-        while batch.active:
-            logits = batch.logits.copy()
-            for row, token in batch.step():
-                surprises[row] += surprise(logits[row], token)
-        answers = [row.tokens for row in batch.rows]
-        used = [batch.cache.bytes_used(row) for row in range(len(prompts))]
-        batch = model.batches.start(prompts, None, 0.3)
-        assert feed(batch, answers) == pytest.approx(surprises, rel=1e-6)
-        assert [batch.cache.bytes_used(row) for row in range(len(prompts))] == used
+        for text, picture, length in zip(texts, images, (40, 12, 3), strict=True):
+            own = model.generate(text, picture, max_new_tokens=length, kv_keep=0.3, logprobs=1)
+            fed = model.score(text, own.token_ids, picture, kv_keep=0.3, logprobs=1)
+            assert fed.token_ids == own.token_ids
+            assert fed.stats.cache_bytes_used == own.stats.cache_bytes_used
+            assert fed.scores == own.scores
+            answers.append(own.token_ids)
+        together = model.score(texts, answers, images, kv_keep=0.3)
+        assert [one.token_ids for one in together] == answers
 
 
 def test_compression_costs_perplexity_and_frees_cache(
@@ -463,7 +459,7 @@ def test_room_is_what_the_engine_gives(
         options = GenerationOptions(max_new_tokens=wanted)
         prompt = model.prepare(0, samples[0].prompt, samples[0].images, options)
         try:
-            limit = model.batches.start([prompt], None, kv_keep).rows[0].limit
+            limit = model.calls.start([prompt], None, kv_keep).running[0].row.limit
         except CapacityError:
             limit = 0
     assert new_tokens(manifest, shape, None, kv_keep, wanted) == limit

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
-import torch
 
 from lvlm.calibration.datasets.samples import Sample
-from lvlm.calibration.evaluate.metrics import METRICS, normalised, rouge_l, surprise
+from lvlm.calibration.evaluate.metrics import METRICS, normalised, rouge_l
 from lvlm.calibration.evaluate.records import Record
-from lvlm.core.errors import BackendError
 
 SAMPLE = Sample("1", (), "Which animal?", "A cat.", "here")
 
 
 def record(**fields: object) -> Record:
     return Record("key", "1", **fields)  # type: ignore[arg-type]
-
-
-def test_surprise_is_the_negative_log_likelihood() -> None:
-    logits = np.random.default_rng(0).normal(0, 30, 50).astype(np.float32)
-    expected = -torch.from_numpy(logits).double().log_softmax(0)
-    found = [surprise(logits, token) for token in range(50)]
-    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-12)
-
-
-def test_surprise_of_huge_logits_is_finite_and_of_broken_ones_an_error() -> None:
-    assert surprise(np.array([3e38, -3e38], np.float32), 0) == 0
-    for bad in (np.nan, np.inf):
-        with pytest.raises(BackendError, match="float32"):
-            surprise(np.array([0, bad], np.float32), 0)
 
 
 def test_perplexity_weighs_tokens_not_samples() -> None:

@@ -113,7 +113,7 @@ def test_fewer_tokens_per_picture(
         options = GenerationOptions(chat_template=False)
         prompt = model.prepare(0, "USER: <image>\nWhat is it? ASSISTANT:", [picture], options)
         assert prompt.pictures[0].tokens <= most
-        batch = model.batches.start([prompt])
+        batch = model.calls.start([prompt])
         logits = batch.logits[0].copy()
     theirs = load_torch(checkpoint(name))
     with torch.no_grad():

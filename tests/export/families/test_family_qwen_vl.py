@@ -55,7 +55,7 @@ def test_pictures_of_every_shape_equal_transformers_generate(
                 inputs["pixel_values"], inputs["image_grid_thw"]
             )
             own = [found.pooler_output, *getattr(found, "deepstack_features", [])]
-            features = model.batches.graphs.encode(prompt.pictures)
+            features = model.calls.graphs.encode(prompt.pictures)
             assert features[0].shape == (first.tokens, model.manifest.feature_width)
             for mine, *parts in zip(features, *own, strict=True):
                 their = torch.cat(parts, dim=1).detach().numpy()

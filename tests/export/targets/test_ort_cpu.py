@@ -137,7 +137,7 @@ def test_a_cache_given_twice_is_bound_to_one_memory(
     with lvlm.load(bundle("tiny-llava", *ELASTIC, max_images=2), threads=1) as model:
         budgets = Budgets.of(model.manifest.compression, model.manifest.text.layers, None)
         capacities = np.array(model.manifest.capacity.per_layer)
-        buffers = model.batches.cache_for(1, capacities, budgets).buffers
+        buffers = model.calls.cache_for(1, capacities, budgets).buffers
         _, outputs = model.graphs.bind("decode", buffers).lasting  # type: ignore[attr-defined]
         for name, buffer in buffers.items():
             assert outputs[f"present_{name}{AGAIN}"] is outputs[f"present_{name}"] is buffer
@@ -151,12 +151,10 @@ def logits(folder: Path) -> list[np.ndarray]:
             model.prepare(i, prompt, images, GenerationOptions())
             for i, (prompt, images) in enumerate(zip(prompts, pictures, strict=True))
         ]
-        batch = model.batches.start(rows)
+        batch = model.calls.start(rows)
         found = [batch.logits.copy()]
         for step in range(20):
-            for row in batch.rows:
-                row.tokens.append(5 + step)
-            batch.decode_step()
+            batch.feed([5 + step] * len(rows))
             found.append(batch.logits.copy())
         return found
 

@@ -30,7 +30,7 @@ from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
 from lvlm.runtime.bundle.manifest import Capacity
 from lvlm.runtime.bundle.reader import read_bundle
-from lvlm.runtime.generate import batch
+from lvlm.runtime.engine import calls
 from lvlm.runtime.options.generation_options import GenerationOptions
 
 # Those that lower as their data says; a target with passes of its own has tests of its own.
@@ -214,12 +214,10 @@ def logits(folder: Path) -> list[np.ndarray]:
             model.prepare(0, prompt, images, GenerationOptions())
             for prompt, images in zip(prompts, pictures, strict=True)
         ]
-        running = model.batches.start(rows)
+        running = model.calls.start(rows)
         found = [running.logits.copy()]
         for _ in range(3):
-            for row in running.rows:
-                row.tokens.append(5)
-            running.decode_step()
+            running.feed([5] * len(rows))
             found.append(running.logits.copy())
         return found
 
@@ -241,7 +239,7 @@ def test_lowered_graphs_compute_the_same(
     folder = in_place(lowered(original, tmp_path / "bundle", target), target)
     expected = logits(original)
     if target.static_cache:
-        monkeypatch.setattr(batch, "CAPACITY_STEP", 10**6)  # these graphs take full buffers only
+        monkeypatch.setattr(calls, "CAPACITY_STEP", 10**6)  # these graphs take full buffers only
     for ours, theirs in zip(logits(folder), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
@@ -254,7 +252,7 @@ def test_lowered_fp16_graphs_compute_the_same(
     original = bundle("tiny-llava", dtype="fp16", max_images=2)
     folder = in_place(lowered(original, tmp_path / "bundle", TARGETS[name]), TARGETS[name])
     expected = logits(original)
-    monkeypatch.setattr(batch, "CAPACITY_STEP", 10**6)
+    monkeypatch.setattr(calls, "CAPACITY_STEP", 10**6)
     for ours, theirs in zip(logits(folder), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=0.05)
         assert (ours.argmax(-1) == theirs.argmax(-1)).all()

@@ -147,14 +147,12 @@ def rounded_reference(which: str, folder: Path) -> Reference:
 def follow(model: Model, answers: Sequence[Answer]) -> list[np.ndarray]:
     """Logits [B,vocabulary] of every step when the tokens are those of ``answers``."""
     options = Request(chat_template=False, max_new_tokens=STEPS)
-    batch = model.batches.start([model.prepare(0, *row, options) for row in ROWS])
+    batch = model.calls.start([model.prepare(0, *row, options) for row in ROWS])
     logits = []
     for step in range(STEPS):
         logits.append(batch.logits.copy())
-        for row, answer in zip(batch.rows, answers, strict=True):
-            row.tokens.append(answer.tokens[step])
         if step + 1 < STEPS:
-            batch.decode_step()
+            batch.feed([answer.tokens[step] for answer in answers])
     return logits
 
 

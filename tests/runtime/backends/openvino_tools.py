@@ -46,11 +46,9 @@ def decode_steps(model: Model, steps: int) -> list[np.ndarray]:
     prompts = [
         model.prepare(0, p, i, GenerationOptions()) for p, i in zip(PROMPTS, IMAGES, strict=True)
     ]
-    batch = model.batches.start(prompts)
+    batch = model.calls.start(prompts)
     logits = [batch.logits.copy()]
     for _ in range(steps):
-        for row in batch.rows:
-            row.tokens.append(5)
-        batch.decode_step()
+        batch.feed([5] * len(prompts))
         logits.append(batch.logits.copy())
     return logits

@@ -58,7 +58,7 @@ def test_answers_are_those_of_the_cpu(
         assert all(("ort-tensorrt" in name) == bool(targets) for name in ort.opened)
         ours = model.generate(PROMPTS, IMAGES, **options)
         assert [g.token_ids for g in ours] == [g.token_ids for g in expected]
-        cache = model.batches._cache
+        cache = model.calls._cache
         assert cache is not None
         for name, value in cache.buffers.items():
             places = {(d, a) for n, d, a in ort.bound if n in (f"past_{name}", f"present_{name}")}
@@ -88,7 +88,7 @@ def test_rows_of_the_device_s_memory(
             same(handle.result(WAIT), one)
         lost = engine.submit(*asks[-1].arguments, **asks[-1].options)
         next(lost.tokens())
-        scheduler(engine).slots.cache.clear_row(1)  # of nobody
+        scheduler(engine).batch.slots.cache.clear_row(1)  # of nobody
         lost.cancel()
         idle(engine)
 

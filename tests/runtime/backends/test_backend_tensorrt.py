@@ -42,12 +42,10 @@ def decode_steps(model: Model, rows: int, steps: int, **ratios: Any) -> list[np.
         model.prepare(0, p, i, GenerationOptions())
         for p, i in zip(PROMPTS[:rows], IMAGES, strict=False)
     ]
-    batch = model.batches.start(prompts, **ratios)
+    batch = model.calls.start(prompts, **ratios)
     logits = [batch.logits.copy()]
     for _ in range(steps):
-        for row in batch.rows:
-            row.tokens.append(5)
-        batch.decode_step()
+        batch.feed([5] * len(prompts))
         logits.append(batch.logits.copy())
     return logits
 
@@ -85,7 +83,7 @@ def test_fp16(built: Make) -> None:
     folder = built("none", dtype="fp16")
     with lvlm.load(folder) as cpu, lvlm.load(folder, device="tensorrt-rtx") as model:
         expected, ours = decode_steps(cpu, 2, 3), decode_steps(model, 2, 3)
-        cache = model.batches.start([model.prepare(0, "Hi", [], GenerationOptions())]).cache
+        cache = model.calls.start([model.prepare(0, "Hi", [], GenerationOptions())]).cache
     for mine, theirs in zip(ours, expected, strict=True):
         assert mine.dtype == np.float32
         np.testing.assert_allclose(mine, theirs, atol=2e-2)
@@ -127,7 +125,7 @@ def test_the_cache_is_written_in_place(built: Make, driver: FakeDriver) -> None:
     out and one wait."""
     with lvlm.load(built("interval"), device="tensorrt-rtx") as model:
         decode_steps(model, 2, 18, kv_keep=0.5)
-        cache = model.batches._cache
+        cache = model.calls._cache
         assert cache is not None
         assert cache.capacities.tolist() == list(model.manifest.capacity.per_layer)
         runs = [event for event in driver.events if event[0] == "run"]

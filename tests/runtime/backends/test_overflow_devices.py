@@ -92,7 +92,7 @@ def nothing(inputs: Any, outputs: Any) -> None:
 
 
 def cache_of(who: Model | Engine) -> CompactCache:
-    cache = scheduler(who).slots.cache if isinstance(who, Engine) else who.batches._cache
+    cache = scheduler(who).batch.slots.cache if isinstance(who, Engine) else who.calls._cache
     assert cache is not None
     return cache
 

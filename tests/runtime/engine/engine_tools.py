@@ -73,9 +73,9 @@ def until(true: Callable[[], bool]) -> None:
 def idle(engine: Engine) -> None:
     """Nothing runs, waits or is being filled, and every row has one use."""
     inside = scheduler(engine)
-    until(lambda: not (inside.waiting or inside.slots.running or inside._prefilling))
-    inside.slots.check()
-    assert inside.slots.filling is None
+    until(lambda: not (inside.waiting or inside.batch.slots.running or inside._prefilling))
+    inside.batch.slots.check()
+    assert not inside.batch.slots.filling
     assert inside._thread.is_alive()
 
 
@@ -125,7 +125,7 @@ def logged() -> Iterator[list[logging.LogRecord]]:
 
 def intercept(who: Engine | Model, name: str) -> Faulty:
     """Stand between an engine or a model and one of its graphs. Before the first request."""
-    sessions = (who.graphs if isinstance(who, Model) else scheduler(who).graphs).sessions
+    sessions = (who.graphs if isinstance(who, Model) else scheduler(who).batch.graphs).sessions
     faulty = Faulty(sessions[name])
     sessions[name] = faulty
     return faulty

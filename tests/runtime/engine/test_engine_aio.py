@@ -14,7 +14,8 @@ from engine_tools import LONG, PICTURES, QUESTION, WAIT, ask, idle, intercept, s
 
 import lvlm
 from lvlm.core.errors import EngineClosedError, ParameterError, RequestCancelled, RequestTimeout
-from lvlm.runtime.engine import AsyncEngine, Engine
+from lvlm.runtime.engine import Engine
+from lvlm.runtime.engine.aio import AsyncEngine
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,7 @@ def test_finishing_is_cut_short(folder: Path) -> None:
 def test_closing_frees_everything(folder: Path) -> None:
     """Even if someone keeps the engine, its handles and their errors."""
     engine = Engine(folder, slots=2)
-    buffers = scheduler(engine).slots.cache.buffers
+    buffers = scheduler(engine).batch.slots.cache.buffers
     alive = [weakref.ref(buffer) for buffer in buffers.values()]
     decode = intercept(engine, "decode")
 

@@ -75,7 +75,7 @@ def test_cancelled_in_decode(engine: Engine) -> None:
     assert not handle.cancel()  # it had ended
     with pytest.raises(RequestCancelled):
         handle.result(0)
-    until(lambda: not scheduler(engine).slots.running)
+    until(lambda: not scheduler(engine).batch.slots.running)
     count = len(handle.token_ids)
     assert engine.generate("Hi", max_new_tokens=2).token_ids
     assert len(handle.token_ids) == count > 0

@@ -244,7 +244,7 @@ def test_two_listeners_that_cancel_each_other(engine: Engine) -> None:
 def test_a_mistake_of_the_engine_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for ever, and it is said aloud."""
     engine = Engine(folder, slots=1)
-    monkeypatch.setattr(scheduler(engine).slots, "start", None)
+    monkeypatch.setattr(scheduler(engine).batch.slots, "start", None)
     all_asked = threading.Event()
     intercept(engine, "prefill").before = lambda inputs, outputs: all_asked.wait(WAIT)  # noqa: ARG005
     with logged() as records:

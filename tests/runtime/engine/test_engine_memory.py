@@ -32,7 +32,7 @@ def test_the_plan_is_what_is_allocated(recipe: str, bundle: Callable[..., Path])
     with Engine(folder, slots=3) as whole, Engine(folder, slots=3, max_images=1, **lower) as less:
         for engine in (whole, less):
             memory = engine.memory()
-            cache = scheduler(engine).slots.cache
+            cache = scheduler(engine).batch.slots.cache
             assert cache.bytes_allocated == memory.cache == 3 * memory.slot
             assert sum(b.nbytes for b in cache.buffers.values()) == memory.cache
             stored = sum(w.bytes for w in engine.manifest.weights.values())

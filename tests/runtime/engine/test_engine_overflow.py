@@ -79,7 +79,7 @@ def test_a_slot_is_clean_after_an_overflow(
         handles: list[Handle] = []
 
         def spoil(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
-            for buffer in scheduler(engine).slots.cache.buffers.values():
+            for buffer in scheduler(engine).batch.slots.cache.buffers.values():
                 buffer[:] = np.inf
             until(lambda: bool(handles))
             if when == "cancelled":

@@ -56,22 +56,35 @@ class Rows(RuleBasedStateMachine):
         super().__init__()
         self.cache = new_cache([12, 12, 12], FULL, batch=3, dtype="float32")
         self.slots: Any = Slots(self.cache, keeps_prefixes=True)
-        self.coming: Asked | None = None
+        self.coming: list[Asked] = []
 
     def write(self, row: int, start: int, keys: np.ndarray) -> None:
         for name, buffer in self.cache.buffers.items():
             layer = int(name.partition("_")[2])
             buffer[row, :, start : len(keys)] = content(keys, layer)[None, start:, None]
 
-    @precondition(lambda self: self.coming is None)
+    @precondition(lambda self: not self.coming)
+    @rule(keys=st.lists(KEYS, min_size=2, max_size=3))
+    def arrive_together(self, keys: list[np.ndarray]) -> None:
+        if not self.slots.room(len(keys)):
+            assert len(self.slots.running) + len(keys) > self.slots.count
+            return
+        rows, prefix = self.slots.reserve(len(keys))
+        assert prefix is None
+        self.coming = [Asked(each) for each in keys]
+        for row, each in enumerate(keys, rows.start):
+            self.write(row, 0, each)
+            self.begin(row, len(each))
+
+    @precondition(lambda self: not self.coming)
     @rule(keys=KEYS, reuse=st.booleans())
     def arrive(self, keys: np.ndarray, reuse: bool) -> None:
-        reserved = self.slots.reserve(keys)
-        if reserved is None:
+        if not self.slots.room(1):
             assert len(self.slots.running) == self.slots.count
             return
-        row, prefix = reserved
-        self.coming = Asked(keys)
+        rows, prefix = self.slots.reserve(1, keys)
+        row = rows.start
+        self.coming = [Asked(keys)]
         if prefix is not None:
             assert 0 < prefix.length < len(keys)
         if prefix is not None and reuse:
@@ -87,14 +100,15 @@ class Rows(RuleBasedStateMachine):
         counts = np.full((3, 1), count)
         self.cache.begin(counts, counts, slice(row, row + 1))
 
-    @precondition(lambda self: self.coming is not None)
+    @precondition(lambda self: self.coming)
     @rule(fails=st.booleans())
     def filled(self, fails: bool) -> None:
         if fails:
             self.slots.abandon()
         else:
-            assert self.slots.start(self.coming) == len(self.slots.running) - 1
-        self.coming = None
+            places = self.slots.start(self.coming)
+            assert list(places) == list(range(len(self.slots.running)))[-len(self.coming) :]
+        self.coming = []
 
     @precondition(lambda self: self.slots.running)
     @rule(token=st.integers(0, 1))
@@ -117,8 +131,7 @@ class Rows(RuleBasedStateMachine):
         self.slots.check()
         held = {row: r.held_keys() for row, r in enumerate(self.slots.running)}
         held |= self.slots.kept
-        if self.coming is not None:
-            held[self.slots.filling] = self.coming.keys
+        held |= {r: a.keys for r, a in zip(self.slots.filling, self.coming, strict=True)}
         for row, keys in held.items():
             assert (self.cache.lengths[:, row] == len(keys)).all()
             for name, buffer in self.cache.buffers.items():
@@ -137,12 +150,12 @@ def test_the_longest_prefix_wins_and_the_least_used_goes() -> None:
 
     def run(*keys: int) -> int:
         """How much of it is there already."""
-        reserved = slots.reserve(np.array(keys))
-        assert reserved is not None
+        rows, prefix = slots.reserve(1, np.array(keys))
         count = np.full((1, 1), len(keys))
-        slots.cache.begin(count, count, slice(reserved[0], reserved[0] + 1))
-        slots.release(slots.start(Asked(np.array(keys))), keep=True)
-        return 0 if reserved[1] is None else int(reserved[1].length)
+        slots.cache.begin(count, count, rows)
+        (place,) = slots.start([Asked(np.array(keys))])
+        slots.release(place, keep=True)
+        return 0 if prefix is None else int(prefix.length)
 
     assert [run(1, 2, 3), run(4, 5, 6), run(7, 8)] == [0, 0, 0]
     assert sorted(k.tolist() for k in slots.kept.values()) == [[1, 2, 3], [4, 5, 6], [7, 8]]

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvlm.core.errors import BackendError
+from lvlm.runtime.engine.faults import typed
 from lvlm.runtime.engine.steps import Steps
 
 LAYERS, QUERIES = 2, 3
@@ -51,7 +52,7 @@ class Rows:
         def call(inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
             self.calls.append((rows.start, rows.stop))
             assert inputs["query_slot"][0, :, 0].tolist() == list(range(rows.start, rows.stop))
-            assert inputs["kv_slots_1"].tolist() == list(range(5))
+            assert inputs["kv_slots_1"].tolist() == list(range(inputs["kv_budget"].max()))
             if self.broken is not None and rows.start <= self.broken < rows.stop:
                 raise MemoryError("none")
             outputs["kept"][:] = inputs["kv_budget"]
@@ -59,8 +60,8 @@ class Rows:
         return call
 
 
-def compact(rows: Rows) -> dict[int, Any]:
-    return Steps(rows, rows)._compact()  # type: ignore[arg-type]
+def compact(rows: Rows, *, together: bool = False) -> dict[int, Any]:
+    return Steps(rows, rows, together=together)._compact()  # type: ignore[arg-type]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=9))
@@ -78,6 +79,17 @@ def test_a_fault_is_that_of_the_rows_beside_it(broken: int, lost: set[int]) -> N
     rows = Rows([True, False, True, True], broken=broken)
     failed = compact(rows)
     assert failed.keys() == lost
-    assert all(isinstance(error, BackendError) for error in failed.values())
-    assert len({id(error) for error in failed.values()}) == len(lost)  # one for each caller
+    told = [typed(error) for error in failed.values()]
+    assert all(isinstance(error, BackendError) for error in told)
+    assert len({id(error) for error in told}) == len(lost)  # one for each caller
     assert (rows.calls, rows.counted) == ([(0, 1), (2, 4)], 1)
+
+
+def test_a_fault_of_one_call_is_that_of_all_its_rows() -> None:
+    """One run over every row, due or not: an engine may be built for exactly that many."""
+    rows = Rows([False, True, False, True])
+    assert compact(rows, together=True) == {}
+    assert rows.calls == [(0, 4)]
+    rows = Rows([True, False, True, True], broken=2)
+    assert compact(rows, together=True).keys() == {0, 1, 2, 3}
+    assert rows.calls == [(0, 4)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_tools import PICTURES, WAIT, ask, idle, intercept, same, scheduler
+from engine_tools import PICTURES, WAIT, ask, idle, intercept, same
 from settings import CACHED
 
 import lvlm
@@ -69,7 +69,7 @@ def test_random_operations(recipe: str, bundle: Callable[..., Path], stress_step
             thread.join()
         assert wrong == []
         idle(engine)
-        assert scheduler(engine).images.bytes <= 50_000
+        assert engine.images.bytes <= 50_000
 
 
 def _operate(engine: Engine, rng: random.Random, kinds: Any, held: list[Any]) -> None:

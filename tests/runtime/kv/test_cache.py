@@ -500,8 +500,7 @@ def test_a_cache_used_again_is_as_good_as_new(call: Call, keep: float) -> None:
     used, new = new_cache(capacities, call.budgets, rows), new_cache(capacities, other, rows)
     slots = []
     for cache, budgets in ((used, call.budgets), (used, other), (new, other)):
-        cache.reset(budgets)
-        cache.begin(call.entries, budgets.prompt(call.entries))
+        cache.begin(call.entries, budgets.prompt(call.entries), budgets=budgets)
         slots.append([])
         for step in range(call.tokens.max()):
             slots[-1].append([array.tolist() for array in cache.next_slot()])

@@ -19,6 +19,6 @@ def test_the_cache_of_one_prompt(recipe: str, bundle: Callable[..., Path]) -> No
     with load(bundle("tiny-llava", *CACHED[recipe], max_images=2)) as model:
         manifest = model.manifest
         budgets = Budgets.of(manifest.compression, manifest.text.layers, None)
-        cache = model.batches.cache_for(1, np.array(manifest.capacity.per_layer), budgets)
+        cache = model.calls.cache_for(1, np.array(manifest.capacity.per_layer), budgets)
         taken = sum(buffer.nbytes for buffer in cache.buffers.values())
         assert cache_bytes(manifest, 1, manifest.capacity.per_layer) == taken

@@ -64,9 +64,10 @@ def test_a_kept_prompt_shorter_than_the_distance(elastic: Model) -> None:
         assert n < 25
         assert answer.stats.kept_per_layer == (max(2, round(kv_keep * n)),) * 6
     prompt = elastic.prepare(0, "Hi", [], GenerationOptions(chat_template=False))
-    batch = elastic.batches.start([prompt], kv_keep=0.2)
-    kept, sinks = int(batch.counts.kept[0, 0]), 1
-    assert batch.counts.budgets.fixed_point(batch.counts.kept)[0, 0] == max(sinks, kept // 2)
+    batch = elastic.calls.start([prompt], kv_keep=0.2)
+    counts, sinks = batch.running[0].counts, 1
+    kept = int(counts.kept[0, 0])
+    assert counts.budgets.fixed_point(counts.kept)[0, 0] == max(sinks, kept // 2)
 
 
 @pytest.mark.parametrize("recipe", ["elastic-cache (cached)", "lightvlm (cached)"])
@@ -88,7 +89,7 @@ def test_short_answers_use_few_bytes(elastic: Model) -> None:
     prompt = elastic.prepare(0, "Describe the picture.", [PICTURE], GenerationOptions())
     sizes = []
     for kv_keep in (0.2, 1.0):
-        cache = elastic.batches.start([prompt], kv_keep=kv_keep).cache
+        cache = elastic.calls.start([prompt], kv_keep=kv_keep).cache
         entry = 2 * 2 * 32 * 4  # key and value, heads, width, fp32
         buffers = sum(buffer.nbytes for buffer in cache.buffers.values())
         assert cache.bytes_allocated == buffers == int(cache.capacities.sum()) * entry
@@ -130,11 +131,9 @@ def test_importance_that_becomes_infinite_in_decode_is_an_error(
     """compact.onnx says so too."""
     with lvlm.load(bundle("tiny-llava", *INTERVAL, max_images=2), threads=1) as model:
         prompt = model.prepare(0, "Describe the picture.", [PICTURE], GenerationOptions())
-        batch = model.batches.start([prompt], kv_keep=0.5)
+        batch = model.calls.start([prompt], kv_keep=0.5)
         for _ in range(15):
-            batch.rows[0].tokens.append(5)
-            batch.decode_step()
-        batch.rows[0].tokens.append(5)
+            batch.feed([5])
         batch.cache.buffers["query_3"][:] = np.nan
         with pytest.raises(BackendError, match="layer 3, prompt 1"):
-            batch.decode_step()
+            batch.feed([5])

@@ -1,0 +1,211 @@
+"""The host's one loop: requests over the rows of one cache, read in groups, then decoded together,
+a token a step.
+
+    Model    a call's prompts are one group, read in one ragged prefill, in the caller's thread;
+             so are those whose logits an export is checked by (calls.py)
+    Engine   a request is a group, read beside the others' decode, in threads (scheduler.py)
+
+Whoever drives it admits a group (``admit``), has its prompts read (``Reading.run``, on any thread),
+lets it begin and calls ``step`` while anything runs. Tokens, answers and errors go to each
+request's caller. There is no thread, lock or queue here: those are the scheduler's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lvlm.runtime.backends import Call
+from lvlm.runtime.engine.prefixes import worthwhile
+from lvlm.runtime.engine.request import Request
+from lvlm.runtime.engine.slots import Slots
+from lvlm.runtime.engine.stats import Meter
+from lvlm.runtime.engine.steps import Steps
+from lvlm.runtime.generate.loaded_graphs import Graphs
+from lvlm.runtime.kv.cache import CompactCache
+
+# Features [V,D] of all pictures of some requests, in order.
+Encode = Callable[[Sequence[Request]], list[np.ndarray]]
+
+
+@dataclass
+class Reading:
+    """A group of requests whose prompts are being read, into the reserved rows, by ``call``."""
+
+    requests: Sequence[Request]
+    rows: slice
+    graphs: Graphs
+    encode: Encode
+    call: Call
+
+    def run(self) -> np.ndarray:
+        """Logits [B,vocabulary] after the prompts. Beside decode, where the backend is parallel."""
+        began = time.perf_counter()
+        features = self.encode(self.requests)
+        encoded = time.perf_counter()
+        prompts = [request.prompt for request in self.requests]
+        logits, maps = self.graphs.prefill(prompts, self.requests[0].counts, features, self.call)
+        ended = time.perf_counter()
+        for index, request in enumerate(self.requests):
+            request.vision_ms = (encoded - began) * 1e3
+            request.prefill_ms = (ended - encoded) * 1e3
+            request.maps = [m[index] for m in maps]
+        return logits
+
+
+class Batch:
+    """Requests that run over one cache. For one thread, but for ``Reading.run``.
+
+    ``together``: they are one call's, which has all of its answers or an error. They end together:
+    a row that has its answer is decoded on beside the others, so that a backend sees one number of
+    rows throughout (an engine may be built for exactly that many, a CUDA graph is captured once),
+    and nothing is tried again for some of them. Otherwise rows come and go between two steps, and
+    what goes wrong with one request is no other's.
+    """
+
+    def __init__(
+        self, graphs: Graphs, slots: Slots, encode: Encode, *, together: bool = False
+    ) -> None:
+        self.graphs, self.slots, self.encode = graphs, slots, encode
+        self.together = together
+        self.meter = Meter()
+        self._steps = Steps(graphs, slots, together=together)
+
+    @property
+    def running(self) -> list[Request]:
+        """In the order of their rows."""
+        return self.slots.running
+
+    @property
+    def cache(self) -> CompactCache:
+        return self.slots.cache
+
+    @property
+    def logits(self) -> np.ndarray:
+        """[B,vocabulary] float32 of the running requests: what their next tokens are chosen from;
+        overwritten by the next step."""
+        return self._steps.logits[: len(self.running)]
+
+    def free(self) -> None:
+        """Give back the memory, even if someone keeps the batch."""
+        self._steps.calls.clear()
+        self.cache.buffers.clear()
+        self.graphs.sessions.clear()
+
+    # A group comes
+
+    def admit(self, requests: Sequence[Request]) -> Reading | None:
+        """Rows for a group, for which there must be room (``Slots.room``). What is to be run before
+        it can ``begin``; None if that is nothing: it goes on from another's entries, or failed."""
+        first = requests[0]
+        keys = first.keys if len(requests) == 1 else None
+        rows, prefix = self.slots.reserve(len(requests), keys)
+        self.meter.prompt_tokens += sum(len(request.prompt.ids) for request in requests)
+        if prefix is not None and worthwhile(first.prompt, prefix.length):
+            self.slots.fill_from(prefix)
+            first.reused = prefix.length
+            self.meter.reused_tokens += prefix.length
+            first.feed.extend(first.prompt.ids[prefix.length :])
+            first.row.position = int(first.prompt.positions[..., prefix.length].max())
+            self.slots.start(requests)
+            return None
+        try:
+            call = self.graphs.bind("prefill", self.cache.views(rows))
+        except Exception as error:
+            self._lose(requests, error)
+            return None
+        return Reading(requests, rows, self.graphs, self.encode, call)
+
+    def begin(self, reading: Reading, read: Callable[[], np.ndarray]) -> range:
+        """A group whose prompts have been read runs; its places. ``read`` gives the logits, or
+        raises what went wrong."""
+        try:
+            logits = read()
+        except Exception as error:
+            self._lose(reading.requests, error)
+            return range(0)
+        if all(request.caller.done for request in reading.requests):
+            self.slots.abandon()
+            return range(0)
+        counts = reading.requests[0].counts
+        self.cache.begin(counts.prefill.entries, counts.kept, reading.rows, counts.budgets)
+        places = self.slots.start(reading.requests)
+        self._steps.logits[places.start : places.stop] = logits
+        return places
+
+    def _lose(self, requests: Sequence[Request], error: Exception) -> None:
+        self.slots.abandon()
+        for request in requests:
+            request.caller.fail(error)
+
+    # A step
+
+    def step(self) -> None:
+        """One more token of every running request."""
+        self.decode_step()
+        self.choose(range(len(self.running)))
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """One step with these tokens, one for each running request, whatever was chosen."""
+        for request, token in zip(self.running, tokens, strict=True):
+            request.row.tokens.append(int(token))
+        self.decode_step()
+
+    def decode_step(self) -> None:
+        """Feed every row its newest token, or the next one of its prompt; afterwards ``logits`` are
+        the next ones. A row whose step fails is released by ``settle``."""
+        began = time.perf_counter()
+        failed = self._steps.run()
+        took = (time.perf_counter() - began) * 1e3
+        for place, request in enumerate(self.running):
+            if place in failed:
+                request.spoiled = True
+                request.caller.fail(failed[place])
+                continue
+            request.decode_ms += took
+            request.decode_steps += 1
+            request.row.position += request.row.finish_reason is None
+            if request.feed:
+                request.feed.popleft()
+
+    def choose(self, places: Iterable[int]) -> None:
+        """The next token of those that have read their prompts; answers that end with it are told
+        to their callers."""
+        for place in places:
+            request = self.running[place]
+            if request.row.finish_reason is not None or request.feed or request.spoiled:
+                continue
+            try:  # for a caller that has gone, too: whether its entries are finite shows here
+                request.choose(self.logits[place], self.graphs.manifest.text.eos_ids)
+            except Exception as error:
+                request.spoiled = True
+                request.caller.fail(error)
+                continue
+            self.meter.token()
+        self.settle()
+
+    def settle(self) -> None:
+        """Rows of requests that have ended, one way or another, are free."""
+        running, cache = self.running, self.cache
+        ended = [place for place, request in enumerate(running) if request.ended]
+        finite = True
+        if self.together:
+            if len(ended) < len(running):
+                return
+            # Nobody looked at the logits of rows that had their answers before the last step
+            finite = bool(np.isfinite(self.logits).all())
+        allocated = cache.bytes_allocated // (1 if self.together else self.slots.count)
+        for place in reversed(ended):  # a release moves only later places
+            request = running[place]
+            answer = None
+            if not request.caller.done:
+                answer = request.generation(allocated, cache.bytes_used(place))
+            # While decode reads a prompt nobody looks whether the logits are finite.
+            clean = finite and not (request.spoiled or request.feed)
+            self.slots.release(place, keep=clean)
+            if answer is not None:
+                self.meter.answered += 1
+                request.caller.finish(answer)
