@@ -14,7 +14,10 @@ from lvlm.main import run_verb
 from lvlm.verbs import MODULES
 
 PAGE = Path(__file__).parents[1] / "docs/cli.md"
-PARTS = {"build": ("plugins", "engine")}  # commands within a command
+PARTS = {
+    "build": ("plugins", "engine"),
+    "compare": ("checkpoint", "devices", "layers"),
+}  # commands within a command
 HEAD = """# Command line
 
 Every command; `lvlm VERB` is the same as `lvlm-VERB`. Each takes `-h` and `--version`. How commands

@@ -26,11 +26,12 @@ CODE = [
     for file in sorted((ROOT / folder).rglob("*"))
     if file.suffix in (".py", ".sh")
 ]
+PARTS = {"build": ("plugins", "engine"), "compare": ("checkpoint", "devices", "layers")}
 PACKAGES = {"bench", "calibration", "core", "export", "plugins_trt", "runtime"}
 FOLDERS = "assets|calibration|docs|export|plugins_trt|runtime|scripts|src|tests"
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w*./-]*\w\.\w+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
-COMMAND = re.compile(r"\blvlm[- ](?:bench|build|calibrate|doctor|eval|export|run)(?=\s|$)")
+COMMAND = re.compile(r"\blvlm[- ](?:bench|build|calibrate|compare|doctor|eval|export|run)(?=\s|$)")
 NAMED = re.compile(r"\blvlm-([a-z]+)\b")
 # Flags of other programs: pip, venv, pytest (tests/conftest.py), gunicorn, docker.
 FOREIGN = {
@@ -61,8 +62,9 @@ def all_flags() -> frozenset[str]:
     known = set(FOREIGN)
     for verb in MODULES:
         known |= flags_of(verb)
-    for part in ("plugins", "engine"):
-        known |= flags_of("build", part)
+    for verb, parts in PARTS.items():
+        for part in parts:
+            known |= flags_of(verb, part)
     for file in (ROOT / "scripts").rglob("*"):
         if file.suffix in (".py", ".sh"):
             known |= declared(file)
@@ -127,7 +129,7 @@ def test_files_that_are_named_exist() -> None:
 def test_commands_take_the_flags_they_are_shown_with(page: Path) -> None:
     for command in commands(page.read_text()):
         words = command.replace("lvlm-", "lvlm ").split()
-        verb = tuple(words[1:3] if words[1] == "build" and len(words) > 2 else words[1:2])
+        verb = tuple(words[1:3] if words[1] in PARTS and len(words) > 2 else words[1:2])
         unknown = set(FLAG.findall(command)) - flags_of(*verb)
         assert not unknown, f"{command}: {unknown}"
 

@@ -7,6 +7,7 @@ MODULES = {
     "bench": "lvlm.bench.bench_cli",
     "build": "lvlm.plugins_trt.build_cli",
     "calibrate": "lvlm.calibration.profile.calibrate_cli",
+    "compare": "lvlm.export.compare.compare_cli",
     "doctor": "lvlm.runtime.tools.doctor_cli",
     "eval": "lvlm.calibration.evaluate.eval_cli",
     "export": "lvlm.export.export_cli",

@@ -1,20 +1,15 @@
-"""Compare a finished bundle with its checkpoint again, as lvlm-export does; print time and memory.
-
-python scripts/validate_bundle.py CHECKPOINT BUNDLE
-"""
+"""A finished bundle and its checkpoint, compared as an export compares them; time and memory."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import sys
 import threading
 import time
 from pathlib import Path
 
 from lvlm.core.discovery import discover
-from lvlm.core.errors import LvlmError
+from lvlm.core.errors import ParameterError
 from lvlm.export.export_options import DTYPES, ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes._base import parse_settings
@@ -23,22 +18,22 @@ from lvlm.export.verify.checks import table
 from lvlm.runtime.bundle.reader import read_bundle
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint")
-    parser.add_argument("bundle", type=Path)
-    args = parser.parse_args()
-    manifest = read_bundle(args.bundle, "none")
+def compare(bundle: Path, model: str) -> int:
+    """The exit status of ``lvlm-compare checkpoint``. Raises ValidationError if they differ, and
+    ParameterError for a bundle whose weights an export alone can compare."""
+    manifest = read_bundle(bundle, "none")
     if manifest.quantization is not None or (manifest.compression and manifest.compression.profile):
-        sys.exit("bundles with quantized weights or a profile are compared by lvlm-export alone")
+        raise ParameterError(
+            "bundles with quantized weights or a profile are compared by lvlm-export alone"
+        )
     given = [f"{k}={json.dumps(v)}" for k, v in manifest.parameters.items() if v is not None]
     recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[manifest.recipe], given)
     dtype = next(k for k, v in DTYPES.items() if str(v) == f"torch.{manifest.dtype}")
     plan = make_plan(
         ExportOptions(
-            args.checkpoint,
+            model,
             recipe,
-            args.bundle,
+            bundle,
             dtype,
             cache="fp16" if manifest.cache_dtype != manifest.dtype else None,
             max_text_len=manifest.capacity.max_text_len,
@@ -47,14 +42,13 @@ def main() -> None:
     )
     peak, began = Peak(), time.perf_counter()
     try:
-        outcome = validation.validate(plan, args.bundle, lambda text: print(text, flush=True))
-    except LvlmError as error:
-        sys.exit(f"{error}\n{error.details}".rstrip())  # which figures, not only how many
+        outcome = validation.validate(plan, bundle, lambda text: print(text, flush=True))
     finally:
         print(f"time         {time.perf_counter() - began:.0f} s")
         print(f"peak memory  {peak.stop() / 1e9:.2f} GB, the page cache aside")
     print(table(outcome.checks))
     print(json.dumps({**dataclasses.asdict(outcome), "checks": len(outcome.checks)}, indent=1))
+    return 0
 
 
 class Peak:
@@ -75,7 +69,3 @@ class Peak:
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("RssAnon"):
                     self.bytes = max(self.bytes, int(line.split()[1]) * 1024)
-
-
-if __name__ == "__main__":
-    main()

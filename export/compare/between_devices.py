@@ -1,49 +1,41 @@
-"""Does a bundle answer on this machine's device as it answered elsewhere, token for token?
-
-    python scripts/compare_devices.py out/none out/lightvlm --device cpu --write tokens.json
-    python scripts/compare_devices.py out/none out/lightvlm --device cuda --expect tokens.json
-
-Greedy answers of tiny-llava's kind: one picture, none, and a ragged batch with both. --write keeps
-them; --expect compares, and ends with 1 if a token differs. The GPU need not be where the file was
-written.
-"""
+"""Does a bundle answer on this machine's device as it answered elsewhere, token for token?"""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-import lvlm
+from lvlm.core.errors import LvlmError, ParameterError
+from lvlm.runtime.model import load
 
 NEW = 64
 QUESTIONS = ("Describe the picture.", "Read row 1:", "What is in the middle?")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("bundles", type=Path, nargs="+")
-    parser.add_argument("--device", default="cpu", help="as lvlm-run takes it")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--write", type=Path, metavar="FILE")
-    what.add_argument("--expect", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    expected = json.loads(args.expect.read_text()) if args.expect else {}
+def compare(
+    bundles: Sequence[Path], device: str, *, write: Path | None, expect: Path | None
+) -> int:
+    """The exit status of ``lvlm-compare devices``: 1 if a token differs or a bundle cannot run.
+
+    Greedy answers of tiny-llava's kind: one image, none, and a ragged batch with both. Raises
+    ParameterError where the file of ``expect`` has not these bundles' tokens.
+    """
+    expected = _expected(expect, bundles) if expect else {}
     found: dict[str, list[list[int]]] = {}
     differ = 0
-    for bundle in args.bundles:
+    for bundle in bundles:
         began = time.perf_counter()
         try:
-            tokens = found[bundle.name] = answers(bundle, args.device)
-        except lvlm.LvlmError as error:
+            tokens = found[bundle.name] = answers(bundle, device)
+        except LvlmError as error:
             print(f"{bundle.name}: {error}", flush=True)
             differ += 1
             continue
         seconds = time.perf_counter() - began
-        if args.expect is None:
+        if expect is None:
             print(f"{bundle.name}: {sum(map(len, tokens))} tokens, {seconds:.1f} s", flush=True)
             continue
         right = expected[bundle.name]
@@ -58,14 +50,14 @@ def main() -> int:
             flush=True,
         )
         differ += wrong
-    if args.write is not None:
-        args.write.write_text(json.dumps(found))
+    if write is not None:
+        write.write_text(json.dumps(found))
     return 1 if differ else 0
 
 
 def answers(bundle: Path, device: str) -> list[list[int]]:
     picture = (resources.files("lvlm.assets") / "samples/digits-1.png").read_bytes()
-    with lvlm.load(bundle, device=device) as model:
+    with load(bundle, device=device) as model:
         alone = [model.generate(q, images=[picture], max_new_tokens=NEW) for q in QUESTIONS]
         batch = model.generate(
             ["Hello", *QUESTIONS[:2]], images=[[], [picture], [picture]], max_new_tokens=NEW
@@ -83,5 +75,12 @@ def first_difference(ours: list[int], theirs: list[int]) -> int:
     return equal
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _expected(file: Path, bundles: Sequence[Path]) -> dict[str, list[list[int]]]:
+    try:
+        found: dict[str, list[list[int]]] = json.loads(file.read_text())
+        missing = {bundle.name for bundle in bundles} - set(found)
+    except (ValueError, TypeError):
+        raise ParameterError(f"{file} is no file that --write made") from None
+    if missing:
+        raise ParameterError(f"{file} has no tokens of {min(missing)}; make them with --write")
+    return found

@@ -1,15 +1,11 @@
-"""Compare ONNX Runtime and TensorRT on a bundle, layer by layer, with Polygraphy.
+"""ONNX Runtime and TensorRT on a bundle, layer by layer, with Polygraphy.
 
-    pip install polygraphy
-    python scripts/compare_layers.py out/ --against tensorrt --plugins liblvlm_plugins.so
-    python scripts/compare_layers.py out/ --against onnxruntime --target trt-rtx     # without a GPU
-
-The inputs are real: a picture and a question go through the bundle on the CPU, and what every graph
+The inputs are real: an image and a question go through the bundle on the CPU, and what every graph
 is given there is given to both sides here. First every tensor of a graph that both sides know;
 there, differences add up from layer to layer (limits by data type). Then every lvlm op by itself,
 on the same inputs, within the tolerance of its contract (export/ops/). Against onnxruntime the
 second side is the lowered graph, on ONNX Runtime too: what lowering changes, apart from what
-TensorRT does. Exit status 1 if something is beyond its limit, 2 for a mistake in the call.
+TensorRT does.
 """
 
 from __future__ import annotations
@@ -25,7 +21,6 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from lvlm.core.console import Parser, run_main
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BackendError, ParameterError
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
@@ -39,25 +34,10 @@ Arrays = dict[str, np.ndarray]
 PICTURE = resources.files("lvlm.assets") / "samples/digits-1.png"
 # Whole graphs: largest |difference| / max(1, largest |value|), as the exporter's own validation.
 LIMITS = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 1e-1}
-TARGETS = {"tensorrt": "trt-11", "tensorrt-rtx": "trt-rtx", "onnxruntime": "trt-rtx"}
-
-
-def main() -> int:
-    parser = Parser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--against", choices=sorted(TARGETS), default="tensorrt")
-    parser.add_argument("--target", help="whose lowered graphs (default: by --against)")
-    parser.add_argument("--plugins", type=Path, help="liblvlm_plugins.so, for full TensorRT")
-    parser.add_argument("--image", type=Path, default=PICTURE, help="a picture (default: digits)")
-    parser.add_argument("--prompt", default="Describe the picture.")
-    parser.add_argument("--graph", action="append", help="only this one; repeatable")
-    parser.add_argument("--outputs-only", action="store_true", help="not the tensors in between")
-    parser.add_argument("--verify", default="sample", help="none: for graphs changed by hand")
-    args = parser.parse_args()
-    return run_main("compare_layers", lambda: compare(args))
 
 
 def compare(args: argparse.Namespace) -> int:
+    """The exit status of ``lvlm-compare layers``: 1 if something is beyond its limit."""
     # Polygraphy decides by its environment which of the two TensorRTs it means.
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(args.against == "tensorrt-rtx"))
     require("polygraphy", "pip install polygraphy")
@@ -67,16 +47,16 @@ def compare(args: argparse.Namespace) -> int:
     set_default_logger_severity(3)
     G_LOGGER.module_severity = G_LOGGER.ERROR
     manifest = read_bundle(args.bundle, verify=args.verify)
-    target = args.target or TARGETS[args.against]
     recorded = record(args)
     failed = 0
     for name, graph in manifest.graphs.items():
         if args.graph and name not in args.graph:
             continue
-        lowered = args.bundle / target_file(graph.file, target)
+        lowered = args.bundle / target_file(graph.file, args.target)
         if not lowered.is_file():
             raise ParameterError(
-                f"{lowered} is missing; lvlm-build engine {args.bundle} --target {target} makes it"
+                f"{lowered} is missing; lvlm-build engine {args.bundle} --target {args.target} "
+                "makes it"
             )
         if name not in recorded:
             print(f"{name}: the question did not need it, nothing to compare; ask a longer one")
@@ -113,7 +93,7 @@ def record(args: argparse.Namespace) -> dict[str, Arrays]:
         for name in model.manifest.graphs:
             session = model.graphs.sessions[name]
             model.graphs.sessions[name] = Recorder(name, session)
-        model.generate(args.prompt, images=[args.image], max_new_tokens=96)
+        model.generate(args.prompt, images=[args.image or PICTURE.read_bytes()], max_new_tokens=96)
     return found
 
 
@@ -295,7 +275,3 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     if a.shape != b.shape:
         return float("inf")
     return largest(a.astype(np.float64) - b.astype(np.float64))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

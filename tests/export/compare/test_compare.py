@@ -1,0 +1,95 @@
+"""lvlm-compare as a user runs it: the part without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from settings import ASSETS
+
+from lvlm.core.errors import ParameterError
+from lvlm.export.compare import compare_cli, with_checkpoint
+from lvlm.runtime.bundle.reader import read_bundle
+
+
+@pytest.fixture(scope="module")
+def lowered(bundle: Callable[..., Path]) -> Path:
+    return bundle("tiny-llava", "lightvlm", targets=("trt-rtx",))
+
+
+def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lvlm", "compare", "layers", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_lowered_graphs_agree(lowered: Path) -> None:
+    done = compare(lowered, "--against", "onnxruntime", "--graph", "prefill")
+    assert done.returncode == 0, done.stderr
+    assert "✓ prefill: " in done.stdout
+    for op in ("CausalAttention", "CacheImportance", "CacheCompact", "TokenImportance"):
+        assert f"✓   {op} that gives" in done.stdout
+    assert "✗" not in done.stdout
+
+
+def test_a_difference_is_found(lowered: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(lowered, tmp_path / "changed")
+    file = folder / "vision.trt-rtx.onnx"
+    model = onnx.load(file, load_external_data=False)
+    norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    next(a for a in norm.attribute if a.name == "epsilon").f = 0.5
+    onnx.save(model, file)
+    done = compare(folder, "--against", "onnxruntime", "--graph", "vision", "--verify", "none")
+    assert done.returncode == 1, done.stderr
+    assert "✗ vision: " in done.stdout
+
+
+def test_graphs_that_were_not_lowered(bundle: Callable[..., Path]) -> None:
+    done = compare(bundle("tiny-llava", "lightvlm"), "--against", "tensorrt")
+    assert done.returncode == 2
+    assert "lvlm-build engine" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_answers_of_two_devices(
+    bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, file = bundle("tiny-llava", max_images=2), tmp_path / "tokens.json"
+    assert compare_cli.main(["devices", str(folder), "--write", str(file)]) == 0
+    assert compare_cli.main(["devices", str(folder), "--expect", str(file)]) == 0
+    assert "6 of 6 answers equal" in capsys.readouterr().out
+    tokens = json.loads(file.read_text())
+    tokens[folder.name][1][3] += 1
+    file.write_text(json.dumps(tokens))
+    assert compare_cli.main(["devices", str(folder), "--expect", str(file)]) == 1
+    assert "5 of 6 answers equal" in capsys.readouterr().out
+    file.write_text(json.dumps({"other": []}))
+    assert compare_cli.main(["devices", str(folder), "--expect", str(file)]) == 2
+    assert "make them with --write" in capsys.readouterr().err
+
+
+def test_a_finished_bundle_is_planned_as_its_export_was(
+    bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bundle("tiny-llava", "lightvlm", max_images=2)
+    seen: list[Any] = []
+
+    def validate(plan: Any, *_: Any) -> None:
+        seen.append(plan)
+        raise ParameterError("seen")
+
+    monkeypatch.setattr(with_checkpoint.validation, "validate", validate)
+    with pytest.raises(ParameterError, match="seen"):
+        with_checkpoint.compare(folder, str(ASSETS / "tiny-llava"))
+    manifest, (plan,) = read_bundle(folder), seen
+    assert plan.recipe.name == manifest.recipe
+    planned = json.loads(json.dumps(dataclasses.asdict(plan.recipe)))
+    assert {name: planned[name] for name in manifest.parameters} == manifest.parameters
+    assert str(plan.dtype) == f"torch.{manifest.dtype}"
