@@ -198,7 +198,7 @@ def plan_cache(
     entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
     seen = np.array([options.max_text_len + options.max_images * n for n in entering])
     budgets = Budgets.of(rule.compression if rule else None, layers, None)
-    per_layer = tuple(budgets.limit(seen).tolist())
+    per_layer = tuple(budgets.limit(seen, options.max_text_len - 1).tolist())
     entries = 2 * language.kv_heads * sum(per_layer)
     rings = language.heads * (rule.queries if rule else 0) * layers
     return CachePlan(

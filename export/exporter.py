@@ -41,6 +41,7 @@ from lvlm.runtime.bundle.manifest import (
     Quantization,
     Text,
 )
+from lvlm.runtime.policies.evictions import OneByOne
 
 TOOLS = ("lvlm-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime")
 
@@ -193,7 +194,7 @@ def _facts(plan: Plan) -> dict[str, str]:
     """What targets ask of a decode graph that its nodes do not say."""
     rule, capacity = plan.recipe.cache_rule(), plan.cache.capacity
     positions = capacity.max_text_len + capacity.max_images * plan.images.tokens
-    appends = rule is None or rule.compression.distance is None
+    appends = rule is None or not isinstance(rule.compression.decode, OneByOne)
     return {POSITIONS: str(positions)} | ({CACHE_WRITES: AT_THE_END} if appends else {})
 
 

@@ -31,7 +31,7 @@ from lvlm.export.recipes.none import NoCompression
 from lvlm.export.recipes.prefixkv import PrefixKV
 from lvlm.export.recipes.uniform import Uniform
 from lvlm.export.standard_ops import ATTENTION
-from lvlm.runtime.bundle.manifest import ProfileRow
+from lvlm.runtime.policies.shares import ProfileRow
 
 SHARE = 0.2
 # prompts at once, tokens of each; and new ones

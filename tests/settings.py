@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lvlm.core.discovery import discover
+from lvlm.export.stand_ins import stand_ins
+
 ASSETS = Path(__file__).parents[1] / "assets"
-# Cache recipes as tests export them: room for the whole cache, so that one bundle serves every
-# fraction; LightVLM's counts are small enough for prompts of a few hundred tokens.
-CACHED: dict[str, tuple[str, ...]] = {
-    "uniform (cached)": ("uniform", "kv_keep=1.0"),
-    "elastic-cache (cached)": ("elastic-cache", "kv_keep=1.0"),
-    "prefixkv (cached)": ("prefixkv", "kv_keep=1.0"),
-    "lightvlm (cached)": (
-        *("lightvlm", "kv_keep=1.0", "kv_floor=8", "kv_protect=8", "kv_interval=16"),
-    ),
-    "lightvlm with prefixkv": ("lightvlm", "kv=prefixkv", "kv_keep=1.0"),
-}
+
+
+def _cached() -> dict[str, tuple[str, ...]]:
+    """Every recipe with a cache policy, with room for the whole cache, so that one bundle serves
+    every fraction; counts are small enough for prompts of a few hundred tokens."""
+    with stand_ins():
+        from lvlm.export.recipes._base import Recipe
+
+        return {
+            f"{name} (cached)": (name, "kv_keep=1.0", *kind.small)
+            for name, kind in discover("lvlm.export.recipes", "RECIPE").items()
+            if kind.cache_policy is not Recipe.cache_policy
+        }
+
+
+CACHED = _cached() | {"lightvlm with prefixkv": ("lightvlm", "kv=prefixkv", "kv_keep=1.0")}

@@ -125,6 +125,12 @@ def test_files_that_are_named_exist() -> None:
             assert list(ROOT.glob(name)), f"{file.relative_to(ROOT)} names {name}"
 
 
+def test_tables_of_recipes_are_what_the_recipes_say() -> None:
+    script = runpy.run_path(str(ROOT / "scripts/recipe_tables.py"))
+    for page in script["PAGES"]:
+        assert page.read_text() == script["rewritten"](page), "run python scripts/recipe_tables.py"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_take_the_flags_they_are_shown_with(page: Path) -> None:
     for command in commands(page.read_text()):

@@ -14,7 +14,7 @@ from lvlm.core.errors import BundleError, CheckpointError, ExportError, Paramete
 from lvlm.core.output import whole_file
 from lvlm.core.typed_json import decode
 from lvlm.export.checkpoint.checkpoint import Checkpoint, describe
-from lvlm.runtime.bundle.manifest import ProfileRow
+from lvlm.runtime.policies.shares import ProfileRow
 
 SCHEMA = 1
 MAKE_ONE = "make one with lvlm-calibrate"

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from lvlm.core.errors import ParameterError
-from lvlm.runtime.bundle.manifest import ProfileRow
+from lvlm.runtime.policies.shares import ProfileRow
 
 Importances: TypeAlias = Sequence[npt.NDArray[Any] | torch.Tensor]  # [N_l] of every layer
 GRID = tuple(round(0.05 * i, 2) for i in range(1, 20))

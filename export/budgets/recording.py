@@ -9,33 +9,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes._base import WithCache
 from lvlm.export.recipes._cache import CacheRule, Compacted
 from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.reference.torch_reference import Reference
 from lvlm.export.standard_ops import Tap
-from lvlm.runtime.bundle.manifest import Compression, Reduction
+from lvlm.runtime.policies.evictions import Append
+from lvlm.runtime.policies.policy import AllQueries, CachePolicy, Evict
+from lvlm.runtime.policies.shares import Uniform
 from lvlm.runtime.prompt.prompts import Prompt
 
-EVERYTHING = Compression(
-    keep=1.0,
-    profile=(),
-    cap=None,
-    floor=0,
-    sinks=0,
-    recent=1,
-    distance=1,
-    interval=None,
-    queries=0,
-    positions="true",
-    semantics="paper",
-)
+EVERYTHING = CachePolicy(AllQueries(), Evict(), Append(), Uniform(1.0))
 
 
 def record_importances(reference: Reference, prompt: Prompt) -> list[npt.NDArray[np.float32]]:
@@ -45,7 +34,7 @@ def record_importances(reference: Reference, prompt: Prompt) -> list[npt.NDArray
     """
     rule = _Recorder(EVERYTHING)
     recorder = copy.copy(reference)
-    recorder.recipe = _Recording(reference.recipe, rule)
+    recorder.recipe = WithCache(reference.recipe, rule)
     features = recorder.encode(prompt.pictures)
     recorder.generate(prompt, features, max_new_tokens=1)
     return [importance[0].numpy() for importance in rule.importances]
@@ -73,31 +62,3 @@ class _Recorder(CacheRule):
         del layer, inputs
         self.importances.append(tap.importance)
         return key, value, state.length()
-
-
-@dataclass(frozen=True)
-class _Recording(Recipe):
-    """A recipe with the recorder in place of its cache rule."""
-
-    recipe: Recipe
-    rule: CacheRule
-
-    def for_layers(self, layers: int, deep: int = 0) -> Self:
-        return type(self)(self.recipe.for_layers(layers, deep), self.rule)
-
-    def inputs(self) -> list[GraphInput]:
-        return self.recipe.inputs()
-
-    def reductions(self) -> tuple[Reduction, ...]:
-        return self.recipe.reductions()
-
-    def before_block(
-        self, layer: int, state: TokenSequence, tap: Tap | None, inputs: Mapping[str, torch.Tensor]
-    ) -> TokenSequence:
-        return self.recipe.before_block(layer, state, tap, inputs)
-
-    def cache_rule(self) -> CacheRule:
-        return self.rule
-
-    def parameters(self) -> dict[str, Any]:
-        return self.recipe.parameters()

@@ -212,7 +212,7 @@ class Prefill(nn.Module):
             *new, count = rule.compact_prompt(0, state, tap, entries.key, entries.value, own)
             kept.append(count)
             if rule.queries:
-                new.append(rule.ring(state, tap)[0])
+                new.append(rule.ring(state, tap))
         received = [tap.importance] if scored else []
         written = [store(buffer, x, start) for buffer, x in zip(buffers, new, strict=True)]
         return (tap.query, tap.key, state.hidden, *received, *kept, *written)

@@ -1,15 +1,18 @@
-"""What a recipe is: a frozen dataclass whose fields are the parameters ``--set name=value`` sets.
+"""What a recipe is: a token reduction x a cache policy, with parameters of its own.
 
-A recipe acts while the prefill graph is traced: before each block it may shorten the sequence. It
-also says, as data in the manifest, which counts the runtime must compute from the prompt. The same
-code runs eagerly with the torch references of the ops; that is the recipe's torch reference.
+A recipe is a frozen dataclass whose fields are the parameters that ``--set name=value`` sets. It
+composes what it is made of: ``cache_policy`` says as data how the cache is kept short (its graph
+code is in _cache.py), ``token_reduction`` how the sequence is shortened while the prefill graph is
+traced. Both go into the manifest, from which the runtime computes every count. The same code runs
+eagerly with the torch references of the ops; that is the recipe's torch reference.
+
+A file of this folder whose ``RECIPE`` is such a class is all that a new recipe needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +20,15 @@ from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 
-from lvlm.core.discovery import nearest
+from lvlm.core.discovery import discover, nearest
 from lvlm.core.errors import ParameterError
+from lvlm.core.ranges import fraction
 from lvlm.export.recipes._cache import CacheRule
 from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap
-from lvlm.runtime.bundle.manifest import ProfileRow, Reduction
+from lvlm.runtime.bundle.manifest import Reduction
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.shares import ProfileRow
 
 
 @dataclass(frozen=True)
@@ -40,19 +46,8 @@ def parameter(default: Any, doc: str) -> Any:
     return field(default=default, metadata={"doc": doc})
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The base of every recipe; on its own it changes nothing."""
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    source: ClassVar[str]
-
-    def for_layers(self, layers: int, deep: int = 0) -> Self:
-        """The recipe with its defaults worked out and checked for a model of that depth, whose
-        first ``deep`` blocks need all image tokens (DeepStack)."""
-        del layers, deep
-        return self
+class TokenReduction:
+    """How the token sequence is shortened while prefill is traced; on its own it is not."""
 
     def inputs(self) -> list[GraphInput]:
         """Further inputs of the prefill graph."""
@@ -69,9 +64,50 @@ class Recipe:
         del layer, tap, inputs
         return state
 
-    def cache_rule(self) -> CacheRule | None:
-        """How the cache is compressed; None: every entry stays."""
+
+@dataclass(frozen=True)
+class Recipe:
+    """The base of every recipe; on its own it changes nothing."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    # Settings by which prompts of a few hundred tokens show what it does: for examples and tests.
+    small: ClassVar[tuple[str, ...]] = ()
+
+    def for_layers(self, layers: int, deep: int = 0) -> Self:
+        """The recipe with its defaults worked out and checked for a model of that depth, whose
+        first ``deep`` blocks need all image tokens (DeepStack)."""
+        del layers, deep
+        return self
+
+    def token_reduction(self) -> TokenReduction:
+        """How the sequence is shortened; by itself not at all."""
+        return TokenReduction()
+
+    def inputs(self) -> list[GraphInput]:
+        """Further inputs of the prefill graph."""
+        return self.token_reduction().inputs()
+
+    def reductions(self) -> tuple[Reduction, ...]:
+        """What the runtime must know to fill those inputs."""
+        return self.token_reduction().reductions()
+
+    def before_block(
+        self, layer: int, state: TokenSequence, tap: Tap | None, inputs: Mapping[str, torch.Tensor]
+    ) -> TokenSequence:
+        """The sequence that enters block ``layer``; ``tap`` is the block before's attention."""
+        return self.token_reduction().before_block(layer, state, tap, inputs)
+
+    def cache_policy(self) -> CachePolicy | None:
+        """How the cache is kept short; None: every entry stays. Raises ParameterError where the
+        parameters are wrong or do not go together."""
         return None
+
+    def cache_rule(self) -> CacheRule | None:
+        """The policy as graph code."""
+        policy = self.cache_policy()
+        return None if policy is None else CacheRule(policy)
 
     def calibration(self) -> Calibration | None:
         """The profile that is still to be found; None: the recipe needs none, or has it."""
@@ -92,9 +128,53 @@ def settable(recipe: type[Recipe]) -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(recipe) if "doc" in f.metadata]
 
 
+@dataclass(frozen=True)
+class WithCache(Recipe):
+    """A recipe with another cache rule in place of its own."""
+
+    recipe: Recipe
+    rule: CacheRule | None
+
+    def for_layers(self, layers: int, deep: int = 0) -> Self:
+        return dataclasses.replace(self, recipe=self.recipe.for_layers(layers, deep))
+
+    def token_reduction(self) -> TokenReduction:
+        return self.recipe.token_reduction()
+
+    def cache_policy(self) -> CachePolicy | None:
+        return None if self.rule is None else self.rule.compression
+
+    def cache_rule(self) -> CacheRule | None:
+        return self.rule
+
+    def parameters(self) -> dict[str, Any]:
+        return self.recipe.parameters()
+
+
+def cache_recipes() -> dict[str, type[Recipe]]:
+    """Every recipe that compresses the cache and leaves the tokens as they are: what merging can
+    be combined with."""
+    known: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
+    return {name: kind for name, kind in known.items() if caches_only(kind)}
+
+
+def caches_only(recipe: type[Recipe]) -> bool:
+    """Whether it has a cache policy and no token reduction."""
+    merges = recipe.token_reduction is not Recipe.token_reduction
+    return not merges and recipe.cache_policy is not Recipe.cache_policy
+
+
 def parse_settings(recipe: type[Recipe], settings: Sequence[str]) -> Recipe:
-    """A recipe from ``name=value`` strings; values are JSON, or plain words; a parameter that is
-    text takes any word: ``positions=true`` is one, though JSON has it, too."""
+    """A recipe from ``name=value`` strings. Raises ParameterError for what it does not take."""
+    parsed = recipe(**read_settings(recipe, settings))
+    parsed.cache_policy()  # refuses what does not go together
+    return parsed
+
+
+def read_settings(recipe: type[Recipe], settings: Sequence[str]) -> dict[str, Any]:
+    """Values by parameter. They are JSON, or plain words; a parameter that is text takes any word:
+    ``positions=true`` is one, though JSON has it, too. ``kv.name=value`` is a setting of the recipe
+    that ``kv`` names."""
     known = {f.name for f in settable(recipe)}
     hints = get_type_hints(recipe)
     values: dict[str, Any] = {}
@@ -102,6 +182,9 @@ def parse_settings(recipe: type[Recipe], settings: Sequence[str]) -> Recipe:
         name, equals, text = setting.partition("=")
         if not equals:
             raise ParameterError(f"--set {setting}: write name=value")
+        if name.startswith("kv.") and "kv_set" in known:
+            values["kv_set"] = (*values.get("kv_set", ()), setting.removeprefix("kv."))
+            continue
         if name not in known:
             if not known:
                 raise ParameterError(f"--set {setting}: recipe '{recipe.name}' has no parameters")
@@ -113,25 +196,12 @@ def parse_settings(recipe: type[Recipe], settings: Sequence[str]) -> Recipe:
         if not isinstance(value, str) and _is_text(hints[name]):
             value = text
         values[name] = tuple(value) if isinstance(value, list) else value
-    return recipe(**values)
+    return values
 
 
 def _is_text(hint: Any) -> bool:
     """Whether a field so annotated holds words: str, str | None or a Literal of them."""
     return hint is str or any(kind is str or isinstance(kind, str) for kind in get_args(hint))
-
-
-def fraction(name: str, value: Any) -> None:
-    """ParameterError unless ``value`` is a number in (0, 1]."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0 < value <= 1:
-        raise ParameterError(f"{name} is {value!r}; give a number above 0 and up to 1")
-
-
-def whole(name: str, value: Any, least: int) -> None:
-    """ParameterError unless ``value`` is a whole number of ``least`` or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ParameterError(f"{name} is {value!r}; give a whole number of {least} or more")
 
 
 def choice(name: str, value: Any, literal: Any) -> None:

@@ -1,23 +1,35 @@
-"""How a recipe compresses the cache: one layer at a time, right after the layer.
+"""What a cache policy does in a graph: one layer at a time, right after the layer.
 
-What the runtime must know is data (``Compression``); what happens in a graph is here. Both the
-prefill graph and, where a recipe compacts at intervals, compact.onnx are traced from it.
+The policy itself is data (runtime/policies/policy.py); here is the graph code of its scores and
+selections. Both the prefill graph and, where a policy compacts at intervals, compact.onnx are
+traced from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import singledispatch
 from typing import Literal
 
 import torch
+from torch.nn import functional
 
-from lvlm.core.errors import ParameterError
 from lvlm.export.ops.cache_compact.contract import OP as CACHE_COMPACT
 from lvlm.export.ops.cache_importance import OP as CACHE_IMPORTANCE
 from lvlm.export.recipes._sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap
-from lvlm.runtime.bundle.manifest import Compression
+from lvlm.runtime.policies.policy import (
+    AllQueries,
+    CachePolicy,
+    Evict,
+    Merge,
+    Recency,
+    ReleasedMerge,
+    Score,
+    Select,
+    Window,
+)
 
 Positions = Literal["true", "layer0"]
 Semantics = Literal["paper", "reference"]
@@ -25,24 +37,95 @@ Compacted = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class CacheRule:
-    """Which entries stay (``mode`` of CacheCompact), and the counts' rules for the runtime.
+class Layer:
+    """One layer's entries when they are ranked.
 
-    Scored by the attention of all prompt queries, or, with ``compression.queries``, of the most
-    recent ones, which each layer then remembers in a ring [B,Hq,queries,d].
+    key      [B,Hkv,N,d]
+    length   [B] int64: how many of them are valid
+    queries  [B,Hq,R,d]: the most recent ones, where the score is a window of these
+    index    [B,R] int64: of each query's own entry, -1: there is none
+    scale    of query · key
+    received [B,N] fp32: attention from all prompt queries, where the score asks for it
     """
 
-    compression: Compression
-    mode: Literal["evict", "merge", "merge-reference"] = "evict"
+    key: torch.Tensor
+    length: torch.Tensor
+    queries: torch.Tensor | None
+    index: torch.Tensor | None
+    scale: float
+    received: torch.Tensor | None = None
+
+
+@singledispatch
+def importance(score: Score, layer: Layer, recent: int) -> torch.Tensor:
+    """The importance [B,N] fp32 of a layer's entries, or [B,Hkv,N] where each key head ranks its
+    own; the last ``recent`` entries stay whatever it says."""
+    raise NotImplementedError(score)
+
+
+@importance.register
+def _(score: AllQueries, layer: Layer, recent: int) -> torch.Tensor:
+    del score, recent
+    assert layer.received is not None
+    return layer.received
+
+
+@importance.register
+def _(score: Window, layer: Layer, recent: int) -> torch.Tensor:
+    assert layer.queries is not None
+    assert layer.index is not None
+    queries, key, index, length = layer.queries, layer.key, layer.index, layer.length
+    heads = key.shape[1]
+    if score.per_head:  # each key head with its own queries is a row to the op
+        key, queries = _heads_as_rows(key), _grouped(queries, heads)
+        index, length = _repeated(index, heads), _repeated(length, heads)
+    # So few queries need no loop.
+    (found,) = CACHE_IMPORTANCE(queries, key, index, length, scale=layer.scale, parts=1)
+    if score.kernel > 1:
+        found = _pooled(score, found, length - recent)
+    return _rows(found, heads) if score.per_head else found
+
+
+@importance.register
+def _(score: Recency, layer: Layer, recent: int) -> torch.Tensor:
+    del score, recent
+    batch, _, entries, _ = layer.key.shape
+    ages = torch.arange(entries, device=layer.key.device).float()  # exact up to 2**24 entries
+    return ages[None].expand(batch, -1)
+
+
+def _pooled(score: Window, found: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Scores [B,N] over ``kernel`` neighbouring positions, those from ``end`` [B] on left out."""
+    places = torch.arange(found.shape[1], device=found.device)
+    before = torch.where(places < end[:, None], found, 0)[:, None]
+    half = score.kernel // 2
+    if score.pool == "max":
+        return functional.max_pool1d(before, score.kernel, 1, half)[:, 0]
+    return functional.avg_pool1d(before, score.kernel, 1, half)[:, 0]
+
+
+MODES: dict[type[Select], str] = {
+    Evict: "evict",
+    Merge: "merge",
+    ReleasedMerge: "merge-reference",
+}  # of CacheCompact
+
+
+@dataclass(frozen=True)
+class CacheRule:
+    """A policy as graph code."""
+
+    compression: CachePolicy
 
     @property
     def queries(self) -> int:
+        """Most recent queries that each layer remembers in a ring [B,Hq,queries,d]."""
         return self.compression.queries
 
     @property
     def scores_all(self) -> bool:
         """Whether the importance is taken from all prompt queries."""
-        return self.queries == 0
+        return isinstance(self.compression.score, AllQueries)
 
     def inputs(self, layers: int) -> list[GraphInput]:
         """Further inputs of the graphs that compact: what every layer keeps of each row."""
@@ -50,14 +133,20 @@ class CacheRule:
         slots = [GraphInput(f"kv_slots_{i}", torch.int64, (f"entries_{i}",)) for i in range(layers)]
         return [budget, *slots]
 
-    def ring(self, state: TokenSequence, tap: Tap) -> tuple[torch.Tensor, torch.Tensor]:
-        """The queries [B,Hq,queries,d] of each row's last tokens, the last one at the end, and the
-        index [B,queries] of each; -1: the prompt is shorter."""
-        back = torch.arange(self.queries - 1, -1, -1, device=state.hidden.device)
+    def window(
+        self, state: TokenSequence, tap: Tap, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries [B,Hq,count,d] of each row's last tokens, the last one at the end, and the
+        index [B,count] of each; -1: the prompt is shorter."""
+        back = torch.arange(count - 1, -1, -1, device=state.hidden.device)
         index = state.last()[:, None] - back
         picked = index.clamp(min=0)[:, None, :, None]
         picked = picked.expand(-1, tap.query.shape[1], -1, tap.query.shape[3])
         return tap.query.gather(2, picked), index.clamp(min=-1)
+
+    def ring(self, state: TokenSequence, tap: Tap) -> torch.Tensor:
+        """What each layer remembers of the prompt's queries, [B,Hq,queries,d]."""
+        return self.window(state, tap, self.queries)[0]
 
     def compact_prompt(
         self,
@@ -70,13 +159,13 @@ class CacheRule:
     ) -> Compacted:
         """Keys and values [B,Hkv,N,d] of one layer to what it keeps, [B,Hkv,K,d], and how many
         entries that is per row, [B]: -1 where an importance was not finite."""
-        length = state.length()
-        if self.scores_all:
-            importance = tap.importance
-        else:
-            queries, index = self.ring(state, tap)
-            importance = self._recent_importance(queries, key, index, length, tap.scale)
-        return self._compact(key, value, importance, length, layer, inputs)
+        score = self.compression.score
+        queries, index = None, None
+        if isinstance(score, Window):
+            queries, index = self.window(state, tap, score.queries)
+        received = tap.importance if self.scores_all else None
+        entries = Layer(key, state.length(), queries, index, tap.scale, received)
+        return self._compact(entries, value, layer, inputs)
 
     def compact_buffers(
         self,
@@ -89,50 +178,52 @@ class CacheRule:
     ) -> Compacted:
         """The same for a layer's buffers [B,Hkv,C,d] between two decode steps."""
         length, index = inputs["valid_length"][layer], inputs["query_slot"][layer]
-        importance = self._recent_importance(queries, key, index, length, scale)
-        return self._compact(key, value, importance, length, layer, inputs)
-
-    def _recent_importance(
-        self,
-        queries: torch.Tensor,
-        key: torch.Tensor,
-        index: torch.Tensor,
-        length: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        # So few queries need no loop.
-        (importance,) = CACHE_IMPORTANCE(queries, key, index, length, scale=scale, parts=1)
-        return importance
+        return self._compact(Layer(key, length, queries, index, scale), value, layer, inputs)
 
     def _compact(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        importance: torch.Tensor,
-        length: torch.Tensor,
-        layer: int,
-        inputs: Mapping[str, torch.Tensor],
+        self, entries: Layer, value: torch.Tensor, layer: int, inputs: Mapping[str, torch.Tensor]
     ) -> Compacted:
+        policy, key = self.compression, entries.key
+        length, budget = entries.length, inputs["kv_budget"][layer]
+        scores = importance(policy.score, entries, policy.recent)
+        heads = key.shape[1]
+        own = scores.dim() == 3
+        if own:
+            key, value, scores = _heads_as_rows(key), _heads_as_rows(value), scores.flatten(0, 1)
+            length, budget = _repeated(length, heads), _repeated(budget, heads)
         new_key, new_value, _, kept = CACHE_COMPACT(
             key,
             value,
-            importance,
+            scores,
             length,
-            inputs["kv_budget"][layer],
+            budget,
             inputs[f"kv_slots_{layer}"],
-            mode=self.mode,
-            sinks=self.compression.sinks,
-            recent=self.compression.recent,
+            mode=MODES[type(policy.select)],
+            sinks=policy.sinks,
+            recent=policy.recent,
         )
+        if own:
+            new_key, new_value = (_rows(x[:, 0], heads) for x in (new_key, new_value))
+            kept = _rows(kept, heads).amin(1)
         return new_key, new_value, kept
 
 
-def cap_above(cap: int | None, protected: int) -> None:
-    """ParameterError unless an absolute cap leaves room for what is protected."""
-    if cap is None:
-        return
-    if not isinstance(cap, int) or isinstance(cap, bool) or cap < protected:
-        raise ParameterError(
-            f"kv_cap is {cap!r}, but {protected} entries are protected; give a whole number of "
-            f"{protected} or more"
-        )
+def _heads_as_rows(states: torch.Tensor) -> torch.Tensor:
+    """[B,H,N,d] as [B*H,1,N,d]."""
+    return states.flatten(0, 1)[:, None]
+
+
+def _rows(states: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B*heads,...] as [B,heads,...]."""
+    return states.reshape(-1, heads, *states.shape[1:])
+
+
+def _grouped(queries: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """[B,Hq,R,d] as [B*Hkv,Hq/Hkv,R,d]: query heads beside those that read the same keys."""
+    heads, count, width = queries.shape[1:]
+    return queries.reshape(-1, heads // key_heads, count, width)
+
+
+def _repeated(counts: torch.Tensor, heads: int) -> torch.Tensor:
+    """Counts [B,...] of each row for each of its heads, [B*heads,...]."""
+    return counts.repeat_interleave(heads, dim=0)

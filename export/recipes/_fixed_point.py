@@ -6,19 +6,21 @@ After prefill an entry leaves whenever the cache exceeds its share: the one at t
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
-from lvlm.export.recipes._base import Recipe, choice, fraction, parameter, whole
-from lvlm.export.recipes._cache import Positions, cap_above
-from lvlm.runtime.bundle.manifest import Compression
+from lvlm.core.ranges import fraction, whole
+from lvlm.export.recipes._base import Recipe, choice, parameter
+from lvlm.export.recipes._cache import Positions
+from lvlm.runtime.policies.evictions import FixedPoint, ReleasedFixedPoint
+from lvlm.runtime.policies.policy import AllQueries, Budget, CachePolicy, Evict, Select
+from lvlm.runtime.policies.shares import ReleasedProfile, ReleasedUniform, Uniform
 
 KEEP = 0.5
+EVICT = Evict()
 
 
 @dataclass(frozen=True)
-class FixedPoint(Recipe):
+class FixedPointRecipe(Recipe):
     """The parameters of fixed-point elimination."""
 
     kv_keep: float | None = parameter(KEEP, "fraction of the cache entries that stays, in (0, 1]")
@@ -30,24 +32,21 @@ class FixedPoint(Recipe):
     def __post_init__(self) -> None:
         if self.kv_keep is not None:
             fraction("kv_keep", self.kv_keep)
-        whole("kv_sinks", self.kv_sinks, 0)
         whole("distance", self.distance, 1)
         choice("positions", self.positions, Positions)
-        cap_above(self.kv_cap, self.kv_sinks + 1)
 
-    def compression(self, **changes: Any) -> Compression:
-        """The rule as data; ``changes`` are fields of Compression."""
-        plain = Compression(
-            keep=self.kv_keep or KEEP,
-            profile=(),
-            cap=self.kv_cap,
-            floor=0,
+    def cache_policy(self) -> CachePolicy:
+        return self.compacted_once(Uniform(self.kv_keep or KEEP, self.kv_cap))
+
+    def compacted_once(self, budget: Budget, select: Select = EVICT) -> CachePolicy:
+        """Compaction by the attention of all prompt queries, then elimination at the fixed
+        point."""
+        released = isinstance(budget, ReleasedUniform | ReleasedProfile)
+        return CachePolicy(
+            score=AllQueries(),
+            select=select,
+            decode=ReleasedFixedPoint(self.distance) if released else FixedPoint(self.distance),
+            budget=budget,
             sinks=self.kv_sinks,
-            recent=1,
-            distance=self.distance,
-            interval=None,
-            queries=0,
             positions=self.positions,
-            semantics="paper",
         )
-        return dataclasses.replace(plain, **changes)

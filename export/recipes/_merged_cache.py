@@ -1,41 +1,54 @@
-"""LightVLM's cache: its own compaction at intervals, or the rule of any other cache recipe.
+"""LightVLM's cache: its own compaction at intervals, or the policy of any other cache recipe.
 
 Its own is this project's definition (docs/recipes.md): after prefill and then every ``kv_interval``
 steps each layer drops the entries that its last ``kv_protect`` queries attend to least. Merging
-composes with every recipe that has a cache rule, found by its name.
+composes with every recipe that has a cache policy, found by its name: that recipe is made from the
+parameters both have, and from ``kv_set``, and asked for its policy.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from lvlm.core.discovery import discover, nearest
+from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError
+from lvlm.core.ranges import whole
 from lvlm.export.recipes._base import (
     Calibration,
     Recipe,
+    cache_recipes,
     choice,
-    fraction,
     no_profile_and_keep,
+    read_settings,
     settable,
-    whole,
 )
-from lvlm.export.recipes._cache import CacheRule, Positions, cap_above
+from lvlm.export.recipes._cache import Positions
 from lvlm.export.recipes._fixed_point import KEEP
-from lvlm.runtime.bundle.manifest import Compression
+from lvlm.runtime.policies.evictions import Interval
+from lvlm.runtime.policies.policy import CachePolicy, Evict, Window
+from lvlm.runtime.policies.shares import Profile, Uniform
 
 if TYPE_CHECKING:
     from lvlm.export.recipes.lightvlm import LightVLM
 
 INTERVAL = {"kv_floor": 128, "kv_protect": 32, "kv_interval": 64}
+SINKS = 4
+# A parameter here: the same of other recipes.
+SHARED = {
+    "kv_keep": "kv_keep",
+    "kv_profile": "profile",
+    "kv_cap": "kv_cap",
+    "kv_sinks": "kv_sinks",
+    "positions": "positions",
+}
 
 
 def check(recipe: LightVLM) -> None:
     """ParameterError where the cache's parameters are wrong or do not go together."""
     if not recipe.rows:
         no_profile_and_keep("kv_profile", recipe.kv_profile, recipe.kv_keep)
-    whole("kv_sinks", recipe.kv_sinks, 0)
+    if recipe.kv_sinks is not None:
+        whole("kv_sinks", recipe.kv_sinks, 0)
     choice("positions", recipe.positions, Positions)
     for name, least in (("kv_floor", 0), ("kv_protect", 1), ("kv_interval", 1)):
         value = getattr(recipe, name)
@@ -44,15 +57,15 @@ def check(recipe: LightVLM) -> None:
         whole(name, value, least)
         if recipe.kv != "interval":
             raise ParameterError(f"{name} belongs to kv=interval, not to kv={recipe.kv}")
-    if recipe.kv == "interval":
-        if recipe.kv_keep is not None:
-            fraction("kv_keep", recipe.kv_keep)
-        cap_above(recipe.kv_cap, recipe.kv_sinks + _interval(recipe, "kv_protect"))
-    elif recipe.kv == "none":
-        if recipe.kv_keep not in (None, 1.0) or recipe.kv_profile or recipe.kv_cap:
-            raise ParameterError("kv=none keeps the whole cache; leave kv_keep and the like out")
-    else:
-        _other(recipe)
+    if recipe.kv_set and recipe.kv in ("interval", "none"):
+        raise ParameterError(
+            f"kv.{recipe.kv_set[0]} is for a recipe that kv names, not for kv={recipe.kv}"
+        )
+    if recipe.kv == "none" and (
+        recipe.kv_keep not in (None, 1.0) or recipe.kv_profile or recipe.kv_cap
+    ):
+        raise ParameterError("kv=none keeps the whole cache; leave kv_keep and the like out")
+    policy(recipe)
 
 
 def defaults(recipe: LightVLM) -> dict[str, Any]:
@@ -62,29 +75,31 @@ def defaults(recipe: LightVLM) -> dict[str, Any]:
         values |= {name: _interval(recipe, name) for name in INTERVAL}
         if recipe.kv_profile is None and recipe.kv_keep is None:
             values["kv_keep"] = KEEP
+    sinks = recipe.kv in ("interval", "none") or "kv_sinks" in _parameters(_kind(recipe))
+    if recipe.kv_sinks is None and sinks:
+        values["kv_sinks"] = SINKS
     return values
 
 
-def rule(recipe: LightVLM) -> CacheRule | None:
+def policy(recipe: LightVLM) -> CachePolicy | None:
     if recipe.kv == "none":
         return None
     if recipe.kv != "interval":
-        return _other(recipe).cache_rule()
-    protect = _interval(recipe, "kv_protect")
-    return CacheRule(
-        Compression(
-            keep=recipe.kv_keep or KEEP,
-            profile=recipe.rows,
-            cap=recipe.kv_cap,
-            floor=_interval(recipe, "kv_floor"),
-            sinks=recipe.kv_sinks,
-            recent=protect,
-            distance=None,
-            interval=_interval(recipe, "kv_interval"),
-            queries=protect,
-            positions=recipe.positions,
-            semantics="paper",
-        )
+        return _other(recipe).cache_policy()
+    protect, keep = _interval(recipe, "kv_protect"), recipe.kv_keep
+    keep = KEEP if keep is None else keep
+    return CachePolicy(
+        score=Window(protect),
+        select=Evict(),
+        decode=Interval(_interval(recipe, "kv_interval"), _interval(recipe, "kv_floor")),
+        budget=(
+            Profile(keep, recipe.kv_cap, recipe.rows)
+            if recipe.rows
+            else Uniform(keep, recipe.kv_cap)
+        ),
+        sinks=SINKS if recipe.kv_sinks is None else recipe.kv_sinks,
+        recent=protect,
+        positions=recipe.positions,
     )
 
 
@@ -101,24 +116,31 @@ def _interval(recipe: LightVLM, name: str) -> int:
     return int(INTERVAL[name] if value is None else value)
 
 
-def _other(recipe: LightVLM) -> Recipe:
-    """The cache recipe that ``kv`` names, with the parameters it shares with this one."""
-    known: dict[str, type[Recipe]] = {
-        name: kind
-        for name, kind in discover("lvlm.export.recipes", "RECIPE").items()
-        if kind is not type(recipe) and "kv_keep" in {f.name for f in settable(kind)}
-    }
+def _kind(recipe: LightVLM) -> type[Recipe]:
+    """The cache recipe that ``kv`` names."""
+    known = cache_recipes()
     if recipe.kv not in known:
         raise nearest("value of kv", str(recipe.kv), ["interval", "none", *known])
-    kind = known[recipe.kv]
-    fields = {f.name for f in dataclasses.fields(kind)}
-    given: dict[str, Any] = {
-        "kv_keep": recipe.kv_keep,
-        "profile": recipe.kv_profile,
-        "kv_cap": recipe.kv_cap,
-        "rows": recipe.rows or None,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in set(given) - fields:
-        raise ParameterError(f"kv={recipe.kv} takes no {name}; leave kv_{name} out")
-    return kind(**given, kv_sinks=recipe.kv_sinks, positions=recipe.positions)  # type: ignore[call-arg]
+    return known[recipe.kv]
+
+
+def _parameters(kind: type[Recipe]) -> set[str]:
+    return {f.name for f in settable(kind)}
+
+
+def _other(recipe: LightVLM) -> Recipe:
+    """That recipe, with the parameters it shares with this one and those of ``kv_set``."""
+    kind = _kind(recipe)
+    values = read_settings(kind, recipe.kv_set or ())
+    for name, theirs in SHARED.items():
+        value = getattr(recipe, name)
+        if name == "kv_sinks" and value is None and theirs in _parameters(kind):
+            values.setdefault(theirs, SINKS)
+        left = value is None or (name == "positions" and value == "true")
+        if left or (recipe.rows and name in ("kv_profile", "kv_keep")):
+            continue
+        if theirs not in _parameters(kind):
+            raise ParameterError(f"kv={recipe.kv} takes no {theirs}; leave {name} out")
+        values[theirs] = value
+    made = kind(**values)
+    return made.with_profile(recipe.kv_keep or KEEP, recipe.rows) if recipe.rows else made

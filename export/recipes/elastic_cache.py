@@ -7,17 +7,20 @@ point. ``semantics=reference`` does what the released code does, for parity test
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.recipes._base import choice, parameter
-from lvlm.export.recipes._cache import CacheRule, Semantics
-from lvlm.export.recipes._fixed_point import FixedPoint
+from lvlm.export.recipes._cache import Semantics
+from lvlm.export.recipes._fixed_point import KEEP, FixedPointRecipe
+from lvlm.runtime.policies.evictions import ReleasedFixedPoint
+from lvlm.runtime.policies.policy import CachePolicy, Merge, ReleasedMerge
+from lvlm.runtime.policies.shares import ReleasedUniform, Uniform
 
 
 @dataclass(frozen=True)
-class ElasticCache(FixedPoint):
+class ElasticCache(FixedPointRecipe):
     """Recipe ``elastic-cache``."""
 
     name: ClassVar[str] = "elastic-cache"
@@ -32,12 +35,12 @@ class ElasticCache(FixedPoint):
         if self.semantics == "reference" and self.kv_cap is not None:
             raise ParameterError("semantics=reference has no kv_cap; the released code lacks it")
 
-    def cache_rule(self) -> CacheRule:
+    def cache_policy(self) -> CachePolicy:
         if self.semantics == "paper":
-            return CacheRule(self.compression(), mode="merge")
+            return self.compacted_once(Uniform(self.kv_keep or KEEP, self.kv_cap), Merge())
+        released = self.compacted_once(ReleasedUniform(self.kv_keep or KEEP), ReleasedMerge())
         # The released code counts the fixed point from one entry more than it keeps.
-        compression = self.compression(semantics="reference", distance=self.distance - 1)
-        return CacheRule(compression, mode="merge-reference")
+        return replace(released, decode=ReleasedFixedPoint(self.distance - 1))
 
 
 RECIPE = ElasticCache

@@ -7,34 +7,20 @@ consistent with the abstract and with the same authors' earlier method (see docs
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
-
-import torch
+from typing import Any, ClassVar, Self
 
 from lvlm.core.errors import ParameterError
+from lvlm.core.ranges import fraction, whole
 from lvlm.core.rounding import rounded
-from lvlm.export.ops.token_importance import OP as TOKEN_IMPORTANCE
-from lvlm.export.ops.token_merge.contract import OP as TOKEN_MERGE
 from lvlm.export.recipes import _merged_cache
-from lvlm.export.recipes._base import (
-    Calibration,
-    Recipe,
-    choice,
-    file_name,
-    fraction,
-    parameter,
-    whole,
-)
-from lvlm.export.recipes._cache import CacheRule, Positions
+from lvlm.export.recipes._base import Calibration, Recipe, choice, file_name, parameter
+from lvlm.export.recipes._cache import Positions
 from lvlm.export.recipes._fixed_point import KEEP
-from lvlm.export.recipes._sequence import GraphInput, TokenSequence
-from lvlm.export.standard_ops import Tap
-from lvlm.runtime.bundle.manifest import ProfileRow, Reduction
+from lvlm.export.recipes._pyramid import Importance, Merge, Pyramid
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.shares import ProfileRow
 
-Importance = Literal["last", "text"]
-Merge = Literal["recycle", "nearest", "drop"]
 STAGE_DEPTHS = (1 / 14, 2 / 7, 1 / 2)  # of the model's depth: blocks 2, 8 and 14 of 28
 
 
@@ -45,6 +31,7 @@ class LightVLM(Recipe):
     name: ClassVar[str] = "lightvlm"
     summary: ClassVar[str] = "image tokens merged in a pyramid over the blocks during prefill"
     source: ClassVar[str] = "arXiv 2509.00419 (own definition beyond its abstract)"
+    small: ClassVar[tuple[str, ...]] = ("kv_floor=8", "kv_protect=8", "kv_interval=16")
 
     keep: float = parameter(0.35, "final fraction of each picture's tokens, in (0, 1]")
     stages: tuple[int, ...] | None = parameter(
@@ -70,13 +57,16 @@ class LightVLM(Recipe):
     )
     kv_profile: str | None = parameter(None, "file that lvlm-calibrate wrote: a share per layer")
     kv_cap: int | None = parameter(None, "most entries a layer keeps, whatever the fraction")
-    kv_sinks: int = parameter(4, "first tokens, which always stay")
+    kv_sinks: int | None = parameter(None, "first tokens, which always stay; default 4")
     kv_floor: int | None = parameter(None, "entries that always stay; default 128 (kv=interval)")
     kv_protect: int | None = parameter(
         None, "last tokens, whose queries score the rest; default 32 (kv=interval)"
     )
     kv_interval: int | None = parameter(
         None, "steps from one compaction to the next; default 64 (kv=interval)"
+    )
+    kv_set: tuple[str, ...] | None = parameter(
+        None, "further settings of the recipe that kv names; as --set: kv.NAME=VALUE"
     )
     positions: Positions = parameter("true", "of new tokens: true, or layer0 (released code)")
     rows: tuple[ProfileRow, ...] = ()
@@ -127,86 +117,15 @@ class LightVLM(Recipe):
         name = file_name(self.kv_profile)
         return dataclasses.replace(self, kv_keep=keep, rows=rows, kv_profile=name)
 
-    def cache_rule(self) -> CacheRule | None:
-        return _merged_cache.rule(self)
+    def cache_policy(self) -> CachePolicy | None:
+        return _merged_cache.policy(self)
 
-    def reductions(self) -> tuple[Reduction, ...]:
-        stages = self._stages
-        recycle = self.recycle if self.merge == "recycle" else None
-        ratios = self.schedule or (None,) * len(stages)
-        return tuple(
-            Reduction(
-                layer=layer,
-                exponent=(i + 1) / len(stages) if ratio is None else None,
-                ratio=ratio,
-                recycle=recycle,
-            )
-            for i, (layer, ratio) in enumerate(zip(stages, ratios, strict=True))
-        )
-
-    def inputs(self) -> list[GraphInput]:
-        ports = []
-        if self.importance == "text":
-            ports.append(GraphInput("query_count", torch.int64, ("batch",)))
-            ports.append(GraphInput("query_slots", torch.int64, ("queries",)))
-        for i in range(len(self._stages)):
-            ports.append(GraphInput(f"keep_{i}", torch.int64, ("batch", "images_per_row")))
-            ports.append(GraphInput(f"keep_slots_{i}", torch.int64, (f"kept_{i}",)))
-            ports.append(GraphInput(f"out_slots_{i}", torch.int64, (f"length_{i}",)))
-            if self.merge == "recycle":
-                ports.append(GraphInput(f"recycle_{i}", torch.int64, ("batch", "images_per_row")))
-                ports.append(GraphInput(f"recycle_slots_{i}", torch.int64, (f"centres_{i}",)))
-        return ports
-
-    def before_block(
-        self,
-        layer: int,
-        state: TokenSequence,
-        tap: Tap | None,
-        inputs: Mapping[str, torch.Tensor],
-    ) -> TokenSequence:
-        if layer not in self._stages or tap is None:
-            return state
-        stage = self._stages.index(layer)
-        rows = self._query_rows(state, inputs)
-        picked = rows.clamp(min=0)[:, None, :, None]
-        picked = picked.expand(-1, tap.query.shape[1], -1, tap.query.shape[3])
-        (importance,) = TOKEN_IMPORTANCE(
-            tap.query.gather(2, picked),
-            tap.key,
-            rows,
-            state.image_id,
-            scale=tap.scale,
-        )
-        hidden, positions, image_id, old_to_new = TOKEN_MERGE(
-            state.hidden,
-            importance,
-            state.image_id,
-            state.positions,
-            inputs[f"keep_{stage}"],
-            inputs[f"keep_slots_{stage}"],
-            inputs[f"out_slots_{stage}"],
-            inputs.get(f"recycle_{stage}"),
-            inputs.get(f"recycle_slots_{stage}"),
-            merge=self.merge,
-            absorb=self.absorb,
-        )
-        return TokenSequence(hidden, positions, image_id, [*state.maps, old_to_new])
-
-    def _query_rows(self, state: TokenSequence, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Indices of the queries that score the tokens, [B,R]; -1: an unused row."""
-        last = state.last()[:, None]
-        if self.importance == "last":
-            return last
-        # The text after the last image is the row's tail at every stage: only images shrink.
-        slots = inputs["query_slots"][None]
-        return torch.where(slots < inputs["query_count"][:, None], last - slots, -1)
-
-    @property
-    def _stages(self) -> tuple[int, ...]:
+    def token_reduction(self) -> Pyramid:
         if self.stages is None:
             raise ParameterError("call for_layers() first: the stages depend on the depth")
-        return self.stages
+        return Pyramid(
+            self.stages, self.schedule, self.importance, self.merge, self.recycle, self.absorb
+        )
 
 
 def _stages(stages: Any) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from lvlm.core.errors import ParameterError
+from lvlm.core.ranges import fraction
 from lvlm.export.recipes._base import (
     Calibration,
     choice,
@@ -19,13 +20,21 @@ from lvlm.export.recipes._base import (
     no_profile_and_keep,
     parameter,
 )
-from lvlm.export.recipes._cache import CacheRule, Semantics
-from lvlm.export.recipes._fixed_point import KEEP, FixedPoint
-from lvlm.runtime.bundle.manifest import ProfileRow
+from lvlm.export.recipes._cache import Semantics
+from lvlm.export.recipes._fixed_point import KEEP, FixedPointRecipe
+from lvlm.runtime.policies.policy import Budget, CachePolicy
+from lvlm.runtime.policies.shares import (
+    Mixed,
+    Profile,
+    ProfileRow,
+    ReleasedProfile,
+    ReleasedUniform,
+    Uniform,
+)
 
 
 @dataclass(frozen=True)
-class PrefixKV(FixedPoint):
+class PrefixKV(FixedPointRecipe):
     """Recipe ``prefixkv``. ``rows`` are the profile, once it is known."""
 
     name: ClassVar[str] = "prefixkv"
@@ -39,6 +48,9 @@ class PrefixKV(FixedPoint):
     samples: str | None = parameter(
         None, "jsonl of image and prompt to calibrate on; default: a few built-in ones"
     )
+    adaptive: float = parameter(
+        1.0, "part of the budget that the profile lays out, in (0, 1]; the rest is uniform"
+    )
     semantics: Semantics = parameter("paper", "paper, or reference: the released code's rounding")
     rows: tuple[ProfileRow, ...] = ()
 
@@ -48,9 +60,12 @@ class PrefixKV(FixedPoint):
             no_profile_and_keep("profile", self.profile, self.kv_keep)
         if self.profile is not None and self.samples is not None:
             raise ParameterError("profile and samples are both given; a profile needs no samples")
+        fraction("adaptive", self.adaptive)
         choice("semantics", self.semantics, Semantics)
         if self.semantics == "reference" and self.kv_cap is not None:
             raise ParameterError("semantics=reference has no kv_cap; the released code lacks it")
+        if self.semantics == "reference" and self.adaptive != 1:
+            raise ParameterError("semantics=reference has no adaptive; the released code lacks it")
 
     def calibration(self) -> Calibration | None:
         if self.rows:
@@ -66,8 +81,18 @@ class PrefixKV(FixedPoint):
             samples=file_name(self.samples),
         )
 
-    def cache_rule(self) -> CacheRule:
-        return CacheRule(self.compression(profile=self.rows, semantics=self.semantics))
+    def cache_policy(self) -> CachePolicy:
+        return self.compacted_once(self._budget(self.kv_keep or KEEP))
+
+    def _budget(self, keep: float) -> Budget:
+        if not self.rows:  # until they are known
+            uniform = ReleasedUniform if self.semantics == "reference" else Uniform
+            return uniform(keep, self.kv_cap)
+        if self.semantics == "reference":
+            return ReleasedProfile(keep, rows=self.rows)
+        if self.adaptive < 1:
+            return Mixed(keep, self.kv_cap, self.rows, self.adaptive)
+        return Profile(keep, self.kv_cap, self.rows)
 
 
 RECIPE = PrefixKV

@@ -9,20 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lvlm.export.recipes._cache import CacheRule
-from lvlm.export.recipes._fixed_point import FixedPoint
+from lvlm.export.recipes._fixed_point import FixedPointRecipe
 
 
 @dataclass(frozen=True)
-class Uniform(FixedPoint):
+class Uniform(FixedPointRecipe):
     """Recipe ``uniform``."""
 
     name: ClassVar[str] = "uniform"
     summary: ClassVar[str] = "the most attended cache entries stay, as many in every layer"
     source: ClassVar[str] = "baseline of arXiv 2407.18121 and 2412.03409"
-
-    def cache_rule(self) -> CacheRule:
-        return CacheRule(self.compression())
 
 
 RECIPE = Uniform

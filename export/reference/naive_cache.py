@@ -15,6 +15,7 @@ from lvlm.export.graphs.language import Compact, Decode
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.recipes._cache import CacheRule
 from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.policies.evictions import OneByOne
 
 
 class NaiveCache:
@@ -40,7 +41,7 @@ class NaiveCache:
         self.known = np.minimum(seen, rule.queries if rule else 0)
         self.steps = 0
         kept = np.array([key.shape[2] for key in self.keys])
-        fixed = rule is not None and rule.compression.distance is not None
+        fixed = rule is not None and isinstance(rule.compression.decode, OneByOne)
         self.fixed_point = budgets.fixed_point(kept[:, None])[:, 0] if fixed else None
 
     def entries(self) -> list[torch.Tensor]:

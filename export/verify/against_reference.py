@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from lvlm.export.recipes._base import WithCache
+from lvlm.export.recipes._cache import CacheRule
 from lvlm.export.reference.torch_reference import Answer, Reference, load_fp32
 from lvlm.export.verify import prompts
 from lvlm.export.verify.checks import TOLERANCE, UNIT, Check, difference, wrong_tokens
@@ -52,8 +53,8 @@ def against_reference(
     """Every form that can be run here, with the recipe as exported, for ``steps`` tokens."""
     outcome, steps = Outcome(), max(LEAST, steps)
     recipe, rule = plan.recipe, plan.recipe.cache_rule()
-    if rule is not None and (rule.compression.interval or 0) > INTERVAL:
-        recipe = replace(recipe, kv_interval=INTERVAL)  # type: ignore[call-arg]
+    if rule is not None:
+        recipe = WithCache(recipe, CacheRule(rule.compression.at_most_every(INTERVAL)))
     manifest = soon(manifest, INTERVAL)
     how = plan.options.quantization
     model = load_fp32(plan.family, plan.config, plan.checkpoint, plan.stored_names, plan.dtype)

@@ -91,7 +91,7 @@ def whole(manifest: Manifest, entries: int) -> Manifest:
             reductions=tuple(
                 r if r.ratio is None else replace(r, ratio=1.0) for r in manifest.reductions
             ),
-            compression=None if c is None else replace(c, keep=1.0, cap=None, profile=()),
+            compression=None if c is None else c.whole(),
         ),
         entries,
     )
@@ -112,9 +112,7 @@ def _roomy(manifest: Manifest, entries: int) -> Manifest:
 def soon(manifest: Manifest, interval: int) -> Manifest:
     """With at most ``interval`` steps to the first run of compact.onnx."""
     c = manifest.compression
-    if c is None or c.interval is None:
-        return manifest
-    return replace(manifest, compression=replace(c, interval=min(c.interval, interval)))
+    return manifest if c is None else replace(manifest, compression=c.at_most_every(interval))
 
 
 def _floats(array: np.ndarray) -> np.ndarray:

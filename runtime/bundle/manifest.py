@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lvlm.core.integrity import File
+from lvlm.runtime.policies.policy import CachePolicy
 
-SCHEMA = 4
-READABLE = (3, SCHEMA)  # 3 has neither ``generation`` nor hashes of blocks
+SCHEMA = 5
 MANIFEST = "lvlm.json"
 
 
@@ -109,45 +109,6 @@ class Reduction:
 
 
 @dataclass(frozen=True)
-class Compression:
-    """How the cache is kept short; budgets.py computes every count from it.
-
-    keep       fraction of a layer's entries that stays; a call may ask for less
-    profile    rows of a PrefixKV profile by rising keep, interpolated between; (): all layers alike
-    cap        most entries a layer may keep, None: as many as the fraction gives
-    floor      entries that the fraction never goes below
-    sinks      first tokens, which always stay
-    recent     last tokens, which stay when a prompt or an interval is compacted
-    distance   elimination one by one at the fixed point, this far before the end of what is kept of
-               the prompt; None: compaction of many at a time
-    interval   steps from one run of compact.onnx to the next; None: elimination one by one
-    queries    most recent queries that each layer remembers, whose attention scores the entries
-    positions  of new tokens: the true ones, or the length of layer 0's cache (released code)
-    semantics  the papers' rules, or the released code's (parity tests only)
-    """
-
-    keep: float
-    profile: tuple[ProfileRow, ...]
-    cap: int | None
-    floor: int
-    sinks: int
-    recent: int
-    distance: int | None
-    interval: int | None
-    queries: int
-    positions: Literal["true", "layer0"]
-    semantics: Literal["paper", "reference"]
-
-
-@dataclass(frozen=True)
-class ProfileRow:
-    """The fraction each layer keeps when ``keep`` of all entries are kept; their mean is keep."""
-
-    keep: float
-    fractions: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Capacity:
     """Cache entries per layer for ``max_text_len`` text tokens (prompt and answer) and
     ``max_images`` pictures at the exported ratios."""
@@ -185,7 +146,7 @@ class Manifest:
     images: Images
     keep: float
     reductions: tuple[Reduction, ...]
-    compression: Compression | None
+    compression: CachePolicy | None
     capacity: Capacity
     chat_template: str | None
     special_tokens: dict[str, str]

@@ -6,9 +6,9 @@ import dataclasses
 import math
 from pathlib import Path
 
-from lvlm.core.errors import BundleError, shown
+from lvlm.core.errors import BundleError, ParameterError, shown
 from lvlm.runtime.bundle.graph_ports import BITS, check_ports
-from lvlm.runtime.bundle.manifest import Compression, Manifest, Reduction
+from lvlm.runtime.bundle.manifest import Manifest, Reduction
 
 LARGEST = 2**31 - 1  # of sizes, so that products of two can be computed with
 GRAPHS = {"vision", "prefill", "decode"}
@@ -21,7 +21,10 @@ def check(manifest: Manifest, path: Path) -> None:
     _check_images(manifest, path)
     _check_reductions(manifest.reductions, layers, path)
     if manifest.compression is not None:
-        _check_compression(manifest.compression, layers, path)
+        try:
+            manifest.compression.check_layers(layers)
+        except ParameterError as error:
+            raise BundleError(f"{path}: {error}; export again") from None
     _check_graphs(manifest, path)
     _check_weights(manifest, path)
 
@@ -110,23 +113,3 @@ def _check_reductions(reductions: tuple[Reduction, ...], layers: int, path: Path
             raise BundleError(f"{path} has a reduction out of range ({shown(r)}); export again")
     if len({r.ratio is None for r in reductions}) > 1:
         raise BundleError(f"{path} mixes reductions with and without own ratio; export again")
-
-
-def _check_compression(c: Compression, layers: int, path: Path) -> None:
-    keeps, shares = [row.keep for row in c.profile], [row.fractions for row in c.profile]
-    means = [math.fsum(row) / layers for row in shares]
-    fits = {
-        "keep": 0 < c.keep <= 1,
-        "profile": keeps == sorted(set(keeps)) and all(len(row) == layers for row in shares),
-        "profile's fractions": all(0 < x <= 1 for row in (keeps, *shares) for x in row),
-        "profile's means": all(abs(m - k) <= 1e-6 for m, k in zip(means, keeps, strict=True)),
-        "cap": c.cap is None or c.cap >= c.sinks + c.recent,
-        "floor": c.floor >= 0 and (c.floor == 0 or c.interval is not None),
-        "sinks or recent": min(c.sinks, c.recent - c.queries) >= 0 < c.sinks + c.recent,
-        "distance": (c.distance or 0) >= 0 and (c.distance is None) != (c.interval is None),
-        "interval": c.interval is None or c.interval > 0,
-        "queries": c.queries >= 0 and (c.queries > 0) == (c.interval is not None),
-        "semantics": c.semantics == "paper" or c.interval is None,
-    }
-    if wrong := ", ".join(name for name, fit in fits.items() if not fit):
-        raise BundleError(f"{path} has a cache compression out of range ({wrong}); export again")

@@ -12,8 +12,11 @@ from pathlib import Path
 from lvlm.core.errors import BundleError, ParameterError, shown
 from lvlm.core.integrity import Verify, check_files
 from lvlm.core.typed_json import decode, read_json
-from lvlm.runtime.bundle.manifest import MANIFEST, READABLE, SCHEMA, Manifest
+from lvlm.runtime.bundle.manifest import MANIFEST, SCHEMA, Manifest
 from lvlm.runtime.bundle.manifest_checks import check
+from lvlm.runtime.bundle.old_schemas import OLD, upgraded
+
+READABLE = (*OLD, SCHEMA)
 
 
 def bundle_path(bundle: object) -> Path:
@@ -59,9 +62,10 @@ def read_bundle(folder: str | Path, verify: Verify = "sample") -> Manifest:
     schema = data.get("schema") if isinstance(data, dict) else None
     if isinstance(schema, bool) or schema not in READABLE:
         raise BundleError(
-            f"{path} has schema {shown(schema)}, this version reads {READABLE[0]} and {SCHEMA}; "
+            f"{path} has schema {shown(schema)}, this version reads {READABLE[0]} to {SCHEMA}; "
             "export again with this version or install the one that wrote it"
         )
+    data = upgraded(data, path.name)
     manifest = decode(Manifest, data, path.name)
     check(manifest, path)
     check_files(folder, manifest.files, verify)

@@ -60,7 +60,7 @@ def slot_capacity(
     entering = tokens_per_layer(manifest.reductions, ratios, manifest.images.tokens, layers)
     seen = np.array([text + images * n for n in entering])
     budgets = Budgets.of(manifest.compression, layers, kv_keep)
-    slots = np.minimum(budgets.limit(seen), given.per_layer)
+    slots = np.minimum(budgets.limit(seen, text - 1), given.per_layer)
     return Capacity(text, images, tuple(slots.tolist()))
 
 

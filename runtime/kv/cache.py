@@ -16,6 +16,7 @@ from lvlm.core.errors import DeviceMemoryError
 from lvlm.runtime.backends import Backend, Buffer
 from lvlm.runtime.bundle.manifest import Manifest, Text
 from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.policies.evictions import OneByOne
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -26,9 +27,9 @@ class CompactCache:
     A row's entries lie in slots 0 up to its ``lengths`` [L,B]; ``seen`` [L,B] counts all that the
     layer ever cached for it. What happens to the surplus depends on the manifest's compression:
 
-    - none: entries are only appended.
-    - fixed point: a step that leaves more entries than the budget marks a victim, which counts
-      neither as an entry nor for a position; the next token overwrites it. Nothing is moved.
+    - none, or one whose decode is to append: entries are only appended.
+    - elimination one by one: a step that leaves more entries than the budget marks a victim, which
+      counts neither as an entry nor for a position; the next token overwrites it. Nothing is moved.
     - interval: entries are only appended, hence lie in order of age, and every ``interval`` steps
       ``compaction`` gives the inputs of compact.onnx, which moves the survivors to the front in
       their order. Each layer also has its latest queries in a ring query [B,Hq,queries,d]. As the
@@ -85,7 +86,7 @@ class CompactCache:
         self.seen = np.zeros(shape, np.int64)
         self.steps = np.zeros(batch, np.int64)  # tokens decoded since the prompt
         self.victims = np.full(shape, -1, np.int64)  # slots to be overwritten next, -1: none
-        one_by_one = compression is not None and compression.distance is not None
+        one_by_one = compression is not None and isinstance(compression.decode, OneByOne)
         self._queues = SlotQueues(*shape, int(self.capacities.max())) if one_by_one else None
         self._advanced = np.zeros(batch, bool)
         self._compacted: np.ndarray | None = None

@@ -13,6 +13,7 @@ from numbers import Real
 import numpy as np
 
 from lvlm.core.errors import ParameterError
+from lvlm.core.ranges import fraction
 from lvlm.core.rounding import rounded
 from lvlm.runtime.bundle.manifest import Reduction
 from lvlm.runtime.options.generation_options import Keep
@@ -29,7 +30,8 @@ def keep_ratios(
         if keep == 1.0:
             return ()
         raise ParameterError(
-            f"keep={keep} needs a bundle with token merging; export with --recipe lightvlm"
+            f"keep={keep} needs a bundle with token merging; export with a recipe that "
+            "merges (lvlm-export --help-recipe lists them)"
         )
     if keep is None or isinstance(keep, Real):
         fixed = [r.ratio for r in reductions if r.ratio is not None]
@@ -40,23 +42,16 @@ def keep_ratios(
                 f"this bundle has its own schedule {fixed}: give keep as a list of "
                 f"{len(reductions)} fractions"
             )
-        final = _fraction(exported if keep is None else keep)
+        final = fraction("keep", exported if keep is None else keep)
         return tuple(final ** (r.exponent or 1.0) for r in reductions)
     if isinstance(keep, str) or not isinstance(keep, Sequence):
         raise ParameterError(f"keep is {keep!r}; give a number, or a list of one per reduction")
-    ratios = tuple(_fraction(k) for k in keep)
+    ratios = tuple(fraction("keep", k) for k in keep)
     if len(ratios) != len(reductions):
         raise ParameterError(f"keep has {len(ratios)} fractions for {len(reductions)} reductions")
     if list(ratios) != sorted(ratios, reverse=True):
         raise ParameterError(f"keep {list(ratios)} must not rise from one reduction to the next")
     return ratios
-
-
-def _fraction(value: object) -> float:
-    # NaN fails every comparison
-    if not isinstance(value, Real) or not 0 < (number := float(value)) <= 1:
-        raise ParameterError(f"keep is {value!r}; give a number above 0 and up to 1")
-    return number
 
 
 def kept(image_tokens: int, ratio: float) -> int:

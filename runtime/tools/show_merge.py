@@ -82,7 +82,7 @@ def check_shows(manifest: Manifest) -> None:
     if not manifest.reductions:
         raise ParameterError(
             f"recipe '{manifest.recipe}' merges no image tokens, so there is nothing to draw; "
-            "export with --recipe lightvlm"
+            "export with a recipe that merges (lvlm-export --help-recipe lists them)"
         )
     images = manifest.images
     if not images.grid:

@@ -32,8 +32,8 @@ from lvlm.export.export_cli import main
 from lvlm.export.verify import forms, validation
 from lvlm.export.verify.checks import Check, table
 from lvlm.export.verify.outcome import Outcome
-from lvlm.runtime.bundle.manifest import ProfileRow
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.policies.shares import ProfileRow
 
 NAME = "llava:llama-mha-bias-rope3-siglip"
 

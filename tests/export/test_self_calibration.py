@@ -14,7 +14,7 @@ from lvlm.export.budgets.prefix_profiles import DataId, ModelId, Profile, Recipe
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes._base import parse_settings
-from lvlm.runtime.bundle.manifest import ProfileRow
+from lvlm.runtime.policies.shares import ProfileRow
 
 
 def test_the_cache_is_counted_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:

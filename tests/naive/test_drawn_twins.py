@@ -27,12 +27,15 @@ KINDS = (
     "prefixkv profile",
     "lightvlm interval profile",
     "lightvlm prefixkv profile",
+    "snapkv",
+    "streaming-llm",
 )
 USUAL = [
     (13, "elastic-cache reference"),
     (20, "lightvlm elastic-cache"),
     (10, "lightvlm interval"),
     (10, "lightvlm prefixkv profile"),
+    (5, "snapkv"),
 ]
 WHOLE = [*USUAL, *((number, kind) for number in range(9) for kind in KINDS)]
 
@@ -57,6 +60,15 @@ def draw_settings(chance: random.Random, kind: str, layers: int) -> tuple[str, S
         settings["kv_interval"] = chance.randrange(3, 17)
     if recipe in CACHES:
         settings["distance"] = chance.randrange(1, 30)
+    if recipe == "snapkv":
+        settings["window"] = chance.randrange(1, 12)
+        settings["kernel"] = chance.choice([1, 3, 5, 7])
+        settings["pool"] = chance.choice(["mean", "max"])
+    if recipe in ("snapkv", "streaming-llm"):
+        settings["kv_sinks"] = chance.choice([0, 2, 4])
+        if chance.random() < 0.3:
+            settings["kv_cap"] = chance.randrange(20, 60)
+        return recipe, settings
     if settings and variant != "none":
         settings["kv_sinks"] = chance.choice([1, 2, 3] if variant == "reference" else [0, 2, 3, 5])
         settings["positions"] = chance.choice(["true", "true", "layer0"])

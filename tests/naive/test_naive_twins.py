@@ -61,6 +61,17 @@ def test_fixed_point(recipe: str, keep: float, bundle: Callable[..., Path], twin
     assert (len(set(kept)) > 1) == (recipe == "prefixkv")
 
 
+@pytest.mark.parametrize("keep", [0.3, 0.75])
+@pytest.mark.parametrize("recipe", ["snapkv", "streaming-llm"])
+def test_compositions(recipe: str, keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
+    name, *given = CACHED[f"{recipe} (cached)"]
+    settings: Settings = dict(setting.split("=") for setting in given)
+    own = {key: int(value) for key, value in settings.items() if value.isdecimal()}
+    folder = bundle("tiny-llava", name, *given, max_images=2)
+    kept = compare(folder, twin, lambda: rule_of(recipe, own, folder, kv_keep=keep), kv_keep=keep)
+    assert max(kept) < 160
+
+
 @pytest.mark.parametrize(("keep", "kv_keep"), [(0.35, 0.3), (0.1, 1.0)])
 def test_lightvlm(keep: float, kv_keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
     folder = bundle("tiny-llava", "lightvlm", *arguments(INTERVAL), max_images=2)

@@ -8,7 +8,7 @@ from typing import Any
 
 from twin_merging import Pyramid
 from twin_released import ReleasedElastic, ReleasedPrefix
-from twin_rules import FixedPoint, Interval, NoRule, rounded
+from twin_rules import FixedPoint, Interval, LastQueries, NoRule, Sliding, rounded
 
 Settings = dict[str, Any]
 
@@ -26,7 +26,7 @@ def rule_of(
     manifest = json.loads((folder / "lvlm.json").read_text())
     file = settings.get("kv_profile") or settings.get("profile")
     profile = json.loads(Path(file).read_text())["rows"] if file else None
-    rows = profile or (manifest["compression"] or {}).get("profile") or []
+    rows = profile or _rows(manifest)
     layers = int(manifest["text"]["layers"])
     shares = profile_shares(rows, kv_keep) if rows else None
     if recipe != "lightvlm":
@@ -45,6 +45,12 @@ def rule_of(
     return Pyramid(list(fractions), stages, cache, **own)
 
 
+def _rows(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    compression = manifest["compression"] or {"budget": {}}
+    found: list[dict[str, Any]] = compression["budget"].get("rows", [])
+    return found
+
+
 def _cache(kind: str, settings: Settings, keep: float, shares: list[float] | None) -> NoRule:
     common = {
         "sinks": settings.get("kv_sinks", 1),
@@ -57,6 +63,13 @@ def _cache(kind: str, settings: Settings, keep: float, shares: list[float] | Non
         counts = [settings.get(n, usual) for n, usual in zip(names, (128, 32, 64), strict=True)]
         cap = settings.get("kv_cap")
         return Interval(keep, *counts, cap=cap, shares=shares, **common)
+    usual: dict[str, Any] = {"cap": settings.get("kv_cap")}
+    if kind == "snapkv":
+        names = ("window", "kernel", "pool")
+        own = {name: settings[name] for name in names if name in settings}
+        return LastQueries(keep, sinks=settings.get("kv_sinks", 0), **own, **usual)
+    if kind == "streaming-llm":
+        return Sliding(keep, sinks=settings.get("kv_sinks", 4), **usual)
     common["distance"] = settings.get("distance", 25)
     if settings.get("semantics") == "reference":
         if shares is not None:

@@ -163,3 +163,72 @@ class Interval(NoRule):
         best = [p for p in ranked(scores.tolist()) if p not in protected]
         stay = sorted(protected | set(best[: budget - len(protected)]))
         layer.key, layer.value = layer.key[:, stay], layer.value[:, stay]
+
+
+@dataclass
+class LastQueries(NoRule):
+    """snapkv: every key head on its own keeps what the prompt's last queries attend to."""
+
+    keep: float
+    window: int = 64
+    kernel: int = 5
+    pool: str = "mean"
+    sinks: int = 0
+    cap: int | None = None
+
+    def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
+        del block
+        total = layer.seen
+        count = max(rounded(self.keep * total), min(total, self.sinks + self.window))
+        count = min(total, count if self.cap is None else min(count, self.cap))
+        keys, values = [], []
+        for head in range(len(layer.key)):
+            stay = sorted(self._kept(head, count, total, layer, attention))
+            keys.append(layer.key[head, stay])
+            values.append(layer.value[head, stay])
+        layer.key, layer.value = torch.stack(keys), torch.stack(values)
+
+    def _kept(self, head: int, count: int, total: int, layer: Layer, attention: Seen) -> set[int]:
+        group = len(attention.weights) // len(layer.key)
+        end = max(0, total - self.window)
+        paid = [
+            sum(
+                float(attention.weights[query_head, query, key])
+                for query_head in range(head * group, (head + 1) * group)
+                for query in range(end, total)
+            )
+            for key in range(end)
+        ]
+        half = self.kernel // 2
+        pooled = []
+        for key in range(end):
+            near = paid[max(0, key - half) : key + half + 1]
+            pooled.append(max(near) if self.pool == "max" else sum(near) / self.kernel)
+        always = {*range(min(self.sinks, total)), *range(end, total)}
+        best = [key for key in ranked(pooled) if key not in always]
+        return always | set(best[: count - len(always)])
+
+
+@dataclass
+class Sliding(NoRule):
+    """streaming-llm: the first entries and the last ones."""
+
+    keep: float
+    sinks: int = 4
+    cap: int | None = None
+
+    def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
+        del block, attention
+        count = max(rounded(self.keep * layer.seen), min(layer.seen, self.sinks + 1))
+        self._slide(layer, count)
+
+    def after_step(self, block: int, layer: Layer, step: int) -> None:
+        del block, step
+        self._slide(layer, max(1, self.sinks, up(self.keep * layer.seen)))
+
+    def _slide(self, layer: Layer, count: int) -> None:
+        there = layer.key.shape[1]
+        count = count if self.cap is None else min(count, self.cap)
+        while there > count:  # the oldest that is no sink, or where there are sinks alone, the last
+            there -= 1
+            FixedPoint.remove(layer, min(self.sinks, there))

@@ -19,6 +19,7 @@ import lvlm
 from lvlm.export.reference.torch_reference import Reference
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.policies.shares import Profile
 from lvlm.runtime.prompt.prompts import Prompt
 
 KEEPS = (0.1, 0.2, 0.5, 0.9)
@@ -67,8 +68,9 @@ def with_profile_of(model: Model, reference: Reference) -> Reference:
     """The reference with the profile that the export measured, if it did."""
     compression = model.manifest.compression
     assert compression is not None
-    if compression.profile:
-        reference.recipe = reference.recipe.with_profile(compression.keep, compression.profile)
+    budget = compression.budget
+    if isinstance(budget, Profile):
+        reference.recipe = reference.recipe.with_profile(budget.keep, budget.rows)
     return reference
 
 

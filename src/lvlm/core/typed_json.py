@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from lvlm.core.errors import BundleError, shown
+from lvlm.core.errors import BundleError, ParameterError, shown
 
 T = TypeVar("T")
 LEVELS = 20  # of lists and objects in one another, in a field of any type
@@ -50,7 +50,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return _bounded(data, where)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _object(kind, data, where)
-    if origin is tuple and isinstance(data, list):
+    if origin is tuple and isinstance(data, list | tuple):
         return tuple(_decode(arguments[0], x, f"{where}[{i}]") for i, x in enumerate(data))
     if origin is dict and isinstance(data, Mapping):
         return {str(k): _decode(arguments[1], v, _member(where, k)) for k, v in data.items()}
@@ -77,7 +77,11 @@ def _object(kind: Any, data: Any, where: str) -> Any:
         raise BundleError(f"{where}: unknown field {name}; export the bundle again")
     if missing := _required(kind) - set(data):
         raise BundleError(f"{where}: missing field '{min(missing)}'; export the bundle again")
-    return kind(**{k: _decode(hints[k], v, f"{where}.{k}") for k, v in data.items()})
+    values = {k: _decode(hints[k], v, f"{where}.{k}") for k, v in data.items()}
+    try:
+        return kind(**values)
+    except ParameterError as error:  # what its own checks refuse
+        raise BundleError(f"{where}: {error}; export the bundle again") from None
 
 
 def _required(kind: Any) -> set[str]:
@@ -93,12 +97,25 @@ def _one_of(options: tuple[Any, ...], data: Any, where: str) -> Any:
     kinds = [option for option in options if option is not type(None)]
     if len(kinds) == 1:  # its own message says what does not fit
         return _decode(kinds[0], data, where)
+    if all(dataclasses.is_dataclass(option) for option in kinds):
+        return _decode(_variant(kinds, data, where), data, where)
     for option in kinds:
         try:
             return _decode(option, data, where)
         except BundleError:
             continue
     raise _unfit(data, where)
+
+
+def _variant(options: list[Any], data: Any, where: str) -> Any:
+    """Of dataclasses, the one whose ``kind`` it is."""
+    if not isinstance(data, Mapping):
+        raise BundleError(f"{where} is not an object; export the bundle again")
+    kinds = {f.default: o for o in options for f in dataclasses.fields(o) if f.name == "kind"}
+    name = data.get("kind")
+    if not isinstance(name, str) or name not in kinds:
+        raise BundleError(f"{where} is of unknown kind {shown(name)}; export the bundle again")
+    return kinds[name]
 
 
 def _bounded(data: Any, where: str, levels: int = LEVELS) -> Any:

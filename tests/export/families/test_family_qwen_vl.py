@@ -128,7 +128,7 @@ def test_positions_are_those_of_an_uncompressed_run(
 
 
 def profile_rows(rows: list[tuple[float, list[float]]]) -> Any:
-    from lvlm.runtime.bundle.manifest import ProfileRow
+    from lvlm.runtime.policies.shares import ProfileRow
 
     return tuple(ProfileRow(keep, tuple(fractions)) for keep, fractions in rows)
 

@@ -6,12 +6,14 @@ import pytest
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ParameterError
-from lvlm.export.recipes._base import Recipe, parse_settings, settable
+from lvlm.export.recipes._base import Recipe, cache_recipes, parse_settings, settable
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.prefixkv import PrefixKV
-from lvlm.export.recipes.uniform import Uniform
-from lvlm.runtime.bundle.manifest import ProfileRow
+from lvlm.export.recipes.uniform import Uniform as UniformRecipe
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
+from lvlm.runtime.policies.evictions import Append, Interval, Oldest
+from lvlm.runtime.policies.policy import CachePolicy, Evict, Recency, Window
+from lvlm.runtime.policies.shares import Mixed, Profile, ProfileRow, Uniform
 
 RECIPES: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
 
@@ -98,6 +100,18 @@ def test_wrong_settings(setting: str, message: str) -> None:
         ("lightvlm", ("kv=prefixkv", "kv_floor=8"), "kv_floor belongs to kv=interval"),
         ("lightvlm", ("kv=elastic-cache", "kv_profile=a.json"), "takes no profile"),
         ("lightvlm", ("kv=prefixkv", "kv_cap=4"), "5 entries are protected"),
+        ("lightvlm", ("kv=snapkv", "positions=layer0"), "kv=snapkv takes no positions"),
+        ("lightvlm", ("kv=snapkv", "kv.windw=3"), "did you mean window"),
+        ("lightvlm", ("kv.window=3",), "kv.window=3 is for a recipe that kv names"),
+        ("snapkv", ("window=0",), "window is 0; give a whole number of 1 or more"),
+        ("snapkv", ("window=16", "kv_cap=10"), "kv_cap is 10, but 16 entries are protected"),
+        ("snapkv", ("kernel=4",), "kernel is 4; give an odd number"),
+        ("snapkv", ("pool=maxx",), "did you mean max"),
+        ("snapkv", ("kv_keep=2",), "kv_keep is 2; give a number above 0"),
+        ("snapkv", ("kv_sinks=-1",), "kv_sinks is -1"),
+        ("streaming-llm", ("kv_cap=4",), "kv_cap is 4, but 5 entries are protected"),
+        ("prefixkv", ("adaptive=0",), "adaptive is 0"),
+        ("prefixkv", ("adaptive=0.2", "semantics=reference"), "has no adaptive"),
     ],
 )
 def test_wrong_cache_settings(recipe: str, settings: tuple[str, ...], message: str) -> None:
@@ -110,19 +124,45 @@ def test_lightvlm_takes_any_cache_recipe() -> None:
     own = LightVLM().for_layers(6)
     rule = own.cache_rule()
     assert rule is not None
-    c = rule.compression
-    assert (c.keep, c.floor, c.sinks, c.recent, c.queries) == (0.5, 128, 4, 32, 32)
-    assert (c.interval, c.distance) == (64, None)
+    assert rule.compression == CachePolicy(
+        Window(32), Evict(), Interval(64, 128), Uniform(0.5), sinks=4, recent=32
+    )
     assert own.parameters()["kv_floor"] == 128
     assert LightVLM(kv="none").cache_rule() is None
-    others = [name for name in RECIPES if name not in ("none", "lightvlm")]
-    assert len(others) >= 3
-    for name in others:
-        rule = LightVLM(kv=name, kv_keep=0.3, positions="layer0").for_layers(6).cache_rule()
-        alone = parse_settings(RECIPES[name], ["kv_keep=0.3", "kv_sinks=4", "positions=layer0"])
-        assert rule == alone.cache_rule()
-        assert rule is not None
-        assert rule.compression.distance == 25
+    assert cache_recipes().keys() == RECIPES.keys() - {"none", "lightvlm"}
+    for name, kind in cache_recipes().items():
+        takes = {f.name for f in settable(kind)}
+        shared = {"kv_keep": 0.3, "kv_sinks": 4, "positions": "layer0", "kv_cap": 90}
+        shared = {name: value for name, value in shared.items() if name in takes}
+        given = [f"{name}={value}" for name, value in shared.items()]
+        merged = parse_settings(LightVLM, [f"kv={name}", *given]).for_layers(6)
+        assert merged.cache_policy() == parse_settings(kind, given).cache_policy()
+        assert merged.cache_policy() is not None
+        usual = LightVLM(kv=name).for_layers(6)
+        assert usual.parameters()["kv_sinks"] == (4 if "kv_sinks" in takes else None)
+
+
+def test_settings_of_the_cache_recipe_that_merging_is_combined_with() -> None:
+    recipe = parse_settings(LightVLM, ["kv=snapkv", "kv.window=16", "kv.pool=max", "kv_cap=40"])
+    alone = parse_settings(RECIPES["snapkv"], ["window=16", "pool=max", "kv_cap=40", "kv_sinks=4"])
+    assert recipe.cache_policy() == alone.cache_policy()
+    assert recipe.for_layers(6).parameters()["kv_set"] == ("window=16", "pool=max")
+
+
+def test_snapkv_and_streaming_llm_are_compositions() -> None:
+    assert RECIPES["snapkv"]().cache_policy() == CachePolicy(
+        Window(64, 5, "mean", per_head=True), Evict(), Append(), Uniform(0.5), recent=64
+    )
+    assert RECIPES["streaming-llm"]().cache_policy() == CachePolicy(
+        Recency(), Evict(), Oldest(), Uniform(0.5), sinks=4
+    )
+
+
+def test_a_part_of_a_budget_follows_a_profile() -> None:
+    rows = (ProfileRow(0.2, (0.1, 0.3)),)
+    mixed = PrefixKV(adaptive=0.2).with_profile(0.2, rows).cache_policy()
+    assert mixed.budget == Mixed(0.2, None, rows, 0.2)
+    assert PrefixKV().with_profile(0.2, rows).cache_policy().budget == Profile(0.2, None, rows)
 
 
 def test_a_recipe_with_a_profile_has_nothing_left_to_calibrate() -> None:
@@ -135,10 +175,9 @@ def test_a_recipe_with_a_profile_has_nothing_left_to_calibrate() -> None:
         assert ready.calibration() is None
         rule = ready.cache_rule()
         assert rule is not None
-        assert rule.compression.profile == rows
-        assert rule.compression.keep == 0.2
+        assert rule.compression.budget == Profile(0.2, None, rows)
     with pytest.raises(ParameterError, match="takes no profile"):
-        Uniform().with_profile(0.2, rows)
+        UniformRecipe().with_profile(0.2, rows)
 
 
 def test_settings_that_need_the_depth() -> None:

@@ -13,9 +13,11 @@ from lvlm.export.recipes._cache import CacheRule
 from lvlm.export.recipes.elastic_cache import ElasticCache
 from lvlm.export.recipes.prefixkv import PrefixKV
 from lvlm.runtime.backends.host.buffers import HostMemory
-from lvlm.runtime.bundle.manifest import ProfileRow, Text
+from lvlm.runtime.bundle.manifest import Text
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
+from lvlm.runtime.policies.policy import Evict, ReleasedMerge
+from lvlm.runtime.policies.shares import ProfileRow
 
 VECTORS = sorted((Path(__file__).parents[2] / "data/caches").glob("*.npz"))
 
@@ -36,9 +38,11 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], CacheRule, 
     recipe: ElasticCache | PrefixKV = ElasticCache(kv_keep=keep, semantics="reference")
     if path.name.startswith("prefixkv"):
         fractions = tuple(1 - arrays["evicted_fraction_per_layer"])
+        keep = float(np.mean(fractions))  # near what was asked for
         rows = (ProfileRow(keep, fractions),)
         recipe = PrefixKV(kv_keep=keep, rows=rows, semantics="reference")
     rule = recipe.cache_rule()
+    assert rule is not None
     return meta, arrays, rule, Budgets.of(rule.compression, meta["layers"], None)
 
 
@@ -52,7 +56,8 @@ def test_prompts_keep_as_many(path: Path) -> None:
     meta, arrays, rule, budgets = load(path)
     kept = budgets.prompt(np.full((meta["layers"], 1), meta["prompt"]))[:, 0]
     assert kept.tolist() == [arrays[f"prefill_k_{i}"].shape[2] for i in range(meta["layers"])]
-    assert rule.mode == ("evict" if path.name.startswith("prefixkv") else "merge-reference")
+    kind = Evict if path.name.startswith("prefixkv") else ReleasedMerge
+    assert isinstance(rule.compression.select, kind)
 
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda p: p.stem)

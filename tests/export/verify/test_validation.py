@@ -229,7 +229,7 @@ def test_what_only_longer_prompts_would_show_is_noticed(
     most = (*manifest.capacity.per_layer[:-1], manifest.capacity.per_layer[-1] - 16)
     other: dict[str, Any] = {
         "capacity": dataclasses.replace(manifest.capacity, per_layer=most),
-        "compression": dataclasses.replace(manifest.compression, interval=32),
+        "compression": manifest.compression.at_most_every(32),
         "parameters": {**manifest.parameters, "kv_sinks": 9},
     }
     wrong = dataclasses.replace(manifest, **{field: other[field]})

@@ -9,41 +9,32 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import policies
 import pytest
+from policies import APPENDED, SLIDING, UNIFORM, changed
 
 from lvlm.core import integrity
 from lvlm.core.errors import BundleError
 from lvlm.runtime.bundle.graph_ports import FORMS
 from lvlm.runtime.bundle.manifest import (
     Capacity,
-    Compression,
     Graph,
     Images,
     Manifest,
     Port,
-    ProfileRow,
     Quantization,
     Reduction,
     Text,
     Weight,
 )
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.shares import ProfileRow
 
 GRAPHS = ("vision", "prefill", "decode")
-FIXED_POINT = Compression(
-    keep=0.2,
-    profile=(ProfileRow(0.2, (0.3, 0.3, 0.1, 0.1)), ProfileRow(0.5, (0.8, 0.6, 0.4, 0.2))),
-    cap=None,
-    floor=0,
-    sinks=1,
-    recent=1,
-    distance=25,
-    interval=None,
-    queries=0,
-    positions="true",
-    semantics="paper",
-)
-INTERVAL = Compression(0.5, (), 256, 128, 4, 32, None, 64, 32, "true", "paper")
+PROFILE = (ProfileRow(0.2, (0.3, 0.3, 0.1, 0.1)), ProfileRow(0.5, (0.8, 0.6, 0.4, 0.2)))
+FIXED_POINT = changed(UNIFORM, profile=PROFILE)
+INTERVAL = changed(policies.INTERVAL, cap=256)
 
 
 @pytest.fixture
@@ -58,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
         files[name] = integrity.describe(path)
     fit_ports(
         Manifest(
-            schema=4,
+            schema=5,
             family="llava",
             model={"source": "m", "revision": None},
             recipe="lightvlm",
@@ -157,12 +148,12 @@ def test_manifest_that_is_not_json(folder: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "null", '"x"', "{}", '{"schema": 2}', '{"schema": 5}', '{"schema": "4"}']
+    "text", ["[]", "null", '"x"', "{}", '{"schema": 2}', '{"schema": 6}', '{"schema": "4"}']
 )
 def test_unknown_schema_is_told_before_unknown_fields(folder: Path, text: str) -> None:
     (folder / "lvlm.json").write_text(text)
     message = refused(folder)
-    assert "this version reads 3 and 4" in message
+    assert "this version reads 3 to 5" in message
     assert "has schema" in message
 
 
@@ -192,7 +183,7 @@ def test_unknown_schema_is_told_before_unknown_fields(folder: Path, text: str) -
         (put("special_tokens", value={"bos_token": 1}), "special_tokens.bos_token holds 1"),
         (put("capacity", "per_layer", 2, value="34"), "capacity.per_layer[2] holds '34'"),
         (put("reductions", 0, "recycle", value="x"), "reductions[0].recycle holds 'x'"),
-        (put("compression", "semantics", value="mine"), "compression.semantics holds 'mine'"),
+        (put("compression", "positions", value="mine"), "compression.positions holds 'mine'"),
         (lambda d: d.pop("compression"), "missing field 'compression'"),
         (put("graphs", "vision", "outputs", 0, "dims", 0, value=1.5), "puts[0].dims[0] holds 1.5"),
     ],
@@ -255,71 +246,81 @@ def test_values_that_cannot_be(folder: Path, edit: Any, said: str) -> None:
     [
         None,
         INTERVAL,
-        replace(INTERVAL, cap=36, floor=0, interval=1, keep=1.0),
-        replace(INTERVAL, sinks=0, recent=1, queries=1, cap=1),
-        replace(FIXED_POINT, profile=(), distance=0, cap=2),
-        replace(FIXED_POINT, sinks=0, semantics="reference", positions="layer0"),
-        replace(FIXED_POINT, profile=(ProfileRow(0.2000009, (0.3, 0.3, 0.1, 0.1)),)),
-        replace(FIXED_POINT, profile=(*FIXED_POINT.profile, ProfileRow(1.0, (1.0,) * 4))),
+        changed(INTERVAL, cap=36, floor=0, interval=1, keep=1.0),
+        changed(INTERVAL, sinks=0, recent=1, queries=1, cap=1),
+        changed(FIXED_POINT, profile=(), distance=0, cap=2),
+        changed(FIXED_POINT, sinks=0, semantics="reference", positions="layer0"),
+        changed(FIXED_POINT, profile=(ProfileRow(0.2000009, (0.3, 0.3, 0.1, 0.1)),)),
+        changed(FIXED_POINT, profile=(*PROFILE, ProfileRow(1.0, (1.0,) * 4))),
+        SLIDING,
+        APPENDED,
     ],
 )
-def test_cache_compressions_that_can_be(folder: Path, compression: Compression | None) -> None:
+def test_cache_compressions_that_can_be(folder: Path, compression: CachePolicy | None) -> None:
     fit_ports(replace(read_bundle(folder), compression=compression)).write(folder)
     assert read_bundle(folder).compression == compression
 
 
 @pytest.mark.parametrize(
-    ("start", "changes", "said"),
+    ("start", "where", "value", "said"),
     [
-        *((FIXED_POINT, {"keep": keep}, "keep") for keep in (0, -0.2, 1.01, float("nan"))),
-        (FIXED_POINT, {"cap": 1}, "cap"),
-        (INTERVAL, {"cap": 35}, "cap"),
-        (FIXED_POINT, {"floor": 1}, "floor"),
-        (INTERVAL, {"floor": -1}, "floor"),
-        (FIXED_POINT, {"sinks": -1, "recent": 3}, "sinks or recent"),
-        (FIXED_POINT, {"recent": -1, "sinks": 3}, "sinks or recent"),
-        (FIXED_POINT, {"recent": 0, "sinks": 0}, "sinks or recent"),
-        (INTERVAL, {"recent": 31}, "sinks or recent"),
-        (FIXED_POINT, {"distance": -1}, "distance"),
-        (FIXED_POINT, {"distance": None}, "distance"),
-        (INTERVAL, {"distance": 25}, "distance"),
-        (INTERVAL, {"interval": 0}, "interval"),
-        (INTERVAL, {"interval": -64}, "interval"),
-        (INTERVAL, {"queries": 0}, "queries"),
-        (FIXED_POINT, {"queries": 1}, "queries"),
-        (FIXED_POINT, {"queries": -1}, "queries"),
-        (INTERVAL, {"semantics": "reference"}, "semantics"),
-        (INTERVAL, {"floor": -1, "interval": 0}, "floor, interval"),
+        *(
+            (FIXED_POINT, "budget.keep", keep, ".budget: kv_keep is")
+            for keep in (0, -0.2, 1.01, float("nan"))
+        ),
+        (FIXED_POINT, "budget.cap", 1, ": kv_cap is 1, but 2 entries are protected"),
+        (FIXED_POINT, "budget.cap", 0, ".budget: kv_cap is 0"),
+        (INTERVAL, "budget.cap", 35, ": kv_cap is 35, but 36 entries are protected"),
+        (FIXED_POINT, "budget.kind", "unifrom", ".budget is of unknown kind 'unifrom'"),
+        (FIXED_POINT, "budget.floor", 1, ".budget: unknown field 'floor'"),
+        (INTERVAL, "decode.floor", -1, ".decode: kv_floor is -1"),
+        (FIXED_POINT, "sinks", -1, ": kv_sinks is -1"),
+        (FIXED_POINT, "recent", -1, ": recent entries is -1"),
+        (changed(UNIFORM, sinks=0), "recent", 0, ": no entry is protected"),
+        (INTERVAL, "recent", 31, ": 32 queries rank the entries, but only the last 31"),
+        (FIXED_POINT, "decode.distance", -1, ".decode: distance is -1"),
+        (FIXED_POINT, "decode", {"kind": "fixed-point"}, ".decode: missing field 'distance'"),
+        (FIXED_POINT, "decode", {}, ".decode is of unknown kind"),
+        (FIXED_POINT, "decode", None, ".decode is not an object"),
+        (INTERVAL, "decode.steps", 0, ".decode: kv_interval is 0"),
+        (INTERVAL, "score.queries", 0, ".score: window is 0"),
+        (INTERVAL, "score.kernel", 2, ".score: kernel is 2; give an odd number"),
+        (INTERVAL, "score.pool", "sum", ".score.pool holds 'sum'"),
+        (INTERVAL, "score", {"kind": "recency"}, ": compaction at intervals is ranked by"),
+        (FIXED_POINT, "decode", {"kind": "released-fixed-point", "distance": 3}, "own elimination"),
+        (FIXED_POINT, "select", {"kind": ["evict"]}, ".select is of unknown kind"),
     ],
 )
 def test_cache_compressions_that_cannot_be(
-    folder: Path, start: Compression, changes: dict[str, Any], said: str
+    folder: Path, start: CachePolicy, where: str, value: Any, said: str
 ) -> None:
-    change(folder, put("compression", value=asdict(start) | changes))
-    assert f"a cache compression out of range ({said})" in refused(folder)
+    change(folder, put("compression", value=asdict(start)))
+    change(folder, put("compression", *where.split("."), value=value))
+    assert said in refused(folder)
 
 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([(0.5, (0.5,) * 4), (0.2, (0.2,) * 4)], "profile"),
-        ([(0.5, (0.5,) * 4), (0.5, (0.5,) * 4)], "profile"),
-        ([(0.5, (0.5,) * 3)], "profile, profile's means"),
-        ([(0.5, ())], "profile, profile's means"),
-        ([(0.25, (0.5, 0.4, 0.1, 0.0))], "profile's fractions"),
-        ([(0.5, (1.2, 0.4, 0.3, 0.1))], "profile's fractions"),
-        ([(float("nan"), (0.5,) * 4)], "profile's fractions, profile's means"),
-        ([(0.5, (0.5, 0.5, 0.5, float("nan")))], "profile's fractions, profile's means"),
-        ([(-1e-7, (1e-7,) * 4)], "profile's fractions"),
-        ([(0.5, (0.5, 0.5, 0.5, 0.50001))], "profile's means"),
+        ([(0.5, (0.5,) * 4), (0.2, (0.2,) * 4)], "rows are not by rising keep"),
+        ([(0.5, (0.5,) * 4), (0.5, (0.5,) * 4)], "rows are not by rising keep"),
+        ([], "rows are not by rising keep"),
+        ([(0.5, (0.5,) * 3)], "another number of layers than 4"),
+        ([(0.5, ())], "another mean"),
+        ([(0.25, (0.5, 0.4, 0.1, 0.0))], "a number of the profile is 0.0"),
+        ([(0.5, (1.2, 0.4, 0.3, 0.1))], "a number of the profile is 1.2"),
+        ([(float("nan"), (0.5,) * 4)], "a number of the profile is nan"),
+        ([(0.5, (0.5, 0.5, 0.5, float("nan")))], "a number of the profile is nan"),
+        ([(-1e-7, (1e-7,) * 4)], "a number of the profile is -1e-07"),
+        ([(0.5, (0.5, 0.5, 0.5, 0.50001))], "another mean"),
     ],
 )
 def test_profiles_that_cannot_be(
     folder: Path, rows: list[tuple[float, tuple[float, ...]]], said: str
 ) -> None:
     profile = [{"keep": keep, "fractions": list(fractions)} for keep, fractions in rows]
-    change(folder, put("compression", "profile", value=profile))
-    assert f"a cache compression out of range ({said})" in refused(folder)
+    change(folder, put("compression", "budget", "rows", value=profile))
+    assert said in refused(folder)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,13 @@ import pytest
 import lvlm
 from lvlm.core.errors import LvlmError
 from lvlm.core.integrity import describe
-from lvlm.runtime.bundle.manifest import SCHEMA
+from lvlm.runtime.bundle.reader import read_bundle
 
 DATA = Path(__file__).parents[2] / "data/bundles"
 SAMPLE = Path(__file__).parents[3] / "assets/samples/digits-1.png"
 ROOM = 2 << 30  # more address space than a load of this bundle needs
 HUGE, LONG = 10**4000, "x" * 100_000
+ROW = {"keep": 0.5, "fractions": [0.5, 0.5]}
 Edit = Callable[[Any], object]
 
 
@@ -31,8 +32,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("attacks")
     with zipfile.ZipFile(DATA / "schema-3.zip") as archive:
         archive.extractall(folder)
-    path = folder / "s3/lvlm.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": SCHEMA}))
+    read_bundle(folder / "s3").write(folder / "s3")  # as the present schema has it
     return folder / "s3"
 
 
@@ -230,24 +230,28 @@ ATTACKS: dict[str, Edit] = {
     "an exponent of 1e300": put("reductions", 0, "exponent", value=1e300),
     "no compression": put("compression", value=None),
     "a compression by interval": lambda d: d["compression"].update(
-        distance=None, interval=4, queries=1
+        decode={"kind": "interval", "steps": 4, "floor": 0},
+        score={"kind": "window", "queries": 1, "kernel": 1, "pool": "mean", "per_head": False},
     ),
     **{
-        f"compression.{name} is {value!r:.16}": put("compression", name, value=value)
-        for name, value in (
-            ("keep", 1.0),
-            ("keep", HUGE),
-            ("keep", 1e-300),
-            ("cap", HUGE),
-            ("cap", 10**12),
+        f"compression.{'.'.join(place)} is {value!r:.16}": put("compression", *place, value=value)
+        for *place, value in (
+            ("budget", "keep", 1.0),
+            ("budget", "keep", HUGE),
+            ("budget", "keep", 1e-300),
+            ("budget", "cap", HUGE),
+            ("budget", "cap", 10**12),
             ("sinks", HUGE),
             ("sinks", 10**12),
             ("recent", 10**12),
-            ("distance", 10**12),
-            ("distance", HUGE),
-            ("profile", [{"keep": 0.5, "fractions": [0.5, 0.5]}]),
+            ("decode", "distance", 10**12),
+            ("decode", "distance", HUGE),
+            ("budget", {"kind": "profile", "keep": 0.5, "rows": [ROW]}),
+            ("decode", {"kind": "oldest"}),
+            ("decode", {"kind": "append"}),
+            ("score", {"kind": "window", "queries": 1, "kernel": HUGE}),
             ("positions", "layer0"),
-            ("semantics", "reference"),
+            ("budget", "kind", "released-uniform"),
         )
     },
     **{

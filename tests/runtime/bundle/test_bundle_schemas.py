@@ -1,17 +1,30 @@
-"""Bundles of the schema before this one load, and answer as they did."""
+"""Bundles of earlier schemas load, and answer as they did."""
 
 from __future__ import annotations
 
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lvlm
 from lvlm.core.errors import BundleError
+from lvlm.core.typed_json import decode
 from lvlm.runtime.bundle.manifest import SCHEMA
+from lvlm.runtime.bundle.old_schemas import upgraded
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.policies.evictions import FixedPoint, Interval, ReleasedFixedPoint
+from lvlm.runtime.policies.policy import (
+    AllQueries,
+    CachePolicy,
+    Evict,
+    Merge,
+    ReleasedMerge,
+    Window,
+)
+from lvlm.runtime.policies.shares import ReleasedUniform, Uniform
 
 DATA = Path(__file__).parents[2] / "data/bundles"
 SAMPLE = Path(__file__).parents[3] / "assets/samples/digits-1.png"
@@ -20,6 +33,132 @@ ANSWERS = {
     "Read the top row.": [506, 432, 484, 432, 503, 157, 58, 248, 466, 405, 67, 433],
     "How often does 7 appear?": [486, 58, 349, 349, 408, 101, 408, 283, 265, 227, 278, 101],
 }
+# A smaller one with prefixkv, and with lightvlm that compacts every 5 steps, at commit 00176c6: the
+# same questions without a chat template, as exported and at kv_keep 0.25, whatever ends a text.
+LATER = {
+    "profile": [
+        [
+            475,
+            475,
+            475,
+            452,
+            113,
+            248,
+            500,
+            452,
+            215,
+            395,
+            448,
+            340,
+            220,
+            174,
+            460,
+            460,
+            460,
+            460,
+            460,
+            460,
+            263,
+            463,
+            463,
+            463,
+        ],
+        [
+            475,
+            500,
+            305,
+            174,
+            336,
+            174,
+            500,
+            65,
+            18,
+            166,
+            18,
+            440,
+            480,
+            18,
+            314,
+            486,
+            434,
+            51,
+            481,
+            435,
+            0,
+            388,
+            435,
+            0,
+        ],
+    ],
+    "interval": [
+        [
+            475,
+            475,
+            475,
+            475,
+            475,
+            475,
+            414,
+            452,
+            504,
+            504,
+            414,
+            452,
+            123,
+            468,
+            225,
+            468,
+            225,
+            468,
+            225,
+            468,
+            468,
+            225,
+            468,
+            468,
+        ],
+        [
+            475,
+            475,
+            475,
+            475,
+            475,
+            475,
+            153,
+            286,
+            437,
+            437,
+            437,
+            364,
+            62,
+            467,
+            120,
+            198,
+            232,
+            122,
+            329,
+            414,
+            278,
+            463,
+            278,
+            463,
+        ],
+    ],
+}
+FLAT = {
+    "keep": 0.2,
+    "profile": [],
+    "cap": None,
+    "floor": 0,
+    "sinks": 1,
+    "recent": 1,
+    "distance": 25,
+    "interval": None,
+    "queries": 0,
+    "positions": "true",
+    "semantics": "paper",
+}
+INTERVAL = FLAT | {"distance": None, "interval": 64, "floor": 128, "queries": 32, "recent": 32}
 
 
 @pytest.fixture
@@ -47,11 +186,87 @@ def test_an_old_manifest_gets_the_new_fields_and_is_written_as_new(old: Path) ->
     assert read_bundle(old).schema == SCHEMA
 
 
+@pytest.mark.parametrize("name", LATER)
+def test_a_bundle_with_a_flat_compression_answers_as_recorded(name: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(DATA / f"schema-4-{name}.zip") as archive:
+        archive.extractall(tmp_path)
+    assert json.loads((tmp_path / name / "lvlm.json").read_text())["schema"] == 4
+    with lvlm.load(tmp_path / name) as model:
+        found = [
+            model.generate(
+                "USER: How often does 7 appear in a picture? ASSISTANT:",
+                chat_template=False,
+                max_new_tokens=24,
+                ignore_eos=True,
+                **ratio,
+            ).token_ids
+            for ratio in ({}, {"kv_keep": 0.25})
+        ]
+        kept = model.manifest.compression
+    assert found == LATER[name]
+    read_bundle(tmp_path / name).write(tmp_path / name)
+    assert read_bundle(tmp_path / name).compression == kept
+
+
+@pytest.mark.parametrize(
+    ("flat", "recipe", "policy"),
+    [
+        (FLAT, "uniform", CachePolicy(AllQueries(), Evict(), FixedPoint(25), Uniform(0.2), 1)),
+        (
+            FLAT | {"sinks": 3, "cap": 9, "positions": "layer0"},
+            "elastic-cache",
+            CachePolicy(
+                AllQueries(), Merge(), FixedPoint(25), Uniform(0.2, 9), 3, positions="layer0"
+            ),
+        ),
+        (
+            FLAT | {"semantics": "reference", "distance": 24},
+            "elastic-cache",
+            CachePolicy(
+                AllQueries(), ReleasedMerge(), ReleasedFixedPoint(24), ReleasedUniform(0.2), 1
+            ),
+        ),
+        (
+            INTERVAL,
+            "lightvlm",
+            CachePolicy(Window(32), Evict(), Interval(64, 128), Uniform(0.2), 1, 32),
+        ),
+    ],
+)
+def test_flat_compressions_become_policies(
+    flat: dict[str, Any], recipe: str, policy: CachePolicy
+) -> None:
+    data = {"schema": 4, "recipe": recipe, "compression": flat, "parameters": {}}
+    found = upgraded(data, "lvlm.json")["compression"]
+    assert decode(CachePolicy, found, "it") == policy
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"distance": None}, "it needs either distance or interval"),
+        ({"interval": 3}, "it needs either distance or interval"),
+        ({"floor": 3}, "floor goes with an interval"),
+        ({"keep": 2}, "kv_keep is 2.0"),
+        ({"queries": 3}, "3 queries rank the entries"),
+        ({"cap": 1}, "kv_cap is 1, but 2 entries"),
+        ({"semantics": "papers"}, "semantics holds 'papers'"),
+        ({"more": 1}, "unknown field 'more'"),
+        ({"profile": 3}, "profile holds 3"),
+    ],
+)
+def test_flat_compressions_that_cannot_be(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(BundleError, match=said):
+        upgraded({"schema": 4, "compression": FLAT | change}, "lvlm.json")
+    with pytest.raises(BundleError, match="compression"):
+        upgraded({"schema": 4, "compression": []}, "lvlm.json")
+
+
 @pytest.mark.parametrize("schema", [2, SCHEMA + 1])
 def test_other_schemas_are_refused_in_one_line(old: Path, schema: int) -> None:
     data = json.loads((old / "lvlm.json").read_text())
     (old / "lvlm.json").write_text(json.dumps(data | {"schema": schema, "more": []}))
     with pytest.raises(BundleError) as caught:
         read_bundle(old)
-    assert f"has schema {schema}, this version reads 3 and {SCHEMA}" in str(caught.value)
+    assert f"has schema {schema}, this version reads 3 to {SCHEMA}" in str(caught.value)
     assert "\n" not in str(caught.value)

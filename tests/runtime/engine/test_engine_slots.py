@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from policies import removed
 from test_cache import (
     FIXED_POINT,
     FULL,
@@ -25,6 +26,7 @@ from test_cache import (
 
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.policies.evictions import OneByOne
 
 # Slots alone: no compression, so that prefixes are kept
 
@@ -196,12 +198,9 @@ def test_a_row_that_was_moved_goes_on_the_same(call: Call, data: st.DataObject) 
         running = playback.decode()
         for (layer, row), entries in playback.lists.items():
             c = call.compression
-            one_by_one = c.distance is not None and running[row]
+            one_by_one = isinstance(c.decode, OneByOne) and running[row]
             if one_by_one and len(entries) > playback.budget(layer, row):
-                kept = int(playback.kept[layer, row])
-                point = kept // 2 if kept <= c.distance else kept - c.distance
-                guarded = 0 if c.semantics == "reference" else c.sinks  # the released code: none
-                entries.pop(min(max(point, guarded), kept))
+                entries.pop(removed(c, int(playback.kept[layer, row])))
         if (inputs := cache.compaction()) is not None:
             compact(playback, inputs)
             for at in playback.lists:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policies import APPENDED, INTERVAL, SLIDING, UNIFORM, changed
 
 from lvlm.core.errors import ParameterError
-from lvlm.runtime.bundle.manifest import Compression, ProfileRow
 from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.shares import Mixed, ProfileRow
 
-UNIFORM = Compression(0.2, (), None, 0, 1, 1, 25, None, 0, "true", "paper")
-INTERVAL = Compression(0.5, (), None, 128, 4, 32, None, 64, 32, "true", "paper")
-REFERENCE = replace(UNIFORM, semantics="reference")
+REFERENCE = changed(UNIFORM, semantics="reference")
 
 keeps = st.integers(1, 1000).map(lambda k: k / 1000)
 seeds = st.integers(0, 2**32 - 1)
@@ -38,7 +38,7 @@ def profile_of(rng: np.random.Generator, layers: int, keep: float) -> ProfileRow
 
 def profiled(rng: np.random.Generator, layers: int, keep: float, **changes: Any) -> Budgets:
     row = profile_of(rng, layers, keep)
-    return Budgets.of(replace(UNIFORM, keep=keep, profile=(row,), **changes), layers, None)
+    return Budgets.of(changed(UNIFORM, keep=keep, profile=(row,), **changes), layers, None)
 
 
 # What a call keeps: fractions
@@ -72,14 +72,14 @@ def test_without_compression_everything_stays() -> None:
 @pytest.mark.parametrize(
     "kv_keep", [0, 0.0, -0.5, 1.01, float("nan"), float("inf"), True, False, "0.5", [0.5], 0.5j]
 )
-def test_unusable_kv_keep(compression: Compression | None, kv_keep: Any) -> None:
+def test_unusable_kv_keep(compression: CachePolicy | None, kv_keep: Any) -> None:
     with pytest.raises(ParameterError, match=r"kv_keep is .*; give a number above 0 and up to 1"):
         Budgets.of(compression, 2, kv_keep)
 
 
 def test_fractions_lie_between_the_rows_of_a_profile() -> None:
     rows = (ProfileRow(0.2, (0.3, 0.1)), ProfileRow(0.5, (0.6, 0.4)))
-    compression = replace(UNIFORM, keep=0.5, profile=rows)
+    compression = changed(UNIFORM, keep=0.5, profile=rows)
     for kv_keep, expected in [
         (None, (0.6, 0.4)),
         (0.1, (0.15, 0.05)),
@@ -92,7 +92,7 @@ def test_fractions_lie_between_the_rows_of_a_profile() -> None:
         np.testing.assert_allclose(fractions, expected, rtol=1e-14)
     assert Budgets.of(compression, 2, 0.2).fractions[:, 0].tolist() == [0.3, 0.1]
     # A last row for everything may be off by what the manifest allows; everything is everything.
-    whole = replace(compression, profile=(*rows, ProfileRow(1.0, (1.0, 0.9999999))))
+    whole = changed(compression, profile=(*rows, ProfileRow(1.0, (1.0, 0.9999999))))
     assert Budgets.of(whole, 2, 1.0).fractions[:, 0].tolist() == [1, 1]
 
 
@@ -102,7 +102,7 @@ def test_the_mean_fraction_is_that_of_the_call(
 ) -> None:
     rng = np.random.default_rng(seed)
     rows = tuple(profile_of(rng, layers, k) for k in sorted(exported))
-    fractions = Budgets.of(replace(UNIFORM, profile=rows), layers, keep).fractions
+    fractions = Budgets.of(changed(UNIFORM, profile=rows), layers, keep).fractions
     assert fractions.shape == (layers, 1)
     assert 0 < fractions.min() <= fractions.max() <= 1
     assert math.fsum(fractions[:, 0]) / layers == pytest.approx(keep, rel=1e-12)
@@ -123,7 +123,7 @@ def test_uniform_prompt(
 ) -> None:
     protected = sinks + recent
     most = None if cap is None else protected + cap
-    compression = replace(UNIFORM, sinks=sinks, recent=recent, cap=most)
+    compression = changed(UNIFORM, sinks=sinks, recent=recent, cap=most)
     budgets = Budgets.of(compression, 2, thousandths / 1000)
     kept = budgets.prompt(array(entries, entries[::-1]))
     assert kept.dtype == np.int64
@@ -136,18 +136,18 @@ def test_uniform_prompt(
 
 
 def test_a_half_is_a_half_whatever_floating_point_says() -> None:
-    budgets = Budgets.of(replace(UNIFORM, sinks=0, recent=1), 1, 0.7)
+    budgets = Budgets.of(changed(UNIFORM, sinks=0, recent=1), 1, 0.7)
     # 0.7 x 45 is 31.499999999999996 in floating point
     assert budgets.prompt(array([45, 15, 5, 25])).tolist() == [[32, 10, 4, 18]]
     profile = (ProfileRow(0.7, (0.7,)),)
-    budgets = Budgets.of(replace(UNIFORM, keep=0.7, profile=profile, sinks=0), 1, None)
+    budgets = Budgets.of(changed(UNIFORM, keep=0.7, profile=profile, sinks=0), 1, None)
     assert budgets.prompt(array([45, 15, 5, 25])).tolist() == [[32, 10, 4, 18]]
 
 
 def test_equal_remainders_are_equal_whatever_floating_point_says() -> None:
     """One entry more than the floors: 4.1 - 4 is less than 1.1 - 1, yet the first layer gets it."""
     profile = (ProfileRow(0.1, (0.1,) * 6),)
-    budgets = Budgets.of(replace(UNIFORM, keep=0.1, profile=profile, sinks=0), 6, None)
+    budgets = Budgets.of(changed(UNIFORM, keep=0.1, profile=profile, sinks=0), 6, None)
     entries = array([41], *[[11]] * 5)
     assert budgets.prompt(entries).ravel().tolist() == [5, 1, 1, 1, 1, 1]
 
@@ -174,7 +174,7 @@ def test_profile_prompt_within_bounds(
     entries = np.array([data.draw(counts) for _ in range(layers)], np.int64)
     keep = sum(shares) / 64 / layers
     profile = (ProfileRow(keep, tuple(s / 64 for s in shares)),)
-    compression = replace(UNIFORM, keep=keep, profile=profile, sinks=sinks, recent=recent, cap=cap)
+    compression = changed(UNIFORM, keep=keep, profile=profile, sinks=sinks, recent=recent, cap=cap)
     budgets = Budgets.of(compression, layers, None)
     kept = budgets.prompt(entries)
     assert kept.shape == entries.shape
@@ -192,7 +192,7 @@ def test_bounds_that_bite_everywhere() -> None:
     profile = (ProfileRow(0.109, (1.0, *(0.01,) * 9)),)
     changes = {"keep": 0.109, "profile": profile, "sinks": 4, "recent": 46}
     for cap in (None, 80):
-        budgets = Budgets.of(replace(UNIFORM, **changes, cap=cap), 10, None)
+        budgets = Budgets.of(changed(UNIFORM, **changes, cap=cap), 10, None)
         assert budgets.prompt(np.full((10, 1), 400)).ravel().tolist() == [50] * 10
 
 
@@ -221,10 +221,10 @@ def test_all_is_all(seed: int, layers: int, n: int, with_profile: bool) -> None:
     profile = (profile_of(rng, layers, 0.3),) if with_profile else ()
     entries = rng.integers(1, n + 1, (layers, 3))
     for compression in (UNIFORM, REFERENCE):
-        budgets = Budgets.of(replace(compression, profile=profile), layers, 1.0)
+        budgets = Budgets.of(changed(compression, profile=profile), layers, 1.0)
         np.testing.assert_array_equal(budgets.prompt(entries), entries)
         np.testing.assert_array_equal(budgets.step(entries), entries)
-    budgets = Budgets.of(replace(INTERVAL, profile=profile), layers, 1.0)
+    budgets = Budgets.of(changed(INTERVAL, profile=profile), layers, 1.0)
     np.testing.assert_array_equal(budgets.prompt(entries), entries)
 
 
@@ -237,7 +237,7 @@ def test_more_is_more_in_total(
     profile = (profile_of(rng, layers, 0.3),) if with_profile else ()
     entries = np.full((layers, 1), n)
     for compression in (UNIFORM, INTERVAL):
-        compression = replace(compression, profile=profile)
+        compression = changed(compression, profile=profile)
         less, more = (
             Budgets.of(compression, layers, keep).prompt(entries).sum() for keep in sorted((a, b))
         )
@@ -260,9 +260,9 @@ def test_budget_after_so_many_entries(
 ) -> None:
     cap = None if room is None else sinks + recent + room
     changes: dict[str, Any] = {"sinks": sinks, "recent": recent, "cap": cap}
-    fixed = Budgets.of(replace(UNIFORM, **changes), 1, thousandths / 1000)
+    fixed = Budgets.of(changed(UNIFORM, **changes), 1, thousandths / 1000)
     interval = Budgets.of(
-        replace(INTERVAL, **changes, queries=1, floor=floor), 1, thousandths / 1000
+        changed(INTERVAL, **changes, queries=1, floor=floor), 1, thousandths / 1000
     )
     assert fixed.step(array(seen)).dtype == np.int64
     np.testing.assert_array_equal(interval.prompt(array(seen)), interval.step(array(seen)))
@@ -280,7 +280,7 @@ def test_a_whole_number_is_whole_whatever_floating_point_says() -> None:
     # 0.07 x 100 is 7.000000000000001 in floating point, 0.55 x 100 is 55.00000000000001
     for keep, expected in ((0.07, 7), (0.55, 55)):
         assert Budgets.of(UNIFORM, 1, keep).step(array([100])).tolist() == [[expected]]
-        assert Budgets.of(replace(INTERVAL, floor=0), 1, keep).prompt(array([1000]))[0, 0] == (
+        assert Budgets.of(changed(INTERVAL, floor=0), 1, keep).prompt(array([1000]))[0, 0] == (
             expected * 10
         )
 
@@ -295,16 +295,47 @@ def test_a_whole_number_is_whole_whatever_floating_point_says() -> None:
     ],
 )
 def test_fixed_point(distance: int, sinks: int, kept: list[int], expected: list[int]) -> None:
-    compression = replace(UNIFORM, distance=distance, sinks=sinks)
+    compression = changed(UNIFORM, distance=distance, sinks=sinks)
     point = Budgets.of(compression, 1, None).fixed_point(array(kept))
     assert point.tolist() == [expected]
 
 
 def test_the_released_code_guards_no_sink() -> None:
-    compression = replace(UNIFORM, distance=25, sinks=4, semantics="reference")
+    compression = changed(UNIFORM, distance=25, sinks=4, semantics="reference")
     point = Budgets.of(compression, 1, None).fixed_point(array([100, 27, 26, 9, 5, 2]))
     assert point.tolist() == [[75, 2, 1, 4, 2, 1]]
     assert point.dtype == np.int64
+
+
+def test_the_oldest_after_the_sinks_leaves() -> None:
+    point = Budgets.of(SLIDING, 1, None).fixed_point(array([100, 5, 4, 2]))
+    assert point.tolist() == [[4, 4, 4, 2]]
+    assert Budgets.of(SLIDING, 1, 0.5).step(array([100, 9, 3])).tolist() == [[50, 5, 3]]
+
+
+def test_a_mixed_budget_is_uniform_in_part() -> None:
+    rows = (ProfileRow(0.4, (0.7, 0.1)),)
+    policy = dataclasses.replace(UNIFORM, budget=Mixed(0.4, rows=rows, adaptive=0.2))
+    budgets = Budgets.of(policy, 2, None)
+    np.testing.assert_allclose(budgets.fractions[:, 0], (0.46, 0.34), rtol=1e-14)
+    assert budgets.prompt(array([100], [100])).ravel().tolist() == [46, 34]
+
+
+@given(keeps, st.integers(0, 60), st.integers(2, 40), st.booleans(), seeds)
+def test_where_nothing_leaves_room_is_laid_out_for_the_prompt_and_what_may_follow(
+    keep: float, images: int, text: int, with_profile: bool, seed: int
+) -> None:
+    rows = (profile_of(np.random.default_rng(seed), 3, 0.3),) if with_profile else ()
+    budgets = Budgets.of(changed(APPENDED, profile=rows), 3, keep)
+    limit = budgets.limit(np.full(3, images + text), text - 1)
+    assert (limit <= images + text).all()
+    for words in (1, text) if with_profile else range(1, text + 1):
+        needed = budgets.capacity(np.full((3, 1), images + words), np.array([text - words]))
+        assert (needed <= limit).all()
+    if not with_profile:
+        assert (limit - needed <= text).all()
+        shortest = budgets.capacity(np.full((3, 1), images + 1), np.array([text - 1]))
+        assert (limit - shortest <= 1).all()
 
 
 # The released code
@@ -312,7 +343,7 @@ def test_the_released_code_guards_no_sink() -> None:
 
 @given(keeps, st.lists(st.integers(1, 4000), min_size=1, max_size=20), st.integers(0, 4))
 def test_prompt_of_the_released_elastic_cache(keep: float, entries: list[int], sinks: int) -> None:
-    budgets = Budgets.of(replace(REFERENCE, sinks=sinks), 1, keep)
+    budgets = Budgets.of(changed(REFERENCE, sinks=sinks), 1, keep)
     for n, kept in zip(entries, budgets.prompt(array(entries))[0], strict=True):
         forget = int(n - n * (1 - (1 - keep)))
         if forget <= 0:
@@ -348,7 +379,7 @@ def test_the_released_code_evicts_by_its_own_sum(keep: float, seen: int, length:
 
 
 def test_a_cap_holds_for_the_released_code_too() -> None:
-    assert Budgets.of(replace(REFERENCE, cap=9), 1, 0.5).prompt(array([100, 10])).tolist() == [
+    assert Budgets.of(changed(REFERENCE, cap=9), 1, 0.5).prompt(array([100, 10])).tolist() == [
         [9, 4]
     ]
 
@@ -364,7 +395,7 @@ def test_capacity_by_hand() -> None:
     assert got == expected
     assert fixed.capacity(array([10, 4]), np.array([1, 20])).tolist() == [13]
 
-    compression = replace(INTERVAL, sinks=1, recent=1, queries=1, floor=0, interval=4)
+    compression = changed(INTERVAL, sinks=1, recent=1, queries=1, floor=0, interval=4)
     interval = Budgets.of(compression, 1, 0.5)
     expected = [5, 6, 7, 8, 9, 9, 9, 10, 11, 11, 11, 12, 13]
     got = [interval.capacity(array([10]), np.array([t])).item() for t in range(13)]
@@ -380,10 +411,14 @@ def test_the_limit_holds_however_a_text_is_divided(
     changes: dict[str, Any] = {"cap": 2 + cap if capped else None, "sinks": 1, "recent": 1}
     if with_profile:
         changes["profile"] = (profile_of(rng, 3, 0.3),)
-    for start in (UNIFORM, REFERENCE, replace(INTERVAL, floor=5, queries=1, interval=7), None):
-        compression = None if start is None else replace(start, **changes)
+    interval = changed(INTERVAL, sinks=1, recent=1, floor=5, queries=1, interval=7)
+    sliding, appended = changed(SLIDING, sinks=1), APPENDED
+    for start in (UNIFORM, REFERENCE, interval, sliding, appended, None):
+        if start is appended:
+            changes |= {"recent": 2, "sinks": 0}
+        compression = None if start is None else changed(start, **changes)
         budgets = Budgets.of(compression, 3, None if start is None else keep)
-        limit = budgets.limit(np.full(3, most))
+        limit = budgets.limit(np.full(3, most), most - 1)
         for prompt in range(1, most + 1):
             entries = np.full((3, 1), prompt)
             assert (budgets.capacity(entries, np.array([most - prompt])) <= limit).all()
@@ -392,11 +427,11 @@ def test_the_limit_holds_however_a_text_is_divided(
 @settings(deadline=None)
 @given(seeds, keeps, st.integers(0, 60), st.sampled_from([None, UNIFORM, REFERENCE, INTERVAL]))
 def test_room_is_the_most_that_fits(
-    seed: int, keep: float, most: int, compression: Compression | None
+    seed: int, keep: float, most: int, compression: CachePolicy | None
 ) -> None:
     rng = np.random.default_rng(seed)
     if compression is INTERVAL:
-        compression = replace(INTERVAL, floor=5, queries=1, recent=2, interval=7)
+        compression = changed(INTERVAL, floor=5, queries=1, recent=2, interval=7)
     budgets = Budgets.of(compression, 3, None if compression is None else keep)
     entries = rng.integers(1, 80, 3)
     prompt = budgets.prompt(entries[:, None])[:, 0]

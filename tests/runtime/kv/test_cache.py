@@ -4,22 +4,26 @@ written the way the graphs write them."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policies import APPENDED, SLIDING, UNIFORM, changed, is_released, removed
 
 from lvlm.runtime.backends.host.buffers import HostMemory
-from lvlm.runtime.bundle.manifest import Compression, Manifest, ProfileRow, Text
+from lvlm.runtime.bundle.manifest import Manifest, Text
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
+from lvlm.runtime.policies.evictions import FixedPoint, Interval
+from lvlm.runtime.policies.policy import CachePolicy, Evict, Window
+from lvlm.runtime.policies.shares import ProfileRow, Uniform
 
 TEXT = Text(layers=3, heads=4, kv_heads=2, head_dim=3, hidden=12, vocab=10, eos_ids=(2,))
-FIXED_POINT = Compression(0.2, (), None, 0, 1, 1, 25, None, 0, "true", "paper")
-INTERVAL = Compression(0.5, (), None, 0, 1, 2, None, 4, 2, "true", "paper")
+FIXED_POINT = UNIFORM
+INTERVAL = CachePolicy(Window(2), Evict(), Interval(4), Uniform(0.5), sinks=1, recent=2)
 FULL = Budgets.of(None, 3, None)
 
 
@@ -66,14 +70,14 @@ def test_each_layer_has_its_own_capacity(cache: CompactCache) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("compression", [None, FIXED_POINT, INTERVAL])
 def test_bytes_allocated_are_those_of_the_buffers(
-    dtype: str, compression: Compression | None
+    dtype: str, compression: CachePolicy | None
 ) -> None:
     cache = new_cache([10, 6, 4], Budgets.of(compression, 3, None), dtype=dtype)
     assert cache.bytes_allocated == sum(b.nbytes for b in cache.buffers.values())
 
 
 @pytest.mark.parametrize("compression", [None, INTERVAL])
-def test_views_are_the_same_memory(compression: Compression | None) -> None:
+def test_views_are_the_same_memory(compression: CachePolicy | None) -> None:
     cache = new_cache([10, 6, 4], Budgets.of(compression, 3, None), batch=3)
     views = cache.views(slice(1, 2))
     assert set(views) == set(cache.buffers)
@@ -99,7 +103,7 @@ def test_slots_follow_the_prompt_row_by_row(cache: CompactCache) -> None:
 
 @pytest.mark.parametrize("compression", [None, FIXED_POINT, INTERVAL])
 def test_a_full_row_that_has_finished_stays_within_its_buffers(
-    compression: Compression | None,
+    compression: CachePolicy | None,
 ) -> None:
     cache = new_cache([10, 6, 4], Budgets.of(compression, 3, None))
     begin(cache, [[10, 1], [6, 1], [4, 1]])
@@ -135,7 +139,7 @@ def test_begin_copies_the_counts(cache: CompactCache) -> None:
 class Call:
     """entries [L,B] of the prompts, the tokens [B] fed to each row until it finishes."""
 
-    compression: Compression
+    compression: CachePolicy
     entries: np.ndarray
     tokens: np.ndarray
     seed: int
@@ -146,7 +150,7 @@ class Call:
 
 
 @st.composite
-def calls(draw: Any, start: Compression, longest: int, most: int) -> Call:
+def calls(draw: Any, start: CachePolicy, longest: int, most: int) -> Call:
     layers, rows = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     keep = draw(st.one_of(st.sampled_from([0.25, 0.5, 1.0]), st.floats(0.01, 1)))
     shares = st.lists(st.floats(0.01, 1), min_size=layers, max_size=layers)
@@ -154,21 +158,24 @@ def calls(draw: Any, start: Compression, longest: int, most: int) -> Call:
     keep = keep if row is None else math.fsum(row) / layers
     sinks = draw(st.integers(0, 4))
     queries = 0 if start.interval is None else draw(st.integers(1, 4))
-    recent = draw(st.integers(max(queries, 1), queries + 3))
+    least = start.score.queries if start is APPENDED else max(queries, 1)
+    recent = draw(st.integers(least, least + 3))
     cap = draw(st.one_of(st.none(), st.integers(sinks + recent, sinks + recent + 15)))
-    mode: dict[str, Any] = {"distance": draw(st.integers(0, 12))}
+    mode: dict[str, Any] = {}
+    if isinstance(start.decode, FixedPoint):
+        mode = {"distance": draw(st.integers(0, 12))}
+        mode["semantics"] = draw(st.sampled_from(["paper", "reference"]))
     if start.interval is not None:
         mode = {"interval": draw(st.integers(1, 7)), "floor": draw(st.integers(0, 12))}
-    compression = replace(
+        mode["queries"] = queries
+    compression = changed(
         start,
         keep=keep,
         profile=() if row is None or keep == 1 else (ProfileRow(keep, tuple(row)),),
         cap=cap,
         sinks=sinks,
         recent=recent,
-        queries=queries,
         positions=draw(st.sampled_from(["true", "layer0"])),
-        semantics=draw(st.sampled_from(["paper", "reference"] if queries == 0 else ["paper"])),
         **mode,
     )
     counts = st.lists(st.integers(1, longest), min_size=rows, max_size=rows)
@@ -268,12 +275,13 @@ class Playback:
         """Of a layer now, by the rules of ALGORITHMS.md."""
         c = self.call.compression
         seen = int(self.call.entries[layer, row] + self.fed[row])
-        fraction = c.profile[0].fractions[layer] if c.profile else c.keep
-        if c.semantics == "reference":  # which evicts if int(length - seen * x) >= 1, noise and all
+        rows = getattr(c.budget, "rows", ())
+        fraction = rows[0].fractions[layer] if rows else c.budget.keep
+        if is_released(c):  # which evicts if int(length - seen * x) >= 1, noise and all
             fraction = 1 - (1 - fraction)
-        noise = 0 if c.semantics == "reference" else 1e-9
-        share = max(math.ceil(fraction * seen - noise), c.floor)
-        share = share if c.cap is None else min(share, c.cap)
+        noise = 0 if is_released(c) else 1e-9
+        share = max(math.ceil(fraction * seen - noise), c.decode.floor)
+        share = share if c.budget.cap is None else min(share, c.budget.cap)
         least = max(1, c.sinks) if c.interval is None else c.sinks + c.recent
         return min(seen, max(share, least))
 
@@ -297,30 +305,45 @@ class Playback:
             assert cache.bytes_used(row) == 4 * floats
 
 
+# Appending
+
+
+@settings(deadline=None, max_examples=30)
+@given(calls(APPENDED, 30, 40))
+def test_appended_entries_all_stay(call: Call) -> None:
+    playback = Playback(call)
+    assert call.compression.queries == 0
+    for _ in range(call.tokens.max() + 1):
+        playback.decode()
+        playback.compare()
+        assert playback.cache.compaction() is None
+    expected = playback.kept + call.tokens
+    assert [
+        [len(playback.lists[at, row]) for row in range(playback.rows)]
+        for at in range(playback.layers)
+    ] == expected.tolist()
+
+
 # Elimination one by one
 
 
 @settings(deadline=None, max_examples=100)
-@given(calls(FIXED_POINT, 30, 40))
-def test_elimination_at_the_fixed_point(call: Call) -> None:
+@given(st.one_of(calls(FIXED_POINT, 30, 40), calls(SLIDING, 30, 40)))
+def test_elimination_one_by_one(call: Call) -> None:
     playback = Playback(call)
     playback.compare()
     c = call.compression
-    assert c.distance is not None
     for _ in range(call.tokens.max() + 1):
         running = playback.decode()
         for (layer, row), entries in playback.lists.items():
             if running[row] and len(entries) > playback.budget(layer, row):
-                kept = int(playback.kept[layer, row])
-                point = kept // 2 if kept <= c.distance else kept - c.distance
-                guarded = 0 if c.semantics == "reference" else c.sinks  # the released code: none
-                entries.pop(min(max(point, guarded), kept))
+                entries.pop(removed(c, int(playback.kept[layer, row])))
         playback.compare()
 
 
 def test_victims_by_hand() -> None:
     """10 entries leave 5; from the third on they go, first in, first out, then the answer's."""
-    compression = replace(FIXED_POINT, keep=0.5, distance=3, positions="layer0")
+    compression = changed(FIXED_POINT, keep=0.5, distance=3, positions="layer0")
     cache = new_cache([12], Budgets.of(compression, 1, None), batch=1)
     cache.begin(np.array([[10]]), np.array([[5]]))
     indices, valid_lengths, positions, used = [], [], [], []
@@ -432,7 +455,7 @@ def compact_list(playback: Playback, at: tuple[int, int], budget: int) -> None:
 
 def test_ring_slots_by_hand() -> None:
     """Prompts of 6 and 2 tokens, 4 queries: the latest ones' own entries are the last ones."""
-    compression = replace(INTERVAL, keep=0.01, sinks=0, recent=4, queries=4, interval=3)
+    compression = changed(INTERVAL, keep=0.01, sinks=0, recent=4, queries=4, interval=3)
     cache = new_cache([10], Budgets.of(compression, 1, None))
     assert cache.buffers["query_0"].shape == (2, 4, 4, 3)
     cache.begin(np.array([[6, 2]]), np.array([[4, 2]]))
@@ -457,7 +480,7 @@ def test_ring_slots_by_hand() -> None:
 
 def test_ring_slots_of_a_short_prompt() -> None:
     """Before the fourth token some slots of the ring are empty; the prompt itself is never due."""
-    compression = replace(INTERVAL, keep=0.01, sinks=0, recent=4, queries=4, interval=1)
+    compression = changed(INTERVAL, keep=0.01, sinks=0, recent=4, queries=4, interval=1)
     cache = new_cache([10], Budgets.of(compression, 1, None))
     cache.begin(np.array([[6, 1]]), np.array([[6, 1]]))
     assert cache.compaction() is None
@@ -472,7 +495,10 @@ def test_ring_slots_of_a_short_prompt() -> None:
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.one_of(calls(FIXED_POINT, 200, 150), calls(INTERVAL, 200, 150)), st.booleans())
+@given(
+    st.one_of(*(calls(c, 200, 150) for c in (FIXED_POINT, INTERVAL, SLIDING, APPENDED))),
+    st.booleans(),
+)
 def test_capacity_is_exactly_what_decode_occupies(call: Call, compressed: bool) -> None:
     layers, rows = call.entries.shape
     budgets = call.budgets if compressed else Budgets.of(None, layers, None)

@@ -1,0 +1,177 @@
+"""When cache entries leave while an answer is written: a policy's decode part (policy.py).
+
+Elimination one by one is Elastic Cache's fixed point (arXiv 2407.18121, section 3.3), or the oldest
+entry after the sinks (StreamingLLM, arXiv 2309.17453). In what follows L are the layers, B the
+rows; counts are int64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+
+from lvlm.core.ranges import whole
+
+
+class Counts(Protocol):
+    """The counts of one call that all variants need (budgets.Budgets)."""
+
+    @property
+    def protected(self) -> int: ...
+
+    def share(self, entries: np.ndarray) -> np.ndarray:
+        """What the budget leaves [L,B] of a prompt's ``entries`` [L,B]."""
+        ...
+
+    def prompt(self, entries: np.ndarray) -> np.ndarray:
+        """What prefill leaves [L,B] of them."""
+        ...
+
+    def step(self, seen: np.ndarray) -> np.ndarray:
+        """What may stay [L,B] of all ``seen`` [L,B] so far."""
+        ...
+
+
+@dataclass(frozen=True)
+class Append:
+    """None leaves: the prompt was compacted once, and each new entry goes behind the others."""
+
+    kind: Literal["append"] = "append"
+    floor: ClassVar[int] = 0
+
+    def prompt(self, counts: Counts, entries: np.ndarray) -> np.ndarray:
+        return counts.share(entries)
+
+    def least(self, sinks: int, protected: int) -> int:
+        """Entries that stay in decode, whatever the budget."""
+        del sinks
+        return protected
+
+    def capacity(self, counts: Counts, entries: np.ndarray, new_tokens: np.ndarray) -> np.ndarray:
+        """Slots [L,B] that rows of ``entries`` [L,B] occupy with ``new_tokens`` [B] fed to
+        decode."""
+        return np.asarray(counts.prompt(entries) + new_tokens)
+
+    def limit(self, counts: Counts, seen: np.ndarray, new_tokens: int) -> np.ndarray:
+        """Slots [L] that ``seen`` [L] entries ever occupy, of which up to ``new_tokens`` are fed to
+        decode and the others are the prompt's."""
+        # The shorter the prompt, the less of it is dropped; by a profile, for some layers, the
+        # longer. One layer may get a remainder more.
+        shortest = np.maximum(seen - new_tokens, 1)
+        kept = counts.prompt(np.stack([shortest, seen], axis=1))
+        most = np.maximum(kept[:, 0] + new_tokens, kept[:, 1])
+        return np.asarray(np.minimum(seen, most + 1))
+
+
+class OneByOne:
+    """As soon as a step leaves one entry too many, one is marked: the next token overwrites it."""
+
+    floor: ClassVar[int] = 0
+
+    def prompt(self, counts: Counts, entries: np.ndarray) -> np.ndarray:
+        return counts.share(entries)
+
+    def least(self, sinks: int, protected: int) -> int:
+        """At the fixed point only the sinks are protected."""
+        del protected
+        return max(1, sinks)
+
+    def capacity(self, counts: Counts, entries: np.ndarray, new_tokens: np.ndarray) -> np.ndarray:
+        kept = counts.prompt(entries)
+        # The last token found its layer at its length a step before, plus one for the victim.
+        grown = np.minimum(kept + new_tokens, counts.step(entries + new_tokens - 1) + 1)
+        return np.where(new_tokens > 0, np.maximum(kept + 1, grown), kept)
+
+    def limit(self, counts: Counts, seen: np.ndarray, new_tokens: int) -> np.ndarray:
+        del new_tokens
+        most, prompt = counts.step(seen[:, None])[:, 0], counts.prompt(seen[:, None])[:, 0]
+        least = np.maximum(np.maximum(most, prompt), counts.protected)
+        return np.asarray(np.minimum(seen, least + 1))
+
+    def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
+        """Index [L,B] by age of the entry that leaves; ``kept`` [L,B] of the prompt. It equals
+        ``kept`` where only sinks are left: then answers lose their oldest."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FixedPoint(OneByOne):
+    """The entry at a constant index leaves: ``distance`` before the end of what was kept of the
+    prompt, or in its middle where it is no longer than that."""
+
+    distance: int
+    kind: Literal["fixed-point"] = "fixed-point"
+
+    def __post_init__(self) -> None:
+        whole("distance", self.distance, 0)
+
+    def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
+        return _clipped(_before_the_end(kept, self.distance), sinks, kept)
+
+
+@dataclass(frozen=True)
+class Oldest(OneByOne):
+    """The oldest entry after the sinks leaves: a window that slides."""
+
+    kind: Literal["oldest"] = "oldest"
+
+    def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
+        return _clipped(np.zeros_like(kept), sinks, kept)
+
+
+@dataclass(frozen=True)
+class ReleasedFixedPoint(OneByOne):
+    """As the released code of two papers has it: it guards no sink."""
+
+    distance: int
+    kind: Literal["released-fixed-point"] = "released-fixed-point"
+
+    def __post_init__(self) -> None:
+        whole("distance", self.distance, 0)
+
+    def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
+        del sinks
+        return np.asarray(_before_the_end(kept, self.distance), np.int64)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Every ``steps`` steps compact.onnx drops all that are too many; a layer never has less than
+    ``floor``."""
+
+    steps: int
+    floor: int = 0
+    kind: Literal["interval"] = "interval"
+
+    def __post_init__(self) -> None:
+        whole("kv_interval", self.steps, 1)
+        whole("kv_floor", self.floor, 0)
+
+    def prompt(self, counts: Counts, entries: np.ndarray) -> np.ndarray:
+        return counts.step(entries)
+
+    def least(self, sinks: int, protected: int) -> int:
+        del sinks
+        return protected
+
+    def capacity(self, counts: Counts, entries: np.ndarray, new_tokens: np.ndarray) -> np.ndarray:
+        # Every run of compact.onnx ends at the budget, where prefill ended too.
+        runs, rest = new_tokens // self.steps, new_tokens % self.steps
+        before = counts.step(entries + np.maximum(runs - 1, 0) * self.steps) + self.steps
+        after = counts.step(entries + runs * self.steps) + rest
+        return np.asarray(np.where(runs > 0, np.maximum(before, after), after))
+
+    def limit(self, counts: Counts, seen: np.ndarray, new_tokens: int) -> np.ndarray:
+        del new_tokens
+        most = counts.step(seen[:, None])[:, 0]
+        return np.asarray(np.minimum(seen, most + self.steps))
+
+
+def _before_the_end(kept: np.ndarray, distance: int) -> np.ndarray:
+    return np.where(kept <= distance, kept // 2, kept - distance)
+
+
+def _clipped(point: np.ndarray, sinks: int, kept: np.ndarray) -> np.ndarray:
+    return np.asarray(np.minimum(np.maximum(point, sinks), kept), np.int64)

@@ -1,0 +1,184 @@
+"""A cache policy: what decides which entries of the KV cache stay, composed of four parts.
+
+    CachePolicy = score x select x decode x budget      (and what is protected, and positions)
+
+score    what ranks a layer's entries after prefill, and before each run of compact.onnx
+           AllQueries  the attention of all prompt queries
+           Window      that of the most recent queries, as it is or pooled over neighbouring
+                       positions, of all heads together or of each key head on its own
+           Recency     nothing is read: the newer, the better
+select   what becomes of the entries that do not stay: Evict, or Merge into their neighbours
+decode   when an entry leaves while an answer is written (evictions.py)
+           Append      never
+           FixedPoint, Oldest    one by one, as soon as there is one too many
+           Interval    many at once, every so many steps, by compact.onnx
+budget   how many entries a layer keeps (shares.py): Uniform, Profile, Mixed
+
+A variant is a frozen dataclass, and all there is to know about it stands in one place: its numbers
+are checked where it is made (a recipe makes it while the command line is parsed), its counts are
+its methods, its graph code is a function of export/recipes/_cache.py registered for its type. What
+does not go together, ``CachePolicy`` refuses when it is put together. The manifest holds a policy
+as it is, every part with its ``kind``; a reader decodes it to the same objects, with the same
+checks. Nothing of this needs torch.
+
+The released code of two papers deviates from the papers. What it does are variants of their own
+(Released...), which exist for parity tests only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lvlm.core.errors import ParameterError
+from lvlm.core.ranges import whole
+from lvlm.runtime.policies.evictions import (
+    Append,
+    FixedPoint,
+    Interval,
+    Oldest,
+    ReleasedFixedPoint,
+)
+from lvlm.runtime.policies.shares import Mixed, Profile, ReleasedProfile, ReleasedUniform, Uniform
+
+
+@dataclass(frozen=True)
+class AllQueries:
+    """Entries rank by the attention of all prompt queries, mean over the heads."""
+
+    kind: Literal["all-queries"] = "all-queries"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Entries rank by the attention of the ``queries`` most recent tokens.
+
+    kernel    above 1, an odd number: scores of the entries before the protected last ones are
+              pooled over that many neighbouring positions, so that what surrounds an important
+              entry stays, too; beyond the ends are zeros
+    pool      the mean over these, or the max
+    per_head  each key head ranks its entries by its own query heads and keeps its own; else all
+              heads keep the same, by their mean
+    """
+
+    queries: int
+    kernel: int = 1
+    pool: Literal["mean", "max"] = "mean"
+    per_head: bool = False
+    kind: Literal["window"] = "window"
+
+    def __post_init__(self) -> None:
+        whole("window", self.queries, 1)
+        whole("kernel", self.kernel, 1)
+        if self.kernel % 2 == 0:
+            raise ParameterError(
+                f"kernel is {self.kernel}; give an odd number, so that it has a middle"
+            )
+        if self.pool not in ("mean", "max"):
+            raise ParameterError(f"pool is {self.pool!r}; give mean or max")
+
+
+@dataclass(frozen=True)
+class Recency:
+    """Entries rank by their position, whatever attends to them: the last ones stay."""
+
+    kind: Literal["recency"] = "recency"
+
+
+@dataclass(frozen=True)
+class Evict:
+    """Entries that do not stay are gone."""
+
+    kind: Literal["evict"] = "evict"
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Each goes into the nearest one that stays, by index; that becomes the plain mean of all it
+    took over, itself included (Elastic Cache)."""
+
+    kind: Literal["merge"] = "merge"
+
+
+@dataclass(frozen=True)
+class ReleasedMerge:
+    """As Elastic Cache's released code merges."""
+
+    kind: Literal["released-merge"] = "released-merge"
+
+
+Score = AllQueries | Window | Recency
+Select = Evict | Merge | ReleasedMerge
+Decode = Append | FixedPoint | Oldest | Interval | ReleasedFixedPoint
+Budget = Uniform | Profile | Mixed | ReleasedUniform | ReleasedProfile
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """How the cache is kept short.
+
+    sinks      first tokens, which always stay
+    recent     last tokens, which stay when a prompt or an interval is compacted
+    positions  of new tokens: the true ones, or the length of layer 0's cache (released code)
+
+    Raises ParameterError where parts do not go together.
+    """
+
+    score: Score
+    select: Select
+    decode: Decode
+    budget: Budget
+    sinks: int = 0
+    recent: int = 1
+    positions: Literal["true", "layer0"] = "true"
+
+    def __post_init__(self) -> None:
+        whole("kv_sinks", self.sinks, 0)
+        whole("recent entries", self.recent, 0)
+        if self.protected == 0:
+            raise ParameterError("no entry is protected; keep at least one sink or recent one")
+        self.budget.check_cap(self.protected)
+        window = self.score.queries if isinstance(self.score, Window) else 0
+        if window > self.recent:
+            raise ParameterError(
+                f"{window} queries rank the entries, but only the last {self.recent} entries are "
+                "protected; a query's own entry must stay"
+            )
+        if isinstance(self.decode, Interval) and window == 0:
+            raise ParameterError(
+                "compaction at intervals is ranked by the latest queries; give a window of them"
+            )
+        released = isinstance(self.budget, ReleasedUniform | ReleasedProfile)
+        if released != isinstance(self.decode, ReleasedFixedPoint):
+            raise ParameterError("the released code's budget goes with its own elimination only")
+
+    @property
+    def protected(self) -> int:
+        """Entries that every compaction leaves: the first ones and the last ones."""
+        return self.sinks + self.recent
+
+    @property
+    def queries(self) -> int:
+        """Most recent queries that each layer remembers in a ring, for what is ranked later."""
+        later = isinstance(self.decode, Interval) and isinstance(self.score, Window)
+        return self.score.queries if later else 0  # type: ignore[union-attr]
+
+    @property
+    def interval(self) -> int | None:
+        """Steps from one run of compact.onnx to the next; None: it has no use."""
+        return self.decode.steps if isinstance(self.decode, Interval) else None
+
+    def check_layers(self, layers: int) -> None:
+        """ParameterError unless it is for a model of so many ``layers``."""
+        self.budget.check_layers(layers)
+
+    def whole(self) -> CachePolicy:
+        """The same, but every entry stays as long as kv_keep is 1."""
+        return replace(self, budget=self.budget.whole())
+
+    def at_most_every(self, steps: int) -> CachePolicy:
+        """The same with at most so many ``steps`` to the first run of compact.onnx."""
+        if not isinstance(self.decode, Interval):
+            return self
+        decode = replace(self.decode, steps=min(self.decode.steps, steps))
+        return replace(self, decode=decode)
