@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import reduce, singledispatch
 from typing import Literal
 
 import torch
@@ -97,11 +97,14 @@ def _(score: Recency, layer: Layer, recent: int) -> torch.Tensor:
 def _pooled(score: Window, found: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
     """Scores [B,N] over ``kernel`` neighbouring positions, those from ``end`` [B] on left out."""
     places = torch.arange(found.shape[1], device=found.device)
-    before = torch.where(places < end[:, None], found, 0)[:, None]
+    before = torch.where(places < end[:, None], found, 0)
     half = score.kernel // 2
+    # Written out: torch's exporter takes the length as a constant where it sees a pooling.
+    padded = functional.pad(before, (half, half))
+    shifted = [padded.narrow(1, start, found.shape[1]) for start in range(score.kernel)]
     if score.pool == "max":
-        return functional.max_pool1d(before, score.kernel, 1, half)[:, 0]
-    return functional.avg_pool1d(before, score.kernel, 1, half)[:, 0]
+        return reduce(torch.maximum, shifted)
+    return reduce(torch.add, shifted) / score.kernel
 
 
 MODES: dict[type[Select], str] = {

@@ -96,6 +96,7 @@ def test_fractions_lie_between_the_rows_of_a_profile() -> None:
     assert Budgets.of(whole, 2, 1.0).fractions[:, 0].tolist() == [1, 1]
 
 
+@settings(deadline=None)
 @given(seeds, st.integers(1, 40), st.lists(keeps, min_size=1, max_size=4, unique=True), keeps)
 def test_the_mean_fraction_is_that_of_the_call(
     seed: int, layers: int, exported: list[float], keep: float
@@ -111,6 +112,7 @@ def test_the_mean_fraction_is_that_of_the_call(
 # What prefill leaves
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 1000),
     st.lists(st.integers(1, 4000), min_size=1, max_size=20),
@@ -168,6 +170,7 @@ def test_profile_prompt_within_bounds(
     data: Any, layers: int, rows: int, sinks: int, recent: int
 ) -> None:
     """Fractions of 1/64 are exact in floating point, so ties are real ties."""
+    recent += sinks + recent == 0  # something is always protected
     shares = data.draw(st.lists(st.integers(1, 64), min_size=layers, max_size=layers))
     cap = data.draw(st.one_of(st.none(), st.integers(max(1, sinks + recent), 40)))
     counts = st.lists(st.integers(1, 60), min_size=rows, max_size=rows)
@@ -247,6 +250,7 @@ def test_more_is_more_in_total(
 # What decode may keep
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 1000),
     st.lists(st.integers(1, 4000), min_size=1, max_size=20),
@@ -321,6 +325,7 @@ def test_a_mixed_budget_is_uniform_in_part() -> None:
     assert budgets.prompt(array([100], [100])).ravel().tolist() == [46, 34]
 
 
+@settings(deadline=None)
 @given(keeps, st.integers(0, 60), st.integers(2, 40), st.booleans(), seeds)
 def test_where_nothing_leaves_room_is_laid_out_for_the_prompt_and_what_may_follow(
     keep: float, images: int, text: int, with_profile: bool, seed: int
@@ -341,6 +346,7 @@ def test_where_nothing_leaves_room_is_laid_out_for_the_prompt_and_what_may_follo
 # The released code
 
 
+@settings(deadline=None)
 @given(keeps, st.lists(st.integers(1, 4000), min_size=1, max_size=20), st.integers(0, 4))
 def test_prompt_of_the_released_elastic_cache(keep: float, entries: list[int], sinks: int) -> None:
     budgets = Budgets.of(changed(REFERENCE, sinks=sinks), 1, keep)
@@ -359,6 +365,7 @@ def test_the_released_code_keeps_one_less() -> None:
     assert kept.tolist() == [[49, 4, 2, 1, 1]]
 
 
+@settings(deadline=None)
 @given(seeds, keeps, st.lists(st.integers(1, 4000), min_size=1, max_size=20), st.integers(0, 4))
 def test_prompt_of_the_released_prefixkv(
     seed: int, keep: float, entries: list[int], sinks: int
@@ -370,6 +377,7 @@ def test_prompt_of_the_released_prefixkv(
             assert count == max(n - round((1 - fraction) * n), min(n, sinks + 1))
 
 
+@settings(deadline=None)
 @given(keeps, st.integers(1, 4000), st.integers(0, 4000))
 def test_the_released_code_evicts_by_its_own_sum(keep: float, seen: int, length: int) -> None:
     budget = Budgets.of(REFERENCE, 1, keep).step(array([seen])).item()
