@@ -16,13 +16,15 @@ from lvlm.export.recipes._base import parse_settings
 from lvlm.export.verify import validation
 from lvlm.export.verify.checks import table
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.policies.shares import Profiled
 
 
 def compare(bundle: Path, model: str) -> int:
     """The exit status of ``lvlm-compare checkpoint``. Raises ValidationError if they differ, and
     ParameterError for a bundle whose weights an export alone can compare."""
     manifest = read_bundle(bundle, "none")
-    if manifest.quantization is not None or (manifest.compression and manifest.compression.profile):
+    budget = None if manifest.compression is None else manifest.compression.budget
+    if manifest.quantization is not None or isinstance(budget, Profiled):
         raise ParameterError(
             "bundles with quantized weights or a profile are compared by lvlm-export alone"
         )
