@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lvlm.core.discovery import names, nearest
 from lvlm.core.errors import BackendError
-from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.options.generation_options import read_value, whole
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from lvlm.runtime.bundle.manifest import Manifest  # whose policies count with numpy
 
 Buffer = Any  # what a backend allocates: memory on its device
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lvlm.export.budgets.prefix_profiles import DataId, Profile, RecipeId, Spread, identify
 from lvlm.export.checkpoint.checkpoint import Checkpoint
-from lvlm.runtime.bundle.manifest import ProfileRow
+from lvlm.runtime.policies.shares import ProfileRow
 
 KEEPS = (0.2, 0.5, 0.8, 1.0)
 
