@@ -24,9 +24,8 @@ def recipes() -> str:
 
 
 def names() -> str:
-    """The same in few words."""
-    known = sorted(_known().values(), key=lambda kind: (kind.name != "none", kind.name))
-    return _table(("recipe", ""), [(f"`{kind.name}`", kind.summary) for kind in known])
+    """Their names in one line."""
+    return f"Recipes: {', '.join(f'`{name}`' for name in sorted(_known()))}.\n"
 
 
 def policies() -> str:
