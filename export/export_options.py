@@ -10,7 +10,7 @@ import torch
 from lvlm.core.errors import ParameterError
 from lvlm.export.recipes._base import Recipe
 from lvlm.export.targets.target import Target
-from lvlm.export.weights.quantization import BLOCKS, KINDS, Quantization
+from lvlm.export.weights.quantization import BLOCKS, KINDS, WeightQuantization
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CACHES = {"fp16": torch.float16}  # narrower than what is computed with
@@ -53,7 +53,7 @@ class ExportOptions:
                 raise ParameterError(f"--block-size {self.block_size}: give one of {sizes}")
 
     @property
-    def quantization(self) -> Quantization | None:
+    def quantization(self) -> WeightQuantization | None:
         if self.weights is None:
             return None
-        return Quantization(KINDS[self.weights], self.block_size or BLOCK)
+        return WeightQuantization(KINDS[self.weights], self.block_size or BLOCK)

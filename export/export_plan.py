@@ -38,7 +38,7 @@ class CachePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExportPlan:
     """Everything known before any work: what ``--dry-run`` prints."""
 
     options: ExportOptions
@@ -59,7 +59,7 @@ class Plan:
     profile: Profile | None = None  # measured by this export
 
 
-def make_plan(options: ExportOptions, *, weights: bool = True, quiet: bool = False) -> Plan:
+def make_plan(options: ExportOptions, *, weights: bool = True, quiet: bool = False) -> ExportPlan:
     """Resolve and check everything that can be checked without tracing.
 
     Args:
@@ -72,7 +72,7 @@ def make_plan(options: ExportOptions, *, weights: bool = True, quiet: bool = Fal
         return _plan_of(checkpoint, options)
 
 
-def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Plan:
+def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> ExportPlan:
     family = checkpoints.find_family(checkpoint.config, checkpoint.source)
     config = family.read_config(checkpoint.config)
     dtype = DTYPES[options.dtype] if options.dtype else _stored_dtype(config, checkpoint)
@@ -106,7 +106,7 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Plan
         estimates.peak_memory(options, **sizes, dtype=dtype, validate=validate)
         for validate in (options.validate, False)
     )
-    return Plan(
+    return ExportPlan(
         options=options,
         checkpoint=checkpoint,
         family=family,

@@ -21,7 +21,7 @@ from lvlm.core.progress import Progress, size
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.checkpoint.skeleton import build_skeleton
 from lvlm.export.export_options import ExportOptions
-from lvlm.export.export_plan import Plan
+from lvlm.export.export_plan import ExportPlan
 from lvlm.export.graphs.bundle_graphs import graph_names, trace_graph
 from lvlm.export.graphs.tracing import TracedGraph
 from lvlm.export.machine import check_machine
@@ -51,14 +51,14 @@ class Report:
     """What an export did."""
 
     output: Path
-    plan: Plan
+    plan: ExportPlan
     manifest: Manifest
     seconds: float
     validation: list[Any] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def export(plan: Plan, progress: Progress) -> Report:
+def export(plan: ExportPlan, progress: Progress) -> Report:
     """Write the bundle; nothing is left in its place if any step fails."""
     output = plan.options.output
     check_output(output)
@@ -92,7 +92,7 @@ def stages(options: ExportOptions) -> int:
     return graphs + 2 + len(options.targets) + options.validate + measured
 
 
-def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
+def write_bundle(plan: ExportPlan, folder: Path, progress: Progress) -> Manifest:
     """Everything of a bundle into an existing folder, unchecked."""
     graphs = _trace_all(plan, progress)
     transposed = weights.fold_transposes(graphs)
@@ -180,7 +180,7 @@ def write_bundle(plan: Plan, folder: Path, progress: Progress) -> Manifest:
 
 
 def _quantize(
-    plan: Plan, graphs: list[TracedGraph], fused: Mapping[str, tuple[str, ...]]
+    plan: ExportPlan, graphs: list[TracedGraph], fused: Mapping[str, tuple[str, ...]]
 ) -> dict[str, QuantizedTensor]:
     how = plan.options.quantization
     if how is None:
@@ -190,7 +190,7 @@ def _quantize(
     return quantize_products(graphs, names, fused, how)
 
 
-def _facts(plan: Plan) -> dict[str, str]:
+def _facts(plan: ExportPlan) -> dict[str, str]:
     """What targets ask of a decode graph that its nodes do not say."""
     rule, capacity = plan.recipe.cache_rule(), plan.cache.capacity
     positions = capacity.max_text_len + capacity.max_images * plan.images.tokens
@@ -198,7 +198,9 @@ def _facts(plan: Plan) -> dict[str, str]:
     return {POSITIONS: str(positions)} | ({CACHE_WRITES: AT_THE_END} if appends else {})
 
 
-def _lower(target: Target, folder: Path, graphs: dict[str, Graph], plan: Plan) -> dict[str, Graph]:
+def _lower(
+    target: Target, folder: Path, graphs: dict[str, Graph], plan: ExportPlan
+) -> dict[str, Graph]:
     """Write a target's graphs; the descriptions with what was written."""
     files = {name: graph.file for name, graph in graphs.items()}
     written = set(target.write(folder, files, plan.cache.capacity))
@@ -210,12 +212,12 @@ def _lower(target: Target, folder: Path, graphs: dict[str, Graph], plan: Plan) -
     }
 
 
-def _skeleton(plan: Plan) -> Any:
+def _skeleton(plan: ExportPlan) -> Any:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return build_skeleton(plan.family, plan.config, plan.dtype, mode)
 
 
-def _trace_all(plan: Plan, progress: Progress) -> list[TracedGraph]:
+def _trace_all(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = build_skeleton(plan.family, plan.config, plan.dtype, mode)
     language = plan.family.language(model, plan.config)

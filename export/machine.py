@@ -7,15 +7,15 @@ import shutil
 from lvlm.core.errors import ExportError
 from lvlm.core.progress import size
 from lvlm.export.estimates import check_memory
-from lvlm.export.export_plan import Plan
+from lvlm.export.export_plan import ExportPlan
 
 
-def disk(plan: Plan) -> int:
+def disk(plan: ExportPlan) -> int:
     """Bytes that the export writes at most."""
     return plan.weight_bytes + plan.angle_bytes + 50_000_000
 
 
-def check_machine(plan: Plan) -> None:
+def check_machine(plan: ExportPlan) -> None:
     """ExportError, with what helps, where disk or memory are too small for the export."""
     output = plan.options.output.absolute()
     free = shutil.disk_usage(output.parent).free

@@ -7,21 +7,21 @@ from dataclasses import replace
 import torch
 
 from lvlm.core.progress import Progress
-from lvlm.export.budgets.calibration_samples import Sample, builtin_samples, read_samples
+from lvlm.export.budgets.calibration_samples import CalibrationSample, builtin_samples, read_samples
 from lvlm.export.budgets.measuring import calibrate
 from lvlm.export.budgets.prefix_profiles import identify
 from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
-from lvlm.export.export_plan import Plan, plan_cache
+from lvlm.export.export_plan import ExportPlan, plan_cache
 from lvlm.export.recipes._base import Calibration
 from lvlm.export.reference.torch_reference import Reference, load_fp32
 
 
-def samples_for(wanted: Calibration) -> list[Sample]:
+def samples_for(wanted: Calibration) -> list[CalibrationSample]:
     """What to measure on. Raises ParameterError where the file does not hold usable samples."""
     return builtin_samples() if wanted.samples is None else read_samples(wanted.samples)
 
 
-def with_profile(plan: Plan, progress: Progress) -> Plan:
+def with_profile(plan: ExportPlan, progress: Progress) -> ExportPlan:
     """The plan with a profile measured on the recipe's samples, if it still needs one.
 
     The model computes in fp32 for that, over the weights in their files.

@@ -7,13 +7,13 @@ from typing import Any
 
 from lvlm.core.progress import size
 from lvlm.core.wrapping import wrapped
-from lvlm.export.export_plan import Plan
+from lvlm.export.export_plan import ExportPlan
 from lvlm.export.exporter import Report
 from lvlm.export.graphs.bundle_graphs import graph_names
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
 
 
-def plan_data(plan: Plan) -> dict[str, Any]:
+def plan_data(plan: ExportPlan) -> dict[str, Any]:
     return {
         "model": plan.checkpoint.source,
         "family": plan.family.name,
@@ -34,7 +34,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     }
 
 
-def bundle_files(plan: Plan) -> list[str]:
+def bundle_files(plan: ExportPlan) -> list[str]:
     """Every file that the bundle will have."""
     graphs = graph_names(plan.recipe)
     files = ["lvlm.json", "weights.bin", "tokenizer.json", *plan.prompt.files]
@@ -51,7 +51,7 @@ def bundle_files(plan: Plan) -> list[str]:
     return sorted(set(files))
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(plan: ExportPlan) -> str:
     fetched = {"download": f"{size(plan.checkpoint.absent_bytes)} of weights, not done yet"}
     return layout(
         {
@@ -102,27 +102,27 @@ def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _weights(plan: Plan) -> dict[str, int] | None:
+def _weights(plan: ExportPlan) -> dict[str, int] | None:
     how = plan.options.quantization
     return None if how is None else dataclasses.asdict(how)
 
 
-def _quantized(plan: Plan) -> str:
+def _quantized(plan: ExportPlan) -> str:
     how = plan.options.quantization
     return "" if how is None else f", products as int{how.bits} in blocks of {how.block}"
 
 
-def _cache(plan: Plan) -> str:
+def _cache(plan: ExportPlan) -> str:
     dtype = _name(plan.cache_dtype)
     return f"{size(plan.cache.bytes)} per sequence at full capacity, as {dtype}"
 
 
-def _recipe_line(plan: Plan) -> str:
+def _recipe_line(plan: ExportPlan) -> str:
     values = ", ".join(f"{k}={v}" for k, v in plan.recipe.parameters().items() if v is not None)
     return f"{plan.recipe.name} ({values})" if values else plan.recipe.name
 
 
-def _pyramid(plan: Plan) -> str:
+def _pyramid(plan: ExportPlan) -> str:
     counts, steps = plan.cache.image_tokens, [str(plan.cache.image_tokens[0])]
     for layer in range(1, len(counts)):
         if counts[layer] != counts[layer - 1]:

@@ -11,7 +11,7 @@ from gpu_cases import Call
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BuildError
-from lvlm.export.ops.op import Op, Sample
+from lvlm.export.ops.op import Op, OpSample
 from lvlm.plugins_trt.plugins.library_harness import Harness, fields_of, inputs_of, write_case
 from lvlm.plugins_trt.plugins.plugin_plan import DATA, Plugin
 from lvlm.plugins_trt.plugins.registry import plugins
@@ -20,7 +20,7 @@ OPS: dict[str, Op] = discover("lvlm.export.ops", "OP")
 FAILED: list[str] = []  # what went wrong so far
 
 
-def converted(plugin: Plugin, dtype: torch.dtype) -> Iterator[Sample]:
+def converted(plugin: Plugin, dtype: torch.dtype) -> Iterator[OpSample]:
     """The fp32 samples that the plugin has kernels for, in another type."""
     words = plugin.words()
     kinds = [spec.dtype for spec in plugin.inputs]
@@ -34,14 +34,14 @@ def converted(plugin: Plugin, dtype: torch.dtype) -> Iterator[Sample]:
             t.to(dtype) if t is not None and k == DATA else t
             for t, k in zip(sample.inputs, kinds, strict=False)
         ]
-        yield Sample(sample.name, inputs, sample.attributes, sample.unspecified)
+        yield OpSample(sample.name, inputs, sample.attributes, sample.unspecified)
 
 
 def run_calls(
     harness: Harness,
     work: Path,
     plugin: Plugin,
-    chosen: Sequence[Sample | Call],
+    chosen: Sequence[OpSample | Call],
     environment: Mapping[str, str],
     *,
     raw_memory: bool = False,
@@ -76,7 +76,7 @@ def ran(report: Mapping[str, Any], what: str) -> bool:
 
 
 def difference(
-    what: str, name: str, sample: Sample, found: Sequence[torch.Tensor], *, exact: bool = True
+    what: str, name: str, sample: OpSample, found: Sequence[torch.Tensor], *, exact: bool = True
 ) -> float:
     """The largest over the outputs; a wrong integer, or what is not finite elsewhere, is a failure.
 

@@ -9,7 +9,7 @@ import torch
 from gpu_cases import Call, calls
 from gpu_compare import FAILED, OPS, difference, ran, run_calls
 
-from lvlm.export.ops.op import Sample
+from lvlm.export.ops.op import OpSample
 from lvlm.plugins_trt.plugins.library_harness import Harness, read_outputs
 from lvlm.plugins_trt.plugins.registry import plugins
 
@@ -44,7 +44,7 @@ def timings(
         if dry_run:
             yield f"| {call.op} | {call.name} | not run |"
             continue
-        sample = Sample(call.name, call.inputs, call.attributes)
+        sample = OpSample(call.name, call.inputs, call.attributes)
         error = difference(what, call.op, sample, read_outputs(report), exact=call.exact)
         allowed = OPS[call.op].tolerance[torch.float16]
         if call.exact and error > allowed:

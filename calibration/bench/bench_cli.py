@@ -21,7 +21,7 @@ from lvlm.core.console import run_main
 
 if TYPE_CHECKING:
     from lvlm.bench.contenders import Contender
-    from lvlm.bench.rounds import Plan
+    from lvlm.bench.rounds import BenchPlan
     from lvlm.bench.workload import Case
     from lvlm.core.progress import Progress
 
@@ -61,7 +61,7 @@ def _measure(
     args: argparse.Namespace,
     arguments: Sequence[str],
     contenders: Sequence[Contender],
-    plan: Plan,
+    plan: BenchPlan,
     progress: Progress,
 ) -> int:
     import tempfile
@@ -134,14 +134,14 @@ def _check_labels(contenders: Sequence[Contender]) -> None:
             )
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _plan(args: argparse.Namespace) -> BenchPlan:
     from lvlm.bench.machine import cores
-    from lvlm.bench.rounds import Plan
+    from lvlm.bench.rounds import BenchPlan
 
     cases = tuple(_cases(args))
     most = SLOTS if args.rate else max(case.concurrency for case in cases)
     loaded = bool(args.concurrency or args.rate)
-    return Plan(
+    return BenchPlan(
         cases=cases,
         warmup=args.warmup,
         repeats=args.repeats or (1 if loaded else REPEATS),
@@ -174,7 +174,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def _stages(contenders: Sequence[Contender], plan: Plan) -> int:
+def _stages(contenders: Sequence[Contender], plan: BenchPlan) -> int:
     """Of the progress; conversions come on top."""
     rounds = len(plan.cases) * (len(contenders) if plan.apart else 1)
     return len(contenders) + rounds

@@ -10,13 +10,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from lvlm.bench.contenders import BenchError
-from lvlm.bench.figures import Figures, Spread
+from lvlm.bench.figures import Figures, RoundSpread
 from lvlm.bench.rounds import Result
 from lvlm.bench.workload import Case
 
 PANEL = 4.0, 3.0  # inches
 FORMATS = (".png", ".svg")
-Value = Callable[[Figures], Spread | float | None]
+Value = Callable[[Figures], RoundSpread | float | None]
 LONE: dict[str, Value] = {
     "time to first token, ms": lambda f: f.ttft_ms,
     "decode, tokens/s": lambda f: f.decode_tokens_per_s,
@@ -98,6 +98,6 @@ def _point(result: Result, case: Case, value: Value) -> tuple[float | None, floa
     """The figure, and how far the rounds go below and above it."""
     figures = result.figures(case)
     found = None if figures is None else value(figures)
-    if isinstance(found, Spread):
+    if isinstance(found, RoundSpread):
         return found.median, found.median - found.low, found.high - found.median
     return found, 0.0, 0.0

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lvlm.bench.contenders import BenchError
-from lvlm.bench.figures import Figures, Spread
-from lvlm.bench.rounds import Plan, Result
+from lvlm.bench.figures import Figures, RoundSpread
+from lvlm.bench.rounds import BenchPlan, Result
 from lvlm.bench.workload import Case
 from lvlm.core.output import whole_file
 
@@ -25,7 +25,7 @@ LONE = "of bandwidth: bytes a decode step must read (weights and cache) times to
 LONE += "reading speed measured before the run."
 
 
-def markdown(results: Sequence[Result], plan: Plan, machine: Mapping[str, Any]) -> str:
+def markdown(results: Sequence[Result], plan: BenchPlan, machine: Mapping[str, Any]) -> str:
     """A table per case, with the machine above and the meaning of the columns below."""
     lines = [about(plan, machine), ""]
     for case in plan.cases:
@@ -37,7 +37,7 @@ def markdown(results: Sequence[Result], plan: Plan, machine: Mapping[str, Any]) 
     return "\n".join(lines) + "\n"
 
 
-def about(plan: Plan, machine: Mapping[str, Any]) -> str:
+def about(plan: BenchPlan, machine: Mapping[str, Any]) -> str:
     speed = machine["read_bytes_per_s"] / 1e9
     rounds = "one round" if plan.repeats == 1 else f"median of {plan.repeats} rounds in turn"
     versions = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
@@ -93,7 +93,7 @@ def title(case: Case, results: Sequence[Result]) -> str:
     )
 
 
-def _notes(results: Sequence[Result], plan: Plan) -> list[str]:
+def _notes(results: Sequence[Result], plan: BenchPlan) -> list[str]:
     """What a reader must know besides: errors, unequal prompts, noise."""
     notes = [f"{result.error}." for result in results if result.error is not None]
     for case in plan.cases:
@@ -109,7 +109,7 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _spread(spread: Spread | None, style: str) -> str:
+def _spread(spread: RoundSpread | None, style: str) -> str:
     if spread is None:
         return NONE
     noise = f" ± {spread.noise:.0%}" if spread.low < spread.high else ""
@@ -125,7 +125,7 @@ def _megabytes(value: int | None, style: str = ",.0f") -> str:
 
 
 def as_json(
-    results: Sequence[Result], plan: Plan, machine: Mapping[str, Any], run: Mapping[str, Any]
+    results: Sequence[Result], plan: BenchPlan, machine: Mapping[str, Any], run: Mapping[str, Any]
 ) -> str:
     """Everything: ``run`` (command, time), the machine, the plan, figures and every token time."""
     rows = [_plain(result, case, machine) for case in plan.cases for result in results]

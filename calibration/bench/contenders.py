@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lvlm.bench.bench_arguments import PEERS
-from lvlm.bench.figures import Record
+from lvlm.bench.figures import RequestRecord
 from lvlm.bench.workload import Work
 from lvlm.core.discovery import discover, nearest
 from lvlm.core.errors import BundleError, LvlmError, ParameterError
@@ -57,7 +57,7 @@ class Setup:
 class Serving(Protocol):
     """A contender that is loaded."""
 
-    def serve(self, work: Work) -> list[Record]:
+    def serve(self, work: Work) -> list[RequestRecord]:
         """Answers every request, greedily and to its full length."""
         ...
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from lvlm.bench.figures import Record
-from lvlm.bench.workload import Request, Work
+from lvlm.bench.figures import RequestRecord
+from lvlm.bench.workload import Work, WorkloadRequest
 
 
 class Pending(Protocol):
@@ -26,13 +26,13 @@ class Mark(Protocol):
 
 
 # Answers a request; marks each token. (prompt tokens, cache bytes)
-Answer = Callable[[Request, Mark], tuple[int, int | None]]
+Answer = Callable[[WorkloadRequest, Mark], tuple[int, int | None]]
 
 
-def one_after_another(answer: Answer, work: Work) -> list[Record]:
+def one_after_another(answer: Answer, work: Work) -> list[RequestRecord]:
     """For a contender that answers one request at a time: the others queue, first come first
     served, and their waiting counts."""
-    began, records, ends = time.perf_counter(), list[Record](), list[float]()
+    began, records, ends = time.perf_counter(), list[RequestRecord](), list[float]()
     for index, request in enumerate(work.requests):
         if work.arrivals:
             arrival = work.arrivals[index]
@@ -47,15 +47,15 @@ def one_after_another(answer: Answer, work: Work) -> list[Record]:
 
         tokens, cache = answer(request, mark)
         ends.append(time.perf_counter() - began)
-        records.append(Record(arrival, tuple(t - began for t in times), tokens, cache))
+        records.append(RequestRecord(arrival, tuple(t - began for t in times), tokens, cache))
     return records
 
 
-def at_once(submit: Callable[[Request], Pending], work: Work) -> list[Record]:
+def at_once(submit: Callable[[WorkloadRequest], Pending], work: Work) -> list[RequestRecord]:
     """For a contender that takes requests while it answers others; ``submit`` is called from many
     threads. The first error of any request is raised."""
     began = time.perf_counter()
-    records: list[Record | None] = [None] * len(work.requests)
+    records: list[RequestRecord | None] = [None] * len(work.requests)
     errors: list[BaseException] = []
 
     def ask(index: int, arrival: float) -> None:
@@ -64,7 +64,7 @@ def at_once(submit: Callable[[Request], Pending], work: Work) -> list[Record]:
         except BaseException as error:
             errors.append(error)
             return
-        records[index] = Record(arrival, tuple(t - began for t in times), tokens, cache)
+        records[index] = RequestRecord(arrival, tuple(t - began for t in times), tokens, cache)
 
     threads = _by_themselves(ask, work, began) if work.arrivals else _clients(ask, work, began)
     for thread in threads:

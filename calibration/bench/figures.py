@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Record:
+class RequestRecord:
     """One request of a round; times in seconds from the round's start.
 
     ``arrival`` is when it was wanted, not when a busy client got round to sending it; ``tokens``
@@ -28,7 +28,7 @@ class Record:
 class Round:
     """All requests of one case by one contender, once. ``peak_bytes``: most resident memory."""
 
-    records: tuple[Record, ...]
+    records: tuple[RequestRecord, ...]
     peak_bytes: int | None
 
     @property
@@ -66,7 +66,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Spread:
+class RoundSpread:
     """A figure over the rounds: its median, lowest and highest."""
 
     median: float
@@ -74,7 +74,7 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float]) -> RoundSpread:
         return cls(statistics.median(values), min(values), max(values))
 
     @property
@@ -87,14 +87,14 @@ class Spread:
 class Figures:
     """A contender on a case, over its rounds. Milliseconds; percentiles pool all rounds."""
 
-    ttft_ms: Spread
+    ttft_ms: RoundSpread
     ttft_p95_ms: float
     itl_p50_ms: float | None
     itl_p95_ms: float | None
     itl_p99_ms: float | None
-    decode_tokens_per_s: Spread | None
-    tokens_per_s: Spread
-    requests_per_s: Spread
+    decode_tokens_per_s: RoundSpread | None
+    tokens_per_s: RoundSpread
+    requests_per_s: RoundSpread
     peak_bytes: int | None
     cache_bytes: int | None
     prompt_tokens: int
@@ -105,14 +105,16 @@ class Figures:
         decode = [r.decode_tokens_per_s for r in rounds]
         records = [record for r in rounds for record in r.records]
         return cls(
-            ttft_ms=Spread.of([1e3 * statistics.median(r.ttft) for r in rounds]),
+            ttft_ms=RoundSpread.of([1e3 * statistics.median(r.ttft) for r in rounds]),
             ttft_p95_ms=percentile([1e3 * t for r in rounds for t in r.ttft], 95),
             itl_p50_ms=percentile(gaps, 50) if gaps else None,
             itl_p95_ms=percentile(gaps, 95) if gaps else None,
             itl_p99_ms=percentile(gaps, 99) if gaps else None,
-            decode_tokens_per_s=Spread.of([d for d in decode if d is not None]) if gaps else None,
-            tokens_per_s=Spread.of([r.tokens_per_s for r in rounds]),
-            requests_per_s=Spread.of([r.requests_per_s for r in rounds]),
+            decode_tokens_per_s=RoundSpread.of([d for d in decode if d is not None])
+            if gaps
+            else None,
+            tokens_per_s=RoundSpread.of([r.tokens_per_s for r in rounds]),
+            requests_per_s=RoundSpread.of([r.requests_per_s for r in rounds]),
             peak_bytes=_most(r.peak_bytes for r in rounds),
             cache_bytes=_most(r.cache_bytes for r in records),
             prompt_tokens=max(r.prompt_tokens for r in records),
@@ -123,7 +125,7 @@ class Figures:
         data = asdict(self)
         for name in data:
             value = getattr(self, name)
-            if isinstance(value, Spread):
+            if isinstance(value, RoundSpread):
                 data[name]["noise"] = value.noise
         return data
 

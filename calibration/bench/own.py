@@ -10,8 +10,8 @@ import numpy as np
 
 from lvlm.bench.contenders import Serving, Setup
 from lvlm.bench.drive import Mark, at_once, one_after_another
-from lvlm.bench.figures import Record
-from lvlm.bench.workload import Request, Work
+from lvlm.bench.figures import RequestRecord
+from lvlm.bench.workload import Work, WorkloadRequest
 from lvlm.runtime.backends import open_backend
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
@@ -34,13 +34,13 @@ class Alone:
         self._model = load(setup.source, device=device, threads=setup.threads)
         self._ratios = ratios(setup.settings)
         self._facts = facts(self._model.manifest, device)
-        self._pictures: dict[Request, list[np.ndarray]] = {}
+        self._pictures: dict[WorkloadRequest, list[np.ndarray]] = {}
 
-    def serve(self, work: Work) -> list[Record]:
+    def serve(self, work: Work) -> list[RequestRecord]:
         self._pictures = {request: request.open() for request in work.requests}
         return one_after_another(self._answer, work)
 
-    def _answer(self, request: Request, mark: Mark) -> tuple[int, int | None]:
+    def _answer(self, request: WorkloadRequest, mark: Mark) -> tuple[int, int | None]:
         with self._model.stream(
             request.prompt,
             self._pictures[request],
@@ -95,10 +95,10 @@ class Together:
         # What it plans, in bytes, beside what is seen
         self._facts["engine_memory"] = asdict(self._engine.memory())
 
-    def serve(self, work: Work) -> list[Record]:
+    def serve(self, work: Work) -> list[RequestRecord]:
         pictures = {request: request.open() for request in work.requests}
 
-        def submit(request: Request) -> Asked:
+        def submit(request: WorkloadRequest) -> Asked:
             handle = self._engine.submit(
                 request.prompt,
                 images=pictures[request],

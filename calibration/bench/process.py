@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from lvlm.bench.contenders import BenchError, Setup
-from lvlm.bench.figures import Record, Round
+from lvlm.bench.figures import RequestRecord, Round
 from lvlm.bench.workload import Work
 from lvlm.core.typed_json import decode
 
@@ -58,7 +58,7 @@ class Child:
 
     def round(self, work: Work) -> Round:
         answer = self._ask({"do": "round", "work": asdict(work)})
-        records = (decode(Record, record, "record") for record in answer["records"])
+        records = (decode(RequestRecord, record, "record") for record in answer["records"])
         return Round(tuple(records), answer["peak_bytes"])
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ WARM_UP_SEEDS = 1_000_000  # rounds that do not count ask other questions
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """``apart``: contenders one after another, each loaded alone, instead of in turn."""
 
     cases: tuple[Case, ...]
@@ -62,7 +62,7 @@ def measure(
     sources: Mapping[str, Path],
     prompts: Path,
     writer: PromptWriter,
-    plan: Plan,
+    plan: BenchPlan,
     logs: Path,
     progress: Progress,
 ) -> list[Result]:
@@ -85,7 +85,7 @@ def _open(
     group: Sequence[Result],
     sources: Mapping[str, Path],
     prompts: Path,
-    plan: Plan,
+    plan: BenchPlan,
     logs: Path,
     children: ExitStack,
     progress: Progress,
@@ -121,7 +121,7 @@ def _rounds(
     case: Case,
     running: list[tuple[Result, Child]],
     writer: PromptWriter,
-    plan: Plan,
+    plan: BenchPlan,
     progress: Progress,
 ) -> None:
     """Warm-up and rounds of one case; who begins changes from round to round."""

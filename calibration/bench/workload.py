@@ -89,7 +89,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Request:
+class WorkloadRequest:
     """``pictures`` are seeds of noise (see ``picture``) of ``size`` rows and columns."""
 
     prompt: str
@@ -106,7 +106,7 @@ class Request:
 class Work:
     """The requests of one round and their arrivals in seconds; () where clients wait."""
 
-    requests: tuple[Request, ...]
+    requests: tuple[WorkloadRequest, ...]
     arrivals: tuple[float, ...]
     concurrency: int
 
@@ -148,7 +148,7 @@ def work(case: Case, writer: PromptWriter, seed: int) -> Work:
     # Text seeds decide pictures, too
     seeds = range(1000 * seed, 1000 * seed + (len(times) or case.requests))
     requests = tuple(
-        Request(
+        WorkloadRequest(
             writer.write(case.text_tokens, case.images, s),
             tuple(s * 10 + i for i in range(case.images)),
             writer.size,

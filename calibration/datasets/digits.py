@@ -19,7 +19,12 @@ from typing import ClassVar, Literal, cast, get_args
 import numpy as np
 from PIL import Image
 
-from lvlm.calibration.datasets.samples import DataError, Dataset, Request, Sample
+from lvlm.calibration.datasets.samples import (
+    DataError,
+    Dataset,
+    EvaluationRequest,
+    EvaluationSample,
+)
 from lvlm.core.installing import install
 
 Split = Literal["train", "heldout"]
@@ -139,13 +144,15 @@ class Digits(Dataset):
     summary: ClassVar[str] = "built-in: 3 x 3 grids of real handwritten digits"
     kinds: ClassVar[tuple[str, ...]] = get_args(Kind)
 
-    def read(self, request: Request) -> list[Sample]:
+    def read(self, request: EvaluationRequest) -> list[EvaluationSample]:
         if find_spec("sklearn") is None:
             raise DataError(f"the data set 'digits' needs scikit-learn; {install('calibration')}")
         kinds = cast(tuple[Kind, ...], request.kinds or self.kinds)
         drawn = samples("heldout", request.samples or DEFAULT_SAMPLES, kinds=kinds)
         return [
-            Sample(f"{n}-{q.kind}", (grid.image,), q.question, q.answer, f"digits sample {n}")
+            EvaluationSample(
+                f"{n}-{q.kind}", (grid.image,), q.question, q.answer, f"digits sample {n}"
+            )
             for n, (grid, q) in enumerate(drawn, 1)
         ]
 

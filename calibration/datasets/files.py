@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlm.calibration.datasets.samples import DataError, Request
+from lvlm.calibration.datasets.samples import DataError, EvaluationRequest
 
 
 @dataclass(frozen=True)
-class Entry:
+class DatasetEntry:
     """One entry of a file; ``where`` names it in messages."""
 
     id: str
@@ -70,7 +70,9 @@ def parse(text: str, where: str) -> Any:
         raise DataError(f"{where} is nested too deeply; mend it") from None
 
 
-def first(entries: Sequence[Entry], path: Path, request: Request) -> Sequence[Entry]:
+def first(
+    entries: Sequence[DatasetEntry], path: Path, request: EvaluationRequest
+) -> Sequence[DatasetEntry]:
     """As many entries as are wanted; DataError if there are fewer."""
     if not entries:
         raise DataError(f"{path} holds no samples; give a file with at least one")

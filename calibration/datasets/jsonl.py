@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lvlm.calibration.datasets.files import Entry, first, parse, read_text
-from lvlm.calibration.datasets.samples import Dataset, Request, Sample
+from lvlm.calibration.datasets.files import DatasetEntry, first, parse, read_text
+from lvlm.calibration.datasets.samples import Dataset, EvaluationRequest, EvaluationSample
 
 
 class JsonLines(Dataset):
@@ -15,13 +15,13 @@ class JsonLines(Dataset):
     summary: ClassVar[str] = 'file: one {"image", "prompt", "answer"} a line'
     suffix: ClassVar[str | None] = ".jsonl"
 
-    def read(self, request: Request) -> list[Sample]:
+    def read(self, request: EvaluationRequest) -> list[EvaluationSample]:
         assert request.path is not None
         path, root = request.path, request.images or request.path.parent
         # Split at newlines only: JSON texts may hold other line separators.
         lines = enumerate(read_text(path).split("\n"), 1)
         entries = [
-            Entry(str(number), parse(line, f"{path} line {number}"), f"{path} line {number}")
+            DatasetEntry(str(number), parse(line, f"{path} line {number}"), f"{path} line {number}")
             for number, line in lines
             if line.strip()
         ]
@@ -29,7 +29,9 @@ class JsonLines(Dataset):
             for key in ("image", "prompt", "answer"):
                 entry.get(key)
         return [
-            Sample(e.id, e.images("image", root), e.text("prompt"), e.text("answer"), e.where)
+            EvaluationSample(
+                e.id, e.images("image", root), e.text("prompt"), e.text("answer"), e.where
+            )
             for e in first(entries, path, request)
         ]
 

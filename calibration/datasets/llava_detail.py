@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lvlm.calibration.datasets.files import Entry, first, parse, read_text
-from lvlm.calibration.datasets.samples import DataError, Dataset, Request, Sample
+from lvlm.calibration.datasets.files import DatasetEntry, first, parse, read_text
+from lvlm.calibration.datasets.samples import (
+    DataError,
+    Dataset,
+    EvaluationRequest,
+    EvaluationSample,
+)
 
 
 class LlavaDetail(Dataset):
@@ -22,29 +27,31 @@ class LlavaDetail(Dataset):
     )
     suffix: ClassVar[str | None] = ".json"
 
-    def read(self, request: Request) -> list[Sample]:
+    def read(self, request: EvaluationRequest) -> list[EvaluationSample]:
         assert request.path is not None
         path, root = request.path, request.images or request.path.parent
         data = parse(read_text(path), str(path))
         if not isinstance(data, list):
             raise DataError(f"{path} is not a list of entries; is its --format llava-detail?")
-        entries = [Entry(str(n), value, f"{path} entry {n}") for n, value in enumerate(data, 1)]
+        entries = [
+            DatasetEntry(str(n), value, f"{path} entry {n}") for n, value in enumerate(data, 1)
+        ]
         pairs = [_turns(entry) for entry in entries]
         for entry in entries:
             entry.text("image")
         return [
-            Sample(entry.id, entry.images("image", root), question, answer, entry.where)
+            EvaluationSample(entry.id, entry.images("image", root), question, answer, entry.where)
             for entry, (question, answer) in zip(first(entries, path, request), pairs, strict=False)
         ]
 
 
-def _turns(entry: Entry) -> tuple[str, str]:
+def _turns(entry: DatasetEntry) -> tuple[str, str]:
     """The texts of the first question and answer."""
     turns = entry.get("conversations")
     if not isinstance(turns, list) or len(turns) < 2:
         raise DataError(f"{entry.where}: 'conversations' needs a question and an answer")
     question, answer = (
-        Entry(entry.id, turn, f"{entry.where}, turn {n}").text("value")
+        DatasetEntry(entry.id, turn, f"{entry.where}, turn {n}").text("value")
         for n, turn in enumerate(turns[:2], 1)
     )
     return question, answer

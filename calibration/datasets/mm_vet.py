@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lvlm.calibration.datasets.files import Entry, first, parse, read_text
-from lvlm.calibration.datasets.samples import PLACEHOLDER, DataError, Dataset, Request, Sample
+from lvlm.calibration.datasets.files import DatasetEntry, first, parse, read_text
+from lvlm.calibration.datasets.samples import (
+    PLACEHOLDER,
+    DataError,
+    Dataset,
+    EvaluationRequest,
+    EvaluationSample,
+)
 
 
 class MMVet(Dataset):
@@ -22,7 +28,7 @@ class MMVet(Dataset):
     )
     suffix: ClassVar[str | None] = ".json"
 
-    def read(self, request: Request) -> list[Sample]:
+    def read(self, request: EvaluationRequest) -> list[EvaluationSample]:
         assert request.path is not None
         path = request.path
         beside = path.parent / "images"
@@ -30,17 +36,17 @@ class MMVet(Dataset):
         data = parse(read_text(path), str(path))
         if isinstance(data, dict):
             key = "imagename"
-            entries = [Entry(k, value, f"{path} entry {k}") for k, value in data.items()]
+            entries = [DatasetEntry(k, value, f"{path} entry {k}") for k, value in data.items()]
         elif isinstance(data, list):
             key = "image"
-            entries = [Entry(str(n), v, f"{path} entry {n}") for n, v in enumerate(data, 1)]
+            entries = [DatasetEntry(str(n), v, f"{path} entry {n}") for n, v in enumerate(data, 1)]
         else:
             raise DataError(f"{path} is neither an object nor a list; is its --format mm-vet?")
         for entry in entries:
             for wanted in (key, "question", "answer"):
                 entry.text(wanted)
         return [
-            Sample(
+            EvaluationSample(
                 e.id, e.images(key, root), _prompt(e.text("question")), e.text("answer"), e.where
             )
             for e in first(entries, path, request)

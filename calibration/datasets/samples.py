@@ -27,7 +27,7 @@ class DataError(LvlmError, ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class EvaluationSample:
     """One question and its answer.
 
     images  paths, or uint8 arrays [H,W,3]
@@ -74,7 +74,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What is wanted of a data set. ``samples`` None: all, or its own default."""
 
     path: Path | None = None
@@ -95,7 +95,7 @@ class Dataset:
     suffix: ClassVar[str | None] = None
     kinds: ClassVar[tuple[str, ...]] = ()
 
-    def read(self, request: Request) -> list[Sample]:
+    def read(self, request: EvaluationRequest) -> list[EvaluationSample]:
         """The first ``samples`` samples, not yet checked. Raises DataError."""
         raise NotImplementedError
 
@@ -107,7 +107,7 @@ def read_samples(
     images: Path | None = None,
     samples: int | None = None,
     kinds: Sequence[str] = (),
-) -> list[Sample]:
+) -> list[EvaluationSample]:
     """The checked samples of ``data``: the name of a built-in set, or a file.
 
     ``layout`` names the file's; None: the only one of its suffix. ``images`` is the folder that the
@@ -124,7 +124,7 @@ def read_samples(
             raise ParameterError(f"--kinds is for data sets with kinds; '{found.name}' has none")
         if kind not in found.kinds:
             raise nearest("kind", kind, found.kinds)
-    chosen = found.read(Request(path, images, samples, tuple(dict.fromkeys(kinds))))
+    chosen = found.read(EvaluationRequest(path, images, samples, tuple(dict.fromkeys(kinds))))
     for sample in chosen:
         sample.check()
     return chosen

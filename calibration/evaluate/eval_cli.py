@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lvlm.core.console import Parser, add_verify, run_main
 
 if TYPE_CHECKING:
-    from lvlm.calibration.datasets.samples import Sample
+    from lvlm.calibration.datasets.samples import EvaluationSample
     from lvlm.calibration.evaluate.metrics import Metric
     from lvlm.calibration.evaluate.variants import Bundle
     from lvlm.core.progress import Progress
@@ -243,7 +243,7 @@ def _reference(
 
 def _made(
     args: argparse.Namespace,
-    samples: Sequence[Sample],
+    samples: Sequence[EvaluationSample],
     settings: dict[str, Any],
     progress: Progress,
 ) -> list[Bundle]:
@@ -276,7 +276,7 @@ def _made(
 def _settings(
     args: argparse.Namespace,
     metrics: Sequence[Metric],
-    samples: Sequence[Sample],
+    samples: Sequence[EvaluationSample],
     bundles: Sequence[Bundle],
 ) -> dict[str, Any]:
     """Everything that results depend on, by the names of the flags."""
@@ -297,7 +297,7 @@ def _settings(
     }
 
 
-def _about(args: argparse.Namespace, samples: Sequence[Sample]) -> str:
+def _about(args: argparse.Namespace, samples: Sequence[EvaluationSample]) -> str:
     kinds = f" ({', '.join(args.kinds)})" if args.kinds else ""
     together = f", {args.batch} prompts at a time" if args.batch > 1 else ""
     return (

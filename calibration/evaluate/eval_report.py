@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lvlm.calibration.datasets.samples import Sample
+from lvlm.calibration.datasets.samples import EvaluationSample
 from lvlm.calibration.evaluate.metrics import Metric
-from lvlm.calibration.evaluate.records import Record, ResultsError, Run
+from lvlm.calibration.evaluate.records import ResultsError, Run, SampleRecord
 from lvlm.calibration.evaluate.variants import Variant
 from lvlm.core.output import whole_file
 
@@ -20,7 +20,7 @@ TIMES = ("vision_ms", "prefill_ms", "decode_ms")
 
 
 @dataclass(frozen=True)
-class Row:
+class ReportRow:
     """One variant's results; None where the wanted fraction is out of reach.
 
     ``kept``: entries left after prefill over prompt tokens, mean over layers and samples. Bytes are
@@ -42,18 +42,18 @@ class Row:
 
 def make_row(
     variant: Variant,
-    records: Mapping[Run, Sequence[Record | None]],
-    samples: Sequence[Sample],
+    records: Mapping[Run, Sequence[SampleRecord | None]],
+    samples: Sequence[EvaluationSample],
     metrics: Sequence[Metric],
     full: Sequence[str] | None,
-) -> Row:
+) -> ReportRow:
     """``records`` of each run, in the samples' order (None: not run, as another sample is out of
     reach); ``full`` are the full cache's greedy texts."""
     beyond = [r for run in records.values() for r in run if r is not None and r.kept is None]
     if beyond:
         least = max(r.least or 0.0 for r in beyond)
         values: dict[str, float | None] = dict.fromkeys(m.name for m in metrics)
-        return Row(variant, values, None, least, None, None, None, None, [])
+        return ReportRow(variant, values, None, least, None, None, None, None, [])
     done = {run: [r for r in found if r is not None] for run, found in records.items()}
     scores = {
         metric.name: [
@@ -65,7 +65,7 @@ def make_row(
     # Where both ran, answers of equal length make the better comparison
     measured = done["forced" if "forced" in done else "greedy"]
     steps = sum(r.decode_steps for r in measured)
-    return Row(
+    return ReportRow(
         variant=variant,
         values={metric.name: metric.value(scores[metric.name]) for metric in metrics},
         kept=_mean([_number(r.kept) for r in measured]),
@@ -85,7 +85,7 @@ def make_row(
     )
 
 
-def _plain(record: Record) -> dict[str, Any]:
+def _plain(record: SampleRecord) -> dict[str, Any]:
     plain = {name: value for name, value in asdict(record).items() if value is not None}
     del plain["key"], plain["sample"]
     return plain
@@ -100,7 +100,9 @@ def _number(value: float | None) -> float:
     return value
 
 
-def markdown(rows: Sequence[Row], metrics: Sequence[Metric], about: str, timings: bool) -> str:
+def markdown(
+    rows: Sequence[ReportRow], metrics: Sequence[Metric], about: str, timings: bool
+) -> str:
     """The table, below one line ``about`` it, with the meaning of its columns."""
     texts = ["bundle", "recipe", "setting"]
     head = ["kept cache", *(m.title for m in metrics), "cache used", "cache allocated"]
@@ -144,7 +146,7 @@ def _kilobytes(value: float | None) -> str:
     return NONE if value is None else f"{value / 1000:,.1f} kB"
 
 
-def results(rows: Sequence[Row], settings: Mapping[str, Any], timings: bool) -> str:
+def results(rows: Sequence[ReportRow], settings: Mapping[str, Any], timings: bool) -> str:
     """Everything as JSON text: the command's settings, the rows, every sample's record."""
     found = []
     for row in rows:

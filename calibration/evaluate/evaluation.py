@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from itertools import groupby
 
-from lvlm.calibration.datasets.samples import Sample
+from lvlm.calibration.datasets.samples import EvaluationSample
 from lvlm.calibration.evaluate.fit import Shape, new_tokens, solve_keep
-from lvlm.calibration.evaluate.records import Record, RecordStore, Run, key_of
+from lvlm.calibration.evaluate.records import RecordStore, Run, SampleRecord, key_of
 from lvlm.calibration.evaluate.variant_runner import BundleRunner, Conditions
 from lvlm.calibration.evaluate.variants import Variant
 from lvlm.core.errors import CapacityError
@@ -19,7 +19,7 @@ TOOLS = ("lvlm-deploy", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """One run of all samples through one variant; ``keys`` name its records."""
 
     variant: Variant
@@ -28,18 +28,18 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Step:
+class EvaluationStep:
     """How far an evaluation is: samples of a job that are through, and the seconds probably left
     for all jobs (None: not known yet)."""
 
-    job: Job
+    job: EvaluationJob
     done: int
     seconds_left: float | None
 
 
 def plan_jobs(
-    wanted: Sequence[tuple[Variant, Run]], samples: Sequence[Sample], how: Conditions
-) -> list[Job]:
+    wanted: Sequence[tuple[Variant, Run]], samples: Sequence[EvaluationSample], how: Conditions
+) -> list[EvaluationJob]:
     """A job for each pair; a record's key holds all that it depends on."""
     digests = [sample.digest() for sample in samples]
     tools = {name: version for name in TOOLS if (version := _version(name))}
@@ -59,17 +59,22 @@ def plan_jobs(
             for row in range(chunk.stop - chunk.start)
         ]
 
-    return [Job(variant, run, tuple(keys(variant, run))) for variant, run in wanted]
+    return [EvaluationJob(variant, run, tuple(keys(variant, run))) for variant, run in wanted]
 
 
-def pending(jobs: Sequence[Job], how: Conditions, store: RecordStore) -> list[Job]:
+def pending(
+    jobs: Sequence[EvaluationJob], how: Conditions, store: RecordStore
+) -> list[EvaluationJob]:
     """The jobs that ``store`` lacks records of."""
     return [job for job in jobs if _missing(job, how, store)]
 
 
 def evaluate(
-    jobs: Sequence[Job], samples: Sequence[Sample], how: Conditions, store: RecordStore
-) -> Iterator[Step]:
+    jobs: Sequence[EvaluationJob],
+    samples: Sequence[EvaluationSample],
+    how: Conditions,
+    store: RecordStore,
+) -> Iterator[EvaluationStep]:
     """Add the records of ``jobs`` that ``store`` lacks, batch by batch, and say how far it is.
 
     A bundle is loaded once for all its jobs, and not at all if nothing of it is missing. Whether
@@ -79,13 +84,13 @@ def evaluate(
     total, done, began = sum(map(len, missing.values())), 0, time.monotonic()
     for bundle, group in groupby(pending(jobs, how, store), key=lambda job: job.variant.bundle):
         todo = list(group)
-        yield Step(todo[0], 0, None)
+        yield EvaluationStep(todo[0], 0, None)
         runner = BundleRunner(bundle, how)
         shapes = [runner.shape(sample) for sample in samples]
         plans = [(job, _keeps(job, samples, shapes, how)) for job in todo]
         with runner:
             for job, keeps in plans:
-                yield Step(job, 0, None)
+                yield EvaluationStep(job, 0, None)
                 if isinstance(keeps, list):
                     store.add(keeps)
                     total -= len(missing[id(job)])
@@ -94,12 +99,15 @@ def evaluate(
                     store.add(_run(runner, job, chunk, keeps, samples, shapes))
                     done += 1
                     left = (time.monotonic() - began) / done * (total - done)
-                    yield Step(job, chunk.stop, left)
+                    yield EvaluationStep(job, chunk.stop, left)
 
 
 def _keeps(
-    job: Job, samples: Sequence[Sample], shapes: Sequence[Shape], how: Conditions
-) -> tuple[float | None, ...] | list[Record]:
+    job: EvaluationJob,
+    samples: Sequence[EvaluationSample],
+    shapes: Sequence[Shape],
+    how: Conditions,
+) -> tuple[float | None, ...] | list[SampleRecord]:
     """The solved ``keep`` of every sample, None where nothing is to be solved; or the records of
     those that cannot reach the wanted fraction. CapacityError for a sample without room."""
     variant, manifest = job.variant, job.variant.bundle.manifest
@@ -107,7 +115,7 @@ def _keeps(
     if variant.wanted is not None:
         reaches = [solve_keep(manifest, shape, variant.wanted) for shape in shapes]
         beyond = [
-            Record(key, sample.id, least=reach.least)
+            SampleRecord(key, sample.id, least=reach.least)
             for key, sample, reach in zip(job.keys, samples, reaches, strict=True)
             if reach.keep is None
         ]
@@ -130,12 +138,12 @@ def _keeps(
 
 def _run(
     runner: BundleRunner,
-    job: Job,
+    job: EvaluationJob,
     chunk: slice,
     keeps: Sequence[float | None],
-    samples: Sequence[Sample],
+    samples: Sequence[EvaluationSample],
     shapes: Sequence[Shape],
-) -> list[Record]:
+) -> list[SampleRecord]:
     """A chunk's records; only prompts of equal ``keep`` can be run together."""
     records = []
     for keep in dict.fromkeys(keeps[chunk]):
@@ -151,7 +159,7 @@ def _run(
     return records
 
 
-def _missing(job: Job, how: Conditions, store: RecordStore) -> list[slice]:
+def _missing(job: EvaluationJob, how: Conditions, store: RecordStore) -> list[slice]:
     """The chunks that lack a record; none where a sample is known to be out of reach."""
     known = [store.get(key) for key in job.keys]
     if any(record is not None and record.kept is None for record in known):

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
-from lvlm.calibration.datasets.samples import Sample
-from lvlm.calibration.evaluate.records import Record, Run
+from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.evaluate.records import Run, SampleRecord
 
 
 class Score(NamedTuple):
@@ -33,7 +33,7 @@ class Metric:
     against_full: ClassVar[bool] = False
     style: ClassVar[str] = ".4f"
 
-    def score(self, sample: Sample, record: Record, full: str | None) -> Score:
+    def score(self, sample: EvaluationSample, record: SampleRecord, full: str | None) -> Score:
         """``full`` is the full cache's greedy text, if ``against_full``."""
         raise NotImplementedError
 
@@ -54,7 +54,7 @@ class Perplexity(Metric):
     )
     run: ClassVar[Run] = "forced"
 
-    def score(self, sample: Sample, record: Record, full: str | None) -> Score:  # noqa: ARG002
+    def score(self, sample: EvaluationSample, record: SampleRecord, full: str | None) -> Score:  # noqa: ARG002
         assert record.nll is not None
         return Score(record.nll, record.tokens)
 
@@ -73,7 +73,7 @@ class RougeL(Metric):
     run: ClassVar[Run] = "greedy"
     against_full: ClassVar[bool] = True
 
-    def score(self, sample: Sample, record: Record, full: str | None) -> Score:  # noqa: ARG002
+    def score(self, sample: EvaluationSample, record: SampleRecord, full: str | None) -> Score:  # noqa: ARG002
         assert record.text is not None
         assert full is not None
         return Score(rouge_l(full, record.text), 1)
@@ -89,7 +89,7 @@ class Accuracy(Metric):
     )
     run: ClassVar[Run] = "greedy"
 
-    def score(self, sample: Sample, record: Record, full: str | None) -> Score:  # noqa: ARG002
+    def score(self, sample: EvaluationSample, record: SampleRecord, full: str | None) -> Score:  # noqa: ARG002
         assert record.text is not None
         return Score(float(normalised(record.text) == normalised(sample.answer)), 1)
 

@@ -25,7 +25,7 @@ class ResultsError(LvlmError):
 
 
 @dataclass(frozen=True)
-class Record:
+class SampleRecord:
     """One sample through one variant, in one of two runs.
 
     Forced run (the answer's tokens are fed): ``nll``, the sum over its ``tokens`` in nats. Greedy
@@ -56,7 +56,7 @@ class RecordStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._records: dict[str, Record] = {}
+        self._records: dict[str, SampleRecord] = {}
         try:
             data = path.read_bytes() if path.exists() else b""
             # A killed run may have left part of a line; the next one must not be glued to it.
@@ -64,7 +64,7 @@ class RecordStore:
             if len(whole) < len(data):
                 path.write_bytes(whole)
             for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
-                record = decode(Record, json.loads(line), f"line {number}")
+                record = decode(SampleRecord, json.loads(line), f"line {number}")
                 self._records[record.key] = record
         except (ValueError, BundleError) as error:
             reason = str(error).removesuffix("; export the bundle again")
@@ -72,10 +72,10 @@ class RecordStore:
         except OSError as error:
             raise _unwritable(path, error) from None
 
-    def get(self, key: str) -> Record | None:
+    def get(self, key: str) -> SampleRecord | None:
         return self._records.get(key)
 
-    def add(self, records: Iterable[Record]) -> None:
+    def add(self, records: Iterable[SampleRecord]) -> None:
         """Append records, all of them or, if the process is killed, none or some whole ones."""
         records = list(records)
         lines = "".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in records)

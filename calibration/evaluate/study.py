@@ -13,11 +13,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lvlm.calibration.datasets.samples import Sample
-from lvlm.calibration.evaluate.eval_report import Row, make_row, markdown, results, write
+from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.evaluate.eval_report import ReportRow, make_row, markdown, results, write
 from lvlm.calibration.evaluate.evaluation import evaluate, pending, plan_jobs
 from lvlm.calibration.evaluate.metrics import Metric
-from lvlm.calibration.evaluate.records import Record, RecordStore, ResultsError, Run
+from lvlm.calibration.evaluate.records import RecordStore, ResultsError, Run, SampleRecord
 from lvlm.calibration.evaluate.variant_runner import Conditions
 from lvlm.calibration.evaluate.variants import Bundle, Variant, reference_of
 from lvlm.core.progress import Progress, duration
@@ -62,11 +62,11 @@ class Study:
 
     rows: Sequence[Variant]
     references: Sequence[Bundle]
-    samples: Sequence[Sample]
+    samples: Sequence[EvaluationSample]
     metrics: Sequence[Metric]
     how: Conditions
 
-    def run(self, output: Path, progress: Progress) -> list[Row]:
+    def run(self, output: Path, progress: Progress) -> list[ReportRow]:
         """Compute what the folder lacks; the rows of results. Raises LvlmError."""
         full = self._full()
         wanted: list[tuple[Variant, Run]] = [(v, run) for v in self.rows for run in self._runs()]
@@ -85,7 +85,7 @@ class Study:
                         stage.show(f"{step.done} of {len(self.samples)}, {left}")
         keys = {(id(job.variant), job.run): job.keys for job in jobs}
 
-        def records(variant: Variant, run: Run) -> list[Record | None]:
+        def records(variant: Variant, run: Run) -> list[SampleRecord | None]:
             return [store.get(key) for key in keys[id(variant), run]]
 
         rows = []
@@ -116,7 +116,7 @@ def _distinct(variants: Sequence[Variant]) -> list[Variant]:
 
 def write_results(
     output: Path,
-    rows: Sequence[Row],
+    rows: Sequence[ReportRow],
     metrics: Sequence[Metric],
     settings: Mapping[str, Any],
     about: str,

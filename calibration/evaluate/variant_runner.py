@@ -16,9 +16,9 @@ from typing import Self
 
 import numpy as np
 
-from lvlm.calibration.datasets.samples import PLACEHOLDER, DataError, Sample
+from lvlm.calibration.datasets.samples import PLACEHOLDER, DataError, EvaluationSample
 from lvlm.calibration.evaluate.fit import Shape
-from lvlm.calibration.evaluate.records import Record, Run
+from lvlm.calibration.evaluate.records import Run, SampleRecord
 from lvlm.calibration.evaluate.variants import Bundle, Variant
 from lvlm.core.errors import BundleError, LvlmError
 from lvlm.runtime.generate.answers import Stats
@@ -74,14 +74,14 @@ class BundleRunner:
         del self._model
         self._closing.close()
 
-    def shape(self, sample: Sample) -> Shape:
+    def shape(self, sample: EvaluationSample) -> Shape:
         """Raises LvlmError, naming the sample, if it cannot be prepared for this model."""
         prompt = self._prompt(sample)
         counts = np.unique(prompt.image_id[prompt.image_id > 0], return_counts=True)[1]
         text_tokens = len(prompt.ids) - int(counts.sum())
         return Shape(text_tokens, tuple(counts.tolist()), tuple(self._answer(sample)))
 
-    def _text(self, sample: Sample) -> str:
+    def _text(self, sample: EvaluationSample) -> str:
         """The prompt with this model's placeholders; without a chat template pictures that have
         no place in it come first."""
         image = self.bundle.manifest.images.token
@@ -90,13 +90,13 @@ class BundleRunner:
             text = f"{image}\n" * len(sample.images) + text
         return text
 
-    def _prompt(self, sample: Sample) -> Prompt:
+    def _prompt(self, sample: EvaluationSample) -> Prompt:
         try:
             return self._maker.prepare(0, self._text(sample), sample.images, self._options)
         except LvlmError as error:
             raise type(error)(f"{sample.where}: {error}") from None
 
-    def _answer(self, sample: Sample) -> list[int]:
+    def _answer(self, sample: EvaluationSample) -> list[int]:
         text = self._text(sample)
         if self._maker.template is not None:
             text = self._maker.template.render(text, len(sample.images), self.how.system)
@@ -112,10 +112,10 @@ class BundleRunner:
         run: Run,
         variant: Variant,
         keep: float | None,
-        samples: Sequence[Sample],
+        samples: Sequence[EvaluationSample],
         shapes: Sequence[Shape],
         keys: Sequence[str],
-    ) -> list[Record]:
+    ) -> list[SampleRecord]:
         """The records of some samples, together in one batch; ``keep`` is the solved option, if
         the variant has one to solve."""
         texts = [self._text(sample) for sample in samples]
@@ -129,7 +129,7 @@ class BundleRunner:
             most = self.how.max_new_tokens
             found = self._model.generate(texts, images, options=options, max_new_tokens=most)
         return [
-            Record(
+            SampleRecord(
                 key=key,
                 sample=sample.id,
                 kept=float(

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lvlm.core.console import Parser, run_main
 
 if TYPE_CHECKING:
-    from lvlm.calibration.profile.measure import Job
-    from lvlm.export.budgets.calibration_samples import Sample
+    from lvlm.calibration.profile.measure import CalibrationJob
+    from lvlm.export.budgets.calibration_samples import CalibrationSample
     from lvlm.export.budgets.prefix_profiles import Profile
 
 KEEP = 0.2
@@ -119,7 +119,7 @@ def _recipe(args: argparse.Namespace) -> Any:
     return parse_settings(known_recipe(args.recipe), args.set)
 
 
-def _samples(args: argparse.Namespace) -> list[Sample]:
+def _samples(args: argparse.Namespace) -> list[CalibrationSample]:
     from lvlm.core.errors import ParameterError
     from lvlm.export.budgets.calibration_samples import builtin_samples, choose, read_samples
 
@@ -135,9 +135,9 @@ def _samples(args: argparse.Namespace) -> list[Sample]:
     return choose(read_samples(args.data), args.samples, seed, f"{args.data} holds")
 
 
-def _digits(count: int, seed: int) -> list[Sample]:
+def _digits(count: int, seed: int) -> list[CalibrationSample]:
     from lvlm.core.errors import ParameterError
-    from lvlm.export.budgets.calibration_samples import Sample
+    from lvlm.export.budgets.calibration_samples import CalibrationSample
     from lvlm.export.export_cli import require
 
     require(["sklearn"], "calibration")
@@ -147,12 +147,12 @@ def _digits(count: int, seed: int) -> list[Sample]:
         raise ParameterError(f"{count} samples are asked for; give 1 or more")
     pairs = digits.samples("train", count, seed=seed)
     return [
-        Sample((grid.image,), question.question, f"digits, sample {number}")
+        CalibrationSample((grid.image,), question.question, f"digits, sample {number}")
         for number, (grid, question) in enumerate(pairs, 1)
     ]
 
 
-def _data(job: Job, profile: Profile) -> dict[str, Any]:
+def _data(job: CalibrationJob, profile: Profile) -> dict[str, Any]:
     return {
         "output": str(job.output),
         "picture": str(job.picture),
@@ -165,7 +165,7 @@ def _data(job: Job, profile: Profile) -> dict[str, Any]:
     }
 
 
-def _table(args: argparse.Namespace, job: Job, profile: Profile, seconds: float) -> str:
+def _table(args: argparse.Namespace, job: CalibrationJob, profile: Profile, seconds: float) -> str:
     from lvlm.export.summaries import layout
 
     fractions = profile.row().fractions

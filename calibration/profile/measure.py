@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvlm.calibration.profile.profile_picture import draw_profile
 from lvlm.core.errors import ParameterError, PromptError
 from lvlm.core.progress import Progress, Stage
-from lvlm.export.budgets.calibration_samples import Sample
+from lvlm.export.budgets.calibration_samples import CalibrationSample
 from lvlm.export.budgets.measuring import calibrate
 from lvlm.export.budgets.prefix_profiles import Profile, identify
 from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
@@ -29,7 +29,7 @@ STAGES = 4
 
 
 @dataclass(frozen=True)
-class Job:
+class CalibrationJob:
     """What to measure: all of it found and checked, but the samples not yet opened."""
 
     checkpoint: checkpoints.Checkpoint
@@ -39,7 +39,7 @@ class Job:
     window: int | None
     recipe: Recipe
     maker: PromptMaker
-    samples: list[Sample]
+    samples: list[CalibrationSample]
     keep: float
     output: Path
 
@@ -57,10 +57,10 @@ def plan(
     model: str,
     revision: str | None,
     recipe: Recipe,
-    samples: list[Sample],
+    samples: list[CalibrationSample],
     keep: float,
     output: Path,
-) -> Job:
+) -> CalibrationJob:
     """Resolve and check the checkpoint and the recipe, without loading weights."""
     checkpoint = checkpoints.resolve(model, revision)
     with checkpoints.described_by(checkpoint):
@@ -70,10 +70,10 @@ def plan(
 def _job(
     checkpoint: checkpoints.Checkpoint,
     recipe: Recipe,
-    samples: list[Sample],
+    samples: list[CalibrationSample],
     keep: float,
     output: Path,
-) -> Job:
+) -> CalibrationJob:
     family = checkpoints.find_family(checkpoint.config, checkpoint.source)
     config = family.read_config(checkpoint.config)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -87,7 +87,7 @@ def _job(
         )
     largest = max(p.numel() for p in skeleton.parameters())
     check_memory("measuring", running_memory(largest))
-    return Job(
+    return CalibrationJob(
         checkpoint=checkpoint,
         family=family,
         config=config,
@@ -101,7 +101,7 @@ def _job(
     )
 
 
-def measure(job: Job, progress: Progress) -> Profile:
+def measure(job: CalibrationJob, progress: Progress) -> Profile:
     """The profile, written with its picture. What is finished survives an interrupt in ``work``."""
     with progress.stage(f"check {len(job.samples)} samples") as stage:
         _check_samples(job)
@@ -118,7 +118,7 @@ def measure(job: Job, progress: Progress) -> Profile:
     return profile
 
 
-def _check_samples(job: Job) -> None:
+def _check_samples(job: CalibrationJob) -> None:
     """Every sample is prepared once, so that a bad one is known before hours of work."""
     for sample in job.samples:
         length = len(prepare(job.maker, sample).ids)
@@ -129,7 +129,7 @@ def _check_samples(job: Job) -> None:
             )
 
 
-def _read_samples(job: Job, reference: Reference, stage: Stage) -> Profile:
+def _read_samples(job: CalibrationJob, reference: Reference, stage: Stage) -> Profile:
     total, reused = len(job.samples), 0
 
     def on_sample(done: int, remembered: bool) -> None:

@@ -25,7 +25,7 @@ FORM = '{"image": "cat.jpg", "prompt": "What is this?"}'
 
 
 @dataclass(frozen=True)
-class Sample:
+class CalibrationSample:
     """One question about pictures; ``where`` is what errors call it."""
 
     images: tuple[ImageSource, ...]
@@ -33,18 +33,20 @@ class Sample:
     where: str
 
 
-def builtin_samples() -> list[Sample]:
+def builtin_samples() -> list[CalibrationSample]:
     """General questions about the pictures shipped with the package."""
     folder = resources.files("lvlm.assets") / "samples"
     pictures = [folder / f"digits-{i}.png" for i in (1, 2)]
     return [
-        Sample((picture.read_bytes(),), question, f"built-in {picture.name}, '{question}'")
+        CalibrationSample(
+            (picture.read_bytes(),), question, f"built-in {picture.name}, '{question}'"
+        )
         for question in QUESTIONS
         for picture in pictures
     ]
 
 
-def read_samples(path: str | Path) -> list[Sample]:
+def read_samples(path: str | Path) -> list[CalibrationSample]:
     """The samples of a file, one JSON object per line: "image" is a path or a list of paths,
     relative to the file's folder, "prompt" the question; other keys are left alone.
 
@@ -68,7 +70,7 @@ def read_samples(path: str | Path) -> list[Sample]:
     return samples
 
 
-def _sample(line: str, path: Path, where: str) -> Sample:
+def _sample(line: str, path: Path, where: str) -> CalibrationSample:
     try:
         data = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -80,7 +82,7 @@ def _sample(line: str, path: Path, where: str) -> Sample:
             raise ParameterError(f'{where}: "{key}" is missing; write {FORM}')
     if not isinstance(data["prompt"], str):
         raise ParameterError(f'{where}: "prompt" is no text; write {FORM}')
-    return Sample(_pictures(data["image"], path.parent, where), data["prompt"], where)
+    return CalibrationSample(_pictures(data["image"], path.parent, where), data["prompt"], where)
 
 
 def _pictures(given: Any, folder: Path, where: str) -> tuple[Path, ...]:
@@ -94,7 +96,9 @@ def _pictures(given: Any, folder: Path, where: str) -> tuple[Path, ...]:
     return pictures
 
 
-def choose(samples: Sequence[Sample], count: int | None, seed: int, what: str) -> list[Sample]:
+def choose(
+    samples: Sequence[CalibrationSample], count: int | None, seed: int, what: str
+) -> list[CalibrationSample]:
     """``count`` of ``samples`` (None: all), drawn by ``seed``, in their order.
 
     Raises ParameterError if there are fewer; ``what`` is what it calls them.

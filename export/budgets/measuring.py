@@ -17,7 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from lvlm.core.errors import ExportError, ParameterError
-from lvlm.export.budgets.prefix_profiles import SCHEMA, DataId, ModelId, Profile, RecipeId, Spread
+from lvlm.export.budgets.prefix_profiles import (
+    SCHEMA,
+    DataId,
+    LayerSpread,
+    ModelId,
+    Profile,
+    RecipeId,
+)
 from lvlm.export.budgets.prefix_search import grid, mean_rows, search_fractions
 from lvlm.export.budgets.recording import record_importances
 from lvlm.export.reference.torch_reference import Reference
@@ -68,7 +75,9 @@ def calibrate(
         schema=SCHEMA,
         keep=keep,
         rows=mean_rows(measured, keeps),
-        spread=Spread(tuple(asked.std(0).tolist()), tuple(tuple(row) for row in asked.tolist())),
+        spread=LayerSpread(
+            tuple(asked.std(0).tolist()), tuple(tuple(row) for row in asked.tolist())
+        ),
         layers=shape[1],
         model=model,
         data=DataId(_digest(*hashes), len(hashes)),

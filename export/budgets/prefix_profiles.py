@@ -22,7 +22,7 @@ LEADING_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Spread:
+class LayerSpread:
     """How far the samples differ at the profile's keep.
 
     std  per layer, over the samples; fractions  per sample and layer, as ``search`` found them
@@ -65,7 +65,7 @@ class Profile:
     schema: int
     keep: float
     rows: tuple[ProfileRow, ...]
-    spread: Spread
+    spread: LayerSpread
     layers: int
     model: ModelId
     data: DataId

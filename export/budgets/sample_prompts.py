@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lvlm.core.errors import BundleError, CheckpointError, LvlmError
-from lvlm.export.budgets.calibration_samples import Sample
+from lvlm.export.budgets.calibration_samples import CalibrationSample
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.families.family import Family, PromptFiles
 from lvlm.runtime.bundle.manifest import Images
@@ -49,7 +49,7 @@ def prompt_maker(
     return maker
 
 
-def prepare(maker: PromptMaker, sample: Sample) -> Prompt:
+def prepare(maker: PromptMaker, sample: CalibrationSample) -> Prompt:
     """A sample as prefill takes it; errors name the sample. Without a chat template the question
     follows its pictures as it stands."""
     text, templated = sample.prompt, maker.template is not None

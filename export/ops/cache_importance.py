@@ -15,7 +15,7 @@ from onnx.defs import OpSchema
 from onnx.helper import make_attribute
 
 from lvlm.core.errors import ParameterError
-from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, Sample, Shape, register
+from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, OpSample, Shape, register
 from lvlm.export.ops.parts.chunked_attention import importance_function
 
 CHUNK = 128
@@ -133,7 +133,7 @@ def function(attributes: Mapping[str, Attribute]) -> onnx.FunctionProto:
     return importance_function(SCHEMA, chunk, parts)
 
 
-def samples() -> Iterator[Sample]:
+def samples() -> Iterator[OpSample]:
     """Head layouts, padding, unused rows, rows that see nothing; rows and chunks that do and do
     not come out even."""
     nan = float("nan")
@@ -161,7 +161,7 @@ def samples() -> Iterator[Sample]:
         padding = torch.arange(key.shape[2]) >= length[:, None]
         key = key.masked_fill(padding[:, None, :, None], nan)
         for dtype in (torch.float32, torch.float16):
-            yield Sample(
+            yield OpSample(
                 f"{name}, {str(dtype)[6:]}",
                 (query.to(dtype), key.to(dtype), query_slot, length),
                 {"scale": width**-0.5, **({"chunk": chunk} if chunk > 0 else {"parts": -chunk})},

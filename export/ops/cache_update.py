@@ -14,7 +14,7 @@ from onnx import helper
 from onnx.defs import OpSchema
 
 from lvlm.core.errors import ParameterError
-from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Attribute, Op, Sample, Shape, register
+from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Attribute, Op, OpSample, Shape, register
 
 SCHEMA = register(
     OpSchema(
@@ -80,7 +80,7 @@ def function(attributes: Mapping[str, Attribute]) -> onnx.FunctionProto:  # noqa
     return helper.make_function(DOMAIN, SCHEMA.name, given, found, [write], opsets)
 
 
-def samples() -> Iterator[Sample]:
+def samples() -> Iterator[OpSample]:
     """One entry and more, at the beginning, at the end, at another place in each row."""
     layouts = {
         # name: (indices, heads, capacity, entries, head size)
@@ -95,7 +95,7 @@ def samples() -> Iterator[Sample]:
         cache = torch.randn(len(index), heads, capacity, width, generator=random)
         update = torch.randn(len(index), heads, entries, width, generator=random)
         for dtype in (torch.float32, torch.float16):
-            yield Sample(
+            yield OpSample(
                 f"{name}, {str(dtype)[6:]}",
                 (cache.to(dtype), update.to(dtype), torch.tensor(index)),
             )

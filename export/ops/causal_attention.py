@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops import cache_importance
-from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, Sample, Shape, register
+from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, OpSample, Shape, register
 from lvlm.export.ops.parts.chunked_attention import PARTS, attention_function, lowered_attention
 
 CHUNK = 128
@@ -143,7 +143,7 @@ def _variant(attributes: Mapping[str, Attribute]) -> tuple[int, bool]:
     return int(attributes.get("chunk", CHUNK)), attributes.get("importance", 0) == 1
 
 
-def samples() -> Iterator[Sample]:
+def samples() -> Iterator[OpSample]:
     """Head layouts; prompts below, at and beyond whole chunks, down to one token; padding."""
     layouts = {
         # name: (lengths, query heads, key heads, head size, chunk)
@@ -165,9 +165,9 @@ def samples() -> Iterator[Sample]:
             data = query.to(dtype), key.to(dtype), value.to(dtype)
             padding = (torch.arange(extent) >= length[:, None])[:, None, :, None]
             label, attributes = f"{name}, {str(dtype)[6:]}", {"scale": width**-0.5, "chunk": chunk}
-            yield Sample(label, (*data, None), {**attributes, "importance": 0})
+            yield OpSample(label, (*data, None), {**attributes, "importance": 0})
             scored = {**attributes, "importance": 1}
-            yield Sample(f"{label}, scored", (*data, length), scored, {"output": padding})
+            yield OpSample(f"{label}, scored", (*data, length), scored, {"output": padding})
 
 
 OP = Op(

@@ -32,7 +32,7 @@ def register(schema: onnx.defs.OpSchema) -> onnx.defs.OpSchema:
 
 
 @dataclass(frozen=True)
-class Sample:
+class OpSample:
     """Inputs and attributes for one check of an op.
 
     None stands for an optional input left out; those come last. ``unspecified`` says, for outputs
@@ -67,7 +67,7 @@ class Op:
     reference: Callable[..., Tensors]
     outputs: Callable[..., Sequence[tuple[torch.dtype, Shape]]]
     function: Callable[[Mapping[str, Attribute]], onnx.FunctionProto]
-    samples: Callable[[], Iterator[Sample]]
+    samples: Callable[[], Iterator[OpSample]]
     tolerance: Mapping[torch.dtype, float]
     lowered: Callable[[Mapping[str, Attribute], bool], onnx.FunctionProto] | None = None
 

@@ -14,7 +14,7 @@ import torch
 from onnx.defs import OpSchema
 
 from lvlm.core.errors import ParameterError
-from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, Sample, Shape, register
+from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, OpSample, Shape, register
 from lvlm.export.ops.parts.body import Body
 
 SCHEMA = register(
@@ -132,7 +132,7 @@ def function(attributes: Mapping[str, Attribute]) -> onnx.FunctionProto:  # noqa
     return g.function(SCHEMA, [mean], {}, required=["scale"])
 
 
-def samples() -> Iterator[Sample]:
+def samples() -> Iterator[OpSample]:
     """Head layouts, padding on both sides, unused rows and rows that see nothing."""
     text, image, end = [0] * 3, [1] * 7, [0] * 2
     plain = [text + image + end]
@@ -154,7 +154,7 @@ def samples() -> Iterator[Sample]:
         query = torch.randn(batch, heads, rows, width, generator=random) * 3
         key = torch.randn(batch, key_heads, image_id.shape[1], width, generator=random)
         for dtype in (torch.float32, torch.float16):
-            yield Sample(
+            yield OpSample(
                 f"{name}, {str(dtype)[6:]}",
                 (query.to(dtype), key.to(dtype), query_index, image_id),
                 {"scale": width**-0.5},

@@ -23,7 +23,7 @@ from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.prompt.prompts import Prompt
 
 if TYPE_CHECKING:
-    from lvlm.export.export_plan import Plan
+    from lvlm.export.export_plan import ExportPlan
 
 FEW = 4  # steps of forms that are slow here
 INTERVAL = 2  # steps between runs of compact.onnx, so that few tokens are enough for one
@@ -32,7 +32,7 @@ QUANTIZED_TOLERANCE = 5e-2
 NEAR_TIES = "compared in fp32 alone; fp16 ranks near ties in another order"
 
 
-def narrow(plan: Plan) -> bool:
+def narrow(plan: ExportPlan) -> bool:
     """Weights or cache are narrower than what is computed in, on purpose."""
     return plan.options.quantization is not None or plan.cache_dtype != plan.dtype
 
@@ -43,7 +43,7 @@ def chooses(manifest: Manifest) -> bool:
 
 
 def against_reference(
-    plan: Plan,
+    plan: ExportPlan,
     folder: Path,
     manifest: Manifest,
     prompt: Prompt,
@@ -89,7 +89,7 @@ def against_reference(
     return outcome
 
 
-def _limit(plan: Plan, form: Form) -> float:
+def _limit(plan: ExportPlan, form: Form) -> float:
     found = TOLERANCE[torch.float32 if form.widened else plan.dtype]
     exact = plan.options.quantization is None or form.name == CANONICAL
     return found if exact else max(found, QUANTIZED_TOLERANCE)

@@ -15,7 +15,7 @@ from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.options.generation_config import GenerationConfig
 
 if TYPE_CHECKING:
-    from lvlm.export.export_plan import Plan
+    from lvlm.export.export_plan import ExportPlan
 
 ROWS = 4096  # of the embedding in memory at a time
 ASKED = (
@@ -24,7 +24,7 @@ ASKED = (
 )
 
 
-def planned(plan: Plan, manifest: Manifest) -> Check:
+def planned(plan: ExportPlan, manifest: Manifest) -> Check:
     """The recipe and the cache's room: what only prompts longer than the one here would show."""
     rule = plan.recipe.cache_rule()
     pairs = {

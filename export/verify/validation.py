@@ -34,7 +34,7 @@ from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
 from lvlm.runtime.prompt.text import Tokenizer
 
 if TYPE_CHECKING:
-    from lvlm.export.export_plan import Plan
+    from lvlm.export.export_plan import ExportPlan
 
 PICTURE, OTHER = "samples/digits-1.png", "samples/digits-2.png"
 TOKENS = 24  # most that are compared
@@ -42,7 +42,9 @@ TOKENS = 24  # most that are compared
 ROUNDED_TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
-def validate(plan: Plan, folder: Path, tell: Callable[[str], None] = lambda _: None) -> Outcome:
+def validate(
+    plan: ExportPlan, folder: Path, tell: Callable[[str], None] = lambda _: None
+) -> Outcome:
     """All checks of a finished bundle; ValidationError with the table if one fails."""
     manifest, outcome = read_bundle(folder, "none"), Outcome()
     judge = Judge(plan.checkpoint.folder)
@@ -109,7 +111,7 @@ def _prompt_maker(folder: Path, manifest: Manifest) -> PromptMaker:
 
 
 def _against_judge(
-    plan: Plan,
+    plan: ExportPlan,
     folder: Path,
     manifest: Manifest,
     prompt: Prompt,

@@ -24,7 +24,7 @@ BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
 
 
 @dataclass(frozen=True)
-class Quantization:
+class WeightQuantization:
     """Each run of ``block`` numbers of one output shares a scale; ``bits`` is 4 or 8.
 
     Symmetric: a stored number q stands for (q - zero_point) * scale.
@@ -54,7 +54,7 @@ class Quantization:
         )
 
 
-def quantize(weight: np.ndarray, how: Quantization) -> tuple[np.ndarray, np.ndarray]:
+def quantize(weight: np.ndarray, how: WeightQuantization) -> tuple[np.ndarray, np.ndarray]:
     """Packed uint8 [N, K * bits / 8] (the first of two 4-bit numbers in the low half of a byte) and
     scales fp32 [N, K / block] of a weight [K,N], as products take it."""
     inputs, outputs = weight.shape
@@ -75,7 +75,7 @@ def _quantizer(bits: int) -> Callable[..., Any]:
     return function
 
 
-def dequantize(packed: np.ndarray, scales: np.ndarray, how: Quantization) -> np.ndarray:
+def dequantize(packed: np.ndarray, scales: np.ndarray, how: WeightQuantization) -> np.ndarray:
     """The weight fp32 [K,N] that ``quantize``'s result stands for, as DequantizeLinear has it."""
     outputs, blocks = scales.shape
     numbers = packed if how.bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1)
@@ -98,7 +98,7 @@ def products(language: LanguageModel) -> list[nn.Linear]:
 
 
 @torch.no_grad()
-def round_products(language: LanguageModel, how: Quantization, scales: torch.dtype) -> None:
+def round_products(language: LanguageModel, how: WeightQuantization, scales: torch.dtype) -> None:
     """Give the torch model the numbers that a quantized bundle multiplies with, whose scales have
     the bundle's dtype. A head that shares its weight with the embedding gets one of its own."""
     shared = language.embed.weight
@@ -113,11 +113,11 @@ def round_products(language: LanguageModel, how: Quantization, scales: torch.dty
             linear.weight.data = _rounded(linear.weight, how, scales)
 
 
-def _rounding(read: Read, how: Quantization, scales: torch.dtype) -> Read:
+def _rounding(read: Read, how: WeightQuantization, scales: torch.dtype) -> Read:
     return lambda rows: _rounded(read(rows), how, scales)
 
 
-def _rounded(rows: torch.Tensor, how: Quantization, scales: torch.dtype) -> torch.Tensor:
+def _rounded(rows: torch.Tensor, how: WeightQuantization, scales: torch.dtype) -> torch.Tensor:
     """Any rows of a weight [N,K], each with blocks of its own, in their own dtype."""
     packed, factors = quantize(rows.t().float().numpy(), how)
     rounded = torch.from_numpy(factors).to(scales).float().numpy()

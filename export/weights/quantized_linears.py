@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from lvlm.core.errors import ExportError
 from lvlm.export.graphs.tracing import TracedGraph
-from lvlm.export.weights.quantization import Quantization
+from lvlm.export.weights.quantization import WeightQuantization
 
 BLOCKS = ".blocks"  # appended to a name: the same bytes as MatMulNBits reads them
 NUMBERS = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
@@ -30,14 +30,14 @@ class QuantizedTensor:
     source: str
     outputs_first: bool
     role: Role
-    how: Quantization
+    how: WeightQuantization
 
 
 def quantize_products(
     graphs: Sequence[TracedGraph],
     wanted: Collection[str],
     fused: Mapping[str, tuple[str, ...]],
-    how: Quantization,
+    how: WeightQuantization,
 ) -> dict[str, QuantizedTensor]:
     """Quantize the products with the parameters ``wanted``, of which ``fused`` has those that lie
     side by side in one tensor; the new initializers by name.
@@ -93,7 +93,7 @@ def _dequantized(
     node: ir.Node,
     name: str,
     outputs_first: bool,
-    how: Quantization,
+    how: WeightQuantization,
     made: dict[str, QuantizedTensor],
 ) -> ir.Value:
     """The weight as ``node`` wants it, computed before it from its quantized form."""

@@ -43,7 +43,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoreEntry:
     """One tensor of the weights file: ``parts`` side by side on their last axis, and where
     ``quantized`` what was computed from them."""
 
@@ -84,10 +84,10 @@ def plan(
     transposed: set[str],
     fused: Mapping[str, tuple[str, ...]],
     quantized: Mapping[str, QuantizedTensor],
-) -> list[Entry]:
+) -> list[StoreEntry]:
     """Where each tensor lies, in the order the graphs first use them; ``fused`` are those made of
     several parameters. Zero points, which are all alike, lie in one place at the end."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, StoreEntry] = {}
     for graph in graphs:
         for name, value in graph.parameters.items():
             if name in entries or value.shape is None or value.dtype is None:
@@ -97,7 +97,7 @@ def plan(
             parts = tuple(Part(p, p in transposed) for p in fused.get(source, (source,)))
             shape = tuple(value.shape.numpy())
             nbytes = -(-math.prod(shape) * value.dtype.bitwidth // 8)
-            entries[name] = Entry(name, parts, made, shape, value.dtype, 0, nbytes)
+            entries[name] = StoreEntry(name, parts, made, shape, value.dtype, 0, nbytes)
     alike = [e for e in entries.values() if e.quantized and e.quantized.role == "zero points"]
     alike.sort(key=lambda e: -e.nbytes)
     placed, end = [], 0
@@ -108,7 +108,7 @@ def plan(
     return placed + [replace(entry, offset=placed[-1].offset) for entry in alike[1:]]
 
 
-def attach(graphs: Sequence[TracedGraph], entries: Sequence[Entry]) -> None:
+def attach(graphs: Sequence[TracedGraph], entries: Sequence[StoreEntry]) -> None:
     """Point every graph's initializers at the weights file."""
     places = {e.name: e for e in entries}
     for graph in graphs:
@@ -124,7 +124,7 @@ def attach(graphs: Sequence[TracedGraph], entries: Sequence[Entry]) -> None:
             )
 
 
-def table(entries: Sequence[Entry]) -> dict[str, Weight]:
+def table(entries: Sequence[StoreEntry]) -> dict[str, Weight]:
     """The manifest's list of what lies where: everything that is whole bytes, and packed numbers
     also as the blocks that lowered graphs read."""
     listed = {}
@@ -143,7 +143,7 @@ def _name(dtype: ir.DataType) -> str:
 
 def write(
     path: Path,
-    entries: Sequence[Entry],
+    entries: Sequence[StoreEntry],
     checkpoint: Checkpoint,
     stored_names: Mapping[str, str],
     dtype: torch.dtype,
@@ -178,7 +178,7 @@ class _Content:
         self.dtype = dtype
         self.last: tuple[str, np.ndarray, np.ndarray] | None = None
 
-    def of(self, entry: Entry) -> torch.Tensor:
+    def of(self, entry: StoreEntry) -> torch.Tensor:
         made = entry.quantized
         if made is None:
             return self._weight(entry.parts).contiguous()

@@ -21,21 +21,26 @@ from lvlm.core.progress import Progress, Stage, size
 from lvlm.core.typed_json import read_json
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines.engine_listing import PEOPLE
-from lvlm.plugins_trt.engines.engine_plan import Plan
-from lvlm.plugins_trt.engines.engine_request import Request
+from lvlm.plugins_trt.engines.engine_plan import EnginePlan
+from lvlm.plugins_trt.engines.engine_request import BuildRequest
 from lvlm.plugins_trt.engines.shape_profiles import shapes
-from lvlm.plugins_trt.engines.tensorrt_builder import NAMESPACE, Settings, TensorRt, open_tensorrt
+from lvlm.plugins_trt.engines.tensorrt_builder import (
+    NAMESPACE,
+    Settings,
+    TensorRtBuilder,
+    open_tensorrt,
+)
 from lvlm.runtime.bundle.engine_sets import SCHEMA, EngineGraph, EngineSet, PluginLibrary
 from lvlm.runtime.bundle.manifest import MANIFEST, Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 
 
-def stages(plan: Plan) -> int:
+def stages(plan: EnginePlan) -> int:
     """How many steps the progress of ``build`` has."""
     return len(plan.manifest.graphs) + (not lowered(plan.manifest, plan.request.target))
 
 
-def build(plan: Plan, progress: Progress) -> EngineSet:
+def build(plan: EnginePlan, progress: Progress) -> EngineSet:
     """Lower the graphs where that is still to be done, and build every engine of the bundle.
 
     Raises LvlmError; then nothing is left in the folder's place.
@@ -71,7 +76,7 @@ def build(plan: Plan, progress: Progress) -> EngineSet:
     return dataclasses.replace(made, folder=plan.folder)
 
 
-def lower_only(request: Request, progress: Progress, dry_run: bool) -> str:
+def lower_only(request: BuildRequest, progress: Progress, dry_run: bool) -> str:
     """For engines that build from the graph when they load it."""
     target, manifest = request.target, read_bundle(request.bundle, request.verify)
     files = ", ".join(target.file(graph.file) for graph in manifest.graphs.values())
@@ -126,7 +131,7 @@ def _listed_or_removed(bundle: Path, names: Sequence[str]) -> Iterator[None]:
 
 
 def _build_graph(
-    tensorrt: TensorRt, plan: Plan, name: str, folder: Path, stage: Stage
+    tensorrt: TensorRtBuilder, plan: EnginePlan, name: str, folder: Path, stage: Stage
 ) -> EngineGraph:
     request, graph = plan.request, plan.manifest.graphs[name]
     source = request.target.file(graph.file)
@@ -160,7 +165,9 @@ def _build_graph(
     )
 
 
-def _load_plugins(tensorrt: TensorRt, plan: Plan, folder: Path) -> PluginLibrary | None:
+def _load_plugins(
+    tensorrt: TensorRtBuilder, plan: EnginePlan, folder: Path
+) -> PluginLibrary | None:
     """The plugin library, which goes beside the engines: they run with no other."""
     if plan.library is None:
         return None
@@ -170,7 +177,7 @@ def _load_plugins(tensorrt: TensorRt, plan: Plan, folder: Path) -> PluginLibrary
     return PluginLibrary(copy.name, sha256_of(copy))
 
 
-def _plugin_names(plan: Plan) -> list[str]:
+def _plugin_names(plan: EnginePlan) -> list[str]:
     """The lvlm ops of the lowered graphs, none of which has a function any more."""
     bundle, target = plan.request.bundle, plan.request.target
     names: dict[str, None] = {}
@@ -180,7 +187,7 @@ def _plugin_names(plan: Plan) -> list[str]:
     return list(names)
 
 
-def _identity(manifest: Manifest, plan: Plan) -> dict[str, str]:
+def _identity(manifest: Manifest, plan: EnginePlan) -> dict[str, str]:
     """What the engines were built from: the canonical graphs, and the weights they read."""
     names = [graph.file for graph in manifest.graphs.values()]
     names += sorted({w.file for weights in plan.stored.values() for w in weights.values()})

@@ -10,7 +10,7 @@ from lvlm.core.console import add_verify
 
 if TYPE_CHECKING:
     from lvlm.export.targets.target import Target
-    from lvlm.plugins_trt.engines.engine_request import Request
+    from lvlm.plugins_trt.engines.engine_request import BuildRequest
 
 
 def add_parser(subparsers: Any) -> None:
@@ -91,10 +91,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _request(args: argparse.Namespace) -> Request:
-    from lvlm.plugins_trt.engines.engine_request import Request, parse_architectures, parse_size
+def _request(args: argparse.Namespace) -> BuildRequest:
+    from lvlm.plugins_trt.engines.engine_request import (
+        BuildRequest,
+        parse_architectures,
+        parse_size,
+    )
 
-    return Request(
+    return BuildRequest(
         bundle=args.bundle,
         target=_target(args.target),
         sm=None if args.sm is None else parse_architectures(args.sm),

@@ -13,7 +13,7 @@ from lvlm.export.targets.target import Target
 from lvlm.runtime.kv.cache import cache_bytes
 
 if TYPE_CHECKING:
-    from lvlm.plugins_trt.engines.engine_plan import Plan
+    from lvlm.plugins_trt.engines.engine_plan import EnginePlan
     from lvlm.runtime.bundle.engine_sets import EngineSet, Range
 
 PEOPLE = {
@@ -50,7 +50,7 @@ def _block(target: Target) -> list[str]:
     return lines
 
 
-def plan(plan: Plan) -> str:
+def plan(plan: EnginePlan) -> str:
     """What would be built, and with which lengths."""
     target = plan.request.target
     lines = [

@@ -10,17 +10,17 @@ from pathlib import Path
 from lvlm.core import nvidia
 from lvlm.core.errors import BackendError, BuildError, ParameterError
 from lvlm.export.targets.target import Target
-from lvlm.plugins_trt.engines.engine_request import Request
+from lvlm.plugins_trt.engines.engine_request import BuildRequest
 from lvlm.plugins_trt.engines.shape_profiles import Profile, profiles
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
-from lvlm.plugins_trt.engines.tensorrt_builder import TensorRt, open_tensorrt
-from lvlm.runtime.bundle.engine_sets import FILE, FOLDER, Weight
+from lvlm.plugins_trt.engines.tensorrt_builder import TensorRtBuilder, open_tensorrt
+from lvlm.runtime.bundle.engine_sets import FILE, FOLDER, EngineWeight
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """Everything known before any work.
 
     gpu      name of the GPU to build on; None: ahead of time, for ``sms``
@@ -28,7 +28,7 @@ class Plan:
     stored   weights of every graph; ``shared`` those of them that become inputs
     """
 
-    request: Request
+    request: BuildRequest
     manifest: Manifest
     version: str
     gpu: str | None
@@ -37,11 +37,11 @@ class Plan:
     timing_cache: Path | None
     folder: Path
     profiles: dict[str, Profile]
-    stored: dict[str, dict[str, Weight]]
-    shared: dict[str, Weight]
+    stored: dict[str, dict[str, EngineWeight]]
+    shared: dict[str, EngineWeight]
 
 
-def make_plan(request: Request) -> Plan:
+def make_plan(request: BuildRequest) -> EnginePlan:
     """Check everything that can be checked before building. Raises LvlmError."""
     manifest = read_bundle(request.bundle, request.verify)
     _check_dtype(request.target, manifest.dtype)
@@ -59,7 +59,7 @@ def make_plan(request: Request) -> Plan:
     if folder.exists() and not (folder / FILE).is_file():
         raise BuildError(f"{folder} is no folder of engines; give another -o or remove it")
     stored = stored_weights(request.bundle, manifest)
-    return Plan(
+    return EnginePlan(
         request=request,
         manifest=manifest,
         version=tensorrt.version,
@@ -74,7 +74,7 @@ def make_plan(request: Request) -> Plan:
     )
 
 
-def _gpu(request: Request) -> tuple[str | None, tuple[int, ...]]:
+def _gpu(request: BuildRequest) -> tuple[str | None, tuple[int, ...]]:
     """(name, (sm,)) of the GPU to build on, or (None, architectures) to build for."""
     target = request.target
     if target.flavour == "tensorrt-rtx":
@@ -99,7 +99,7 @@ def _check_dtype(target: Target, dtype: str) -> None:
         )
 
 
-def _check_version(target: Target, tensorrt: TensorRt) -> None:
+def _check_version(target: Target, tensorrt: TensorRtBuilder) -> None:
     parts = tuple(int(p) for p in tensorrt.version.split(".")[: len(target.version)])
     if parts != target.version:
         wanted = ".".join(map(str, target.version))

@@ -38,7 +38,7 @@ REFUSED = {"tensorrt-rtx": RTX, "tensorrt": FULL, "onnxruntime": LOWERED, "openv
 
 
 @dataclass(frozen=True)
-class Request:
+class BuildRequest:
     """The flags, None or False where not given. ``sm`` and ``workspace`` are parsed already."""
 
     bundle: Path

@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from lvlm.core.errors import BundleError
-from lvlm.runtime.bundle.engine_sets import Weight
+from lvlm.runtime.bundle.engine_sets import EngineWeight
 from lvlm.runtime.bundle.manifest import Manifest
 
 DTYPES: dict[int, str] = {
@@ -25,13 +25,13 @@ DTYPES: dict[int, str] = {
 }
 
 
-def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, dict[str, Weight]]:
+def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, dict[str, EngineWeight]]:
     """For every graph the weights that lie in the bundle's weights file, by name.
 
     Raises BundleError where two graphs mean different data by one name.
     """
-    found: dict[str, dict[str, Weight]] = {}
-    known: dict[str, Weight] = {}
+    found: dict[str, dict[str, EngineWeight]] = {}
+    known: dict[str, EngineWeight] = {}
     for name, graph in manifest.graphs.items():
         model = onnx.load(bundle / graph.file, load_external_data=False)
         found[name] = {
@@ -45,7 +45,7 @@ def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, dict[str, Weig
     return found
 
 
-def shared_matrices(stored: Mapping[str, Mapping[str, Weight]]) -> dict[str, Weight]:
+def shared_matrices(stored: Mapping[str, Mapping[str, EngineWeight]]) -> dict[str, EngineWeight]:
     """The weights of two and more dimensions that more than one graph uses, by name."""
     uses = Counter(name for weights in stored.values() for name in weights)
     return {
@@ -56,7 +56,7 @@ def shared_matrices(stored: Mapping[str, Mapping[str, Weight]]) -> dict[str, Wei
     }
 
 
-def with_inputs(model: onnx.ModelProto, weights: Mapping[str, Weight]) -> list[Weight]:
+def with_inputs(model: onnx.ModelProto, weights: Mapping[str, EngineWeight]) -> list[EngineWeight]:
     """Turn those initializers of ``model`` that are in ``weights`` into inputs, in place; which
     they are."""
     taken = [tensor for tensor in model.graph.initializer if tensor.name in weights]
@@ -68,9 +68,9 @@ def with_inputs(model: onnx.ModelProto, weights: Mapping[str, Weight]) -> list[W
     return [weights[tensor.name] for tensor in taken]
 
 
-def _weight(tensor: TensorProto) -> Weight:
+def _weight(tensor: TensorProto) -> EngineWeight:
     place = {entry.key: entry.value for entry in tensor.external_data}
-    return Weight(
+    return EngineWeight(
         name=tensor.name,
         file=place["location"],
         offset=int(place.get("offset", 0)),

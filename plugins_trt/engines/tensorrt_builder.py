@@ -22,7 +22,7 @@ from lvlm.core.errors import BackendError, BuildError
 from lvlm.core.installing import install
 from lvlm.core.progress import size
 from lvlm.plugins_trt.engines.shared_weights import with_inputs
-from lvlm.runtime.bundle.engine_sets import Weight
+from lvlm.runtime.bundle.engine_sets import EngineWeight
 
 # flavour -> (name for people, module, how to install it)
 PACKAGES = {
@@ -58,7 +58,7 @@ class Settings:
     """
 
     shapes: Shapes = field(default_factory=dict)
-    weights: Mapping[str, Weight] = field(default_factory=dict)
+    weights: Mapping[str, EngineWeight] = field(default_factory=dict)
     sms: tuple[int, ...] = ()
     workspace: int | None = None
     flags: tuple[str, ...] = ()
@@ -71,11 +71,11 @@ class Built:
     """A serialized engine, the weights it takes as inputs, and what timing was learned."""
 
     engine: memoryview
-    weights: list[Weight]
+    weights: list[EngineWeight]
     timing_cache: bytes | None
 
 
-class TensorRt:
+class TensorRtBuilder:
     """One of the two packages; ``open_tensorrt`` gives the one of this process."""
 
     def __init__(self, flavour: str) -> None:
@@ -141,8 +141,8 @@ class TensorRt:
             )
 
     def _parse(
-        self, model: Path | bytes, inputs: Mapping[str, Weight]
-    ) -> tuple[Any, Any, Any, list[Weight]]:
+        self, model: Path | bytes, inputs: Mapping[str, EngineWeight]
+    ) -> tuple[Any, Any, Any, list[EngineWeight]]:
         trt = self.trt
         self.log.clear()
         try:
@@ -155,7 +155,7 @@ class TensorRt:
         typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         network = builder.create_network(0 if typed is None else 1 << int(typed))
         parser = trt.OnnxParser(network, self.log)
-        weights: list[Weight] = []
+        weights: list[EngineWeight] = []
         if isinstance(model, bytes):
             parsed = parser.parse(model)
         elif inputs:
@@ -224,9 +224,9 @@ def failure(name: str, text: str, workspace: int | None) -> BuildError:
 
 
 @cache
-def open_tensorrt(flavour: str) -> TensorRt:
+def open_tensorrt(flavour: str) -> TensorRtBuilder:
     """The package for a flavour; its first logger stays in use as long as the process lives."""
-    return TensorRt(flavour)
+    return TensorRtBuilder(flavour)
 
 
 def _unconsumed(network: Any) -> list[str]:

@@ -53,7 +53,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Variant:
+class KernelVariant:
     """data   the data type that this is for, None: any
     block  the block of the step's choice that this is for, None: there is no choice"""
 
@@ -62,14 +62,14 @@ class Variant:
     kernel: Kernel
 
 
-def variants(plugin: Plugin, step: Step, floats: Sequence[str] = FLOATS) -> Iterator[Variant]:
+def variants(plugin: Plugin, step: Step, floats: Sequence[str] = FLOATS) -> Iterator[KernelVariant]:
     """What a step may launch; ``floats`` are the data types wanted. Raises BuildError for a plan
     that does not fit its function."""
     tensors = _tensor_types(plugin)
     used = {tensors.get(argument, "") for argument in step.arguments if isinstance(argument, str)}
     for data in floats if DATA in used else (None,):
         for block in step.choice[2] if step.choice else (None,):
-            yield Variant(data, block, _kernel(plugin, step, tensors, data, block))
+            yield KernelVariant(data, block, _kernel(plugin, step, tensors, data, block))
 
 
 def all_kernels(plugins: Sequence[Plugin], floats: Sequence[str] = FLOATS) -> list[Kernel]:

@@ -25,7 +25,7 @@ BINARY: dict[str, Callable[[int, int], int]] = {
 
 
 @dataclass(frozen=True)
-class Token:
+class SizeToken:
     """One word of the postfix form: CONST value; EXTENT of axis ``value`` of input ``tensor``;
     NUMEL of input ``tensor``; or a name in BINARY."""
 
@@ -38,7 +38,7 @@ class Token:
 class Size:
     """An expression; ``extent``, ``numel`` and ``const`` make the leaves."""
 
-    tokens: tuple[Token, ...]
+    tokens: tuple[SizeToken, ...]
 
     def __call__(self, shapes: Shapes) -> int:
         """The number, for these input shapes."""
@@ -58,11 +58,11 @@ class Size:
                 stack.append(BINARY[token.kind](first, second))
         return stack.pop()
 
-    def __iter__(self) -> Iterator[Token]:
+    def __iter__(self) -> Iterator[SizeToken]:
         return iter(self.tokens)
 
     def _with(self, kind: str, other: Size | int) -> Size:
-        return Size((*self.tokens, *as_size(other).tokens, Token(kind)))
+        return Size((*self.tokens, *as_size(other).tokens, SizeToken(kind)))
 
     def __add__(self, other: Size | int) -> Size:
         return self._with("ADD", other)
@@ -87,17 +87,17 @@ class Size:
 
 
 def const(value: int) -> Size:
-    return Size((Token("CONST", value=value),))
+    return Size((SizeToken("CONST", value=value),))
 
 
 def extent(tensor: str, axis: int) -> Size:
     """The extent of an axis of an input; a negative axis counts from the end."""
-    return Size((Token("EXTENT", tensor, axis),))
+    return Size((SizeToken("EXTENT", tensor, axis),))
 
 
 def numel(tensor: str) -> Size:
     """The number of elements of an input."""
-    return Size((Token("NUMEL", tensor),))
+    return Size((SizeToken("NUMEL", tensor),))
 
 
 def as_size(value: Size | int) -> Size:

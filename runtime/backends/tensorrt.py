@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lvlm.runtime.backends.trt.engines import TensorRt
+from lvlm.runtime.backends.trt.engines import TensorRtBackend
 
 
-class Backend(TensorRt):
+class Backend(TensorRtBackend):
     """See TensorRt."""
 
     def __init__(self, threads: int | None = None) -> None:

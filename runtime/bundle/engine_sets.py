@@ -41,7 +41,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Weight:
+class EngineWeight:
     """An input that is a weight: ``bytes`` of the bundle's ``file`` from ``offset`` on, row-major.
 
     An engine that has such inputs holds no copy of them; those of one name are the same in every
@@ -66,7 +66,7 @@ class EngineGraph:
     bytes: int
     source: str
     profile: dict[str, Range]
-    weights: tuple[Weight, ...]
+    weights: tuple[EngineWeight, ...]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class TemplateLimitError(Exception):
     """The template asked for more than it may."""
 
 
-class Weight(NamedTuple):
+class TemplateCost(NamedTuple):
     """Of a value with all that is in it, as often as it is in it: depth of nesting, too."""
 
     nodes: int
@@ -61,12 +61,12 @@ class Budget:
         if self._characters < 0:
             raise TemplateLimitError("it makes too much text")
 
-    def weigh(self, value: object) -> Weight:
+    def weigh(self, value: object) -> TemplateCost:
         """Look at a value as deeply as printing, comparing or hashing it would; that is work."""
         if isinstance(value, str):
             nodes = 1 + len(value) // _SCANNED
             self.work(nodes)
-            return Weight(nodes, len(value), 0)
+            return TemplateCost(nodes, len(value), 0)
         nodes = characters = deepest = 0
         pending: list[tuple[Iterator[Any], int]] = [(iter((value,)), 0)]
         while pending:
@@ -94,7 +94,7 @@ class Budget:
                     break
             else:
                 pending.pop()
-        return Weight(nodes, characters, deepest)
+        return TemplateCost(nodes, characters, deepest)
 
 
 _NESTED = (list, tuple, dict, set, frozenset, KeysView, ValuesView, ItemsView)

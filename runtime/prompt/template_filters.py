@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jinja2.runtime import Undefined
 
-from lvlm.runtime.prompt.template_budget import Weight, budget
+from lvlm.runtime.prompt.template_budget import TemplateCost, budget
 from lvlm.runtime.prompt.template_functions import (
     bounded,
     checked,
@@ -25,7 +25,7 @@ class Given(NamedTuple):
 
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
-    weight: Weight
+    weight: TemplateCost
 
     def argument(self, at: int, name: str) -> Any:
         return self.args[at] if len(self.args) > at else self.kwargs.get(name)

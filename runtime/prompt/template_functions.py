@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment
 from jinja2.sandbox import SandboxedFormatter
 
-from lvlm.runtime.prompt.template_budget import BITS, TemplateLimitError, Weight, budget
+from lvlm.runtime.prompt.template_budget import BITS, TemplateCost, TemplateLimitError, budget
 
 WIDTH = 10_000  # of a format, an indentation, a padding; numbers of columns and rows
 _CONVERSION = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d*)(?:\.(\*|\d*))?")
@@ -44,7 +44,7 @@ def _make(value: Any, times: int) -> None:
         budget().work(len(value) * times)
 
 
-def pay_percent(pattern: str, values: Any, weight: Weight) -> None:
+def pay_percent(pattern: str, values: Any, weight: TemplateCost) -> None:
     conversions = widths = 0
     if _NESTED_KEY.search(pattern):
         raise TemplateLimitError("it formats a name with parentheses in it")
@@ -89,7 +89,7 @@ def printed(value: Any) -> Any:
     return value
 
 
-def seen(value: Any) -> Weight:
+def seen(value: Any) -> TemplateCost:
     return budget().weigh(value)
 
 
@@ -107,7 +107,11 @@ def pay_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> N
     weights = [seen(value) for value in (*args, *kwargs.values())]
     owner = function.__self__ if isinstance(function, _METHODS) else None
     if isinstance(owner, str):
-        given = Weight(*map(sum, zip(*weights, strict=True))) if weights else Weight(0, 0, 0)
+        given = (
+            TemplateCost(*map(sum, zip(*weights, strict=True)))
+            if weights
+            else TemplateCost(0, 0, 0)
+        )
         _pay_method(owner, function.__name__, args, given)
     elif isinstance(owner, list | tuple | dict):
         seen(owner)  # searched, or copied
@@ -116,7 +120,7 @@ def pay_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> N
 _METHODS = (BuiltinMethodType, MethodType)
 
 
-def _pay_method(text: str, name: str, args: Sequence[Any], given: Weight) -> None:
+def _pay_method(text: str, name: str, args: Sequence[Any], given: TemplateCost) -> None:
     pay = budget()
     pay.work(1 + len(text) // 64)
     first = args[0] if args else None

@@ -21,7 +21,7 @@ from typing import Any
 from lvlm.core.errors import BackendError, BundleError, LvlmError
 from lvlm.core.installing import install
 from lvlm.core.integrity import sha256_of
-from lvlm.core.nvidia import Driver, NoGpuError, driver
+from lvlm.core.nvidia import NoGpuError, NvidiaDriver, driver
 from lvlm.runtime.backends import devices
 from lvlm.runtime.bundle.engine_sets import PLUGINS, EngineSet, NoEnginesError
 from lvlm.runtime.bundle.manifest import Manifest
@@ -59,7 +59,7 @@ class Finding:
 class Machine:
     """How the doctor looks at the machine; tests put others here."""
 
-    driver: Callable[[], Driver] = driver
+    driver: Callable[[], NvidiaDriver] = driver
     version: Callable[[str], str | None] = lambda name: _version(name)
     attempt: Callable[[str], str] = lambda code: _attempt(code)
     load: Callable[[str], Any] = ctypes.CDLL
@@ -106,7 +106,7 @@ def _system() -> str:
     return f"{platform.system()} {platform.machine()}, {python}{release}"
 
 
-def _gpus(machine: Machine) -> tuple[Driver | None, list[Finding]]:
+def _gpus(machine: Machine) -> tuple[NvidiaDriver | None, list[Finding]]:
     try:
         seen = machine.driver()
     except NoGpuError as error:
@@ -125,7 +125,7 @@ def _gpus(machine: Machine) -> tuple[Driver | None, list[Finding]]:
     return seen, found
 
 
-def _onnxruntime(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
+def _onnxruntime(machine: Machine, seen: NvidiaDriver | None) -> Iterator[Finding]:
     """The backends cpu, cuda and ort-tensorrt."""
     plain, gpu = (machine.version(name) for name in ("onnxruntime", "onnxruntime-gpu"))
     if plain and gpu:
@@ -157,7 +157,7 @@ def _onnxruntime(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
         yield Finding(f"device {device}", not fix, says, fix, broken=broken)
 
 
-def _tensorrt(machine: Machine, seen: Driver | None) -> Iterator[Finding]:
+def _tensorrt(machine: Machine, seen: NvidiaDriver | None) -> Iterator[Finding]:
     """The backends tensorrt and tensorrt-rtx, and the plugin library that the former loads."""
     usable = seen is not None and bool(seen.gpus)
     for device, module in FLAVOURS.items():
@@ -227,7 +227,7 @@ def _plugins(machine: Machine) -> Finding:
 
 
 def _bundle(
-    folder: Path, manifest: Manifest, seen: Driver | None, looked: Mapping[str, Finding]
+    folder: Path, manifest: Manifest, seen: NvidiaDriver | None, looked: Mapping[str, Finding]
 ) -> Iterator[Finding]:
     """Which devices can run this bundle, and which of its engines fit."""
     says = f"{manifest.family}, recipe {manifest.recipe}, {manifest.dtype}"
@@ -259,7 +259,7 @@ def _bundle(
 
 
 def _engines(
-    engines: EngineSet, manifest: Manifest, seen: Driver | None, looked: Mapping[str, Finding]
+    engines: EngineSet, manifest: Manifest, seen: NvidiaDriver | None, looked: Mapping[str, Finding]
 ) -> Finding:
     subject = f"bundle on {engines.flavour}"
     if seen is None or not seen.gpus:

@@ -28,7 +28,7 @@ Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Token:
+class PatchToken:
     """A token that is still there: the prompt tokens in it.
 
     ``members`` are all of them, ``centres`` those whose place it may have kept. A map does not say
@@ -96,9 +96,9 @@ def check_shows(manifest: Manifest) -> None:
         )
 
 
-def after_each_reduction(generation: Generation) -> list[list[Token]]:
+def after_each_reduction(generation: Generation) -> list[list[PatchToken]]:
     """The tokens left after each reduction, in order: a prompt token is named by its index."""
-    tokens = [Token((i,), (i,)) for i in range(len(generation.image_id))]
+    tokens = [PatchToken((i,), (i,)) for i in range(len(generation.image_id))]
     states = []
     for full in generation.merge_maps:
         tokens = _reduce(tokens, full[: len(tokens)])
@@ -106,7 +106,7 @@ def after_each_reduction(generation: Generation) -> list[list[Token]]:
     return states
 
 
-def _reduce(tokens: Sequence[Token], new_index: np.ndarray) -> list[Token]:
+def _reduce(tokens: Sequence[PatchToken], new_index: np.ndarray) -> list[PatchToken]:
     """``tokens`` after a reduction, whose map is ``new_index`` [len(tokens)]."""
     groups = [
         np.flatnonzero(new_index == j).tolist() for j in range(int(new_index.max(initial=-1)) + 1)
@@ -123,11 +123,11 @@ def _reduce(tokens: Sequence[Token], new_index: np.ndarray) -> list[Token]:
     for group, least, largest in zip(groups, low, high, strict=True):
         centres = [c for i in group if least <= i <= largest for c in tokens[i].centres]
         members = [m for i in group for m in tokens[i].members]
-        reduced.append(Token(tuple(centres), tuple(sorted(members))))
+        reduced.append(PatchToken(tuple(centres), tuple(sorted(members))))
     return reduced
 
 
-def _palette(states: Sequence[Sequence[Token]]) -> dict[int, Colour]:
+def _palette(states: Sequence[Sequence[PatchToken]]) -> dict[int, Colour]:
     """A colour for each centre, the same in all panels; hues far apart one after another."""
     merged = [t.centres[0] for tokens in states for t in tokens if len(t.members) > 1]
     palette = {}
@@ -141,7 +141,7 @@ def _palette(states: Sequence[Sequence[Token]]) -> dict[int, Colour]:
 def _panel(
     picture: Image.Image,
     images: Images,
-    tokens: Sequence[Token],
+    tokens: Sequence[PatchToken],
     first: int,
     palette: dict[int, Colour],
 ) -> Image.Image:

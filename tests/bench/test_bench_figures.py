@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvlm.bench.drive import at_once, one_after_another
-from lvlm.bench.figures import Figures, Record, Round, Spread, percentile
+from lvlm.bench.figures import Figures, RequestRecord, Round, RoundSpread, percentile
 from lvlm.bench.machine import read_bandwidth
 from lvlm.bench.own import decode_weight_bytes, ratios
 from lvlm.bench.resident_memory import forget_peak, peak_bytes
 from lvlm.bench.workload import (
     Case,
     PromptWriter,
-    Request,
     Work,
+    WorkloadRequest,
     arrivals,
     picture,
     prompt_maker,
@@ -42,15 +42,15 @@ def test_percentile_is_numpys(values: list[float], percent: float) -> None:
 
 
 def test_spread() -> None:
-    spread = Spread.of([9.0, 10.0, 12.0])
+    spread = RoundSpread.of([9.0, 10.0, 12.0])
     assert (spread.median, spread.low, spread.high) == (10.0, 9.0, 12.0)
     assert spread.noise == pytest.approx(0.15)
-    assert Spread.of([0.0]).noise == 0.0
+    assert RoundSpread.of([0.0]).noise == 0.0
 
 
 def test_figures_of_two_rounds() -> None:
-    early = Record(arrival=0.0, tokens=(0.5, 0.6, 0.8), prompt_tokens=40, cache_bytes=7)
-    late = Record(arrival=1.0, tokens=(1.2, 1.3, 1.4), prompt_tokens=40)
+    early = RequestRecord(arrival=0.0, tokens=(0.5, 0.6, 0.8), prompt_tokens=40, cache_bytes=7)
+    late = RequestRecord(arrival=1.0, tokens=(1.2, 1.3, 1.4), prompt_tokens=40)
     first, second = Round((early, late), 100), Round((early,), 300)
     assert first.ttft == pytest.approx([0.5, 0.2])
     assert first.gaps == pytest.approx([0.1, 0.2, 0.1, 0.1])
@@ -68,7 +68,7 @@ def test_figures_of_two_rounds() -> None:
 
 
 def test_answers_of_one_token_have_no_gaps() -> None:
-    figures = Figures.of([Round((Record(0.0, (0.25,), 9),), None)])
+    figures = Figures.of([Round((RequestRecord(0.0, (0.25,), 9),), None)])
     assert figures.ttft_ms.median == 250
     assert figures.itl_p50_ms is figures.decode_tokens_per_s is figures.peak_bytes is None
 
@@ -123,14 +123,14 @@ def test_work_repeats_and_nothing_in_it_is_asked_twice(writer: PromptWriter) -> 
     assert len(loaded.requests) == len(loaded.arrivals) > 20
 
 
-def requests(count: int) -> tuple[Request, ...]:
-    return tuple(Request(str(i), (), (1, 1), 2) for i in range(count))
+def requests(count: int) -> tuple[WorkloadRequest, ...]:
+    return tuple(WorkloadRequest(str(i), (), (1, 1), 2) for i in range(count))
 
 
 def test_clients_of_a_serial_contender_queue() -> None:
     asked: list[str] = []
 
-    def answer(request: Request, mark: Callable[[], None]) -> tuple[int, int | None]:
+    def answer(request: WorkloadRequest, mark: Callable[[], None]) -> tuple[int, int | None]:
         asked.append(request.prompt)
         mark()
         time.sleep(0.002)
@@ -147,7 +147,7 @@ def test_clients_of_a_serial_contender_queue() -> None:
 
 
 def test_a_late_serial_contender_does_not_move_arrivals() -> None:
-    def answer(request: Request, mark: Callable[[], None]) -> tuple[int, int | None]:  # noqa: ARG001
+    def answer(request: WorkloadRequest, mark: Callable[[], None]) -> tuple[int, int | None]:  # noqa: ARG001
         time.sleep(0.01)
         mark()
         return 5, None
@@ -190,7 +190,7 @@ def test_many_at_once(times: tuple[float, ...]) -> None:
 
 
 def test_an_error_of_one_request_is_raised() -> None:
-    def submit(request: Request) -> Answered:
+    def submit(request: WorkloadRequest) -> Answered:
         return Answered(PromptError("no") if request.prompt == "2" else None)
 
     with pytest.raises(PromptError, match="no"):

@@ -22,10 +22,10 @@ from lvlm.core.errors import ValidationError
 from lvlm.export import estimates, exporter, machine
 from lvlm.export.budgets.prefix_profiles import (
     DataId,
+    LayerSpread,
     ModelId,
     Profile,
     RecipeId,
-    Spread,
     model_hash,
 )
 from lvlm.export.export_cli import main
@@ -205,7 +205,7 @@ def test_mistakes_get_one_line_and_status_2(
 
 def profile(folder: Path, layers: int) -> Profile:
     row = ProfileRow(0.5, tuple([0.4, 0.6] * (layers // 2)))
-    spread = Spread((0.0,) * layers, (row.fractions,))
+    spread = LayerSpread((0.0,) * layers, (row.fractions,))
     model = ModelId("a", "b", model_hash(folder))
     data, recipe = DataId("", 1), RecipeId("none", {})
     return Profile("prefixkv", 1, 0.5, (row,), spread, layers, model, data, recipe, {})

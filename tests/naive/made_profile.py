@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lvlm.export.budgets.prefix_profiles import DataId, Profile, RecipeId, Spread, identify
+from lvlm.export.budgets.prefix_profiles import DataId, LayerSpread, Profile, RecipeId, identify
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.runtime.policies.shares import ProfileRow
 
@@ -19,7 +19,7 @@ def write_profile(path: Path, checkpoint: Path, layers: int, keep: float) -> Pat
         schema=1,
         keep=keep,
         rows=rows,
-        spread=Spread((0.0,) * layers, (rows[KEEPS.index(keep)].fractions,)),
+        spread=LayerSpread((0.0,) * layers, (rows[KEEPS.index(keep)].fractions,)),
         layers=layers,
         model=identify(Checkpoint(checkpoint, str(checkpoint), None)),
         data=DataId("", 1),

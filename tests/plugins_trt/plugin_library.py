@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from lvlm.core.discovery import discover
 from lvlm.core.progress import Progress
-from lvlm.export.ops.op import Op, Sample
+from lvlm.export.ops.op import Op, OpSample
 from lvlm.plugins_trt.plugins import library_build as build
 from lvlm.plugins_trt.plugins.kernel_compiler import Compiled, compile_kernels
 from lvlm.plugins_trt.plugins.kernels import Kernel, all_kernels
@@ -159,7 +159,7 @@ def _parameters(entry: tuple[Kernel, Sequence[Any]]) -> str:
     return " ".join(map(str, (images[0].entry, *sizes, *[8] * images[0].extras)))
 
 
-def samples(name: str) -> list[Sample]:
+def samples(name: str) -> list[OpSample]:
     """Those that the plugin has kernels for."""
     plugin = plugins()[name]
     words = plugin.words()

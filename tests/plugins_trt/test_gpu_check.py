@@ -13,7 +13,7 @@ import pytest
 import torch
 from plugin_library import Built
 
-from lvlm.export.ops.op import Sample
+from lvlm.export.ops.op import OpSample
 from lvlm.plugins_trt.plugins.registry import plugins
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -88,7 +88,7 @@ def test_what_counts_as_wrong(compare: Any) -> None:
     scores = torch.tensor([[0.5, 0.25, float("nan"), 0.75]])
     states = torch.arange(4 * 32.0).reshape(1, 1, 4, 32)
     counts = torch.tensor([3]), torch.tensor([2]), torch.arange(2)
-    sample = Sample("x", (states, states, scores, *counts), {"mode": "evict"})
+    sample = OpSample("x", (states, states, scores, *counts), {"mode": "evict"})
 
     def result(**changes: torch.Tensor) -> tuple[float, list[str]]:
         key, value, index, kept = compare.OPS["CacheCompact"].reference(

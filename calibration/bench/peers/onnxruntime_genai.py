@@ -16,9 +16,9 @@ import numpy as np
 
 from lvlm.bench.contenders import Conversion, Serving, Setup
 from lvlm.bench.drive import one_after_another
-from lvlm.bench.figures import Record
+from lvlm.bench.figures import RequestRecord
 from lvlm.bench.peers.parts.peer_prompts import Prompts
-from lvlm.bench.workload import Request, Work
+from lvlm.bench.workload import Work, WorkloadRequest
 from lvlm.core.installing import install
 
 ADVICE = (
@@ -48,10 +48,10 @@ class ONNXRuntimeGenAI:
         )
 
     def open(self, setup: Setup) -> Serving:
-        return Generating(setup)
+        return GenaiAnswers(setup)
 
 
-class Generating:
+class GenaiAnswers:
     def __init__(self, setup: Setup) -> None:
         import onnxruntime_genai as genai
 
@@ -61,10 +61,10 @@ class Generating:
         self._model = genai.Model(config)
         self._prompts = Prompts(Path(setup.prompts))
 
-    def serve(self, work: Work) -> list[Record]:
+    def serve(self, work: Work) -> list[RequestRecord]:
         return one_after_another(self._answer, self._prompts.opened(work))
 
-    def _answer(self, request: Request, mark: Callable[[], None]) -> tuple[int, int | None]:
+    def _answer(self, request: WorkloadRequest, mark: Callable[[], None]) -> tuple[int, int | None]:
         import onnxruntime_genai as genai
 
         ids = self._plain_ids(request)
@@ -78,7 +78,7 @@ class Generating:
             mark()
         return len(ids), None
 
-    def _plain_ids(self, request: Request) -> np.ndarray:
+    def _plain_ids(self, request: WorkloadRequest) -> np.ndarray:
         """int32 [N], text throughout: the prompt's own again and again in the picture's place."""
         prompt = self._prompts.prepare(request)
         ids, image_id = np.array(prompt.ids, np.int32), prompt.image_id

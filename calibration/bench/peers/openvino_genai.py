@@ -17,9 +17,9 @@ from typing import Any
 
 from lvlm.bench.contenders import Conversion, Serving, Setup
 from lvlm.bench.drive import at_once, one_after_another
-from lvlm.bench.figures import Record
+from lvlm.bench.figures import RequestRecord
 from lvlm.bench.peers.parts.peer_prompts import Prompts
-from lvlm.bench.workload import Request, Work
+from lvlm.bench.workload import Work, WorkloadRequest
 from lvlm.core.errors import BackendError
 
 ADVICE = (
@@ -52,7 +52,7 @@ class OpenVINOGenAI:
         return Single(setup, properties) if setup.lone else Batching(setup, properties)
 
 
-def _greedy(request: Request) -> Any:
+def _greedy(request: WorkloadRequest) -> Any:
     import openvino_genai as genai
 
     config = genai.GenerationConfig()
@@ -71,7 +71,7 @@ class Inputs:
     def opened(self, work: Work) -> Work:
         return self._prompts.opened(work)
 
-    def of(self, request: Request) -> tuple[str, list[Any]]:
+    def of(self, request: WorkloadRequest) -> tuple[str, list[Any]]:
         import openvino as ov
 
         text = self._prompts.writer.rendered(request.prompt, len(request.pictures))
@@ -100,10 +100,10 @@ class Single:
         self._pipeline = genai.VLMPipeline(setup.source, "CPU", **properties)
         self._inputs = Inputs(Path(setup.prompts))
 
-    def serve(self, work: Work) -> list[Record]:
+    def serve(self, work: Work) -> list[RequestRecord]:
         return one_after_another(self._answer, self._inputs.opened(work))
 
-    def _answer(self, request: Request, mark: Callable[[], None]) -> tuple[int, int | None]:
+    def _answer(self, request: WorkloadRequest, mark: Callable[[], None]) -> tuple[int, int | None]:
         text, pictures = self._inputs.of(request)
         answer = self._pipeline.generate(
             text,
@@ -124,7 +124,7 @@ class Single:
 class Taken:
     """A request on its way through the batching pipeline."""
 
-    request: Request
+    request: WorkloadRequest
     times: list[float] = field(default_factory=list)
     prompt_tokens: int = 0
     error: Exception | None = None
@@ -154,10 +154,10 @@ class Batching:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def serve(self, work: Work) -> list[Record]:
+    def serve(self, work: Work) -> list[RequestRecord]:
         return at_once(self._submit, self._inputs.opened(work))
 
-    def _submit(self, request: Request) -> Taken:
+    def _submit(self, request: WorkloadRequest) -> Taken:
         taken = Taken(request)
         self._waiting.put(taken)
         return taken

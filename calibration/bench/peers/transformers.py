@@ -8,9 +8,9 @@ from typing import Any
 
 from lvlm.bench.contenders import Conversion, Serving, Setup
 from lvlm.bench.drive import one_after_another
-from lvlm.bench.figures import Record
+from lvlm.bench.figures import RequestRecord
 from lvlm.bench.peers.parts.peer_prompts import Prompts
-from lvlm.bench.workload import Request, Work
+from lvlm.bench.workload import Work, WorkloadRequest
 
 
 class Transformers:
@@ -23,10 +23,10 @@ class Transformers:
         return None
 
     def open(self, setup: Setup) -> Serving:
-        return Generating(setup)
+        return TransformersAnswers(setup)
 
 
-class Generating:
+class TransformersAnswers:
     """The bundle's tokenizer and processor make the inputs: a checkpoint may lack a processor's
     files, and token ids are equal this way."""
 
@@ -44,10 +44,10 @@ class Generating:
         self._model.generation_config.eos_token_id = None  # answers go on to their full length
         self._prompts = Prompts(Path(setup.prompts))
 
-    def serve(self, work: Work) -> list[Record]:
+    def serve(self, work: Work) -> list[RequestRecord]:
         return one_after_another(self._answer, self._prompts.opened(work))
 
-    def _answer(self, request: Request, mark: Callable[[], None]) -> tuple[int, int | None]:
+    def _answer(self, request: WorkloadRequest, mark: Callable[[], None]) -> tuple[int, int | None]:
         import torch
 
         prompt = self._prompts.prepare(request)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from lvlm.export.ops.op import Sample
+from lvlm.export.ops.op import OpSample
 
 
-def samples() -> Iterator[Sample]:
+def samples() -> Iterator[OpSample]:
     """Budgets from one entry to all, ragged rows, ties, importance that is not finite; every
     layout in every mode that takes it."""
     nan, inf = float("nan"), float("inf")
@@ -44,7 +44,7 @@ def samples() -> Iterator[Sample]:
         dtypes = (torch.float32, torch.float16)[: 2 if (sinks, recent) == (1, 1) else 1]
         for dtype in dtypes:
             for mode in modes:
-                yield Sample(
+                yield OpSample(
                     f"{name}, {str(dtype)[6:]}, {mode}",
                     (
                         key.to(dtype),

@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from onnx import helper
 
-from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op, Sample
+from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op, OpSample
 
 ELEMENT = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -20,7 +20,7 @@ ELEMENT = {
 }
 
 
-def single_node_model(op: Op, sample: Sample, dynamic: bool = True) -> onnx.ModelProto:
+def single_node_model(op: Op, sample: OpSample, dynamic: bool = True) -> onnx.ModelProto:
     """One node of ``op`` with its function, inputs and outputs under the schema's formal names.
 
     ``dynamic``: axes that vary at run time (capital in ``Op.axes``) are symbolic; outputs then
@@ -60,12 +60,12 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     )
 
 
-def feeds(op: Op, sample: Sample) -> dict[str, np.ndarray]:
+def feeds(op: Op, sample: OpSample) -> dict[str, np.ndarray]:
     """The sample's tensors by formal name, as NumPy arrays (bf16 has none)."""
     return {name: tensor.numpy() for name, tensor in _given(op, sample)}
 
 
-def profiles(op: Op, sample: Sample) -> Mapping[str, tuple[list[int], list[int], list[int]]]:
+def profiles(op: Op, sample: OpSample) -> Mapping[str, tuple[list[int], list[int], list[int]]]:
     """(min, opt, max) shapes for a TensorRT build: varying axes go from 1 over the sample's
     extent to twice it."""
     found = {}
@@ -84,6 +84,6 @@ def axis_names(op: Op, name: str, rank: int) -> list[str]:
     return ["fixed"] * (rank - len(axes)) + axes
 
 
-def _given(op: Op, sample: Sample) -> list[tuple[str, torch.Tensor]]:
+def _given(op: Op, sample: OpSample) -> list[tuple[str, torch.Tensor]]:
     pairs = zip(op.schema.inputs, sample.inputs, strict=True)
     return [(formal.name, tensor) for formal, tensor in pairs if tensor is not None]

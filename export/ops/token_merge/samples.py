@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from lvlm.export.ops.op import Attribute, Sample
+from lvlm.export.ops.op import Attribute, OpSample
 
 Counts = Sequence[Sequence[int]]  # [row][image]
 PAD, T = -1, 0
@@ -32,7 +32,7 @@ def inputs(
     return *given, centres, torch.arange(max(1, int(centres.max())))
 
 
-def samples() -> Iterator[Sample]:
+def samples() -> Iterator[OpSample]:
     """Every layout under every rule, in fp32 and fp16; positions are [B, N] and [3, B, N]."""
     one = [T, T, *[1] * 10, T, T, T]  # odd length: 15
     ragged = [
@@ -72,7 +72,7 @@ def samples() -> Iterator[Sample]:
                 if rule == "recycle" and name == "ties":
                     attributes["absorb"] = 1
                 counts = recycle if rule == "recycle" else None
-                yield Sample(
+                yield OpSample(
                     f"{label}, {rule}",
                     inputs(state, importance, image_id, positions, keep, counts),
                     attributes,

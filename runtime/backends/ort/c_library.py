@@ -95,7 +95,7 @@ def find_library() -> Path | None:
     return None
 
 
-class Handle:
+class LibraryHandle:
     """An object of the library, released with this one."""
 
     def __init__(self, library: OrtLibrary, pointer: c_void_p, release: str) -> None:
@@ -150,20 +150,20 @@ class OrtLibrary:
             ELEMENTS[dtype],
         )
 
-    def container(self) -> Handle:
+    def container(self) -> LibraryHandle:
         """Where sessions keep packed weights; must outlive them."""
         made = self.create("CreatePrepackedWeightsContainer")
-        return Handle(self, made, "ReleasePrepackedWeightsContainer")
+        return LibraryHandle(self, made, "ReleasePrepackedWeightsContainer")
 
     def session(
         self,
         file: Path,
         threads: int | None,
         weights: Mapping[str, c_void_p],
-        container: Handle,
-    ) -> Handle:
+        container: LibraryHandle,
+    ) -> LibraryHandle:
         """A graph on the CPU; ``weights`` stand in for its external initializers."""
-        options = Handle(self, self.create("CreateSessionOptions"), "ReleaseSessionOptions")
+        options = LibraryHandle(self, self.create("CreateSessionOptions"), "ReleaseSessionOptions")
         self.call("SetSessionLogSeverityLevel", options.pointer, FATAL)
         # One plan of memory for each length of prompt that was met, beside what the arena has
         self.call("DisableMemPattern", options.pointer)
@@ -181,13 +181,13 @@ class OrtLibrary:
             options.pointer,
             container.pointer,
         )
-        return Handle(self, made, "ReleaseSession")
+        return LibraryHandle(self, made, "ReleaseSession")
 
-    def ports(self, session: Handle) -> tuple[list[str], list[str]]:
+    def ports(self, session: LibraryHandle) -> tuple[list[str], list[str]]:
         """Names of a session's inputs and outputs."""
         return self._names(session, "Input"), self._names(session, "Output")
 
-    def _names(self, session: Handle, which: str) -> list[str]:
+    def _names(self, session: LibraryHandle, which: str) -> list[str]:
         count = c_size_t()
         self.call(f"SessionGet{which}Count", session.pointer, ctypes.byref(count))
         names = []

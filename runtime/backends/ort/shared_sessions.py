@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lvlm.runtime.backends import Buffer
-from lvlm.runtime.backends.ort.c_library import Handle, OrtError, OrtLibrary
+from lvlm.runtime.backends.ort.c_library import LibraryHandle, OrtError, OrtLibrary
 from lvlm.runtime.backends.ort.mapped_weights import MappedWeights
 from lvlm.runtime.backends.ort.sessions import check_ports, failure, types, with_repeats
 from lvlm.runtime.bundle.manifest import Graph, Manifest
@@ -22,7 +22,7 @@ class SharedWeights:
         self.library, self.threads = OrtLibrary(path), threads
         self.container = self.library.container()
         self.mapped = MappedWeights()
-        self._values: dict[tuple[Path, str], Handle] = {}
+        self._values: dict[tuple[Path, str], LibraryHandle] = {}
 
     def session(self, folder: Path, manifest: Manifest, graph: Graph, file: Path) -> SharedSession:
         """Raises OrtError."""
@@ -34,7 +34,7 @@ class SharedWeights:
             if key not in self._values:
                 data = self.mapped.bytes_of(folder, name, weight)
                 value = self.library.tensor(data, weight.dtype, weight.dims)
-                self._values[key] = Handle(self.library, value, "ReleaseValue")
+                self._values[key] = LibraryHandle(self.library, value, "ReleaseValue")
             given[name] = self._values[key].pointer
         with self.mapped.dropped_when_read():
             handle = self.library.session(file, self.threads, given, self.container)
@@ -47,7 +47,7 @@ class SharedSession:
     """A loaded graph. Safe to run from several threads, each with a call of its own."""
 
     def __init__(
-        self, owner: SharedWeights, handle: Handle, types: dict[str, str], outputs: list[str]
+        self, owner: SharedWeights, handle: LibraryHandle, types: dict[str, str], outputs: list[str]
     ) -> None:
         self.owner, self.handle, self.library = owner, handle, owner.library
         self.types, self.outputs = types, outputs
@@ -64,9 +64,9 @@ class SharedCall:
     ) -> None:
         self.session, self.library = session, session.library
         made = self.library.create("CreateIoBinding", session.handle.pointer)
-        self.binding = Handle(self.library, made, "ReleaseIoBinding")
+        self.binding = LibraryHandle(self.library, made, "ReleaseIoBinding")
         made = self.library.create("CreateRunOptions")
-        self.options = Handle(self.library, made, "ReleaseRunOptions")
+        self.options = LibraryHandle(self.library, made, "ReleaseRunOptions")
         self.lasting = (dict(inputs), dict(outputs))  # keeps the memory alive
         self.ignored = [name for name in session.outputs if name not in outputs]
         for name, buffer in inputs.items():

@@ -146,7 +146,7 @@ def _bindings() -> Any:
 class CudaDriver:
     """``Driver`` over NVIDIA's own bindings; ``runtime`` is cuda.bindings.runtime."""
 
-    def __init__(self, runtime: Any, seen: nvidia.Driver) -> None:
+    def __init__(self, runtime: Any, seen: nvidia.NvidiaDriver) -> None:
         needed = int(_ask(runtime.cudaRuntimeGetVersion()))
         # Versions within a major one work with each other.
         if seen.cuda[0] < needed // 1000:

@@ -68,7 +68,7 @@ class Shared:
     log: Any
 
 
-class Session:
+class EngineSession:
     """See backends.Session. ``weights`` are the engine's inputs that never change.
 
     All lengths are known before a call, from the host's plan: outputs are allocated beforehand and
@@ -193,7 +193,7 @@ class TensorRtCall:
 
     def __init__(
         self,
-        session: Session,
+        session: EngineSession,
         inputs: Mapping[str, DeviceArray],
         outputs: Mapping[str, DeviceArray],
     ) -> None:

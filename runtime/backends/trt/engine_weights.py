@@ -13,7 +13,7 @@ from lvlm.core.errors import BackendError
 from lvlm.runtime.backends import host_dtype
 from lvlm.runtime.backends.trt.driver import DeviceArray, DeviceBuffer, Driver, PinnedBlock
 from lvlm.runtime.backends.trt.staging import aligned
-from lvlm.runtime.bundle.engine_sets import Weight
+from lvlm.runtime.bundle.engine_sets import EngineWeight
 
 Key = tuple[Path, int, int]  # file, offset, bytes
 CHUNK = 32 << 20  # bytes copied at once: enough for full speed
@@ -26,7 +26,7 @@ class Weights:
         self.driver = driver
         self._there: dict[Key, DeviceArray] = {}
 
-    def of(self, bundle: Path, weights: Sequence[Weight]) -> dict[str, DeviceArray]:
+    def of(self, bundle: Path, weights: Sequence[EngineWeight]) -> dict[str, DeviceArray]:
         """The weights of one engine, by name."""
         keys = {w.name: (bundle / w.file, w.offset, w.bytes) for w in weights}
         new = {keys[w.name]: w for w in weights if keys[w.name] not in self._there}
@@ -34,7 +34,7 @@ class Weights:
             self._upload_all(new)
         return {name: self._there[key] for name, key in keys.items()}
 
-    def _upload_all(self, new: Mapping[Key, Weight]) -> None:
+    def _upload_all(self, new: Mapping[Key, EngineWeight]) -> None:
         buffer = DeviceBuffer(
             self.driver,
             sum(aligned(w.bytes) for w in new.values()),
@@ -48,7 +48,7 @@ class Weights:
             self._there[key] = DeviceArray(buffer, weight.dims, weight.dtype, offset)
             offset += aligned(weight.bytes)
 
-    def _upload(self, path: Path, weight: Weight, address: int, host: PinnedBlock) -> None:
+    def _upload(self, path: Path, weight: EngineWeight, address: int, host: PinnedBlock) -> None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             end = weight.offset + weight.bytes
             size = math.prod(weight.dims) * np.dtype(host_dtype(weight.dtype)).itemsize

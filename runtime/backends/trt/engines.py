@@ -16,13 +16,13 @@ from lvlm.core.integrity import sha256_of
 from lvlm.runtime.backends import host_dtype, require
 from lvlm.runtime.backends.trt import driver as _cuda
 from lvlm.runtime.backends.trt.driver import DeviceArray, DeviceBuffer
-from lvlm.runtime.backends.trt.engine_session import Session, Shared, Workspace
+from lvlm.runtime.backends.trt.engine_session import EngineSession, Shared, Workspace
 from lvlm.runtime.backends.trt.engine_weights import Weights
 from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.manifest import Manifest
 
 
-class TensorRt:
+class TensorRtBackend:
     """One GPU, one stream, and whatever of a bundle's engines fits both.
 
     Memory that is in use belongs to this object (weights, workspace), to its sessions (inputs and
@@ -45,7 +45,7 @@ class TensorRt:
         self.weights = Weights(self.driver)
         self._engines: dict[Path, EngineSet] = {}
 
-    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
+    def load(self, folder: Path, manifest: Manifest, name: str) -> EngineSession:
         engines = self._engines.get(folder)
         if engines is None:
             engines = self._engines[folder] = self._choose(folder, manifest)
@@ -54,7 +54,7 @@ class TensorRt:
             raise BackendError(f"{engines.folder} has no {name} engine; {engines.mend}")
         engine = self._deserialize(engines.folder / built.file)
         weights = self.weights.of(folder, built.weights)
-        return Session(self.shared, name, engine, manifest.graphs[name], weights)
+        return EngineSession(self.shared, name, engine, manifest.graphs[name], weights)
 
     def room(self) -> int | None:
         return None

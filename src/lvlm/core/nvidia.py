@@ -34,14 +34,14 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Driver:
+class NvidiaDriver:
     """cuda: the newest CUDA version that the driver serves, as (major, minor)."""
 
     cuda: tuple[int, int]
     gpus: tuple[Gpu, ...]
 
 
-def driver(load: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> Driver:
+def driver(load: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> NvidiaDriver:
     """Ask the driver. Raises BackendError if there is none, or none that starts."""
     try:
         cuda = load(LIBRARY)
@@ -59,7 +59,7 @@ def driver(load: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> Driver:
     _call(cuda, "cuDriverGetVersion", ctypes.byref(version))
     _call(cuda, "cuDeviceGetCount", ctypes.byref(count))
     gpus = tuple(_gpu(cuda, index) for index in range(count.value))
-    return Driver((version.value // 1000, version.value % 1000 // 10), gpus)
+    return NvidiaDriver((version.value // 1000, version.value % 1000 // 10), gpus)
 
 
 def copy_on_device(

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lvlm.calibration.datasets import digits
-from lvlm.calibration.datasets.samples import DataError, Dataset, Sample, read_samples
+from lvlm.calibration.datasets.samples import DataError, Dataset, EvaluationSample, read_samples
 from lvlm.core.discovery import discover
 from lvlm.core.errors import LvlmError, ParameterError
 
@@ -182,5 +182,7 @@ def test_a_digest_is_of_contents_not_of_places(write: Write, tmp_path: Path) -> 
     shutil.copytree(tmp_path, tmp_path / "copy")
     assert [s.digest() for s in read_samples(str(tmp_path / "copy/d.jsonl"))] == digests
     array = np.zeros((2, 3, 3), np.uint8)
-    shapes = {Sample("", (a,), "p", "a", "").digest() for a in (array, array.reshape(3, 2, 3))}
+    shapes = {
+        EvaluationSample("", (a,), "p", "a", "").digest() for a in (array, array.reshape(3, 2, 3))
+    }
     assert len(shapes) == 2

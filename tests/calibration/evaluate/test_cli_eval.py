@@ -17,10 +17,10 @@ from settings import CACHED
 
 from lvlm.calibration.evaluate import eval_cli, evaluation, recipe_bundles
 from lvlm.calibration.evaluate.eval_cli import main
-from lvlm.calibration.evaluate.records import Record
+from lvlm.calibration.evaluate.records import SampleRecord
 from lvlm.calibration.evaluate.variant_runner import BundleRunner
 from lvlm.core.installing import install
-from lvlm.export.export_plan import Plan
+from lvlm.export.export_plan import ExportPlan
 
 FILES = ["records.jsonl", "results.json", "results.md", "results.png", "settings.json"]
 
@@ -160,7 +160,7 @@ def test_an_interrupted_command_goes_on(
     batches = []
     original = BundleRunner.run
 
-    def once(runner: BundleRunner, *args: Any) -> list[Record]:
+    def once(runner: BundleRunner, *args: Any) -> list[SampleRecord]:
         batches.append(args)
         if len(batches) == 2:
             raise KeyboardInterrupt
@@ -190,7 +190,7 @@ def test_a_folder_of_another_command(
     computed: list[Any] = []
     original = BundleRunner.run
 
-    def counted(runner: BundleRunner, *args: Any) -> list[Record]:
+    def counted(runner: BundleRunner, *args: Any) -> list[SampleRecord]:
         computed.append(args)
         return original(runner, *args)
 
@@ -285,9 +285,9 @@ def test_missing_packages_get_one_line(
 def test_bundles_are_made_once(
     run: Run, full: Path, light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exported: list[Plan] = []
+    exported: list[ExportPlan] = []
 
-    def export(plan: Plan, _: object) -> None:
+    def export(plan: ExportPlan, _: object) -> None:
         exported.append(plan)
         shutil.copytree(full if plan.recipe.name == "none" else light, plan.options.output)
 

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 from settings import ASSETS, CACHED
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from lvlm.calibration.datasets.samples import Sample, read_samples
+from lvlm.calibration.datasets.samples import EvaluationSample, read_samples
 from lvlm.calibration.evaluate import evaluation
 from lvlm.calibration.evaluate.evaluation import evaluate, plan_jobs
 from lvlm.calibration.evaluate.fit import Shape, new_tokens, solve_keep
 from lvlm.calibration.evaluate.metrics import METRICS
-from lvlm.calibration.evaluate.records import Record, RecordStore, ResultsError, Run
+from lvlm.calibration.evaluate.records import RecordStore, ResultsError, Run, SampleRecord
 from lvlm.calibration.evaluate.variant_runner import BundleRunner, Conditions, answer_ids
 from lvlm.calibration.evaluate.variants import Bundle, Variant, reference_of, variants
 from lvlm.core.errors import CapacityError, ParameterError
@@ -55,17 +55,17 @@ def uniform(bundle: Callable[..., Path]) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def samples() -> list[Sample]:
+def samples() -> list[EvaluationSample]:
     return read_samples("digits", samples=3, kinds=["describe", "row", "cell"])
 
 
 def records(
     variant: Variant,
     run: Run,
-    samples: Sequence[Sample],
+    samples: Sequence[EvaluationSample],
     folder: Path,
     how: Conditions = HOW,
-) -> list[Record]:
+) -> list[SampleRecord]:
     (job,) = plan_jobs([(variant, run)], samples, how)
     store = RecordStore(folder / "records.jsonl")
     list(evaluate([job], samples, how, store))
@@ -74,7 +74,7 @@ def records(
     return [record for record in found if record is not None]
 
 
-def perplexity(found: Sequence[Record], samples: Sequence[Sample]) -> float:
+def perplexity(found: Sequence[SampleRecord], samples: Sequence[EvaluationSample]) -> float:
     ppl = METRICS["ppl"]
     return ppl.value([ppl.score(s, r, None) for s, r in zip(samples, found, strict=True)])
 
@@ -84,7 +84,7 @@ def perplexity(found: Sequence[Record], samples: Sequence[Sample]) -> float:
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_perplexity_equals_that_of_transformers(
-    full: Bundle, samples: list[Sample], tmp_path: Path, batch: int
+    full: Bundle, samples: list[EvaluationSample], tmp_path: Path, batch: int
 ) -> None:
     """One forward over prompt and answer, prepared by transformers' own tokenizer and template."""
     folder = ASSETS / "tiny-llava"
@@ -113,7 +113,7 @@ def test_perplexity_equals_that_of_transformers(
 
 
 def test_greedy_text_is_that_of_generate(
-    uniform: Bundle, samples: list[Sample], tmp_path: Path
+    uniform: Bundle, samples: list[EvaluationSample], tmp_path: Path
 ) -> None:
     found = records(Variant(uniform, "", kv_keep=0.4), "greedy", samples, tmp_path)
     with Model(uniform.folder) as model:
@@ -126,7 +126,7 @@ def test_greedy_text_is_that_of_generate(
 
 
 def test_forced_tokens_meet_the_same_cache_as_generated_ones(
-    uniform: Bundle, samples: list[Sample]
+    uniform: Bundle, samples: list[EvaluationSample]
 ) -> None:
     """The model's own answer, fed to it, is as likely as when it chose it: eviction happens, and
     in the same places."""
@@ -145,7 +145,7 @@ def test_forced_tokens_meet_the_same_cache_as_generated_ones(
 
 
 def test_compression_costs_perplexity_and_frees_cache(
-    full: Bundle, uniform: Bundle, samples: list[Sample], tmp_path: Path
+    full: Bundle, uniform: Bundle, samples: list[EvaluationSample], tmp_path: Path
 ) -> None:
     whole = records(Variant(full, "full cache"), "forced", samples, tmp_path)
     short = records(Variant(uniform, "", kv_keep=0.2), "forced", samples, tmp_path)
@@ -197,7 +197,7 @@ def test_answers_of_other_tokenizers(tmp_path: Path) -> None:
 
 
 def test_kept_fraction_is_exact(
-    full: Bundle, light: Bundle, uniform: Bundle, samples: list[Sample], tmp_path: Path
+    full: Bundle, light: Bundle, uniform: Bundle, samples: list[EvaluationSample], tmp_path: Path
 ) -> None:
     lengths = [IMAGE_TOKENS + s.text_tokens for s in map(BundleRunner(full, HOW).shape, samples)]
     assert all(r.kept == 1 for r in records(Variant(full, ""), "greedy", samples, tmp_path))
@@ -216,7 +216,7 @@ def test_kept_fraction_is_exact(
 
 
 def test_a_wanted_fraction_is_reached_by_merging(
-    light: Bundle, samples: list[Sample], tmp_path: Path
+    light: Bundle, samples: list[EvaluationSample], tmp_path: Path
 ) -> None:
     (variant,) = variants([light], [0.5], [])
     shapes = [BundleRunner(light, HOW).shape(sample) for sample in samples]
@@ -259,7 +259,7 @@ def test_solved_keep_gives_the_fraction_within_one_token(
 
 
 def test_out_of_reach_is_recorded_and_nothing_is_run(
-    light: Bundle, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    light: Bundle, samples: list[EvaluationSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BundleRunner, "run", None)
     (variant,) = variants([light], [0.1], [])
@@ -348,7 +348,7 @@ class Spy:
         self.batches: list[list[str]] = []
         run = BundleRunner.run
 
-        def counted(runner: BundleRunner, *args: Any) -> list[Record]:
+        def counted(runner: BundleRunner, *args: Any) -> list[SampleRecord]:
             if len(self.batches) == stop_at:
                 raise KeyboardInterrupt
             self.batches.append([sample.id for sample in args[3]])
@@ -358,7 +358,7 @@ class Spy:
 
 
 def test_an_interrupted_run_goes_on_and_a_finished_one_loads_nothing(
-    full: Bundle, samples: list[Sample], tmp_path: Path
+    full: Bundle, samples: list[EvaluationSample], tmp_path: Path
 ) -> None:
     how = dataclasses.replace(HOW, batch=2, max_new_tokens=2)
     wanted: list[tuple[Variant, Run]] = [
@@ -387,7 +387,7 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_loads_nothing(
 
 
 def test_keys_hold_what_records_depend_on(
-    full: Bundle, uniform: Bundle, samples: list[Sample]
+    full: Bundle, uniform: Bundle, samples: list[EvaluationSample]
 ) -> None:
     def keys(
         variant: Variant, run: Run = "greedy", data: Any = samples, **how: Any
@@ -424,13 +424,13 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
         RecordStore(path)
     path.unlink()
     store = RecordStore(path)
-    store.add([Record("a", "1", nll=0.1), Record("b", "2", text="zwei\n“2”\u2028")])
+    store.add([SampleRecord("a", "1", nll=0.1), SampleRecord("b", "2", text="zwei\n“2”\u2028")])
     assert RecordStore(path).get("b") == store.get("b")
     assert json.loads(path.read_text().splitlines()[0])["nll"] == 0.1
 
 
 def test_what_does_not_fit_is_known_before_anything_is_run(
-    full: Bundle, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    full: Bundle, samples: list[EvaluationSample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(BundleRunner, "run", None)
     how = dataclasses.replace(HOW, max_new_tokens=5000)
@@ -444,7 +444,7 @@ def test_what_does_not_fit_is_known_before_anything_is_run(
 @pytest.mark.parametrize("more", [-1, 0, 1, 20, 10_000])
 @pytest.mark.parametrize("kv_keep", [0.2, 1.0])
 def test_room_is_what_the_engine_gives(
-    uniform: Bundle, samples: list[Sample], kv_keep: float, more: int
+    uniform: Bundle, samples: list[EvaluationSample], kv_keep: float, more: int
 ) -> None:
     """``more``: slots per layer beyond what is kept of the prompt."""
     shape = BundleRunner(uniform, HOW).shape(samples[0])

@@ -6,15 +6,15 @@ import math
 
 import pytest
 
-from lvlm.calibration.datasets.samples import Sample
+from lvlm.calibration.datasets.samples import EvaluationSample
 from lvlm.calibration.evaluate.metrics import METRICS, normalised, rouge_l
-from lvlm.calibration.evaluate.records import Record
+from lvlm.calibration.evaluate.records import SampleRecord
 
-SAMPLE = Sample("1", (), "Which animal?", "A cat.", "here")
+SAMPLE = EvaluationSample("1", (), "Which animal?", "A cat.", "here")
 
 
-def record(**fields: object) -> Record:
-    return Record("key", "1", **fields)  # type: ignore[arg-type]
+def record(**fields: object) -> SampleRecord:
+    return SampleRecord("key", "1", **fields)  # type: ignore[arg-type]
 
 
 def test_perplexity_weighs_tokens_not_samples() -> None:

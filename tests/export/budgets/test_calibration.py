@@ -20,7 +20,7 @@ from lvlm.core.errors import CheckpointError, ImageError, ParameterError, Prompt
 from lvlm.export.budgets import measuring as calibration
 from lvlm.export.budgets import recording
 from lvlm.export.budgets import sample_prompts as prompting
-from lvlm.export.budgets.calibration_samples import Sample, builtin_samples
+from lvlm.export.budgets.calibration_samples import CalibrationSample, builtin_samples
 from lvlm.export.budgets.measuring import calibrate
 from lvlm.export.budgets.prefix_profiles import ModelId, Profile, RecipeId
 from lvlm.export.budgets.prefix_search import grid, profile_rows
@@ -53,7 +53,10 @@ def load(folder: Path, used: Recipe) -> Reference:
 
 def prompts(folder: Path, count: int) -> list[Prompt]:
     maker = prompting.prompt_maker(*open_folder(folder))
-    samples = [*builtin_samples()[: count - 1], Sample((), "How often does 7 appear?", "text")]
+    samples = [
+        *builtin_samples()[: count - 1],
+        CalibrationSample((), "How often does 7 appear?", "text"),
+    ]
     return [prompting.prepare(maker, sample) for sample in samples]
 
 
@@ -114,7 +117,7 @@ def test_prompts_equal_those_of_a_bundle(
 ) -> None:
     maker = prompting.prompt_maker(*open_folder(checkpoint(name)))
     with lvlm.load(bundle(name, max_images=2)) as model:
-        for sample in (*builtin_samples()[:2], Sample((), "Hello", "text")):
+        for sample in (*builtin_samples()[:2], CalibrationSample((), "Hello", "text")):
             ours = prompting.prepare(maker, sample)
             theirs = model.prepare(0, sample.prompt, sample.images, GenerationOptions())
             assert list(ours.ids) == list(theirs.ids)
@@ -128,8 +131,10 @@ def test_prompts_without_a_chat_template(checkpoint: Callable[[str], Path], tmp_
     maker = prompting.prompt_maker(*open_folder(folder))
     picture = builtin_samples()[0].images[0]
     text = "<image>\n<image>\nWhich?"
-    bare = prompting.prepare(maker, Sample((picture, picture), "Which?", "a"))
-    assert list(bare.ids) == list(prompting.prepare(maker, Sample((picture,) * 2, text, "a")).ids)
+    bare = prompting.prepare(maker, CalibrationSample((picture, picture), "Which?", "a"))
+    assert list(bare.ids) == list(
+        prompting.prepare(maker, CalibrationSample((picture,) * 2, text, "a")).ids
+    )
     assert int((bare.image_id == 2).sum()) == 144
 
 
@@ -142,7 +147,7 @@ def test_prompts_of_a_template_that_takes_text(
     )
     maker = prompting.prompt_maker(*open_folder(folder))
     picture = builtin_samples()[0].images[0]
-    made = prompting.prepare(maker, Sample((picture,), "Which?", "a"))
+    made = prompting.prepare(maker, CalibrationSample((picture,), "Which?", "a"))
     assert int((made.image_id == 1).sum()) == 144
     text = maker.tokenizer.decode([i for i in made.ids if i != maker.images.token_id])
     assert text == "USER: \nWhich? "
@@ -151,13 +156,21 @@ def test_prompts_of_a_template_that_takes_text(
 @pytest.mark.parametrize(
     ("sample", "kind", "message"),
     [
-        (Sample((b"junk",), "Hi", "d.jsonl:4"), ImageError, "d.jsonl:4: the picture given as 4"),
-        (Sample((), "<image>", "d.jsonl:7"), PromptError, "d.jsonl:7: the prompt has 1 image"),
-        (Sample((), " ", "d.jsonl:9"), PromptError, "d.jsonl:9: the prompt is empty"),
+        (
+            CalibrationSample((b"junk",), "Hi", "d.jsonl:4"),
+            ImageError,
+            "d.jsonl:4: the picture given as 4",
+        ),
+        (
+            CalibrationSample((), "<image>", "d.jsonl:7"),
+            PromptError,
+            "d.jsonl:7: the prompt has 1 image",
+        ),
+        (CalibrationSample((), " ", "d.jsonl:9"), PromptError, "d.jsonl:9: the prompt is empty"),
     ],
 )
 def test_a_sample_that_cannot_be_prepared_is_named(
-    sample: Sample, kind: type[Exception], message: str
+    sample: CalibrationSample, kind: type[Exception], message: str
 ) -> None:
     maker = prompting.prompt_maker(*open_folder(ASSETS / "tiny-llava"))
     with pytest.raises(kind) as error:

@@ -22,10 +22,10 @@ from settings import ASSETS
 from lvlm.core.errors import CheckpointError, ExportError, ParameterError
 from lvlm.export.budgets.prefix_profiles import (
     DataId,
+    LayerSpread,
     ModelId,
     Profile,
     RecipeId,
-    Spread,
     check_profile,
     identify,
     model_hash,
@@ -215,7 +215,7 @@ def profile(**changes: Any) -> Profile:
         schema=1,
         keep=0.2,
         rows=mean_rows(found, grid(0.2)),
-        spread=Spread(tuple(asked.std(0).tolist()), tuple(map(tuple, asked.tolist()))),
+        spread=LayerSpread(tuple(asked.std(0).tolist()), tuple(map(tuple, asked.tolist()))),
         layers=3,
         model=ModelId("tiny", "Tiny", "ab" * 32),
         data=DataId("cd" * 32, 2),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.cache_compact.contract import MODES, OP
-from lvlm.export.ops.op import Sample
+from lvlm.export.ops.op import OpSample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 
 ENGINES = ("torch", "onnx")
@@ -32,12 +32,12 @@ class Case:
     sinks: int = 1
     recent: int = 1
 
-    def sample(self) -> Sample:
+    def sample(self) -> OpSample:
         length, budget = torch.tensor(self.length), torch.tensor(self.budget)
         slots = torch.arange(max(1, *self.budget))
         tensors = (self.key, self.value, self.importance, length, budget, slots)
         attributes = {"mode": self.mode, "sinks": self.sinks, "recent": self.recent}
-        return Sample("", tensors, attributes)
+        return OpSample("", tensors, attributes)
 
     def run(self, engine: str) -> list[np.ndarray]:
         sample = self.sample()

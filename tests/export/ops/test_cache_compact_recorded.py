@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lvlm.export.ops.cache_compact.contract import OP
-from lvlm.export.ops.op import Sample
+from lvlm.export.ops.op import OpSample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 
 VECTORS = Path(__file__).parents[2] / "data/caches"
@@ -39,7 +39,7 @@ def test_prefill(name: str, engine: str) -> None:
     length = torch.full((len(layers),), meta["prompt"])
     inputs = stacked("k"), stacked("v"), importance, length, torch.tensor(kept)
     attributes = {"mode": MODES[meta["method"]], "sinks": meta["start_size"], "recent": 1}
-    sample = Sample(name, (*inputs, torch.arange(max(kept))), attributes)
+    sample = OpSample(name, (*inputs, torch.arange(max(kept))), attributes)
     if engine == "torch":
         found = [t.numpy() for t in OP(*sample.inputs, **sample.attributes)]
     else:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.cache_importance import OP
-from lvlm.export.ops.op import Sample
+from lvlm.export.ops.op import OpSample
 from lvlm.export.ops.parts.chunked_attention import PARTS
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 
@@ -74,7 +74,7 @@ def runner(
     query = torch.zeros(1, key_heads * group, 1, width, dtype=dtype)
     key = torch.zeros(1, key_heads, 1, width, dtype=dtype)
     attributes = {"scale": width**-0.5, **dict(chunk)}
-    return session(single_node_model(OP, Sample("", (query, key, one, one[0]), attributes)))
+    return session(single_node_model(OP, OpSample("", (query, key, one, one[0]), attributes)))
 
 
 def run(case: Case, chunk: dict[str, int], engine: str) -> np.ndarray:
@@ -82,7 +82,7 @@ def run(case: Case, chunk: dict[str, int], engine: str) -> np.ndarray:
     if engine == "torch":
         return OP(*case, scale=query.shape[3] ** -0.5, **chunk)[0].numpy()
     layout = (key.shape[1], query.shape[1] // key.shape[1], key.shape[3])
-    feed = feeds(OP, Sample("", case))
+    feed = feeds(OP, OpSample("", case))
     return runner(layout, query.dtype, tuple(chunk.items())).run(None, feed)[0]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.cache_update import OP
-from lvlm.export.ops.op import Sample
+from lvlm.export.ops.op import OpSample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 
 Write = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # cache, update, index
@@ -35,7 +35,7 @@ def writes(draw: st.DrawFn) -> Write:
 @functools.cache
 def graph(dtype: torch.dtype) -> onnxruntime.InferenceSession:
     states = torch.zeros(2, 3, 9, 8, dtype=dtype)
-    sample = Sample("graph", (states, states[:, :, :2], torch.tensor([0, 1])))
+    sample = OpSample("graph", (states, states[:, :, :2], torch.tensor([0, 1])))
     return session(single_node_model(OP, sample))
 
 
@@ -51,7 +51,7 @@ def test_matches_loops(write: Write) -> None:
     integer = np.int16 if cache.dtype == torch.float16 else np.int32
     before = cache.clone()
     (found,) = OP(*write)
-    (onnx_found,) = graph(cache.dtype).run(None, feeds(OP, Sample("write", write)))
+    (onnx_found,) = graph(cache.dtype).run(None, feeds(OP, OpSample("write", write)))
     for have in (found.numpy(), onnx_found):
         np.testing.assert_array_equal(have.view(integer), expected.view(integer))
     np.testing.assert_array_equal(cache.numpy(), before.numpy())  # the reference works on a copy

@@ -18,7 +18,7 @@ from onnx import helper
 
 from lvlm.core.errors import ExportError, ParameterError
 from lvlm.export.ops.causal_attention import OP
-from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Sample
+from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, OpSample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 from lvlm.export.targets import trt_rtx, trt_rtx_turing
 from lvlm.export.targets.passes.graph_edits import lower_ops, write_out_attention
@@ -67,10 +67,10 @@ def padding(case: Case) -> torch.Tensor:
     return (torch.arange(case[0].shape[2]) >= case[3][:, None])[:, None, :, None]
 
 
-def sample(case: Case, importance: int, chunk: int = 4) -> Sample:
+def sample(case: Case, importance: int, chunk: int = 4) -> OpSample:
     query, key, value, length = case
     attributes = {"scale": query.shape[3] ** -0.5, "chunk": chunk, "importance": importance}
-    return Sample("", (query, key, value, length if importance else None), attributes)
+    return OpSample("", (query, key, value, length if importance else None), attributes)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BackendError
-from lvlm.export.ops.op import DOMAIN, VERSION, Op, Sample
+from lvlm.export.ops.op import DOMAIN, VERSION, Op, OpSample
 from lvlm.export.ops.parts.single_node import (
     axis_names,
     feeds,
@@ -25,14 +25,14 @@ from lvlm.export.ops.parts.single_node import (
     single_node_model,
 )
 from lvlm.export.targets import trt_rtx
-from lvlm.plugins_trt.engines.tensorrt_builder import Settings, TensorRt, open_tensorrt
+from lvlm.plugins_trt.engines.tensorrt_builder import Settings, TensorRtBuilder, open_tensorrt
 from lvlm.runtime.bundle.manifest import Capacity
 
 OPS = discover("lvlm.export.ops", "OP")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def variant(op: Op, sample: Sample) -> tuple[object, ...]:
+def variant(op: Op, sample: OpSample) -> tuple[object, ...]:
     """Samples of one variant are the same graph: only capital axes differ."""
     found: list[object] = sorted(sample.attributes.items())
     for formal, tensor in zip(op.schema.inputs, sample.inputs, strict=True):
@@ -42,25 +42,25 @@ def variant(op: Op, sample: Sample) -> tuple[object, ...]:
     return tuple(found)
 
 
-def params(samples: Iterable[tuple[Op, Sample]]) -> list[object]:
+def params(samples: Iterable[tuple[Op, OpSample]]) -> list[object]:
     return [pytest.param(op, s, id=f"{op.name}: {s.name}") for op, s in samples]
 
 
-def in_bf16(op: Op, sample: Sample) -> Sample:
+def in_bf16(op: Op, sample: OpSample) -> OpSample:
     """The tensors of the schema's type T, that of the data, as bf16."""
     pairs = zip(op.schema.inputs, sample.inputs, strict=True)
     tensors = [t if t is None or f.type_str != "T" else t.bfloat16() for f, t in pairs]
-    return Sample(f"{sample.name} in bfloat16", tensors, sample.attributes)
+    return OpSample(f"{sample.name} in bfloat16", tensors, sample.attributes)
 
 
-def for_tensorrt(op: Op, sample: Sample) -> onnx.ModelProto:
+def for_tensorrt(op: Op, sample: OpSample) -> onnx.ModelProto:
     """The op's model as the target trt-rtx writes it."""
     model = ir.serde.deserialize_model(single_node_model(op, sample))
     trt_rtx.TARGET.lower(model, Capacity(1, 1, ()))
     return ir.to_proto(model)
 
 
-def rtx() -> TensorRt:
+def rtx() -> TensorRtBuilder:
     pytest.importorskip("tensorrt_rtx")
     return open_tensorrt("tensorrt-rtx")
 
@@ -79,7 +79,7 @@ def variant_session(op_name: str, key: tuple[object, ...]) -> onnxruntime.Infere
     return session(single_node_model(op, sample))
 
 
-def assert_close(op: Op, sample: Sample, got: Iterable[np.ndarray]) -> None:
+def assert_close(op: Op, sample: OpSample, got: Iterable[np.ndarray]) -> None:
     dtype = next(t.dtype for t in sample.inputs if t is not None and t.dtype in FLOATS)
     expected = op(*sample.inputs, **sample.attributes)
     names = [formal.name for formal in op.schema.outputs[: len(expected)]]
@@ -112,21 +112,21 @@ def test_schema_and_axes_name_the_same_inputs(op: Op) -> None:
 
 
 @pytest.mark.parametrize(("op", "sample"), params(ALL))
-def test_described_outputs_are_those_of_the_reference(op: Op, sample: Sample) -> None:
+def test_described_outputs_are_those_of_the_reference(op: Op, sample: OpSample) -> None:
     described = op.outputs(*sample.inputs, **sample.attributes)
     found = op(*sample.inputs, **sample.attributes)
     assert [(t.dtype, tuple(t.shape)) for t in found] == [(d, tuple(s)) for d, s in described]
 
 
 @pytest.mark.parametrize(("op", "sample"), params(ALL))
-def test_onnx_function_computes_the_reference(op: Op, sample: Sample) -> None:
+def test_onnx_function_computes_the_reference(op: Op, sample: OpSample) -> None:
     runner = variant_session(op.name, variant(op, sample))
     assert_close(op, sample, runner.run(None, feeds(op, sample)))
 
 
 @pytest.mark.parametrize(("op", "sample"), params(VARIANTS))
 @pytest.mark.parametrize("dynamic", [True, False])
-def test_checker_takes_node_and_body(op: Op, sample: Sample, dynamic: bool) -> None:
+def test_checker_takes_node_and_body(op: Op, sample: OpSample, dynamic: bool) -> None:
     model = single_node_model(op, sample, dynamic=dynamic)
     onnx.checker.check_model(model, full_check=True)
     # The checker trusts a registered schema; inlined, it infers through the body as well.
@@ -134,7 +134,7 @@ def test_checker_takes_node_and_body(op: Op, sample: Sample, dynamic: bool) -> N
 
 
 @pytest.mark.parametrize(("op", "sample"), params(VARIANTS + BRAIN))
-def test_tensorrt_builds_it_and_reads_every_input(op: Op, sample: Sample) -> None:
+def test_tensorrt_builds_it_and_reads_every_input(op: Op, sample: OpSample) -> None:
     model = for_tensorrt(op, sample).SerializeToString()
     assert rtx().build(model, Settings(profiles(op, sample))).engine.nbytes > 0
 
@@ -143,7 +143,7 @@ LOWERED = [(op, sample) for op, sample in ALL if op.lowered is not None]
 
 
 @pytest.mark.parametrize(("op", "sample"), params(LOWERED))
-def test_lowered_form_computes_the_reference(op: Op, sample: Sample) -> None:
+def test_lowered_form_computes_the_reference(op: Op, sample: OpSample) -> None:
     model = for_tensorrt(op, sample)
     onnx.checker.check_model(model, full_check=True)
     assert op.name not in {node.op_type for node in model.graph.node}
@@ -178,7 +178,7 @@ def test_gate_repeats_the_parsers_message(tmp_path: Path) -> None:
 class Calls(torch.nn.Module):
     """A model that calls the op on its own inputs."""
 
-    def __init__(self, op: Op, sample: Sample) -> None:
+    def __init__(self, op: Op, sample: OpSample) -> None:
         super().__init__()
         self.op, self.attributes = op, sample.attributes
         self.left_out = sample.inputs.count(None)
@@ -188,7 +188,7 @@ class Calls(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("op", "sample"), params(ARITIES))
-def test_export_leaves_one_node(op: Op, sample: Sample) -> None:
+def test_export_leaves_one_node(op: Op, sample: OpSample) -> None:
     """Traced by torch.export first, as checkpoints are, with the varying axes dynamic."""
     given = [t for t in sample.inputs if t is not None]
     axes = [axis_names(op, f.name, t.dim()) for f, t in zip(op.schema.inputs, given, strict=False)]

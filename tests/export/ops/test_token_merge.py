@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvlm.core.errors import ParameterError
-from lvlm.export.ops.op import Sample
+from lvlm.export.ops.op import OpSample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 from lvlm.export.ops.token_merge.contract import OP
 from lvlm.export.ops.token_merge.samples import inputs
@@ -32,12 +32,12 @@ class Case:
     rule: str
     absorb: int
 
-    def sample(self) -> Sample:
+    def sample(self) -> OpSample:
         counts = self.recycle if self.rule == "recycle" else None
         tensors = inputs(
             self.hidden, self.importance, self.image_id, self.positions, self.keep, counts
         )
-        return Sample("case", tensors, {"merge": self.rule, "absorb": self.absorb})
+        return OpSample("case", tensors, {"merge": self.rule, "absorb": self.absorb})
 
     def run(self) -> list[np.ndarray]:
         sample = self.sample()

@@ -15,7 +15,7 @@ import torch
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ExportError
-from lvlm.export.ops.op import Op, Sample
+from lvlm.export.ops.op import Op, OpSample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 from lvlm.export.targets.openvino import TARGET
 from lvlm.export.targets.passes.graph_edits import inline_lowered
@@ -38,7 +38,7 @@ def core() -> openvino.Core:
 
 def kinds() -> list[Any]:
     """A sample of every op, set of attributes and number of inputs, and one in fp16 of every op."""
-    found: dict[object, tuple[Op, Sample]] = {}
+    found: dict[object, tuple[Op, OpSample]] = {}
     for op in OPS.values():
         for sample in op.samples():
             half = any(t is not None and t.dtype in HALVES for t in sample.inputs)
@@ -49,7 +49,7 @@ def kinds() -> list[Any]:
     return [pytest.param(op, s, id=f"{op.name}: {s.name}") for op, s in found.values()]
 
 
-def run(op: Op, sample: Sample, folder: Path, precision: str) -> list[np.ndarray]:
+def run(op: Op, sample: OpSample, folder: Path, precision: str) -> list[np.ndarray]:
     model = ir.serde.deserialize_model(single_node_model(op, sample))
     TARGET.lower(model, Capacity(1, 1, ()))
     proto = ir.to_proto(model)
@@ -62,7 +62,7 @@ def run(op: Op, sample: Sample, folder: Path, precision: str) -> list[np.ndarray
     return [found[number] for number in range(len(compiled.outputs))]
 
 
-def assert_close(op: Op, sample: Sample, got: list[np.ndarray], dtype: torch.dtype) -> None:
+def assert_close(op: Op, sample: OpSample, got: list[np.ndarray], dtype: torch.dtype) -> None:
     expected = op(*sample.inputs, **sample.attributes)
     formals = op.schema.outputs[: len(expected)]
     for formal, want, have in zip(formals, expected, got, strict=True):
@@ -77,7 +77,7 @@ def assert_close(op: Op, sample: Sample, got: list[np.ndarray], dtype: torch.dty
 
 
 @pytest.mark.parametrize(("op", "sample"), kinds())
-def test_ops_compute_their_contract(op: Op, sample: Sample, tmp_path: Path) -> None:
+def test_ops_compute_their_contract(op: Op, sample: OpSample, tmp_path: Path) -> None:
     dtype = next(t.dtype for t in sample.inputs if t is not None and t.is_floating_point())
     assert_close(op, sample, run(op, sample, tmp_path, "f32"), dtype)
 

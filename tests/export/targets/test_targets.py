@@ -20,7 +20,7 @@ import lvlm
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ExportError
 from lvlm.core.integrity import describe
-from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op, Sample
+from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op, OpSample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 from lvlm.export.targets.description import FLOATS, NEW_OPS
 from lvlm.export.targets.passes.decomposed import write_out_normalization, write_out_rotary
@@ -267,7 +267,7 @@ HALF = [
 
 
 @pytest.mark.parametrize(("op", "sample"), HALF)
-def test_products_in_fp16_are_near_the_reference(op: Op, sample: Sample) -> None:
+def test_products_in_fp16_are_near_the_reference(op: Op, sample: OpSample) -> None:
     """Ranks of the samples differ by more than fp16 loses."""
     model = ir.serde.deserialize_model(single_node_model(op, sample))
     TARGETS["trt-rtx-turing"].lower(model, Capacity(1, 1, ()))

@@ -30,7 +30,12 @@ from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.reference.torch_reference import Answer, Reference
 from lvlm.export.targets.target import Target
-from lvlm.export.weights.quantization import Quantization, dequantize, quantize, round_products
+from lvlm.export.weights.quantization import (
+    WeightQuantization,
+    dequantize,
+    quantize,
+    round_products,
+)
 from lvlm.export.weights.quantized_linears import BLOCKS
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.bundle.reader import read_bundle
@@ -64,7 +69,7 @@ INTERVAL, STEPS = 16, 40
 def test_a_weight_comes_back_to_within_its_scale(
     bits: int, block: int, blocks: int, outputs: int, seed: int
 ) -> None:
-    how = Quantization(bits, block)
+    how = WeightQuantization(bits, block)
     rng = np.random.default_rng(seed)
     weight = rng.standard_normal((blocks * block, outputs), dtype=np.float32)
     weight *= rng.choice([0.0, 1e-3, 1.0, 50.0], (1, outputs))  # a column of zeros, too
@@ -82,7 +87,7 @@ def test_a_weight_comes_back_to_within_its_scale(
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_bytes_are_what_both_readers_take(bits: int) -> None:
     """DequantizeLinear of standard ONNX, and MatMulNBits, by ONNX Runtime."""
-    how, rng = Quantization(bits, 16), np.random.default_rng(0)
+    how, rng = WeightQuantization(bits, 16), np.random.default_rng(0)
     weight = rng.standard_normal((48, 10), dtype=np.float32)
     x = rng.standard_normal((3, 48), dtype=np.float32)
     packed, scales = quantize(weight, how)
@@ -138,7 +143,9 @@ def rounded_reference(which: str, folder: Path) -> Reference:
     """torch in fp32, with the weights and the cache rounded as the bundle's are."""
     _, (recipe, *settings_), options = BUNDLES[which]
     reference = make_reference(folder, recipe, *settings_)
-    how = Quantization({"int4": 4, "int8": 8}[options["weights"]], options.get("block_size", 32))
+    how = WeightQuantization(
+        {"int4": 4, "int8": 8}[options["weights"]], options.get("block_size", 32)
+    )
     round_products(reference.language, how, torch.float32)
     reference.cache_dtype = torch.float16 if "cache" in options else torch.float32
     return reference
@@ -299,7 +306,7 @@ def test_mistakes_get_one_line(
 
 def test_a_weight_that_no_block_size_divides() -> None:
     with pytest.raises(ParameterError, match=r"100 inputs.*leave --weights out"):
-        Quantization(4, 32).check("w", 100)
+        WeightQuantization(4, 32).check("w", 100)
 
 
 def test_dry_run_says_what_is_narrow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,7 +334,7 @@ def test_rounding_leaves_embedding_and_vision(checkpoint: Callable[[str], Path])
     source = Checkpoint(folder, "", None)
     reference = make_reference(folder, "none")
     before = {name: p.clone() for name, p in reference.model.named_parameters()}
-    round_products(reference.language, Quantization(8, 16), torch.float32)
+    round_products(reference.language, WeightQuantization(8, 16), torch.float32)
     changed = {n for n, p in reference.model.named_parameters() if not p.equal(before.get(n, p))}
     assert changed
     assert all("_proj.weight" in name and "layers" in name for name in changed)

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 from lvlm.core.errors import CheckpointError
 from lvlm.export.checkpoint.skeleton import build_skeleton
 from lvlm.export.export_options import ExportOptions
-from lvlm.export.export_plan import Plan, make_plan
+from lvlm.export.export_plan import ExportPlan, make_plan
 from lvlm.export.recipes.none import NoCompression
 
 TIED = "llava:qwen2-tied-siglip"
@@ -83,11 +83,11 @@ def edit(folder: Path, text: dict[str, Any] | None = None, **values: Any) -> Non
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-def plan(folder: Path) -> Plan:
+def plan(folder: Path) -> ExportPlan:
     return make_plan(ExportOptions(str(folder), NoCompression(), folder.parent / "out"))
 
 
-def check(folder: Path) -> Plan:
+def check(folder: Path) -> ExportPlan:
     """Compare name by name with from_pretrained; tied parameters, too."""
     made = plan(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)

@@ -16,11 +16,11 @@ from lvlm.core import nvidia
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BackendError
 from lvlm.core.installing import install
-from lvlm.core.nvidia import Driver, Gpu
+from lvlm.core.nvidia import Gpu, NvidiaDriver
 from lvlm.export.targets import trt_rtx
 from lvlm.plugins_trt.build_cli import main
 from lvlm.plugins_trt.engines import engine_builder
-from lvlm.plugins_trt.engines.tensorrt_builder import TensorRt, failure, open_tensorrt
+from lvlm.plugins_trt.engines.tensorrt_builder import TensorRtBuilder, failure, open_tensorrt
 from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.reader import read_bundle
 
@@ -77,7 +77,7 @@ def as_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
             return getattr(rtx, name)
 
     monkeypatch.setitem(sys.modules, "tensorrt", Package())  # type: ignore[arg-type]
-    monkeypatch.setattr(nvidia, "driver", lambda: Driver((13, 0), (GPU,)))
+    monkeypatch.setattr(nvidia, "driver", lambda: NvidiaDriver((13, 0), (GPU,)))
 
 
 @pytest.fixture(autouse=True)
@@ -265,7 +265,7 @@ def test_targets_for_another_version_or_gpu(
     assert "is for TensorRT 10.3, here is 10.13.3; choose another target" in err
     err = refused(folder, "--target", "jetson-thor-jp7", *given)
     assert "is for Jetson Thor, JetPack 7 (sm_110), this GPU is NVIDIA L4 (sm_89)" in err
-    monkeypatch.setattr(nvidia, "driver", lambda: Driver((13, 0), ()))
+    monkeypatch.setattr(nvidia, "driver", lambda: NvidiaDriver((13, 0), ()))
     assert "sees no GPU" in refused(folder, "--target", "jetson-thor-jp7", *given)
 
 
@@ -283,7 +283,7 @@ class Registry:
 
 
 def test_libraries_of_another_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tensorrt = TensorRt("tensorrt-rtx")
+    tensorrt = TensorRtBuilder("tensorrt-rtx")
     ops = ("CacheCompact", "CacheUpdate", "TokenMerge")
     for handle, has, why in (
         (None, ops, "cannot be loaded as a plugin library"),

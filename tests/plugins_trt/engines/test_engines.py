@@ -19,10 +19,15 @@ from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines import engine_builder, tensorrt_builder
 from lvlm.plugins_trt.engines.engine_builder import lower_bundle
 from lvlm.plugins_trt.engines.engine_plan import make_plan
-from lvlm.plugins_trt.engines.engine_request import Request
+from lvlm.plugins_trt.engines.engine_request import BuildRequest
 from lvlm.plugins_trt.engines.shape_profiles import Limits, parse_batch, profiles, shapes
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
-from lvlm.plugins_trt.engines.tensorrt_builder import Built, Settings, TensorRt, open_tensorrt
+from lvlm.plugins_trt.engines.tensorrt_builder import (
+    Built,
+    Settings,
+    TensorRtBuilder,
+    open_tensorrt,
+)
 from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.reader import read_bundle
 
@@ -42,20 +47,20 @@ RECIPES = {
 def built_once(monkeypatch: pytest.MonkeyPatch) -> dict[str, Built]:
     """Graphs that are the same under several recipes (vision, often decode) are built once."""
     made: dict[str, Built] = {}
-    build = TensorRt.build
+    build = TensorRtBuilder.build
 
-    def remembered(self: TensorRt, model: Any, settings: Settings, show: Any) -> Built:
+    def remembered(self: TensorRtBuilder, model: Any, settings: Settings, show: Any) -> Built:
         key = hashlib.sha256(Path(model).read_bytes() + repr(settings).encode()).hexdigest()
         if key not in made:
             made[key] = build(self, model, settings, show)
         return made[key]
 
-    monkeypatch.setattr(tensorrt_builder.TensorRt, "build", remembered)
+    monkeypatch.setattr(tensorrt_builder.TensorRtBuilder, "build", remembered)
     return made
 
 
 def build(folder: Path, target: Target = trt_rtx.TARGET, **options: Any) -> EngineSet:
-    request = Request(bundle=folder, target=target, batch="1..2", **options)
+    request = BuildRequest(bundle=folder, target=target, batch="1..2", **options)
     return engine_builder.build(make_plan(request), Progress(0, quiet=True))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lvlm.core.discovery import discover
-from lvlm.export.ops.op import Op, Sample
+from lvlm.export.ops.op import Op, OpSample
 from lvlm.plugins_trt.plugins.plan_runner import run
 from lvlm.plugins_trt.plugins.plugin_plan import Plugin
 from lvlm.plugins_trt.plugins.registry import plugins
@@ -16,7 +16,7 @@ from lvlm.plugins_trt.plugins.registry import plugins
 OPS: dict[str, Op] = discover("lvlm.export.ops", "OP")
 
 
-def supported(plugin: Plugin, sample: Sample) -> bool:
+def supported(plugin: Plugin, sample: OpSample) -> bool:
     """Modes that exist for parity tests alone have no kernel."""
     word = sample.attributes.get(plugin.variant or "")
     return word is None or word in plugin.words()
@@ -30,7 +30,7 @@ CASES = [
 ]
 
 
-def check(name: str, sample: Sample, device: torch.device) -> None:
+def check(name: str, sample: OpSample, device: torch.device) -> None:
     """Run both and compare; integers exactly, data within the op's tolerance."""
     op = OPS[name]
     inputs = [None if t is None else t.to(device) for t in sample.inputs]
@@ -61,7 +61,7 @@ def compare(
 
 
 @pytest.mark.parametrize(("name", "sample"), CASES)
-def test_samples(name: str, sample: Sample, gpu: torch.device) -> None:
+def test_samples(name: str, sample: OpSample, gpu: torch.device) -> None:
     check(name, sample, gpu)
 
 
@@ -83,7 +83,7 @@ def test_plan_is_the_schema(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "sample"), CASES)
-def test_plan_gives_the_contracts_shapes(name: str, sample: Sample) -> None:
+def test_plan_gives_the_contracts_shapes(name: str, sample: OpSample) -> None:
     present = zip(plugins()[name].inputs, sample.inputs, strict=False)
     shapes = {i.name: tuple(t.shape) for i, t in present if t is not None}
     described = OPS[name].outputs(*sample.inputs, **sample.attributes)

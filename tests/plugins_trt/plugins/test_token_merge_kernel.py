@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lvlm.export.ops.op import Sample
+from lvlm.export.ops.op import OpSample
 from lvlm.export.ops.token_merge.contract import OP, RULES
 from lvlm.export.ops.token_merge.function import EPSILON
 from lvlm.export.ops.token_merge.samples import inputs
@@ -39,7 +39,7 @@ class Layout:
         rule: str,
         absorb: int = 5,
         spare: int = 0,
-    ) -> Sample:
+    ) -> OpSample:
         """``spare``: how many more slots there are than anything needs."""
         counts = self.recycle if rule == "recycle" else None
         tensors = list(inputs(hidden, importance, self.image_id, positions, self.keep, counts))
@@ -47,7 +47,7 @@ class Layout:
             slots = tensors[at]
             if slots is not None:
                 tensors[at] = torch.arange(len(slots) + spare)
-        return Sample("case", tensors, {"merge": rule, "absorb": absorb})
+        return OpSample("case", tensors, {"merge": rule, "absorb": absorb})
 
 
 @st.composite
@@ -72,7 +72,7 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 
 @st.composite
-def cases(draw: st.DrawFn, rule: str) -> Sample:
+def cases(draw: st.DrawFn, rule: str) -> OpSample:
     layout = draw(layouts())
     random = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
@@ -94,7 +94,7 @@ def cases(draw: st.DrawFn, rule: str) -> Sample:
     return sample
 
 
-def near_tie(sample: Sample, layout: Layout) -> bool:
+def near_tie(sample: OpSample, layout: Layout) -> bool:
     """Whether for some token two centres, or for some centre two tokens, are as good as equally
     similar. A pair's similarity is found only where both are in one image."""
     hidden, importance = sample.inputs[0], sample.inputs[1]
@@ -116,7 +116,7 @@ def near_tie(sample: Sample, layout: Layout) -> bool:
     return False
 
 
-def check(sample: Sample, device: torch.device) -> None:
+def check(sample: OpSample, device: torch.device) -> None:
     """Indices exactly, hidden states within the tolerance, and every bit of what is alone."""
     hidden = sample.inputs[0]
     assert hidden is not None

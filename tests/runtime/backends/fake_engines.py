@@ -18,9 +18,9 @@ from lvlm.runtime.bundle.engine_sets import (
     SCHEMA,
     EngineGraph,
     EngineSet,
+    EngineWeight,
     PluginLibrary,
     Range,
-    Weight,
 )
 from lvlm.runtime.bundle.reader import read_bundle
 
@@ -64,7 +64,7 @@ def build_engines(
     graphs = {}
     for name, ranges in profiles(manifest, Limits(Range(1, 1, batch), max_prompt)).items():
         file = folder / manifest.graphs[name].file
-        listed: tuple[Weight, ...] = ()
+        listed: tuple[EngineWeight, ...] = ()
         if weights == "inputs":
             file, listed = _with_weights_as_inputs(file)
         built = {
@@ -103,7 +103,7 @@ def build_engines(
     return engines
 
 
-def _with_weights_as_inputs(file: Path) -> tuple[Path, tuple[Weight, ...]]:
+def _with_weights_as_inputs(file: Path) -> tuple[Path, tuple[EngineWeight, ...]]:
     """The graph with its matrices as inputs, beside the one with them inside."""
     model = onnx.load(file, load_external_data=False)
     listed = []
@@ -114,7 +114,7 @@ def _with_weights_as_inputs(file: Path) -> tuple[Path, tuple[Weight, ...]]:
         dtype = str(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
         dims = tuple(tensor.dims)
         offset, size = int(place["offset"]), int(place["length"])
-        listed.append(Weight(tensor.name, place["location"], offset, size, dtype, dims))
+        listed.append(EngineWeight(tensor.name, place["location"], offset, size, dtype, dims))
         model.graph.input.append(
             onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, dims)
         )

@@ -21,7 +21,7 @@ import lvlm
 from lvlm.core.errors import BackendError, CapacityError
 from lvlm.runtime.backends import devices, open_backend
 from lvlm.runtime.backends.trt import engine_weights as _weights
-from lvlm.runtime.backends.trt.engine_session import Session, Shared, Workspace
+from lvlm.runtime.backends.trt.engine_session import EngineSession, Shared, Workspace
 from lvlm.runtime.backends.trt.staging import ALIGNMENT, Staging
 from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.manifest import Graph, Port
@@ -256,7 +256,7 @@ def test_weights_are_uploaded_once(
 # bf16 and shapes, on one small engine
 
 
-def small_session(driver: FakeDriver, tmp_path: Path, dtype: str, **built: Any) -> Session:
+def small_session(driver: FakeDriver, tmp_path: Path, dtype: str, **built: Any) -> EngineSession:
     """y = x + x, in fp32 inside, of x [n,4] of ``dtype``."""
     element = {"bfloat16": TensorProto.BFLOAT16, "float32": TensorProto.FLOAT}[dtype]
     nodes = [
@@ -275,7 +275,7 @@ def small_session(driver: FakeDriver, tmp_path: Path, dtype: str, **built: Any) 
     listed = Graph(
         "small.onnx", (Port("x", dtype, ("batch", 4)),), (Port("y", dtype, ("batch", 4)),)
     )
-    return Session(Shared(trt, driver, Workspace(driver), log), "small", engine, listed, {})
+    return EngineSession(Shared(trt, driver, Workspace(driver), log), "small", engine, listed, {})
 
 
 def test_bf16_travels_as_its_bits(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ GPU = nvidia.Gpu("Fake", 87, 1 << 33, True)
 
 
 def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvidia, "driver", lambda: nvidia.Driver((13, 0), (GPU,)))
+    monkeypatch.setattr(nvidia, "driver", lambda: nvidia.NvidiaDriver((13, 0), (GPU,)))
     with monkeypatch.context() as patch:
         for name in ("cuda.bindings.runtime", "cuda.cudart"):
             patch.setitem(sys.modules, name, None)
@@ -34,7 +34,7 @@ def test_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvidia, "driver", lambda: nvidia.Driver((13, 0), ()))
+    monkeypatch.setattr(nvidia, "driver", lambda: nvidia.NvidiaDriver((13, 0), ()))
     with pytest.raises(BackendError, match="the NVIDIA driver shows no GPU; see nvidia-smi"):
         open_backend("tensorrt-rtx")
 
@@ -71,7 +71,7 @@ class Error(int):
 def test_the_real_driver_layer() -> None:
     """Arguments and answers of the bindings; a call that fails is one line."""
     bindings = Bindings(cudaMemGetInfo=(Error(0), 5, 9), cudaMalloc=(Error(2), None))
-    driver = _cuda.CudaDriver(bindings, nvidia.Driver((13, 1), (GPU,)))
+    driver = _cuda.CudaDriver(bindings, nvidia.NvidiaDriver((13, 1), (GPU,)))
     assert driver.device is GPU
     assert driver.free_memory() == 5
     assert driver.allocate(100) is None
@@ -100,7 +100,7 @@ def test_the_real_driver_layer() -> None:
 
 def test_a_driver_that_is_too_old() -> None:
     with pytest.raises(BackendError, match=r"serves CUDA 12.4, cuda-bindings is for CUDA 13; upd"):
-        _cuda.CudaDriver(Bindings(), nvidia.Driver((12, 4), (GPU,)))
+        _cuda.CudaDriver(Bindings(), nvidia.NvidiaDriver((12, 4), (GPU,)))
 
 
 class Cuda:

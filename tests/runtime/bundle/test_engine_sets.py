@@ -17,9 +17,9 @@ from lvlm.runtime.bundle.engine_sets import (
     SCHEMA,
     EngineGraph,
     EngineSet,
+    EngineWeight,
     PluginLibrary,
     Range,
-    Weight,
 )
 
 ENGINE = b"an engine"
@@ -39,7 +39,7 @@ def engines(tmp_path: Path) -> EngineSet:
     folder = tmp_path / "out" / "engines" / "orin-tensorrt-10.3.0"
     folder.mkdir(parents=True)
     (folder / "decode.engine").write_bytes(ENGINE)
-    weight = Weight("w", "weights.bin", 0, 100, "float16", (5, 10))
+    weight = EngineWeight("w", "weights.bin", 0, 100, "float16", (5, 10))
     made = EngineSet(
         folder=folder,
         schema=SCHEMA,

@@ -16,19 +16,19 @@ import pytest
 
 from lvlm.core.errors import BackendError
 from lvlm.core.installing import install
-from lvlm.core.nvidia import Driver, Gpu, driver
+from lvlm.core.nvidia import Gpu, NvidiaDriver, driver
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.tools import doctor, doctor_cli
 from lvlm.runtime.tools.doctor import ABSENT, Finding, Machine, as_json, can_run, examine
 
 ORIN = Gpu("Orin", 87, 8_000_000_000, True)
-MODERN = Driver((13, 0), (ORIN,))
+MODERN = NvidiaDriver((13, 0), (ORIN,))
 PLUGINS = SimpleNamespace(getCreators=None)
 PROVIDERS = "TensorrtExecutionProvider CUDAExecutionProvider CPUExecutionProvider"
 
 
 def machine(
-    seen: Driver | str = MODERN,
+    seen: NvidiaDriver | str = MODERN,
     packages: Mapping[str, str] = {"onnxruntime-gpu": "1.31.1"},
     imports: Mapping[str, str] = {
         "onnxruntime": PROVIDERS,
@@ -40,7 +40,7 @@ def machine(
 ) -> Machine:
     """``imports``: what a try of a module prints; what is not named cannot be imported."""
 
-    def ask() -> Driver:
+    def ask() -> NvidiaDriver:
         if isinstance(seen, str):
             raise BackendError(seen)
         return seen
@@ -78,8 +78,13 @@ def test_a_machine_with_everything() -> None:
     [
         ({"seen": "no NVIDIA driver; install it"}, "NVIDIA driver", "no NVIDIA driver", "install"),
         ({"seen": "no NVIDIA driver; install it"}, "device cuda", "no GPU", "NVIDIA driver above"),
-        ({"seen": Driver((13, 0), ())}, "GPU", "sees none", "CUDA_VISIBLE_DEVICES"),
-        ({"seen": Driver((12, 6), (ORIN,))}, "device cuda", "the driver serves 12.6", "newer"),
+        ({"seen": NvidiaDriver((13, 0), ())}, "GPU", "sees none", "CUDA_VISIBLE_DEVICES"),
+        (
+            {"seen": NvidiaDriver((12, 6), (ORIN,))},
+            "device cuda",
+            "the driver serves 12.6",
+            "newer",
+        ),
         (
             {"imports": {"onnxruntime": "CPUExecutionProvider"}},
             "device cuda",
@@ -229,7 +234,7 @@ def test_a_bundle_that_changed_at_the_same_size_and_time(
         ({"library": SimpleNamespace()}, {"TensorRT plugins"}),
         ({"packages": {"onnxruntime": "1", "onnxruntime-gpu": "1"}}, {"onnxruntime"}),
         (
-            {"seen": Driver((12, 6), (ORIN,))},
+            {"seen": NvidiaDriver((12, 6), (ORIN,))},
             {"device cuda", "device ort-tensorrt"},
         ),
     ],
@@ -281,7 +286,7 @@ class Cuda:
 
 def test_the_driver_is_asked() -> None:
     seen = driver(lambda _: Cuda())  # type: ignore[arg-type,return-value]
-    assert seen == Driver((13, 2), (Gpu("NVIDIA Thor", 110, 128_000_000_000, True),))
+    assert seen == NvidiaDriver((13, 2), (Gpu("NVIDIA Thor", 110, 128_000_000_000, True),))
 
 
 @pytest.mark.parametrize(

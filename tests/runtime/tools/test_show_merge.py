@@ -14,7 +14,13 @@ from PIL import Image
 from lvlm.core.errors import ParameterError
 from lvlm.runtime.bundle.manifest import Images, Reduction
 from lvlm.runtime.generate.answers import Generation, Stats
-from lvlm.runtime.tools.show_merge import GAP, MARGIN, Token, after_each_reduction, merge_picture
+from lvlm.runtime.tools.show_merge import (
+    GAP,
+    MARGIN,
+    PatchToken,
+    after_each_reduction,
+    merge_picture,
+)
 
 STATS = Stats(0, 0, 0, (), (), (), 0, 0, 0, 0, 0, 0)
 SIDE = 12  # a picture of 2 x 3 patches, 6 x 4 pixels each; shown at 288 x 288
@@ -36,8 +42,8 @@ def model(tokens: int = 6, layers: tuple[int, ...] = (1,), **other: Any) -> Any:
     )
 
 
-def tokens_of(*tokens: tuple[list[int], list[int]]) -> list[Token]:
-    return [Token(tuple(c), tuple(m)) for c, m in tokens]
+def tokens_of(*tokens: tuple[list[int], list[int]]) -> list[PatchToken]:
+    return [PatchToken(tuple(c), tuple(m)) for c, m in tokens]
 
 
 # What became of each token
@@ -52,7 +58,7 @@ def test_order_tells_the_centre() -> None:
 def test_order_tells_the_centre_after_what_it_absorbs() -> None:
     # 4 takes in 1: were 1 the centre, it would come before 2 and 3.
     (state,) = after_each_reduction(answer([0, 1, 1, 1, 1, 0], [0, 3, 1, 2, 3, 4]))
-    assert state[3] == Token((4,), (1, 4))
+    assert state[3] == PatchToken((4,), (1, 4))
 
 
 def test_neighbours_may_both_be_the_centre() -> None:
@@ -68,7 +74,7 @@ def test_maps_follow_one_another() -> None:
             [0, -1, 1, 1, 2],  # which is dropped; 3 and 4 become one
         )
     )
-    assert first[1] == Token((1, 2), (1, 2, 5))
+    assert first[1] == PatchToken((1, 2), (1, 2, 5))
     assert second == tokens_of(([0], [0]), ([3, 4], [3, 4]), ([6], [6]))
 
 

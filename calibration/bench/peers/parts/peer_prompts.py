@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lvlm.bench.workload import PromptWriter, Request, Work, prompt_maker
+from lvlm.bench.workload import PromptWriter, Work, WorkloadRequest, prompt_maker
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt
@@ -20,14 +20,14 @@ class Prompts:
         manifest = read_bundle(bundle)
         self.maker = prompt_maker(bundle, manifest)
         self.writer = PromptWriter(self.maker, manifest.special_tokens.get("bos_token"))
-        self._pictures: dict[Request, list[np.ndarray]] = {}
+        self._pictures: dict[WorkloadRequest, list[np.ndarray]] = {}
 
     def opened(self, work: Work) -> Work:
         """The same work, its pictures made: that is not the contenders' task, nor timed."""
         self._pictures = {request: request.open() for request in work.requests}
         return work
 
-    def pictures(self, request: Request) -> list[np.ndarray]:
+    def pictures(self, request: WorkloadRequest) -> list[np.ndarray]:
         """uint8 [H,W,3] each, of the work that was last opened."""
         return self._pictures[request]
 
@@ -35,5 +35,5 @@ class Prompts:
     def _options(self) -> GenerationOptions:
         return GenerationOptions(chat_template=self.maker.template is not None)
 
-    def prepare(self, request: Request) -> Prompt:
+    def prepare(self, request: WorkloadRequest) -> Prompt:
         return self.maker.prepare(0, request.prompt, self.pictures(request), self._options)
