@@ -15,7 +15,7 @@ from lvlm.export.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from lvlm.export.export_options import ExportOptions
-    from lvlm.export.recipes._base import Recipe
+    from lvlm.export.recipes.recipe import Recipe
 
 WEIGHTS = ("int8", "int4")
 CACHES = ("fp16",)
@@ -182,7 +182,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         raise ParameterError("where to? give -o FOLDER")
     check_output(args.output)
     from lvlm.export.export_options import ExportOptions
-    from lvlm.export.recipes._base import parse_settings
+    from lvlm.export.recipes.recipe import parse_settings
 
     targets = discover("lvlm.export.targets", "TARGET")
     for name in args.target:

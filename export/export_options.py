@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lvlm.core.errors import ParameterError
-from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.targets.target import Target
 from lvlm.export.weights.quantization import BLOCKS, KINDS, WeightQuantization
 

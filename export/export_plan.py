@@ -18,7 +18,7 @@ from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.export_options import CACHES, DTYPES, ExportOptions
 from lvlm.export.families.family import Family, PromptFiles
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.weights.quantization import product_weights
 from lvlm.export.weights.weight_names import open_skeleton
 from lvlm.runtime.bundle.manifest import Capacity, Images

@@ -10,7 +10,7 @@ from lvlm.core.wrapping import wrapped
 from lvlm.export.checkpoint.checkpoint import SHIPPED
 from lvlm.export.dtypes import DTYPES
 from lvlm.export.families.family import Family
-from lvlm.export.recipes._base import Recipe, settable
+from lvlm.export.recipes.recipe import Recipe, settable
 from lvlm.export.targets.target import Target
 
 

@@ -12,7 +12,7 @@ from lvlm.export.budgets.measuring import calibrate
 from lvlm.export.budgets.prefix_profiles import identify
 from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
 from lvlm.export.export_plan import ExportPlan, plan_cache
-from lvlm.export.recipes._base import Calibration
+from lvlm.export.recipes.recipe import Calibration
 from lvlm.export.reference.torch_reference import Reference, load_fp32
 
 

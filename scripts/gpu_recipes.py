@@ -24,7 +24,7 @@ from lvlm.export.graphs.language import Compact, Decode, Prefill
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.ports import buffer_kinds, compact_counts, recipe_inputs
 from lvlm.export.ops.op import Attribute, Op, computed_by
-from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes.recipe import Recipe
 from lvlm.plugins_trt.plugins.plan_runner import run
 from lvlm.plugins_trt.plugins.registry import plugins
 from lvlm.runtime.kv.budgets import Budgets

@@ -20,7 +20,7 @@ from lvlm.export import export_plan as planning
 from lvlm.export import exporter
 from lvlm.export.checkpoint.skeleton import default_dtype
 from lvlm.export.export_options import ExportOptions
-from lvlm.export.recipes._base import parse_settings
+from lvlm.export.recipes.recipe import parse_settings
 from lvlm.export.targets.target import Target
 
 torch.set_num_threads(1)  # the environment may say otherwise

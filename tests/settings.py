@@ -14,7 +14,7 @@ def _cached() -> dict[str, tuple[str, ...]]:
     """Every recipe with a cache policy, with room for the whole cache, so that one bundle serves
     every fraction; counts are small enough for prompts of a few hundred tokens."""
     with stand_ins():
-        from lvlm.export.recipes._base import Recipe
+        from lvlm.export.recipes.recipe import Recipe
 
         return {
             f"{name} (cached)": (name, "kv_keep=1.0", *kind.small)

@@ -19,7 +19,7 @@ from lvlm.export.budgets.prefix_profiles import model_hash
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.exporter import export
-from lvlm.export.recipes._base import Recipe, parse_settings, settable
+from lvlm.export.recipes.recipe import Recipe, parse_settings, settable
 from lvlm.runtime.bundle.manifest import MANIFEST, SCHEMA
 
 

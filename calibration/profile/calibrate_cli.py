@@ -114,7 +114,7 @@ def _check_output(args: argparse.Namespace) -> None:
 
 def _recipe(args: argparse.Namespace) -> Any:
     from lvlm.export.export_cli import known_recipe
-    from lvlm.export.recipes._base import parse_settings
+    from lvlm.export.recipes.recipe import parse_settings
 
     return parse_settings(known_recipe(args.recipe), args.set)
 

@@ -20,7 +20,7 @@ from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.estimates import check_memory, running_memory
 from lvlm.export.families.family import Family
-from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.reference.torch_reference import Reference, load_fp32
 from lvlm.export.weights.weight_names import open_skeleton
 from lvlm.runtime.prompt.prompts import PromptMaker

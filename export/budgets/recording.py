@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lvlm.export.recipes._base import WithCache
-from lvlm.export.recipes._cache import CacheRule, Compacted
-from lvlm.export.recipes._sequence import GraphInput, TokenSequence
+from lvlm.export.recipes.parts.cache_rule import CacheRule, Compacted
+from lvlm.export.recipes.parts.sequence import GraphInput, TokenSequence
+from lvlm.export.recipes.recipe import WithCache
 from lvlm.export.reference.torch_reference import Reference
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.policies.evictions import Append

@@ -12,7 +12,7 @@ from lvlm.core.discovery import discover
 from lvlm.core.errors import ParameterError
 from lvlm.export.export_options import DTYPES, ExportOptions
 from lvlm.export.export_plan import make_plan
-from lvlm.export.recipes._base import parse_settings
+from lvlm.export.recipes.recipe import parse_settings
 from lvlm.export.verify import validation
 from lvlm.export.verify.checks import table
 from lvlm.runtime.bundle.reader import read_bundle

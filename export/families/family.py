@@ -12,7 +12,7 @@ from torch import nn
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.recipes.parts.sequence import GraphInput
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.prompt.prompts import Prompt
 

@@ -35,7 +35,7 @@ from lvlm.export.families.parts.llama_text import (
 from lvlm.export.families.parts.llava_like import VISION_TYPES, LlavaVision, tile_tokens
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.recipes.parts.sequence import GraphInput
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.llava import normalise_config
 from lvlm.runtime.prompt.prompts import Prompt

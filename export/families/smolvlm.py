@@ -36,7 +36,7 @@ from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
-from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.recipes.parts.sequence import GraphInput
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.parts.frames import attempted
 from lvlm.runtime.processors.parts.smolvlm_video import video_config

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from lvlm.core.errors import ExportError
 from lvlm.export.graphs.repeats import DOMAIN, Repeats
-from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.recipes.parts.sequence import GraphInput
 
 
 def write_out(

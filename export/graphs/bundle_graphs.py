@@ -20,8 +20,8 @@ from lvlm.export.graphs.ports import (
     recipe_inputs,
 )
 from lvlm.export.graphs.tracing import TracedGraph, trace
-from lvlm.export.recipes._base import Recipe
-from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.recipes.recipe import Recipe
 
 
 def graph_names(recipe: Recipe) -> tuple[str, ...]:

@@ -16,9 +16,9 @@ from torch import nn
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.ports import buffer_kinds, compact_counts, recipe_inputs
 from lvlm.export.graphs.repeats import Described, like, repeated
-from lvlm.export.recipes._base import Recipe
-from lvlm.export.recipes._cache import CacheRule
-from lvlm.export.recipes._sequence import GraphInput, TokenSequence
+from lvlm.export.recipes.parts.cache_rule import CacheRule
+from lvlm.export.recipes.parts.sequence import GraphInput, TokenSequence
+from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.standard_ops import Tap, scatter
 
 

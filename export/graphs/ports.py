@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.recipes._base import Recipe
-from lvlm.export.recipes._cache import CacheRule
-from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.recipes.parts.cache_rule import CacheRule
+from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.recipes.recipe import Recipe
 
 
 def buffer_names(layers: int, *which: str) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.recipes.parts.sequence import GraphInput
 
 DOMAIN = "lvlm.repeats"  # of the nodes that stand for blocks while a graph is traced
 Body = Callable[..., tuple[torch.Tensor, ...]]

@@ -19,7 +19,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from lvlm.core.errors import ExportError
 from lvlm.export.ops.op import OPSET
-from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.recipes.parts.sequence import GraphInput
 from lvlm.export.standard_ops import exchanged_leaves
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lvlm.core.errors import ParameterError
-from lvlm.export.recipes._base import choice, parameter
-from lvlm.export.recipes._cache import Semantics
-from lvlm.export.recipes._fixed_point import KEEP, FixedPointRecipe
+from lvlm.export.recipes.parts.cache_rule import Semantics
+from lvlm.export.recipes.parts.fixed_point import KEEP, FixedPointRecipe
+from lvlm.export.recipes.recipe import choice, parameter
 from lvlm.runtime.policies.evictions import ReleasedFixedPoint
 from lvlm.runtime.policies.policy import CachePolicy, Merge, ReleasedMerge
 from lvlm.runtime.policies.shares import ReleasedUniform, Uniform

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, Self
 from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction, whole
 from lvlm.core.rounding import rounded
-from lvlm.export.recipes import _merged_cache
-from lvlm.export.recipes._base import Calibration, Recipe, choice, file_name, parameter
-from lvlm.export.recipes._cache import Positions
-from lvlm.export.recipes._fixed_point import KEEP
-from lvlm.export.recipes._pyramid import Importance, Merge, Pyramid
+from lvlm.export.recipes.parts import merged_cache as _merged_cache
+from lvlm.export.recipes.parts.cache_rule import Positions
+from lvlm.export.recipes.parts.fixed_point import KEEP
+from lvlm.export.recipes.parts.pyramid import Importance, Merge, Pyramid
+from lvlm.export.recipes.recipe import Calibration, Recipe, choice, file_name, parameter
 from lvlm.runtime.policies.policy import CachePolicy
 from lvlm.runtime.policies.shares import ProfileRow
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lvlm.export.recipes._base import Recipe
+from lvlm.export.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from typing import ClassVar, Self
 
 from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction
-from lvlm.export.recipes._base import (
+from lvlm.export.recipes.parts.cache_rule import Semantics
+from lvlm.export.recipes.parts.fixed_point import KEEP, FixedPointRecipe
+from lvlm.export.recipes.recipe import (
     Calibration,
     choice,
     file_name,
     no_profile_and_keep,
     parameter,
 )
-from lvlm.export.recipes._cache import Semantics
-from lvlm.export.recipes._fixed_point import KEEP, FixedPointRecipe
 from lvlm.runtime.policies.policy import Budget, CachePolicy
 from lvlm.runtime.policies.shares import (
     Mixed,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lvlm.export.recipes._base import Recipe, choice, parameter
+from lvlm.export.recipes.recipe import Recipe, choice, parameter
 from lvlm.runtime.policies.evictions import Append
 from lvlm.runtime.policies.policy import CachePolicy, Evict, Window
 from lvlm.runtime.policies.shares import Uniform

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lvlm.export.recipes._base import Recipe, parameter
+from lvlm.export.recipes.recipe import Recipe, parameter
 from lvlm.runtime.policies.evictions import Oldest
 from lvlm.runtime.policies.policy import CachePolicy, Evict, Recency
 from lvlm.runtime.policies.shares import Uniform

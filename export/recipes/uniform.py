@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lvlm.export.recipes._fixed_point import FixedPointRecipe
+from lvlm.export.recipes.parts.fixed_point import FixedPointRecipe
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from lvlm.export.graphs.language import Compact, Decode
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.recipes._cache import CacheRule
+from lvlm.export.recipes.parts.cache_rule import CacheRule
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.policies.evictions import OneByOne
 

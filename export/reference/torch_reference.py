@@ -21,8 +21,8 @@ from lvlm.export.families.family import Family
 from lvlm.export.graphs.language import Prefill
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.ports import buffer_kinds, recipe_inputs
-from lvlm.export.recipes._base import Recipe
-from lvlm.export.recipes._cache import CacheRule
+from lvlm.export.recipes.parts.cache_rule import CacheRule
+from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.reference.naive_cache import NaiveCache
 from lvlm.export.weights.stored_weights import compute_in_fp32
 from lvlm.runtime.kv.budgets import Budgets

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lvlm.export.recipes._base import WithCache
-from lvlm.export.recipes._cache import CacheRule
+from lvlm.export.recipes.parts.cache_rule import CacheRule
+from lvlm.export.recipes.recipe import WithCache
 from lvlm.export.reference.torch_reference import Answer, Reference, load_fp32
 from lvlm.export.verify import prompts
 from lvlm.export.verify.checks import TOLERANCE, UNIT, Check, difference, wrong_tokens

@@ -16,7 +16,7 @@ budget   how many entries a layer keeps (shares.py): Uniform, Profile, Mixed
 
 A variant is a frozen dataclass, and all there is to know about it stands in one place: its numbers
 are checked where it is made (a recipe makes it while the command line is parsed), its counts are
-its methods, its graph code is a function of export/recipes/_cache.py registered for its type. What
+its methods, its graph code is a function of export/recipes/parts/cache_rule.py for its type. What
 does not go together, ``CachePolicy`` refuses when it is put together. The manifest holds a policy
 as it is, every part with its ``kind``; a reader decodes it to the same objects, with the same
 checks. Nothing of this needs torch.

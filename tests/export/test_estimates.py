@@ -10,7 +10,7 @@ import torch
 from lvlm.core.discovery import discover
 from lvlm.export import estimates
 from lvlm.export.export_options import ExportOptions
-from lvlm.export.recipes._base import parse_settings
+from lvlm.export.recipes.recipe import parse_settings
 
 GB = 10**9
 

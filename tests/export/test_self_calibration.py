@@ -13,7 +13,7 @@ from lvlm.export import self_calibration
 from lvlm.export.budgets.prefix_profiles import DataId, LayerSpread, ModelId, Profile, RecipeId
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
-from lvlm.export.recipes._base import parse_settings
+from lvlm.export.recipes.recipe import parse_settings
 from lvlm.runtime.policies.shares import ProfileRow
 
 

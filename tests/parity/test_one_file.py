@@ -13,7 +13,7 @@ import lvlm
 from lvlm.core import discovery
 from lvlm.export import export_cli as cli
 from lvlm.export import listings, recipes
-from lvlm.export.recipes._base import parse_settings
+from lvlm.export.recipes.recipe import parse_settings
 from lvlm.runtime.policies.evictions import Oldest
 from lvlm.runtime.policies.policy import CachePolicy, Merge, Window
 from lvlm.runtime.policies.shares import Uniform
@@ -22,7 +22,7 @@ SOURCE = """
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lvlm.export.recipes._base import Recipe, parameter
+from lvlm.export.recipes.recipe import Recipe, parameter
 from lvlm.runtime.policies.evictions import Oldest
 from lvlm.runtime.policies.policy import CachePolicy, Merge, Window
 from lvlm.runtime.policies.shares import Uniform

@@ -19,7 +19,7 @@ from lvlm.core.discovery import discover
 from lvlm.export.checkpoint.checkpoint import Checkpoint, find_family
 from lvlm.export.ops.token_merge.contract import OP as TOKEN_MERGE
 from lvlm.export.recipes import lightvlm
-from lvlm.export.recipes._base import parse_settings
+from lvlm.export.recipes.recipe import parse_settings
 from lvlm.export.reference.torch_reference import Reference
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions

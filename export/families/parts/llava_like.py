@@ -25,7 +25,7 @@ from lvlm.export.families.parts.llama_text import (
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
-from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.recipes.parts.sequence import GraphInput
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors import load_processor
 from lvlm.runtime.processors.parts.anyres import TiledProcessor, Tiles

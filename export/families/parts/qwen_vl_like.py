@@ -29,7 +29,7 @@ from lvlm.export.families.parts.llama_text import (
 from lvlm.export.families.parts.qwen_vision import QwenVision
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.recipes.parts.sequence import GraphInput
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.parts.frames import attempted
 from lvlm.runtime.processors.parts.qwen_video import video_config

@@ -26,7 +26,7 @@ from lvlm.export.budgets.prefix_profiles import ModelId, Profile, RecipeId
 from lvlm.export.budgets.prefix_search import grid, profile_rows
 from lvlm.export.budgets.recording import record_importances
 from lvlm.export.checkpoint import checkpoint as checkpoints
-from lvlm.export.recipes._base import Recipe, parse_settings
+from lvlm.export.recipes.recipe import Recipe, parse_settings
 from lvlm.export.reference.torch_reference import Reference
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt

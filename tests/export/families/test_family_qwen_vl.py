@@ -16,9 +16,9 @@ import lvlm
 from lvlm.core.errors import CheckpointError, ParameterError
 from lvlm.export.export_options import ExportOptions as ExportOptions
 from lvlm.export.export_plan import make_plan
-from lvlm.export.recipes._base import parse_settings
 from lvlm.export.recipes.lightvlm import RECIPE as LIGHTVLM
 from lvlm.export.recipes.none import RECIPE
+from lvlm.export.recipes.recipe import parse_settings
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt
 
@@ -108,20 +108,19 @@ def test_positions_are_those_of_an_uncompressed_run(
     features = reference.encode(prompt.pictures)
     with recorded(reference.language.rotary, seen):
         answer = reference.generate(prompt, features, max_new_tokens=6)
-    layers = len(reference.language.blocks)
-    stages = [r.layer for r in reference.recipe.reductions()]
-    now, maps = full[0], iter(answer.maps)
-    for layer, positions in enumerate(seen[:layers]):
-        if layer in stages:
-            moved = next(maps).numpy()
-            kept = [np.flatnonzero(moved == new) for new in range(positions.shape[1])]
-            for new, sources in enumerate(kept):
-                assert (now[:, sources] == positions[:, new, None]).all(0).any()
-            now = positions
-        np.testing.assert_array_equal(positions, now)
+    # Angles are made once for the prompt, once after each merging, and once a step.
+    first, *merged = seen[: 1 + len(answer.maps)]
+    assert len(answer.maps) == len(reference.recipe.reductions())
+    np.testing.assert_array_equal(first, full[0])
+    now = first
+    for positions, moved in zip(merged, answer.maps, strict=True):
+        kept = [np.flatnonzero(moved.numpy() == new) for new in range(positions.shape[1])]
+        for new, sources in enumerate(kept):
+            assert (now[:, sources] == positions[:, new, None]).all(0).any()
+        now = positions
     if recipe == "lightvlm":
         assert now.shape[1] < full[0].shape[1]
-    steps = seen[layers::layers]
+    steps = seen[1 + len(merged) :]
     assert len(steps) == len(full[1:]) == 5
     for mine, theirs in zip(steps, full[1:], strict=True):
         np.testing.assert_array_equal(mine, theirs)

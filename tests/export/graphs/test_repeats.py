@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvlm.core.errors import ExportError
 from lvlm.export.graphs.repeats import Described, collected, like, repeated
 from lvlm.export.graphs.tracing import TracedGraph, trace
-from lvlm.export.recipes._sequence import GraphInput
+from lvlm.export.recipes.parts.sequence import GraphInput
 
 
 class Block(nn.Module):

@@ -6,9 +6,9 @@ import pytest
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ParameterError
-from lvlm.export.recipes._base import Recipe, cache_recipes, parse_settings, settable
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.prefixkv import PrefixKV
+from lvlm.export.recipes.recipe import Recipe, cache_recipes, parse_settings, settable
 from lvlm.export.recipes.uniform import Uniform as UniformRecipe
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
 from lvlm.runtime.policies.evictions import Append, Interval, Oldest

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvlm.export.recipes._cache import CacheRule
 from lvlm.export.recipes.elastic_cache import ElasticCache
+from lvlm.export.recipes.parts.cache_rule import CacheRule
 from lvlm.export.recipes.prefixkv import PrefixKV
 from lvlm.runtime.backends.host.buffers import HostMemory
 from lvlm.runtime.bundle.manifest import Text

@@ -21,7 +21,7 @@ from lvlm.core.discovery import discover
 from lvlm.core.errors import ValidationError
 from lvlm.export import export_plan as planning
 from lvlm.export.export_options import ExportOptions
-from lvlm.export.recipes._base import parse_settings
+from lvlm.export.recipes.recipe import parse_settings
 from lvlm.export.verify import contents, validation, vocabulary
 from lvlm.export.verify.checks import Check
 from lvlm.export.verify.forms import Mapped

@@ -23,8 +23,8 @@ import torch
 from lvlm.core.discovery import discover, nearest
 from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction
-from lvlm.export.recipes._cache import CacheRule
-from lvlm.export.recipes._sequence import GraphInput, TokenSequence
+from lvlm.export.recipes.parts.cache_rule import CacheRule
+from lvlm.export.recipes.parts.sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.bundle.manifest import Reduction
 from lvlm.runtime.policies.policy import CachePolicy

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lvlm.core.ranges import fraction, whole
-from lvlm.export.recipes._base import Recipe, choice, parameter
-from lvlm.export.recipes._cache import Positions
+from lvlm.export.recipes.parts.cache_rule import Positions
+from lvlm.export.recipes.recipe import Recipe, choice, parameter
 from lvlm.runtime.policies.evictions import FixedPoint, ReleasedFixedPoint
 from lvlm.runtime.policies.policy import AllQueries, Budget, CachePolicy, Evict, Select
 from lvlm.runtime.policies.shares import ReleasedProfile, ReleasedUniform, Uniform

@@ -8,12 +8,14 @@ parameters both have, and from ``kv_set``, and asked for its policy.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import whole
-from lvlm.export.recipes._base import (
+from lvlm.export.recipes.parts.cache_rule import Positions
+from lvlm.export.recipes.parts.fixed_point import KEEP
+from lvlm.export.recipes.recipe import (
     Calibration,
     Recipe,
     cache_recipes,
@@ -22,14 +24,9 @@ from lvlm.export.recipes._base import (
     read_settings,
     settable,
 )
-from lvlm.export.recipes._cache import Positions
-from lvlm.export.recipes._fixed_point import KEEP
 from lvlm.runtime.policies.evictions import Interval
 from lvlm.runtime.policies.policy import CachePolicy, Evict, Window
-from lvlm.runtime.policies.shares import Profile, Uniform
-
-if TYPE_CHECKING:
-    from lvlm.export.recipes.lightvlm import LightVLM
+from lvlm.runtime.policies.shares import Profile, ProfileRow, Uniform
 
 INTERVAL = {"kv_floor": 128, "kv_protect": 32, "kv_interval": 64}
 SINKS = 4
@@ -43,7 +40,28 @@ SHARED = {
 }
 
 
-def check(recipe: LightVLM) -> None:
+class Merging(Protocol):
+    """A recipe that merges tokens, by the parameters of its cache."""
+
+    @property
+    def kv(self) -> str: ...
+    @property
+    def kv_keep(self) -> float | None: ...
+    @property
+    def kv_profile(self) -> str | None: ...
+    @property
+    def kv_cap(self) -> int | None: ...
+    @property
+    def kv_sinks(self) -> int | None: ...
+    @property
+    def kv_set(self) -> tuple[str, ...] | None: ...
+    @property
+    def positions(self) -> Positions: ...
+    @property
+    def rows(self) -> tuple[ProfileRow, ...]: ...
+
+
+def check(recipe: Merging) -> None:
     """ParameterError where the cache's parameters are wrong or do not go together."""
     if not recipe.rows:
         no_profile_and_keep("kv_profile", recipe.kv_profile, recipe.kv_keep)
@@ -68,7 +86,7 @@ def check(recipe: LightVLM) -> None:
     policy(recipe)
 
 
-def defaults(recipe: LightVLM) -> dict[str, Any]:
+def defaults(recipe: Merging) -> dict[str, Any]:
     """Values for the parameters that were left to their defaults, so that manifests show them."""
     values: dict[str, Any] = {}
     if recipe.kv == "interval":
@@ -81,7 +99,7 @@ def defaults(recipe: LightVLM) -> dict[str, Any]:
     return values
 
 
-def policy(recipe: LightVLM) -> CachePolicy | None:
+def policy(recipe: Merging) -> CachePolicy | None:
     if recipe.kv == "none":
         return None
     if recipe.kv != "interval":
@@ -103,7 +121,7 @@ def policy(recipe: LightVLM) -> CachePolicy | None:
     )
 
 
-def calibration(recipe: LightVLM) -> Calibration | None:
+def calibration(recipe: Merging) -> Calibration | None:
     if recipe.rows or recipe.kv == "none":
         return None
     if recipe.kv == "interval":
@@ -111,12 +129,12 @@ def calibration(recipe: LightVLM) -> Calibration | None:
     return _other(recipe).calibration()
 
 
-def _interval(recipe: LightVLM, name: str) -> int:
+def _interval(recipe: Merging, name: str) -> int:
     value = getattr(recipe, name)
     return int(INTERVAL[name] if value is None else value)
 
 
-def _kind(recipe: LightVLM) -> type[Recipe]:
+def _kind(recipe: Merging) -> type[Recipe]:
     """The cache recipe that ``kv`` names."""
     known = cache_recipes()
     if recipe.kv not in known:
@@ -128,7 +146,7 @@ def _parameters(kind: type[Recipe]) -> set[str]:
     return {f.name for f in settable(kind)}
 
 
-def _other(recipe: LightVLM) -> Recipe:
+def _other(recipe: Merging) -> Recipe:
     """That recipe, with the parameters it shares with this one and those of ``kv_set``."""
     kind = _kind(recipe)
     values = read_settings(kind, recipe.kv_set or ())

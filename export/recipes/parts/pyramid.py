@@ -13,8 +13,8 @@ import torch
 
 from lvlm.export.ops.token_importance import OP as TOKEN_IMPORTANCE
 from lvlm.export.ops.token_merge.contract import OP as TOKEN_MERGE
-from lvlm.export.recipes._base import TokenReduction
-from lvlm.export.recipes._sequence import GraphInput, TokenSequence
+from lvlm.export.recipes.parts.sequence import GraphInput, TokenSequence
+from lvlm.export.recipes.recipe import TokenReduction
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.bundle.manifest import Reduction
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lvlm.export.ops.cache_compact.contract import OP as CACHE_COMPACT
 from lvlm.export.ops.cache_importance import OP as CACHE_IMPORTANCE
-from lvlm.export.recipes._sequence import GraphInput, TokenSequence
+from lvlm.export.recipes.parts.sequence import GraphInput, TokenSequence
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.policies.policy import (
     AllQueries,
