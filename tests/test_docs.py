@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import lvlm
+from lvlm.core.discovery import GROUPS
 from lvlm.main import run_verb
 from lvlm.verbs import MODULES
 
@@ -180,8 +181,9 @@ def test_python_blocks_compile_and_name_what_there_is(page: Path) -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module == "lvlm":
                 assert {each.name for each in node.names} <= set(dir(lvlm))
+    groups = [group.removeprefix("lvlm.") for group in GROUPS.values()]
     for name in re.findall(r"`lvlm\.([A-Za-z_]\w*)", page.read_text()):
-        assert name in [*dir(lvlm), *PACKAGES, "json"], name
+        assert name in [*dir(lvlm), *PACKAGES, "json", *groups], name
 
 
 def test_the_stability_page_names_what_is_public() -> None:

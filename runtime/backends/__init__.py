@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lvlm.core.discovery import names, nearest
+from lvlm.core.discovery import added, loaded, names, nearest
 from lvlm.core.errors import BackendError
 from lvlm.runtime.options.generation_options import read_value, whole
 
@@ -83,7 +83,7 @@ class Backend(Protocol):
 
 def devices() -> list[str]:
     """What ``load(device=…)`` takes."""
-    return [name.replace("_", "-") for name in names(__name__)]
+    return [*(name.replace("_", "-") for name in names(__name__)), *added(__name__)]
 
 
 def thread_count(threads: int | None) -> int | None:
@@ -102,7 +102,12 @@ def open_backend(device: str, *, threads: int | None = None) -> Backend:
     known = devices()
     if device not in known:
         raise nearest("device", device, known, MEANT)
-    module = importlib.import_module(f"{__name__}.{device.replace('-', '_')}")
+    point = added(__name__).get(device)
+    module = (
+        loaded(point)
+        if point is not None
+        else importlib.import_module(f"{__name__}.{device.replace('-', '_')}")
+    )
     backend: Backend = module.Backend(threads=threads)
     return backend
 

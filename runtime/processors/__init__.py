@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from lvlm.core.discovery import names, nearest
+from lvlm.core.discovery import added, loaded, names, nearest
 from lvlm.core.errors import BundleError
 from lvlm.runtime.media.pictures import Picture
 
@@ -50,8 +50,11 @@ def load_processor(config: Mapping[str, object]) -> Processor:
         raise BundleError(
             f"the bundle's processor has name {reprlib.repr(name)}, not text; export it again"
         )
-    known = names(__name__)
+    points = added(__name__)
+    known = [*names(__name__), *points]
     if name not in known:
         raise BundleError(f"{nearest('processor', name, known)} (a newer lvlm-deploy may know it)")
-    module = importlib.import_module(f"{__name__}.{name}")
+    module = (
+        loaded(points[name]) if name in points else importlib.import_module(f"{__name__}.{name}")
+    )
     return cast(Processor, module.PROCESSOR(config))

@@ -1,4 +1,7 @@
-"""Finding families, recipes, ops, targets and backends: every file of a package is one of them."""
+"""Finding families, recipes, ops, targets and backends: every file of a package is one of them.
+
+Packages of other authors add theirs by entry points, in the groups below.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,23 @@ import importlib.util
 import pkgutil
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from lvlm.core.errors import ParameterError, shown
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+# Package of this project -> group of entry points that adds to it. An entry point names a module
+# that looks like a file of the package, or what such a file would call RECIPE, FAMILY, …
+GROUPS = {
+    "lvlm.export.recipes": "lvlm.recipes",
+    "lvlm.export.families": "lvlm.families",
+    "lvlm.export.targets": "lvlm.targets",
+    "lvlm.runtime.backends": "lvlm.backends",
+    "lvlm.runtime.processors": "lvlm.processors",
+}
 
 
 def names(package: str) -> list[str]:
@@ -27,13 +44,51 @@ def _modules(package: str) -> list[pkgutil.ModuleInfo]:
 
 @cache
 def discover(package: str, attribute: str) -> dict[str, Any]:
-    """``attribute`` of every file or folder in ``package`` with one, by the object's ``name``."""
+    """``attribute`` of every file or folder in ``package`` with one, by the object's ``name``; of
+    entry points, too."""
     found: dict[str, Any] = {}
     for module in sorted(m.name for m in _modules(package)):
         thing = getattr(importlib.import_module(f"{package}.{module}"), attribute, None)
         if thing is not None:
             found[thing.name] = thing
+    for point in added(package).values():
+        thing = loaded(point)
+        thing = getattr(thing, attribute, None) if isinstance(thing, ModuleType) else thing
+        name = getattr(thing, "name", None)
+        if not isinstance(name, str):
+            raise ParameterError(f"{_about(point)} has no {attribute}; update or uninstall it")
+        if name in found:
+            raise ParameterError(
+                f"{_about(point)} has the name {shown(name)}, which is taken; uninstall it"
+            )
+        found[name] = thing
     return found
+
+
+@cache
+def added(package: str) -> dict[str, EntryPoint]:
+    """What installed packages of others add to ``package``, by the entry points' names."""
+    if package not in GROUPS:
+        return {}
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group=GROUPS[package])}
+
+
+def loaded(point: EntryPoint) -> Any:
+    """What an entry point names. Raises ParameterError if it cannot be imported."""
+    try:
+        return point.load()
+    except Exception as error:  # code of others
+        reason = str(error).partition("\n")[0]
+        raise ParameterError(
+            f"{_about(point)} cannot be loaded ({reason}); update or uninstall it"
+        ) from error
+
+
+def _about(point: EntryPoint) -> str:
+    owner = f" of {point.dist.name}" if point.dist is not None else ""
+    return f"{point.name}{owner} (entry point of {point.group})"
 
 
 def nearest(
