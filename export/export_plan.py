@@ -19,7 +19,7 @@ from lvlm.export.export_options import CACHES, DTYPES, ExportOptions
 from lvlm.export.families.family import Family, PromptFiles
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.recipes.recipe import Recipe
-from lvlm.export.weights.quantization import product_weights
+from lvlm.export.weights.quantization import linear_weights
 from lvlm.export.weights.weight_names import open_skeleton
 from lvlm.runtime.bundle.manifest import Capacity, Images
 from lvlm.runtime.kv.budgets import Budgets
@@ -174,7 +174,7 @@ def _saved(
         return 0
     shared = {id(p) for p in language.embed.parameters()}
     added = zero_points = 0
-    for name, weight in product_weights(skeleton, language).items():
+    for name, weight in linear_weights(skeleton, language).items():
         how.check(name, weight.shape[1])
         blocks = weight.numel() // how.block
         zero_points = max(zero_points, blocks * how.bits // 8)

@@ -31,9 +31,9 @@ from lvlm.export.targets.description import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
 from lvlm.export.targets.target import Target
 from lvlm.export.weights import store as weights
-from lvlm.export.weights.fused_linears import fuse_products
-from lvlm.export.weights.quantization import product_weights
-from lvlm.export.weights.quantized_linears import BLOCKS, QuantizedTensor, quantize_products
+from lvlm.export.weights.fused_linears import fuse_linears
+from lvlm.export.weights.quantization import linear_weights
+from lvlm.export.weights.quantized_linears import BLOCKS, QuantizedTensor, quantize_linears
 from lvlm.runtime.bundle.manifest import (
     SCHEMA,
     Graph,
@@ -96,7 +96,7 @@ def write_bundle(plan: ExportPlan, folder: Path, progress: Progress) -> Manifest
     """Everything of a bundle into an existing folder, unchecked."""
     graphs = _trace_all(plan, progress)
     transposed = weights.fold_transposes(graphs)
-    fused = fuse_products(graphs)
+    fused = fuse_linears(graphs)
     quantized = _quantize(plan, graphs, fused)
     entries = weights.plan(graphs, transposed, fused, quantized)
     weights.attach(graphs, entries)
@@ -186,8 +186,8 @@ def _quantize(
     if how is None:
         return {}
     model = _skeleton(plan)
-    names = product_weights(model, plan.family.language(model, plan.config))
-    return quantize_products(graphs, names, fused, how)
+    names = linear_weights(model, plan.family.language(model, plan.config))
+    return quantize_linears(graphs, names, fused, how)
 
 
 def _facts(plan: ExportPlan) -> dict[str, str]:

@@ -244,13 +244,13 @@ def products(threads: int, rows: list[int]) -> None:
     names = [f"{form}{' packed' if packed else ''}" for form, packed in kinds]
     print(f"{'K x N':>12s} {'rows':>4s}", *names, sep="  ")
     for depth, width in PRODUCTS:
-        found = {kind: list(time_products(depth, width, *kind, rows, threads)) for kind in kinds}
+        found = {kind: list(time_linears(depth, width, *kind, rows, threads)) for kind in kinds}
         for i, count in enumerate(rows):
             cells = [f"{1e6 * found[k][i]:{len(n)}.0f}" for k, n in zip(kinds, names, strict=True)]
             print(f"{f'{depth} x {width}':>12s} {count:4d}", *cells, sep="  ", flush=True)
 
 
-def time_products(
+def time_linears(
     depth: int, width: int, form: str, packed: bool, rows: list[int], threads: int
 ) -> Iterator[float]:
     copies = max(1, min(60, (128 << 20) // (4 * depth * width)))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction, whole
 from lvlm.core.rounding import rounded
-from lvlm.export.recipes.parts import merged_cache as _merged_cache
+from lvlm.export.recipes.parts import merged_cache
 from lvlm.export.recipes.parts.cache_rule import Positions
 from lvlm.export.recipes.parts.fixed_point import KEEP
 from lvlm.export.recipes.parts.pyramid import Importance, Merge, Pyramid
@@ -77,7 +77,7 @@ class LightVLM(Recipe):
         choice("importance", self.importance, Importance)
         choice("merge", self.merge, Merge)
         whole("absorb", self.absorb, 1)
-        _merged_cache.check(self)
+        merged_cache.check(self)
         if self.stages is not None:
             _stages(self.stages)
         if self.schedule is not None:
@@ -108,17 +108,17 @@ class LightVLM(Recipe):
                 f"{list(stages)}; give one for each"
             )
         keep = self.keep if self.schedule is None else self.schedule[-1]
-        return dataclasses.replace(self, stages=stages, keep=keep, **_merged_cache.defaults(self))
+        return dataclasses.replace(self, stages=stages, keep=keep, **merged_cache.defaults(self))
 
     def calibration(self) -> Calibration | None:
-        return _merged_cache.calibration(self)
+        return merged_cache.calibration(self)
 
     def with_profile(self, keep: float, rows: tuple[ProfileRow, ...]) -> Self:
         name = file_name(self.kv_profile)
         return dataclasses.replace(self, kv_keep=keep, rows=rows, kv_profile=name)
 
     def cache_policy(self) -> CachePolicy | None:
-        return _merged_cache.policy(self)
+        return merged_cache.policy(self)
 
     def token_reduction(self) -> Pyramid:
         if self.stages is None:

@@ -25,16 +25,14 @@ class OpenVino(Target):
     def lower(self, model: ir.Model, capacity: Capacity) -> None:  # noqa: ARG002
         from onnx_ir.passes import common
 
-        from lvlm.export.targets.passes import graph_edits as _passes
-        from lvlm.export.targets.passes import host_writes as _host_writes
-        from lvlm.export.targets.passes import loops as _loops
+        from lvlm.export.targets.passes import graph_edits, host_writes, loops
 
-        _host_writes.leave_writes_to_host(model)
-        _passes.write_out_attention(model)
+        host_writes.leave_writes_to_host(model)
+        graph_edits.decompose_attention(model)
         common.InlinePass()(model)
-        _loops.scans_to_loops(model)
+        loops.scans_to_loops(model)
         common.RemoveUnusedOpsetsPass()(model)
-        _passes.lower_opset(model, self.opset)
+        graph_edits.lower_opset(model, self.opset)
 
 
 TARGET = OpenVino(

@@ -29,7 +29,7 @@ class OrtCpu(Target):
     def lower(self, model: ir.Model, capacity: Capacity) -> None:  # noqa: ARG002
         from onnx_ir.passes import common
 
-        from lvlm.export.targets.passes.block_linears import use_block_products
+        from lvlm.export.targets.passes.block_linears import use_block_linears
         from lvlm.export.targets.passes.last_rows import keep_last_rows
         from lvlm.export.targets.passes.ort_attention import group_attention
         from lvlm.export.targets.passes.ort_fusions import (
@@ -41,7 +41,7 @@ class OrtCpu(Target):
 
         keep_last_rows(model)
         done = group_attention(model)
-        done += fuse_skip_normalization(model) + fuse_silu(model) + use_block_products(model)
+        done += fuse_skip_normalization(model) + fuse_silu(model) + use_block_linears(model)
         common.RemoveUnusedNodesPass()(model)  # drops outputs that nobody reads, too: before this
         chunk_attention(model)
         common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]

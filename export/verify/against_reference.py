@@ -17,7 +17,7 @@ from lvlm.export.verify.forms import CANONICAL, Form, Opened, forms_of
 from lvlm.export.verify.judge import LEAST
 from lvlm.export.verify.outcome import Outcome
 from lvlm.export.verify.run import Run, run_form, soon
-from lvlm.export.weights.quantization import round_products
+from lvlm.export.weights.quantization import round_linears
 from lvlm.export.weights.stored_weights import StoredLinear
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.prompt.prompts import Prompt
@@ -67,7 +67,7 @@ def against_reference(
         cache = torch.float32 if plan.cache_dtype == plan.dtype else plan.cache_dtype
         reference = Reference(plan.family, plan.config, model, recipe, cache)
         if how is not None:
-            round_products(reference.language, how, plan.dtype)
+            round_linears(reference.language, how, plan.dtype)
         answer = reference.generate(prompt, features, max_new_tokens=steps, forced=original.tokens)
     del model, reference
     gc.collect()

@@ -25,7 +25,7 @@ class Product:
     result: ir.Node
 
 
-def fuse_products(graphs: Sequence[TracedGraph]) -> dict[str, tuple[str, ...]]:
+def fuse_linears(graphs: Sequence[TracedGraph]) -> dict[str, tuple[str, ...]]:
     """Fuse products in all ``graphs`` alike; the parameters that each new tensor is made of.
 
     A parameter is stored once, so only what every graph uses in the same company is fused.

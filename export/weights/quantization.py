@@ -84,7 +84,7 @@ def dequantize(packed: np.ndarray, scales: np.ndarray, how: WeightQuantization) 
     return spread.reshape(outputs, -1).T
 
 
-def product_weights(model: nn.Module, language: LanguageModel) -> dict[str, nn.Parameter]:
+def linear_weights(model: nn.Module, language: LanguageModel) -> dict[str, nn.Parameter]:
     """What is quantized, by name in ``model``: the weights [N,K] of every linear layer of the
     blocks, and of the head. Embeddings, norms and the vision tower are not."""
     wanted = {id(linear.weight) for linear in products(language)}
@@ -98,7 +98,7 @@ def products(language: LanguageModel) -> list[nn.Linear]:
 
 
 @torch.no_grad()
-def round_products(language: LanguageModel, how: WeightQuantization, scales: torch.dtype) -> None:
+def round_linears(language: LanguageModel, how: WeightQuantization, scales: torch.dtype) -> None:
     """Give the torch model the numbers that a quantized bundle multiplies with, whose scales have
     the bundle's dtype. A head that shares its weight with the embedding gets one of its own."""
     shared = language.embed.weight

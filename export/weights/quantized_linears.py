@@ -33,7 +33,7 @@ class QuantizedTensor:
     how: WeightQuantization
 
 
-def quantize_products(
+def quantize_linears(
     graphs: Sequence[TracedGraph],
     wanted: Collection[str],
     fused: Mapping[str, tuple[str, ...]],

@@ -140,13 +140,13 @@ FAULTS = {
         "tests/runtime/kv/test_image_tokens.py::test_kept_is_the_rounded_share_but_at_least_one",
     ),
     "image tokens scored by the token before the last": Fault(
-        "export/recipes/_pyramid.py",
+        "export/recipes/parts/pyramid.py",
         "last = state.last()[:, None]",
         "last = state.last()[:, None] - 1",
         TWIN,
     ),
     "scores of snapkv pooled with its own window's": Fault(
-        "export/recipes/_cache.py",
+        "export/recipes/parts/cache_rule.py",
         "before = torch.where(places < end[:, None], found, 0)",
         "before = torch.where(places < places.shape[0], found, 0)",
         "tests/naive/test_naive_twins.py::test_compositions",

@@ -23,7 +23,7 @@ def has_quantized_weights(path: Path) -> bool:
     return any(node.op_type == "DequantizeLinear" for node in ir.load(path).graph)
 
 
-def use_block_products(model: ir.Model) -> int:
+def use_block_linears(model: ir.Model) -> int:
     """Exchange products over dequantized weights for MatMulNBits where that is faster; how many.
 
     Precondition: weights as quantized_products.py has them. What spread them stays, unused.

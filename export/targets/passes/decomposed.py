@@ -17,7 +17,7 @@ from lvlm.export.targets.passes.graph_edits import call, identifier, lowered_fun
 F32 = onnx.TensorProto.FLOAT
 
 
-def write_out_normalization(model: ir.Model) -> int:
+def decompose_normalization(model: ir.Model) -> int:
     """RMSNormalization over the last axis, in fp32 whatever the data; how many there were."""
     nodes = _nodes(model, "RMSNormalization")
     for node in nodes:
@@ -38,7 +38,7 @@ def _normalization(epsilon: float) -> onnx.FunctionProto:
     return lowered_function(name, ["x", "scale"], g.nodes, result)
 
 
-def write_out_rotary(model: ir.Model) -> int:
+def decompose_rotary(model: ir.Model) -> int:
     """RotaryEmbedding of whole heads, the halves rotated against each other, with an angle for
     every position; how many there were."""
     nodes = _nodes(model, "RotaryEmbedding")
@@ -75,7 +75,7 @@ def cache_updates(model: ir.Model) -> int:
     return len(nodes)
 
 
-def write_out_cache_updates(model: ir.Model) -> int:
+def decompose_cache_updates(model: ir.Model) -> int:
     """TensorScatter as a scatter with an index for every number; how many there were."""
     nodes = _cache_writes(model)
     for node in nodes:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 TINY = 1e-30  # what a row of zeros is divided by
 
 
-def narrow_products(model: ir.Model) -> int:
+def fp16_matmuls(model: ir.Model) -> int:
     """Multiply fp16 operands instead of fp32 ones, in functions and loops too; how many products.
 
     Every row of the first and every column of the second operand is divided by its largest number

@@ -34,7 +34,7 @@ def fix_dimensions(model: ir.Model, sizes: Mapping[str, int]) -> None:
             value.shape = ir.Shape(dims)
 
 
-def refuse_narrow(model: ir.Model, target: str) -> None:
+def refuse_low_precision(model: ir.Model, target: str) -> None:
     """ExportError for quantized weights and for a cache narrower than what is computed in."""
     for node in model.graph:
         if node.op_type == "DequantizeLinear":
@@ -157,7 +157,7 @@ def _check_known(node: ir.Node, opset: int) -> None:
         raise ExportError(f"{node.op_type} of opset {opset} {what}; it is to be written out")
 
 
-def write_out_attention(model: ir.Model, kept: Collection[str] = (), row_heads: int = 1) -> int:
+def decompose_attention(model: ir.Model, kept: Collection[str] = (), row_heads: int = 1) -> int:
     """Replace Attention by matrix products and a softmax in fp32, but for data types in ``kept``;
     of one query row also there, with fewer heads than ``row_heads``. Returns how many there were.
 

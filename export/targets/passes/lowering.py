@@ -10,10 +10,9 @@ import onnx_ir as ir
 from lvlm.core.errors import ExportError
 from lvlm.core.output import whole_file
 from lvlm.export.targets.description import Description
-from lvlm.export.targets.passes import decomposed as _written_out
-from lvlm.export.targets.passes import graph_edits as _passes
-from lvlm.export.targets.passes.fp16_matmuls import narrow_products
-from lvlm.export.targets.passes.split_linears import split_products
+from lvlm.export.targets.passes import decomposed, graph_edits
+from lvlm.export.targets.passes.fp16_matmuls import fp16_matmuls
+from lvlm.export.targets.passes.split_linears import split_linears
 from lvlm.runtime.bundle.manifest import Capacity
 
 
@@ -24,30 +23,30 @@ def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
     parsers before TensorRT 10.6 confuse the names inside functions with those around them.
     """
     if not target.narrow:
-        _passes.refuse_narrow(model, target.name)
+        graph_edits.refuse_low_precision(model, target.name)
     if target.static_cache:
         lengths = {f"capacity_{i}": c for i, c in enumerate(capacity.per_layer)}
-        _passes.fix_dimensions(model, lengths)
+        graph_edits.fix_dimensions(model, lengths)
     if target.flavour in ("tensorrt", "tensorrt-rtx"):
-        split_products(model)
+        split_linears(model)
     if target.flavour != "onnxruntime":
-        _passes.lower_ops(model, target.plugins)
-    _passes.write_out_attention(model, target.attention, target.row_heads)
+        graph_edits.lower_ops(model, target.plugins)
+    graph_edits.decompose_attention(model, target.attention, target.row_heads)
     if "float32" not in target.products:
-        narrow_products(model)
+        fp16_matmuls(model)
     if "RMSNormalization" not in target.imports:
-        _written_out.write_out_normalization(model)
+        decomposed.decompose_normalization(model)
     if "RotaryEmbedding" not in target.imports:
-        _written_out.write_out_rotary(model)
+        decomposed.decompose_rotary(model)
     if "TensorScatter" not in target.imports:
         write_cache = (
-            _written_out.cache_updates if target.plugins else _written_out.write_out_cache_updates
+            decomposed.cache_updates if target.plugins else decomposed.decompose_cache_updates
         )
         write_cache(model)
     if target.plugins:
-        _passes.inline_lowered(model)
-        _passes.use_plugins(model)
-    _passes.lower_opset(model, target.opset)
+        graph_edits.inline_lowered(model)
+        graph_edits.use_plugins(model)
+    graph_edits.lower_opset(model, target.opset)
 
 
 def write(bundle: Path, files: Mapping[str, str], lower: Callable[[ir.Model], None]) -> list[str]:

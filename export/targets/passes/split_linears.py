@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 
-def split_products(model: ir.Model) -> None:
+def split_linears(model: ir.Model) -> None:
     """Turn every Split of a product with a constant (and bias) into products with the parts."""
     for split in list(model.graph):
         if split.op_type != "Split" or split.domain or len(split.inputs) < 1:

@@ -21,7 +21,7 @@ from lvlm.export.ops.causal_attention import OP
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, OpSample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 from lvlm.export.targets import trt_rtx, trt_rtx_turing
-from lvlm.export.targets.passes.graph_edits import lower_ops, write_out_attention
+from lvlm.export.targets.passes.graph_edits import decompose_attention, lower_ops
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
 from lvlm.runtime.bundle.manifest import Capacity
@@ -191,7 +191,7 @@ def test_lowered_form_scores_beside_attention_only_what_is_read(read: bool) -> N
     expected = run(case, 1, "torch")
     model = graph(case, read, [])
     lower_ops(model, plugins=True)
-    assert write_out_attention(model) == 1  # its shapes are known after the pass
+    assert decompose_attention(model) == 1  # its shapes are known after the pass
     assert ("CacheImportance" in {n.op_type for n in model.graph}) == read
     assert ("CacheImportance" in {f.name for f in model.functions.values()}) == read
     assert "CausalAttention" not in {f.name for f in model.functions.values()}

@@ -23,8 +23,8 @@ from lvlm.core.integrity import describe
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op, OpSample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 from lvlm.export.targets.description import FLOATS, NEW_OPS
-from lvlm.export.targets.passes.decomposed import write_out_normalization, write_out_rotary
-from lvlm.export.targets.passes.fp16_matmuls import narrow_products
+from lvlm.export.targets.passes.decomposed import decompose_normalization, decompose_rotary
+from lvlm.export.targets.passes.fp16_matmuls import fp16_matmuls
 from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN, lower_opset
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
@@ -285,7 +285,7 @@ def test_narrow_products_do_not_overflow_and_keep_what_is_not_finite_in_its_plac
     text = """<ir_version: 10, opset_import: ["" : 24]>
         g (float[3, 4] a, float[4, 2] b) => (float[3, 2] y) { y = MatMul(a, b) }"""
     model = ir.serde.deserialize_model(onnx.parser.parse_model(text))
-    assert narrow_products(model) == 1
+    assert fp16_matmuls(model) == 1
     kinds = [n.op_type for n in model.graph]
     assert kinds.count("MatMul") == 1
     a = np.array([[3e4, 3e4, 3e4, -1], [0, 0, 0, 0], [np.nan, 1, 1, 1]], np.float32)
@@ -332,8 +332,8 @@ KINDS = {"float": (np.float32, 1e-6), "float16": (np.float16, 8e-3)}
 @pytest.mark.parametrize(
     ("body", "write_out"),
     [
-        ("y = RMSNormalization <epsilon = 0.001> (x, w)", write_out_normalization),
-        ("y = RotaryEmbedding (x, c, s)", write_out_rotary),
+        ("y = RMSNormalization <epsilon = 0.001> (x, w)", decompose_normalization),
+        ("y = RotaryEmbedding (x, c, s)", decompose_rotary),
     ],
 )
 def test_what_is_written_out_computes_the_same(
@@ -363,10 +363,10 @@ def test_what_is_written_out_computes_the_same(
     [
         (
             "y = RMSNormalization <axis = 1> (x, w)",
-            write_out_normalization,
+            decompose_normalization,
             "over the last axis only",
         ),
-        ("y = RotaryEmbedding <interleaved = 1> (x, w, w)", write_out_rotary, "on whole heads"),
+        ("y = RotaryEmbedding <interleaved = 1> (x, w, w)", decompose_rotary, "on whole heads"),
     ],
 )
 def test_what_cannot_be_written_out_is_refused(

@@ -9,7 +9,7 @@ import pytest
 
 from lvlm.export.graphs.tracing import TracedGraph
 from lvlm.export.ops.parts.single_node import session
-from lvlm.export.weights.fused_linears import fuse_products, joined_name
+from lvlm.export.weights.fused_linears import fuse_linears, joined_name
 
 WEIGHTS = {"a.q.weight": (4, 6), "a.k.weight": (4, 2), "a.v.weight": (4, 3)}
 BIASES = {"a.q.bias": (6,), "a.k.bias": (2,), "a.v.bias": (3,)}
@@ -67,7 +67,7 @@ def run(graph: TracedGraph, parts: dict[str, tuple[str, ...]]) -> list[np.ndarra
 def test_fused_products_compute_the_same(body: str, tensors: int) -> None:
     expected = run(traced(body), {})
     graph = traced(body)
-    parts = fuse_products([graph])
+    parts = fuse_linears([graph])
     assert parts["a.q+k+v.weight"] == tuple(WEIGHTS)
     assert len(parts) == len(graph.parameters) == tensors
     kinds = [node.op_type for node in graph.model.graph]
@@ -79,11 +79,11 @@ def test_fused_products_compute_the_same(body: str, tensors: int) -> None:
 
 def test_a_product_is_fused_in_every_graph_or_in_none() -> None:
     both = [traced(PLAIN), traced(PLAIN)]
-    assert set(fuse_products(both)) == {"a.q+k+v.weight"}
+    assert set(fuse_linears(both)) == {"a.q+k+v.weight"}
     assert [list(graph.parameters) for graph in both] == [["a.q+k+v.weight"]] * 2
     alone = traced("q = MatMul(x, a.q.weight)", "float[2, n, 6] q")
     apart = [traced(PLAIN), alone]
-    assert fuse_products(apart) == {}
+    assert fuse_linears(apart) == {}
     assert [len(graph.parameters) for graph in apart] == [3, 1]
 
 
@@ -91,12 +91,12 @@ def test_what_is_used_twice_or_reads_another_input_stays() -> None:
     twice = traced(
         "q = MatMul(x, a.q.weight) z = Relu(x) k = MatMul(z, a.k.weight) v = MatMul(x, a.v.weight)"
     )
-    assert set(fuse_products([twice])) == {"a.q+v.weight"}
+    assert set(fuse_linears([twice])) == {"a.q+v.weight"}
     tied = traced(
         "q = MatMul(x, a.q.weight) k = MatMul(x, a.k.weight) y = Transpose(a.k.weight)",
         "float[2, n, 6] q, float[2, n, 2] k, float[2, 4] y",
     )
-    assert fuse_products([tied]) == {}
+    assert fuse_linears([tied]) == {}
 
 
 def test_names_of_fused_tensors_say_what_is_in_them() -> None:

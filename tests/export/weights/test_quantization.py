@@ -34,7 +34,7 @@ from lvlm.export.weights.quantization import (
     WeightQuantization,
     dequantize,
     quantize,
-    round_products,
+    round_linears,
 )
 from lvlm.export.weights.quantized_linears import BLOCKS
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
@@ -146,7 +146,7 @@ def rounded_reference(which: str, folder: Path) -> Reference:
     how = WeightQuantization(
         {"int4": 4, "int8": 8}[options["weights"]], options.get("block_size", 32)
     )
-    round_products(reference.language, how, torch.float32)
+    round_linears(reference.language, how, torch.float32)
     reference.cache_dtype = torch.float16 if "cache" in options else torch.float32
     return reference
 
@@ -334,7 +334,7 @@ def test_rounding_leaves_embedding_and_vision(checkpoint: Callable[[str], Path])
     source = Checkpoint(folder, "", None)
     reference = make_reference(folder, "none")
     before = {name: p.clone() for name, p in reference.model.named_parameters()}
-    round_products(reference.language, WeightQuantization(8, 16), torch.float32)
+    round_linears(reference.language, WeightQuantization(8, 16), torch.float32)
     changed = {n for n, p in reference.model.named_parameters() if not p.equal(before.get(n, p))}
     assert changed
     assert all("_proj.weight" in name and "layers" in name for name in changed)
