@@ -18,7 +18,7 @@ import lvlm
 from lvlm.core.discovery import discover
 from lvlm.export.checkpoint.checkpoint import Checkpoint, find_family
 from lvlm.export.ops.token_merge.contract import OP as TOKEN_MERGE
-from lvlm.export.recipes import lightvlm
+from lvlm.export.recipes.parts import pyramid
 from lvlm.export.recipes.recipe import parse_settings
 from lvlm.export.reference.torch_reference import Reference
 from lvlm.runtime.model import Model
@@ -106,7 +106,7 @@ def reference_answers(reference: Reference, model: Model, keep: float, count: in
             return TOKEN_MERGE(*inputs, **attributes)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lightvlm, "TOKEN_MERGE", merge)
+            patch.setattr(pyramid, "TOKEN_MERGE", merge)
             answer: Any = reference.generate(
                 prompt,
                 features,

@@ -19,8 +19,8 @@ from PIL import Image
 from settings import ASSETS
 
 import lvlm
-from lvlm import commands
 from lvlm import main as dispatcher
+from lvlm import verbs
 from lvlm.core.console import run_main
 from lvlm.core.errors import BundleError, ValidationError
 from lvlm.runtime.generate.answers import Generation
@@ -437,7 +437,7 @@ runpy.run_module("lvlm", run_name="__main__", alter_sys=True)
 def test_a_command_whose_module_is_gone_is_listed_with_the_reason(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(commands.MODULES, "gone", "lvlm.gone.cli")
+    monkeypatch.setitem(verbs.MODULES, "gone", "lvlm.gone.cli")
     assert (
         "gone       cannot start: there is no module lvlm.gone" in run(command=dispatcher.main)[1]
     )

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from lvlm.core.errors import LvlmError, shown
 from lvlm.core.version import DISTRIBUTION, version
@@ -53,12 +53,12 @@ def run_main(program: str, body: Callable[[], int]) -> int:
     except _Terminated:
         return TERMINATED
     except BrokenPipeError:
-        _discard_output()
+        _discard(sys.stdout)
         return 0
     except OSError as error:
         if error.errno is None:
             raise
-        _discard_output()
+        _discard(sys.stdout)
         where = "its output" if error.filename is None else shown(str(error.filename))
         return _fail(program, f"{where} cannot be read or written: {error.strerror}")
 
@@ -110,15 +110,17 @@ def _terminate(*_: object) -> NoReturn:
     raise _Terminated
 
 
-def _discard_output() -> None:
+def _discard(stream: TextIO) -> None:
     """What is still to be flushed at the exit would fail again."""
     with contextlib.suppress(OSError, ValueError):  # not a real file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(program: str, message: str) -> int:
-    with contextlib.suppress(OSError):  # nobody can be told
+    try:
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    except OSError:  # nobody can be told
+        _discard(sys.stderr)
     return USER_ERROR
 
 

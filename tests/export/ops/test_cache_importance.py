@@ -162,7 +162,7 @@ MEASURE = """
 import json, os, resource, sys
 import onnx_ir, onnxruntime, torch
 from lvlm.export.ops import cache_importance, causal_attention
-from lvlm.export.ops.op import Sample
+from lvlm.export.ops.op import OpSample
 from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 from lvlm.export.targets.passes.graph_edits import lower_ops
 
@@ -181,7 +181,7 @@ def grown(op_name, engine):
     op, attributes = cache_importance.OP, {"scale": 0.125}
     if op_name == "CausalAttention":
         op, attributes = causal_attention.OP, {"scale": 0.125, "importance": 1}
-    small, large = (Sample("", inputs(op_name, n), attributes) for n in (1, N))
+    small, large = (OpSample("", inputs(op_name, n), attributes) for n in (1, N))
     if engine == "torch":
         run = lambda sample: op(*sample.inputs, **attributes)
     else:
