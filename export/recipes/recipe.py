@@ -2,9 +2,9 @@
 
 A recipe is a frozen dataclass whose fields are the parameters that ``--set name=value`` sets. It
 composes what it is made of: ``cache_policy`` says as data how the cache is kept short (its graph
-code is in _cache.py), ``token_reduction`` how the sequence is shortened while the prefill graph is
-traced. Both go into the manifest, from which the runtime computes every count. The same code runs
-eagerly with the torch references of the ops; that is the recipe's torch reference.
+code is in parts/cache_rule.py), ``token_reduction`` how the sequence is shortened while the prefill
+graph is traced. Both go into the manifest, from which the runtime computes every count. The same
+code runs eagerly with the torch references of the ops; that is the recipe's torch reference.
 
 A file of this folder whose ``RECIPE`` is such a class is all that a new recipe needs.
 """

@@ -1,4 +1,4 @@
-"""The last step of ``CacheImportance``; those before are in _attention_tiles.py.
+"""The last step of ``CacheImportance``; those before are in plugins/attention_tiles.py.
 
 The attention of R queries to N keys never exists: with 32 heads and R = N = 32,768 it would take
 137 GB in fp32. It is computed twice, by tiles, and what lies between the steps are, in bytes, with

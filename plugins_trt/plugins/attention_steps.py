@@ -1,4 +1,4 @@
-"""The steps of the kernels in _attention_tiles.py, for the plan of either op."""
+"""The steps of the kernels in attention_tiles.py, for the plan of either op."""
 
 from __future__ import annotations
 

@@ -183,15 +183,4 @@ def element_bytes(dtype: str) -> int:
     return {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2, "int8": 1}[dtype]
 
 
-def scratch_bytes(plugin: Plugin, shapes: Shapes, data: str) -> list[int]:
-    """Bytes of each scratch buffer, each rounded up to SCRATCH_ALIGNMENT."""
-    sizes: list[int] = []
-    for buffer in plugin.scratch:
-        total = element_bytes(data if buffer.dtype == DATA else buffer.dtype)
-        for size in buffer.shape:
-            total *= size(shapes)
-        sizes.append(-(-total // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT)
-    return sizes
-
-
 SCRATCH_ALIGNMENT = 256

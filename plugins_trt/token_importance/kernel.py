@@ -1,4 +1,4 @@
-"""The last step of ``TokenImportance``; those before are in _attention_tiles.py.
+"""The last step of ``TokenImportance``; those before are in plugins/attention_tiles.py.
 
 Queries are few, often one, and what takes time is reading the keys of a long prompt. So the rows of
 all heads that share a key head go through together, keys are read once in each of the two passes,

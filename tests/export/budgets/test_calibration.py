@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import TINY, transformers_inputs
+from rows import profile_rows
 from settings import ASSETS
 from transformers import AutoModelForImageTextToText
 
@@ -23,7 +24,7 @@ from lvlm.export.budgets import sample_prompts as prompting
 from lvlm.export.budgets.calibration_samples import CalibrationSample, builtin_samples
 from lvlm.export.budgets.measuring import calibrate
 from lvlm.export.budgets.prefix_profiles import ModelId, Profile, RecipeId
-from lvlm.export.budgets.prefix_search import grid, profile_rows
+from lvlm.export.budgets.prefix_search import grid
 from lvlm.export.budgets.recording import record_importances
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.recipes.recipe import Recipe, parse_settings

@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from released_search import search_reference
+from rows import profile_rows
 from safetensors import safe_open
 from safetensors.torch import save_file
 from settings import ASSETS
@@ -34,10 +36,8 @@ from lvlm.export.budgets.prefix_profiles import (
 from lvlm.export.budgets.prefix_search import (
     grid,
     mean_rows,
-    profile_rows,
     search,
     search_fractions,
-    search_reference,
 )
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scratch import scratch_bytes
 
 from lvlm.export.ops import cache_importance, token_importance
 from lvlm.export.ops.op import Op
 from lvlm.plugins_trt.plugins.plan_runner import run
-from lvlm.plugins_trt.plugins.plugin_plan import scratch_bytes
 from lvlm.plugins_trt.plugins.registry import plugins
 
 NAN, INF = float("nan"), float("inf")

@@ -23,11 +23,12 @@ from plugin_library import (
     samples,
     shapes_of,
 )
+from scratch import scratch_bytes
 
 from lvlm.plugins_trt.plugins.kernel_compiler import Image
 from lvlm.plugins_trt.plugins.kernels import variants
 from lvlm.plugins_trt.plugins.library_harness import fields_of, inputs_of, read_outputs, write_case
-from lvlm.plugins_trt.plugins.plugin_plan import Plugin, Scalar, chosen, scratch_bytes
+from lvlm.plugins_trt.plugins.plugin_plan import Plugin, Scalar, chosen
 from lvlm.plugins_trt.plugins.registry import plugins
 from lvlm.plugins_trt.plugins.sizes import Size
 

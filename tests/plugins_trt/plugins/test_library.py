@@ -23,9 +23,10 @@ from plugin_library import (
     samples,
     shapes_of,
 )
+from scratch import scratch_bytes
 
 from lvlm.plugins_trt.plugins.library_harness import Field, inputs_of, write_case
-from lvlm.plugins_trt.plugins.plugin_plan import DATA, FLOATS, Plugin, scratch_bytes
+from lvlm.plugins_trt.plugins.plugin_plan import DATA, FLOATS, Plugin
 from lvlm.plugins_trt.plugins.registry import plugins
 
 
