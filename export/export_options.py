@@ -14,7 +14,7 @@ from lvlm.export.weights.quantization import BLOCKS, KINDS, WeightQuantization
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CACHES = {"fp16": torch.float16}  # narrower than what is computed with
-BLOCK = 32  # of quantized weights; docs/quantization.md compares sizes
+BLOCK = 32  # of quantized weights; docs/notes/quantization.md: what was tried
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Which of ONNX Runtime's CPU kernels is fastest for what decode and prefill need: docs/cpu.md.
+"""Which of ONNX Runtime's CPU kernels is fastest for what decode and prefill need.
 
     python scripts/bench_kernels.py attention --threads 2
     python scripts/bench_kernels.py products --threads 2
 
 Every figure is the median time of one node in a graph of several alike, each with its own weights
 or cache, so that nothing stays in the CPU's own caches that would not in a model.
+docs/notes/cpu.md has a table.
 """
 
 from __future__ import annotations

@@ -15,8 +15,17 @@ lvlm-eval "${common[@]}" --recipes none,uniform,elastic-cache,prefixkv,lightvlm 
     -o "$work/recipes"
 lvlm-eval "${common[@]}" --recipes none,uniform --set uniform.positions=layer0 -o "$work/layer0"
 
+cpu=$(sed -n 's/^model name[^:]*: //p;T;q' /proc/cpuinfo)
 mkdir -p docs/notes/quality
-for name in recipes layer0; do
-    cp "$work/$name/results.md" "docs/notes/quality/$name.md"
-    cp "$work/$name/results.png" "docs/notes/quality/$name.png"
-done
+note() { # name, title: table and plot, below when and how they were made
+    {
+        printf '# %s\n\n' "$2"
+        printf '%s, commit %s, %s cores of %s: `bash scripts/eval_digits.sh %s`. ' \
+            "$(date -u +%F)" "$(git rev-parse --short HEAD)" "$(nproc)" "$cpu" "$samples"
+        printf 'Times are those of a machine that may have had other work.\n\n![plot](%s.png)\n\n' "$1"
+        cat "$work/$1/results.md"
+    } > "docs/notes/quality/$1.md"
+    cp "$work/$1/results.png" "docs/notes/quality/$1.png"
+}
+note recipes "Quality by recipe and kept cache"
+note layer0 "Positions as two papers' released code has them"

@@ -188,9 +188,8 @@ def _page(args: argparse.Namespace, tally: report.Tally, seconds: float) -> str:
             "status. Kills come in series on one output; an end is the run after a series. What",
             "takes over 30 s is run once more, and that counts: others used the same cores.",
             "",
-            f"- command: `{command} --seed {args.seed}`",
-            f"- commit: {commit}, {datetime.now(UTC):%Y-%m-%d}",
-            f"- took {seconds:,.0f} s, Python {sys.version.split()[0]}",
+            f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}, {os.cpu_count()} CPU cores, Python "
+            f"{sys.version.split()[0]}: `{command} --seed {args.seed}`, {seconds:,.0f} s.",
             "",
             tally.table(),
             "",

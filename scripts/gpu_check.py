@@ -4,7 +4,7 @@ usage: scripts/gpu_check.sh [--tensorrt-root FOLDER] [-o FILE] [--dry-run] …
 
 Builds the plugin library and its harness; runs every op on every sample in fp32, fp16 and bf16,
 outside and inside of a CUDA graph; runs the samples again under compute-sanitizer, if that is
-installed; measures calls as large as real models make them; writes a page of tables (docs/gpu.md),
+installed; measures calls as large as real models make them; writes tables into docs/notes/gpu.md,
 each line when it is known, so that a run that is cut off leaves what it had. --parts chooses.
 Needs torch, triton, onnx and numpy, a C++ compiler and cmake; not TensorRT, whose headers suffice.
 A machine without a network takes a library built elsewhere: --make FOLDER there, --build FOLDER.
@@ -21,6 +21,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -101,7 +102,7 @@ def _arguments() -> argparse.Namespace:
     add("--longest", type=int, default=LENGTHS[-1], help="positions of the longest measured call")
     add("--repeats", type=int, default=20, help="runs of a measured call, nine times")
     add("--jobs", type=int, default=os.cpu_count() or 1)
-    add("-o", "--output", type=Path, default=ROOT / "docs/gpu.md")
+    add("-o", "--output", type=Path, default=ROOT / "docs/notes/gpu.md")
     args = parser.parse_args()
     without = args.dry_run or args.make is not None
     if not without and not torch.cuda.is_available():
@@ -158,6 +159,8 @@ def _fake_driver(work: Path, arch: int) -> dict[str, str]:
 
 
 def _title(args: argparse.Namespace) -> Iterator[str]:
+    yield "## Kernels"
+    yield ""
     if args.dry_run:
         yield "**Dry run: nothing ran on a GPU.** Calls went up to the launch."
     else:
@@ -165,18 +168,28 @@ def _title(args: argparse.Namespace) -> Iterator[str]:
         import triton
 
         yield (
-            f"{properties.name} (sm_{args.arch}, {properties.total_memory / 1e9:.0f} GB), CUDA "
-            f"{torch.version.cuda}, torch {torch.__version__}, triton {triton.__version__}. "
-            "Made by `scripts/gpu_check.sh`."
+            f"{datetime.now(UTC):%Y-%m-%d}{_commit()}: `scripts/gpu_check.sh` on {properties.name} "
+            f"(sm_{args.arch}, {properties.total_memory / 1e9:.0f} GB), CUDA {torch.version.cuda}, "
+            f"torch {torch.__version__}, triton {triton.__version__}."
         )
     yield ""
+
+
+def _commit() -> str:
+    """Of the checkout; a copy of the files without git has none."""
+    if shutil.which("git") is None:
+        return ""
+    said = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    return "" if said.returncode else f", commit {said.stdout.strip()}"
 
 
 def _samples(
     harness: Harness, work: Path, environment: Mapping[str, str], args: argparse.Namespace
 ) -> Iterator[str]:
     """Every op on its samples, against the reference."""
-    yield "## Results"
+    yield "### Results"
     yield ""
     yield "Largest difference from the op's torch reference over all samples (relative above 1),"
     yield "beside what the op's contract allows; integers are equal. In a CUDA graph, with aliased"
@@ -204,7 +217,7 @@ def _samples(
 
 def _sanitizer(harness: Harness, work: Path, args: argparse.Namespace) -> Iterator[str]:
     """The samples in half precision under compute-sanitizer."""
-    yield "## compute-sanitizer"
+    yield "### compute-sanitizer"
     yield ""
     program = shutil.which("compute-sanitizer")
     if program is None or args.dry_run:

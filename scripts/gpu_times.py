@@ -25,7 +25,7 @@ def timings(
     dry_run: bool,
 ) -> Iterator[str]:
     """Calls of real sizes: time, beside a copy of the same bytes and the same products in torch."""
-    yield "## Times"
+    yield "### Times"
     yield ""
     yield "Microseconds in fp16, medians: a call among many in a row, and replayed as a CUDA graph;"
     yield "a copy on the device that reads and writes as many bytes as the call must; torch.matmul"

@@ -4,7 +4,7 @@
     python scripts/measure_engine_weights.py out/fp16
 
 Engines are built by TensorRT-RTX, ahead of time, without a GPU. What its builder refuses to do
-without one is said so. docs/tensorrt.md has the table.
+without one is said so. docs/notes/tensorrt.md has the table.
 """
 
 from __future__ import annotations

@@ -45,6 +45,13 @@ FOREIGN = {
 }
 
 
+NOTES = sorted((ROOT / "docs/notes").rglob("*.md"))
+TABLE = re.compile(r"^\|.*\n\|[ :|-]+\n", re.MULTILINE)
+DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
+RUN = re.compile(r"\b(?:lvlm-[a-z]+|pytest|scripts/\w+\.\w+|python tests/\w+)")
+MACHINE = re.compile(r"\bmachine [A-Z]\b|\bcores\b|\bH100\b")
+
+
 @cache
 def help_of(*verb: str) -> str:
     text = io.StringIO()
@@ -118,6 +125,43 @@ def test_links_lead_somewhere(page: Path) -> None:
             target = page.parent / name if name else page
             assert target.exists(), link
             assert not anchor or f"# {anchor}".replace("-", " ") in target.read_text().lower(), link
+
+
+def above(page: str, end: int) -> str:
+    """What stands above a place under its heading and under those that enclose it."""
+    level, parts = 7, []
+    for block in reversed(re.split(r"^(?=#)", page[:end], flags=re.MULTILINE)):
+        own = len(block) - len(block.lstrip("#"))
+        if own < level:
+            level = own
+            parts.append(block)
+    return "\n\n".join(reversed(parts))
+
+
+@pytest.mark.parametrize("page", NOTES, ids=lambda page: page.name)
+def test_a_table_of_figures_says_when_where_and_how(page: Path) -> None:
+    """A paragraph above it has a date and a machine; a command stands there or below."""
+    text = page.read_text()
+    for table in TABLE.finditer(text):
+        if page.name == "mutations.md":
+            return  # no figures: held equal to the faults by a test of its own
+        before = re.split(r"\n\s*\n", above(text, table.start()))
+        dated = [i for i, part in enumerate(before) if DATE.search(part) and MACHINE.search(part)]
+        assert dated, f"{page.name}: no date and machine above {table.group()}"
+        after = "\n".join(before[dated[-1] :])
+        assert RUN.search(after), f"{page.name}: no command above {table.group()}"
+
+
+def documents(page: Path) -> set[Path]:
+    """The pages that it links to, and itself."""
+    links = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text())
+    return {page, *((page.parent / link).resolve() for link in links if "://" not in link)}
+
+
+def test_every_page_is_reached_from_the_two_that_list_them() -> None:
+    reached = documents(ROOT / "README.md") | documents(ROOT / "docs/README.md")
+    reached |= documents(ROOT / "docs/notes/README.md")
+    assert {page.resolve() for page in PAGES} <= reached
 
 
 def test_files_that_are_named_exist() -> None:

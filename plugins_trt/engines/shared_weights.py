@@ -2,7 +2,7 @@
 
 An engine that holds a weight uploads a copy of its own. As an input it is a buffer that the runtime
 fills once from the bundle's weights file and binds to every engine. Vectors (norms, biases) stay in
-the engine: they are small, and kernels are fused with them. docs/tensorrt.md has the measurements.
+the engine: they are small, and kernels are fused with them. docs/notes/tensorrt.md has figures.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from faults import FAULTS, USUAL, Fault
+from faults_page import PAGE, page
 
 import lvlm
 
@@ -60,3 +61,7 @@ def test_a_fault_still_fits_the_source(name: str) -> None:
     assert text.count(fault.old) == 1
     compile(text.replace(fault.old, fault.new), fault.file, "exec")
     assert (ROOT / fault.test.partition("::")[0]).is_file()
+
+
+def test_the_note_lists_the_faults() -> None:
+    assert PAGE.read_text() == page(), "run python tests/mutations/faults_page.py"

@@ -1,7 +1,7 @@
 """Products with quantized weights as ONNX Runtime's MatMulNBits, which reads the packed blocks.
 
 The canonical graph spreads a weight with DequantizeLinear at every run. MatMulNBits saves that; how
-it computes (``accuracy_level``) follows measurements on a CPU without VNNI (docs/quantization.md):
+it computes (``accuracy_level``) follows trials on a CPU without VNNI (docs/notes/quantization.md):
 rounding the few rows of decode to 8 bits makes them up to four times faster; for the many rows of
 prefill fp32 is as fast, and exact.
 """

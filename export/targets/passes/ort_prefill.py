@@ -1,5 +1,5 @@
 """Attention of a prompt as chunks of ONNX Runtime's own Attention: what lies before a chunk is its
-past, so that the kernel masks the chunk's own square only (docs/cpu.md has the figures)."""
+past, so that the kernel masks the chunk's own square only (docs/notes/cpu.md: what was tried)."""
 
 from __future__ import annotations
 
