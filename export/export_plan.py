@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.core.errors import ParameterError
 from lvlm.export import estimates
@@ -15,6 +14,7 @@ from lvlm.export.budgets.calibration_samples import read_samples
 from lvlm.export.budgets.prefix_profiles import Profile, check_profile, model_hash, read_profile
 from lvlm.export.budgets.sample_prompts import prompt_maker
 from lvlm.export.checkpoint import checkpoint as checkpoints
+from lvlm.export.checkpoint.skeleton import Skeleton
 from lvlm.export.export_options import CACHES, DTYPES, ExportOptions
 from lvlm.export.families.family import Family, PromptFiles
 from lvlm.export.graphs.language_model import LanguageModel
@@ -50,6 +50,7 @@ class ExportPlan:
     images: Images
     prompt: PromptFiles
     recipe: Recipe
+    skeleton: Skeleton
     stored_names: dict[str, str]
     weight_bytes: int
     angle_bytes: int  # of the rotary angles of every position
@@ -76,11 +77,10 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
     family = checkpoints.find_family(checkpoint.config, checkpoint.source)
     config = family.read_config(checkpoint.config)
     dtype = DTYPES[options.dtype] if options.dtype else _stored_dtype(config, checkpoint)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     cache_dtype = CACHES[options.cache] if options.cache else dtype
     _check_dtypes(options, dtype)
-    skeleton, stored_names = open_skeleton(checkpoint, family, config, dtype, mode)
-    language = family.language(skeleton, config)
+    skeleton, stored_names = open_skeleton(checkpoint, family, config, dtype)
+    language = skeleton.language
     layers = len(language.blocks)
     recipe = options.recipe.for_layers(layers, language.deep)
     recipe = _with_profile_file(recipe, layers, checkpoint)
@@ -96,9 +96,9 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
     prompt = family.prompt(config, checkpoint.folder)
     prompt_maker(checkpoint, family, config, images, prompt)  # raises what a load would
     _check_length(options, images, language)
-    unique = {id(p): p for p in skeleton.parameters()}.values()
+    unique = {id(p): p for p in skeleton.model.parameters()}.values()
     parameters, largest = sum(p.numel() for p in unique), max(p.numel() for p in unique)
-    weight_bytes = parameters * dtype.itemsize + _saved(options, skeleton, language, dtype)
+    weight_bytes = parameters * dtype.itemsize + _saved(options, skeleton, dtype)
     tokens = options.max_text_len + options.max_images * images.tokens
     angles = 4 * tokens * language.head_dim
     sizes = {"weight_bytes": weight_bytes, "largest": largest, "angles": angles}
@@ -116,6 +116,7 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
         images=images,
         prompt=prompt,
         recipe=recipe,
+        skeleton=skeleton,
         stored_names=stored_names,
         weight_bytes=weight_bytes,
         angle_bytes=angles,
@@ -165,16 +166,14 @@ def _check_dtypes(options: ExportOptions, dtype: torch.dtype) -> None:
                 )
 
 
-def _saved(
-    options: ExportOptions, skeleton: torch.nn.Module, language: LanguageModel, dtype: torch.dtype
-) -> int:
+def _saved(options: ExportOptions, skeleton: Skeleton, dtype: torch.dtype) -> int:
     """Bytes that quantization adds to those of the weights; ParameterError if it cannot be done."""
     how = options.quantization
     if how is None:
         return 0
-    shared = {id(p) for p in language.embed.parameters()}
+    shared = {id(p) for p in skeleton.language.embed.parameters()}
     added = zero_points = 0
-    for name, weight in linear_weights(skeleton, language).items():
+    for name, weight in linear_weights(skeleton.model, skeleton.language).items():
         how.check(name, weight.shape[1])
         blocks = weight.numel() // how.block
         zero_points = max(zero_points, blocks * how.bits // 8)

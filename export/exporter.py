@@ -12,14 +12,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.core.errors import ExportError, ValidationError
 from lvlm.core.integrity import File, describe
 from lvlm.core.output import temporary_sibling
 from lvlm.core.progress import Progress, size
 from lvlm.export.checkpoint import checkpoint as checkpoints
-from lvlm.export.checkpoint.skeleton import build_skeleton
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.graphs.bundle_graphs import graph_names, trace_graph
@@ -135,7 +133,7 @@ def write_bundle(plan: ExportPlan, folder: Path, progress: Progress) -> Manifest
         with progress.stage(f"lower for {target.name}") as stage:
             described = _lower(target, folder, described, plan)
             stage.result = f"*.{target.name}.onnx"
-    language = plan.family.language(_skeleton(plan), plan.config)
+    language = plan.skeleton.language
     rule, how = plan.recipe.cache_rule(), plan.options.quantization
     manifest = Manifest(
         schema=SCHEMA,
@@ -185,8 +183,7 @@ def _quantize(
     how = plan.options.quantization
     if how is None:
         return {}
-    model = _skeleton(plan)
-    names = linear_weights(model, plan.family.language(model, plan.config))
+    names = linear_weights(plan.skeleton.model, plan.skeleton.language)
     return quantize_linears(graphs, names, fused, how)
 
 
@@ -212,29 +209,21 @@ def _lower(
     }
 
 
-def _skeleton(plan: ExportPlan) -> Any:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return build_skeleton(plan.family, plan.config, plan.dtype, mode)
-
-
 def _trace_all(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model = build_skeleton(plan.family, plan.config, plan.dtype, mode)
-    language = plan.family.language(model, plan.config)
-    vision = plan.family.vision(model, plan.config)
+    skeleton = plan.skeleton
     graphs = []
     for name in graph_names(plan.recipe):
         with progress.stage(f"trace {name}") as stage:
             graph = trace_graph(
                 name,
-                model,
-                vision,
-                language,
+                skeleton.model,
+                skeleton.vision,
+                skeleton.language,
                 plan.recipe,
                 plan.family.vision_inputs(plan.images),
                 plan.dtype,
                 plan.cache_dtype,
-                mode,
+                skeleton.mode,
             )
             stage.result = f"{len(graph.model.graph):,} nodes"
             graphs.append(graph)

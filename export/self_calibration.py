@@ -47,5 +47,5 @@ def with_profile(plan: ExportPlan, progress: Progress) -> ExportPlan:
         at_keep = next(row.fractions for row in profile.rows if row.keep == profile.keep)
         stage.result = f"layers keep {min(at_keep):.0%} to {max(at_keep):.0%}"
     recipe = plan.recipe.with_profile(profile.keep, profile.rows)
-    cache = plan_cache(plan.options, recipe, plan.images, reference.language, plan.cache_dtype)
+    cache = plan_cache(plan.options, recipe, plan.images, plan.skeleton.language, plan.cache_dtype)
     return replace(plan, recipe=recipe, cache=cache, profile=profile)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.calibration.profile.profile_picture import draw_profile
 from lvlm.core.errors import ParameterError, PromptError
@@ -76,16 +75,15 @@ def _job(
 ) -> CalibrationJob:
     family = checkpoints.find_family(checkpoint.config, checkpoint.source)
     config = family.read_config(checkpoint.config)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    skeleton, names = open_skeleton(checkpoint, family, config, torch.float32, mode)
-    language = family.language(skeleton, config)
+    skeleton, names = open_skeleton(checkpoint, family, config, torch.float32)
+    language = skeleton.language
     recipe = recipe.for_layers(len(language.blocks), language.deep)
     if recipe.name != "none" and not recipe.reductions():
         raise ParameterError(
             f"recipe '{recipe.name}' merges no tokens, so it changes nothing here; leave --recipe "
             "out, and give the profile to lvlm-export"
         )
-    largest = max(p.numel() for p in skeleton.parameters())
+    largest = max(p.numel() for p in skeleton.model.parameters())
     check_memory("measuring", running_memory(largest))
     return CalibrationJob(
         checkpoint=checkpoint,

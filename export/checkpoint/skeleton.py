@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -12,13 +13,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.family import Family, non_persistent_buffers
+from lvlm.export.graphs.language_model import LanguageModel
 
 
-def build_skeleton(
-    family: Family, config: Any, dtype: torch.dtype, mode: FakeTensorMode
-) -> nn.Module:
-    """The family's model with fake parameters of ``dtype`` and real (small) buffers."""
-    return traceable(build_shape(family, config, dtype), mode)
+@dataclass(frozen=True)
+class Skeleton:
+    """The checkpoint's model with fake parameters and real (small) buffers, built once per export.
+
+    model     in transformers' own class
+    language  its text model as the family gives it, over the same parameters
+    vision    its vision tower likewise
+    mode      the fake mode of the parameters: what is traced with them is traced in it
+    """
+
+    model: nn.Module
+    language: LanguageModel
+    vision: nn.Module
+    mode: FakeTensorMode
+
+    @classmethod
+    def of(cls, family: Family, config: Any, shape: nn.Module) -> Self:
+        """``shape``, the family's model on the meta device (build_shape), with fake parameters."""
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        model = _traceable(shape, mode)
+        return cls(model, family.language(model, config), family.vision(model, config), mode)
 
 
 def build_shape(family: Family, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -27,7 +45,7 @@ def build_shape(family: Family, config: Any, dtype: torch.dtype) -> nn.Module:
         return family.build(config)
 
 
-def traceable(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def _traceable(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """``model`` of the meta device with fake parameters and real buffers, in place."""
 
     def fake(_: str, old: torch.Tensor) -> torch.Tensor:

@@ -8,22 +8,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.checkpoint.checkpoint import DTYPES, Checkpoint
-from lvlm.export.checkpoint.skeleton import build_shape, traceable
+from lvlm.export.checkpoint.skeleton import Skeleton, build_shape
 from lvlm.export.families.family import Family
 
 LAYERS = ("num_hidden_layers", "depth")
 
 
 def open_skeleton(
-    checkpoint: Checkpoint, family: Family, config: Any, dtype: torch.dtype, mode: FakeTensorMode
-) -> tuple[nn.Module, dict[str, str]]:
-    """The model without its weights, and parameter name -> stored name.
+    checkpoint: Checkpoint, family: Family, config: Any, dtype: torch.dtype
+) -> tuple[Skeleton, dict[str, str]]:
+    """The model without its weights, of ``dtype``, and parameter name -> stored name.
 
     Where the configuration ties two parameters and the files hold both with different values, they
     stay apart, as in transformers: ``config`` is changed to say so. A weight that is missing, left
@@ -36,7 +35,7 @@ def open_skeleton(
         config.tie_word_embeddings = False
         model = build_shape(family, config, dtype)
     names = _complete(checkpoint, model, stored)
-    return traceable(model, mode), names
+    return Skeleton.of(family, config, model), names
 
 
 def _bound_layers(config: Mapping[str, Any], tensors: int) -> None:

@@ -13,11 +13,9 @@ import pytest
 import torch
 from bundles import TINY
 from safetensors.torch import load_file, save_file
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForImageTextToText
 
 from lvlm.core.errors import CheckpointError
-from lvlm.export.checkpoint.skeleton import build_skeleton
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import ExportPlan, make_plan
 from lvlm.export.recipes.none import NoCompression
@@ -95,9 +93,8 @@ def check(folder: Path) -> ExportPlan:
     assert set(made.stored_names) == set(theirs)
     for name, value in theirs.items():
         assert torch.equal(made.checkpoint.read(made.stored_names[name]).float(), value), name
-    skeleton = build_skeleton(made.family, made.config, made.dtype, FakeTensorMode())
     first: dict[int, str] = {}
-    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+    for name, parameter in made.skeleton.model.named_parameters(remove_duplicate=False):
         assert torch.equal(theirs[first.setdefault(id(parameter), name)], theirs[name]), name
     return made
 
