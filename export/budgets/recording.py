@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lvlm.export.ports import GraphPort
 from lvlm.export.recipes.parts.cache_rule import CacheRule, Compacted
-from lvlm.export.recipes.parts.sequence import GraphInput, TokenSequence
+from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.recipes.recipe import WithCache
 from lvlm.export.reference.torch_reference import Reference
 from lvlm.export.standard_ops import Tap
@@ -46,7 +47,7 @@ class _Recorder(CacheRule):
 
     importances: list[torch.Tensor] = field(default_factory=list)
 
-    def inputs(self, layers: int) -> list[GraphInput]:
+    def inputs(self, layers: int) -> list[GraphPort]:
         del layers
         return []
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.prompt.prompts import Prompt
 
@@ -55,7 +55,7 @@ class Family(Protocol):
         """The arrays of a Picture (vision_inputs) -> its rows [shared + rows,D] in the model's
         dtype."""
 
-    def vision_inputs(self, images: Images) -> list[GraphInput]:
+    def vision_inputs(self, images: Images) -> list[GraphPort]:
         """The arrays of a Picture, in the order of the vision module's arguments; the first
         dimension is ``units``."""
 

@@ -38,7 +38,7 @@ from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.internvl import most_tokens, normalise_config, with_most_tokens
 from lvlm.runtime.prompt.prompts import Prompt
@@ -91,8 +91,8 @@ class InternVL:
     def vision(self, model: Any, config: InternVLConfig) -> nn.Module:
         return InternVLVision(model, config)
 
-    def vision_inputs(self, images: Images) -> list[GraphInput]:
-        return [GraphInput("pixel_values", torch.float32, ("units", 3, *images.size))]
+    def vision_inputs(self, images: Images) -> list[GraphPort]:
+        return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.pictures]

@@ -35,7 +35,7 @@ from lvlm.export.families.parts.llama_text import (
 from lvlm.export.families.parts.llava_like import VISION_TYPES, LlavaVision, tile_tokens
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.llava import normalise_config
 from lvlm.runtime.prompt.prompts import Prompt
@@ -68,8 +68,8 @@ class Llava:
     def vision(self, model: Any, config: LlavaConfig) -> nn.Module:
         return LlavaVision(model, config)
 
-    def vision_inputs(self, images: Images) -> list[GraphInput]:
-        return [GraphInput("pixel_values", torch.float32, ("units", 3, *images.size))]
+    def vision_inputs(self, images: Images) -> list[GraphPort]:
+        return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.pictures]

@@ -36,7 +36,7 @@ from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.parts.frames import attempted
 from lvlm.runtime.processors.parts.smolvlm_video import video_config
@@ -82,8 +82,8 @@ class SmolVLM:
     def vision(self, model: Any, config: SmolVLMConfig) -> nn.Module:
         return SmolVLMVision(model, config)
 
-    def vision_inputs(self, images: Images) -> list[GraphInput]:
-        return [GraphInput("pixel_values", torch.float32, ("units", 3, *images.size))]
+    def vision_inputs(self, images: Images) -> list[GraphPort]:
+        return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.pictures]

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from lvlm.core.errors import ExportError
 from lvlm.export.graphs.repeats import DOMAIN, Repeats
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 
 
 def write_out(
@@ -56,7 +56,7 @@ def write_out(
 
 
 def _take_sizes(
-    copy: ir.Graph, described: Sequence[GraphInput], given: Sequence[ir.Value | None]
+    copy: ir.Graph, described: Sequence[GraphPort], given: Sequence[ir.Value | None]
 ) -> None:
     """Name every size in ``copy`` as the graph that it goes into does."""
     sizes: dict[str, int | ir.SymbolicDim] = {}

@@ -20,7 +20,7 @@ from lvlm.export.graphs.ports import (
     recipe_inputs,
 )
 from lvlm.export.graphs.tracing import TracedGraph, trace
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 from lvlm.export.recipes.recipe import Recipe
 
 
@@ -45,7 +45,7 @@ def trace_graph(
     vision: nn.Module,
     language: LanguageModel,
     recipe: Recipe,
-    vision_inputs: Sequence[GraphInput],
+    vision_inputs: Sequence[GraphPort],
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
     mode: FakeTensorMode,

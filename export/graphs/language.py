@@ -16,8 +16,9 @@ from torch import nn
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.ports import buffer_kinds, compact_counts, recipe_inputs
 from lvlm.export.graphs.repeats import Described, like, repeated
+from lvlm.export.ports import GraphPort
 from lvlm.export.recipes.parts.cache_rule import CacheRule
-from lvlm.export.recipes.parts.sequence import GraphInput, TokenSequence
+from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.standard_ops import Tap, scatter
 
@@ -88,7 +89,7 @@ def _registered(model: LanguageModel) -> nn.ModuleList:
 
 
 def _own_inputs(
-    one: Sequence[GraphInput], layer: int, inputs: Mapping[str, torch.Tensor]
+    one: Sequence[GraphPort], layer: int, inputs: Mapping[str, torch.Tensor]
 ) -> list[torch.Tensor]:
     """What one layer takes of ``inputs``: the row of those that all layers have, and those of its
     own name; ``one`` describes them for a model of a single layer."""
@@ -98,7 +99,7 @@ def _own_inputs(
     ]
 
 
-def _named(one: Sequence[GraphInput], own: Sequence[torch.Tensor]) -> dict[str, Any]:
+def _named(one: Sequence[GraphPort], own: Sequence[torch.Tensor]) -> dict[str, Any]:
     """``_own_inputs`` as a rule reads them, as those of layer 0."""
     return {i.name: (x,) if i.dims[0] == 1 else x for i, x in zip(one, own, strict=True)}
 

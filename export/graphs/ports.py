@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.ports import GraphPort
 from lvlm.export.recipes.parts.cache_rule import CacheRule
-from lvlm.export.recipes.parts.sequence import GraphInput
 from lvlm.export.recipes.recipe import Recipe
 
 
@@ -21,12 +21,12 @@ def buffer_kinds(rule: CacheRule | None) -> tuple[str, ...]:
 
 def buffer_inputs(
     model: LanguageModel, rule: CacheRule | None, dtype: torch.dtype
-) -> list[GraphInput]:
+) -> list[GraphPort]:
     """past_key_l and past_value_l [B,Hkv,C_l,d] of every layer, whose capacity is a dynamic
     dimension per layer, and the ring past_query_l [B,Hq,queries,d]."""
     ring = ("batch", model.heads, rule.queries if rule else 0, model.head_dim)
     return [
-        GraphInput(
+        GraphPort(
             f"past_{kind}_{layer}",
             dtype,
             ring
@@ -38,7 +38,7 @@ def buffer_inputs(
     ]
 
 
-def recipe_inputs(model: LanguageModel, recipe: Recipe) -> list[GraphInput]:
+def recipe_inputs(model: LanguageModel, recipe: Recipe) -> list[GraphPort]:
     """What the recipe adds to the inputs of prefill: the merging's, then the cache rule's."""
     rule = recipe.cache_rule()
     return recipe.inputs() + (rule.inputs(len(model.blocks)) if rule else [])
@@ -46,15 +46,15 @@ def recipe_inputs(model: LanguageModel, recipe: Recipe) -> list[GraphInput]:
 
 def prefill_inputs(
     model: LanguageModel, recipe: Recipe, dtype: torch.dtype, cache: torch.dtype
-) -> list[GraphInput]:
+) -> list[GraphPort]:
     """The inputs of Prefill in order: the fixed ones, the recipe's, the buffers (of ``cache``)."""
     row = ("batch", "sequence")
     fixed = [
-        GraphInput("input_ids", torch.int64, row),
-        GraphInput("image_features", dtype, ("rows", model.feature_width)),
-        GraphInput("image_row", torch.int64, row),
-        GraphInput("image_id", torch.int64, row),
-        GraphInput("position_ids", torch.int64, row if model.position_rows == 1 else (3, *row)),
+        GraphPort("input_ids", torch.int64, row),
+        GraphPort("image_features", dtype, ("rows", model.feature_width)),
+        GraphPort("image_row", torch.int64, row),
+        GraphPort("image_id", torch.int64, row),
+        GraphPort("position_ids", torch.int64, row if model.position_rows == 1 else (3, *row)),
     ]
     buffers = buffer_inputs(model, recipe.cache_rule(), cache)
     return [*fixed, *recipe_inputs(model, recipe), *buffers]
@@ -62,26 +62,26 @@ def prefill_inputs(
 
 def decode_inputs(
     model: LanguageModel, rule: CacheRule | None, dtype: torch.dtype
-) -> list[GraphInput]:
+) -> list[GraphPort]:
     layers = len(model.blocks)
     fixed = [
-        GraphInput("input_ids", torch.int64, ("batch", 1)),
-        GraphInput("position_ids", torch.int64, ("batch", 1)),
-        GraphInput("write_index", torch.int64, (layers, "batch")),
-        GraphInput("valid_length", torch.int64, (layers, "batch")),
+        GraphPort("input_ids", torch.int64, ("batch", 1)),
+        GraphPort("position_ids", torch.int64, ("batch", 1)),
+        GraphPort("write_index", torch.int64, (layers, "batch")),
+        GraphPort("valid_length", torch.int64, (layers, "batch")),
     ]
     if rule is not None and rule.queries:
-        fixed.append(GraphInput("query_index", torch.int64, ("batch",)))
+        fixed.append(GraphPort("query_index", torch.int64, ("batch",)))
     return [*fixed, *buffer_inputs(model, rule, dtype)]
 
 
-def compact_inputs(model: LanguageModel, rule: CacheRule, dtype: torch.dtype) -> list[GraphInput]:
+def compact_inputs(model: LanguageModel, rule: CacheRule, dtype: torch.dtype) -> list[GraphPort]:
     return [*compact_counts(rule, len(model.blocks)), *buffer_inputs(model, rule, dtype)]
 
 
-def compact_counts(rule: CacheRule, layers: int) -> list[GraphInput]:
+def compact_counts(rule: CacheRule, layers: int) -> list[GraphPort]:
     return [
-        GraphInput("valid_length", torch.int64, (layers, "batch")),
-        GraphInput("query_slot", torch.int64, (layers, "batch", rule.queries)),
+        GraphPort("valid_length", torch.int64, (layers, "batch")),
+        GraphPort("query_slot", torch.int64, (layers, "batch", rule.queries)),
         *rule.inputs(layers),
     ]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 
 DOMAIN = "lvlm.repeats"  # of the nodes that stand for blocks while a graph is traced
 Body = Callable[..., tuple[torch.Tensor, ...]]
@@ -31,7 +31,7 @@ class Kind:
 
     body: Body
     module: nn.Module
-    inputs: Sequence[GraphInput]
+    inputs: Sequence[GraphPort]
     outputs: int
 
     def output_names(self) -> list[str]:
@@ -130,7 +130,7 @@ class BodyModule(nn.Module):
         return self.body(self.module, *inputs)
 
 
-def _patterns(inputs: Sequence[torch.Tensor]) -> list[GraphInput]:
+def _patterns(inputs: Sequence[torch.Tensor]) -> list[GraphPort]:
     """The inputs' types and sizes; every symbolic size gets a name by where it comes first, its
     multiples are told by that (4*size_0)."""
     names: dict[object, str] = {}
@@ -145,7 +145,7 @@ def _patterns(inputs: Sequence[torch.Tensor]) -> list[GraphInput]:
         return f"{int(times)}*{one}"
 
     return [
-        GraphInput(f"input_{i}", x.dtype, tuple(map(name, x.shape))) for i, x in enumerate(inputs)
+        GraphPort(f"input_{i}", x.dtype, tuple(map(name, x.shape))) for i, x in enumerate(inputs)
     ]
 
 

@@ -19,14 +19,14 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from lvlm.core.errors import ExportError
 from lvlm.export.ops.op import OPSET
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 from lvlm.export.standard_ops import exchanged_leaves
 
 
 def to_onnx(
     name: str,
     module: nn.Module,
-    inputs: Sequence[GraphInput],
+    inputs: Sequence[GraphPort],
     outputs: Sequence[str],
     arrange: Callable[[list[Any]], tuple[Any, ...]],
     mode: FakeTensorMode,
@@ -59,7 +59,7 @@ def to_onnx(
     return program.model
 
 
-def _example_sizes(inputs: Sequence[GraphInput]) -> dict[str, int]:
+def _example_sizes(inputs: Sequence[GraphPort]) -> dict[str, int]:
     """A size for every dynamic dimension; all differ, so that no two are taken for the same."""
     given = (d.partition("*") for i in inputs for d in i.dims if isinstance(d, str))
     names = list(dict.fromkeys(after or name for name, _, after in given))
@@ -109,7 +109,7 @@ def _one_registry() -> Iterator[None]:
         ONNXRegistry.from_torchlib = own  # type: ignore[method-assign]
 
 
-def _describe_inputs(model: ir.Model, inputs: Sequence[GraphInput]) -> None:
+def _describe_inputs(model: ir.Model, inputs: Sequence[GraphPort]) -> None:
     """Give dynamic dimensions their names everywhere; torch calls them s10, s17 …"""
     if [v.name for v in model.graph.inputs] != [i.name for i in inputs]:
         raise ExportError("torch.onnx changed the inputs of the graph")

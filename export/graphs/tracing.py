@@ -22,7 +22,7 @@ from lvlm.export.graphs.plain_splits import plain_splits
 from lvlm.export.graphs.repeats import BodyModule, collected
 from lvlm.export.graphs.torch_export import to_onnx
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 from lvlm.export.standard_ops import PLACEHOLDER_DOMAIN
 from lvlm.runtime.bundle.manifest import Port
 
@@ -50,7 +50,7 @@ class TracedGraph:
 def trace(
     name: str,
     module: nn.Module,
-    inputs: Sequence[GraphInput],
+    inputs: Sequence[GraphPort],
     outputs: Sequence[str],
     arrange: Callable[[list[Any]], tuple[Any, ...]],
     parameter_names: Mapping[int, str],

@@ -23,8 +23,9 @@ import torch
 from lvlm.core.discovery import discover, nearest
 from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction
+from lvlm.export.ports import GraphPort
 from lvlm.export.recipes.parts.cache_rule import CacheRule
-from lvlm.export.recipes.parts.sequence import GraphInput, TokenSequence
+from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.bundle.manifest import Reduction
 from lvlm.runtime.policies.policy import CachePolicy
@@ -49,7 +50,7 @@ def parameter(default: Any, doc: str) -> Any:
 class TokenReduction:
     """How the token sequence is shortened while prefill is traced; on its own it is not."""
 
-    def inputs(self) -> list[GraphInput]:
+    def inputs(self) -> list[GraphPort]:
         """Further inputs of the prefill graph."""
         return []
 
@@ -85,7 +86,7 @@ class Recipe:
         """How the sequence is shortened; by itself not at all."""
         return TokenReduction()
 
-    def inputs(self) -> list[GraphInput]:
+    def inputs(self) -> list[GraphPort]:
         """Further inputs of the prefill graph."""
         return self.token_reduction().inputs()
 

@@ -25,7 +25,7 @@ from lvlm.export.families.parts.llama_text import (
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors import load_processor
 from lvlm.runtime.processors.parts.anyres import TiledProcessor, Tiles
@@ -82,8 +82,8 @@ class AnyResolution:
     def vision(self, model: Any, config: Any) -> nn.Module:
         return TilesVision(model, config)
 
-    def vision_inputs(self, images: Images) -> list[GraphInput]:
-        return [GraphInput("pixel_values", torch.float32, ("units", 3, *images.size))]
+    def vision_inputs(self, images: Images) -> list[GraphPort]:
+        return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         if not prompt.pictures:

@@ -29,7 +29,7 @@ from lvlm.export.families.parts.llama_text import (
 from lvlm.export.families.parts.qwen_vision import QwenVision
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.parts.frames import attempted
 from lvlm.runtime.processors.parts.qwen_video import video_config
@@ -103,23 +103,23 @@ class QwenVL:
         windowed = self.window(vision) is not None
         return QwenVision(model, vision.fullatt_block_indexes if windowed else None)
 
-    def vision_inputs(self, images: Images) -> list[GraphInput]:
+    def vision_inputs(self, images: Images) -> list[GraphPort]:
         config = images.processor
         count = config["merge"] ** 2
         values = 3 * config["frames"] * config["patch"] ** 2
         inputs = [
-            GraphInput("pixel_values", torch.float32, ("units", count, values)),
-            GraphInput("position_ids", torch.int64, ("units", count, 2)),
+            GraphPort("pixel_values", torch.float32, ("units", count, values)),
+            GraphPort("position_ids", torch.int64, ("units", count, 2)),
         ]
         if config["window"] is not None:
             inputs += [
-                GraphInput("window", torch.int64, ("windows", config["window"] ** 2)),
-                GraphInput("place", torch.int64, ("units",)),
+                GraphPort("window", torch.int64, ("windows", config["window"] ** 2)),
+                GraphPort("place", torch.int64, ("units",)),
             ]
         if config["table"] is not None:
             inputs += [
-                GraphInput("learned", torch.int64, ("units", count, 4)),
-                GraphInput("share", torch.float32, ("units", count, 4)),
+                GraphPort("learned", torch.int64, ("units", count, 4)),
+                GraphPort("share", torch.float32, ("units", count, 4)),
             ]
         return inputs
 

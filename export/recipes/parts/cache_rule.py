@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from lvlm.export.ops.cache_compact.contract import OP as CACHE_COMPACT
 from lvlm.export.ops.cache_importance import OP as CACHE_IMPORTANCE
-from lvlm.export.recipes.parts.sequence import GraphInput, TokenSequence
+from lvlm.export.ports import GraphPort
+from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.policies.policy import (
     AllQueries,
@@ -130,10 +131,10 @@ class CacheRule:
         """Whether the importance is taken from all prompt queries."""
         return isinstance(self.compression.score, AllQueries)
 
-    def inputs(self, layers: int) -> list[GraphInput]:
+    def inputs(self, layers: int) -> list[GraphPort]:
         """Further inputs of the graphs that compact: what every layer keeps of each row."""
-        budget = GraphInput("kv_budget", torch.int64, (layers, "batch"))
-        slots = [GraphInput(f"kv_slots_{i}", torch.int64, (f"entries_{i}",)) for i in range(layers)]
+        budget = GraphPort("kv_budget", torch.int64, (layers, "batch"))
+        slots = [GraphPort(f"kv_slots_{i}", torch.int64, (f"entries_{i}",)) for i in range(layers)]
         return [budget, *slots]
 
     def window(

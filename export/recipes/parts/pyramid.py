@@ -13,7 +13,8 @@ import torch
 
 from lvlm.export.ops.token_importance import OP as TOKEN_IMPORTANCE
 from lvlm.export.ops.token_merge.contract import OP as TOKEN_MERGE
-from lvlm.export.recipes.parts.sequence import GraphInput, TokenSequence
+from lvlm.export.ports import GraphPort
+from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.recipes.recipe import TokenReduction
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.bundle.manifest import Reduction
@@ -53,18 +54,18 @@ class Pyramid(TokenReduction):
             for i, (layer, ratio) in enumerate(zip(stages, ratios, strict=True))
         )
 
-    def inputs(self) -> list[GraphInput]:
+    def inputs(self) -> list[GraphPort]:
         ports = []
         if self.importance == "text":
-            ports.append(GraphInput("query_count", torch.int64, ("batch",)))
-            ports.append(GraphInput("query_slots", torch.int64, ("queries",)))
+            ports.append(GraphPort("query_count", torch.int64, ("batch",)))
+            ports.append(GraphPort("query_slots", torch.int64, ("queries",)))
         for i in range(len(self.stages)):
-            ports.append(GraphInput(f"keep_{i}", torch.int64, ("batch", "images_per_row")))
-            ports.append(GraphInput(f"keep_slots_{i}", torch.int64, (f"kept_{i}",)))
-            ports.append(GraphInput(f"out_slots_{i}", torch.int64, (f"length_{i}",)))
+            ports.append(GraphPort(f"keep_{i}", torch.int64, ("batch", "images_per_row")))
+            ports.append(GraphPort(f"keep_slots_{i}", torch.int64, (f"kept_{i}",)))
+            ports.append(GraphPort(f"out_slots_{i}", torch.int64, (f"length_{i}",)))
             if self.merge == "recycle":
-                ports.append(GraphInput(f"recycle_{i}", torch.int64, ("batch", "images_per_row")))
-                ports.append(GraphInput(f"recycle_slots_{i}", torch.int64, (f"centres_{i}",)))
+                ports.append(GraphPort(f"recycle_{i}", torch.int64, ("batch", "images_per_row")))
+                ports.append(GraphPort(f"recycle_slots_{i}", torch.int64, (f"centres_{i}",)))
         return ports
 
     def before_block(

@@ -1,4 +1,4 @@
-"""What flows through a traced language model: the sequence between blocks, a graph's inputs."""
+"""The token sequence that flows through a traced language model."""
 
 from __future__ import annotations
 
@@ -29,13 +29,3 @@ class TokenSequence:
     def length(self) -> torch.Tensor:
         """Tokens of each row, [B] int64."""
         return (self.image_id >= 0).sum(1)
-
-
-@dataclass(frozen=True)
-class GraphInput:
-    """One input of a graph: name, element type, and its dimensions (a name: dynamic; inside the
-    exporter also a multiple of one, 4*name)."""
-
-    name: str
-    dtype: torch.dtype
-    dims: tuple[int | str, ...]

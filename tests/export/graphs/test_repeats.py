@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvlm.core.errors import ExportError
 from lvlm.export.graphs.repeats import Described, collected, like, repeated
 from lvlm.export.graphs.tracing import TracedGraph, trace
-from lvlm.export.recipes.parts.sequence import GraphInput
+from lvlm.export.ports import GraphPort
 
 
 class Block(nn.Module):
@@ -49,8 +49,8 @@ class Model(nn.Module):
 
 def traced(model: Model) -> TracedGraph:
     inputs = [
-        GraphInput("hidden", torch.float32, ("batch", "sequence", 4)),
-        GraphInput("other", torch.float32, ("batch", "others", 4)),
+        GraphPort("hidden", torch.float32, ("batch", "sequence", 4)),
+        GraphPort("other", torch.float32, ("batch", "others", 4)),
     ]
     names = {id(p): f"weights.{n}" for n, p in model.named_parameters()}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
