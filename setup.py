@@ -6,8 +6,9 @@ shape on Python's path, so that type checkers and editors find what Python finds
 
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import setup
+from setuptools import Command, setup
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent
@@ -50,6 +51,19 @@ class Editable(editable_wheel):
         super().finalize_options()
 
 
+class Links(Command):
+    """``python setup.py links``: the folder of links alone (scripts/with_package.sh)."""
+
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None: ...
+
+    def finalize_options(self) -> None: ...
+
+    def run(self) -> None:
+        link_packages()
+
+
 def link_packages() -> None:
     """``.editable/lvlm``: each home is one link; its entries are, where another home shares it."""
     shutil.rmtree(LINKS, ignore_errors=True)
@@ -68,4 +82,6 @@ def link_packages() -> None:
 
 
 FOUND = packages()
-setup(packages=list(FOUND), package_dir=FOUND, cmdclass={"editable_wheel": Editable})
+setup(
+    packages=list(FOUND), package_dir=FOUND, cmdclass={"editable_wheel": Editable, "links": Links}
+)

@@ -6,7 +6,7 @@ Builds the plugin library and its harness; runs every op on every sample in fp32
 outside and inside of a CUDA graph; runs the samples again under compute-sanitizer, if that is
 installed; measures calls as large as real models make them; writes tables into docs/notes/gpu.md,
 each line when it is known, so that a run that is cut off leaves what it had. --parts chooses.
-Needs torch, triton, onnx and numpy, a C++ compiler and cmake; not TensorRT, whose headers suffice.
+Needs torch, triton, onnx, numpy and setuptools, a C++ compiler and cmake; of TensorRT the headers.
 A machine without a network takes a library built elsewhere: --make FOLDER there, --build FOLDER.
 --dry-run does the same without a GPU, up to the launches; a stand-in for the driver notes them.
 """

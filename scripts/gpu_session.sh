@@ -20,14 +20,8 @@ while [ $# -gt 0 ]; do
     esac
 done
 cd "$(dirname "$0")/.."
-export PYTHON="${PYTHON:-python3}" PYTHONUNBUFFERED=1
-if ! "$PYTHON" -c 'import lvlm.plugins_trt' 2> /dev/null; then
-    tree=$(mktemp -d)
-    trap 'rm -rf "$tree"' EXIT
-    mkdir "$tree/lvlm"
-    ln -s "$PWD"/src/lvlm/* "$PWD"/{runtime,export,calibration,plugins_trt,assets} "$tree/lvlm/"
-    export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}"
-fi
+export PYTHONUNBUFFERED=1
+. scripts/with_package.sh
 failed=0
 
 step() { # name, limit in seconds, command …: what it prints goes to name.log

@@ -11,6 +11,6 @@ venv="${VENV:-.venv-test}"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-"$venv/bin/mypy" scripts
+"$venv/bin/mypy" scripts tests/campaign
 # Tests compute on one thread each, so that one process per core fills the machine.
 exec "$venv/bin/python" -m pytest --numprocesses auto --dist worksteal "$@"

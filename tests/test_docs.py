@@ -20,10 +20,11 @@ from lvlm.main import run_verb
 from lvlm.verbs import MODULES
 
 ROOT = Path(__file__).parents[1]
+TOOLS = ("scripts", "tests/campaign")
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = [
     file
-    for folder in ("src", "runtime", "export", "calibration", "plugins_trt", "scripts")
+    for folder in (*("src", "runtime", "export", "calibration", "plugins_trt"), *TOOLS)
     for file in sorted((ROOT / folder).rglob("*"))
     if file.suffix in (".py", ".sh")
 ]
@@ -73,8 +74,8 @@ def all_flags() -> frozenset[str]:
     for verb, parts in PARTS.items():
         for part in parts:
             known |= flags_of(verb, part)
-    for file in (ROOT / "scripts").rglob("*"):
-        if file.suffix in (".py", ".sh"):
+    for file in CODE:
+        if file.relative_to(ROOT).as_posix().startswith(TOOLS):
             known |= declared(file)
     return frozenset(known)
 
@@ -187,9 +188,9 @@ def test_commands_take_the_flags_they_are_shown_with(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_scripts_take_the_flags_they_are_shown_with(page: Path) -> None:
-    for name, rest in re.findall(
-        r"(scripts/\w+\.(?:py|sh))([^`#|;&\n]*)", page.read_text().replace("\\\n", " ")
-    ):
+    text = page.read_text().replace("\\\n", " ")
+    text = text.replace("python -m campaign", "tests/campaign/__main__.py")
+    for name, rest in re.findall(r"((?:scripts|tests/campaign)/\w+\.(?:py|sh))([^`#|;&\n]*)", text):
         unknown = set(FLAG.findall(rest)) - declared(ROOT / name)
         assert not unknown - {"--help"}, f"{name}{rest}: {unknown}"
 

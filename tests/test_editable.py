@@ -49,3 +49,9 @@ def test_new_files_are_seen_by_python_and_mypy(tmp_path: Path) -> None:
         ):
             done = subprocess.run(command, cwd=tmp_path, env=apart, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
+
+    # Where nothing can be installed, the same links alone (scripts/with_package.sh)
+    shutil.rmtree(checkout / ".editable")
+    subprocess.run([sys.executable, "setup.py", "--quiet", "links"], cwd=checkout, check=True)
+    links = {"PYTHONPATH": str(checkout / ".editable")}
+    subprocess.run([python, "-P", "-c", "import lvlm.bench.later"], env=links, check=True)

@@ -13,16 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-sys.path.append(str(SCRIPTS))
+from campaign import children, judge
+from campaign.case import Base, Case
+from campaign.judge import Outcome
+from lvlm.core.errors import ParameterError
+from lvlm.export.budgets.calibration_samples import read_samples
 
-from campaign import children, judge  # noqa: E402
-from campaign.case import Base, Case  # noqa: E402
-from campaign.judge import Outcome  # noqa: E402
-
-from lvlm.core.errors import ParameterError  # noqa: E402
-from lvlm.export.budgets.calibration_samples import read_samples  # noqa: E402
-
+TESTS = Path(__file__).parents[1]
 BASE = Base(Path("bundle"), Path("checkpoint"), ())
 
 
@@ -46,7 +43,8 @@ def test_a_short_campaign_finds_nothing(pytestconfig: pytest.Config) -> None:
     whole = pytestconfig.getoption("--whole")
     count = ["--inputs", "2000", "--kills", "40"] if whole else ["--inputs", "120", "--kills", "6"]
     done = subprocess.run(
-        [sys.executable, SCRIPTS / "fuzz_campaign.py", *count, "--seed", "14"],
+        [sys.executable, "-m", "campaign", *count, "--seed", "14"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS), *sys.path))},
         capture_output=True,
         text=True,
     )

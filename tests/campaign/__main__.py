@@ -1,8 +1,9 @@
 """Generated inputs and kills against every command; none may end in a traceback, hang, or damage.
 
-    python scripts/fuzz_campaign.py                        # 300 inputs, 10 kills
-    python scripts/fuzz_campaign.py --inputs 10000 --kills 200 --write docs/notes/campaign.md
-    python scripts/fuzz_campaign.py --case manifests:17    # one again; its files are kept
+    export PYTHONPATH=tests
+    python -m campaign                        # 300 inputs, 10 kills
+    python -m campaign --inputs 10000 --kills 200 --write docs/notes/campaign.md
+    python -m campaign --case manifests:17    # one again; its files are kept
 
 Needs Linux, and what the tests need. Nothing outside a temporary folder is written, but for files
 of failing inputs (--keep).
@@ -28,7 +29,7 @@ from types import ModuleType
 from campaign import children, kills, report
 from campaign.case import Base
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # In this order: what imports torch comes last, forked processes of less are quicker to make
 GENERATORS = (
     *("manifests", "graphs", "weights", "images", "prompts", "templates"),
@@ -112,7 +113,7 @@ def _shared(args: argparse.Namespace) -> Iterator[children.Result]:
     given = [a for a in sys.argv[1:] if a != "--verbose"]
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, *given, "--share", str(i), "--pipe", str(writer)],
+            [sys.executable, "-m", "campaign", *given, "--share", str(i), "--pipe", str(writer)],
             pass_fds=[writer],
         )
         for i in range(args.jobs)
@@ -175,7 +176,7 @@ def _page(args: argparse.Namespace, tally: report.Tally, seconds: float) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    command = f"python scripts/fuzz_campaign.py --inputs {args.inputs} --kills {args.kills}"
+    command = f"PYTHONPATH=tests python -m campaign --inputs {args.inputs} --kills {args.kills}"
     return "\n".join(
         [
             "# The campaign: generated inputs and kills",
