@@ -66,13 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         help="text tokens of prompt and answer together (default 2048)",
     )
     parser.add_argument(
-        "--max-images", type=int, default=1, metavar="N", help="pictures per prompt (default 1)"
+        "--max-images", type=int, default=1, metavar="N", help="images per prompt (default 1)"
     )
     parser.add_argument(
         "--max-image-tokens",
         type=int,
         metavar="N",
-        help="scale pictures down to at most N tokens each (default: the checkpoint's own limit)",
+        help="scale images down to at most N tokens each (default: the checkpoint's own limit)",
     )
     parser.add_argument(
         "--target",

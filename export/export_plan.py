@@ -25,12 +25,12 @@ from lvlm.runtime.bundle.manifest import Capacity, Images
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
 
-LONGEST = 2**20  # tokens of a prompt, pictures and all, that a bundle has room for
+LONGEST = 2**20  # tokens of a prompt, images and all, that a bundle has room for
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What enters each layer of one picture, the capacities, and their bytes for one sequence."""
+    """What enters each layer of one image, the capacities, and their bytes for one sequence."""
 
     image_tokens: list[int]
     capacity: Capacity
@@ -82,12 +82,13 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
     skeleton, stored_names = open_skeleton(checkpoint, family, config, dtype)
     language = skeleton.language
     layers = len(language.blocks)
-    recipe = options.recipe.for_layers(layers, language.deep)
+    recipe = options.recipe.for_layers(layers, language.deepstack_layers)
     recipe = _with_profile_file(recipe, layers, checkpoint)
-    if early := [r.layer for r in recipe.reductions() if r.layer < language.deep]:
+    deepstack = language.deepstack_layers
+    if early := [r.layer for r in recipe.reductions() if r.layer < deepstack]:
         raise ParameterError(
             f"recipe {recipe.name} merges image tokens at block {early[0]}, but this model adds "
-            f"image features up to block {language.deep - 1}; merge from block {language.deep} on "
+            f"image features up to block {deepstack - 1}; merge from block {deepstack} on "
             "(--help-recipe)"
         )
     images = family.images(config, checkpoint.folder)
@@ -127,16 +128,16 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
 
 
 def _check_length(options: ExportOptions, images: Images, language: LanguageModel) -> None:
-    """ParameterError where prompts could be longer than the model is made for. Pictures may go
+    """ParameterError where prompts could be longer than the model is made for. Images may go
     beyond: few prompts have as many, and as large ones, as there is room for."""
-    text, pictures = options.max_text_len, options.max_images * images.tokens
+    text, image_tokens = options.max_text_len, options.max_images * images.tokens
     if text > language.positions:
         raise ParameterError(
             f"--max-text-len {text}: this model is made for {language.positions:,} tokens; "
             f"give {language.positions} or less"
         )
-    if language.window is not None and language.window < text + pictures:
-        room = language.window - pictures
+    if language.window is not None and language.window < text + image_tokens:
+        room = language.window - image_tokens
         lower = f"--max-text-len to {room} or less" if room > 0 else "--max-images"
         raise ParameterError(
             f"this model attends over {language.window} tokens only; lower {lower}"
@@ -160,7 +161,7 @@ def _check_dtypes(options: ExportOptions, dtype: torch.dtype) -> None:
         if name == "cache" and CACHES[value] == dtype:
             continue
         for target in options.targets:
-            if not target.narrow:
+            if not target.low_precision:
                 raise ParameterError(
                     f"target {target.name} does not take --{name} {value}; leave one of them out"
                 )
@@ -196,7 +197,7 @@ def plan_cache(
     ratios = keep_ratios(reductions, float(recipe.parameters().get("keep", 1.0)), None)
     entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
     seen = np.array([options.max_text_len + options.max_images * n for n in entering])
-    budgets = Budgets.of(rule.compression if rule else None, layers, None)
+    budgets = Budgets.of(rule.cache_policy if rule else None, layers, None)
     per_layer = tuple(budgets.limit(seen, options.max_text_len - 1).tolist())
     entries = 2 * language.kv_heads * sum(per_layer)
     rings = language.heads * (rule.queries if rule else 0) * layers

@@ -68,7 +68,7 @@ def export(plan: ExportPlan, progress: Progress) -> Report:
         if plan.options.validate:
             from lvlm.export.verify.validation import validate
 
-            with progress.stage("compare with the checkpoint on a picture") as stage:
+            with progress.stage("compare with the checkpoint on an image") as stage:
                 try:
                     outcome = validate(plan, folder, stage.show)
                 except ValidationError as error:
@@ -120,7 +120,9 @@ def write_bundle(plan: ExportPlan, folder: Path, progress: Progress) -> Manifest
             if graph.name == "decode":
                 graph.model.metadata_props.update(_facts(plan))
             ir.save(graph.model, folder / f"{graph.name}.onnx")
-        if _name(plan.dtype) in ORT_CPU.products:  # the default device's, in every bundle for it
+        if (
+            _name(plan.dtype) in ORT_CPU.matmul_types
+        ):  # the default device's, in every bundle for it
             described = _lower(ORT_CPU, folder, described, plan)
         prompt = plan.prompt
         (folder / "tokenizer.json").write_text(prompt.tokenizer, encoding="utf-8")
@@ -164,7 +166,7 @@ def write_bundle(plan: ExportPlan, folder: Path, progress: Progress) -> Manifest
         images=plan.images,
         keep=float(plan.recipe.parameters().get("keep", 1.0)),
         reductions=plan.recipe.reductions(),
-        compression=rule.compression if rule else None,
+        cache_policy=rule.cache_policy if rule else None,
         capacity=plan.cache.capacity,
         chat_template=prompt.chat_template,
         special_tokens=prompt.special_tokens,
@@ -191,7 +193,7 @@ def _facts(plan: ExportPlan) -> dict[str, str]:
     """What targets ask of a decode graph that its nodes do not say."""
     rule, capacity = plan.recipe.cache_rule(), plan.cache.capacity
     positions = capacity.max_text_len + capacity.max_images * plan.images.tokens
-    appends = rule is None or not isinstance(rule.compression.decode, OneByOne)
+    appends = rule is None or not isinstance(rule.cache_policy.decode, OneByOne)
     return {POSITIONS: str(positions)} | ({CACHE_WRITES: AT_THE_END} if appends else {})
 
 

@@ -51,7 +51,7 @@ def models() -> str:
     for name, family in sorted(known.items()):
         aliases = (shipped if name == "llava" else {}) | dict(family.aliases)
         width = max(map(len, aliases))
-        lines += ["", f"{name}", wrapped("  a picture becomes: ", family.pictures)]
+        lines += ["", f"{name}", wrapped("  an image becomes: ", family.image_handling)]
         lines.append(wrapped("  video: ", family.video or "no"))
         lines += [f"  {alias:{width}}  {hub_id}" for alias, hub_id in aliases.items()]
     recipes: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
@@ -61,7 +61,7 @@ def models() -> str:
             "",
             wrapped(
                 "",
-                "Every family: several pictures in a prompt (--max-images), recipes "
+                "Every family: several images in a prompt (--max-images), recipes "
                 f"{', '.join(sorted(recipes))}, --dtype {', '.join(DTYPES)}.",
             ),
             wrapped(

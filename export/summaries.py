@@ -40,7 +40,7 @@ def bundle_files(plan: ExportPlan) -> list[str]:
     files = ["lvlm.json", "weights.bin", "tokenizer.json", *plan.prompt.files]
     files += [f"{name}.onnx" for name in graphs]
     targets = list(plan.options.targets)
-    if _name(plan.dtype) in ORT_CPU.products:
+    if _name(plan.dtype) in ORT_CPU.matmul_types:
         targets.append(ORT_CPU)
     files += [target.file(f"{name}.onnx") for target in targets for name in target.lowers(graphs)]
     wanted = plan.recipe.calibration()
@@ -84,7 +84,7 @@ def report_table(report: Report) -> str:
 
         lines.append(table(report.validation))
     lines += [wrapped("  note: ", note) for note in report.notes]
-    lines.append(f'next: lvlm-run {report.output} --image PICTURE "QUESTION"')
+    lines.append(f'next: lvlm-run {report.output} --image IMAGE "QUESTION"')
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A loaded bundle: prompts and pictures in, text out.
+"""A loaded bundle: prompts and images in, text out.
 
 The engine's loop (engine/batch.py), driven in the caller's thread: the prompts of a call are read
 together and end together.
@@ -99,7 +99,7 @@ class Model:
 
         Args:
             images: paths, bytes, PIL images or uint8 arrays [H,W,3].
-            videos: paths, bytes or Clips (docs/families.md), whose frames count as images.
+            videos: paths, bytes or Videos (docs/families.md), whose frames count as images.
             options: GenerationOptions; what is ``given`` by name comes before it.
 
         Raises ParameterError, PromptError, ImageError, CapacityError, BackendError.
@@ -274,7 +274,7 @@ class Model:
         options: GenerationOptions,
         videos: Sequence[VideoSource] = (),
     ) -> Prompt:
-        """One row of a batch: pictures opened and scaled, the prompt as token ids."""
+        """One row of a batch: images opened and scaled, the prompt as token ids."""
         return self._prompts.prepare(row, prompt, images, options, videos)
 
 

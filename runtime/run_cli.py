@@ -1,4 +1,4 @@
-"""``lvlm-run``: ask a bundle a question about pictures."""
+"""``lvlm-run``: ask a bundle a question about images."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="lvlm-run",
-        description="Ask a bundle a question about pictures; the answer is printed as it comes.",
+        description="Ask a bundle a question about images; the answer is printed as it comes.",
         epilog='example: lvlm-run out/ --image cat.jpg "What is in the picture?"',
     )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", type=Path, help="folder made by lvlm-export")
     add("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
-    add("--image", action="append", default=[], metavar="PATH", help="a picture; repeatable")
-    add("--video", action="append", default=[], metavar="PATH", help="a clip; repeatable")
+    add("--image", action="append", default=[], metavar="PATH", help="an image; repeatable")
+    add("--video", action="append", default=[], metavar="PATH", help="a video; repeatable")
     add("--device", default="cpu", help=f"what to run on: {', '.join(devices())} (default cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: the backend's choice)")
     add_option_flags(parser)
@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
             check_shows(model.manifest)
         answer = _answer(model, prompt, args, options)
         if args.show_merge:
-            _save_picture(model, answer, args)
+            _save_image(model, answer, args)
     cut = _cut_short(model, answer)
     if args.json:
         print(json.dumps(_data(answer), ensure_ascii=False))
@@ -97,9 +97,9 @@ def _check(args: argparse.Namespace) -> GenerationOptions:
         raise ParameterError("--logprobs is part of --json's output; add --json")
     if args.show_merge is not None:
         if args.video:
-            raise ParameterError("--show-merge draws on pictures, not on videos; leave it out")
+            raise ParameterError("--show-merge draws on images, not on videos; leave it out")
         if not args.image:
-            raise ParameterError("--show-merge draws on a picture; give one with --image")
+            raise ParameterError("--show-merge draws on an image; give one with --image")
         if args.show_merge.suffix.lower() != ".png":
             raise ParameterError(f"--show-merge {args.show_merge}: name a file ending in .png")
         check_place("--show-merge", args.show_merge, ParameterError)
@@ -136,12 +136,12 @@ def _answer(
     return stream.result
 
 
-def _save_picture(model: Model, answer: Generation, args: argparse.Namespace) -> None:
-    from lvlm.runtime.tools.show_merge import merge_picture
+def _save_image(model: Model, answer: Generation, args: argparse.Namespace) -> None:
+    from lvlm.runtime.tools.show_merge import merge_image
 
-    picture = merge_picture(model, args.image, answer)
+    image = merge_image(model, args.image, answer)
     with whole_file(args.show_merge, ParameterError) as partial:
-        picture.save(partial, "PNG")
+        image.save(partial, "PNG")
     if not args.quiet:
         print(f"lvlm-run: wrote {args.show_merge}", file=sys.stderr)
 

@@ -2,7 +2,7 @@
 
     python scripts/bench_cache.py --work /tmp/bench
 
-The model of bench_prefill.py; prompts of 608 and 2,000 tokens (one picture of 576), 512 new tokens.
+The model of bench_prefill.py; prompts of 608 and 2,000 tokens (one image of 576), 512 new tokens.
 Each decode row runs in a process of its own, so that its peak memory is its own. "full, 0.2 as
 long" is recipe none on a prompt, and an answer, a fifth as long: what a cache of 20 % could reach
 at best. The prefill rows run in turn, round by round, in one process; so do, step by step, each
@@ -86,7 +86,7 @@ def decode_row(work: Path, name: str, length: int, new: int) -> dict[str, Any]:
                 steps.append(time.perf_counter() - began)
             text, held = model.manifest.text, batch.cache
             entry = 2 * text.kv_heads * text.head_dim * 4
-            ring = (held.budgets.compression.queries if held.budgets.compression else 0) * (
+            ring = (held.budgets.cache_policy.queries if held.budgets.cache_policy else 0) * (
                 text.layers * text.heads * text.head_dim * 4
             )
             cache = sum(b.nbytes for b in held.buffers.values())
@@ -109,9 +109,9 @@ def transformers_steps(work: Path, prompt: Prompt, new: int) -> tuple[list[float
     ids = torch.tensor([list(prompt.ids)])
     with torch.no_grad():
         embeds = model.get_input_embeddings()(ids)
-        if prompt.pictures:
+        if prompt.images:
             features = model.get_image_features(
-                torch.from_numpy(prompt.pictures[0].arrays["pixel_values"])
+                torch.from_numpy(prompt.images[0].arrays["pixel_values"])
             ).pooler_output
             embeds[0, 5:581] = features[0]
         out = model(inputs_embeds=embeds, past_key_values=cache, logits_to_keep=1)

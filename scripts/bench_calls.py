@@ -2,7 +2,7 @@
 
     python scripts/bench_calls.py bundle/ --long 2000 --rounds 5
 
-Prefill is the time to the first token with the pictures' features, the whole that of 33 tokens for
+Prefill is the time to the first token with the images' features, the whole that of 33 tokens for
 each prompt; calls to ``generate``, the best of some rounds. Peak is the process's. ``--cpu`` takes
 the processor's time instead of the clock's: on a shared machine.
 """
@@ -41,16 +41,16 @@ def main() -> None:
 
 
 def calls(args: argparse.Namespace) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Prompts and their pictures."""
-    picture = np.random.default_rng(0).integers(0, 255, (336, 336, 3)).astype(np.uint8)
+    """Prompts and their images."""
+    image = np.random.default_rng(0).integers(0, 255, (336, 336, 3)).astype(np.uint8)
     letters = "abcdefghij" * (args.long // 10)
     return {
-        "one": (["What is in it?"], [[picture]]),
+        "one": (["What is in it?"], [[image]]),
         "four": (
             ["What is in it?", "Why?", letters[: args.long // 4], "What is to be seen here?"],
-            [[picture], [], [picture], []],
+            [[image], [], [image], []],
         ),
-        "long": ([letters], [[picture]]),
+        "long": ([letters], [[image]]),
     }
 
 

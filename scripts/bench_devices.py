@@ -3,7 +3,7 @@
     lvlm-export -m CHECKPOINT --dtype fp32 --max-text-len 2048 --target openvino -o bundle/
     python scripts/bench_devices.py bundle/ --devices cpu openvino --batch 1 4 --prompt 608 2000
 
-Random tokens, one picture a prompt where the prompt is long enough for one. Every line is of a
+Random tokens, one image a prompt where the prompt is long enough for one. Every line is of a
 process of its own, so that its peak memory is its own. Decode is the median of ``--steps`` steps,
 prefill the median of ``--rounds`` after one to warm up.
 """

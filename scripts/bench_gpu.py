@@ -4,7 +4,7 @@
     python scripts/bench_gpu.py --work /big/disk --device tensorrt-rtx --cases 1x1024+512 8x1024+512
     python scripts/bench_gpu.py --work /tmp/dry --device cpu --shape tiny --cases 1x160+8 2x160+8
 
-A case is prompts at once x tokens of a prompt (one picture's among them) + new tokens. The model
+A case is prompts at once x tokens of a prompt (one image's among them) + new tokens. The model
 has LLaVA-1.5-7B's shapes and random fp16 weights, made here. One recipe after the other: exported,
 measured in all cases by one process, and removed, so that disk for the checkpoint and one bundle
 (28 GB, 42 with engines) is enough. For engines of TensorRT the bundle's text length is that of the
@@ -208,7 +208,7 @@ def measure(args: argparse.Namespace, name: str, case: Case) -> Figures:
             return transformers_row(args, case)
         with lvlm.load(bundle_folder(args, name), device=args.device, verify="none") as model:
             prompts = [
-                with_picture(prompt_for(model.manifest, case.prompt, case.new, row))
+                with_image(prompt_for(model.manifest, case.prompt, case.new, row))
                 for row in range(case.batch)
             ]
             run_ours(model, prompts, 4, options)
@@ -232,9 +232,9 @@ def run_ours(
     }
 
 
-def with_picture(prompt: Prompt) -> Prompt:
-    if not prompt.pictures:
-        raise ParameterError(f"a prompt of {len(prompt.ids)} has no room for a picture's tokens")
+def with_image(prompt: Prompt) -> Prompt:
+    if not prompt.images:
+        raise ParameterError(f"a prompt of {len(prompt.ids)} has no room for an image's tokens")
     return prompt
 
 
@@ -249,13 +249,13 @@ def transformers_row(args: argparse.Namespace, case: Case) -> Figures:
     side, patch = (config["vision_config"][key] for key in ("image_size", "patch_size"))
     tokens, vocab = (side // patch) ** 2, config["text_config"]["vocab_size"]
     prompts = [
-        with_picture(
+        with_image(
             random_prompt(case.prompt, case.new, row, tokens=tokens, size=(side, side), vocab=vocab)
         )
         for row in range(case.batch)
     ]
     ids = torch.tensor([list(p.ids) for p in prompts], device=place)
-    arrays = [p.pictures[0].arrays["pixel_values"] for p in prompts]
+    arrays = [p.images[0].arrays["pixel_values"] for p in prompts]
     pixels = torch.from_numpy(np.concatenate(arrays)).to(place, dtype)
 
     def wait() -> float:

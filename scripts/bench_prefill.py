@@ -3,7 +3,7 @@
     python scripts/bench_prefill.py --work /tmp/bench
 
 A model of 135 M text parameters (Llama, 576 wide, 30 layers, 9/3 heads) with random weights; one
-picture of 576 tokens and a short question. Everything runs in turn, round by round, in one process;
+image of 576 tokens and a short question. Everything runs in turn, round by round, in one process;
 medians are printed, with the spread.
 """
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="where checkpoint and bundles go")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prompt", type=int, default=608, help="tokens, 576 of them the picture's")
+    parser.add_argument("--prompt", type=int, default=608, help="tokens, 576 of them the image's")
     args = parser.parse_args()
     _, torch_model = make_model(args.work / "checkpoint")
     bundles = {
@@ -44,7 +44,7 @@ def main() -> None:
         for recipe in (NoCompression(), LightVLM(kv="none"))
     }
     prompt = random_prompt(args.prompt, 1)
-    pixels = torch.from_numpy(prompt.pictures[0].arrays["pixel_values"])
+    pixels = torch.from_numpy(prompt.images[0].arrays["pixel_values"])
     models = {name: lvlm.load(folder) for name, folder in bundles.items()}
 
     def ours(name: str, keep: float) -> Callable[[], tuple[float, list[int]]]:

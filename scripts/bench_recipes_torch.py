@@ -4,7 +4,7 @@ random fp16 weights, prefill and decode as CUDA graphs, the lvlm ops as their Tr
     python scripts/bench_recipes_torch.py
     python scripts/bench_recipes_torch.py --shape tiny --device cpu     # TRITON_INTERPRET=1
 
-Each row is printed when it is measured. Prefill: the prompt, of which one picture's tokens are a
+Each row is printed when it is measured. Prefill: the prompt, of which one image's tokens are a
 part, to the first logits, every layer's cache filled. Decode: a step over caches as full as they
 become in an answer of that length, argmax included; where a recipe compacts at intervals, its share
 of a step is added. Attention is torch's scaled_dot_product_attention in all rows; the row
@@ -143,7 +143,7 @@ def step_ms(model: Any, measured: Measured, slots: np.ndarray, args: argparse.Na
     ms = timed(model, ALL_SLOTS, measured.decode(slots), args)
     compaction, rule = measured.compact(), measured.rule
     if compaction is not None and rule is not None:
-        ms += timed(model, ATTENTION, compaction, args) / (rule.compression.interval or 1)
+        ms += timed(model, ATTENTION, compaction, args) / (rule.cache_policy.interval or 1)
     return ms
 
 

@@ -32,12 +32,12 @@ from lvlm.runtime.kv.image_tokens import PrefillPlan, keep_ratios, plan_prefill
 
 ALL_SLOTS = "lvlm-all-slots"
 Call = Callable[[], Any]  # gives a tensor
-BEFORE = 5  # text tokens before the picture's
+BEFORE = 5  # text tokens before the image's
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-like language model and the tokens of one picture."""
+    """A Llama-like language model and the tokens of one image."""
 
     name: str
     layers: int
@@ -172,7 +172,7 @@ def _rms_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class Measured:
-    """One recipe on one model, at one batch and prompt length; every row has one picture."""
+    """One recipe on one model, at one batch and prompt length; every row has one image."""
 
     def __init__(
         self, model: LlamaForCausalLM, shape: Shape, recipe: Recipe, batch: int, prompt: int
@@ -181,7 +181,7 @@ class Measured:
         self.language = language_of(model)
         self.recipe = recipe.for_layers(shape.layers)
         self.rule = self.recipe.cache_rule()
-        self.budgets = Budgets.of(self.rule.compression if self.rule else None, shape.layers, None)
+        self.budgets = Budgets.of(self.rule.cache_policy if self.rule else None, shape.layers, None)
         self.plan = self._plan()
         self.kept = self.budgets.prompt(self.plan.entries)
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
@@ -253,9 +253,9 @@ class Measured:
     def compact(self) -> Call | None:
         """One compaction of all rows, as due after an interval; None: the recipe has none."""
         rule = self.rule
-        if rule is None or rule.compression.interval is None:
+        if rule is None or rule.cache_policy.interval is None:
             return None
-        interval = rule.compression.interval
+        interval = rule.cache_policy.interval
         budget = self.budgets.step(self.plan.entries + interval)
         valid = self.budgets.step(self.plan.entries) + interval
         back = np.arange(rule.queries - 1, -1, -1)

@@ -1,4 +1,4 @@
-"""Ask bundles one question about one picture and print what each took, side by side."""
+"""Ask bundles one question about one image and print what each took, side by side."""
 
 from __future__ import annotations
 

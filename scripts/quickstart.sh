@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to an answer: install into .venv, export the shipped model without and with token
-# merging, ask both about the sample picture. Safe to run again; what is there is used.
+# merging, ask both about the sample image. Safe to run again; what is there is used.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"

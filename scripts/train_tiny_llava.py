@@ -2,8 +2,8 @@
 
 Stage 1 teaches the vision tower alone: from every patch, name the digit of its cell and the cell.
 Stage 2 freezes it and teaches the projector and the language model the questions. Each training
-sequence is one picture followed by many questions that cannot see each other (block mask, positions
-restarted), so that the picture's tokens are paid for once.
+sequence is one image followed by many questions that cannot see each other (block mask, positions
+restarted), so that the image's tokens are paid for once.
 
     python scripts/train_tiny_llava.py --output assets/tiny-llava --work /tmp/tiny-llava
 
@@ -83,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints of both stages")
     parser.add_argument("--stage1-steps", type=int, default=1500)
     parser.add_argument("--stage2-steps", type=int, default=700)
-    parser.add_argument("--pool", type=int, default=8000, help="pictures encoded for stage 2")
+    parser.add_argument("--pool", type=int, default=8000, help="images encoded for stage 2")
     parser.add_argument("--eval-grids", type=int, default=500)
     return parser.parse_args()
 
@@ -169,7 +169,7 @@ def sinusoids_2d(side: int, width: int) -> torch.Tensor:
 
 
 def pixels(grids: list[digits.Grid]) -> torch.Tensor:
-    """Normalised [B, 3, 168, 168]; the pictures already have the size the processor makes."""
+    """Normalised [B, 3, 168, 168]; the images already have the size the processor makes."""
     scale = CLIPImageProcessorPil()
     images = np.stack([g.image for g in grids]).astype(np.float32) / 255
     images = (images - np.array(scale.image_mean)) / np.array(scale.image_std)
@@ -410,7 +410,7 @@ def save(
 
 
 def save_samples(folder: Path) -> None:
-    """The pictures of README and tests: held-out grids."""
+    """The images of README and tests: held-out grids."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (grid, _) in enumerate(digits.samples("heldout", 2, seed=7), 1):
         Image.fromarray(grid.image).save(folder / f"digits-{number}.png")

@@ -45,6 +45,6 @@ CACHED_USUAL = [
 
 
 def transformers_inputs(checkpoint: Path, prompt: Prompt) -> dict[str, torch.Tensor]:
-    """What transformers' own model takes for the pictures of a prompt."""
+    """What transformers' own model takes for the images of a prompt."""
     config = json.loads((checkpoint / "config.json").read_text())
     return find_family(config, str(checkpoint)).transformers_inputs(prompt)

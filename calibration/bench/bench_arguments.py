@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N,…",
         help="text tokens of a prompt, template included; a table for each (default 32)",
     )
-    add("--images", type=int, default=1, metavar="N", help="pictures per prompt (default 1)")
+    add("--images", type=int, default=1, metavar="N", help="images per prompt (default 1)")
     add("--new-tokens", type=int, default=64, metavar="N", help="of every answer (default 64)")
     add(
         "--concurrency",
@@ -82,7 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--warmup", type=int, default=1, metavar="N", help="rounds that do not count (default 1)")
     add("--repeats", type=int, metavar="N", help=f"rounds (default {REPEATS}; under load 1)")
-    add("--seed", type=int, default=0, metavar="N", help="of prompts, pictures and arrivals")
+    add("--seed", type=int, default=0, metavar="N", help="of prompts, images and arrivals")
     add(
         "--apart",
         action="store_true",
@@ -110,7 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     results = parser.add_argument_group("results")
     add = results.add_argument
     add("--json", type=Path, metavar="FILE", help="everything, with every token's time")
-    add("--plot", type=Path, metavar="FILE", help="a picture, .png or .svg")
+    add("--plot", type=Path, metavar="FILE", help="a plot, .png or .svg")
     add("-q", "--quiet", action="store_true", help="no progress, no table")
     return parser
 

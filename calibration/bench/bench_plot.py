@@ -1,4 +1,4 @@
-"""The picture of a benchmark: bars for lone streams, lines over the load."""
+"""The plot of a benchmark: bars for lone streams, lines over the load."""
 
 from __future__ import annotations
 

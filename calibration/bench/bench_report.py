@@ -16,7 +16,7 @@ from lvlm.core.output import whole_file
 
 NONE = "—"
 MEANINGS = (
-    "TTFT: from the request's arrival to its first token, picture and tokenizer included; ITL: "
+    "TTFT: from the request's arrival to its first token, image and tokenizer included; ITL: "
     "from one token to the next, percentiles over all rounds; ±: half the range of the rounds.",
     "peak: most resident memory of the contender's process; cache: of one request when it is "
     "answered, where the contender tells.",
@@ -84,11 +84,11 @@ def _table(results: Sequence[Result], case: Case, machine: Mapping[str, Any]) ->
 
 def title(case: Case, results: Sequence[Result]) -> str:
     counts = [f.prompt_tokens for r in results if (f := r.figures(case)) is not None]
-    pictures = f"{case.images} picture{'s' if case.images != 1 else ''}"
+    images = f"{case.images} image{'s' if case.images != 1 else ''}"
     whole = f" ({max(counts):,} tokens in all)" if counts and case.images else ""
     asked = "" if case.is_lone else f", {case.requests} requests" * (case.rate is None)
     return (
-        f"{case.text_tokens:,} text tokens and {pictures}{whole}, {case.new_tokens} new tokens, "
+        f"{case.text_tokens:,} text tokens and {images}{whole}, {case.new_tokens} new tokens, "
         f"{case.load}{asked}"
     )
 

@@ -135,7 +135,7 @@ def bundle_contender(text: str, common: Mapping[str, str], verify: Verify = "sam
         settings[name] = value
     takes = {
         "keep": any(r.exponent is not None for r in manifest.reductions),
-        "kv-keep": manifest.compression is not None,
+        "kv-keep": manifest.cache_policy is not None,
         "device": True,
     }
     settings = {k: v for k, v in common.items() if takes[k]} | settings
@@ -225,6 +225,6 @@ def check_fit(contenders: Sequence[Contender], text_tokens: int, images: int) ->
             )
         if images > capacity.max_images:
             raise ParameterError(
-                f"{folder} takes {capacity.max_images} pictures, not {images}; export with "
+                f"{folder} takes {capacity.max_images} images, not {images}; export with "
                 f"--max-images {images}, or ask for less"
             )

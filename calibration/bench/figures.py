@@ -15,7 +15,7 @@ class RequestRecord:
 
     ``arrival`` is when it was wanted, not when a busy client got round to sending it; ``tokens``
     when each new token was there. Bytes are of its cache at the end; None: the contender does not
-    tell. ``prompt_tokens`` counts pictures' tokens, too.
+    tell. ``prompt_tokens`` counts images' tokens, too.
     """
 
     arrival: float

@@ -34,16 +34,16 @@ class Alone:
         self._model = load(setup.source, device=device, threads=setup.threads)
         self._ratios = ratios(setup.settings)
         self._facts = facts(self._model.manifest, device)
-        self._pictures: dict[WorkloadRequest, list[np.ndarray]] = {}
+        self._images: dict[WorkloadRequest, list[np.ndarray]] = {}
 
     def serve(self, work: Work) -> list[RequestRecord]:
-        self._pictures = {request: request.open() for request in work.requests}
+        self._images = {request: request.open() for request in work.requests}
         return one_after_another(self._answer, work)
 
     def _answer(self, request: WorkloadRequest, mark: Mark) -> tuple[int, int | None]:
         with self._model.stream(
             request.prompt,
-            self._pictures[request],
+            self._images[request],
             max_new_tokens=request.new_tokens,
             ignore_eos=True,
             chat_template=self._model.manifest.chat_template is not None,
@@ -96,12 +96,12 @@ class Together:
         self._facts["engine_memory"] = asdict(self._engine.memory())
 
     def serve(self, work: Work) -> list[RequestRecord]:
-        pictures = {request: request.open() for request in work.requests}
+        images = {request: request.open() for request in work.requests}
 
         def submit(request: WorkloadRequest) -> Asked:
             handle = self._engine.submit(
                 request.prompt,
-                images=pictures[request],
+                images=images[request],
                 max_new_tokens=request.new_tokens,
                 ignore_eos=True,
                 chat_template=self._template,

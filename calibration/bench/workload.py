@@ -1,7 +1,7 @@
-"""What is asked of every contender: prompts of exact length, pictures, and when they arrive.
+"""What is asked of every contender: prompts of exact length, images, and when they arrive.
 
 All of it follows from a seed, so that a run can be repeated and every contender meets the same
-requests. Each request has a text and pictures of its own: a cache of earlier prompts helps nobody.
+requests. Each request has a text and images of its own: a cache of earlier prompts helps nobody.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ WORDS = [
     "market",
     "bridge",
 ]
-ANY_SIZE = (448, 448)  # of pictures for a vision graph that takes them at their own
+ANY_SIZE = (448, 448)  # of images for a vision graph that takes them at their own
 FILLERS = (" a", " I", " 1", ".", ",", "!", "?", " x", "7", " z")  # one token each, in some
 
 
@@ -90,16 +90,16 @@ class Case:
 
 @dataclass(frozen=True)
 class WorkloadRequest:
-    """``pictures`` are seeds of noise (see ``picture``) of ``size`` rows and columns."""
+    """``images`` are seeds of noise (see ``noise``) of ``size`` rows and columns."""
 
     prompt: str
-    pictures: tuple[int, ...]
+    images: tuple[int, ...]
     size: tuple[int, int]
     new_tokens: int
 
     def open(self) -> list[np.ndarray]:
         """uint8 [H,W,3] each."""
-        return [picture(seed, self.size) for seed in self.pictures]
+        return [noise(seed, self.size) for seed in self.images]
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,12 @@ class Work:
     concurrency: int
 
 
-def picture(seed: int, size: tuple[int, int]) -> np.ndarray:
+def noise(seed: int, size: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
 
 
 def prompt_maker(folder: Path, manifest: Manifest) -> PromptMaker:
-    """The bundle's way from texts and pictures to token ids and pixels, without its graphs."""
+    """The bundle's way from texts and images to token ids and pixels, without its graphs."""
     return PromptMaker(
         Tokenizer(folder / "tokenizer.json", manifest.text.eos_ids),
         manifest.images,
@@ -145,7 +145,7 @@ def arrivals(rate: float, duration: float, seed: int) -> list[float]:
 def work(case: Case, writer: PromptWriter, seed: int) -> Work:
     """The requests of the round with this seed."""
     times = arrivals(case.rate, case.duration, seed) if case.rate and case.duration else []
-    # Text seeds decide pictures, too
+    # Text seeds decide images, too
     seeds = range(1000 * seed, 1000 * seed + (len(times) or case.requests))
     requests = tuple(
         WorkloadRequest(

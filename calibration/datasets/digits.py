@@ -1,10 +1,10 @@
 """The built-in task: grids of real handwritten digits and questions about them.
 
-Every picture is a 3 x 3 grid of 8 x 8 scans from scikit-learn's ``load_digits`` (1,797 real
+Every image is a 3 x 3 grid of 8 x 8 scans from scikit-learn's ``load_digits`` (1,797 real
 handwritten digits), each enlarged, turned and moved a little inside its cell. The information is
-spread over the whole picture, which is the hard case for dropping or merging image tokens.
+spread over the whole image, which is the hard case for dropping or merging image tokens.
 
-The scans are split once into ``train`` and ``heldout``; a held-out picture contains no scan that
+The scans are split once into ``train`` and ``heldout``; a held-out image contains no scan that
 training has seen.
 """
 
@@ -50,7 +50,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Grid:
-    """A picture uint8 [168, 168, 3] and the nine digits in it, row by row."""
+    """An image uint8 [168, 168, 3] and the nine digits in it, row by row."""
 
     image: np.ndarray
     digits: tuple[int, ...]
@@ -119,10 +119,10 @@ def draw_grid(rng: np.random.Generator, split: Split) -> Grid:
 def _glyph(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The 8 x 8 scan as a float [side, side] in 0..1, enlarged to 38-46 pixels, turned a little."""
     side = int(rng.integers(38, 47))
-    picture = Image.fromarray((scan * 255 / 16).astype(np.uint8))
-    picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-    picture = picture.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR)
-    return np.asarray(picture, np.float32) / 255
+    image = Image.fromarray((scan * 255 / 16).astype(np.uint8))
+    image = image.resize((side, side), Image.Resampling.BICUBIC)
+    image = image.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR)
+    return np.asarray(image, np.float32) / 255
 
 
 @cache
@@ -138,7 +138,7 @@ def _scans(split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Digits(Dataset):
-    """Data set ``digits``: questions of all kinds, or of those wanted, about held-out pictures."""
+    """Data set ``digits``: questions of all kinds, or of those wanted, about held-out images."""
 
     name: ClassVar[str] = "digits"
     summary: ClassVar[str] = "built-in: 3 x 3 grids of real handwritten digits"

@@ -1,4 +1,4 @@
-"""What data sets that are files share: JSON with the place of a mistake, entries, pictures."""
+"""What data sets that are files share: JSON with the place of a mistake, entries, images."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DatasetEntry:
         return self.data[key]
 
     def images(self, key: str, root: Path) -> tuple[Path, ...]:
-        """The picture, or list of pictures, under ``key``; paths start from ``root``."""
+        """The image, or list of images, under ``key``; paths start from ``root``."""
         value = self.get(key)
         names = value if isinstance(value, list) else [value]
         for name in names:

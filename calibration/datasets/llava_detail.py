@@ -1,4 +1,4 @@
-"""Detailed descriptions of COCO pictures, from LLaVA's instruction data (arXiv 2304.08485)."""
+"""Detailed descriptions of COCO images, from LLaVA's instruction data (arXiv 2304.08485)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class MMVet(Dataset):
     """Layout ``mm-vet``: the benchmark's object {id: {"imagename", "question", "answer"}}, or the
     list [{"image", "question", "answer"}] that the Elastic Cache and PrefixKV scripts read.
 
-    Pictures are in ``images/`` beside the file. As in those scripts, the picture follows the
+    Images are in ``images/`` beside the file. As in those scripts, the image follows the
     question, unless the question has a place for it.
     """
 

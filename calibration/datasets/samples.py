@@ -1,4 +1,4 @@
-"""The samples of an evaluation: a question about pictures and the answer that is scored.
+"""The samples of an evaluation: a question about images and the answer that is scored.
 
 Data sets are found by discovery: each file of ``datasets/`` with a ``DATASET`` is one. Everything
 about a data set is checked here and there before any model is loaded.
@@ -19,7 +19,7 @@ from lvlm.core.errors import ImageError, LvlmError, ParameterError
 from lvlm.core.wrapping import wrapped
 from lvlm.runtime.media.images import open_image
 
-PLACEHOLDER = "<image>"  # a picture's place in a prompt, as LLaVA's files write it
+PLACEHOLDER = "<image>"  # an image's place in a prompt, as LLaVA's files write it
 
 
 class DataError(LvlmError, ValueError):
@@ -31,7 +31,7 @@ class EvaluationSample:
     """One question and its answer.
 
     images  paths, or uint8 arrays [H,W,3]
-    prompt  may have ``<image>`` once per picture where it belongs; otherwise they come first
+    prompt  may have ``<image>`` once per image where it belongs; otherwise they come first
     where   names the sample in messages: file and line or entry
     """
 
@@ -42,7 +42,7 @@ class EvaluationSample:
     where: str
 
     def check(self) -> None:
-        """Raises DataError if a text is empty, placeholders do not match the pictures, or one of
+        """Raises DataError if a text is empty, placeholders do not match the images, or one of
         them is missing or cannot be read."""
         for name in ("prompt", "answer"):
             if not getattr(self, name).strip():
@@ -116,7 +116,7 @@ def read_samples(
     found = _dataset(data, layout)
     path = Path(data) if found.suffix else None
     if images is not None and path is None:
-        raise ParameterError(f"--images is for files; the data set '{data}' makes its own pictures")
+        raise ParameterError(f"--images is for files; the data set '{data}' makes its own images")
     if images is not None and not images.is_dir():
         raise ParameterError(f"--images {images}: there is no such folder")
     for kind in kinds:

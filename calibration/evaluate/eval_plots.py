@@ -1,4 +1,4 @@
-"""The picture of an evaluation: quality against kept cache, and against decode time."""
+"""The plot of an evaluation: quality against kept cache, and against decode time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of an evaluation: rows from the records, as JSON, as a Markdown table, as a picture."""
+"""Results of an evaluation: rows from the records, as JSON, as a Markdown table, as a plot."""
 
 from __future__ import annotations
 

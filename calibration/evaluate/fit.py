@@ -14,13 +14,13 @@ from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import keep_ratios, plan_prefill
 from lvlm.runtime.options.generation_options import Keep
 
-SMALLEST = 1e-300  # every picture is down to one token
+SMALLEST = 1e-300  # every image is down to one token
 HALVINGS = 64  # past the precision of a float
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A sample in numbers: its text tokens, the tokens of each picture, the answer's token ids."""
+    """A sample in numbers: its text tokens, the tokens of each image, the answer's token ids."""
 
     text_tokens: int
     image_tokens: tuple[int, ...]
@@ -39,7 +39,7 @@ def solve_keep(manifest: Manifest, shape: Shape, wanted: float) -> Reach:
     """The ``keep`` whose entries, mean over layers, over the prompt's tokens are nearest to
     ``wanted``.
 
-    Token counts are whole, so that one picture's fraction is met up to one token. Text and the
+    Token counts are whole, so that one image's fraction is met up to one token. Text and the
     blocks before the first reduction stay: a fraction more than one token below what they leave is
     out of reach.
     """
@@ -69,11 +69,11 @@ def new_tokens(
     manifest: Manifest, shape: Shape, keep: Keep | None, kv_keep: float | None, wanted: int
 ) -> int:
     """How many new tokens, up to ``wanted``, the bundle's capacity has room for; 0: none."""
-    budgets = Budgets.of(manifest.compression, manifest.text.layers, kv_keep)
-    entering, pictures = entries(manifest, shape, keep), len(shape.image_tokens)
+    budgets = Budgets.of(manifest.cache_policy, manifest.text.layers, kv_keep)
+    entering, images = entries(manifest, shape, keep), len(shape.image_tokens)
     try:
         return new_token_limit(
-            manifest.capacity, budgets, entering, shape.text_tokens, pictures, wanted
+            manifest.capacity, budgets, entering, shape.text_tokens, images, wanted
         )
     except CapacityError:
         return 0
@@ -82,8 +82,8 @@ def new_tokens(
 def entries(manifest: Manifest, shape: Shape, keep: Keep | None) -> np.ndarray:
     """Tokens [L] that enter each block."""
     ratios = keep_ratios(manifest.reductions, manifest.keep, keep)
-    pictures: Sequence[Sequence[int]] = [shape.image_tokens]
+    images: Sequence[Sequence[int]] = [shape.image_tokens]
     plan = plan_prefill(
-        manifest.reductions, ratios, manifest.text.layers, [shape.text_tokens], pictures, [1]
+        manifest.reductions, ratios, manifest.text.layers, [shape.text_tokens], images, [1]
     )
     return plan.entries[:, 0]

@@ -82,7 +82,7 @@ class BundleRunner:
         return Shape(text_tokens, tuple(counts.tolist()), tuple(self._answer(sample)))
 
     def _text(self, sample: EvaluationSample) -> str:
-        """The prompt with this model's placeholders; without a chat template pictures that have
+        """The prompt with this model's placeholders; without a chat template images that have
         no place in it come first."""
         image = self.bundle.manifest.images.token
         text = sample.prompt.replace(PLACEHOLDER, image)

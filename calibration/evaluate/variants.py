@@ -33,7 +33,7 @@ class Bundle:
     @property
     def is_full(self) -> bool:
         """Whether every token keeps its entry in every layer: what others are compared with."""
-        return not self.manifest.reductions and self.manifest.compression is None
+        return not self.manifest.reductions and self.manifest.cache_policy is None
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _rows(bundle: Bundle, keeps: Sequence[float], kv_keeps: Sequence[float]) -> 
             "cannot change; evaluate it without them"
         )
     if manifest.reductions:
-        whole = None if manifest.compression is None else 1.0
+        whole = None if manifest.cache_policy is None else 1.0
         rows = [Variant(bundle, f"keep {k:g}", kv_keep=whole, wanted=k) for k in keeps]
     else:
         rows = [Variant(bundle, f"keep {k:g}", kv_keep=k) for k in keeps]
@@ -96,7 +96,7 @@ def _rows(bundle: Bundle, keeps: Sequence[float], kv_keeps: Sequence[float]) -> 
 
 
 def _merges_and_compresses(bundle: Bundle) -> bool:
-    return bool(bundle.manifest.reductions) and bundle.manifest.compression is not None
+    return bool(bundle.manifest.reductions) and bundle.manifest.cache_policy is not None
 
 
 def reference_of(bundle: Bundle, candidates: Sequence[Bundle]) -> Bundle:

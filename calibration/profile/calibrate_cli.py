@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="lvlm-calibrate",
         description="Measure how much of its cache each layer needs (PrefixKV) and write a profile "
-        "that lvlm-export takes, with a picture of it beside it. A run that was cut short goes on "
+        "that lvlm-export takes, with a plot of it beside it. A run that was cut short goes on "
         "where it stopped.",
         epilog="example: lvlm-calibrate -m tiny-llava --data digits --keep 0.2 -o profile.json",
     )
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         metavar="FILE.jsonl",
         help='lines {"image": PATH or [PATHS], "prompt": TEXT}, or digits, the built-in task '
-        "(default: general questions about the pictures shipped with this package)",
+        "(default: general questions about the images shipped with this package)",
     )
     add("--samples", type=int, metavar="N", help="how many of them to draw (default: all)")
     add("--seed", type=int, metavar="S", help="of the draw (default 0)")
@@ -155,7 +155,7 @@ def _digits(count: int, seed: int) -> list[CalibrationSample]:
 def _data(job: CalibrationJob, profile: Profile) -> dict[str, Any]:
     return {
         "output": str(job.output),
-        "picture": str(job.picture),
+        "plot": str(job.plot),
         "model": job.checkpoint.source,
         "recipe": {"name": profile.recipe.name, "parameters": profile.recipe.parameters},
         "keep": profile.keep,
@@ -172,7 +172,7 @@ def _table(args: argparse.Namespace, job: CalibrationJob, profile: Profile, seco
     low, high = min(fractions), max(fractions)
     rows = {
         "profile": f"{job.output}  ({profile.layers} layers, {profile.data.samples} samples)",
-        "picture": str(job.picture),
+        "plot": str(job.plot),
         "budgets": f"{low:.1%} of layer {fractions.index(low)} to {high:.1%} of layer "
         f"{fractions.index(high)} where {profile.keep:.0%} of all stays",
         "spread": f"standard deviation over the samples {max(profile.spread.std):.1%} at most",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lvlm.calibration.profile.profile_picture import draw_profile
+from lvlm.calibration.profile.profile_plot import draw_profile
 from lvlm.core.errors import ParameterError, PromptError
 from lvlm.core.progress import Progress, Stage
 from lvlm.export.budgets.calibration_samples import CalibrationSample
@@ -43,7 +43,7 @@ class CalibrationJob:
     output: Path
 
     @property
-    def picture(self) -> Path:
+    def plot(self) -> Path:
         return self.output.with_suffix(".png")
 
     @property
@@ -77,7 +77,7 @@ def _job(
     config = family.read_config(checkpoint.config)
     skeleton, names = open_skeleton(checkpoint, family, config, torch.float32)
     language = skeleton.language
-    recipe = recipe.for_layers(len(language.blocks), language.deep)
+    recipe = recipe.for_layers(len(language.blocks), language.deepstack_layers)
     if recipe.name != "none" and not recipe.reductions():
         raise ParameterError(
             f"recipe '{recipe.name}' merges no tokens, so it changes nothing here; leave --recipe "
@@ -100,7 +100,7 @@ def _job(
 
 
 def measure(job: CalibrationJob, progress: Progress) -> Profile:
-    """The profile, written with its picture. What is finished survives an interrupt in ``work``."""
+    """The profile, written with its plot. What is finished survives an interrupt in ``work``."""
     with progress.stage(f"check {len(job.samples)} samples") as stage:
         _check_samples(job)
     with progress.stage("open the model, to compute in fp32") as stage:
@@ -109,8 +109,8 @@ def measure(job: CalibrationJob, progress: Progress) -> Profile:
         stage.result = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"
     with progress.stage("measure importances") as stage:
         profile = _read_samples(job, reference, stage)
-    with progress.stage("write the profile and its picture") as stage:
-        draw_profile(profile, job.picture)
+    with progress.stage("write the profile and its plot") as stage:
+        draw_profile(profile, job.plot)
         profile.write(job.output)
         job.work.unlink(missing_ok=True)
     return profile

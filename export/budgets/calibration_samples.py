@@ -1,4 +1,4 @@
-"""What to calibrate on: pictures with questions, built in or from a file of JSON lines."""
+"""What to calibrate on: images with questions, built in or from a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORM = '{"image": "cat.jpg", "prompt": "What is this?"}'
 
 @dataclass(frozen=True)
 class CalibrationSample:
-    """One question about pictures; ``where`` is what errors call it."""
+    """One question about images; ``where`` is what errors call it."""
 
     images: tuple[ImageSource, ...]
     prompt: str
@@ -34,15 +34,13 @@ class CalibrationSample:
 
 
 def builtin_samples() -> list[CalibrationSample]:
-    """General questions about the pictures shipped with the package."""
+    """General questions about the images shipped with the package."""
     folder = resources.files("lvlm.assets") / "samples"
-    pictures = [folder / f"digits-{i}.png" for i in (1, 2)]
+    images = [folder / f"digits-{i}.png" for i in (1, 2)]
     return [
-        CalibrationSample(
-            (picture.read_bytes(),), question, f"built-in {picture.name}, '{question}'"
-        )
+        CalibrationSample((image.read_bytes(),), question, f"built-in {image.name}, '{question}'")
         for question in QUESTIONS
-        for picture in pictures
+        for image in images
     ]
 
 
@@ -50,7 +48,7 @@ def read_samples(path: str | Path) -> list[CalibrationSample]:
     """The samples of a file, one JSON object per line: "image" is a path or a list of paths,
     relative to the file's folder, "prompt" the question; other keys are left alone.
 
-    Raises ParameterError, which names file and line; pictures must exist, but are not opened here.
+    Raises ParameterError, which names file and line; images must exist, but are not opened here.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe or a device might never end
@@ -82,18 +80,18 @@ def _sample(line: str, path: Path, where: str) -> CalibrationSample:
             raise ParameterError(f'{where}: "{key}" is missing; write {FORM}')
     if not isinstance(data["prompt"], str):
         raise ParameterError(f'{where}: "prompt" is no text; write {FORM}')
-    return CalibrationSample(_pictures(data["image"], path.parent, where), data["prompt"], where)
+    return CalibrationSample(_images(data["image"], path.parent, where), data["prompt"], where)
 
 
-def _pictures(given: Any, folder: Path, where: str) -> tuple[Path, ...]:
+def _images(given: Any, folder: Path, where: str) -> tuple[Path, ...]:
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ParameterError(f'{where}: "image" is no path and no list of paths; write {FORM}')
-    pictures = tuple(folder / name for name in names)
-    for picture in pictures:
-        if not os.path.isfile(picture):  # False, too, for a path that no system can have
-            raise ParameterError(f"{where}: the picture {picture} does not exist")
-    return pictures
+    images = tuple(folder / name for name in names)
+    for image in images:
+        if not os.path.isfile(image):  # False, too, for a path that no system can have
+            raise ParameterError(f"{where}: the image {image} does not exist")
+    return images
 
 
 def choose(

@@ -120,10 +120,10 @@ class _Finished:
 
 
 def _hash_of(prompt: Prompt) -> str:
-    """What the model is given: tokens, places of pictures, pictures."""
+    """What the model is given: tokens, places of images, images."""
     arrays = np.asarray(prompt.ids, np.int64), prompt.image_id
     parts = [part for x in arrays for part in (str(x.shape), x.tobytes())]
-    return _digest(*parts, *(picture.digest() for picture in prompt.pictures))
+    return _digest(*parts, *(image.digest() for image in prompt.images))
 
 
 def _digest(*parts: str | bytes) -> str:

@@ -51,7 +51,7 @@ def prompt_maker(
 
 def prepare(maker: PromptMaker, sample: CalibrationSample) -> Prompt:
     """A sample as prefill takes it; errors name the sample. Without a chat template the question
-    follows its pictures as it stands."""
+    follows its images as it stands."""
     text, templated = sample.prompt, maker.template is not None
     if not templated and maker.images.token not in text:
         text = f"{maker.images.token}\n" * len(sample.images) + text

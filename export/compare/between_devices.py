@@ -56,11 +56,11 @@ def compare(
 
 
 def answers(bundle: Path, device: str) -> list[list[int]]:
-    picture = (resources.files("lvlm.assets") / "samples/digits-1.png").read_bytes()
+    image = (resources.files("lvlm.assets") / "samples/digits-1.png").read_bytes()
     with load(bundle, device=device) as model:
-        alone = [model.generate(q, images=[picture], max_new_tokens=NEW) for q in QUESTIONS]
+        alone = [model.generate(q, images=[image], max_new_tokens=NEW) for q in QUESTIONS]
         batch = model.generate(
-            ["Hello", *QUESTIONS[:2]], images=[[], [picture], [picture]], max_new_tokens=NEW
+            ["Hello", *QUESTIONS[:2]], images=[[], [image], [image]], max_new_tokens=NEW
         )
         return [list(answer.token_ids) for answer in (*alone, *batch)]
 

@@ -31,7 +31,7 @@ from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.model import load
 
 Arrays = dict[str, np.ndarray]
-PICTURE = resources.files("lvlm.assets") / "samples/digits-1.png"
+IMAGE = resources.files("lvlm.assets") / "samples/digits-1.png"
 # Whole graphs: largest |difference| / max(1, largest |value|), as the exporter's own validation.
 LIMITS = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 1e-1}
 
@@ -93,7 +93,7 @@ def record(args: argparse.Namespace) -> dict[str, Arrays]:
         for name in model.manifest.graphs:
             session = model.graphs.sessions[name]
             model.graphs.sessions[name] = Recorder(name, session)
-        model.generate(args.prompt, images=[args.image or PICTURE.read_bytes()], max_new_tokens=96)
+        model.generate(args.prompt, images=[args.image or IMAGE.read_bytes()], max_new_tokens=96)
     return found
 
 

@@ -23,7 +23,7 @@ def compare(bundle: Path, model: str) -> int:
     """The exit status of ``lvlm-compare checkpoint``. Raises ValidationError if they differ, and
     ParameterError for a bundle whose weights an export alone can compare."""
     manifest = read_bundle(bundle, "none")
-    budget = None if manifest.compression is None else manifest.compression.budget
+    budget = None if manifest.cache_policy is None else manifest.cache_policy.budget
     if manifest.quantization is not None or isinstance(budget, Profiled):
         raise ParameterError(
             "bundles with quantized weights or a profile are compared by lvlm-export alone"

@@ -39,7 +39,7 @@ class Family(Protocol):
     name: str
     aliases: Mapping[str, str]  # alias -> hub id
     model_types: tuple[str, ...]  # of config.json
-    pictures: str  # how a picture becomes tokens, in a few words (--list-models)
+    image_handling: str  # how an image becomes tokens, in a few words (--list-models)
     video: str  # how a video does, "" where there is none
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
@@ -52,20 +52,20 @@ class Family(Protocol):
     def language(self, model: Any, config: Any) -> LanguageModel: ...
 
     def vision(self, model: Any, config: Any) -> nn.Module:
-        """The arrays of a Picture (vision_inputs) -> its rows [shared + rows,D] in the model's
-        dtype."""
+        """The arrays of a PreparedImage (vision_inputs) -> its rows [shared + rows,D] in the
+        model's dtype."""
 
     def vision_inputs(self, images: Images) -> list[GraphPort]:
-        """The arrays of a Picture, in the order of the vision module's arguments; the first
+        """The arrays of a PreparedImage, in the order of the vision module's arguments; the first
         dimension is ``units``."""
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        """What transformers' own ``generate`` takes for a prompt's pictures, besides token ids."""
+        """What transformers' own ``generate`` takes for a prompt's images, besides token ids."""
 
     def images(self, config: Any, folder: Path) -> Images: ...
 
     def bounded(self, images: Images, tokens: int) -> Images:
-        """The same with pictures scaled down to at most ``tokens`` each; ParameterError where that
+        """The same with images scaled down to at most ``tokens`` each; ParameterError where that
         cannot be (``fixed_tokens``)."""
 
     def prompt(self, config: Any, folder: Path) -> PromptFiles: ...
@@ -79,16 +79,16 @@ class Family(Protocol):
 
 
 def fixed_tokens(images: Images, tokens: int) -> ParameterError:
-    """Of a family whose pictures all give the same number of tokens."""
+    """Of a family whose images all give the same number of tokens."""
     return ParameterError(
-        f"--max-image-tokens {tokens}: every picture gives {images.tokens} tokens with this model"
+        f"--max-image-tokens {tokens}: every image gives {images.tokens} tokens with this model"
     )
 
 
 def too_few_tokens(tokens: int, least: int) -> ParameterError:
-    """Of a family whose smallest pictures give ``least`` tokens."""
+    """Of a family whose smallest images give ``least`` tokens."""
     return ParameterError(
-        f"--max-image-tokens {tokens}: a picture gives at least {least} tokens with this model"
+        f"--max-image-tokens {tokens}: an image gives at least {least} tokens with this model"
     )
 
 

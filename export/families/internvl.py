@@ -40,7 +40,7 @@ from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
 from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
-from lvlm.runtime.processors.internvl import most_tokens, normalise_config, with_most_tokens
+from lvlm.runtime.processors.internvl import max_tokens, normalise_config, with_max_tokens
 from lvlm.runtime.prompt.prompts import Prompt
 
 
@@ -54,7 +54,7 @@ class InternVL:
         "internvl-8b": "OpenGVLab/InternVL3-8B-hf",
     }
     model_types = ("internvl",)
-    pictures = "tiles, and the whole as one more"
+    image_handling = "tiles, and the whole as one more"
     video = ""
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
@@ -95,7 +95,7 @@ class InternVL:
         return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.pictures]
+        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.images]
         return {"pixel_values": torch.cat(pixels)} if pixels else {}
 
     def images(self, config: InternVLConfig, folder: Path) -> Images:
@@ -115,10 +115,10 @@ class InternVL:
                 f"the image processor makes tiles of {processor['size']}, the vision tower takes "
                 f"{size[0]} x {size[1]}; make them equal"
             )
-        return tile_images(token, config.image_token_id, size, processor, most_tokens)
+        return tile_images(token, config.image_token_id, size, processor, max_tokens)
 
     def bounded(self, images: Images, tokens: int) -> Images:
-        return fewer_tiles(images, tokens, with_most_tokens, most_tokens)
+        return fewer_tiles(images, tokens, with_max_tokens, max_tokens)
 
     def prompt(self, config: InternVLConfig, folder: Path) -> PromptFiles:
         return prompt_files(folder, config.text_config)

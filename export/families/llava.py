@@ -42,7 +42,7 @@ from lvlm.runtime.prompt.prompts import Prompt
 
 
 class Llava:
-    """See Family. One pooled feature per patch, so every picture has the same number of tokens."""
+    """See Family. One pooled feature per patch, so every image has the same number of tokens."""
 
     name = "llava"
     aliases: ClassVar[Mapping[str, str]] = {
@@ -50,7 +50,7 @@ class Llava:
         "llava-13b": "llava-hf/llava-1.5-13b-hf",
     }
     model_types = ("llava",)
-    pictures = "one size, the same tokens for all"
+    image_handling = "one size, the same tokens for all"
     video = ""
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
@@ -72,7 +72,7 @@ class Llava:
         return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.pictures]
+        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.images]
         return {"pixel_values": torch.cat(pixels)} if pixels else {}
 
     def images(self, config: LlavaConfig, folder: Path) -> Images:

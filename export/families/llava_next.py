@@ -1,4 +1,4 @@
-"""LLaVA-NeXT (LLaVA 1.6): pictures of any shape as tiles, a newline after each line of patches."""
+"""LLaVA-NeXT (LLaVA 1.6): images of any shape as tiles, a newline after each line of patches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LlavaNext(AnyResolution):
         "llava-next-13b": "llava-hf/llava-v1.6-vicuna-13b-hf",
     }
     model_types = ("llava_next",)
-    pictures = "tiles, and the whole as one more"
+    image_handling = "tiles, and the whole as one more"
     video = ""
     config_class = LlavaNextConfig
     model_class = LlavaNextForConditionalGeneration

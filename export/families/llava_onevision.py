@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: one picture as many tiles, shrunk by interpolation, or several as one each."""
+"""LLaVA-OneVision: one image as many tiles, shrunk by interpolation, or several as one each."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class LlavaOnevision(AnyResolution):
         "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
     }
     model_types = ("llava_onevision",)
-    pictures = "alone: tiles, and the whole as one more; several: a tile each"
+    image_handling = "alone: tiles, and the whole as one more; several: a tile each"
     video = "a tile per frame, pooled"
     config_class = LlavaOnevisionConfig
     model_class = LlavaOnevisionForConditionalGeneration
@@ -80,7 +80,7 @@ class LlavaOnevision(AnyResolution):
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         found = super().transformers_inputs(prompt)
-        return found and found | {"batch_num_images": torch.tensor([len(prompt.pictures)])}
+        return found and found | {"batch_num_images": torch.tensor([len(prompt.images)])}
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
         """GQA and MHA, both towers, more tiles than fit (interpolation), tied weights."""

@@ -25,7 +25,7 @@ class Qwen25VL(QwenVL):
         "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
     }
     model_types = ("qwen2_5_vl",)
-    pictures = "its own resolution"
+    image_handling = "its own resolution"
     video = "pairs of frames, positions by time"
     config_class = Qwen2_5_VLConfig
     model_class = Qwen2_5_VLForConditionalGeneration

@@ -1,4 +1,4 @@
-"""Qwen2-VL: pictures at their own resolution, attention over the whole picture."""
+"""Qwen2-VL: images at their own resolution, attention over the whole image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Qwen2VL(QwenVL):
         "qwen2-vl-7b": "Qwen/Qwen2-VL-7B-Instruct",
     }
     model_types = ("qwen2_vl",)
-    pictures = "its own resolution"
+    image_handling = "its own resolution"
     video = "pairs of frames"
     config_class = Qwen2VLConfig
     model_class = Qwen2VLForConditionalGeneration

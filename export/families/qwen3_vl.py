@@ -1,4 +1,4 @@
-"""Qwen3-VL: learned positions stretched over the picture, and DeepStack: features of several vision
+"""Qwen3-VL: learned positions stretched over the image, and DeepStack: features of several vision
 blocks, which the language model's first blocks add to what they give."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Qwen3VL(QwenVL):
         "qwen3-vl-4b": "Qwen/Qwen3-VL-4B-Instruct",
     }
     model_types = ("qwen3_vl",)
-    pictures = "its own resolution"
+    image_handling = "its own resolution"
     video = "pairs of frames, with their time"
     config_class = Qwen3VLConfig
     model_class = Qwen3VLForConditionalGeneration
@@ -43,8 +43,8 @@ class Qwen3VL(QwenVL):
 
     def language(self, model: Any, config: Any) -> LanguageModel:
         found = super().language(model, config)
-        deep = len(config.vision_config.deepstack_visual_indexes)
-        return replace(found, rotary=InterleavedRotary(found.rotary), deep=deep)
+        deepstack = len(config.vision_config.deepstack_visual_indexes)
+        return replace(found, rotary=InterleavedRotary(found.rotary), deepstack_layers=deepstack)
 
     def vision(self, model: Any, config: Any) -> nn.Module:
         del config
@@ -134,7 +134,7 @@ class InterleavedRotary(nn.Module):
 
 
 class Qwen3Vision(nn.Module):
-    """Patches of one picture to image tokens and to what the language model's blocks add to them.
+    """Patches of one image to image tokens and to what the language model's blocks add to them.
 
     pixel_values [V,p,3*frames*patch*patch] fp32, position_ids [V,p,2] int64: V tokens of p patches
     learned       [V,p,4] int64: learned positions around each patch; share [V,p,4] fp32 of each
@@ -157,13 +157,13 @@ class Qwen3Vision(nn.Module):
         around = nn.functional.embedding(learned, visual.pos_embed.weight)
         hidden = hidden + (around * share[..., None]).sum(2).to(hidden.dtype)
         angles = Angles.of(visual, hidden, position_ids)
-        deep = []
+        deepstack = []
         for layer, block in enumerate(visual.blocks):
             hidden = run_block(block, hidden, angles)
             if layer in visual.deepstack_visual_indexes:
                 merger = visual.deepstack_visual_indexes.index(layer)
-                deep.append(visual.deepstack_merger_list[merger](hidden))
-        return torch.cat([visual.merger(hidden), *deep], dim=-1)
+                deepstack.append(visual.deepstack_merger_list[merger](hidden))
+        return torch.cat([visual.merger(hidden), *deepstack], dim=-1)
 
 
 FAMILY = Qwen3VL()

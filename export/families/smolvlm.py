@@ -40,7 +40,7 @@ from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.parts.frames import attempted
 from lvlm.runtime.processors.parts.smolvlm_video import video_config
-from lvlm.runtime.processors.smolvlm import most_tokens, normalise_config, with_most_tokens
+from lvlm.runtime.processors.smolvlm import max_tokens, normalise_config, with_max_tokens
 from lvlm.runtime.prompt.prompts import Prompt
 
 
@@ -54,7 +54,7 @@ class SmolVLM:
         "smolvlm-2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
     }
     model_types = ("smolvlm",)
-    pictures = "tiles, and the whole as one more"
+    image_handling = "tiles, and the whole as one more"
     video = "a tile per frame, with its time"
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
@@ -86,7 +86,7 @@ class SmolVLM:
         return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.pictures]
+        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.images]
         return {"pixel_values": torch.cat(pixels)[None]} if pixels else {}
 
     def images(self, config: SmolVLMConfig, folder: Path) -> Images:
@@ -108,10 +108,10 @@ class SmolVLM:
                 f"the image processor makes tiles of {processor['side']} pixels, the vision tower "
                 f"takes {side}; make max_image_size and image_size equal"
             )
-        return tile_images(token, config.image_token_id, (side, side), processor, most_tokens)
+        return tile_images(token, config.image_token_id, (side, side), processor, max_tokens)
 
     def bounded(self, images: Images, tokens: int) -> Images:
-        return fewer_tiles(images, tokens, with_most_tokens, most_tokens)
+        return fewer_tiles(images, tokens, with_max_tokens, max_tokens)
 
     def prompt(self, config: SmolVLMConfig, folder: Path) -> PromptFiles:
         return prompt_files(folder, config.text_config)

@@ -108,10 +108,10 @@ class Prefill(nn.Module):
     """Prompt to first logits, writing every layer's cache from slot 0 on.
 
     input_ids       [B,N] int64, padded on the right
-    image_features  [R,(1+deep)*D]: the pictures of all rows; one row of zeros if there is none
+    image_features  [R,(1+deep)*D]: the images of all rows; one row of zeros if there is none
     image_row       [B,N] int64: the row of these that replaces a placeholder, -1 for text and
                     padding
-    image_id        [B,N] int64: -1 padding, 0 text, m the m-th picture of the row
+    image_id        [B,N] int64: -1 padding, 0 text, m the m-th image of the row
     position_ids    [B,N] int64, or [3,B,N]
     and the recipe's inputs, and the buffers (ports.buffer_inputs).
     -> logits [B,vocabulary] fp32 after each row's last token, the reductions' maps, with a cache
@@ -138,7 +138,9 @@ class Prefill(nn.Module):
         inputs = dict(zip(names, extra, strict=True))
         features = nn.functional.embedding(image_row.clamp(min=0), image_features)
         image = (image_row >= 0)[..., None]
-        first, *deep = torch.split(features, model.hidden, dim=-1) if model.deep else [features]
+        first, *deepstack = (
+            torch.split(features, model.hidden, dim=-1) if model.deepstack_layers else [features]
+        )
         hidden = torch.where(image, first, model.embed(input_ids))
         state = TokenSequence(hidden, position_ids, image_id)
         start = torch.zeros_like(input_ids[:, 0])
@@ -159,8 +161,8 @@ class Prefill(nn.Module):
             tap, state.hidden, count, new = self._repeat(block, given, own)
             kept += count
             written += new
-            if layer < model.deep:  # no recipe merges before (plan.py)
-                state.hidden = state.hidden + torch.where(image, deep[layer], 0)
+            if layer < model.deepstack_layers:  # no recipe merges before (plan.py)
+                state.hidden = state.hidden + torch.where(image, deepstack[layer], 0)
         width = state.hidden.shape[-1]
         last = state.hidden.gather(1, state.last()[:, None, None].expand(-1, 1, width))[:, 0]
         logits = model.head(model.norm(last)).float()

@@ -26,9 +26,11 @@ class LanguageModel:
     positions: int  # the model is made for: of a prompt and its answer
     window: int | None = None  # keys a query can see, or length that rotary angles hold for
     position_rows: int = 1  # rotary positions per token: 3 with M-RoPE
-    deep: int = 0  # first blocks whose output gets image features of its own added (DeepStack)
+    deepstack_layers: int = (
+        0  # first blocks whose output gets image features of its own added (DeepStack)
+    )
 
     @property
     def feature_width(self) -> int:
         """Numbers per image token: what replaces its embedding, then what each block gets."""
-        return self.hidden * (1 + self.deep)
+        return self.hidden * (1 + self.deepstack_layers)

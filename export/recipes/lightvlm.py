@@ -33,7 +33,7 @@ class LightVLM(Recipe):
     source: ClassVar[str] = "arXiv 2509.00419 (own definition beyond its abstract)"
     small: ClassVar[tuple[str, ...]] = ("kv_floor=8", "kv_protect=8", "kv_interval=16")
 
-    keep: float = parameter(0.35, "final fraction of each picture's tokens, in (0, 1]")
+    keep: float = parameter(0.35, "final fraction of each image's tokens, in (0, 1]")
     stages: tuple[int, ...] | None = parameter(
         None,
         "blocks whose input is reduced; default max(1, round(L * 1/14, 2/7, 1/2)), after DeepStack",
@@ -88,7 +88,7 @@ class LightVLM(Recipe):
             if list(self.schedule) != sorted(self.schedule, reverse=True):
                 raise ParameterError(f"schedule {list(self.schedule)} must not rise")
 
-    def for_layers(self, layers: int, deep: int = 0) -> Self:
+    def for_layers(self, layers: int, deepstack_layers: int = 0) -> Self:
         if layers < 2:
             raise ParameterError(
                 f"recipe 'lightvlm' needs at least 2 layers, this model has {layers}; "
@@ -96,7 +96,7 @@ class LightVLM(Recipe):
             )
         stages = self.stages
         if stages is None:
-            places = (max(1, deep, rounded(layers * d)) for d in STAGE_DEPTHS)
+            places = (max(1, deepstack_layers, rounded(layers * d)) for d in STAGE_DEPTHS)
             stages = tuple(dict.fromkeys(min(place, layers - 1) for place in places))
         if max(stages) >= layers:
             raise ParameterError(

@@ -76,10 +76,10 @@ class Recipe:
     # Settings by which prompts of a few hundred tokens show what it does: for examples and tests.
     small: ClassVar[tuple[str, ...]] = ()
 
-    def for_layers(self, layers: int, deep: int = 0) -> Self:
+    def for_layers(self, layers: int, deepstack_layers: int = 0) -> Self:
         """The recipe with its defaults worked out and checked for a model of that depth, whose
         first ``deep`` blocks need all image tokens (DeepStack)."""
-        del layers, deep
+        del layers, deepstack_layers
         return self
 
     def token_reduction(self) -> TokenReduction:
@@ -136,14 +136,14 @@ class WithCache(Recipe):
     recipe: Recipe
     rule: CacheRule | None
 
-    def for_layers(self, layers: int, deep: int = 0) -> Self:
-        return dataclasses.replace(self, recipe=self.recipe.for_layers(layers, deep))
+    def for_layers(self, layers: int, deepstack_layers: int = 0) -> Self:
+        return dataclasses.replace(self, recipe=self.recipe.for_layers(layers, deepstack_layers))
 
     def token_reduction(self) -> TokenReduction:
         return self.recipe.token_reduction()
 
     def cache_policy(self) -> CachePolicy | None:
-        return None if self.rule is None else self.rule.compression
+        return None if self.rule is None else self.rule.cache_policy
 
     def cache_rule(self) -> CacheRule | None:
         return self.rule

@@ -41,7 +41,7 @@ class NaiveCache:
         self.known = np.minimum(seen, rule.queries if rule else 0)
         self.steps = 0
         kept = np.array([key.shape[2] for key in self.keys])
-        fixed = rule is not None and isinstance(rule.compression.decode, OneByOne)
+        fixed = rule is not None and isinstance(rule.cache_policy.decode, OneByOne)
         self.fixed_point = budgets.fixed_point(kept[:, None])[:, 0] if fixed else None
 
     def entries(self) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ class NaiveCache:
         """Logits [1,vocabulary] after one more token at ``position`` [] int64, or [3]; evicts what
         the budgets say."""
         layers = len(self.keys)
-        if self.rule is not None and self.rule.compression.positions == "layer0":
+        if self.rule is not None and self.rule.cache_policy.positions == "layer0":
             position = np.array(self.keys[0].shape[2])
         lengths = torch.tensor([[key.shape[2]] for key in self.keys])
         buffers: list[torch.Tensor] = []
@@ -78,9 +78,9 @@ class NaiveCache:
         self.steps += 1
         if self.fixed_point is not None:
             self._evict_one()
-        elif self.rule is not None and self.rule.compression.interval is not None:
+        elif self.rule is not None and self.rule.cache_policy.interval is not None:
             self.known = np.minimum(self.known + 1, self.rule.queries)
-            if self.steps % self.rule.compression.interval == 0:
+            if self.steps % self.rule.cache_policy.interval == 0:
                 self._compact(buffers)
         assert isinstance(logits, torch.Tensor)
         return logits

@@ -27,7 +27,7 @@ from lvlm.export.reference.naive_cache import NaiveCache
 from lvlm.export.weights.stored_weights import compute_in_fp32
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import keep_ratios, plan_prefill
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.options.generation_options import Keep
 from lvlm.runtime.prompt.prompts import Prompt
 
@@ -61,16 +61,16 @@ class Reference:
     ) -> None:
         self.model, self.cache_dtype = model.eval(), cache_dtype
         self.language: LanguageModel = family.language(model, config)
-        self.recipe = recipe.for_layers(len(self.language.blocks), self.language.deep)
+        self.recipe = recipe.for_layers(len(self.language.blocks), self.language.deepstack_layers)
         self.vision = family.vision(model, config)
 
     @torch.no_grad()
-    def encode(self, pictures: Sequence[Picture]) -> torch.Tensor:
-        """image_features [R,D] of all pictures' tokens in order."""
+    def encode(self, images: Sequence[PreparedImage]) -> torch.Tensor:
+        """image_features [R,D] of all images' tokens in order."""
         found = [np.zeros((0, self.language.feature_width), np.float32)]
-        for picture in pictures:
-            rows = self.vision(**{k: torch.from_numpy(x) for k, x in picture.arrays.items()})
-            found.append(picture.features(rows.numpy()))
+        for image in images:
+            rows = self.vision(**{k: torch.from_numpy(x) for k, x in image.arrays.items()})
+            found.append(image.features(rows.numpy()))
         return torch.from_numpy(np.concatenate(found))
 
     @torch.no_grad()
@@ -100,7 +100,7 @@ class Reference:
             [counts],
             [tail],
         )
-        budgets = Budgets.of(rule.compression if rule else None, layers, kv_keep)
+        budgets = Budgets.of(rule.cache_policy if rule else None, layers, kv_keep)
         kept = budgets.prompt(plan.entries)
         answer = Answer(entries=plan.entries[:, 0].tolist(), kept=kept[:, 0].tolist())
         rows = np.full(len(ids), -1)

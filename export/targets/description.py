@@ -36,14 +36,14 @@ class Description:
     platform      the machines it is for
     sms           their architectures, compute capabilities without the dot; (): any
     opset         newest one its parser takes
-    imports       those of NEW_OPS that it takes; the others are written out
-    attention     data types in which it takes Attention; in others that is written out
+    imports       those of NEW_OPS that it takes; the others are decomposed
+    attention     data types in which it takes Attention; in others that is decomposed
     row_heads     fewest heads with which it takes Attention of one query row
-    products      data types in which it multiplies matrices: those a bundle for it can be in
+    matmul_types  data types in which it multiplies matrices: those a bundle for it can be in
     plugins       lvlm ops are plugins, which their functions must not stand in for
     static_cache  the length of the cache is fixed in the graph
     topk_limit    largest K of its TopK; None: no limit is known
-    narrow        takes quantized weights, and a cache narrower than what is computed in
+    low_precision takes quantized weights, and a cache narrower than what is computed in
     verified      what was seen; "": nothing, the entry follows the documentation
     """
 
@@ -56,12 +56,12 @@ class Description:
     opset: int
     imports: frozenset[str]
     attention: frozenset[str]
-    products: frozenset[str]
+    matmul_types: frozenset[str]
     plugins: bool
     static_cache: bool
     topk_limit: int | None
     verified: str
-    narrow: bool = False
+    low_precision: bool = False
     row_heads: int = 1
 
     @property

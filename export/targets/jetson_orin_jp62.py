@@ -10,7 +10,7 @@ from lvlm.export.targets.target import Target
 
 TARGET = Target(
     name="jetson-orin-jp62",
-    summary="Jetson Orin, JetPack 6.2, TensorRT 10.3: plugins, attention written out",
+    summary="Jetson Orin, JetPack 6.2, TensorRT 10.3: plugins, attention decomposed",
     flavour="tensorrt",
     version=(10, 3),
     platform="Jetson Orin, JetPack 6.2",
@@ -18,7 +18,7 @@ TARGET = Target(
     opset=20,
     imports=frozenset(),
     attention=frozenset(),
-    products=FLOATS,
+    matmul_types=FLOATS,
     plugins=True,
     static_cache=True,
     topk_limit=3840,

@@ -2,7 +2,7 @@
 
 Its reader takes no functions, no TensorScatter, no Scan that reads values around it, and makes
 Attention out of parts that copy keys and values: functions are inlined, cache writes are left to
-the backend, Scan becomes Loop, attention is written out.
+the backend, Scan becomes Loop, attention is decomposed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class OpenVino(Target):
 
 TARGET = OpenVino(
     name="openvino",
-    summary="OpenVINO on x86 CPUs: attention written out, the cache written by the backend",
+    summary="OpenVINO on x86 CPUs: attention decomposed, the cache written by the backend",
     flavour="openvino",
     version=(2026,),
     platform="x86 CPUs, OpenVINO 2026.4 or newer",
@@ -45,7 +45,7 @@ TARGET = OpenVino(
     opset=24,
     imports=frozenset({"RMSNormalization", "RotaryEmbedding"}),
     attention=frozenset(),
-    products=FLOATS,
+    matmul_types=FLOATS,
     plugins=False,
     static_cache=False,
     topk_limit=None,

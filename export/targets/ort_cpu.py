@@ -72,10 +72,10 @@ TARGET = OrtCpu(
     opset=24,
     imports=NEW_OPS,
     attention=TYPES,
-    products=TYPES,
+    matmul_types=TYPES,
     plugins=False,
     static_cache=False,
     topk_limit=None,
     verified="1.31: every recipe gives the tokens of the canonical graphs",
-    narrow=True,
+    low_precision=True,
 )

@@ -11,7 +11,7 @@ from lvlm.export.targets.target import Target
 
 TARGET = Target(
     name="ort-tensorrt",
-    summary="ONNX Runtime's TensorRT provider: portable graphs, cache write written out",
+    summary="ONNX Runtime's TensorRT provider: portable graphs, cache write decomposed",
     flavour="onnxruntime",
     version=(1,),
     platform="NVIDIA GPUs, onnxruntime-gpu 1.31 or newer with TensorRT 10 or 11",
@@ -19,7 +19,7 @@ TARGET = Target(
     opset=24,
     imports=frozenset({"RMSNormalization", "RotaryEmbedding"}),
     attention=HALVES,
-    products=FLOATS,
+    matmul_types=FLOATS,
     plugins=False,
     static_cache=False,
     topk_limit=None,

@@ -12,7 +12,7 @@ from lvlm.export.targets.target import Target
 
 TARGET = Target(
     name="trt-rtx",
-    summary="NVIDIA TensorRT-RTX: static cache length, fp32 attention written out",
+    summary="NVIDIA TensorRT-RTX: static cache length, fp32 attention decomposed",
     flavour="tensorrt-rtx",
     version=(1,),
     platform="RTX GPUs from Ampere on, Linux and Windows",
@@ -21,7 +21,7 @@ TARGET = Target(
     imports=NEW_OPS,
     attention=HALVES,
     row_heads=4,
-    products=FLOATS,
+    matmul_types=FLOATS,
     plugins=False,
     static_cache=True,
     topk_limit=None,

@@ -17,5 +17,5 @@ TARGET = dataclasses.replace(
     summary="NVIDIA TensorRT-RTX from Turing on: fp16 bundles, every matrix product in fp16",
     platform="RTX GPUs from Turing on, Linux and Windows",
     sms=(75, *AMPERE.sms),
-    products=frozenset({"float16"}),
+    matmul_types=frozenset({"float16"}),
 )

@@ -32,14 +32,14 @@ QUANTIZED_TOLERANCE = 5e-2
 NEAR_TIES = "compared in fp32 alone; fp16 ranks near ties in another order"
 
 
-def narrow(plan: ExportPlan) -> bool:
+def low_precision(plan: ExportPlan) -> bool:
     """Weights or cache are narrower than what is computed in, on purpose."""
     return plan.options.quantization is not None or plan.cache_dtype != plan.dtype
 
 
 def chooses(manifest: Manifest) -> bool:
     """The recipe ranks tokens or entries, and what it keeps depends on these ranks."""
-    return bool(manifest.reductions) or manifest.compression is not None
+    return bool(manifest.reductions) or manifest.cache_policy is not None
 
 
 def against_reference(
@@ -54,16 +54,16 @@ def against_reference(
     outcome, steps = Outcome(), max(LEAST, steps)
     recipe, rule = plan.recipe, plan.recipe.cache_rule()
     if rule is not None:
-        recipe = WithCache(recipe, CacheRule(rule.compression.at_most_every(INTERVAL)))
+        recipe = WithCache(recipe, CacheRule(rule.cache_policy.at_most_every(INTERVAL)))
     manifest = soon(manifest, INTERVAL)
     how = plan.options.quantization
     model = load_fp32(plan.family, plan.config, plan.checkpoint, plan.stored_names, plan.dtype)
     if how is not None and any(isinstance(m, StoredLinear) for m in model.modules()):
         steps = LEAST  # what stays in its file is quantized anew whenever it is read
     reference = Reference(plan.family, plan.config, model, recipe)
-    features = reference.encode(prompt.pictures)
+    features = reference.encode(prompt.images)
     answer = original = reference.generate(prompt, features, max_new_tokens=steps)
-    if narrow(plan):
+    if low_precision(plan):
         cache = torch.float32 if plan.cache_dtype == plan.dtype else plan.cache_dtype
         reference = Reference(plan.family, plan.config, model, recipe, cache)
         if how is not None:
@@ -84,7 +84,7 @@ def against_reference(
                 outcome.notes.append(f"cache of {form.files['prefill']}: {NEAR_TIES}")
         else:
             outcome.ran(form, False)
-    if narrow(plan):
+    if low_precision(plan):
         outcome.checks += _cost(original, answer)
     return outcome
 

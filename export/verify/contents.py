@@ -32,7 +32,7 @@ def planned(plan: ExportPlan, manifest: Manifest) -> Check:
         "parameters": plan.recipe.parameters(),
         "keep": float(plan.recipe.parameters().get("keep", 1.0)),
         "reductions": plan.recipe.reductions(),
-        "compression": rule.compression if rule else None,
+        "cache_policy": rule.cache_policy if rule else None,
         "capacity": plan.cache.capacity,
     }
     wrong = sum(_plain(getattr(manifest, name)) != _plain(value) for name, value in pairs.items())

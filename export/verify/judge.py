@@ -30,7 +30,7 @@ SECONDS, LEAST = 30.0, 4  # of steps that are compared, and how many at least
 
 @dataclass
 class Verdict:
-    """One greedy answer. ``features`` [V,D] stand in the place of the picture's tokens, in blocks
+    """One greedy answer. ``features`` [V,D] stand in the place of the image's tokens, in blocks
     of D for every block they enter; ``logits`` [vocabulary] of every step are the model's own,
     ``scores`` what generate chose from after its processors; ``estimate`` says how the number of
     steps was chosen."""
@@ -153,7 +153,7 @@ class Judge:
 
     @property
     def image_id(self) -> int:
-        """The token that stands for pictures."""
+        """The token that stands for images."""
         found = getattr(self.config, "image_token_id", None)
         return int(self.config.image_token_index if found is None else found)
 
@@ -174,21 +174,21 @@ class Judge:
             )
         return str(found)
 
-    def pixels(self, picture: Image.Image) -> dict[str, torch.Tensor]:
-        """What the image processor gives a model for one picture."""
+    def pixels(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        """What the image processor gives a model for one image."""
         with _quiet():
-            found = self.images(images=[picture], return_tensors="pt", **self.image_options)
+            found = self.images(images=[image], return_tensors="pt", **self.image_options)
         return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
 
-    def ids(self, text: str, picture: Image.Image) -> list[int] | None:
-        """Of a rendered prompt with its picture; None where the folder's processor is not of this
+    def ids(self, text: str, image: Image.Image) -> list[int] | None:
+        """Of a rendered prompt with its image; None where the folder's processor is not of this
         model."""
         if self.processor is None:
             return None
         special = not self.begins(text)
         with _quiet():
             found = self.processor(
-                images=[picture], text=[text], add_special_tokens=special, return_tensors="pt"
+                images=[image], text=[text], add_special_tokens=special, return_tensors="pt"
             )
         return [int(x) for x in found["input_ids"][0]]
 
@@ -196,7 +196,7 @@ class Judge:
     def answer(
         self,
         ids: Sequence[int],
-        picture: Mapping[str, torch.Tensor],
+        image: Mapping[str, torch.Tensor],
         image_ids: set[int],
         most: int,
         tell: Callable[[str], None],
@@ -205,7 +205,7 @@ class Judge:
         ``most`` as SECONDS allow."""
         tokens = torch.tensor([list(ids)])
         is_image = torch.isin(tokens[0], torch.tensor(sorted(image_ids)))
-        taken = _taken(self.model, picture)
+        taken = _taken(self.model, image)
         if "mm_token_type_ids" in _parameters(self.model):
             taken["mm_token_type_ids"] = is_image.int()[None]
         seen: list[torch.Tensor] = []
@@ -214,8 +214,8 @@ class Judge:
             if not seen:
                 embedded = given.get("inputs_embeds")
                 embedded = args[0] if embedded is None else embedded
-                deep = given.get("deepstack_visual_embeds")
-                parts = [embedded[0, is_image], *(deep if deep is not None else ())]
+                deepstack = given.get("deepstack_visual_embeds")
+                parts = [embedded[0, is_image], *(deepstack if deepstack is not None else ())]
                 seen.append(torch.cat([p.float() for p in parts], dim=-1))
 
         clock = _Clock(most)
@@ -278,9 +278,9 @@ def _parameters(model: Any) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def _taken(model: Any, picture: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _taken(model: Any, image: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Those of an image processor's arrays that the model has arguments for."""
-    return {k: v for k, v in picture.items() if k in _parameters(model)}
+    return {k: v for k, v in image.items() if k in _parameters(model)}
 
 
 @contextmanager

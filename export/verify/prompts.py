@@ -26,8 +26,8 @@ SYSTEM = "You are an assistant. Answer briefly."
 ANSWER, NEXT = "A grid of digits,\nseven in all.", " And the last one?"
 CONVERSATIONS = {
     "user": [Turn("user", QUESTION)],
-    "user, picture": [Turn("user", QUESTION, 1)],
-    "system, user, picture": [Turn("system", SYSTEM), Turn("user", QUESTION, 1)],
+    "user, image": [Turn("user", QUESTION, 1)],
+    "system, user, image": [Turn("system", SYSTEM), Turn("user", QUESTION, 1)],
     "after an answer": [
         Turn("user", QUESTION, 1),
         Turn("assistant", ANSWER),
@@ -47,25 +47,25 @@ def compare(
     judge: Judge,
     family: Family,
     maker: PromptMaker,
-    picture: Image.Image,
+    image: Image.Image,
     prompt: Prompt,
     pixels: bool,
 ) -> Outcome:
     """A bundle's ``maker`` against the checkpoint's own; ``prompt`` is QUESTION about the
-    picture, as the bundle has it. ``pixels``: whether the bundle is to scale pictures alike."""
-    outcome, odd = Outcome(), picture.resize((picture.width // 2 + 7, picture.height))
+    image, as the bundle has it. ``pixels``: whether the bundle is to scale images alike."""
+    outcome, odd = Outcome(), image.resize((image.width // 2 + 7, image.height))
     if pixels:
         outcome.checks += [
-            _pixels(judge, family, prompt, picture, "a picture"),
+            _pixels(judge, family, prompt, image, "an image"),
             _pixels(judge, family, prepare(maker, odd), odd, "one of another shape"),
-            _ids(judge, maker, picture, prompt),
+            _ids(judge, maker, image, prompt),
         ]
     outcome.add(texts(judge, maker, prompt.ids))
     return outcome
 
 
 def texts(judge: Judge, maker: PromptMaker, ids: Iterable[int] = ()) -> Outcome:
-    """The chat template and the tokenizer; ``ids``: of a prompt with a picture."""
+    """The chat template and the tokenizer; ``ids``: of a prompt with an image."""
     outcome, used = Outcome(), {*map(int, ids), *judge.eos_ids, *maker.tokenizer.eos_ids}
     if maker.template is not None or judge.template():
         used |= _roles(judge, maker, outcome)
@@ -73,16 +73,16 @@ def texts(judge: Judge, maker: PromptMaker, ids: Iterable[int] = ()) -> Outcome:
     return outcome
 
 
-def prepare(maker: PromptMaker, picture: Image.Image, tokens: int = 1) -> Prompt:
-    """QUESTION about a picture; without a chat template it stands after the picture."""
+def prepare(maker: PromptMaker, image: Image.Image, tokens: int = 1) -> Prompt:
+    """QUESTION about an image; without a chat template it stands after the image."""
     template = maker.template is not None
     text = QUESTION if template else f"{maker.images.token}\n{QUESTION}"
     options = GenerationOptions(max_new_tokens=tokens, chat_template=template)
-    return maker.prepare(0, text, [picture], options)
+    return maker.prepare(0, text, [image], options)
 
 
-def _pixels(judge: Judge, family: Family, prompt: Prompt, picture: Image.Image, what: str) -> Check:
-    ours, theirs = family.transformers_inputs(prompt), judge.pixels(picture)
+def _pixels(judge: Judge, family: Family, prompt: Prompt, image: Image.Image, what: str) -> Check:
+    ours, theirs = family.transformers_inputs(prompt), judge.pixels(image)
     worst = 0.0
     for name in sorted(set(ours) & set(theirs)):
         a, b = ours[name].reshape(-1), theirs[name].reshape(-1)
@@ -116,13 +116,13 @@ def _roles(judge: Judge, maker: PromptMaker, outcome: Outcome) -> set[int]:
     return used
 
 
-def _ids(judge: Judge, maker: PromptMaker, picture: Image.Image, prompt: Prompt) -> Check:
-    """Of the whole prompt; without transformers' processor with every picture's tokens as one."""
+def _ids(judge: Judge, maker: PromptMaker, image: Image.Image, prompt: Prompt) -> Check:
+    """Of the whole prompt; without transformers' processor with every image's tokens as one."""
     token = maker.images.token
     text = judge.render([Turn("user", QUESTION, 1)]) if maker.template else f"{token}\n{QUESTION}"
     if text is None:
         return Check("prompt's ids", np.inf, 0, "ids that differ")
-    theirs = judge.ids(text, picture)
+    theirs = judge.ids(text, image)
     ours: list[int] = list(prompt.ids)
     name = "prompt's ids"
     if theirs is None:
@@ -131,10 +131,10 @@ def _ids(judge: Judge, maker: PromptMaker, picture: Image.Image, prompt: Prompt)
         plain = [t for t, m in zip(ours, prompt.image_id, strict=True) if m == 0]
         before = theirs.index(maker.images.token_id) if maker.images.token_id in theirs else -1
         theirs = [t for t in theirs if t != maker.images.token_id]
-        # What a processor writes around a picture is not known here: the ends must agree
+        # What a processor writes around an image is not known here: the ends must agree
         ends = before >= 0 and ours[: min(before, first)] == theirs[: min(before, first)]
         ends = ends and plain[len(plain) - len(theirs) + before :] == theirs[before:]
-        return Check(f"{name}, picture aside", float(not ends), 0, "ids that differ")
+        return Check(f"{name}, image aside", float(not ends), 0, "ids that differ")
     return Check(name, _unequal(ours, theirs), 0, "ids that differ")
 
 
@@ -148,5 +148,5 @@ def eos(judge: Judge, ours: tuple[int, ...]) -> Check:
 
 
 def features(ours: np.ndarray, theirs: torch.Tensor) -> float:
-    """How far a picture's rows are apart."""
+    """How far an image's rows are apart."""
     return difference(ours, theirs.numpy()) if ours.shape == tuple(theirs.shape) else np.inf

@@ -44,11 +44,11 @@ def run_form(
 
     Raises ValidationError where the form cannot be run.
     """
-    merging, compressed = bool(manifest.reductions), manifest.compression is not None
+    merging, compressed = bool(manifest.reductions), manifest.cache_policy is not None
     try:
         backend, manifest = open_form(form, manifest, opened)
         graphs = Graphs(folder, manifest, backend)
-        features = graphs.encode(prompt.pictures)
+        features = graphs.encode(prompt.images)
         batch = Calls(graphs, lambda _: features).start(
             [prompt], ratio if merging else None, ratio if compressed else None
         )
@@ -76,14 +76,14 @@ def _follow(
         row.tokens[-1], row.finish_reason = token, None
         if step + 1 < len(tokens):
             batch.decode_step()
-    c = manifest.compression
+    c = manifest.cache_policy
     found.compacted = c is not None and c.interval is not None and len(tokens) > c.interval
     return found
 
 
 def whole(manifest: Manifest, entries: int) -> Manifest:
     """A manifest by which nothing is merged or dropped at ratio 1, with room for ``entries``."""
-    c = manifest.compression
+    c = manifest.cache_policy
     return _roomy(
         replace(
             manifest,
@@ -91,7 +91,7 @@ def whole(manifest: Manifest, entries: int) -> Manifest:
             reductions=tuple(
                 r if r.ratio is None else replace(r, ratio=1.0) for r in manifest.reductions
             ),
-            compression=None if c is None else c.whole(),
+            cache_policy=None if c is None else c.whole(),
         ),
         entries,
     )
@@ -111,8 +111,8 @@ def _roomy(manifest: Manifest, entries: int) -> Manifest:
 
 def soon(manifest: Manifest, interval: int) -> Manifest:
     """With at most ``interval`` steps to the first run of compact.onnx."""
-    c = manifest.compression
-    return manifest if c is None else replace(manifest, compression=c.at_most_every(interval))
+    c = manifest.cache_policy
+    return manifest if c is None else replace(manifest, cache_policy=c.at_most_every(interval))
 
 
 def _floats(array: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from lvlm.core.errors import LvlmError, ValidationError
 from lvlm.export.verify import contents, prompts
-from lvlm.export.verify.against_reference import against_reference, chooses, narrow
+from lvlm.export.verify.against_reference import against_reference, chooses, low_precision
 from lvlm.export.verify.checks import TOLERANCE, UNIT, Check, difference, wrong_tokens
 from lvlm.export.verify.forms import Opened, canonical
 from lvlm.export.verify.judge import Judge, Verdict
@@ -36,7 +36,7 @@ from lvlm.runtime.prompt.text import Tokenizer
 if TYPE_CHECKING:
     from lvlm.export.export_plan import ExportPlan
 
-PICTURE, OTHER = "samples/digits-1.png", "samples/digits-2.png"
+IMAGE, OTHER = "samples/digits-1.png", "samples/digits-2.png"
 TOKENS = 24  # most that are compared
 # Of weights that are stored wider than the bundle has them: bf16 has 8 bits.
 ROUNDED_TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 2e-1}
@@ -50,7 +50,7 @@ def validate(
     judge = Judge(plan.checkpoint.folder)
     judge.load_model(plan.checkpoint.stored_dtype() or plan.dtype)
     maker = _prompt_maker(folder, manifest)
-    picture = _picture(PICTURE)
+    image = _image(IMAGE)
     outcome.checks.append(contents.planned(plan, manifest))
     outcome.checks.append(prompts.eos(judge, manifest.text.eos_ids))
     outcome.checks.append(contents.choosing(judge, manifest))
@@ -59,19 +59,19 @@ def validate(
     else:
         outcome.notes.append("rows of the embedding: only those of the prompt are compared")
     try:
-        prompt = prompts.prepare(maker, picture, TOKENS + 1)
+        prompt = prompts.prepare(maker, image, TOKENS + 1)
     except LvlmError as error:
         outcome.add(prompts.texts(judge, maker))
         outcome.check()
-        raise ValidationError(f"the bundle takes no prompt with a picture: {error}") from None
+        raise ValidationError(f"the bundle takes no prompt with an image: {error}") from None
     resized = manifest.images.tokens < plan.family.images(plan.config, judge.folder).tokens
     if resized:
-        outcome.notes.append("pixels: not compared, --max-image-tokens scales pictures down")
-    outcome.add(prompts.compare(judge, plan.family, maker, picture, prompt, not resized))
+        outcome.notes.append("pixels: not compared, --max-image-tokens scales images down")
+    outcome.add(prompts.compare(judge, plan.family, maker, image, prompt, not resized))
     if judge.without:
-        outcome.notes.append(f"tokens around pictures: not compared, {judge.without}")
+        outcome.notes.append(f"tokens around images: not compared, {judge.without}")
     outcome.check()  # nothing else can be right
-    pixels = plan.family.transformers_inputs(prompt) if resized else judge.pixels(picture)
+    pixels = plan.family.transformers_inputs(prompt) if resized else judge.pixels(image)
     verdict = judge.answer(prompt.ids, pixels, {judge.image_id}, TOKENS, tell)
     outcome.estimate = verdict.estimate
     del judge
@@ -82,18 +82,18 @@ def validate(
     steps = len(verdict.logits)
     found = against_reference(plan, folder, manifest, prompt, steps, opened)
     if not found.passed and chooses(manifest):
-        # Two orders of the same sum may rank near ties differently; hardly so for two pictures
-        other = prompts.prepare(maker, _picture(OTHER), TOKENS + 1)
+        # Two orders of the same sum may rank near ties differently; hardly so for two images
+        other = prompts.prepare(maker, _image(OTHER), TOKENS + 1)
         again = against_reference(plan, folder, manifest, other, steps, opened)
         if again.passed:
-            again.notes.append(f"{OTHER} instead of {PICTURE}, in which ranks are near ties")
+            again.notes.append(f"{OTHER} instead of {IMAGE}, in which ranks are near ties")
             found = again
     outcome.add(found)
     outcome.check()
     return outcome
 
 
-def _picture(name: str) -> Image.Image:
+def _image(name: str) -> Image.Image:
     data = (resources.files("lvlm.assets") / name).read_bytes()
     return Image.open(io.BytesIO(data)).convert("RGB")
 
@@ -129,7 +129,7 @@ def _against_judge(
     if stored.itemsize > plan.dtype.itemsize or plan.dtype != stored:
         limit = max(TOLERANCE[plan.dtype], ROUNDED_TOLERANCE.get(plan.dtype, 0.0))
     exact = limit
-    if narrow(plan):
+    if low_precision(plan):
         limit = None  # what it costs is told; what is right, the reference says
     outcome.checks.append(
         Check(

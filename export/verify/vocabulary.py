@@ -48,7 +48,7 @@ def compare(judge: Judge, maker: PromptMaker, used: Set[int]) -> Outcome:
 
 
 def _kind(token: str) -> str:
-    """<row_3_col_4> is in use where <row_1_col_1> is: another picture has it."""
+    """<row_3_col_4> is in use where <row_1_col_1> is: another image has it."""
     return re.sub(r"\d+", "0", token)
 
 

@@ -87,12 +87,12 @@ def dequantize(packed: np.ndarray, scales: np.ndarray, how: WeightQuantization) 
 def linear_weights(model: nn.Module, language: LanguageModel) -> dict[str, nn.Parameter]:
     """What is quantized, by name in ``model``: the weights [N,K] of every linear layer of the
     blocks, and of the head. Embeddings, norms and the vision tower are not."""
-    wanted = {id(linear.weight) for linear in products(language)}
+    wanted = {id(linear.weight) for linear in linears(language)}
     parameters = model.named_parameters(remove_duplicate=True)
     return {name: parameter for name, parameter in parameters if id(parameter) in wanted}
 
 
-def products(language: LanguageModel) -> list[nn.Linear]:
+def linears(language: LanguageModel) -> list[nn.Linear]:
     linear = [m for block in language.blocks for m in block.modules() if isinstance(m, nn.Linear)]
     return [*linear, *([language.head] if isinstance(language.head, nn.Linear) else [])]
 
@@ -102,7 +102,7 @@ def round_linears(language: LanguageModel, how: WeightQuantization, scales: torc
     """Give the torch model the numbers that a quantized bundle multiplies with, whose scales have
     the bundle's dtype. A head that shares its weight with the embedding gets one of its own."""
     shared = language.embed.weight
-    for linear in products(language):
+    for linear in linears(language):
         if isinstance(linear, StoredLinear):
             linear.read = _rounding(linear.read, how, scales)
         elif linear.weight is shared:

@@ -27,7 +27,7 @@ def order_scores(
     recent: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Whole numbers in the order of the scores: not finite is 0, protected the largest. -0 equals
+    """Integers in the order of the scores: not finite is 0, protected the largest. -0 equals
     0, no denormal number is lost. Grid: blocks of positions, B."""
     row = tl.program_id(1).to(tl.int64)
     valid = tl.minimum(tl.load(length + row), positions).to(tl.int32)

@@ -41,7 +41,7 @@ def _block(target: Target) -> list[str]:
         "engine": f"{PEOPLE[target.flavour]} {'.'.join(map(str, target.version))}",
         "for": f"{target.platform} (sm {architectures})",
         "opset": f"{target.opset}, {'plugins' if target.plugins else 'no plugins'}",
-        "written out": ", ".join(written) or "nothing",
+        "decomposed": ", ".join(written) or "nothing",
         "verified": target.verified or "no",
     }
     lines = [target.name]

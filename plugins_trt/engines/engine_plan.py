@@ -92,9 +92,9 @@ def _gpu(request: BuildRequest) -> tuple[str | None, tuple[int, ...]]:
 
 
 def _check_dtype(target: Target, dtype: str) -> None:
-    if dtype not in target.products:
+    if dtype not in target.matmul_types:
         raise ParameterError(
-            f"target {target.name} computes in {', '.join(sorted(target.products))} only, this "
+            f"target {target.name} computes in {', '.join(sorted(target.matmul_types))} only, this "
             f"bundle is in {dtype}; export it with --dtype fp16"
         )
 

@@ -1,7 +1,7 @@
 """Optimization profiles: how long every dynamic dimension of a bundle's graphs may be.
 
 Every limit follows from the manifest's lengths, which bound what the runtime ever asks for. The
-usual lengths, which kernels are chosen for, are those of one picture and a short question at the
+usual lengths, which kernels are chosen for, are those of one image and a short question at the
 exported ratios; they must fit one another, as the lengths of a real call do, or the builder finds
 a contradiction (no layer keeps more entries than the prompt has tokens).
 """
@@ -28,7 +28,7 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 @dataclass(frozen=True)
 class Limits:
     """batch       prompts at once
-    max_prompt  tokens of a prompt, those of its pictures with them; None: all there is room for
+    max_prompt  tokens of a prompt, those of its images with them; None: all there is room for
     """
 
     batch: Range
@@ -91,7 +91,7 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
     reductions, layers = manifest.reductions, manifest.text.layers
     ratios = keep_ratios(reductions, manifest.keep, None)
     entering = np.array(tokens_per_layer(reductions, ratios, tokens, layers)) + text
-    stays = Budgets.of(manifest.compression, layers, None).prompt(entering[:, None])[:, 0]
+    stays = Budgets.of(manifest.cache_policy, layers, None).prompt(entering[:, None])[:, 0]
     most_images = batch.most * manifest.capacity.max_images
     ranges = {
         "batch": batch,
@@ -114,10 +114,10 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
 
 
 def _encoded(manifest: Manifest, limits: Limits) -> Profile:
-    """The runtime encodes a few units at a time, however many pictures there are, or one picture
+    """The runtime encodes a few units at a time, however many images there are, or one image
     whose units belong together."""
-    most = manifest.images.most
-    if not manifest.images.apart:
+    most = manifest.images.max_dims
+    if not manifest.images.independent_units:
         return {name: Range(1, count, count) for name, count in most.items()}
     units = min(UNITS_AT_ONCE, limits.batch.most * manifest.capacity.max_images * most["units"])
     return {"units": Range(1, min(limits.batch.usual * most["units"], units), units)}
@@ -135,7 +135,7 @@ def _longest(manifest: Manifest, limits: Limits) -> int:
         )
     if wanted < least:
         raise ParameterError(
-            f"--max-prompt {wanted}: one picture and a word take {least} tokens; give more"
+            f"--max-prompt {wanted}: one image and a word take {least} tokens; give more"
         )
     return wanted
 

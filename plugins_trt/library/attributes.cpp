@@ -35,7 +35,7 @@ int32_t readInt(AttributeTable const& attribute, PluginField const& field)
     bool const narrow = field.type == PluginFieldType::kINT32;
     if ((!narrow && field.type != PluginFieldType::kINT64) || field.length != 1)
     {
-        throw Error(std::string{attribute.name} + " must be one whole number, int32 or int64");
+        throw Error(std::string{attribute.name} + " must be one integer, int32 or int64");
     }
     int64_t const value = narrow ? only<int32_t>(field) : only<int64_t>(field);
     if (value < attribute.least || value > INT32_MAX)

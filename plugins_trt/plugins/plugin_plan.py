@@ -61,7 +61,7 @@ class Attribute:
 
     choices  the words that a string may be
     unused   accepted and without effect on what is computed
-    least    the smallest whole number allowed
+    least    the smallest integer allowed
     """
 
     name: str

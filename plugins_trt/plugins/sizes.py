@@ -1,4 +1,4 @@
-"""Whole numbers that depend on the shapes of a call, as data.
+"""Integers that depend on the shapes of a call, as data.
 
 A plan's output shapes, grids and scalar arguments are such expressions. Python evaluates them for
 tests; the plugin library evaluates the same ones in C++, from their postfix form, either with

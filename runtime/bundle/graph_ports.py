@@ -92,7 +92,7 @@ def _prefill(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
         takes |= {f"{name}_{i}": ("int64", (None,)) for name in ("keep_slots", "out_slots")}
         optional |= {f"recycle_{i}": ("int64", ROW), f"recycle_slots_{i}": ("int64", (None,))}
         gives |= {f"merge_map_{i}": ("int64", ROW)}
-    if manifest.compression is not None:
+    if manifest.cache_policy is not None:
         takes |= _budget(manifest)
         gives |= {"kept": ("int64", (manifest.text.layers, None))}
     caches = _caches(manifest)
@@ -160,4 +160,4 @@ def _caches(manifest: Manifest) -> Forms:
 
 
 def _queries(manifest: Manifest) -> int:
-    return manifest.compression.queries if manifest.compression is not None else 0
+    return manifest.cache_policy.queries if manifest.cache_policy is not None else 0

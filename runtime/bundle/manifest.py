@@ -65,20 +65,21 @@ class Text:
 
 @dataclass(frozen=True)
 class Images:
-    """What becomes of a picture.
+    """Image inputs of a bundle.
 
-    tokens       the most that one picture gives
-    grid         rows x columns of patches, where all pictures have the same: with one token more
-                 than patches the first is the class token; with one less, the first patch has none;
-                 () where it depends on the picture
-    size         height and width that the vision graph takes, () likewise
-    apart        the graph computes each unit (tile) on its own, so that any number can be given
-    shared_rows  rows at the start of its output that are the same for all pictures
-    deep         how many of the language model's first blocks have image features of their own
-                 added to what they give (DeepStack); a token's features hold these, too
-    most         of each dynamic dimension of the vision graph, what one picture can need
-    positions    rotary positions of the prompt's tokens: one after the other, or three each (time,
-                 row and column, M-RoPE)
+    tokens             the most that one image gives
+    grid               rows x columns of patches, where all images have the same: with one token
+                       more than patches the first is the class token; with one less, the first
+                       patch has none; () where it depends on the image
+    size               height and width that the vision graph takes, () likewise
+    independent_units  the graph computes each unit (tile) on its own, so that any number can be
+                       given
+    shared_rows        rows at the start of its output that are the same for all images
+    positions          rotary positions of the prompt's tokens: one after the other, or three each
+                       (time, row and column, M-RoPE)
+    deepstack_layers   how many of the language model's first blocks have image features of their
+                       own added to their output (DeepStack); a token's features hold these, too
+    max_dims           the largest that one image needs of each dynamic dimension of the graph
     """
 
     token: str
@@ -87,18 +88,18 @@ class Images:
     grid: tuple[int, ...]
     size: tuple[int, ...]
     processor: dict[str, Any]
-    apart: bool = True
+    independent_units: bool = True
     shared_rows: int = 0
     positions: Literal["sequence", "grid"] = "sequence"
-    deep: int = 0
-    most: dict[str, int] = field(default_factory=lambda: {"units": 1})
+    deepstack_layers: int = 0
+    max_dims: dict[str, int] = field(default_factory=lambda: {"units": 1})
 
 
 @dataclass(frozen=True)
 class Reduction:
     """One shortening of the image tokens, at the input of block ``layer``.
 
-    Of V image tokens of a picture, max(1, round(V * ratio)) stay, where the ratio is ``ratio`` or
+    Of V image tokens of an image, max(1, round(V * ratio)) stay, where the ratio is ``ratio`` or
     keep ** ``exponent``. ``recycle`` is the part of those that absorb discarded ones (schedule.py).
     """
 
@@ -111,7 +112,7 @@ class Reduction:
 @dataclass(frozen=True)
 class Capacity:
     """Cache entries per layer for ``max_text_len`` text tokens (prompt and answer) and
-    ``max_images`` pictures at the exported ratios."""
+    ``max_images`` images at the exported ratios."""
 
     max_text_len: int
     max_images: int
@@ -146,7 +147,7 @@ class Manifest:
     images: Images
     keep: float
     reductions: tuple[Reduction, ...]
-    compression: CachePolicy | None
+    cache_policy: CachePolicy | None
     capacity: Capacity
     chat_template: str | None
     special_tokens: dict[str, str]
@@ -158,7 +159,7 @@ class Manifest:
     @property
     def feature_width(self) -> int:
         """Numbers that the vision graph gives per image token."""
-        return self.text.hidden * (1 + self.images.deep)
+        return self.text.hidden * (1 + self.images.deepstack_layers)
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(self.text_form(), encoding="utf-8")

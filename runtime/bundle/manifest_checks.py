@@ -20,9 +20,9 @@ def check(manifest: Manifest, path: Path) -> None:
     _check_sizes(manifest, path)
     _check_images(manifest, path)
     _check_reductions(manifest.reductions, layers, path)
-    if manifest.compression is not None:
+    if manifest.cache_policy is not None:
         try:
-            manifest.compression.check_layers(layers)
+            manifest.cache_policy.check_layers(layers)
         except ParameterError as error:
             raise BundleError(f"{path}: {error}; export again") from None
     _check_graphs(manifest, path)
@@ -36,7 +36,7 @@ def _check_sizes(manifest: Manifest, path: Path) -> None:
         raise BundleError(f"{path} lists capacities for another number of layers than {layers}")
     sizes = (
         *dataclasses.astuple(text)[:6],
-        *(images.tokens, *images.grid, *images.size, *images.most.values()),
+        *(images.tokens, *images.grid, *images.size, *images.max_dims.values()),
         *(capacity.max_text_len, capacity.max_images, *capacity.per_layer),
     )
     if not 1 <= min(sizes) <= max(sizes) <= LARGEST or not 0 < manifest.keep <= 1:
@@ -54,17 +54,17 @@ def _check_images(manifest: Manifest, path: Path) -> None:
     images = manifest.images
     if len(images.grid) not in (0, 2) or len(images.size) not in (0, 2):
         raise BundleError(f"{path}: images need a grid and a size of two numbers, or none")
-    shared = images.shared_rows
-    if not 0 <= shared <= images.tokens or not 0 <= images.deep < manifest.text.layers:
+    shared, deepstack = images.shared_rows, images.deepstack_layers
+    if not 0 <= shared <= images.tokens or not 0 <= deepstack < manifest.text.layers:
         raise BundleError(
-            f"{path}: images share {shared} rows and enter {images.deep} blocks more; export again"
+            f"{path}: images share {shared} rows and enter {deepstack} blocks more; export again"
         )
-    if "units" not in images.most:
-        raise BundleError(f"{path}: images.most lacks the units; export again")
+    if "units" not in images.max_dims:
+        raise BundleError(f"{path}: images.max_dims lacks the units; export again")
 
 
 def _check_graphs(manifest: Manifest, path: Path) -> None:
-    compacts = manifest.compression is not None and manifest.compression.interval is not None
+    compacts = manifest.cache_policy is not None and manifest.cache_policy.interval is not None
     wanted = GRAPHS | ({"compact"} if compacts else set())
     if missing := wanted - set(manifest.graphs):
         raise BundleError(f"{path} lists no {', '.join(sorted(missing))} graph; export again")

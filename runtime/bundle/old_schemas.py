@@ -1,7 +1,8 @@
 """Manifests of earlier schemas, brought to the present one while they are read.
 
 3   has neither ``generation`` nor hashes of blocks; fields without which a manifest is complete
-4   has the cache's compression as one flat record (``FlatCompression``)
+4   has ``compression``, a cache policy as one flat record (``FlatCompression``), and other names
+    of some fields of ``images``
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from lvlm.runtime.policies.shares import (
 )
 
 OLD = (3, 4)
+# Fields of ``images`` and their names since schema 5
+IMAGES = {"apart": "independent_units", "deep": "deepstack_layers", "most": "max_dims"}
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,18 @@ class FlatCompression:
 
 def upgraded(data: Any, where: str) -> Any:
     """A manifest (from JSON) as the present schema has it. Raises BundleError."""
-    flat = data.get("compression")
-    if data["schema"] not in OLD or flat is None:
+    if data["schema"] not in OLD:
         return data
+    data = dict(data)
+    if isinstance(images := data.get("images"), Mapping):
+        data["images"] = {IMAGES.get(key, key): value for key, value in images.items()}
+    if "compression" in data:
+        flat = data.pop("compression")
+        data["cache_policy"] = None if flat is None else _upgraded_policy(data, flat, where)
+    return data
+
+
+def _upgraded_policy(data: Mapping[str, Any], flat: Any, where: str) -> dict[str, Any]:
     where = f"{where}.compression"
     parameters = data.get("parameters")
     kv = parameters.get("kv") if isinstance(parameters, Mapping) else None
@@ -70,7 +82,7 @@ def upgraded(data: Any, where: str) -> Any:
         policy = _policy(decode(FlatCompression, flat, where), merges)
     except ParameterError as error:
         raise BundleError(f"{where}: {error}; export the bundle again") from None
-    return {**data, "compression": dataclasses.asdict(policy)}
+    return dataclasses.asdict(policy)
 
 
 def _policy(flat: FlatCompression, merges: bool) -> CachePolicy:

@@ -110,7 +110,7 @@ class AsyncEngine:
         timeout: float | None = None,
         **given: Unpack[OptionValues],
     ) -> AsyncHandle:
-        """As Engine.submit; pictures are opened in a thread of their own."""
+        """As Engine.submit; images are opened in a thread of their own."""
         parsed = self.engine.options(options, given)
         return await self._submit(0, one_ask(prompt, images, videos), parsed, timeout, ())
 

@@ -27,7 +27,7 @@ from lvlm.runtime.engine.steps import Steps
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.kv.cache import CompactCache
 
-# Features [V,D] of all pictures of some requests, in order.
+# Features [V,D] of all images of some requests, in order.
 Encode = Callable[[Sequence[Request]], list[np.ndarray]]
 
 

@@ -58,7 +58,7 @@ Asked = tuple[Answer, TextStream | None]
 
 
 class Calls:
-    """Starts a batch for every call. ``encode`` gives the pictures' features in place of the vision
+    """Starts a batch for every call. ``encode`` gives the images' features in place of the vision
     graph."""
 
     def __init__(self, graphs: Graphs, encode: Encode | None = None) -> None:
@@ -146,4 +146,4 @@ class Calls:
 
 
 def _features(graphs: Graphs, requests: Sequence[Request]) -> list[np.ndarray]:
-    return graphs.encode([picture for request in requests for picture in request.prompt.pictures])
+    return graphs.encode([image for request in requests for image in request.prompt.images])

@@ -73,8 +73,8 @@ class Engine:
         for beside the weights; both: an error if they do not fit. ``max_text_len`` and
         ``max_images`` below the bundle's, and lower ``keep`` or ``kv_keep``, make slots smaller;
         the latter two are the requests' defaults, too. ``queue_limit`` requests may wait.
-        ``image_cache`` bounds the features of pictures that are kept. ``reuse_prefixes``: a prompt
-        that begins like an earlier one, pictures included, is read from there on only (recipe none;
+        ``image_cache`` bounds the features of images that are kept. ``reuse_prefixes``: a prompt
+        that begins like an earlier one, images included, is read from there on only (recipe none;
         see docs/engine.md).
 
         Raises BundleError, BackendError, ParameterError.
@@ -111,7 +111,7 @@ class Engine:
             manifest.cache_dtype,
             self._memory.slots,
             capacity.per_layer,
-            Budgets.of(manifest.compression, manifest.text.layers, kv_keep),
+            Budgets.of(manifest.cache_policy, manifest.text.layers, kv_keep),
         )
         self.images = ImageCache(self._memory.images)
         rows = Slots(cache, keeps_prefixes=reuse_prefixes and reusable(manifest))
@@ -134,7 +134,7 @@ class Engine:
         """Ask; the answer comes through the handle. Arguments are those of Model.generate.
 
         ``timeout`` in seconds from now: a request that is not answered by then ends with
-        RequestTimeout. Pictures are opened and scaled here, in the caller's thread. Raises at once
+        RequestTimeout. Images are opened and scaled here, in the caller's thread. Raises at once
         what is wrong with the request: ParameterError, PromptError, ImageError, CapacityError,
         QueueFullError, EngineClosedError; BackendError in a process that was forked from the
         engine's.
@@ -223,7 +223,7 @@ class Engine:
     def prepare(
         self, index: int, ask: Ask, options: GenerationOptions, timeout: float | None
     ) -> tuple[Request, Handle]:
-        """The prompt ``index`` of a call as a request; its pictures are opened here."""
+        """The prompt ``index`` of a call as a request; its images are opened here."""
         now = time.perf_counter()
         if timeout is not None:
             timeout = read_value("timeout", SECONDS, timeout)
@@ -231,7 +231,7 @@ class Engine:
         counts = count_prompts(
             self.manifest, [row], options.keep, options.kv_keep, capacity=self.capacity
         )
-        digests = [picture.digest() for picture in row.pictures]
+        digests = [image.digest() for image in row.images]
         handle = Handle(self._scheduler.wake)
         request = Request(
             prompt=row,

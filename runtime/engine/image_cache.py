@@ -1,4 +1,4 @@
-"""Pictures' features by content: the same picture is encoded once."""
+"""Images' features by content: the same image is encoded once."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lvlm.runtime.engine.request import Request
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 
 
 class ImageCache:
-    """Features [V,D] of the pictures used last, up to ``limit`` bytes. For one thread."""
+    """Features [V,D] of the images used last, up to ``limit`` bytes. For one thread."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes = limit, 0
@@ -22,12 +22,12 @@ class ImageCache:
     def features(
         self,
         digests: Sequence[bytes],
-        pictures: Sequence[Picture],
-        encode: Callable[[Sequence[Picture]], list[np.ndarray]],
+        images: Sequence[PreparedImage],
+        encode: Callable[[Sequence[PreparedImage]], list[np.ndarray]],
     ) -> list[np.ndarray]:
-        """Features [V,D] of each picture, of which ``encode`` is given the unknown ones."""
+        """Features [V,D] of each image, of which ``encode`` is given the unknown ones."""
         found = {d: self._features[d] for d in digests if d in self._features}
-        unknown = {d: p for d, p in zip(digests, pictures, strict=True) if d not in found}
+        unknown = {d: p for d, p in zip(digests, images, strict=True) if d not in found}
         self.hits += len(digests) - len(unknown)
         self.misses += len(unknown)
         if unknown:
@@ -38,13 +38,13 @@ class ImageCache:
 
     def of_requests(
         self,
-        encode: Callable[[Sequence[Picture]], list[np.ndarray]],
+        encode: Callable[[Sequence[PreparedImage]], list[np.ndarray]],
         requests: Sequence[Request],
     ) -> list[np.ndarray]:
-        """As ``features``, of all pictures of some requests."""
+        """As ``features``, of all images of some requests."""
         digests = [digest for request in requests for digest in request.digests]
-        pictures = [picture for request in requests for picture in request.prompt.pictures]
-        return self.features(digests, pictures, encode)
+        images = [image for request in requests for image in request.prompt.images]
+        return self.features(digests, images, encode)
 
     def _keep(self, name: bytes, features: np.ndarray) -> None:
         if name in self._features:

@@ -24,7 +24,7 @@ WIDEST_ROWS = 12
 @dataclass(frozen=True)
 class Memory:
     """Bytes. ``slot`` is what one of ``slots`` requests takes; ``workspace`` is an estimate of what
-    the graphs need at most while they run, ``images`` the limit of the cache of pictures."""
+    the graphs need at most while they run, ``images`` the limit of the cache of images."""
 
     weights: int
     slot: int
@@ -59,7 +59,7 @@ def slot_capacity(
     ratios = keep_ratios(manifest.reductions, manifest.keep, keep)
     entering = tokens_per_layer(manifest.reductions, ratios, manifest.images.tokens, layers)
     seen = np.array([text + images * n for n in entering])
-    budgets = Budgets.of(manifest.compression, layers, kv_keep)
+    budgets = Budgets.of(manifest.cache_policy, layers, kv_keep)
     slots = np.minimum(budgets.limit(seen, text - 1), given.per_layer)
     return Capacity(text, images, tuple(slots.tolist()))
 
@@ -85,14 +85,14 @@ def plan_memory(
         slots = read_value("slots", whole(1), slots)
     weights = sum(w.bytes for w in manifest.weights.values())
     slot = cache_bytes(manifest, 1, capacity.per_layer)
-    pictures = byte_size("image_cache", images)
+    image_cache = byte_size("image_cache", images)
     wanted = DEFAULT_SLOTS if slots is None else slots
     if budget is None:
-        return Memory(weights, slot, wanted, workspace(manifest, capacity, wanted), pictures)
+        return Memory(weights, slot, wanted, workspace(manifest, capacity, wanted), image_cache)
     room = byte_size("memory_budget", budget)
 
     def plan(count: int) -> Memory:
-        return Memory(weights, slot, count, workspace(manifest, capacity, count), pictures)
+        return Memory(weights, slot, count, workspace(manifest, capacity, count), image_cache)
 
     if slots is None:
         slots = max(1, (room - plan(1).total) // (plan(2).total - plan(1).total) + 1)
@@ -101,14 +101,14 @@ def plan_memory(
         raise ParameterError(
             f"memory_budget is {in_mb(room)}, but {slots} slot{'s' * (slots > 1)} of "
             f"{in_mb(slot)} need {in_mb(planned.total)} (weights {in_mb(weights)}, workspace "
-            f"{in_mb(planned.workspace)}, pictures {in_mb(pictures)}); give more, or a smaller "
+            f"{in_mb(planned.workspace)}, images {in_mb(image_cache)}); give more, or a smaller "
             "max_text_len, max_images, kv_keep or image_cache"
         )
     return planned
 
 
 def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
-    """Bytes of activations: the longest prefill, its pictures, and a decode step of all slots, each
+    """Bytes of activations: the longest prefill, its images, and a decode step of all slots, each
     of which keeps what it took once.
 
     ONNX Runtime's CPU kernels take attention in tiles, so it grows with the tokens and not with
@@ -123,8 +123,8 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
 
     tokens = capacity.max_text_len + capacity.max_images * manifest.images.tokens
     images = manifest.images
-    units = images.most["units"]
-    some = min(capacity.max_images * units, UNITS_AT_ONCE) if images.apart else units
+    units = images.max_dims["units"]
+    some = min(capacity.max_images * units, UNITS_AT_ONCE) if images.independent_units else units
     at_once = -(-some * images.tokens // units)
     features = 4 * capacity.max_images * manifest.images.tokens * manifest.feature_width
     attention = 4 * text.heads * max(capacity.per_layer)

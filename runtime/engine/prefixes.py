@@ -1,4 +1,4 @@
-"""When two prompts begin alike, pictures included, and when it pays to read only the rest."""
+"""When two prompts begin alike, images included, and when it pays to read only the rest."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def reusable(manifest: Manifest) -> bool:
     """Whether entries of the cache depend on nothing but the tokens before them.
 
     Not so with merging or compression: which tokens stay is decided with the whole prompt, so the
-    same picture before another question has other entries.
+    same image before another question has other entries.
     """
-    return not manifest.reductions and manifest.compression is None
+    return not manifest.reductions and manifest.cache_policy is None
 
 
 def prompt_keys(prompt: Prompt, digests: Sequence[bytes]) -> np.ndarray:
-    """int64 [N]: a token's id for text, for the k-th token of a picture a negative number made of
-    the picture's digest and k. One whose positions are moved (Prompt.aligned) begins like none that
+    """int64 [N]: a token's id for text, for the k-th token of an image a negative number made of
+    the image's digest and k. One whose positions are moved (Prompt.aligned) begins like none that
     could go on from its entries."""
     keys = np.array(prompt.ids, np.int64)
     for image, digest in enumerate(digests, 1):

@@ -42,8 +42,8 @@ class Request:
     """Belongs to the thread of its batch once it is admitted.
 
     ``counts`` are those of the prompts that are read together, of which this is the ``index``-th.
-    ``stream`` makes text of the tokens; None: nobody asked for any. ``digests`` name the pictures,
-    ``keys`` [N] int64 the prompt's tokens by content, pictures included (prefixes.py); neither is
+    ``stream`` makes text of the tokens; None: nobody asked for any. ``digests`` name the images,
+    ``keys`` [N] int64 the prompt's tokens by content, images included (prefixes.py); neither is
     asked for where nothing is kept for others. ``feed`` are prompt tokens that decode still has to
     read. ``spoiled``: its entries may not be finite. ``submitted`` and ``deadline`` are on
     perf_counter's clock.

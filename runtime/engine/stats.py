@@ -24,8 +24,8 @@ class EngineStats:
         tokens_per_second: new tokens of all answers together, over the last 10 seconds.
         prompt_tokens: tokens of the prompts that were begun.
         reused_tokens: those of them that lay in the cache already.
-        image_hits: pictures whose features were known.
-        image_misses: pictures that were encoded.
+        image_hits: images whose features were known.
+        image_misses: images that were encoded.
         cache_bytes: of the whole cache.
         cache_bytes_used: of the entries of running requests.
     """

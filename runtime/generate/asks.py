@@ -1,4 +1,4 @@
-"""What a caller asks: one prompt or a list of them, each with its pictures and clips."""
+"""What a caller asks: one prompt or a list of them, each with its images and videos."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def many_asks(
     images: Sequence[Images | None] | None = (),
     videos: Sequence[Videos | None] | None = (),
 ) -> list[Ask]:
-    """Prompts, each with its own list of pictures and of clips; no lists at all: none for any.
+    """Prompts, each with its own list of images and of videos; no lists at all: none for any.
 
     Raises PromptError.
     """
     if not isinstance(prompts, list | tuple):
         raise PromptError(f"prompt is {shown(prompts)}; give text, or a list of texts")
-    pictures = _each("images", images, len(prompts))
-    clips = _each("videos", videos, len(prompts))
+    image_lists = _each("images", images, len(prompts))
+    video_lists = _each("videos", videos, len(prompts))
     return [
-        one_ask(prompt, some, films)
-        for prompt, some, films in zip(prompts, pictures, clips, strict=True)
+        one_ask(prompt, image_list, video_list)
+        for prompt, image_list, video_list in zip(prompts, image_lists, video_lists, strict=True)
     ]
 
 
 def _each(name: str, lists: object, count: int) -> Sequence[Any]:
-    """``count`` lists of pictures or clips."""
+    """``count`` lists of images or videos."""
     if lists is None or (isinstance(lists, list | tuple) and not lists):
         return [()] * count
     if not isinstance(lists, list | tuple):

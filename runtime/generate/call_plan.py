@@ -21,7 +21,7 @@ from lvlm.runtime.prompt.prompts import Prompt
 class PromptCounts:
     """The counts of B prompts in L layers.
 
-    image_tokens  per row, of each picture in the prompt
+    image_tokens  per row, of each image in the prompt
     prefill       what enters each layer, and the inputs that say so
     kept          [L,B] int64: entries that prefill leaves in each cache
     limits        per row, new tokens that fit
@@ -70,7 +70,7 @@ def count_prompts(
         image_tokens,
         [_tail(p.image_id) for p in prompts],
     )
-    budgets = Budgets.of(manifest.compression, manifest.text.layers, kv_keep)
+    budgets = Budgets.of(manifest.cache_policy, manifest.text.layers, kv_keep)
     limits = [
         new_token_limit(
             capacity or manifest.capacity,
@@ -100,11 +100,11 @@ def read_options(
     """
     options = GenerationOptions.of(base, given)
     keep_ratios(manifest.reductions, manifest.keep, options.keep)
-    Budgets.of(manifest.compression, manifest.text.layers, options.kv_keep)
+    Budgets.of(manifest.cache_policy, manifest.text.layers, options.kv_keep)
     return options
 
 
 def _tail(image_id: np.ndarray) -> int:
-    """Tokens after the last picture of a row; 0 without one: there is nothing to score."""
+    """Tokens after the last image of a row; 0 without one: there is nothing to score."""
     images = np.flatnonzero(image_id > 0)
     return len(image_id) - int(images[-1]) - 1 if len(images) else 0

@@ -12,7 +12,7 @@ from lvlm.core.forks import keep_in_children
 from lvlm.runtime.backends import Backend, Buffer, Call, Session, host_dtype
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.generate.call_plan import PromptCounts
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.prompt.prompts import Prompt
 
 UNITS_AT_ONCE = 4  # bounds the vision graph's workspace
@@ -37,26 +37,26 @@ class Graphs:
             {f"present_{n}": b for n, b in buffers.items() if f"present_{n}" in gives},
         )
 
-    def encode(self, pictures: Sequence[Picture]) -> list[np.ndarray]:
-        """The features [V,D] of each picture."""
-        if not self.manifest.images.apart:
-            return [p.features(self._vision(p.arrays, p.rows)) for p in pictures]
+    def encode(self, images: Sequence[PreparedImage]) -> list[np.ndarray]:
+        """The features [V,D] of each image."""
+        if not self.manifest.images.independent_units:
+            return [p.features(self._vision(p.arrays, p.rows)) for p in images]
         shared, found, start = self.manifest.images.shared_rows, [], 0
-        rows = self._tiles(pictures)
-        for picture in pictures:
-            own = rows[shared + start : shared + start + picture.rows]
-            found.append(picture.features(np.concatenate([rows[:shared], own]) if shared else own))
-            start += picture.rows
+        rows = self._tiles(images)
+        for image in images:
+            own = rows[shared + start : shared + start + image.rows]
+            found.append(image.features(np.concatenate([rows[:shared], own]) if shared else own))
+            start += image.rows
         return found
 
-    def _tiles(self, pictures: Sequence[Picture]) -> np.ndarray:
-        """Rows of all pictures' units, a few units at a time; the shared rows first."""
+    def _tiles(self, images: Sequence[PreparedImage]) -> np.ndarray:
+        """Rows of all images' units, a few units at a time; the shared rows first."""
         shared = self.manifest.images.shared_rows
         parts: list[np.ndarray] = []
-        units = sum(p.units for p in pictures)
-        each = sum(p.rows for p in pictures) // max(1, units)
-        names = pictures[0].arrays if pictures else ()
-        arrays = {name: np.concatenate([p.arrays[name] for p in pictures]) for name in names}
+        units = sum(p.units for p in images)
+        each = sum(p.rows for p in images) // max(1, units)
+        names = images[0].arrays if images else ()
+        arrays = {name: np.concatenate([p.arrays[name] for p in images]) for name in names}
         for first in range(0, units, UNITS_AT_ONCE):
             some = slice(first, min(first + UNITS_AT_ONCE, units))
             taken = {name: array[some] for name, array in arrays.items()}
@@ -80,18 +80,18 @@ class Graphs:
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """Logits [B,vocabulary] after each prompt, and the maps old -> new [B,N] of each reduction.
 
-        ``features`` [V,D] are those of all rows' pictures in order; ``call`` is prefill, bound to
+        ``features`` [V,D] are those of all rows' images in order; ``call`` is prefill, bound to
         the buffers that it fills."""
-        compression = counts.budgets.compression
+        cache_policy = counts.budgets.cache_policy
         # A count of entries as position belongs to the prompt's own, as the released code has them
-        counted = compression is not None and compression.positions == "layer0"
+        counted = cache_policy is not None and cache_policy.positions == "layer0"
         inputs = _prompt_inputs(prompts, [p.positions if counted else p.aligned for p in prompts])
         asked = {port.name for port in self.manifest.graphs["prefill"].inputs}
         nothing = np.zeros((1, self.manifest.feature_width), host_dtype(self.manifest.dtype))
         inputs |= {"image_features": np.concatenate(features) if len(features) else nothing}
         inputs |= {k: v for k, v in counts.prefill.inputs.items() if k in asked}
         outputs: dict[str, np.ndarray] = {}
-        if compression is not None:
+        if cache_policy is not None:
             inputs["kv_budget"] = counts.kept
             for layer, most in enumerate(counts.kept.max(1)):
                 inputs[f"kv_slots_{layer}"] = np.arange(most, dtype=np.int64)
@@ -139,6 +139,6 @@ def check_kept(kept: np.ndarray, expected: np.ndarray) -> None:
         layer, row = wrong[0]
         raise BackendError(
             f"layer {layer}, prompt {row + 1}: the attention that ranks the cache entries is not "
-            "finite, so none was dropped; the weights or the picture overflow this dtype (try "
+            "finite, so none was dropped; the weights or the image overflow this dtype (try "
             "--dtype fp32)"
         )

@@ -14,16 +14,16 @@ def new_token_limit(
     budgets: Budgets,
     entries: np.ndarray,
     text_tokens: int,
-    pictures: int,
+    images: int,
     wanted: int,
 ) -> int:
     """New tokens, up to ``wanted``, for a prompt of which ``entries`` [L] enter each layer.
 
     Raises CapacityError, which names the limit, if there is no room for any.
     """
-    if pictures > capacity.max_images:
+    if images > capacity.max_images:
         raise CapacityError(
-            f"{pictures} images, but there is room for --max-images {capacity.max_images}; give "
+            f"{images} images, but there is room for --max-images {capacity.max_images}; give "
             "fewer, or export with more"
         )
     if text_tokens >= capacity.max_text_len:

@@ -26,35 +26,35 @@ class Budgets:
     the call's share of all entries. In what follows L are the layers, B the rows; counts are int64.
     """
 
-    compression: CachePolicy | None
+    cache_policy: CachePolicy | None
     fractions: np.ndarray
     keep: float
 
     @classmethod
-    def of(cls, compression: CachePolicy | None, layers: int, kv_keep: float | None) -> Budgets:
+    def of(cls, cache_policy: CachePolicy | None, layers: int, kv_keep: float | None) -> Budgets:
         """Budgets of a call; ``kv_keep`` None: as exported. ParameterError: not in (0, 1], or
         below 1 for a bundle without compression."""
         keep = None if kv_keep is None else fraction("kv_keep", kv_keep)
-        if compression is None:
+        if cache_policy is None:
             if keep not in (None, 1.0):
                 raise ParameterError(
                     f"kv_keep={keep} needs a bundle with cache compression; export with a recipe "
                     "that compresses (lvlm-export --help-recipe lists them)"
                 )
             return cls(None, np.ones((layers, 1)), 1.0)
-        budget = compression.budget
+        budget = cache_policy.budget
         keep = budget.keep if keep is None else keep
-        return cls(compression, budget.fractions(layers, keep)[:, None], keep)
+        return cls(cache_policy, budget.fractions(layers, keep)[:, None], keep)
 
     def prompt(self, entries: np.ndarray) -> np.ndarray:
         """What prefill leaves [L,B] of the ``entries`` [L,B] that entered each layer."""
-        c = self.compression
+        c = self.cache_policy
         return entries.astype(np.int64) if c is None else c.decode.prompt(self, entries)
 
     def share(self, entries: np.ndarray) -> np.ndarray:
         """What the budget alone leaves of them."""
-        assert self.compression is not None
-        budget = self.compression.budget
+        assert self.cache_policy is not None
+        budget = self.cache_policy.budget
         return budget.prompt(self.fractions, self.keep, entries, self.protected)
 
     def step(self, seen: np.ndarray) -> np.ndarray:
@@ -62,7 +62,7 @@ class Budgets:
 
         One token more raises it by at most one.
         """
-        c = self.compression
+        c = self.cache_policy
         if c is None:
             return seen.astype(np.int64)
         share = np.maximum(c.budget.step(self.fractions, seen), c.decode.floor)
@@ -72,17 +72,17 @@ class Budgets:
     def fixed_point(self, kept: np.ndarray) -> np.ndarray:
         """Index [L,B] by age of the entry that elimination one by one removes; ``kept`` [L,B] of
         the prompt."""
-        assert self.compression is not None
-        decode = self.compression.decode
+        assert self.cache_policy is not None
+        decode = self.cache_policy.decode
         assert isinstance(decode, OneByOne)
-        return decode.point(kept, self.compression.sinks)
+        return decode.point(kept, self.cache_policy.sinks)
 
     def capacity(self, entries: np.ndarray, new_tokens: np.ndarray) -> np.ndarray:
         """Slots per layer [L] that rows of ``entries`` [L,B] ever occupy, the largest row's.
 
         ``new_tokens`` [B] counts the tokens fed to decode (the last one chosen is not).
         """
-        c = self.compression
+        c = self.cache_policy
         if c is None:
             slots = self.prompt(entries) + new_tokens
         else:
@@ -92,7 +92,7 @@ class Budgets:
     def limit(self, seen: np.ndarray, new_tokens: int) -> np.ndarray:
         """Slots per layer [L] that ``seen`` [L] entries ever occupy, however many of them are the
         prompt's: what an export lays out. At most ``new_tokens`` are fed to decode."""
-        c = self.compression
+        c = self.cache_policy
         return seen.astype(np.int64) if c is None else c.decode.limit(self, seen, new_tokens)
 
     def room(self, entries: np.ndarray, capacities: np.ndarray, most: int) -> int:
@@ -108,7 +108,7 @@ class Budgets:
     @property
     def protected(self) -> int:
         """Entries that every compaction leaves: the first ones and the last ones."""
-        return 0 if self.compression is None else self.compression.protected
+        return 0 if self.cache_policy is None else self.cache_policy.protected
 
 
 def _int64(counts: np.ndarray) -> np.ndarray:

@@ -54,8 +54,8 @@ class CompactCache:
         budgets: Budgets,
     ) -> None:
         self.backend, self.active = backend, batch
-        compression = budgets.compression
-        self._queries = compression.queries if compression is not None else 0
+        cache_policy = budgets.cache_policy
+        self._queries = cache_policy.queries if cache_policy is not None else 0
         shapes = _shapes(text, self._queries, batch, capacities)
         item = ITEM_BYTES[dtype]
         self.bytes_allocated = sum(math.prod(s) for s in shapes.values()) * item
@@ -79,14 +79,14 @@ class CompactCache:
             raise self._no_room(batch, "") from None
 
     def _make_counts(self, budgets: Budgets, batch: int, capacities: Sequence[int]) -> None:
-        shape, compression = (len(capacities), batch), budgets.compression
+        shape, cache_policy = (len(capacities), batch), budgets.cache_policy
         self.budgets = replace(budgets, fractions=np.repeat(budgets.fractions, batch, axis=1))
         self.capacities = np.array(capacities, np.int64)
         self.lengths = np.zeros(shape, np.int64)
         self.seen = np.zeros(shape, np.int64)
         self.steps = np.zeros(batch, np.int64)  # tokens decoded since the prompt
         self.victims = np.full(shape, -1, np.int64)  # slots to be overwritten next, -1: none
-        one_by_one = compression is not None and isinstance(compression.decode, OneByOne)
+        one_by_one = cache_policy is not None and isinstance(cache_policy.decode, OneByOne)
         self._queues = SlotQueues(*shape, int(self.capacities.max())) if one_by_one else None
         self._advanced = np.zeros(batch, bool)
         self._compacted: np.ndarray | None = None
@@ -184,8 +184,8 @@ class CompactCache:
     def positions(self, true: np.ndarray, rows: slice = slice(None)) -> np.ndarray:
         """Positions [B] of some rows' next tokens, whose ``true`` ones [B] the released code of two
         papers replaces by the length of layer 0's cache."""
-        compression = self.budgets.compression
-        if compression is None or compression.positions == "true":
+        cache_policy = self.budgets.cache_policy
+        if cache_policy is None or cache_policy.positions == "true":
             return true
         first: np.ndarray = self._entries()[0, rows]
         return first
@@ -202,11 +202,11 @@ class CompactCache:
         valid_length and kv_budget [L,B], query_slot [L,B,queries] (the slot of each ring query's
         own entry, -1: none), kv_slots_{l}. Rows that are not due keep what they have, unscored.
         """
-        compression = self.budgets.compression
-        if compression is None or compression.interval is None:
+        cache_policy = self.budgets.cache_policy
+        if cache_policy is None or cache_policy.interval is None:
             return None
         active = slice(self.active)
-        due = (self._advanced & (self.steps % compression.interval == 0))[active]
+        due = (self._advanced & (self.steps % cache_policy.interval == 0))[active]
         lengths = self.lengths[:, active]
         budget = np.minimum(self.lengths, self.budgets.step(self.seen))[:, active]
         self._compacted = np.where(due, budget, lengths)
@@ -242,7 +242,7 @@ class CompactCache:
 
 def cache_bytes(manifest: Manifest, batch: int, capacities: Sequence[int]) -> int:
     """What a cache of ``batch`` rows takes."""
-    queries = manifest.compression.queries if manifest.compression is not None else 0
+    queries = manifest.cache_policy.queries if manifest.cache_policy is not None else 0
     shapes = _shapes(manifest.text, queries, batch, capacities)
     return sum(math.prod(s) for s in shapes.values()) * ITEM_BYTES[manifest.cache_dtype]
 

@@ -1,6 +1,6 @@
 """How many image tokens stay where: what the host computes before a call, from the manifest alone.
 
-No shape in a graph depends on data: for every reduction the host computes the counts per picture
+No shape in a graph depends on data: for every reduction the host computes the counts per image
 and gives lengths as the extents of index inputs.
 """
 
@@ -55,7 +55,7 @@ def keep_ratios(
 
 
 def kept(image_tokens: int, ratio: float) -> int:
-    """Tokens of a picture that stay: max(1, round(V * ratio))."""
+    """Tokens of an image that stay: max(1, round(V * ratio))."""
     return max(1, rounded(image_tokens * ratio))
 
 
@@ -67,7 +67,7 @@ def recycled(count: int, fraction: float | None) -> int:
 def tokens_per_layer(
     reductions: Sequence[Reduction], ratios: Sequence[float], image_tokens: int, layers: int
 ) -> list[int]:
-    """Tokens of one picture that enter each block."""
+    """Tokens of one image that enter each block."""
     counts = [image_tokens] * layers
     for reduction, ratio in zip(reductions, ratios, strict=True):
         counts[reduction.layer :] = [kept(image_tokens, ratio)] * (layers - reduction.layer)
@@ -96,12 +96,12 @@ def plan_prefill(
     image_tokens: Sequence[Sequence[int]],
     tail: Sequence[int],
 ) -> PrefillPlan:
-    """Counts for rows of ``text_tokens`` and pictures of ``image_tokens`` each.
+    """Counts for rows of ``text_tokens`` and images of ``image_tokens`` each.
 
-    ``tail``: tokens after each row's last picture, whose queries may score the picture.
+    ``tail``: tokens after each row's last image, whose queries may score the image.
     """
     rows = len(text_tokens)
-    pictures = max(1, *(len(v) for v in image_tokens)) if rows else 1
+    images = max(1, *(len(v) for v in image_tokens)) if rows else 1
     lengths = np.array([t + sum(v) for t, v in zip(text_tokens, image_tokens, strict=True)])
     entries = np.tile(lengths, (layers, 1)).astype(np.int64)
     tails = np.maximum(1, np.array(tail, np.int64))
@@ -109,8 +109,8 @@ def plan_prefill(
     maps = []
     for stage, (reduction, ratio) in enumerate(zip(reductions, ratios, strict=True)):
         maps.append(int(entries[reduction.layer].max()))
-        keep = np.zeros((rows, pictures), np.int64)
-        recycle = np.zeros((rows, pictures), np.int64)
+        keep = np.zeros((rows, images), np.int64)
+        recycle = np.zeros((rows, images), np.int64)
         for b, counts in enumerate(image_tokens):
             for m, count in enumerate(counts):
                 keep[b, m] = kept(count, ratio)

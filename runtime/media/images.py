@@ -1,4 +1,4 @@
-"""Opening pictures: any source becomes an RGB array, of a size that is safe to work on."""
+"""Opening images: any source becomes an RGB array, of a size that is safe to work on."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ImageSource: TypeAlias = (
     | npt.NDArray[Any]
 )
 
-MAX_PIXELS = 64_000_000  # of a picture, unless a call says otherwise: 450 MB while it is decoded
+MAX_PIXELS = 64_000_000  # of an image, unless a call says otherwise: 450 MB while it is decoded
 MOST_PIXELS = 178_956_970  # that a call may say: Pillow opens no larger files
 MAX_SIDE = 32_768
 
 # Not all that Pillow knows: its EPS reader starts Ghostscript, and its icon readers decode a
-# picture of another size than they announce. The first five need no other plugins to be imported.
+# image of another size than they announce. The first five need no other plugins to be imported.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")
 _TAKEN = (
     "a path, a data: URL, bytes, a file opened in binary mode, a PIL image, or an array [H, W, 3] "
@@ -44,7 +44,7 @@ _TAKEN = (
 
 
 def open_image(source: ImageSource, most: int | None = None) -> npt.NDArray[np.uint8]:
-    """The picture as uint8 [H, W, 3], RGB.
+    """The image as uint8 [H, W, 3], RGB.
 
     Files, bytes and PIL images are turned upright by their EXIF orientation, as transformers'
     ``load_image`` does; animations give their first frame. Transparency is laid on white, as
@@ -55,9 +55,9 @@ def open_image(source: ImageSource, most: int | None = None) -> npt.NDArray[np.u
         source: a path, a ``data:`` URL, the bytes of an image file, such a file opened in binary
             mode (read from where it stands, not closed), a PIL image, or a uint8 array [H, W, 3]
             or [H, W]. An array [H, W, 3] is returned as it is, not copied.
-        most: pixels that a picture may have; None: MAX_PIXELS.
+        most: pixels that an image may have; None: MAX_PIXELS.
 
-    Raises ImageError if there is no such picture, it cannot be decoded, it is empty, or it has more
+    Raises ImageError if there is no such image, it cannot be decoded, it is empty, or it has more
     pixels or a side over 32,768; sizes are checked before anything is decoded.
     """
     most = MAX_PIXELS if most is None else most
@@ -67,14 +67,14 @@ def open_image(source: ImageSource, most: int | None = None) -> npt.NDArray[np.u
         return _decode(source, "the PIL image", most)
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
-        return _from_file(io.BytesIO(data), f"the picture given as {len(data)} bytes", most)
+        return _from_file(io.BytesIO(data), f"the image given as {len(data)} bytes", most)
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _from_file(io.BytesIO(_of_url(source)), "the picture in the data: URL", most)
+        return _from_file(io.BytesIO(_of_url(source)), "the image in the data: URL", most)
     if isinstance(source, str | os.PathLike):
         return _from_path(source, most)
     if hasattr(source, "read") and hasattr(source, "seek"):
-        return _from_file(_whole(source), "the picture in the opened file", most)
-    raise ImageError(f"a picture cannot be made from {_described(source)}; give {_TAKEN}")
+        return _from_file(_whole(source), "the image in the opened file", most)
+    raise ImageError(f"an image cannot be made from {_described(source)}; give {_TAKEN}")
 
 
 def _described(source: object) -> str:
@@ -109,7 +109,7 @@ def _of_url(url: str) -> bytes:
 
 
 def _from_path(path: str | os.PathLike[str], most: int) -> npt.NDArray[np.uint8]:
-    name = f"picture {shown(os.fspath(path), 300)}"
+    name = f"image {shown(os.fspath(path), 300)}"
     try:
         file = open(path, "rb", opener=at_once)  # noqa: SIM115 - closed outside of this try
     except FileNotFoundError:
@@ -125,24 +125,24 @@ def _from_path(path: str | os.PathLike[str], most: int) -> npt.NDArray[np.uint8]
 
 def _from_file(file: BinaryIO, name: str, most: int) -> npt.NDArray[np.uint8]:
     with warnings.catch_warnings():
-        # Of large pictures and odd files: what is too large or damaged is decided and said here
+        # Of large images and odd files: what is too large or damaged is decided and said here
         warnings.simplefilter("ignore")
         try:
-            picture = Image.open(file, formats=_FORMATS)
+            image = Image.open(file, formats=_FORMATS)
         except Image.DecompressionBombError:
             raise _too_large(name, most) from None
         except Exception:  # readers raise nearly anything for a file that is none of theirs
             raise ImageError(
                 f"{name} is not an image that can be read; give PNG, JPEG, WebP, BMP, GIF or TIFF"
             ) from None
-        with picture:
-            return _decode(picture, name, most)
+        with image:
+            return _decode(image, name, most)
 
 
-def _decode(picture: Image.Image, name: str, most: int) -> npt.NDArray[np.uint8]:
-    _check_size(picture.height, picture.width, name, most)
+def _decode(image: Image.Image, name: str, most: int) -> npt.NDArray[np.uint8]:
+    _check_size(image.height, image.width, name, most)
     try:
-        return rgb(picture)
+        return rgb(image)
     except ImageError as error:
         raise ImageError(f"{name} {error}") from None
     except Image.DecompressionBombError:
@@ -160,9 +160,9 @@ def _from_array(array: npt.NDArray[Any], most: int) -> npt.NDArray[np.uint8]:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
         if array.ndim == 3 and array.shape[0] == 3:
             wanted = f"its channels come first: {wanted}, as array.transpose(1, 2, 0) is"
-        raise ImageError(f"{name} is not a picture; {wanted}")
+        raise ImageError(f"{name} is not an image; {wanted}")
     if array.dtype != np.uint8:
-        raise ImageError(f"{name} is not a picture; {wanted}, with values 0 to 255")
+        raise ImageError(f"{name} is not an image; {wanted}, with values 0 to 255")
     _check_size(array.shape[0], array.shape[1], name, most)
     return array if array.ndim == 3 else np.repeat(array[:, :, None], 3, axis=2)
 

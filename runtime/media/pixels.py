@@ -1,10 +1,10 @@
-"""What a decoded picture becomes: uint8 RGB, upright, transparency on white.
+"""What a decoded image becomes: uint8 RGB, upright, transparency on white.
 
 It is converted band by band and turned in place, so that beside Pillow's own memory (4 bytes a
 pixel) only the result exists (3 bytes a pixel).
 
 Samples of more than 8 bits are scaled by their range: 16-bit ones from 0 … 65,535, as PNG defines
-them. Pillow itself cuts them off at 255, which leaves white pictures. Three cases have no defined
+them. Pillow itself cuts them off at 255, which leaves white images. Three cases have no defined
 range and are read by what is in them: samples that all lie within 0 … 255 are 8-bit values in wider
 words and stay as they are; floats within 0 … 1 are fractions of white; anything that exceeds 16
 bits, is negative or not finite is refused.
@@ -29,21 +29,21 @@ ORIENTATION = 0x0112  # EXIF's tag
 BACK = {6: 8, 8: 6}  # orientations that undo others; the rest undo themselves
 
 
-def rgb(picture: Image.Image) -> npt.NDArray[np.uint8]:
+def rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     """uint8 [H, W, 3]. Raises ImageError for samples without a range (its text goes on after the
-    picture's name), and whatever Pillow's decoders raise."""
-    turn = picture.getexif().get(ORIENTATION, 1)
-    picture.load()
-    if picture.mode in ODD:
-        picture = picture.convert(ODD[picture.mode])
-    transparency = picture.info.get("transparency")
-    transparent = "A" in picture.getbands() or transparency is not None
-    factor = _factor(picture)
-    width, height = picture.size
+    image's name), and whatever Pillow's decoders raise."""
+    turn = image.getexif().get(ORIENTATION, 1)
+    image.load()
+    if image.mode in ODD:
+        image = image.convert(ODD[image.mode])
+    transparency = image.info.get("transparency")
+    transparent = "A" in image.getbands() or transparency is not None
+    factor = _factor(image)
+    width, height = image.size
     lies = turn in (5, 6, 7, 8)
     upright = np.empty((width, height, 3) if lies else (height, width, 3), np.uint8)
     array = _turned(upright, BACK.get(turn, turn))  # the same memory, as the file has it
-    for rows, band in _bands(picture):
+    for rows, band in _bands(image):
         if factor is not None:
             array[rows] = _scaled(band, factor, transparency)
             continue
@@ -55,25 +55,25 @@ def rgb(picture: Image.Image) -> npt.NDArray[np.uint8]:
     return upright
 
 
-def _bands(picture: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
     """Some rows at a time, all where they are few: which, and they."""
-    width, height = picture.size
+    width, height = image.size
     rows = max(1, BAND // width)
     if rows >= height:
-        yield slice(height), picture
+        yield slice(height), image
         return
     for top in range(0, height, rows):
         bottom = min(height, top + rows)
-        yield slice(top, bottom), picture.crop((0, top, width, bottom))
+        yield slice(top, bottom), image.crop((0, top, width, bottom))
 
 
-def _factor(picture: Image.Image) -> float | None:
+def _factor(image: Image.Image) -> float | None:
     """What samples wider than 8 bits are multiplied by; None: they are taken as they are."""
-    if picture.mode not in WIDE:
+    if image.mode not in WIDE:
         return None
-    low, high = (float(x) for x in picture.getextrema())  # type: ignore[arg-type]
-    if picture.mode == "F" and not all(
-        np.isfinite(np.asarray(band)).all() for _, band in _bands(picture)
+    low, high = (float(x) for x in image.getextrema())  # type: ignore[arg-type]
+    if image.mode == "F" and not all(
+        np.isfinite(np.asarray(band)).all() for _, band in _bands(image)
     ):
         raise ImageError("has samples that are not finite; save it with 8 bits a sample")
     if low < 0 or high > 65_535:
@@ -81,7 +81,7 @@ def _factor(picture: Image.Image) -> float | None:
             f"has samples from {low:g} to {high:g}, whose range is not known; save it with 8 bits "
             "a sample"
         )
-    if picture.mode == "F" and 0 < high <= 1:
+    if image.mode == "F" and 0 < high <= 1:
         return 255.0
     return None if high <= 255 else 1 / 257
 

@@ -1,4 +1,4 @@
-"""Opening clips: how long they are, and some of their frames as pictures.
+"""Opening videos: how long they are, and some of their frames as images.
 
 Files are decoded by PyAV (extra ``video``). The frames are those that transformers'
 ``read_video_pyav`` gives: in the order of the file, not turned by a phone's rotation.
@@ -21,7 +21,7 @@ from lvlm.core.errors import ImageError, ParameterError, shown
 from lvlm.core.installing import install
 from lvlm.runtime.backends import require
 from lvlm.runtime.media.images import open_image
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 
 Frame: TypeAlias = npt.NDArray[np.uint8]
 
@@ -31,8 +31,8 @@ _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A clip: how many ``frames`` there are, how many a second, how long it is, and their size.
+class Video:
+    """A video: how many ``frames`` there are, how many a second, how long it is, and their size.
 
     ``read`` gives the frames uint8 [H,W,3], RGB, at rising indices, one by one; ImageError.
     """
@@ -45,55 +45,56 @@ class Clip:
     read: Callable[[Sequence[int]], Iterator[Frame]]
 
     @classmethod
-    def of(cls, frames: Sequence[Frame], fps: float) -> Clip:
+    def of(cls, frames: Sequence[Frame], fps: float) -> Video:
         """One whose frames are there already. Raises ImageError, ParameterError."""
         if isinstance(frames, str | bytes) or not hasattr(frames, "__iter__"):
-            raise ImageError(f"frames is {shown(frames)}; give a list of pictures [H, W, 3]")
-        pictures = [open_image(frame) for frame in frames]
-        if len({picture.shape for picture in pictures}) != 1:
-            raise ImageError("a clip needs frames, all of the same size")
+            raise ImageError(f"frames is {shown(frames)}; give a list of images [H, W, 3]")
+        images = [open_image(frame) for frame in frames]
+        if len({image.shape for image in images}) != 1:
+            raise ImageError("a video needs frames, all of the same size")
         number = fps.item() if hasattr(fps, "item") else fps
         usable = isinstance(number, Real) and not isinstance(number, bool)
         if not usable or not 0 < (rate := float(number)) < math.inf:  # NaN fails every comparison
             raise ParameterError(
-                f"fps is {shown(fps)}; give the clip's frames per second, a number above 0"
+                f"fps is {shown(fps)}; give the video's frames per second, a number above 0"
             )
-        height, width = pictures[0].shape[:2]
-        seconds = len(pictures) / rate
-        return cls(
-            len(pictures), rate, seconds, height, width, lambda at: (pictures[i] for i in at)
-        )
+        height, width = images[0].shape[:2]
+        seconds = len(images) / rate
+        return cls(len(images), rate, seconds, height, width, lambda at: (images[i] for i in at))
 
 
-VideoSource: TypeAlias = str | os.PathLike[str] | bytes | Clip
+VideoSource: TypeAlias = str | os.PathLike[str] | bytes | Video
 
 
 @dataclass(frozen=True)
-class Footage:
-    """A clip, prepared: ``text`` stands for it in the prompt, with an image placeholder for each of
-    the ``pictures``, whose tokens are ``token_id`` instead of the image token."""
+class PreparedVideo:
+    """A video as its model takes it.
+
+    ``text`` stands for it in the prompt, with an image placeholder for each of the ``images``,
+    whose tokens are ``token_id`` instead of the image token.
+    """
 
     text: str
-    pictures: Sequence[Picture]
+    images: Sequence[PreparedImage]
     token_id: int
 
 
-def open_clip(source: VideoSource) -> Clip:
-    """The clip of a file or of its bytes; only its header is read as yet.
+def open_video(source: VideoSource) -> Video:
+    """The video of a file or of its bytes; only its header is read as yet.
 
     Raises ImageError if it is none, BackendError if PyAV is not installed.
     """
-    if isinstance(source, Clip):
+    if isinstance(source, Video):
         return source
     if isinstance(source, bytes):
-        name = f"the clip given as {len(source)} bytes"
+        name = f"the video given as {len(source)} bytes"
     elif isinstance(source, str | os.PathLike):
-        name = f"clip {os.fspath(source)!r}"
+        name = f"video {os.fspath(source)!r}"
         if not os.path.isfile(source):
             raise ImageError(f"{name} does not exist; check it (URLs are not downloaded)")
     else:
         raise ImageError(
-            f"a clip cannot be made from {type(source).__name__}; give a path, bytes or a Clip"
+            f"a video cannot be made from {type(source).__name__}; give a path, bytes or a Video"
         )
     av = require("av", install("video"))
     with _opened(av, source, name) as container:
@@ -106,7 +107,7 @@ def open_clip(source: VideoSource) -> Clip:
         raise ImageError(f"{name} does not say how many frames a second it has; save it as MP4")
     open_image(np.broadcast_to(np.uint8(0), (height, width, 3)))  # of a size that is safe
     seconds = float(count / rate)
-    return Clip(count, float(rate), seconds, height, width, lambda at: _read(av, source, name, at))
+    return Video(count, float(rate), seconds, height, width, lambda at: _read(av, source, name, at))
 
 
 def _read(
@@ -136,7 +137,7 @@ def _opened(av: Any, source: str | os.PathLike[str] | bytes, name: str) -> Any:
         container = av.open(file, options=_OPTIONS)
     except (av.error.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"{name} is not a clip that can be read ({reason}); give MP4") from None
+        raise ImageError(f"{name} is not a video that can be read ({reason}); give MP4") from None
     if not container.streams.video:
         container.close()
         raise ImageError(f"{name} has sound only, no frames")

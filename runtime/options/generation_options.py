@@ -51,7 +51,7 @@ def whole(
 
     highest = f"2**{math.log2(most):.0f}" if most > 10**12 else f"{most:,}"
     bounds = f"of {least} or more" if most == math.inf else f"from {least} to {highest}"
-    return Option(wanted or f"a whole number {bounds}", read, "whole", metavar, help)
+    return Option(wanted or f"an integer {bounds}", read, "whole", metavar, help)
 
 
 def number(
@@ -156,7 +156,7 @@ class GenerationOptions:
             is a Jinja template in place of the bundle's.
         system: text of the system message.
         frames: how many frames of each video. None: as the model's own processor takes.
-        max_image_pixels: pixels that a picture may have; 7 to 15 bytes each while it is decoded.
+        max_image_pixels: pixels that an image may have; 7 to 15 bytes each while it is decoded.
             None: 64 megapixels.
 
     Raises ParameterError for a value of another kind or out of its range.
@@ -234,10 +234,10 @@ class GenerationOptions:
     )
     system: str | None = option(None, Option("a text", _text, "text", "TEXT", "system message"))
     frames: int | None = option(
-        None, whole(1, help="frames of each clip (default: the model's choice)")
+        None, whole(1, help="frames of each video (default: the model's choice)")
     )
     max_image_pixels: int | None = option(
-        None, whole(1, 178_956_970, help="pixels that a picture may have (default: 64 million)")
+        None, whole(1, 178_956_970, help="pixels that an image may have (default: 64 million)")
     )
 
     if TYPE_CHECKING:  # what is given has more types than what is kept

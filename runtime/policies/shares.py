@@ -200,7 +200,7 @@ def _interpolated(rows: tuple[ProfileRow, ...], layers: int, keep: float) -> np.
 
 
 def _apportion(share: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """Whole numbers [L] whose sum is that of ``share`` [L], rounded, as near to it as they can be.
+    """Integers [L] whose sum is that of ``share`` [L], rounded, as near to it as they can be.
 
     Largest remainder: everyone gets its floor, the rest goes by descending fractional part, lower
     layers first. Where the bounds take or give, all others move by as much; nothing within the

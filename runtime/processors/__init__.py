@@ -1,4 +1,4 @@
-"""Image processors, one a file: from pictures to what a bundle's vision graph takes.
+"""Image processors, one a file: from images to what a bundle's vision graph takes.
 
 A processor module has ``PROCESSOR``, a class with a ``name`` (the module's) that is made from the
 bundle's processor config. The modules are found by their file names; only the one that a bundle
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from lvlm.core.discovery import added, loaded, names, nearest
 from lvlm.core.errors import BundleError
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,16 +28,16 @@ class Processor(Protocol):
 
     name: ClassVar[str]
 
-    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
-        """The pictures uint8 [H_i, W_i, 3] of one prompt, prepared; else ``ImageError``. How many
+    def prepare(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[PreparedImage]:
+        """The images uint8 [H_i, W_i, 3] of one prompt, prepared; else ``ImageError``. How many
         tokens each gives depends only on its height and width and on whether it is alone."""
 
 
 class SquareProcessor(Processor, Protocol):
-    """One whose pictures all become the same grid of patches (Images.grid)."""
+    """One whose images all become the same grid of patches (Images.grid)."""
 
     def fit(self, image: npt.NDArray[np.uint8]) -> Image.Image:
-        """A picture uint8 [H_i, W_i, 3] cut to the vision graph's size, before normalisation."""
+        """An image uint8 [H_i, W_i, 3] cut to the vision graph's size, before normalisation."""
 
 
 def load_processor(config: Mapping[str, object]) -> Processor:

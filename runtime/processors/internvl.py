@@ -1,6 +1,6 @@
-"""A picture as one to a dozen tiles and a thumbnail: the preprocessing of InternVL.
+"""An image as one to a dozen tiles and a thumbnail: the preprocessing of InternVL.
 
-The grid of tiles is the one whose shape is closest to the picture's. Source: transformers'
+The grid of tiles is the one whose shape is closest to the image's. Source: transformers'
 ``GotOcr2ImageProcessorPil`` with ``crop_to_patches``, which ``InternVLProcessor`` always asks for.
 """
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from lvlm.core.errors import ParameterError
 from lvlm.runtime.media.images import MAX_PIXELS
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.processors.parts.config_values import (
     CLIP_MEAN,
     CLIP_STD,
@@ -35,13 +35,13 @@ from lvlm.runtime.processors.parts.tiles import cut, scaled
 
 
 class InternVLProcessor:
-    """Pictures → float32 [tiles, 3, H, W], ``tile_tokens`` tokens per tile.
+    """Images → float32 [tiles, 3, H, W], ``tile_tokens`` tokens per tile.
 
     ``config`` is what :func:`normalise_config` gives: ``size`` (height and width) of a tile,
     ``resample`` Pillow's filter number, from ``min_tiles`` to ``max_tiles`` without the thumbnail,
-    which a picture of one tile has not; ``rescale_factor``, and ``mean`` and ``std`` [3] each, or
-    None for no such step; ``image_token``, ``start`` and ``end`` of the text that stands for a
-    picture. Raises ``BundleError`` for any other config.
+    which an image of one tile has not; ``rescale_factor``, and ``mean`` and ``std`` [3] each, or
+    None for no such step; ``image_token``, ``start`` and ``end`` of the text that stands for an
+    image. Raises ``BundleError`` for any other config.
     """
 
     name: ClassVar[str] = "internvl"
@@ -59,13 +59,13 @@ class InternVLProcessor:
         self._token = text("image_token", config["image_token"])
         self._start, self._end = text("start", config["start"]), text("end", config["end"])
 
-    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
+    def prepare(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[PreparedImage]:
         """See Processor."""
-        return [self._picture(self.pixel_values(image)) for image in images]
+        return [self._prepare(self.pixel_values(image)) for image in images]
 
-    def _picture(self, pixels: npt.NDArray[np.float32]) -> Picture:
+    def _prepare(self, pixels: npt.NDArray[np.float32]) -> PreparedImage:
         tokens = len(pixels) * self._tokens
-        return Picture(
+        return PreparedImage(
             {"pixel_values": pixels},
             rows=tokens,
             index=np.arange(tokens)[:, None],
@@ -73,7 +73,7 @@ class InternVLProcessor:
         )
 
     def pixel_values(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """A picture uint8 [H_i, W_i, 3] → its tiles row by row, then the thumbnail."""
+        """An image uint8 [H_i, W_i, 3] → its tiles row by row, then the thumbnail."""
         height, width = self._size
         rows, columns = self.grid(*image.shape[:2])
         tiles = cut(scaled(image, rows * height, columns * width, self._resample), rows, columns)
@@ -84,7 +84,7 @@ class InternVLProcessor:
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of tiles: the closest ratio, of equal ones the first, or a later and
-        larger one unless the picture has too few pixels for it."""
+        larger one unless the image has too few pixels for it."""
         # The order is that of transformers: by tiles, then as columns and rows count up
         known = sorted(
             (
@@ -134,7 +134,7 @@ def normalise_config(
     """The config of :class:`InternVLProcessor` that does what a Hugging Face config says.
 
     ``preprocessor`` is a ``preprocessor_config.json`` of the image processor of GOT-OCR2, which
-    InternVL uses; ``start`` and ``end`` stand around a picture's image tokens. Raises
+    InternVL uses; ``start`` and ``end`` stand around an image's image tokens. Raises
     ``ParameterError`` for another processor, or for an option that is not supported.
     """
     kind = processor_kind(preprocessor, ("GotOcr2ImageProcessor",))
@@ -162,21 +162,21 @@ def normalise_config(
     return config
 
 
-def most_tokens(config: Mapping[str, object]) -> int:
-    """Of one picture, by such a config."""
+def max_tokens(config: Mapping[str, object]) -> int:
+    """Of one image, by such a config."""
     most, each = config["max_tiles"], config["tile_tokens"]
     assert isinstance(most, int)
     assert isinstance(each, int)
     return each * (most + (most > 1))
 
 
-def with_most_tokens(config: Mapping[str, object], tokens: int) -> dict[str, object] | None:
+def with_max_tokens(config: Mapping[str, object], tokens: int) -> dict[str, object] | None:
     """The same with as few tiles as give at most ``tokens``; None: one tile has more."""
     most, least = config["max_tiles"], config["min_tiles"]
     assert isinstance(most, int)
     assert isinstance(least, int)
     for tiles in range(most, 0, -1):
         bounded = {**config, "max_tiles": tiles, "min_tiles": min(least, tiles)}
-        if most_tokens(bounded) <= tokens:
+        if max_tokens(bounded) <= tokens:
             return bounded
     return None

@@ -1,4 +1,4 @@
-"""One picture, one square of pixels: the preprocessing of CLIP, SigLIP and LLaVA image processors.
+"""One image, one square of pixels: the preprocessing of CLIP, SigLIP and LLaVA image processors.
 
 The steps and their order are those of transformers' PIL processors (``CLIPImageProcessorPil``,
 ``SiglipImageProcessorPil``, ``LlavaImageProcessorPil``): pad to a square, resize, crop at the
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lvlm.core.errors import BundleError, ParameterError
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.processors.parts.config_values import (
     CLIP_MEAN,
     CLIP_STD,
@@ -39,13 +39,13 @@ from lvlm.runtime.processors.parts.config_values import (
 
 
 class LlavaProcessor:
-    """Pictures → float32 [n, 3, H, W], with the same H, W and number of tokens for all.
+    """Images → float32 [n, 3, H, W], with the same H, W and number of tokens for all.
 
     ``config`` is what :func:`normalise_config` gives: ``resize`` is ``{"shortest_edge": S}``,
     ``{"height": H, "width": W}`` or None; ``resample`` Pillow's filter number; ``crop``
     ``{"height", "width"}`` or None; ``pad_to_square`` and ``pad_value`` [3] (0 to 255);
     ``rescale_factor``, and ``mean`` and ``std`` [3] each, or None for no such step;
-    ``image_tokens`` per picture. Raises ``BundleError`` for any other config.
+    ``image_tokens`` per image. Raises ``BundleError`` for any other config.
     """
 
     name: ClassVar[str] = "llava"
@@ -62,18 +62,18 @@ class LlavaProcessor:
         self._table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
         self._size = self._output_size()
 
-    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
+    def prepare(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[PreparedImage]:
         """See Processor; raises what ``pixel_values`` does."""
         index = np.arange(self._tokens)[:, None]
         return [
-            Picture({"pixel_values": pixels[None]}, self._tokens, index)
+            PreparedImage({"pixel_values": pixels[None]}, self._tokens, index)
             for pixels in self.pixel_values(images)
         ]
 
     def pixel_values(self, images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-        """Pictures uint8 [H_i, W_i, 3] → float32 [n, 3, H, W].
+        """Images uint8 [H_i, W_i, 3] → float32 [n, 3, H, W].
 
-        Raises ``ImageError`` for a picture so long and thin that it would exceed 100 megapixels on
+        Raises ``ImageError`` for an image so long and thin that it would exceed 100 megapixels on
         the way.
         """
         out = np.empty((len(images), 3, *self._size), np.float32)
@@ -84,24 +84,24 @@ class LlavaProcessor:
         return out
 
     def fit(self, image: npt.NDArray[np.uint8]) -> Image.Image:
-        """A picture uint8 [H_i, W_i, 3] padded, resized and cropped as for the vision graph."""
-        picture = Image.fromarray(image)
-        if self._pad is not None and picture.width != picture.height:
-            side = max(picture.size)
-            check_growth(picture, side, side)
+        """An image uint8 [H_i, W_i, 3] padded, resized and cropped as for the vision graph."""
+        pil_image = Image.fromarray(image)
+        if self._pad is not None and pil_image.width != pil_image.height:
+            side = max(pil_image.size)
+            check_growth(pil_image, side, side)
             square = Image.new("RGB", (side, side), self._pad)
-            square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-            picture = square
+            square.paste(pil_image, ((side - pil_image.width) // 2, (side - pil_image.height) // 2))
+            pil_image = square
         if self._resize is not None:
-            height, width = self._resized(picture.height, picture.width)
-            check_growth(picture, height, width)
-            picture = picture.resize((width, height), Image.Resampling(self._resample))
+            height, width = self._resized(pil_image.height, pil_image.width)
+            check_growth(pil_image, height, width)
+            pil_image = pil_image.resize((width, height), Image.Resampling(self._resample))
         if self._crop is not None:
             height, width = self._crop
-            # Rounded down, also below zero; outside the picture Pillow gives black as transformers
-            top, left = (picture.height - height) // 2, (picture.width - width) // 2
-            picture = picture.crop((left, top, left + width, top + height))
-        return picture
+            # Rounded down, also below zero; outside the image Pillow gives black as transformers
+            top, left = (pil_image.height - height) // 2, (pil_image.width - width) // 2
+            pil_image = pil_image.crop((left, top, left + width, top + height))
+        return pil_image
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if not isinstance(self._resize, int):
@@ -118,7 +118,7 @@ class LlavaProcessor:
         if self._resize is not None and self._pad is not None:
             return self._resize, self._resize
         raise BundleError(
-            "the processor config gives pictures of differing sizes, but the vision graph takes "
+            "the processor config gives images of differing sizes, but the vision graph takes "
             "one; it needs crop, or resize to a height and a width"
         )
 
@@ -173,7 +173,7 @@ def normalise_config(preprocessor: Mapping[str, object], image_tokens: int) -> d
     ``preprocessor`` is a ``preprocessor_config.json``, or
     ``processor_config.json["image_processor"]``, of a CLIP, SigLIP or LLaVA image processor, of any
     age and backend; absent keys and nulls mean the class's default, as they do in transformers.
-    ``image_tokens`` is the number of tokens that one picture gives in the prompt.
+    ``image_tokens`` is the number of tokens that one image gives in the prompt.
 
     Raises ``ParameterError`` for another processor, or for an option that is not supported.
     """

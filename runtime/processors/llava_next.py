@@ -8,13 +8,13 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.processors.parts.anyres import KEYS, Tiles, tiles_config
 from lvlm.runtime.processors.parts.config_values import CLIP_MEAN, CLIP_STD, check_keys, judging
 
 
 class LlavaNextProcessor:
-    """Pictures → tiles float32 [1 + tiles,3,side,side]; the vision graph gives the newline, then
+    """Images → tiles float32 [1 + tiles,3,side,side]; the vision graph gives the newline, then
     patches x patches rows per tile. ``config`` is what :func:`normalise_config` gives, that of
     ``Tiles``; BundleError for any other."""
 
@@ -24,18 +24,18 @@ class LlavaNextProcessor:
         check_keys(config, KEYS)
         self.tiles = Tiles(config, lambda lines, columns: lines * (columns + 1))
 
-    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
+    def prepare(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[PreparedImage]:
         """See Processor."""
-        return [self._picture(image) for image in images]
+        return [self._prepare(image) for image in images]
 
-    def _picture(self, image: npt.NDArray[np.uint8]) -> Picture:
-        picture = self.tiles.prepare(image)
-        height, width = picture.size[::-1]
-        pixels = self.tiles.cut(picture)
+    def _prepare(self, image: npt.NDArray[np.uint8]) -> PreparedImage:
+        pil_image = self.tiles.prepare(image)
+        height, width = pil_image.size[::-1]
+        pixels = self.tiles.cut(pil_image)
         lines = np.pad(self.tiles.kept(height, width), ((0, 0), (0, 1)))  # row 0 is the newline
         index = np.concatenate([self.tiles.whole(), lines.reshape(-1)])[:, None]
         rows = len(pixels) * self.tiles.patches**2
-        return Picture({"pixel_values": pixels}, rows, index, size=(height, width))
+        return PreparedImage({"pixel_values": pixels}, rows, index, size=(height, width))
 
 
 PROCESSOR = LlavaNextProcessor

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: one picture as tiles, shrunk where they are many; several as one tile each."""
+"""LLaVA-OneVision: one image as tiles, shrunk where they are many; several as one tile each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lvlm.core.errors import ParameterError
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.processors.parts.anyres import KEYS, Tiles, tiles_config
 from lvlm.runtime.processors.parts.config_values import (
     CLIP_MEAN,
@@ -34,10 +34,10 @@ SHRINK = 1.1  # by less than this a side is not worth it
 
 
 class LlavaOnevisionProcessor:
-    """Pictures → tiles float32 [n,3,side,side]; the vision graph gives the newline, then patches x
+    """Images → tiles float32 [n,3,side,side]; the vision graph gives the newline, then patches x
     patches rows per tile.
 
-    A picture that is alone in its prompt is cut; of several, each is padded to a square of
+    An image that is alone in its prompt is cut; of several, each is padded to a square of
     ``pad_value`` [3]. ``config`` is what :func:`normalise_config` gives, that of ``Tiles`` and
     these; BundleError for any other.
     """
@@ -54,17 +54,17 @@ class LlavaOnevisionProcessor:
             config["video"], lambda own: LlavaOnevisionVideo(own, self.tiles.side, self._frame)
         )
 
-    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
-        """See Processor; ImageError for a picture so long and thin that its square would exceed
+    def prepare(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[PreparedImage]:
+        """See Processor; ImageError for an image so long and thin that its square would exceed
         100 megapixels."""
         if len(images) == 1:
             return [self._cut(images[0])]
         return [self._square(image) for image in images]
 
-    def _cut(self, image: npt.NDArray[np.uint8]) -> Picture:
-        picture = self.tiles.prepare(image)
-        height, width = picture.size[::-1]
-        pixels = self.tiles.cut(picture)
+    def _cut(self, image: npt.NDArray[np.uint8]) -> PreparedImage:
+        pil_image = self.tiles.prepare(image)
+        height, width = pil_image.size[::-1]
+        pixels = self.tiles.cut(pil_image)
         rows = len(pixels) * self.tiles.patches**2
         kept = self.tiles.kept(height, width)
         shape = self._shrunk(*kept.shape)
@@ -83,7 +83,7 @@ class LlavaOnevisionProcessor:
             weight = np.concatenate([np.repeat(alone, len(whole), 0), weight])
         index = np.concatenate([whole, index])
         arrays = {"pixel_values": pixels}
-        return Picture(arrays, rows, index, weight, size=(height, width))
+        return PreparedImage(arrays, rows, index, weight, size=(height, width))
 
     def _shrunk(self, lines: int, columns: int) -> tuple[int, int]:
         """So many patches, once there are no more of them than the most tiles have."""
@@ -92,21 +92,21 @@ class LlavaOnevisionProcessor:
 
     def _tokens(self, lines: int, columns: int) -> int:
         lines, columns = self._shrunk(lines, columns)
-        return max(1, lines * (columns + 1))  # 1: the newline of a picture that is not alone
+        return max(1, lines * (columns + 1))  # 1: the newline of an image that is not alone
 
-    def _square(self, image: npt.NDArray[np.uint8]) -> Picture:
-        picture, side = Image.fromarray(image), max(image.shape[:2])
-        check_growth(picture, side, side)
+    def _square(self, image: npt.NDArray[np.uint8]) -> PreparedImage:
+        pil_image, side = Image.fromarray(image), max(image.shape[:2])
+        check_growth(pil_image, side, side)
         square = Image.new("RGB", (side, side), self._pad)
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+        square.paste(pil_image, ((side - pil_image.width) // 2, (side - pil_image.height) // 2))
         scaled = square.resize((self.tiles.side, self.tiles.side), self.tiles.resample)
         pixels = planes(self.tiles.table, np.asarray(scaled))[None]
         index = np.append(self.tiles.whole(), 0)[:, None]
         rows = self.tiles.patches**2
-        return Picture({"pixel_values": pixels}, rows, index, size=image.shape[:2])
+        return PreparedImage({"pixel_values": pixels}, rows, index, size=image.shape[:2])
 
-    def _frame(self, tile: npt.NDArray[np.float32], last: bool) -> Picture:
-        """Of a clip: patches pooled two by two; the newline after the last frame only."""
+    def _frame(self, tile: npt.NDArray[np.float32], last: bool) -> PreparedImage:
+        """Of a video: patches pooled two by two; the newline after the last frame only."""
         patches = self.tiles.patches
         half = math.ceil(patches / 2)
         index, weight = shrink(self.tiles.whole().reshape(patches, patches), half, half)
@@ -114,7 +114,7 @@ class LlavaOnevisionProcessor:
         if last:
             index = np.concatenate([index, np.zeros((1, 4), np.int64)])
             weight = np.concatenate([weight, np.eye(1, 4, dtype=np.float32)])
-        return Picture({"pixel_values": tile[None]}, patches**2, index, weight)
+        return PreparedImage({"pixel_values": tile[None]}, patches**2, index, weight)
 
 
 PROCESSOR = LlavaOnevisionProcessor
@@ -171,7 +171,7 @@ def normalise_config(
     video: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The config of :class:`LlavaOnevisionProcessor` that does what a Hugging Face config says; see
-    ``tiles_config``; ``video`` is that for clips. Raises ParameterError."""
+    ``tiles_config``; ``video`` is that for videos. Raises ParameterError."""
     kind = "LlavaOnevisionImageProcessor"
     config = tiles_config(preprocessor, kind, _DEFAULTS, side, patches)
     if preprocessor.get("do_resize") is False:

@@ -1,6 +1,6 @@
-"""Pictures at their own resolution: the preprocessing of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+"""Images at their own resolution: the preprocessing of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
-A picture is scaled to sides that are whole numbers of image tokens (merge x merge patches) and to a
+An image is scaled to sides that are multiples of an image token's (merge x merge patches) and to a
 number of pixels within bounds, then cut into patches, those of a token together. The steps are
 those of transformers' ``Qwen2VLImageProcessorPil``, with the same Pillow calls.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lvlm.core.errors import ImageError, ParameterError
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.processors.parts.config_values import (
     CLIP_MEAN,
     CLIP_STD,
@@ -35,13 +35,13 @@ from lvlm.runtime.processors.parts.qwen_video import MAX_RATIO, QwenVideo, whole
 
 
 class QwenProcessor:
-    """Pictures of any size -> tokens [h, w] of merge x merge patches each.
+    """Images of any size -> tokens [h, w] of merge x merge patches each.
 
-    ``config`` is what :func:`normalise_config` gives: ``patch``, ``frames`` (copies of the picture
+    ``config`` is what :func:`normalise_config` gives: ``patch``, ``frames`` (copies of the image
     that a patch spans in time) and ``merge``; ``min_pixels`` and ``max_pixels`` of the scaled
-    picture, ``max_tokens`` that one may give; ``window``, the side in tokens of the windows that
+    image, ``max_tokens`` that one may give; ``window``, the side in tokens of the windows that
     attend to themselves, or None; ``table``, the side of the square of learned positions that are
-    stretched over a picture, or None; ``resample`` Pillow's filter number; ``rescale_factor``,
+    stretched over an image, or None; ``resample`` Pillow's filter number; ``rescale_factor``,
     ``mean`` and ``std`` as for LLaVA; ``video``, that of ``QwenVideo``. Raises
     ``BundleError`` for any other config.
     """
@@ -64,25 +64,25 @@ class QwenProcessor:
         self._table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
         self.video, self.no_video = opened(config["video"], lambda own: QwenVideo(own, self))
 
-    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
+    def prepare(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[PreparedImage]:
         """See Processor. Arrays of each, of h * w tokens (units) of p patches: pixel_values float32
         [h*w, p, d], position_ids int64 [h*w, p, 2] (row and column), and those of ``_windows``
         and ``_interpolated``."""
-        return [self._picture(image) for image in images]
+        return [self._prepare(image) for image in images]
 
-    def _picture(self, image: npt.NDArray[np.uint8]) -> Picture:
+    def _prepare(self, image: npt.NDArray[np.uint8]) -> PreparedImage:
         rows, columns = self.grid(*image.shape[:2])
         side = self.patch * self.merge
         scaled = Image.fromarray(image).resize(
             (columns * side, rows * side), Image.Resampling(self._resample)
         )
-        return self.picture([planes(self._table, np.asarray(scaled))], 0, None)
+        return self.prepare_frames([planes(self._table, np.asarray(scaled))], 0, None)
 
-    def picture(
+    def prepare_frames(
         self, pixels: Sequence[npt.NDArray[np.float32]], time: int, span: int | None
-    ) -> Picture:
-        """Frames [3,H,W] of whole tokens, or one that stands for all, -> the Picture, ``time``
-        after where it begins; None: what follows is further on by its longer side."""
+    ) -> PreparedImage:
+        """Frames [3,H,W] of whole tokens, or one that stands for all, -> the PreparedImage,
+        ``time`` after where it begins; None: what follows is further on by its longer side."""
         side = self.patch * self.merge
         rows, columns = pixels[0].shape[1] // side, pixels[0].shape[2] // side
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -96,7 +96,7 @@ class QwenProcessor:
             arrays |= _interpolated(arrays["position_ids"], sides, self._side)
         tokens = rows * columns
         row, column = np.divmod(np.arange(tokens), columns)
-        return Picture(
+        return PreparedImage(
             arrays,
             tokens,
             np.arange(tokens)[:, None],
@@ -105,7 +105,7 @@ class QwenProcessor:
         )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens that a picture becomes, in proportion to its sides.
+        """Rows and columns of tokens that an image becomes, in proportion to its sides.
 
         Raises ``ImageError`` for one so long and thin that it would give too many.
         """
@@ -114,7 +114,7 @@ class QwenProcessor:
         rows, columns = whole_tokens(height, width, side, self._least, self._most)
         if ratio > MAX_RATIO or rows * columns > self.tokens:
             raise ImageError(
-                f"a picture of {width} x {height} pixels (aspect ratio {ratio:.0f}:1) is too long "
+                f"an image of {width} x {height} pixels (aspect ratio {ratio:.0f}:1) is too long "
                 f"and thin for this model ({MAX_RATIO}:1 at most, and {self.tokens} image tokens);"
                 " crop it first"
             )
@@ -161,7 +161,7 @@ def _windows(rows: int, columns: int, side: int) -> dict[str, npt.NDArray[np.int
 def _interpolated(
     places: npt.NDArray[np.int64], sides: tuple[int, int], table: int
 ) -> dict[str, npt.NDArray[Any]]:
-    """learned int64 [..., 4]: of a table x table square laid over the picture, corners on corners,
+    """learned int64 [..., 4]: of a table x table square laid over the image, corners on corners,
     the four positions around each of the patches at ``places`` [..., 2]; share float32 [..., 4]."""
     taps, weights = [], []
     for axis, side in enumerate(sides):
@@ -204,7 +204,7 @@ def normalise_config(
 
     ``preprocessor`` is a ``preprocessor_config.json``, or ``processor_config.json``'s
     ``image_processor``, of any age and backend; ``window`` and ``table`` are the model's,
-    ``video`` is the config for clips. Raises ``ParameterError`` for another processor, or for an
+    ``video`` is the config for videos. Raises ``ParameterError`` for another processor, or for an
     option that is not supported.
     """
     kind = processor_kind(preprocessor, _KINDS)
@@ -231,26 +231,26 @@ def normalise_config(
     }
     with judging(kind):
         QwenProcessor(config)
-        config["max_tokens"] = _most_tokens(config)
+        config["max_tokens"] = _max_tokens(config)
         QwenProcessor(config)
     return config
 
 
 def bounded_config(config: Mapping[str, object], tokens: int) -> dict[str, object]:
-    """The same with pictures scaled down to at most ``tokens`` each; longer and thinner ones than
+    """The same with images scaled down to at most ``tokens`` each; longer and thinner ones than
     that allows are refused."""
     most = tokens * _token_pixels(config)
-    # Pictures are scaled up to whole tokens, which must not lead beyond the upper bound
+    # Images are scaled up to whole tokens, which must not lead beyond the upper bound
     least = min(_whole(config["min_pixels"]), max(1, most // 4))
     found = {**config, "max_pixels": min(_whole(config["max_pixels"]), most), "min_pixels": least}
     return {**found, "max_tokens": tokens}
 
 
-def _most_tokens(config: Mapping[str, object]) -> int:
-    """The most tokens of any picture, whatever its sides are."""
+def _max_tokens(config: Mapping[str, object]) -> int:
+    """The most tokens of any image, whatever its sides are."""
     area = _token_pixels(config)
     most, least = _whole(config["max_pixels"]) / area, _whole(config["min_pixels"]) / area
-    # Scaled down, a picture of less than a token's height still is one token high
+    # Scaled down, an image of less than a token's height still is one token high
     found = [math.floor(most), 1]
     if most < MAX_RATIO:
         found.append(math.floor(math.sqrt(MAX_RATIO * most)))

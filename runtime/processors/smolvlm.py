@@ -1,7 +1,7 @@
-"""A picture as a grid of tiles and a thumbnail, with words between: the preprocessing of SmolVLM.
+"""An image as a grid of tiles and a thumbnail, with words between: the preprocessing of SmolVLM.
 
 Source: transformers' ``SmolVLMImageProcessorPil`` and ``SmolVLMProcessor``. All tiles are full:
-what is left of a picture is scaled up to the next tile, never padded.
+what is left of an image is scaled up to the next tile, never padded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lvlm.core.errors import ParameterError
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.processors.parts.config_values import (
     MAX_OUTPUT_SIDE,
     check_keys,
@@ -34,9 +34,9 @@ from lvlm.runtime.processors.parts.tiles import cut, scaled
 
 
 class SmolVLMProcessor:
-    """Pictures → float32 [tiles, 3, side, side], ``tile_tokens`` tokens per tile.
+    """Images → float32 [tiles, 3, side, side], ``tile_tokens`` tokens per tile.
 
-    ``config`` is what :func:`normalise_config` gives: ``longest_edge``, to which a picture is
+    ``config`` is what :func:`normalise_config` gives: ``longest_edge``, to which an image is
     scaled at first; ``side`` of a tile; ``split``: whether there are more tiles than one;
     ``resample`` Pillow's filter number; ``rescale_factor``, and ``mean`` and ``std`` [3] each, or
     None for no such step; and the tokens ``image_token``, ``around`` (before each tile and after
@@ -64,19 +64,19 @@ class SmolVLMProcessor:
             config["video"], lambda own: SmolVLMVideo(own, self._side, self._token, self._frame)
         )
 
-    def pictures(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Picture]:
+    def prepare(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[PreparedImage]:
         """See Processor."""
-        return [self._picture(image) for image in images]
+        return [self._prepare(image) for image in images]
 
-    def _picture(self, image: npt.NDArray[np.uint8]) -> Picture:
+    def _prepare(self, image: npt.NDArray[np.uint8]) -> PreparedImage:
         return self._made(*self.pixel_values(image))
 
-    def _frame(self, tile: npt.NDArray[np.float32]) -> Picture:
+    def _frame(self, tile: npt.NDArray[np.float32]) -> PreparedImage:
         return self._made(tile[None], 0, 0)
 
-    def _made(self, pixels: npt.NDArray[np.float32], rows: int, columns: int) -> Picture:
+    def _made(self, pixels: npt.NDArray[np.float32], rows: int, columns: int) -> PreparedImage:
         tokens = len(pixels) * self._tokens
-        return Picture(
+        return PreparedImage(
             {"pixel_values": pixels},
             rows=tokens,
             index=np.arange(tokens)[:, None],
@@ -84,7 +84,7 @@ class SmolVLMProcessor:
         )
 
     def _expansion(self, rows: int, columns: int) -> str:
-        """What stands for a picture in the prompt: 0 rows where there is one tile."""
+        """What stands for an image in the prompt: 0 rows where there is one tile."""
         tile = self._token * self._tokens
         places = [
             "".join(
@@ -99,7 +99,7 @@ class SmolVLMProcessor:
     def pixel_values(
         self, image: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.float32], int, int]:
-        """A picture uint8 [H_i, W_i, 3] → its tiles row by row, then the thumbnail; and rows and
+        """An image uint8 [H_i, W_i, 3] → its tiles row by row, then the thumbnail; and rows and
         columns of the former, 0 where there is one tile in all."""
         side = self._side
         pixels = scaled(image, *self.first_size(*image.shape[:2]), self._resample)
@@ -189,7 +189,7 @@ def normalise_config(
     """The config of :class:`SmolVLMProcessor` that does what a Hugging Face config says.
 
     ``preprocessor`` is a ``preprocessor_config.json`` of the image processor of SmolVLM or
-    Idefics3, ``video`` the config for clips. Raises ``ParameterError`` for another, or for an
+    Idefics3, ``video`` the config for videos. Raises ``ParameterError`` for another, or for an
     option that is not supported.
     """
     kind = processor_kind(preprocessor, ("SmolVLMImageProcessor",))
@@ -222,8 +222,8 @@ def _longest_edge(kind: str, key: str, value: object) -> object:
     return sides["longest_edge"]
 
 
-def most_tokens(config: Mapping[str, object]) -> int:
-    """Of one picture, by such a config: of a square one."""
+def max_tokens(config: Mapping[str, object]) -> int:
+    """Of one image, by such a config: of a square one."""
     longest, side, each = config["longest_edge"], config["side"], config["tile_tokens"]
     assert isinstance(longest, int)
     assert isinstance(side, int)
@@ -233,14 +233,14 @@ def most_tokens(config: Mapping[str, object]) -> int:
     return each * (along * along + (along > 1))
 
 
-def with_most_tokens(config: Mapping[str, object], tokens: int) -> dict[str, object] | None:
-    """The same with pictures scaled so that each gives at most ``tokens``; None: one tile has
+def with_max_tokens(config: Mapping[str, object], tokens: int) -> dict[str, object] | None:
+    """The same with images scaled so that each gives at most ``tokens``; None: one tile has
     more."""
     side = config["side"]
     assert isinstance(side, int)
     for along in range(MAX_TILES_ALONG, 0, -1):
         longest = along * side - along * side % 2
         bounded = {**config, "longest_edge": longest}
-        if longest and most_tokens(bounded) <= tokens:
+        if longest and max_tokens(bounded) <= tokens:
             return bounded
     return None

@@ -1,4 +1,4 @@
-"""Chat templates: from a question and its pictures to the text of a prompt."""
+"""Chat templates: from a question and its images to the text of a prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROBE = "lvlmprobe"
 
 @dataclass(frozen=True)
 class Turn:
-    """One message of a conversation: ``images`` pictures and ``videos`` clips before its text."""
+    """One message of a conversation: ``images`` images and ``videos`` videos before its text."""
 
     role: Role
     text: str
@@ -49,7 +49,7 @@ class ChatTemplate:
         wrong: type[LvlmError] = BundleError,
     ) -> None:
         """``source`` is Jinja, ``special_tokens`` the variables it may use (``bos_token``, …),
-        ``image_token`` the placeholder of a picture, ``name`` and ``wrong`` say whose mistake a
+        ``image_token`` the placeholder of an image, ``name`` and ``wrong`` say whose mistake a
         bad template is. Raises ``wrong`` if it is not valid."""
         self._special_tokens = dict(special_tokens)
         self._image_token, self._name, self._wrong = image_token, name, wrong
@@ -78,7 +78,7 @@ class ChatTemplate:
         videos: int = 0,
         video_token: str | None = None,
     ) -> str:
-        """The text of a user message, ``images`` pictures and ``videos`` clips before ``prompt``,
+        """The text of a user message, ``images`` images and ``videos`` videos before ``prompt``,
         ready for the answer. ``system`` is the text of a system message. Raises as render_turns."""
         turns = [] if system is None else [Turn("system", system)]
         turns.append(Turn("user", prompt, images, videos))
@@ -87,7 +87,7 @@ class ChatTemplate:
     def render_turns(self, turns: Sequence[Turn], video_token: str | None = None) -> str:
         """The text of a conversation, ready for the next answer.
 
-        A text that has the placeholder of pictures or clips in it keeps its own places: no others
+        A text that has the placeholder of images or videos in it keeps its own places: no others
         of these are added to that turn. With a template that writes no placeholders they are
         written before the text, each on a line of its own. Raises ``PromptError`` if the template
         refuses the messages, ``BundleError`` if it fails, reaches for what the sandbox forbids or
@@ -114,7 +114,7 @@ class ChatTemplate:
             ) from None
 
     def _placed(self, turn: Turn, video_token: str | None) -> Turn:
-        """The turn with as many pictures and clips as the template is to write placeholders for."""
+        """The turn with as many images and videos as the template is to write placeholders for."""
         images = 0 if self._image_token in turn.text else turn.images
         videos = 0 if video_token and video_token in turn.text else turn.videos
         if self.places_images:

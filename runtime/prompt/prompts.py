@@ -1,4 +1,4 @@
-"""From a question and its pictures to what prefill takes: token ids, image places, pictures."""
+"""From a question and its images to what prefill takes: token ids, image places, images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from lvlm.core.errors import BundleError, ParameterError, PromptError
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.media.images import ImageSource, open_image
-from lvlm.runtime.media.pictures import Picture
+from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.media.video import VideoSource
 from lvlm.runtime.options.generation_config import GenerationConfig
 from lvlm.runtime.options.generation_options import (
@@ -24,16 +24,16 @@ from lvlm.runtime.options.generation_options import (
 )
 from lvlm.runtime.processors import Processor, load_processor
 from lvlm.runtime.prompt.chat_template import ChatTemplate
-from lvlm.runtime.prompt.clips import Clips
+from lvlm.runtime.prompt.prompt_videos import PromptVideos
 from lvlm.runtime.prompt.text import Tokenizer, expand_placeholders
 from lvlm.runtime.sampling.sampler import Sampling
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row: token ids with every picture's placeholder repeated per image token.
+    """One row: token ids with every image's placeholder repeated per image token.
 
-    image_id [N] int64: 0 text, m the m-th of the ``pictures``; positions [N] int64, or [3,N]: the
+    image_id [N] int64: 0 text, m the m-th of the ``images``; positions [N] int64, or [3,N]: the
     model's own, which is not always how prefill gets them (``aligned``).
     ``generation`` is the checkpoint's part in choosing tokens, ``sampling`` the caller's, too;
     ``lead`` is the space before an answer that is no part of it (ChatTemplate). ``forced``: the
@@ -42,7 +42,7 @@ class Prompt:
 
     ids: Sequence[int]
     image_id: np.ndarray
-    pictures: Sequence[Picture]
+    images: Sequence[PreparedImage]
     positions: np.ndarray
     sampling: Sampling
     max_new_tokens: int
@@ -57,11 +57,11 @@ class Prompt:
         """``positions``, each of the three as a whole moved to where the last token's are one.
 
         In transformers' generate each of a new token's three positions follows the last token's.
-        Those differ where that is a picture's, and decode takes one number. Rotary attention knows
+        Those differ where that is an image's, and decode takes one number. Rotary attention knows
         nothing but differences within each of the three, which stay. Behind text nothing moves.
         """
         last = self.positions[..., -1:]
-        # The time of a clip may be larger than any position that decode has to know.
+        # The time of a video may be larger than any position that decode has to know.
         goal = min(int(last.max()), len(self.ids) - 1)
         moved: np.ndarray = self.positions + (goal - last)
         return moved
@@ -75,8 +75,8 @@ class Prompt:
 class PromptMaker:
     """Prepares prompts as a model wants them, whether it comes from a bundle or a checkpoint.
 
-    ``vocab`` is the number of tokens that the model knows, ``room`` how many pictures a prompt with
-    clips may have, ``generation`` the manifest's part of that name. Any thread may use it. Raises
+    ``vocab`` is the number of tokens that the model knows, ``room`` how many images a prompt with
+    videos may have, ``generation`` the manifest's part of that name. Any thread may use it. Raises
     BundleError if the processor's config, the chat template or ``generation`` is not valid.
     """
 
@@ -93,12 +93,12 @@ class PromptMaker:
         self.tokenizer, self.images, self.vocab = tokenizer, images, vocab
         self.generation = GenerationConfig.of(generation or {}, tuple(sorted(tokenizer.eos_ids)))
         self.processor: Processor = load_processor(images.processor)
-        self.clips = Clips(self.processor, images, room)
+        self.videos = PromptVideos(self.processor, images, room)
         self.template = (
             ChatTemplate(chat_template, special_tokens, images.token) if chat_template else None
         )
         self.video_template = self.template
-        if self.clips.video is not None and (own := self.clips.video.template):
+        if self.videos.processor is not None and (own := self.videos.processor.template):
             self.video_template = ChatTemplate(own, special_tokens, images.token)
         self._special_tokens = dict(special_tokens)
         self._bos = special_tokens.get("bos_token")
@@ -112,40 +112,46 @@ class PromptMaker:
         options: GenerationOptions,
         videos: Sequence[VideoSource] = (),
     ) -> Prompt:
-        """One row of a batch: pictures opened and scaled, the prompt as token ids.
+        """One row of a batch: images opened and scaled, the prompt as token ids.
 
         Raises PromptError, ImageError, ParameterError, BundleError; with videos also CapacityError
         and BackendError.
         """
-        for name, one, given in (("images", "picture", images), ("videos", "clip", videos)):
+        for name, one, given in (("images", "image", images), ("videos", "video", videos)):
             if isinstance(given, str | bytes) or not isinstance(given, Sequence):
                 raise PromptError(f"{name} is a list; write {name}=[{one}]")
-        clips = self.clips.open(videos, len(images), options.frames)
+        prepared_videos = self.videos.prepare(videos, len(images), options.frames)
         arrays = [open_image(image, options.max_image_pixels) for image in images]
         text, special, lead = prompt, True, ""
-        video_token = self.clips.video.token if self.clips.video else None
+        video_token = self.videos.processor.token if self.videos.processor else None
         if options.chat_template:
-            template = self._template(options.chat_template, bool(clips))
+            template = self._template(options.chat_template, bool(prepared_videos))
             lead = template.lead
-            text = template.render(prompt, len(arrays), options.system, len(clips), video_token)
+            text = template.render(
+                prompt, len(arrays), options.system, len(prepared_videos), video_token
+            )
             special = not self.begins(text)
         elif options.system is not None:
             raise ParameterError("system needs the chat template; write it into the prompt")
         elif self.template is not None:
             lead = self.template.lead_after(prompt)
         advice = _advice("video", video_token or "", prompt, options)
-        stills = self.processor.pictures(arrays)
-        text, pictures, token_ids = self.clips.placed(text, stills, clips, advice)
+        stills = self.processor.prepare(arrays)
+        text, prepared_images, token_ids = self.videos.placed(text, stills, prepared_videos, advice)
         ids = self.tokenizer.encode(text, add_special_tokens=special)
         token_id = self.images.token_id
         advice = _advice("image", self.images.token, prompt, options)
-        where = expand_placeholders(ids, token_id, [self._expansion(p) for p in pictures], advice)
-        if not where or not (pictures or prompt.strip()):
+        where = expand_placeholders(
+            ids, token_id, [self._expansion(p) for p in prepared_images], advice
+        )
+        if not where or not (prepared_images or prompt.strip()):
             raise PromptError("the prompt is empty; write a question")
         image_id = np.zeros(len(where), np.int64)
         places = np.flatnonzero(np.array(where) == token_id)
-        image_id[places] = np.repeat(np.arange(1, len(pictures) + 1), [p.tokens for p in pictures])
-        if clips:
+        image_id[places] = np.repeat(
+            np.arange(1, len(prepared_images) + 1), [p.tokens for p in prepared_images]
+        )
+        if prepared_videos:
             own = np.array(where)
             own[places] = np.array(token_ids)[image_id[places] - 1]
             where = own.tolist()
@@ -155,8 +161,8 @@ class PromptMaker:
         return Prompt(
             where,
             image_id,
-            pictures,
-            self._positions(image_id, pictures),
+            prepared_images,
+            self._positions(image_id, prepared_images),
             Sampling.of(options, row, self.generation),
             options.max_new_tokens,
             options.ignore_eos,
@@ -188,10 +194,10 @@ class PromptMaker:
         """Whether a template has written the token that begins a text: no other is added."""
         return bool(self._bos) and text.startswith(str(self._bos))
 
-    def _template(self, wanted: bool | str, clips: bool) -> ChatTemplate:
+    def _template(self, wanted: bool | str, with_videos: bool) -> ChatTemplate:
         if isinstance(wanted, str):
             return self._given(wanted)
-        template = self.video_template if clips else self.template
+        template = self.video_template if with_videos else self.template
         if template is None:
             raise PromptError(
                 "the bundle has no chat template; write the prompt out and use "
@@ -212,21 +218,23 @@ class PromptMaker:
             )
         return template
 
-    def _positions(self, image_id: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
+    def _positions(
+        self, image_id: np.ndarray, prepared_images: Sequence[PreparedImage]
+    ) -> np.ndarray:
         if self.images.positions == "sequence":
             return np.arange(len(image_id))
-        return grid_positions(image_id, pictures)
+        return grid_positions(image_id, prepared_images)
 
-    def _expansion(self, picture: Picture) -> list[int]:
-        """The tokens that stand for a picture."""
+    def _expansion(self, image: PreparedImage) -> list[int]:
+        """The tokens that stand for an image."""
         token = self.images.token_id
-        if picture.text is None:
-            return [token] * picture.tokens
-        ids = self.tokenizer.encode(picture.text, add_special_tokens=False)
-        if ids.count(token) != picture.tokens:
+        if image.text is None:
+            return [token] * image.tokens
+        ids = self.tokenizer.encode(image.text, add_special_tokens=False)
+        if ids.count(token) != image.tokens:
             raise BundleError(
-                f"the tokenizer makes {ids.count(token)} image tokens of a picture's "
-                f"{picture.tokens}; export the bundle again"
+                f"the tokenizer makes {ids.count(token)} image tokens of an image's "
+                f"{image.tokens}; export the bundle again"
             )
         return ids
 
@@ -247,19 +255,19 @@ def _advice(what: str, token: str, prompt: str, options: GenerationOptions) -> s
     return f"write one {token} per {what} where it belongs, or let the chat template do it"
 
 
-def grid_positions(image_id: np.ndarray, pictures: Sequence[Picture]) -> np.ndarray:
-    """Three rotary positions [3,N] of every token: text counts on in all, a picture's tokens lie
+def grid_positions(image_id: np.ndarray, prepared_images: Sequence[PreparedImage]) -> np.ndarray:
+    """Three rotary positions [3,N] of every token: text counts on in all, an image's tokens lie
     where its offsets say. Source: Qwen2-VL (arXiv 2409.12191, section 2.1)."""
     found = np.empty((3, len(image_id)), np.int64)
     here = start = 0
-    for number, picture in enumerate(pictures, 1):
+    for number, image in enumerate(prepared_images, 1):
         places = np.flatnonzero(image_id == number)
-        assert picture.offsets is not None
+        assert image.offsets is not None
         text = int(places[0]) - start
         found[:, start : places[0]] = here + np.arange(text)
         here += text
         # One run of tokens; where text lies in it (videos), that text counts on
-        found[:, places] = here + picture.offsets
-        here, start = here + picture.span, int(places[-1]) + 1
+        found[:, places] = here + image.offsets
+        here, start = here + image.span, int(places[-1]) + 1
     found[:, start:] = here + np.arange(len(image_id) - start)
     return found

@@ -18,7 +18,7 @@ PER_NODE = 200  # more work for each node of what a template is given
 PER_PIECE = 20  # and for each piece of text in it
 PER_CHARACTER = 100
 _SCANNED = 64  # characters that cost as much as a node
-BITS = 20_000  # of the largest whole number
+BITS = 20_000  # of the largest integer
 _DEPTH = 200  # of nested data; Python's own hash of a deeper tuple overflows the stack
 
 

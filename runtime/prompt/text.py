@@ -1,4 +1,4 @@
-"""Text in and out: tokens, text as it streams, places of pictures in prompts."""
+"""Text in and out: tokens, text as it streams, places of images in prompts."""
 
 from __future__ import annotations
 
@@ -213,24 +213,24 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def expand_placeholders(
-    ids: list[int], image_token_id: int, pictures: Sequence[Sequence[int]], advice: str
+    ids: list[int], image_token_id: int, images: Sequence[Sequence[int]], advice: str
 ) -> list[int]:
-    """``ids`` with the m-th image placeholder replaced by the tokens of the m-th picture.
+    """``ids`` with the m-th image placeholder replaced by the tokens of the m-th image.
 
     Raises ``PromptError``, which ends with ``advice``, unless there are as many placeholders as
-    pictures.
+    images.
     """
     places = ids.count(image_token_id)
-    if places != len(pictures):
-        raise misplaced("image", places, len(pictures), advice)
-    remaining = iter(pictures)
+    if places != len(images):
+        raise misplaced("image", places, len(images), advice)
+    remaining = iter(images)
     return [
         made for token in ids for made in (next(remaining) if token == image_token_id else [token])
     ]
 
 
 def misplaced(what: str, places: int, given: int, advice: str) -> PromptError:
-    """More or fewer placeholders than pictures or clips."""
+    """More or fewer placeholders than images or videos."""
     has = _plural(places, f"{what} placeholder")
     return PromptError(f"the prompt has {has} for {_plural(given, what)}; {advice}")
 

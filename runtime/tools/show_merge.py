@@ -1,4 +1,4 @@
-"""A picture of what token merging keeps: one panel per reduction, patch by patch."""
+"""An image of what token merging keeps: one panel per reduction, patch by patch."""
 
 from __future__ import annotations
 
@@ -40,10 +40,8 @@ class PatchToken:
     members: tuple[int, ...]
 
 
-def merge_picture(
-    model: Model, images: Sequence[ImageSource], generation: Generation
-) -> Image.Image:
-    """A row of panels per image: the picture as the vision tower sees it, then each reduction.
+def merge_image(model: Model, images: Sequence[ImageSource], generation: Generation) -> Image.Image:
+    """A row of panels per image: the image as the vision tower sees it, then each reduction.
 
     ``images`` are those that ``generation`` answered about, in order. In a panel, patches that kept
     their token are bright with a thin outline, those that became one token are tinted in one
@@ -68,7 +66,7 @@ def merge_picture(
         scale = -(-PANEL // min(seen.size))
         large = seen.resize((seen.width * scale, seen.height * scale), Image.Resampling.BICUBIC)
         places = np.flatnonzero(generation.image_id == number)
-        panels = [(large, f"picture {number}: {len(places)} tokens")]
+        panels = [(large, f"image {number}: {len(places)} tokens")]
         for layer, tokens in zip(layers, states, strict=True):
             mine = [t for t in tokens if generation.image_id[t.members[0]] == number]
             panel = _panel(large, model.manifest.images, mine, int(places[0]), palette)
@@ -78,7 +76,7 @@ def merge_picture(
 
 
 def check_shows(manifest: Manifest) -> None:
-    """Raise ``ParameterError`` for a bundle of whose merging no picture can be made."""
+    """Raise ``ParameterError`` for a bundle of whose merging no image can be made."""
     if not manifest.reductions:
         raise ParameterError(
             f"recipe '{manifest.recipe}' merges no image tokens, so there is nothing to draw; "
@@ -139,20 +137,20 @@ def _palette(states: Sequence[Sequence[PatchToken]]) -> dict[int, Colour]:
 
 
 def _panel(
-    picture: Image.Image,
+    image: Image.Image,
     images: Images,
     tokens: Sequence[PatchToken],
     first: int,
     palette: dict[int, Colour],
 ) -> Image.Image:
-    """``picture`` with what became of each patch; ``first`` is its first token in the prompt."""
+    """``image`` with what became of each patch; ``first`` is its first token in the prompt."""
     rows, columns = images.grid
     # Pixels beyond the last whole patch reach no token
     high, wide = (
         side // count * (shown // side)
-        for side, count, shown in zip(images.size, images.grid, picture.size[::-1], strict=True)
+        for side, count, shown in zip(images.size, images.grid, image.size[::-1], strict=True)
     )
-    panel = ImageEnhance.Brightness(picture).enhance(DARK)
+    panel = ImageEnhance.Brightness(image).enhance(DARK)
     draw = ImageDraw.Draw(panel)
     shift = first + images.tokens - rows * columns
 
@@ -169,7 +167,7 @@ def _panel(
         for member in token.members:
             if (place := box(member)) is None:
                 continue
-            patch = picture.crop(place)
+            patch = image.crop(place)
             left, top, right, bottom = place
             edges = (left, top, right - 1, bottom - 1)
             if colour is None:

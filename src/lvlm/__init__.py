@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lvlm.runtime.engine import Engine, EngineStats, Handle, Memory
     from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
     from lvlm.runtime.generate.answers import Generation, Stats, Stream
-    from lvlm.runtime.media.video import Clip
+    from lvlm.runtime.media.video import Video
     from lvlm.runtime.model import Model, load
     from lvlm.runtime.options.generation_options import GenerationOptions
     from lvlm.runtime.sampling.sampler import TokenScore
@@ -46,7 +46,7 @@ _HOME = {
     "lvlm.runtime.options.generation_options": ("GenerationOptions",),
     "lvlm.runtime.model": ("Model", "load"),
     "lvlm.runtime.sampling.sampler": ("TokenScore",),
-    "lvlm.runtime.media.video": ("Clip",),
+    "lvlm.runtime.media.video": ("Video",),
 }
 
 __all__ = [
@@ -55,7 +55,6 @@ __all__ = [
     "BackendError",
     "BundleError",
     "CapacityError",
-    "Clip",
     "DeviceMemoryError",
     "Engine",
     "EngineClosedError",
@@ -76,6 +75,7 @@ __all__ = [
     "Stats",
     "Stream",
     "TokenScore",
+    "Video",
     "load",
 ]
 

@@ -78,7 +78,7 @@ def test_two_bundles_beside_transformers(run: Run, full: Path, light: Path, tmp_
     table = rows(out)
     assert table[0][:3] == ["contender", "TTFT ms", "ITL ms p50"]
     assert [row[0] for row in table[2:]] == [full.name, f"{light.name} keep=0.35", "transformers"]
-    assert "24 text tokens and 1 picture (168 tokens in all), 6 new tokens, single stream" in out
+    assert "24 text tokens and 1 image (168 tokens in all), 6 new tokens, single stream" in out
     assert "prompts were not equally long" not in out
     assert Image.open(plot).width > 1000
 

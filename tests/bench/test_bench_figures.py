@@ -24,7 +24,7 @@ from lvlm.bench.workload import (
     Work,
     WorkloadRequest,
     arrivals,
-    picture,
+    noise,
     prompt_maker,
     work,
 )
@@ -116,9 +116,9 @@ def test_work_repeats_and_nothing_in_it_is_asked_twice(writer: PromptWriter) -> 
     first, second = work(case, writer, 1), work(case, writer, 2)
     assert first == work(case, writer, 1)
     asked = [*first.requests, *second.requests]
-    assert len({r.prompt for r in asked}) == len({r.pictures for r in asked}) == 6
-    assert (picture(1, (8, 6)) == picture(1, (8, 6))).all()
-    assert picture(1, (8, 6)).shape == (8, 6, 3)
+    assert len({r.prompt for r in asked}) == len({r.images for r in asked}) == 6
+    assert (noise(1, (8, 6)) == noise(1, (8, 6))).all()
+    assert noise(1, (8, 6)).shape == (8, 6, 3)
     loaded = work(replace(case, rate=50.0, duration=1.0), writer, 1)
     assert len(loaded.requests) == len(loaded.arrivals) > 20
 

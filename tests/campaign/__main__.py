@@ -154,8 +154,8 @@ def _base(work: Path, bundle: Path | None) -> Base:
         bundle = work / "base/s3"
         path = bundle / "lvlm.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 4}))
-    pictures = tuple(sorted((assets / "samples").glob("*.png")))
-    return Base(bundle.resolve(), assets / "tiny-llava", pictures)
+    images = tuple(sorted((assets / "samples").glob("*.png")))
+    return Base(bundle.resolve(), assets / "tiny-llava", images)
 
 
 def _keep(result: children.Result, work: Path, keep: Path | None) -> None:

@@ -56,11 +56,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Base:
-    """What inputs are made from: a whole bundle, a whole checkpoint, pictures."""
+    """What inputs are made from: a whole bundle, a whole checkpoint, images."""
 
     bundle: Path
     checkpoint: Path
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
 
 
 class Generator(Protocol):

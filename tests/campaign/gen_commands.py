@@ -42,7 +42,7 @@ def make(rng: random.Random, folder: Path, base: Base) -> Case:
     if rng.random() < 0.85:
         argv = [*places, *argv]
     if program == "lvlm-run" and rng.random() < 0.5:
-        argv += ["--image", str(rng.choice(base.pictures))]
+        argv += ["--image", str(rng.choice(base.images))]
     if program in ("lvlm-export", "lvlm-build"):  # work is what kills are for
         argv.append("--dry-run")
     if program == "lvlm-eval":  # neither -m nor a long run
@@ -55,8 +55,8 @@ def _data(folder: Path, base: Base) -> Path:
     import json
 
     path = folder / "data.jsonl"
-    picture = str(base.pictures[0])
-    path.write_text(json.dumps({"image": picture, "prompt": "Read.", "answer": "7"}) + "\n")
+    image = str(base.images[0])
+    path.write_text(json.dumps({"image": image, "prompt": "Read.", "answer": "7"}) + "\n")
     return path
 
 
@@ -73,7 +73,7 @@ def _flag(rng: random.Random, known: list[argparse.Action], folder: Path, base: 
     if "output" in name or name == "-o" or "show-merge" in name or "cache" in name:
         value = str(folder / "out" / rng.choice(("x", "x.json", "x.png", "a/b", "y" * 300)))
     if "image" in name and rng.random() < 0.5:
-        value = str(rng.choice(base.pictures))
+        value = str(rng.choice(base.images))
     return [f"{name}={value}"] if rng.random() < 0.3 else [name, value]
 
 

@@ -40,9 +40,9 @@ def _read(path: Path) -> None:
 
 
 def _line(rng: random.Random, base: Base) -> bytes:
-    picture = str(rng.choice(base.pictures))
+    image = str(rng.choice(base.images))
     value: dict[str, Any] = {
-        "image": rng.choice((picture, [picture], picture, "missing.png", [])),
+        "image": rng.choice((image, [image], image, "missing.png", [])),
         "prompt": rng.choice(("What is it?", "<image> What?", "", "</s>", "\ud800")),
         "answer": rng.choice(("A cat.", "", "7", "x" * 3000)),
     }

@@ -1,4 +1,4 @@
-"""Pictures of all formats and modes: whole, damaged, cut short, of sizes that are not theirs."""
+"""Images of all formats and modes: whole, damaged, cut short, of sizes that are not theirs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def make(rng: random.Random, folder: Path, base: Base) -> Case:
     data, suffix = _bomb(rng) if rng.random() < 0.1 else _file(rng)
     if rng.random() < 0.6:
         data = mutate_bytes(rng, data)
-    path = folder / f"picture.{suffix}"
+    path = folder / f"image.{suffix}"
     path.write_bytes(data)
     given: Any = rng.choice((path, str(path), data, bytearray(data), io.BytesIO(data), "url"))
     if isinstance(given, str) and given == "url":
@@ -55,7 +55,7 @@ def _ask(base: Base, source: Any) -> None:
     model_of(base.bundle).generate("What is it?", images=[source], max_new_tokens=1)
 
 
-def _picture(rng: random.Random) -> Any:
+def _image(rng: random.Random) -> Any:
     from PIL import Image
 
     sizes = ((1, 1), (1, 700), (3000, 2), (7, 5), (64, 64), (640, 480), (33, 200))
@@ -71,19 +71,19 @@ def _picture(rng: random.Random) -> Any:
 
 def _file(rng: random.Random) -> tuple[bytes, str]:
     for _ in range(20):
-        picture, kind = _picture(rng), rng.choice(FORMATS)
+        image, kind = _image(rng), rng.choice(FORMATS)
         options: dict[str, Any] = {}
         if rng.random() < 0.3:
-            exif = picture.getexif()
+            exif = image.getexif()
             exif[0x0112] = rng.choice((1, 3, 6, 8, 9, 0))
             options["exif"] = exif
         if rng.random() < 0.2 and kind != "AVIF":  # Pillow 13 ends writing such with signal 11
-            options |= {"save_all": True, "append_images": [picture.copy()]}
+            options |= {"save_all": True, "append_images": [image.copy()]}
         file = io.BytesIO()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                picture.save(file, kind, **options)
+                image.save(file, kind, **options)
         except Exception:  # a format that has not this mode
             continue
         return file.getvalue(), kind.lower()
@@ -121,7 +121,7 @@ def _object(rng: random.Random) -> Any:
     import numpy as np
 
     if rng.random() < 0.4:
-        return _picture(rng)
+        return _image(rng)
     others = (None, 1, 2.5, "", "http://example.com/a.png", "data:,", "data:image/png;base64,@@")
     if rng.random() < 0.2:
         return rng.choice((*others, [], {}, object(), float("nan"), "\0", "a" * 5000, b""))

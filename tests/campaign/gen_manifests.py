@@ -42,8 +42,8 @@ def make(rng: random.Random, folder: Path, base: Base) -> Case:
 
 def command(rng: random.Random, bundle: Path, base: Base, refused: bool = False) -> Case:
     """A command that reads the bundle; one that answers where damage must be refused."""
-    pictures = ["--image", str(rng.choice(base.pictures))] if rng.random() < 0.7 else []
-    answer = (str(bundle), "What is it?", *pictures, "--max-new-tokens", "2")
+    images = ["--image", str(rng.choice(base.images))] if rng.random() < 0.7 else []
+    answer = (str(bundle), "What is it?", *images, "--max-new-tokens", "2")
     match 9 if refused else rng.randrange(10):
         case 0 | 1:
             return Case("lvlm-doctor", (str(bundle), *rng.choice([(), ("--json",)])))
@@ -53,8 +53,8 @@ def command(rng: random.Random, bundle: Path, base: Base, refused: bool = False)
                 "lvlm-build", ("engine", str(bundle), "--target", target, "--dry-run", "-q")
             )
         case 3:
-            picture = str(bundle.parent / "merge.png")
-            return Case("lvlm-run", (*answer, "--show-merge", picture, "-q"))
+            image = str(bundle.parent / "merge.png")
+            return Case("lvlm-run", (*answer, "--show-merge", image, "-q"))
         case 4:
             return Case("lvlm-run", (*answer, "--verify", rng.choice(("full", "none"))))
         case _:

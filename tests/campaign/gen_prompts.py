@@ -1,4 +1,4 @@
-"""Prompts, pictures and options of a call: of any type, any text, any value."""
+"""Prompts, images and options of a call: of any type, any text, any value."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def _prompt(rng: random.Random) -> Any:
 
 
 def _images(rng: random.Random, base: Base) -> Any:
-    picture = str(rng.choice(base.pictures))
+    image = str(rng.choice(base.images))
     if rng.random() < 0.6:
-        return rng.choice(([], [picture], (picture,), None))
+        return rng.choice(([], [image], (image,), None))
     return rng.choice(
-        (picture, [[picture]], [[picture], []], [picture] * 3, [None], [[]], 5, {}, b"", [5], "x")
+        (image, [[image]], [[image], []], [image] * 3, [None], [[]], 5, {}, b"", [5], "x")
     )
 
 

@@ -36,9 +36,9 @@ KINDS = ("eval", "calibrate", "build", "eval", "calibrate", "build", "eval", "ca
 def command(kind: str, folder: Path, base: Base) -> Case:
     """The command, its output in ``folder/out``."""
     out = folder / "out"
-    picture = str(base.pictures[0])
+    image = str(base.images[0])
     data = folder / "data.jsonl"
-    lines = [{"image": picture, "prompt": f"Read {i}.", "answer": "7"} for i in range(6)]
+    lines = [{"image": image, "prompt": f"Read {i}.", "answer": "7"} for i in range(6)]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags: tuple[str, ...]
     match kind:

@@ -167,7 +167,7 @@ def test_interrupted_export_leaves_nothing_and_stale_folders_go(
         (["-m", "CHECKPOINT", "-r", "lightvlm", "--set", "kep=1"], "did you mean keep"),
         (["-m", "CHECKPOINT", "-r", "lightvlm", "--set", "keep=2"], "keep is 2"),
         (["-m", "CHECKPOINT", "-r", "elastic-cache", "--set", "kv_keep=0"], "kv_keep is 0"),
-        (["-m", "CHECKPOINT", "-r", "uniform", "--set", "kv_cap=1"], "whole number of 2 or more"),
+        (["-m", "CHECKPOINT", "-r", "uniform", "--set", "kv_cap=1"], "integer of 2 or more"),
         (["-m", "CHECKPOINT", "-r", "prefixkv", "--set", "profile=no.json"], "does not exist"),
         (["-m", "CHECKPOINT", "-r", "prefixkv", "--set", "samples=no.jsonl"], "do not exist"),
         (["-m", "CHECKPOINT", "--target", "trt-rtxx"], "did you mean trt-rtx"),
@@ -334,7 +334,7 @@ def test_models_are_listed_as_the_families_say(capsys: pytest.CaptureFixture[str
         for alias, hub_id in family.aliases.items():
             assert [alias, hub_id] in lines
         words = " ".join(parts[name].split())
-        assert f"a picture becomes: {family.pictures} video: {family.video or 'no'} " in words
+        assert f"an image becomes: {family.image_handling} video: {family.video or 'no'} " in words
     assert "The weights on the hub were not run" in text
     assert "lightvlm" in text
 

@@ -72,10 +72,10 @@ FAULTS = {
         "    key, value = key.flip(1), value.flip(1)\n    if tap is not None:\n        tap.query,",
         GROUPED,
     ),
-    "position after a picture off by one": Fault(
+    "position after an image off by one": Fault(
         "runtime/prompt/prompts.py",
-        "here + picture.span, int(",
-        "here + picture.span + 1, int(",
+        "here + image.span, int(",
+        "here + image.span + 1, int(",
         f"{PARITY}[qwen2-vl:gqa]",
     ),
     "position of new tokens off by one": Fault(

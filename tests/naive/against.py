@@ -18,15 +18,15 @@ from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 
 IMAGE = "<image>\n"
-PICTURES = [np.asarray(Image.open(ASSETS / f"samples/digits-{i}.png")) for i in (1, 2)]
+IMAGES = [np.asarray(Image.open(ASSETS / f"samples/digits-{i}.png")) for i in (1, 2)]
 Row = tuple[str, list[np.ndarray]]
-# One picture, none, several, next to nothing, a picture before all text.
+# One image, none, several, next to nothing, an image before all text.
 ROWS: list[Row] = [
-    (f"USER: {IMAGE}Describe the picture. ASSISTANT:", PICTURES[:1]),
+    (f"USER: {IMAGE}Describe the picture. ASSISTANT:", IMAGES[:1]),
     ("USER: How often does 7 appear in a picture that nobody gave you? ASSISTANT:", []),
-    (f"USER: {IMAGE}and {IMAGE}Which digit is in the top row? ASSISTANT:", PICTURES[::-1]),
+    (f"USER: {IMAGE}and {IMAGE}Which digit is in the top row? ASSISTANT:", IMAGES[::-1]),
     ("7", []),
-    (f"{IMAGE}7", PICTURES[1:]),
+    (f"{IMAGE}7", IMAGES[1:]),
 ]
 # A token may differ where the two best are as near as this; logits must agree anyway.
 TOLERANCE = 1e-3
@@ -41,7 +41,7 @@ def compare_steps(
     **ratios: Any,
 ) -> list[Answer]:
     """Both are fed the twin's tokens, so that a step is compared whatever went before."""
-    expected = [twin.answer(prompt, pictures, rule(), count) for prompt, pictures in rows]
+    expected = [twin.answer(prompt, images, rule(), count) for prompt, images in rows]
     with lvlm.load(bundle) as model:
         _compare(model, rows, expected, ratios)
         _compare(model, rows[:1], expected[:1], ratios)
@@ -50,7 +50,7 @@ def compare_steps(
 
 def _compare(model: Model, rows: list[Row], expected: list[Answer], ratios: dict[str, Any]) -> None:
     options = GenerationOptions(chat_template=False, max_new_tokens=len(expected[0].tokens))
-    prompts = [model.prepare(0, text, pictures, options) for text, pictures in rows]
+    prompts = [model.prepare(0, text, images, options) for text, images in rows]
     batch = model.calls.start(prompts, **ratios)
     counts = batch.running[0].counts
     assert counts.prefill.entries.T.tolist() == [answer.entered for answer in expected]

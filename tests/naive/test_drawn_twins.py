@@ -90,7 +90,7 @@ def _merging(chance: random.Random, layers: int) -> Settings:
 
 
 def draw_ratios(chance: random.Random, kind: str, stages: int) -> list[dict[str, Any]]:
-    """Anything, everything, next to nothing (one token of a picture left), and a share that gives
+    """Anything, everything, next to nothing (one token of an image left), and a share that gives
     halves of odd counts."""
     found: list[dict[str, Any]] = [{}, {}, {}, {}]
     if kind != "none" and not kind.endswith(" none"):

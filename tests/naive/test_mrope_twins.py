@@ -1,4 +1,4 @@
-"""Qwen2-VL's bundles against a twin: three positions per token, pictures of several sizes."""
+"""Qwen2-VL's bundles against a twin: three positions per token, images of several sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twin_model import QwenTwin
 from twin_recipes import Settings, arguments, rule_of
 
 COUNT = 40
-# A word between two pictures, without which transformers sees one.
+# A word between two images, without which transformers sees one.
 ROWS: list[Row] = [
     ("USER: Describe this: <image>", [(20, 300)]),  # its last token's three positions differ
     ("USER: <image> Describe it. ASSISTANT:", [(90, 60)]),
@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", cases, ids=names)
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def image(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -58,7 +58,7 @@ def test_qwen2_vl(
     recipe, settings, calls = case
     twin = QwenTwin(checkpoint("qwen2-vl:gqa"))
     folder = bundle("qwen2-vl:gqa", recipe, *arguments(settings), max_images=2)
-    rows = [(text, [picture(*shape) for shape in shapes]) for text, shapes in ROWS]
+    rows = [(text, [image(*shape) for shape in shapes]) for text, shapes in ROWS]
     for ratios in calls:
         own = {"kv_keep": 1.0 if settings else 0.5} | ratios  # as exported where none is given
         compare_steps(

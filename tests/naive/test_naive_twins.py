@@ -35,10 +35,10 @@ def compare(bundle: Path, twin: Twin, rule: Callable[[], NoRule], **ratios: floa
         "max_new_tokens": COUNT, "chat_template": False, "ignore_eos": True, **ratios,
     }  # fmt: skip
     rows = ROWS[:3]
-    expected = [twin.answer(prompt, pictures, rule(), COUNT) for prompt, pictures in rows]
+    expected = [twin.answer(prompt, images, rule(), COUNT) for prompt, images in rows]
     with lvlm.load(bundle) as model:
-        texts, pictures = [row[0] for row in rows], [row[1] for row in rows]
-        together = model.generate(texts, pictures, **options)
+        texts, images = [row[0] for row in rows], [row[1] for row in rows]
+        together = model.generate(texts, images, **options)
         alone = model.generate(*rows[2], **options)
     for ours, theirs in zip([*together, alone], [*expected, expected[2]], strict=True):
         assert list(ours.token_ids) == theirs.tokens

@@ -11,7 +11,7 @@ from twin_rules import FixedPoint, NoRule, ranked, rounded
 
 @dataclass
 class Pyramid(NoRule):
-    """Merging over the cache rule ``cache``; ``fractions`` of a picture that are left after each of
+    """Merging over the cache rule ``cache``; ``fractions`` of an image that are left after each of
     the ``stages``, ``absorb`` and ``recycle`` of merge=recycle."""
 
     fractions: list[float]
@@ -21,7 +21,7 @@ class Pyramid(NoRule):
     merge: str = "recycle"
     recycle: float = 0.1
     absorb: int = 5
-    tokens: list[int] = field(default_factory=list)  # of each picture at the start
+    tokens: list[int] = field(default_factory=list)  # of each image at the start
 
     @property
     def layer0(self) -> bool:  # type: ignore[override]
@@ -29,17 +29,17 @@ class Pyramid(NoRule):
 
     def shorten(self, block: int, sequence: Sequence, before: Seen | None) -> Sequence:
         if block == 0:
-            self._count(sequence.picture)
+            self._count(sequence.image)
         if block not in self.stages:
             return sequence
         assert before is not None
-        paid = self._paid(sequence.picture, before)
+        paid = self._paid(sequence.image, before)
         hidden = sequence.hidden.clone()
         gone: set[int] = set()
-        for picture, tokens in enumerate(self.tokens, 1):
-            places = [p for p, owner in enumerate(sequence.picture) if owner == picture]
+        for image, tokens in enumerate(self.tokens, 1):
+            places = [p for p, owner in enumerate(sequence.image) if owner == image]
             order = [places[i] for i in ranked([paid[p] for p in places])]
-            last = len(sequence.picture) - 1
+            last = len(sequence.image) - 1
             if last in order:  # decides the answer: never given up
                 order = [last, *(p for p in order if p != last)]
             left = self._left(tokens, block)
@@ -47,11 +47,11 @@ class Pyramid(NoRule):
             if self.merge != "drop":
                 self._absorb(sequence.hidden, hidden, order[:left], sorted(order[left:]), paid)
         stay = [p for p in range(len(hidden)) if p not in gone]
-        owners = [sequence.picture[p] for p in stay]
+        owners = [sequence.image[p] for p in stay]
         return Sequence(hidden[stay], sequence.positions[:, stay], owners)
 
     def _count(self, owners: list[int]) -> None:
-        self.tokens = [owners.count(picture) for picture in range(1, max(owners) + 1)]
+        self.tokens = [owners.count(image) for image in range(1, max(owners) + 1)]
         if isinstance(self.cache, FixedPoint) and self.cache.shares is not None:
             text, layers = owners.count(0), range(len(self.cache.shares))
             self.cache.entered = [
@@ -59,7 +59,7 @@ class Pyramid(NoRule):
             ]
 
     def _left(self, tokens: int, block: int) -> int:
-        """Of a picture of ``tokens``, how many enter a block."""
+        """Of an image of ``tokens``, how many enter a block."""
         done = sum(stage <= block for stage in self.stages)
         return max(1, rounded(tokens * self.fractions[done - 1])) if done else tokens
 

@@ -1,6 +1,6 @@
 """A model run by hand: transformers' own modules in a plain loop, one prompt, no padding.
 
-Nothing here comes from lvlm. The checkpoint is loaded by ``from_pretrained``, pictures and text by
+Nothing here comes from lvlm. The checkpoint is loaded by ``from_pretrained``, images and text by
 the checkpoint's own processor and tokenizer; attention is written out below. A ``Rule`` (see
 twin_rules.py) is asked before every block whether the sequence gets shorter, and after every block
 what of its cache stays.
@@ -35,12 +35,12 @@ class Seen:
 
 @dataclass
 class Sequence:
-    """What enters a block: hidden [N,D], positions [1,N] ([3,N] with M-RoPE), whose picture each
+    """What enters a block: hidden [N,D], positions [1,N] ([3,N] with M-RoPE), whose image each
     token is (0: text)."""
 
     hidden: torch.Tensor
     positions: torch.Tensor
-    picture: list[int]
+    image: list[int]
 
 
 @dataclass
@@ -123,7 +123,7 @@ class Answer:
 
 
 class Twin:
-    """A checkpoint whose pictures all give one run of tokens, numbered like text: LLaVA's."""
+    """A checkpoint whose images all give one run of tokens, numbered like text: LLaVA's."""
 
     def __init__(self, folder: Path) -> None:
         self.model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -134,16 +134,16 @@ class Twin:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     @torch.no_grad()
-    def answer(self, prompt: str, pictures: list[Any], rule: Rule, count: int) -> Answer:
+    def answer(self, prompt: str, images: list[Any], rule: Rule, count: int) -> Answer:
         """``count`` greedy tokens to a prompt with its placeholders, past any end of text."""
-        sequence = self._embed(prompt, pictures)
-        # Behind a picture these are not one number; each counts on, as in transformers' generate.
+        sequence = self._embed(prompt, images)
+        # Behind an image these are not one number; each counts on, as in transformers' generate.
         following = sequence.positions[:, -1:] + 1
         found, layers, before = Answer(), [], None
         for index, block in enumerate(self.text.layers):
             sequence = rule.shorten(index, sequence, before)
             hidden, before, entries = self._run(block, sequence.hidden, sequence.positions, None)
-            sequence = Sequence(hidden, sequence.positions, sequence.picture)
+            sequence = Sequence(hidden, sequence.positions, sequence.image)
             layer = Layer(entries.key, entries.value, before.query, len(hidden))
             found.entered.append(layer.seen)
             rule.after_prompt(index, layer, before)
@@ -170,10 +170,10 @@ class Twin:
         found.lengths = [layer.key.shape[1] for layer in layers]
         return found
 
-    def _embed(self, prompt: str, pictures: list[Any]) -> Sequence:
+    def _embed(self, prompt: str, images: list[Any]) -> Sequence:
         """What enters the first block."""
         token = self.model.config.image_token_id
-        features = [self._features(picture) for picture in pictures]
+        features = [self._features(image) for image in images]
         ids, rows, owner, number = [], [], [], 0
         for one in self.tokenizer(prompt).input_ids:
             if one == token:
@@ -183,21 +183,19 @@ class Twin:
                 rows.append(self.model.get_input_embeddings()(torch.tensor([one])))
             ids += [one] * len(rows[-1])
             owner += [number if one == token else 0] * len(rows[-1])
-        assert number == len(pictures)
-        positions = self._positions(torch.tensor(ids), torch.tensor(owner), pictures)
+        assert number == len(images)
+        positions = self._positions(torch.tensor(ids), torch.tensor(owner), images)
         return Sequence(torch.cat(rows), positions, owner)
 
-    def _features(self, picture: Any) -> torch.Tensor:
-        """Of one picture, [V,D]."""
-        pixels = self.images(picture, return_tensors="pt").pixel_values
+    def _features(self, image: Any) -> torch.Tensor:
+        """Of one image, [V,D]."""
+        pixels = self.images(image, return_tensors="pt").pixel_values
         features: torch.Tensor = self.model.get_image_features(pixels).pooler_output[0]
         return features
 
-    def _positions(
-        self, ids: torch.Tensor, owner: torch.Tensor, pictures: list[Any]
-    ) -> torch.Tensor:
+    def _positions(self, ids: torch.Tensor, owner: torch.Tensor, images: list[Any]) -> torch.Tensor:
         """Those of the prompt's ``ids`` [N]."""
-        del owner, pictures
+        del owner, images
         return torch.arange(len(ids))[None]
 
     def _run(
@@ -221,20 +219,18 @@ class Twin:
 
 
 class QwenTwin(Twin):
-    """A Qwen-VL: as many tokens as a picture is large, three positions per token."""
+    """A Qwen-VL: as many tokens as an image is large, three positions per token."""
 
-    def _features(self, picture: Any) -> torch.Tensor:
-        inputs = self.images(picture, return_tensors="pt")
+    def _features(self, image: Any) -> torch.Tensor:
+        inputs = self.images(image, return_tensors="pt")
         found = self.model.get_image_features(inputs.pixel_values, inputs.image_grid_thw)
         features: torch.Tensor = found.pooler_output[0]
         return features
 
-    def _positions(
-        self, ids: torch.Tensor, owner: torch.Tensor, pictures: list[Any]
-    ) -> torch.Tensor:
-        if not pictures:
+    def _positions(self, ids: torch.Tensor, owner: torch.Tensor, images: list[Any]) -> torch.Tensor:
+        if not images:
             return torch.arange(len(ids)).expand(3, -1)
-        grids = [self.images(p, return_tensors="pt").image_grid_thw for p in pictures]
+        grids = [self.images(p, return_tensors="pt").image_grid_thw for p in images]
         positions: torch.Tensor = self.model.model.get_rope_index(
             ids[None], mm_token_type_ids=(owner > 0).int()[None], image_grid_thw=torch.cat(grids)
         )[0]

@@ -46,8 +46,8 @@ def rule_of(
 
 
 def _rows(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    compression = manifest["compression"] or {"budget": {}}
-    found: list[dict[str, Any]] = compression["budget"].get("rows", [])
+    cache_policy = manifest["cache_policy"] or {"budget": {}}
+    found: list[dict[str, Any]] = cache_policy["budget"].get("rows", [])
     return found
 
 

@@ -55,7 +55,7 @@ def received(attention: Seen) -> list[float]:
 
 
 def shared_out(shares: list[float], least: list[int], most: list[int]) -> list[int]:
-    """Whole numbers between ``least`` and ``most`` whose sum is that of the ``shares``, rounded:
+    """Integers between ``least`` and ``most`` whose sum is that of the ``shares``, rounded:
     one by one to whoever is furthest below its share, the first of equals."""
     counts = list(least)
     total = min(max(rounded(math.fsum(shares)), sum(least)), sum(most))

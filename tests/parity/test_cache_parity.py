@@ -44,7 +44,7 @@ def count(request: pytest.FixtureRequest) -> int:
 
 def prompts(model: Model, count: int) -> list[Prompt]:
     options = GenerationOptions(chat_template=False, max_new_tokens=count)
-    return [model.prepare(0, text, pictures, options) for text, pictures in ROWS]
+    return [model.prepare(0, text, images, options) for text, images in ROWS]
 
 
 def greedy(
@@ -60,15 +60,15 @@ def greedy(
 
 
 def expected(reference: Reference, prompt: Prompt, count: int, kv_keep: float) -> Any:
-    features = reference.encode(prompt.pictures)
+    features = reference.encode(prompt.images)
     return reference.generate(prompt, features, max_new_tokens=count, kv_keep=kv_keep)
 
 
 def with_profile_of(model: Model, reference: Reference) -> Reference:
     """The reference with the profile that the export measured, if it did."""
-    compression = model.manifest.compression
-    assert compression is not None
-    budget = compression.budget
+    cache_policy = model.manifest.cache_policy
+    assert cache_policy is not None
+    budget = cache_policy.budget
     if isinstance(budget, Profile):
         reference.recipe = reference.recipe.with_profile(budget.keep, budget.rows)
     return reference

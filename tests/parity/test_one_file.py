@@ -77,17 +77,17 @@ def test_a_recipe_in_a_file_of_its_own(
     flags = ["-m", str(model), "-r", "glance", *settings, "-o", str(out), "-q", "--no-validate"]
     assert cli.main(flags) == 0
     reference = make_reference(model, "glance", *given)
-    text, pictures = ROWS[0]
+    text, images = ROWS[0]
     with lvlm.load(out) as bundle:
-        assert bundle.manifest.compression == POLICY
+        assert bundle.manifest.cache_policy == POLICY
         assert bundle.manifest.parameters == {"kv_keep": 1.0, "last": 4}
         options = {"chat_template": False, "max_new_tokens": 24, "ignore_eos": True}
-        found = bundle.generate(text, images=pictures, kv_keep=0.3, **options)
+        found = bundle.generate(text, images=images, kv_keep=0.3, **options)
         prompt = bundle.prepare(
-            0, text, pictures, lvlm.GenerationOptions(chat_template=False, max_new_tokens=24)
+            0, text, images, lvlm.GenerationOptions(chat_template=False, max_new_tokens=24)
         )
     expected = reference.generate(
-        prompt, reference.encode(prompt.pictures), max_new_tokens=24, kv_keep=0.3
+        prompt, reference.encode(prompt.images), max_new_tokens=24, kv_keep=0.3
     )
     assert list(found.token_ids) == expected.tokens
     assert list(found.stats.kept_per_layer) == expected.kept
@@ -103,7 +103,7 @@ def test_merging_combines_with_it(file: Path, capsys: pytest.CaptureFixture[str]
     flags = ["-m", "tiny-llava", "-r", "lightvlm", "-o", "out"]
     for more, said in (
         (["kv=glance", "kv_sinks=3"], "kv=glance takes no kv_sinks; leave kv_sinks out"),
-        (["kv=glance", "kv.last=0"], "window is 0; give a whole number of 1 or more"),
+        (["kv=glance", "kv.last=0"], "window is 0; give an integer of 1 or more"),
         (["kv=glanse"], "did you mean glance"),
     ):
         assert cli.main([*flags, *(word for one in more for word in ("--set", one))]) == 2

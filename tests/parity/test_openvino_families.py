@@ -27,7 +27,7 @@ def lowered(bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
 def test_logits_are_those_of_the_cpu(
     model: str, dtype: str, tolerance: float, lowered: Make
 ) -> None:
-    """Other heads and biases, other families' pictures; fp16 bundles, computed in fp32 here."""
+    """Other heads and biases, other families' images; fp16 bundles, computed in fp32 here."""
     folder = lowered("none", model, dtype)
     with lvlm.load(folder, threads=1) as cpu:
         expected = decode_steps(cpu, 3)

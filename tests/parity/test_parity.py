@@ -26,13 +26,13 @@ from lvlm.runtime.options.generation_options import GenerationOptions
 
 MODELS = ["tiny-llava", *TINY]
 IMAGE = "<image>\n"
-PICTURES = [np.asarray(Image.open(ASSETS / f"samples/digits-{i}.png")) for i in (1, 2)]
+IMAGES = [np.asarray(Image.open(ASSETS / f"samples/digits-{i}.png")) for i in (1, 2)]
 # Prompts of different length: one image, two, none, and text between two.
 ROWS: list[tuple[str, list[np.ndarray]]] = [
-    (f"USER: {IMAGE}Describe the picture. ASSISTANT:", PICTURES[:1]),
-    (f"USER: {IMAGE}{IMAGE}Read the top row. ASSISTANT:", PICTURES),
+    (f"USER: {IMAGE}Describe the picture. ASSISTANT:", IMAGES[:1]),
+    (f"USER: {IMAGE}{IMAGE}Read the top row. ASSISTANT:", IMAGES),
     ("USER: How often does 7 appear? ASSISTANT:", []),
-    (f"USER: {IMAGE}and {IMAGE}Which digit is in the top row? ASSISTANT:", PICTURES[::-1]),
+    (f"USER: {IMAGE}and {IMAGE}Which digit is in the top row? ASSISTANT:", IMAGES[::-1]),
 ]
 KEEPS = [0.35, 0.15, 0.03, 1.0]
 
@@ -50,8 +50,8 @@ def transformers_tokens(
     """Greedy ids of transformers' own generate, prompt by prompt, without its processor."""
     theirs = load_torch(folder)
     answers = []
-    for text, pictures in rows:
-        prompt = model.prepare(0, text, pictures, GenerationOptions(chat_template=False))
+    for text, images in rows:
+        prompt = model.prepare(0, text, images, GenerationOptions(chat_template=False))
         ids = torch.tensor([list(prompt.ids)])
         with torch.no_grad():
             out = theirs.generate(
@@ -71,13 +71,13 @@ def test_none_equals_transformers_generate(
 ) -> None:
     with lvlm.load(bundle(name, max_images=2)) as model:
         expected = transformers_tokens(checkpoint(name), model, 64)
-        texts, pictures = [r[0] for r in ROWS], [r[1] for r in ROWS]
+        texts, images = [r[0] for r in ROWS], [r[1] for r in ROWS]
         options: dict[str, Any] = {"max_new_tokens": 64, "chat_template": False}
         alone = [
             model.generate(text, images, **options).token_ids
-            for text, images in zip(texts, pictures, strict=True)
+            for text, images in zip(texts, images, strict=True)
         ]
-        together = [g.token_ids for g in model.generate(texts, pictures, **options)]
+        together = [g.token_ids for g in model.generate(texts, images, **options)]
     assert alone == expected
     assert together == expected
     # The prompts matter, though random weights may end in the same loop
@@ -96,9 +96,9 @@ def make_reference(folder: Path, recipe: str, *settings: str) -> Reference:
 
 def reference_answers(reference: Reference, model: Model, keep: float, count: int) -> list[Any]:
     answers: list[Any] = []
-    for text, pictures in ROWS:
-        prompt = model.prepare(0, text, pictures, GenerationOptions(chat_template=False))
-        features = reference.encode(prompt.pictures)
+    for text, images in ROWS:
+        prompt = model.prepare(0, text, images, GenerationOptions(chat_template=False))
+        features = reference.encode(prompt.images)
         entered: list[torch.Tensor] = []
 
         def merge(*inputs: Any, entered: Any = entered, **attributes: Any) -> Any:
@@ -135,12 +135,12 @@ def test_lightvlm_equals_its_torch_reference(
     bundle: Callable[..., Path],
 ) -> None:
     """One bundle, every keep ratio; in a batch of prompts of different lengths."""
-    texts, pictures = [r[0] for r in ROWS], [r[1] for r in ROWS]
+    texts, images = [r[0] for r in ROWS], [r[1] for r in ROWS]
     with lvlm.load(bundle(name, "lightvlm", *settings, max_images=2)) as model:
         reference = make_reference(checkpoint(name), "lightvlm", *settings)
         for keep in KEEPS:
             expected = reference_answers(reference, model, keep, 24)
-            got = model.generate(texts, pictures, max_new_tokens=24, keep=keep, chat_template=False)
+            got = model.generate(texts, images, max_new_tokens=24, keep=keep, chat_template=False)
             for ours, theirs in zip(got, expected, strict=True):
                 assert ours.token_ids == theirs.tokens
                 assert list(ours.stats.tokens_per_layer) == theirs.entries
@@ -165,17 +165,17 @@ def same_merges(maps: list[np.ndarray], theirs: Any) -> None:
 
 
 def test_keep_1_equals_recipe_none(bundle: Callable[..., Path]) -> None:
-    texts, pictures = [r[0] for r in ROWS], [r[1] for r in ROWS]
+    texts, images = [r[0] for r in ROWS], [r[1] for r in ROWS]
     options: dict[str, Any] = {"max_new_tokens": 64, "chat_template": False}
     with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
-        none = [g.token_ids for g in model.generate(texts, pictures, **options)]
+        none = [g.token_ids for g in model.generate(texts, images, **options)]
         batch = model.calls.start(
             [model.prepare(0, *ROWS[1], GenerationOptions(chat_template=False))]
         )
         logits = batch.logits.copy()
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
         options |= {"keep": 1.0, "kv_keep": 1.0}
-        merged = [g.token_ids for g in model.generate(texts, pictures, **options)]
+        merged = [g.token_ids for g in model.generate(texts, images, **options)]
         batch = model.calls.start(
             [model.prepare(0, *ROWS[1], GenerationOptions(chat_template=False))],
             keep=1.0,
@@ -193,7 +193,7 @@ def test_image_tokens_entering_each_layer_follow_the_schedule(
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
         for keep in (0.35, 0.15, 0.03):
             batch = model.calls.start(
-                [model.prepare(0, "Describe the picture.", PICTURES[:1], GenerationOptions())],
+                [model.prepare(0, "Describe the picture.", IMAGES[:1], GenerationOptions())],
                 keep,
                 1.0,
             )
@@ -207,11 +207,11 @@ def test_image_tokens_entering_each_layer_follow_the_schedule(
             assert [n - text for n in written] == expected
 
 
-def test_a_picture_anywhere(bundle: Callable[..., Path]) -> None:
+def test_an_image_anywhere(bundle: Callable[..., Path]) -> None:
     """First, last, between words and alone: recipe none as transformers; lightvlm at keep 1 as
     none, and at less alone as in a batch."""
     texts = ["First words <image> then words", "Describe this: <image>", "<image>Say", "<image>"]
-    rows = [(text, PICTURES[:1]) for text in texts]
+    rows = [(text, IMAGES[:1]) for text in texts]
     options: dict[str, Any] = {"max_new_tokens": 16, "chat_template": False}
     with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
         plain = [model.generate(*row, **options).token_ids for row in rows]
@@ -225,7 +225,7 @@ def test_a_picture_anywhere(bundle: Callable[..., Path]) -> None:
 
 
 def test_padding_and_company_change_nothing(bundle: Callable[..., Path]) -> None:
-    """Logits of a row alone and beside a longer row with more pictures."""
+    """Logits of a row alone and beside a longer row with more images."""
     with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
         rows = [model.prepare(0, *row, GenerationOptions(chat_template=False)) for row in ROWS]
         together = model.calls.start(rows).logits.copy()

@@ -28,7 +28,7 @@ from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.run_cli import _parser, main
 from lvlm.runtime.sampling.sampler import Sampler
 
-PICTURE = ASSETS / "samples/digits-1.png"
+IMAGE = ASSETS / "samples/digits-1.png"
 OTHER = ASSETS / "samples/digits-2.png"
 QUESTION = "Describe the picture."
 
@@ -59,7 +59,7 @@ def light(bundle: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def expected(light: Path) -> Generation:
     with lvlm.load(light) as model:
-        return model.generate(QUESTION, [PICTURE], max_new_tokens=12)
+        return model.generate(QUESTION, [IMAGE], max_new_tokens=12)
 
 
 def one_line(err: str, program: str = "lvlm-run") -> str:
@@ -72,7 +72,7 @@ def one_line(err: str, program: str = "lvlm-run") -> str:
 
 
 def test_text_on_stdout_and_nothing_else(run: Run, light: Path, expected: Generation) -> None:
-    code, out, err = run(light, "--image", PICTURE, QUESTION, "--max-new-tokens", 12)
+    code, out, err = run(light, "--image", IMAGE, QUESTION, "--max-new-tokens", 12)
     assert (code, out, err) == (0, expected.text + "\n", "")
 
 
@@ -86,13 +86,13 @@ def test_text_comes_in_pieces(
             self.flushed.append(self.getvalue())
 
     monkeypatch.setattr(sys, "stdout", Screen())
-    assert main([str(light), QUESTION, "--image", str(PICTURE), "--max-new-tokens", "12"]) == 0
+    assert main([str(light), QUESTION, "--image", str(IMAGE), "--max-new-tokens", "12"]) == 0
     assert len(set(Screen.flushed)) > 3
     assert Screen.flushed[-1] == expected.text + "\n"
 
 
 def test_json_is_one_object(run: Run, light: Path, expected: Generation) -> None:
-    code, out, err = run(light, QUESTION, "--image", PICTURE, "--max-new-tokens", 12, "--json")
+    code, out, err = run(light, QUESTION, "--image", IMAGE, "--max-new-tokens", 12, "--json")
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
     data = json.loads(out)
@@ -106,7 +106,7 @@ def test_json_is_one_object(run: Run, light: Path, expected: Generation) -> None
 
 
 def test_stats_go_to_stderr(run: Run, light: Path, expected: Generation) -> None:
-    code, out, err = run(light, QUESTION, "--image", PICTURE, "--max-new-tokens", 12, "--stats")
+    code, out, err = run(light, QUESTION, "--image", IMAGE, "--max-new-tokens", 12, "--stats")
     assert (code, out) == (0, expected.text + "\n")
     rows = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in err.splitlines())
     assert rows["prompt tokens"] == f"{expected.stats.prompt_tokens} (144 of them image tokens)"
@@ -122,7 +122,7 @@ def test_stats_go_to_stderr(run: Run, light: Path, expected: Generation) -> None
 
 
 def test_which_stop_is_told(run: Run, light: Path) -> None:
-    argv = (light, QUESTION, "--image", PICTURE, "--stop", "n", "--json", "--stats")
+    argv = (light, QUESTION, "--image", IMAGE, "--stop", "n", "--json", "--stats")
     code, out, err = run(*argv)
     assert code == 0
     assert json.loads(out)["stop_reason"] == "n"
@@ -133,7 +133,7 @@ def test_prompt_from_standard_input(
     run: Run, light: Path, expected: Generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(QUESTION + "\n"))
-    code, out, _ = run(light, "-", "--image", PICTURE, "--max-new-tokens", 12)
+    code, out, _ = run(light, "-", "--image", IMAGE, "--max-new-tokens", 12)
     assert (code, out) == (0, expected.text + "\n")
     monkeypatch.setattr(sys, "stdin", open("/dev/zero"))  # noqa: SIM115 - for the whole call
     assert "standard input has over 10,000,000 characters" in one_line(run(light, "-")[2])
@@ -153,7 +153,7 @@ def test_flags_reach_the_model(run: Run, light: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(lvlm.Model, "stream", spy)
     code, _, err = run(
-        *(light, "Hi", "--image", PICTURE, "--image", OTHER, "--threads", 1, "--device", "cpu"),
+        *(light, "Hi", "--image", IMAGE, "--image", OTHER, "--threads", 1, "--device", "cpu"),
         *("--max-new-tokens", 3, "--temperature", 0.5, "--top-k", 4, "--top-p", 0.9),
         *("--repetition-penalty", 1.1, "--seed", 5, "--stop", "x", "--stop", "yz"),
         *("--ignore-eos", "--logprobs", 2, "--json"),
@@ -170,7 +170,7 @@ def test_flags_reach_the_model(run: Run, light: Path, monkeypatch: pytest.Monkey
         ),
     )
     assert code == 0, err
-    assert seen[:2] == ["Hi", [str(PICTURE), str(OTHER)]]
+    assert seen[:2] == ["Hi", [str(IMAGE), str(OTHER)]]
     assert seen[2] == GenerationOptions(
         max_new_tokens=3,
         temperature=0.5,
@@ -210,7 +210,7 @@ def test_verbose_says_what_was_loaded(run: Run, light: Path) -> None:
     ("extra", "said"),
     [
         (["--keep", "0.3"], "--max-text-len"),
-        (["--keep", "0.5", "--image", PICTURE], "at these ratios the bundle's cache is full"),
+        (["--keep", "0.5", "--image", IMAGE], "at these ratios the bundle's cache is full"),
     ],
 )
 def test_an_answer_cut_by_the_capacity_is_told(
@@ -265,14 +265,14 @@ def test_an_answer_cut_by_the_capacity_is_told(
         (["BUNDLE", "Hi", "--stop", ""], "stop is ['']"),
         (["BUNDLE", "Hi", "--no-chat-template", "--system", "x"], "system needs the chat template"),
         (["BUNDLE", "<image> Hi", "--no-chat-template"], "1 image placeholder for 0 images"),
-        (["BUNDLE", "Hi", *["--image", PICTURE] * 3], "--max-images 2"),
+        (["BUNDLE", "Hi", *["--image", IMAGE] * 3], "--max-images 2"),
         (["nowhere", "Hi"], "nowhere does not exist; make one with lvlm-export"),
         ([ASSETS, "Hi"], "is not a bundle"),
         ([ASSETS / "tiny-llava", "Hi"], "is a checkpoint; make a bundle of it"),
         (["BUNDLE", "Hi", "--chat-template", os.devnull], f"{os.devnull} is empty"),
-        (["BUNDLE", "Hi", "--show-merge", "a.png"], "--show-merge draws on a picture"),
-        (["BUNDLE", "Hi", "--image", PICTURE, "--show-merge", "a.jpg"], "ending in .png"),
-        (["BUNDLE", "Hi", "--image", PICTURE, "--show-merge", "no/a.png"], "no does not exist"),
+        (["BUNDLE", "Hi", "--show-merge", "a.png"], "--show-merge draws on an image"),
+        (["BUNDLE", "Hi", "--image", IMAGE, "--show-merge", "a.jpg"], "ending in .png"),
+        (["BUNDLE", "Hi", "--image", IMAGE, "--show-merge", "no/a.png"], "no does not exist"),
     ],
     ids=lambda x: "-".join(map(str, x[1:3])).replace("/", "") if isinstance(x, list) else "",
 )
@@ -290,20 +290,20 @@ def test_show_merge_needs_a_bundle_that_merges(
     run: Run, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     plain = bundle("tiny-llava", max_images=2)
-    picture = tmp_path / "a.png"
-    code, out, err = run(plain, QUESTION, "--image", PICTURE, "--show-merge", picture)
+    image = tmp_path / "a.png"
+    code, out, err = run(plain, QUESTION, "--image", IMAGE, "--show-merge", image)
     assert (code, out) == (2, "")  # before any answer
     assert "recipe 'none' merges no image tokens" in one_line(err)
 
 
-def test_show_merge_writes_a_picture(run: Run, light: Path, tmp_path: Path) -> None:
+def test_show_merge_writes_an_image(run: Run, light: Path, tmp_path: Path) -> None:
     path = tmp_path / "merge.png"
-    argv = (light, QUESTION, "--image", PICTURE, "--image", OTHER, "--max-new-tokens", 2)
+    argv = (light, QUESTION, "--image", IMAGE, "--image", OTHER, "--max-new-tokens", 2)
     code, _, err = run(*argv, "--show-merge", path)
     assert (code, err) == (0, f"lvlm-run: wrote {path}\n")
-    with Image.open(path) as picture:
-        assert picture.format == "PNG"
-        assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 100
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert len(np.unique(np.asarray(image).reshape(-1, 3), axis=0)) > 100
     path.unlink()
     path.mkdir()
     code, _, err = run(*argv, "--show-merge", path)
@@ -321,7 +321,7 @@ def test_an_error_in_mid_stream_starts_a_new_line(
         return real(self, logits * np.float32(np.nan if len(calls) == 8 else 1))
 
     monkeypatch.setattr(Sampler, "choose", failing)
-    code, out, err = run(light, QUESTION, "--image", PICTURE)
+    code, out, err = run(light, QUESTION, "--image", IMAGE)
     assert code == 2
     assert len(out) > 1
     assert out.endswith("\n")
@@ -396,13 +396,13 @@ print(sorted({"numpy", "onnxruntime", "PIL", "tokenizers", "jinja2"} & set(sys.m
 def test_lvlm_lists_its_verbs(run: Run) -> None:
     code, out, err = run(command=dispatcher.main)
     assert (code, err) == (0, "")
-    assert re.search(r"^  run +ask a bundle a question about pictures$", out, re.MULTILINE)
+    assert re.search(r"^  run +ask a bundle a question about images$", out, re.MULTILINE)
     assert re.search(r"^  export +a checkpoint and a recipe in", out, re.MULTILINE)
     assert run("--help", command=dispatcher.main) == (0, out, "")
 
 
 def test_lvlm_verb_is_the_command(run: Run, light: Path, expected: Generation) -> None:
-    argv = (light, QUESTION, "--image", PICTURE, "--max-new-tokens", 12)
+    argv = (light, QUESTION, "--image", IMAGE, "--max-new-tokens", 12)
     assert run("run", *argv, command=dispatcher.main) == (0, expected.text + "\n", "")
     code, _, err = run("run", "nowhere", "Hi", command=dispatcher.main)
     assert code == 2

@@ -29,7 +29,7 @@ from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.sampling.sampler import Sampler
 
-PICTURE = ASSETS / "samples/digits-1.png"
+IMAGE = ASSETS / "samples/digits-1.png"
 OTHER = ASSETS / "samples/digits-2.png"
 QUESTION = "Describe the picture."
 AS_IT_IS: dict[str, Any] = {"chat_template": False}
@@ -57,9 +57,9 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
 def text_of(model: Model, tokens: int, start: str = "") -> str:
     """A prompt of exactly so many text tokens, as it stands."""
     text = start
-    pictures = [PICTURE] * start.count("<image>")
+    images = [IMAGE] * start.count("<image>")
     for _ in range(4 * tokens):
-        prompt = model.prepare(0, text or "7", pictures, GenerationOptions(chat_template=False))
+        prompt = model.prepare(0, text or "7", images, GenerationOptions(chat_template=False))
         count = int((prompt.image_id == 0).sum())
         if count == tokens:
             return text
@@ -73,17 +73,17 @@ def text_of(model: Model, tokens: int, start: str = "") -> str:
 @pytest.mark.parametrize(
     ("prompt", "images", "said"),
     [
-        ("Hi", [PICTURE], "0 image placeholders for 1 image;"),
+        ("Hi", [IMAGE], "0 image placeholders for 1 image;"),
         ("<image> Hi", [], "1 image placeholder for 0 images;"),
-        ("<image><image> Hi", [PICTURE], "2 image placeholders for 1 image;"),
+        ("<image><image> Hi", [IMAGE], "2 image placeholders for 1 image;"),
         ("", [], "the prompt is empty"),
         (" \n", [], "the prompt is empty"),
-        ("Hi", PICTURE, "write images="),
-        ("Hi", str(PICTURE), "write images="),
-        ("Hi", PICTURE.read_bytes(), "write images="),
+        ("Hi", IMAGE, "write images="),
+        ("Hi", str(IMAGE), "write images="),
+        ("Hi", IMAGE.read_bytes(), "write images="),
         ("Hi", np.zeros((4, 4, 3), np.uint8), "write images="),
         ("Hi", Image.new("RGB", (4, 4)), "write images="),
-        ("Hi", {"a": PICTURE}, "write images="),
+        ("Hi", {"a": IMAGE}, "write images="),
     ],
     ids=range(11),
 )
@@ -97,7 +97,7 @@ def test_a_question_that_quotes_the_placeholder(light: Model, prompt: str, image
     with pytest.raises(
         PromptError, match=r"<image> stands for an image: .* as < image >$"
     ) as caught:
-        light.generate(prompt, [PICTURE] * images)
+        light.generate(prompt, [IMAGE] * images)
     assert "chat template" not in str(caught.value)
 
 
@@ -107,8 +107,8 @@ OWN = "Q: {% for p in messages[0].content %}{{ p.text or '<image>' }}{% endfor %
 def test_a_template_that_the_caller_gives(light: Model) -> None:
     given = GenerationOptions(chat_template=OWN)
     written = GenerationOptions(chat_template=False)
-    ours = light.prepare(0, "Which?", [PICTURE], given).ids
-    assert list(ours) == list(light.prepare(0, "Q: <image>Which? A:", [PICTURE], written).ids)
+    ours = light.prepare(0, "Which?", [IMAGE], given).ids
+    assert list(ours) == list(light.prepare(0, "Q: <image>Which? A:", [IMAGE], written).ids)
     for wrong, said in [
         ("vicuna", "does not write the question"),
         ("{% if %}", "is not valid"),
@@ -116,17 +116,17 @@ def test_a_template_that_the_caller_gives(light: Model) -> None:
         ("{{ 'a' * 10**10 }}", "does not write the question"),
     ]:
         with pytest.raises(ParameterError, match=f"the chat_template that was given {said}"):
-            light.generate("Which?", [PICTURE], chat_template=wrong)
+            light.generate("Which?", [IMAGE], chat_template=wrong)
 
 
 def test_an_answer_begins_after_the_templates_space(light: Model) -> None:
     """A prompt written out that ends otherwise is gone on with: the two are one text."""
     text, written = "USER: <image>\nWhich? ASSISTANT:", GenerationOptions(chat_template=False)
-    answer = light.generate("Which?", [PICTURE])
+    answer = light.generate("Which?", [IMAGE])
     assert light.tokenizer.decode(answer.token_ids) == " " + answer.text
-    assert light.generate(text, [PICTURE], options=written).text == answer.text
-    assert "".join(light.stream("Which?", [PICTURE])) == answer.text
-    other = light.generate(text + " The", [PICTURE], options=written)
+    assert light.generate(text, [IMAGE], options=written).text == answer.text
+    assert "".join(light.stream("Which?", [IMAGE])) == answer.text
+    other = light.generate(text + " The", [IMAGE], options=written)
     assert other.text == light.tokenizer.decode(other.token_ids)
     assert other.text.startswith(" ")
 
@@ -175,8 +175,8 @@ def test_system_needs_the_template(light: Model) -> None:
 def test_keep_needs_a_bundle_that_merges(bundle: Callable[..., Path]) -> None:
     with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
         with pytest.raises(ParameterError, match="needs a bundle with token merging"):
-            model.generate(QUESTION, [PICTURE], keep=0.5)
-        answer = model.generate(QUESTION, [PICTURE], keep=1.0, max_new_tokens=2)
+            model.generate(QUESTION, [IMAGE], keep=0.5)
+        answer = model.generate(QUESTION, [IMAGE], keep=1.0, max_new_tokens=2)
     assert answer.merge_maps == []
 
 
@@ -209,11 +209,11 @@ def test_what_a_prompt_may_be(light: Model, prompt: Any) -> None:
         light.stream(prompt)
 
 
-def test_lists_of_pictures_may_be_left_out(light: Model) -> None:
+def test_lists_of_images_may_be_left_out(light: Model) -> None:
     answers = light.generate(("Hi", "Hi"), [None, []], None, max_new_tokens=2)  # type: ignore[call-overload]
     assert answers[0].token_ids == answers[1].token_ids
     assert light.generate("Hi", None, max_new_tokens=2).token_ids == answers[0].token_ids
-    for images in ([PICTURE] * 2, {"a": PICTURE}, PICTURE):
+    for images in ([IMAGE] * 2, {"a": IMAGE}, IMAGE):
         with pytest.raises(PromptError, match=r"^images is .*(write images=|one list each)"):
             light.generate(["Hi", "Ho"], images)  # type: ignore[arg-type]
 
@@ -252,12 +252,12 @@ def test_bf16_is_refused_on_the_cpu(bundle: Callable[..., Path]) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_every_source_of_a_picture_gives_the_same_answer(light: Model) -> None:
-    with Image.open(PICTURE) as file:
-        picture = file.convert("RGB")
+def test_every_source_of_an_image_gives_the_same_answer(light: Model) -> None:
+    with Image.open(IMAGE) as file:
+        image = file.convert("RGB")
     saved = io.BytesIO()
-    picture.save(saved, "PNG")
-    sources = [PICTURE, str(PICTURE), saved.getvalue(), picture, np.asarray(picture)]
+    image.save(saved, "PNG")
+    sources = [IMAGE, str(IMAGE), saved.getvalue(), image, np.asarray(image)]
     answers = [light.generate(QUESTION, [s], max_new_tokens=8).token_ids for s in sources]
     assert answers == [answers[0]] * len(sources)
     with pytest.raises(ImageError, match="does not exist"):
@@ -268,7 +268,7 @@ def test_every_source_of_a_picture_gives_the_same_answer(light: Model) -> None:
 
 
 def test_text_up_to_one_token_below_the_limit(small: Model) -> None:
-    for start, images in (("", []), ("<image>", [PICTURE])):
+    for start, images in (("", []), ("<image>", [IMAGE])):
         answer = small.generate(text_of(small, 31, start), images, **AS_IT_IS)
         assert len(answer.token_ids) == 1
         assert answer.stats.prompt_tokens - answer.stats.image_tokens == 31
@@ -295,18 +295,18 @@ def test_rows_of_a_batch_have_their_own_limits(small: Model) -> None:
 
 def test_too_many_images(small: Model) -> None:
     with pytest.raises(CapacityError, match=r"2 images.*--max-images 1"):
-        small.generate("Hi", [PICTURE, OTHER])
+        small.generate("Hi", [IMAGE, OTHER])
 
 
 @pytest.mark.usefixtures("endless")
 def test_more_kept_than_exported_may_exceed_the_cache(small: Model) -> None:
-    text = int((small.prepare(0, QUESTION, [PICTURE], GenerationOptions()).image_id == 0).sum())
+    text = int((small.prepare(0, QUESTION, [IMAGE], GenerationOptions()).image_id == 0).sum())
     with pytest.raises(
         CapacityError, match=r"layer 3 needs 128 cache entries, there are 82; lower keep or kv_keep"
     ):
-        small.generate(QUESTION, [PICTURE], keep=1.0)
+        small.generate(QUESTION, [IMAGE], keep=1.0)
     # A little more fits and leaves less room for the answer.
-    answer = small.generate(QUESTION, [PICTURE], keep=0.5, max_new_tokens=50)
+    answer = small.generate(QUESTION, [IMAGE], keep=0.5, max_new_tokens=50)
     assert answer.finish_reason == "length"
     assert answer.capacity_reached
     assert len(answer.token_ids) == 82 - 72 - text + 1  # the last one needs no slot
@@ -317,8 +317,8 @@ def test_more_kept_than_exported_may_exceed_the_cache(small: Model) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "seed": 3}], ids=["greedy", "drawn"])
 def test_pieces_of_a_stream_are_the_text(light: Model, options: dict[str, Any]) -> None:
-    answer = light.generate(QUESTION, [PICTURE], max_new_tokens=40, **options)
-    stream = light.stream(QUESTION, [PICTURE], max_new_tokens=40, **options)
+    answer = light.generate(QUESTION, [IMAGE], max_new_tokens=40, **options)
+    stream = light.stream(QUESTION, [IMAGE], max_new_tokens=40, **options)
     assert stream.result is None
     pieces = list(stream)
     assert len(pieces) > 3
@@ -330,17 +330,17 @@ def test_pieces_of_a_stream_are_the_text(light: Model, options: dict[str, Any]) 
 
 
 def test_stop_strings_cut_the_answer(light: Model) -> None:
-    whole = light.generate(QUESTION, [PICTURE], max_new_tokens=40)
+    whole = light.generate(QUESTION, [IMAGE], max_new_tokens=40)
     for stop in (whole.text[9:14], whole.text[3:4], [whole.text[12:20], "nowhere in it"]):
         first = stop if isinstance(stop, str) else stop[0]
-        answer = light.generate(QUESTION, [PICTURE], max_new_tokens=40, stop=stop)
+        answer = light.generate(QUESTION, [IMAGE], max_new_tokens=40, stop=stop)
         assert answer.text == whole.text[: whole.text.index(first)]
         assert answer.finish_reason == "stop"
         assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
         assert len(answer.token_ids) < len(whole.token_ids)
-        stream = light.stream(QUESTION, [PICTURE], max_new_tokens=40, stop=stop)
+        stream = light.stream(QUESTION, [IMAGE], max_new_tokens=40, stop=stop)
         assert "".join(stream) == answer.text
-    unstopped = light.generate(QUESTION, [PICTURE], max_new_tokens=40, stop=["nowhere in it"])
+    unstopped = light.generate(QUESTION, [IMAGE], max_new_tokens=40, stop=["nowhere in it"])
     assert unstopped.text == whole.text
 
 
@@ -362,22 +362,22 @@ def test_seed_repeats_draws(light: Model) -> None:
 def test_batches(light: Model) -> None:
     assert light.generate([]) == []
     prompts = [QUESTION, "Read the top row.", "Hi"]
-    images = [[PICTURE], [PICTURE, OTHER], []]
+    images = [[IMAGE], [IMAGE, OTHER], []]
     together = light.generate(prompts, images, max_new_tokens=10)
     alone = [light.generate(p, i, max_new_tokens=10) for p, i in zip(prompts, images, strict=True)]
     assert [g.token_ids for g in together] == [g.token_ids for g in alone]
     assert [g.text for g in together] == [g.text for g in alone]
     assert [g.stats.image_tokens for g in together] == [144, 288, 0]
     assert len(light.generate(["Hi", "Hello"], max_new_tokens=2)) == 2
-    for wrong in ([[PICTURE]], [[], [], []]):
+    for wrong in ([[IMAGE]], [[], [], []]):
         with pytest.raises(PromptError, match="2 prompts but"):
             light.generate(["Hi", "Hello"], wrong)
     with pytest.raises(PromptError, match="write images="):
-        light.generate(["Hi", "Hello"], [str(PICTURE), str(OTHER)])
+        light.generate(["Hi", "Hello"], [str(IMAGE), str(OTHER)])
 
 
 def test_stats_and_maps_fit_together(light: Model) -> None:
-    answer = light.generate(QUESTION, [PICTURE, OTHER], max_new_tokens=5, keep=(0.5, 0.25, 0.1))
+    answer = light.generate(QUESTION, [IMAGE, OTHER], max_new_tokens=5, keep=(0.5, 0.25, 0.1))
     stats = answer.stats
     assert isinstance(stats, Stats)
     text = stats.prompt_tokens - stats.image_tokens
@@ -402,7 +402,7 @@ def test_stats_and_maps_fit_together(light: Model) -> None:
 
 
 def test_a_score_is_that_of_the_model_s_own_choice(light: Model) -> None:
-    asks = (["Read the top row.", "Hi"], [[PICTURE, OTHER], []])
+    asks = (["Read the top row.", "Hi"], [[IMAGE, OTHER], []])
     options: dict[str, Any] = {"keep": 0.3, "kv_keep": 0.5, "logprobs": 2, "max_new_tokens": 20}
     own = light.generate(*asks, ignore_eos=True, **options)
     answers = [own[0].token_ids, own[1].token_ids[:7]]
@@ -448,7 +448,7 @@ def test_a_score_of_what_is_not_finite(bundle: Callable[..., Path]) -> None:
 def test_times_of_a_stream(light: Model) -> None:
     """One for each token, whether or not its text is final."""
     began = time.perf_counter()
-    with light.stream(QUESTION, [PICTURE], max_new_tokens=9, ignore_eos=True) as stream:
+    with light.stream(QUESTION, [IMAGE], max_new_tokens=9, ignore_eos=True) as stream:
         assert stream.token_times == []
         next(stream)
         assert len(stream.token_times) > 0
@@ -462,7 +462,7 @@ def test_times_of_a_stream(light: Model) -> None:
 
 
 def test_a_second_call_is_refused_until_the_stream_ends(light: Model) -> None:
-    stream = light.stream(QUESTION, [PICTURE], max_new_tokens=20)
+    stream = light.stream(QUESTION, [IMAGE], max_new_tokens=20)
     light.generate(QUESTION, max_new_tokens=1)  # nothing has begun yet
     next(iter(stream))
     for call in (
@@ -498,8 +498,8 @@ def test_a_closed_model_says_so(bundle: Callable[..., Path]) -> None:
 @pytest.mark.usefixtures("endless")
 def test_decode_writes_one_slot_in_place(light: Model) -> None:
     prompts = [
-        light.prepare(0, QUESTION, [PICTURE], GenerationOptions()),
-        light.prepare(1, "Read the top row.", [PICTURE, OTHER], GenerationOptions()),
+        light.prepare(0, QUESTION, [IMAGE], GenerationOptions()),
+        light.prepare(1, "Read the top row.", [IMAGE, OTHER], GenerationOptions()),
     ]
     batch = light.calls.start(prompts)
     cache = batch.cache
@@ -523,7 +523,7 @@ def test_decode_writes_one_slot_in_place(light: Model) -> None:
 
 
 def test_buffers_are_used_again(light: Model) -> None:
-    prompt = light.prepare(0, QUESTION, [PICTURE], GenerationOptions())
+    prompt = light.prepare(0, QUESTION, [IMAGE], GenerationOptions())
     first = light.calls.start([prompt]).cache
     assert light.calls.start([prompt]).cache is first
     assert light.calls.start([prompt, prompt]).cache is not first

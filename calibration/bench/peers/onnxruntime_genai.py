@@ -1,7 +1,7 @@
 """Peer: ONNX Runtime GenAI on the CPU, from its own model builder.
 
 It runs no LLaVA, so it gets the language model alone and as many plain tokens as the prompt has in
-all, pictures' included: no vision tower, no picture to prepare. One request at a time. ``int4``
+all, images' included: no vision tower, no image to prepare. One request at a time. ``int4``
 quantizes the weights as the builder does by default.
 """
 
@@ -79,7 +79,7 @@ class GenaiAnswers:
         return len(ids), None
 
     def _plain_ids(self, request: WorkloadRequest) -> np.ndarray:
-        """int32 [N], text throughout: the prompt's own again and again in the picture's place."""
+        """int32 [N], text throughout: the prompt's own again and again in the image's place."""
         prompt = self._prompts.prepare(request)
         ids, image_id = np.array(prompt.ids, np.int32), prompt.image_id
         text = ids[image_id == 0]

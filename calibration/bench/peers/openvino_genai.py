@@ -63,7 +63,7 @@ def _greedy(request: WorkloadRequest) -> Any:
 
 
 class Inputs:
-    """Prompts written out by the bundle's template, pictures as OpenVINO's tensors."""
+    """Prompts written out by the bundle's template, images as OpenVINO's tensors."""
 
     def __init__(self, bundle: Path) -> None:
         self._prompts = Prompts(bundle)
@@ -74,10 +74,10 @@ class Inputs:
     def of(self, request: WorkloadRequest) -> tuple[str, list[Any]]:
         import openvino as ov
 
-        text = self._prompts.writer.rendered(request.prompt, len(request.pictures))
+        text = self._prompts.writer.rendered(request.prompt, len(request.images))
         image = self._prompts.maker.images.token
-        text = text.replace(f"{image}\n", image)  # it breaks the line after a picture by itself
-        return text, [ov.Tensor(p[None]) for p in self._prompts.pictures(request)]
+        text = text.replace(f"{image}\n", image)  # it breaks the line after an image by itself
+        return text, [ov.Tensor(p[None]) for p in self._prompts.images(request)]
 
 
 class Single:
@@ -104,10 +104,10 @@ class Single:
         return one_after_another(self._answer, self._inputs.opened(work))
 
     def _answer(self, request: WorkloadRequest, mark: Callable[[], None]) -> tuple[int, int | None]:
-        text, pictures = self._inputs.of(request)
+        text, images = self._inputs.of(request)
         answer = self._pipeline.generate(
             text,
-            images=pictures,
+            images=images,
             generation_config=_greedy(request),
             streamer=self._streamer(mark),
         )
@@ -181,11 +181,9 @@ class Batching:
 
     def _add(self, taken: Taken, running: list[tuple[Taken, Any]]) -> None:
         try:
-            text, pictures = self._inputs.of(taken.request)
+            text, images = self._inputs.of(taken.request)
             self._number += 1
-            handle = self._pipeline.add_request(
-                self._number, text, pictures, _greedy(taken.request)
-            )
+            handle = self._pipeline.add_request(self._number, text, images, _greedy(taken.request))
         except Exception as error:
             taken.error = BackendError(f"OpenVINO GenAI: {error}")
             taken.done.set()

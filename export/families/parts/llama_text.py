@@ -130,12 +130,12 @@ def video_preprocessor(folder: Path) -> dict[str, Any]:
 
 
 def token_text(folder: Path, token_id: int) -> str:
-    """A token of config.json, that of pictures or of clips, as prompts have it."""
+    """A token of config.json, that of images or of videos, as prompts have it."""
     token = load_tokenizer(folder).added_tokens_decoder.get(token_id)
     if token is None:
         raise CheckpointError(
             f"the tokenizer has no added token {str(token_id)[:40]}, which config.json names for "
-            "pictures; the folder mixes files of two models"
+            "images; the folder mixes files of two models"
         )
     return str(token.content)
 

@@ -35,7 +35,7 @@ VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
 
 
 def tile_tokens(config: Any) -> int:
-    """Tokens that the vision tower gives for one picture or tile."""
+    """Tokens that the vision tower gives for one image or tile."""
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     # "default" drops the first token; only CLIP has a class token there.
@@ -48,7 +48,7 @@ class AnyResolution:
 
     name: str
     model_types: tuple[str, ...]
-    pictures: str
+    image_handling: str
     video: str
     config_class: Any
     model_class: Any
@@ -86,10 +86,10 @@ class AnyResolution:
         return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        if not prompt.pictures:
+        if not prompt.images:
             return {}
-        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.pictures]
-        sizes = torch.tensor([p.size for p in prompt.pictures])
+        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.images]
+        sizes = torch.tensor([p.size for p in prompt.images])
         return {"pixel_values": torch.cat(pixels), "image_sizes": sizes}
 
     def images(self, config: Any, folder: Path) -> Images:
@@ -106,22 +106,22 @@ class AnyResolution:
         return Images(
             token=token_text(folder, config.image_token_id),
             token_id=config.image_token_id,
-            tokens=tiles.most_tokens,
+            tokens=tiles.max_tokens,
             grid=(),
             size=(side, side),
             processor=processor,
             shared_rows=1,
-            most={"units": tiles.most_units},
+            max_dims={"units": tiles.max_units},
         )
 
     def bounded(self, images: Images, tokens: int) -> Images:
-        least = _tiles(images.processor).least_tokens
+        least = _tiles(images.processor).min_tokens
         if tokens < least:
             raise too_few_tokens(tokens, least)
         processor = images.processor | {"max_tokens": tokens}
         tiles = _tiles(processor)
-        most = {"units": tiles.most_units}
-        return replace(images, tokens=tiles.most_tokens, processor=processor, most=most)
+        most = {"units": tiles.max_units}
+        return replace(images, tokens=tiles.max_tokens, processor=processor, max_dims=most)
 
     def prompt(self, config: Any, folder: Path) -> PromptFiles:
         return prompt_files(folder, config.text_config)

@@ -14,7 +14,7 @@ from lvlm.export.standard_ops import attention
 
 
 class QwenVision(nn.Module):
-    """Patches of one picture to image tokens: blocks with full attention or in windows.
+    """Patches of one image to image tokens: blocks with full attention or in windows.
 
     pixel_values [V,p,3*frames*patch*patch] fp32, position_ids [V,p,2] int64: V tokens of p patches
     window        [W,n] int64: the tokens of each window, -1 none; place [V]: where each token is

@@ -1,4 +1,4 @@
-"""What the Qwen-VL families share: pictures at their own resolution, three rotary positions."""
+"""What the Qwen-VL families share: images at their own resolution, three rotary positions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class QwenVL:
 
     name: str
     model_types: tuple[str, ...]
-    pictures: str
+    image_handling: str
     video: str
     config_class: Any
     model_class: Any
@@ -64,7 +64,7 @@ class QwenVL:
         return None
 
     def second(self, vision: Any) -> int | None:
-        """Rotary positions that a second of video lasts, None: each picture of it lasts one."""
+        """Rotary positions that a second of video lasts, None: each image of it lasts one."""
         del vision
         return None
 
@@ -124,10 +124,10 @@ class QwenVL:
         return inputs
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        if not prompt.pictures:
+        if not prompt.images:
             return {}
-        pixels = [p.arrays["pixel_values"] for p in prompt.pictures]
-        grids = [[1, *(p.arrays["position_ids"].max((0, 1)) + 1)] for p in prompt.pictures]
+        pixels = [p.arrays["pixel_values"] for p in prompt.images]
+        grids = [[1, *(p.arrays["position_ids"].max((0, 1)) + 1)] for p in prompt.images]
         return {
             "pixel_values": torch.cat([torch.from_numpy(x).flatten(0, 1) for x in pixels]),
             "image_grid_thw": torch.tensor(grids),
@@ -144,24 +144,24 @@ class QwenVL:
         wanted = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
         if tuple(cut.values()) != wanted:
             raise CheckpointError(
-                f"the image processor cuts pictures into {cut}, config.json asks for {wanted}; "
+                f"the image processor cuts images into {cut}, config.json asks for {wanted}; "
                 "the folder mixes files of two models"
             )
         return Images(
             token=token_text(folder, config.image_token_id),
             token_id=config.image_token_id,
-            tokens=_most(processor)["units"],
+            tokens=_max_dims(processor)["units"],
             grid=(),
             size=(),
             processor=processor,
-            apart=False,
+            independent_units=False,
             positions="grid",
-            deep=len(getattr(vision, "deepstack_visual_indexes", ())),
-            most=_most(processor),
+            deepstack_layers=len(getattr(vision, "deepstack_visual_indexes", ())),
+            max_dims=_max_dims(processor),
         )
 
     def video_config(self, config: Any, folder: Path) -> dict[str, object]:
-        """That of clips; CheckpointError, ParameterError."""
+        """That of videos; CheckpointError, ParameterError."""
         vision, timed = config.vision_config, self.timed
         cut = {
             "patch": vision.patch_size,
@@ -179,13 +179,13 @@ class QwenVL:
 
     def bounded(self, images: Images, tokens: int) -> Images:
         processor = bounded_config(images.processor, tokens)
-        return replace(images, tokens=tokens, processor=processor, most=_most(processor))
+        return replace(images, tokens=tokens, processor=processor, max_dims=_max_dims(processor))
 
     def prompt(self, config: Any, folder: Path) -> PromptFiles:
         return prompt_files(folder, config.text_config)
 
 
-def _most(processor: Mapping[str, Any]) -> dict[str, int]:
+def _max_dims(processor: Mapping[str, Any]) -> dict[str, int]:
     tokens, window = processor["max_tokens"], processor["window"]
     found = {"units": tokens}
     # A strip one token high has the fewest tokens in each window
@@ -215,7 +215,7 @@ def tiny_text(layers: int, heads: int, kv_heads: int, section: list[int]) -> dic
 
 
 def tiny_preprocessor(vision: Any) -> dict[str, str]:
-    """For pictures of up to 30 tokens, unless they are long and thin."""
+    """For images of up to 30 tokens, unless they are long and thin."""
     token = (vision.patch_size * vision.spatial_merge_size) ** 2
     config = {
         "image_processor_type": "Qwen2VLImageProcessor",

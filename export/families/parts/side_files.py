@@ -125,7 +125,7 @@ def _check_loaded(folder: Path, tokenizer: Any) -> None:
         raise CheckpointError(f"{folder}: {kind} has no fast form; save one with save_pretrained")
     if getattr(tokenizer, "split_special_tokens", False):
         raise CheckpointError(
-            f"{folder}/tokenizer_config.json says split_special_tokens, so that no picture can "
+            f"{folder}/tokenizer_config.json says split_special_tokens, so that no image can "
             "have a place in a prompt; remove it"
         )
     model = type(tokenizer.backend_tokenizer.model).__name__

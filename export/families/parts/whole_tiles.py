@@ -1,4 +1,4 @@
-"""Pictures of whole tiles, each of which gives as many tokens as the others."""
+"""Images of whole tiles, each of which gives as many tokens as the others."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def tile_images(
     token_id: int,
     size: tuple[int, int],
     processor: Config,
-    most_tokens: Callable[[Config], int],
+    max_tokens: Callable[[Config], int],
 ) -> Images:
     """Of tiles of ``size`` pixels, with ``tile_tokens`` each by the processor's config;
-    ``most_tokens`` gives what a picture has at most."""
-    tokens = most_tokens(processor)
+    ``max_tokens`` gives what an image has at most."""
+    tokens = max_tokens(processor)
     return Images(
         token=token,
         token_id=token_id,
@@ -28,7 +28,7 @@ def tile_images(
         grid=(),
         size=size,
         processor=dict(processor),
-        most={"units": _tiles(tokens, processor)},
+        max_dims={"units": _tiles(tokens, processor)},
     )
 
 
@@ -36,16 +36,16 @@ def fewer_tiles(
     images: Images,
     tokens: int,
     bounded: Callable[[Config, int], dict[str, object] | None],
-    most_tokens: Callable[[Config], int],
+    max_tokens: Callable[[Config], int],
 ) -> Images:
-    """The same with so many tiles that a picture gives at most ``tokens``; ParameterError if one
+    """The same with so many tiles that an image gives at most ``tokens``; ParameterError if one
     tile gives more."""
     processor = bounded(images.processor, tokens)
     if processor is None:
         raise too_few_tokens(tokens, images.processor["tile_tokens"])
-    most = most_tokens(processor)
+    most = max_tokens(processor)
     return replace(
-        images, tokens=most, processor=processor, most={"units": _tiles(most, processor)}
+        images, tokens=most, processor=processor, max_dims={"units": _tiles(most, processor)}
     )
 
 

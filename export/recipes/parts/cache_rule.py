@@ -119,17 +119,17 @@ MODES: dict[type[Select], str] = {
 class CacheRule:
     """A policy as graph code."""
 
-    compression: CachePolicy
+    cache_policy: CachePolicy
 
     @property
     def queries(self) -> int:
         """Most recent queries that each layer remembers in a ring [B,Hq,queries,d]."""
-        return self.compression.queries
+        return self.cache_policy.queries
 
     @property
     def scores_all(self) -> bool:
         """Whether the importance is taken from all prompt queries."""
-        return isinstance(self.compression.score, AllQueries)
+        return isinstance(self.cache_policy.score, AllQueries)
 
     def inputs(self, layers: int) -> list[GraphPort]:
         """Further inputs of the graphs that compact: what every layer keeps of each row."""
@@ -163,7 +163,7 @@ class CacheRule:
     ) -> Compacted:
         """Keys and values [B,Hkv,N,d] of one layer to what it keeps, [B,Hkv,K,d], and how many
         entries that is per row, [B]: -1 where an importance was not finite."""
-        score = self.compression.score
+        score = self.cache_policy.score
         queries, index = None, None
         if isinstance(score, Window):
             queries, index = self.window(state, tap, score.queries)
@@ -187,7 +187,7 @@ class CacheRule:
     def _compact(
         self, entries: Layer, value: torch.Tensor, layer: int, inputs: Mapping[str, torch.Tensor]
     ) -> Compacted:
-        policy, key = self.compression, entries.key
+        policy, key = self.cache_policy, entries.key
         length, budget = entries.length, inputs["kv_budget"][layer]
         scores = importance(policy.score, entries, policy.recent)
         heads = key.shape[1]

@@ -107,6 +107,4 @@ def _nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
 
 def _require(node: ir.Node, fits: bool, what: str) -> None:
     if not fits:
-        raise ExportError(
-            f"{node.op_type} ({node.name}) can be written out {what}; this one is not"
-        )
+        raise ExportError(f"{node.op_type} ({node.name}) can be decomposed {what}; this one is not")

@@ -148,13 +148,13 @@ def _check_known(node: ir.Node, opset: int) -> None:
         schema = onnx.defs.get_schema(node.op_type, opset, "")
     except onnx.defs.SchemaError:
         raise ExportError(
-            f"{node.op_type} is newer than opset {opset}; it is to be written out"
+            f"{node.op_type} is newer than opset {opset}; it is to be decomposed"
         ) from None
     given = [value for value in node.inputs if value is not None]
     unknown = set(node.attributes) - set(schema.attributes)
     if unknown or not schema.min_input <= len(given) <= schema.max_input:
         what = f"has no {', '.join(sorted(unknown))}" if unknown else "takes other inputs"
-        raise ExportError(f"{node.op_type} of opset {opset} {what}; it is to be written out")
+        raise ExportError(f"{node.op_type} of opset {opset} {what}; it is to be decomposed")
 
 
 def decompose_attention(model: ir.Model, kept: Collection[str] = (), row_heads: int = 1) -> int:
@@ -169,15 +169,15 @@ def decompose_attention(model: ir.Model, kept: Collection[str] = (), row_heads: 
             continue
         query, key = node.inputs[0], node.inputs[1]
         if query is None or key is None or query.shape is None or key.shape is None:
-            raise ExportError(f"the shape of {node.name} is unknown; it cannot be written out")
+            raise ExportError(f"the shape of {node.name} is unknown; it cannot be decomposed")
         heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
         few = query.shape[2] == 1 and isinstance(heads, int) and heads < row_heads
         if query.dtype is None or (DTYPES[query.dtype] in kept and not few):
             continue
         if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)):
-            raise ExportError(f"the heads of {node.name} are not static; it cannot be written out")
+            raise ExportError(f"the heads of {node.name} are not static; it cannot be decomposed")
         if set(node.attributes) - {"is_causal", "scale"} or len(node.outputs) > 1:
-            raise ExportError(f"{node.name} does more than attention; it cannot be written out")
+            raise ExportError(f"{node.name} does more than attention; it cannot be decomposed")
         causal = node.attributes.get_int("is_causal", 0) == 1
         scale = node.attributes.get_float("scale", head_dim**-0.5)
         wide = query.dtype == ir.DataType.FLOAT

@@ -22,7 +22,7 @@ def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
     With plugins every lvlm op is left without a function, and nothing else is a function, either:
     parsers before TensorRT 10.6 confuse the names inside functions with those around them.
     """
-    if not target.narrow:
+    if not target.low_precision:
         graph_edits.refuse_low_precision(model, target.name)
     if target.static_cache:
         lengths = {f"capacity_{i}": c for i, c in enumerate(capacity.per_layer)}
@@ -32,7 +32,7 @@ def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
     if target.flavour != "onnxruntime":
         graph_edits.lower_ops(model, target.plugins)
     graph_edits.decompose_attention(model, target.attention, target.row_heads)
-    if "float32" not in target.products:
+    if "float32" not in target.matmul_types:
         fp16_matmuls(model)
     if "RMSNormalization" not in target.imports:
         decomposed.decompose_normalization(model)

@@ -27,7 +27,7 @@ TYPES = {  # TensorRT's names
 LIMITS = {
     "batch": ("prompts at once", "--batch"),
     "rows": ("image tokens at once", "--batch"),
-    "units": ("pictures at once", "--batch"),
+    "units": ("images at once", "--batch"),
 }
 TOKENS = ("tokens of a prompt", "--max-prompt")
 Shapes = Mapping[str, tuple[int, ...]]

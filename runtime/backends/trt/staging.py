@@ -66,7 +66,7 @@ class Staging:
                 self.driver,
                 total,
                 "what goes in and out of one call",
-                "give fewer prompts or pictures at once",
+                "give fewer prompts or images at once",
             )
 
     def _place(self, start: int, arrays: Mapping[str, tuple[tuple[int, ...], str]]) -> int:

@@ -1,5 +1,5 @@
-"""Pictures of any size as tiles of one size: a picture is scaled into that of a few resolutions
-which shows most of it, and cut; beside these tiles the whole picture is scaled to one of its own.
+"""Images of any size as tiles of one size: an image is scaled into that of a few resolutions
+which shows most of it, and cut; beside these tiles the whole image is scaled to one of its own.
 
 The steps and their order are those of transformers' ``LlavaNextImageProcessorPil`` and
 ``LlavaOnevisionImageProcessorPil``, and what remains of the tiles' patches (padding and nothing
@@ -38,14 +38,14 @@ MAX_RESOLUTIONS = 64
 
 
 class Tiles:
-    """How pictures are cut.
+    """How images are cut.
 
     ``config``: ``side`` of a tile in pixels and ``patches`` along it; ``resolutions`` [[H,W]] of
     whole tiles; ``resample`` Pillow's filter number; ``rescale_factor``, and ``mean`` and ``std``
-    [3] each, or None for no such step; ``max_tokens`` of a picture, None: as many as there are.
+    [3] each, or None for no such step; ``max_tokens`` of an image, None: as many as there are.
     ``tokens(lines, columns)`` is how many so much of the tiles gives. BundleError if a value is out
-    of range. ``most_tokens`` and ``most_units`` (tiles) are the most that a picture gives,
-    ``least_tokens`` the least that max_tokens can be.
+    of range. ``max_tokens`` and ``max_units`` (tiles) are the most that an image gives,
+    ``min_tokens`` the least that max_tokens can be.
     """
 
     def __init__(self, config: Mapping[str, object], tokens: Callable[[int, int], int]) -> None:
@@ -57,43 +57,43 @@ class Tiles:
         most = config["max_tokens"]
         if most is not None:
             most = integer("max_tokens", most, 1, 1_000_000)
-        self.most_tokens = self.least_tokens = area = 0
-        # A picture scaled to one area never asks for a larger one: those are left out together
+        self.max_tokens = self.min_tokens = area = 0
+        # An image scaled to one area never asks for a larger one: those are left out together
         for size in sorted(set(map(math.prod, self.resolutions))):
             shapes = [x for r in self.resolutions if math.prod(r) == size for x in self._shapes(*r)]
             count = self.patches**2 + max(tokens(*shape) for shape in shapes)
-            self.least_tokens = self.least_tokens or count
+            self.min_tokens = self.min_tokens or count
             if most is not None and count > most:
                 break
-            area, self.most_tokens = size, max(self.most_tokens, count)
+            area, self.max_tokens = size, max(self.max_tokens, count)
         self._usable = [size for size in self.resolutions if math.prod(size) <= area]
-        self.most_units = 1 + area // self.side**2
+        self.max_units = 1 + area // self.side**2
         if not self._usable:
-            raise wrong("max_tokens", most, f"{self.least_tokens} or more")
+            raise wrong("max_tokens", most, f"{self.min_tokens} or more")
 
     def prepare(self, image: npt.NDArray[np.uint8]) -> Image.Image:
-        """A picture uint8 [H,W,3], scaled down if it would give too many tokens."""
-        picture = Image.fromarray(image)
-        if self.resolution(*picture.size[::-1]) in self._usable:
-            return picture
-        high, wide = _best(self._usable, *picture.size[::-1])
-        return picture.resize(_fitted(picture.size, (wide, high)), self.resample)
+        """An image uint8 [H,W,3], scaled down if it would give too many tokens."""
+        pil_image = Image.fromarray(image)
+        if self.resolution(*pil_image.size[::-1]) in self._usable:
+            return pil_image
+        high, wide = _best(self._usable, *pil_image.size[::-1])
+        return pil_image.resize(_fitted(pil_image.size, (wide, high)), self.resample)
 
     def resolution(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the tiles of a picture."""
+        """Height and width of the tiles of an image."""
         return _best(self.resolutions, height, width)
 
-    def cut(self, picture: Image.Image) -> npt.NDArray[np.float32]:
-        """A prepared picture → float32 [1 + tiles,3,side,side], the whole picture first."""
+    def cut(self, pil_image: Image.Image) -> npt.NDArray[np.float32]:
+        """A prepared image → float32 [1 + tiles,3,side,side], the whole image first."""
         side = self.side
-        high, wide = self.resolution(picture.height, picture.width)
+        high, wide = self.resolution(pil_image.height, pil_image.width)
         canvas = Image.new("RGB", (wide, high))
-        width, height = _fitted(picture.size, (wide, high))
-        scaled = picture.resize((width, height), self.resample)
+        width, height = _fitted(pil_image.size, (wide, high))
+        scaled = pil_image.resize((width, height), self.resample)
         canvas.paste(scaled, ((wide - width) // 2, (high - height) // 2))
         pixels = np.asarray(canvas).reshape(high // side, side, wide // side, side, 3)
         parts = pixels.swapaxes(1, 2).reshape(-1, side, side, 3)
-        whole = np.asarray(picture.resize((side, side), self.resample))
+        whole = np.asarray(pil_image.resize((side, side), self.resample))
         return np.stack([planes(self.table, tile) for tile in (whole, *parts)])
 
     def kept(self, height: int, width: int) -> npt.NDArray[np.int64]:
@@ -108,7 +108,7 @@ class Tiles:
         return grid[:, left : columns - left]
 
     def _grid(self, high: int, wide: int) -> npt.NDArray[np.int64]:
-        """The same of all patches: after the newline and the whole picture's tile."""
+        """The same of all patches: after the newline and the whole image's tile."""
         patches = self.patches
         tiles = (high // self.side, wide // self.side)
         inside = np.arange(patches * patches).reshape(patches, patches)
@@ -117,12 +117,12 @@ class Tiles:
         return grid.reshape(tiles[0] * patches, tiles[1] * patches)
 
     def whole(self) -> npt.NDArray[np.int64]:
-        """The rows of the tile of the whole picture."""
+        """The rows of the tile of the whole image."""
         return 1 + np.arange(self.patches * self.patches)
 
     def _shapes(self, high: int, wide: int) -> Iterator[tuple[int, int]]:
         """Lines and columns of every part that can be kept of a resolution (and of some that no
-        picture leaves)."""
+        image leaves)."""
         lines, columns = (x // self.side * self.patches for x in (high, wide))
         for less in range(0, lines + 1, 2):
             yield lines - less, columns
@@ -131,13 +131,13 @@ class Tiles:
 
 
 class TiledProcessor(Processor, Protocol):
-    """A processor that cuts pictures into these."""
+    """A processor that cuts images into these."""
 
     tiles: Tiles
 
 
 def _best(resolutions: Sequence[tuple[int, int]], height: int, width: int) -> tuple[int, int]:
-    """Height and width that show most of a picture; of several, with the least room left."""
+    """Height and width that show most of an image; of several, with the least room left."""
     best, most, least = resolutions[0], -1, 0
     for high, wide in resolutions:
         scale = min(wide / width, high / height)
@@ -149,7 +149,7 @@ def _best(resolutions: Sequence[tuple[int, int]], height: int, width: int) -> tu
 
 
 def _fitted(size: tuple[int, int], room: tuple[int, int]) -> tuple[int, int]:
-    """Width and height of a picture scaled into ``room``."""
+    """Width and height of an image scaled into ``room``."""
     (width, height), (wide, high) = size, room
     across, down = wide / width, high / height
     if across < down:

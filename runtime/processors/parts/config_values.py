@@ -26,12 +26,12 @@ def check_keys(config: Mapping[str, object], keys: Collection[str]) -> None:
         raise BundleError(f"the processor config {problem} {reprlib.repr(key)}; export again")
 
 
-def check_growth(picture: Image.Image, height: int, width: int) -> None:
-    """ImageError if a picture is so long and thin that it would get too many pixels on the way."""
+def check_growth(image: Image.Image, height: int, width: int) -> None:
+    """ImageError if an image is so long and thin that it would get too many pixels on the way."""
     if height * width > MAX_PIXELS:
-        ratio = max(picture.size) / min(picture.size)
+        ratio = max(image.size) / min(image.size)
         raise ImageError(
-            f"a picture of {picture.width} x {picture.height} pixels (aspect ratio {ratio:.0f}:1) "
+            f"an image of {image.width} x {image.height} pixels (aspect ratio {ratio:.0f}:1) "
             f"would grow to {width} x {height} pixels on the way to the model; crop it first"
         )
 
@@ -84,7 +84,7 @@ def numbers(key: str, value: object, count: int, low: float) -> list[float]:
 
 def integer(key: str, value: object, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise wrong(key, value, f"a whole number from {low} to {high}")
+        raise wrong(key, value, f"an integer from {low} to {high}")
     return value
 
 

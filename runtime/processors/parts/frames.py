@@ -1,4 +1,4 @@
-"""What the processors that take clips share: which frames, the config, and words for numbers."""
+"""What the processors that take videos share: which frames, the config, and words for numbers."""
 
 from __future__ import annotations
 
@@ -9,35 +9,37 @@ from typing import Any, Protocol
 import numpy as np
 
 from lvlm.core.errors import BundleError, CheckpointError, ParameterError
-from lvlm.runtime.media.video import Clip, Footage
+from lvlm.runtime.media.video import PreparedVideo, Video
 from lvlm.runtime.processors.parts.config_values import integer, text, with_defaults, wrong
 
-MAX_FRAMES = 999  # of a clip in a prompt
+MAX_FRAMES = 999  # of a video in a prompt
 
 
-class Video(Protocol):
-    """What a processor does with a clip; its attribute ``video``.
+class VideoProcessor(Protocol):
+    """What a processor does with a video; its attribute ``video``.
 
-    token       stands for a clip in a prompt
-    template    chat template of prompts with clips, None: the bundle's own
-    per_picture how many frames make a Picture
-    alone       whether a prompt has one clip at most
+    token       stands for a video in a prompt
+    template    chat template of prompts with videos, None: the bundle's own
+    per_image   how many frames make a PreparedImage
+    alone       whether a prompt has one video at most
     """
 
     token: str
     template: str | None
-    per_picture: int
+    per_image: int
     alone: bool
 
-    def sampled(self, clip: Clip, frames: int | None) -> Sequence[int]:
+    def sampled(self, video: Video, frames: int | None) -> Sequence[int]:
         """Rising indices of the frames to take: as many as the checkpoint's processor takes, or by
         ``frames`` as it does when asked for so many. Raises ParameterError."""
 
-    def footage(self, clip: Clip, indices: Sequence[int]) -> Footage:
-        """The clip by these of its frames; ImageError."""
+    def prepare(self, video: Video, indices: Sequence[int]) -> PreparedVideo:
+        """The video by these of its frames; ImageError."""
 
 
-def opened(config: object, make: Callable[[Mapping[str, Any]], Video]) -> tuple[Video | None, str]:
+def opened(
+    config: object, make: Callable[[Mapping[str, Any]], VideoProcessor]
+) -> tuple[VideoProcessor | None, str]:
     """The ``video`` of a processor whose config has this one for it, and why it has none."""
     if config is None:
         return None, ""
@@ -59,21 +61,22 @@ def sampling(config: Mapping[str, object]) -> tuple[float | None, int | None]:
     return fps, frames  # type: ignore[return-value]
 
 
-def evenly(clip: Clip, fps: float | None, frames: int | None) -> list[int]:
+def evenly(video: Video, fps: float | None, frames: int | None) -> list[int]:
     """So many frames from the first on, or so many a second, or all. Source: transformers'
     ``default_sample_indices_fn``."""
     if frames is None:
         if fps is None:
-            return list(range(clip.frames))
-        frames = max(1, int(clip.frames / clip.fps * fps))
-    check_enough(clip, frames)
-    return (np.arange(frames) * clip.frames // frames).tolist()
+            return list(range(video.frames))
+        frames = max(1, int(video.frames / video.fps * fps))
+    check_enough(video, frames)
+    return (np.arange(frames) * video.frames // frames).tolist()
 
 
-def check_enough(clip: Clip, frames: int) -> None:
-    if frames > clip.frames:
+def check_enough(video: Video, frames: int) -> None:
+    if frames > video.frames:
         raise ParameterError(
-            f"{frames} frames are asked for, but the clip has {clip.frames}; take fewer (--frames)"
+            f"{frames} frames are asked for, but the video has {video.frames}; take fewer "
+            "(--frames)"
         )
 
 
@@ -99,7 +102,7 @@ _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eigh
 
 
 def attempted(make: Callable[[], dict[str, object]]) -> dict[str, object]:
-    """The config that ``make`` gives, or why there is none: pictures can be had all the same."""
+    """The config that ``make`` gives, or why there is none: images can be had all the same."""
     try:
         return make()
     except (ParameterError, CheckpointError, BundleError) as error:

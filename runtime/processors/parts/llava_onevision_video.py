@@ -1,4 +1,4 @@
-"""Clips as LLaVA-OneVision sees them: a tile per frame, its patches pooled two by two, one newline.
+"""Videos for LLaVA-OneVision: a tile per frame, its patches pooled two by two, one newline.
 
 Source: transformers' ``LlavaOnevisionVideoProcessor`` and ``apply_pooling`` of the model.
 """
@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lvlm.core.errors import ParameterError
-from lvlm.runtime.media.pictures import Picture
-from lvlm.runtime.media.video import Clip, Footage
+from lvlm.runtime.media.prepared_image import PreparedImage
+from lvlm.runtime.media.video import PreparedVideo, Video
 from lvlm.runtime.processors.parts.config_values import (
     CLIP_MEAN,
     CLIP_STD,
@@ -30,18 +30,18 @@ from lvlm.runtime.processors.parts.tiles import scaled_frame
 
 
 class LlavaOnevisionVideo:
-    """See Video. ``config`` is what :func:`video_config` gives; ``frame`` makes the Picture of a
-    tile [3,side,side], with the newline or without."""
+    """See VideoProcessor. ``config`` is what :func:`video_config` gives; ``frame`` makes the
+    PreparedImage of a tile [3,side,side], with the newline or without."""
 
     template: str | None = None
-    per_picture = 1
+    per_image = 1
     alone = False
 
     def __init__(
         self,
         config: Mapping[str, Any],
         side: int,
-        frame: Callable[[npt.NDArray[np.float32], bool], Picture],
+        frame: Callable[[npt.NDArray[np.float32], bool], PreparedImage],
     ) -> None:
         check_keys(config, _KEYS)
         self.token = text("token", config["token"])
@@ -54,19 +54,19 @@ class LlavaOnevisionVideo:
         self._table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
         self._side, self._frame = side, frame
 
-    def sampled(self, clip: Clip, frames: int | None) -> list[int]:
-        """See Video."""
+    def sampled(self, video: Video, frames: int | None) -> list[int]:
+        """See VideoProcessor."""
         if frames is not None:
-            return evenly(clip, None, frames)
-        return evenly(clip, self._fps, self._count) if self._sample else evenly(clip, None, None)
+            return evenly(video, None, frames)
+        return evenly(video, self._fps, self._count) if self._sample else evenly(video, None, None)
 
-    def footage(self, clip: Clip, indices: Sequence[int]) -> Footage:
-        """See Video."""
-        pictures = []
-        for number, frame in enumerate(clip.read(indices), 1):
+    def prepare(self, video: Video, indices: Sequence[int]) -> PreparedVideo:
+        """See VideoProcessor."""
+        prepared = []
+        for number, frame in enumerate(video.read(indices), 1):
             tile = planes(self._table, scaled_frame(frame, self._side, self._side, self._resample))
-            pictures.append(self._frame(tile, number == len(indices)))
-        return Footage(self._image * len(pictures), pictures, self._token_id)
+            prepared.append(self._frame(tile, number == len(indices)))
+        return PreparedVideo(self._image * len(prepared), prepared, self._token_id)
 
 
 _KEYS = {"token", "token_id", "image_token", "sample", "fps", "num_frames", "resample"} | {

@@ -1,5 +1,5 @@
-"""Clips as Qwen-VL sees them: some frames in succession make a Picture, whose positions tell the
-time (Qwen2-VL, 2.5) or which its time stands before in words (Qwen3-VL).
+"""Videos for Qwen-VL: some frames in succession make a PreparedImage, whose positions tell the time
+(Qwen2-VL, 2.5) or which its time stands before in words (Qwen3-VL).
 
 Source: transformers' ``Qwen2VLVideoProcessor``, ``Qwen3VLVideoProcessor`` and their processors, and
 ``get_rope_index`` of the models.
@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lvlm.core.errors import ImageError, ParameterError
-from lvlm.runtime.media.pictures import Picture
-from lvlm.runtime.media.video import Clip, Footage, Frame
+from lvlm.runtime.media.prepared_image import PreparedImage
+from lvlm.runtime.media.video import Frame, PreparedVideo, Video
 from lvlm.runtime.processors.parts.config_values import (
     CLIP_MEAN,
     CLIP_STD,
@@ -32,28 +32,28 @@ from lvlm.runtime.processors.parts.config_values import (
 from lvlm.runtime.processors.parts.frames import check_enough, sampling, video_options
 from lvlm.runtime.processors.parts.tiles import scaled_frame
 
-MAX_RATIO = 200  # of a picture's sides: transformers refuses a longer one, too
+MAX_RATIO = 200  # of an image's sides: transformers refuses a longer one, too
 _PIXELS = 1_000_000_000
 
 
 class Patches(Protocol):
-    """What a clip asks of the processor of pictures."""
+    """What a video asks of the processor of images."""
 
     patch: int
     merge: int
     frames: int
     tokens: int
 
-    def picture(
+    def prepare_frames(
         self, pixels: Sequence[npt.NDArray[np.float32]], time: int, span: int | None
-    ) -> Picture:
-        """Frames [3,H,W] of whole tokens -> a Picture, ``time`` after it begins."""
+    ) -> PreparedImage:
+        """Frames [3,H,W] of whole tokens -> a PreparedImage, ``time`` after it begins."""
 
 
 def whole_tokens(
     height: int, width: int, side: int, least: float, most: float, frames: int = 1, bar: int = 1
 ) -> tuple[int, int]:
-    """Rows and columns of tokens, ``side`` pixels long, in proportion to a picture's sides, so that
+    """Rows and columns of tokens, ``side`` pixels long, in proportion to an image's sides, so that
     their pixels are within bounds: those of ``bar`` frames where there are ``frames``."""
     rows, columns = round(height / side), round(width / side)
     if bar * rows * columns * side**2 > most:
@@ -68,7 +68,7 @@ def whole_tokens(
 
 
 class QwenVideo:
-    """See Video. ``config`` is what :func:`video_config` gives."""
+    """See VideoProcessor. ``config`` is what :func:`video_config` gives."""
 
     template: str | None = None
     alone = False
@@ -93,93 +93,93 @@ class QwenVideo:
         self._resample = integer("resample", config["resample"], 0, 5)
         self._table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
         self._patches = patches
-        self.per_picture = patches.frames
+        self.per_image = patches.frames
 
-    def sampled(self, clip: Clip, frames: int | None) -> list[int]:
-        """See Video."""
+    def sampled(self, video: Video, frames: int | None) -> list[int]:
+        """See VideoProcessor."""
         count, fps = (frames, None) if frames is not None else (self._count, self._fps)
         if frames is None and not self._sample:
-            return list(range(clip.frames))
+            return list(range(video.frames))
         if self._timed:
-            return self._sampled_timed(clip, count, fps)
-        each, total = self.per_picture, clip.frames
+            return self._sampled_timed(video, count, fps)
+        each, total = self.per_image, video.frames
         if count is not None:
             count = round(count / each) * each
         elif fps is not None:
             most = min(self._most_frames, total) // each * each
-            wanted = min(max(total / clip.fps * fps, self._fewest), most, total)
+            wanted = min(max(total / video.fps * fps, self._fewest), most, total)
             count = math.floor(wanted / each) * each
         else:
             return list(range(total))
         if count < 1:
             raise ParameterError(
-                f"{frames or total} frames are too few, {each} make a picture; take more"
+                f"{frames or total} frames are too few, {each} make an image; take more"
             )
-        check_enough(clip, count)
+        check_enough(video, count)
         step = total / count
         # torch.arange computes in double precision and gives single
         return [int(i) for i in (np.arange(math.ceil(total / step)) * step).astype(np.float32)]
 
-    def _sampled_timed(self, clip: Clip, count: int | None, fps: float | None) -> list[int]:
+    def _sampled_timed(self, video: Video, count: int | None, fps: float | None) -> list[int]:
         if count is None and fps is not None:
-            count = int(clip.frames / clip.fps * fps)
-            count = min(max(count, self._fewest), self._most_frames, clip.frames)
+            count = int(video.frames / video.fps * fps)
+            count = min(max(count, self._fewest), self._most_frames, video.frames)
         elif count is None:
-            count = min(max(clip.frames, self._fewest), self._most_frames)
-        check_enough(clip, count)
-        return [int(i) for i in np.linspace(0, clip.frames - 1, count).round()]
+            count = min(max(video.frames, self._fewest), self._most_frames)
+        check_enough(video, count)
+        return [int(i) for i in np.linspace(0, video.frames - 1, count).round()]
 
-    def footage(self, clip: Clip, indices: Sequence[int]) -> Footage:
-        """See Video."""
-        rows, columns = self.grid(clip.height, clip.width, len(indices))
+    def prepare(self, video: Video, indices: Sequence[int]) -> PreparedVideo:
+        """See VideoProcessor."""
+        rows, columns = self.grid(video.height, video.width, len(indices))
         side = self._patches.patch * self._patches.merge
-        times = self._times(clip, indices)
-        pictures: list[Picture] = []
-        for group in _grouped(clip.read(indices), self.per_picture):
+        times = self._times(video, indices)
+        prepared: list[PreparedImage] = []
+        for group in _grouped(video.read(indices), self.per_image):
             pixels = [
                 planes(
                     self._table, scaled_frame(frame, rows * side, columns * side, self._resample)
                 )
                 for frame in group
             ]
-            last = len(pictures) + 1 == len(times)
-            # What follows a clip begins after its rows and columns, however long it is
+            last = len(prepared) + 1 == len(times)
+            # What follows a video begins after its rows and columns, however long it is
             span = None if self._timed or last else 0
-            pictures.append(self._patches.picture(pixels, times[len(pictures)], span))
+            prepared.append(self._patches.prepare_frames(pixels, times[len(prepared)], span))
         if not self._timed:
-            return Footage(self._image * len(pictures), pictures, self._token_id)
+            return PreparedVideo(self._image * len(prepared), prepared, self._token_id)
         said = [
             f"<{seconds:.1f} seconds>{self._before}{self._image}{self._after}"
-            for seconds in self.seconds(clip, indices)
+            for seconds in self.seconds(video, indices)
         ]
-        return Footage("".join(said), pictures, self._token_id)
+        return PreparedVideo("".join(said), prepared, self._token_id)
 
-    def seconds(self, clip: Clip, indices: Sequence[int]) -> list[float]:
-        """Between the first and the last frame of every picture."""
-        each = self.per_picture
+    def seconds(self, video: Video, indices: Sequence[int]) -> list[float]:
+        """Between the first and the last frame of every image."""
+        each = self.per_image
         padded = [*indices, *[indices[-1]] * (-len(indices) % each)]
-        at = [index / clip.fps for index in padded]
+        at = [index / video.fps for index in padded]
         return [(at[i] + at[i + each - 1]) / 2 for i in range(0, len(at), each)]
 
-    def _times(self, clip: Clip, indices: Sequence[int]) -> list[int]:
-        """The first rotary position of every picture, less that of the clip."""
-        number = np.arange(math.ceil(len(indices) / self.per_picture))
+    def _times(self, video: Video, indices: Sequence[int]) -> list[int]:
+        """The first rotary position of every image, less that of the video."""
+        number = np.arange(math.ceil(len(indices) / self.per_image))
         if self._timed:
             return [0] * len(number)
         if self._second is None:
             return list(range(len(number)))
-        taken = len(indices) / clip.frames * clip.fps
-        step = np.float32(self._second) * np.float32(self.per_picture / taken)
+        taken = len(indices) / video.frames * video.fps
+        step = np.float32(self._second) * np.float32(self.per_image / taken)
         return [int(i) for i in number.astype(np.float32) * step]
 
     def grid(self, height: int, width: int, frames: int) -> tuple[int, int]:
-        """Rows and columns of tokens of a picture. Raises ``ImageError``."""
-        side, each = self._patches.patch * self._patches.merge, self.per_picture
+        """Rows and columns of tokens of an image. Raises ``ImageError``."""
+        side, each = self._patches.patch * self._patches.merge, self.per_image
         least, most = self._least, self._most
         bar = round(frames / each) * each if self._timed else 1
         if self._timed:
             if frames < each:
-                raise ImageError(f"a clip needs {each} frames or more with this model")
+                raise ImageError(f"a video needs {each} frames or more with this model")
             if self._cap is not None:
                 share = max(min(self._cap * side**2, most // frames), int(least * 1.05))
                 most = share * frames
@@ -190,7 +190,7 @@ class QwenVideo:
             total = int(self._cap * side * side * 0.9)
             most = max(min(most, total * each // frames), int(least * 1.05))
         limit = self._patches.tokens * side**2 * bar
-        if most > limit:  # pictures are smaller than the checkpoint's own, so are frames
+        if most > limit:  # images are smaller than the checkpoint's own, so are frames
             most, least = limit, min(least, max(1, limit // 4))
         count = frames if self._timed else 1
         rows, columns = whole_tokens(height, width, side, least, most, count, bar)
@@ -199,7 +199,7 @@ class QwenVideo:
             raise ImageError(
                 f"frames of {width} x {height} pixels (aspect ratio {ratio:.0f}:1) are too long "
                 f"and thin for this model ({MAX_RATIO}:1 at most, and {self._patches.tokens} image "
-                "tokens); crop the clip first"
+                "tokens); crop the video first"
             )
         return rows, columns
 
@@ -265,7 +265,7 @@ def video_config(
     ``tokens`` has a text ``before`` its frames.
 
     ``tokens`` has the keys token, token_id and image_token, before and after; ``cut`` is how the
-    model's pictures are (patch, frames, merge), ``second`` how many positions last a second. Raises
+    model's images are (patch, frames, merge), ``second`` how many positions last a second. Raises
     ParameterError.
     """
     timed = bool(tokens["before"])
@@ -273,7 +273,7 @@ def video_config(
     options = video_options(given, kind, _TIMED if timed else _PLAIN)
     own = tuple(options[key] for key in ("patch_size", "temporal_patch_size", "merge_size"))
     if own != tuple(cut[key] for key in ("patch", "frames", "merge")):
-        raise ParameterError(f"{kind} cuts frames as {own}, the model's pictures are {dict(cut)}")
+        raise ParameterError(f"{kind} cuts frames as {own}, the model's images are {dict(cut)}")
     size = size_of(options["size"], square=False)
     bounds = dict(size) if isinstance(size, Mapping) else {}
     if not timed:  # the older names of both bounds win, as in transformers

@@ -1,4 +1,4 @@
-"""Clips as SmolVLM sees them: a tile per frame, with its time in words.
+"""Videos for SmolVLM: a tile per frame, with its time in words.
 
 Source: transformers' ``SmolVLMVideoProcessor`` and ``SmolVLMProcessor``.
 """
@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lvlm.core.errors import ParameterError
-from lvlm.runtime.media.pictures import Picture
-from lvlm.runtime.media.video import Clip, Footage, Frame
+from lvlm.runtime.media.prepared_image import PreparedImage
+from lvlm.runtime.media.video import Frame, PreparedVideo, Video
 from lvlm.runtime.processors.parts.config_values import (
     MAX_OUTPUT_SIDE,
     check_keys,
@@ -27,7 +27,7 @@ from lvlm.runtime.processors.parts.config_values import (
 from lvlm.runtime.processors.parts.frames import sampling, spoken, video_options
 from lvlm.runtime.processors.parts.tiles import scaled_frame
 
-# Of prompts with clips, whatever template the checkpoint has
+# Of prompts with videos, whatever template the checkpoint has
 TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
     "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
@@ -39,11 +39,12 @@ TEMPLATE = (
 
 
 class SmolVLMVideo:
-    """See Video. ``config`` is what :func:`video_config` gives; ``frame`` makes the Picture of a
-    tile [3,side,side], and ``image_token``, whose id is ``token_id``, stands for it."""
+    """See VideoProcessor. ``config`` is what :func:`video_config` gives; ``frame`` makes the
+    PreparedImage of a tile [3,side,side], and ``image_token``, whose id is ``token_id``, stands for
+    it."""
 
     template: str | None = TEMPLATE
-    per_picture = 1
+    per_image = 1
     alone = True  # of several, transformers makes the shorter ones longer by empty frames
 
     def __init__(
@@ -51,7 +52,7 @@ class SmolVLMVideo:
         config: Mapping[str, Any],
         side: int,
         image_token: str,
-        frame: Callable[[npt.NDArray[np.float32]], Picture],
+        frame: Callable[[npt.NDArray[np.float32]], PreparedImage],
     ) -> None:
         check_keys(config, _KEYS)
         self.token = text("token", config["token"])
@@ -62,33 +63,33 @@ class SmolVLMVideo:
         self._table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
         self._side, self._image, self._frame = side, image_token, frame
 
-    def sampled(self, clip: Clip, frames: int | None) -> list[int]:
-        """See Video. So many a second, at most ``frames``; of a long clip without its first and
-        last second."""
+    def sampled(self, video: Video, frames: int | None) -> list[int]:
+        """See VideoProcessor. So many a second, at most ``frames``; of a long video without its
+        first and last second."""
         most = self._most if frames is None else frames
-        fps = clip.fps if self._fps is None else self._fps
+        fps = video.fps if self._fps is None else self._fps
         if most is None:
-            return list(range(clip.frames))
-        wanted = max(1, min(round(fps * clip.seconds), most))
-        first, last = 0, clip.frames - 1
-        if clip.seconds - 2 > most * fps:
-            first, last = int(clip.fps), min(int(clip.frames - clip.fps), last)
+            return list(range(video.frames))
+        wanted = max(1, min(round(fps * video.seconds), most))
+        first, last = 0, video.frames - 1
+        if video.seconds - 2 > most * fps:
+            first, last = int(video.fps), min(int(video.frames - video.fps), last)
         if first >= last:
-            first, last = 0, clip.frames - 1
+            first, last = 0, video.frames - 1
         return [int(i) for i in np.unique(np.linspace(first, last, wanted, dtype=int))]
 
-    def footage(self, clip: Clip, indices: Sequence[int]) -> Footage:
-        """See Video."""
-        pictures = [self._frame(self.pixels(frame)) for frame in clip.read(indices)]
-        duration = timedelta(seconds=int(clip.seconds))
+    def prepare(self, video: Video, indices: Sequence[int]) -> PreparedVideo:
+        """See VideoProcessor."""
+        prepared = [self._frame(self.pixels(frame)) for frame in video.read(indices)]
+        duration = timedelta(seconds=int(video.seconds))
         said = (
             f"You are provided the following series of {spoken(len(indices))} frames from a "
             f"{duration} [H:MM:SS] video.\n"
         )
         for index in indices:
-            minute, second = divmod(index / clip.fps, 60)
+            minute, second = divmod(index / video.fps, 60)
             said += f"\nFrame from {int(minute):02d}:{int(second):02d}:{self._image}"
-        return Footage(said + "\n\n", pictures, self._token_id)
+        return PreparedVideo(said + "\n\n", prepared, self._token_id)
 
     def pixels(self, frame: Frame) -> npt.NDArray[np.float32]:
         """A frame uint8 [H,W,3] -> its tile float32 [3,side,side]: scaled twice, as theirs."""

@@ -1,4 +1,4 @@
-"""Pictures that are scaled to a grid of equal tiles, each of the vision graph's size."""
+"""Images that are scaled to a grid of equal tiles, each of the vision graph's size."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def scaled(
     pixels: npt.NDArray[np.uint8], height: int, width: int, resample: int
 ) -> npt.NDArray[np.uint8]:
     """Pixels [H, W, 3] → [height, width, 3]; ``resample`` is Pillow's filter number."""
-    picture = Image.fromarray(pixels).resize((width, height), Image.Resampling(resample))
-    return np.asarray(picture)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling(resample))
+    return np.asarray(image)
 
 
 def scaled_frame(

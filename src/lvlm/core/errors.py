@@ -27,11 +27,11 @@ class ParameterError(LvlmError, ValueError):
 
 
 class ImageError(LvlmError, ValueError):
-    """A picture cannot be opened or is of an unusable size."""
+    """An image cannot be opened or is of an unusable size."""
 
 
 class PromptError(LvlmError, ValueError):
-    """A prompt does not fit its pictures or its template."""
+    """A prompt does not fit its images or its template."""
 
 
 class CapacityError(LvlmError, ValueError):

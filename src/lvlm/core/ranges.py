@@ -17,6 +17,6 @@ def fraction(name: str, value: object) -> float:
 
 
 def whole(name: str, value: object, least: int) -> None:
-    """ParameterError unless ``value`` is a whole number of ``least`` or more."""
+    """ParameterError unless ``value`` is an integer of ``least`` or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ParameterError(f"{name} is {value!r}; give a whole number of {least} or more")
+        raise ParameterError(f"{name} is {value!r}; give an integer of {least} or more")

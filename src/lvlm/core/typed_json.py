@@ -15,7 +15,7 @@ from lvlm.core.errors import BundleError, ParameterError, shown
 
 T = TypeVar("T")
 LEVELS = 20  # of lists and objects in one another, in a field of any type
-LARGEST = 2**63 - 1  # what arrays of whole numbers hold
+LARGEST = 2**63 - 1  # what arrays of integers hold
 MOST_BYTES = 64 << 20  # of a file; the manifest of a 7B model has 1 MB
 
 
@@ -39,7 +39,7 @@ def read_json(path: Path) -> Any:
 def decode(kind: type[T], data: Any, where: str) -> T:
     """``data`` (from JSON) as the typed ``kind``; BundleError names the field that does not fit.
 
-    Whole numbers are below 2**63, text can be written as UTF-8.
+    Integers are below 2**63, text can be written as UTF-8.
     """
     return typing.cast(T, _decode(kind, data, where))
 
@@ -58,7 +58,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return data
     if origin in (typing.Union, types.UnionType):
         return _one_of(arguments, data, where)
-    if isinstance(data, bool) == (kind is bool):  # to Python, True is a whole number
+    if isinstance(data, bool) == (kind is bool):  # to Python, True is an integer
         if kind is float and isinstance(data, int | float) and abs(data) <= sys.float_info.max:
             return float(data)
         if kind is float and isinstance(data, float):  # infinite, or not a number
@@ -119,7 +119,7 @@ def _variant(options: list[Any], data: Any, where: str) -> Any:
 
 
 def _bounded(data: Any, where: str, levels: int = LEVELS) -> Any:
-    """A field of any type, whose text and whole numbers are bounded, too."""
+    """A field of any type, whose text and integers are bounded, too."""
     if levels == 0:
         raise BundleError(f"{where} is nested too deeply; export the bundle again")
     if not _usable(data):

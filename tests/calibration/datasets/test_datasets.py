@@ -1,4 +1,4 @@
-"""Data sets: layouts, pictures, and every mistake named before any model is loaded."""
+"""Data sets: layouts, images, and every mistake named before any model is loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Write = Callable[..., str]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """write("data.jsonl", contents) beside the pictures a.png, images/b.png and broken.png."""
+    """write("data.jsonl", contents) beside the images a.png, images/b.png and broken.png."""
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
     (tmp_path / "images").mkdir()
     Image.new("RGB", (4, 4), "blue").save(tmp_path / "images/b.png")
@@ -108,7 +108,7 @@ def test_llava_detail_takes_the_first_pair_of_turns(write: Write, tmp_path: Path
         ("d.jsonl", line(image="no.png"), {}, "line 1: the image .*no.png does not exist"),
         ("d.jsonl", line(image=["a.png", None]), {}, "line 1: 'image' is null"),
         ("d.jsonl", line(image="images"), {}, "line 1: the image .*images does not exist"),
-        ("d.jsonl", line(image="broken.png"), {}, "line 1: picture .*broken.png"),
+        ("d.jsonl", line(image="broken.png"), {}, "line 1: image .*broken.png"),
         ("d.jsonl", line(prompt="<image> <image>"), {}, "line 1: 2 <image> in the prompt for 1"),
         ("d.jsonl", line() * 3, {"samples": 4}, "has 3 samples, --samples asks for 4"),
         ("d.jsonl", line(), {"samples": 0}, "--samples is 0"),
@@ -136,7 +136,7 @@ def test_mistakes(
     assert "\n" not in str(error.value)
 
 
-def test_mistakes_of_lines_that_are_not_asked_for_count_but_their_pictures_do_not(
+def test_mistakes_of_lines_that_are_not_asked_for_count_but_their_images_do_not(
     write: Write,
 ) -> None:
     assert len(read_samples(write("a.jsonl", line() + line(image="no.png")), samples=1)) == 1

@@ -133,9 +133,9 @@ def test_forced_tokens_meet_the_same_cache_as_generated_ones(
     answers: list[list[int]] = []
     texts, images = [s.prompt for s in samples], [s.images for s in samples]
     with Model(uniform.folder) as model:
-        for text, picture, length in zip(texts, images, (40, 12, 3), strict=True):
-            own = model.generate(text, picture, max_new_tokens=length, kv_keep=0.3, logprobs=1)
-            fed = model.score(text, own.token_ids, picture, kv_keep=0.3, logprobs=1)
+        for text, image, length in zip(texts, images, (40, 12, 3), strict=True):
+            own = model.generate(text, image, max_new_tokens=length, kv_keep=0.3, logprobs=1)
+            fed = model.score(text, own.token_ids, image, kv_keep=0.3, logprobs=1)
             assert fed.token_ids == own.token_ids
             assert fed.stats.cache_bytes_used == own.stats.cache_bytes_used
             assert fed.scores == own.scores
@@ -310,7 +310,7 @@ def test_rows_of_bundles(full: Bundle, light: Bundle, uniform: Bundle) -> None:
 
 
 def without_compression(bundle: Bundle) -> Bundle:
-    manifest = dataclasses.replace(bundle.manifest, compression=None)
+    manifest = dataclasses.replace(bundle.manifest, cache_policy=None)
     return dataclasses.replace(bundle, manifest=manifest)
 
 

@@ -1,4 +1,4 @@
-"""lvlm-calibrate as a user meets it: a profile and its picture, resuming, mistakes."""
+"""lvlm-calibrate as a user meets it: a profile and its plot, resuming, mistakes."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def test_calibrate_three_samples(
     assert (profile.keep, profile.data.samples, profile.recipe.name) == (0.3, 3, "none")
     assert len(profile.rows) == 19
     assert max(profile.row().fractions) - min(profile.row().fractions) > 0.02
-    with Image.open(tmp_path / "profile.png") as picture:
-        assert picture.format == "PNG"
-        assert len(set(picture.convert("RGB").getdata())) > 20
+    with Image.open(tmp_path / "profile.png") as image:
+        assert image.format == "PNG"
+        assert len(set(image.convert("RGB").getdata())) > 20
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "profile.json", "profile.png"]
 
 
@@ -91,7 +91,7 @@ def test_json_and_merging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     profile = read_profile(out)
     assert found["fractions"] == list(profile.row().fractions)
     assert found["samples"] == 2
-    assert Path(found["picture"]).is_file()
+    assert Path(found["plot"]).is_file()
     assert found["recipe"]["name"] == profile.recipe.name == "lightvlm"
     assert profile.recipe.parameters["keep"] == 0.1
     assert profile.recipe.parameters["stages"] == [1, 2, 3]
@@ -165,8 +165,8 @@ def test_the_same_command_goes_on_after_an_interrupt(
         (["--data", "FOLDER/empty.jsonl"], "empty.jsonl holds no samples"),
         (["--data", "FOLDER/bad.jsonl"], "bad.jsonl:2: not JSON"),
         (["--data", "FOLDER/lacks.jsonl"], 'lacks.jsonl:1: "prompt" is missing'),
-        (["--data", "FOLDER/nowhere.jsonl"], "nowhere.jsonl:1: the picture FOLDER/cat.png does"),
-        (["--data", "FOLDER/junk.jsonl"], "junk.jsonl:1: picture 'FOLDER/bad.jsonl' is not an"),
+        (["--data", "FOLDER/nowhere.jsonl"], "nowhere.jsonl:1: the image FOLDER/cat.png does"),
+        (["--data", "FOLDER/junk.jsonl"], "junk.jsonl:1: image 'FOLDER/bad.jsonl' is not an"),
         (["--data", "FOLDER/places.jsonl"], "places.jsonl:1: the prompt has 2 image placeholders"),
         (["--seed", "3"], "--seed has no effect"),
         (["--seed", "-3", "--samples", "2"], "--seed is -3; give 0 or more"),

@@ -67,14 +67,14 @@ def attention(folder: Path, prompt: Prompt) -> list[np.ndarray]:
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     ids = torch.tensor([list(prompt.ids)])
-    pictures = transformers_inputs(folder, prompt)
+    images = transformers_inputs(folder, prompt)
     with torch.no_grad():
         out = model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             output_attentions=True,
             use_cache=False,
-            **pictures,
+            **images,
         )
     return [a[0].double().mean(0).sum(0).numpy() for a in out.attentions]
 
@@ -123,18 +123,18 @@ def test_prompts_equal_those_of_a_bundle(
             theirs = model.prepare(0, sample.prompt, sample.images, GenerationOptions())
             assert list(ours.ids) == list(theirs.ids)
             np.testing.assert_array_equal(ours.image_id, theirs.image_id)
-            assert [p.digest() for p in ours.pictures] == [p.digest() for p in theirs.pictures]
+            assert [p.digest() for p in ours.images] == [p.digest() for p in theirs.images]
 
 
 def test_prompts_without_a_chat_template(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint("tiny-llava"), tmp_path / "model"))
     (folder / "chat_template.jinja").unlink()
     maker = prompting.prompt_maker(*open_folder(folder))
-    picture = builtin_samples()[0].images[0]
+    image = builtin_samples()[0].images[0]
     text = "<image>\n<image>\nWhich?"
-    bare = prompting.prepare(maker, CalibrationSample((picture, picture), "Which?", "a"))
+    bare = prompting.prepare(maker, CalibrationSample((image, image), "Which?", "a"))
     assert list(bare.ids) == list(
-        prompting.prepare(maker, CalibrationSample((picture,) * 2, text, "a")).ids
+        prompting.prepare(maker, CalibrationSample((image,) * 2, text, "a")).ids
     )
     assert int((bare.image_id == 2).sum()) == 144
 
@@ -147,8 +147,8 @@ def test_prompts_of_a_template_that_takes_text(
         "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] + ' ' }}{% endfor %}"
     )
     maker = prompting.prompt_maker(*open_folder(folder))
-    picture = builtin_samples()[0].images[0]
-    made = prompting.prepare(maker, CalibrationSample((picture,), "Which?", "a"))
+    image = builtin_samples()[0].images[0]
+    made = prompting.prepare(maker, CalibrationSample((image,), "Which?", "a"))
     assert int((made.image_id == 1).sum()) == 144
     text = maker.tokenizer.decode([i for i in made.ids if i != maker.images.token_id])
     assert text == "USER: \nWhich? "
@@ -160,7 +160,7 @@ def test_prompts_of_a_template_that_takes_text(
         (
             CalibrationSample((b"junk",), "Hi", "d.jsonl:4"),
             ImageError,
-            "d.jsonl:4: the picture given as 4",
+            "d.jsonl:4: the image given as 4",
         ),
         (
             CalibrationSample((), "<image>", "d.jsonl:7"),
@@ -299,7 +299,7 @@ def test_another_setting_reads_anew(
     assert found == calibrate(reference, model, ready[:1], keep)
 
 
-def test_another_picture_is_another_sample(
+def test_another_image_is_another_sample(
     reference: Reference, ready: list[Prompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same question twice is read once."""

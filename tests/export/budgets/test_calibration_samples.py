@@ -12,34 +12,34 @@ from lvlm.core.errors import ParameterError
 from lvlm.export.budgets.calibration_samples import builtin_samples, choose, read_samples
 from lvlm.runtime.media.images import open_image
 
-PICTURE = ASSETS / "samples/digits-1.png"
+IMAGE = ASSETS / "samples/digits-1.png"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name in ("a.png", "b.png"):
-        (tmp_path / "pictures" / name).write_bytes(PICTURE.read_bytes())
+        (tmp_path / "images" / name).write_bytes(IMAGE.read_bytes())
     return tmp_path
 
 
 def test_lines_become_samples(folder: Path) -> None:
     lines = [
-        {"image": "pictures/a.png", "prompt": "One?"},
-        {"image": ["pictures/b.png", str(PICTURE)], "prompt": "Zwölf?\u2028", "answer": "12"},
+        {"image": "images/a.png", "prompt": "One?"},
+        {"image": ["images/b.png", str(IMAGE)], "prompt": "Zwölf?\u2028", "answer": "12"},
         {"image": [], "prompt": "None"},
     ]
     text = "\n\n".join(json.dumps(x, ensure_ascii=False) for x in lines) + "\n"
     path = folder / "d.jsonl"
     path.write_text(text, encoding="utf-8-sig")
     first, second, third = read_samples(path)
-    assert (first.images, first.prompt) == ((folder / "pictures/a.png",), "One?")
-    assert second.images == (folder / "pictures/b.png", PICTURE)
+    assert (first.images, first.prompt) == ((folder / "images/a.png",), "One?")
+    assert second.images == (folder / "images/b.png", IMAGE)
     assert (second.prompt, second.where) == ("Zwölf?\u2028", f"{path}:3")
     assert (third.images, third.where) == ((), f"{path}:5")
 
 
-GOOD = '{"image": "pictures/a.png", "prompt": "a"}'
+GOOD = '{"image": "images/a.png", "prompt": "a"}'
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ GOOD = '{"image": "pictures/a.png", "prompt": "a"}'
         ('{"image": [], "prompt": 7}', 'd.jsonl:1: "prompt" is no text'),
         ('{"image": 7, "prompt": "a"}', 'd.jsonl:1: "image" is no path'),
         ('{"image": ["a", 7], "prompt": "a"}', 'd.jsonl:1: "image" is no path'),
-        ('{"image": "no.png", "prompt": "a"}', "d.jsonl:1: the picture FOLDER/no.png does not"),
-        ('{"image": ["pictures/a.png", ""], "prompt": "a"}', "the picture FOLDER does not"),
+        ('{"image": "no.png", "prompt": "a"}', "d.jsonl:1: the image FOLDER/no.png does not"),
+        ('{"image": ["images/a.png", ""], "prompt": "a"}', "the image FOLDER does not"),
         ('{"image": "a\\u0000b", "prompt": "a"}', "does not exist"),
         ("[" * 100_000, "d.jsonl:1: not JSON"),
         (b"\xff\xfe\x00", "d.jsonl is not UTF-8"),

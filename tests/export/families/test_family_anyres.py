@@ -1,4 +1,4 @@
-"""LLaVA-NeXT and LLaVA-OneVision: what is refused by name, and fewer tokens per picture."""
+"""LLaVA-NeXT and LLaVA-OneVision: what is refused by name, and fewer tokens per image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lvlm.export.families.family import Family
 from lvlm.runtime.options.generation_options import GenerationOptions
 
 NEXT, ONEVISION = "llava-next:mistral-gqa", "llava-onevision:qwen2-gqa-tied-siglip"
-UNITS = {NEXT: 5, ONEVISION: 7}  # of the largest resolution, and the whole picture
+UNITS = {NEXT: 5, ONEVISION: 7}  # of the largest resolution, and the whole image
 
 
 def raw(name: str) -> tuple[Family, dict[str, Any]]:
@@ -71,10 +71,10 @@ def test_files_of_two_models(checkpoint: Callable[[str], Path], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", [NEXT, ONEVISION])
-def test_pictures_of_other_shapes_equal_transformers_generate(
+def test_images_of_other_shapes_equal_transformers_generate(
     name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
-    """Rows whose pictures give different numbers of tokens, in one batch; alone in transformers."""
+    """Rows whose images give different numbers of tokens, in one batch; alone in transformers."""
     rng = np.random.default_rng(3)
     shapes = [[(20, 300)], [(250, 31), (90, 60)], [(1, 1)], [(700, 640)]]
     rows = [[rng.integers(0, 256, (h, w, 3), np.uint8) for h, w in row] for row in shapes]
@@ -83,7 +83,7 @@ def test_pictures_of_other_shapes_equal_transformers_generate(
     with lvlm.load(bundle(name, max_images=2)) as model:
         for text, row in zip(texts, rows, strict=True):
             prompt = model.prepare(0, text, row, GenerationOptions(chat_template=False))
-            counts |= {picture.tokens for picture in prompt.pictures}
+            counts |= {image.tokens for image in prompt.images}
             ids = torch.tensor([list(prompt.ids)])
             with torch.no_grad():
                 out = theirs.generate(
@@ -100,19 +100,19 @@ def test_pictures_of_other_shapes_equal_transformers_generate(
 
 
 @pytest.mark.parametrize("name", [NEXT, ONEVISION])
-def test_fewer_tokens_per_picture(
+def test_fewer_tokens_per_image(
     name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
     """A bundle with --max-image-tokens still says what transformers says of the same tiles."""
     most = {NEXT: 60, ONEVISION: 90}[name]
-    picture = np.random.default_rng(0).integers(0, 256, (150, 190, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (150, 190, 3), np.uint8)
     with lvlm.load(bundle(name, max_image_tokens=most)) as model:
         images = model.manifest.images
         assert images.tokens <= most
-        assert images.most["units"] < UNITS[name]
+        assert images.max_dims["units"] < UNITS[name]
         options = GenerationOptions(chat_template=False)
-        prompt = model.prepare(0, "USER: <image>\nWhat is it? ASSISTANT:", [picture], options)
-        assert prompt.pictures[0].tokens <= most
+        prompt = model.prepare(0, "USER: <image>\nWhat is it? ASSISTANT:", [image], options)
+        assert prompt.images[0].tokens <= most
         batch = model.calls.start([prompt])
         logits = batch.logits[0].copy()
     theirs = load_torch(checkpoint(name))

@@ -1,4 +1,4 @@
-"""Qwen-VL: pictures of many shapes, positions in three rows, and what an export refuses."""
+"""Qwen-VL: images of many shapes, positions in three rows, and what an export refuses."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ MODELS = [name for name, (family, _) in TINY.items() if "qwen" in family.name]
 LIGHT = [name for name in MODELS if name.endswith(":gqa")]
 
 
-def picture(height: int, width: int) -> np.ndarray:
+def image(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pictures_of_every_shape_equal_transformers_generate(
+def test_images_of_every_shape_equal_transformers_generate(
     name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
     """One token, one row, one column, many of both; in one prompt too."""
     shapes = [(1, 1), (20, 900), (700, 30), (300, 290)]
     theirs = load_torch(checkpoint(name))
     with lvlm.load(bundle(name, max_images=2)) as model:
-        for pictures in (*([picture(*s)] for s in shapes), [picture(9, 80), picture(90, 60)]):
-            text = "USER: " + "<image>" * len(pictures) + "Describe it. ASSISTANT:"
-            prompt = model.prepare(0, text, pictures, GenerationOptions(chat_template=False))
+        for images in (*([image(*s)] for s in shapes), [image(9, 80), image(90, 60)]):
+            text = "USER: " + "<image>" * len(images) + "Describe it. ASSISTANT:"
+            prompt = model.prepare(0, text, images, GenerationOptions(chat_template=False))
             ids = torch.tensor([list(prompt.ids)])
             inputs = transformers_inputs(checkpoint(name), prompt)
-            # Without text between two pictures transformers takes them for one
-            if len(pictures) == 1:
+            # Without text between two images transformers takes them for one
+            if len(images) == 1:
                 positions, _ = theirs.model.get_rope_index(ids, **grid(inputs))
                 np.testing.assert_array_equal(prompt.positions, positions[:, 0])
                 out = theirs.generate(input_ids=ids, **inputs, max_new_tokens=8, do_sample=False)
-                answer = model.generate(text, pictures, max_new_tokens=8, chat_template=False)
+                answer = model.generate(text, images, max_new_tokens=8, chat_template=False)
                 assert answer.token_ids == out[0, ids.shape[1] :].tolist()
-            (first, *_) = prompt.pictures
+            (first, *_) = prompt.images
             found = theirs.model.get_image_features(
                 inputs["pixel_values"], inputs["image_grid_thw"]
             )
             own = [found.pooler_output, *getattr(found, "deepstack_features", [])]
-            features = model.calls.graphs.encode(prompt.pictures)
+            features = model.calls.graphs.encode(prompt.images)
             assert features[0].shape == (first.tokens, model.manifest.feature_width)
             for mine, *parts in zip(features, *own, strict=True):
                 their = torch.cat(parts, dim=1).detach().numpy()
@@ -96,8 +96,8 @@ def test_positions_are_those_of_an_uncompressed_run(
 ) -> None:
     """Merging keeps three rows with every token that survives; new tokens count on from them."""
     with lvlm.load(bundle(name, max_images=2)) as model:
-        text, pictures = ROWS[1]
-        prompt = model.prepare(0, text, pictures, GenerationOptions(chat_template=False))
+        text, images = ROWS[1]
+        prompt = model.prepare(0, text, images, GenerationOptions(chat_template=False))
     full = uncompressed(checkpoint(name), prompt, 6)
     np.testing.assert_array_equal(full[0], prompt.positions)
     settings = ["kv_keep=0.5"] if recipe in ("elastic-cache", "prefixkv") else []
@@ -105,7 +105,7 @@ def test_positions_are_those_of_an_uncompressed_run(
     if recipe == "prefixkv":
         rows = [(0.5, [0.5] * len(reference.language.blocks))]
         reference.recipe = reference.recipe.with_profile(0.5, profile_rows(rows))
-    features = reference.encode(prompt.pictures)
+    features = reference.encode(prompt.images)
     with recorded(reference.language.rotary, seen):
         answer = reference.generate(prompt, features, max_new_tokens=6)
     # Angles are made once for the prompt, once after each merging, and once a step.
@@ -132,13 +132,13 @@ def profile_rows(rows: list[tuple[float, list[float]]]) -> Any:
     return tuple(ProfileRow(keep, tuple(fractions)) for keep, fractions in rows)
 
 
-def test_fewer_tokens_per_picture(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """--max-image-tokens shrinks what is reserved, and the pictures with it."""
+def test_fewer_tokens_per_image(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """--max-image-tokens shrinks what is reserved, and the images with it."""
     for name in LIGHT:
         options: dict[str, Any] = {"model": str(checkpoint(name)), "output": tmp_path / "out"}
         options |= {"recipe": parse_settings(RECIPE, []), "dtype": "fp32"}
         full, small = (make_plan(ExportOptions(**options, max_image_tokens=n)) for n in (None, 12))
-        assert small.images.tokens == small.images.most["units"] == 12 < full.images.tokens
+        assert small.images.tokens == small.images.max_dims["units"] == 12 < full.images.tokens
         assert small.cache.bytes < full.cache.bytes
         assert small.images.processor["max_tokens"] == 12
 
@@ -152,7 +152,7 @@ def test_merging_waits_for_the_last_features(
         recipe = parse_settings(LIGHTVLM, [f"stages={stages}"])
         options = ExportOptions(str(checkpoint(name)), recipe, tmp_path / "out", dtype="fp32")
         if fits:
-            assert make_plan(options).images.deep == 2
+            assert make_plan(options).images.deepstack_layers == 2
         else:
             with pytest.raises(ParameterError, match=r"at block 1.* merge from block 2 on"):
                 make_plan(options)

@@ -1,4 +1,4 @@
-"""InternVL and SmolVLM: pictures as tiles, whose number depends on the picture."""
+"""InternVL and SmolVLM: images as tiles, whose number depends on the image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = [name for name in TINY if name.startswith(("internvl:", "smolvlm:"))]
 SHAPES = [(40, 40), (20, 300), (250, 31), (1, 1), (90, 60)]
 
 
-def pictures() -> list[np.ndarray]:
+def images() -> list[np.ndarray]:
     rng = np.random.default_rng(3)
     return [rng.integers(0, 256, (height, width, 3), np.uint8) for height, width in SHAPES]
 
@@ -41,22 +41,22 @@ def maker_of(folder: Path) -> PromptMaker:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_stand_in_the_prompt_as_their_text(
+def test_images_stand_in_the_prompt_as_their_text(
     name: str, checkpoint: Callable[[str], Path]
 ) -> None:
-    """The same ids as of the whole text with every picture written out, as transformers does."""
+    """The same ids as of the whole text with every image written out, as transformers does."""
     maker = maker_of(checkpoint(name))
     prompt = maker.prepare(
         0,
         "USER: <image>\nLeft.<image> and<image><image>\n\n<image>right? ASSISTANT:",
-        pictures(),
+        images(),
         GenerationOptions(chat_template=False),
     )
     text = "USER: {}\nLeft.{} and{}{}\n\n{}right? ASSISTANT:".format(
-        *(picture.text for picture in prompt.pictures)
+        *(image.text for image in prompt.images)
     )
     assert list(prompt.ids) == maker.tokenizer.encode(text)
-    counts = [p.tokens for p in prompt.pictures]
+    counts = [p.tokens for p in prompt.images]
     assert [int((prompt.image_id == m).sum()) for m in range(1, 6)] == counts
     assert ((prompt.image_id > 0) == (np.array(prompt.ids) == 3)).all()
     np.testing.assert_array_equal(prompt.positions, np.arange(len(prompt.ids)))
@@ -65,12 +65,12 @@ def test_pictures_stand_in_the_prompt_as_their_text(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_of_other_shapes_equal_transformers_generate(
+def test_images_of_other_shapes_equal_transformers_generate(
     name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
-    """Rows whose pictures give different numbers of tokens, alone in transformers."""
+    """Rows whose images give different numbers of tokens, alone in transformers."""
     folder, options = checkpoint(name), GenerationOptions(chat_template=False)
-    found = pictures()
+    found = images()
     rows = [found[1:3], found[3:4], found[4:], found[2:4]]
     texts = [f"USER: {'<image>' * len(row)} What is it? ASSISTANT:" for row in rows]
     theirs, expected = load_torch(folder), []
@@ -107,7 +107,7 @@ def test_positions_of_full_tiles_equal_transformers(side: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES[:1] + NAMES[-2:-1])
-def test_fewer_tokens_a_picture(
+def test_fewer_tokens_an_image(
     name: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     def plan(tokens: int) -> Any:
@@ -117,9 +117,9 @@ def test_fewer_tokens_a_picture(
 
     whole = plan(10_000)
     each = whole.images.processor["tile_tokens"]
-    assert whole.images.tokens == each * whole.images.most["units"] > 3 * each
+    assert whole.images.tokens == each * whole.images.max_dims["units"] > 3 * each
     bounded = plan(whole.images.tokens - 1)
-    assert bounded.images.tokens == each * bounded.images.most["units"] < whole.images.tokens
+    assert bounded.images.tokens == each * bounded.images.max_dims["units"] < whole.images.tokens
     text = bounded.cache.capacity.max_text_len
     assert bounded.cache.capacity.per_layer[0] == text + bounded.images.tokens
     with pytest.raises(ParameterError, match=f"at least {each} tokens"):

@@ -282,7 +282,7 @@ def test_a_template_that_is_no_text(folder: Path) -> None:
 
 
 ASKED = "USER: <image>\nDescribe the picture. ASSISTANT:"
-PICTURE = ASSETS / "samples/digits-1.png"
+IMAGE = ASSETS / "samples/digits-1.png"
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def plain(bundle: Callable[..., Path]) -> list[int]:
     """tiny-llava's answer without a generation_config.json that says anything."""
     with lvlm.load(bundle("tiny-llava")) as model:
         options = GenerationOptions(chat_template=False, max_new_tokens=24)
-        return list(model.generate(ASKED, [PICTURE], options=options).token_ids)
+        return list(model.generate(ASKED, [IMAGE], options=options).token_ids)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_answers_are_those_of_generate_as_configured(
     theirs.generation_config = TheirConfig.from_pretrained(folder)
     with lvlm.load(own) as model, lvlm.Engine(own, slots=1) as engine:
         options = GenerationOptions(chat_template=False, max_new_tokens=24)
-        prompt = model.prepare(0, ASKED, [PICTURE], options)
+        prompt = model.prepare(0, ASKED, [IMAGE], options)
         ids = torch.tensor([list(prompt.ids)])
         with torch.no_grad():
             out = theirs.generate(
@@ -343,5 +343,5 @@ def test_answers_are_those_of_generate_as_configured(
             )
         expected = out[0, ids.shape[1] :].tolist()
         assert expected != plain
-        assert model.generate(ASKED, [PICTURE], options=options).token_ids == expected
-        assert engine.generate(ASKED, [PICTURE], options=options).token_ids == expected
+        assert model.generate(ASKED, [IMAGE], options=options).token_ids == expected
+        assert engine.generate(ASKED, [IMAGE], options=options).token_ids == expected

@@ -1,4 +1,4 @@
-"""Clips: frames, pixels, words and positions as transformers has them, and the same answers."""
+"""Videos: frames, pixels, words and positions as transformers has them, and the same answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoPro
 from transformers.video_utils import VideoMetadata
 
 import lvlm
-from lvlm.runtime.media.video import Clip
+from lvlm.runtime.media.video import Video
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.processors import load_processor
@@ -39,17 +39,17 @@ USUAL = list({name.partition(":")[0]: name for name in reversed(MODELS)}.values(
 LENGTHS = [(2, 1.0), (5, 10.0), (24, 24.0), (90, 30000 / 1001), (301, 25.0), (1000, 60.0)]
 
 
-def clip(frames: int = 5, fps: float = 4.0, height: int = 40, width: int = 70) -> Clip:
+def noise_video(frames: int = 5, fps: float = 4.0, height: int = 40, width: int = 70) -> Video:
     rng = np.random.default_rng(frames * height)
-    return Clip.of(list(rng.integers(0, 256, (frames, height, width, 3), np.uint8)), fps)
+    return Video.of(list(rng.integers(0, 256, (frames, height, width, 3), np.uint8)), fps)
 
 
-def metadata(film: Clip) -> VideoMetadata:
-    return VideoMetadata(film.frames, film.fps, film.width, film.height, film.seconds)
+def metadata(source: Video) -> VideoMetadata:
+    return VideoMetadata(source.frames, source.fps, source.width, source.height, source.seconds)
 
 
-def length(frames: int, fps: float) -> Clip:
-    return Clip(frames, fps, frames / fps, 40, 70, lambda _: iter(()))
+def length(frames: int, fps: float) -> Video:
+    return Video(frames, fps, frames / fps, 40, 70, lambda _: iter(()))
 
 
 def video(folder: Path) -> Any:
@@ -58,32 +58,32 @@ def video(folder: Path) -> Any:
     return load_processor(config).video  # type: ignore[attr-defined]
 
 
-def inputs(prompt: Prompt, family: str, film: Clip) -> dict[str, torch.Tensor]:
-    """What transformers takes for a prompt with a clip and nothing else in it."""
-    pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.pictures]
+def inputs(prompt: Prompt, family: str, source: Video) -> dict[str, torch.Tensor]:
+    """What transformers takes for a prompt with a video and nothing else in it."""
+    pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.images]
     if family == "smolvlm":
         return {"pixel_values": torch.cat(pixels)[None]}
     if family == "llava-onevision":
         return {"pixel_values_videos": torch.cat(pixels)[None]}
-    grid = [len(pixels), *(prompt.pictures[0].arrays["position_ids"].max((0, 1)) + 1)]
+    grid = [len(pixels), *(prompt.images[0].arrays["position_ids"].max((0, 1)) + 1)]
     found = {
         "pixel_values_videos": torch.cat([x.flatten(0, 1) for x in pixels]),
         "video_grid_thw": torch.tensor([grid]),
         "mm_token_type_ids": 2 * torch.from_numpy(prompt.image_id > 0).int()[None],
     }
     if family == "qwen2.5-vl":
-        found["second_per_grid_ts"] = torch.tensor([2 / film.fps])
+        found["second_per_grid_ts"] = torch.tensor([2 / source.fps])
     return found
 
 
-def prepared(model: Model, film: Clip) -> tuple[str, int | None, Prompt]:
+def prepared(model: Model, source: Video) -> tuple[str, int | None, Prompt]:
     """A prompt's text, the number of frames to ask for so that all are taken, and the prompt."""
     video = model.processor.video  # type: ignore[attr-defined]
     text = f"USER: {video.token}Describe it. ASSISTANT:"
     # Qwen2-VL takes all unless told, and would round a number to pairs.
-    frames = None if video.sampled(film, None) == list(range(film.frames)) else film.frames
+    frames = None if video.sampled(source, None) == list(range(source.frames)) else source.frames
     options = GenerationOptions(chat_template=False, frames=frames)
-    return text, frames, model.prepare(0, text, [], options, [film])
+    return text, frames, model.prepare(0, text, [], options, [source])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -94,11 +94,11 @@ def test_none_equals_transformers_generate(
     theirs = load_torch(checkpoint(name))
     family = TINY[name][0].name
     with lvlm.load(bundle(name, max_images=2)) as model:
-        each = model.processor.video.per_picture  # type: ignore[attr-defined]
-        for film in (clip(2 * each - (each > 1), 4.0), clip(2 * each, 0.5, 90, 30)):
-            text, frames, prompt = prepared(model, film)
+        each = model.processor.video.per_image  # type: ignore[attr-defined]
+        for source in (noise_video(2 * each - (each > 1), 4.0), noise_video(2 * each, 0.5, 90, 30)):
+            text, frames, prompt = prepared(model, source)
             ids = torch.tensor([list(prompt.ids)])
-            given = inputs(prompt, family, film)
+            given = inputs(prompt, family, source)
             if "video_grid_thw" in given:
                 asked = {k: v for k, v in given.items() if k != "pixel_values_videos"}
                 positions, _ = theirs.model.get_rope_index(ids, **asked)
@@ -111,7 +111,7 @@ def test_none_equals_transformers_generate(
                 do_sample=False,
             )
             got = model.generate(
-                text, [], [film], max_new_tokens=24, chat_template=False, frames=frames
+                text, [], [source], max_new_tokens=24, chat_template=False, frames=frames
             )
             assert got.token_ids == out[0, ids.shape[1] :].tolist()
             config = theirs.config
@@ -125,37 +125,37 @@ def test_lightvlm_equals_its_torch_reference(
 ) -> None:
     with lvlm.load(bundle(name, "lightvlm", max_images=2)) as model:
         reference = make_reference(checkpoint(name), "lightvlm")
-        film = clip(1 + model.processor.video.per_picture)  # type: ignore[attr-defined]
-        text, frames, prompt = prepared(model, film)
+        source = noise_video(1 + model.processor.video.per_image)  # type: ignore[attr-defined]
+        text, frames, prompt = prepared(model, source)
         answer: Any = reference.generate(
             prompt,
-            reference.encode(prompt.pictures),
+            reference.encode(prompt.images),
             max_new_tokens=16,
             keep=0.3,
             eos_ids=model.manifest.text.eos_ids,
         )
         options: dict[str, Any] = {"max_new_tokens": 16, "keep": 0.3, "chat_template": False}
-        got = model.generate(text, [], [film], frames=frames, **options)
+        got = model.generate(text, [], [source], frames=frames, **options)
         assert got.token_ids == answer.tokens
         assert got.stats.image_tokens_per_layer[-1] < got.stats.image_tokens
 
 
-def test_a_clip_and_a_picture(bundle: Callable[..., Path]) -> None:
+def test_a_video_and_an_image(bundle: Callable[..., Path]) -> None:
     """Everything stands where its placeholder is."""
     still = np.full((40, 70, 3), 90, np.uint8)
     for name in USUAL:
         with lvlm.load(bundle(name, max_images=2)) as model:
             video: Any = model.processor.video  # type: ignore[attr-defined]
-            film = clip(video.per_picture)
-            options = GenerationOptions(chat_template=False, frames=film.frames)
-            [alone] = model.processor.pictures([still])
+            source = noise_video(video.per_image)
+            options = GenerationOptions(chat_template=False, frames=source.frames)
+            [alone] = model.processor.prepare([still])
             for text, place in ((f"{video.token} a <image> b", 1), (f"<image>c {video.token}", 0)):
-                prompt = model.prepare(0, text, [still], options, [film])
-                digests = [p.digest() for p in prompt.pictures]
+                prompt = model.prepare(0, text, [still], options, [source])
+                digests = [p.digest() for p in prompt.images]
                 assert len(digests) == 2
                 assert digests.index(alone.digest()) == place
                 counts = [int((prompt.image_id == n + 1).sum()) for n in range(2)]
-                assert counts == [p.tokens for p in prompt.pictures]
+                assert counts == [p.tokens for p in prompt.images]
 
 
 @pytest.mark.parametrize(("frames", "fps"), LENGTHS)
@@ -164,32 +164,32 @@ def test_smolvlm_takes_the_same_frames(
     frames: int, fps: float, wanted: int | None, bundle: Callable[..., Path]
 ) -> None:
     ours = video(bundle("smolvlm:gqa-tiles", max_images=2))
-    film = length(frames, fps)
+    source = length(frames, fps)
     theirs = SimpleNamespace(num_frames=6, fps=2)
-    indices = SmolVLMVideoProcessor.sample_frames(theirs, metadata(film), num_frames=wanted)
-    assert ours.sampled(film, wanted) == indices.tolist()
+    indices = SmolVLMVideoProcessor.sample_frames(theirs, metadata(source), num_frames=wanted)
+    assert ours.sampled(source, wanted) == indices.tolist()
 
 
 @pytest.mark.parametrize(("frames", "fps"), LENGTHS)
 def test_other_families_take_the_same_frames(
     frames: int, fps: float, bundle: Callable[..., Path]
 ) -> None:
-    film, about = length(frames, fps), metadata(length(frames, fps))
+    source, about = length(frames, fps), metadata(length(frames, fps))
     every = list(range(frames))
     onevision = video(bundle("llava-onevision:llama-mha-clip", max_images=2))
     qwen2 = video(bundle("qwen2-vl:gqa", max_images=2))
     qwen3 = video(bundle("qwen3-vl:gqa", max_images=2))
-    assert onevision.sampled(film, None) == qwen2.sampled(film, None) == every
+    assert onevision.sampled(source, None) == qwen2.sampled(source, None) == every
     theirs: Any = SimpleNamespace(num_frames=None, fps=2, min_frames=4, max_frames=768)
     expected = Qwen3VLVideoProcessor.sample_frames(theirs, about)
-    assert qwen3.sampled(film, None) == expected.tolist()
+    assert qwen3.sampled(source, None) == expected.tolist()
     for wanted in {2, 4, 6, 9, frames} & set(range(2, frames + 1)):
         expected = LlavaOnevisionVideoProcessor.sample_frames(
             SimpleNamespace(num_frames=None, fps=None), about, num_frames=wanted
         )
-        assert onevision.sampled(film, wanted) == expected.tolist()
+        assert onevision.sampled(source, wanted) == expected.tolist()
         expected = Qwen3VLVideoProcessor.sample_frames(theirs, about, num_frames=wanted)
-        assert qwen3.sampled(film, wanted) == expected.tolist()
+        assert qwen3.sampled(source, wanted) == expected.tolist()
 
 
 def test_qwen2_spreads_frames_as_torch_does(bundle: Callable[..., Path]) -> None:
@@ -206,8 +206,8 @@ def test_qwen2_spreads_frames_as_torch_does(bundle: Callable[..., Path]) -> None
 def test_words_equal_transformers(
     frames: int, fps: float, bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    film = Clip.of(list(np.zeros((frames, 40, 70, 3), np.uint8)), fps)
-    about = metadata(film)
+    source = Video.of(list(np.zeros((frames, 40, 70, 3), np.uint8)), fps)
+    about = metadata(source)
     indices = list(range(0, frames, 1 + frames // 5))
     about.frames_indices = list(indices)  # which theirs makes longer
 
@@ -218,7 +218,7 @@ def test_words_equal_transformers(
     )
     given = {"pixel_values": np.empty((1, len(indices))), "video_metadata": [about]}
     said = processing_smolvlm.SmolVLMProcessor.replace_video_token(self, given, 0)
-    assert smolvlm.footage(film, indices).text == said
+    assert smolvlm.prepare(source, indices).text == said
 
     qwen3 = video(bundle("qwen3-vl:gqa", max_images=2))
     self = SimpleNamespace(
@@ -231,7 +231,7 @@ def test_words_equal_transformers(
     pairs = -(-len(indices) // 2)
     given = {"video_grid_thw": torch.tensor([[pairs, 1, 1]]), "video_metadata": [about]}
     said = Qwen3VLProcessor.replace_video_token(self, given, 0)
-    assert qwen3.footage(film, indices).text == said
+    assert qwen3.prepare(source, indices).text == said
 
 
 @pytest.mark.parametrize("name", ["qwen2-gqa-tied-siglip", "llama-mha-clip"])
@@ -242,8 +242,8 @@ def test_onevision_has_as_many_tokens(name: str, bundle: Callable[..., Path]) ->
     self: Any = SimpleNamespace(num_image_tokens=tokens, video_token="v")
     given = {"pixel_values_videos": [np.empty(5)]}
     said = LlavaOnevisionProcessor.replace_video_token(self, given, 0)
-    footage = video(bundle(name, max_images=2)).footage(clip(), range(5))
-    assert sum(p.tokens for p in footage.pictures) == len(said)
+    prepared_video = video(bundle(name, max_images=2)).prepare(noise_video(), range(5))
+    assert sum(p.tokens for p in prepared_video.images) == len(said)
 
 
 @pytest.mark.parametrize(
@@ -284,18 +284,18 @@ def test_pixels_equal_the_video_processors(
     )
     ours = video(bundle(name, max_images=2))
     for shape in [(40, 70), (97, 31), (300, 290), (9, 14)]:
-        film = clip(5, 4.0, *shape)
+        source = noise_video(5, 4.0, *shape)
         found = theirs(
-            [np.stack(list(film.read(range(5))))],
+            [np.stack(list(source.read(range(5))))],
             return_tensors="pt",
             do_sample_frames=False,
-            video_metadata=[metadata(film)],
+            video_metadata=[metadata(source)],
         )
         expected = found["pixel_values" if family == "smolvlm" else "pixel_values_videos"].numpy()
-        pictures = ours.footage(film, range(5)).pictures
-        got = np.concatenate([p.arrays["pixel_values"] for p in pictures])
+        images = ours.prepare(source, range(5)).images
+        got = np.concatenate([p.arrays["pixel_values"] for p in images])
         if "video_grid_thw" in found:
-            rows, columns = pictures[0].arrays["position_ids"].max((0, 1)) + 1
+            rows, columns = images[0].arrays["position_ids"].max((0, 1)) + 1
             assert found["video_grid_thw"].tolist() == [[3, rows, columns]]
         difference = np.abs(got.ravel() - expected.ravel())
         level = 1.001 / 255 / 0.26  # of the channel that deviates least

@@ -100,7 +100,7 @@ def assert_matches_loops(case: Case, found: list[np.ndarray]) -> None:
             states = old[row].numpy()
             for slot, j in enumerate(stays):
                 group = groups.get(j, [j])
-                # Whole numbers: sums are exact in any order, and one division follows.
+                # Integers: sums are exact in any order, and one division follows.
                 mean = states[:, group].astype(np.float32).sum(1) / np.float32(len(group))
                 np.testing.assert_array_equal(new[row, :, slot], mean.astype(new.dtype))
 

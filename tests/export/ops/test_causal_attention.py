@@ -238,7 +238,7 @@ g (T[B, 4, N, 64] q, T[B, 2, N, 64] k, T[B, 2, N, 64] v, int64[B] length)
 def test_layers_that_score_build_for_tensorrt_rtx(target: Target) -> None:
     """Beside loops the builder has no kernel for attention, or ends the process."""
     pytest.importorskip("tensorrt_rtx")
-    dtype = "bfloat16" if "bfloat16" in target.products else "float16"
+    dtype = "bfloat16" if "bfloat16" in target.matmul_types else "float16"
     model = ir.from_onnx_text(LAYERS.replace("T[", f"{dtype}["))
     target.lower(model, Capacity(1, 1, ()))
     assert "Attention" not in {node.op_type for node in model.graph}

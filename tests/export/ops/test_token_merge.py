@@ -121,7 +121,7 @@ def cases(draw: st.DrawFn) -> Case:
     length = max(len(row) for row in ids) + draw(st.integers(0, 1))
     image_id = torch.tensor([row + [-1] * (length - len(row)) for row in ids])
     keep[0][0] = max(keep[0][0], min(1, ids[0].count(1)))
-    # Whole numbers: products are exact, so equal similarities are equal in every implementation.
+    # Integers: products are exact, so equal similarities are equal in every implementation.
     random = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     most = draw(st.sampled_from([1, 3]))  # 1: many equal similarities, and zero vectors
     hidden = torch.randint(-most, most + 1, (*image_id.shape, 3), generator=random).float()

@@ -53,7 +53,7 @@ def test_layer_mean_fraction_of_28_blocks(keep: float, mean: float) -> None:
         ("kv_keep=0", "kv_keep is 0; give a number above 0"),
         ("kv_keep=1.01", "kv_keep is 1.01"),
         ("kv_keep=NaN", "kv_keep is nan"),
-        ("kv_cap=35", "kv_cap is 35, but 36 entries are protected; give a whole number of 36"),
+        ("kv_cap=35", "kv_cap is 35, but 36 entries are protected; give an integer of 36"),
         ("kv_floor=-1", "kv_floor is -1"),
         ("kv_protect=0", "kv_protect is 0"),
         ("kv_interval=0", "kv_interval is 0"),
@@ -103,7 +103,7 @@ def test_wrong_settings(setting: str, message: str) -> None:
         ("lightvlm", ("kv=snapkv", "positions=layer0"), "kv=snapkv takes no positions"),
         ("lightvlm", ("kv=snapkv", "kv.windw=3"), "did you mean window"),
         ("lightvlm", ("kv.window=3",), "kv.window=3 is for a recipe that kv names"),
-        ("snapkv", ("window=0",), "window is 0; give a whole number of 1 or more"),
+        ("snapkv", ("window=0",), "window is 0; give an integer of 1 or more"),
         ("snapkv", ("window=16", "kv_cap=10"), "kv_cap is 10, but 16 entries are protected"),
         ("snapkv", ("kernel=4",), "kernel is 4; give an odd number"),
         ("snapkv", ("pool=maxx",), "did you mean max"),
@@ -124,7 +124,7 @@ def test_lightvlm_takes_any_cache_recipe() -> None:
     own = LightVLM().for_layers(6)
     rule = own.cache_rule()
     assert rule is not None
-    assert rule.compression == CachePolicy(
+    assert rule.cache_policy == CachePolicy(
         Window(32), Evict(), Interval(64, 128), Uniform(0.5), sinks=4, recent=32
     )
     assert own.parameters()["kv_floor"] == 128
@@ -175,7 +175,7 @@ def test_a_recipe_with_a_profile_has_nothing_left_to_calibrate() -> None:
         assert ready.calibration() is None
         rule = ready.cache_rule()
         assert rule is not None
-        assert rule.compression.budget == Profile(0.2, None, rows)
+        assert rule.cache_policy.budget == Profile(0.2, None, rows)
     with pytest.raises(ParameterError, match="takes no profile"):
         UniformRecipe().with_profile(0.2, rows)
 

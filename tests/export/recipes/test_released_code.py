@@ -43,7 +43,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], CacheRule, 
         recipe = PrefixKV(kv_keep=keep, rows=rows, semantics="reference")
     rule = recipe.cache_rule()
     assert rule is not None
-    return meta, arrays, rule, Budgets.of(rule.compression, meta["layers"], None)
+    return meta, arrays, rule, Budgets.of(rule.cache_policy, meta["layers"], None)
 
 
 def test_all_six_are_there() -> None:
@@ -57,7 +57,7 @@ def test_prompts_keep_as_many(path: Path) -> None:
     kept = budgets.prompt(np.full((meta["layers"], 1), meta["prompt"]))[:, 0]
     assert kept.tolist() == [arrays[f"prefill_k_{i}"].shape[2] for i in range(meta["layers"])]
     kind = Evict if path.name.startswith("prefixkv") else ReleasedMerge
-    assert isinstance(rule.compression.select, kind)
+    assert isinstance(rule.cache_policy.select, kind)
 
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda p: p.stem)

@@ -135,7 +135,7 @@ def test_a_cache_given_twice_is_bound_to_one_memory(
     if not library:
         monkeypatch.setattr(cpu, "find_library", lambda: None)
     with lvlm.load(bundle("tiny-llava", *ELASTIC, max_images=2), threads=1) as model:
-        budgets = Budgets.of(model.manifest.compression, model.manifest.text.layers, None)
+        budgets = Budgets.of(model.manifest.cache_policy, model.manifest.text.layers, None)
         capacities = np.array(model.manifest.capacity.per_layer)
         buffers = model.calls.cache_for(1, capacities, budgets).buffers
         _, outputs = model.graphs.bind("decode", buffers).lasting  # type: ignore[attr-defined]
@@ -145,11 +145,11 @@ def test_a_cache_given_twice_is_bound_to_one_memory(
 
 def logits(folder: Path) -> list[np.ndarray]:
     prompts = ["Read the top row.", "7?", "How often does 7 appear in this picture, and where?"]
-    pictures = [[ASSETS / "samples/digits-1.png"], [], [ASSETS / "samples/digits-2.png"] * 2]
+    image_lists = [[ASSETS / "samples/digits-1.png"], [], [ASSETS / "samples/digits-2.png"] * 2]
     with lvlm.load(folder, threads=1) as model:
         rows = [
             model.prepare(i, prompt, images, GenerationOptions())
-            for i, (prompt, images) in enumerate(zip(prompts, pictures, strict=True))
+            for i, (prompt, images) in enumerate(zip(prompts, image_lists, strict=True))
         ]
         batch = model.calls.start(rows)
         found = [batch.logits.copy()]

@@ -77,7 +77,7 @@ def test_every_target_names_its_files_and_is_in_the_docs() -> None:
 def test_an_entry_does_not_contradict_itself(target: Target) -> None:
     assert target.imports <= NEW_OPS
     assert target.attention <= FLOATS
-    assert set() != target.products <= FLOATS
+    assert set() != target.matmul_types <= FLOATS
     assert 20 <= target.opset <= OPSET
     if target.flavour == "onnxruntime":
         assert not target.plugins
@@ -206,13 +206,13 @@ def in_place(folder: Path, target: Target) -> Path:
 
 
 def logits(folder: Path) -> list[np.ndarray]:
-    """Of two prompts, one with a picture: after prefill and three steps."""
+    """Of two prompts, one with an image: after prefill and three steps."""
     with lvlm.load(folder, threads=1) as model:
         prompts = ["Read the top row.", "How often does 7 appear?"]
-        pictures = [[ASSETS / "samples/digits-1.png"], []]
+        image_lists = [[ASSETS / "samples/digits-1.png"], []]
         rows = [
             model.prepare(0, prompt, images, GenerationOptions())
-            for prompt, images in zip(prompts, pictures, strict=True)
+            for prompt, images in zip(prompts, image_lists, strict=True)
         ]
         running = model.calls.start(rows)
         found = [running.logits.copy()]
@@ -224,7 +224,7 @@ def logits(folder: Path) -> list[np.ndarray]:
 
 PORTABLE = [dataclasses.replace(t, name=f"{n}-portable", plugins=False) for n, t in TARGETS.items()]
 SAME = {
-    **{name: t for name, t in TARGETS.items() if "float32" in t.products},
+    **{name: t for name, t in TARGETS.items() if "float32" in t.matmul_types},
     # At the target's own opset, which the functions of plugins' ops are newer than.
     **{t.name: t for t in PORTABLE if t.opset < OPSET},
 }
@@ -248,7 +248,7 @@ def test_lowered_graphs_compute_the_same(
 def test_lowered_fp16_graphs_compute_the_same(
     name: str, bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Attention written out has its softmax in fp32."""
+    """Decomposed attention has its softmax in fp32."""
     original = bundle("tiny-llava", dtype="fp16", max_images=2)
     folder = in_place(lowered(original, tmp_path / "bundle", TARGETS[name]), TARGETS[name])
     expected = logits(original)

@@ -91,7 +91,7 @@ def test_a_good_bundle_passes_and_says_what_was_run(
     monkeypatch.setattr(Mapped, "_open", noted)
     outcome = validation.validate(plan, folder)
     names = {check.name for check in outcome.checks}
-    assert {"pixels of a picture", "prompt's ids", "end-of-text ids"} <= names
+    assert {"pixels of an image", "prompt's ids", "end-of-text ids"} <= names
     assert any(name.startswith("tokens unlike transformers' generate") for name in names)
     graphs = ("vision", "prefill", "decode")
     files = {f"{g}.onnx" for g in graphs} | {f"{g}.ort-cpu.onnx" for g in ("prefill", "decode")}
@@ -188,7 +188,7 @@ def test_another_added_token_that_no_prompt_has_is_told_by_name(good: tuple[Any,
 def test_tokens_that_differ_by_numbers_alone_are_one_kind(
     checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
-    """Another picture may have <row_2> where the prompt that is compared has <row_1>."""
+    """Another image may have <row_2> where the prompt that is compared has <row_1>."""
     judge = Judge(checkpoint(NAME))
     judge.tokenizer.add_tokens(["<row_1>", "<row_2>", "<other>"])
     folder = bundle(NAME, RECIPE)
@@ -218,18 +218,18 @@ def test_another_choice_of_tokens_is_noticed(
     noticed(plan, folder, "✗ manifest: generation, special tokens")
 
 
-@pytest.mark.parametrize("field", ["capacity", "compression", "parameters"])
+@pytest.mark.parametrize("field", ["capacity", "cache_policy", "parameters"])
 def test_what_only_longer_prompts_would_show_is_noticed(
     field: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     plan = plan_of(checkpoint(NAME), tmp_path / "bundle", recipe="lightvlm")
     manifest = read_bundle(bundle(NAME, "lightvlm"), "none")
     assert contents.planned(plan, manifest).passed
-    assert manifest.compression is not None
+    assert manifest.cache_policy is not None
     most = (*manifest.capacity.per_layer[:-1], manifest.capacity.per_layer[-1] - 16)
     other: dict[str, Any] = {
         "capacity": dataclasses.replace(manifest.capacity, per_layer=most),
-        "compression": manifest.compression.at_most_every(32),
+        "cache_policy": manifest.cache_policy.at_most_every(32),
         "parameters": {**manifest.parameters, "kv_sinks": 9},
     }
     wrong = dataclasses.replace(manifest, **{field: other[field]})
@@ -283,10 +283,10 @@ def test_a_fault_smaller_than_what_fp16_loses_is_noticed(half: tuple[Any, Path])
     noticed(plan, folder, r"✗ prefill\.ort-cpu\.onnx cache .*limit 0\.001\)")
 
 
-def test_near_ties_in_one_picture_are_settled_by_another(
+def test_near_ties_in_one_image_are_settled_by_another(
     half: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only what both pictures show is a fault."""
+    """Only what both images show is a fault."""
     compare, seen = validation.against_reference, []
 
     def apart(plan: Any, folder: Path, manifest: Manifest, prompt: Any, *rest: Any) -> Outcome:
@@ -299,7 +299,7 @@ def test_near_ties_in_one_picture_are_settled_by_another(
     outcome = validation.validate(*half)
     assert len(seen) == 2
     assert seen[0].ids == seen[1].ids
-    assert not np.array_equal(*(p.pictures[0].arrays["pixel_values"] for p in seen))
+    assert not np.array_equal(*(p.images[0].arrays["pixel_values"] for p in seen))
     assert any("near ties" in note for note in outcome.notes)
     monkeypatch.setattr(
         validation, "against_reference", lambda *_: Outcome([Check("one", 1.5, 1e-3, "x")])

@@ -175,7 +175,7 @@ def test_bundles_equal_torch_with_rounded_weights_and_cache(
     with lvlm.load(folder) as model:
         for row in ROWS:
             prompt = model.prepare(0, *row, Request(chat_template=False))
-            features = reference.encode(prompt.pictures)
+            features = reference.encode(prompt.images)
             answers.append(reference.generate(prompt, features, max_new_tokens=STEPS))
         fast = follow(model, answers)
     with lvlm.load(canonical(folder, tmp_path / "canonical")) as model:
@@ -253,14 +253,14 @@ def test_planned_bytes_are_those_written(bundle: Callable[..., Path], tmp_path: 
 
 
 def test_a_narrower_cache_takes_half(bundle: Callable[..., Path]) -> None:
-    text, pictures = ROWS[0]
+    text, images = ROWS[0]
     options: dict[str, Any] = {"max_new_tokens": 2, "chat_template": False}
     with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
-        full = model.generate(text, pictures, **options).stats
+        full = model.generate(text, images, **options).stats
     with lvlm.load(export(bundle, "trained")) as model:
         assert model.manifest.dtype == "float32"
         assert model.manifest.cache_dtype == "float16"
-        half = model.generate(text, pictures, **options).stats
+        half = model.generate(text, images, **options).stats
     assert half.cache_bytes_allocated * 2 == full.cache_bytes_allocated
     assert half.cache_bytes_used * 2 == full.cache_bytes_used
 
@@ -320,7 +320,9 @@ def test_dry_run_says_what_is_narrow(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "as float16, products as int4 in blocks of 16" in table
 
 
-@pytest.mark.parametrize("name", [t.name for t in TARGETS.values() if not t.narrow and t.built])
+@pytest.mark.parametrize(
+    "name", [t.name for t in TARGETS.values() if not t.low_precision and t.built]
+)
 def test_engines_are_refused_by_name(name: str, bundle: Callable[..., Path]) -> None:
     """Also where a bundle without the target's graphs comes to lvlm-build."""
     folder = export(bundle, "trained")

@@ -1,4 +1,4 @@
-"""Pictures for the tests of processors that cut them into tiles."""
+"""Images for the tests of processors that cut them into tiles."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ SIZES = [
 ]
 
 
-def picture(width: int, height: int) -> Image.Image:
+def sample_image(width: int, height: int) -> Image.Image:
     rng = np.random.default_rng(width * 10_000 + height)
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))

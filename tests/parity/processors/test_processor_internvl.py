@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from processor_tools import SIZES, picture
+from processor_tools import SIZES, sample_image
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from lvlm.core.errors import BundleError, ParameterError
 from lvlm.runtime.media.images import open_image
 from lvlm.runtime.processors import load_processor
-from lvlm.runtime.processors.internvl import most_tokens, normalise_config, with_most_tokens
+from lvlm.runtime.processors.internvl import max_tokens, normalise_config, with_max_tokens
 
 CASES: dict[str, dict[str, Any]] = {
     "small tiles": {"size": {"height": 28, "width": 28}},
@@ -55,25 +55,25 @@ def test_tiles_equal_transformers(case: str) -> None:
     assert config(options) == config(json.loads(json.dumps(theirs.to_dict())))
     seen = set()
     for width, height in SIZES[:: 5 if case == "released" else 1]:
-        image = picture(width, height)
+        image = sample_image(width, height)
         expected = theirs(image, return_tensors="np")
-        [got] = ours.pictures([open_image(image)])
+        [got] = ours.prepare([open_image(image)])
         tiles = int(expected["num_patches"][0])
         pixels = got.arrays["pixel_values"]
         assert pixels.dtype == np.float32
         np.testing.assert_array_equal(pixels, expected["pixel_values"].astype(np.float32))
-        assert got.tokens == got.rows == 4 * tiles <= most_tokens(config(options))
+        assert got.tokens == got.rows == 4 * tiles <= max_tokens(config(options))
         assert got.text == f"<img>{'<IMG_CONTEXT>' * 4 * tiles}</img>"
         assert (got.index == np.arange(4 * tiles)[:, None]).all()
         seen.add(tiles)
     assert len(seen) > 2 or case in ("one tile", "released")
 
 
-def test_several_pictures_are_each_on_their_own() -> None:
+def test_several_images_are_each_on_their_own() -> None:
     processor = load_processor(config({"size": {"height": 28, "width": 28}}))
-    images = [open_image(picture(width, height)) for width, height in SIZES[4:9]]
-    for one, image in zip(processor.pictures(images), images, strict=True):
-        [alone] = processor.pictures([image])
+    images = [open_image(sample_image(width, height)) for width, height in SIZES[4:9]]
+    for one, image in zip(processor.prepare(images), images, strict=True):
+        [alone] = processor.prepare([image])
         np.testing.assert_array_equal(one.arrays["pixel_values"], alone.arrays["pixel_values"])
         assert one.digest() == alone.digest()
 
@@ -82,24 +82,24 @@ def test_the_grid_depends_on_the_size_only() -> None:
     processor = load_processor(config({"size": {"height": 28, "width": 28}}))
     for width, height in SIZES:
         black = np.zeros((height, width, 3), np.uint8)
-        noise = open_image(picture(width, height))
-        counts = {p.tokens for p in processor.pictures([black, noise])}
+        noise = open_image(sample_image(width, height))
+        counts = {p.tokens for p in processor.prepare([black, noise])}
         assert len(counts) == 1
 
 
 @pytest.mark.parametrize(("tokens", "tiles"), [(4, 1), (8, 1), (12, 2), (51, 11), (52, 12)])
 def test_fewer_tiles_for_a_bound_of_tokens(tokens: int, tiles: int) -> None:
-    bounded = with_most_tokens(config({"size": 28, "min_patches": 3}), tokens)
+    bounded = with_max_tokens(config({"size": 28, "min_patches": 3}), tokens)
     assert bounded is not None
     assert bounded["max_tiles"] == tiles
-    assert most_tokens(bounded) <= tokens
+    assert max_tokens(bounded) <= tokens
     processor = load_processor(bounded)
-    most = max(p.tokens for w, h in SIZES for p in processor.pictures([np.zeros((h, w, 3), "u1")]))
-    assert most <= most_tokens(bounded)
+    most = max(p.tokens for w, h in SIZES for p in processor.prepare([np.zeros((h, w, 3), "u1")]))
+    assert most <= max_tokens(bounded)
 
 
 def test_a_bound_below_one_tile() -> None:
-    assert with_most_tokens(config({"size": 28}), 3) is None
+    assert with_max_tokens(config({"size": 28}), 3) is None
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ SIZES = [(1, 1), (1, 2), (3, 1), (5, 5), (24, 24), (23, 25), (25, 24), (47, 48),
 SIZES += [(31, 97), (333, 500), (500, 333), (1, 900), (900, 2), (4, 700)]
 
 
-def pictures() -> list[Image.Image]:
-    """Sizes (width, height), then kinds of pictures that need a conversion."""
+def sample_images() -> list[Image.Image]:
+    """Sizes (width, height), then kinds of images that need a conversion."""
     rng = np.random.default_rng(0)
     plain = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for w, h in SIZES]
     rgb = plain[SIZES.index((31, 97))]
@@ -97,7 +97,7 @@ def test_pixels_equal_transformers(case: str) -> None:
     # What is in a checkpoint may be short, or have all of it, as transformers writes it today
     for preprocessor in (written, theirs.to_dict()):
         ours = load_processor(normalise_config(preprocessor, image_tokens=4))
-        images = pictures()[:: 4 if "defaults" in case else 1]
+        images = sample_images()[:: 4 if "defaults" in case else 1]
         got = ours.pixel_values([open_image(image) for image in images])
         expected = np.stack([theirs(image)["pixel_values"][0] for image in images])
         assert got.dtype == np.float32
@@ -177,11 +177,11 @@ PADDED = normalise_config(
 )
 
 
-def test_tokens_and_no_pictures() -> None:
+def test_tokens_and_no_images() -> None:
     processor = load_processor(CONFIG)
     shapes = [(1, 1, 3), (900, 40, 3)]
-    pictures = processor.pictures([np.zeros(shape, np.uint8) for shape in shapes])
-    assert [picture.tokens for picture in pictures] == [4, 4]
+    prepared = processor.prepare([np.zeros(shape, np.uint8) for shape in shapes])
+    assert [p.tokens for p in prepared] == [4, 4]
     assert processor.pixel_values([]).shape == (0, 3, 8, 8)
 
 
@@ -277,8 +277,8 @@ def test_junk_checkpoints_work_or_give_a_parameter_error(key: str, value: object
             config = normalise_config({"image_processor_type": kind, key: value}, image_tokens=4)
         except ParameterError:
             continue
-        (picture,) = load_processor(config).pictures([np.zeros((1, 1, 3), np.uint8)])
-        assert picture.tokens == 4
+        (prepared,) = load_processor(config).prepare([np.zeros((1, 1, 3), np.uint8)])
+        assert prepared.tokens == 4
 
 
 @pytest.mark.parametrize("shape", [(1, 20_000, 3), (20_000, 1, 3)])

@@ -33,8 +33,8 @@ SIZES += [(31, 97), (333, 500), (500, 333), (1, 900), (900, 2), (4, 700), (71, 2
 SIZES += [(50, 3000), (3000, 50), (2000, 1501)]
 
 
-def pictures(seed: int = 0) -> list[Image.Image]:
-    """One of each size, and kinds of pictures that need a conversion."""
+def sample_images(seed: int = 0) -> list[Image.Image]:
+    """One of each size, and kinds of images that need a conversion."""
     rng = np.random.default_rng(seed)
     plain = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in SIZES]
     rgb = plain[SIZES.index((31, 97))]
@@ -70,8 +70,8 @@ def test_pixels_equal_transformers(case: str) -> None:
     theirs = LlavaNextImageProcessorPil(**WRITTEN[case], image_grid_pinpoints=GRID)
     for preprocessor in (written(case), theirs.to_dict()):
         ours: Any = load_processor(normalise_config(preprocessor, SIDE, PATCHES))
-        for image in pictures():
-            (got,) = ours.pictures([open_image(image)])
+        for image in sample_images():
+            (got,) = ours.prepare([open_image(image)])
             expected = theirs(image, return_tensors="np")["pixel_values"][0]
             assert got.arrays["pixel_values"].dtype == np.float32
             np.testing.assert_array_equal(got.arrays["pixel_values"], expected.astype(np.float32))
@@ -95,12 +95,12 @@ def model_config(side: int, patches: int, grid: Any) -> Any:
 @given(st.integers(1, 400), st.integers(1, 400))
 def test_tokens_equal_what_the_model_packs(height: int, width: int) -> None:
     ours: Any = load_processor(CONFIG)
-    (picture,) = ours.pictures([np.zeros((height, width, 3), np.uint8)])
-    rows = np.random.default_rng(0).normal(size=(1 + picture.rows, 3)).astype(np.float32)
+    (prepared,) = ours.prepare([np.zeros((height, width, 3), np.uint8)])
+    rows = np.random.default_rng(0).normal(size=(1 + prepared.rows, 3)).astype(np.float32)
     config = model_config(SIDE, PATCHES, GRID)
-    expected = packed(config, rows, picture.units, (height, width))
-    np.testing.assert_array_equal(picture.features(rows), expected)
-    assert picture.tokens <= ours.tiles.most_tokens
+    expected = packed(config, rows, prepared.units, (height, width))
+    np.testing.assert_array_equal(prepared.features(rows), expected)
+    assert prepared.tokens <= ours.tiles.max_tokens
     theirs = SimpleNamespace(
         image_processor=SimpleNamespace(image_grid_pinpoints=GRID),
         patch_size=SIDE // PATCHES,
@@ -108,7 +108,7 @@ def test_tokens_equal_what_the_model_packs(height: int, width: int) -> None:
     )
     theirs._get_unpadded_features = lambda *x: TheirProcessor._get_unpadded_features(theirs, *x)
     counted = TheirProcessor._get_number_of_features(theirs, height, width, SIDE, SIDE)
-    assert counted == picture.tokens
+    assert counted == prepared.tokens
 
 
 def test_the_released_checkpoint() -> None:
@@ -121,29 +121,29 @@ def test_the_released_checkpoint() -> None:
         (1008, 336): 576 + 72 * 25,
         (480, 640): 576 + 36 * 49,
     }.items():
-        (picture,) = ours.pictures([np.zeros((height, width, 3), np.uint8)])
-        assert picture.tokens == tokens
-    assert ours.tiles.most_tokens == 2928
+        (prepared,) = ours.prepare([np.zeros((height, width, 3), np.uint8)])
+        assert prepared.tokens == tokens
+    assert ours.tiles.max_tokens == 2928
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([56, 57, 87, 88, 91, 92]))
 def test_fewer_tokens(height: int, width: int, most: int) -> None:
-    """Pictures are scaled down to what gives no more, as transformers counts it, too."""
+    """Images are scaled down to what gives no more, as transformers counts it, too."""
     ours: Any = load_processor(CONFIG | {"max_tokens": most})
-    assert ours.tiles.most_tokens <= most
+    assert ours.tiles.max_tokens <= most
     image = np.zeros((height, width, 3), np.uint8)
-    (picture,) = ours.pictures([image])
-    assert picture.tokens <= most
-    rows = np.arange(1 + picture.rows, dtype=np.float32)[:, None]
+    (prepared,) = ours.prepare([image])
+    assert prepared.tokens <= most
+    rows = np.arange(1 + prepared.rows, dtype=np.float32)[:, None]
     config = model_config(SIDE, PATCHES, GRID)
-    expected = packed(config, rows, picture.units, picture.size)
-    np.testing.assert_array_equal(picture.features(rows), expected)
-    (full,) = load_processor(CONFIG).pictures([image])
-    if full.units == picture.units:
-        assert picture.size == (height, width) or math.prod(picture.size) <= 48 * 48
+    expected = packed(config, rows, prepared.units, prepared.size)
+    np.testing.assert_array_equal(prepared.features(rows), expected)
+    (full,) = load_processor(CONFIG).prepare([image])
+    if full.units == prepared.units:
+        assert prepared.size == (height, width) or math.prod(prepared.size) <= 48 * 48
     else:
-        assert picture.units < full.units
+        assert prepared.units < full.units
 
 
 @pytest.mark.parametrize(

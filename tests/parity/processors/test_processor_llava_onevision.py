@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_processor_llava_next import model_config, pictures
+from test_processor_llava_next import model_config, sample_images
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
@@ -39,12 +39,12 @@ def test_pixels_equal_transformers() -> None:
     )
     for preprocessor in (GIVEN, theirs.to_dict()):
         ours: Any = load_processor(normalise_config(preprocessor, SIDE, PATCHES, MOST))
-        images = pictures()
+        images = sample_images()
         for image in images:
-            (got,) = ours.pictures([open_image(image)])
+            (got,) = ours.prepare([open_image(image)])
             expected = theirs(image, return_tensors="np")["pixel_values"][0]
             np.testing.assert_array_equal(got.arrays["pixel_values"], expected.astype(np.float32))
-        together = ours.pictures([open_image(image) for image in images])
+        together = ours.prepare([open_image(image) for image in images])
         expected = theirs([images], return_tensors="np")["pixel_values"]
         for got, tile in zip(together, expected, strict=True):
             np.testing.assert_array_equal(got.arrays["pixel_values"], tile.astype(np.float32))
@@ -75,15 +75,17 @@ def test_tokens_equal_what_the_model_packs(
 ) -> None:
     ours: Any = load_processor(CONFIG | {"max_tokens": most})
     images = [np.zeros((height, width, 3), np.uint8)] * (1 if alone else 2)
-    picture = ours.pictures(images)[0]
-    assert picture.tokens <= ours.tiles.most_tokens <= (most or 10**9)
-    rows = np.random.default_rng(0).normal(size=(1 + picture.rows, 3)).astype(np.float32)
-    expected = packed(rows, picture.units, picture.size, GRID)
+    prepared = ours.prepare(images)[0]
+    assert prepared.tokens <= ours.tiles.max_tokens <= (most or 10**9)
+    rows = np.random.default_rng(0).normal(size=(1 + prepared.rows, 3)).astype(np.float32)
+    expected = packed(rows, prepared.units, prepared.size, GRID)
     # A weight has the rounding of a coordinate of up to some forty patches.
-    np.testing.assert_allclose(picture.features(rows), expected, atol=2e-5)
-    assert (picture.weight is not None) == (alone and picture.tokens > 0 and mixed(expected, rows))
+    np.testing.assert_allclose(prepared.features(rows), expected, atol=2e-5)
+    assert (prepared.weight is not None) == (
+        alone and prepared.tokens > 0 and mixed(expected, rows)
+    )
     if not alone:
-        assert picture.tokens == PATCHES**2 + 1
+        assert prepared.tokens == PATCHES**2 + 1
 
 
 def mixed(features: np.ndarray, rows: np.ndarray) -> bool:
@@ -109,11 +111,11 @@ def test_the_released_checkpoint() -> None:
     """384 pixels in patches of 14: 27 along a side, 9 tiles' worth at most."""
     given = {"image_processor_type": "LlavaOnevisionImageProcessor"}
     ours: Any = load_processor(normalise_config(given, 384, 27, 9))
-    (picture,) = ours.pictures([np.zeros((384, 384, 3), np.uint8)])
-    assert picture.tokens == 729 + 27 * 28
-    (picture,) = ours.pictures([np.zeros((2304, 2304, 3), np.uint8)])
-    assert (picture.units, picture.tokens) == (37, 729 + 81 * 82)
-    assert [p.tokens for p in ours.pictures([np.zeros((9, 900, 3), np.uint8)] * 2)] == [730] * 2
+    (prepared,) = ours.prepare([np.zeros((384, 384, 3), np.uint8)])
+    assert prepared.tokens == 729 + 27 * 28
+    (prepared,) = ours.prepare([np.zeros((2304, 2304, 3), np.uint8)])
+    assert (prepared.units, prepared.tokens) == (37, 729 + 81 * 82)
+    assert [p.tokens for p in ours.prepare([np.zeros((9, 900, 3), np.uint8)] * 2)] == [730] * 2
 
 
 @pytest.mark.parametrize(
@@ -141,6 +143,6 @@ def test_bad_value(key: str, value: object) -> None:
         load_processor({k: v for k, v in CONFIG.items() if k != key})
 
 
-def test_a_long_picture_among_others_is_refused() -> None:
+def test_a_long_image_among_others_is_refused() -> None:
     with pytest.raises(ImageError, match="aspect ratio 20000:1"):
-        load_processor(CONFIG).pictures([np.zeros((1, 20_000, 3), np.uint8)] * 2)
+        load_processor(CONFIG).prepare([np.zeros((1, 20_000, 3), np.uint8)] * 2)

@@ -34,8 +34,8 @@ SIZES += [(20, 1400), (2500, 1900)]
 KIND = "Qwen2VLImageProcessor"
 
 
-def pictures() -> list[Image.Image]:
-    """Sizes (width, height), then kinds of pictures that need a conversion."""
+def sample_images() -> list[Image.Image]:
+    """Sizes (width, height), then kinds of images that need a conversion."""
     rng = np.random.default_rng(0)
     plain = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for w, h in SIZES]
     rgb = plain[SIZES.index((31, 97))]
@@ -72,48 +72,51 @@ def test_patches_equal_transformers(case: str) -> None:
     written = {"image_processor_type": KIND, **CASES[case]}
     patch, merge = theirs.patch_size, theirs.merge_size
     # What is in a checkpoint may be short, or have all of it, as transformers writes it today
-    for preprocessor, images in ((written, pictures()), (theirs.to_dict(), pictures()[2::6])):
+    for preprocessor, images in (
+        (written, sample_images()),
+        (theirs.to_dict(), sample_images()[2::6]),
+    ):
         config = normalise_config(preprocessor, window=3, table=48)
-        got = load_processor(config).pictures([open_image(image) for image in images])
-        for image, picture in zip(images, got, strict=True):
+        got = load_processor(config).prepare([open_image(image) for image in images])
+        for image, prepared in zip(images, got, strict=True):
             expected = theirs(image)
-            pixels = picture.arrays["pixel_values"]
+            pixels = prepared.arrays["pixel_values"]
             assert pixels.dtype == np.float32
             np.testing.assert_array_equal(
                 pixels.reshape(-1, pixels.shape[2]), expected["pixel_values"].astype(np.float32)
             )
             (grid,) = expected["image_grid_thw"].tolist()
-            assert picture.tokens == picture.units == picture.rows == np.prod(grid) // merge**2
-            assert picture.tokens <= config["max_tokens"]  # type: ignore[operator]
+            assert prepared.tokens == prepared.units == prepared.rows == np.prod(grid) // merge**2
+            assert prepared.tokens <= config["max_tokens"]  # type: ignore[operator]
             thw = torch.tensor([grid])
             places = get_vision_position_ids(thw, merge).numpy()
-            np.testing.assert_array_equal(picture.arrays["position_ids"].reshape(-1, 2), places)
+            np.testing.assert_array_equal(prepared.arrays["position_ids"].reshape(-1, 2), places)
             index, lengths = get_vision_window_index(thw, merge, 3 * merge * patch, patch)
-            window = picture.arrays["window"]
+            window = prepared.arrays["window"]
             np.testing.assert_array_equal(window[window >= 0], index.numpy())
             tokens = (window >= 0).sum(1).cumsum() * merge**2
             np.testing.assert_array_equal(tokens, lengths.numpy()[1:])
-            found = window.ravel()[picture.arrays["place"]]
-            np.testing.assert_array_equal(found, np.arange(picture.tokens))
+            found = window.ravel()[prepared.arrays["place"]]
+            np.testing.assert_array_equal(found, np.arange(prepared.tokens))
             learned, share = get_vision_interpolation_indices_and_weights(
                 thw, 48, align_corners=True, spatial_merge_size=merge
             )
-            assert picture.arrays["share"].dtype == np.float32
+            assert prepared.arrays["share"].dtype == np.float32
             # Where a share is nothing, whose it is does not matter
-            mine = picture.arrays["learned"].reshape(-1, 4)
-            weight = picture.arrays["share"].reshape(-1, 4)
+            mine = prepared.arrays["learned"].reshape(-1, 4)
+            weight = prepared.arrays["share"].reshape(-1, 4)
             np.testing.assert_allclose(weight, share.numpy(), atol=1e-6)
             np.testing.assert_array_equal(mine, learned.numpy())
 
 
-def test_positions_of_a_picture() -> None:
+def test_positions_of_an_image() -> None:
     """Two rows of three tokens: all at one time; what follows is as far on as the longer side."""
     processor = load_processor(normalise_config({"image_processor_type": KIND}))
-    (picture,) = processor.pictures([np.zeros((56, 84, 3), np.uint8)])
-    assert picture.offsets is not None
-    assert picture.offsets.tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
-    assert (picture.span, picture.text, picture.weight) == (3, None, None)
-    assert set(picture.arrays) == {"pixel_values", "position_ids"}  # nothing else was asked for
+    (prepared,) = processor.prepare([np.zeros((56, 84, 3), np.uint8)])
+    assert prepared.offsets is not None
+    assert prepared.offsets.tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
+    assert (prepared.span, prepared.text, prepared.weight) == (3, None, None)
+    assert set(prepared.arrays) == {"pixel_values", "position_ids"}  # nothing else was asked for
 
 
 @settings(max_examples=300, deadline=None)
@@ -140,7 +143,7 @@ def test_grids_equal_transformers_and_stay_within_the_bound(
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 5_000), st.integers(1, 5_000), st.integers(4, 400))
-def test_a_lower_bound_holds_and_refuses_only_long_and_thin_pictures(
+def test_a_lower_bound_holds_and_refuses_only_long_and_thin_images(
     height: int, width: int, tokens: int
 ) -> None:
     full = normalise_config({"image_processor_type": KIND})
@@ -155,10 +158,10 @@ def test_a_lower_bound_holds_and_refuses_only_long_and_thin_pictures(
     assert rows * columns <= tokens
 
 
-def test_a_long_and_thin_picture_is_refused_with_its_size() -> None:
+def test_a_long_and_thin_image_is_refused_with_its_size() -> None:
     processor = load_processor(normalise_config({"image_processor_type": KIND}))
     with pytest.raises(ImageError, match=r"201 x 1 pixels \(aspect ratio 201:1\)"):
-        processor.pictures([np.zeros((1, 201, 3), np.uint8)])
+        processor.prepare([np.zeros((1, 201, 3), np.uint8)])
     with pytest.raises(ValueError, match="absolute aspect ratio"):
         Qwen2VLImageProcessorPil()(Image.new("RGB", (201, 1)))
 
@@ -207,7 +210,7 @@ def test_needs_no_torch() -> None:
 import json, sys
 import numpy as np
 from lvlm.runtime.processors import load_processor
-load_processor(json.loads('''{config}''')).pictures([np.zeros((40, 50, 3), np.uint8)])
+load_processor(json.loads('''{config}''')).prepare([np.zeros((40, 50, 3), np.uint8)])
 assert not {{"torch", "transformers", "onnx"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processor_tools import SIZES, picture
+from processor_tools import SIZES, sample_image
 from transformers.models.smolvlm.image_processing_pil_smolvlm import (
     SmolVLMImageProcessorPil,
     get_resize_output_image_size,
@@ -19,7 +19,7 @@ from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_stri
 from lvlm.core.errors import BundleError, ParameterError
 from lvlm.runtime.media.images import open_image
 from lvlm.runtime.processors import load_processor
-from lvlm.runtime.processors.smolvlm import most_tokens, normalise_config, with_most_tokens
+from lvlm.runtime.processors.smolvlm import max_tokens, normalise_config, with_max_tokens
 
 SMALL: dict[str, Any] = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
 CASES: dict[str, dict[str, Any]] = {
@@ -53,9 +53,9 @@ def test_tiles_and_words_equal_transformers(case: str) -> None:
     assert config(options) == config(json.loads(json.dumps(theirs.to_dict())))
     seen = set()
     for width, height in [(31, 97), (900, 2)] if case == "released" else SIZES:
-        image = picture(width, height)
+        image = sample_image(width, height)
         expected = theirs([image], return_row_col_info=True, return_tensors="np")
-        [got] = ours.pictures([open_image(image)])
+        [got] = ours.prepare([open_image(image)])
         pixels = got.arrays["pixel_values"]
         assert pixels.dtype == np.float32
         np.testing.assert_array_equal(pixels, expected["pixel_values"][0].astype(np.float32))
@@ -63,7 +63,7 @@ def test_tiles_and_words_equal_transformers(case: str) -> None:
         rows, columns = expected["rows"][0][0], expected["cols"][0][0]
         assert got.text == get_image_prompt_string(rows, columns, 4, AROUND, "<image>", WHOLE)
         assert got.tokens == got.rows == got.text.count("<image>") == 4 * len(pixels)
-        assert got.tokens <= most_tokens(config(options))
+        assert got.tokens <= max_tokens(config(options))
         seen.add((rows, columns))
     assert len(seen) > 1 or case in ("one tile", "scaled up to a tile", "not split")
 
@@ -71,7 +71,7 @@ def test_tiles_and_words_equal_transformers(case: str) -> None:
 @settings(max_examples=200)
 @given(st.integers(1, 20_000), st.integers(1, 20_000), st.integers(1, 8_000), st.integers(500, 700))
 def test_sizes_equal_transformers(height: int, width: int, longest: int, side: int) -> None:
-    """Of every picture, and with edges beyond transformers' limit of 4096, without its pixels."""
+    """Of every image, and with edges beyond transformers' limit of 4096, without its pixels."""
     options = {"size": {"longest_edge": longest}, "max_image_size": {"longest_edge": side}}
     ours = load_processor(config(options))
     shape = np.broadcast_to(np.uint8(0), (3, height, width))
@@ -85,14 +85,14 @@ def test_sizes_equal_transformers(height: int, width: int, longest: int, side: i
     full = asked[0].height, asked[0].width
     assert ours.full_tiles(*first) == full
     tiles = (full[0] // side) * (full[1] // side)
-    assert 4 * (tiles + (tiles > 1)) <= most_tokens(config(options))
+    assert 4 * (tiles + (tiles > 1)) <= max_tokens(config(options))
 
 
-def test_several_pictures_are_each_on_their_own() -> None:
+def test_several_images_are_each_on_their_own() -> None:
     processor = load_processor(config(SMALL))
-    images = [open_image(picture(width, height)) for width, height in SIZES[4:14]]
-    for one, image in zip(processor.pictures(images), images, strict=True):
-        [alone] = processor.pictures([image])
+    images = [open_image(sample_image(width, height)) for width, height in SIZES[4:14]]
+    for one, image in zip(processor.prepare(images), images, strict=True):
+        [alone] = processor.prepare([image])
         assert one.digest() == alone.digest()
         assert one.text == alone.text
 
@@ -100,19 +100,19 @@ def test_several_pictures_are_each_on_their_own() -> None:
 @pytest.mark.parametrize(
     ("tokens", "along"), [(4, 1), (19, 1), (20, 2), (39, 2), (40, 3), (10_000, 16)]
 )
-def test_smaller_pictures_for_a_bound_of_tokens(tokens: int, along: int) -> None:
-    bounded = with_most_tokens(config(SMALL), tokens)
+def test_smaller_images_for_a_bound_of_tokens(tokens: int, along: int) -> None:
+    bounded = with_max_tokens(config(SMALL), tokens)
     assert bounded is not None
     assert bounded["longest_edge"] == 32 * along
-    assert most_tokens(bounded) <= tokens
+    assert max_tokens(bounded) <= tokens
     processor = load_processor(bounded)
     shapes = [(1, 1), (64, 64), (63, 64), (700, 4), (97, 96)]
-    found = {p.tokens for w, h in shapes for p in processor.pictures([np.zeros((h, w, 3), "u1")])}
-    assert max(found) == most_tokens(bounded)
+    found = {p.tokens for w, h in shapes for p in processor.prepare([np.zeros((h, w, 3), "u1")])}
+    assert max(found) == max_tokens(bounded)
 
 
 def test_a_bound_below_one_tile() -> None:
-    assert with_most_tokens(config(SMALL), 3) is None
+    assert with_max_tokens(config(SMALL), 3) is None
 
 
 @pytest.mark.parametrize(

@@ -65,18 +65,18 @@ def test_ranges_are_in_order_and_usual_lengths_are_those_of_one_call(
     assert prefill["rows"].most == 4 * manifest.capacity.max_images * tokens
 
 
-def test_units_of_pictures_that_are_one_whole_or_many_tiles(
+def test_units_of_images_that_are_one_whole_or_many_tiles(
     manifests: dict[str, Manifest],
 ) -> None:
-    """At their own resolution one picture is encoded at a time, tiles are a few at a time."""
+    """At their own resolution one image is encoded at a time, tiles are a few at a time."""
     manifest = manifests["none"]
     ports = Port("pixel_values", "float32", ("units", 4, 12)), Port("window", "int64", ("windows",))
     graphs = {**manifest.graphs, "vision": replace(manifest.graphs["vision"], inputs=ports)}
-    images = replace(manifest.images, apart=False, most={"units": 30, "windows": 8})
+    images = replace(manifest.images, independent_units=False, max_dims={"units": 30, "windows": 8})
     whole = profiles(replace(manifest, images=images, graphs=graphs), Limits(Range(1, 2, 4)))
     assert whole["vision"] == {"units": Range(1, 30, 30), "windows": Range(1, 8, 8)}
     for units, most in ((1, 2), (5, 4)):
-        tiled = replace(manifest, images=replace(manifest.images, most={"units": units}))
+        tiled = replace(manifest, images=replace(manifest.images, max_dims={"units": units}))
         assert profiles(tiled, Limits(Range(1, 1, 1)))["vision"]["units"].most == most
 
 
@@ -94,28 +94,28 @@ def test_every_call_that_fits_the_bundle_fits_the_profile(
     length = st.integers(1, capacity.max_text_len - 1)
     text = data.draw(st.lists(length, min_size=rows, max_size=rows))
     count = st.integers(0, capacity.max_images)
-    pictures = data.draw(st.lists(count, min_size=rows, max_size=rows))
+    images = data.draw(st.lists(count, min_size=rows, max_size=rows))
     keep = data.draw(st.none() | st.floats(0.01, 1)) if manifest.reductions else None
-    kv_keep = data.draw(st.none() | st.floats(0.01, 1)) if manifest.compression else None
+    kv_keep = data.draw(st.none() | st.floats(0.01, 1)) if manifest.cache_policy else None
     plan = plan_prefill(
         manifest.reductions,
         keep_ratios(manifest.reductions, manifest.keep, keep),
         layers,
         text,
-        [[tokens] * n for n in pictures],
+        [[tokens] * n for n in images],
         [min(5, t) for t in text],
     )
-    budgets = Budgets.of(manifest.compression, layers, kv_keep)
+    budgets = Budgets.of(manifest.cache_policy, layers, kv_keep)
     try:
         for row in range(rows):
             new_token_limit(
-                manifest.capacity, budgets, plan.entries[:, row], text[row], pictures[row], 1
+                manifest.capacity, budgets, plan.entries[:, row], text[row], images[row], 1
             )
     except CapacityError:
         return  # refused before any engine is asked
     given = dict(plan.inputs)
     given["input_ids"] = np.zeros((rows, int(plan.entries[0].max())), np.int64)
-    given["image_features"] = np.zeros((max(1, sum(pictures) * tokens), 1))
+    given["image_features"] = np.zeros((max(1, sum(images) * tokens), 1))
     for layer, most in enumerate(budgets.prompt(plan.entries).max(1)):
         given[f"kv_slots_{layer}"] = np.arange(most)
     profile = profiles(manifest, Limits(Range(1, 1, ROWS)))["prefill"]
@@ -129,7 +129,7 @@ def test_every_call_that_fits_the_bundle_fits_the_profile(
     ("max_prompt", "why"),
     [
         (10_000, r"room for 2335 tokens \(--max-text-len 2048, --max-images 2\); give less"),
-        (144, "one picture and a word take 145 tokens; give more"),
+        (144, "one image and a word take 145 tokens; give more"),
     ],
 )
 def test_prompts_that_cannot_be(max_prompt: int, why: str, manifests: dict[str, Manifest]) -> None:

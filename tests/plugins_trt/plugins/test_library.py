@@ -166,7 +166,7 @@ GOOD: list[Field] = [("mode", "char", "plain"), ("factor", "float32", "2")]
         ([("factor", "null", "")], "factor has no data"),
         ([*GOOD, ("factor", "float64", "3")], "factor is given twice"),
         ([*GOOD, ("speed", "int32", "3")], "unknown attribute 'speed'"),
-        ([*GOOD, ("times", "float32", "3")], "times must be one whole number, int32 or int64"),
+        ([*GOOD, ("times", "float32", "3")], "times must be one integer, int32 or int64"),
         ([*GOOD, ("times", "int64", "-4")], "times is -4; -3 is the least that is allowed"),
         (
             [*GOOD, ("times", "int64", "99999999999")],

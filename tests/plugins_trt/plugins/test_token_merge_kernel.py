@@ -1,6 +1,6 @@
 """TokenMerge's kernels against its reference: layouts, ties and lengths that the samples lack.
 
-Whole numbers have exact products, so equal similarities are equal in every implementation. With
+Integers have exact products, so equal similarities are equal in every implementation. With
 any other hidden states, cases in which a rounding could decide are left out.
 """
 

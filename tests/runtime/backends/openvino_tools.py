@@ -18,9 +18,9 @@ from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 
 Make = Callable[..., Path]
-PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
+SAMPLES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
 PROMPTS = ["Describe the picture.", "Read the top row.", "Hi"]
-IMAGES = [PICTURES[:1], PICTURES, []]
+IMAGES = [SAMPLES[:1], SAMPLES, []]
 SMALL = "llava:llama-mha-bias-rope3-siglip"
 
 

@@ -25,7 +25,7 @@ from lvlm.runtime.bundle.reader import read_bundle
 MEGABYTE = 1 << 20
 WIDE, DEEP = 1024, 8  # weights [WIDE,WIDE] fp32 of 4 MB each
 SIZE = 4 * WIDE * WIDE
-PICTURE = ASSETS / "samples/digits-1.png"
+IMAGE = ASSETS / "samples/digits-1.png"
 
 
 class Listed:
@@ -150,7 +150,7 @@ def test_without_the_library_answers_are_the_same(
 
     def answer() -> list[int]:
         with lvlm.load(folder) as model:
-            tokens: list[int] = model.generate("Read it.", [PICTURE], max_new_tokens=16).token_ids
+            tokens: list[int] = model.generate("Read it.", [IMAGE], max_new_tokens=16).token_ids
             return tokens
 
     expected = answer()

@@ -24,9 +24,9 @@ from lvlm.runtime.bundle.manifest import Graph, Port
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.run_cli import main
 
-PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
+SAMPLES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
 PROMPTS = ["Describe the picture.", "Read the top row.", "Hi"]
-IMAGES = [PICTURES[:1], PICTURES, []]
+IMAGES = [SAMPLES[:1], SAMPLES, []]
 TENSORRT = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider")
 LIGHTVLM = CACHED["lightvlm (cached)"]
 

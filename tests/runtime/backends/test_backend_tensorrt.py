@@ -31,9 +31,9 @@ from lvlm.runtime.run_cli import main
 
 pytestmark = pytest.mark.usefixtures("trt")
 
-PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
+SAMPLES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
 PROMPTS = ["Describe the picture.", "Read the top row.", "Hi"]
-IMAGES = [PICTURES[:1], PICTURES, []]
+IMAGES = [SAMPLES[:1], SAMPLES, []]
 
 
 def decode_steps(model: Model, rows: int, steps: int, **ratios: Any) -> list[np.ndarray]:
@@ -104,7 +104,7 @@ def test_pieces_of_a_stream(built: Make) -> None:
 
 def test_the_command_line(built: Make, capsys: pytest.CaptureFixture[str]) -> None:
     folder = built()
-    argv = [str(folder), PROMPTS[0], "--image", str(PICTURES[0]), "--max-new-tokens", "8"]
+    argv = [str(folder), PROMPTS[0], "--image", str(SAMPLES[0]), "--max-new-tokens", "8"]
     assert main(argv) == 0
     expected = capsys.readouterr()
     assert main([*argv, "--device", "tensorrt-rtx"]) == 0

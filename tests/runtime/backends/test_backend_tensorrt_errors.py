@@ -17,7 +17,7 @@ from lvlm.runtime.run_cli import main
 
 pytestmark = pytest.mark.usefixtures("trt")
 
-PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
+SAMPLES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
 
 
 # What does not fit
@@ -38,7 +38,7 @@ def test_requests_beyond_the_profiles(built: Make) -> None:
         with pytest.raises(
             CapacityError, match=r"takes 1 to 200 tokens of a prompt .*fewer.* --max-prompt"
         ):
-            model.generate("Hi", PICTURES)
+            model.generate("Hi", SAMPLES)
         assert model.generate("Hi", max_new_tokens=2).token_ids  # still usable
 
 
@@ -88,7 +88,7 @@ def test_an_engine_that_tensorrt_refuses(built: Make, trt: FakeTensorRt) -> None
     trt.refuses = "Cuda Runtime (out of memory)"
     assert "of GPU memory, 1,048,576 MiB are free; close what else" in load_error(folder)
     trt.refuses, trt.no_context = "", True
-    assert "for want of GPU memory" in load_error(folder)
+    assert "because the GPU is out of memory" in load_error(folder)
 
 
 def test_weights_that_are_not_where_they_should_be(built: Make) -> None:
@@ -162,7 +162,7 @@ def test_no_room_for_the_computation(built: Make, driver: FakeDriver) -> None:
         model.generate("Hi", max_new_tokens=2)
         driver.room = sum(b.nbytes for b in driver.blocks.values()) + 1000
         with pytest.raises(DeviceMemoryError, match=r"MiB of GPU memory, .* are free; give fewer"):
-            model.generate("Hi", PICTURES)
+            model.generate("Hi", SAMPLES)
 
 
 def test_no_room_for_the_model(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_tools import PICTURES, QUESTION, WAIT, idle, intercept, same, scheduler, until
+from engine_tools import IMAGES, QUESTION, WAIT, idle, intercept, same, scheduler, until
 from fake_engines import build_engines
 from fake_tensorrt import FakeDriver
 from settings import CACHED
@@ -33,8 +33,8 @@ from lvlm.runtime.sampling.sampler import Sampler
 
 DEVICES = ("cpu", "openvino", "cuda", "tensorrt-rtx")
 GOOD: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True, "kv_keep": 0.5}
-ASK = (QUESTION, PICTURES[:1])
-TWO = ([QUESTION, "Read the top row."], [PICTURES[:1], PICTURES[1:]])
+ASK = (QUESTION, IMAGES[:1])
+TWO = ([QUESTION, "Read the top row."], [IMAGES[:1], IMAGES[1:]])
 
 
 @pytest.fixture(scope="module")

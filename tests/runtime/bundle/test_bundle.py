@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
             images=Images("<image>", 3, 4, (2, 2), (8, 8), {"name": "llava"}),
             keep=0.5,
             reductions=(Reduction(1, 0.5, None, 0.1), Reduction(2, 1.0, None, None)),
-            compression=FIXED_POINT,
+            cache_policy=FIXED_POINT,
             capacity=Capacity(32, 1, (36, 35, 34, 34)),
             chat_template=None,
             special_tokens={},
@@ -85,7 +85,7 @@ def fit_ports(manifest: Manifest) -> Manifest:
         )
 
     graphs = dict(manifest.graphs)
-    if manifest.compression is not None and manifest.compression.interval is not None:
+    if manifest.cache_policy is not None and manifest.cache_policy.interval is not None:
         graphs["compact"] = graphs["decode"]
     for name, graph in graphs.items():
         takes, _, gives = FORMS[name](manifest)
@@ -122,7 +122,7 @@ def test_what_was_written_is_read(folder: Path) -> None:
     manifest = read_bundle(folder)
     assert manifest.graphs["prefill"].inputs[0] == Port("input_ids", "int64", ("any", "any"))
     assert manifest.reductions[0] == Reduction(1, 0.5, None, 0.1)
-    assert manifest.compression == FIXED_POINT
+    assert manifest.cache_policy == FIXED_POINT
     (folder / "lvlm.json").rename(folder / "first.json")
     manifest.write(folder)
     assert (folder / "lvlm.json").read_text() == (folder / "first.json").read_text()
@@ -183,8 +183,8 @@ def test_unknown_schema_is_told_before_unknown_fields(folder: Path, text: str) -
         (put("special_tokens", value={"bos_token": 1}), "special_tokens.bos_token holds 1"),
         (put("capacity", "per_layer", 2, value="34"), "capacity.per_layer[2] holds '34'"),
         (put("reductions", 0, "recycle", value="x"), "reductions[0].recycle holds 'x'"),
-        (put("compression", "positions", value="mine"), "compression.positions holds 'mine'"),
-        (lambda d: d.pop("compression"), "missing field 'compression'"),
+        (put("cache_policy", "positions", value="mine"), "cache_policy.positions holds 'mine'"),
+        (lambda d: d.pop("cache_policy"), "missing field 'cache_policy'"),
         (put("graphs", "vision", "outputs", 0, "dims", 0, value=1.5), "puts[0].dims[0] holds 1.5"),
     ],
     ids=lambda x: x.replace(" ", "-") if isinstance(x, str) else "",
@@ -209,8 +209,8 @@ def test_a_whole_number_is_a_fraction_too(folder: Path) -> None:
         (put("text", "kv_heads", value=-1), "out of range"),
         (put("images", "tokens", value=0), "out of range"),
         (put("images", "grid", value=[2, 0]), "out of range"),
-        (put("images", "most", value={"units": 0}), "out of range"),
-        (put("images", "deep", value=99), "enter 99 blocks more"),
+        (put("images", "max_dims", value={"units": 0}), "out of range"),
+        (put("images", "deepstack_layers", value=99), "enter 99 blocks more"),
         (put("images", "grid", value=[4]), "a grid and a size of two numbers"),
         (put("images", "size", value=[8, 8, 3]), "a grid and a size of two numbers"),
         (put("graphs", "vision", "weights", 0, value="v"), "does not list the weight 'v'"),
@@ -242,7 +242,7 @@ def test_values_that_cannot_be(folder: Path, edit: Any, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "compression",
+    "cache_policy",
     [
         None,
         INTERVAL,
@@ -256,9 +256,9 @@ def test_values_that_cannot_be(folder: Path, edit: Any, said: str) -> None:
         APPENDED,
     ],
 )
-def test_cache_compressions_that_can_be(folder: Path, compression: CachePolicy | None) -> None:
-    fit_ports(replace(read_bundle(folder), compression=compression)).write(folder)
-    assert read_bundle(folder).compression == compression
+def test_cache_compressions_that_can_be(folder: Path, cache_policy: CachePolicy | None) -> None:
+    fit_ports(replace(read_bundle(folder), cache_policy=cache_policy)).write(folder)
+    assert read_bundle(folder).cache_policy == cache_policy
 
 
 @pytest.mark.parametrize(
@@ -294,8 +294,8 @@ def test_cache_compressions_that_can_be(folder: Path, compression: CachePolicy |
 def test_cache_compressions_that_cannot_be(
     folder: Path, start: CachePolicy, where: str, value: Any, said: str
 ) -> None:
-    change(folder, put("compression", value=asdict(start)))
-    change(folder, put("compression", *where.split("."), value=value))
+    change(folder, put("cache_policy", value=asdict(start)))
+    change(folder, put("cache_policy", *where.split("."), value=value))
     assert said in refused(folder)
 
 
@@ -319,7 +319,7 @@ def test_profiles_that_cannot_be(
     folder: Path, rows: list[tuple[float, tuple[float, ...]]], said: str
 ) -> None:
     profile = [{"keep": keep, "fractions": list(fractions)} for keep, fractions in rows]
-    change(folder, put("compression", "budget", "rows", value=profile))
+    change(folder, put("cache_policy", "budget", "rows", value=profile))
     assert said in refused(folder)
 
 

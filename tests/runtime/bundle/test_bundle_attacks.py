@@ -169,7 +169,7 @@ ATTACKS: dict[str, Edit] = {
     "ends by no token": put("text", "eos_ids", value=[]),
     "ends by a token that is none": put("text", "eos_ids", value=[HUGE]),
     "ends by a negative token": put("text", "eos_ids", value=[-1]),
-    "pictures of 1 token": put("images", "tokens", value=1),
+    "images of 1 token": put("images", "tokens", value=1),
     **{
         f"images.{name} is {value!r:.16}": put("images", name, value=value)
         for name, value in (
@@ -187,13 +187,13 @@ ATTACKS: dict[str, Edit] = {
             ("size", []),
             ("size", [10**6, 10**6]),
             ("size", [28, 28]),
-            ("apart", False),
+            ("independent_units", False),
             ("shared_rows", 3),
             ("shared_rows", 10**12),
-            ("deep", 1),
+            ("deepstack_layers", 1),
             ("positions", "grid"),
-            ("most", {}),
-            ("most", {"units": HUGE}),
+            ("max_dims", {}),
+            ("max_dims", {"units": HUGE}),
             ("processor", {}),
             ("processor", {"name": "qwen_vl"}),
             ("processor", {"name": LONG}),
@@ -228,13 +228,13 @@ ATTACKS: dict[str, Edit] = {
     "a reduction without recycling": put("reductions", 0, "recycle", value=None),
     "an exponent of 10**4000": put("reductions", 0, "exponent", value=HUGE),
     "an exponent of 1e300": put("reductions", 0, "exponent", value=1e300),
-    "no compression": put("compression", value=None),
-    "a compression by interval": lambda d: d["compression"].update(
+    "no compression": put("cache_policy", value=None),
+    "a compression by interval": lambda d: d["cache_policy"].update(
         decode={"kind": "interval", "steps": 4, "floor": 0},
         score={"kind": "window", "queries": 1, "kernel": 1, "pool": "mean", "per_head": False},
     ),
     **{
-        f"compression.{'.'.join(place)} is {value!r:.16}": put("compression", *place, value=value)
+        f"cache_policy.{'.'.join(place)} is {value!r:.16}": put("cache_policy", *place, value=value)
         for *place, value in (
             ("budget", "keep", 1.0),
             ("budget", "keep", HUGE),
@@ -286,7 +286,7 @@ ATTACKS: dict[str, Edit] = {
     # text
     "a template that fails": put("chat_template", value="{% for"),
     "a template of long text": put("chat_template", value=LONG),
-    "a template without pictures": put("chat_template", value="x"),
+    "a template without images": put("chat_template", value="x"),
     "a template with half a character": put("chat_template", value="{{ '\ud800' }}"),
     "special tokens with half a character": put("special_tokens", value={"bos_token": "\udfff"}),
     "a generation that is none": put("generation", value={"repetition_penalty": "x"}),

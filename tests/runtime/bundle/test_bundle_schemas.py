@@ -202,10 +202,10 @@ def test_a_bundle_with_a_flat_compression_answers_as_recorded(name: str, tmp_pat
             ).token_ids
             for ratio in ({}, {"kv_keep": 0.25})
         ]
-        kept = model.manifest.compression
+        kept = model.manifest.cache_policy
     assert found == LATER[name]
     read_bundle(tmp_path / name).write(tmp_path / name)
-    assert read_bundle(tmp_path / name).compression == kept
+    assert read_bundle(tmp_path / name).cache_policy == kept
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_flat_compressions_become_policies(
     flat: dict[str, Any], recipe: str, policy: CachePolicy
 ) -> None:
     data = {"schema": 4, "recipe": recipe, "compression": flat, "parameters": {}}
-    found = upgraded(data, "lvlm.json")["compression"]
+    found = upgraded(data, "lvlm.json")["cache_policy"]
     assert decode(CachePolicy, found, "it") == policy
 
 

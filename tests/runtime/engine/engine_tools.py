@@ -18,7 +18,7 @@ from lvlm.runtime.engine.scheduler import Scheduler
 from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.model import Model
 
-PICTURES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
+IMAGES = [ASSETS / f"samples/digits-{i}.png" for i in (1, 2)]
 QUESTION = "Describe the picture."
 LONG: dict[str, Any] = {"max_new_tokens": 1000, "ignore_eos": True}
 WAIT = 60.0  # seconds after which a test has failed rather than waits
@@ -26,22 +26,22 @@ WAIT = 60.0  # seconds after which a test has failed rather than waits
 
 @dataclass(frozen=True)
 class Ask:
-    """A request: a prompt, the numbers of its pictures, options of generate."""
+    """A request: a prompt, the numbers of its images, options of generate."""
 
     prompt: str = QUESTION
-    pictures: tuple[int, ...] = (0,)
+    images: tuple[int, ...] = (0,)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def arguments(self) -> tuple[str, list[Path]]:
-        return self.prompt, [PICTURES[i] for i in self.pictures]
+        return self.prompt, [IMAGES[i] for i in self.images]
 
     def alone(self, model: Model) -> Generation:
         return model.generate(*self.arguments, **self.options)
 
 
-def ask(prompt: str = QUESTION, pictures: tuple[int, ...] = (0,), **options: Any) -> Ask:
-    return Ask(prompt, pictures, {"max_new_tokens": 6} | options)
+def ask(prompt: str = QUESTION, images: tuple[int, ...] = (0,), **options: Any) -> Ask:
+    return Ask(prompt, images, {"max_new_tokens": 6} | options)
 
 
 def same(ours: Generation, theirs: Generation) -> None:
@@ -142,6 +142,6 @@ def answers(engine: Engine, asks: Sequence[Ask], expected: Sequence[Generation])
 
 def running(engine: Engine, **options: Any) -> Handle:
     """A request that has a token."""
-    handle = engine.submit(QUESTION, PICTURES[:1], **(LONG | options))
+    handle = engine.submit(QUESTION, IMAGES[:1], **(LONG | options))
     next(handle.tokens())
     return handle

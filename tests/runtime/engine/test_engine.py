@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import PICTURES, QUESTION, WAIT, Ask, ask, idle, same
+from engine_tools import IMAGES, QUESTION, WAIT, Ask, ask, idle, same
 from fake_engines import Make
 from fake_tensorrt import FakeTensorRt
 from hypothesis import HealthCheck, given, settings
@@ -45,8 +45,8 @@ def jobs(recipe: str, count: int, seed: int) -> list[Ask]:
             options |= {"kv_keep": rng.choice([0.3, 0.5, 1.0])}
         if "lightvlm" in recipe and rng.random() < 0.5:
             options |= {"keep": rng.choice([0.25, 0.5])}
-        pictures = rng.choice([(), (0,), (1,), (0, 1)])
-        return Ask(rng.choice(PROMPTS), pictures, options)
+        images = rng.choice([(), (0,), (1,), (0, 1)])
+        return Ask(rng.choice(PROMPTS), images, options)
 
     return [one() for _ in range(count)]
 
@@ -74,7 +74,7 @@ def test_answers_are_those_alone(recipe: str, bundle: Callable[..., Path]) -> No
             assert len(handle.token_times) == len(one.token_ids)
             assert handle.token_times == sorted(handle.token_times)
         idle(engine)
-        assert engine.images.misses <= 2  # each picture was encoded once
+        assert engine.images.misses <= 2  # each image was encoded once
 
 
 @pytest.mark.parametrize(("slots", "parallel"), [(1, True), (1, False), (3, False)])
@@ -149,11 +149,11 @@ def test_engines_of_tensorrt(recipe: str, built: Make, trt: FakeTensorRt) -> Non
     assert trt.libraries == []
 
 
-# Prefixes and pictures
+# Prefixes and images
 
 
-def test_a_second_question_about_the_same_picture(bundle: Callable[..., Path]) -> None:
-    """Its picture is not read again, unless the recipe decides with the whole prompt."""
+def test_a_second_question_about_the_same_image(bundle: Callable[..., Path]) -> None:
+    """Its image is not read again, unless the recipe decides with the whole prompt."""
     other = [ask("Read the top row."), ask(QUESTION, (1,)), ask(QUESTION, (0, 1)), ask()]
     with lvlm.load(folder_of(bundle, "none")) as model:
         expected = [a.alone(model) for a in [ask(), *other]]
@@ -163,18 +163,18 @@ def test_a_second_question_about_the_same_picture(bundle: Callable[..., Path]) -
             for ours, theirs in zip(got, expected, strict=True):
                 same(ours, theirs)
             reused = [g.stats.reused_tokens for g in got]
-            assert reused[0] == reused[2] == reused[3] == 0  # nothing yet, other pictures
+            assert reused[0] == reused[2] == reused[3] == 0  # nothing yet, other images
             shared = got[1].stats.reused_tokens
             if reuse:
                 assert got[1].stats.image_tokens < shared < got[1].stats.prompt_tokens
                 assert got[1].stats.prefill_ms == 0
-                assert reused[4] > got[4].stats.image_tokens  # the first of two pictures
+                assert reused[4] > got[4].stats.image_tokens  # the first of two images
             else:
                 assert shared == 0
             assert (engine.images.misses, engine.images.hits) == (2, 2 if reuse else 4)
     for recipe in ("lightvlm", "uniform (cached)"):
         with Engine(folder_of(bundle, recipe), slots=2) as engine:
-            twice = [engine.generate(QUESTION, PICTURES[:1], max_new_tokens=3) for _ in range(2)]
+            twice = [engine.generate(QUESTION, IMAGES[:1], max_new_tokens=3) for _ in range(2)]
             assert [g.stats.reused_tokens for g in twice] == [0, 0]
             assert (engine.images.misses, engine.images.hits) == (1, 1)
 
@@ -234,7 +234,7 @@ def test_mistakes_are_raised_by_submit(bundle: Callable[..., Path]) -> None:
         with pytest.raises(PromptError, match="the prompt is empty"):
             engine.submit("", chat_template=False)
         with pytest.raises(CapacityError, match="2 images"):
-            engine.submit(QUESTION, PICTURES)
+            engine.submit(QUESTION, IMAGES)
         with pytest.raises(CapacityError, match="text tokens"):
             engine.submit("7 " * 40)
         cut = engine.generate("Hi", ignore_eos=True, max_new_tokens=200)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import LONG, PICTURES, QUESTION, WAIT, ask, idle, intercept, same, scheduler
+from engine_tools import IMAGES, LONG, QUESTION, WAIT, ask, idle, intercept, same, scheduler
 
 import lvlm
 from lvlm.core.errors import EngineClosedError, ParameterError, RequestCancelled, RequestTimeout
@@ -67,7 +67,7 @@ def test_the_loop_goes_on_while_the_engine_works(engine: Engine) -> None:
     prefill.before = lambda inputs, outputs: gate.wait(WAIT) and None  # noqa: ARG005
 
     async def main() -> None:
-        handle = await AsyncEngine(engine).submit(QUESTION, PICTURES[:1], max_new_tokens=3)
+        handle = await AsyncEngine(engine).submit(QUESTION, IMAGES[:1], max_new_tokens=3)
         waiting = asyncio.create_task(handle._answer())
         await asyncio.sleep(0)
         assert not waiting.done()
@@ -80,7 +80,7 @@ def test_the_loop_goes_on_while_the_engine_works(engine: Engine) -> None:
 @pytest.mark.parametrize("by_pieces", [True, False])
 def test_a_cancelled_task_cancels_its_request(by_pieces: bool, engine: Engine) -> None:
     async def main() -> None:
-        handle = await AsyncEngine(engine).submit(QUESTION, PICTURES[:1], **LONG)
+        handle = await AsyncEngine(engine).submit(QUESTION, IMAGES[:1], **LONG)
         read = asyncio.Event()
 
         async def consumer() -> None:
@@ -109,13 +109,13 @@ def test_out_of_time(engine: Engine) -> None:
 
     async def main() -> None:
         asynchronous = AsyncEngine(engine)
-        handle = await asynchronous.submit(QUESTION, PICTURES[:1], **LONG)
+        handle = await asynchronous.submit(QUESTION, IMAGES[:1], **LONG)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
                 await handle
         with pytest.raises(RequestCancelled):
             await handle
-        handle = await asynchronous.submit(QUESTION, PICTURES[:1], timeout=0.05, **LONG)
+        handle = await asynchronous.submit(QUESTION, IMAGES[:1], timeout=0.05, **LONG)
         with pytest.raises(RequestTimeout):
             async for _ in handle:
                 pass

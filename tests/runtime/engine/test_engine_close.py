@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import LONG, PICTURES, QUESTION, WAIT, intercept, running, scheduler, until
+from engine_tools import IMAGES, LONG, QUESTION, WAIT, intercept, running, scheduler, until
 
 from lvlm.core.errors import BackendError, EngineClosedError
 from lvlm.runtime.engine import Engine
@@ -25,7 +25,7 @@ def folder(bundle: Callable[..., Path]) -> Path:
 
 def test_closed_while_busy(folder: Path) -> None:
     engine = Engine(folder, slots=2)
-    handles = [running(engine), *(engine.submit(QUESTION, PICTURES[1:], **LONG) for _ in range(4))]
+    handles = [running(engine), *(engine.submit(QUESTION, IMAGES[1:], **LONG) for _ in range(4))]
     engine.close()
     errors = []
     for handle in handles:
@@ -79,10 +79,10 @@ def test_closing_frees_everything(folder: Path) -> None:
         raise KeyError("odd")
 
     decode.before = fail
-    handle = engine.submit(QUESTION, PICTURES[:1])
+    handle = engine.submit(QUESTION, IMAGES[:1])
     with pytest.raises(BackendError, match="odd") as caught:
         handle.result(WAIT)
-    waiting = engine.submit(QUESTION, PICTURES[:1])
+    waiting = engine.submit(QUESTION, IMAGES[:1])
     engine.close()
     del buffers, decode
     gc.collect()
@@ -124,7 +124,7 @@ print("busy", flush=True)
 @pytest.mark.parametrize("how", ["", "del engine", "sys.exit(3)", "raise ValueError('mine')"])
 def test_the_interpreter_exits_while_it_is_busy(how: str, folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", EXIT + how, str(folder), str(PICTURES[0])],
+        [sys.executable, "-c", EXIT + how, str(folder), str(IMAGES[0])],
         capture_output=True,
         text=True,
         timeout=WAIT,

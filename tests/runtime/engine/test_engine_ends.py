@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import LONG, PICTURES, QUESTION, WAIT, idle, intercept, running, scheduler, until
+from engine_tools import IMAGES, LONG, QUESTION, WAIT, idle, intercept, running, scheduler, until
 
 from lvlm.core.errors import BackendError, RequestCancelled, RequestTimeout
 from lvlm.runtime.engine import Engine, Handle
@@ -55,7 +55,7 @@ def test_cancelled_in_the_queue(engine: Engine) -> None:
 def test_cancelled_in_prefill(engine: Engine) -> None:
     """What is read for nobody is stopped; the caller does not wait for that."""
     held = Held(engine, "prefill")
-    handle = engine.submit(QUESTION, PICTURES[:1], **LONG)
+    handle = engine.submit(QUESTION, IMAGES[:1], **LONG)
     after = engine.submit("Hi", max_new_tokens=2)
     assert held.reached.wait(WAIT)
     assert handle.cancel()
@@ -111,7 +111,7 @@ def test_cancelled_after_its_end(engine: Engine) -> None:
 
 def test_a_consumer_that_stops_reading(engine: Engine) -> None:
     """The answer is finished without it, and nobody else waits."""
-    handle = engine.submit(QUESTION, PICTURES[:1], max_new_tokens=30, ignore_eos=True)
+    handle = engine.submit(QUESTION, IMAGES[:1], max_new_tokens=30, ignore_eos=True)
     reader = iter(handle)
     next(reader)
     assert engine.generate("Hi", max_new_tokens=2).token_ids
@@ -140,7 +140,7 @@ def test_generate_that_is_interrupted(engine: Engine, monkeypatch: pytest.Monkey
 def test_out_of_time_in_the_queue_and_in_decode(engine: Engine) -> None:
     decode = intercept(engine, "decode")
     gate = threading.Event()
-    first = engine.submit(QUESTION, PICTURES[:1], timeout=0.5, **LONG)
+    first = engine.submit(QUESTION, IMAGES[:1], timeout=0.5, **LONG)
     waiting = engine.submit("Hi", timeout=0.05)
     decode.before = lambda inputs, outputs: gate.wait(0.05) and None  # noqa: ARG005
     with pytest.raises(RequestTimeout, match="the request's timeout is over"):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_tools import (
-    PICTURES,
+    IMAGES,
     QUESTION,
     WAIT,
     Ask,
@@ -30,7 +30,7 @@ from lvlm.core.errors import BackendError, DeviceMemoryError, EngineClosedError
 from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.generate.answers import Generation
 
-SHORT = ask("Hi", (), max_new_tokens=12, ignore_eos=True)  # positions below 100: no picture
+SHORT = ask("Hi", (), max_new_tokens=12, ignore_eos=True)  # positions below 100: no image
 LONG = [
     ask(max_new_tokens=25, ignore_eos=True),
     ask("Read the top row.", (1,), max_new_tokens=25, ignore_eos=True),
@@ -147,21 +147,21 @@ def test_a_prompt_that_cannot_be_read(
     one = 1 if graph == "vision" else engine.manifest.images.tokens
 
     def fail(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
-        # Two pictures: only the middle request's.
+        # Two images: only the middle request's.
         if len(inputs["pixel_values" if graph == "vision" else "image_features"]) > one:
             raise RuntimeError("out of luck")
 
     faulty.before = fail
     with answers(engine, LONG, expected):
         odd = ask("Hi", (0, 1), max_new_tokens=3)
-        # A picture that is known already is not encoded again
-        handle = engine.submit(odd.prompt, [turned(p) for p in PICTURES], **odd.options)
+        # An image that is known already is not encoded again
+        handle = engine.submit(odd.prompt, [turned(p) for p in IMAGES], **odd.options)
         with pytest.raises(BackendError, match=r"the backend failed .*out of luck"):
             handle.result(WAIT)
         assert handle.text == ""
         assert handle.token_ids == []
     faulty.before = lambda inputs, outputs: None  # noqa: ARG005
-    assert engine.generate("Hi", [turned(p) for p in PICTURES], max_new_tokens=3).token_ids
+    assert engine.generate("Hi", [turned(p) for p in IMAGES], max_new_tokens=3).token_ids
 
 
 def turned(path: Path) -> np.ndarray:

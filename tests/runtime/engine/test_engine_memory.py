@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_tools import PICTURES, scheduler
+from engine_tools import IMAGES, scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from settings import CACHED
@@ -41,7 +41,7 @@ def test_the_plan_is_what_is_allocated(recipe: str, bundle: Callable[..., Path])
             assert memory.total == sum(parts)
             assert memory.images == 64_000_000
         assert less.memory().slot < whole.memory().slot
-        answer = less.generate("Describe the picture.", PICTURES[:1], max_new_tokens=3)
+        answer = less.generate("Describe the picture.", IMAGES[:1], max_new_tokens=3)
         assert answer.stats.cache_bytes_allocated == less.memory().slot
         assert 0 < answer.stats.cache_bytes_used < less.memory().slot
 
@@ -80,7 +80,7 @@ def test_too_little_says_what_is_needed(manifest: Manifest, bundle: Callable[...
     with pytest.raises(
         ParameterError,
         match=r"^memory_budget is 100 MB, but 1 slot of [\d,]+ MB need [\d,]+ MB \(weights \d+ MB, "
-        r"workspace [\d,]+ MB, pictures 64 MB\); give more, or a smaller max_text_len, max_im",
+        r"workspace [\d,]+ MB, images 64 MB\); give more, or a smaller max_text_len, max_im",
     ):
         plan_memory(manifest, manifest.capacity, None, "100MB", "64MB")
     folder = bundle("tiny-llava", max_images=2)
@@ -138,13 +138,13 @@ def resident():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
 
-folder, count, pictures = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+folder, count, images = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 rng, seen = random.Random(5), []
 with Engine(folder, threads=1, slots=3, max_text_len=256, image_cache="100kB") as engine:
     for start in range(0, count, 20):
         handles = []
         for _ in range(20):
-            some = rng.sample(pictures, rng.randrange(3))
+            some = rng.sample(images, rng.randrange(3))
             prompt = "7 " * rng.randrange(1, 80)
             handles.append(engine.submit(prompt, some, max_new_tokens=rng.randrange(1, 12)))
         rng.choice(handles).cancel()
@@ -160,7 +160,7 @@ def test_nothing_grows(bundle: Callable[..., Path], stress_steps: int) -> None:
     folder = bundle("tiny-llava", max_images=2)
     count = 240 if stress_steps < 1000 else 2400
     done = subprocess.run(
-        [sys.executable, "-c", GROWTH, str(folder), str(count), *map(str, PICTURES)],
+        [sys.executable, "-c", GROWTH, str(folder), str(count), *map(str, IMAGES)],
         capture_output=True,
         text=True,
         timeout=600,

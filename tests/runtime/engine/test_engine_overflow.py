@@ -16,7 +16,7 @@ from lvlm.core.errors import BackendError
 from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.generate.answers import Generation
 
-SHORT = ask("Hi", (), max_new_tokens=12, ignore_eos=True)  # positions below 100: no picture
+SHORT = ask("Hi", (), max_new_tokens=12, ignore_eos=True)  # positions below 100: no image
 LONG = [
     ask(max_new_tokens=25, ignore_eos=True),
     ask("Read the top row.", (1,), max_new_tokens=25, ignore_eos=True),

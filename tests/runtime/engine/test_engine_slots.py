@@ -197,7 +197,7 @@ def test_a_row_that_was_moved_goes_on_the_same(call: Call, data: st.DataObject) 
     for _ in range(call.tokens.max() + 1):
         running = playback.decode()
         for (layer, row), entries in playback.lists.items():
-            c = call.compression
+            c = call.cache_policy
             one_by_one = isinstance(c.decode, OneByOne) and running[row]
             if one_by_one and len(entries) > playback.budget(layer, row):
                 entries.pop(removed(c, int(playback.kept[layer, row])))
@@ -215,13 +215,13 @@ def test_a_row_that_was_moved_goes_on_the_same(call: Call, data: st.DataObject) 
             playback.compare()
 
 
-@pytest.mark.parametrize("compression", [None, FIXED_POINT, INTERVAL])
-def test_all_of_a_row_is_copied_and_cleared(compression: Any) -> None:
+@pytest.mark.parametrize("cache_policy", [None, FIXED_POINT, INTERVAL])
+def test_all_of_a_row_is_copied_and_cleared(cache_policy: Any) -> None:
     """Rings whole, budgets of its own; entries as far as there are any."""
-    cache = new_cache([8, 6, 5], Budgets.of(compression, 3, None), batch=3)
-    keep = None if compression is None else 0.9
+    cache = new_cache([8, 6, 5], Budgets.of(cache_policy, 3, None), batch=3)
+    keep = None if cache_policy is None else 0.9
     counts = np.array([[4], [3], [2]])
-    cache.begin(counts, counts, slice(1, 2), Budgets.of(compression, 3, keep))
+    cache.begin(counts, counts, slice(1, 2), Budgets.of(cache_policy, 3, keep))
     for buffer in cache.buffers.values():
         buffer[1] = np.random.default_rng(3).random(buffer[1].shape)
     cache.copy_row(1, 2)
@@ -231,7 +231,7 @@ def test_all_of_a_row_is_copied_and_cleared(compression: Any) -> None:
         np.testing.assert_array_equal(buffer[2, :, :used], buffer[1, :, :used])
         assert np.isnan(buffer[0]).all()
     assert cache.budgets.fractions[:, 2].tolist() == cache.budgets.fractions[:, 1].tolist()
-    if compression is not None:
+    if cache_policy is not None:
         assert (cache.budgets.fractions[:, 0] != cache.budgets.fractions[:, 2]).all()
     cache.clear_row(2)
     assert not any(buffer[2].any() for buffer in cache.buffers.values())

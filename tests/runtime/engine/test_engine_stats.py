@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_tools import LONG, PICTURES, QUESTION, WAIT, idle, running
+from engine_tools import IMAGES, LONG, QUESTION, WAIT, idle, running
 
 import lvlm
 from lvlm.runtime.engine import Engine
@@ -29,7 +29,7 @@ def test_counts(engine: Engine) -> None:
     assert (fresh.submitted, fresh.tokens_per_second, fresh.cache_bytes_used) == (0, 0.0, 0)
     assert fresh.cache_bytes == engine.memory().cache
     handle = running(engine)
-    second = engine.submit(QUESTION, PICTURES[:1], max_new_tokens=3, ignore_eos=True)
+    second = engine.submit(QUESTION, IMAGES[:1], max_new_tokens=3, ignore_eos=True)
     now = engine.stats()
     assert (now.running, now.waiting, now.submitted, now.answered) == (1, 1, 2, 0)
     assert 0 < now.cache_bytes_used < now.cache_bytes
@@ -76,18 +76,18 @@ def test_reprs_say_something(engine: Engine, folder: Path) -> None:
 
 
 def test_model_and_engine_offer_the_same_calls(engine: Engine, folder: Path) -> None:
-    prompts, pictures = ["Hi", QUESTION, "Ho"], [None, PICTURES[:1], []]
+    prompts, images = ["Hi", QUESTION, "Ho"], [None, IMAGES[:1], []]
     options = lvlm.GenerationOptions(max_new_tokens=3, temperature=2.0, seed=5)
     with lvlm.load(folder) as model:
         alone = [
             model.generate(p, i, options=options, seed=5 + row)
-            for row, (p, i) in enumerate(zip(prompts, pictures, strict=True))
+            for row, (p, i) in enumerate(zip(prompts, images, strict=True))
         ]
         for one in (model, engine):
-            answers = one.generate(prompts, pictures, options=options)
+            answers = one.generate(prompts, images, options=options)
             assert [a.token_ids for a in answers] == [a.token_ids for a in alone]
             assert one.generate([]) == []
-            with one.stream(QUESTION, PICTURES[:1], options=options, seed=6) as stream:
+            with one.stream(QUESTION, IMAGES[:1], options=options, seed=6) as stream:
                 first = next(stream)
                 assert first + "".join(stream) == alone[1].text
             assert stream.result is not None

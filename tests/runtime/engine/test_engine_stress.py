@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_tools import PICTURES, WAIT, ask, idle, intercept, same
+from engine_tools import IMAGES, WAIT, ask, idle, intercept, same
 from settings import CACHED
 
 import lvlm
@@ -32,9 +32,9 @@ def test_random_operations(recipe: str, bundle: Callable[..., Path], stress_step
     """Every answer is the one that is due, or the error that was provoked; nothing is left over."""
     folder = bundle("tiny-llava", *CACHED.get(recipe, (recipe,)), max_images=2)
     kinds = [
-        ask(prompt, pictures, max_new_tokens=n, ignore_eos=n > 5, **ratio)
+        ask(prompt, images, max_new_tokens=n, ignore_eos=n > 5, **ratio)
         for prompt in PROMPTS
-        for pictures in ((), (0,), (1, 0))
+        for images in ((), (0,), (1, 0))
         for n in (1, 4, 18)
         for ratio in ({}, {"kv_keep": 0.4})[: 1 if recipe == "none" else 2]
     ]
@@ -87,7 +87,7 @@ def _operate(engine: Engine, rng: random.Random, kinds: Any, held: list[Any]) ->
         rng.choice(held)[1].cancel()
     elif draw < 0.95:
         with pytest.raises(LvlmError):
-            engine.submit("x " * 9999, PICTURES)
+            engine.submit("x " * 9999, IMAGES)
 
 
 def _sometimes(rng: random.Random) -> None:

@@ -68,18 +68,18 @@ def test_without_compression_everything_stays() -> None:
         Budgets.of(None, 2, 0.5)
 
 
-@pytest.mark.parametrize("compression", [None, UNIFORM, INTERVAL])
+@pytest.mark.parametrize("cache_policy", [None, UNIFORM, INTERVAL])
 @pytest.mark.parametrize(
     "kv_keep", [0, 0.0, -0.5, 1.01, float("nan"), float("inf"), True, False, "0.5", [0.5], 0.5j]
 )
-def test_unusable_kv_keep(compression: CachePolicy | None, kv_keep: Any) -> None:
+def test_unusable_kv_keep(cache_policy: CachePolicy | None, kv_keep: Any) -> None:
     with pytest.raises(ParameterError, match=r"kv_keep is .*; give a number above 0 and up to 1"):
-        Budgets.of(compression, 2, kv_keep)
+        Budgets.of(cache_policy, 2, kv_keep)
 
 
 def test_fractions_lie_between_the_rows_of_a_profile() -> None:
     rows = (ProfileRow(0.2, (0.3, 0.1)), ProfileRow(0.5, (0.6, 0.4)))
-    compression = changed(UNIFORM, keep=0.5, profile=rows)
+    cache_policy = changed(UNIFORM, keep=0.5, profile=rows)
     for kv_keep, expected in [
         (None, (0.6, 0.4)),
         (0.1, (0.15, 0.05)),
@@ -88,11 +88,11 @@ def test_fractions_lie_between_the_rows_of_a_profile() -> None:
         (0.75, (0.8, 0.7)),
         (1.0, (1.0, 1.0)),
     ]:
-        fractions = Budgets.of(compression, 2, kv_keep).fractions[:, 0]
+        fractions = Budgets.of(cache_policy, 2, kv_keep).fractions[:, 0]
         np.testing.assert_allclose(fractions, expected, rtol=1e-14)
-    assert Budgets.of(compression, 2, 0.2).fractions[:, 0].tolist() == [0.3, 0.1]
+    assert Budgets.of(cache_policy, 2, 0.2).fractions[:, 0].tolist() == [0.3, 0.1]
     # A last row for everything may be off by what the manifest allows; everything is everything.
-    whole = changed(compression, profile=(*rows, ProfileRow(1.0, (1.0, 0.9999999))))
+    whole = changed(cache_policy, profile=(*rows, ProfileRow(1.0, (1.0, 0.9999999))))
     assert Budgets.of(whole, 2, 1.0).fractions[:, 0].tolist() == [1, 1]
 
 
@@ -125,8 +125,8 @@ def test_uniform_prompt(
 ) -> None:
     protected = sinks + recent
     most = None if cap is None else protected + cap
-    compression = changed(UNIFORM, sinks=sinks, recent=recent, cap=most)
-    budgets = Budgets.of(compression, 2, thousandths / 1000)
+    cache_policy = changed(UNIFORM, sinks=sinks, recent=recent, cap=most)
+    budgets = Budgets.of(cache_policy, 2, thousandths / 1000)
     kept = budgets.prompt(array(entries, entries[::-1]))
     assert kept.dtype == np.int64
     np.testing.assert_array_equal(kept[0], kept[1][::-1])
@@ -177,8 +177,8 @@ def test_profile_prompt_within_bounds(
     entries = np.array([data.draw(counts) for _ in range(layers)], np.int64)
     keep = sum(shares) / 64 / layers
     profile = (ProfileRow(keep, tuple(s / 64 for s in shares)),)
-    compression = changed(UNIFORM, keep=keep, profile=profile, sinks=sinks, recent=recent, cap=cap)
-    budgets = Budgets.of(compression, layers, None)
+    cache_policy = changed(UNIFORM, keep=keep, profile=profile, sinks=sinks, recent=recent, cap=cap)
+    budgets = Budgets.of(cache_policy, layers, None)
     kept = budgets.prompt(entries)
     assert kept.shape == entries.shape
     assert kept.dtype == np.int64
@@ -223,8 +223,8 @@ def test_all_is_all(seed: int, layers: int, n: int, with_profile: bool) -> None:
     rng = np.random.default_rng(seed)
     profile = (profile_of(rng, layers, 0.3),) if with_profile else ()
     entries = rng.integers(1, n + 1, (layers, 3))
-    for compression in (UNIFORM, REFERENCE):
-        budgets = Budgets.of(changed(compression, profile=profile), layers, 1.0)
+    for cache_policy in (UNIFORM, REFERENCE):
+        budgets = Budgets.of(changed(cache_policy, profile=profile), layers, 1.0)
         np.testing.assert_array_equal(budgets.prompt(entries), entries)
         np.testing.assert_array_equal(budgets.step(entries), entries)
     budgets = Budgets.of(changed(INTERVAL, profile=profile), layers, 1.0)
@@ -239,10 +239,10 @@ def test_more_is_more_in_total(
     rng = np.random.default_rng(seed)
     profile = (profile_of(rng, layers, 0.3),) if with_profile else ()
     entries = np.full((layers, 1), n)
-    for compression in (UNIFORM, INTERVAL):
-        compression = changed(compression, profile=profile)
+    for cache_policy in (UNIFORM, INTERVAL):
+        cache_policy = changed(cache_policy, profile=profile)
         less, more = (
-            Budgets.of(compression, layers, keep).prompt(entries).sum() for keep in sorted((a, b))
+            Budgets.of(cache_policy, layers, keep).prompt(entries).sum() for keep in sorted((a, b))
         )
         assert less <= more
 
@@ -299,14 +299,14 @@ def test_a_whole_number_is_whole_whatever_floating_point_says() -> None:
     ],
 )
 def test_fixed_point(distance: int, sinks: int, kept: list[int], expected: list[int]) -> None:
-    compression = changed(UNIFORM, distance=distance, sinks=sinks)
-    point = Budgets.of(compression, 1, None).fixed_point(array(kept))
+    cache_policy = changed(UNIFORM, distance=distance, sinks=sinks)
+    point = Budgets.of(cache_policy, 1, None).fixed_point(array(kept))
     assert point.tolist() == [expected]
 
 
 def test_the_released_code_guards_no_sink() -> None:
-    compression = changed(UNIFORM, distance=25, sinks=4, semantics="reference")
-    point = Budgets.of(compression, 1, None).fixed_point(array([100, 27, 26, 9, 5, 2]))
+    cache_policy = changed(UNIFORM, distance=25, sinks=4, semantics="reference")
+    point = Budgets.of(cache_policy, 1, None).fixed_point(array([100, 27, 26, 9, 5, 2]))
     assert point.tolist() == [[75, 2, 1, 4, 2, 1]]
     assert point.dtype == np.int64
 
@@ -403,8 +403,8 @@ def test_capacity_by_hand() -> None:
     assert got == expected
     assert fixed.capacity(array([10, 4]), np.array([1, 20])).tolist() == [13]
 
-    compression = changed(INTERVAL, sinks=1, recent=1, queries=1, floor=0, interval=4)
-    interval = Budgets.of(compression, 1, 0.5)
+    cache_policy = changed(INTERVAL, sinks=1, recent=1, queries=1, floor=0, interval=4)
+    interval = Budgets.of(cache_policy, 1, 0.5)
     expected = [5, 6, 7, 8, 9, 9, 9, 10, 11, 11, 11, 12, 13]
     got = [interval.capacity(array([10]), np.array([t])).item() for t in range(13)]
     assert got == expected
@@ -424,8 +424,8 @@ def test_the_limit_holds_however_a_text_is_divided(
     for start in (UNIFORM, REFERENCE, interval, sliding, appended, None):
         if start is appended:
             changes |= {"recent": 2, "sinks": 0}
-        compression = None if start is None else changed(start, **changes)
-        budgets = Budgets.of(compression, 3, None if start is None else keep)
+        cache_policy = None if start is None else changed(start, **changes)
+        budgets = Budgets.of(cache_policy, 3, None if start is None else keep)
         limit = budgets.limit(np.full(3, most), most - 1)
         for prompt in range(1, most + 1):
             entries = np.full((3, 1), prompt)
@@ -435,12 +435,12 @@ def test_the_limit_holds_however_a_text_is_divided(
 @settings(deadline=None)
 @given(seeds, keeps, st.integers(0, 60), st.sampled_from([None, UNIFORM, REFERENCE, INTERVAL]))
 def test_room_is_the_most_that_fits(
-    seed: int, keep: float, most: int, compression: CachePolicy | None
+    seed: int, keep: float, most: int, cache_policy: CachePolicy | None
 ) -> None:
     rng = np.random.default_rng(seed)
-    if compression is INTERVAL:
-        compression = changed(INTERVAL, floor=5, queries=1, recent=2, interval=7)
-    budgets = Budgets.of(compression, 3, None if compression is None else keep)
+    if cache_policy is INTERVAL:
+        cache_policy = changed(INTERVAL, floor=5, queries=1, recent=2, interval=7)
+    budgets = Budgets.of(cache_policy, 3, None if cache_policy is None else keep)
     entries = rng.integers(1, 80, 3)
     prompt = budgets.prompt(entries[:, None])[:, 0]
     capacities = prompt + rng.integers(-1, 30, 3)

@@ -68,17 +68,17 @@ def test_each_layer_has_its_own_capacity(cache: CompactCache) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("compression", [None, FIXED_POINT, INTERVAL])
+@pytest.mark.parametrize("cache_policy", [None, FIXED_POINT, INTERVAL])
 def test_bytes_allocated_are_those_of_the_buffers(
-    dtype: str, compression: CachePolicy | None
+    dtype: str, cache_policy: CachePolicy | None
 ) -> None:
-    cache = new_cache([10, 6, 4], Budgets.of(compression, 3, None), dtype=dtype)
+    cache = new_cache([10, 6, 4], Budgets.of(cache_policy, 3, None), dtype=dtype)
     assert cache.bytes_allocated == sum(b.nbytes for b in cache.buffers.values())
 
 
-@pytest.mark.parametrize("compression", [None, INTERVAL])
-def test_views_are_the_same_memory(compression: CachePolicy | None) -> None:
-    cache = new_cache([10, 6, 4], Budgets.of(compression, 3, None), batch=3)
+@pytest.mark.parametrize("cache_policy", [None, INTERVAL])
+def test_views_are_the_same_memory(cache_policy: CachePolicy | None) -> None:
+    cache = new_cache([10, 6, 4], Budgets.of(cache_policy, 3, None), batch=3)
     views = cache.views(slice(1, 2))
     assert set(views) == set(cache.buffers)
     for name, buffer in cache.buffers.items():
@@ -101,11 +101,11 @@ def test_slots_follow_the_prompt_row_by_row(cache: CompactCache) -> None:
     assert cache.positions(np.array([40, 30])).tolist() == [40, 30]
 
 
-@pytest.mark.parametrize("compression", [None, FIXED_POINT, INTERVAL])
+@pytest.mark.parametrize("cache_policy", [None, FIXED_POINT, INTERVAL])
 def test_a_full_row_that_has_finished_stays_within_its_buffers(
-    compression: CachePolicy | None,
+    cache_policy: CachePolicy | None,
 ) -> None:
-    cache = new_cache([10, 6, 4], Budgets.of(compression, 3, None))
+    cache = new_cache([10, 6, 4], Budgets.of(cache_policy, 3, None))
     begin(cache, [[10, 1], [6, 1], [4, 1]])
     for _ in range(2):
         index, valid = cache.next_slot()
@@ -139,14 +139,14 @@ def test_begin_copies_the_counts(cache: CompactCache) -> None:
 class Call:
     """entries [L,B] of the prompts, the tokens [B] fed to each row until it finishes."""
 
-    compression: CachePolicy
+    cache_policy: CachePolicy
     entries: np.ndarray
     tokens: np.ndarray
     seed: int
 
     @property
     def budgets(self) -> Budgets:
-        return Budgets.of(self.compression, len(self.entries), None)
+        return Budgets.of(self.cache_policy, len(self.entries), None)
 
 
 @st.composite
@@ -168,7 +168,7 @@ def calls(draw: Any, start: CachePolicy, longest: int, most: int) -> Call:
     if start.interval is not None:
         mode = {"interval": draw(st.integers(1, 7)), "floor": draw(st.integers(0, 12))}
         mode["queries"] = queries
-    compression = changed(
+    cache_policy = changed(
         start,
         keep=keep,
         profile=() if row is None or keep == 1 else (ProfileRow(keep, tuple(row)),),
@@ -181,7 +181,7 @@ def calls(draw: Any, start: CachePolicy, longest: int, most: int) -> Call:
     counts = st.lists(st.integers(1, longest), min_size=rows, max_size=rows)
     entries = np.array([draw(counts) for _ in range(layers)])
     tokens = np.array(draw(st.lists(st.integers(0, most), min_size=rows, max_size=rows)))
-    return Call(compression, entries, tokens, draw(st.integers(0, 2**32 - 1)))
+    return Call(cache_policy, entries, tokens, draw(st.integers(0, 2**32 - 1)))
 
 
 def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -214,18 +214,18 @@ class Playback:
         )
         # Ids beside the keys and queries: whose is it?
         self.ids = np.full((self.layers, self.rows, capacities.max()), -1)
-        self.ring = np.full((self.layers, self.rows, call.compression.queries), -1)
+        self.ring = np.full((self.layers, self.rows, call.cache_policy.queries), -1)
         self.lists: dict[tuple[int, int], list[Entry]] = {}
         self.kept = budgets.prompt(call.entries)
         for (layer, row), kept in np.ndenumerate(self.kept):
             count = int(call.entries[layer, row])
-            last = count - min(call.compression.recent, kept)  # protected from here on
+            last = count - min(call.cache_policy.recent, kept)  # protected from here on
             others = self.rng.permutation(last)[: kept - (count - last)]
             entries = [self.entry(i) for i in [*sorted(others.tolist()), *range(last, count)]]
             self.lists[layer, row] = entries
             for slot, entry in enumerate(entries):
                 self.write(layer, row, slot, entry)
-            asked = min(call.compression.queries, count)
+            asked = min(call.cache_policy.queries, count)
             self.ring[layer, row, self.ring.shape[2] - asked :] = range(count - asked, count)
         self.cache.begin(call.entries, self.kept)
         self.fed = np.zeros(self.rows, int)
@@ -248,7 +248,7 @@ class Playback:
             # A row that has finished is written too, and must not disturb any other.
             entry = self.entry(int(self.call.entries[layer, row] + self.fed[row]))
             self.write(layer, row, index[layer, row], entry)
-            if self.call.compression.queries:
+            if self.call.cache_policy.queries:
                 self.ring[layer, row, self.cache.query_index[row]] = entry.id
             if running[row]:
                 entries = self.lists[layer, row]
@@ -273,7 +273,7 @@ class Playback:
 
     def budget(self, layer: int, row: int) -> int:
         """Of a layer now, by the rules of ALGORITHMS.md."""
-        c = self.call.compression
+        c = self.call.cache_policy
         seen = int(self.call.entries[layer, row] + self.fed[row])
         rows = getattr(c.budget, "rows", ())
         fraction = rows[0].fractions[layer] if rows else c.budget.keep
@@ -295,12 +295,12 @@ class Playback:
             assert len(slots) == len(entries)
             assert cache.seen[layer, row] == self.call.entries[layer, row] + self.fed[row]
         true = self.call.entries.max(axis=0) + self.fed
-        if self.call.compression.positions == "layer0":
+        if self.call.cache_policy.positions == "layer0":
             true = np.array([len(self.lists[0, row]) for row in range(self.rows)])
         assert cache.positions(self.call.entries.max(axis=0) + self.fed).tolist() == true.tolist()
         for row in range(self.rows):
             count = sum(len(self.lists[layer, row]) for layer in range(self.layers))
-            ring = self.layers * TEXT.heads * self.call.compression.queries
+            ring = self.layers * TEXT.heads * self.call.cache_policy.queries
             floats = 2 * TEXT.kv_heads * TEXT.head_dim * count + ring * TEXT.head_dim
             assert cache.bytes_used(row) == 4 * floats
 
@@ -312,7 +312,7 @@ class Playback:
 @given(calls(APPENDED, 30, 40))
 def test_appended_entries_all_stay(call: Call) -> None:
     playback = Playback(call)
-    assert call.compression.queries == 0
+    assert call.cache_policy.queries == 0
     for _ in range(call.tokens.max() + 1):
         playback.decode()
         playback.compare()
@@ -332,7 +332,7 @@ def test_appended_entries_all_stay(call: Call) -> None:
 def test_elimination_one_by_one(call: Call) -> None:
     playback = Playback(call)
     playback.compare()
-    c = call.compression
+    c = call.cache_policy
     for _ in range(call.tokens.max() + 1):
         running = playback.decode()
         for (layer, row), entries in playback.lists.items():
@@ -343,8 +343,8 @@ def test_elimination_one_by_one(call: Call) -> None:
 
 def test_victims_by_hand() -> None:
     """10 entries leave 5; from the third on they go, first in, first out, then the answer's."""
-    compression = changed(FIXED_POINT, keep=0.5, distance=3, positions="layer0")
-    cache = new_cache([12], Budgets.of(compression, 1, None), batch=1)
+    cache_policy = changed(FIXED_POINT, keep=0.5, distance=3, positions="layer0")
+    cache = new_cache([12], Budgets.of(cache_policy, 1, None), batch=1)
     cache.begin(np.array([[10]]), np.array([[5]]))
     indices, valid_lengths, positions, used = [], [], [], []
     for _ in range(13):
@@ -369,7 +369,7 @@ def test_victims_by_hand() -> None:
 def test_compaction_at_intervals(call: Call) -> None:
     playback = Playback(call)
     playback.compare()
-    cache, c = playback.cache, call.compression
+    cache, c = playback.cache, call.cache_policy
     assert c.interval is not None
     assert cache.compaction() is None
     for _ in range(call.tokens.max() + 1):
@@ -402,7 +402,7 @@ def check_inputs(
     budgets: dict[tuple[int, int], int],
     due: np.ndarray,
 ) -> None:
-    queries = playback.call.compression.queries
+    queries = playback.call.cache_policy.queries
     slots = {f"kv_slots_{layer}" for layer in range(playback.layers)}
     assert set(inputs) == {"valid_length", "kv_budget", "query_slot", *slots}
     assert all(array.dtype == np.int64 for array in inputs.values())
@@ -429,7 +429,7 @@ def importance(playback: Playback, at: tuple[int, int]) -> np.ndarray:
 
 def compact(playback: Playback, inputs: dict[str, np.ndarray]) -> None:
     """compact.onnx: the first, the last and the most important entries to the front, in order."""
-    c, ids = playback.call.compression, playback.ids
+    c, ids = playback.call.cache_policy, playback.ids
     for at in playback.lists:
         layer, row = at
         length, budget = (int(inputs[name][at]) for name in ("valid_length", "kv_budget"))
@@ -446,7 +446,7 @@ def compact(playback: Playback, inputs: dict[str, np.ndarray]) -> None:
 
 def compact_list(playback: Playback, at: tuple[int, int], budget: int) -> None:
     """Delete the least important entries that are not protected until the budget holds."""
-    c, entries = playback.call.compression, playback.lists[at]
+    c, entries = playback.call.cache_policy, playback.lists[at]
     score = importance(playback, at)
     open_ids = [e.id for e in entries[c.sinks : len(entries) - c.recent]]
     for victim in sorted(open_ids, key=lambda i: score[i])[: len(entries) - budget]:
@@ -455,8 +455,8 @@ def compact_list(playback: Playback, at: tuple[int, int], budget: int) -> None:
 
 def test_ring_slots_by_hand() -> None:
     """Prompts of 6 and 2 tokens, 4 queries: the latest ones' own entries are the last ones."""
-    compression = changed(INTERVAL, keep=0.01, sinks=0, recent=4, queries=4, interval=3)
-    cache = new_cache([10], Budgets.of(compression, 1, None))
+    cache_policy = changed(INTERVAL, keep=0.01, sinks=0, recent=4, queries=4, interval=3)
+    cache = new_cache([10], Budgets.of(cache_policy, 1, None))
     assert cache.buffers["query_0"].shape == (2, 4, 4, 3)
     cache.begin(np.array([[6, 2]]), np.array([[4, 2]]))
     for step in range(3):
@@ -480,8 +480,8 @@ def test_ring_slots_by_hand() -> None:
 
 def test_ring_slots_of_a_short_prompt() -> None:
     """Before the fourth token some slots of the ring are empty; the prompt itself is never due."""
-    compression = changed(INTERVAL, keep=0.01, sinks=0, recent=4, queries=4, interval=1)
-    cache = new_cache([10], Budgets.of(compression, 1, None))
+    cache_policy = changed(INTERVAL, keep=0.01, sinks=0, recent=4, queries=4, interval=1)
+    cache = new_cache([10], Budgets.of(cache_policy, 1, None))
     cache.begin(np.array([[6, 1]]), np.array([[6, 1]]))
     assert cache.compaction() is None
     cache.advance(np.array([True, True]))
@@ -518,7 +518,7 @@ def test_capacity_is_exactly_what_decode_occupies(call: Call, compressed: bool) 
 @given(st.one_of(calls(FIXED_POINT, 30, 20), calls(INTERVAL, 30, 20)), st.floats(0.01, 1))
 def test_a_cache_used_again_is_as_good_as_new(call: Call, keep: float) -> None:
     layers, rows = call.entries.shape
-    other = Budgets.of(call.compression, layers, keep)
+    other = Budgets.of(call.cache_policy, layers, keep)
     capacities = np.maximum(
         call.budgets.capacity(call.entries, call.tokens),
         other.capacity(call.entries, call.tokens),

@@ -18,7 +18,7 @@ from lvlm.runtime.model import load
 def test_the_cache_of_one_prompt(recipe: str, bundle: Callable[..., Path]) -> None:
     with load(bundle("tiny-llava", *CACHED[recipe], max_images=2)) as model:
         manifest = model.manifest
-        budgets = Budgets.of(manifest.compression, manifest.text.layers, None)
+        budgets = Budgets.of(manifest.cache_policy, manifest.text.layers, None)
         cache = model.calls.cache_for(1, np.array(manifest.capacity.per_layer), budgets)
         taken = sum(buffer.nbytes for buffer in cache.buffers.values())
         assert cache_bytes(manifest, 1, manifest.capacity.per_layer) == taken

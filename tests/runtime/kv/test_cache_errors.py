@@ -20,7 +20,7 @@ from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.run_cli import main
 
-PICTURE = np.asarray(Image.open(ASSETS / "samples/digits-1.png"))
+IMAGE = np.asarray(Image.open(ASSETS / "samples/digits-1.png"))
 ELASTIC = CACHED["elastic-cache (cached)"]
 INTERVAL = CACHED["lightvlm (cached)"]
 
@@ -86,7 +86,7 @@ def test_prompts_of_one_token_and_some(recipe: str, bundle: Callable[..., Path])
 
 def test_short_answers_use_few_bytes(elastic: Model) -> None:
     """Allocated: the capacities times an entry's bytes, and nothing beside it."""
-    prompt = elastic.prepare(0, "Describe the picture.", [PICTURE], GenerationOptions())
+    prompt = elastic.prepare(0, "Describe the picture.", [IMAGE], GenerationOptions())
     sizes = []
     for kv_keep in (0.2, 1.0):
         cache = elastic.calls.start([prompt], kv_keep=kv_keep).cache
@@ -122,7 +122,7 @@ def test_importance_that_is_not_finite_is_an_error(
         lvlm.load(folder, threads=1, verify="none") as model,
         pytest.raises(BackendError, match=r"layer 2, prompt 1: the attention .* is not finite"),
     ):
-        model.generate("Describe the picture.", [PICTURE], kv_keep=0.5)
+        model.generate("Describe the picture.", [IMAGE], kv_keep=0.5)
 
 
 def test_importance_that_becomes_infinite_in_decode_is_an_error(
@@ -130,7 +130,7 @@ def test_importance_that_becomes_infinite_in_decode_is_an_error(
 ) -> None:
     """compact.onnx says so too."""
     with lvlm.load(bundle("tiny-llava", *INTERVAL, max_images=2), threads=1) as model:
-        prompt = model.prepare(0, "Describe the picture.", [PICTURE], GenerationOptions())
+        prompt = model.prepare(0, "Describe the picture.", [IMAGE], GenerationOptions())
         batch = model.calls.start([prompt], kv_keep=0.5)
         for _ in range(15):
             batch.feed([5])

@@ -112,8 +112,8 @@ def test_tokens_entering_each_block(tokens: int, keep: list[float]) -> None:
 rows = st.lists(
     st.tuples(
         st.integers(1, 50),  # text tokens
-        st.lists(st.integers(1, 40), max_size=3),  # image tokens of each picture
-        st.integers(0, 20),  # tokens after the last picture
+        st.lists(st.integers(1, 40), max_size=3),  # image tokens of each image
+        st.integers(0, 20),  # tokens after the last image
     ),
     min_size=1,
     max_size=4,
@@ -125,7 +125,7 @@ rows = st.lists(
 def test_plan(batch: list[tuple[int, list[int], int]], keep: list[float]) -> None:
     text, images, tail = (list(column) for column in zip(*batch, strict=True))
     plan = plan_prefill(THREE, keep, 6, text, images, tail)
-    size, pictures = len(batch), max(1, *map(len, images))
+    size, max_images = len(batch), max(1, *map(len, images))
     assert all(a.dtype == np.int64 for a in (plan.entries, *plan.inputs.values()))
 
     stage_of_layer = [None, 0, 0, 1, 2, 2]
@@ -138,9 +138,9 @@ def test_plan(batch: list[tuple[int, list[int], int]], keep: list[float]) -> Non
     assert plan.maps == tuple(plan.entries[layer].max() for layer in before)
     for stage, layer in enumerate((1, 3, 4)):
         counts, centres = plan.inputs[f"keep_{stage}"], plan.inputs[f"recycle_{stage}"]
-        assert counts.shape == centres.shape == (size, pictures)
+        assert counts.shape == centres.shape == (size, max_images)
         for b in range(size):
-            for m in range(pictures):
+            for m in range(max_images):
                 present = m < len(images[b])
                 k = max(1, round(images[b][m] * keep[stage])) if present else 0
                 assert counts[b, m] == k

@@ -1,4 +1,4 @@
-"""Every source of a picture, the conversions of transformers, files that are broken or large."""
+"""Every source of an image, the conversions of transformers, files that are broken or large."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from lvlm.runtime.options.generation_options import GenerationOptions
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 11, 3), np.uint8)
 
 
-def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -47,11 +47,11 @@ def png_header(width: int, height: int) -> bytes:
 
 def test_all_sources_give_the_same_pixels(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    picture = Image.fromarray(PIXELS)
-    picture.save(path)
+    image = Image.fromarray(PIXELS)
+    image.save(path)
     data = path.read_bytes()
     url = "data:image/png;base64," + base64.b64encode(data).decode()
-    sources = [path, str(path), data, bytearray(data), memoryview(data), picture, PIXELS, url]
+    sources = [path, str(path), data, bytearray(data), memoryview(data), image, PIXELS, url]
     with path.open("rb") as file:
         for source in (
             *sources,
@@ -84,7 +84,7 @@ class Tensor:
         ("x" * 5000, "cannot be opened: File name too long"),
     ],
 )
-def test_what_is_no_picture(source: Any, problem: str) -> None:
+def test_what_is_no_image(source: Any, problem: str) -> None:
     with pytest.raises(ImageError, match=problem) as caught:
         open_image(source)
     assert len(str(caught.value)) < 400
@@ -95,10 +95,10 @@ def test_gray_array_becomes_rgb() -> None:
     np.testing.assert_array_equal(opened, np.stack([PIXELS[:, :, 0]] * 3, axis=2))
 
 
-def picture_of_mode(mode: str) -> Image.Image:
+def image_of_mode(mode: str) -> Image.Image:
     rng = np.random.default_rng(1)
     if mode == "P with transparency":
-        return Image.open(io.BytesIO(encoded(picture_of_mode("P"), transparency=3)))
+        return Image.open(io.BytesIO(encoded(image_of_mode("P"), transparency=3)))
     if mode == "I;16":
         return Image.fromarray(rng.integers(0, 256, (5, 6), np.uint16))
     if mode == "P":
@@ -121,9 +121,9 @@ MODES = ["1", "L", "LA", "P", "P with transparency", "RGB", "RGBA", "CMYK", "YCb
 def test_modes_convert_as_in_transformers(mode: str) -> None:
     from transformers.image_transforms import convert_to_rgb
 
-    picture = picture_of_mode(mode)
-    expected = convert_to_rgb(picture, return_numpy=True)
-    np.testing.assert_array_equal(open_image(picture), expected)
+    image = image_of_mode(mode)
+    expected = convert_to_rgb(image, return_numpy=True)
+    np.testing.assert_array_equal(open_image(image), expected)
 
 
 @pytest.mark.parity
@@ -138,8 +138,8 @@ def test_exif_orientation_of_files_is_applied(orientation: int, tmp_path: Path) 
     expected = np.asarray(load_image(str(path)))
     np.testing.assert_array_equal(open_image(path), expected)
     np.testing.assert_array_equal(open_image(path.read_bytes()), expected)
-    with Image.open(path) as picture:
-        np.testing.assert_array_equal(open_image(picture), expected)
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(open_image(image), expected)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
@@ -157,7 +157,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
         open_image(tmp_path)
     with pytest.raises(ImageError, match=r"cannot be opened: .*null"):
         open_image("a\0b")
-    (tmp_path / "a.txt").write_text("no picture")
+    (tmp_path / "a.txt").write_text("no image")
     with pytest.raises(ImageError, match=r"a\.txt' is not an image"):
         open_image(tmp_path / "a.txt")
     with pytest.raises(ImageError, match="given as 0 bytes is not an image"):
@@ -199,12 +199,12 @@ def test_large_but_allowed_does_not_warn() -> None:
     [
         (np.zeros((0, 5, 3), np.uint8), "is empty"),
         (np.zeros((5, 0), np.uint8), "is empty"),
-        (np.zeros((3, 8, 8), np.uint8), "is not a picture"),
-        (np.zeros((8, 8, 4), np.uint8), "is not a picture"),
-        (np.zeros((8,), np.uint8), "is not a picture"),
-        (np.zeros((2, 8, 8, 3), np.uint8), "is not a picture"),
+        (np.zeros((3, 8, 8), np.uint8), "is not an image"),
+        (np.zeros((8, 8, 4), np.uint8), "is not an image"),
+        (np.zeros((8,), np.uint8), "is not an image"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "is not an image"),
         (np.zeros((3, 8, 8), np.float32), "channels come first: give uint8"),
-        (np.zeros((8, 8, 3), np.float32), "dtype float32 is not a picture; give uint8"),
+        (np.zeros((8, 8, 3), np.float32), "dtype float32 is not an image; give uint8"),
         (np.broadcast_to(np.zeros(3, np.uint8), (40_000, 2, 3)), "too large"),
     ],
 )
@@ -264,10 +264,10 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_the_limit_is_an_option() -> None:
-    picture = np.zeros((20, 30, 3), np.uint8)
-    assert open_image(picture, 600).shape == picture.shape
+    image = np.zeros((20, 30, 3), np.uint8)
+    assert open_image(image, 600).shape == image.shape
     with pytest.raises(ImageError, match=r"at most 599 pixels in all .* max_image_pixels"):
-        open_image(picture, 599)
+        open_image(image, 599)
     assert GenerationOptions(max_image_pixels=MOST_PIXELS).max_image_pixels > MAX_PIXELS
     with pytest.raises(ParameterError, match="from 1 to 178,956,970"):
         GenerationOptions(max_image_pixels=MOST_PIXELS + 1)

@@ -1,4 +1,4 @@
-"""Samples of more than 8 bits, and memory while a large picture is decoded."""
+"""Samples of more than 8 bits, and memory while a large image is decoded."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lvlm.runtime.media.images import open_image
 RAMP = np.linspace(0, 65_535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
 
 
-def saved(picture: Image.Image, kind: str) -> bytes:
+def saved(image: Image.Image, kind: str) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind)
+    image.save(file, kind)
     return file.getvalue()
 
 
@@ -43,25 +43,25 @@ def test_16_bit_pil_image() -> None:
 @pytest.mark.parametrize(("mode", "dtype"), [("I;16B", ">u2"), ("I;16L", "<u2"), ("I;16N", "=u2")])
 def test_16_bits_in_any_order_of_bytes(mode: str, dtype: str) -> None:
     """Pillow reads a TIFF of a big-endian machine into a mode of its own."""
-    picture = Image.frombytes(mode, (64, 64), RAMP.astype(dtype).tobytes())
-    given = [picture, saved(picture, "TIFF")] if mode == "I;16B" else [picture]
+    image = Image.frombytes(mode, (64, 64), RAMP.astype(dtype).tobytes())
+    given = [image, saved(image, "TIFF")] if mode == "I;16B" else [image]
     for source in given:
         assert np.abs(open_image(source)[:, :, 0] - RAMP / 257).max() <= 0.5
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_colors_multiplied_by_their_opacity(mode: str) -> None:
-    picture = Image.new(mode, (2, 1), (40, 128) if mode == "LA" else (40, 40, 40, 128))
-    picture.putpixel((1, 0), (0,) * len(mode))
-    opened = open_image(picture.convert(f"{mode[:-1]}a"))
+    image = Image.new(mode, (2, 1), (40, 128) if mode == "LA" else (40, 40, 40, 128))
+    image.putpixel((1, 0), (0,) * len(mode))
+    opened = open_image(image.convert(f"{mode[:-1]}a"))
     assert opened[0, 0].tolist() == pytest.approx([255 - (255 - 40) * 128 / 255] * 3, abs=2)
     assert opened[0, 1].tolist() == [255] * 3  # transparent, not black
 
 
 def test_transparent_gray_of_16_bits() -> None:
-    picture = Image.fromarray(RAMP)
-    picture.info["transparency"] = int(RAMP[1, 1])
-    assert (open_image(picture)[1, 1] == 255).all()
+    image = Image.fromarray(RAMP)
+    image.info["transparency"] = int(RAMP[1, 1])
+    assert (open_image(image)[1, 1] == 255).all()
 
 
 @settings(max_examples=50, deadline=None)
@@ -70,14 +70,14 @@ def test_small_values_in_wide_words_stay(values: list[int]) -> None:
     for dtype, mode in ((np.uint16, "I;16"), (np.int32, "I"), (np.float32, "F")):
         if dtype == np.float32 and max(values) <= 1:
             continue  # fractions of white
-        picture = Image.fromarray(np.array([values], dtype))
-        assert picture.mode == mode
-        assert open_image(picture)[0, :, 0].tolist() == values
+        image = Image.fromarray(np.array([values], dtype))
+        assert image.mode == mode
+        assert open_image(image)[0, :, 0].tolist() == values
 
 
 def test_fractions_of_white() -> None:
-    picture = Image.fromarray(np.array([[0, 0.25, 0.5, 1]], np.float32))
-    assert open_image(picture)[0, :, 2].tolist() == [0, 64, 128, 255]
+    image = Image.fromarray(np.array([[0, 0.25, 0.5, 1]], np.float32))
+    assert open_image(image)[0, :, 2].tolist() == [0, 64, 128, 255]
     assert open_image(Image.new("F", (2, 2), 0)).max() == 0
 
 
@@ -98,24 +98,24 @@ def test_without_a_range(array: np.ndarray, problem: str) -> None:
 
 @pytest.mark.parametrize("turn", range(9))
 def test_many_bands_turned(turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (37, 23, 3), np.uint8))
-    picture.getexif()[0x0112] = turn
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (37, 23, 3), np.uint8))
+    image.getexif()[0x0112] = turn
     monkeypatch.setattr("lvlm.runtime.media.pixels.BAND", 23 * 5)
-    opened = open_image(picture)
-    np.testing.assert_array_equal(opened, np.asarray(ImageOps.exif_transpose(picture)))
+    opened = open_image(image)
+    np.testing.assert_array_equal(opened, np.asarray(ImageOps.exif_transpose(image)))
     assert opened.flags.c_contiguous
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "CMYK", "1", "I", "F"])
 def test_many_bands(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(3).integers(0, 256, (37, 23, 4), np.uint8)
-    picture = Image.fromarray(pixels).convert(
+    image = Image.fromarray(pixels).convert(
         "RGB" if mode in ("P", "CMYK", "1", "I", "F") else "RGBA"
     )
-    picture = picture.convert(mode)
-    whole = open_image(picture)
+    image = image.convert(mode)
+    whole = open_image(image)
     monkeypatch.setattr("lvlm.runtime.media.pixels.BAND", 23 * 5)
-    np.testing.assert_array_equal(open_image(picture), whole)
+    np.testing.assert_array_equal(open_image(image), whole)
 
 
 def test_memory_follows_the_pixels() -> None:

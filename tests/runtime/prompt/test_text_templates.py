@@ -200,7 +200,7 @@ def test_conversations_are_written_as_transformers_writes_them(name: str) -> Non
     assert "Two." in ours
 
 
-def test_each_turn_has_its_own_pictures() -> None:
+def test_each_turn_has_its_own_images() -> None:
     turns = [Turn("user", "1", 1), Turn("assistant", "2"), Turn("user", "3", 2)]
     turns.append(Turn("user", "<image> 4", 1))  # has its place
     for source in (LLAVA, STRINGS):
@@ -208,7 +208,7 @@ def test_each_turn_has_its_own_pictures() -> None:
         assert [part.count("<image>") for part in between] == [1, 0, 2, 1, 0]
 
 
-def test_pictures_have_places_where_the_template_has_none() -> None:
+def test_images_have_places_where_the_template_has_none() -> None:
     chat = template(STRINGS)
     assert chat.render("Hi", 2) == "USER: <image>\n<image>\nHi ASSISTANT:"
     assert chat.render("A <image> B", 1) == "USER: A <image> B ASSISTANT:"

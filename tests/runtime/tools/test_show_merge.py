@@ -1,4 +1,4 @@
-"""The picture of merging: what became of each patch, and how it is drawn."""
+"""The image of merging: what became of each patch, and how it is drawn."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lvlm.runtime.tools.show_merge import (
     MARGIN,
     PatchToken,
     after_each_reduction,
-    merge_picture,
+    merge_image,
 )
 
 STATS = Stats(0, 0, 0, (), (), (), 0, 0, 0, 0, 0, 0)
-SIDE = 12  # a picture of 2 x 3 patches, 6 x 4 pixels each; shown at 288 x 288
+SIDE = 12  # an image of 2 x 3 patches, 6 x 4 pixels each; shown at 288 x 288
 SHOWN = 288
 
 
@@ -132,7 +132,7 @@ def flat(colour: tuple[int, int, int] = (200, 200, 200)) -> np.ndarray:
 def test_kept_merged_and_dropped_patches() -> None:
     # Text, patches 0 to 5, text: 0 absorbs 4 and 5, 1 and 3 stay, 2 goes.
     generation = answer([0, 1, 1, 1, 1, 1, 1, 0], [0, 1, 2, -1, 3, 1, 1, 4])
-    sheet = merge_picture(model(), [flat()], generation)
+    sheet = merge_image(model(), [flat()], generation)
     np.testing.assert_array_equal(patches(sheet, 0), np.full((2, 3, 3), 200))
     shown = patches(sheet, 1).reshape(6, 3)
     for patch in (0, 1, 3):
@@ -144,7 +144,7 @@ def test_kept_merged_and_dropped_patches() -> None:
 
 def test_the_outline_of_a_centre_has_the_colour_of_its_members() -> None:
     generation = answer([1] * 6, [0, 1, 2, 3, 0, 4])
-    pixels = np.asarray(merge_picture(model(), [flat()], generation)).astype(int)
+    pixels = np.asarray(merge_image(model(), [flat()], generation)).astype(int)
     left = MARGIN + SHOWN + GAP
     edge, inside = pixels[MARGIN + 3, left + 40], pixels[MARGIN + SHOWN // 4, left + 40]
     member = patches(Image.fromarray(pixels.astype(np.uint8)), 1)[1, 1]
@@ -157,7 +157,7 @@ def test_the_outline_of_a_centre_has_the_colour_of_its_members() -> None:
 
 def test_where_the_centre_is_unknown_all_are_tinted() -> None:
     generation = answer([1] * 6, [0, 0, 1, 2, 3, 4])
-    shown = patches(merge_picture(model(), [flat()], generation), 1).reshape(6, 3)
+    shown = patches(merge_image(model(), [flat()], generation), 1).reshape(6, 3)
     assert shown[0].tolist() == shown[1].tolist() != [200, 200, 200]
 
 
@@ -169,20 +169,20 @@ def test_where_the_centre_is_unknown_all_are_tinted() -> None:
 def test_class_tokens_shift_the_patches(tokens: int, dark: int) -> None:
     """The token at place 2 is dropped."""
     merge_map = [i - (i > 2) if i != 2 else -1 for i in range(tokens)]
-    sheet = merge_picture(model(tokens), [flat()], answer([1] * tokens, merge_map))
+    sheet = merge_image(model(tokens), [flat()], answer([1] * tokens, merge_map))
     shown = patches(sheet, 1).reshape(6, 3)
     expected = {dark} | ({0} if tokens == 5 else set())
     assert {int(i) for i in np.flatnonzero((shown < 60).all(1))} == expected
 
 
-def test_a_row_for_each_picture_and_a_panel_for_each_reduction() -> None:
+def test_a_row_for_each_image_and_a_panel_for_each_reduction() -> None:
     generation = answer(
         [0, *[1] * 6, 0, *[2] * 6],
-        [*range(13), -1],  # the second picture's last patch goes
-        [0, -1, *range(1, 12)],  # the first picture's first
+        [*range(13), -1],  # the second image's last patch goes
+        [0, -1, *range(1, 12)],  # the first image's first
     )
     red, blue = (220, 60, 60), (60, 60, 220)
-    sheet = merge_picture(model(layers=(1, 4)), [flat(red), flat(blue)], generation)
+    sheet = merge_image(model(layers=(1, 4)), [flat(red), flat(blue)], generation)
     assert sheet.width == 2 * MARGIN + 3 * SHOWN + 2 * GAP
     assert patches(sheet, 0)[0, 0].tolist() == [220, 60, 60]
     assert patches(sheet, 0, 1)[0, 0].tolist() == [60, 60, 220]
@@ -194,11 +194,11 @@ def test_a_row_for_each_picture_and_a_panel_for_each_reduction() -> None:
 
 
 def test_pixels_beyond_the_last_patch_are_dark() -> None:
-    """A picture of 13 x 13 pixels has patches of 6 x 4: one row and column belong to none."""
+    """An image of 13 x 13 pixels has patches of 6 x 4: one row and column belong to none."""
     made = model()
     made.manifest.images = Images("<image>", 3, 6, (2, 3), (13, 13), {})
-    picture = np.full((13, 13, 3), 200, np.uint8)
-    sheet = merge_picture(made, [picture], answer([1] * 6, list(range(6))))
+    image = np.full((13, 13, 3), 200, np.uint8)
+    sheet = merge_image(made, [image], answer([1] * 6, list(range(6))))
     pixels = np.asarray(sheet)
     shown = 13 * 22  # the least multiple from 280 on
     left = MARGIN + shown + GAP
@@ -210,11 +210,11 @@ def test_pixels_beyond_the_last_patch_are_dark() -> None:
 def test_what_cannot_be_drawn() -> None:
     generation = answer([1] * 6, list(range(6)))
     with pytest.raises(ParameterError, match="recipe 'none' merges no image tokens"):
-        merge_picture(model(layers=(), recipe="none"), [flat()], generation)
+        merge_image(model(layers=(), recipe="none"), [flat()], generation)
     with pytest.raises(ParameterError, match="9 image tokens are not a grid of 2 x 3"):
-        merge_picture(model(9), [flat()], generation)
+        merge_image(model(9), [flat()], generation)
     for images in ([], [flat(), flat()]):
         with pytest.raises(ParameterError, match=rf"about 1 images and {len(images)} were given"):
-            merge_picture(model(), images, generation)
+            merge_image(model(), images, generation)
     with pytest.raises(ParameterError, match="about 0 images"):
-        merge_picture(model(), [], answer([0, 0], [0, 1]))
+        merge_image(model(), [], answer([0, 0], [0, 1]))

@@ -1,6 +1,6 @@
 """Save the language model of a checkpoint alone, in fp32: ``… CHECKPOINT OUT``.
 
-Runtimes that know no pictures take it. Its context is made long enough for pictures and long
+Runtimes that know no images take it. Its context is made long enough for images and long
 answers: their tables of positions end there.
 """
 

@@ -20,20 +20,20 @@ class Prompts:
         manifest = read_bundle(bundle)
         self.maker = prompt_maker(bundle, manifest)
         self.writer = PromptWriter(self.maker, manifest.special_tokens.get("bos_token"))
-        self._pictures: dict[WorkloadRequest, list[np.ndarray]] = {}
+        self._images: dict[WorkloadRequest, list[np.ndarray]] = {}
 
     def opened(self, work: Work) -> Work:
-        """The same work, its pictures made: that is not the contenders' task, nor timed."""
-        self._pictures = {request: request.open() for request in work.requests}
+        """The same work, its images made: that is not the contenders' task, nor timed."""
+        self._images = {request: request.open() for request in work.requests}
         return work
 
-    def pictures(self, request: WorkloadRequest) -> list[np.ndarray]:
+    def images(self, request: WorkloadRequest) -> list[np.ndarray]:
         """uint8 [H,W,3] each, of the work that was last opened."""
-        return self._pictures[request]
+        return self._images[request]
 
     @cached_property
     def _options(self) -> GenerationOptions:
         return GenerationOptions(chat_template=self.maker.template is not None)
 
     def prepare(self, request: WorkloadRequest) -> Prompt:
-        return self.maker.prepare(0, request.prompt, self.pictures(request), self._options)
+        return self.maker.prepare(0, request.prompt, self.images(request), self._options)

@@ -1,4 +1,4 @@
-"""Qwen-VL prompts that end with a picture or a clip: a new token's three positions differ there, in
+"""Qwen-VL prompts that end with an image or a video: a new token's three positions differ there, in
 transformers' generate and so in the torch reference; graphs get one, and moved prompts."""
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from bundles import transformers_inputs
-from test_family_qwen_vl import LIGHT, picture, recorded, uncompressed
+from test_family_qwen_vl import LIGHT, image, recorded, uncompressed
 from test_parity import load_torch, make_reference
-from test_video import clip
-from test_video import inputs as clip_inputs
+from test_video import inputs as video_inputs
+from test_video import noise_video
 from transformers import AutoModelForImageTextToText
 
 import lvlm
@@ -28,8 +28,8 @@ from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt
 
-WIDE, TALL = picture(40, 130), picture(110, 30)
-# The first two end with a picture, the longest one does not.
+WIDE, TALL = image(40, 130), image(110, 30)
+# The first two end with an image, the longest one does not.
 ROWS: list[tuple[str, list[np.ndarray]]] = [
     ("USER: Describe this: <image>", [WIDE]),
     ("<image> and <image>", [WIDE, TALL]),
@@ -50,8 +50,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("name", "device", "dtype", "part"), cases)
 
 
-def prepare(model: Model, text: str, pictures: Sequence[np.ndarray]) -> Prompt:
-    prompt = model.prepare(0, text, pictures, GenerationOptions(**OPTIONS))
+def prepare(model: Model, text: str, images: Sequence[np.ndarray]) -> Prompt:
+    prompt = model.prepare(0, text, images, GenerationOptions(**OPTIONS))
     apart = prompt.image_id[-1] > 0
     assert bool((prompt.aligned != prompt.positions).any()) == apart
     return prompt
@@ -77,7 +77,7 @@ def test_none_equals_transformers_generate(
 ) -> None:
     """In a ragged batch, as transformers pads one, and every row alone; in the engine, too."""
     theirs, folder = load_torch(checkpoint(name)), bundle(name, max_images=2)
-    texts, pictures = [r[0] for r in ROWS], [r[1] for r in ROWS]
+    texts, images = [r[0] for r in ROWS], [r[1] for r in ROWS]
     with lvlm.load(folder) as model:
         prompts = [prepare(model, *row) for row in ROWS]
         given = [transformers_inputs(checkpoint(name), prompt) for prompt in prompts]
@@ -87,7 +87,7 @@ def test_none_equals_transformers_generate(
             np.testing.assert_allclose(batch.logits, step.numpy(), atol=1e-4)
             if number < len(logits):
                 batch.feed([row[number - 1] for row in tokens])
-        assert [g.token_ids for g in model.generate(texts, pictures, **OPTIONS)] == tokens
+        assert [g.token_ids for g in model.generate(texts, images, **OPTIONS)] == tokens
         alone = [model.generate(*row, **OPTIONS).token_ids for row in ROWS]
     assert alone == tokens
     with Engine(folder, slots=2) as engine:
@@ -142,27 +142,29 @@ def left_padded(
 
 # Qwen3-VL has text behind every frame.
 @pytest.mark.parametrize("name", [name for name in LIGHT if not name.startswith("qwen3")])
-def test_a_clip_at_the_end(
+def test_a_video_at_the_end(
     name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
     """Also one so slow that its last frame's time is larger than any position decode knows."""
     theirs = load_torch(checkpoint(name))
     with lvlm.load(bundle(name, max_images=2)) as model:
         video = model.processor.video  # type: ignore[attr-defined]
-        for film in (clip(4, 4.0, 30, 90), clip(4, 0.001)):
-            frames = None if video.sampled(film, None) == list(range(film.frames)) else film.frames
+        for source in (noise_video(4, 4.0, 30, 90), noise_video(4, 0.001)):
+            frames = (
+                None if video.sampled(source, None) == list(range(source.frames)) else source.frames
+            )
             options = GenerationOptions(**OPTIONS, frames=frames)
             text = f"USER: What happens? {video.token}"
-            prompt = model.prepare(0, text, [], options, [film])
+            prompt = model.prepare(0, text, [], options, [source])
             assert prompt.next_position <= len(prompt.ids)
-            given = clip_inputs(prompt, name.partition(":")[0], film)
+            given = video_inputs(prompt, name.partition(":")[0], source)
             tokens, logits = generated(theirs, torch.tensor([list(prompt.ids)]), **given)
             batch = model.calls.start([prompt])
             for number, step in enumerate(logits, 1):
                 np.testing.assert_allclose(batch.logits, step.numpy(), atol=2e-3)
                 if number < len(logits):
                     batch.feed([row[number - 1] for row in tokens])
-            got = model.generate(text, [], [film], frames=frames, **OPTIONS)
+            got = model.generate(text, [], [source], frames=frames, **OPTIONS)
             assert [got.token_ids] == tokens
 
 
@@ -180,27 +182,27 @@ def test_recipes_equal_their_torch_reference(
     """The reference keeps the three positions apart, as generate does."""
     reference = make_reference(checkpoint(name), *recipe)
     with lvlm.load(bundle(name, *recipe, max_images=2)) as model:
-        for text, pictures in ROWS[:2]:
-            prompt, seen = prepare(model, text, pictures), []
+        for text, images in ROWS[:2]:
+            prompt, seen = prepare(model, text, images), []
             with recorded(reference.language.rotary, seen):
-                features = reference.encode(prompt.pictures)
+                features = reference.encode(prompt.images)
                 answer = reference.generate(prompt, features, max_new_tokens=12)
             if recipe != LAYER0:
                 full = uncompressed(checkpoint(name), prompt, 4)
                 for mine, theirs in zip(seen[1 + len(answer.maps) :], full[1:], strict=False):
                     np.testing.assert_array_equal(mine, theirs)
                 assert (full[1] != full[1][0]).any()
-            assert model.generate(text, pictures, **OPTIONS).token_ids == answer.tokens
+            assert model.generate(text, images, **OPTIONS).token_ids == answer.tokens
 
 
 def test_the_engine_does_not_go_on_from_a_moved_prompt(bundle: Callable[..., Path]) -> None:
-    """Entries of a prompt that ends with a picture, then text behind the same picture."""
-    folder, (text, pictures) = bundle(LIGHT[0], max_images=2), ROWS[0]
+    """Entries of a prompt that ends with an image, then text behind the same image."""
+    folder, (text, images) = bundle(LIGHT[0], max_images=2), ROWS[0]
     longer = text + "?"
     with lvlm.load(folder) as model:
-        expected = [model.generate(t, pictures, **OPTIONS) for t in (text, longer, longer)]
+        expected = [model.generate(t, images, **OPTIONS) for t in (text, longer, longer)]
     with Engine(folder, slots=2) as engine:
-        got = [engine.generate(t, pictures, **OPTIONS) for t in (text, longer, longer)]
+        got = [engine.generate(t, images, **OPTIONS) for t in (text, longer, longer)]
     assert [g.token_ids for g in got] == [g.token_ids for g in expected]
     first, second, third = (g.stats.reused_tokens for g in got)
     assert first == second == 0 < third

@@ -1,4 +1,4 @@
-"""A profile as a picture: what each layer keeps, and how far the samples differ."""
+"""A profile as a plot: what each layer keeps, and how far the samples differ."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A picture on its way to the language model: what its family's vision graph takes, and which of
-the rows that the graph gives become the picture's tokens."""
+"""An image as its model takes it: the inputs of the vision graph, and which of the rows that the
+graph gives become the image's tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture, prepared.
+class PreparedImage:
+    """An image as its model takes it.
 
     arrays  inputs of the vision graph by name; the first axis counts units: tiles, or patches
-    rows    how many rows [rows,D] the graph gives for them, besides those that all pictures share
+    rows    how many rows [rows,D] the graph gives for them, besides those that all images share
             (Images.shared_rows, which come first)
     index   int64 [V,k]: token t is made of the rows index[t]
     weight  float32 [V,k], how much of each; None where k is 1: the row as it is
-    text    what stands for the picture in the prompt, V image tokens among it; None: only those
+    text    what stands for the image in the prompt, V image tokens among it; None: only those
     offsets int64 [3,V] and span: with three rotary positions per token (Images.positions grid),
-            those of the picture's tokens relative to the position where it begins, and by how much
+            those of the image's tokens relative to the position where it begins, and by how much
             what follows is further on
     size    height and width before it was prepared, where the family's model in transformers asks
     """
@@ -44,7 +44,7 @@ class Picture:
         return len(next(iter(self.arrays.values())))
 
     def features(self, rows: np.ndarray) -> np.ndarray:
-        """Features [V,D] of the picture's ``rows`` [shared + rows,D], of their dtype (bf16 as its
+        """Features [V,D] of the image's ``rows`` [shared + rows,D], of their dtype (bf16 as its
         bits)."""
         if self.weight is None:
             taken: np.ndarray = rows[self.index[:, 0]]
@@ -56,7 +56,7 @@ class Picture:
         return _narrowed(mixed, rows.dtype)
 
     def digest(self) -> bytes:
-        """Names the picture by its content as the language model sees it."""
+        """Names the image by its content as the language model sees it."""
         found = hashlib.sha256()
         parts = [*sorted(self.arrays.items()), ("index", self.index)]
         if self.offsets is not None:  # frames have them by their time
