@@ -200,6 +200,15 @@ def test_flags_in_running_text_exist(page: Path) -> None:
     assert set(FLAG.findall(page.read_text())) <= all_flags()
 
 
+def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
+    """Piece by piece: N and … stand for what a message fills in."""
+    said = "\n".join(t for f in CODE if f.suffix == ".py" for t in strings(f.read_text()))
+    for row in re.findall(r"^\| .*\|$", (ROOT / "docs/troubleshooting.md").read_text(), re.M):
+        for quoted in re.findall(r"`([^`]+ [^`]+)`", row.rpartition(" | ")[0]):
+            for piece in re.split(r"…|\bN\b", quoted):
+                assert piece.strip() in said, quoted
+
+
 def test_messages_name_commands_and_flags_that_exist() -> None:
     for file in CODE:
         for text in strings(file.read_text()) if file.suffix == ".py" else ():
@@ -229,6 +238,14 @@ def test_python_blocks_compile_and_name_what_there_is(page: Path) -> None:
     groups = [group.removeprefix("lvlm.") for group in GROUPS.values()]
     for name in re.findall(r"`lvlm\.([A-Za-z_]\w*)", page.read_text()):
         assert name in [*dir(lvlm), *PACKAGES, "json", *groups], name
+
+
+def test_the_architecture_page_names_every_room() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    rooms = [
+        f.parent.name for top in ("export", "runtime") for f in ROOT.glob(f"{top}/*/__init__.py")
+    ]
+    assert [room for room in rooms if f"`{room}`" not in page] == []
 
 
 def test_the_stability_page_names_what_is_public() -> None:
