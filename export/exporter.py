@@ -22,6 +22,7 @@ from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.graphs.bundle_graphs import graph_names, trace_graph
 from lvlm.export.graphs.tracing import TracedGraph
+from lvlm.export.leaves import leaves_of
 from lvlm.export.machine import check_machine
 from lvlm.export.places import check_output
 from lvlm.export.self_calibration import with_profile
@@ -214,8 +215,9 @@ def _lower(
 def _trace_all(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
     skeleton = plan.skeleton
     graphs = []
+    leaves = leaves_of(plan.family)
     for name in graph_names(plan.recipe):
-        with progress.stage(f"trace {name}") as stage:
+        with progress.stage(f"trace {name}") as stage, leaves.exchanged(skeleton.model):
             graph = trace_graph(
                 name,
                 skeleton.model,

@@ -1,18 +1,17 @@
 """How transformers' modules become standard ONNX ops (opset 23 and 24) instead of their pieces.
 
-The checkpoint's own modules run; only their leaves are exchanged: attention, rotary embedding,
-RMS normalisation and the cache write. While torch.export traces, each leaves one node in the
-placeholder domain ``lvlm.std``, which tracing.py turns into the standard domain afterwards (torch's
-exporter builds at opset 18 and could not convert ops that are newer). Run eagerly, the same modules
-compute with torch: this is the torch reference of every recipe.
+The checkpoint's own modules run; only their leaves are exchanged (leaves.py): attention, rotary
+embedding, RMS normalisation and the cache write. While torch.export traces, each leaves one node in
+the placeholder domain ``lvlm.std``, which tracing.py turns into the standard domain afterwards
+(torch's exporter builds at opset 18 and could not convert ops that are newer). Run eagerly, the
+same modules compute with torch: this is the torch reference of every recipe.
 """
 
 from __future__ import annotations
 
-import sys
-import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,10 +65,13 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: q [B,Hq,N,d], k and v [B,Hkv,S,d] -> [B,N,Hq,d].
 
-    Causal where the module is and no mask is given: rows are padded on the right, so a valid query
-    never sees padding. A mask is boolean [B,1,1,S], True where a key may be seen.
+    A mask is boolean [B,1,N or 1,S], True where a key may be seen. Without one a language model's
+    block, which gives a tap, is causal (rows are padded on the right, so a valid query never sees
+    padding), and others see everything.
     """
-    causal = attention_mask is None and bool(getattr(module, "is_causal", False))
+    if (check := _check.get()) is not None:
+        check(module)
+    causal = attention_mask is None and tap is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if tap is not None:
         tap.query, tap.key, tap.scale = query, key, scale
@@ -91,6 +93,17 @@ def attention(
 
 
 AttentionInterface.register(ATTENTION, attention)
+_check: ContextVar[Callable[[nn.Module], object] | None] = ContextVar("check", default=None)
+
+
+@contextmanager
+def checked_attention(check: Callable[[nn.Module], object]) -> Iterator[None]:
+    """Within, ``check`` sees every module that attends, and may refuse it."""
+    token = _check.set(check)
+    try:
+        yield
+    finally:
+        _check.reset(token)
 
 
 def scatter(cache: torch.Tensor, update: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -102,39 +115,21 @@ def scatter(cache: torch.Tensor, update: torch.Tensor, index: torch.Tensor) -> t
     return cache.scatter(2, where, update)
 
 
-@contextmanager
-def exchanged_leaves(model: nn.Module) -> Iterator[None]:
-    """While tracing: rotary embedding and RMS normalisation of ``model`` become one node each."""
-    undo: list[Any] = []
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.forward = types.MethodType(_rms_norm, module)  # type: ignore[method-assign]
-            undo.append(lambda module=module: module.__dict__.pop("forward"))
-        home = sys.modules[type(module).__module__]
-        rotary = getattr(home, "apply_rotary_pos_emb", None)
-        if rotary is not None and rotary is not _rotary:
-            home.apply_rotary_pos_emb = _rotary  # type: ignore[attr-defined]
-            undo.append(lambda home=home, f=rotary: setattr(home, "apply_rotary_pos_emb", f))
-    try:
-        yield
-    finally:
-        for step in undo:
-            step()
-
-
-def _rms_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+def rms_normalization(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """``hidden`` over its root mean square, times ``weight``; while tracing only."""
     # stash_type 1: normalised in fp32, cast back, then scaled, as transformers does it.
-    attributes = {"axis": -1, "epsilon": self.variance_epsilon, "stash_type": 1}
-    return _node("RMSNormalization", [hidden, self.weight], attributes, hidden)
+    attributes = {"axis": -1, "epsilon": epsilon, "stash_type": 1}
+    return _node("RMSNormalization", [hidden, weight], attributes, hidden)
 
 
-def _rotary(
+def rotary_embedding(
     query: torch.Tensor,
     key: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     unsqueeze_dim: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key [B,H,N,d] turned by angles [B,N,d]; while tracing only."""
     # transformers repeats the angles for both halves of the head; the op wants them once.
     del unsqueeze_dim
     half = cos.shape[-1] // 2

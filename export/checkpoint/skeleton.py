@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lvlm.core.errors import CheckpointError
-from lvlm.export.families.family import Family, non_persistent_buffers
+from lvlm.export.families.family import Family
 from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.leaves import Leaves, leaves_of
 
 
 @dataclass(frozen=True)
@@ -35,28 +35,31 @@ class Skeleton:
     def of(cls, family: Family, config: Any, shape: nn.Module) -> Self:
         """``shape``, the family's model on the meta device (build_shape), with fake parameters."""
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        model = _traceable(shape, mode)
+        model = _traceable(shape, leaves_of(family), mode)
         return cls(model, family.language(model, config), family.vision(model, config), mode)
 
 
 def build_shape(family: Family, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The family's model on the meta device: names and shapes, at no cost."""
+    """The family's model on the meta device: names and shapes, at no cost. CheckpointError names a
+    leaf module that the family does not know."""
     with default_dtype(dtype), torch.device("meta"):
-        return family.build(config)
+        model = family.build(config)
+    leaves_of(family).check(model)
+    return model
 
 
-def _traceable(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def _traceable(model: nn.Module, leaves: Leaves, mode: FakeTensorMode) -> nn.Module:
     """``model`` of the meta device with fake parameters and real buffers, in place."""
 
     def fake(_: str, old: torch.Tensor) -> torch.Tensor:
         with mode:  # meta parameters cannot be traced as CPU tensors; fake ones can
             return torch.empty(old.shape, dtype=old.dtype, device="cpu")
 
-    return with_parameters(model, fake)
+    return with_parameters(model, leaves, fake)
 
 
 def with_parameters(
-    model: nn.Module, parameter: Callable[[str, torch.Tensor], torch.Tensor]
+    model: nn.Module, leaves: Leaves, parameter: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> nn.Module:
     """``model`` of the meta device with what ``parameter`` gives for each name and meta parameter,
     and real buffers, in place. Tied parameters stay tied."""
@@ -69,8 +72,10 @@ def with_parameters(
                 data = parameter(f"{path}.{name}" if path else name, old)
                 made[id(old)] = nn.Parameter(data, requires_grad=False)
             module._parameters[name] = made[id(old)]
-    for module, name, buffer in non_persistent_buffers(model):
-        module._buffers[name] = _real_buffer(module, name, buffer)
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if module._buffers[name] is not None:
+                module._buffers[name] = leaves.buffer(module, name)
     return model.eval().requires_grad_(False)
 
 
@@ -82,17 +87,3 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _real_buffer(module: nn.Module, name: str, buffer: torch.Tensor) -> torch.Tensor:
-    """The content of a buffer that no checkpoint stores, from the configuration."""
-    if name == "position_ids":
-        return torch.arange(buffer.shape[-1]).expand(buffer.shape)
-    if name in ("inv_freq", "original_inv_freq"):
-        real = type(module)(module.config)  # rotary tables: small, built by the module itself
-        value = real._buffers[name]
-        if value is not None:
-            return value.float()
-    raise CheckpointError(
-        f"buffer '{name}' of {type(module).__name__} is in no checkpoint, and unknown here"
-    )

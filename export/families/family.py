@@ -12,6 +12,7 @@ from torch import nn
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.leaves import Table
 from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.prompt.prompts import Prompt
@@ -41,6 +42,8 @@ class Family(Protocol):
     model_types: tuple[str, ...]  # of config.json
     image_handling: str  # how an image becomes tokens, in a few words (--list-models)
     video: str  # how a video does, "" where there is none
+    # Classes of transformers that compute by themselves, or attend, and what tracing makes of each
+    leaves: Table
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         """The transformers configuration; CheckpointError names what is unsupported."""
@@ -90,12 +93,3 @@ def too_few_tokens(tokens: int, least: int) -> ParameterError:
     return ParameterError(
         f"--max-image-tokens {tokens}: an image gives at least {least} tokens with this model"
     )
-
-
-def non_persistent_buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
-    """(module, name, buffer) of every buffer that no checkpoint stores."""
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
-            if buffer is not None:
-                yield module, name, buffer

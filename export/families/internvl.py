@@ -17,11 +17,27 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.internvl.modeling_internvl import (
+    InternVLVisionAttention,
+    InternVLVisionRMSNorm,
+)
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+)
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.family import PromptFiles
+from lvlm.export.families.parts.leaf_tables import (
+    TEXTS,
+    Kinds,
+    layer_window,
+    leaves,
+    text_leaves,
+    with_rope_types,
+)
 from lvlm.export.families.parts.llama_text import (
-    ROPE_TYPES,
     added_token,
     build_model,
     heads,
@@ -29,7 +45,6 @@ from lvlm.export.families.parts.llama_text import (
     one_of,
     preprocessor,
     read_common,
-    section,
     tiny,
     tiny_tokenizer,
     token_text,
@@ -38,10 +53,28 @@ from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
+from lvlm.export.leaves import RMS_NORM, Attention
 from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.internvl import max_tokens, normalise_config, with_max_tokens
 from lvlm.runtime.prompt.prompts import Prompt
+
+OWN_TEXTS: Kinds = {
+    kind: with_rope_types(table, "dynamic")
+    for kind, table in {
+        "qwen2": TEXTS["qwen2"],
+        "qwen3": text_leaves(
+            Qwen3RMSNorm, Qwen3RotaryEmbedding, Qwen3Attention, window=layer_window
+        ),
+        "llama": TEXTS["llama"],
+    }.items()
+}
+OWN_TOWERS: Kinds = {
+    "internvl_vision": {
+        InternVLVisionRMSNorm: RMS_NORM,
+        InternVLVisionAttention: Attention(turn=None),
+    }
+}
 
 
 class InternVL:
@@ -56,13 +89,12 @@ class InternVL:
     model_types = ("internvl",)
     image_handling = "tiles, and the whole as one more"
     video = ""
+    leaves = leaves(OWN_TEXTS, OWN_TOWERS)
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
-        vision = section(raw, "vision_config")
-        tower = vision.get("model_type", "internvl_vision")
-        one_of(self.name, "vision tower", tower, ("internvl_vision",))
-        types, ropes = ("qwen2", "qwen3", "llama"), (*ROPE_TYPES, "dynamic")
-        config = read_common(self.name, InternVLConfig, raw, "qwen2", types, ropes)
+        config = read_common(
+            self.name, InternVLConfig, raw, OWN_TEXTS, "qwen2", OWN_TOWERS, "internvl_vision"
+        )
         one_of(self.name, "vision_feature_layer", config.vision_feature_layer, (-1,))
         chosen = config.vision_feature_select_strategy
         one_of(self.name, "vision_feature_select_strategy", chosen, ("default",))
@@ -80,7 +112,7 @@ class InternVL:
 
     def language(self, model: Any, config: InternVLConfig) -> LanguageModel:
         text, parts = config.text_config, model.model.language_model
-        language = language_model(parts, model.lm_head, text)
+        language = language_model(self, parts, model.lm_head, text)
         if text.rope_parameters["rope_type"] != "dynamic":
             return language
         # The angles are the usual ones up to this length, and grow with the length beyond

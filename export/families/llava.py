@@ -20,19 +20,17 @@ from transformers import (
 )
 
 from lvlm.export.families.family import PromptFiles, fixed_tokens
+from lvlm.export.families.parts.leaf_tables import TEXTS
 from lvlm.export.families.parts.llama_text import (
-    TEXT_TYPES,
     build_model,
     heads,
     language_model,
-    one_of,
     preprocessor,
     read_common,
-    section,
     tiny,
     token_text,
 )
-from lvlm.export.families.parts.llava_like import VISION_TYPES, LlavaVision, tile_tokens
+from lvlm.export.families.parts.llava_like import LEAVES, TOWERS, LlavaVision, tile_tokens
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.ports import GraphPort
@@ -52,18 +50,16 @@ class Llava:
     model_types = ("llava",)
     image_handling = "one size, the same tokens for all"
     video = ""
+    leaves = LEAVES
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
-        vision = section(raw, "vision_config")
-        tower = vision.get("model_type", "clip_vision_model")
-        one_of(self.name, "vision tower", tower, VISION_TYPES)
-        return read_common(self.name, LlavaConfig, raw, "llama", TEXT_TYPES)
+        return read_common(self.name, LlavaConfig, raw, TEXTS, "llama", TOWERS, "clip_vision_model")
 
     def build(self, config: LlavaConfig) -> nn.Module:
         return build_model(LlavaForConditionalGeneration, config)
 
     def language(self, model: Any, config: LlavaConfig) -> LanguageModel:
-        return language_model(model.model.language_model, model.lm_head, config.text_config)
+        return language_model(self, model.model.language_model, model.lm_head, config.text_config)
 
     def vision(self, model: Any, config: LlavaConfig) -> nn.Module:
         return LlavaVision(model, config)

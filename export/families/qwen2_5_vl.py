@@ -10,10 +10,19 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLTextConfig,
     Qwen2_5_VLVisionConfig,
 )
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLRMSNorm,
+    Qwen2_5_VLRotaryEmbedding,
+    Qwen2_5_VLVisionAttention,
+    Qwen2_5_VLVisionRotaryEmbedding,
+)
 
 from lvlm.core.errors import CheckpointError
+from lvlm.export.families.parts.leaf_tables import layer_window, text_leaves
 from lvlm.export.families.parts.llama_text import tiny, tiny_token
-from lvlm.export.families.parts.qwen_vl_like import QwenVL, tiny_preprocessor, tiny_text
+from lvlm.export.families.parts.qwen_vl_like import ROPES, QwenVL, tiny_preprocessor, tiny_text
+from lvlm.export.leaves import Attention, Rotary, Table
 
 
 class Qwen25VL(QwenVL):
@@ -27,6 +36,13 @@ class Qwen25VL(QwenVL):
     model_types = ("qwen2_5_vl",)
     image_handling = "its own resolution"
     video = "pairs of frames, positions by time"
+    text = text_leaves(
+        Qwen2_5_VLRMSNorm, Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLAttention, ROPES, layer_window
+    )
+    tower: ClassVar[Table] = {
+        Qwen2_5_VLVisionRotaryEmbedding: Rotary(("axial",)),
+        Qwen2_5_VLVisionAttention: Attention(),
+    }
     config_class = Qwen2_5_VLConfig
     model_class = Qwen2_5_VLForConditionalGeneration
 

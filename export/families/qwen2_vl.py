@@ -10,9 +10,18 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import (
     Qwen2VLTextConfig,
     Qwen2VLVisionConfig,
 )
+from transformers.models.qwen2_vl.modeling_qwen2_vl import (
+    Qwen2VLAttention,
+    Qwen2VLRMSNorm,
+    Qwen2VLRotaryEmbedding,
+    Qwen2VLVisionRotaryEmbedding,
+    VisionAttention,
+)
 
+from lvlm.export.families.parts.leaf_tables import layer_window, text_leaves
 from lvlm.export.families.parts.llama_text import tiny, tiny_token
-from lvlm.export.families.parts.qwen_vl_like import QwenVL, tiny_preprocessor, tiny_text
+from lvlm.export.families.parts.qwen_vl_like import ROPES, QwenVL, tiny_preprocessor, tiny_text
+from lvlm.export.leaves import Attention, Rotary, Table
 
 
 class Qwen2VL(QwenVL):
@@ -26,6 +35,13 @@ class Qwen2VL(QwenVL):
     model_types = ("qwen2_vl",)
     image_handling = "its own resolution"
     video = "pairs of frames"
+    text = text_leaves(
+        Qwen2VLRMSNorm, Qwen2VLRotaryEmbedding, Qwen2VLAttention, ROPES, layer_window
+    )
+    tower: ClassVar[Table] = {
+        Qwen2VLVisionRotaryEmbedding: Rotary(("axial",)),
+        VisionAttention: Attention(),
+    }
     config_class = Qwen2VLConfig
     model_class = Qwen2VLForConditionalGeneration
 

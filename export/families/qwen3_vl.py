@@ -15,11 +15,20 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import (
     Qwen3VLTextConfig,
     Qwen3VLVisionConfig,
 )
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLTextAttention,
+    Qwen3VLTextRMSNorm,
+    Qwen3VLTextRotaryEmbedding,
+    Qwen3VLVisionAttention,
+    Qwen3VLVisionRotaryEmbedding,
+)
 
+from lvlm.export.families.parts.leaf_tables import text_leaves
 from lvlm.export.families.parts.llama_text import tiny, tiny_token
 from lvlm.export.families.parts.qwen_vision import Angles, patches, run_block
-from lvlm.export.families.parts.qwen_vl_like import QwenVL, tiny_preprocessor, tiny_text
+from lvlm.export.families.parts.qwen_vl_like import ROPES, QwenVL, tiny_preprocessor, tiny_text
 from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.leaves import Attention, Rotary, Table
 
 
 class Qwen3VL(QwenVL):
@@ -33,6 +42,11 @@ class Qwen3VL(QwenVL):
     model_types = ("qwen3_vl",)
     image_handling = "its own resolution"
     video = "pairs of frames, with their time"
+    text = text_leaves(Qwen3VLTextRMSNorm, Qwen3VLTextRotaryEmbedding, Qwen3VLTextAttention, ROPES)
+    tower: ClassVar[Table] = {
+        Qwen3VLVisionRotaryEmbedding: Rotary(("axial",)),
+        Qwen3VLVisionAttention: Attention(),
+    }
     config_class = Qwen3VLConfig
     model_class = Qwen3VLForConditionalGeneration
     timed = True

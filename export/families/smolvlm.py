@@ -15,18 +15,18 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionAttention
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.family import PromptFiles
+from lvlm.export.families.parts.leaf_tables import TEXTS, Kinds, leaves
 from lvlm.export.families.parts.llama_text import (
     added_token,
     build_model,
     heads,
     language_model,
-    one_of,
     preprocessor,
     read_common,
-    section,
     tiny,
     tiny_tokenizer,
     token_text,
@@ -36,12 +36,16 @@ from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
+from lvlm.export.leaves import Attention
 from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.parts.frames import attempted
 from lvlm.runtime.processors.parts.smolvlm_video import video_config
 from lvlm.runtime.processors.smolvlm import max_tokens, normalise_config, with_max_tokens
 from lvlm.runtime.prompt.prompts import Prompt
+
+OWN_TEXTS: Kinds = {"llama": TEXTS["llama"]}
+OWN_TOWERS: Kinds = {"smolvlm_vision": {SmolVLMVisionAttention: Attention(turn=None)}}
 
 
 class SmolVLM:
@@ -56,11 +60,12 @@ class SmolVLM:
     model_types = ("smolvlm",)
     image_handling = "tiles, and the whole as one more"
     video = "a tile per frame, with its time"
+    leaves = leaves(OWN_TEXTS, OWN_TOWERS)
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
-        tower = section(raw, "vision_config").get("model_type", "smolvlm_vision")
-        one_of(self.name, "vision tower", tower, ("smolvlm_vision",))
-        config = read_common(self.name, SmolVLMConfig, raw, "llama", ("llama",))
+        config = read_common(
+            self.name, SmolVLMConfig, raw, OWN_TEXTS, "llama", OWN_TOWERS, "smolvlm_vision"
+        )
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
         if not isinstance(side, int) or not isinstance(patch, int):
             raise CheckpointError(
@@ -77,7 +82,7 @@ class SmolVLM:
         return build_model(SmolVLMForConditionalGeneration, config)
 
     def language(self, model: Any, config: SmolVLMConfig) -> LanguageModel:
-        return language_model(model.model.text_model, model.lm_head, config.text_config)
+        return language_model(self, model.model.text_model, model.lm_head, config.text_config)
 
     def vision(self, model: Any, config: SmolVLMConfig) -> nn.Module:
         return SmolVLMVision(model, config)

@@ -20,7 +20,6 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 from lvlm.core.errors import ExportError
 from lvlm.export.ops.op import OPSET
 from lvlm.export.ports import GraphPort
-from lvlm.export.standard_ops import exchanged_leaves
 
 
 def to_onnx(
@@ -39,7 +38,7 @@ def to_onnx(
     dynamic = [
         {axis: _of(d, dims) for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in inputs
     ]
-    with mode, torch.no_grad(), exchanged_leaves(module), _quiet(), _one_registry():
+    with mode, torch.no_grad(), _quiet(), _one_registry():
         exported = torch.export.export(
             module, arrange(examples), dynamic_shapes=arrange(dynamic), strict=False
         )

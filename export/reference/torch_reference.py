@@ -21,6 +21,7 @@ from lvlm.export.families.family import Family
 from lvlm.export.graphs.language import Prefill
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.ports import buffer_kinds, recipe_inputs
+from lvlm.export.leaves import leaves_of
 from lvlm.export.recipes.parts.cache_rule import CacheRule
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.reference.naive_cache import NaiveCache
@@ -159,5 +160,6 @@ def load_fp32(
     Weights of large products stay in their files (stored_weights.py).
     """
     model = build_shape(family, config, torch.float32)
-    with_parameters(model, lambda name, _: checkpoint.read(stored_names[name]))
+    leaves = leaves_of(family)
+    with_parameters(model, leaves, lambda name, _: checkpoint.read(stored_names[name]))
     return compute_in_fp32(model, rounding)

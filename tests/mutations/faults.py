@@ -98,7 +98,7 @@ FAULTS = {
     ),
     "wrong epsilon of norms": Fault(
         "export/standard_ops.py",
-        '"epsilon": self.variance_epsilon',
+        '"epsilon": epsilon',
         '"epsilon": 0.1',
         BIASED,
     ),

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from lvlm.core.errors import CheckpointError
+from lvlm.export.families.parts.leaf_tables import Kinds, rope_types
 from lvlm.export.families.parts.side_files import load_tokenizer, read_json
 from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.leaves import HasLeaves, leaves_of
 from lvlm.export.standard_ops import ATTENTION
-
-TEXT_TYPES = ("llama", "mistral", "qwen2")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # tables that do not depend on the length
 
 
 def one_of(family: str, what: str, value: Any, supported: Sequence[object]) -> None:
@@ -53,21 +52,33 @@ def read_common(
     family: str,
     kind: Any,
     raw: Mapping[str, Any],
+    texts: Kinds,
     text_type: str,
-    text_types: Sequence[str],
-    rope_types: Sequence[str] = ROPE_TYPES,
+    towers: Kinds | None = None,
+    tower_type: str = "",
 ) -> Any:
-    """config.json as transformers' configuration class ``kind``, its text model checked.
+    """config.json as transformers' configuration class ``kind``.
 
-    ``text_type`` is the text model's where the config names none. CheckpointError.
+    Args:
+        texts: the text models that there may be; the types of rotary tables follow from their
+            leaf modules
+        text_type: the text model's where the config names none
+        towers: likewise the vision towers; None: only one goes with ``kind``
+
+    Raises:
+        CheckpointError
     """
     text = section(raw, "text_config")
-    one_of(family, "text backbone", text.get("model_type", text_type), text_types)
+    if towers is not None:
+        tower = section(raw, "vision_config").get("model_type", tower_type)
+        one_of(family, "vision tower", tower, tuple(towers))
+    found = text.get("model_type", text_type)
+    one_of(family, "text backbone", found, tuple(texts))
     refuse_quantized(raw)
     # Older configurations call the table of rotary parameters rope_scaling, its kind type.
     rope = section(text, "rope_parameters") or section(text, "rope_scaling")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    one_of(family, "rope_type", rope_type, rope_types)
+    one_of(family, "rope_type", rope_type, rope_types(texts[found]))
     try:
         config = kind.from_dict(dict(raw))
     except Exception as error:  # transformers' own checks raise types of several packages
@@ -89,9 +100,10 @@ def build_model(kind: Any, config: Any) -> nn.Module:
     return model
 
 
-def language_model(parts: Any, head: nn.Module, text: Any) -> LanguageModel:
-    """A text model of TEXT_TYPES from transformers' module ``parts`` and its configuration."""
-    windowed = text.model_type == "mistral"
+def language_model(family: HasLeaves, parts: Any, head: nn.Module, text: Any) -> LanguageModel:
+    """A Llama-like text model of a family from transformers' module ``parts`` and its
+    configuration. CheckpointError names an attention that is not among the family's leaves."""
+    windows = [leaves_of(family).window(layer.self_attn) for layer in parts.layers]
     return LanguageModel(
         embed=parts.embed_tokens,
         rotary=parts.rotary_emb,
@@ -105,7 +117,7 @@ def language_model(parts: Any, head: nn.Module, text: Any) -> LanguageModel:
         vocab=text.vocab_size,
         scale=float(parts.layers[0].self_attn.scaling),
         positions=_positions(text),
-        window=getattr(text, "sliding_window", None) if windowed else None,
+        window=min((w for w in windows if w is not None), default=None),
     )
 
 

@@ -10,28 +10,36 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionEmbeddings
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionEmbeddings
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.family import PromptFiles, too_few_tokens
+from lvlm.export.families.parts.leaf_tables import TEXTS, Kinds, leaves
 from lvlm.export.families.parts.llama_text import (
-    TEXT_TYPES,
     build_model,
     language_model,
-    one_of,
     read_common,
-    section,
     token_text,
 )
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
+from lvlm.export.leaves import Attention, Places
 from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors import load_processor
 from lvlm.runtime.processors.parts.anyres import TiledProcessor, Tiles
 from lvlm.runtime.prompt.prompts import Prompt
 
-VISION_TYPES = ("clip_vision_model", "siglip_vision_model")
+TOWERS: Kinds = {
+    "clip_vision_model": {CLIPVisionEmbeddings: Places(), CLIPAttention: Attention(turn=None)},
+    "siglip_vision_model": {
+        SiglipVisionEmbeddings: Places(),
+        SiglipAttention: Attention(turn=None),
+    },
+}
+LEAVES = leaves(TEXTS, TOWERS)
 
 
 def tile_tokens(config: Any) -> int:
@@ -50,6 +58,7 @@ class AnyResolution:
     model_types: tuple[str, ...]
     image_handling: str
     video: str
+    leaves = LEAVES
     config_class: Any
     model_class: Any
     tower_type: str  # where config.json names none
@@ -60,16 +69,16 @@ class AnyResolution:
         raise NotImplementedError
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
-        vision = section(raw, "vision_config")
-        tower = vision.get("model_type", self.tower_type)
-        one_of(self.name, "vision tower", tower, VISION_TYPES)
-        config = read_common(self.name, self.config_class, raw, self.text_type, TEXT_TYPES)
-        side = config.vision_config.image_size // config.vision_config.patch_size
+        config = read_common(
+            self.name, self.config_class, raw, TEXTS, self.text_type, TOWERS, self.tower_type
+        )
+        vision = config.vision_config
+        side = vision.image_size // vision.patch_size
         if tile_tokens(config) != side * side:
             raise CheckpointError(
                 f"vision_feature_select_strategy '{config.vision_feature_select_strategy}' of a "
-                f"{tower} leaves {tile_tokens(config)} features of {side} x {side} patches, which "
-                "are no grid; not supported"
+                f"{vision.model_type} leaves {tile_tokens(config)} features of {side} x {side} "
+                "patches, which are no grid; not supported"
             )
         return config
 
@@ -77,7 +86,7 @@ class AnyResolution:
         return build_model(self.model_class, config)
 
     def language(self, model: Any, config: Any) -> LanguageModel:
-        return language_model(model.model.language_model, model.lm_head, config.text_config)
+        return language_model(self, model.model.language_model, model.lm_head, config.text_config)
 
     def vision(self, model: Any, config: Any) -> nn.Module:
         return TilesVision(model, config)

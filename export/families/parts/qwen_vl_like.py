@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.family import PromptFiles
+from lvlm.export.families.parts.leaf_tables import Kinds, rope_types
 from lvlm.export.families.parts.llama_text import (
-    ROPE_TYPES,
     added_token,
     build_model,
     language_model,
@@ -29,6 +29,7 @@ from lvlm.export.families.parts.llama_text import (
 from lvlm.export.families.parts.qwen_vision import QwenVision
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.leaves import FIXED_TABLES, Table
 from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.parts.frames import attempted
@@ -38,7 +39,7 @@ from lvlm.runtime.prompt.prompts import Prompt
 
 VISION = ("<|vision_start|>", "<|vision_end|>")
 # The first release calls the rotary embedding by the name of its three positions.
-ROPES = (*ROPE_TYPES, "mrope")
+ROPES = (*FIXED_TABLES, "mrope")
 
 
 class QwenVL:
@@ -48,10 +49,17 @@ class QwenVL:
     model_types: tuple[str, ...]
     image_handling: str
     video: str
+    text: ClassVar[Table]  # the leaf modules of the text model, and of the vision tower
+    tower: ClassVar[Table]
     config_class: Any
     model_class: Any
     timed = False  # whether frames of a video have their time before them in words
     default_section: tuple[int, int, int] = (16, 24, 24)
+
+    @property
+    def leaves(self) -> Table:
+        """See Family."""
+        return {**self.text, **self.tower}
 
     def window(self, vision: Any) -> int | None:
         """Side in image tokens of the windows that most blocks attend in, None: no block does."""
@@ -72,9 +80,10 @@ class QwenVL:
         own = self.model_types[0]
         flat = section(raw, "text_config") or raw
         rope = section(flat, "rope_parameters") or section(flat, "rope_scaling")
-        one_of(self.name, "rope_type", rope.get("rope_type") or rope.get("type") or "mrope", ROPES)
-        types = (own, f"{own}_text")
-        config = read_common(self.name, self.config_class, raw, own, types, ROPES)
+        rope_type = rope.get("rope_type") or rope.get("type") or "mrope"
+        one_of(self.name, "rope_type", rope_type, rope_types(self.text))
+        texts: Kinds = {own: self.text, f"{own}_text": self.text}
+        config = read_common(self.name, self.config_class, raw, texts, own)
         text, vision = config.text_config, config.vision_config
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         half = size // 2
@@ -88,14 +97,15 @@ class QwenVL:
             if not isinstance(getattr(vision, name), int):
                 raise CheckpointError(f"vision {name} {getattr(vision, name)} is not supported")
         one_of(self.name, "in_channels", vision.in_channels, (3,))
-        one_of(self.name, "vision rope_type", vision.rope_parameters["rope_type"], ("axial",))
+        rope_type = vision.rope_parameters["rope_type"]
+        one_of(self.name, "vision rope_type", rope_type, rope_types(self.tower))
         return config
 
     def build(self, config: Any) -> nn.Module:
         return build_model(self.model_class, config)
 
     def language(self, model: Any, config: Any) -> LanguageModel:
-        found = language_model(model.model.language_model, model.lm_head, config.text_config)
+        found = language_model(self, model.model.language_model, model.lm_head, config.text_config)
         return replace(found, position_rows=3)
 
     def vision(self, model: Any, config: Any) -> nn.Module:
