@@ -117,11 +117,6 @@ class TensorRtBuilder:
         learned = bytes(cache.serialize()) if cache else None
         return Built(memoryview(engine), weights, learned)
 
-    def unconsumed_inputs(self, model: Path | bytes) -> list[str]:
-        """Names of the inputs that no layer of the parsed network reads. Raises as ``build``."""
-        _, network, _, _ = self._parse(model, {})
-        return _unconsumed(network)
-
     def load_plugins(self, library: Path, needed: Iterable[str]) -> None:
         """Make the plugins of a library known. Raises BackendError if it cannot be loaded or does
         not have all ``needed`` ones."""
