@@ -21,6 +21,7 @@ from lvlm.export.weights.stored_weights import Read, StoredLinear
 
 KINDS = {"int8": 8, "int4": 4}  # what --weights takes, in bits
 BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
+BLOCKS_SUFFIX = ".blocks"  # appended to a name: the same bytes as MatMulNBits reads them
 
 
 @dataclass(frozen=True)

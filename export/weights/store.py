@@ -1,204 +1,105 @@
-"""The weights of a bundle: stored once, shared by its graphs, streamed tensor by tensor.
+"""The weights of a bundle before they are written: how each comes from the checkpoint.
 
-A linear layer of torch multiplies with the transposed weight; ONNX Runtime would fold that
-Transpose into a second copy per session. So a weight that every graph uses transposed is stored
-transposed, and the Transpose nodes go. Weights of products that read the same input lie side by
-side in one tensor (fused_products.py), quantized ones lie as numbers and scales
-(quantized_products.py).
+Weight steps (weight_steps.py) change this store, and the graphs with it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
 
-import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 
-from lvlm.core.integrity import File, FileHash
-from lvlm.export.checkpoint.checkpoint import Checkpoint
+from lvlm.core.errors import ExportError
+from lvlm.export.checkpoint.checkpoint import DTYPES, Checkpoint
 from lvlm.export.graphs.tracing import TracedGraph
-from lvlm.export.weights.quantization import quantize
-from lvlm.export.weights.quantized_linears import BLOCKS, QuantizedTensor
-from lvlm.runtime.bundle.manifest import Weight
-
-WEIGHTS = "weights.bin"
-ALIGNMENT = 4096  # a page, so that a reader can map single tensors
-IR_TYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-}
+from lvlm.export.weights.expressions import Cast, CheckpointTensor, Expression
 
 
 @dataclass(frozen=True)
-class Part:
-    """A parameter of the checkpoint inside a stored tensor."""
-
-    parameter: str
-    transposed: bool
-
-
-@dataclass(frozen=True)
-class StoreEntry:
-    """One tensor of the weights file: ``parts`` side by side on their last axis, and where
-    ``quantized`` what was computed from them."""
+class View:
+    """Another reading of a stored weight's bytes, which lowered graphs may take."""
 
     name: str
-    parts: tuple[Part, ...]
-    quantized: QuantizedTensor | None
-    shape: tuple[int, ...]  # as stored
+    shape: tuple[int, ...]
     dtype: ir.DataType
-    offset: int
-    nbytes: int
 
 
-def fold_transposes(graphs: Sequence[TracedGraph]) -> set[str]:
-    """Remove Transpose nodes from weights that are used transposed everywhere; their names."""
-    uses: dict[str, list[bool]] = {}
-    for graph in graphs:
-        for name, value in graph.parameters.items():
-            uses.setdefault(name, []).extend(_is_transpose(node) for node, _ in value.uses())
-    folded = {name for name, all_uses in uses.items() if all(all_uses)}
-    for graph in graphs:
-        for name in folded & set(graph.parameters):
-            value = graph.parameters[name]
-            assert value.shape is not None
-            value.shape = ir.Shape(reversed(value.shape.dims))
-            for node, _ in list(value.uses()):
-                node.outputs[0].replace_all_uses_with(value)
-                graph.model.graph.remove(node, safe=True)
-    return folded
+class WeightStore:
+    """How the bytes of every initializer come from the checkpoint, in the file's order.
 
+    A name means the same bytes in all graphs.
 
-def _is_transpose(node: ir.Node) -> bool:
-    permutation = node.attributes.get("perm") if node.op_type == "Transpose" else None
-    return permutation is not None and list(permutation.as_ints()) == [1, 0]
+    Attributes:
+        within: names whose bytes are the first ones of another name, which comes before them.
+        views: of an initializer, by its name.
+    """
 
+    def __init__(self, expressions: Mapping[str, Expression]) -> None:
+        self._expressions = dict(expressions)
+        self.within: dict[str, str] = {}
+        self.views: dict[str, tuple[View, ...]] = {}
 
-def plan(
-    graphs: Sequence[TracedGraph],
-    transposed: set[str],
-    fused: Mapping[str, tuple[str, ...]],
-    quantized: Mapping[str, QuantizedTensor],
-) -> list[StoreEntry]:
-    """Where each tensor lies, in the order the graphs first use them; ``fused`` are those made of
-    several parameters. Zero points, which are all alike, lie in one place at the end."""
-    entries: dict[str, StoreEntry] = {}
-    for graph in graphs:
-        for name, value in graph.parameters.items():
-            if name in entries or value.shape is None or value.dtype is None:
-                continue
-            made = quantized.get(name)
-            source = name if made is None else made.source
-            parts = tuple(Part(p, p in transposed) for p in fused.get(source, (source,)))
-            shape = tuple(value.shape.numpy())
-            nbytes = -(-math.prod(shape) * value.dtype.bitwidth // 8)
-            entries[name] = StoreEntry(name, parts, made, shape, value.dtype, 0, nbytes)
-    alike = [e for e in entries.values() if e.quantized and e.quantized.role == "zero points"]
-    alike.sort(key=lambda e: -e.nbytes)
-    placed, end = [], 0
-    for entry in [e for e in entries.values() if e not in alike] + alike[:1]:
-        offset = -(-end // ALIGNMENT) * ALIGNMENT
-        placed.append(replace(entry, offset=offset))
-        end = offset + entry.nbytes
-    return placed + [replace(entry, offset=placed[-1].offset) for entry in alike[1:]]
-
-
-def attach(graphs: Sequence[TracedGraph], entries: Sequence[StoreEntry]) -> None:
-    """Point every graph's initializers at the weights file."""
-    places = {e.name: e for e in entries}
-    for graph in graphs:
-        for name, value in graph.parameters.items():
-            entry = places[name]
-            value.const_value = ir.ExternalTensor(
-                WEIGHTS,
-                entry.offset,
-                entry.nbytes,
-                entry.dtype,
-                shape=ir.Shape(entry.shape),
-                name=name,
-            )
-
-
-def table(entries: Sequence[StoreEntry]) -> dict[str, Weight]:
-    """The manifest's list of what lies where: everything that is whole bytes, and packed numbers
-    also as the blocks that lowered graphs read."""
-    listed = {}
-    for e in entries:
-        if e.dtype.bitwidth >= 8:
-            listed[e.name] = Weight(WEIGHTS, e.offset, e.nbytes, _name(e.dtype), e.shape)
-        if e.quantized is not None and e.quantized.role == "numbers":
-            dims = e.quantized.how.blocks(*e.shape)
-            listed[e.name + BLOCKS] = Weight(WEIGHTS, e.offset, e.nbytes, "uint8", dims)
-    return listed
-
-
-def _name(dtype: ir.DataType) -> str:
-    return {v: str(k).removeprefix("torch.") for k, v in IR_TYPES.items()}.get(dtype, "uint8")
-
-
-def write(
-    path: Path,
-    entries: Sequence[StoreEntry],
-    checkpoint: Checkpoint,
-    stored_names: Mapping[str, str],
-    dtype: torch.dtype,
-    progress: Callable[[int], None],
-) -> File:
-    """Stream every tensor from the checkpoint to ``path``; its hashes and size."""
-    content = _Content(checkpoint, stored_names, dtype)
-    found, position = FileHash(), 0
-    with path.open("wb") as file:
-        for entry in entries:
-            if entry.offset < position:
-                continue  # zero points that lie there already
-            data = content.of(entry).view(torch.uint8).numpy().data
-            for chunk in (bytes(entry.offset - position), data):
-                file.write(chunk)
-                found.update(chunk)
-            position = entry.offset + entry.nbytes
-            progress(entry.nbytes)
-    return found.file()
-
-
-class _Content:
-    """What is stored for an entry; remembers the last quantized weight for its scales."""
-
-    def __init__(
-        self,
+    @classmethod
+    def of(
+        cls,
+        graphs: Sequence[TracedGraph],
         checkpoint: Checkpoint,
         stored_names: Mapping[str, str],
         dtype: torch.dtype,
-    ) -> None:
-        self.checkpoint, self.stored_names = checkpoint, stored_names
-        self.dtype = dtype
-        self.last: tuple[str, np.ndarray, np.ndarray] | None = None
+    ) -> Self:
+        """Every parameter of freshly traced ``graphs`` as the checkpoint has it, in ``dtype``.
 
-    def of(self, entry: StoreEntry) -> torch.Tensor:
-        made = entry.quantized
-        if made is None:
-            return self._weight(entry.parts).contiguous()
-        if made.role == "zero points":
-            number = made.how.zero_point
-            byte = number if made.how.bits == 8 else number << 4 | number
-            return torch.full((entry.nbytes,), byte, dtype=torch.uint8)
-        if self.last is None or self.last[0] != made.source:
-            weight = self._weight(entry.parts).float()
-            weight = weight.t() if made.outputs_first else weight
-            self.last = (made.source, *quantize(weight.numpy(), made.how))
-        _, packed, scales = self.last
-        if made.role == "numbers":
-            return torch.from_numpy(packed)
-        return torch.from_numpy(scales).to(self.dtype)
+        Args:
+            stored_names: parameter -> name of its tensor in the checkpoint.
+        """
 
-    def _weight(self, parts: Sequence[Part]) -> torch.Tensor:
-        tensors = []
-        for part in parts:
-            tensor = self.checkpoint.read(self.stored_names[part.parameter])
-            tensor = tensor.to(self.dtype)
-            tensors.append(tensor.t() if part.transposed else tensor)
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-1)
+        def stored(parameter: str) -> Expression:
+            name = stored_names[parameter]
+            tensor = checkpoint.tensors[name]
+            source = CheckpointTensor(name, tensor.shape, from_torch_dtype(DTYPES[tensor.dtype]))
+            return Cast(source, from_torch_dtype(dtype))
+
+        return cls({name: stored(name) for graph in graphs for name in graph.parameters})
+
+    def __getitem__(self, name: str) -> Expression:
+        return self._expressions[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._expressions)
+
+    def order(self, names: Sequence[str]) -> None:
+        """Keep ``names`` alone, in their order."""
+        self._expressions = {name: self._expressions[name] for name in names}
+
+    def replace(self, graphs: Sequence[TracedGraph], name: str, expression: Expression) -> None:
+        """Store something else under ``name``; the initializers of ``graphs`` follow."""
+        self._expressions[name] = expression
+        for graph in graphs:
+            if (value := graph.parameters.get(name)) is not None:
+                _describe(value, expression)
+
+    def add(self, graph: TracedGraph, name: str, expression: Expression) -> ir.Value:
+        """An initializer of ``graph`` that holds ``expression``; the one of that name, if it has
+        one. Raises ExportError if the name stands for something else."""
+        if self._expressions.setdefault(name, expression) != expression:
+            raise ExportError(f"two different weights are named {name}; a weight step is wrong")
+        if name not in graph.parameters:
+            value = ir.Value(name=name)
+            _describe(value, expression)
+            graph.model.graph.initializers[name] = value
+            graph.parameters[name] = value
+        return graph.parameters[name]
+
+    def drop(self, graph: TracedGraph, name: str) -> None:
+        """Take an initializer that no node reads any more out of ``graph``."""
+        del graph.parameters[name]
+        del graph.model.graph.initializers[name]
+
+
+def _describe(value: ir.Value, expression: Expression) -> None:
+    value.shape = ir.Shape(expression.shape)
+    value.type = ir.TensorType(expression.dtype)

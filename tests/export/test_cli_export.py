@@ -32,6 +32,7 @@ from lvlm.export.export_cli import main
 from lvlm.export.verify import forms, validation
 from lvlm.export.verify.checks import Check, table
 from lvlm.export.verify.outcome import Outcome
+from lvlm.export.weights.weights_file import WEIGHTS, WeightsFile
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.policies.shares import ProfileRow
 
@@ -127,16 +128,17 @@ def test_a_failed_check_leaves_no_bundle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The weights are disturbed on their way into the bundle: the comparison must notice."""
-    write = exporter.weights.write
+    write = WeightsFile.write
 
-    def disturbed(path: Path, *args: object, **kwargs: object) -> object:
-        file = write(path, *args, **kwargs)  # type: ignore[arg-type]
+    def disturbed(weights: WeightsFile, folder: Path, *args: Any) -> object:
+        file = write(weights, folder, *args)
+        path = folder / WEIGHTS
         data = bytearray(path.read_bytes())
         data[: len(data) // 4] = bytes(len(data) // 4)
         path.write_bytes(data)
         return file
 
-    monkeypatch.setattr(exporter.weights, "write", disturbed)
+    monkeypatch.setattr(WeightsFile, "write", disturbed)
     code, _, err = run(capsys, "-m", checkpoint(NAME), "-o", tmp_path / "out")
     assert code == 2
     assert "✗" in err

@@ -28,21 +28,21 @@ class Fault:
 
 FAULTS = {
     "q, k and v biases dropped": Fault(
-        "export/weights/fused_linears.py",
+        "export/weights/steps/fuse_linears.py",
         "    if first.bias is not None:\n        nodes.append",
         "    if first.bias is None:\n        nodes.append",
         BIASED,
     ),
     "q and k biases swapped in the fused product": Fault(
-        "export/weights/fused_linears.py",
+        "export/weights/steps/fuse_linears.py",
         'tuple(m.bias or "" for m in members)',
         'tuple(m.bias or "" for m in (*members[1::-1], *members[2:]))',
         BIASED,
     ),
     "two norms swapped": Fault(
         "export/weights/store.py",
-        "self.stored_names[part.parameter]",
-        'self.stored_names[part.parameter.replace("input_layernorm", "x").replace('
+        "stored_names[parameter]",
+        'stored_names[parameter.replace("input_layernorm", "x").replace('
         '"post_attention_layernorm", "input_layernorm").replace(".x.", '
         '".post_attention_layernorm.")]',
         BIASED,
@@ -103,9 +103,10 @@ FAULTS = {
         BIASED,
     ),
     "output projection transposed": Fault(
-        "export/weights/store.py",
-        "if part.transposed else tensor)",
-        'if part.transposed and "o_proj" not in part.parameter else tensor)',
+        "export/weights/expressions.py",
+        "return self.of.compute(reading).t()",
+        'return self.of.compute(reading).t() if "o_proj" not in str(self) else '
+        "self.of.compute(reading)",
         TIED,
     ),
     "merged states not divided by the sum of their weights": Fault(

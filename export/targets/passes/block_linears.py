@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from lvlm.core.errors import ExportError
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
-from lvlm.export.weights.quantized_linears import BLOCKS
+from lvlm.export.weights.quantization import BLOCKS_SUFFIX
 
 FP32, INT8 = 1, 4  # accuracy levels
 
@@ -26,7 +26,7 @@ def has_quantized_weights(path: Path) -> bool:
 def use_block_linears(model: ir.Model) -> int:
     """Exchange products over dequantized weights for MatMulNBits where that is faster; how many.
 
-    Precondition: weights as quantized_products.py has them. What spread them stays, unused.
+    Precondition: weights as quantize_linears.py has them. What spread them stays, unused.
     """
     replaced = 0
     for node in list(model.graph):
@@ -73,7 +73,7 @@ def _few_rows(x: ir.Value) -> bool:
 
 def _blocks(model: ir.Model, numbers: ir.Value, bits: int, block: int) -> ir.Value:
     """The initializer of the same bytes as uint8 [N, K / block, bytes of a block]."""
-    name = f"{numbers.name}{BLOCKS}"
+    name = f"{numbers.name}{BLOCKS_SUFFIX}"
     if name in model.graph.initializers:
         return model.graph.initializers[name]
     tensor = numbers.const_value

@@ -31,12 +31,12 @@ from lvlm.export.recipes.none import NoCompression
 from lvlm.export.reference.torch_reference import Answer, Reference
 from lvlm.export.targets.target import Target
 from lvlm.export.weights.quantization import (
+    BLOCKS_SUFFIX,
     WeightQuantization,
     dequantize,
     quantize,
     round_linears,
 )
-from lvlm.export.weights.quantized_linears import BLOCKS
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.model import Model
@@ -234,7 +234,7 @@ def test_everything_is_stored_once(bundle: Callable[..., Path]) -> None:
     by_offset = sorted((offset, max(sizes)) for offset, sizes in places.items())
     for (offset, size), (following, _) in itertools.pairwise(by_offset):
         assert offset + size <= following
-    blocks = [name for name in manifest.weights if name.endswith(BLOCKS)]
+    blocks = [name for name in manifest.weights if name.endswith(BLOCKS_SUFFIX)]
     assert len(blocks) == 6 * 4 + 1  # fused: qkv, o, gate and up, down; the head
     assert {name for graph in manifest.graphs.values() for name in graph.weights} == set(
         manifest.weights

@@ -1,8 +1,8 @@
-"""Products that read the same input become one, their weights stored side by side, then a Split.
+"""MatMuls that read the same input become one, their weights stored side by side, then a Split.
 
-Query, key and value; gate and up: one larger product costs less than two or three on every
-engine, most of all for the single rows of decode. A graph pass over traced graphs: it knows no
-model, only MatMul nodes, with or without a bias, whose weights are the checkpoint's.
+Query, key and value; gate and up: one larger MatMul costs less than two or three on every
+engine, most of all for the single rows of decode. It knows no model, only MatMul nodes, with or
+without a bias, whose weights are initializers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from lvlm.export.graphs.tracing import TracedGraph
+from lvlm.export.weights.expressions import Concat
+from lvlm.export.weights.store import WeightStore
 
 
 @dataclass(frozen=True)
@@ -25,25 +27,25 @@ class Product:
     result: ir.Node
 
 
-def fuse_linears(graphs: Sequence[TracedGraph]) -> dict[str, tuple[str, ...]]:
-    """Fuse products in all ``graphs`` alike; the parameters that each new tensor is made of.
+class FuseLinears:
+    """Fuse linear layers in all graphs alike.
 
-    A parameter is stored once, so only what every graph uses in the same company is fused.
+    A weight is stored once, so only what every graph uses in the same company is fused.
     Precondition: weights lie as MatMul takes them, [K,N].
     """
-    groups = [_groups(graph) for graph in graphs]
-    together: dict[str, set[tuple[str, ...] | None]] = {}
-    for graph, found in zip(graphs, groups, strict=True):
-        company = {p: names for members in found for names in _names(members) for p in names}
-        for parameter in graph.parameters:
-            together.setdefault(parameter, set()).add(company.get(parameter))
-    parts: dict[str, tuple[str, ...]] = {}
-    for graph, found in zip(graphs, groups, strict=True):
-        for members in found:
-            names = _names(members)
-            if all(together[p] == {group} for group in names for p in group):
-                parts |= _fuse(graph, members)
-    return parts
+
+    def apply(self, graphs: Sequence[TracedGraph], store: WeightStore) -> None:
+        groups = [_groups(graph) for graph in graphs]
+        together: dict[str, set[tuple[str, ...] | None]] = {}
+        for graph, found in zip(graphs, groups, strict=True):
+            company = {p: names for members in found for names in _names(members) for p in names}
+            for parameter in graph.parameters:
+                together.setdefault(parameter, set()).add(company.get(parameter))
+        for graph, found in zip(graphs, groups, strict=True):
+            for members in found:
+                names = _names(members)
+                if all(together[p] == {group} for group in names for p in group):
+                    _fuse(graph, members, store)
 
 
 def _names(members: Sequence[Product]) -> list[tuple[str, ...]]:
@@ -84,12 +86,13 @@ def _parameter(graph: TracedGraph, value: ir.Value | None) -> str | None:
     return name if known and value is not None and len(list(value.uses())) == 1 else None
 
 
-def _fuse(graph: TracedGraph, members: Sequence[Product]) -> dict[str, tuple[str, ...]]:
-    """One product in the members' place; the parameters that its new ones are made of."""
-    weights = [graph.parameters[m.weight] for m in members]
-    widths = [_width(value) for value in weights]
-    parts = {joined_name(names): names for names in _names(members)}
-    fused = [_side_by_side(graph, name, names) for name, names in parts.items()]
+def _fuse(graph: TracedGraph, members: Sequence[Product], store: WeightStore) -> None:
+    """One product in the members' place."""
+    widths = [store[m.weight].shape[-1] for m in members]
+    fused = [
+        store.add(graph, joined_name(names), Concat(tuple(store[name] for name in names)))
+        for names in _names(members)
+    ]
     first = members[0]
     name = "_".join(str(m.result.outputs[0].name) for m in members)
     nodes = [ir.node("MatMul", [first.node.inputs[0], fused[0]])]
@@ -116,29 +119,9 @@ def _fuse(graph: TracedGraph, members: Sequence[Product]) -> dict[str, tuple[str
         output.name, old.name = old.name, f"{old.name}_replaced"
         for node in dict.fromkeys((member.result, member.node)):
             graph.model.graph.remove(node, safe=True)
-    for names in parts.values():
+    for names in _names(members):
         for old_name in names:
-            del graph.parameters[old_name]
-            del graph.model.graph.initializers[old_name]
-    return parts
-
-
-def _width(value: ir.Value) -> int:
-    assert value.shape is not None
-    width = value.shape[-1]
-    assert isinstance(width, int)
-    return width
-
-
-def _side_by_side(graph: TracedGraph, name: str, names: Sequence[str]) -> ir.Value:
-    """A new parameter as wide as all of ``names``."""
-    old = [graph.parameters[n] for n in names]
-    value = ir.Value(name=name, type=old[0].type)
-    value.shape = ir.Shape([*(old[0].shape or ())[:-1], sum(map(_width, old))])
-    value.const_value = old[0].const_value  # until weights.attach
-    graph.model.graph.initializers[name] = value
-    graph.parameters[name] = value
-    return value
+            store.drop(graph, old_name)
 
 
 def joined_name(names: Sequence[str]) -> str:

@@ -1,0 +1,113 @@
+"""The manifest of a bundle, from the plan of the export and what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lvlm.core.integrity import File, describe
+from lvlm.export.checkpoint import checkpoint as checkpoints
+from lvlm.export.export_plan import ExportPlan
+from lvlm.runtime.bundle.manifest import (
+    SCHEMA,
+    Graph,
+    Manifest,
+    Quantization,
+    Text,
+    Weight,
+)
+
+TOOLS = ("lvlm-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxruntime")
+
+
+def write_manifest(
+    plan: ExportPlan,
+    graphs: dict[str, Graph],
+    weights: dict[str, Weight],
+    folder: Path,
+    known: Mapping[str, File],
+) -> Manifest:
+    """Describe the bundle in ``folder``, as one that nothing was compared with yet.
+
+    Args:
+        known: files that need not be read, since they were hashed as they were written.
+    """
+    source = plan.checkpoint.source
+    language, prompt = plan.skeleton.language, plan.prompt
+    rule, how = plan.recipe.cache_rule(), plan.options.quantization
+    manifest = Manifest(
+        schema=SCHEMA,
+        family=plan.family.name,
+        model={
+            "source": Path(source).name if Path(source).is_dir() else source,
+            "revision": plan.checkpoint.revision,
+            "architecture": checkpoints.describe(plan.checkpoint.config),
+        },
+        recipe=plan.recipe.name,
+        parameters=plan.recipe.parameters(),
+        dtype=dtype_name(plan.dtype),
+        cache_dtype=dtype_name(plan.cache_dtype),
+        quantization=None if how is None else Quantization(how.bits, how.block),
+        graphs=graphs,
+        weights=weights,
+        text=Text(
+            layers=len(language.blocks),
+            heads=language.heads,
+            kv_heads=language.kv_heads,
+            head_dim=language.head_dim,
+            hidden=language.hidden,
+            vocab=language.vocab,
+            eos_ids=prompt.eos_ids,
+        ),
+        images=plan.images,
+        keep=float(plan.recipe.parameters().get("keep", 1.0)),
+        reductions=plan.recipe.reductions(),
+        cache_policy=rule.cache_policy if rule else None,
+        capacity=plan.cache.capacity,
+        chat_template=prompt.chat_template,
+        special_tokens=prompt.special_tokens,
+        validation="skipped",
+        tools={name: _version(name) for name in TOOLS},
+        files={**known, **_hash_others(folder, known)},
+        generation=prompt.generation,
+    )
+    manifest.write(folder)
+    return manifest
+
+
+def record_validation(folder: Path, manifest: Manifest, outcome: dict[str, Any]) -> Manifest:
+    """Write ``outcome`` into ``folder``, and into the manifest that there is one."""
+    path = folder / "validation.json"
+    path.write_text(json.dumps(outcome, indent=1, ensure_ascii=False) + "\n")
+    file = describe(path)
+    how = "passed, widened to fp32" if manifest.dtype == "bfloat16" else "passed"
+    manifest = replace(manifest, validation=how, files={**manifest.files, path.name: file})
+    manifest.write(folder)
+    return manifest
+
+
+def dtype_name(dtype: torch.dtype) -> Any:
+    """float32 of torch.float32, as manifests have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _hash_others(folder: Path, known: Mapping[str, File]) -> dict[str, File]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in known:
+            found[name] = describe(path)
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,54 @@
+"""The graphs of a bundle as files, canonical and lowered, and their descriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lvlm.export.export_plan import ExportPlan
+from lvlm.export.graphs.tracing import TracedGraph
+from lvlm.export.targets.description import AT_THE_END, CACHE_WRITES, POSITIONS
+from lvlm.export.targets.target import Target
+from lvlm.export.weights.weights_file import WeightsFile
+from lvlm.runtime.bundle.manifest import Graph
+from lvlm.runtime.policies.evictions import OneByOne
+
+
+def write_graphs(
+    plan: ExportPlan, graphs: Sequence[TracedGraph], weights: WeightsFile, folder: Path
+) -> dict[str, Graph]:
+    """Write the canonical graphs; their descriptions by name."""
+    described = {}
+    for graph in graphs:
+        inputs, outputs = graph.ports()
+        names = weights.names(graph)
+        described[graph.name] = Graph(f"{graph.name}.onnx", inputs, outputs, names)
+        if graph.name == "decode":
+            graph.model.metadata_props.update(_facts(plan))
+        ir.save(graph.model, folder / f"{graph.name}.onnx")
+    return described
+
+
+def lower(
+    target: Target, plan: ExportPlan, graphs: dict[str, Graph], folder: Path
+) -> dict[str, Graph]:
+    """Write a target's graphs; the descriptions with what was written."""
+    files = {name: graph.file for name, graph in graphs.items()}
+    written = set(target.write(folder, files, plan.cache.capacity))
+    return {
+        name: replace(graph, lowered={**graph.lowered, target.name: file})
+        if (file := target.file(graph.file)) in written
+        else graph
+        for name, graph in graphs.items()
+    }
+
+
+def _facts(plan: ExportPlan) -> dict[str, str]:
+    """What targets ask of a decode graph that its nodes do not say."""
+    rule, capacity = plan.recipe.cache_rule(), plan.cache.capacity
+    positions = capacity.max_text_len + capacity.max_images * plan.images.tokens
+    appends = rule is None or not isinstance(rule.cache_policy.decode, OneByOne)
+    return {POSITIONS: str(positions)} | ({CACHE_WRITES: AT_THE_END} if appends else {})
