@@ -10,7 +10,17 @@ venv="${VENV:-.venv-test}"
     --constraint constraints.txt ".[cpu,export,openvino,plugins,tensorrt-rtx,video,dev]"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
-"$venv/bin/mypy"
-"$venv/bin/mypy" scripts tests/campaign
+types() {
+    "$venv/bin/mypy" && "$venv/bin/mypy" scripts tests/campaign
+}
+# mypy has one process: it runs beside the tests, and says what it found after them.
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+types > "$said" 2>&1 &
+checked=$!
+status=0
 # Tests compute on one thread each, so that one process per core fills the machine.
-exec "$venv/bin/python" -m pytest --numprocesses auto --dist worksteal "$@"
+"$venv/bin/python" -m pytest --numprocesses auto --dist worksteal "$@" || status=$?
+wait "$checked" || status=1
+cat "$said"
+exit "$status"

@@ -18,46 +18,27 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tiny_llava import (
+    IMAGE_TOKENS,
+    PATCHES,
+    build_model,
+    build_tokenizer,
+    patch_features,
+    pixels,
+    save,
+    save_samples,
+)
+from tiny_llava_sequences import TURNS, Layout, evaluate
 from torch.nn import functional as F  # noqa: N812  (the field's own name)
 from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedTokenizerFast,
 )
 
 from lvlm.calibration.datasets import digits
-
-PATCHES = 12
-IMAGE_TOKENS = PATCHES * PATCHES
-TURNS: tuple[digits.Kind, ...] = ("describe",) + ("row",) * 3 + ("cell",) * 4 + ("count",) * 2
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
-{{ 'ASSISTANT: ' }}
-{%- for part in message['content'] -%}{{ part['text'] }}{%- endfor -%}
-{{ eos_token }}
-{%- else -%}
-{{ 'USER: ' if message['role'] == 'user' else '' }}
-{%- for part in message['content'] if part['type'] == 'image' -%}
-{{ '<image>\\n' }}
-{%- endfor -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}
-{{ part['text'] + ' ' }}
-{%- endfor -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
-"""
 
 
 def main() -> None:
@@ -86,101 +67,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=8000, help="images encoded for stage 2")
     parser.add_argument("--eval-grids", type=int, default=500)
     return parser.parse_args()
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE (any text can be encoded) with every decimal digit a token of its own."""
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(r"\d| ?[^\s\d]+|\s"), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    corpus = [
-        f"USER: \n{q.question} ASSISTANT: {q.answer}" for _, q in digits.samples("train", 400)
-    ]
-    tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=2048,
-    )
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=5,  # the feature layer is -2, as in LLaVA-1.5, so four are used
-        num_attention_heads=4,
-        image_size=digits.SIDE,
-        patch_size=14,
-        projection_dim=128,
-    )
-    text = LlamaConfig(
-        vocab_size=512,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=image_id,
-            image_seq_length=IMAGE_TOKENS,
-            vision_feature_layer=-2,
-            tie_word_embeddings=False,
-        )
-    )
-    with torch.no_grad():  # 2-D sinusoids: the tower starts out knowing which patches are near
-        table = model.model.vision_tower.embeddings.position_embedding.weight
-        table[1:] = 0.5 * sinusoids_2d(PATCHES, table.shape[1])
-    return model
-
-
-def sinusoids_2d(side: int, width: int) -> torch.Tensor:
-    """Position table [side * side, width]: half for the row, half for the column."""
-    step = torch.arange(side)[:, None] * math.pi / side
-    freq = torch.arange(1, width // 4 + 1)[None] / 2
-    line = torch.cat([torch.sin(step * freq), torch.cos(step * freq)], 1) / math.sqrt(width / 8)
-    rows = line.repeat_interleave(side, 0)
-    return torch.cat([rows, line.repeat(side, 1)], 1)
-
-
-def pixels(grids: list[digits.Grid]) -> torch.Tensor:
-    """Normalised [B, 3, 168, 168]; the images already have the size the processor makes."""
-    scale = CLIPImageProcessorPil()
-    images = np.stack([g.image for g in grids]).astype(np.float32) / 255
-    images = (images - np.array(scale.image_mean)) / np.array(scale.image_std)
-    return torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
-
-
-def patch_features(model: LlavaForConditionalGeneration, images: torch.Tensor) -> torch.Tensor:
-    """[B, 144, 128]: what the projector reads."""
-    out = model.model.vision_tower(images, output_hidden_states=True)
-    patches: torch.Tensor = out.hidden_states[-2][:, 1:]
-    return patches
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -234,67 +120,6 @@ def train_vision(model: LlavaForConditionalGeneration, args: argparse.Namespace)
             )
             state = {"tower": tower.state_dict(), "head": head.state_dict(), "step": step + 1}
             torch.save(state | {"optimizer": optimizer.state_dict()}, file)
-
-
-class Layout:
-    """Where prefix, questions and answers lie in a training sequence; equal for every grid,
-    because every digit is one token."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-        self.prefix = [1, *self.encode("USER: "), *[3] * IMAGE_TOKENS, *self.encode("\n")]
-        self.image_at = len(self.prefix) - IMAGE_TOKENS - len(self.encode("\n"))
-        _, answered, turn, position = self.sequence(
-            digits.draw_grid(np.random.default_rng(0), "train"), np.random.default_rng(0)
-        )
-        self.answered, self.position = answered, position
-        size = len(turn)
-        sees = (turn[None] == turn[:, None]) | (turn[None] == -1)
-        sees &= torch.ones(size, size, dtype=torch.bool).tril()
-        self.mask = torch.zeros(size, size).masked_fill(~sees, -1e9)[None, None]
-        # Kind of each predicted answer token, for reports.
-        self.kinds = [TURNS[int(t)] for t in turn[answered]]
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def sequence(self, grid: digits.Grid, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
-        """ids [S], whether a token belongs to an answer [S], its turn [S], its position [S]."""
-        ids, answered = list(self.prefix), [False] * len(self.prefix)
-        turn, position = [-1] * len(ids), list(range(len(ids)))
-        for number, kind in enumerate(TURNS):
-            q = digits.ask(grid, kind, rng)
-            question = self.encode(q.question + " ASSISTANT:")
-            answer = [*self.encode(" " + q.answer), 2]
-            ids += question + answer
-            answered += [False] * len(question) + [True] * len(answer)
-            length = len(question) + len(answer)
-            turn += [number] * length
-            position += range(len(self.prefix), len(self.prefix) + length)
-        return (
-            torch.tensor(ids),
-            torch.tensor(answered),
-            torch.tensor(turn),
-            torch.tensor(position),
-        )
-
-    def logits(
-        self, model: LlavaForConditionalGeneration, features: torch.Tensor, ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, answer tokens, vocabulary] and the ids they should name."""
-        embeds = model.model.language_model.embed_tokens(ids)
-        image = model.model.multi_modal_projector(features)
-        end = self.image_at + IMAGE_TOKENS
-        embeds = torch.cat([embeds[:, : self.image_at], image, embeds[:, end:]], 1)
-        hidden = model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=self.mask.expand(len(ids), -1, -1, -1),
-            position_ids=self.position.expand(len(ids), -1),
-            use_cache=False,
-        ).last_hidden_state
-        before = self.answered.roll(-1)
-        before[-1] = False
-        return model.lm_head(hidden[:, before]), ids[:, self.answered]
 
 
 def train_language(
@@ -358,62 +183,6 @@ def encode_pool(
         grids += batch
         features.append(patch_features(model, pixels(batch)).half())
     return grids, torch.cat(features)
-
-
-@torch.no_grad()
-def evaluate(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, *, grids: int
-) -> dict[str, Any]:
-    """Share of held-out answer tokens right (teacher-forced), in all, per kind and digits only."""
-    layout, rng = Layout(tokenizer), np.random.default_rng(4)
-    digit_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
-    right, is_digit = [], []
-    for first in range(0, grids, 20):
-        batch = [digits.draw_grid(rng, "heldout") for _ in range(min(20, grids - first))]
-        ids = torch.stack([layout.sequence(g, rng)[0] for g in batch])
-        logits, target = layout.logits(model, patch_features(model, pixels(batch)), ids)
-        right.append(logits.argmax(-1) == target)
-        is_digit.append(torch.isin(target, digit_ids))
-    ok, digit = torch.cat(right), torch.cat(is_digit)
-    kinds = np.array(layout.kinds)
-    return {
-        "heldout_grids": grids,
-        "answer_tokens": ok.numel(),
-        "answer_tokens_right": round(ok.float().mean().item(), 4),
-        "digit_tokens_right": round(ok[digit].float().mean().item(), 4),
-        "answer_tokens_right_by_kind": {
-            k: round(ok[:, kinds == k].float().mean().item(), 4) for k in sorted(set(TURNS))
-        },
-        "digit_tokens_right_by_kind": {
-            k: round(ok[:, kinds == k][digit[:, kinds == k]].float().mean().item(), 4)
-            for k in sorted(set(TURNS))
-        },
-    }
-
-
-def save(
-    model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, output: Path
-) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    model.generation_config.eos_token_id = 2
-    model.half().save_pretrained(output)
-    side = {"height": digits.SIDE, "width": digits.SIDE}
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": digits.SIDE}, crop_size=side)
-    LlavaProcessor(
-        image_processor,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(output)
-
-
-def save_samples(folder: Path) -> None:
-    """The images of README and tests: held-out grids."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, (grid, _) in enumerate(digits.samples("heldout", 2, seed=7), 1):
-        Image.fromarray(grid.image).save(folder / f"digits-{number}.png")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lvlm.core.console import Parser, add_verify, run_main
+from lvlm.calibration.evaluate.eval_arguments import MAX_NEW_TOKENS, MAX_TEXT_LEN, METRICS, parser
+from lvlm.core.console import run_main
 
 if TYPE_CHECKING:
     from lvlm.calibration.datasets.samples import EvaluationSample
@@ -17,98 +17,12 @@ if TYPE_CHECKING:
     from lvlm.calibration.evaluate.variants import Bundle
     from lvlm.core.progress import Progress
 
-METRICS = "ppl,rouge,accuracy"
-MAX_NEW_TOKENS = 256
-MAX_TEXT_LEN = 2048
 # Flags that shape the bundles made from --recipes, and nothing else
 EXPORT_FLAGS = ("set", "dtype", "revision", "max_text_len", "no_validate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_main("lvlm-eval", lambda: _run(_parser().parse_args(argv)))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="lvlm-eval",
-        description="Measure the quality of bundles on a data set, beside the cache and the time "
-        "they take. A run that was cut short goes on where it stopped.",
-        epilog="example: lvlm-eval -m tiny-llava --recipes none,lightvlm --data digits "
-        "--samples 20 --keep 0.3,0.5 -o results/",
-    )
-    add = parser.add_argument
-    add("bundles", nargs="*", type=Path, metavar="BUNDLE", help="folders made by lvlm-export")
-    add("-o", "--output", type=Path, metavar="FOLDER", help="where the results go")
-    add("--data", metavar="NAME|FILE", help="built-in data set, or a file")
-    add("--format", metavar="NAME", help="the file's layout, where its suffix does not tell")
-    add("--list-data", action="store_true", help="list what --data and --format take")
-    add("--images", type=Path, metavar="FOLDER", help="where the file's image paths start from")
-    add("--kinds", type=_names, default=[], metavar="A,B", help="kinds of questions (digits)")
-    add("--samples", type=int, metavar="N", help="the first N (default: all; digits: 100)")
-    add(
-        "--keep",
-        type=_fractions,
-        default=[],
-        metavar="R,…",
-        help="fractions of the cache left after prefill, a row for each; where tokens are merged, "
-        "by merging alone (default: as exported)",
-    )
-    add(
-        "--kv-keep",
-        type=_fractions,
-        default=[],
-        metavar="R,…",
-        help="rows of bundles that merge tokens and compress the cache: the latter alone",
-    )
-    add("--metrics", type=_names, metavar="A,B", help=f"default {METRICS}")
-    add("--max-new-tokens", type=int, metavar="N", help=f"of answers (default {MAX_NEW_TOKENS})")
-    add("--reference", type=Path, metavar="BUNDLE", help="full-cache bundle that rouge compares to")
-    add("--system", metavar="TEXT", help="system message")
-    add("--batch", type=int, default=1, metavar="N", help="prompts at a time (default 1)")
-    add("--device", default="cpu", help="what to run on (default cpu)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: the backend's choice)")
-    add_verify(add)
-    add("--no-timings", action="store_true", help="leave times out of the results")
-    add("-q", "--quiet", action="store_true", help="no progress, no table")
-    make = parser.add_argument_group("bundles to make, kept below the output folder")
-    add = make.add_argument
-    add("-m", "--model", help="alias, local folder or hub id")
-    add("--recipes", type=_names, default=[], metavar="A,B", help="a bundle for each")
-    add(
-        "--set",
-        action="append",
-        metavar="[RECIPE.]NAME=VALUE",
-        help="a parameter of one recipe, or of all that have it; lvlm-export --help-recipe lists "
-        "them",
-    )
-    add("--dtype", choices=("fp32", "fp16", "bf16"), help="default: the checkpoint's own")
-    add("--revision", help="of the hub repository: branch, tag or commit")
-    add(
-        "--max-text-len",
-        type=int,
-        metavar="N",
-        help=f"text tokens of prompt and answer together (default {MAX_TEXT_LEN})",
-    )
-    add("--no-validate", action="store_true", help="do not compare with the checkpoint")
-    return parser
-
-
-def _names(text: str) -> list[str]:
-    names = [part.strip() for part in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"'{text}' has an empty name; write a,b")
-    return list(dict.fromkeys(names))
-
-
-def _fractions(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list like 0.2,0.5") from None
-    for value in values:
-        if not 0 < value <= 1:  # NaN fails every comparison
-            raise argparse.ArgumentTypeError(f"{value} is not above 0 and up to 1")
-    return list(dict.fromkeys(values))
+    return run_main("lvlm-eval", lambda: _run(parser().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -6,63 +6,24 @@ its process with it.
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 import platform
-import subprocess
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
 
-from lvlm.core.errors import BackendError, BundleError, LvlmError
+from lvlm.core.errors import BackendError, BundleError
 from lvlm.core.installing import install
-from lvlm.core.integrity import sha256_of
-from lvlm.core.nvidia import NoGpuError, NvidiaDriver, driver
+from lvlm.core.nvidia import NoGpuError, NvidiaDriver
 from lvlm.runtime.backends import devices
-from lvlm.runtime.bundle.engine_sets import PLUGINS, EngineSet, NoEnginesError
-from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.bundle.engine_sets import PLUGINS
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.tools.bundle_findings import bundle_findings
+from lvlm.runtime.tools.findings import Finding, Machine, unusable
 
 CUDA_FOR_ORT = (13, 0)  # what onnxruntime-gpu 1.31 is built with
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
 LIBRARY = "liblvlm_plugins.so"
-ABSENT = "–"  # noqa: RUF001 - a dash is meant
 FLAVOURS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # device: Python module
-
-
-@dataclass(frozen=True)
-class Finding:
-    """subject  what was looked at
-    ok       it can be used
-    says     what was seen
-    fix      how to come by it, or how to mend it
-    version  of the package, where it decides what runs
-    broken   it is there, and does not work: what is not there may simply not be wanted"""
-
-    subject: str
-    ok: bool
-    says: str
-    fix: str = ""
-    version: str = ""
-    broken: bool = False
-
-    @property
-    def mark(self) -> str:
-        return "✓" if self.ok else "✗" if self.broken else ABSENT
-
-
-@dataclass(frozen=True)
-class Machine:
-    """How the doctor looks at the machine; tests put others here."""
-
-    driver: Callable[[], NvidiaDriver] = driver
-    version: Callable[[str], str | None] = lambda name: _version(name)
-    attempt: Callable[[str], str] = lambda code: _attempt(code)
-    load: Callable[[str], Any] = ctypes.CDLL
 
 
 def examine(bundle: Path | None, machine: Machine | None = None) -> list[Finding]:
@@ -80,14 +41,8 @@ def examine(bundle: Path | None, machine: Machine | None = None) -> list[Finding
     try:
         manifest = read_bundle(bundle, "full")
     except BundleError as error:
-        return [*found, _unusable("bundle", error)]
-    return [*found, *_bundle(bundle, manifest, seen, {f.subject: f for f in found})]
-
-
-def _unusable(subject: str, error: LvlmError, fix: str = "") -> Finding:
-    """What is there and does not work."""
-    what, _, mend = str(error).partition("; ")
-    return Finding(subject, False, what, fix or mend or "see the message", broken=True)
+        return [*found, unusable("bundle", error)]
+    return [*found, *bundle_findings(bundle, manifest, seen, {f.subject: f for f in found})]
 
 
 def _not_imported(subject: str, module: str, error: BackendError, fix: str) -> Finding:
@@ -113,7 +68,7 @@ def _gpus(machine: Machine) -> tuple[NvidiaDriver | None, list[Finding]]:
         what, _, fix = str(error).partition("; ")
         return None, [Finding("NVIDIA driver", False, what, fix)]
     except BackendError as error:
-        return None, [_unusable("NVIDIA driver", error)]
+        return None, [unusable("NVIDIA driver", error)]
     found = [Finding("NVIDIA driver", True, "serves CUDA {}.{}".format(*seen.cuda))]
     if not seen.gpus:
         fix = "check that the GPU is seated and visible (CUDA_VISIBLE_DEVICES, container options)"
@@ -224,92 +179,3 @@ def _plugins(machine: Machine) -> Finding:
         says = f"{path} holds no TensorRT plugins"
         return Finding("TensorRT plugins", False, says, fix, broken=True)
     return Finding("TensorRT plugins", True, path)
-
-
-def _bundle(
-    folder: Path, manifest: Manifest, seen: NvidiaDriver | None, looked: Mapping[str, Finding]
-) -> Iterator[Finding]:
-    """Which devices can run this bundle, and which of its engines fit."""
-    says = f"{manifest.family}, recipe {manifest.recipe}, {manifest.dtype}"
-    yield Finding("bundle", True, f"{says}; every file as its manifest has it")
-    for device in ("cpu", "cuda"):
-        if device == "cpu" and manifest.dtype == "bfloat16":
-            fix = "export it again with --dtype fp32 or fp16"
-            yield Finding("bundle on cpu", False, "bf16 is for GPU targets", fix)
-        elif looked[f"device {device}"].ok:
-            yield Finding(f"bundle on {device}", True, "runs")
-    if looked["device openvino"].ok:
-        files = [f"{Path(graph.file).stem}.openvino.onnx" for graph in manifest.graphs.values()]
-        missing = [file for file in files if file not in manifest.files]
-        says = f"{missing[0]} is missing" if missing else "runs"
-        fix = f"lvlm-build engine {folder} --target openvino" if missing else ""
-        yield Finding("bundle on openvino", not missing, says, fix)
-    for flavour in FLAVOURS:
-        try:
-            sets = EngineSet.find(folder, flavour)
-        except NoEnginesError as error:
-            what, _, fix = str(error).partition("; ")
-            yield Finding(f"bundle on {flavour}", False, what, fix)
-            continue
-        except BackendError as error:
-            yield _unusable(f"bundle on {flavour}", error)
-            continue
-        for engines in sets:
-            yield _engines(engines, manifest, seen, looked)
-
-
-def _engines(
-    engines: EngineSet, manifest: Manifest, seen: NvidiaDriver | None, looked: Mapping[str, Finding]
-) -> Finding:
-    subject = f"bundle on {engines.flavour}"
-    if seen is None or not seen.gpus:
-        says = f"{engines.folder.name}: no GPU to run on"
-        return Finding(subject, False, says, "see NVIDIA driver above")
-    device = looked[f"device {engines.flavour}"]
-    if not device.ok:
-        says = f"{engines.folder.name}: {engines.flavour} cannot be used"
-        return Finding(subject, False, says, f"see device {engines.flavour} above")
-    try:
-        library = engines.plugin_library()
-        engines.check(
-            gpu_sm=seen.gpus[0].sm,
-            gpu_name=seen.gpus[0].name,
-            version=device.version,
-            plugin_hash=None if library is None else sha256_of(library),
-            manifest=manifest,
-        )
-        EngineSet.read(engines.folder, verify="full")
-    except BackendError as error:
-        what, _, fix = str(error).rpartition("; ")
-        return Finding(subject, False, what, fix, broken=True)
-    return Finding(subject, True, f"{engines.folder.name} fits")
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _attempt(code: str) -> str:
-    """What a fresh Python prints for this code. Raises BackendError with its last line."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
-        raise BackendError(lines[-1])
-    return done.stdout
-
-
-def as_json(findings: list[Finding]) -> str:
-    return json.dumps([vars(finding) for finding in findings], ensure_ascii=False)
-
-
-def can_run(findings: list[Finding]) -> bool:
-    """Whether one device at least can be used (for the bundle, if one was looked at), and nothing
-    that is there is broken."""
-    kind = "bundle on " if any(f.subject == "bundle" for f in findings) else "device "
-    usable = any(f.ok and f.subject.startswith(kind) for f in findings)
-    return usable and not any(f.broken for f in findings)

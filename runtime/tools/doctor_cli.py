@@ -30,7 +30,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     from lvlm.core.wrapping import wrapped
-    from lvlm.runtime.tools.doctor import as_json, can_run, examine
+    from lvlm.runtime.tools.doctor import examine
+    from lvlm.runtime.tools.findings import as_json, can_run
 
     findings = examine(args.bundle)
     if args.json:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Run
 from PIL import Image
 
 from lvlm.bench.bench_cli import main
@@ -22,32 +23,19 @@ from lvlm.runtime.bundle.manifest import MANIFEST
 SMALL = ("--threads", 1, "--prompt-tokens", 24, "--new-tokens", 6)
 
 
-class Run:
-    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
-        self.capfd = capfd
-
-    def __call__(self, *argv: object) -> tuple[int, str, str]:
-        try:
-            code = main([str(a) for a in argv])
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-        out = self.capfd.readouterr()
-        return code, out.out, out.err
-
-
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    return Run(capfd)
+    return Run(capfd, main)
 
 
 @pytest.fixture(scope="module")
 def full(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava")
+    return bundle("tiny-llava", max_images=2)
 
 
 @pytest.fixture(scope="module")
 def light(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", "lightvlm")
+    return bundle("tiny-llava", "lightvlm", max_images=2)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,7 +77,7 @@ def _crash() -> None:
     ],
 )
 def test_what_a_process_notices(
-    call: object, fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Callable[[], object], fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(children, "SECONDS", 1)
     monkeypatch.setattr(children, "GRACE", 1)

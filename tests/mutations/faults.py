@@ -126,7 +126,7 @@ FAULTS = {
         "self.slots[(*np.nonzero(where), self.head[where])]",
         "self.slots[(*np.nonzero(where), "
         "((self.head + self.count - 1) % self.slots.shape[2])[where])]",
-        "tests/runtime/kv/test_cache.py::test_victims_by_hand",
+        "tests/runtime/kv/test_cache_eviction.py::test_victims_by_hand",
     ),
     "the most important entries evicted": Fault(
         "export/ops/cache_compact/contract.py",

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import CACHED_USUAL, TINY
+from parity_tools import ROWS, make_reference
 from settings import CACHED
-from test_parity import ROWS, make_reference
 
 import lvlm
 from lvlm.export.reference.torch_reference import Reference
@@ -42,6 +42,13 @@ def count(request: pytest.FixtureRequest) -> int:
     return LONG if request.config.getoption("--whole") else 64
 
 
+@pytest.fixture(scope="module")
+def uncompressed(bundle: Callable[..., Path]) -> tuple[list[list[int]], list[np.ndarray]]:
+    """Tokens and logits of tiny-llava's whole cache."""
+    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+        return greedy(model, prompts(model, LONG), LONG)[:2]
+
+
 def prompts(model: Model, count: int) -> list[Prompt]:
     options = GenerationOptions(chat_template=False, max_new_tokens=count)
     return [model.prepare(0, text, images, options) for text, images in ROWS]
@@ -59,11 +66,6 @@ def greedy(
     return np.argmax(logits, 2).T.tolist(), logits, batch
 
 
-def expected(reference: Reference, prompt: Prompt, count: int, kv_keep: float) -> Any:
-    features = reference.encode(prompt.images)
-    return reference.generate(prompt, features, max_new_tokens=count, kv_keep=kv_keep)
-
-
 def with_profile_of(model: Model, reference: Reference) -> Reference:
     """The reference with the profile that the export measured, if it did."""
     cache_policy = model.manifest.cache_policy
@@ -78,33 +80,42 @@ def test_bundle_equals_its_torch_reference(
     name: str,
     cached: str,
     count: int,
+    asked: Sequence[Sequence[int]],
     checkpoint: Callable[[str], Path],
     bundle: Callable[..., Path],
 ) -> None:
-    """One bundle, every fraction; each prompt alone and in a batch of different lengths."""
+    """One bundle, every fraction; prompts alone and in a batch of different lengths."""
     recipe, *settings = CACHED[cached]
     with lvlm.load(bundle(name, recipe, *settings, max_images=2)) as model:
         reference = make_reference(checkpoint(name), recipe, *settings)
         reference = with_profile_of(model, reference)
         rows = prompts(model, count)
+        features = [reference.encode(row.images) for row in rows]
         shrunk = set()
-        for kv_keep in KEEPS:
-            answers = [expected(reference, row, count, kv_keep) for row in rows]
+        for kv_keep, some in zip(KEEPS, asked, strict=True):
             together, _, batch = greedy(model, rows, count, kv_keep=kv_keep)
-            assert together == [a.tokens for a in answers], kv_keep
-            assert batch.running[0].counts.kept.T.tolist() == [a.kept for a in answers]
-            alone, _, _ = greedy(model, rows[1:2], count, kv_keep=kv_keep)
-            assert alone == [answers[1].tokens], kv_keep
+            kept = batch.running[0].counts.kept.T.tolist()
+            for row in some:
+                answer = reference.generate(
+                    rows[row], features[row], max_new_tokens=count, kv_keep=kv_keep
+                )
+                assert together[row] == answer.tokens, (kv_keep, row)
+                assert kept[row] == answer.kept, (kv_keep, row)
+            alone, _, _ = greedy(model, rows[row : row + 1], count, kv_keep=kv_keep)
+            assert alone == [answer.tokens], (kv_keep, row)
             shrunk.add(int(batch.cache.lengths.sum()))
         assert len(shrunk) == len(KEEPS)  # the fraction matters
 
 
 @pytest.mark.parametrize("cached", [c for c in CACHED if c != "lightvlm with prefixkv"])
-def test_keep_1_is_none(cached: str, bundle: Callable[..., Path]) -> None:
+def test_keep_1_is_none(
+    cached: str,
+    uncompressed: tuple[list[list[int]], list[np.ndarray]],
+    bundle: Callable[..., Path],
+) -> None:
     """Prefill and 256 tokens, in a batch of different lengths. Decode may use another attention
     (docs/cpu.md), so that logits agree up to rounding."""
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
-        tokens, full, _ = greedy(model, prompts(model, LONG), LONG)
+    tokens, full = uncompressed
     recipe, *settings = CACHED[cached]
     with lvlm.load(bundle("tiny-llava", recipe, *settings, max_images=2)) as model:
         ratios = {"keep": 1.0} if recipe == "lightvlm" else {}

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from bundles import transformers_inputs
-from test_family_qwen_vl import LIGHT, image, recorded, uncompressed
-from test_parity import load_torch, make_reference
-from test_video import inputs as video_inputs
-from test_video import noise_video
+from parity_tools import load_torch, make_reference
+from qwen_tools import LIGHT, image, recorded, uncompressed
 from transformers import AutoModelForImageTextToText
+from video_tools import inputs as video_inputs
+from video_tools import noise_video
 
 import lvlm
 from lvlm.core.progress import Progress

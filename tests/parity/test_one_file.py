@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_parity import ROWS, make_reference
+from parity_tools import ROWS, make_reference
 
 import lvlm
 from lvlm.core import discovery

@@ -1,8 +1,9 @@
-"""A GPU that is not there, for a test, and bundles with engines for it."""
+"""A GPU that is not there, for a test, bundles with engines for it, and a loaded model."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from fake_engines import RECIPES, Make, build_engines
 from fake_onnxruntime import FakeOrt
 from fake_tensorrt import FakeDriver, FakeTensorRt
 
+import lvlm
 from lvlm.core import nvidia
 from lvlm.runtime.backends.trt import driver as _cuda
+from lvlm.runtime.model import Model
 from lvlm.runtime.sampling.sampler import Sampler
 
 
@@ -67,3 +70,10 @@ def built(bundle: Make, tmp_path: Path) -> Make:
 def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model never ends an answer by itself."""
     monkeypatch.setattr(Sampler, "choose", lambda self, logits: 20)  # noqa: ARG005
+
+
+@pytest.fixture(scope="module")
+def light(bundle: Callable[..., Path]) -> Iterator[Model]:
+    """tiny-llava with lightvlm."""
+    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2), threads=1) as model:
+        yield model

@@ -1,71 +1,30 @@
-"""Model: what it refuses, what it promises; answers themselves are checked in test_parity."""
+"""Model: prompts and options that it takes or refuses, batches, statistics, loading and closing;
+answers themselves are checked in tests/parity."""
 
 from __future__ import annotations
 
 import io
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from engine_tools import intercept
+from model_tools import IMAGE, OTHER, QUESTION
 from PIL import Image
-from settings import ASSETS
 
 import lvlm
 from lvlm.core.errors import (
     BackendError,
     BundleError,
-    CapacityError,
     ImageError,
     ParameterError,
     PromptError,
 )
 from lvlm.runtime.backends import open_backend
-from lvlm.runtime.generate.answers import Generation, Stats
+from lvlm.runtime.generate.answers import Stats
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
-from lvlm.runtime.sampling.sampler import Sampler
-
-IMAGE = ASSETS / "samples/digits-1.png"
-OTHER = ASSETS / "samples/digits-2.png"
-QUESTION = "Describe the picture."
-AS_IT_IS: dict[str, Any] = {"chat_template": False}
-
-
-@pytest.fixture(scope="module")
-def light(bundle: Callable[..., Path]) -> Iterator[Model]:
-    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2), threads=1) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def small(bundle: Callable[..., Path]) -> Iterator[Model]:
-    """32 text tokens and one image."""
-    with lvlm.load(bundle("tiny-llava", "lightvlm", max_text_len=32), threads=1) as model:
-        yield model
-
-
-@pytest.fixture
-def endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model never ends an answer by itself."""
-    monkeypatch.setattr(Sampler, "choose", lambda self, logits: 20)  # noqa: ARG005
-
-
-def text_of(model: Model, tokens: int, start: str = "") -> str:
-    """A prompt of exactly so many text tokens, as it stands."""
-    text = start
-    images = [IMAGE] * start.count("<image>")
-    for _ in range(4 * tokens):
-        prompt = model.prepare(0, text or "7", images, GenerationOptions(chat_template=False))
-        count = int((prompt.image_id == 0).sum())
-        if count == tokens:
-            return text
-        text += "7"
-    raise AssertionError(f"no prompt of {tokens} tokens")
-
 
 # Prompts and options
 
@@ -218,37 +177,9 @@ def test_lists_of_images_may_be_left_out(light: Model) -> None:
             light.generate(["Hi", "Ho"], images)  # type: ignore[arg-type]
 
 
-def test_which_stop(light: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A special token is matched by its id, a text by what is decoded."""
-    tokens = iter([])
-    monkeypatch.setattr(Sampler, "choose", lambda self, logits: next(tokens))  # noqa: ARG005
-
-    def answer(*chosen: int, **options: Any) -> Generation:
-        nonlocal tokens
-        tokens = iter(chosen)
-        return light.generate("Hi", **options)
-
-    end = light.tokenizer.token_id("</s>")
-    found = answer(20, 21, end, ignore_eos=True, stop=["</s>"])
-    assert (found.token_ids, found.finish_reason, found.stop_reason) == (
-        [20, 21, end],
-        "stop",
-        "</s>",
-    )
-    text = found.text
-    found = answer(20, 21, end)
-    assert (found.text, found.finish_reason, found.stop_reason) == (text, "stop", end)
-    found = answer(20, 21, max_new_tokens=2)
-    assert (found.text, found.finish_reason, found.stop_reason) == (text, "length", None)
-    found = answer(20, 21, 20, 21, stop=[text[-1:]])
-    assert (found.finish_reason, found.stop_reason) == ("stop", text[-1:])
-    with pytest.raises(ParameterError, match="special token '</s>' and more"):
-        light.stream("Hi", stop=["</s> and"])
-
-
 def test_bf16_is_refused_on_the_cpu(bundle: Callable[..., Path]) -> None:
     with pytest.raises(BackendError, match=r"bf16, which is for GPU.* --dtype fp32") as caught:
-        lvlm.load(bundle("tiny-llava", dtype="bf16"))
+        lvlm.load(bundle("tiny-llava", dtype="bf16", max_images=2))
     assert "\n" not in str(caught.value)
 
 
@@ -262,98 +193,6 @@ def test_every_source_of_an_image_gives_the_same_answer(light: Model) -> None:
     assert answers == [answers[0]] * len(sources)
     with pytest.raises(ImageError, match="does not exist"):
         light.generate(QUESTION, ["no.png"])
-
-
-# Capacity
-
-
-def test_text_up_to_one_token_below_the_limit(small: Model) -> None:
-    for start, images in (("", []), ("<image>", [IMAGE])):
-        answer = small.generate(text_of(small, 31, start), images, **AS_IT_IS)
-        assert len(answer.token_ids) == 1
-        assert answer.stats.prompt_tokens - answer.stats.image_tokens == 31
-        with pytest.raises(CapacityError, match=r"32 text tokens.*--max-text-len 32"):
-            small.generate(text_of(small, 32, start), images, **AS_IT_IS)
-
-
-@pytest.mark.usefixtures("endless")
-def test_answer_ends_at_the_capacity(small: Model) -> None:
-    prompt = text_of(small, 25)
-    for want, got in ((7, 7), (6, 6), (8, 7), (50, 7)):
-        answer = small.generate(prompt, max_new_tokens=want, **AS_IT_IS)
-        assert (len(answer.token_ids), answer.finish_reason) == (got, "length")
-        assert answer.stats.new_tokens == got
-
-
-@pytest.mark.usefixtures("endless")
-def test_rows_of_a_batch_have_their_own_limits(small: Model) -> None:
-    prompts = [text_of(small, n) for n in (31, 29)]
-    answers = small.generate(prompts, max_new_tokens=50, **AS_IT_IS)
-    assert [len(a.token_ids) for a in answers] == [1, 3]
-    assert [a.finish_reason for a in answers] == ["length", "length"]
-
-
-def test_too_many_images(small: Model) -> None:
-    with pytest.raises(CapacityError, match=r"2 images.*--max-images 1"):
-        small.generate("Hi", [IMAGE, OTHER])
-
-
-@pytest.mark.usefixtures("endless")
-def test_more_kept_than_exported_may_exceed_the_cache(small: Model) -> None:
-    text = int((small.prepare(0, QUESTION, [IMAGE], GenerationOptions()).image_id == 0).sum())
-    with pytest.raises(
-        CapacityError, match=r"layer 3 needs 128 cache entries, there are 82; lower keep or kv_keep"
-    ):
-        small.generate(QUESTION, [IMAGE], keep=1.0)
-    # A little more fits and leaves less room for the answer.
-    answer = small.generate(QUESTION, [IMAGE], keep=0.5, max_new_tokens=50)
-    assert answer.finish_reason == "length"
-    assert answer.capacity_reached
-    assert len(answer.token_ids) == 82 - 72 - text + 1  # the last one needs no slot
-
-
-# Streams, stop strings, seeds
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "seed": 3}], ids=["greedy", "drawn"])
-def test_pieces_of_a_stream_are_the_text(light: Model, options: dict[str, Any]) -> None:
-    answer = light.generate(QUESTION, [IMAGE], max_new_tokens=40, **options)
-    stream = light.stream(QUESTION, [IMAGE], max_new_tokens=40, **options)
-    assert stream.result is None
-    pieces = list(stream)
-    assert len(pieces) > 3
-    assert all(pieces)
-    assert "".join(pieces) == answer.text
-    assert stream.result is not None
-    assert stream.result.token_ids == answer.token_ids
-    assert stream.result.text == answer.text
-
-
-def test_stop_strings_cut_the_answer(light: Model) -> None:
-    whole = light.generate(QUESTION, [IMAGE], max_new_tokens=40)
-    for stop in (whole.text[9:14], whole.text[3:4], [whole.text[12:20], "nowhere in it"]):
-        first = stop if isinstance(stop, str) else stop[0]
-        answer = light.generate(QUESTION, [IMAGE], max_new_tokens=40, stop=stop)
-        assert answer.text == whole.text[: whole.text.index(first)]
-        assert answer.finish_reason == "stop"
-        assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
-        assert len(answer.token_ids) < len(whole.token_ids)
-        stream = light.stream(QUESTION, [IMAGE], max_new_tokens=40, stop=stop)
-        assert "".join(stream) == answer.text
-    unstopped = light.generate(QUESTION, [IMAGE], max_new_tokens=40, stop=["nowhere in it"])
-    assert unstopped.text == whole.text
-
-
-def test_seed_repeats_draws(light: Model) -> None:
-    drawn: dict[str, Any] = {"temperature": 5.0, "max_new_tokens": 12}
-    first = light.generate(QUESTION, seed=7, **drawn).token_ids
-    assert light.generate(QUESTION, seed=7, **drawn).token_ids == first
-    assert light.generate(QUESTION, seed=8, **drawn).token_ids != first
-    assert light.generate(QUESTION, **drawn).token_ids != first
-    # Equal prompts of a batch differ: row r draws with seed + r.
-    rows = light.generate([QUESTION, QUESTION], seed=7, **drawn)
-    assert rows[0].token_ids == first
-    assert rows[1].token_ids == light.generate(QUESTION, seed=8, **drawn).token_ids
 
 
 # Batches
@@ -398,84 +237,6 @@ def test_stats_and_maps_fit_together(light: Model) -> None:
     )
 
 
-# Answers that are given
-
-
-def test_a_score_is_that_of_the_model_s_own_choice(light: Model) -> None:
-    asks = (["Read the top row.", "Hi"], [[IMAGE, OTHER], []])
-    options: dict[str, Any] = {"keep": 0.3, "kv_keep": 0.5, "logprobs": 2, "max_new_tokens": 20}
-    own = light.generate(*asks, ignore_eos=True, **options)
-    answers = [own[0].token_ids, own[1].token_ids[:7]]
-    fed = light.score(asks[0], answers, asks[1], stop=("e",), **options)
-    for mine, theirs, tokens in zip(fed, own, answers, strict=True):
-        assert mine.token_ids == tokens
-        assert mine.scores == theirs.scores[: len(tokens)]
-        assert mine.finish_reason == "length"
-    assert fed[0].text == own[0].text
-    assert fed[0].stats.cache_bytes_used == own[0].stats.cache_bytes_used
-    alone = light.score(asks[0][1], np.array(answers[1]), keep=0.3, kv_keep=0.5)
-    assert alone.token_ids == answers[1]
-    assert all(score.top == () for score in alone.scores)
-    other = [5] * 7
-    assert sum(s.logprob for s in light.score("Hi", other).scores) < sum(
-        s.logprob for s in alone.scores
-    )
-
-
-def test_what_cannot_be_scored(light: Model) -> None:
-    for wrong in ([], [-1], [10**6], [0.5], "7", 7, None):
-        with pytest.raises(ParameterError, match=r"^answer is .*; give token ids, one or more"):
-            light.score("Hi", wrong)  # type: ignore[call-overload]
-    with pytest.raises(ParameterError, match="2 prompts but 1 answers"):
-        light.score(["Hi", "Hello"], [[5]])
-    most = light.manifest.capacity.max_text_len
-    with pytest.raises(CapacityError, match=f"answer has {most} tokens, but there is room"):
-        light.score("Hi", [5] * most)
-    assert light.generate("Hi", max_new_tokens=1).token_ids
-
-
-def test_a_score_of_what_is_not_finite(bundle: Callable[..., Path]) -> None:
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
-
-        def spoil(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
-            outputs["logits"][0, 9] = np.inf
-
-        intercept(model, "decode").after = spoil
-        with pytest.raises(BackendError, match="logits contain NaN or infinity"):
-            model.score("Hi", [5, 6])
-
-
-def test_times_of_a_stream(light: Model) -> None:
-    """One for each token, whether or not its text is final."""
-    began = time.perf_counter()
-    with light.stream(QUESTION, [IMAGE], max_new_tokens=9, ignore_eos=True) as stream:
-        assert stream.token_times == []
-        next(stream)
-        assert len(stream.token_times) > 0
-        list(stream)
-    times = [began, *stream.token_times, time.perf_counter()]
-    assert times == sorted(times)
-    assert len(times) == 11
-
-
-# One call at a time; closing
-
-
-def test_a_second_call_is_refused_until_the_stream_ends(light: Model) -> None:
-    stream = light.stream(QUESTION, [IMAGE], max_new_tokens=20)
-    light.generate(QUESTION, max_new_tokens=1)  # nothing has begun yet
-    next(iter(stream))
-    for call in (
-        lambda: light.generate("Hi"),
-        lambda: list(light.stream("Hi")),
-    ):
-        with pytest.raises(BackendError, match="answering another call"):
-            call()
-    stream.close()
-    assert stream.result is None
-    assert light.generate("Hi", max_new_tokens=1).token_ids
-
-
 def test_a_failed_call_leaves_the_model_usable(light: Model) -> None:
     with pytest.raises(ImageError):
         light.generate(QUESTION, ["no.png"])
@@ -490,40 +251,3 @@ def test_a_closed_model_says_so(bundle: Callable[..., Path]) -> None:
         with pytest.raises(BackendError, match="this model is closed"):
             call()
     model.close()  # twice is fine
-
-
-# The cache is written in place
-
-
-@pytest.mark.usefixtures("endless")
-def test_decode_writes_one_slot_in_place(light: Model) -> None:
-    prompts = [
-        light.prepare(0, QUESTION, [IMAGE], GenerationOptions()),
-        light.prepare(1, "Read the top row.", [IMAGE, OTHER], GenerationOptions()),
-    ]
-    batch = light.calls.start(prompts)
-    cache = batch.cache
-    addresses = {name: b.ctypes.data for name, b in cache.buffers.items()}
-    allocated = cache.bytes_allocated
-    for _ in range(5):
-        before = {name: b.copy() for name, b in cache.buffers.items()}
-        index, _ = cache.next_slot()
-        ring = cache.query_index
-        batch.choose(range(2))
-        batch.decode_step()
-        for name, buffer in cache.buffers.items():
-            layer = int(name.rpartition("_")[2])
-            changed = (buffer != before[name]).any((1, 3))
-            for row in range(2):
-                slot = ring[row] if name.startswith("query") else index[layer, row]
-                assert np.flatnonzero(changed[row]).tolist() == [slot]
-        np.testing.assert_array_equal(cache.lengths, index + 1)
-    assert {name: b.ctypes.data for name, b in cache.buffers.items()} == addresses
-    assert cache.bytes_allocated == allocated == sum(b.nbytes for b in cache.buffers.values())
-
-
-def test_buffers_are_used_again(light: Model) -> None:
-    prompt = light.prepare(0, QUESTION, [IMAGE], GenerationOptions())
-    first = light.calls.start([prompt]).cache
-    assert light.calls.start([prompt]).cache is first
-    assert light.calls.start([prompt, prompt]).cache is not first

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Run, one_line
 from PIL import Image
 from settings import CACHED
 
-from lvlm.calibration.evaluate import eval_cli, evaluation, recipe_bundles
+from lvlm.calibration.evaluate import eval_arguments, evaluation, recipe_bundles
 from lvlm.calibration.evaluate.eval_cli import main
 from lvlm.calibration.evaluate.records import SampleRecord
 from lvlm.calibration.evaluate.variant_runner import BundleRunner
@@ -25,22 +26,9 @@ from lvlm.export.export_plan import ExportPlan
 FILES = ["records.jsonl", "results.json", "results.md", "results.png", "settings.json"]
 
 
-class Run:
-    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
-        self.capfd = capfd
-
-    def __call__(self, *argv: object) -> tuple[int, str, str]:
-        try:
-            code = main([str(a) for a in argv])
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-        out = self.capfd.readouterr()
-        return code, out.out, out.err
-
-
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    return Run(capfd)
+    return Run(capfd, main)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +172,7 @@ def test_a_folder_of_another_command(
     longer = (*argv, "--samples", 3, "--max-new-tokens", 2)
     code, _, err = run(*longer)
     assert code == 2
-    assert "differs in data, samples)" in one_line(err)
+    assert "differs in data, samples)" in one_line(err, "lvlm-eval")
     assert f"remove {out / 'settings.json'}" in err
     (out / "settings.json").unlink()
     computed: list[Any] = []
@@ -198,16 +186,10 @@ def test_a_folder_of_another_command(
     assert run(*longer)[0] == 0
     assert len(computed) == 1  # two of three samples were there
     (out / "settings.json").write_text("[")
-    assert "is damaged; remove it" in one_line(run(*argv)[2])
+    assert "is damaged; remove it" in one_line(run(*argv)[2], "lvlm-eval")
     (out / "mine.txt").touch()
     (out / "settings.json").unlink()
-    assert "holds other files" in one_line(run(*argv)[2])
-
-
-def one_line(err: str) -> str:
-    assert err.startswith("lvlm-eval: error: ")
-    assert err.count("\n") == 1
-    return err
+    assert "holds other files" in one_line(run(*argv)[2], "lvlm-eval")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +243,7 @@ def test_mistakes_get_one_line_and_status_2(
     given = [known.get(str(a), str(a).replace("OUT", str(tmp_path / "out"))) for a in argv]
     code, printed, err = run(*given)
     assert (code, printed) == (2, "")
-    assert message in one_line(err)
+    assert message in one_line(err, "lvlm-eval")
     assert not (tmp_path / "out/results.md").exists()
 
 
@@ -274,9 +256,9 @@ def test_missing_packages_get_one_line(
     )
     code, _, err = run(full, *DIGITS, "-o", tmp_path / "out")
     assert code == 2
-    assert f"rouge_score not installed; {install('calibration')}" in one_line(err)
+    assert f"rouge_score not installed; {install('calibration')}" in one_line(err, "lvlm-eval")
     argv = ("-m", "tiny-llava", "--recipes", "nope", *DIGITS, "-o", tmp_path / "out")
-    assert "unknown recipe" in one_line(run(*argv)[2])
+    assert "unknown recipe" in one_line(run(*argv)[2], "lvlm-eval")
 
 
 # Bundles made from recipes
@@ -396,5 +378,5 @@ def test_defaults_in_help_are_those_of_the_code() -> None:
     from lvlm.calibration.evaluate.metrics import METRICS
     from lvlm.calibration.evaluate.variant_runner import Conditions
 
-    assert eval_cli.METRICS.split(",") == list(METRICS)
-    assert Conditions().max_new_tokens == eval_cli.MAX_NEW_TOKENS
+    assert eval_arguments.METRICS.split(",") == list(METRICS)
+    assert Conditions().max_new_tokens == eval_arguments.MAX_NEW_TOKENS

@@ -22,7 +22,7 @@ from lvlm.runtime.bundle.reader import read_bundle
 
 @pytest.fixture(scope="module")
 def lowered(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", "lightvlm", targets=("trt-rtx",))
+    return bundle("tiny-llava", "lightvlm", targets=("trt-rtx",), max_images=2)
 
 
 def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -52,7 +52,7 @@ def test_a_difference_is_found(lowered: Path, tmp_path: Path) -> None:
 
 
 def test_graphs_that_were_not_lowered(bundle: Callable[..., Path]) -> None:
-    done = compare(bundle("tiny-llava", "lightvlm"), "--against", "tensorrt")
+    done = compare(bundle("tiny-llava", "lightvlm", max_images=2), "--against", "tensorrt")
     assert done.returncode == 2
     assert "lvlm-build engine" in done.stderr
     assert "Traceback" not in done.stderr

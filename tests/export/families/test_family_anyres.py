@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import TINY, transformers_inputs
-from test_parity import load_torch
+from parity_tools import load_torch
 
 import lvlm
 from lvlm.core.errors import CheckpointError, ParameterError

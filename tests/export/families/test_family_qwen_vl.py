@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from bundles import FAMILIES, TINY, transformers_inputs
-from test_parity import ROWS, load_torch, make_reference
+from parity_tools import ROWS, load_torch, make_reference
+from qwen_tools import LIGHT, MODELS, image, recorded, uncompressed
 
 import lvlm
 from lvlm.core.errors import CheckpointError, ParameterError
@@ -20,14 +21,6 @@ from lvlm.export.recipes.lightvlm import RECIPE as LIGHTVLM
 from lvlm.export.recipes.none import RECIPE
 from lvlm.export.recipes.recipe import parse_settings
 from lvlm.runtime.options.generation_options import GenerationOptions
-from lvlm.runtime.prompt.prompts import Prompt
-
-MODELS = [name for name, (family, _) in TINY.items() if "qwen" in family.name]
-LIGHT = [name for name in MODELS if name.endswith(":gqa")]
-
-
-def image(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -64,29 +57,6 @@ def test_images_of_every_shape_equal_transformers_generate(
 
 def grid(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v for k, v in inputs.items() if k != "pixel_values"}
-
-
-def recorded(rotary: torch.nn.Module, seen: list[np.ndarray]) -> Any:
-    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> None:
-        positions = kwargs.get("position_ids", args[-1])
-        seen.append(positions.expand(3, *positions.shape[-2:])[:, 0].numpy().copy())
-
-    return rotary.register_forward_hook(hook, with_kwargs=True)
-
-
-def uncompressed(folder: Path, prompt: Prompt, count: int) -> list[np.ndarray]:
-    """Positions [3,N] of the prompt and [3,1] of each new token in transformers' generate."""
-    theirs, seen = load_torch(folder), []
-    ids = torch.tensor([list(prompt.ids)])
-    with recorded(theirs.model.language_model.rotary_emb, seen):
-        theirs.generate(
-            input_ids=ids,
-            **transformers_inputs(folder, prompt),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-        )
-    return seen
 
 
 @pytest.mark.parametrize("recipe", ["none", "lightvlm", "elastic-cache", "prefixkv"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import FAMILIES, TINY
-from test_parity import load_torch
+from parity_tools import load_torch
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
 import lvlm

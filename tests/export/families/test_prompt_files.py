@@ -169,7 +169,7 @@ def test_a_template_that_writes_the_beginning_token(
     theirs = processor.apply_chat_template(message, tokenize=True, add_generation_prompt=True)
     made = read(folder)
     tokenizer = Tokenizer.of_text(made.tokenizer, made.eos_ids)
-    images = read_bundle(bundle("tiny-llava"), verify="none").images
+    images = read_bundle(bundle("tiny-llava", max_images=2), verify="none").images
     maker = PromptMaker(tokenizer, images, 10**6, made.chat_template, made.special_tokens)
     ours = list(maker.prepare(0, "Hi", [], GenerationOptions()).ids)
     assert ours == theirs[0]
@@ -295,7 +295,7 @@ def theirs() -> Any:
 @pytest.fixture(scope="module")
 def plain(bundle: Callable[..., Path]) -> list[int]:
     """tiny-llava's answer without a generation_config.json that says anything."""
-    with lvlm.load(bundle("tiny-llava")) as model:
+    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
         options = GenerationOptions(chat_template=False, max_new_tokens=24)
         return list(model.generate(ASKED, [IMAGE], options=options).token_ids)
 
@@ -323,7 +323,7 @@ def test_answers_are_those_of_generate_as_configured(
 ) -> None:
     edit(folder / "generation_config.json", **says(plain))
     made = read(folder)
-    own = shutil.copytree(bundle("tiny-llava"), tmp_path / "bundle")
+    own = shutil.copytree(bundle("tiny-llava", max_images=2), tmp_path / "bundle")
     manifest = json.loads((own / "lvlm.json").read_text())
     manifest["generation"] = made.generation
     manifest["text"]["eos_ids"] = list(made.eos_ids)

@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 from bundles import TINY
+from parity_tools import load_torch, make_reference
 from PIL import Image
-from test_parity import load_torch, make_reference
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.llava_onevision.video_processing_llava_onevision import (
     LlavaOnevisionVideoProcessor,
@@ -24,6 +24,7 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 from transformers.video_utils import VideoMetadata
+from video_tools import inputs, noise_video
 
 import lvlm
 from lvlm.runtime.media.video import Video
@@ -39,11 +40,6 @@ USUAL = list({name.partition(":")[0]: name for name in reversed(MODELS)}.values(
 LENGTHS = [(2, 1.0), (5, 10.0), (24, 24.0), (90, 30000 / 1001), (301, 25.0), (1000, 60.0)]
 
 
-def noise_video(frames: int = 5, fps: float = 4.0, height: int = 40, width: int = 70) -> Video:
-    rng = np.random.default_rng(frames * height)
-    return Video.of(list(rng.integers(0, 256, (frames, height, width, 3), np.uint8)), fps)
-
-
 def metadata(source: Video) -> VideoMetadata:
     return VideoMetadata(source.frames, source.fps, source.width, source.height, source.seconds)
 
@@ -56,24 +52,6 @@ def video(folder: Path) -> Any:
     """That of the processor of a tiny checkpoint."""
     config = json.loads((folder / "lvlm.json").read_text())["images"]["processor"]
     return load_processor(config).video  # type: ignore[attr-defined]
-
-
-def inputs(prompt: Prompt, family: str, source: Video) -> dict[str, torch.Tensor]:
-    """What transformers takes for a prompt with a video and nothing else in it."""
-    pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.images]
-    if family == "smolvlm":
-        return {"pixel_values": torch.cat(pixels)[None]}
-    if family == "llava-onevision":
-        return {"pixel_values_videos": torch.cat(pixels)[None]}
-    grid = [len(pixels), *(prompt.images[0].arrays["position_ids"].max((0, 1)) + 1)]
-    found = {
-        "pixel_values_videos": torch.cat([x.flatten(0, 1) for x in pixels]),
-        "video_grid_thw": torch.tensor([grid]),
-        "mm_token_type_ids": 2 * torch.from_numpy(prompt.image_id > 0).int()[None],
-    }
-    if family == "qwen2.5-vl":
-        found["second_per_grid_ts"] = torch.tensor([2 / source.fps])
-    return found
 
 
 def prepared(model: Model, source: Video) -> tuple[str, int | None, Prompt]:

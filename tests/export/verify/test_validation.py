@@ -39,7 +39,7 @@ ELASTIC = CACHED["elastic-cache (cached)"]
 def plan_of(checkpoint: Path, output: Path, dtype: str = "fp32", recipe: str = RECIPE) -> Any:
     made = discover("lvlm.export.recipes", "RECIPE")[recipe]()
     return planning.make_plan(
-        ExportOptions(model=str(checkpoint), recipe=made, output=output, dtype=dtype)
+        ExportOptions(model=str(checkpoint), recipe=made, output=output, dtype=dtype, max_images=2)
     )
 
 
@@ -49,7 +49,7 @@ def good(
 ) -> tuple[Any, Path]:
     """A plan and a copy of its bundle, to be broken."""
     folder = tmp_path / "bundle"
-    shutil.copytree(bundle(NAME, RECIPE), folder)
+    shutil.copytree(bundle(NAME, RECIPE, max_images=2), folder)
     return plan_of(checkpoint(NAME), folder), folder
 
 
@@ -191,7 +191,7 @@ def test_tokens_that_differ_by_numbers_alone_are_one_kind(
     """Another image may have <row_2> where the prompt that is compared has <row_1>."""
     judge = Judge(checkpoint(NAME))
     judge.tokenizer.add_tokens(["<row_1>", "<row_2>", "<other>"])
-    folder = bundle(NAME, RECIPE)
+    folder = bundle(NAME, RECIPE, max_images=2)
     maker = validation._prompt_maker(folder, read_bundle(folder, "none"))
     (row,) = judge.tokenizer.convert_tokens_to_ids(["<row_1>"])
     names = ["<other>", "<row_1>", "<row_2>"]
@@ -223,7 +223,7 @@ def test_what_only_longer_prompts_would_show_is_noticed(
     field: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     plan = plan_of(checkpoint(NAME), tmp_path / "bundle", recipe="lightvlm")
-    manifest = read_bundle(bundle(NAME, "lightvlm"), "none")
+    manifest = read_bundle(bundle(NAME, "lightvlm", max_images=2), "none")
     assert contents.planned(plan, manifest).passed
     assert manifest.cache_policy is not None
     most = (*manifest.capacity.per_layer[:-1], manifest.capacity.per_layer[-1] - 16)

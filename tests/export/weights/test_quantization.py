@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_parity import ROWS, make_reference
+from parity_tools import ROWS, make_reference
 
 import lvlm
 from lvlm.core.discovery import discover

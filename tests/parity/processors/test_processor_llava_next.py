@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from anyres_tools import PATCHES, SIDE, model_config, sample_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -25,24 +25,7 @@ from lvlm.runtime.media.images import open_image
 from lvlm.runtime.processors import load_processor
 from lvlm.runtime.processors.llava_next import normalise_config
 
-SIDE, PATCHES = 24, 4
 GRID = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
-# Height and width: from one pixel to very wide, very tall and huge
-SIZES = [(1, 1), (1, 2), (3, 1), (5, 5), (24, 24), (23, 25), (48, 24), (24, 49), (48, 48), (64, 48)]
-SIZES += [(31, 97), (333, 500), (500, 333), (1, 900), (900, 2), (4, 700), (71, 25), (25, 71)]
-SIZES += [(50, 3000), (3000, 50), (2000, 1501)]
-
-
-def sample_images(seed: int = 0) -> list[Image.Image]:
-    """One of each size, and kinds of images that need a conversion."""
-    rng = np.random.default_rng(seed)
-    plain = [Image.fromarray(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in SIZES]
-    rgb = plain[SIZES.index((31, 97))]
-    rgba = rgb.copy()
-    rgba.putalpha(Image.fromarray(rng.integers(0, 256, (31, 97), np.uint8)))
-    return [*plain, rgba, rgb.convert("L"), rgb.quantize(16)]
-
-
 WRITTEN: dict[str, dict[str, Any]] = {
     "as usual": {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}},
     "old": {"size": SIDE, "crop_size": SIDE, "resample": 2},
@@ -84,11 +67,6 @@ def packed(config: Any, rows: np.ndarray, units: int, size: tuple[int, int]) -> 
         SimpleNamespace(config=config), [features], [size], "default", torch.from_numpy(rows[0])
     )
     return found[0].numpy()
-
-
-def model_config(side: int, patches: int, grid: Any) -> Any:
-    vision = SimpleNamespace(image_size=side, patch_size=side // patches)
-    return SimpleNamespace(vision_config=vision, image_grid_pinpoints=[list(x) for x in grid])
 
 
 @settings(max_examples=120, deadline=None)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from anyres_tools import model_config, sample_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_processor_llava_next import model_config, sample_images
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )

@@ -8,11 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from policies import removed
-from test_cache import (
+from cache_playback import (
     FIXED_POINT,
     FULL,
     INTERVAL,
@@ -23,6 +19,10 @@ from test_cache import (
     compact_list,
     new_cache,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from policies import removed
 
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.kv.budgets import Budgets

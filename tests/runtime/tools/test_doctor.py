@@ -19,7 +19,8 @@ from lvlm.core.installing import install
 from lvlm.core.nvidia import Gpu, NvidiaDriver, driver
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.tools import doctor, doctor_cli
-from lvlm.runtime.tools.doctor import ABSENT, Finding, Machine, as_json, can_run, examine
+from lvlm.runtime.tools.doctor import examine
+from lvlm.runtime.tools.findings import ABSENT, Finding, Machine, as_json, can_run
 
 ORIN = Gpu("Orin", 87, 8_000_000_000, True)
 MODERN = NvidiaDriver((13, 0), (ORIN,))
@@ -119,13 +120,13 @@ def test_what_is_wrong_and_how_to_mend_it(
 
 
 def test_every_bad_finding_has_a_fix(bundle: Callable[..., Path]) -> None:
-    for folder in (None, bundle("tiny-llava")):
+    for folder in (None, bundle("tiny-llava", max_images=2)):
         for finding in examine(folder, machine("no driver; install one", {}, {}, None)):
             assert finding.ok or finding.fix, finding
 
 
 def test_a_bundle(bundle: Callable[..., Path]) -> None:
-    findings = found(machine(), bundle("tiny-llava"))
+    findings = found(machine(), bundle("tiny-llava", max_images=2))
     assert findings["bundle"].ok
     assert findings["bundle on cpu"].ok
     assert findings["bundle on cuda"].ok
@@ -167,7 +168,9 @@ def test_plugins_as_the_backend_takes_them(
 
 
 def test_nothing_can_run_it(bundle: Callable[..., Path]) -> None:
-    findings = examine(bundle("tiny-llava"), machine("no driver; install one", {}, {}, None))
+    findings = examine(
+        bundle("tiny-llava", max_images=2), machine("no driver; install one", {}, {}, None)
+    )
     assert not can_run(findings)
     assert json.loads(as_json(findings))[0]["subject"] == "system"
 
@@ -211,7 +214,7 @@ def test_a_bundle_that_changed_at_the_same_size_and_time(
     bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(bundle("tiny-llava"), folder)
+    shutil.copytree(bundle("tiny-llava", max_images=2), folder)
     read_bundle(folder)
     weights = folder / "weights.bin"
     times, data = weights.stat(), bytearray(weights.read_bytes())

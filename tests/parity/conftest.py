@@ -1,0 +1,19 @@
+"""What parity tests have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+
+@pytest.fixture
+def asked(request: pytest.FixtureRequest) -> Sequence[Sequence[int]]:
+    """The prompts (numbers of ROWS) that the torch reference answers at each of four ratios.
+
+    It takes most of a test's time. All of them with --whole; else two, each prompt at two ratios:
+    the batch has all prompts anyway.
+    """
+    if request.config.getoption("--whole"):
+        return [range(4)] * 4
+    return [(0, 1), (1, 2), (2, 3), (3, 0)]
