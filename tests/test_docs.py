@@ -49,7 +49,7 @@ FOREIGN = {
 NOTES = sorted((ROOT / "docs/notes").rglob("*.md"))
 TABLE = re.compile(r"^\|.*\n\|[ :|-]+\n", re.MULTILINE)
 DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
-RUN = re.compile(r"\b(?:lvlm-[a-z]+|pytest|scripts/\w+\.\w+|python tests/\w+)")
+RUN = re.compile(r"\b(?:lvlm-[a-z]+|pytest|scripts/\w+\.\w+|python -m campaign)")
 MACHINE = re.compile(r"\bmachine [A-Z]\b|\bcores\b|\bH100\b")
 
 
