@@ -14,10 +14,10 @@ from lvlm.export.budgets.calibration_samples import read_samples
 from lvlm.export.budgets.prefix_profiles import Profile, check_profile, model_hash, read_profile
 from lvlm.export.budgets.sample_prompts import prompt_maker
 from lvlm.export.checkpoint import checkpoint as checkpoints
-from lvlm.export.checkpoint.skeleton import Skeleton
 from lvlm.export.export_options import CACHES, DTYPES, ExportOptions
 from lvlm.export.families.family import Family, PromptFiles
 from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.graphs.skeleton import Skeleton
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.weights.quantization import linear_weights
 from lvlm.export.weights.weight_names import open_skeleton

@@ -15,8 +15,8 @@ from lvlm.export.bundle_manifest import dtype_name, record_validation, write_man
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.graph_files import lower, write_graphs
-from lvlm.export.graphs.bundle_graphs import graph_names, trace_graph
-from lvlm.export.graphs.tracing import TracedGraph
+from lvlm.export.graphs.bundle_graphs import bundle_graphs, graph_names
+from lvlm.export.graphs.tracing import TracedGraph, trace
 from lvlm.export.leaves import leaves_of
 from lvlm.export.machine import check_machine
 from lvlm.export.places import check_output
@@ -98,25 +98,13 @@ def write_bundle(plan: ExportPlan, folder: Path, progress: Progress) -> Manifest
 
 
 def _trace_all(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
-    skeleton = plan.skeleton
-    graphs = []
-    leaves = leaves_of(plan.family)
-    for name in graph_names(plan.recipe):
-        with progress.stage(f"trace {name}") as stage, leaves.exchanged(skeleton.model):
-            graph = trace_graph(
-                name,
-                skeleton.model,
-                skeleton.vision,
-                skeleton.language,
-                plan.recipe,
-                plan.family.vision_inputs(plan.images),
-                plan.dtype,
-                plan.cache_dtype,
-                skeleton.mode,
-            )
-            stage.result = f"{len(graph.model.graph):,} nodes"
-            graphs.append(graph)
-    return graphs
+    skeleton, arrays = plan.skeleton, plan.family.vision_inputs(plan.images)
+    traced, leaves = [], leaves_of(plan.family)
+    for graph in bundle_graphs(skeleton, plan.recipe, arrays, plan.cache_dtype):
+        with progress.stage(f"trace {graph.name}") as stage, leaves.exchanged(skeleton.model):
+            traced.append(trace(graph, skeleton.model, skeleton.mode))
+            stage.result = f"{len(traced[-1].model.graph):,} nodes"
+    return traced
 
 
 def _weights(plan: ExportPlan, graphs: list[TracedGraph]) -> WeightsFile:

@@ -9,31 +9,28 @@ import torch
 
 from lvlm.runtime.bundle.manifest import Port
 
-BATCH = "batch"  # the one dynamic dimension that the inputs of all layers share
+BATCH = "batch"  # the one dynamic dimension that layers share
 
 
 @dataclass(frozen=True)
 class GraphPort:
-    """One input or output of a graph.
-
-    dims  a name: dynamic; inside the exporter also a multiple of one (4*name)
-    """
+    """One input or output of a graph; a dimension that is a name is dynamic (inside the exporter
+    also a multiple of one, 4*name)."""
 
     name: str
     dtype: torch.dtype
     dims: tuple[int | str, ...]
 
-    def manifest(self) -> Port:
-        """The port as the manifest has it."""
+    def for_manifest(self) -> Port:
         return Port(self.name, str(self.dtype).removeprefix("torch."), self.dims)
 
 
 @dataclass(frozen=True)
 class LayerPort:
-    """What a graph takes or gives for every layer: one port ``name_l`` for each, or, where it is
-    ``stacked``, one port ``name`` with a row for each.
+    """What a graph takes or gives for each layer: a port ``name_l`` of its own, or a row of the
+    port ``name`` that all layers share (``stacked``).
 
-    dims  of one layer; a dynamic one other than the batch is each layer's own
+    dims  of one layer; a dynamic one is the layer's own, too, unless it is the batch
     """
 
     name: str
@@ -47,10 +44,10 @@ class LayerPort:
 
 
 def all_layers(ports: Sequence[LayerPort], layers: int) -> list[GraphPort]:
-    """The graph's ports for these of each layer: stacked ones, then layer by layer."""
+    """The ports of a graph for these of each layer: the stacked ones, then layer by layer."""
     stacked = [GraphPort(p.name, p.dtype, (layers, *p.dims)) for p in ports if p.stacked]
     own = [
-        GraphPort(p.of(layer), p.dtype, tuple(_own(d, layer) for d in p.dims))
+        GraphPort(p.of(layer), p.dtype, tuple(_own(size, layer) for size in p.dims))
         for layer in range(layers)
         for p in ports
         if not p.stacked
@@ -61,7 +58,7 @@ def all_layers(ports: Sequence[LayerPort], layers: int) -> list[GraphPort]:
 def one_layer(
     ports: Sequence[LayerPort], layer: int, given: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What one layer takes of a graph's inputs, by its ports' names."""
+    """One layer's part of a graph's inputs, by the names that ``ports`` have."""
     return {p.name: given[p.name][layer] if p.stacked else given[p.of(layer)] for p in ports}
 
 

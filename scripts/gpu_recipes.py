@@ -1,4 +1,4 @@
-"""A recipe's own Prefill, Decode and Compact modules on Triton kernels and torch's fused attention,
+"""A recipe's own graphs Prefill, Decode and Compact on Triton kernels and torch's fused attention,
 for bench_recipes_torch.py: what an engine would run, without TensorRT.
 
 The modules are those that the exporter traces. Every lvlm op in them runs as its kernel, the cache
@@ -19,10 +19,13 @@ from torch import nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from lvlm.export.graphs import language as language_graphs
-from lvlm.export.graphs.language import Compact, Decode, Prefill
+from lvlm.export.graphs import blocks
+from lvlm.export.graphs.compact import Compact
+from lvlm.export.graphs.decode import Decode
+from lvlm.export.graphs.graph import BundleGraph
+from lvlm.export.graphs.language_graph import LanguageGraph, past_inputs
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.graphs.ports import buffer_kinds, compact_counts, recipe_inputs
+from lvlm.export.graphs.prefill import Prefill
 from lvlm.export.ops.op import Attribute, Op, computed_by
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.plugins_trt.plugins.plan_runner import run
@@ -153,8 +156,8 @@ def engine_like(model: LlamaForCausalLM, attention: str) -> Iterator[None]:
     """Within: ops on kernels, cache writes in place, fused RMS norms, ``attention`` by its name."""
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     before, model.config._attn_implementation = model.config._attn_implementation, attention
-    scatter = vars(language_graphs)["scatter"]
-    vars(language_graphs)["scatter"] = _write
+    scatter = vars(blocks)["scatter"]
+    vars(blocks)["scatter"] = _write
     for norm in norms:
         norm.forward = types.MethodType(_rms_norm, norm)
     try:
@@ -162,7 +165,7 @@ def engine_like(model: LlamaForCausalLM, attention: str) -> Iterator[None]:
             yield
     finally:
         model.config._attn_implementation = before
-        vars(language_graphs)["scatter"] = scatter
+        vars(blocks)["scatter"] = scatter
         for norm in norms:
             del norm.forward
 
@@ -223,32 +226,35 @@ class Measured:
         positions = torch.arange(prompt, device=self.device).repeat(batch, 1)
         given = dict(self.plan.inputs) | {"kv_budget": self.kept}
         given |= {f"kv_slots_{i}": np.arange(n) for i, n in enumerate(self.kept.max(1))}
-        extra = self._on_device(given, recipe_inputs(self.language, self.recipe))
-        buffers = self._buffers(self.kept.max(1))
-        module = Prefill(self.language, self.recipe)
-
-        def call() -> Any:
-            return module(ids, features, row, image_id, positions, extra, buffers)[0]
-
-        return call
+        graph = Prefill(self.language, self.recipe, self.dtype, self.dtype)
+        inputs = {
+            "input_ids": ids,
+            "image_features": features,
+            "image_row": row,
+            "image_id": image_id,
+            "position_ids": positions,
+            **self._on_device(given),
+            **self._buffers(self.kept.max(1), graph),
+        }
+        return _calling(graph, inputs)
 
     def decode(self, slots: np.ndarray) -> Call:
         """One step over caches of ``slots`` [L], all of them valid; the last slot is written."""
-        buffers = self._buffers(slots)
         shape = (self.shape.layers, self.batch)
         valid = torch.from_numpy(np.broadcast_to(slots[:, None], shape).copy()).to(self.device)
         ids = torch.randint(10, self.shape.vocab, (self.batch, 1), device=self.device)
         positions = torch.full_like(ids, int(slots.max()))
-        ring = None
-        if self.rule is not None and self.rule.queries:
-            ring = torch.zeros(self.batch, dtype=torch.int64, device=self.device)
-        module = Decode(self.language)
-
-        def call() -> Any:
-            logits = module(ids, positions, valid - 1, valid, ring, buffers)[0]
-            return logits.argmax(-1)
-
-        return call
+        graph = Decode(self.language, self.rule, self.dtype)
+        inputs = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "write_index": valid - 1,
+            "valid_length": valid,
+            "query_index": torch.zeros(self.batch, dtype=torch.int64, device=self.device),
+            **self._buffers(slots, graph),
+        }
+        logits = _calling(graph, inputs)
+        return lambda: logits().argmax(-1)
 
     def compact(self) -> Call | None:
         """One compaction of all rows, as due after an interval; None: the recipe has none."""
@@ -265,29 +271,34 @@ class Measured:
             "kv_budget": budget,
         }
         given |= {f"kv_slots_{i}": np.arange(n) for i, n in enumerate(budget.max(1))}
-        fixed = self._on_device(given, compact_counts(rule, len(budget)))
-        buffers = self._buffers(valid.max(1))
-        module = Compact(self.language, rule)
+        graph = Compact(self.language, rule, self.dtype)
+        return _calling(graph, self._on_device(given) | self._buffers(valid.max(1), graph), "kept")
 
-        def call() -> Any:
-            return module(fixed, buffers)[0]
+    def _on_device(self, given: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+            for name, x in given.items()
+        }
 
-        return call
+    def _buffers(self, slots: np.ndarray, graph: LanguageGraph) -> dict[str, torch.Tensor]:
+        model = self.language
+        ring = (self.batch, model.heads, graph.queries, model.head_dim)
+        return past_inputs(
+            {
+                kind: [
+                    torch.randn(
+                        ring
+                        if kind == "query"
+                        else (self.batch, model.kv_heads, int(n), model.head_dim),
+                        device=self.device,
+                        dtype=self.dtype,
+                    )
+                    for n in slots
+                ]
+                for kind in graph.kinds
+            }
+        )
 
-    def _on_device(self, given: Mapping[str, np.ndarray], ports: Sequence[Any]) -> list[Any]:
-        return [
-            torch.from_numpy(np.ascontiguousarray(given[p.name])).to(self.device) for p in ports
-        ]
 
-    def _buffers(self, slots: np.ndarray) -> list[torch.Tensor]:
-        model, rule = self.language, self.rule
-        ring = (self.batch, model.heads, rule.queries if rule else 0, model.head_dim)
-        return [
-            torch.randn(
-                ring if kind == "query" else (self.batch, model.kv_heads, int(n), model.head_dim),
-                device=self.device,
-                dtype=self.dtype,
-            )
-            for n in slots
-            for kind in buffer_kinds(rule)
-        ]
+def _calling(graph: BundleGraph, inputs: Mapping[str, torch.Tensor], name: str = "logits") -> Call:
+    return lambda: graph(inputs)[name]

@@ -18,7 +18,7 @@ from lvlm.core.discovery import discover
 from lvlm.core.progress import Progress
 from lvlm.export import export_plan as planning
 from lvlm.export import exporter
-from lvlm.export.checkpoint.skeleton import default_dtype
+from lvlm.export.checkpoint.model_shape import default_dtype
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.recipes.recipe import parse_settings
 from lvlm.export.targets.target import Target

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lvlm.export.ports import GraphPort
+from lvlm.export.ports import LayerPort
 from lvlm.export.recipes.parts.cache_rule import CacheRule, Compacted
 from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.recipes.recipe import WithCache
@@ -47,19 +47,17 @@ class _Recorder(CacheRule):
 
     importances: list[torch.Tensor] = field(default_factory=list)
 
-    def inputs(self, layers: int) -> list[GraphPort]:
-        del layers
+    def inputs(self) -> list[LayerPort]:
         return []
 
     def compact_prompt(
         self,
-        layer: int,
         state: TokenSequence,
         tap: Tap,
         key: torch.Tensor,
         value: torch.Tensor,
         inputs: Mapping[str, torch.Tensor],
     ) -> Compacted:
-        del layer, inputs
+        del inputs
         self.importances.append(tap.importance)
         return key, value, state.length()

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lvlm.core.errors import ExportError
 from lvlm.export.ports import GraphPort
 
 DOMAIN = "lvlm.repeats"  # of the nodes that stand for blocks while a graph is traced
-Body = Callable[..., tuple[torch.Tensor, ...]]
+Body = Callable[..., dict[str, torch.Tensor]]
 Described = tuple[torch.dtype, Sequence[Any]]  # dtype and shape, whose sizes may be symbolic
 NUMBERS = ("layer_idx",)  # attributes that say which block a module is in, and nothing else
 
@@ -32,10 +33,7 @@ class Kind:
     body: Body
     module: nn.Module
     inputs: Sequence[GraphPort]
-    outputs: int
-
-    def output_names(self) -> list[str]:
-        return [f"output_{i}" for i in range(self.outputs)]
+    outputs: tuple[str, ...]
 
 
 @dataclass
@@ -46,8 +44,8 @@ class Repeats:
     modules: list[nn.Module] = field(default_factory=list)
 
     def node(
-        self, kind: Kind, inputs: Sequence[torch.Tensor], outputs: Sequence[Described]
-    ) -> tuple[torch.Tensor, ...]:
+        self, kind: Kind, inputs: Sequence[torch.Tensor], outputs: Mapping[str, Described]
+    ) -> dict[str, torch.Tensor]:
         found = next((i for i, known in enumerate(self.kinds) if _same(known, kind)), None)
         if found is None:
             found = len(self.kinds)
@@ -56,16 +54,15 @@ class Repeats:
         if member is None:
             member = len(self.modules)
             self.modules.append(kind.module)
-        return tuple(
-            torch.onnx.ops.symbolic_multi_out(
-                f"{DOMAIN}::Block",
-                inputs,
-                {"kind": found, "module": member},
-                dtypes=[dtype for dtype, _ in outputs],
-                shapes=_by_few_symbols(inputs, [shape for _, shape in outputs]),
-                version=1,
-            )
+        values = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::Block",
+            inputs,
+            {"kind": found, "module": member},
+            dtypes=[dtype for dtype, _ in outputs.values()],
+            shapes=_by_few_symbols(inputs, [shape for _, shape in outputs.values()]),
+            version=1,
         )
+        return dict(zip(outputs, values, strict=True))
 
 
 _tracing: ContextVar[Repeats | None] = ContextVar("tracing", default=None)
@@ -85,10 +82,10 @@ def collected() -> Iterator[Repeats]:
 def repeated(
     body: Body,
     module: nn.Module,
-    inputs: Sequence[torch.Tensor],
-    outputs: Sequence[Described],
-) -> tuple[torch.Tensor, ...]:
-    """``body(module, *inputs)``, which gives ``outputs``; one node of a graph that is traced.
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Mapping[str, Described],
+) -> dict[str, torch.Tensor]:
+    """``body(module, **inputs)``, which gives ``outputs``; one node of a graph that is traced.
 
     Args:
         body: a function or bound method that depends on nothing but its arguments and what is the
@@ -97,8 +94,9 @@ def repeated(
     """
     repeats = _tracing.get()
     if repeats is None:
-        return body(module, *inputs)
-    return repeats.node(Kind(body, module, _patterns(inputs), len(outputs)), inputs, outputs)
+        return body(module, **inputs)
+    kind = Kind(body, module, _patterns(inputs), tuple(outputs))
+    return repeats.node(kind, list(inputs.values()), outputs)
 
 
 def like(x: torch.Tensor) -> Described:
@@ -108,29 +106,34 @@ def like(x: torch.Tensor) -> Described:
 def run_layer(layer: nn.Module, hidden: torch.Tensor, *, masked: bool) -> torch.Tensor:
     """A layer of a vision tower, [units,patches,D] -> the same; ``masked``: it takes an attention
     mask, of which there is none."""
-    return repeated(_without_mask if masked else _layer, layer, [hidden], [like(hidden)])[0]
+    body = _without_mask if masked else _layer
+    return repeated(body, layer, {"hidden": hidden}, {"hidden": like(hidden)})["hidden"]
 
 
-def _layer(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor]:
-    return (layer(hidden),)
+def _layer(layer: nn.Module, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"hidden": layer(hidden)}
 
 
-def _without_mask(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor]:
-    return (layer(hidden, None),)
+def _without_mask(layer: nn.Module, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"hidden": layer(hidden, None)}
 
 
 class BodyModule(nn.Module):
-    """A kind as a module of its own; takes the inputs as one list."""
+    """A kind as a module of its own, its outputs in the order they were described in."""
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
-        self.body, self.module = kind.body, kind.module
+        self.body, self.module, self.outputs = kind.body, kind.module, kind.outputs
 
-    def forward(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        return self.body(self.module, *inputs)
+    def forward(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = self.body(self.module, **inputs)
+        if found.keys() != set(self.outputs):
+            told, given = (", ".join(sorted(names)) for names in (self.outputs, found))
+            raise ExportError(f"a block gives {given}, not the {told} expected")
+        return {name: found[name] for name in self.outputs}
 
 
-def _patterns(inputs: Sequence[torch.Tensor]) -> list[GraphPort]:
+def _patterns(inputs: Mapping[str, torch.Tensor]) -> list[GraphPort]:
     """The inputs' types and sizes; every symbolic size gets a name by where it comes first, its
     multiples are told by that (4*size_0)."""
     names: dict[object, str] = {}
@@ -144,9 +147,7 @@ def _patterns(inputs: Sequence[torch.Tensor]) -> list[GraphPort]:
         one = names.setdefault(size.node.hint // int(times), f"size_{len(names)}")
         return f"{int(times)}*{one}"
 
-    return [
-        GraphPort(f"input_{i}", x.dtype, tuple(map(name, x.shape))) for i, x in enumerate(inputs)
-    ]
+    return [GraphPort(n, x.dtype, tuple(map(name, x.shape))) for n, x in inputs.items()]
 
 
 def _identity(size: torch.SymInt) -> object:
@@ -172,7 +173,8 @@ def _by_few_symbols(
 
 
 def _same(a: Kind, b: Kind) -> bool:
-    return a.body == b.body and a.inputs == b.inputs and _alike(a.module, b.module)
+    ports = a.inputs == b.inputs and a.outputs == b.outputs
+    return a.body == b.body and ports and _alike(a.module, b.module)
 
 
 def _alike(a: nn.Module, b: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -27,21 +27,22 @@ def to_onnx(
     module: nn.Module,
     inputs: Sequence[GraphPort],
     outputs: Sequence[str],
-    arrange: Callable[[list[Any]], tuple[Any, ...]],
     mode: FakeTensorMode,
 ) -> ir.Model:
-    """What torch makes of ``module``, its inputs and sizes named as described."""
+    """What torch makes of ``module``, which takes its inputs by name; they and sizes are named as
+    declared, its outputs ``outputs``."""
     sizes = _example_sizes(inputs)
     dims = {name: torch.export.Dim(name) for name in sizes}
     with mode:
-        examples = [torch.zeros([_of(d, sizes) for d in i.dims], dtype=i.dtype) for i in inputs]
-    dynamic = [
-        {axis: _of(d, dims) for axis, d in enumerate(i.dims) if isinstance(d, str)} for i in inputs
-    ]
+        examples = {
+            i.name: torch.zeros([_of(d, sizes) for d in i.dims], dtype=i.dtype) for i in inputs
+        }
+    dynamic = {
+        i.name: {axis: _of(d, dims) for axis, d in enumerate(i.dims) if isinstance(d, str)}
+        for i in inputs
+    }
     with mode, torch.no_grad(), _quiet(), _one_registry():
-        exported = torch.export.export(
-            module, arrange(examples), dynamic_shapes=arrange(dynamic), strict=False
-        )
+        exported = torch.export.export(module, (examples,), dynamic_shapes=(dynamic,), strict=False)
         program = torch.onnx.export(
             exported,
             args=(),

@@ -6,11 +6,12 @@ weights.py writes the values once for all graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir import tensor_adapters
 from onnx_ir.passes import common
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ExportError
 from lvlm.export.graphs.block_copies import write_out
+from lvlm.export.graphs.graph import BundleGraph
 from lvlm.export.graphs.plain_splits import plain_splits
 from lvlm.export.graphs.repeats import BodyModule, collected
 from lvlm.export.graphs.torch_export import to_onnx
@@ -26,51 +28,46 @@ from lvlm.export.ports import GraphPort
 from lvlm.export.standard_ops import PLACEHOLDER_DOMAIN
 from lvlm.runtime.bundle.manifest import Port
 
-PORT_TYPES = {
-    ir.DataType.INT64: "int64",
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-}
-
 
 @dataclass
 class TracedGraph:
-    """One graph; initializers named in ``parameters`` have no values yet."""
+    """One graph, its ports as declared; initializers named in ``parameters`` have no values yet."""
 
     name: str
     model: ir.Model
     parameters: dict[str, ir.Value]  # checkpoint's parameter name -> initializer
+    inputs: Sequence[GraphPort] = ()
+    outputs: Sequence[GraphPort] = ()
 
     def ports(self) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
-        graph = self.model.graph
-        return tuple(map(_port, graph.inputs)), tuple(map(_port, graph.outputs))
+        """Inputs and outputs as the manifest has them."""
+        inputs, outputs = ([p.for_manifest() for p in ps] for ps in (self.inputs, self.outputs))
+        return tuple(inputs), tuple(outputs)
 
 
-def trace(
-    name: str,
-    module: nn.Module,
-    inputs: Sequence[GraphPort],
-    outputs: Sequence[str],
-    arrange: Callable[[list[Any]], tuple[Any, ...]],
-    parameter_names: Mapping[int, str],
-    mode: FakeTensorMode,
-) -> TracedGraph:
-    """Trace ``module`` over fake inputs of the given description.
+def trace(graph: BundleGraph, checkpoint: nn.Module, mode: FakeTensorMode) -> TracedGraph:
+    """Trace a graph over fake inputs as it declares them.
 
-    ``arrange`` puts the flat list of inputs into the module's arguments; ``parameter_names`` maps
-    id(parameter) to its name in the checkpoint.
+    Args:
+        checkpoint: the model that the graph's parameters are of; they get their names there.
+        mode: that made the parameters.
+
+    Raises:
+        ExportError: what is traced is not what the graph declares.
     """
+    name, inputs, outputs = graph.name, graph.inputs(), graph.outputs()
+    for what, ports in (("inputs", inputs), ("outputs", outputs)):
+        _check_names(f"graph {name}, {what}", [port.name for port in ports])
+    names = _parameter_names(checkpoint)
     with collected() as repeats:
-        model = to_onnx(name, module, inputs, outputs, arrange, mode)
+        model = to_onnx(name, graph, inputs, [port.name for port in outputs], mode)
     bodies = [
-        to_onnx(
-            name, BodyModule(k), k.inputs, [f"output_{i}" for i in range(k.outputs)], _one, mode
-        )
+        to_onnx(name, BodyModule(k), k.inputs, [f"output_{i}" for i in range(len(k.outputs))], mode)
         for k in repeats.kinds
     ]
-    parameters = _claim_parameters(model, module, parameter_names)
-    parameters |= write_out(model, repeats, bodies, parameter_names)
+    parameters = _claim_parameters(model, graph, names)
+    parameters |= write_out(model, repeats, bodies, names)
+    _check_outputs(name, model, inputs, outputs)
     _to_standard_domain(model)
     _add_functions(model)
     _constant_reshapes(model)
@@ -83,11 +80,42 @@ def trace(
     )(model)
     model.graph.name = name
     model.producer_name = "lvlm"
-    return TracedGraph(name, model, _in_order_of_use(model.graph, parameters))
+    return TracedGraph(name, model, _in_order_of_use(model.graph, parameters), inputs, outputs)
 
 
-def _one(inputs: list[Any]) -> tuple[Any, ...]:
-    return (inputs,)
+def _parameter_names(model: nn.Module) -> dict[int, str]:
+    """id(parameter) -> its (first) name in the checkpoint."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), name)
+    return names
+
+
+def _check_names(where: str, names: Sequence[str]) -> None:
+    """ExportError where a recipe's port, say, has the name of another."""
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ExportError(f"{where}: {', '.join(twice)} is declared twice")
+
+
+def _check_outputs(
+    name: str, model: ir.Model, inputs: Sequence[GraphPort], outputs: Sequence[GraphPort]
+) -> None:
+    """ExportError unless outputs have the types and sizes they are declared with."""
+    sizes = {size for port in inputs for size in port.dims}
+
+    def fits(found: int | str | None, declared: int | str) -> bool:
+        if isinstance(declared, str) and declared not in sizes:
+            return not isinstance(found, int)  # a size of its own: torch has another name for it
+        return found in (declared, None)
+
+    for value, port in zip(model.graph.outputs, outputs, strict=True):
+        found = [d if isinstance(d, int) else d.value for d in value.shape or ()]
+        same = len(found) == len(port.dims) and all(map(fits, found, port.dims))
+        if value.dtype != tensor_adapters.from_torch_dtype(port.dtype) or not same:
+            raise ExportError(
+                f"graph {name} gives {port.name} as {value.dtype} {found}, not as the "
+                f"{port.dtype} {list(port.dims)} that it declares"
+            )
 
 
 def _to_standard_domain(model: ir.Model) -> None:
@@ -166,9 +194,3 @@ def _in_order_of_use(graph: ir.Graph, parameters: Mapping[str, ir.Value]) -> dic
     names = {value: name for name, value in parameters.items()}
     used = (v for node in graph.all_nodes() for v in node.inputs if v is not None)
     return {names[v]: v for v in dict.fromkeys(used) if v in names}
-
-
-def _port(value: ir.Value) -> Port:
-    assert value.dtype is not None
-    dims = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape or ())
-    return Port(str(value.name), PORT_TYPES[value.dtype], dims)

@@ -54,6 +54,10 @@ class TokenReduction:
         """Further inputs of the prefill graph."""
         return []
 
+    def outputs(self) -> list[GraphPort]:
+        """Further outputs: what the sequence has as ``outputs`` after the last block."""
+        return []
+
     def reductions(self) -> tuple[Reduction, ...]:
         """What the runtime must know to fill those inputs."""
         return ()
@@ -89,6 +93,10 @@ class Recipe:
     def inputs(self) -> list[GraphPort]:
         """Further inputs of the prefill graph."""
         return self.token_reduction().inputs()
+
+    def outputs(self) -> list[GraphPort]:
+        """Further outputs of it."""
+        return self.token_reduction().outputs()
 
     def reductions(self) -> tuple[Reduction, ...]:
         """What the runtime must know to fill those inputs."""

@@ -16,13 +16,12 @@ from torch import nn
 
 from lvlm.core.errors import ValidationError
 from lvlm.export.checkpoint.checkpoint import Checkpoint
-from lvlm.export.checkpoint.skeleton import build_shape, with_parameters
+from lvlm.export.checkpoint.model_shape import build_shape, with_parameters
 from lvlm.export.families.family import Family
-from lvlm.export.graphs.language import Prefill
+from lvlm.export.graphs.language_graph import Caches, past_inputs
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.graphs.ports import buffer_kinds, recipe_inputs
+from lvlm.export.graphs.prefill import Prefill
 from lvlm.export.leaves import leaves_of
-from lvlm.export.recipes.parts.cache_rule import CacheRule
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.reference.naive_cache import NaiveCache
 from lvlm.export.weights.stored_weights import compute_in_fp32
@@ -108,21 +107,25 @@ class Reference:
         rows[image_id > 0] = np.arange(sum(counts))
         given = plan.inputs | {"kv_budget": kept}
         given |= {f"kv_slots_{i}": np.arange(n) for i, n in enumerate(answer.kept)}
-        names = [i.name for i in recipe_inputs(self.language, self.recipe)]
-        logits, *rest = Prefill(self.language, self.recipe)(
-            torch.tensor([list(ids)]),
-            features if len(features) else features.new_zeros(1, self.language.feature_width),
-            torch.from_numpy(rows)[None],
-            torch.from_numpy(image_id)[None],
-            torch.from_numpy(prompt.positions[..., None, :]),
-            [torch.from_numpy(given[name]) for name in names],
-            self._empty_buffers(answer.kept, rule),
+        prefill = Prefill(self.language, self.recipe, features.dtype, self.cache_dtype)
+        left = prefill(
+            {
+                "input_ids": torch.tensor([list(ids)]),
+                "image_features": features
+                if len(features)
+                else features.new_zeros(1, self.language.feature_width),
+                "image_row": torch.from_numpy(rows)[None],
+                "image_id": torch.from_numpy(image_id)[None],
+                "position_ids": torch.from_numpy(prompt.positions[..., None, :]),
+                **{name: torch.from_numpy(x) for name, x in given.items()},
+                **past_inputs(self._empty_buffers(answer.kept, prefill)),
+            }
         )
-        answer.maps = [m[0] for m in rest[: len(reductions)]]
-        rest = rest[len(reductions) :]
-        if rule is not None and not torch.equal(rest.pop(0), torch.from_numpy(kept)):
+        answer.maps = [left[port.name][0] for port in self.recipe.outputs()]
+        if rule is not None and not torch.equal(left["kept"], torch.from_numpy(kept)):
             raise ValidationError("the attention that ranks the cache entries is not finite")
-        cache = NaiveCache(self.language, rule, budgets, rest, plan.entries[:, 0])
+        cache = NaiveCache(self.language, rule, budgets, prefill.caches(left), plan.entries[:, 0])
+        logits = left["logits"]
         answer.caches = cache.entries()
         for step in range(max_new_tokens):
             answer.logits.append(logits[0])
@@ -134,18 +137,20 @@ class Reference:
             logits = cache.decode(token, prompt.positions[..., -1] + 1 + step)
         return answer
 
-    def _empty_buffers(self, kept: Sequence[int], rule: CacheRule | None) -> list[torch.Tensor]:
+    def _empty_buffers(self, kept: Sequence[int], prefill: Prefill) -> Caches:
         """What prefill writes into: exactly as long as what it keeps."""
         model = self.language
-        ring = (1, model.heads, rule.queries if rule else 0, model.head_dim)
-        return [
-            torch.zeros(
-                ring if kind == "query" else (1, model.kv_heads, count, model.head_dim),
-                dtype=self.cache_dtype,
-            )
-            for count in kept
-            for kind in buffer_kinds(rule)
-        ]
+        ring = (1, model.heads, prefill.queries, model.head_dim)
+        return {
+            kind: [
+                torch.zeros(
+                    ring if kind == "query" else (1, model.kv_heads, count, model.head_dim),
+                    dtype=self.cache_dtype,
+                )
+                for count in kept
+            ]
+            for kind in prefill.kinds
+        }
 
 
 def load_fp32(

@@ -13,8 +13,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.checkpoint.checkpoint import DTYPES, Checkpoint
-from lvlm.export.checkpoint.skeleton import Skeleton, build_shape
+from lvlm.export.checkpoint.model_shape import build_shape, skeleton_of
 from lvlm.export.families.family import Family
+from lvlm.export.graphs.skeleton import Skeleton
 
 LAYERS = ("num_hidden_layers", "depth")
 
@@ -35,7 +36,7 @@ def open_skeleton(
         config.tie_word_embeddings = False
         model = build_shape(family, config, dtype)
     names = _complete(checkpoint, model, stored)
-    return Skeleton.of(family, config, model), names
+    return skeleton_of(family, config, model, dtype), names
 
 
 def _bound_layers(config: Mapping[str, Any], tensors: int) -> None:

@@ -59,21 +59,26 @@ def run_block(
     block: Any, hidden: torch.Tensor, angles: Angles, place: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A vision block on [V,p,D]."""
-    given = [hidden, angles.cos, angles.sin]
+    given = {"hidden": hidden, "cos": angles.cos, "sin": angles.sin}
     if angles.window is not None:
         assert angles.mask is not None
         assert place is not None
-        given += [angles.window, angles.mask, place]
-    return repeated(_block, block, given, [like(hidden)])[0]
+        given |= {"window": angles.window, "mask": angles.mask, "place": place}
+    return repeated(_block, block, given, {"hidden": like(hidden)})["hidden"]
 
 
 def _block(
-    block: Any, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *inside: torch.Tensor
-) -> tuple[torch.Tensor]:
-    window, mask, place = inside or (None, None, None)
+    block: Any,
+    hidden: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    window: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    place: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
     angles = Angles(cos, sin, window, mask)
     hidden = hidden + _attend(block.attn, block.norm1(hidden), angles, place)
-    return (hidden + block.mlp(block.norm2(hidden)),)
+    return {"hidden": hidden + block.mlp(block.norm2(hidden))}
 
 
 class Angles:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lvlm.export.ops.cache_compact.contract import OP as CACHE_COMPACT
 from lvlm.export.ops.cache_importance import OP as CACHE_IMPORTANCE
-from lvlm.export.ports import GraphPort
+from lvlm.export.ports import BATCH, LayerPort
 from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.policies.policy import (
@@ -131,11 +131,17 @@ class CacheRule:
         """Whether the importance is taken from all prompt queries."""
         return isinstance(self.cache_policy.score, AllQueries)
 
-    def inputs(self, layers: int) -> list[GraphPort]:
-        """Further inputs of the graphs that compact: what every layer keeps of each row."""
-        budget = GraphPort("kv_budget", torch.int64, (layers, "batch"))
-        slots = [GraphPort(f"kv_slots_{i}", torch.int64, (f"entries_{i}",)) for i in range(layers)]
-        return [budget, *slots]
+    def inputs(self) -> list[LayerPort]:
+        """Further inputs of the graphs that compact: what a layer keeps of each row, and 0 … K-1,
+        K the most of them."""
+        return [
+            LayerPort("kv_budget", torch.int64, (BATCH,), stacked=True),
+            LayerPort("kv_slots", torch.int64, ("entries",)),
+        ]
+
+    def outputs(self) -> list[LayerPort]:
+        """Further outputs of them: how many entries stayed (-1: an importance was not finite)."""
+        return [LayerPort("kept", torch.int64, (BATCH,), stacked=True)]
 
     def window(
         self, state: TokenSequence, tap: Tap, count: int
@@ -154,7 +160,6 @@ class CacheRule:
 
     def compact_prompt(
         self,
-        layer: int,
         state: TokenSequence,
         tap: Tap,
         key: torch.Tensor,
@@ -162,18 +167,18 @@ class CacheRule:
         inputs: Mapping[str, torch.Tensor],
     ) -> Compacted:
         """Keys and values [B,Hkv,N,d] of one layer to what it keeps, [B,Hkv,K,d], and how many
-        entries that is per row, [B]: -1 where an importance was not finite."""
+        entries that is per row, [B]: -1 where an importance was not finite. ``inputs`` are the
+        layer's."""
         score = self.cache_policy.score
         queries, index = None, None
         if isinstance(score, Window):
             queries, index = self.window(state, tap, score.queries)
         received = tap.importance if self.scores_all else None
         entries = Layer(key, state.length(), queries, index, tap.scale, received)
-        return self._compact(entries, value, layer, inputs)
+        return self._compact(entries, value, inputs)
 
     def compact_buffers(
         self,
-        layer: int,
         queries: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -181,14 +186,14 @@ class CacheRule:
         inputs: Mapping[str, torch.Tensor],
     ) -> Compacted:
         """The same for a layer's buffers [B,Hkv,C,d] between two decode steps."""
-        length, index = inputs["valid_length"][layer], inputs["query_slot"][layer]
-        return self._compact(Layer(key, length, queries, index, scale), value, layer, inputs)
+        length, index = inputs["valid_length"], inputs["query_slot"]
+        return self._compact(Layer(key, length, queries, index, scale), value, inputs)
 
     def _compact(
-        self, entries: Layer, value: torch.Tensor, layer: int, inputs: Mapping[str, torch.Tensor]
+        self, entries: Layer, value: torch.Tensor, inputs: Mapping[str, torch.Tensor]
     ) -> Compacted:
         policy, key = self.cache_policy, entries.key
-        length, budget = entries.length, inputs["kv_budget"][layer]
+        length, budget = entries.length, inputs["kv_budget"]
         scores = importance(policy.score, entries, policy.recent)
         heads = key.shape[1]
         own = scores.dim() == 3
@@ -201,7 +206,7 @@ class CacheRule:
             scores,
             length,
             budget,
-            inputs[f"kv_slots_{layer}"],
+            inputs["kv_slots"],
             mode=MODES[type(policy.select)],
             sinks=policy.sinks,
             recent=policy.recent,

@@ -13,7 +13,7 @@ import torch
 
 from lvlm.export.ops.token_importance import OP as TOKEN_IMPORTANCE
 from lvlm.export.ops.token_merge.contract import OP as TOKEN_MERGE
-from lvlm.export.ports import GraphPort
+from lvlm.export.ports import BATCH, GraphPort
 from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.recipes.recipe import TokenReduction
 from lvlm.export.standard_ops import Tap
@@ -55,18 +55,33 @@ class Pyramid(TokenReduction):
         )
 
     def inputs(self) -> list[GraphPort]:
-        ports = []
+        ports: list[GraphPort] = []
         if self.importance == "text":
-            ports.append(GraphPort("query_count", torch.int64, ("batch",)))
+            ports.append(GraphPort("query_count", torch.int64, (BATCH,)))
             ports.append(GraphPort("query_slots", torch.int64, ("queries",)))
-        for i in range(len(self.stages)):
-            ports.append(GraphPort(f"keep_{i}", torch.int64, ("batch", "images_per_row")))
-            ports.append(GraphPort(f"keep_slots_{i}", torch.int64, (f"kept_{i}",)))
-            ports.append(GraphPort(f"out_slots_{i}", torch.int64, (f"length_{i}",)))
-            if self.merge == "recycle":
-                ports.append(GraphPort(f"recycle_{i}", torch.int64, ("batch", "images_per_row")))
-                ports.append(GraphPort(f"recycle_slots_{i}", torch.int64, (f"centres_{i}",)))
+        for stage in range(len(self.stages)):
+            ports += self._counts(stage).values()
         return ports
+
+    def _counts(self, stage: int) -> dict[str, GraphPort]:
+        """The graph's inputs of one stage, by the inputs of TokenMerge that they are."""
+        images = (BATCH, "images_per_row")
+        dims: dict[str, tuple[str, ...]] = {
+            "keep": images,
+            "keep_slots": (f"kept_{stage}",),
+            "out_slots": (f"length_{stage}",),
+        }
+        if self.merge == "recycle":
+            dims |= {"recycle": images, "recycle_slots": (f"centres_{stage}",)}
+        return {n: GraphPort(f"{n}_{stage}", torch.int64, size) for n, size in dims.items()}
+
+    def outputs(self) -> list[GraphPort]:
+        """merge_map_i: old -> new index of each stage's tokens, [B,N before] int64."""
+        lengths = ["sequence", *(f"length_{stage}" for stage in range(len(self.stages)))]
+        return [
+            GraphPort(f"merge_map_{stage}", torch.int64, (BATCH, lengths[stage]))
+            for stage in range(len(self.stages))
+        ]
 
     def before_block(
         self,
@@ -88,20 +103,22 @@ class Pyramid(TokenReduction):
             state.image_id,
             scale=tap.scale,
         )
+        counts = {name: inputs[port.name] for name, port in self._counts(stage).items()}
         hidden, positions, image_id, old_to_new = TOKEN_MERGE(
             state.hidden,
             importance,
             state.image_id,
             state.positions,
-            inputs[f"keep_{stage}"],
-            inputs[f"keep_slots_{stage}"],
-            inputs[f"out_slots_{stage}"],
-            inputs.get(f"recycle_{stage}"),
-            inputs.get(f"recycle_slots_{stage}"),
+            counts["keep"],
+            counts["keep_slots"],
+            counts["out_slots"],
+            counts.get("recycle"),
+            counts.get("recycle_slots"),
             merge=self.merge,
             absorb=self.absorb,
         )
-        return TokenSequence(hidden, positions, image_id, [*state.maps, old_to_new])
+        outputs = {**state.outputs, f"merge_map_{stage}": old_to_new}
+        return TokenSequence(hidden, positions, image_id, outputs)
 
     def _query_rows(self, state: TokenSequence, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Indices of the queries that score the tokens, [B,R]; -1: an unused row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,13 +15,13 @@ class TokenSequence:
     hidden     [B,N,D]
     positions  [B,N] int64 (or [3,B,N]): rotary positions, original ones throughout
     image_id   [B,N] int64: -1 padding, 0 text, m the m-th image
-    maps       old -> new index of each reduction so far, [B,N before] int64
+    outputs    further outputs of the graph so far, by name: each reduction's map
     """
 
     hidden: torch.Tensor
     positions: torch.Tensor
     image_id: torch.Tensor
-    maps: list[torch.Tensor] = field(default_factory=list)
+    outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def last(self) -> torch.Tensor:
         """Index of each row's last prompt token, [B] int64."""

@@ -10,7 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.core.errors import ExportError
-from lvlm.export.graphs.repeats import Described, collected, like, repeated
+from lvlm.export.graphs.graph import BundleGraph, Tensors
+from lvlm.export.graphs.repeats import collected, like, repeated
 from lvlm.export.graphs.tracing import TracedGraph, trace
 from lvlm.export.ports import GraphPort
 
@@ -26,42 +27,51 @@ class Block(nn.Module):
         return mixed
 
 
-def body(block: nn.Module, hidden: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return block(hidden, other), other * 2
+def body(block: nn.Module, hidden: torch.Tensor, other: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"other": other * 2, "hidden": block(hidden, other)}
 
 
-class Model(nn.Module):
+class Model(BundleGraph):
     """hidden [B,N,4] and other [B,M,4] through all blocks; what these give of ``other``, too."""
+
+    name = "toy"
 
     def __init__(self, *factors: float) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([Block(i, f) for i, f in enumerate(factors)])
         self.width = 4
 
-    def forward(
-        self, hidden: torch.Tensor, other: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(self) -> list[GraphPort]:
+        return [
+            GraphPort("hidden", torch.float32, ("batch", "sequence", 4)),
+            GraphPort("other", torch.float32, ("batch", "others", 4)),
+        ]
+
+    def outputs(self) -> list[GraphPort]:
+        return [
+            GraphPort("out", torch.float32, ("batch", "sequence", 4)),
+            GraphPort("rest", torch.float32, ("batch", "others", 4)),
+        ]
+
+    def compute(self, given: Tensors) -> dict[str, torch.Tensor]:
+        taken = dict(given)
         for block in self.blocks:
-            said: list[Described] = [(hidden.dtype, (*hidden.shape[:2], self.width)), like(other)]
-            hidden, other = repeated(body, block, [hidden, other], said)
-        return hidden, other
+            size = (*given["hidden"].shape[:2], self.width)
+            said = {"hidden": (torch.float32, size), "other": like(taken["other"])}
+            taken = repeated(body, block, taken, said)
+        return {"rest": taken["other"], "out": taken["hidden"]}
 
 
 def traced(model: Model) -> TracedGraph:
-    inputs = [
-        GraphPort("hidden", torch.float32, ("batch", "sequence", 4)),
-        GraphPort("other", torch.float32, ("batch", "others", 4)),
-    ]
-    names = {id(p): f"weights.{n}" for n, p in model.named_parameters()}
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return trace("toy", model, inputs, ["out", "rest"], tuple, names, mode)
+    checkpoint = nn.ModuleDict({"weights": model})
+    return trace(model, checkpoint, FakeTensorMode(allow_non_fake_inputs=True))
 
 
 def test_blocks_with_other_settings_are_another_kind() -> None:
     model = Model(1.0, 1.0, 2.0, 1.0)
     model.blocks[3].linear = nn.Linear(4, 4, bias=False)
     with collected() as repeats:
-        model(torch.zeros(1, 2, 4), torch.zeros(1, 3, 4))
+        model({"hidden": torch.zeros(1, 2, 4), "other": torch.zeros(1, 3, 4)})
     assert [kind.module for kind in repeats.kinds] == [model.blocks[i] for i in (0, 2, 3)]
     assert repeats.modules == list(model.blocks)
 
@@ -75,12 +85,12 @@ def test_every_block_has_its_own_weights() -> None:
     for name, value in graph.parameters.items():
         value.const_value = ir.tensor(model.get_parameter(name.removeprefix("weights.")).detach())
     assert {n.domain for n in graph.model.graph} == {""}
-    hidden, other = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    given = {"hidden": torch.randn(2, 3, 4), "other": torch.randn(2, 5, 4)}
     session = onnxruntime.InferenceSession(
         ir.to_proto(graph.model).SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    found = session.run(None, {"hidden": hidden.numpy(), "other": other.numpy()})
-    for said, x in zip(model(hidden, other), found, strict=True):
+    found = session.run(None, {name: x.numpy() for name, x in given.items()})
+    for said, x in zip(model(given).values(), found, strict=True):
         torch.testing.assert_close(torch.from_numpy(x), said)
     assert [str(d) for d in graph.model.graph.outputs[0].shape or ()] == ["batch", "sequence", "4"]
 

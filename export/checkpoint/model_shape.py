@@ -1,42 +1,27 @@
-"""A model without its weights: what tracing needs of a checkpoint of any size."""
+"""A model of any size by its shape alone, and with parameters of one's own in it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lvlm.export.families.family import Family
-from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.graphs.skeleton import Skeleton
 from lvlm.export.leaves import Leaves, leaves_of
 
 
-@dataclass(frozen=True)
-class Skeleton:
-    """The checkpoint's model with fake parameters and real (small) buffers, built once per export.
-
-    model     in transformers' own class
-    language  its text model as the family gives it, over the same parameters
-    vision    its vision tower likewise
-    mode      the fake mode of the parameters: what is traced with them is traced in it
-    """
-
-    model: nn.Module
-    language: LanguageModel
-    vision: nn.Module
-    mode: FakeTensorMode
-
-    @classmethod
-    def of(cls, family: Family, config: Any, shape: nn.Module) -> Self:
-        """``shape``, the family's model on the meta device (build_shape), with fake parameters."""
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        model = _traceable(shape, leaves_of(family), mode)
-        return cls(model, family.language(model, config), family.vision(model, config), mode)
+def skeleton_of(family: Family, config: Any, shape: nn.Module, dtype: torch.dtype) -> Skeleton:
+    """``shape``, the family's model of ``dtype`` on the meta device, with fake parameters and what
+    the family finds in it."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = _traceable(shape, leaves_of(family), mode)
+    parts = family.language(model, config), family.vision(model, config)
+    return Skeleton(model, *parts, dtype, mode)
 
 
 def build_shape(family: Family, config: Any, dtype: torch.dtype) -> nn.Module:

@@ -1,0 +1,65 @@
+"""A block of the checkpoint's own, run over what stands in for transformers' cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lvlm.export.standard_ops import Tap, scatter
+
+
+class PromptEntries:
+    """Stands in for transformers' cache in prefill: holds what a block would cache."""
+
+    key: torch.Tensor  # [B,Hkv,N,d]
+    value: torch.Tensor
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.key, self.value = key, value
+        return key, value
+
+
+class CacheWriter:
+    """Stands in for transformers' cache in decode: writes one block's entry [B,Hkv,1,d] into its
+    buffers and gives these to attend over."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
+        self.key, self.value, self.index = key, value, index
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.key = store(self.key, key, self.index)
+        self.value = store(self.value, value, self.index)
+        return self.key.to(key.dtype), self.value.to(key.dtype)
+
+
+def store(buffer: torch.Tensor, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``x`` [B,H,n,d], in the buffer's dtype, into ``buffer`` [B,H,C,d] from slot ``index`` on."""
+    return scatter(buffer, x.to(buffer.dtype), index)
+
+
+def run_block(
+    block: nn.Module,
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    angles: tuple[torch.Tensor, torch.Tensor],
+    cache: PromptEntries | CacheWriter,
+    tap: Tap,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A block's output [B,N,D]; ``angles`` are cos and sin [B,N,d] of the positions."""
+    out = block(
+        hidden,
+        attention_mask=mask,
+        position_ids=positions,
+        position_embeddings=angles,
+        past_key_values=cache,
+        tap=tap,
+    )
+    assert isinstance(out, torch.Tensor)
+    return out

@@ -1,0 +1,94 @@
+"""The graph ``decode``: one token per row to the next logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lvlm.export.graphs.blocks import CacheWriter, run_block, store
+from lvlm.export.graphs.graph import Tensors
+from lvlm.export.graphs.language_graph import LanguageGraph, parts_of
+from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.graphs.repeats import like, repeated
+from lvlm.export.ports import BATCH, GraphPort, LayerPort, one_layer
+from lvlm.export.recipes.parts.cache_rule import CacheRule
+from lvlm.export.standard_ops import Tap
+
+SLOTS = [
+    LayerPort("write_index", torch.int64, (BATCH,), stacked=True),
+    LayerPort("valid_length", torch.int64, (BATCH,), stacked=True),
+]
+
+
+class Decode(LanguageGraph):
+    """One token per row to the next logits, writing one cache entry per layer in place.
+
+    input_ids, position_ids [B,1] int64; write_index, valid_length [L,B] int64: the slot that takes
+    the new entry and how many slots are valid with it; with a ring of queries query_index [B]
+    int64, the slot of the ring that takes the new query; then the buffers.
+    -> logits [B,vocabulary] fp32, the buffers
+    """
+
+    name = "decode"
+
+    def __init__(
+        self, model: LanguageModel, rule: CacheRule | None, cache_dtype: torch.dtype
+    ) -> None:
+        super().__init__(model, rule, cache_dtype)
+        self.parts = parts_of(model)
+
+    def inputs(self) -> list[GraphPort]:
+        return [
+            GraphPort("input_ids", torch.int64, (BATCH, 1)),
+            GraphPort("position_ids", torch.int64, (BATCH, 1)),
+            *self.in_all_layers(SLOTS),
+            *([GraphPort("query_index", torch.int64, (BATCH,))] if self.queries else []),
+            *self.buffer_ports("past", self.kinds),
+        ]
+
+    def outputs(self) -> list[GraphPort]:
+        return [
+            GraphPort("logits", torch.float32, (BATCH, self.model.vocab)),
+            *self.buffer_ports("present", self.kinds),
+        ]
+
+    def compute(self, given: Tensors) -> dict[str, torch.Tensor]:
+        model, positions = self.model, given["position_ids"]
+        hidden = model.embed(given["input_ids"])
+        cos, sin = model.rotary(hidden, position_ids=positions)
+        turned = {"positions": positions, "cos": cos, "sin": sin}
+        ring = {"query_index": given["query_index"]} if self.queries else {}
+        outputs: dict[str, torch.Tensor] = {}
+        for layer, block in enumerate(model.blocks):
+            own = self.past(layer, given)
+            taken = {"hidden": hidden, **turned, **own, **one_layer(SLOTS, layer, given), **ring}
+            described = {name: like(taken[name]) for name in ("hidden", *own)}
+            written = repeated(_block, block, taken, described)
+            hidden = written.pop("hidden")
+            outputs |= self.present(layer, written)
+        outputs["logits"] = model.head(model.norm(hidden[:, 0])).float()
+        return outputs
+
+
+def _block(
+    block: nn.Module,
+    hidden: torch.Tensor,
+    positions: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    write_index: torch.Tensor,
+    valid_length: torch.Tensor,
+    query: torch.Tensor | None = None,
+    query_index: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """A block on one token per row, and its buffers with the token's entry."""
+    slots = torch.arange(key.shape[2], device=hidden.device)
+    mask = (slots[None] < valid_length[:, None])[:, None, None]
+    cache, tap = CacheWriter(key, value, write_index), Tap()
+    hidden = run_block(block, hidden, positions, (cos, sin), cache, tap, mask)
+    written = {"hidden": hidden, "key": cache.key, "value": cache.value}
+    if query is not None and query_index is not None:
+        written["query"] = store(query, tap.query, query_index)
+    return written

@@ -1,0 +1,80 @@
+"""What the graphs of the language model share: its parts, and the cache buffers of every layer.
+
+They write keys and values straight into the buffers they are given, a pair per layer, each layer
+with its own capacity, rounded where the buffers are narrower than the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lvlm.export.graphs.graph import BundleGraph, Tensors
+from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.ports import BATCH, GraphPort, LayerPort, all_layers
+from lvlm.export.recipes.parts.cache_rule import CacheRule
+
+Kind = Literal["key", "value", "query"]  # of a layer's buffers; query: the ring of recent queries
+ENTRIES: tuple[Kind, ...] = ("key", "value")
+Caches = Mapping[Kind, Sequence[torch.Tensor]]  # the buffers of every layer
+
+
+class LanguageGraph(BundleGraph):
+    """A graph that takes past_key_l and past_value_l [B,Hkv,C_l,d] of every layer, whose capacity
+    C_l is a dynamic dimension per layer, and with a ring of queries past_query_l
+    [B,Hq,queries,d]. What it writes of them is present_KIND_l."""
+
+    def __init__(
+        self, model: LanguageModel, rule: CacheRule | None, cache_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.model, self.rule, self.cache_dtype = model, rule, cache_dtype
+        self.queries = rule.queries if rule is not None else 0
+        self.kinds: tuple[Kind, ...] = (*ENTRIES, "query") if self.queries else ENTRIES
+
+    def in_all_layers(self, ports: Sequence[LayerPort]) -> list[GraphPort]:
+        """What is declared for one layer, for every layer of the model."""
+        return all_layers(ports, len(self.model.blocks))
+
+    def buffer_ports(self, prefix: str, kinds: Sequence[Kind]) -> list[GraphPort]:
+        """The ports of every layer's buffers, in the order that all graphs have them in."""
+        model = self.model
+        entries = (BATCH, model.kv_heads, "capacity", model.head_dim)
+        ring = (BATCH, model.heads, self.queries, model.head_dim)
+        return self.in_all_layers(
+            [
+                LayerPort(f"{prefix}_{k}", self.cache_dtype, ring if k == "query" else entries)
+                for k in kinds
+            ]
+        )
+
+    def past(self, layer: int, given: Tensors) -> dict[str, torch.Tensor]:
+        """A layer's buffers by their kind."""
+        return {kind: given[f"past_{kind}_{layer}"] for kind in self.kinds}
+
+    def present(self, layer: int, written: Tensors) -> dict[str, torch.Tensor]:
+        """A layer's buffers, ``written`` by their kind, as outputs of the graph."""
+        return {f"present_{kind}_{layer}": x for kind, x in written.items()}
+
+    def caches(self, outputs: Tensors) -> dict[Kind, list[torch.Tensor]]:
+        """The buffers of every layer in what the graph gives, all kinds."""
+        layers = range(len(self.model.blocks))
+        return {k: [outputs[f"present_{k}_{layer}"] for layer in layers] for k in self.kinds}
+
+
+def parts_of(model: LanguageModel) -> nn.ModuleList:
+    """The parts as submodules, so that tracing sees their parameters by name; blocks are traced
+    apart (repeats.py)."""
+    return nn.ModuleList([model.embed, model.rotary, model.norm, model.head])
+
+
+def past_inputs(caches: Caches) -> dict[str, torch.Tensor]:
+    """The inputs of a graph that are the buffers of every layer."""
+    return {
+        f"past_{kind}_{layer}": buffer
+        for kind, buffers in caches.items()
+        for layer, buffer in enumerate(buffers)
+    }

@@ -1,0 +1,40 @@
+"""The graph ``vision``: the arrays of an image to the rows that replace its placeholders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lvlm.export.graphs.graph import BundleGraph, Tensors
+from lvlm.export.ports import GraphPort
+
+
+class Vision(BundleGraph):
+    """A family's vision tower; its inputs are the arrays that the image's processor makes.
+
+    Args:
+        tower: takes the inputs by their names.
+        inputs: as the family declares them.
+        width: numbers per image token.
+        dtype: of these, as of the weights.
+    """
+
+    name = "vision"
+
+    def __init__(
+        self, tower: nn.Module, inputs: Sequence[GraphPort], width: int, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.tower = tower
+        self.arrays, self.width, self.dtype = list(inputs), width, dtype
+
+    def inputs(self) -> list[GraphPort]:
+        return self.arrays
+
+    def outputs(self) -> list[GraphPort]:
+        return [GraphPort("image_features", self.dtype, ("rows", self.width))]
+
+    def compute(self, given: Tensors) -> dict[str, torch.Tensor]:
+        return {"image_features": self.tower(**given)}
