@@ -10,6 +10,7 @@ from lvlm.core.console import add_verify
 
 if TYPE_CHECKING:
     from lvlm.export.targets.target import Target
+    from lvlm.plugins_trt.engines.engine_plan import EnginePlan
     from lvlm.plugins_trt.engines.engine_request import BuildRequest
 
 
@@ -61,7 +62,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lvlm.core.errors import ParameterError
+    from lvlm.core.errors import BuildError, ParameterError
     from lvlm.plugins_trt.engines import engine_listing
 
     if args.list_targets:
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         raise ParameterError("which bundle? give the folder that lvlm-export made")
     request = _request(args)
 
+    from lvlm.core.output import remove_abandoned
+    from lvlm.core.own_process import in_own_process
     from lvlm.core.progress import Progress
     from lvlm.export.export_cli import require
 
@@ -86,9 +89,24 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(engine_listing.plan(plan))
         return 0
-    progress = Progress(engine_builder.stages(plan), quiet=args.quiet)
+    try:
+        return in_own_process("lvlm-build", build, plan, args.quiet)
+    except BuildError as error:
+        remove_abandoned(plan.folder)
+        raise BuildError(
+            f"{engine_listing.PEOPLE[request.target.flavour]} {plan.version} crashed while it "
+            f"built an engine: {error}; other settings of the recipe or another --target may "
+            "build (docs/tensorrt.md, Known faults)"
+        ) from None
+
+
+def build(plan: EnginePlan, quiet: bool) -> None:
+    """The engines of a plan, with progress, and what was made in the end."""
+    from lvlm.core.progress import Progress
+    from lvlm.plugins_trt.engines import engine_builder, engine_listing
+
+    progress = Progress(engine_builder.stages(plan), quiet=quiet)
     print(engine_listing.result(engine_builder.build(plan, progress)))
-    return 0
 
 
 def _request(args: argparse.Namespace) -> BuildRequest:

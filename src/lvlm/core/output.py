@@ -37,7 +37,7 @@ def temporary_sibling(output: Path, error: type[LvlmError]) -> Iterator[Path]:
     try:
         folder.mkdir()
         lock = _lock(folder)
-        _remove_abandoned(output)
+        remove_abandoned(output)
         yield folder
     except OSError as cause:
         raise _refused(output, cause, error) from cause
@@ -58,7 +58,7 @@ def whole_file(path: Path, error: type[LvlmError]) -> Iterator[Path]:
     try:
         partial.touch()
         lock = _lock(partial)
-        _remove_abandoned(path)
+        remove_abandoned(path)
         yield partial
         partial.replace(path)
     except OSError as cause:
@@ -78,7 +78,7 @@ def _refused(path: Path, cause: OSError, error: type[LvlmError]) -> LvlmError:
     return error(f"{path} cannot be written: {cause.strerror or cause}")
 
 
-def _remove_abandoned(output: Path) -> None:
+def remove_abandoned(output: Path) -> None:
     """Leftovers whose process is gone, which is who holds the lock."""
     own = _place(output)
     for old in own.parent.glob(glob.escape(f".{output.name}.partial-") + "*"):

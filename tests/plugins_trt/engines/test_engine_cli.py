@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from lvlm.core import nvidia
+from lvlm.core import nvidia, own_process
 from lvlm.core.discovery import discover
-from lvlm.core.errors import BackendError
+from lvlm.core.errors import BackendError, BuildError
 from lvlm.core.installing import install
 from lvlm.core.nvidia import Gpu, NvidiaDriver
 from lvlm.export.targets import trt_rtx
 from lvlm.plugins_trt.build_cli import main
 from lvlm.plugins_trt.engines import engine_builder
+from lvlm.plugins_trt.engines.engine_plan import EnginePlan
 from lvlm.plugins_trt.engines.tensorrt_builder import TensorRtBuilder, failure, open_tensorrt
 from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.reader import read_bundle
@@ -81,7 +82,15 @@ def as_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _packages_anew() -> Iterator[None]:
+def _here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Engines are built in this process, which has what a test put in place of packages."""
+
+    def call(program: str, work: Callable[..., None], *arguments: Any) -> int:
+        del program
+        work(*arguments)
+        return 0
+
+    monkeypatch.setattr(own_process, "in_own_process", call)
     yield
     open_tensorrt.cache_clear()
 
@@ -221,6 +230,32 @@ def test_ctrl_c_stops_the_builder(folder: Path, run: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(Stage, "show", interrupt)
     assert run(folder, "--target", "trt-rtx", "--sm", "86")[0] == 130
     assert not list(folder.glob("engines/*"))
+
+
+def test_a_builder_that_crashes(
+    folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Says so in one line, and what it had begun is gone."""
+
+    def crash(program: str, work: Callable[..., None], plan: EnginePlan, quiet: bool) -> int:
+        del program, work, quiet
+        plan.folder.parent.mkdir()
+        plan.folder.with_name(f".{plan.folder.name}.partial-0").mkdir()
+        raise BuildError("signal 11 (Segmentation fault) ended it")
+
+    monkeypatch.setattr(own_process, "in_own_process", crash)
+    err = refused(folder, "--target", "trt-rtx", "--sm", "86")
+    assert f"TensorRT-RTX {rtx.__version__} crashed while it built an engine: signal 11" in err
+    assert not list(folder.glob("engines/.*"))
+
+
+def test_engines_are_built_in_a_process_of_their_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    assert main(["engine", str(folder), "--target", "trt-rtx", "--sm", "86", "-q"]) == 0
+    (made,) = (folder / "engines").iterdir()
+    assert (made / "decode.engine").stat().st_size > 0
 
 
 def test_missing_package(
