@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,11 +96,12 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
         images = family.bounded(images, options.max_image_tokens)
     prompt = family.prompt(config, checkpoint.folder)
     prompt_maker(checkpoint, family, config, images, prompt)  # raises what a load would
-    _check_length(options, images, language)
+    _check_length(options, images, language, recipe)
+    tokens = options.max_text_len + options.max_images * images.tokens
+    skeleton = replace(skeleton, language=language.within(tokens))
     unique = {id(p): p for p in skeleton.model.parameters()}.values()
     parameters, largest = sum(p.numel() for p in unique), max(p.numel() for p in unique)
     weight_bytes = parameters * dtype.itemsize + _saved(options, skeleton, dtype)
-    tokens = options.max_text_len + options.max_images * images.tokens
     angles = 4 * tokens * language.head_dim
     sizes = {"weight_bytes": weight_bytes, "largest": largest, "angles": angles}
     peak, unvalidated = (
@@ -127,20 +128,31 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
     )
 
 
-def _check_length(options: ExportOptions, images: Images, language: LanguageModel) -> None:
-    """ParameterError where prompts could be longer than the model is made for. Images may go
-    beyond: few prompts have as many, and as large ones, as there is room for."""
+def _check_length(
+    options: ExportOptions, images: Images, language: LanguageModel, recipe: Recipe
+) -> None:
+    """ParameterError where prompts could be longer than the model is made for (images may go
+    beyond: few prompts have as many, and as large ones, as there is room for), or than graphs with
+    the recipe can do."""
     text, image_tokens = options.max_text_len, options.max_images * images.tokens
     if text > language.positions:
         raise ParameterError(
             f"--max-text-len {text}: this model is made for {language.positions:,} tokens; "
             f"give {language.positions} or less"
         )
-    if language.window is not None and language.window < text + image_tokens:
-        room = language.window - image_tokens
-        lower = f"--max-text-len to {room} or less" if room > 0 else "--max-images"
+    if language.longest is not None and language.longest < text + image_tokens:
         raise ParameterError(
-            f"this model attends over {language.window} tokens only; lower {lower}"
+            f"this model attends over {language.longest} tokens only; lower "
+            f"{_lower(language.longest - image_tokens)}"
+        )
+    hiding = language.windowed(text + image_tokens)
+    if hiding and not recipe.in_place:
+        least = min(one.window for one in language.layers if one.window is not None)
+        more = f" and {len(hiding) - 3} more" if len(hiding) > 3 else ""
+        raise ParameterError(
+            f"recipe {recipe.name} cannot do layers with a window (sliding_window {least}: layers "
+            f"{', '.join(map(str, hiding[:3]))}{more}); take recipe none, or lower "
+            f"{_lower(least - image_tokens)}"
         )
     most = (LONGEST - text) // images.tokens
     if options.max_images > max(1, most):
@@ -148,6 +160,11 @@ def _check_length(options: ExportOptions, images: Images, language: LanguageMode
             f"--max-images {options.max_images}: with up to {images.tokens} tokens each, a bundle "
             f"has room for {most:,}; lower it, or --max-image-tokens"
         )
+
+
+def _lower(room: int) -> str:
+    """What to lower where ``room`` tokens of text are possible."""
+    return f"--max-text-len to {room} or less" if room > 0 else "--max-images"
 
 
 def _check_dtypes(options: ExportOptions, dtype: torch.dtype) -> None:

@@ -24,7 +24,7 @@ from lvlm.export.graphs.compact import Compact
 from lvlm.export.graphs.decode import Decode
 from lvlm.export.graphs.graph import BundleGraph
 from lvlm.export.graphs.language_graph import LanguageGraph, past_inputs
-from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel
 from lvlm.export.graphs.prefill import Prefill
 from lvlm.export.ops.op import Attribute, Op, computed_by
 from lvlm.export.recipes.recipe import Recipe
@@ -89,8 +89,7 @@ def language_of(model: LlamaForCausalLM) -> LanguageModel:
     head = config.hidden_size // config.num_attention_heads
     return LanguageModel(
         embed=model.model.embed_tokens,
-        rotary=model.model.rotary_emb,
-        blocks=list(model.model.layers),
+        layers=[LanguageLayer(block, model.model.rotary_emb) for block in model.model.layers],
         norm=model.model.norm,
         head=model.lm_head,
         heads=config.num_attention_heads,

@@ -35,7 +35,7 @@ class CalibrationJob:
     family: Family
     config: Any
     stored_names: dict[str, str]
-    window: int | None
+    longest: int | None
     recipe: Recipe
     maker: PromptMaker
     samples: list[CalibrationSample]
@@ -90,7 +90,7 @@ def _job(
         family=family,
         config=config,
         stored_names=names,
-        window=language.window,
+        longest=language.full_length,
         recipe=recipe,
         maker=prompt_maker(checkpoint, family, config),
         samples=samples,
@@ -120,9 +120,9 @@ def _check_samples(job: CalibrationJob) -> None:
     """Every sample is prepared once, so that a bad one is known before hours of work."""
     for sample in job.samples:
         length = len(prepare(job.maker, sample).ids)
-        if job.window is not None and length > job.window:
+        if job.longest is not None and length > job.longest:
             raise PromptError(
-                f"{sample.where}: {length} tokens, but this model attends over {job.window} only; "
+                f"{sample.where}: {length} tokens, but this model attends over {job.longest} only; "
                 "shorten it"
             )
 

@@ -117,8 +117,7 @@ class InternVL:
             return language
         # The angles are the usual ones up to this length, and grow with the length beyond
         parts.rotary_emb.rope_type = "default"
-        most = text.max_position_embeddings
-        return replace(language, window=min(language.window or most, most))
+        return replace(language, longest=text.max_position_embeddings)
 
     def vision(self, model: Any, config: InternVLConfig) -> nn.Module:
         return InternVLVision(model, config)

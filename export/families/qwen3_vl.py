@@ -58,7 +58,8 @@ class Qwen3VL(QwenVL):
     def language(self, model: Any, config: Any) -> LanguageModel:
         found = super().language(model, config)
         deepstack = len(config.vision_config.deepstack_visual_indexes)
-        return replace(found, rotary=InterleavedRotary(found.rotary), deepstack_layers=deepstack)
+        (rotary,) = found.rotaries
+        return replace(found.with_rotary(InterleavedRotary(rotary)), deepstack_layers=deepstack)
 
     def vision(self, model: Any, config: Any) -> nn.Module:
         del config

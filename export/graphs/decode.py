@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
+from lvlm.export.graphs.attending import Angles
 from lvlm.export.graphs.blocks import CacheWriter, run_block, store
 from lvlm.export.graphs.graph import Tensors
 from lvlm.export.graphs.language_graph import LanguageGraph, parts_of
@@ -55,15 +58,17 @@ class Decode(LanguageGraph):
     def compute(self, given: Tensors) -> dict[str, torch.Tensor]:
         model, positions = self.model, given["position_ids"]
         hidden = model.embed(given["input_ids"])
-        cos, sin = model.rotary(hidden, position_ids=positions)
-        turned = {"positions": positions, "cos": cos, "sin": sin}
+        angles = Angles()
+        bodies = {one.window: partial(_block, window=one.window) for one in model.layers}
         ring = {"query_index": given["query_index"]} if self.queries else {}
         outputs: dict[str, torch.Tensor] = {}
-        for layer, block in enumerate(model.blocks):
+        for layer, one in enumerate(model.layers):
+            cos, sin = angles.of(one.rotary, hidden, positions)
+            turned = {"positions": positions, "cos": cos, "sin": sin}
             own = self.past(layer, given)
             taken = {"hidden": hidden, **turned, **own, **one_layer(SLOTS, layer, given), **ring}
             described = {name: like(taken[name]) for name in ("hidden", *own)}
-            written = repeated(_block, block, taken, described)
+            written = repeated(bodies[one.window], one.block, taken, described)
             hidden = written.pop("hidden")
             outputs |= self.present(layer, written)
         outputs["logits"] = model.head(model.norm(hidden[:, 0])).float()
@@ -82,10 +87,15 @@ def _block(
     valid_length: torch.Tensor,
     query: torch.Tensor | None = None,
     query_index: torch.Tensor | None = None,
+    *,
+    window: int | None,
 ) -> dict[str, torch.Tensor]:
     """A block on one token per row, and its buffers with the token's entry."""
     slots = torch.arange(key.shape[2], device=hidden.device)
-    mask = (slots[None] < valid_length[:, None])[:, None, None]
+    seen = slots[None] < valid_length[:, None]
+    if window is not None:  # all entries are there, in order
+        seen = seen & (slots[None] >= valid_length[:, None] - window)
+    mask = seen[:, None, None]
     cache, tap = CacheWriter(key, value, write_index), Tap()
     hidden = run_block(block, hidden, positions, (cos, sin), cache, tap, mask)
     written = {"hidden": hidden, "key": cache.key, "value": cache.value}

@@ -68,7 +68,7 @@ class LanguageGraph(BundleGraph):
 def parts_of(model: LanguageModel) -> nn.ModuleList:
     """The parts as submodules, so that tracing sees their parameters by name; blocks are traced
     apart (repeats.py)."""
-    return nn.ModuleList([model.embed, model.rotary, model.norm, model.head])
+    return nn.ModuleList([model.embed, *model.rotaries, model.norm, model.head])
 
 
 def past_inputs(caches: Caches) -> dict[str, torch.Tensor]:

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from torch import nn
+
+
+@dataclass(frozen=True)
+class LanguageLayer:
+    """A block of a language model, and how it tells positions from one another.
+
+    block   transformers' module, whatever its class
+    rotary  (hidden, position_ids) -> cos and sin [B,N,d]: the angles that turn queries and keys
+    window  how many positions a token sees, itself and those before it; None: all of them
+    """
+
+    block: nn.Module
+    rotary: nn.Module
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -13,8 +28,7 @@ class LanguageModel:
     """The parts of a decoder-only language model, whatever their class."""
 
     embed: nn.Module
-    rotary: nn.Module
-    blocks: Sequence[nn.Module]
+    layers: Sequence[LanguageLayer]
     norm: nn.Module
     head: nn.Module
     heads: int
@@ -24,13 +38,50 @@ class LanguageModel:
     vocab: int
     scale: float  # of query · key in every block's attention
     positions: int  # the model is made for: of a prompt and its answer
-    window: int | None = None  # keys a query can see, or length that rotary angles hold for
+    longest: int | None = None  # positions that the rotary angles hold for, None: any number
     position_rows: int = 1  # rotary positions per token: 3 with M-RoPE
-    deepstack_layers: int = (
-        0  # first blocks whose output gets image features of its own added (DeepStack)
-    )
+    deepstack_layers: int = 0  # first blocks whose output gets image features of its own added
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Every layer's block."""
+        return [layer.block for layer in self.layers]
+
+    @property
+    def rotaries(self) -> list[nn.Module]:
+        """The rotary embeddings, each once, in the order that layers use them."""
+        return list({id(layer.rotary): layer.rotary for layer in self.layers}.values())
 
     @property
     def feature_width(self) -> int:
         """Numbers per image token: what replaces its embedding, then what each block gets."""
         return self.hidden * (1 + self.deepstack_layers)
+
+    @property
+    def full_length(self) -> int | None:
+        """Tokens up to which every layer sees all of them, and angles hold; None: any number."""
+        limits = [self.longest, *(layer.window for layer in self.layers)]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def windowed(self, length: int) -> list[int]:
+        """The layers that hide something of a sequence of that length."""
+        return [
+            number
+            for number, layer in enumerate(self.layers)
+            if layer.window is not None and layer.window < length
+        ]
+
+    def within(self, length: int) -> Self:
+        """The same for sequences of at most that length: without windows that hide nothing."""
+        hiding = self.windowed(length)
+        return replace(
+            self,
+            layers=[
+                layer if number in hiding else replace(layer, window=None)
+                for number, layer in enumerate(self.layers)
+            ],
+        )
+
+    def with_rotary(self, rotary: nn.Module) -> Self:
+        """The same with one rotary embedding for all layers."""
+        return replace(self, layers=[replace(layer, rotary=rotary) for layer in self.layers])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lvlm.export.graphs.attending import Angles, Masks
 from lvlm.export.graphs.blocks import PromptEntries, run_block, store
 from lvlm.export.graphs.graph import Tensors
 from lvlm.export.graphs.language_graph import LanguageGraph, parts_of
@@ -44,7 +45,7 @@ class Prefill(LanguageGraph):
     ) -> None:
         super().__init__(model, recipe.cache_rule(), cache_dtype)
         self.parts = parts_of(model)
-        self.recipe, self.dtype = recipe, dtype
+        self.recipe, self.dtype, self.in_place = recipe, dtype, recipe.in_place
 
     def inputs(self) -> list[GraphPort]:
         model, row = self.model, (BATCH, "sequence")
@@ -82,12 +83,12 @@ class Prefill(LanguageGraph):
         outputs: dict[str, torch.Tensor] = {}
         kept: list[torch.Tensor] = []
         tap: Tap | None = None
-        turned: torch.Tensor | None = None  # positions that the angles are of
-        for layer, block in enumerate(model.blocks):
+        angles, masks = Angles(), Masks()
+        for layer, one in enumerate(model.layers):
             state = recipe.before_block(layer, state, tap, given)
-            if state.positions is not turned:
-                turned = state.positions
-                cos, sin = model.rotary(state.hidden, position_ids=turned)
+            cos, sin = angles.of(one.rotary, state.hidden, state.positions)
+            # Elsewhere no layer's window hides anything (export_plan.py)
+            mask = masks.of(one.window, state.hidden) if self.in_place else None
             taken = {
                 "hidden": state.hidden,
                 "positions": state.positions,
@@ -95,10 +96,11 @@ class Prefill(LanguageGraph):
                 "cos": cos,
                 "sin": sin,
                 "start": start,
+                **({} if mask is None else {"mask": mask}),
                 **self.past(layer, given),
                 **(one_layer(rule.inputs(), layer, given) if rule else {}),
             }
-            new = repeated(self._block, block, taken, self._described(taken))
+            new = repeated(self._block, one.block, taken, self._described(taken))
             tap = Tap(scale=model.scale)
             tap.query, tap.key = new.pop("tap_query"), new.pop("tap_key")
             if rule is not None and rule.scores_all:
@@ -139,6 +141,7 @@ class Prefill(LanguageGraph):
         cos: torch.Tensor,
         sin: torch.Tensor,
         start: torch.Tensor,
+        mask: torch.Tensor | None = None,
         **own: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """A block, and what its cache keeps of the prompt; ``own``: its buffers, the rule's
@@ -147,7 +150,7 @@ class Prefill(LanguageGraph):
         state = TokenSequence(hidden, positions, image_id)
         scored = rule is not None and rule.scores_all
         tap, entries = Tap(state.length() if scored else None), PromptEntries()
-        state.hidden = run_block(block, hidden, positions, (cos, sin), entries, tap)
+        state.hidden = run_block(block, hidden, positions, (cos, sin), entries, tap, mask)
         found, new = {}, {"key": entries.key, "value": entries.value}
         if rule is not None:
             key, value, found["kept"] = rule.compact_prompt(state, tap, **new, inputs=own)

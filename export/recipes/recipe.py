@@ -113,6 +113,12 @@ class Recipe:
         parameters are wrong or do not go together."""
         return None
 
+    @property
+    def in_place(self) -> bool:
+        """Whether every token's entry lies at the token's own place in every layer's cache, so that
+        what is near a token can be told by slots."""
+        return not self.reductions() and self.cache_policy() is None
+
     def cache_rule(self) -> CacheRule | None:
         """The policy as graph code."""
         policy = self.cache_policy()

@@ -14,7 +14,7 @@ from torch import nn
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.parts.leaf_tables import Kinds, rope_types
 from lvlm.export.families.parts.side_files import load_tokenizer, read_json
-from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel
 from lvlm.export.leaves import HasLeaves, leaves_of
 from lvlm.export.standard_ops import ATTENTION
 
@@ -84,10 +84,6 @@ def read_common(
     except Exception as error:  # transformers' own checks raise types of several packages
         reason = " ".join(str(error).split())
         raise CheckpointError(f"config.json is not valid: {reason}") from None
-    if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
-        raise CheckpointError(
-            "some layers use sliding-window attention (layer_types); not supported"
-        )
     return config
 
 
@@ -103,11 +99,13 @@ def build_model(kind: Any, config: Any) -> nn.Module:
 def language_model(family: HasLeaves, parts: Any, head: nn.Module, text: Any) -> LanguageModel:
     """A Llama-like text model of a family from transformers' module ``parts`` and its
     configuration. CheckpointError names an attention that is not among the family's leaves."""
-    windows = [leaves_of(family).window(layer.self_attn) for layer in parts.layers]
+    leaves = leaves_of(family)
     return LanguageModel(
         embed=parts.embed_tokens,
-        rotary=parts.rotary_emb,
-        blocks=list(parts.layers),
+        layers=[
+            LanguageLayer(layer, parts.rotary_emb, leaves.window(layer.self_attn))
+            for layer in parts.layers
+        ],
         norm=parts.norm,
         head=head,
         heads=text.num_attention_heads,
@@ -117,7 +115,6 @@ def language_model(family: HasLeaves, parts: Any, head: nn.Module, text: Any) ->
         vocab=text.vocab_size,
         scale=float(parts.layers[0].self_attn.scaling),
         positions=_positions(text),
-        window=min((w for w in windows if w is not None), default=None),
     )
 
 

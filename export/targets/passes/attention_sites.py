@@ -22,8 +22,10 @@ class Site:
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """None where the attention is of another kind."""
+    """None where the attention is of another kind, or hides entries that are valid (a window)."""
     if node.op_type != "Attention" or node.domain != "" or len(node.inputs) != 4:
+        return None
+    if not _sees_all_valid(node.inputs[3]):
         return None
     query, key, value = node.inputs[:3]
     turned = _producer(query, "RotaryEmbedding")
@@ -51,6 +53,13 @@ def find_site(node: ir.Node) -> Site | None:
     if size % 16 or cos.shape is None or cos.shape[-1] != size // 2:
         return None  # no kernel for such heads
     return Site(int(layer), node, (q, k, v), (cos, sin), writes, result, heads, kv_heads)
+
+
+def _sees_all_valid(mask: ir.Value | None) -> bool:
+    """Whether a mask is made of one comparison: slots before the number of valid ones."""
+    while (node := _producer(mask, "Unsqueeze") or _producer(mask, "Slice")) is not None:
+        mask = node.inputs[0]
+    return _producer(mask, "Less") is not None
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

@@ -50,6 +50,8 @@ def _normalizes(node: ir.Node, value: ir.Value) -> bool:
         node.op_type == "RMSNormalization"
         and node.domain == ""
         and node.inputs[0] is value
+        and (weight := node.inputs[1]) is not None
+        and weight.is_initializer()  # what is computed may be so after the sum
         and node.attributes.get_int("axis", -1) == -1
     )
 

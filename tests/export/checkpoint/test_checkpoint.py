@@ -22,6 +22,8 @@ from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.exporter import export
 from lvlm.export.recipes.none import NoCompression
+from lvlm.export.recipes.recipe import Recipe
+from lvlm.export.recipes.uniform import Uniform
 
 NAME = "llava:qwen2-tied-siglip"
 
@@ -33,9 +35,9 @@ def folder(checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
     return copy
 
 
-def plan(folder: Path, **options: Any) -> Any:
+def plan(folder: Path, recipe: Recipe | None = None, **options: Any) -> Any:
     output = folder.parent / "out"
-    return make_plan(ExportOptions(str(folder), NoCompression(), output, **options))
+    return make_plan(ExportOptions(str(folder), recipe or NoCompression(), output, **options))
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -233,14 +235,6 @@ def test_a_revision_of_what_has_none(folder: Path) -> None:
         ({"quantization_config": {"quant_method": "awq"}}, r"with awq \(quantization_config in"),
         ({"text_config__quantization_config": {"b": 4}}, r"\(text_config\.quantization_config in"),
         ({"compression_config": {"format": "x"}}, r"\(compression_config in config\.json"),
-        (
-            {
-                "text_config__layer_types": ["sliding_attention"] * 3,
-                "text_config__use_sliding_window": True,
-                "text_config__sliding_window": 8,
-            },
-            "sliding-window",
-        ),
     ],
 )
 def test_unsupported_parts_are_refused_by_name(
@@ -251,15 +245,39 @@ def test_unsupported_parts_are_refused_by_name(
         plan(folder)
 
 
-def test_an_attention_window_bounds_the_length(
-    checkpoint: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "changes", "layers"),
+    [
+        ("llava:mistral-clip-layers", {"text_config__sliding_window": 100}, "0, 1, 2"),
+        (
+            NAME,
+            {
+                "text_config__layer_types": ["full_attention", *["sliding_attention"] * 2],
+                "text_config__use_sliding_window": True,
+                "text_config__sliding_window": 100,
+            },
+            "1, 2",
+        ),
+    ],
+)
+def test_an_attention_window_bounds_the_length_with_other_recipes_than_none(
+    name: str,
+    changes: dict[str, Any],
+    layers: str,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
-    copy = tmp_path / "checkpoint"
-    shutil.copytree(checkpoint("llava:mistral-clip-layers"), copy)
-    change_config(copy, text_config__sliding_window=100)
-    with pytest.raises(ParameterError, match=r"lower --max-text-len to 83"):
-        plan(copy)
-    plan(copy, max_text_len=83)
+    copy = Path(shutil.copytree(checkpoint(name), tmp_path / "checkpoint"))
+    change_config(copy, **changes)
+    said = rf"recipe uniform cannot .* \(sliding_window 100: layers {layers}\)"
+    with pytest.raises(ParameterError, match=said):
+        plan(copy, recipe=Uniform())
+    assert plan(copy).skeleton.language.windowed(2048)
+    images = plan(copy).images.tokens
+    with pytest.raises(ParameterError, match=f"lower --max-text-len to {100 - images} or less"):
+        plan(copy, recipe=Uniform(), max_text_len=101 - images)
+    whole = plan(copy, recipe=Uniform(), max_text_len=100 - images)
+    assert not whole.skeleton.language.windowed(2048)  # the windows hide nothing
 
 
 @pytest.mark.parametrize(

@@ -151,10 +151,6 @@ def test_the_hub_s_config_is_read_and_what_is_not_supported_refused(family: str)
     for change, match in [
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 1]}}, "mrope_section"),
-        (
-            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-            "sliding-window attention",
-        ),
         ({"quantization_config": {"bits": 4}}, "quantized"),
         ({"vision_config": {**raw["vision_config"], "in_channels": 1}}, "in_channels"),
     ]:

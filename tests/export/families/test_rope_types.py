@@ -56,7 +56,7 @@ def test_tables_are_those_of_transformers(
     if sections:
         positions = positions.expand(3, 1, -1)
     tables = [
-        plan.family.language(model, plan.config).rotary(torch.zeros(1, 6, 8), positions)
+        plan.family.language(model, plan.config).rotaries[0](torch.zeros(1, 6, 8), positions)
         for model in (plan.skeleton.model, theirs)
     ]
     for ours, expected in zip(*tables, strict=True):
