@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.parts.leaf_tables import Kinds, rope_types
@@ -89,9 +90,14 @@ def read_common(
 
 def build_model(kind: Any, config: Any) -> nn.Module:
     """A model of transformers' class ``kind`` with our attention, in torch's default dtype."""
-    model = kind._from_config(
-        config, attn_implementation=ATTENTION, dtype=torch.get_default_dtype()
-    )
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # or it warns that an attention it does not know has no windows
+    try:
+        model = kind._from_config(
+            config, attn_implementation=ATTENTION, dtype=torch.get_default_dtype()
+        )
+    finally:
+        logging.set_verbosity(level)
     assert isinstance(model, nn.Module)
     return model
 
