@@ -184,7 +184,7 @@ def test_recipes_equal_their_torch_reference(
     with lvlm.load(bundle(name, *recipe, max_images=2)) as model:
         for text, images in ROWS[:2]:
             prompt, seen = prepare(model, text, images), []
-            with recorded(reference.language.rotary, seen):
+            with recorded(reference.language.rotaries[0], seen):
                 features = reference.encode(prompt.images)
                 answer = reference.generate(prompt, features, max_new_tokens=12)
             if recipe != LAYER0:

@@ -76,7 +76,7 @@ def test_positions_are_those_of_an_uncompressed_run(
         rows = [(0.5, [0.5] * len(reference.language.blocks))]
         reference.recipe = reference.recipe.with_profile(0.5, profile_rows(rows))
     features = reference.encode(prompt.images)
-    with recorded(reference.language.rotary, seen):
+    with recorded(reference.language.rotaries[0], seen):
         answer = reference.generate(prompt, features, max_new_tokens=6)
     # Angles are made once for the prompt, once after each merging, and once a step.
     first, *merged = seen[: 1 + len(answer.maps)]
