@@ -40,6 +40,8 @@ FOREIGN = {
     "--constraint",
     "--system-site-packages",
     "--whole",
+    "--numprocesses",
+    "--dist",
     "--stress-steps",
     "--preload",
     "--gpus",
