@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from lvlm.core.errors import ParameterError
-from lvlm.core.ranges import fraction, whole
+from lvlm.core.ranges import fraction, integer
 from lvlm.core.rounding import rounded
 from lvlm.export.recipes.parts import merged_cache
 from lvlm.export.recipes.parts.cache_rule import Positions
@@ -76,7 +76,7 @@ class LightVLM(Recipe):
         fraction("recycle", self.recycle)
         choice("importance", self.importance, Importance)
         choice("merge", self.merge, Merge)
-        whole("absorb", self.absorb, 1)
+        integer("absorb", self.absorb, 1)
         merged_cache.check(self)
         if self.stages is not None:
             _stages(self.stages)

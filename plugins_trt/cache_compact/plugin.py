@@ -76,8 +76,8 @@ PLUGIN = Plugin(
     ),
     attributes=(
         Attribute("mode", str, "evict", choices=("evict", "merge")),
-        Attribute("sinks", int, 1, least=0),
-        Attribute("recent", int, 1, least=0),
+        Attribute("sinks", int, 1, minimum=0),
+        Attribute("recent", int, 1, minimum=0),
     ),
     variant="mode",
     scratch=(

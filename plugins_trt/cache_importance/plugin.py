@@ -27,8 +27,8 @@ PLUGIN = Plugin(
     outputs=(Output("importance", "float32", (BATCH, POSITIONS)),),
     attributes=(
         Attribute("scale", float),
-        Attribute("chunk", int, 128, unused=True, least=1),
-        Attribute("parts", int, 0, unused=True, least=0),
+        Attribute("chunk", int, 128, unused=True, minimum=1),
+        Attribute("parts", int, 0, unused=True, minimum=0),
     ),
     scratch=softmax_scratch(ROWS, GROUP),
     steps=(

@@ -61,12 +61,12 @@ def plan(plan: EnginePlan) -> str:
     if plan.shared:
         total = sum(weight.bytes for weight in plan.shared.values())
         lines.append(f"weights    {size(total)} of matrices are inputs, one copy for all engines")
-    prompts = plan.profiles["decode"]["batch"].most
+    prompts = plan.profiles["decode"]["batch"].max
     each = cache_bytes(plan.manifest, 1, plan.manifest.capacity.per_layer)  # all of it, always
     lines.append(f"cache      {size(each)} a prompt, {size(prompts * each)} for {prompts} at once")
     head = ("graph", "dimension", "from", "usual", "to")
     rows = [
-        (name, dim, str(r.least), str(r.usual), str(r.most))
+        (name, dim, str(r.min), str(r.opt), str(r.max))
         for name, profile in plan.profiles.items()
         for dim, r in profile.items()
     ]
@@ -87,7 +87,7 @@ def result(engines: EngineSet) -> str:
 
 
 def _span(extent: Range | None) -> str:
-    return "" if extent is None else f"{extent.least} to {extent.most}"
+    return "" if extent is None else f"{extent.min} to {extent.max}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

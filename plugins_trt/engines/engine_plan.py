@@ -115,9 +115,9 @@ def _check_topk(target: Target, found: dict[str, Profile]) -> None:
         return
     for profile in found.values():
         for dim, extent in profile.items():
-            if dim.startswith(("kept_", "entries_")) and extent.most > target.topk_limit:
+            if dim.startswith(("kept_", "entries_")) and extent.max > target.topk_limit:
                 raise BuildError(
-                    f"{dim} goes up to {extent.most}, target {target.name} ranks at most "
+                    f"{dim} goes up to {extent.max}, target {target.name} ranks at most "
                     f"{target.topk_limit} without plugins; lower --max-prompt"
                 )
 

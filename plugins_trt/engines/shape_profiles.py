@@ -67,7 +67,7 @@ def shapes(graph: Graph, profile: Mapping[str, Range], capacities: tuple[int, ..
             return dim, dim, dim
         if (layer := _cache_layer(dim)) is not None:
             return (capacities[layer],) * 3
-        return profile[dim].least, profile[dim].usual, profile[dim].most
+        return profile[dim].min, profile[dim].opt, profile[dim].max
 
     found: Shapes = {}
     for port in graph.inputs:
@@ -92,11 +92,11 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
     ratios = keep_ratios(reductions, manifest.keep, None)
     entering = np.array(tokens_per_layer(reductions, ratios, tokens, layers)) + text
     stays = Budgets.of(manifest.cache_policy, layers, None).prompt(entering[:, None])[:, 0]
-    most_images = batch.most * manifest.capacity.max_images
+    max_images = batch.max * manifest.capacity.max_images
     ranges = {
         "batch": batch,
         "sequence": Range(1, usual, longest),
-        "rows": Range(1, batch.usual * tokens, most_images * tokens),
+        "rows": Range(1, batch.opt * tokens, max_images * tokens),
         "images_per_row": Range(1, 1, manifest.capacity.max_images),
         "queries": Range(1, min(QUESTION, text), longest),
     }
@@ -108,34 +108,34 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
         )
         ranges[f"length_{stage}"] = Range(1, count + text, longest)
     for layer, capacity in enumerate(manifest.capacity.per_layer):
-        most = min(capacity, longest)
-        ranges[f"entries_{layer}"] = Range(1, min(int(stays[layer]), most), most)
+        longest_cache = min(capacity, longest)
+        ranges[f"entries_{layer}"] = Range(1, min(int(stays[layer]), longest_cache), longest_cache)
     return ranges
 
 
 def _encoded(manifest: Manifest, limits: Limits) -> Profile:
     """The runtime encodes a few units at a time, however many images there are, or one image
     whose units belong together."""
-    most = manifest.images.max_dims
+    dims = manifest.images.max_dims
     if not manifest.images.independent_units:
-        return {name: Range(1, count, count) for name, count in most.items()}
-    units = min(UNITS_AT_ONCE, limits.batch.most * manifest.capacity.max_images * most["units"])
-    return {"units": Range(1, min(limits.batch.usual * most["units"], units), units)}
+        return {name: Range(1, count, count) for name, count in dims.items()}
+    units = min(UNITS_AT_ONCE, limits.batch.max * manifest.capacity.max_images * dims["units"])
+    return {"units": Range(1, min(limits.batch.opt * dims["units"], units), units)}
 
 
 def _longest(manifest: Manifest, limits: Limits) -> int:
-    most, least = longest_prompt(manifest), manifest.images.tokens + 1
-    wanted = most if limits.max_prompt is None else limits.max_prompt
-    if wanted > most:
+    longest, shortest = longest_prompt(manifest), manifest.images.tokens + 1
+    wanted = longest if limits.max_prompt is None else limits.max_prompt
+    if wanted > longest:
         capacity = manifest.capacity
         raise ParameterError(
-            f"--max-prompt {wanted}: the bundle has room for {most} tokens (--max-text-len "
+            f"--max-prompt {wanted}: the bundle has room for {longest} tokens (--max-text-len "
             f"{capacity.max_text_len}, --max-images {capacity.max_images}); give less or export "
             "with more"
         )
-    if wanted < least:
+    if wanted < shortest:
         raise ParameterError(
-            f"--max-prompt {wanted}: one image and a word take {least} tokens; give more"
+            f"--max-prompt {wanted}: one image and a word take {shortest} tokens; give more"
         )
     return wanted
 

@@ -38,11 +38,11 @@ int32_t readInt(AttributeTable const& attribute, PluginField const& field)
         throw Error(std::string{attribute.name} + " must be one integer, int32 or int64");
     }
     int64_t const value = narrow ? only<int32_t>(field) : only<int64_t>(field);
-    if (value < attribute.least || value > INT32_MAX)
+    if (value < attribute.minimum || value > INT32_MAX)
     {
         throw Error(std::string{attribute.name} + " is " + std::to_string(value) + "; "
-            + std::to_string(value > INT32_MAX ? INT32_MAX : attribute.least) + " is the "
-            + (value > INT32_MAX ? "most" : "least") + " that is allowed");
+            + std::to_string(value > INT32_MAX ? INT32_MAX : attribute.minimum) + " is the "
+            + (value > INT32_MAX ? "largest" : "smallest") + " that is allowed");
     }
     return static_cast<int32_t>(value);
 }

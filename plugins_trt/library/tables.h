@@ -91,7 +91,7 @@ struct AttributeTable
     float real;
     char const* text;
     List<char const*> words; // the only ones allowed, if any
-    int32_t least;
+    int32_t minimum;
 };
 
 enum class Source : int8_t

@@ -61,7 +61,7 @@ class Attribute:
 
     choices  the words that a string may be
     unused   accepted and without effect on what is computed
-    least    the smallest integer allowed
+    minimum  the smallest integer allowed
     """
 
     name: str
@@ -69,7 +69,7 @@ class Attribute:
     default: int | float | str | None = None
     choices: tuple[str, ...] = ()
     unused: bool = False
-    least: int | None = None
+    minimum: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,13 @@ class Plugin:
                 raise ParameterError(f"{self.name}: {name} is {value!r}")
             if attribute.choices and value not in attribute.choices:
                 raise nearest(f"{name} of the plugin {self.name}", str(value), attribute.choices)
-            if attribute.least is not None and isinstance(value, int) and value < attribute.least:
+            if (
+                attribute.minimum is not None
+                and isinstance(value, int)
+                and value < attribute.minimum
+            ):
                 raise ParameterError(
-                    f"{self.name}: {name} is {value}; at least {attribute.least} is needed"
+                    f"{self.name}: {name} is {value}; at least {attribute.minimum} is needed"
                 )
             values[name] = value
         return values

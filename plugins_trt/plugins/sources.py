@@ -155,8 +155,8 @@ class _Tables:
     def _attribute(self, plugin: Plugin, attribute: Attribute) -> str:
         default = attribute.default
         whole = default if isinstance(default, int) else 0
-        least = INT32[0] if attribute.least is None else attribute.least
-        for number in (whole, least):
+        minimum = INT32[0] if attribute.minimum is None else attribute.minimum
+        for number in (whole, minimum):
             if not INT32[0] <= number <= INT32[1]:
                 raise BuildError(f"{plugin.name}: {attribute.name}: {number} is no int32")
         real = float(default) if isinstance(default, float) else 0.0
@@ -164,7 +164,7 @@ class _Tables:
         return (
             f"{{{_text(attribute.name)}, {KINDS[attribute.kind]}, {_bool(default is None)}, "
             f"{_int32(whole)}, {real!r}f, {_text(default if isinstance(default, str) else '')}, "
-            f"{words}, {_int32(least)}}}"
+            f"{words}, {_int32(minimum)}}}"
         )
 
     def _step(

@@ -123,7 +123,7 @@ PLUGIN = Plugin(
     ),
     attributes=(
         Attribute("merge", str, "recycle", choices=("recycle", "nearest", "drop")),
-        Attribute("absorb", int, 5, least=1),
+        Attribute("absorb", int, 5, minimum=1),
     ),
     variant="merge",
     needs={"recycle": ("recycle", "recycle_slots")},

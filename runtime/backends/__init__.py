@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lvlm.core.discovery import added, loaded, names, nearest
 from lvlm.core.errors import BackendError
-from lvlm.runtime.options.generation_options import read_value, whole
+from lvlm.runtime.options.generation_options import integer, read_value
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +93,7 @@ def thread_count(threads: int | None) -> int | None:
         return None
     most = os.cpu_count() or 1
     wanted = f"1 to {most}, as many CPUs as this machine has"
-    return int(read_value("threads", whole(1, most, wanted), threads))
+    return int(read_value("threads", integer(1, most, wanted), threads))
 
 
 def open_backend(device: str, *, threads: int | None = None) -> Backend:

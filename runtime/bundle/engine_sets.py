@@ -23,7 +23,7 @@ from lvlm.runtime.bundle.manifest import Manifest
 
 FOLDER = "engines"
 FILE = "engine.json"
-SCHEMA = 1
+SCHEMA = 2  # 1 had other names for the ends of a Range
 PLUGINS = "LVLM_PLUGINS"  # environment variable: the plugin library to load
 
 
@@ -35,9 +35,9 @@ class NoEnginesError(BackendError):
 class Range:
     """A dimension of an optimization profile."""
 
-    least: int
-    usual: int
-    most: int
+    min: int
+    opt: int
+    max: int
 
 
 @dataclass(frozen=True)

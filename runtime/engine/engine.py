@@ -35,9 +35,9 @@ from lvlm.runtime.options.generation_options import (
     GenerationOptions,
     Keep,
     OptionValues,
+    integer,
     number,
     read_value,
-    whole,
 )
 from lvlm.runtime.prompt.prompts import PromptMaker
 from lvlm.runtime.prompt.text import TextStream, Tokenizer
@@ -81,7 +81,7 @@ class Engine:
         """
         folder = bundle_path(bundle)
         threads = thread_count(threads)
-        queue_limit = read_value("queue_limit", whole(1), queue_limit)
+        queue_limit = read_value("queue_limit", integer(1), queue_limit)
         reuse_prefixes = read_value("reuse_prefixes", SWITCH, reuse_prefixes)
         self.folder, self.device = folder, device
         self.manifest = manifest = read_bundle(folder, verify)

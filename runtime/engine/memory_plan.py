@@ -14,7 +14,7 @@ from lvlm.runtime.generate.loaded_graphs import UNITS_AT_ONCE
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import cache_bytes
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
-from lvlm.runtime.options.generation_options import Keep, Option, read_value, whole
+from lvlm.runtime.options.generation_options import Keep, Option, integer, read_value
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 DEFAULT_SLOTS = 4
@@ -67,7 +67,7 @@ def slot_capacity(
 def _within(name: str, value: int | None, most: int) -> int:
     """``value``, or what the bundle was exported with."""
     wanted = f"1 to {most}, as the bundle was exported"
-    return most if value is None else int(read_value(name, whole(1, most, wanted), value))
+    return most if value is None else int(read_value(name, integer(1, most, wanted), value))
 
 
 def plan_memory(
@@ -82,7 +82,7 @@ def plan_memory(
     Raises ParameterError if there is room for none, or for fewer than ``slots``.
     """
     if slots is not None:
-        slots = read_value("slots", whole(1), slots)
+        slots = read_value("slots", integer(1), slots)
     weights = sum(w.bytes for w in manifest.weights.values())
     slot = cache_bytes(manifest, 1, capacity.per_layer)
     image_cache = byte_size("image_cache", images)
@@ -139,7 +139,7 @@ def byte_size(name: str, value: int | str) -> int:
 
 def _size(value: object) -> int:
     if not isinstance(value, str):
-        return int(whole(0).read(value))
+        return int(integer(0).read(value))
     match = re.fullmatch(r"([\d.]+)\s*([a-z]*)", value.strip().lower(), re.ASCII)
     if not match or match[2] not in UNITS or not math.isfinite(number := float(match[1])):
         raise ValueError

@@ -66,8 +66,8 @@ class Budgets:
         if c is None:
             return seen.astype(np.int64)
         share = np.maximum(c.budget.step(self.fractions, seen), c.decode.floor)
-        least = c.decode.least(c.sinks, c.protected)
-        return _int64(np.clip(share, np.minimum(least, seen), c.budget.most(seen)))
+        lowest = c.decode.min_entries(c.sinks, c.protected)
+        return _int64(np.clip(share, np.minimum(lowest, seen), c.budget.capped(seen)))
 
     def fixed_point(self, kept: np.ndarray) -> np.ndarray:
         """Index [L,B] by age of the entry that elimination one by one removes; ``kept`` [L,B] of
@@ -95,7 +95,7 @@ class Budgets:
         c = self.cache_policy
         return seen.astype(np.int64) if c is None else c.decode.limit(self, seen, new_tokens)
 
-    def room(self, entries: np.ndarray, capacities: np.ndarray, most: int) -> int:
+    def room(self, entries: np.ndarray, capacities: np.ndarray, max_tokens: int) -> int:
         """Tokens up to ``most`` that one row of ``entries`` [L] may be fed within ``capacities``
         [L]; 0 if none."""
 
@@ -103,7 +103,7 @@ class Budgets:
             needed = self.capacity(np.asarray(entries)[:, None], np.array([tokens]))
             return bool((needed > capacities).any())
 
-        return bisect_left(range(1, most + 1), True, key=full)
+        return bisect_left(range(1, max_tokens + 1), True, key=full)
 
     @property
     def protected(self) -> int:

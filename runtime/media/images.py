@@ -43,7 +43,7 @@ _TAKEN = (
 )
 
 
-def open_image(source: ImageSource, most: int | None = None) -> npt.NDArray[np.uint8]:
+def open_image(source: ImageSource, max_pixels: int | None = None) -> npt.NDArray[np.uint8]:
     """The image as uint8 [H, W, 3], RGB.
 
     Files, bytes and PIL images are turned upright by their EXIF orientation, as transformers'
@@ -55,25 +55,25 @@ def open_image(source: ImageSource, most: int | None = None) -> npt.NDArray[np.u
         source: a path, a ``data:`` URL, the bytes of an image file, such a file opened in binary
             mode (read from where it stands, not closed), a PIL image, or a uint8 array [H, W, 3]
             or [H, W]. An array [H, W, 3] is returned as it is, not copied.
-        most: pixels that an image may have; None: MAX_PIXELS.
+        max_pixels: pixels that an image may have; None: MAX_PIXELS.
 
     Raises ImageError if there is no such image, it cannot be decoded, it is empty, or it has more
     pixels or a side over 32,768; sizes are checked before anything is decoded.
     """
-    most = MAX_PIXELS if most is None else most
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     if isinstance(source, np.ndarray):
-        return _from_array(source, most)
+        return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):
-        return _decode(source, "the PIL image", most)
+        return _decode(source, "the PIL image", max_pixels)
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
-        return _from_file(io.BytesIO(data), f"the image given as {len(data)} bytes", most)
+        return _from_file(io.BytesIO(data), f"the image given as {len(data)} bytes", max_pixels)
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _from_file(io.BytesIO(_of_url(source)), "the image in the data: URL", most)
+        return _from_file(io.BytesIO(_of_url(source)), "the image in the data: URL", max_pixels)
     if isinstance(source, str | os.PathLike):
-        return _from_path(source, most)
+        return _from_path(source, max_pixels)
     if hasattr(source, "read") and hasattr(source, "seek"):
-        return _from_file(_whole(source), "the image in the opened file", most)
+        return _from_file(_whole(source), "the image in the opened file", max_pixels)
     raise ImageError(f"an image cannot be made from {_described(source)}; give {_TAKEN}")
 
 
@@ -108,7 +108,7 @@ def _of_url(url: str) -> bytes:
         raise ImageError("the data: URL holds no valid base64") from None
 
 
-def _from_path(path: str | os.PathLike[str], most: int) -> npt.NDArray[np.uint8]:
+def _from_path(path: str | os.PathLike[str], max_pixels: int) -> npt.NDArray[np.uint8]:
     name = f"image {shown(os.fspath(path), 300)}"
     try:
         file = open(path, "rb", opener=at_once)  # noqa: SIM115 - closed outside of this try
@@ -120,33 +120,33 @@ def _from_path(path: str | os.PathLike[str], most: int) -> npt.NDArray[np.uint8]
         reason = getattr(error, "strerror", None) or error
         raise ImageError(f"{name} cannot be opened: {reason}") from None
     with file:
-        return _from_file(file, name, most)
+        return _from_file(file, name, max_pixels)
 
 
-def _from_file(file: BinaryIO, name: str, most: int) -> npt.NDArray[np.uint8]:
+def _from_file(file: BinaryIO, name: str, max_pixels: int) -> npt.NDArray[np.uint8]:
     with warnings.catch_warnings():
         # Of large images and odd files: what is too large or damaged is decided and said here
         warnings.simplefilter("ignore")
         try:
             image = Image.open(file, formats=_FORMATS)
         except Image.DecompressionBombError:
-            raise _too_large(name, most) from None
+            raise _too_large(name, max_pixels) from None
         except Exception:  # readers raise nearly anything for a file that is none of theirs
             raise ImageError(
                 f"{name} is not an image that can be read; give PNG, JPEG, WebP, BMP, GIF or TIFF"
             ) from None
         with image:
-            return _decode(image, name, most)
+            return _decode(image, name, max_pixels)
 
 
-def _decode(image: Image.Image, name: str, most: int) -> npt.NDArray[np.uint8]:
-    _check_size(image.height, image.width, name, most)
+def _decode(image: Image.Image, name: str, max_pixels: int) -> npt.NDArray[np.uint8]:
+    _check_size(image.height, image.width, name, max_pixels)
     try:
         return rgb(image)
     except ImageError as error:
         raise ImageError(f"{name} {error}") from None
     except Image.DecompressionBombError:
-        raise _too_large(name, most) from None
+        raise _too_large(name, max_pixels) from None
     except Exception as error:  # as above: decoders raise nearly anything for damaged data
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ImageError(
@@ -154,7 +154,7 @@ def _decode(image: Image.Image, name: str, most: int) -> npt.NDArray[np.uint8]:
         ) from None
 
 
-def _from_array(array: npt.NDArray[Any], most: int) -> npt.NDArray[np.uint8]:
+def _from_array(array: npt.NDArray[Any], max_pixels: int) -> npt.NDArray[np.uint8]:
     name = f"the array of shape {reprlib.repr(list(array.shape))} and dtype {array.dtype}"
     wanted = "give uint8 [H, W, 3] (RGB, channels last) or [H, W] (gray)"
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
@@ -163,21 +163,21 @@ def _from_array(array: npt.NDArray[Any], most: int) -> npt.NDArray[np.uint8]:
         raise ImageError(f"{name} is not an image; {wanted}")
     if array.dtype != np.uint8:
         raise ImageError(f"{name} is not an image; {wanted}, with values 0 to 255")
-    _check_size(array.shape[0], array.shape[1], name, most)
+    _check_size(array.shape[0], array.shape[1], name, max_pixels)
     return array if array.ndim == 3 else np.repeat(array[:, :, None], 3, axis=2)
 
 
-def _check_size(height: int, width: int, name: str, most: int) -> None:
+def _check_size(height: int, width: int, name: str, max_pixels: int) -> None:
     if height < 1 or width < 1:
         raise ImageError(
             f"{name} is empty ({width} x {height} pixels); it needs at least one pixel"
         )
-    if height > MAX_SIDE or width > MAX_SIDE or height * width > most:
-        raise _too_large(f"{name} ({width} x {height} pixels)", most)
+    if height > MAX_SIDE or width > MAX_SIDE or height * width > max_pixels:
+        raise _too_large(f"{name} ({width} x {height} pixels)", max_pixels)
 
 
-def _too_large(name: str, most: int) -> ImageError:
+def _too_large(name: str, max_pixels: int) -> ImageError:
     return ImageError(
-        f"{name} is too large; scale it down to at most {most:,} pixels in all and {MAX_SIDE:,} a "
-        "side, or raise max_image_pixels"
+        f"{name} is too large; scale it down to at most {max_pixels:,} pixels in all and "
+        f"{MAX_SIDE:,} a side, or raise max_image_pixels"
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Number = float | np.floating[Any] | np.integer[Any]
 
 Keep = float | Sequence[float]  # a fraction, or one per reduction
-Flag = Literal["whole", "number", "switch", "text", "texts", "ratios", "template"]
+Flag = Literal["integer", "number", "switch", "text", "texts", "ratios", "template"]
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,19 @@ class Option:
     help: str = ""
 
 
-def whole(
-    least: int, most: float = math.inf, wanted: str = "", help: str = "", metavar: str = "N"
+def integer(
+    minimum: int, maximum: float = math.inf, wanted: str = "", help: str = "", metavar: str = "N"
 ) -> Option:
     def read(value: object) -> int:
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise TypeError
-        if not least <= int(value) <= most:
+        if not minimum <= int(value) <= maximum:
             raise ValueError
         return int(value)
 
-    highest = f"2**{math.log2(most):.0f}" if most > 10**12 else f"{most:,}"
-    bounds = f"of {least} or more" if most == math.inf else f"from {least} to {highest}"
-    return Option(wanted or f"an integer {bounds}", read, "whole", metavar, help)
+    highest = f"2**{math.log2(maximum):.0f}" if maximum > 10**12 else f"{maximum:,}"
+    bounds = f"of {minimum} or more" if maximum == math.inf else f"from {minimum} to {highest}"
+    return Option(wanted or f"an integer {bounds}", read, "integer", metavar, help)
 
 
 def number(
@@ -162,14 +162,14 @@ class GenerationOptions:
     Raises ParameterError for a value of another kind or out of its range.
     """
 
-    max_new_tokens: int = option(256, whole(1, help="length of the answer"))
+    max_new_tokens: int = option(256, integer(1, help="length of the answer"))
     temperature: float = option(
         0.0,
         number("0 or above", lambda x: 0 <= x < math.inf, "0 takes the likeliest token", "T"),
     )
     top_k: int | None = option(
         None,
-        whole(
+        integer(
             0, help="draw from the K likeliest, 0: all (default: as the bundle says)", metavar="K"
         ),
     )
@@ -191,7 +191,7 @@ class GenerationOptions:
             "X",
         ),
     )
-    seed: int | None = option(None, whole(0, 2**128, help="makes draws repeatable"))
+    seed: int | None = option(None, integer(0, 2**128, help="makes draws repeatable"))
     stop: Sequence[str] = option(
         (),
         Option(
@@ -205,7 +205,7 @@ class GenerationOptions:
     ignore_eos: bool = option(False, replace(SWITCH, help="go on to --max-new-tokens"))
     logprobs: int | None = option(
         None,
-        whole(
+        integer(
             0,
             help="with --json: each token's logarithm of its probability, and the N likeliest ones",
         ),
@@ -234,10 +234,10 @@ class GenerationOptions:
     )
     system: str | None = option(None, Option("a text", _text, "text", "TEXT", "system message"))
     frames: int | None = option(
-        None, whole(1, help="frames of each video (default: the model's choice)")
+        None, integer(1, help="frames of each video (default: the model's choice)")
     )
     max_image_pixels: int | None = option(
-        None, whole(1, 178_956_970, help="pixels that an image may have (default: 64 million)")
+        None, integer(1, 178_956_970, help="pixels that an image may have (default: 64 million)")
     )
 
     if TYPE_CHECKING:  # what is given has more types than what is kept

@@ -40,7 +40,7 @@ def add_option_flags(parser: argparse.ArgumentParser, names: Iterable[str] = ())
         elif option.flag == "ratios":
             parser.add_argument(flag, type=_ratios, **settings)
         else:
-            kind = {"whole": int, "number": float, "text": str}[option.flag]
+            kind = {"integer": int, "number": float, "text": str}[option.flag]
             parser.add_argument(flag, type=kind, **settings)
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-from lvlm.core.ranges import whole
+from lvlm.core.ranges import integer
 
 
 class Counts(Protocol):
@@ -44,7 +44,7 @@ class Append:
     def prompt(self, counts: Counts, entries: np.ndarray) -> np.ndarray:
         return counts.share(entries)
 
-    def least(self, sinks: int, protected: int) -> int:
+    def min_entries(self, sinks: int, protected: int) -> int:
         """Entries that stay in decode, whatever the budget."""
         del sinks
         return protected
@@ -61,8 +61,8 @@ class Append:
         # longer. One layer may get a remainder more.
         shortest = np.maximum(seen - new_tokens, 1)
         kept = counts.prompt(np.stack([shortest, seen], axis=1))
-        most = np.maximum(kept[:, 0] + new_tokens, kept[:, 1])
-        return np.asarray(np.minimum(seen, most + 1))
+        highest = np.maximum(kept[:, 0] + new_tokens, kept[:, 1])
+        return np.asarray(np.minimum(seen, highest + 1))
 
 
 class OneByOne:
@@ -73,7 +73,7 @@ class OneByOne:
     def prompt(self, counts: Counts, entries: np.ndarray) -> np.ndarray:
         return counts.share(entries)
 
-    def least(self, sinks: int, protected: int) -> int:
+    def min_entries(self, sinks: int, protected: int) -> int:
         """At the fixed point only the sinks are protected."""
         del protected
         return max(1, sinks)
@@ -86,9 +86,9 @@ class OneByOne:
 
     def limit(self, counts: Counts, seen: np.ndarray, new_tokens: int) -> np.ndarray:
         del new_tokens
-        most, prompt = counts.step(seen[:, None])[:, 0], counts.prompt(seen[:, None])[:, 0]
-        least = np.maximum(np.maximum(most, prompt), counts.protected)
-        return np.asarray(np.minimum(seen, least + 1))
+        step, prompt = counts.step(seen[:, None])[:, 0], counts.prompt(seen[:, None])[:, 0]
+        highest = np.maximum(np.maximum(step, prompt), counts.protected)
+        return np.asarray(np.minimum(seen, highest + 1))
 
     def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
         """Index [L,B] by age of the entry that leaves; ``kept`` [L,B] of the prompt. It equals
@@ -105,7 +105,7 @@ class FixedPoint(OneByOne):
     kind: Literal["fixed-point"] = "fixed-point"
 
     def __post_init__(self) -> None:
-        whole("distance", self.distance, 0)
+        integer("distance", self.distance, 0)
 
     def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
         return _clipped(_before_the_end(kept, self.distance), sinks, kept)
@@ -129,7 +129,7 @@ class ReleasedFixedPoint(OneByOne):
     kind: Literal["released-fixed-point"] = "released-fixed-point"
 
     def __post_init__(self) -> None:
-        whole("distance", self.distance, 0)
+        integer("distance", self.distance, 0)
 
     def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
         del sinks
@@ -146,13 +146,13 @@ class Interval:
     kind: Literal["interval"] = "interval"
 
     def __post_init__(self) -> None:
-        whole("kv_interval", self.steps, 1)
-        whole("kv_floor", self.floor, 0)
+        integer("kv_interval", self.steps, 1)
+        integer("kv_floor", self.floor, 0)
 
     def prompt(self, counts: Counts, entries: np.ndarray) -> np.ndarray:
         return counts.step(entries)
 
-    def least(self, sinks: int, protected: int) -> int:
+    def min_entries(self, sinks: int, protected: int) -> int:
         del sinks
         return protected
 
@@ -165,8 +165,8 @@ class Interval:
 
     def limit(self, counts: Counts, seen: np.ndarray, new_tokens: int) -> np.ndarray:
         del new_tokens
-        most = counts.step(seen[:, None])[:, 0]
-        return np.asarray(np.minimum(seen, most + self.steps))
+        highest = counts.step(seen[:, None])[:, 0]
+        return np.asarray(np.minimum(seen, highest + self.steps))
 
 
 def _before_the_end(kept: np.ndarray, distance: int) -> np.ndarray:

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lvlm.core.errors import ParameterError
-from lvlm.core.ranges import whole
+from lvlm.core.ranges import integer
 from lvlm.runtime.policies.evictions import (
     Append,
     FixedPoint,
@@ -68,8 +68,8 @@ class Window:
     kind: Literal["window"] = "window"
 
     def __post_init__(self) -> None:
-        whole("window", self.queries, 1)
-        whole("kernel", self.kernel, 1)
+        integer("window", self.queries, 1)
+        integer("kernel", self.kernel, 1)
         if self.kernel % 2 == 0:
             raise ParameterError(
                 f"kernel is {self.kernel}; give an odd number, so that it has a middle"
@@ -133,8 +133,8 @@ class CachePolicy:
     positions: Literal["true", "layer0"] = "true"
 
     def __post_init__(self) -> None:
-        whole("kv_sinks", self.sinks, 0)
-        whole("recent entries", self.recent, 0)
+        integer("kv_sinks", self.sinks, 0)
+        integer("recent entries", self.recent, 0)
         if self.protected == 0:
             raise ParameterError("no entry is protected; keep at least one sink or recent one")
         self.budget.check_cap(self.protected)

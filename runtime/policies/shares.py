@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from lvlm.core.errors import ParameterError
-from lvlm.core.ranges import fraction, whole
+from lvlm.core.ranges import fraction, integer
 from lvlm.core.rounding import DIGITS, rounded
 
 TOLERANCE = 10.0**-DIGITS
@@ -39,20 +39,20 @@ class Share:
     def __post_init__(self) -> None:
         fraction("kv_keep", self.keep)
         if self.cap is not None:
-            whole("kv_cap", self.cap, 1)
+            integer("kv_cap", self.cap, 1)
 
     def check_cap(self, protected: int) -> None:
         """ParameterError unless the cap leaves room for what is protected."""
         if self.cap is not None and self.cap < protected:
             raise ParameterError(
-                f"kv_cap is {self.cap!r}, but {protected} entries are protected; give a whole "
-                f"number of {protected} or more"
+                f"kv_cap is {self.cap!r}, but {protected} entries are protected; give an "
+                f"integer of {protected} or more"
             )
 
     def check_layers(self, layers: int) -> None:
         """ParameterError unless it is for a model of so many ``layers``."""
 
-    def most(self, entries: np.ndarray) -> np.ndarray:
+    def capped(self, entries: np.ndarray) -> np.ndarray:
         """Of ``entries`` [L,B], what the cap leaves."""
         return entries if self.cap is None else np.minimum(entries, self.cap)
 
@@ -65,7 +65,7 @@ class Share:
     ) -> np.ndarray:
         """What stays [L,B] of a prompt's ``entries`` [L,B], at ``fractions`` [L,B or 1]."""
         del keep
-        lower, upper = np.minimum(protected, entries), self.most(entries)
+        lower, upper = np.minimum(protected, entries), self.capped(entries)
         return _int64(np.clip(rounded(fractions * entries), lower, upper))
 
     def step(self, fractions: np.ndarray, seen: np.ndarray) -> np.ndarray:
@@ -110,7 +110,7 @@ class Profiled(Share):
         self, fractions: np.ndarray, keep: float, entries: np.ndarray, protected: int
     ) -> np.ndarray:
         del keep
-        lower, upper = np.minimum(protected, entries), self.most(entries)
+        lower, upper = np.minimum(protected, entries), self.capped(entries)
         columns = zip((fractions * entries).T, lower.T, upper.T, strict=True)
         return np.stack([_apportion(*column) for column in columns], axis=1)
 
@@ -147,11 +147,11 @@ class ReleasedUniform(Share):
         self, fractions: np.ndarray, keep: float, entries: np.ndarray, protected: int
     ) -> np.ndarray:
         del fractions
-        least, ratio = np.minimum(protected, entries), 1 - keep
+        lower, ratio = np.minimum(protected, entries), 1 - keep
         forgotten = _int64((entries - entries * (1 - ratio)).astype(np.int64))
-        several = np.maximum(entries - 1 - forgotten, least)
+        several = np.maximum(entries - 1 - forgotten, lower)
         one = np.where(forgotten == 1, entries - 1, several)
-        return _int64(np.minimum(np.where(forgotten <= 0, entries, one), self.most(entries)))
+        return _int64(np.minimum(np.where(forgotten <= 0, entries, one), self.capped(entries)))
 
     def step(self, fractions: np.ndarray, seen: np.ndarray) -> np.ndarray:
         return _released_step(fractions, seen)
@@ -169,7 +169,7 @@ class ReleasedProfile(Profiled):
         del keep
         forgotten = np.rint((1 - fractions) * entries)
         kept = np.maximum(entries - forgotten, np.minimum(protected, entries))
-        return _int64(np.minimum(kept, self.most(entries)))
+        return _int64(np.minimum(kept, self.capped(entries)))
 
     def step(self, fractions: np.ndarray, seen: np.ndarray) -> np.ndarray:
         return _released_step(fractions, seen)

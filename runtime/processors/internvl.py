@@ -50,10 +50,10 @@ class InternVLProcessor:
         check_keys(config, _KEYS)
         self._size = height_width("size", config["size"])
         self._resample = integer("resample", config["resample"], 0, 5)
-        self._most = integer("max_tiles", config["max_tiles"], 1, MAX_TILES)
-        self._least = integer("min_tiles", config["min_tiles"], 1, self._most)
-        fits = self._most * self._size[0] * self._size[1] <= MAX_PIXELS
-        need(fits, "max_tiles", self._most, f"such that all have at most {MAX_PIXELS} pixels")
+        self._max_tiles = integer("max_tiles", config["max_tiles"], 1, MAX_TILES)
+        self._min_tiles = integer("min_tiles", config["min_tiles"], 1, self._max_tiles)
+        fits = self._max_tiles * self._size[0] * self._size[1] <= MAX_PIXELS
+        need(fits, "max_tiles", self._max_tiles, f"such that all have at most {MAX_PIXELS} pixels")
         self._table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
         self._tokens = integer("tile_tokens", config["tile_tokens"], 1, 1_000_000)
         self._token = text("image_token", config["image_token"])
@@ -89,9 +89,9 @@ class InternVLProcessor:
         known = sorted(
             (
                 (columns, rows)
-                for columns in range(1, self._most + 1)
-                for rows in range(1, self._most + 1)
-                if self._least <= columns * rows <= self._most
+                for columns in range(1, self._max_tiles + 1)
+                for rows in range(1, self._max_tiles + 1)
+                if self._min_tiles <= columns * rows <= self._max_tiles
             ),
             key=lambda shape: shape[0] * shape[1],
         )

@@ -47,7 +47,7 @@ class LlavaOnevisionProcessor:
     def __init__(self, config: Mapping[str, object]) -> None:
         check_keys(config, KEYS | {"most_tiles", "pad_value", "video"})
         patches = integer("patches", config["patches"], 1, MAX_OUTPUT_SIDE)
-        self._most = integer("most_tiles", config["most_tiles"], 1, 1_000) * patches**2
+        self._max_patches = integer("most_tiles", config["most_tiles"], 1, 1_000) * patches**2
         self.tiles = Tiles(config, self._tokens)
         self._pad = colour("pad_value", config["pad_value"])
         self.video, self.no_video = opened(
@@ -87,7 +87,7 @@ class LlavaOnevisionProcessor:
 
     def _shrunk(self, lines: int, columns: int) -> tuple[int, int]:
         """So many patches, once there are no more of them than the most tiles have."""
-        ratio = math.sqrt(lines * columns / self._most)
+        ratio = math.sqrt(lines * columns / self._max_patches)
         return (int(lines // ratio), int(columns // ratio)) if ratio > SHRINK else (lines, columns)
 
     def _tokens(self, lines: int, columns: int) -> int:

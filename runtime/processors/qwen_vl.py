@@ -53,8 +53,8 @@ class QwenProcessor:
         self.patch = integer("patch", config["patch"], 1, 256)
         self.merge = integer("merge", config["merge"], 1, 16)
         self.frames = integer("frames", config["frames"], 1, 16)
-        self._most = integer("max_pixels", config["max_pixels"], 1, _PIXELS)
-        self._least = integer("min_pixels", config["min_pixels"], 1, self._most)
+        self._max_pixels = integer("max_pixels", config["max_pixels"], 1, _PIXELS)
+        self._min_pixels = integer("min_pixels", config["min_pixels"], 1, self._max_pixels)
         self.tokens = integer("max_tokens", config["max_tokens"], 1, 1_000_000)
         window = config["window"]
         self._window = None if window is None else integer("window", window, 1, 64)
@@ -111,7 +111,7 @@ class QwenProcessor:
         """
         ratio = max(height, width) / min(height, width)
         side = self.patch * self.merge
-        rows, columns = whole_tokens(height, width, side, self._least, self._most)
+        rows, columns = whole_tokens(height, width, side, self._min_pixels, self._max_pixels)
         if ratio > MAX_RATIO or rows * columns > self.tokens:
             raise ImageError(
                 f"an image of {width} x {height} pixels (aspect ratio {ratio:.0f}:1) is too long "
@@ -214,15 +214,15 @@ def normalise_config(
     size = size_of(given["size"], square=False)
     bounds = dict(size) if isinstance(size, Mapping) else {}
     # The older names of both bounds win, as in transformers
-    least = given.get("min_pixels", bounds.get("shortest_edge"))
-    most = given.get("max_pixels", bounds.get("longest_edge"))
+    min_pixels = given.get("min_pixels", bounds.get("shortest_edge"))
+    max_pixels = given.get("max_pixels", bounds.get("longest_edge"))
     config: dict[str, object] = {
         "name": QwenProcessor.name,
         "patch": given["patch_size"],
         "merge": given["merge_size"],
         "frames": given["temporal_patch_size"],
-        "min_pixels": least,
-        "max_pixels": most,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
         "max_tokens": 1,
         "window": window,
         "table": table,
@@ -239,25 +239,29 @@ def normalise_config(
 def bounded_config(config: Mapping[str, object], tokens: int) -> dict[str, object]:
     """The same with images scaled down to at most ``tokens`` each; longer and thinner ones than
     that allows are refused."""
-    most = tokens * _token_pixels(config)
+    max_pixels = tokens * _token_pixels(config)
     # Images are scaled up to whole tokens, which must not lead beyond the upper bound
-    least = min(_whole(config["min_pixels"]), max(1, most // 4))
-    found = {**config, "max_pixels": min(_whole(config["max_pixels"]), most), "min_pixels": least}
+    min_pixels = min(_whole(config["min_pixels"]), max(1, max_pixels // 4))
+    found = {
+        **config,
+        "max_pixels": min(_whole(config["max_pixels"]), max_pixels),
+        "min_pixels": min_pixels,
+    }
     return {**found, "max_tokens": tokens}
 
 
 def _max_tokens(config: Mapping[str, object]) -> int:
     """The most tokens of any image, whatever its sides are."""
     area = _token_pixels(config)
-    most, least = _whole(config["max_pixels"]) / area, _whole(config["min_pixels"]) / area
+    highest, lowest = _whole(config["max_pixels"]) / area, _whole(config["min_pixels"]) / area
     # Scaled down, an image of less than a token's height still is one token high
-    found = [math.floor(most), 1]
-    if most < MAX_RATIO:
-        found.append(math.floor(math.sqrt(MAX_RATIO * most)))
+    found = [math.floor(highest), 1]
+    if highest < MAX_RATIO:
+        found.append(math.floor(math.sqrt(MAX_RATIO * highest)))
     # Scaled up, both sides are rounded up; a side just above n - 1 tokens becomes n
-    narrowest = math.sqrt(least / MAX_RATIO)
-    for side in range(1, math.ceil(math.sqrt(least)) + 1):
-        found.append(side * math.ceil(least / max(side - 1, narrowest)))
+    narrowest = math.sqrt(lowest / MAX_RATIO)
+    for side in range(1, math.ceil(math.sqrt(lowest)) + 1):
+        found.append(side * math.ceil(lowest / max(side - 1, narrowest)))
     return max(found)
 
 

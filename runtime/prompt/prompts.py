@@ -18,9 +18,9 @@ from lvlm.runtime.options.generation_config import GenerationConfig
 from lvlm.runtime.options.generation_options import (
     GenerationOptions,
     Option,
+    integer,
     plain,
     read_value,
-    whole,
 )
 from lvlm.runtime.processors import Processor, load_processor
 from lvlm.runtime.prompt.chat_template import ChatTemplate
@@ -173,7 +173,7 @@ class PromptMaker:
 
     def with_answer(self, prompt: Prompt, tokens: Sequence[int]) -> Prompt:
         """A prompt whose answer is these tokens, each of which is scored. Raises ParameterError."""
-        one = whole(0, self.vocab - 1)
+        one = integer(0, self.vocab - 1)
 
         def read(ids: Any) -> tuple[int, ...]:
             if not len(ids):

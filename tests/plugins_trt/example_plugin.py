@@ -93,7 +93,7 @@ EXAMPLE = Plugin(
     attributes=(
         Attribute("mode", str, "plain", choices=("plain", "weighted")),
         Attribute("factor", float),
-        Attribute("times", int, 2, least=-3),
+        Attribute("times", int, 2, minimum=-3),
         Attribute("note", str, "", unused=True),
     ),
     variant="mode",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lvlm.core.ranges import fraction, whole
+from lvlm.core.ranges import fraction, integer
 from lvlm.export.recipes.parts.cache_rule import Positions
 from lvlm.export.recipes.recipe import Recipe, choice, parameter
 from lvlm.runtime.policies.evictions import FixedPoint, ReleasedFixedPoint
@@ -32,7 +32,7 @@ class FixedPointRecipe(Recipe):
     def __post_init__(self) -> None:
         if self.kv_keep is not None:
             fraction("kv_keep", self.kv_keep)
-        whole("distance", self.distance, 1)
+        integer("distance", self.distance, 1)
         choice("positions", self.positions, Positions)
 
     def cache_policy(self) -> CachePolicy:

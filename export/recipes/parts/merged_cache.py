@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError
-from lvlm.core.ranges import whole
+from lvlm.core.ranges import integer
 from lvlm.export.recipes.parts.cache_rule import Positions
 from lvlm.export.recipes.parts.fixed_point import KEEP
 from lvlm.export.recipes.recipe import (
@@ -66,13 +66,13 @@ def check(recipe: Merging) -> None:
     if not recipe.rows:
         no_profile_and_keep("kv_profile", recipe.kv_profile, recipe.kv_keep)
     if recipe.kv_sinks is not None:
-        whole("kv_sinks", recipe.kv_sinks, 0)
+        integer("kv_sinks", recipe.kv_sinks, 0)
     choice("positions", recipe.positions, Positions)
     for name, least in (("kv_floor", 0), ("kv_protect", 1), ("kv_interval", 1)):
         value = getattr(recipe, name)
         if value is None:
             continue
-        whole(name, value, least)
+        integer(name, value, least)
         if recipe.kv != "interval":
             raise ParameterError(f"{name} belongs to kv=interval, not to kv={recipe.kv}")
     if recipe.kv_set and recipe.kv in ("interval", "none"):

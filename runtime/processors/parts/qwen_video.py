@@ -51,17 +51,23 @@ class Patches(Protocol):
 
 
 def whole_tokens(
-    height: int, width: int, side: int, least: float, most: float, frames: int = 1, bar: int = 1
+    height: int,
+    width: int,
+    side: int,
+    min_pixels: float,
+    max_pixels: float,
+    frames: int = 1,
+    bar: int = 1,
 ) -> tuple[int, int]:
     """Rows and columns of tokens, ``side`` pixels long, in proportion to an image's sides, so that
     their pixels are within bounds: those of ``bar`` frames where there are ``frames``."""
     rows, columns = round(height / side), round(width / side)
-    if bar * rows * columns * side**2 > most:
-        shrink = math.sqrt((frames * height * width) / most)
+    if bar * rows * columns * side**2 > max_pixels:
+        shrink = math.sqrt((frames * height * width) / max_pixels)
         rows = max(1, math.floor(height / shrink / side))
         columns = max(1, math.floor(width / shrink / side))
-    elif bar * rows * columns * side**2 < least:
-        grow = math.sqrt(least / (frames * height * width))
+    elif bar * rows * columns * side**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
         rows = math.ceil(height * grow / side)
         columns = math.ceil(width * grow / side)
     return rows, columns
@@ -83,10 +89,10 @@ class QwenVideo:
         self._sample, self._timed = bool(config["sample"]), bool(config["timed"])
         self._before, self._after = text("before", config["before"]), text("after", config["after"])
         self._fps, self._count = sampling(config)
-        self._fewest = integer("min_frames", config["min_frames"], 1, 1_000_000)
-        self._most_frames = integer("max_frames", config["max_frames"], 1, 1_000_000)
-        self._most = integer("max_pixels", config["max_pixels"], 1, _PIXELS)
-        self._least = integer("min_pixels", config["min_pixels"], 1, self._most)
+        self._min_frames = integer("min_frames", config["min_frames"], 1, 1_000_000)
+        self._max_frames = integer("max_frames", config["max_frames"], 1, 1_000_000)
+        self._max_pixels = integer("max_pixels", config["max_pixels"], 1, _PIXELS)
+        self._min_pixels = integer("min_pixels", config["min_pixels"], 1, self._max_pixels)
         cap, second = config["cap"], config["second"]
         self._cap = None if cap is None else integer("cap", cap, 1, 100_000_000)
         self._second = None if second is None else integer("second", second, 1, 100_000)
@@ -106,8 +112,8 @@ class QwenVideo:
         if count is not None:
             count = round(count / each) * each
         elif fps is not None:
-            most = min(self._most_frames, total) // each * each
-            wanted = min(max(total / video.fps * fps, self._fewest), most, total)
+            highest = min(self._max_frames, total) // each * each
+            wanted = min(max(total / video.fps * fps, self._min_frames), highest, total)
             count = math.floor(wanted / each) * each
         else:
             return list(range(total))
@@ -123,9 +129,9 @@ class QwenVideo:
     def _sampled_timed(self, video: Video, count: int | None, fps: float | None) -> list[int]:
         if count is None and fps is not None:
             count = int(video.frames / video.fps * fps)
-            count = min(max(count, self._fewest), self._most_frames, video.frames)
+            count = min(max(count, self._min_frames), self._max_frames, video.frames)
         elif count is None:
-            count = min(max(video.frames, self._fewest), self._most_frames)
+            count = min(max(video.frames, self._min_frames), self._max_frames)
         check_enough(video, count)
         return [int(i) for i in np.linspace(0, video.frames - 1, count).round()]
 
@@ -175,25 +181,25 @@ class QwenVideo:
     def grid(self, height: int, width: int, frames: int) -> tuple[int, int]:
         """Rows and columns of tokens of an image. Raises ``ImageError``."""
         side, each = self._patches.patch * self._patches.merge, self.per_image
-        least, most = self._least, self._most
+        min_pixels, max_pixels = self._min_pixels, self._max_pixels
         bar = round(frames / each) * each if self._timed else 1
         if self._timed:
             if frames < each:
                 raise ImageError(f"a video needs {each} frames or more with this model")
             if self._cap is not None:
-                share = max(min(self._cap * side**2, most // frames), int(least * 1.05))
-                most = share * frames
+                share = max(min(self._cap * side**2, max_pixels // frames), int(min_pixels * 1.05))
+                max_pixels = share * frames
             if height < side or width < side:
                 scale = max(side / height, side / width)
                 height, width = int(height * scale), int(width * scale)
         elif self._cap is not None:
             total = int(self._cap * side * side * 0.9)
-            most = max(min(most, total * each // frames), int(least * 1.05))
+            max_pixels = max(min(max_pixels, total * each // frames), int(min_pixels * 1.05))
         limit = self._patches.tokens * side**2 * bar
-        if most > limit:  # images are smaller than the checkpoint's own, so are frames
-            most, least = limit, min(least, max(1, limit // 4))
+        if max_pixels > limit:  # images are smaller than the checkpoint's own, so are frames
+            max_pixels, min_pixels = limit, min(min_pixels, max(1, limit // 4))
         count = frames if self._timed else 1
-        rows, columns = whole_tokens(height, width, side, least, most, count, bar)
+        rows, columns = whole_tokens(height, width, side, min_pixels, max_pixels, count, bar)
         ratio = max(height, width) / min(height, width)
         if ratio > MAX_RATIO or rows * columns > self._patches.tokens:
             raise ImageError(

@@ -57,7 +57,7 @@ class SmolVLMVideo:
         check_keys(config, _KEYS)
         self.token = text("token", config["token"])
         self._token_id = integer("token_id", config["token_id"], 0, 2**31)
-        self._fps, self._most = sampling(config)
+        self._fps, self._max_frames = sampling(config)
         self._longest = integer("longest_edge", config["longest_edge"], 1, MAX_OUTPUT_SIDE)
         self._resample = integer("resample", config["resample"], 0, 5)
         self._table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
@@ -66,13 +66,13 @@ class SmolVLMVideo:
     def sampled(self, video: Video, frames: int | None) -> list[int]:
         """See VideoProcessor. So many a second, at most ``frames``; of a long video without its
         first and last second."""
-        most = self._most if frames is None else frames
+        max_frames = self._max_frames if frames is None else frames
         fps = video.fps if self._fps is None else self._fps
-        if most is None:
+        if max_frames is None:
             return list(range(video.frames))
-        wanted = max(1, min(round(fps * video.seconds), most))
+        wanted = max(1, min(round(fps * video.seconds), max_frames))
         first, last = 0, video.frames - 1
-        if video.seconds - 2 > most * fps:
+        if video.seconds - 2 > max_frames * fps:
             first, last = int(video.fps), min(int(video.frames - video.fps), last)
         if first >= last:
             first, last = 0, video.frames - 1

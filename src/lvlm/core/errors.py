@@ -94,10 +94,10 @@ class BuildError(LvlmError):
     """A plugin library or an engine could not be built."""
 
 
-def shown(value: object, most: int = 60) -> str:
+def shown(value: object, max_length: int = 60) -> str:
     """A value for a message: its ``repr`` on one line, cut where it is long."""
     try:
         text = " ".join(repr(value).split())
     except Exception:  # an int of too many digits, or any object's own
         text = f"of type {type(value).__name__}"
-    return text if len(text) <= most else f"{text[:most]}…"
+    return text if len(text) <= max_length else f"{text[:max_length]}…"

@@ -16,7 +16,7 @@ def fraction(name: str, value: object) -> float:
     return number
 
 
-def whole(name: str, value: object, least: int) -> None:
-    """ParameterError unless ``value`` is an integer of ``least`` or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ParameterError(f"{name} is {value!r}; give an integer of {least} or more")
+def integer(name: str, value: object, minimum: int) -> None:
+    """ParameterError unless ``value`` is an integer of ``minimum`` or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ParameterError(f"{name} is {value!r}; give an integer of {minimum} or more")

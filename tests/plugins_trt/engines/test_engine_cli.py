@@ -128,7 +128,7 @@ def test_what_is_built_and_where(folder: Path, run: Any) -> None:
     engines = EngineSet.read(where)
     assert (engines.gpu, engines.sms) == (None, (86, 89))
     assert engines.options == ("--batch", "2", "--max-prompt", "100")
-    assert engines.graphs["prefill"].profile["sequence"].most == 100
+    assert engines.graphs["prefill"].profile["sequence"].max == 100
     assert read_bundle(folder).files["decode.trt-rtx.onnx"]
 
     assert "exists; give --force" in run(*argv)[2]

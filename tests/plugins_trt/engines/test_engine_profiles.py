@@ -50,19 +50,19 @@ def test_ranges_are_in_order_and_usual_lengths_are_those_of_one_call(
     assert set(found) == set(manifest.graphs)
     for name, profile in found.items():
         for extent in profile.values():
-            assert 1 <= extent.least <= extent.usual <= extent.most
+            assert 1 <= extent.min <= extent.opt <= extent.max
         extents = shapes(manifest.graphs[name], profile, manifest.capacity.per_layer)
         assert set(extents) == {port.name for port in manifest.graphs[name].inputs}
     prefill = found["prefill"]
-    assert prefill["sequence"].most == (max_prompt or longest_prompt(manifest))
+    assert prefill["sequence"].max == (max_prompt or longest_prompt(manifest))
     for dim, extent in prefill.items():
         if dim.startswith(("length_", "entries_")):
             # No layer has more entries than there are tokens: else the builder refuses.
-            assert extent.usual <= prefill["sequence"].usual
-            assert extent.most <= prefill["sequence"].most
-    assert found["vision"]["units"].most == 4  # the runtime encodes no more at once
+            assert extent.opt <= prefill["sequence"].opt
+            assert extent.max <= prefill["sequence"].max
+    assert found["vision"]["units"].max == 4  # the runtime encodes no more at once
     tokens = manifest.images.tokens
-    assert prefill["rows"].most == 4 * manifest.capacity.max_images * tokens
+    assert prefill["rows"].max == 4 * manifest.capacity.max_images * tokens
 
 
 def test_units_of_images_that_are_one_whole_or_many_tiles(
@@ -77,7 +77,7 @@ def test_units_of_images_that_are_one_whole_or_many_tiles(
     assert whole["vision"] == {"units": Range(1, 30, 30), "windows": Range(1, 8, 8)}
     for units, most in ((1, 2), (5, 4)):
         tiled = replace(manifest, images=replace(manifest.images, max_dims={"units": units}))
-        assert profiles(tiled, Limits(Range(1, 1, 1)))["vision"]["units"].most == most
+        assert profiles(tiled, Limits(Range(1, 1, 1)))["vision"]["units"].max == most
 
 
 @settings(
@@ -122,7 +122,7 @@ def test_every_call_that_fits_the_bundle_fits_the_profile(
     for port in manifest.graphs["prefill"].inputs:
         for dim, extent in zip(port.dims, getattr(given.get(port.name), "shape", ()), strict=False):
             if isinstance(dim, str):
-                assert profile[dim].least <= extent <= profile[dim].most, (port.name, dim)
+                assert profile[dim].min <= extent <= profile[dim].max, (port.name, dim)
 
 
 @pytest.mark.parametrize(

@@ -167,10 +167,10 @@ GOOD: list[Field] = [("mode", "char", "plain"), ("factor", "float32", "2")]
         ([*GOOD, ("factor", "float64", "3")], "factor is given twice"),
         ([*GOOD, ("speed", "int32", "3")], "unknown attribute 'speed'"),
         ([*GOOD, ("times", "float32", "3")], "times must be one integer, int32 or int64"),
-        ([*GOOD, ("times", "int64", "-4")], "times is -4; -3 is the least that is allowed"),
+        ([*GOOD, ("times", "int64", "-4")], "times is -4; -3 is the smallest that is allowed"),
         (
             [*GOOD, ("times", "int64", "99999999999")],
-            "times is 99999999999; 2147483647 is the most that is allowed",
+            "times is 99999999999; 2147483647 is the largest that is allowed",
         ),
         (
             [("mode", "char", "weighty"), ("factor", "float32", "2")],

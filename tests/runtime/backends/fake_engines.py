@@ -69,7 +69,7 @@ def build_engines(
             file, listed = _with_weights_as_inputs(file)
         built = {
             "onnx": str(file),
-            "profile": {dim: (r.least, r.usual, r.most) for dim, r in ranges.items()},
+            "profile": {dim: (r.min, r.opt, r.max) for dim, r in ranges.items()},
             "static": static,
         }
         path = where / f"{name}.engine"

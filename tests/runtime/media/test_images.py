@@ -191,7 +191,7 @@ def test_large_but_allowed_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ImageError, match="damaged or cut short"):
-            open_image(png_header(9_500, 10_000), most=95_000_000)
+            open_image(png_header(9_500, 10_000), max_pixels=95_000_000)
 
 
 @pytest.mark.parametrize(
