@@ -1,4 +1,4 @@
-"""How much memory an export takes, and how much there is."""
+"""Estimates of the memory that an export takes, and of how much there is."""
 
 from __future__ import annotations
 

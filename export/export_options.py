@@ -1,4 +1,4 @@
-"""What an export was asked for."""
+"""Options of an export."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ BLOCK = 32  # of quantized weights; docs/notes/quantization.md: what was tried
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export. ``dtype`` None: as the checkpoint has it (its config.json); ``weights`` None:
-    the language model's products are of ``dtype``, too; ``cache`` None: so is the cache;
+    """Options of an export. ``dtype`` None: as the checkpoint has it (its config.json); ``weights``
+    None: the language model's products are of ``dtype``, too; ``cache`` None: so is the cache;
     ``max_image_tokens`` None: images give as many tokens as the checkpoint says."""
 
     model: str

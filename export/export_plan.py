@@ -30,7 +30,8 @@ LONGEST = 2**20  # tokens of a prompt, images and all, that a bundle has room fo
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What enters each layer of one image, the capacities, and their bytes for one sequence."""
+    """Tokens of one image that enter each layer, the capacities, and their bytes for one
+    sequence."""
 
     image_tokens: list[int]
     capacity: Capacity

@@ -1,4 +1,4 @@
-"""From a checkpoint and a recipe to a bundle: trace, stream the weights, check, rename."""
+"""Export of a checkpoint with a recipe: trace, stream the weights, check, rename."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lvlm.runtime.bundle.manifest import Manifest
 
 @dataclass
 class Report:
-    """What an export did."""
+    """Report of an export."""
 
     output: Path
     plan: ExportPlan

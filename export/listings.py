@@ -1,4 +1,4 @@
-"""What is there to choose from: recipes with their parameters, families, targets.
+"""Lists of what there is to choose from: recipes with their parameters, families, targets.
 
 To be called within ``stand_ins``: nothing here needs torch. Lines fit a terminal of 80 columns.
 """

@@ -1,4 +1,4 @@
-"""Where a bundle may be written; known before torch is loaded."""
+"""Checks of the folder a bundle is written to, before torch is loaded."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class GraphPort:
 
 @dataclass(frozen=True)
 class LayerPort:
-    """What a graph takes or gives for each layer: a port ``name_l`` of its own, or a row of the
+    """A port that a graph has for each layer: a port ``name_l`` of its own, or a row of the
     port ``name`` that all layers share (``stacked``).
 
     dims  of one layer; a dynamic one is the layer's own, too, unless it is the batch

@@ -17,7 +17,8 @@ from lvlm.export.reference.torch_reference import Reference, load_fp32
 
 
 def samples_for(wanted: Calibration) -> list[CalibrationSample]:
-    """What to measure on. Raises ParameterError where the file does not hold usable samples."""
+    """The samples to measure on. Raises ParameterError where the file does not hold usable
+    samples."""
     return builtin_samples() if wanted.samples is None else read_samples(wanted.samples)
 
 

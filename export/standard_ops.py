@@ -1,4 +1,4 @@
-"""How transformers' modules become standard ONNX ops (opset 23 and 24) instead of their pieces.
+"""Standard ONNX ops (opset 23 and 24) in the place of transformers' modules.
 
 The checkpoint's own modules run; only their leaves are exchanged (leaves.py): attention, rotary
 embedding, RMS normalisation and the cache write. While torch.export traces, each leaves one node in

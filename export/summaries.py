@@ -1,4 +1,4 @@
-"""What ``lvlm-export`` prints about a plan and about a finished bundle, as tables and as JSON."""
+"""Summaries of a plan and of a finished bundle for ``lvlm-export``, as tables and as JSON."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Model:
     ) -> list[Generation]: ...
 
     def score(self, prompt, answer, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
-        """How likely an answer is: its tokens are fed one by one, as if the model had chosen them,
+        """Score an answer: its tokens are fed one by one, as if the model had chosen them,
         so that merging and compression act as they do in ``generate``.
 
         Args:

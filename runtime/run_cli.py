@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> GenerationOptions:
-    """What can be known to be wrong before anything is loaded."""
+    """Raise for mistakes that are known before anything is loaded."""
     options = given_options(args)
     idle = [name for name in DRAWING if getattr(args, name) is not None]
     if idle and not options.temperature:

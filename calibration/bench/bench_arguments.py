@@ -126,7 +126,7 @@ def _list(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """What can be known to be wrong before anything is read."""
+    """Raise for mistakes that are known before anything is read."""
     from importlib.util import find_spec
 
     from lvlm.core.errors import ParameterError

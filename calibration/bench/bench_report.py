@@ -94,7 +94,7 @@ def title(case: Case, results: Sequence[Result]) -> str:
 
 
 def _notes(results: Sequence[Result], plan: BenchPlan) -> list[str]:
-    """What a reader must know besides: errors, unequal prompts, noise."""
+    """Notes under the tables: errors, unequal prompts, noise."""
     notes = [f"{result.error}." for result in results if result.error is not None]
     for case in plan.cases:
         found = {r.contender.label: f for r in results if (f := r.figures(case)) is not None}

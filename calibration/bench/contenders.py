@@ -1,4 +1,5 @@
-"""Who takes part: bundles and peers as the command line names them, checked before any work.
+"""Contenders of a benchmark: bundles and peers as the command line names them, checked before any
+work.
 
 A contender is ``WHAT:SETTING:SETTING``: a bundle's folder (``lightvlm/:keep=0.35:device=openvino``)
 or a peer's name (``openvino-genai:f32``).
@@ -34,7 +35,8 @@ class BenchError(LvlmError):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a child process opens. ``source``: bundle, checkpoint, or what it was converted to.
+    """Everything a child process opens. ``source``: bundle, checkpoint, or what it was converted
+    to.
 
     ``prompts`` is the bundle whose tokenizer and processor make a peer's inputs where it does not
     make its own. ``lone``: one request after another, never more; else ``slots`` at once at most
@@ -62,7 +64,7 @@ class Serving(Protocol):
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What else belongs beside its figures: ``decode_weight_bytes``, for one."""
+        """Other facts beside its figures: ``decode_weight_bytes``, for one."""
         ...
 
     def close(self) -> None: ...
@@ -70,7 +72,7 @@ class Serving(Protocol):
 
 @dataclass(frozen=True)
 class Conversion:
-    """How a peer's own format is made of a checkpoint: commands, run one after another.
+    """Conversion of a checkpoint to a peer's own format: commands, run one after another.
 
     ``{python}`` is the interpreter that has the peer's ``modules``, ``{here}`` this one,
     ``{checkpoint}`` and ``{out}`` the folders. ``advice`` tells how to install what it needs.

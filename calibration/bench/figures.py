@@ -1,4 +1,4 @@
-"""From token times to figures: percentiles, rates, the spread between rounds."""
+"""Figures from token times: percentiles, rates, the spread between rounds."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def busy() -> str | None:
 
 
 def describe(threads: int, packages: Sequence[str]) -> dict[str, Any]:
-    """What belongs beside every figure; bytes per second are measured here and now."""
+    """Description of the machine, for every figure; bytes per second are measured here and now."""
     return {
         "cpu": cpu_name(),
         "cores": cores(),

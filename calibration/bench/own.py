@@ -27,7 +27,7 @@ def open_bundle(setup: Setup) -> Serving:
 
 
 class Alone:
-    """What Model.stream does, with the time of every token: a text may be final later."""
+    """One stream at a time, as Model.stream, with the time of every token."""
 
     def __init__(self, setup: Setup) -> None:
         device = setup.settings.get("device", "cpu")

@@ -33,7 +33,7 @@ class BenchPlan:
 
 @dataclass
 class Result:
-    """What became of a contender: the rounds of each case, and the error that ended it, if any."""
+    """Results of a contender: the rounds of each case, and the error that ended it, if any."""
 
     contender: Contender
     rounds: dict[Case, list[Round]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What is asked of every contender: prompts of exact length, images, and when they arrive.
+"""The workload of every contender: prompts of exact length, images, and when they arrive.
 
 All of it follows from a seed, so that a run can be repeated and every contender meets the same
 requests. Each request has a text and images of its own: a cache of earlier prompts helps nobody.

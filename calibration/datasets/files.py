@@ -1,4 +1,4 @@
-"""What data sets that are files share: JSON with the place of a mistake, entries, images."""
+"""Parts shared by data sets that are files: JSON with the place of a mistake, entries, images."""
 
 from __future__ import annotations
 

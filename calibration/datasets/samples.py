@@ -75,7 +75,7 @@ class EvaluationSample:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What is wanted of a data set. ``samples`` None: all, or its own default."""
+    """A request to a data set. ``samples`` None: all, or its own default."""
 
     path: Path | None = None
     images: Path | None = None

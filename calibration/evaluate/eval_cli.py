@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be known to be wrong before anything is read."""
+    """Raise for mistakes that are known before anything is read."""
     from lvlm.core.errors import ParameterError
 
     if args.output is None:

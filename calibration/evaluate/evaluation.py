@@ -29,7 +29,7 @@ class EvaluationJob:
 
 @dataclass(frozen=True)
 class EvaluationStep:
-    """How far an evaluation is: samples of a job that are through, and the seconds probably left
+    """Progress of an evaluation: samples of a job that are through, and the seconds probably left
     for all jobs (None: not known yet)."""
 
     job: EvaluationJob

@@ -1,4 +1,4 @@
-"""What fits, known from counts before anything is run: a wanted fraction of cache, an answer."""
+"""Fitting a wanted fraction of cache, and an answer, from counts before anything is run."""
 
 from __future__ import annotations
 

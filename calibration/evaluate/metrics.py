@@ -1,4 +1,4 @@
-"""What is measured of a bundle's answers, as the papers measure it (arXiv 2407.18121, 2412.03409).
+"""Metrics of a bundle's answers, as the papers define them (arXiv 2407.18121, 2412.03409).
 
 A metric is found by its name in ``METRICS``. Each gives every sample a sum and a weight; its value
 over samples is made of the weighted mean.
@@ -16,7 +16,7 @@ from lvlm.calibration.evaluate.records import Run, SampleRecord
 
 
 class Score(NamedTuple):
-    """Of one sample; scores are added up before they are divided."""
+    """Score of one sample; scores are added up before they are divided."""
 
     total: float
     weight: float

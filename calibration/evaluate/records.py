@@ -1,4 +1,4 @@
-"""What was measured, sample by sample: a file that an interrupted evaluation goes on from.
+"""Measurements, sample by sample: a file that an interrupted evaluation goes on from.
 
 A record is found again by a key made of everything it depends on, so that changed options, data or
 bundles never meet old records, and equal ones are never computed twice.

@@ -55,7 +55,7 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Study:
-    """What to evaluate: ``rows`` of the table, on ``samples``, by ``metrics``.
+    """One evaluation: ``rows`` of the table, on ``samples``, by ``metrics``.
 
     ``references``: the bundles to take the full cache's texts from; empty if no metric needs them.
     """

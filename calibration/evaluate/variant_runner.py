@@ -30,8 +30,8 @@ from lvlm.runtime.prompt.text import Tokenizer
 
 @dataclass(frozen=True)
 class Conditions:
-    """How samples are run. ``batch`` prompts at a time, always the same ones together, so that a
-    repetition meets the same rounding."""
+    """Conditions under which samples are run. ``batch`` prompts at a time, always the same ones
+    together, so that a repetition meets the same rounding."""
 
     batch: int = 1
     max_new_tokens: int = 256

@@ -1,5 +1,5 @@
-"""What is evaluated: bundles, each with the settings of its calls, and the full cache they are
-compared with."""
+"""Variants of an evaluation: bundles, each with the settings of its calls, and the full cache they
+are compared with."""
 
 from __future__ import annotations
 

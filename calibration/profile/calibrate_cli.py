@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    """What can be known to be wrong before anything is loaded."""
+    """Raise for mistakes that are known before anything is loaded."""
     from lvlm.core.errors import ExportError, ParameterError
     from lvlm.core.output import check_place
 

@@ -29,7 +29,7 @@ STAGES = 4
 
 @dataclass(frozen=True)
 class CalibrationJob:
-    """What to measure: all of it found and checked, but the samples not yet opened."""
+    """One calibration: everything found and checked, but the samples not yet opened."""
 
     checkpoint: checkpoints.Checkpoint
     family: Family

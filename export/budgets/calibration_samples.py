@@ -1,4 +1,4 @@
-"""What to calibrate on: images with questions, built in or from a file of JSON lines."""
+"""Calibration samples: images with questions, built in or from a file of JSON lines."""
 
 from __future__ import annotations
 

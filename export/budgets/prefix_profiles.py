@@ -23,7 +23,7 @@ LEADING_BYTES = 4096
 
 @dataclass(frozen=True)
 class LayerSpread:
-    """How far the samples differ at the profile's keep.
+    """Spread of the samples at the profile's keep.
 
     std  per layer, over the samples; fractions  per sample and layer, as ``search`` found them
     """
@@ -51,7 +51,7 @@ class DataId:
 
 @dataclass(frozen=True)
 class RecipeId:
-    """What shortened the sequence while the importances were taken."""
+    """The recipe that shortened the sequence while importances were recorded."""
 
     name: str
     parameters: dict[str, Any]

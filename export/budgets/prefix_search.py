@@ -21,7 +21,7 @@ GRID = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
 
 def search(importances: Importances, keep: float) -> npt.NDArray[np.int64]:
-    """How many entries each layer keeps of one prompt: [L] int64, each at least 1.
+    """Search for the entries each layer keeps of one prompt: [L] int64, each at least 1.
 
     Their sum is exactly round(keep * sum N_l), or L if that is less. Lengths N_l may differ. This
     is where bisecting the threshold ends; layers whose next entry needs the same threshold get it

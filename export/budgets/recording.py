@@ -1,4 +1,4 @@
-"""Taking importances: a prompt is read, and every layer's are kept on the way.
+"""Record per-layer attention importances during prefill.
 
 They come through the hook of the cache rules, so that whatever else a recipe does in prefill stays
 as it is. Nothing is evicted meanwhile: the importances are of the whole, merged, sequence.

@@ -21,7 +21,8 @@ def prompt_maker(
     images: Images | None = None,
     files: PromptFiles | None = None,
 ) -> PromptMaker:
-    """What writes prompts exactly as a bundle of this checkpoint does. Raises CheckpointError.
+    """A prompt maker that writes prompts exactly as a bundle of this checkpoint does. Raises
+    CheckpointError.
 
     ``images`` are the bundle's where they are not simply the checkpoint's; ``files`` what is known
     of its small files.

@@ -30,8 +30,8 @@ class Fetched:
 
 
 def fetch(hub_id: str, revision: str | None, *, weights: bool, quiet: bool) -> Fetched:
-    """What the local cache lacks is downloaded, the weights only if they are wanted: of those that
-    are not, the headers are read. Raises CheckpointError."""
+    """Download what the local cache lacks, weights only if they are wanted: of those that are not,
+    the headers are read. Raises CheckpointError."""
     with _errors(hub_id):
         sizes = _sizes(hub_id, revision)
         folder = _snapshot(hub_id, revision, SMALL)

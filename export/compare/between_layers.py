@@ -69,7 +69,7 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def record(args: argparse.Namespace) -> dict[str, Arrays]:
-    """What the last call of every graph was given, by a real question on the CPU."""
+    """Inputs of the last call of every graph, for a real question on the CPU."""
     found: dict[str, Arrays] = {}
 
     class Recording:

@@ -1,4 +1,4 @@
-"""What a model family is: one file that says how its checkpoints become the common parts."""
+"""A model family: one file that says how its checkpoints become the common parts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lvlm.runtime.prompt.prompts import Prompt
 
 @dataclass(frozen=True)
 class PromptFiles:
-    """How prompts are written, and how answers are chosen: what the runtime needs.
+    """The files and settings by which the runtime writes prompts and chooses answers.
 
     ``tokenizer`` is the content of the bundle's tokenizer.json, ``generation`` that of the
     manifest's field.
@@ -63,7 +63,7 @@ class Family(Protocol):
         dimension is ``units``."""
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        """What transformers' own ``generate`` takes for a prompt's images, besides token ids."""
+        """Inputs of transformers' own ``generate`` for a prompt's images, besides token ids."""
 
     def images(self, config: Any, folder: Path) -> Images: ...
 
@@ -82,14 +82,14 @@ class Family(Protocol):
 
 
 def fixed_tokens(images: Images, tokens: int) -> ParameterError:
-    """Of a family whose images all give the same number of tokens."""
+    """The error of a family whose images all give the same number of tokens."""
     return ParameterError(
         f"--max-image-tokens {tokens}: every image gives {images.tokens} tokens with this model"
     )
 
 
 def too_few_tokens(tokens: int, least: int) -> ParameterError:
-    """Of a family whose smallest images give ``least`` tokens."""
+    """The error of a family whose smallest images give ``least`` tokens."""
     return ParameterError(
         f"--max-image-tokens {tokens}: an image gives at least {least} tokens with this model"
     )

@@ -1,4 +1,4 @@
-"""From a torch module to a first ONNX graph: torch.export, then torch.onnx."""
+"""Export of a torch module to a first ONNX graph: torch.export, then torch.onnx."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def to_onnx(
     outputs: Sequence[str],
     mode: FakeTensorMode,
 ) -> ir.Model:
-    """What torch makes of ``module``, which takes its inputs by name; they and sizes are named as
+    """The ONNX model of ``module``, which takes its inputs by name; they and sizes are named as
     declared, its outputs ``outputs``."""
     sizes = _example_sizes(inputs)
     dims = {name: torch.export.Dim(name) for name in sizes}

@@ -1,4 +1,4 @@
-"""From a torch module to an ONNX graph: torch.export, torch.onnx, then a few passes.
+"""Tracing of a torch module to an ONNX graph: torch.export, torch.onnx, then a few passes.
 
 The graph's large initializers stay fake: each keeps the name of the checkpoint's parameter, and
 weights.py writes the values once for all graphs.

@@ -1,4 +1,4 @@
-"""What every ``lvlm::`` op is: one contract, checked four ways.
+"""An ``lvlm::`` op: one contract, checked four ways.
 
 An op file holds an ``OP`` of this type. The torch reference is the meaning; the ONNX function makes
 the op run anywhere without a custom library; a kernel or plugin (plugins_trt/) makes it fast.

@@ -45,7 +45,7 @@ class LightVLM(Recipe):
         "last", "queries that score the tokens: last prompt token, or text after the last image"
     )
     merge: Merge = parameter(
-        "recycle", "what becomes of discarded tokens: recycle (centres absorb them), nearest, drop"
+        "recycle", "treatment of discarded tokens: recycle (centres absorb them), nearest, drop"
     )
     recycle: float = parameter(0.1, "fraction of the kept tokens that are centres, in (0, 1]")
     absorb: int = parameter(5, "tokens a centre absorbs at most (merge=recycle)")

@@ -1,4 +1,4 @@
-"""What a recipe is: a token reduction x a cache policy, with parameters of its own.
+"""A recipe: a token reduction x a cache policy, with parameters of its own.
 
 A recipe is a frozen dataclass whose fields are the parameters that ``--set name=value`` sets. It
 composes what it is made of: ``cache_policy`` says as data how the cache is kept short (its graph
@@ -48,7 +48,7 @@ def parameter(default: Any, doc: str) -> Any:
 
 
 class TokenReduction:
-    """How the token sequence is shortened while prefill is traced; on its own it is not."""
+    """A shortening of the token sequence while prefill is traced; by itself none."""
 
     def inputs(self) -> list[GraphPort]:
         """Further inputs of the prefill graph."""
@@ -87,7 +87,7 @@ class Recipe:
         return self
 
     def token_reduction(self) -> TokenReduction:
-        """How the sequence is shortened; by itself not at all."""
+        """The token reduction; by itself none."""
         return TokenReduction()
 
     def inputs(self) -> list[GraphPort]:
@@ -109,7 +109,7 @@ class Recipe:
         return self.token_reduction().before_block(layer, state, tap, inputs)
 
     def cache_policy(self) -> CachePolicy | None:
-        """How the cache is kept short; None: every entry stays. Raises ParameterError where the
+        """The cache policy; None: every entry stays. Raises ParameterError where the
         parameters are wrong or do not go together."""
         return None
 

@@ -1,4 +1,4 @@
-"""What a target takes: one engine, of one version on one platform, as data.
+"""Description of a target: one engine, of one version on one platform, as data.
 
 ``passes/lowering.py`` turns a description into graphs, ``lvlm-build engine`` into engines. Where
 NVIDIA's documentation is all that is known, ``verified`` is empty and every operator that is in
@@ -28,7 +28,7 @@ CACHE_WRITES, AT_THE_END = "lvlm.cache_writes", "end"
 
 @dataclass(frozen=True)
 class Description:
-    """What the engine of a target takes.
+    """Description of a target: what its engine takes.
 
     flavour       the package that runs it: of TensorRT's, engines that it builds; of the others,
                   graphs as they are written

@@ -1,4 +1,4 @@
-"""What a few steps of one prompt do not show: manifest, choice of tokens, rows of the embedding."""
+"""Checks beyond a few steps of one prompt: manifest, choice of tokens, rows of the embedding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a validation found: its comparisons, and what was run."""
+"""The outcome of a validation: its comparisons, and what was run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What goes into the model: the bundle's pixels, texts and token ids against transformers' own."""
+"""Comparison of the model's inputs: the bundle's pixels, texts and token ids against transformers'
+own."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from lvlm.runtime.prompt.prompts import Prompt
 
 @dataclass
 class Run:
-    """What a form gives: ``features`` [V,width], the cache's entries after prefill of every layer,
+    """Outputs of a form: ``features`` [V,width], the cache's entries after prefill of every layer,
     ``logits`` [vocabulary] of every step and the token that the bundle's sampler takes from them;
     ``compacted``: compact.onnx has been run."""
 

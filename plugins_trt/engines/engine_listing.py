@@ -1,4 +1,4 @@
-"""What ``lvlm-build engine`` prints: targets, a plan, what was built."""
+"""The output of ``lvlm-build engine``: targets, a plan, what was built."""
 
 from __future__ import annotations
 

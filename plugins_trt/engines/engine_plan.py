@@ -1,4 +1,5 @@
-"""What is to be built, for which GPU, with which lengths: all that is known before any work."""
+"""The plan of a build: which engines, for which GPU, with which lengths: all that is known before
+any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``lvlm-build engine`` was asked for, and whether the target can have it."""
+"""A request to ``lvlm-build engine``, and whether the target can have it."""
 
 from __future__ import annotations
 

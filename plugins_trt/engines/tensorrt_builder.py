@@ -48,7 +48,7 @@ NO_MEMORY = re.compile(
 
 @dataclass(frozen=True)
 class Settings:
-    """How to build one engine.
+    """Settings of the build of one engine.
 
     shapes   (min, opt, max) shape of every input with a dynamic axis; others may be left out
     weights  initializers that become inputs

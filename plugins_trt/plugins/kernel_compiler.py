@@ -87,7 +87,7 @@ def compile_kernels(
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
+    """The folder of compiled kernels."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvlm" / "kernels"
 
 

@@ -27,7 +27,7 @@ CONSTEXPR = "constexpr"
 
 @dataclass(frozen=True)
 class Kernel:
-    """What is compiled. The function is named, not held: another process imports it.
+    """One kernel to compile. The function is named, not held: another process imports it.
 
     signature  (parameter, Triton's word for its type) in order, CONSTEXPR for the constants
     """

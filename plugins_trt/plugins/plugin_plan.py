@@ -1,4 +1,4 @@
-"""What a plugin is, as data: which kernels run, in which order, on what, over which grid.
+"""The plan of a plugin, as data: which kernels run, in which order, on what, over which grid.
 
 The same plan is run by Python (runner.py: the tests, in Triton's interpreter or on a GPU) and, as
 tables compiled into the plugin library, by one C++ plugin class that serves every op. A new op is a

@@ -82,7 +82,7 @@ class Backend(Protocol):
 
 
 def devices() -> list[str]:
-    """What ``load(device=…)`` takes."""
+    """The names that ``load(device=…)`` takes."""
     return [*(name.replace("_", "-") for name in names(__name__)), *added(__name__)]
 
 

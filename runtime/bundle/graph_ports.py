@@ -1,4 +1,4 @@
-"""What a bundle's graphs must take and give, by the rest of its manifest.
+"""Ports that a bundle's graphs must have, by the rest of its manifest.
 
 The runtime feeds and reads them by this; a graph that differs, or a manifest, is refused before
 anything is loaded. What the graphs themselves say is compared when they are loaded.

@@ -41,7 +41,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Weight:
-    """Where a tensor lies: ``bytes`` of ``file`` from ``offset`` on, row-major."""
+    """Place of a tensor: ``bytes`` of ``file`` from ``offset`` on, row-major."""
 
     file: str
     offset: int
@@ -165,6 +165,6 @@ class Manifest:
         (folder / MANIFEST).write_text(self.text_form(), encoding="utf-8")
 
     def text_form(self) -> str:
-        """What lvlm.json holds."""
+        """The text of lvlm.json."""
         data = dataclasses.asdict(self) | {"schema": SCHEMA}
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""What a manifest must be, beyond the types of its fields: a true description of its graphs."""
+"""Checks of a manifest beyond the types of its fields: a true description of its graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading a bundle: a folder with graphs, weights, tokenizer and the manifest ``lvlm.json``.
+"""Reader of bundles: a folder with graphs, weights, tokenizer and the manifest ``lvlm.json``.
 
 Nothing in a bundle is trusted: every field has its type checked, every file is listed and has its
 recorded hash.
@@ -20,7 +20,7 @@ READABLE = (*OLD, SCHEMA)
 
 
 def bundle_path(bundle: object) -> Path:
-    """Where a bundle is, as a caller gives it. Raises ParameterError if that is no path."""
+    """The path of a bundle, as a caller gives it. Raises ParameterError if that is no path."""
     try:
         return Path(bundle)  # type: ignore[arg-type]
     except TypeError:

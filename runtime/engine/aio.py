@@ -165,11 +165,11 @@ class AsyncEngine:
             handle.cancel()
 
     def stats(self) -> EngineStats:
-        """What the engine is doing, in numbers."""
+        """Statistics of the engine so far."""
         return self.engine.stats()
 
     def memory(self) -> Memory:
-        """What the engine takes."""
+        """The memory the engine takes."""
         return self.engine.memory()
 
     async def _submit(

@@ -199,11 +199,11 @@ class Engine:
         return Stream(pieces(), lambda: handle.token_times, handle.cancel)
 
     def stats(self) -> EngineStats:
-        """What it is doing, in numbers."""
+        """Statistics of the engine so far."""
         return self._scheduler.stats()
 
     def memory(self) -> Memory:
-        """What it takes: the plan that was made before anything was allocated."""
+        """The memory it takes: the plan that was made before anything was allocated."""
         return self._memory
 
     # The steps of a call, for AsyncEngine, too

@@ -1,4 +1,4 @@
-"""What a caller is told of an exception in the middle of the work."""
+"""The error a caller gets for an exception in the middle of the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a caller holds of a request: its tokens as they come, its result, the way to cancel it."""
+"""Handle of a request: its tokens as they come, its result, the way to cancel it."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ class Handle:
 
     @property
     def text(self) -> str:
-        """What is final so far."""
+        """The final text so far."""
         return "".join(self._pieces)
 
     @property
     def token_ids(self) -> list[int]:
-        """What is chosen so far."""
+        """The token ids so far."""
         return list(self._tokens)
 
     @property

@@ -1,4 +1,4 @@
-"""How much memory an engine takes, and how many slots fit: arithmetic on the manifest alone."""
+"""Memory plan of an engine: its slots and their bytes, from the manifest alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def slot_capacity(
     keep: Keep | None,
     kv_keep: float | None,
 ) -> Capacity:
-    """What one slot holds: the bundle's capacity, or less for shorter prompts or lower ratios.
+    """Entries of one slot: the bundle's capacity, or less for shorter prompts or lower ratios.
 
     Raises ParameterError for more than the bundle was exported with.
     """

@@ -1,4 +1,4 @@
-"""When two prompts begin alike, images included, and when it pays to read only the rest."""
+"""Shared prefixes: when two prompts begin alike, images included, and when reuse pays."""
 
 from __future__ import annotations
 

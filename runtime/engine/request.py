@@ -17,7 +17,7 @@ from lvlm.runtime.prompt.text import TextStream
 
 
 class Caller(Protocol):
-    """Whoever asked, as the loop tells it what becomes of the request."""
+    """The caller of a request, which the loop tells of its progress."""
 
     @property
     def done(self) -> bool:
@@ -82,11 +82,11 @@ class Request:
 
     @property
     def next_token(self) -> int:
-        """What decode is to be fed."""
+        """The token to feed decode."""
         return self.feed[0] if self.feed else self.row.tokens[-1]
 
     def held_keys(self) -> np.ndarray:
-        """What the first entries of its row are: the prompt's tokens, then the answer's."""
+        """Keys of the first entries of its row: the prompt's tokens, then the answer's."""
         return np.concatenate([self.keys, np.array(self.row.tokens, np.int64)])
 
     def choose(self, logits: np.ndarray, eos_ids: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What an engine is doing, in numbers."""
+"""Statistics of an engine."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class EngineStats:
 
 
 class Meter:
-    """What is counted as it happens. The loop's thread writes, any thread reads."""
+    """Counters of an engine. The loop's thread writes, any thread reads."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock

@@ -1,4 +1,4 @@
-"""What is run for all running requests at once, and which of them a fault concerns."""
+"""Steps of all running requests at once, and which of them a fault concerns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where prompts are read: on a thread of their own, or where the backend cannot, at once."""
+"""Worker that reads prompts: on a thread of its own, or where the backend cannot, at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call gives: the answer and what it took, the stream of its pieces."""
+"""Answers of a call, what they took, and the stream of their pieces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Stats:
-    """What one answer took. Times cover the whole batch; bytes are of its cache.
+    """Statistics of one answer. Times cover the whole batch; bytes are of its cache.
 
     tokens_per_layer entered each block in prefill, kept_per_layer of them stayed in its cache.
     An engine also tells how long a request waited, and how many of its prompt's tokens lay in the

@@ -1,4 +1,4 @@
-"""What a caller asks: one prompt or a list of them, each with its images and videos."""
+"""Input of a call: one prompt or a list of them, each with its images and videos."""
 
 from __future__ import annotations
 

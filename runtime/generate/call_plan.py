@@ -34,7 +34,7 @@ class PromptCounts:
     limits: list[int]
 
     def of_row(self, row: int) -> dict[str, Any]:
-        """What Stats tell of one prompt."""
+        """The counts of one prompt for Stats."""
         entries = self.prefill.entries[:, row]
         image_tokens = sum(self.image_tokens[row])
         text_tokens = int(entries[0]) - image_tokens

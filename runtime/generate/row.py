@@ -14,7 +14,7 @@ from lvlm.runtime.sampling.sampler import Forced, Sampler, TokenScore
 
 @dataclass
 class Row:
-    """What became of one prompt so far. finish_reason: None while it runs.
+    """State of one prompt. finish_reason: None while it runs.
 
     ``limit`` is the number of new tokens it may have, ``position`` the true one of the next token.
     """

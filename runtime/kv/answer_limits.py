@@ -1,4 +1,4 @@
-"""How long an answer may be within a bundle's capacity: from counts, before anything is run."""
+"""Limits of an answer's length within a bundle's capacity, from counts, before anything is run."""
 
 from __future__ import annotations
 

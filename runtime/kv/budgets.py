@@ -1,4 +1,4 @@
-"""How many cache entries stay: every count of one call, from the manifest alone.
+"""Cache budgets: how many entries stay, every count of one call, from the manifest alone.
 
 The graphs rank entries and move them; how many stay is decided here, so that the host knows every
 length without asking the device. What is counted how is the policy's parts' own (shares.py,
@@ -20,7 +20,7 @@ from lvlm.runtime.policies.policy import CachePolicy
 
 @dataclass(frozen=True)
 class Budgets:
-    """How many entries each layer keeps.
+    """Cache budgets of a call: how many entries each layer keeps.
 
     ``fractions`` float64 [L,1], each layer's share, or [L,B] where rows have their own; ``keep``,
     the call's share of all entries. In what follows L are the layers, B the rows; counts are int64.

@@ -1,4 +1,4 @@
-"""How many image tokens stay where: what the host computes before a call, from the manifest alone.
+"""Counts of image tokens per block, computed on the host before a call, from the manifest alone.
 
 No shape in a graph depends on data: for every reduction the host computes the counts per image
 and gives lengths as the extents of index inputs.

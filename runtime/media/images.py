@@ -1,4 +1,4 @@
-"""Opening images: any source becomes an RGB array, of a size that is safe to work on."""
+"""Open images: any source becomes an RGB array, of a size that is safe to work on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoded image becomes: uint8 RGB, upright, transparency on white.
+"""Pixels of a decoded image: uint8 RGB, upright, transparency on white.
 
 It is converted band by band and turned in place, so that beside Pillow's own memory (4 bytes a
 pixel) only the result exists (3 bytes a pixel).

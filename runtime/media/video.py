@@ -1,4 +1,4 @@
-"""Opening videos: how long they are, and some of their frames as images.
+"""Open videos: how long they are, and some of their frames as images.
 
 Files are decoded by PyAV (extra ``video``). The frames are those that transformers'
 ``read_video_pyav`` gives: in the order of the file, not turned by a phone's rotation.

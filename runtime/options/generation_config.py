@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json says that changes which tokens are chosen."""
+"""The part of a checkpoint's generation_config.json that changes which tokens are chosen."""
 
 from __future__ import annotations
 

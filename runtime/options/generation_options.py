@@ -1,4 +1,4 @@
-"""How to answer: the name, kind and range of every option of a call, said once.
+"""Options of a call: the name, kind and range of each, said once.
 
 ``Model``, ``Engine`` and lvlm-run take the same ones. Nothing here needs numpy, so that a command's
 ``--help`` is quick; numpy's scalars are taken all the same.
@@ -28,7 +28,7 @@ Flag = Literal["integer", "number", "switch", "text", "texts", "ratios", "templa
 
 @dataclass(frozen=True)
 class Option:
-    """What an option takes: ``read`` gives the value as Python's own number, text or tuple, or
+    """Values of an option: ``read`` gives the value as Python's own number, text or tuple, or
     raises ValueError, TypeError or OverflowError; ``wanted`` says in a message what is taken.
     ``flag`` is the kind of the command line's flag, ``metavar`` what its value is called."""
 
@@ -133,7 +133,7 @@ def option(default: object, what: Option) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How to answer. Every value may be one of numpy's scalars; it is kept as Python's own.
+    """Options of a call. Every value may be one of numpy's scalars; it is kept as Python's own.
 
     Args:
         max_new_tokens: the most tokens that an answer has.

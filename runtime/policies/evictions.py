@@ -1,4 +1,4 @@
-"""When cache entries leave while an answer is written: a policy's decode part (policy.py).
+"""Evictions in decode: when cache entries leave while an answer is written (policy.py).
 
 Elimination one by one is Elastic Cache's fixed point (arXiv 2407.18121, section 3.3), or the oldest
 entry after the sinks (StreamingLLM, arXiv 2309.17453). In what follows L are the layers, B the

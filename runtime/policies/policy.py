@@ -1,4 +1,4 @@
-"""A cache policy: what decides which entries of the KV cache stay, composed of four parts.
+"""A cache policy: which entries of the KV cache stay, composed of four parts.
 
     CachePolicy = score x select x decode x budget      (and what is protected, and positions)
 
@@ -7,7 +7,7 @@ score    what ranks a layer's entries after prefill, and before each run of comp
            Window      that of the most recent queries, as it is or pooled over neighbouring
                        positions, of all heads together or of each key head on its own
            Recency     nothing is read: the newer, the better
-select   what becomes of the entries that do not stay: Evict, or Merge into their neighbours
+select   how the entries that do not stay are treated: Evict, or Merge into their neighbours
 decode   when an entry leaves while an answer is written (evictions.py)
            Append      never
            FixedPoint, Oldest    one by one, as soon as there is one too many
@@ -115,7 +115,7 @@ Budget = Uniform | Profile | Mixed | ReleasedUniform | ReleasedProfile
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """How the cache is kept short.
+    """A cache policy: which entries of the KV cache stay.
 
     sinks      first tokens, which always stay
     recent     last tokens, which stay when a prompt or an interval is compacted

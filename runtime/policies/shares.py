@@ -1,4 +1,4 @@
-"""How many cache entries a layer keeps: a policy's budget (policy.py).
+"""Budgets: how many cache entries a layer keeps (policy.py).
 
 Uniform budgets follow Elastic Cache (arXiv 2407.18121), budgets per layer PrefixKV (arXiv
 2412.03409). In what follows L are the layers, B the rows; counts are int64.
@@ -30,7 +30,7 @@ class ProfileRow:
 
 @dataclass(frozen=True)
 class Share:
-    """What all budgets have in common: a fraction ``keep`` of the entries stays (a call may ask for
+    """Base of all budgets: a fraction ``keep`` of the entries stays (a call may ask for
     less), and a layer never keeps more than ``cap``, if that is given."""
 
     keep: float
@@ -53,7 +53,7 @@ class Share:
         """ParameterError unless it is for a model of so many ``layers``."""
 
     def capped(self, entries: np.ndarray) -> np.ndarray:
-        """Of ``entries`` [L,B], what the cap leaves."""
+        """``entries`` [L,B] within the cap."""
         return entries if self.cap is None else np.minimum(entries, self.cap)
 
     def fractions(self, layers: int, keep: float) -> np.ndarray:

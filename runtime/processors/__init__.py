@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Processor(Protocol):
-    """What the runtime asks of an image processor. Without state: any thread may call it."""
+    """An image processor. Without state: any thread may call it."""
 
     name: ClassVar[str]
 

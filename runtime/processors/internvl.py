@@ -163,7 +163,7 @@ def normalise_config(
 
 
 def max_tokens(config: Mapping[str, object]) -> int:
-    """Of one image, by such a config."""
+    """The most tokens of one image by such a config."""
     most, each = config["max_tiles"], config["tile_tokens"]
     assert isinstance(most, int)
     assert isinstance(each, int)

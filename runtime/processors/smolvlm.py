@@ -223,7 +223,7 @@ def _longest_edge(kind: str, key: str, value: object) -> object:
 
 
 def max_tokens(config: Mapping[str, object]) -> int:
-    """Of one image, by such a config: of a square one."""
+    """The most tokens of one image by such a config: of a square one."""
     longest, side, each = config["longest_edge"], config["side"], config["tile_tokens"]
     assert isinstance(longest, int)
     assert isinstance(side, int)

@@ -1,4 +1,4 @@
-"""From a question and its images to what prefill takes: token ids, image places, images."""
+"""Prompts: from a question and its images to token ids, image places and prepared images."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Prompt:
 
     @property
     def next_position(self) -> int:
-        """Of the first new token, in all of the three that are ``aligned``."""
+        """Position of the first new token, in all of the three that are ``aligned``."""
         return int(self.aligned[..., -1].max()) + 1
 
 

@@ -1,4 +1,4 @@
-"""How much a chat template may do: work and characters, counted as it goes, refused beforehand.
+"""Limits on what a chat template does: work and characters, counted as it goes, refused beforehand.
 
 Every value that a template touches is weighed: a node of nested data costs 1, a string 1 and a
 little per character. What is made is counted before it exists, so that neither memory nor time can
@@ -27,7 +27,7 @@ class TemplateLimitError(Exception):
 
 
 class TemplateCost(NamedTuple):
-    """Of a value with all that is in it, as often as it is in it: depth of nesting, too."""
+    """Cost of a value with all that is in it, as often as it is in it: depth of nesting, too."""
 
     nodes: int
     characters: int
@@ -35,7 +35,7 @@ class TemplateCost(NamedTuple):
 
 
 class Budget:
-    """What is left of a rendering's work and characters."""
+    """The rest of a rendering's work and characters."""
 
     def __init__(self, work: int = WORK, characters: int = CHARACTERS) -> None:
         self._work, self._characters = work, characters

@@ -21,7 +21,7 @@ from lvlm.runtime.prompt.template_functions import (
 
 
 class Given(NamedTuple):
-    """What a filter or test is called with: the value, then its arguments; the value's weight."""
+    """Arguments of a filter or test: the value, then its arguments; the value's weight."""
 
     args: Sequence[Any]
     kwargs: Mapping[str, Any]

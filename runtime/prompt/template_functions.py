@@ -1,4 +1,4 @@
-"""What operators and calls of a template cost: paid before they run."""
+"""Costs of operators and calls of a template: paid before they run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What generation_config.json does to logits, as transformers' logits processors do it.
+"""Logits processors of generation_config.json, as transformers has them.
 
 Order and meaning are those of ``generate``: penalty, n-grams, bad words, shortest length, tokens
 that are suppressed. Source: transformers/generation/logits_process.py.

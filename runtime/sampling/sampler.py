@@ -16,7 +16,7 @@ from lvlm.runtime.sampling.logits_processors import LogitsProcessors
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """Settings by which tokens are chosen.
 
     ``temperature`` 0 (the default) takes the likeliest token; above 0 the logits are divided by it
     and a token is drawn. ``top_k`` draws from the k likeliest (0: all), ``top_p`` from the fewest
@@ -134,7 +134,7 @@ def check_finite(logits: npt.NDArray[np.floating]) -> None:
 def candidates(
     scores: npt.NDArray[np.float32], params: Sampling
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """What may be drawn from ``scores`` [vocab]: tokens [n] and their weights [n].
+    """Candidates to draw from ``scores`` [vocab]: tokens [n] and their weights [n].
 
     The temperature is above 0; the weights do not add up to 1. Tokens that tie with the k-th
     likeliest stay in, as in transformers.

@@ -1,4 +1,5 @@
-"""What this machine can run, and why not the rest: every finding that is bad says how to mend it.
+"""Diagnosis of this machine: what runs, and why not the rest; every bad finding says how to mend
+it.
 
 Packages are tried in a process of their own: one whose libraries are missing or broken may take
 its process with it.

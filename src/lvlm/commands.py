@@ -1,4 +1,4 @@
-"""Where the commands begin. Ctrl-C is seen to before anything else is imported."""
+"""Entry points of the commands. Ctrl-C is seen to before anything else is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What families have in common: checks of config.json, Llama-like text models."""
+"""Parts that families share: checks of config.json, Llama-like text models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What LLaVA and its kin share: CLIP or SigLIP tower, projector, Llama, Mistral or Qwen2 text."""
+"""Parts that LLaVA-like families share: CLIP or SigLIP tower, projector, Llama, Mistral or Qwen2
+text."""
 
 from __future__ import annotations
 

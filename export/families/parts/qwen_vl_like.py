@@ -1,4 +1,4 @@
-"""What the Qwen-VL families share: images at their own resolution, three rotary positions."""
+"""Parts that the Qwen-VL families share: images at their own resolution, three rotary positions."""
 
 from __future__ import annotations
 

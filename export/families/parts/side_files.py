@@ -1,4 +1,4 @@
-"""Reading the small files beside a checkpoint's weights."""
+"""The small files beside a checkpoint's weights, read."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def read_json(path: Path, *, required: bool = False) -> dict[str, Any]:
 
 
 def prompt_files(folder: Path, text_config: Any) -> PromptFiles:
-    """What transformers makes of a checkpoint's small files: the tokenizer with every token that
-    any of them lists, chat template, named special tokens, how tokens are chosen and when a text
-    ends. Raises CheckpointError."""
+    """The runtime's files from a checkpoint's small files as transformers reads them: the tokenizer
+    with every token that any of them lists, chat template, named special tokens, how tokens are
+    chosen and when a text ends. Raises CheckpointError."""
     for name in READ:
         read_json(folder / name)  # what cannot be read is named
     tokenizer = load_tokenizer(folder)

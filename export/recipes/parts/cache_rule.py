@@ -1,4 +1,4 @@
-"""What a cache policy does in a graph: one layer at a time, right after the layer.
+"""A cache policy in a graph: one layer at a time, right after the layer.
 
 The policy itself is data (runtime/policies/policy.py); here is the graph code of its scores and
 selections. Both the prefill graph and, where a policy compacts at intervals, compact.onnx are

@@ -1,4 +1,4 @@
-"""What the recipes share that compact the prompt once and then evict one entry at a time.
+"""Parts shared by the recipes that compact the prompt once and then evict one entry at a time.
 
 After prefill an entry leaves whenever the cache exceeds its share: the one at the fixed point,
 ``distance`` before the end of what was kept of the prompt (arXiv 2407.18121, section 3.3).

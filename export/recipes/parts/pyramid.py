@@ -29,7 +29,7 @@ class Pyramid(TokenReduction):
 
     schedule    fraction of the original tokens left after each; None: keep ** (i / n)
     importance  what scores the tokens in the block before: the last prompt token, or the text
-    merge       what becomes of discarded tokens; ``recycle``: the fraction of the kept ones that
+    merge       how discarded tokens are treated; ``recycle``: the fraction of the kept ones that
                 are centres, of which each absorbs at most ``absorb``
     """
 

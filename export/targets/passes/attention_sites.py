@@ -1,4 +1,4 @@
-"""Where a decode graph attends over a cache: the standard nodes that belong to one attention."""
+"""Attention over a cache in a decode graph: the standard nodes that belong to one attention."""
 
 from __future__ import annotations
 

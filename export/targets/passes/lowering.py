@@ -1,4 +1,4 @@
-"""From a canonical graph to one that a target's parser takes: which passes, and in which order."""
+"""Lowering of a canonical graph to one that a target's parser takes: the passes and their order."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ SHORT = ("out of memory", "failed to allocate", "bad_alloc", "bad allocation", "
 
 
 class HostMemory:
-    """What backends whose buffers are numpy arrays have in common."""
+    """Base of backends whose buffers are numpy arrays."""
 
     def room(self) -> int | None:
         """The machine's memory: the system gives it when it is first written, and ends a program

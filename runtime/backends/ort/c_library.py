@@ -77,7 +77,7 @@ FATAL = 4  # what is logged: errors are raised, and a request that is cancelled 
 
 
 class OrtError(Exception):
-    """What ONNX Runtime says went wrong."""
+    """An error that ONNX Runtime reports."""
 
 
 def find_library() -> Path | None:

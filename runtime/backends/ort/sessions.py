@@ -22,7 +22,7 @@ Place = tuple[str, tuple[int, ...], int]  # device, shape, address
 
 
 class OnnxRuntime(host.HostMemory):
-    """What the backends of ONNX Runtime share. Buffers are bound by address.
+    """Base of the backends of ONNX Runtime. Buffers are bound by address.
 
     ``providers`` in order of preference, by name or as (name, options); the first one must start,
     or loading is an error.

@@ -109,7 +109,8 @@ class PinnedBlock:
 
 
 class CapturedGraph:
-    """What ``enqueue`` puts into the stream, to be repeated without its cost on the host."""
+    """A CUDA graph of what ``enqueue`` puts into the stream, repeated without its cost on the
+    host."""
 
     def __init__(self, driver: Driver, enqueue: Callable[[], None]) -> None:
         self.driver, self.handle = driver, driver.capture(enqueue)

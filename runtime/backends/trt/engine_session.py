@@ -60,7 +60,7 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Shared:
-    """What all engines of a backend have in common; ``log`` remembers TensorRT's errors."""
+    """State shared by all engines of a backend; ``log`` remembers TensorRT's errors."""
 
     trt: Any
     driver: Driver

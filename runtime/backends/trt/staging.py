@@ -1,4 +1,4 @@
-"""Where what changes at each call crosses: pinned host memory, and as much of the device's."""
+"""Staging of what changes at each call: pinned host memory, and as much of the device's."""
 
 from __future__ import annotations
 

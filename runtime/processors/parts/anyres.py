@@ -38,7 +38,7 @@ MAX_RESOLUTIONS = 64
 
 
 class Tiles:
-    """How images are cut.
+    """The cutting of images into tiles.
 
     ``config``: ``side`` of a tile in pixels and ``patches`` along it; ``resolutions`` [[H,W]] of
     whole tiles; ``resample`` Pillow's filter number; ``rescale_factor``, and ``mean`` and ``std``

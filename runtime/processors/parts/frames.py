@@ -1,4 +1,5 @@
-"""What the processors that take videos share: which frames, the config, and words for numbers."""
+"""Parts shared by the processors that take videos: which frames, the config, and words for
+numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ MAX_FRAMES = 999  # of a video in a prompt
 
 
 class VideoProcessor(Protocol):
-    """What a processor does with a video; its attribute ``video``.
+    """The part of a processor that takes videos; its attribute ``video``.
 
     token       stands for a video in a prompt
     template    chat template of prompts with videos, None: the bundle's own

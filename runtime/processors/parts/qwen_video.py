@@ -37,7 +37,7 @@ _PIXELS = 1_000_000_000
 
 
 class Patches(Protocol):
-    """What a video asks of the processor of images."""
+    """The part of the image processor that videos need."""
 
     patch: int
     merge: int

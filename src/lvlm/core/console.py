@@ -1,4 +1,4 @@
-"""What all commands share: mistakes as one line, exit statuses, flags with suggestions."""
+"""Parts shared by all commands: mistakes as one line, exit statuses, flags with suggestions."""
 
 from __future__ import annotations
 

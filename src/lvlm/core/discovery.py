@@ -67,7 +67,7 @@ def discover(package: str, attribute: str) -> dict[str, Any]:
 
 @cache
 def added(package: str) -> dict[str, EntryPoint]:
-    """What installed packages of others add to ``package``, by the entry points' names."""
+    """Additions of installed packages to ``package``, by the entry points' names."""
     if package not in GROUPS:
         return {}
     from importlib.metadata import entry_points
@@ -76,7 +76,7 @@ def added(package: str) -> dict[str, EntryPoint]:
 
 
 def loaded(point: EntryPoint) -> Any:
-    """What an entry point names. Raises ParameterError if it cannot be imported."""
+    """The object that an entry point names. Raises ParameterError if it cannot be imported."""
     try:
         return point.load()
     except Exception as error:  # code of others

@@ -1,4 +1,4 @@
-"""How to install this package with its extras: one place for what every message says.
+"""Commands that install this package with its extras: one place for what every message says.
 
 Nothing is published on a package index, so a name alone cannot be installed: the command names what
 this installation came from, a checkout or a wheel, where that is still there.

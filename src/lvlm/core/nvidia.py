@@ -1,4 +1,4 @@
-"""What the NVIDIA driver says of itself and its GPUs, asked through its own library alone.
+"""Facts about the NVIDIA driver and its GPUs, through the driver's own library alone.
 
 No CUDA toolkit and no Python binding is needed, and none is imported.
 """

@@ -1,4 +1,4 @@
-"""Opening a file that somebody named, whatever kind of file it is."""
+"""Open a file that somebody named, whatever kind of file it is."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def temporary_sibling(output: Path, error: type[LvlmError]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path, error: type[LvlmError]) -> Iterator[Path]:
-    """Where to write what becomes ``path`` at the end, if nothing was raised.
+    """A path to write to, renamed to ``path`` at the end if nothing was raised.
 
     Raises ``error`` for what the file system refuses, also within the body.
     """

@@ -1,4 +1,4 @@
-"""What the exporter is doing, on standard error: stage, what, elapsed, bytes."""
+"""Progress of the exporter on standard error: stage, what, elapsed, bytes."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ MOST_BYTES = 64 << 20  # of a file; the manifest of a 7B model has 1 MB
 
 
 def read_json(path: Path) -> Any:
-    """What a file holds. Raises BundleError if it is not JSON, or far too large for it."""
+    """The JSON of a file. Raises BundleError if it is not JSON, or far too large for it."""
     try:
         with path.open("rb") as file:
             content = file.read(MOST_BYTES + 1)

@@ -1,4 +1,4 @@
-"""What is installed, by the name that the package index knows."""
+"""The installed version, by the name that the package index knows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ DISTRIBUTION = "lvlm-deploy"
 
 
 def version() -> str:
-    """Of the installed distribution; ``unknown`` where sources are run that are not installed."""
+    """Version of the installed distribution; ``unknown`` where sources are run that are not
+    installed."""
     from importlib import metadata  # takes a while, which --help has no use for
 
     try:
