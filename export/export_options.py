@@ -20,7 +20,7 @@ BLOCK = 32  # of quantized weights; docs/notes/quantization.md: what was tried
 @dataclass(frozen=True)
 class ExportOptions:
     """Options of an export. ``dtype`` None: as the checkpoint has it (its config.json); ``weights``
-    None: the language model's products are of ``dtype``, too; ``cache`` None: so is the cache;
+    None: the language model's linear layers are of ``dtype``, too; ``cache`` None: so is the cache;
     ``max_image_tokens`` None: images give as many tokens as the checkpoint says."""
 
     model: str

@@ -109,7 +109,7 @@ def _weights(plan: ExportPlan) -> dict[str, int] | None:
 
 def _quantized(plan: ExportPlan) -> str:
     how = plan.options.quantization
-    return "" if how is None else f", products as int{how.bits} in blocks of {how.block}"
+    return "" if how is None else f", linear layers as int{how.bits} in blocks of {how.block}"
 
 
 def _cache(plan: ExportPlan) -> str:

@@ -30,7 +30,7 @@ from gpu_compare import FAILED, OPS, converted, difference, ran, run_calls
 from gpu_times import timings
 
 from lvlm.core.progress import Progress
-from lvlm.plugins_trt.plugins import library_build as build
+from lvlm.plugins_trt.plugins import library_build
 from lvlm.plugins_trt.plugins.library_harness import Harness, read_outputs
 from lvlm.plugins_trt.plugins.registry import plugins
 
@@ -121,7 +121,7 @@ def _harness(args: argparse.Namespace, work: Path) -> Harness:
     if folder is None:
         folder = work / "library"
         _build(args, folder, work)
-    return Harness(folder / build.LIBRARY, folder / build.HARNESS)
+    return Harness(folder / library_build.LIBRARY, folder / library_build.HARNESS)
 
 
 def _build(args: argparse.Namespace, folder: Path, work: Path) -> None:
@@ -134,23 +134,25 @@ def _build(args: argparse.Namespace, folder: Path, work: Path) -> None:
             check=True,
             env=os.environ | {"PYTHON": sys.executable},
         )
-    headers = build.Headers(root)
+    headers = library_build.Headers(root)
     chosen = [plugins()[name] for name in args.ops]
-    build.build_library(
+    library_build.build_library(
         chosen, [args.arch], folder, headers=headers, jobs=args.jobs,
-        progress=Progress(build.STAGES),
+        progress=Progress(library_build.STAGES),
     )  # fmt: skip
-    build.run_cmake(folder / "source", folder / "build", build.HARNESS, headers, args.jobs)
-    shutil.copy(folder / "build" / build.HARNESS, folder)
+    library_build.run_cmake(
+        folder / "source", folder / "build", library_build.HARNESS, headers, args.jobs
+    )
+    shutil.copy(folder / "build" / library_build.HARNESS, folder)
 
 
 def _fake_driver(work: Path, arch: int) -> dict[str, str]:
-    include = build.triton_headers()
+    include = library_build.triton_headers()
     assert include is not None, "Triton comes without CUDA's headers"
     subprocess.run(
         [
             *("c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-isystem", str(include / "include")),
-            *(str(build.SHELL / "test/fake_cuda.cpp"), "-o", str(work / "libcuda.so.1")),
+            *(str(library_build.SHELL / "test/fake_cuda.cpp"), "-o", str(work / "libcuda.so.1")),
         ],
         check=True,
     )

@@ -19,7 +19,7 @@ from settings import ASSETS
 
 from lvlm.core.discovery import discover
 from lvlm.core.progress import Progress
-from lvlm.export import export_plan as planning
+from lvlm.export import export_plan
 from lvlm.export import exporter
 from lvlm.export.checkpoint.model_shape import default_dtype
 from lvlm.export.export_options import ExportOptions
@@ -105,7 +105,7 @@ def make_bundle(
         if not output.exists():
             known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
             parsed = parse_settings(discover("lvlm.export.recipes", "RECIPE")[recipe], settings)
-            plan = planning.make_plan(
+            plan = export_plan.make_plan(
                 ExportOptions(
                     model=str(checkpoint),
                     recipe=parsed,

@@ -67,8 +67,7 @@ def _measure(
     import tempfile
     from datetime import UTC, datetime
 
-    from lvlm.bench import bench_report as report
-    from lvlm.bench import machine
+    from lvlm.bench import bench_report, machine
     from lvlm.bench.rounds import measure
     from lvlm.bench.workload import PromptWriter, prompt_maker, work
 
@@ -92,13 +91,13 @@ def _measure(
     with tempfile.TemporaryDirectory(prefix="lvlm-bench-") as logs:
         results = measure(contenders, sources, first.folder, writer, plan, Path(logs), progress)
     if args.json:
-        report.write(args.json, report.as_json(results, plan, about, run))
+        bench_report.write(args.json, bench_report.as_json(results, plan, about, run))
     if args.plot:
         from lvlm.bench.bench_plot import draw
 
         draw(args.plot, results, plan.cases)
     if not args.quiet:
-        print(report.markdown(results, plan, about), end="")
+        print(bench_report.markdown(results, plan, about), end="")
     failed = [result.error for result in results if result.error is not None]
     for error in failed:
         print(f"lvlm-bench: error: {error}", file=sys.stderr)

@@ -14,7 +14,7 @@ from lvlm.core.discovery import discover, nearest
 from lvlm.core.errors import ParameterError
 from lvlm.core.integrity import sha256_of
 from lvlm.core.progress import Progress
-from lvlm.export import export_plan as planning
+from lvlm.export import export_plan
 from lvlm.export.budgets.prefix_profiles import model_hash
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.export_options import ExportOptions
@@ -163,7 +163,7 @@ def make(orders: Sequence[Order], progress: Progress) -> list[Bundle]:
             except OSError as error:
                 reason = error.strerror or error
                 raise ResultsError(f"{wanted.folder} cannot be made: {reason}") from None
-            plan = planning.make_plan(wanted.options)
+            plan = export_plan.make_plan(wanted.options)
             export(plan, Progress(0, quiet=True))
             stage.result = wanted.folder.name
     return [Bundle.read(wanted.folder, wanted.label) for wanted in orders]

@@ -162,7 +162,7 @@ def load_fp32(
 ) -> nn.Module:
     """The whole model, computing in fp32 with its weights rounded to the bundle's dtype.
 
-    Weights of large products stay in their files (stored_weights.py).
+    Weights of large linear layers stay in their files (stored_weights.py).
     """
     model = build_shape(family, config, torch.float32)
     leaves = leaves_of(family)

@@ -142,7 +142,7 @@ class Mapped(OnnxRuntime):
         # Beyond basic, casts of weights are folded into copies; the arena would keep every cast
         options.graph_optimization_level = self.ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.enable_cpu_mem_arena = False
-        # In the other order every cast comes first, before any product takes its result
+        # In the other order every cast comes first, before any MatMul takes its result
         options.execution_order = self.ort.ExecutionOrder.PRIORITY_BASED
         options.add_session_config_entry("session.disable_prepacking", "1")
         # Threads of many sessions would spin against each other's, and against torch's

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 
 def let_quantized_wait(model: ir.Model) -> None:
-    """Every DequantizeLinear of a weight runs when its product is next: its scales wait."""
+    """Every DequantizeLinear of a weight runs when its MatMul is next: its scales wait."""
     graph = model.graph
     for node in list(graph):
         scales = node.inputs[1] if node.op_type == "DequantizeLinear" else None

@@ -49,7 +49,7 @@ def _cast_where_read(graph: ir.Graph, weight: ir.Value, narrow: ir.DataType) -> 
         for use in takers:
             use.node.replace_input_with(use.idx, cast.outputs[0])
     for number, use in enumerate(u for u in uses if u.node not in found):
-        # One for each use: as many weights in fp32 at a time as one product takes
+        # One for each use: as many weights in fp32 at a time as one MatMul takes
         name = f"{weight.name}_wide_{number}"
         before, source = waiting(weight, beside(use.node, weight), name)
         cast = _cast(source, name)

@@ -64,15 +64,17 @@ def run(args: argparse.Namespace) -> int:
             raise ParameterError(f"{flag} {folder}: there is no include/{header} in it")
     plugins = _plugins()
 
-    from lvlm.plugins_trt.plugins import library_build as build
+    from lvlm.plugins_trt.plugins import library_build
 
-    stages = build.STAGES - bool(args.sources_only)
+    stages = library_build.STAGES - bool(args.sources_only)
     progress = Progress(stages, quiet=args.quiet)
     if args.sources_only:
-        made = build.make_sources(plugins, archs, args.output, jobs=args.jobs, progress=progress)
+        made = library_build.make_sources(
+            plugins, archs, args.output, jobs=args.jobs, progress=progress
+        )
     else:
-        headers = build.Headers(args.tensorrt_root, args.cuda_root)
-        made = build.build_library(
+        headers = library_build.Headers(args.tensorrt_root, args.cuda_root)
+        made = library_build.build_library(
             plugins, archs, args.output, headers=headers, jobs=args.jobs, progress=progress
         )
     print(made)

@@ -121,7 +121,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The language model's products are stored in ``bits``, with a scale per ``block`` inputs."""
+    """Storage of the model's linear layers: ``bits``, with a scale per ``block`` inputs."""
 
     bits: int
     block: int

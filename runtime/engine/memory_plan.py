@@ -112,7 +112,7 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
     of which keeps what it took once.
 
     ONNX Runtime's CPU kernels take attention in tiles, so it grows with the tokens and not with
-    their square: by 8 to 10 rows of a graph's widest product, on two shapes (docs/engine.md).
+    their square: by 8 to 10 rows of a graph's widest MatMul, on two shapes (docs/engine.md).
     """
     text = manifest.text
 

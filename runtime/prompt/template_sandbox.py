@@ -21,8 +21,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from lvlm.runtime.prompt import template_filters as filters
-from lvlm.runtime.prompt import template_functions as functions
+from lvlm.runtime.prompt import template_filters, template_functions
 from lvlm.runtime.prompt.template_budget import budget
 
 SOURCE = 200_000  # characters of a template, and
@@ -54,8 +53,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             extensions=[_Generation, jinja2.ext.loopcontrols],
             finalize=_output,
         )
-        self.filters: dict[str, Callable[..., Any]] = filters.filters(self.filters) | _OWN  # type: ignore[arg-type,assignment]
-        self.tests: dict[str, Callable[..., Any]] = filters.tests(self.tests)  # type: ignore[arg-type,assignment]
+        self.filters: dict[str, Callable[..., Any]] = template_filters.filters(self.filters) | _OWN  # type: ignore[arg-type,assignment]
+        self.tests: dict[str, Callable[..., Any]] = template_filters.tests(self.tests)  # type: ignore[arg-type,assignment]
         for name in ("lipsum", "dict", "namespace"):
             del self.globals[name]
         self.globals.update({"dict": _Dict(), "namespace": _Namespace})
@@ -94,13 +93,13 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        functions.pay_operator(operator, left, right)
-        return functions.checked(super().call_binop(context, operator, left, right))
+        template_functions.pay_operator(operator, left, right)
+        return template_functions.checked(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        args = tuple(functions.plain(args))
-        functions.pay_call(__obj, args, kwargs)
-        return functions.checked(super().call(__context, __obj, *args, **kwargs))
+        args = tuple(template_functions.plain(args))
+        template_functions.pay_call(__obj, args, kwargs)
+        return template_functions.checked(super().call(__context, __obj, *args, **kwargs))
 
     def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if name in _OWN:  # map() calls filters by name
@@ -110,7 +109,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         if super().wrap_str_format(value) is None:
             return None
-        return functions.bounded_format(self, value)
+        return template_functions.bounded_format(self, value)
 
 
 class _Namespace(Namespace):
@@ -163,7 +162,7 @@ _EACH, _STEP, _LOOKED, _TAKEN, _JOINED = "each()", "step()", "looked()", "taken(
 
 def _output(value: object) -> object:
     """What ``{{ }}`` prints."""
-    return functions.printed(value)
+    return template_functions.printed(value)
 
 
 def _each(value: Any, cost: int) -> Any:
@@ -192,11 +191,11 @@ def _looked(value: Any) -> Any:
 
 def _taken(value: Any) -> Any:
     """What a slice made."""
-    return functions.checked(value)
+    return template_functions.checked(value)
 
 
 def _joined(values: tuple[Any, ...]) -> str:
-    return "".join([str(functions.printed(value)) for value in values])
+    return "".join([str(template_functions.printed(value)) for value in values])
 
 
 def _at_run_time(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,8 +11,7 @@ from parity_tools import ROWS, make_reference
 
 import lvlm
 from lvlm.core import discovery
-from lvlm.export import export_cli as cli
-from lvlm.export import listings, recipes
+from lvlm.export import export_cli, listings, recipes
 from lvlm.export.recipes.recipe import parse_settings
 from lvlm.runtime.policies.evictions import Oldest
 from lvlm.runtime.policies.policy import CachePolicy, Merge, Window
@@ -75,7 +74,7 @@ def test_a_recipe_in_a_file_of_its_own(
     given = ["kv_keep=1.0", "last=4"]
     settings = [word for setting in given for word in ("--set", setting)]
     flags = ["-m", str(model), "-r", "glance", *settings, "-o", str(out), "-q", "--no-validate"]
-    assert cli.main(flags) == 0
+    assert export_cli.main(flags) == 0
     reference = make_reference(model, "glance", *given)
     text, images = ROWS[0]
     with lvlm.load(out) as bundle:
@@ -106,7 +105,7 @@ def test_merging_combines_with_it(file: Path, capsys: pytest.CaptureFixture[str]
         (["kv=glance", "kv.last=0"], "window is 0; give an integer of 1 or more"),
         (["kv=glanse"], "did you mean glance"),
     ):
-        assert cli.main([*flags, *(word for one in more for word in ("--set", one))]) == 2
+        assert export_cli.main([*flags, *(word for one in more for word in ("--set", one))]) == 2
         error = capsys.readouterr().err
         assert said in error
         assert error.count("\n") == 1

@@ -19,7 +19,7 @@ from filelock import FileLock
 from lvlm.core.discovery import discover
 from lvlm.core.progress import Progress
 from lvlm.export.ops.op import Op, OpSample
-from lvlm.plugins_trt.plugins import library_build as build
+from lvlm.plugins_trt.plugins import library_build
 from lvlm.plugins_trt.plugins.kernel_compiler import Compiled, compile_kernels
 from lvlm.plugins_trt.plugins.kernels import Kernel, all_kernels
 from lvlm.plugins_trt.plugins.library_harness import Harness, fields_of, inputs_of, write_case
@@ -130,10 +130,12 @@ def _build(folder: Path, headers: Path) -> None:
     compiled = compile_kernels(own, EXAMPLE_ARCHS, jobs=1, progress=progress)
     compiled |= compile_kernels(all_kernels(ops, (OPS_FLOAT,)), [OPS_ARCH], jobs=1,
                                 progress=progress)  # fmt: skip
-    build.copy_shell(folder / "source")
+    library_build.copy_shell(folder / "source")
     write_sources(folder / "source", [*ops, *TEST_PLUGINS], compiled)
-    for target in ("lvlm_plugins", build.HARNESS):
-        build.run_cmake(folder / "source", folder / "build", target, build.Headers(headers), 1)
+    for target in ("lvlm_plugins", library_build.HARNESS):
+        library_build.run_cmake(
+            folder / "source", folder / "build", target, library_build.Headers(headers), 1
+        )
     _fake(folder)
     (folder / "parameters").write_text("\n".join(map(_parameters, compiled.items())))
     (folder / "compiled").write_bytes(pickle.dumps(compiled))
@@ -141,12 +143,16 @@ def _build(folder: Path, headers: Path) -> None:
 
 def _fake(folder: Path) -> None:
     (folder / "fake").mkdir(exist_ok=True)
-    include = build.triton_headers()
+    include = library_build.triton_headers()
     assert include is not None
     subprocess.run(
         [
             *(os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC"),
-            *("-isystem", str(include / "include"), str(build.SHELL / "test/fake_cuda.cpp")),
+            *(
+                "-isystem",
+                str(include / "include"),
+                str(library_build.SHELL / "test/fake_cuda.cpp"),
+            ),
             *("-o", str(folder / "fake/libcuda.so.1")),
         ],
         check=True,

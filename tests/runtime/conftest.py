@@ -14,7 +14,6 @@ from fake_tensorrt import FakeDriver, FakeTensorRt
 
 import lvlm
 from lvlm.core import nvidia
-from lvlm.runtime.backends.trt import driver as _cuda
 from lvlm.runtime.model import Model
 from lvlm.runtime.sampling.sampler import Sampler
 
@@ -22,7 +21,7 @@ from lvlm.runtime.sampling.sampler import Sampler
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     driver = FakeDriver()
-    monkeypatch.setattr(_cuda, "open_driver", lambda: driver)
+    monkeypatch.setattr("lvlm.runtime.backends.trt.driver.open_driver", lambda: driver)
     return driver
 
 

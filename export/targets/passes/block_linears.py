@@ -24,7 +24,7 @@ def has_quantized_weights(path: Path) -> bool:
 
 
 def use_block_linears(model: ir.Model) -> int:
-    """Exchange products over dequantized weights for MatMulNBits where that is faster; how many.
+    """Exchange MatMuls over dequantized weights for MatMulNBits where that is faster; how many.
 
     Precondition: weights as quantize_linears.py has them. What spread them stays, unused.
     """
@@ -53,7 +53,7 @@ def use_block_linears(model: ir.Model) -> int:
 
 
 def _spread(node: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear whose result is the second input of a product."""
+    """The DequantizeLinear whose result is the second input of a MatMul."""
     if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
         return None
     value = node.inputs[1]

@@ -1,4 +1,4 @@
-"""Matrix products in fp16 for GPUs that have no others, wherever a graph multiplies in fp32."""
+"""MatMuls in fp16 for GPUs that have no others, wherever a graph multiplies in fp32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TINY = 1e-30  # what a row of zeros is divided by
 
 
 def fp16_matmuls(model: ir.Model) -> int:
-    """Multiply fp16 operands instead of fp32 ones, in functions and loops too; how many products.
+    """Multiply fp16 operands instead of fp32 ones, in functions and loops too; how many MatMuls.
 
     Every row of the first and every column of the second operand is divided by its largest number
     and the product multiplied by both: no sum of up to 65,504 terms overflows. What is not finite

@@ -158,7 +158,7 @@ def _check_known(node: ir.Node, opset: int) -> None:
 
 
 def decompose_attention(model: ir.Model, kept: Collection[str] = (), row_heads: int = 1) -> int:
-    """Replace Attention by matrix products and a softmax in fp32, but for data types in ``kept``;
+    """Replace Attention by MatMuls and a softmax in fp32, but for data types in ``kept``;
     of one query row also there, with fewer heads than ``row_heads``. Returns how many there were.
 
     Precondition: 4-D inputs with static head counts, no cache inputs.

@@ -1,4 +1,4 @@
-"""Products with several weights side by side, taken apart again.
+"""MatMuls with several weights side by side, taken apart again.
 
 TensorRT-RTX 1.7 fails on some graphs with them (Myelin: "uses before defs", or the builder ends the
 process). Each part reads its columns of the stored weight, which the builder folds.
@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 
 def split_linears(model: ir.Model) -> None:
-    """Turn every Split of a product with a constant (and bias) into products with the parts."""
+    """Turn every Split of a MatMul with a constant (and bias) into MatMuls with the parts."""
     for split in list(model.graph):
         if split.op_type != "Split" or split.domain or len(split.inputs) < 1:
             continue

@@ -1,7 +1,7 @@
 """ONNX Runtime's C library, for what its Python package has no call for: sessions that share their
 packed weights.
 
-For fast products ONNX Runtime packs each weight anew, a copy per session. Sessions made with one
+For fast MatMuls ONNX Runtime packs each weight anew, a copy per session. Sessions made with one
 container keep one copy of what they have in common. The library lies in the package itself; its
 functions are found by their place in the table ``OrtApi``, to which versions only append.
 """

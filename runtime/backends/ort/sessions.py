@@ -10,7 +10,7 @@ import numpy as np
 
 from lvlm.core.errors import BackendError
 from lvlm.runtime.backends import Buffer, Session
-from lvlm.runtime.backends.host import buffers as host
+from lvlm.runtime.backends.host import buffers
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 
 ONNX_BF16 = 16  # TensorProto.BFLOAT16: numpy has no type to say it with
@@ -21,7 +21,7 @@ Provider = str | tuple[str, dict[str, Any]]
 Place = tuple[str, tuple[int, ...], int]  # device, shape, address
 
 
-class OnnxRuntime(host.HostMemory):
+class OnnxRuntime(buffers.HostMemory):
     """Base of the backends of ONNX Runtime. Buffers are bound by address.
 
     ``providers`` in order of preference, by name or as (name, options); the first one must start,
@@ -145,7 +145,7 @@ def with_repeats(outputs: Mapping[str, Buffer], given: Sequence[str]) -> dict[st
 
 def failure(error: Exception, what: str) -> BackendError:
     """The error to raise for ONNX Runtime's."""
-    return host.failure(error, what, str(error).partition("\n")[0])
+    return buffers.failure(error, what, str(error).partition("\n")[0])
 
 
 def _place(buffer: Buffer) -> Place:

@@ -14,7 +14,7 @@ from lvlm.core.errors import BackendError, DeviceMemoryError, ParameterError
 from lvlm.core.installing import install
 from lvlm.core.integrity import sha256_of
 from lvlm.runtime.backends import host_dtype, require
-from lvlm.runtime.backends.trt import driver as cuda
+from lvlm.runtime.backends.trt import driver
 from lvlm.runtime.backends.trt.driver import DeviceArray, DeviceBuffer
 from lvlm.runtime.backends.trt.engine_session import EngineSession, Shared, Workspace
 from lvlm.runtime.backends.trt.engine_weights import Weights
@@ -37,7 +37,7 @@ class TensorRtBackend:
         if threads is not None:
             raise ParameterError(f"device {name} takes no number of threads; leave --threads out")
         self.name = name
-        self.driver = cuda.open_driver()
+        self.driver = driver.open_driver()
         self.trt = require(name.replace("-", "_"), install(name))
         self.log = _logger(self.trt)
         self.runtime = self.trt.Runtime(self.log)
@@ -128,8 +128,8 @@ class TensorRtBackend:
         if "out of memory" in " ".join(self.log.errors).lower():
             free = self.driver.free_memory()
             raise DeviceMemoryError(
-                f"{file} needs about {cuda.in_mib(file.stat().st_size)} of GPU memory, "
-                f"{cuda.in_mib(free)} are free; close what else uses the GPU, or export with a "
+                f"{file} needs about {driver.in_mib(file.stat().st_size)} of GPU memory, "
+                f"{driver.in_mib(free)} are free; close what else uses the GPU, or export with a "
                 "smaller --dtype",
                 free,
             )

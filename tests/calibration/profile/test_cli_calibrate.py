@@ -21,8 +21,7 @@ from lvlm.calibration.profile.calibrate_cli import main
 from lvlm.core.installing import install
 from lvlm.core.progress import Progress, Stage, duration
 from lvlm.export import estimates
-from lvlm.export.budgets import measuring as calibration
-from lvlm.export.budgets import recording
+from lvlm.export.budgets import measuring, recording
 from lvlm.export.budgets.prefix_profiles import check_profile, model_hash, read_profile
 from lvlm.main import main as lvlm_main
 
@@ -125,14 +124,14 @@ def test_the_same_command_goes_on_after_an_interrupt(
     assert run(capsys, "-m", MODEL, "--data", data, "-o", whole, "-q")[0] == 0
     out = tmp_path / "p.json"
     with monkeypatch.context() as patch:
-        patch.setattr(calibration, "record_importances", record)
+        patch.setattr(measuring, "record_importances", record)
         code, _, err = run(capsys, "-m", MODEL, "--data", data, "-o", out)
     assert code == 130
     assert "the same command goes on from here" in err
     assert (tmp_path / "p.json.partial.jsonl").exists()
     assert not out.exists()
     read.clear()
-    monkeypatch.setattr(calibration, "record_importances", record)
+    monkeypatch.setattr(measuring, "record_importances", record)
     code, _, err = run(capsys, "-m", MODEL, "--data", data, "-o", out)
     assert code == 0, err
     assert len(read) == 1

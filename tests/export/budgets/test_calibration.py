@@ -18,9 +18,7 @@ from transformers import AutoModelForImageTextToText
 import lvlm
 from lvlm.core.discovery import discover
 from lvlm.core.errors import CheckpointError, ImageError, ParameterError, PromptError
-from lvlm.export.budgets import measuring as calibration
-from lvlm.export.budgets import recording
-from lvlm.export.budgets import sample_prompts as prompting
+from lvlm.export.budgets import measuring, recording, sample_prompts
 from lvlm.export.budgets.calibration_samples import CalibrationSample, builtin_samples
 from lvlm.export.budgets.measuring import calibrate
 from lvlm.export.budgets.prefix_profiles import ModelId, Profile, RecipeId
@@ -53,12 +51,12 @@ def load(folder: Path, used: Recipe) -> Reference:
 
 
 def prompts(folder: Path, count: int) -> list[Prompt]:
-    maker = prompting.prompt_maker(*open_folder(folder))
+    maker = sample_prompts.prompt_maker(*open_folder(folder))
     samples = [
         *builtin_samples()[: count - 1],
         CalibrationSample((), "How often does 7 appear?", "text"),
     ]
-    return [prompting.prepare(maker, sample) for sample in samples]
+    return [sample_prompts.prepare(maker, sample) for sample in samples]
 
 
 def attention(folder: Path, prompt: Prompt) -> list[np.ndarray]:
@@ -116,10 +114,10 @@ def test_importances_under_merging_are_of_the_shorter_sequence() -> None:
 def test_prompts_equal_those_of_a_bundle(
     name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
-    maker = prompting.prompt_maker(*open_folder(checkpoint(name)))
+    maker = sample_prompts.prompt_maker(*open_folder(checkpoint(name)))
     with lvlm.load(bundle(name, max_images=2)) as model:
         for sample in (*builtin_samples()[:2], CalibrationSample((), "Hello", "text")):
-            ours = prompting.prepare(maker, sample)
+            ours = sample_prompts.prepare(maker, sample)
             theirs = model.prepare(0, sample.prompt, sample.images, GenerationOptions())
             assert list(ours.ids) == list(theirs.ids)
             np.testing.assert_array_equal(ours.image_id, theirs.image_id)
@@ -129,12 +127,12 @@ def test_prompts_equal_those_of_a_bundle(
 def test_prompts_without_a_chat_template(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint("tiny-llava"), tmp_path / "model"))
     (folder / "chat_template.jinja").unlink()
-    maker = prompting.prompt_maker(*open_folder(folder))
+    maker = sample_prompts.prompt_maker(*open_folder(folder))
     image = builtin_samples()[0].images[0]
     text = "<image>\n<image>\nWhich?"
-    bare = prompting.prepare(maker, CalibrationSample((image, image), "Which?", "a"))
+    bare = sample_prompts.prepare(maker, CalibrationSample((image, image), "Which?", "a"))
     assert list(bare.ids) == list(
-        prompting.prepare(maker, CalibrationSample((image,) * 2, text, "a")).ids
+        sample_prompts.prepare(maker, CalibrationSample((image,) * 2, text, "a")).ids
     )
     assert int((bare.image_id == 2).sum()) == 144
 
@@ -146,9 +144,9 @@ def test_prompts_of_a_template_that_takes_text(
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] + ' ' }}{% endfor %}"
     )
-    maker = prompting.prompt_maker(*open_folder(folder))
+    maker = sample_prompts.prompt_maker(*open_folder(folder))
     image = builtin_samples()[0].images[0]
-    made = prompting.prepare(maker, CalibrationSample((image,), "Which?", "a"))
+    made = sample_prompts.prepare(maker, CalibrationSample((image,), "Which?", "a"))
     assert int((made.image_id == 1).sum()) == 144
     text = maker.tokenizer.decode([i for i in made.ids if i != maker.images.token_id])
     assert text == "USER: \nWhich? "
@@ -173,9 +171,9 @@ def test_prompts_of_a_template_that_takes_text(
 def test_a_sample_that_cannot_be_prepared_is_named(
     sample: CalibrationSample, kind: type[Exception], message: str
 ) -> None:
-    maker = prompting.prompt_maker(*open_folder(ASSETS / "tiny-llava"))
+    maker = sample_prompts.prompt_maker(*open_folder(ASSETS / "tiny-llava"))
     with pytest.raises(kind) as error:
-        prompting.prepare(maker, sample)
+        sample_prompts.prepare(maker, sample)
     assert str(error.value).startswith(message)
 
 
@@ -193,7 +191,7 @@ def test_a_checkpoint_without_a_usable_template(
     folder = Path(shutil.copytree(checkpoint("tiny-llava"), tmp_path / "model"))
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(CheckpointError, match=f"its chat template {said}") as error:
-        prompting.prompt_maker(*open_folder(folder))
+        sample_prompts.prompt_maker(*open_folder(folder))
     assert "bundle" not in str(error.value)
 
 
@@ -243,7 +241,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, limit: int = 99) -> list[int]:
         read.append(len(prompt.ids))
         return recording.record_importances(reference, prompt)
 
-    monkeypatch.setattr(calibration, "record_importances", record)
+    monkeypatch.setattr(measuring, "record_importances", record)
     return read
 
 

@@ -18,7 +18,7 @@ CODE = """
 import json, sys
 from pathlib import Path
 from lvlm.export.export_cli import main
-from lvlm.export.export_options import ExportOptions as Options
+from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.none import NoCompression
 
@@ -26,7 +26,7 @@ name = "{name}"
 assert main(["-m", name, "-o", "out", "--dry-run"]) == 0
 print(json.dumps(len(list(Path(sys.argv[1]).rglob("*.safetensors")))))
 for quiet in (False, True):
-    plan = make_plan(Options(name, NoCompression(), Path("out")), quiet=quiet)
+    plan = make_plan(ExportOptions(name, NoCompression(), Path("out")), quiet=quiet)
     found = plan.checkpoint
     print(json.dumps([str(found.folder), plan.weight_bytes, found.absent_bytes]))
 assert main(["-m", "owner/nothing", "-o", "out", "--dry-run"]) == 2

@@ -15,7 +15,7 @@ from qwen_tools import LIGHT, MODELS, image, recorded, uncompressed
 
 import lvlm
 from lvlm.core.errors import CheckpointError, ParameterError
-from lvlm.export.export_options import ExportOptions as ExportOptions
+from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.lightvlm import RECIPE as LIGHTVLM
 from lvlm.export.recipes.none import RECIPE

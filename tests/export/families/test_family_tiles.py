@@ -18,7 +18,7 @@ import lvlm
 from lvlm.core.errors import CheckpointError, ParameterError
 from lvlm.export.budgets.sample_prompts import prompt_maker
 from lvlm.export.checkpoint.checkpoint import Checkpoint, find_family
-from lvlm.export.export_options import ExportOptions as Export
+from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.families.smolvlm import full_tile_places
 from lvlm.export.recipes.none import NoCompression
@@ -112,7 +112,9 @@ def test_fewer_tokens_an_image(
 ) -> None:
     def plan(tokens: int) -> Any:
         output = tmp_path / "out"
-        options = Export(str(checkpoint(name)), NoCompression(), output, max_image_tokens=tokens)
+        options = ExportOptions(
+            str(checkpoint(name)), NoCompression(), output, max_image_tokens=tokens
+        )
         return make_plan(options)
 
     whole = plan(10_000)
@@ -132,7 +134,9 @@ def test_rotary_angles_that_grow_with_the_length_bound_it(
     """InternVL's "dynamic": up to max_position_embeddings they are the usual ones."""
     name = "internvl:qwen2-gqa"
     assert TINY[name][1].text_config.rope_parameters["rope_type"] == "dynamic"
-    options = Export(str(checkpoint(name)), NoCompression(), tmp_path / "out", max_text_len=32_768)
+    options = ExportOptions(
+        str(checkpoint(name)), NoCompression(), tmp_path / "out", max_text_len=32_768
+    )
     with pytest.raises(ParameterError, match="attends over 32768 tokens only"):
         make_plan(options)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ValidationError
-from lvlm.export import export_plan as planning
+from lvlm.export import export_plan
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.recipes.recipe import parse_settings
 from lvlm.export.verify import contents, validation, vocabulary
@@ -38,7 +38,7 @@ ELASTIC = CACHED["elastic-cache (cached)"]
 
 def plan_of(checkpoint: Path, output: Path, dtype: str = "fp32", recipe: str = RECIPE) -> Any:
     made = discover("lvlm.export.recipes", "RECIPE")[recipe]()
-    return planning.make_plan(
+    return export_plan.make_plan(
         ExportOptions(model=str(checkpoint), recipe=made, output=output, dtype=dtype, max_images=2)
     )
 
@@ -258,7 +258,7 @@ def half(
     options = ExportOptions(
         model=str(checkpoint(NAME)), recipe=recipe, output=folder, dtype="fp16", max_images=2
     )
-    return planning.make_plan(options), folder
+    return export_plan.make_plan(options), folder
 
 
 def test_fp16_is_compared_in_fp32_and_as_it_is(half: tuple[Any, Path]) -> None:

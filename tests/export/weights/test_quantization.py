@@ -23,7 +23,7 @@ from parity_tools import ROWS, make_reference
 import lvlm
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ExportError, ParameterError
-from lvlm.export import export_cli as cli
+from lvlm.export import export_cli
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
@@ -40,7 +40,7 @@ from lvlm.export.weights.quantization import (
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.model import Model
-from lvlm.runtime.options.generation_options import GenerationOptions as Request
+from lvlm.runtime.options.generation_options import GenerationOptions
 
 TARGETS: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
 CAPACITY = Capacity(64, 2, (64,) * 6)
@@ -153,7 +153,7 @@ def rounded_reference(which: str, folder: Path) -> Reference:
 
 def follow(model: Model, answers: Sequence[Answer]) -> list[np.ndarray]:
     """Logits [B,vocabulary] of every step when the tokens are those of ``answers``."""
-    options = Request(chat_template=False, max_new_tokens=STEPS)
+    options = GenerationOptions(chat_template=False, max_new_tokens=STEPS)
     batch = model.calls.start([model.prepare(0, *row, options) for row in ROWS])
     logits = []
     for step in range(STEPS):
@@ -174,7 +174,7 @@ def test_bundles_equal_torch_with_rounded_weights_and_cache(
     answers = []
     with lvlm.load(folder) as model:
         for row in ROWS:
-            prompt = model.prepare(0, *row, Request(chat_template=False))
+            prompt = model.prepare(0, *row, GenerationOptions(chat_template=False))
             features = reference.encode(prompt.images)
             answers.append(reference.generate(prompt, features, max_new_tokens=STEPS))
         fast = follow(model, answers)
@@ -294,7 +294,7 @@ def test_mistakes_get_one_line(
     folder, out = checkpoint(name), tmp_path / "out"
     capsys.readouterr()
     try:
-        code: Any = cli.main(["-m", str(folder), "-o", str(out), *flags.split()])
+        code: Any = export_cli.main(["-m", str(folder), "-o", str(out), *flags.split()])
     except SystemExit as exit_:
         code = exit_.code
     said = capsys.readouterr().err
@@ -311,13 +311,13 @@ def test_a_weight_that_no_block_size_divides() -> None:
 
 def test_dry_run_says_what_is_narrow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["-m", "tiny-llava", "-o", str(tmp_path / "out"), "--weights", "int4", "--dry-run"]
-    assert cli.main([*flags, "--dtype", "fp32", "--cache", "fp16", "--json"]) == 0
+    assert export_cli.main([*flags, "--dtype", "fp32", "--cache", "fp16", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["weights"] == {"bits": 4, "block": 32}
     assert (data["dtype"], data["cache_dtype"]) == ("float32", "float16")
-    assert cli.main([*flags, "--block-size", "16"]) == 0
+    assert export_cli.main([*flags, "--block-size", "16"]) == 0
     table = capsys.readouterr().out
-    assert "as float16, products as int4 in blocks of 16" in table
+    assert "as float16, linear layers as int4 in blocks of 16" in table
 
 
 @pytest.mark.parametrize(

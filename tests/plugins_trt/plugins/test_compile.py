@@ -14,8 +14,8 @@ from example_plugin import EXAMPLE, add, gather
 
 from lvlm.core.errors import BuildError, ParameterError
 from lvlm.core.progress import Progress
-from lvlm.plugins_trt import build_cli as cli
-from lvlm.plugins_trt.plugins import library_build as build
+from lvlm.plugins_trt import build_cli
+from lvlm.plugins_trt.plugins import library_build
 from lvlm.plugins_trt.plugins.architectures import ALONE, SHARED_LIMIT, parse_architectures
 from lvlm.plugins_trt.plugins.kernel_compiler import (
     Image,
@@ -177,7 +177,7 @@ def test_what_was_not_compiled_is_not_in_the_tables(tmp_path: Path) -> None:
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     try:
-        status = cli.main(list(arguments))
+        status = build_cli.main(list(arguments))
     except SystemExit as exit:
         status = int(exit.code or 0)
     return status, capsys.readouterr().err
@@ -211,7 +211,7 @@ def test_mistakes_are_one_line(
 def test_a_place_that_cannot_be_written_is_known_before_minutes_of_compiling(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "compile_kernels", lambda *_, **__: pytest.fail("compiled"))
+    monkeypatch.setattr(library_build, "compile_kernels", lambda *_, **__: pytest.fail("compiled"))
     (tmp_path / "file").write_text("")
     status, error = command(capsys, "plugins", "--arch", "87", "-o", str(tmp_path / "file"))
     assert status == 2
@@ -229,30 +229,30 @@ def test_sources_to_build_elsewhere(
     assert (status, error.count("\n")) == (0, 2)
     assert "compile 1 kernels for sm_86" in error
     names = {file.name for file in (tmp_path / "source").iterdir()}
-    assert names == {f.name for f in build.SHELL.iterdir()} | {"tables.cpp", "kernels.bin"}
+    assert names == {f.name for f in library_build.SHELL.iterdir()} | {"tables.cpp", "kernels.bin"}
 
 
 def test_what_building_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (build.SHELL / "CMakeLists.txt").read_text()
+    text = (library_build.SHELL / "CMakeLists.txt").read_text()
     text = text.replace("NvInferRuntime.h HINTS", "NoSuchFile.h HINTS")  # this machine may have it
     (tmp_path / "CMakeLists.txt").write_text(text)
-    headers = build.Headers(tmp_path / "no-tensorrt")
+    headers = library_build.Headers(tmp_path / "no-tensorrt")
     with pytest.raises(BuildError) as raised:
-        build.run_cmake(tmp_path, tmp_path / "build", "lvlm_plugins", headers, 1)
+        library_build.run_cmake(tmp_path, tmp_path / "build", "lvlm_plugins", headers, 1)
     assert "no TensorRT headers; give --tensorrt-root" in str(raised.value)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(BuildError, match="cmake is not installed; pip install cmake"):
-        build.check_tools()
+        library_build.check_tools()
 
 
 def test_help_is_quick() -> None:
     """Nothing heavy is imported before it is needed."""
     code = """
 import sys
-from lvlm.plugins_trt import build_cli as cli
+from lvlm.plugins_trt import build_cli
 try:
-    cli.main(["plugins", "--help"])
+    build_cli.main(["plugins", "--help"])
 except SystemExit:
     pass
 print(sorted({"torch", "triton", "onnx", "numpy"} & set(sys.modules)))

@@ -20,7 +20,7 @@ from settings import ASSETS
 import lvlm
 from lvlm.core.errors import BackendError, CapacityError
 from lvlm.runtime.backends import devices, open_backend
-from lvlm.runtime.backends.trt import engine_weights as _weights
+from lvlm.runtime.backends.trt import engine_weights
 from lvlm.runtime.backends.trt.engine_session import EngineSession, Shared, Workspace
 from lvlm.runtime.backends.trt.staging import ALIGNMENT, Staging
 from lvlm.runtime.bundle.engine_sets import EngineSet
@@ -229,7 +229,7 @@ def test_weights_are_uploaded_once(
     built: Make, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Engines that take their weights as inputs share one copy of them."""
-    monkeypatch.setattr(_weights, "CHUNK", 100_000)  # most go in several parts
+    monkeypatch.setattr(engine_weights, "CHUNK", 100_000)  # most go in several parts
     folder = built("interval", weights="inputs")
     with lvlm.load(folder) as cpu:
         expected = cpu.generate(PROMPTS, IMAGES, max_new_tokens=6)

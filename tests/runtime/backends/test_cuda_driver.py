@@ -13,7 +13,7 @@ import pytest
 from lvlm.core import nvidia
 from lvlm.core.errors import BackendError, ParameterError
 from lvlm.runtime.backends import open_backend
-from lvlm.runtime.backends.trt import driver as _cuda
+from lvlm.runtime.backends.trt.driver import CudaDriver
 
 GPU = nvidia.Gpu("Fake", 87, 1 << 33, True)
 
@@ -71,7 +71,7 @@ class Error(int):
 def test_the_real_driver_layer() -> None:
     """Arguments and answers of the bindings; a call that fails is one line."""
     bindings = Bindings(cudaMemGetInfo=(Error(0), 5, 9), cudaMalloc=(Error(2), None))
-    driver = _cuda.CudaDriver(bindings, nvidia.NvidiaDriver((13, 1), (GPU,)))
+    driver = CudaDriver(bindings, nvidia.NvidiaDriver((13, 1), (GPU,)))
     assert driver.device is GPU
     assert driver.free_memory() == 5
     assert driver.allocate(100) is None
@@ -100,7 +100,7 @@ def test_the_real_driver_layer() -> None:
 
 def test_a_driver_that_is_too_old() -> None:
     with pytest.raises(BackendError, match=r"serves CUDA 12.4, cuda-bindings is for CUDA 13; upd"):
-        _cuda.CudaDriver(Bindings(), nvidia.NvidiaDriver((12, 4), (GPU,)))
+        CudaDriver(Bindings(), nvidia.NvidiaDriver((12, 4), (GPU,)))
 
 
 class Cuda:

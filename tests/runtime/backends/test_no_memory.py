@@ -17,7 +17,7 @@ from fake_onnxruntime import FakeOrt
 import lvlm
 from lvlm.core.errors import DeviceMemoryError
 from lvlm.runtime.backends import cpu, open_backend
-from lvlm.runtime.backends.host import buffers as _host
+from lvlm.runtime.backends.host import buffers
 from lvlm.runtime.backends.openvino import OpenVinoCall, OpenVinoSession
 from lvlm.runtime.backends.ort.sessions import OrtSession
 from lvlm.runtime.backends.trt.driver import CudaDriver
@@ -63,7 +63,7 @@ def test_on_the_host(told: bool, huge: Path, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(DeviceMemoryError, match=r"bytes of memory, this machine has \d"):
             Engine(huge)
         return
-    monkeypatch.setattr(_host, "physical_memory", lambda: None)
+    monkeypatch.setattr(buffers, "physical_memory", lambda: None)
     real = np.zeros
 
     def zeros(shape: Any, *kind: Any, **named: Any) -> Any:

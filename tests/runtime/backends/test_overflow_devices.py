@@ -24,7 +24,7 @@ import lvlm
 from lvlm.core.progress import Progress
 from lvlm.export.targets.openvino import TARGET
 from lvlm.plugins_trt.engines.engine_builder import lower_bundle
-from lvlm.runtime.backends.trt import driver as _cuda
+from lvlm.runtime.backends.trt.driver import DeviceArray
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.kv.cache import CompactCache
@@ -79,7 +79,7 @@ def spoil(cache: CompactCache) -> None:
     for buffer in cache.buffers.values():
         if isinstance(buffer, np.ndarray):
             buffer[...] = np.nan
-        elif isinstance(buffer, _cuda.DeviceArray):
+        elif isinstance(buffer, DeviceArray):
             driver = cache.backend.driver  # type: ignore[attr-defined]
             assert isinstance(driver, FakeDriver)
             driver.memory(buffer.address, buffer.buffer.nbytes)[:] = 0xFF
