@@ -1,4 +1,4 @@
-"""Which packages there are: every folder with Python files, read from the tree at build time.
+"""Packages of the distribution: every folder with Python files, read from the tree at build time.
 
 The root's folders are packages within ``lvlm``. An editable install puts a folder of links in that
 shape on Python's path, so that type checkers and editors find what Python finds (CONTRIBUTING.md).

@@ -215,7 +215,7 @@ def known_recipe(name: str) -> type[Recipe]:
 
 
 def set_environment(verbose: bool) -> None:
-    """What torch and transformers read when they are imported."""
+    """Set what torch and transformers read when they are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
     # Torch's threads wait asleep: of a small model, most of the processor's time was spinning
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

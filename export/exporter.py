@@ -68,7 +68,7 @@ def export(plan: ExportPlan, progress: Progress) -> Report:
 
 
 def stages(options: ExportOptions) -> int:
-    """How many steps the progress of an export has."""
+    """Number of steps of an export's progress."""
     wanted = options.recipe.calibration()
     measured = wanted is not None and wanted.file is None
     graphs = len(graph_names(options.recipe))

@@ -22,8 +22,8 @@ PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnx_ir", "onnxscri
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """Within it the PACKAGES import as empty modules, unless torch is there already; what was
-    imported with them is forgotten afterwards."""
+    """Context in which the PACKAGES import as empty modules, unless torch is there already; what
+    was imported with them is forgotten afterwards."""
     if "torch" in sys.modules:
         yield
         return

@@ -36,7 +36,7 @@ def converted(
     pythons: Mapping[str, str],
     progress: Progress,
 ) -> dict[str, Path]:
-    """What each peer loads, by label: ``checkpoint`` itself, or the folder it was converted to,
+    """The input of each peer, by label: ``checkpoint`` itself, or the folder it was converted to,
     now or before.
 
     ``folder`` keeps them. ``pythons`` has the interpreter of a peer's converter by name, this one's
@@ -64,7 +64,7 @@ def converted(
 
 @cache
 def digest(checkpoint: Path) -> str:
-    """Of everything that a converter reads: weights, configs, tokenizer."""
+    """Digest of everything that a converter reads: weights, configs, tokenizer."""
     files = sorted(p for p in checkpoint.iterdir() if p.is_file() and not p.name.startswith("."))
     text = "".join(f"{path.name} {sha256_of(path)}\n" for path in files)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

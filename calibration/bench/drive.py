@@ -20,7 +20,7 @@ class Pending(Protocol):
 
 
 class Mark(Protocol):
-    """There is a token; ``at``: since then, on perf_counter's clock."""
+    """A token arrived; ``at``: since then, on perf_counter's clock."""
 
     def __call__(self, at: float | None = None) -> None: ...
 
@@ -30,7 +30,7 @@ Answer = Callable[[WorkloadRequest, Mark], tuple[int, int | None]]
 
 
 def one_after_another(answer: Answer, work: Work) -> list[RequestRecord]:
-    """For a contender that answers one request at a time: the others queue, first come first
+    """Drive a contender that answers one request at a time: the others queue, first come first
     served, and their waiting counts."""
     began, records, ends = time.perf_counter(), list[RequestRecord](), list[float]()
     for index, request in enumerate(work.requests):
@@ -52,7 +52,7 @@ def one_after_another(answer: Answer, work: Work) -> list[RequestRecord]:
 
 
 def at_once(submit: Callable[[WorkloadRequest], Pending], work: Work) -> list[RequestRecord]:
-    """For a contender that takes requests while it answers others; ``submit`` is called from many
+    """Drive a contender that takes requests while it answers others; ``submit`` is called from many
     threads. The first error of any request is raised."""
     began = time.perf_counter()
     records: list[RequestRecord | None] = [None] * len(work.requests)

@@ -43,7 +43,7 @@ class Round:
 
     @property
     def seconds(self) -> float:
-        """From the first arrival to the last token."""
+        """Seconds from the first arrival to the last token."""
         return max(r.tokens[-1] for r in self.records) - min(r.arrival for r in self.records)
 
     @property
@@ -56,7 +56,8 @@ class Round:
 
     @property
     def decode_tokens_per_s(self) -> float | None:
-        """Of a stream after its first token: median over requests; None for one-token answers."""
+        """Rate of a stream after its first token: median over requests; None for one-token
+        answers."""
         speeds = [
             (len(r.tokens) - 1) / (r.tokens[-1] - r.tokens[0])
             for r in self.records
@@ -121,7 +122,7 @@ class Figures:
         )
 
     def plain(self) -> dict[str, Any]:
-        """As JSON takes it, the ± of every spread beside it."""
+        """The figures for JSON, the ± of every spread beside it."""
         data = asdict(self)
         for name in data:
             value = getattr(self, name)

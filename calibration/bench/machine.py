@@ -18,7 +18,7 @@ READ_BYTES = 1 << 30  # well beyond any cache
 
 
 def cores() -> int:
-    """Those this process may use."""
+    """Number of cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -137,7 +137,7 @@ def facts(manifest: Manifest, device: str) -> dict[str, Any]:
 
 
 def decode_weight_bytes(manifest: Manifest) -> int:
-    """What a decode step reads of the weights: all that its graph uses, but of an embedding table
+    """Bytes of weights that a decode step reads: all that its graph uses, but of an embedding table
     one row, unless the head is that same table."""
     text = manifest.text
     used = [manifest.weights[name] for name in manifest.graphs["decode"].weights]

@@ -45,8 +45,8 @@ class Result:
         return Figures.of(rounds) if rounds and self.error is None else None
 
     def bandwidth_share(self, case: Case, read_bytes_per_s: float) -> float | None:
-        """Of the machine's reading speed: what a lone stream's decode steps read, weights and the
-        cache at the end of an answer; None where that is not known."""
+        """Share of the machine's reading speed that a lone stream's decode steps take: weights and
+        the cache at the end of an answer; None where that is not known."""
         figures, weights = self.figures(case), self.opened.get("facts", {})
         read = weights.get("decode_weight_bytes")
         if figures is None or figures.decode_tokens_per_s is None or read is None:

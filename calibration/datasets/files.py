@@ -73,7 +73,7 @@ def parse(text: str, where: str) -> Any:
 def first(
     entries: Sequence[DatasetEntry], path: Path, request: EvaluationRequest
 ) -> Sequence[DatasetEntry]:
-    """As many entries as are wanted; DataError if there are fewer."""
+    """The first entries, as many as are wanted; DataError if there are fewer."""
     if not entries:
         raise DataError(f"{path} holds no samples; give a file with at least one")
     if request.samples is not None and request.samples > len(entries):

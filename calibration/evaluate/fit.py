@@ -50,7 +50,7 @@ def solve_keep(manifest: Manifest, shape: Shape, wanted: float) -> Reach:
         return int(entries(manifest, shape, keep).sum())
 
     def around(goal: float) -> tuple[float, float]:
-        """Where the total passes ``goal``: the last keep that does not exceed it, and the next."""
+        """The two keeps around ``goal``: the last that does not exceed it, and the next."""
         low, high = SMALLEST, 1.0
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -68,7 +68,7 @@ def solve_keep(manifest: Manifest, shape: Shape, wanted: float) -> Reach:
 def new_tokens(
     manifest: Manifest, shape: Shape, keep: Keep | None, kv_keep: float | None, wanted: int
 ) -> int:
-    """How many new tokens, up to ``wanted``, the bundle's capacity has room for; 0: none."""
+    """Number of new tokens, up to ``wanted``, that the bundle's capacity has room for; 0: none."""
     budgets = Budgets.of(manifest.cache_policy, manifest.text.layers, kv_keep)
     entering, images = entries(manifest, shape, keep), len(shape.image_tokens)
     try:

@@ -38,7 +38,7 @@ class Metric:
         raise NotImplementedError
 
     def value(self, scores: Iterable[Score]) -> float:
-        """Over samples; of one sample, its own."""
+        """Value over samples; of one sample, its own."""
         totals, weights = zip(*scores, strict=True)
         return math.fsum(totals) / math.fsum(weights)
 
@@ -113,5 +113,5 @@ def _scorer() -> Any:
 
 
 def normalised(text: str) -> str:
-    """For exact matches: spaces collapsed, case folded, one final full stop removed."""
+    """Text for exact matches: spaces collapsed, case folded, one final full stop removed."""
     return " ".join(text.casefold().split()).removesuffix(".").rstrip()

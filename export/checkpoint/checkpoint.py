@@ -195,8 +195,8 @@ def _refuse_adapter(checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def described_by(checkpoint: Checkpoint) -> Iterator[None]:
-    """Within it, whatever transformers or torch raise for words and numbers of the checkpoint's
-    files, which is of many types, is a CheckpointError of one line."""
+    """Context in which whatever transformers or torch raise for words and numbers of the
+    checkpoint's files, which is of many types, is a CheckpointError of one line."""
     try:
         yield
     except (LvlmError, MemoryError):

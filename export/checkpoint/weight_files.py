@@ -1,4 +1,4 @@
-"""Which files hold a checkpoint's weights: those that transformers would read."""
+"""Files that hold a checkpoint's weights: those that transformers would read."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def answers(bundle: Path, device: str) -> list[list[int]]:
 
 
 def first_difference(ours: list[int], theirs: list[int]) -> int:
-    """How many tokens at the start are equal."""
+    """Number of tokens at the start that are equal."""
     equal = 0
     for a, b in zip(ours, theirs, strict=False):
         if a != b:

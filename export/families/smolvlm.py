@@ -201,7 +201,7 @@ class SmolVLMVision(nn.Module):
 
 
 def full_tile_places(side: int) -> torch.Tensor:
-    """Which position embedding each patch [side * side] of a tile without padding has.
+    """Index of the position embedding of each patch [side * side] of a tile without padding.
 
     The fractions of SmolVLMVisionEmbeddings in fp32: rounding gives some patches a neighbour's.
     """

@@ -234,5 +234,5 @@ def no_profile_and_keep(name: str, profile: str | None, kv_keep: float | None) -
 
 
 def file_name(path: str | None) -> str | None:
-    """What a manifest records of a file that was read: its name, not where it lies."""
+    """The name of a file that was read, which a manifest records, not where it lies."""
     return None if path is None else Path(path).name

@@ -24,7 +24,7 @@ GRAPHS = ("decode", "prefill")  # the others are no faster lowered
 
 @dataclass(frozen=True)
 class OrtCpu(Target):
-    """Some of the graphs only."""
+    """Lowers some of the graphs only."""
 
     def lower(self, model: ir.Model, capacity: Capacity) -> None:  # noqa: ARG002
         from onnx_ir.passes import common

@@ -24,7 +24,7 @@ class Target(Description):
         lower(model, self, capacity)
 
     def lowers(self, graphs: Iterable[str]) -> list[str]:
-        """Which of these graphs it has a form of its own for."""
+        """Those of ``graphs`` that it has a form of its own for."""
         return list(graphs)
 
     def write(self, bundle: Path, graphs: Mapping[str, str], capacity: Capacity) -> list[str]:

@@ -40,7 +40,7 @@ def planned(plan: ExportPlan, manifest: Manifest) -> Check:
 
 
 def choosing(judge: Judge, manifest: Manifest) -> Check:
-    """What generation_config.json changes in which tokens are chosen, and the named tokens."""
+    """Checks of generation_config.json's part in choosing tokens, and of the named tokens."""
     ours = GenerationConfig.of(manifest.generation, manifest.text.eos_ids)
     theirs, usual = judge.model.generation_config, GenerationConfig()
     names = [*ASKED, *(["min_length"] if theirs.min_new_tokens is None else [])]

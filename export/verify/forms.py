@@ -51,7 +51,7 @@ class Form:
 
     @property
     def how(self) -> str:
-        """What was put into the files to run them."""
+        """The change to the files that runs them."""
         wide = f"{SHORT[self.widened]} widened to fp32" if self.widened else ""
         functions = "the lvlm ops' functions put back" if self.functions else ""
         return ", ".join(x for x in (wide, functions) if x)

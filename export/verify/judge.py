@@ -106,13 +106,13 @@ class Judge:
 
     @property
     def eos_ids(self) -> set[int]:
-        """What ends an answer of generate."""
+        """Token ids that end an answer of generate."""
         eos = self.model.generation_config.eos_token_id
         return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """By their names, as chat templates have them."""
+        """Special tokens by their names, as chat templates have them."""
         found = self.tokenizer.special_tokens_map.items()
         return {k: str(v) for k, v in found if not isinstance(v, list)}
 
@@ -175,14 +175,14 @@ class Judge:
         return str(found)
 
     def pixels(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        """What the image processor gives a model for one image."""
+        """The model's inputs that the image processor makes of one image."""
         with _quiet():
             found = self.images(images=[image], return_tensors="pt", **self.image_options)
         return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
 
     def ids(self, text: str, image: Image.Image) -> list[int] | None:
-        """Of a rendered prompt with its image; None where the folder's processor is not of this
-        model."""
+        """Token ids of a rendered prompt with its image; None where the folder's processor is not
+        of this model."""
         if self.processor is None:
             return None
         special = not self.begins(text)

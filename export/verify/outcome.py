@@ -31,7 +31,7 @@ class Outcome:
         return all(check.passed for check in self.checks)
 
     def told(self) -> list[str]:
-        """What else is to be known, a line each: notes, tokens, what was not run and why."""
+        """Other findings, a line each: notes, tokens, what was not run and why."""
         lines = list(self.notes)
         if self.unlike:
             lines.append(

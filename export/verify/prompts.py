@@ -149,5 +149,5 @@ def eos(judge: Judge, ours: tuple[int, ...]) -> Check:
 
 
 def features(ours: np.ndarray, theirs: torch.Tensor) -> float:
-    """How far an image's rows are apart."""
+    """Difference of an image's rows from transformers'."""
     return difference(ours, theirs.numpy()) if ours.shape == tuple(theirs.shape) else np.inf

@@ -110,7 +110,7 @@ def _roomy(manifest: Manifest, entries: int) -> Manifest:
 
 
 def soon(manifest: Manifest, interval: int) -> Manifest:
-    """With at most ``interval`` steps to the first run of compact.onnx."""
+    """The manifest with at most ``interval`` steps to the first run of compact.onnx."""
     c = manifest.cache_policy
     return manifest if c is None else replace(manifest, cache_policy=c.at_most_every(interval))
 

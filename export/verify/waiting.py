@@ -23,7 +23,7 @@ def let_quantized_wait(model: ir.Model) -> None:
 
 
 def beside(node: ir.Node, weight: ir.Value) -> ir.Value | None:
-    """What is computed before ``node`` can take the weight, if anything is."""
+    """The value computed before ``node`` can take the weight, if any."""
     for value in node.inputs:
         if value is not None and value is not weight and not value.is_initializer():
             return value

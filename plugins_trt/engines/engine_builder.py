@@ -36,7 +36,7 @@ from lvlm.runtime.bundle.reader import read_bundle
 
 
 def stages(plan: EnginePlan) -> int:
-    """How many steps the progress of ``build`` has."""
+    """Number of steps of the progress of ``build``."""
     return len(plan.manifest.graphs) + (not lowered(plan.manifest, plan.request.target))
 
 
@@ -77,7 +77,7 @@ def build(plan: EnginePlan, progress: Progress) -> EngineSet:
 
 
 def lower_only(request: BuildRequest, progress: Progress, dry_run: bool) -> str:
-    """For engines that build from the graph when they load it."""
+    """Write the lowered graphs only, for engines that build from the graph when they load it."""
     target, manifest = request.target, read_bundle(request.bundle, request.verify)
     files = ", ".join(target.file(graph.file) for graph in manifest.graphs.values())
     done = "there already" if lowered(manifest, target) else "written"

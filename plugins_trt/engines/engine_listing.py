@@ -25,7 +25,7 @@ PEOPLE = {
 
 
 def targets() -> str:
-    """What ``--target`` takes, in lines that fit a terminal of 80 columns."""
+    """The names that ``--target`` takes, in lines that fit a terminal of 80 columns."""
     known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
     return "\n\n".join("\n".join(_block(known[name])) for name in sorted(known))
 
@@ -51,7 +51,7 @@ def _block(target: Target) -> list[str]:
 
 
 def plan(plan: EnginePlan) -> str:
-    """What would be built, and with which lengths."""
+    """The engines that would be built, and their lengths."""
     target = plan.request.target
     lines = [
         f"target     {target.name}: {PEOPLE[target.flavour]} {plan.version}, "

@@ -49,7 +49,7 @@ def parse_batch(text: str) -> Range:
 
 
 def profiles(manifest: Manifest, limits: Limits) -> dict[str, Profile]:
-    """For every graph the range of each of its dynamic dimensions; the cache's length is none of
+    """Profiles by graph: the range of each of its dynamic dimensions; the cache's length is none of
     them. Raises ParameterError for limits that the bundle has no room for."""
     ranges = _ranges(manifest, limits)
     found: dict[str, Profile] = {}

@@ -26,7 +26,7 @@ DTYPES: dict[int, str] = {
 
 
 def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, dict[str, EngineWeight]]:
-    """For every graph the weights that lie in the bundle's weights file, by name.
+    """Weights by graph that lie in the bundle's weights file, by name.
 
     Raises BundleError where two graphs mean different data by one name.
     """

@@ -1,4 +1,4 @@
-"""Which kernels a plan may launch: a Triton function with types and constants, once each.
+"""Kernels that a plan may launch: a Triton function with types and constants, once each.
 
 A step comes in one variant per data type (where that is a type of one of its tensors) and per block
 of its choice. Steps, also of different plugins, that come out the same share one kernel.
@@ -63,8 +63,8 @@ class KernelVariant:
 
 
 def variants(plugin: Plugin, step: Step, floats: Sequence[str] = FLOATS) -> Iterator[KernelVariant]:
-    """What a step may launch; ``floats`` are the data types wanted. Raises BuildError for a plan
-    that does not fit its function."""
+    """Kernels that a step may launch; ``floats`` are the data types wanted. Raises BuildError for a
+    plan that does not fit its function."""
     tensors = _tensor_types(plugin)
     used = {tensors.get(argument, "") for argument in step.arguments if isinstance(argument, str)}
     for data in floats if DATA in used else (None,):

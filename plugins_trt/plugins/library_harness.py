@@ -60,13 +60,13 @@ def write_case(
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    """Its numbers, row by row."""
+    """The numbers of an input, row by row."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def read_outputs(report: Mapping[str, Any]) -> list[torch.Tensor]:
-    """What an enqueued case wrote."""
+    """Outputs of an enqueued case."""
     outputs = []
     for file, dtype, shape in zip(report["files"], report["types"], report["shapes"], strict=True):
         contents = bytearray(Path(file).read_bytes())
@@ -93,7 +93,7 @@ class Harness:
         repeats: int = 0,
         environment: Mapping[str, str] | None = None,
     ) -> list[dict[str, Any]]:
-        """What the harness says about each case (harness.cpp).
+        """Answers of the harness for each case (harness.cpp).
 
         outputs     a folder: run the plugins on the GPU, and write there
         raw_memory  do not fill memory first

@@ -39,8 +39,8 @@ class Call(Protocol):
         """
 
     def stop(self) -> None:
-        """From another thread: a run that is on ends soon with an error, and so do later ones. Only
-        backends that are ``parallel`` can be asked."""
+        """Stop from another thread: a run that is on ends soon with an error, and so do later ones.
+        Only backends that are ``parallel`` can be asked."""
 
 
 class Session(Protocol):
@@ -75,10 +75,11 @@ class Backend(Protocol):
         """Part of a buffer's first axis: the same memory, to be bound like a buffer."""
 
     def copy_row(self, buffer: Buffer, source: int, target: int, used: int) -> None:
-        """Within a buffer [rows,heads,slots,d]: one row over another, at least ``used`` slots."""
+        """Copy within a buffer [rows,heads,slots,d]: one row over another, at least ``used``
+        slots."""
 
     def clear_row(self, buffer: Buffer, row: int) -> None:
-        """Within a buffer [rows,heads,slots,d]: zeros in all of a row."""
+        """Clear a row of a buffer [rows,heads,slots,d]: zeros."""
 
 
 def devices() -> list[str]:

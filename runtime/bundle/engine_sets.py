@@ -206,7 +206,7 @@ class EngineSet:
 
     @property
     def mend(self) -> str:
-        """How to build this set again, on the machine that is to run it."""
+        """The command that builds this set again, on the machine that is to run it."""
         return self._mend(self.sms)
 
     def _mend(self, sms: Collection[int]) -> str:

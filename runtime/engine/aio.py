@@ -52,7 +52,7 @@ class AsyncHandle:
         return self._answer().__await__()
 
     def cancel(self) -> bool:
-        """As Handle.cancel."""
+        """Cancel, as Handle.cancel."""
         return self.handle.cancel()
 
     async def wait(self) -> None:
@@ -110,7 +110,7 @@ class AsyncEngine:
         timeout: float | None = None,
         **given: Unpack[OptionValues],
     ) -> AsyncHandle:
-        """As Engine.submit; images are opened in a thread of their own."""
+        """Submit, as Engine.submit; images are opened in a thread of their own."""
         parsed = self.engine.options(options, given)
         return await self._submit(0, one_ask(prompt, images, videos), parsed, timeout, ())
 
@@ -139,7 +139,8 @@ class AsyncEngine:
     ) -> list[Generation]: ...
 
     async def generate(self, prompt, images=(), videos=(), options=None, *, timeout=None, **given):  # type: ignore[no-untyped-def]
-        """As Engine.generate. A task that is cancelled while it waits cancels the requests."""
+        """Generate, as Engine.generate. A task that is cancelled while it waits cancels the
+        requests."""
         parsed = self.engine.options(options, given)
         if isinstance(prompt, str):
             return (await self._answers([one_ask(prompt, images, videos)], parsed, timeout))[0]

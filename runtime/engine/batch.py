@@ -76,7 +76,7 @@ class Batch:
 
     @property
     def running(self) -> list[Request]:
-        """In the order of their rows."""
+        """Running requests in the order of their rows."""
         return self.slots.running
 
     @property

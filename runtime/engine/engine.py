@@ -189,7 +189,7 @@ class Engine:
         timeout: float | None = None,
         **given: Unpack[OptionValues],
     ) -> Stream:
-        """As Model.stream; the request is submitted here. Closing the stream cancels it."""
+        """Stream, as Model.stream; the request is submitted here. Closing the stream cancels it."""
         handle = self.submit(prompt, images, videos, options, timeout=timeout, **given)
 
         def pieces() -> Generator[str | Generation]:

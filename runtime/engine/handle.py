@@ -158,7 +158,7 @@ class Handle:
         return True
 
     def orphan(self) -> None:
-        """In a forked child: nobody answers there, and whoever held the lock is gone."""
+        """Fail in a forked child: nobody answers there, and whoever held the lock is gone."""
         self._changed = threading.Condition()
         self._listeners.clear()
         self.fail(forked("engine"))

@@ -41,7 +41,7 @@ class ImageCache:
         encode: Callable[[Sequence[PreparedImage]], list[np.ndarray]],
         requests: Sequence[Request],
     ) -> list[np.ndarray]:
-        """As ``features``, of all images of some requests."""
+        """Features of all images of some requests, as ``features``."""
         digests = [digest for request in requests for digest in request.digests]
         images = [image for request in requests for image in request.prompt.images]
         return self.features(digests, images, encode)

@@ -77,7 +77,8 @@ def plan_memory(
     budget: int | str | None,
     images: int | str,
 ) -> Memory:
-    """As many slots as fit into ``budget`` bytes, at most ``slots`` (4 where neither is given).
+    """A plan with as many slots as fit into ``budget`` bytes, at most ``slots`` (4 where neither is
+    given).
 
     Raises ParameterError if there is room for none, or for fewer than ``slots``.
     """

@@ -21,7 +21,7 @@ class Caller(Protocol):
 
     @property
     def done(self) -> bool:
-        """Nobody waits any more: it was answered, it failed, or its caller has ended it."""
+        """Whether nobody waits any more: answered, failed, or ended by its caller."""
 
     @property
     def text(self) -> str:
@@ -34,7 +34,7 @@ class Caller(Protocol):
         """The whole answer."""
 
     def fail(self, error: Exception) -> object:
-        """There will be none."""
+        """End without an answer."""
 
 
 @dataclass(eq=False)
@@ -72,12 +72,12 @@ class Request:
         self.row = Row(self.prompt, self.counts.limits[self.index])
 
     def leave_queue(self) -> None:
-        """Its prompt is about to be read."""
+        """Note that its prompt is about to be read."""
         self.queued_ms = (time.perf_counter() - self.submitted) * 1e3
 
     @property
     def ended(self) -> bool:
-        """There is nothing more to choose."""
+        """Whether there is nothing more to choose."""
         return self.row.finish_reason is not None or self.caller.done
 
     @property

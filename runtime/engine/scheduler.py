@@ -124,14 +124,15 @@ class Scheduler:
             self._thread.join()
 
     def stop(self, *, finish: bool = False) -> None:
-        """As ``close``, but without waiting for the end."""
+        """Stop, as ``close`` does, but without waiting for the end."""
         with self._changed:
             if self._closing != "now":
                 self._closing = "finish" if finish else "now"
             self._changed.notify_all()
 
     def orphan(self) -> None:
-        """In a forked child, where the engine's thread is not: whoever held the lock is gone."""
+        """Fail in a forked child, where the engine's thread is not: whoever held the lock is
+        gone."""
         self._changed = threading.Condition()
         self._closing = "now"
         atexit.unregister(self.close)

@@ -1,4 +1,4 @@
-"""Which row of the cache belongs to whom, and what finished requests left in it for others.
+"""Slots of the cache: which row belongs to whom, and what finished requests left in it for others.
 
 Rows 0 to n - 1 are those of the n running requests, so that decode reads exactly them: a view of
 the buffers, of whatever batch size. A request that ends gives its place to the last running one.

@@ -63,7 +63,7 @@ class Meter:
         self.new_tokens += 1
 
     def tokens_per_second(self) -> float:
-        """Over the last WINDOW seconds, or since the engine was opened."""
+        """Rate over the last WINDOW seconds, or since the engine was opened."""
         now = self._clock() - self._opened
         first = max(0, int(now) + 1 - WINDOW)
         tokens = sum(count for second, count in list(self._seconds) if second >= first)

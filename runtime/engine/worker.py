@@ -13,7 +13,8 @@ T = TypeVar("T")
 
 class Worker(Protocol):
     def submit(self, compute: Callable[[], T], done: Callable[[], None]) -> Future[T]:
-        """What ``compute`` returns or raises; ``done`` is called when the future has it."""
+        """A future of what ``compute`` returns or raises; ``done`` is called when the future has
+        it."""
 
     def close(self) -> None:
         """Take no more, and wait for what is being computed."""

@@ -47,12 +47,12 @@ class Budgets:
         return cls(cache_policy, budget.fractions(layers, keep)[:, None], keep)
 
     def prompt(self, entries: np.ndarray) -> np.ndarray:
-        """What prefill leaves [L,B] of the ``entries`` [L,B] that entered each layer."""
+        """Entries [L,B] that prefill leaves of the ``entries`` [L,B] that entered each layer."""
         c = self.cache_policy
         return entries.astype(np.int64) if c is None else c.decode.prompt(self, entries)
 
     def share(self, entries: np.ndarray) -> np.ndarray:
-        """What the budget alone leaves of them."""
+        """Entries [L,B] that the budget alone leaves of them."""
         assert self.cache_policy is not None
         budget = self.cache_policy.budget
         return budget.prompt(self.fractions, self.keep, entries, self.protected)

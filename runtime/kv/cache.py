@@ -142,7 +142,7 @@ class CompactCache:
     def decode_inputs(
         self, tokens: np.ndarray, positions: np.ndarray, rows: slice | None = None
     ) -> dict[str, np.ndarray]:
-        """What decode is fed for some rows, the active ones by default: their newest tokens [B] and
+        """Inputs of decode for some rows, the active ones by default: their newest tokens [B] and
         true positions [B]."""
         rows = slice(self.active) if rows is None else rows
         write_index, valid_length = self.next_slot()
@@ -241,7 +241,7 @@ class CompactCache:
 
 
 def cache_bytes(manifest: Manifest, batch: int, capacities: Sequence[int]) -> int:
-    """What a cache of ``batch`` rows takes."""
+    """Bytes of a cache of ``batch`` rows."""
     queries = manifest.cache_policy.queries if manifest.cache_policy is not None else 0
     shapes = _shapes(manifest.text, queries, batch, capacities)
     return sum(math.prod(s) for s in shapes.values()) * ITEM_BYTES[manifest.cache_dtype]

@@ -60,7 +60,7 @@ def kept(image_tokens: int, ratio: float) -> int:
 
 
 def recycled(count: int, fraction: float | None) -> int:
-    """How many of ``count`` kept tokens absorb others; one token alone absorbs none."""
+    """Number of ``count`` kept tokens that absorb others; one token alone absorbs none."""
     return max(1, rounded(fraction * count)) if fraction is not None and count >= 2 else 0
 
 

@@ -53,7 +53,7 @@ class GenerationConfig:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any], eos_ids: tuple[int, ...] = ()) -> Self:
-        """From the manifest's ``generation``, which has what differs from the defaults.
+        """The config of a manifest's ``generation``, which has what differs from the defaults.
 
         Raises BundleError for a field that is unknown or does not fit.
         """
@@ -61,7 +61,7 @@ class GenerationConfig:
         return decode(cls, whole, "generation")
 
     def stored(self, *, everything: bool = False) -> dict[str, Any]:
-        """As the manifest has it: what differs from the defaults."""
+        """The manifest's form: what differs from the defaults."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain.pop("eos_ids")
         defaults = {} if everything else vars(type(self)())

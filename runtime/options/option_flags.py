@@ -45,7 +45,7 @@ def add_option_flags(parser: argparse.ArgumentParser, names: Iterable[str] = ())
 
 
 def given_options(args: argparse.Namespace) -> GenerationOptions:
-    """What was given by flags; all else as GenerationOptions has it.
+    """Options given by flags; all else as GenerationOptions has it.
 
     Raises ParameterError.
     """

@@ -22,15 +22,15 @@ class Counts(Protocol):
     def protected(self) -> int: ...
 
     def share(self, entries: np.ndarray) -> np.ndarray:
-        """What the budget leaves [L,B] of a prompt's ``entries`` [L,B]."""
+        """Entries [L,B] that the budget leaves of a prompt's ``entries`` [L,B]."""
         ...
 
     def prompt(self, entries: np.ndarray) -> np.ndarray:
-        """What prefill leaves [L,B] of them."""
+        """Entries [L,B] that prefill leaves of them."""
         ...
 
     def step(self, seen: np.ndarray) -> np.ndarray:
-        """What may stay [L,B] of all ``seen`` [L,B] so far."""
+        """Entries [L,B] that may stay of all ``seen`` [L,B] so far."""
         ...
 
 
@@ -66,7 +66,8 @@ class Append:
 
 
 class OneByOne:
-    """As soon as a step leaves one entry too many, one is marked: the next token overwrites it."""
+    """Eviction one by one: as soon as a step leaves one entry too many, the next token overwrites
+    one."""
 
     floor: ClassVar[int] = 0
 
@@ -123,7 +124,7 @@ class Oldest(OneByOne):
 
 @dataclass(frozen=True)
 class ReleasedFixedPoint(OneByOne):
-    """As the released code of two papers has it: it guards no sink."""
+    """The fixed point as the released code of two papers has it: it guards no sink."""
 
     distance: int
     kind: Literal["released-fixed-point"] = "released-fixed-point"

@@ -102,7 +102,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class ReleasedMerge:
-    """As Elastic Cache's released code merges."""
+    """Merging as in Elastic Cache's released code."""
 
     kind: Literal["released-merge"] = "released-merge"
 

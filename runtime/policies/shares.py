@@ -63,14 +63,14 @@ class Share:
     def prompt(
         self, fractions: np.ndarray, keep: float, entries: np.ndarray, protected: int
     ) -> np.ndarray:
-        """What stays [L,B] of a prompt's ``entries`` [L,B], at ``fractions`` [L,B or 1]."""
+        """Entries [L,B] that stay of a prompt's ``entries`` [L,B], at ``fractions`` [L,B or 1]."""
         del keep
         lower, upper = np.minimum(protected, entries), self.capped(entries)
         return _int64(np.clip(rounded(fractions * entries), lower, upper))
 
     def step(self, fractions: np.ndarray, seen: np.ndarray) -> np.ndarray:
-        """What may stay [L,B] of all ``seen`` [L,B] so far, before caps and what is protected. One
-        token more raises it by at most one."""
+        """Entries [L,B] that may stay of all ``seen`` [L,B] so far, before caps and what is
+        protected. One token more raises it by at most one."""
         return np.asarray(np.ceil(fractions * seen - TOLERANCE))
 
     def whole(self) -> Uniform:
@@ -139,7 +139,7 @@ class Mixed(Profiled):
 
 @dataclass(frozen=True)
 class ReleasedUniform(Share):
-    """As Elastic Cache's released code counts, float noise included."""
+    """Uniform budget as Elastic Cache's released code counts, float noise included."""
 
     kind: Literal["released-uniform"] = "released-uniform"
 
@@ -159,7 +159,7 @@ class ReleasedUniform(Share):
 
 @dataclass(frozen=True)
 class ReleasedProfile(Profiled):
-    """As PrefixKV's released code counts: every layer rounds on its own."""
+    """Profile as PrefixKV's released code counts: every layer rounds on its own."""
 
     kind: Literal["released-profile"] = "released-profile"
 

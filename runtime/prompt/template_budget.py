@@ -111,7 +111,7 @@ _current: ContextVar[Budget] = ContextVar("template_budget")
 
 @contextmanager
 def spending(budget: Budget) -> Generator[Budget]:
-    """What runs inside pays from this budget."""
+    """Context whose work is paid from this budget."""
     token = _current.set(budget)
     try:
         yield budget

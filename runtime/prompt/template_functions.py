@@ -61,7 +61,7 @@ def pay_percent(pattern: str, values: Any, weight: TemplateCost) -> None:
 
 
 def checked(value: Any) -> Any:
-    """What was made, within bounds for the next one who takes it."""
+    """The value that was made, within bounds for the next one who takes it."""
     if isinstance(value, int):
         budget().weigh(value)
     elif isinstance(value, str):

@@ -30,7 +30,7 @@ class Tokenizer:
 
     @classmethod
     def of_text(cls, text: str, eos_ids: Sequence[int]) -> Self:
-        """From the content of a ``tokenizer.json``."""
+        """A tokenizer from the content of a ``tokenizer.json``."""
         made = cls.__new__(cls)
         made._open(text, eos_ids, "tokenizer.json")
         return made
@@ -76,7 +76,7 @@ class Tokenizer:
         return number
 
     def stop_ids(self, stops: Sequence[str]) -> dict[int, str]:
-        """Those stop strings that are special tokens, which no text has in it, by their ids.
+        """Ids of stop strings that are special tokens, which no text has in it, by their ids.
 
         Raises ``ParameterError`` for one that can never come: an empty one, or one that has a
         special token and more.

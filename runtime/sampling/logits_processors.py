@@ -17,7 +17,8 @@ Scores = npt.NDArray[np.float32]
 
 
 class LogitsProcessors:
-    """Those of one answer. It remembers what was chosen, so that a step's work does not grow.
+    """Logits processors of one answer. It remembers what was chosen, so that a step's work does not
+    grow.
 
     ``idle``: nothing is ever changed.
     """

@@ -36,8 +36,8 @@ class Sampling:
     def of(
         cls, options: GenerationOptions, row: int, config: GenerationConfig | None = None
     ) -> Sampling:
-        """For row ``row`` of a call: what the caller says, then what the checkpoint does. A seeded
-        batch's row r draws from seed + r, so that equal prompts differ."""
+        """Settings of row ``row`` of a call: what the caller says, then what the checkpoint does. A
+        seeded batch's row r draws from seed + r, so that equal prompts differ."""
         config = config or GenerationConfig()
         penalty, top_k, top_p = options.repetition_penalty, options.top_k, options.top_p
         return cls(
@@ -61,7 +61,7 @@ class TokenScore:
 
     @classmethod
     def of(cls, logits: np.ndarray, token: int, count: int) -> TokenScore:
-        """From logits [vocabulary]."""
+        """Scores from logits [vocabulary]."""
         shifted = logits.astype(np.float64) - logits.max()
         scores = shifted - np.log(np.exp(shifted).sum())
         best = np.argsort(-scores, kind="stable")[:count] if count else ()
@@ -112,7 +112,7 @@ class Sampler:
 
 
 class Forced:
-    """In a sampler's place: the tokens of an answer that is given."""
+    """A sampler's stand-in: the tokens of an answer that is given."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = iter(tokens)

@@ -40,7 +40,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """How the doctor looks at the machine; tests put others here."""
+    """Access to the machine; tests put another here."""
 
     driver: Callable[[], NvidiaDriver] = driver
     version: Callable[[str], str | None] = lambda name: _version(name)

@@ -171,7 +171,7 @@ class QwenVL:
         )
 
     def video_config(self, config: Any, folder: Path) -> dict[str, object]:
-        """That of videos; CheckpointError, ParameterError."""
+        """The processor config of videos; CheckpointError, ParameterError."""
         vision, timed = config.vision_config, self.timed
         cut = {
             "patch": vision.patch_size,
@@ -225,7 +225,7 @@ def tiny_text(layers: int, heads: int, kv_heads: int, section: list[int]) -> dic
 
 
 def tiny_preprocessor(vision: Any) -> dict[str, str]:
-    """For images of up to 30 tokens, unless they are long and thin."""
+    """A preprocessor config for images of up to 30 tokens, unless they are long and thin."""
     token = (vision.patch_size * vision.spatial_merge_size) ** 2
     config = {
         "image_processor_type": "Qwen2VLImageProcessor",

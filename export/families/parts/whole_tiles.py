@@ -18,7 +18,7 @@ def tile_images(
     processor: Config,
     max_tokens: Callable[[Config], int],
 ) -> Images:
-    """Of tiles of ``size`` pixels, with ``tile_tokens`` each by the processor's config;
+    """Images of tiles of ``size`` pixels, with ``tile_tokens`` each by the processor's config;
     ``max_tokens`` gives what an image has at most."""
     tokens = max_tokens(processor)
     return Images(

@@ -28,7 +28,7 @@ BLOCK = 32  # positions; 64 is as fast
 
 @dataclass(frozen=True)
 class Chosen:
-    """What stays, and who absorbs what: the slots from ``first`` to before ``end`` share the
+    """Entries that stay, and who absorbs what: the slots from ``first`` to before ``end`` share the
     positions marked in ``source`` by the distance to their own."""
 
     index: Value  # [B, K]: positions, rising; N at unused slots
@@ -127,7 +127,7 @@ def _as_released(
 
 @dataclass(frozen=True)
 class Buckets:
-    """Which positions each slot absorbs, in blocks of positions."""
+    """Positions that each slot absorbs, in blocks of positions."""
 
     position: Value  # [B, n * BLOCK]: what a block reads; beyond the valid: the last valid one
     assign: Value  # [B, 1, n, BLOCK, BLOCK] fp32: position → slot, counted from the block's first

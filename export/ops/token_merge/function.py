@@ -28,7 +28,7 @@ EPSILON = 1e-12  # least norm in a cosine: that of a zero vector is 0 with every
 
 @dataclass(frozen=True)
 class Ranked:
-    """What every rule starts from."""
+    """Ranked tokens, from which every rule starts."""
 
     extent: Value  # [1]: N
     valid: Value  # [B, N] bool: not padding

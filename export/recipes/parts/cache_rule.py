@@ -155,7 +155,7 @@ class CacheRule:
         return tap.query.gather(2, picked), index.clamp(min=-1)
 
     def ring(self, state: TokenSequence, tap: Tap) -> torch.Tensor:
-        """What each layer remembers of the prompt's queries, [B,Hq,queries,d]."""
+        """The prompt's queries that each layer remembers, [B,Hq,queries,d]."""
         return self.window(state, tap, self.queries)[0]
 
     def compact_prompt(

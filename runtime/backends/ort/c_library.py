@@ -133,7 +133,7 @@ class OrtLibrary:
             raise OrtError(message)
 
     def create(self, name: str, *arguments: Any) -> c_void_p:
-        """What a function writes to its last argument."""
+        """The object that a function writes to its last argument."""
         made = c_void_p()
         self.call(name, *arguments, ctypes.byref(made))
         return made
@@ -151,7 +151,7 @@ class OrtLibrary:
         )
 
     def container(self) -> LibraryHandle:
-        """Where sessions keep packed weights; must outlive them."""
+        """A container of the sessions' packed weights; must outlive them."""
         made = self.create("CreatePrepackedWeightsContainer")
         return LibraryHandle(self, made, "ReleasePrepackedWeightsContainer")
 

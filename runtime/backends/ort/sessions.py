@@ -57,7 +57,7 @@ class OnnxRuntime(buffers.HostMemory):
         return options
 
     def file(self, folder: Path, graph: Graph) -> Path:
-        """Which form of the graph is run."""
+        """The form of the graph that is run."""
         return folder / graph.file
 
     def check_started(self, providers: list[str]) -> None:

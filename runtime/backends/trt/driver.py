@@ -53,7 +53,7 @@ class Driver(Protocol):
         """Copy from the device, in the stream's order; ``host`` is pinned."""
 
     def copy(self, target: int, source: int, size: int) -> None:
-        """Within the device's memory."""
+        """Copy within the device's memory."""
 
     def clear(self, device: int, size: int) -> None:
         """Fill with zeros, in the stream's order."""

@@ -203,7 +203,7 @@ class TensorRtCall:
         self.last: object = None
 
     def stop(self) -> None:
-        """Not asked for: the backend is not parallel."""
+        """Nothing to stop: the backend is not parallel."""
 
     def __call__(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         session = self.session

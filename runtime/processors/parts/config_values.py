@@ -146,7 +146,7 @@ def per_channel(value: object) -> object:
 
 
 def pixel_options(given: Mapping[str, object]) -> dict[str, object]:
-    """How pixels are scaled, and what their levels become; None: that step is left out."""
+    """Scaling and normalisation of pixels; None: that step is left out."""
     normalised = bool(given["do_normalize"])
     return {
         "resample": given["resample"],
@@ -158,7 +158,7 @@ def pixel_options(given: Mapping[str, object]) -> dict[str, object]:
 
 @contextmanager
 def judging(kind: str) -> Iterator[None]:
-    """What a processor says of the config made from a checkpoint's, as ParameterError."""
+    """Context in which a processor's error about a checkpoint's config is a ParameterError."""
     try:
         yield
     except BundleError as error:

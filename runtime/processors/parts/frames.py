@@ -63,8 +63,8 @@ def sampling(config: Mapping[str, object]) -> tuple[float | None, int | None]:
 
 
 def evenly(video: Video, fps: float | None, frames: int | None) -> list[int]:
-    """So many frames from the first on, or so many a second, or all. Source: transformers'
-    ``default_sample_indices_fn``."""
+    """Indices of so many frames from the first on, or so many a second, or all. Source:
+    transformers' ``default_sample_indices_fn``."""
     if frames is None:
         if fps is None:
             return list(range(video.frames))

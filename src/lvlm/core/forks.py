@@ -16,7 +16,8 @@ from lvlm.core.errors import BackendError
 
 class Orphan(Protocol):
     def orphan(self) -> None:
-        """In the child, right after the fork: locks may be held by threads that are gone."""
+        """Clean up in the child, right after the fork: locks may be held by threads that are
+        gone."""
 
 
 _orphans: weakref.WeakSet[Orphan] = weakref.WeakSet()
