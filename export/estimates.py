@@ -63,7 +63,7 @@ def check_memory(what: str, needed: int, others: Mapping[str, int] | None = None
     if memory is None or needed <= memory:
         return
     helps = ["close other programs or use a machine with more memory"]
-    helps += [advice for advice, least in (others or {}).items() if least <= memory]
+    helps += [advice for advice, other in (others or {}).items() if other <= memory]
     raise ExportError(
         f"{what} needs about {size(needed)} of memory, {size(memory)} are free; "
         f"{', or '.join(helps)}"

@@ -155,11 +155,11 @@ def _check_length(
             f"{', '.join(map(str, hiding[:3]))}{more}); take recipe none, or lower "
             f"{_lower(least - image_tokens)}"
         )
-    most = (LONGEST - text) // images.tokens
-    if options.max_images > max(1, most):
+    max_images = (LONGEST - text) // images.tokens
+    if options.max_images > max(1, max_images):
         raise ParameterError(
             f"--max-images {options.max_images}: with up to {images.tokens} tokens each, a bundle "
-            f"has room for {most:,}; lower it, or --max-image-tokens"
+            f"has room for {max_images:,}; lower it, or --max-image-tokens"
         )
 
 

@@ -137,9 +137,9 @@ def check_arguments(args: argparse.Namespace) -> None:
             "what to measure? give a bundle made by lvlm-export (beside peers, too: its tokenizer "
             "makes the prompts)"
         )
-    least = {"new_tokens": 1, "prompt_tokens": 1, "images": 0, "threads": 1, "slots": 1}
-    least |= {"concurrency": 1, "requests": 1, "repeats": 1, "warmup": 0, "seed": 0}
-    for name, low in least.items():
+    minimum = {"new_tokens": 1, "prompt_tokens": 1, "images": 0, "threads": 1, "slots": 1}
+    minimum |= {"concurrency": 1, "requests": 1, "repeats": 1, "warmup": 0, "seed": 0}
+    for name, low in minimum.items():
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and value < low:

@@ -138,7 +138,7 @@ def _plan(args: argparse.Namespace) -> BenchPlan:
     from lvlm.bench.rounds import BenchPlan
 
     cases = tuple(_cases(args))
-    most = SLOTS if args.rate else max(case.concurrency for case in cases)
+    concurrency = SLOTS if args.rate else max(case.concurrency for case in cases)
     loaded = bool(args.concurrency or args.rate)
     return BenchPlan(
         cases=cases,
@@ -146,7 +146,7 @@ def _plan(args: argparse.Namespace) -> BenchPlan:
         repeats=args.repeats or (1 if loaded else REPEATS),
         seed=args.seed,
         threads=args.threads or cores(),
-        slots=args.slots or most,
+        slots=args.slots or concurrency,
         apart=args.apart,
         memory_budget=args.memory_budget,
     )

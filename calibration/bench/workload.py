@@ -192,11 +192,11 @@ class PromptWriter:
                 words.append(draw.choice(WORDS))
             return self.count(" ".join(words[:number]), images)
 
-        least = count(1)
-        if least > tokens:
+        shortest = count(1)
+        if shortest > tokens:
             raise ParameterError(
-                f"--prompt-tokens {tokens}: the chat template and one word take {least} already; "
-                "give more"
+                f"--prompt-tokens {tokens}: the chat template and one word take {shortest} "
+                "already; give more"
             )
         start = " ".join(words[: _last(lambda n: count(n) <= tokens)])
         for text in self._filled(start, tokens, images):

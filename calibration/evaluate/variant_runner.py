@@ -126,8 +126,10 @@ class BundleRunner:
             answers = [shape.answer for shape in shapes]
             found = self._model.score(texts, answers, images, options=options)
         else:
-            most = self.how.max_new_tokens
-            found = self._model.generate(texts, images, options=options, max_new_tokens=most)
+            max_new_tokens = self.how.max_new_tokens
+            found = self._model.generate(
+                texts, images, options=options, max_new_tokens=max_new_tokens
+            )
         return [
             SampleRecord(
                 key=key,

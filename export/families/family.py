@@ -88,8 +88,8 @@ def fixed_tokens(images: Images, tokens: int) -> ParameterError:
     )
 
 
-def too_few_tokens(tokens: int, least: int) -> ParameterError:
-    """The error of a family whose smallest images give ``least`` tokens."""
+def too_few_tokens(tokens: int, minimum: int) -> ParameterError:
+    """The error of a family whose smallest images give ``minimum`` tokens."""
     return ParameterError(
-        f"--max-image-tokens {tokens}: an image gives at least {least} tokens with this model"
+        f"--max-image-tokens {tokens}: an image gives at least {minimum} tokens with this model"
     )

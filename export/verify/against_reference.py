@@ -111,8 +111,8 @@ def _compare_form(
     ]
     if caches:
         pairs = zip(run.caches, answer.caches, strict=True)
-        most = max(difference(ours, theirs.numpy()) for ours, theirs in pairs)
-        shown.insert(1, ("prefill", "cache", most, limit, UNIT))
+        largest = max(difference(ours, theirs.numpy()) for ours, theirs in pairs)
+        shown.insert(1, ("prefill", "cache", largest, limit, UNIT))
     vision = prompts.features(run.features, features)
     shown.insert(0, ("vision", "image features", vision, limit, UNIT))
     return [

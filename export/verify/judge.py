@@ -198,7 +198,7 @@ class Judge:
         ids: Sequence[int],
         image: Mapping[str, torch.Tensor],
         image_ids: set[int],
-        most: int,
+        max_tokens: int,
         tell: Callable[[str], None],
     ) -> Verdict:
         """generate as the checkpoint configures it, greedily; at least LEAST tokens, and as many of
@@ -218,7 +218,7 @@ class Judge:
                 parts = [embedded[0, is_image], *(deepstack if deepstack is not None else ())]
                 seen.append(torch.cat([p.float() for p in parts], dim=-1))
 
-        clock = _Clock(most)
+        clock = _Clock(max_tokens)
         hook = self.model.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
         try:
             with _quiet():
@@ -228,7 +228,7 @@ class Judge:
                     **taken,
                     do_sample=False,
                     num_beams=1,
-                    max_new_tokens=most,
+                    max_new_tokens=max_tokens,
                     return_dict_in_generate=True,
                     output_logits=True,
                     output_scores=True,
@@ -250,8 +250,8 @@ class Judge:
 class _Clock(transformers.StoppingCriteria):  # type: ignore[misc]
     """Ends an answer after as many tokens as the time allows, from the first step's time."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.wanted, self.done = most, most, 0
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens, self.wanted, self.done = max_tokens, max_tokens, 0
         self.began = time.perf_counter()
         self.first = 0.0
         self.estimate = ""
@@ -264,7 +264,7 @@ class _Clock(transformers.StoppingCriteria):  # type: ignore[misc]
         if self.done <= 2:
             step = max(now - self.first, 1e-4)
             if self.done == 2:
-                self.wanted = min(self.most, max(LEAST, int(SECONDS / step)))
+                self.wanted = min(self.max_tokens, max(LEAST, int(SECONDS / step)))
             self.estimate = (
                 f"{self.wanted} tokens are compared: {self.first:.1f} s for the prompt"
                 + (f", {step:.2f} s a token" if self.done == 2 else "")

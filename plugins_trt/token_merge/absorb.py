@@ -157,7 +157,7 @@ def group(
     new_index: tl.tensor,
     length: tl.tensor,
     numbers: tl.tensor,
-    most: tl.tensor,
+    limit: tl.tensor,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ) -> None:
@@ -196,8 +196,8 @@ def group(
     owned = live & (own >= 0)
     first = owned & (place == 0)
     tl.store(begin + row * numbers + own, start_of, first)
-    tl.store(absorbed + row * numbers + own, tl.minimum(siblings, most), first)
-    taken = owned & (place < most)
+    tl.store(absorbed + row * numbers + own, tl.minimum(siblings, limit), first)
+    taken = owned & (place < limit)
     centre = tl.load(centres + row * numbers + own, taken, 0)
     index = tl.load(new_index + row * length + centre, taken, -1)
     tl.store(new_index + row * length + token, index, taken)

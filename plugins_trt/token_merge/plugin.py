@@ -50,7 +50,7 @@ def _layout(centre_count: str, *rules: str) -> Step:
 
 
 def _absorb(
-    rule: str, centre_count: str, most: Size | Scalar, most_centres: Size, tile: dict[str, int]
+    rule: str, centre_count: str, limit: Size | Scalar, max_centres: Size, tile: dict[str, int]
 ) -> tuple[Step, ...]:
     """The steps of a rule in which a centre absorbs at most ``most`` tokens.
 
@@ -85,16 +85,16 @@ def _absorb(
             absorb.group,
             (_blocks(LENGTH, COUNTING["BLOCK_I"]), BATCH),
             ("cosine", "owner", "centres", "loose", "loose_count", "grouped", "begin", "absorbed",
-             "map", LENGTH, NUMBERS, most),
+             "map", LENGTH, NUMBERS, limit),
             COUNTING,
             warps=16,
             when=(rule,),
         ),
         Step(
             absorb.means,
-            (IMAGES * most_centres, _blocks(WIDTH, 512), BATCH),
+            (IMAGES * max_centres, _blocks(WIDTH, 512), BATCH),
             ("hidden", "importance", "centres", "grouped", "begin", "absorbed", "map", "merged",
-             LENGTH, SLOTS, NUMBERS, NEW_LENGTH, WIDTH, most_centres),
+             LENGTH, SLOTS, NUMBERS, NEW_LENGTH, WIDTH, max_centres),
             {"BLOCK_E": 8, "BLOCK_D": 512},
             choice=ODD,
             when=(rule,),
@@ -161,15 +161,15 @@ PLUGIN = Plugin(
         *_absorb(
             "recycle",
             "recycle",
-            most=Scalar("absorb"),
-            most_centres=extent("recycle_slots", 0),
+            limit=Scalar("absorb"),
+            max_centres=extent("recycle_slots", 0),
             tile={"BLOCK_T": 16, "BLOCK_C": 32, "BLOCK_D": 64},
         ),
         *_absorb(
             "nearest",
             "keep",
-            most=LENGTH,
-            most_centres=SLOTS,
+            limit=LENGTH,
+            max_centres=SLOTS,
             tile={"BLOCK_T": 32, "BLOCK_C": 64, "BLOCK_D": 32},
         ),
     ),

@@ -92,9 +92,9 @@ def thread_count(threads: int | None) -> int | None:
     threads that have none wait for one another."""
     if threads is None:
         return None
-    most = os.cpu_count() or 1
-    wanted = f"1 to {most}, as many CPUs as this machine has"
-    return int(read_value("threads", integer(1, most, wanted), threads))
+    cpus = os.cpu_count() or 1
+    wanted = f"1 to {cpus}, as many CPUs as this machine has"
+    return int(read_value("threads", integer(1, cpus, wanted), threads))
 
 
 def open_backend(device: str, *, threads: int | None = None) -> Backend:

@@ -64,10 +64,10 @@ def slot_capacity(
     return Capacity(text, images, tuple(slots.tolist()))
 
 
-def _within(name: str, value: int | None, most: int) -> int:
+def _within(name: str, value: int | None, maximum: int) -> int:
     """``value``, or what the bundle was exported with."""
-    wanted = f"1 to {most}, as the bundle was exported"
-    return most if value is None else int(read_value(name, integer(1, most, wanted), value))
+    wanted = f"1 to {maximum}, as the bundle was exported"
+    return maximum if value is None else int(read_value(name, integer(1, maximum, wanted), value))
 
 
 def plan_memory(

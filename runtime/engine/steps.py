@@ -105,6 +105,6 @@ class Steps:
 def _of_rows(inputs: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
     """Inputs of compact.onnx for some of the rows."""
     some = {name: inputs[name][:, rows] for name in ("valid_length", "kv_budget", "query_slot")}
-    for layer, most in enumerate(some["kv_budget"].max(1)):
-        some[f"kv_slots_{layer}"] = np.arange(most, dtype=np.int64)
+    for layer, budget in enumerate(some["kv_budget"].max(1)):
+        some[f"kv_slots_{layer}"] = np.arange(budget, dtype=np.int64)
     return some

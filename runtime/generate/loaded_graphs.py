@@ -93,8 +93,8 @@ class Graphs:
         outputs: dict[str, np.ndarray] = {}
         if cache_policy is not None:
             inputs["kv_budget"] = counts.kept
-            for layer, most in enumerate(counts.kept.max(1)):
-                inputs[f"kv_slots_{layer}"] = np.arange(most, dtype=np.int64)
+            for layer, budget in enumerate(counts.kept.max(1)):
+                inputs[f"kv_slots_{layer}"] = np.arange(budget, dtype=np.int64)
             outputs["kept"] = np.empty_like(counts.kept)
         maps = [np.empty((len(prompts), n), np.int64) for n in counts.prefill.maps]
         outputs |= {f"merge_map_{i}": m for i, m in enumerate(maps)}

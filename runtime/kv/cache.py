@@ -221,8 +221,8 @@ class CompactCache:
             "kv_budget": self._compacted.copy(),
             "query_slot": np.where(due[:, None], slots, -1),
             **{
-                f"kv_slots_{layer}": np.arange(most, dtype=np.int64)
-                for layer, most in enumerate(self._compacted.max(axis=1))
+                f"kv_slots_{layer}": np.arange(budget, dtype=np.int64)
+                for layer, budget in enumerate(self._compacted.max(axis=1))
             },
         }
 

@@ -164,19 +164,19 @@ def normalise_config(
 
 def max_tokens(config: Mapping[str, object]) -> int:
     """The most tokens of one image by such a config."""
-    most, each = config["max_tiles"], config["tile_tokens"]
-    assert isinstance(most, int)
+    max_tiles, each = config["max_tiles"], config["tile_tokens"]
+    assert isinstance(max_tiles, int)
     assert isinstance(each, int)
-    return each * (most + (most > 1))
+    return each * (max_tiles + (max_tiles > 1))
 
 
 def with_max_tokens(config: Mapping[str, object], tokens: int) -> dict[str, object] | None:
     """The same with as few tiles as give at most ``tokens``; None: one tile has more."""
-    most, least = config["max_tiles"], config["min_tiles"]
-    assert isinstance(most, int)
-    assert isinstance(least, int)
-    for tiles in range(most, 0, -1):
-        bounded = {**config, "max_tiles": tiles, "min_tiles": min(least, tiles)}
+    max_tiles, min_tiles = config["max_tiles"], config["min_tiles"]
+    assert isinstance(max_tiles, int)
+    assert isinstance(min_tiles, int)
+    for tiles in range(max_tiles, 0, -1):
+        bounded = {**config, "max_tiles": tiles, "min_tiles": min(min_tiles, tiles)}
         if max_tokens(bounded) <= tokens:
             return bounded
     return None

@@ -118,8 +118,8 @@ def _reduce(tokens: Sequence[PatchToken], new_index: np.ndarray) -> list[PatchTo
     for j in reversed(range(len(groups))):
         last = high[j] = max(i for i in groups[j] if i < last)
     reduced = []
-    for group, least, largest in zip(groups, low, high, strict=True):
-        centres = [c for i in group if least <= i <= largest for c in tokens[i].centres]
+    for group, smallest, largest in zip(groups, low, high, strict=True):
+        centres = [c for i in group if smallest <= i <= largest for c in tokens[i].centres]
         members = [m for i in group for m in tokens[i].members]
         reduced.append(PatchToken(tuple(centres), tuple(sorted(members))))
     return reduced

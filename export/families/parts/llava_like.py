@@ -125,13 +125,13 @@ class AnyResolution:
         )
 
     def bounded(self, images: Images, tokens: int) -> Images:
-        least = _tiles(images.processor).min_tokens
-        if tokens < least:
-            raise too_few_tokens(tokens, least)
+        min_tokens = _tiles(images.processor).min_tokens
+        if tokens < min_tokens:
+            raise too_few_tokens(tokens, min_tokens)
         processor = images.processor | {"max_tokens": tokens}
         tiles = _tiles(processor)
-        most = {"units": tiles.max_units}
-        return replace(images, tokens=tiles.max_tokens, processor=processor, max_dims=most)
+        max_dims = {"units": tiles.max_units}
+        return replace(images, tokens=tiles.max_tokens, processor=processor, max_dims=max_dims)
 
     def prompt(self, config: Any, folder: Path) -> PromptFiles:
         return prompt_files(folder, config.text_config)

@@ -43,9 +43,9 @@ def fewer_tiles(
     processor = bounded(images.processor, tokens)
     if processor is None:
         raise too_few_tokens(tokens, images.processor["tile_tokens"])
-    most = max_tokens(processor)
+    highest = max_tokens(processor)
     return replace(
-        images, tokens=most, processor=processor, max_dims={"units": _tiles(most, processor)}
+        images, tokens=highest, processor=processor, max_dims={"units": _tiles(highest, processor)}
     )
 
 

@@ -160,10 +160,10 @@ def _check_counts(
 ) -> None:
     if (length > importance.shape[1]).any() or (budget > length).any():
         raise ParameterError("CacheCompact: budget <= length <= N does not hold in every row")
-    least = length.clamp(max=sinks + recent)
+    minimum = length.clamp(max=sinks + recent)
     if mode == "merge-reference":  # whose branch for one entry protects nothing
-        least = torch.where(budget >= length - 1, 0, least)
-    if (budget < least.clamp(min=1)).any():
+        minimum = torch.where(budget >= length - 1, 0, minimum)
+    if (budget < minimum.clamp(min=1)).any():
         raise ParameterError(
             f"CacheCompact: a budget of {int(budget.min())} has no room for {sinks} first and "
             f"{recent} last entries"

@@ -122,9 +122,9 @@ def _recycle(g: Body, ranked: Ranked, absorb: int) -> list[Value]:
     real = g.Less("recycle_slots", recycle)
     centre, cosine, pair = _similarity(g, ranked, centre, real, new_index)
     _, mine = _closest(g, cosine, pair)
-    most = g.Min(g.const([absorb]), ranked.extent)
+    limit = g.Min(g.const([absorb]), ranked.extent)
     cosine = g.Where(mine, cosine, g.const(NO_PAIR, np.float32))
-    best, taken = g.node("TopK", cosine, most, count=2, axis=2, largest=1, sorted=1)
+    best, taken = g.node("TopK", cosine, limit, count=2, axis=2, largest=1, sorted=1)
     absorbed = g.Greater(best, g.const(NO_PAIR, np.float32))  # [B, C, A]
     centre_column = g.Unsqueeze(centre, g.const([2]))
 

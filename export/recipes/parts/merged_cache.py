@@ -68,11 +68,11 @@ def check(recipe: Merging) -> None:
     if recipe.kv_sinks is not None:
         integer("kv_sinks", recipe.kv_sinks, 0)
     choice("positions", recipe.positions, Positions)
-    for name, least in (("kv_floor", 0), ("kv_protect", 1), ("kv_interval", 1)):
+    for name, minimum in (("kv_floor", 0), ("kv_protect", 1), ("kv_interval", 1)):
         value = getattr(recipe, name)
         if value is None:
             continue
-        integer(name, value, least)
+        integer(name, value, minimum)
         if recipe.kv != "interval":
             raise ParameterError(f"{name} belongs to kv=interval, not to kv={recipe.kv}")
     if recipe.kv_set and recipe.kv in ("interval", "none"):

@@ -44,8 +44,8 @@ def _narrow(node: ir.Node) -> None:
         return new.outputs[0]
 
     def largest(value: ir.Value | None, axis: int) -> ir.Value:
-        most = emit("ReduceMax", emit("Abs", value), emit("Constant", value_ints=[axis]))
-        return emit("Max", most, emit("CastLike", emit("Constant", value_float=TINY), value))
+        peak = emit("ReduceMax", emit("Abs", value), emit("Constant", value_ints=[axis]))
+        return emit("Max", peak, emit("CastLike", emit("Constant", value_float=TINY), value))
 
     rows, columns = largest(first, -1), largest(second, -2)
     scaled = [emit("Div", first, rows), emit("Div", second, columns)]

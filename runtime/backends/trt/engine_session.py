@@ -252,17 +252,17 @@ def _check_shape(engine: Any, name: str, port: Port, shape: tuple[int, ...]) -> 
         low, _, high = map(tuple, engine.get_tensor_profile_shape(port.name, 0))
     if len(built) != len(shape):
         raise BackendError(f"the {name} engine takes {port.name} of shape {built}, not {shape}")
-    for dim, given, least, most in zip(port.dims, shape, low, high, strict=True):
-        if least <= given <= most:
+    for dim, given, minimum, maximum in zip(port.dims, shape, low, high, strict=True):
+        if minimum <= given <= maximum:
             continue
-        if least == most and dim not in LIMITS:
+        if minimum == maximum and dim not in LIMITS:
             raise BackendError(
                 f"the {name} engine takes {port.name} of shape {list(built)}, not {list(shape)}; "
                 "build the engines of this bundle again"
             )
         what, flag = LIMITS.get(str(dim), TOKENS)
         raise CapacityError(
-            f"the {name} engine takes {least} to {most} {what} ({port.name}), this call has "
-            f"{given}; give {'fewer' if given > most else 'more'}, or build it with another "
+            f"the {name} engine takes {minimum} to {maximum} {what} ({port.name}), this call has "
+            f"{given}; give {'fewer' if given > maximum else 'more'}, or build it with another "
             f"{flag} (lvlm-build engine)"
         )
