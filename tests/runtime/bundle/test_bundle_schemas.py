@@ -262,6 +262,22 @@ def test_flat_compressions_that_cannot_be(change: dict[str, Any], said: str) -> 
         upgraded({"schema": 4, "compression": []}, "lvlm.json")
 
 
+def test_old_names_of_fields() -> None:
+    images = {"token": "<image>", "apart": False, "deep": 2, "most": {"units": 3}}
+    data = {"schema": 4, "images": images, "compression": None}
+    assert upgraded(data, "lvlm.json") == {
+        "schema": 4,
+        "images": {
+            "token": "<image>",
+            "independent_units": False,
+            "deepstack_layers": 2,
+            "max_dims": {"units": 3},
+        },
+        "cache_policy": None,
+    }
+    assert upgraded(data | {"schema": SCHEMA}, "lvlm.json")["images"] == images
+
+
 @pytest.mark.parametrize("schema", [2, SCHEMA + 1])
 def test_other_schemas_are_refused_in_one_line(old: Path, schema: int) -> None:
     data = json.loads((old / "lvlm.json").read_text())
