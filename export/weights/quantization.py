@@ -57,7 +57,7 @@ class WeightQuantization:
 
 def quantize(weight: np.ndarray, how: WeightQuantization) -> tuple[np.ndarray, np.ndarray]:
     """Packed uint8 [N, K * bits / 8] (the first of two 4-bit numbers in the low half of a byte) and
-    scales fp32 [N, K / block] of a weight [K,N], as products take it."""
+    scales fp32 [N, K / block] of a weight [K,N], as MatMul takes it."""
     inputs, outputs = weight.shape
     packed = np.zeros(how.blocks(outputs, inputs), np.uint8)
     scales = np.zeros(packed.shape[:2], np.float32)

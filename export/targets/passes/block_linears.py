@@ -1,4 +1,4 @@
-"""Products with quantized weights as ONNX Runtime's MatMulNBits, which reads the packed blocks.
+"""MatMuls with quantized weights as ONNX Runtime's MatMulNBits, which reads the packed blocks.
 
 The canonical graph spreads a weight with DequantizeLinear at every run. MatMulNBits saves that; how
 it computes (``accuracy_level``) follows trials on a CPU without VNNI (docs/notes/quantization.md):

@@ -57,7 +57,7 @@ def _names(members: Sequence[Product]) -> list[tuple[str, ...]]:
 
 
 def _groups(graph: TracedGraph) -> list[list[Product]]:
-    """Two and more products of one input, in the graph's order."""
+    """Two and more MatMuls of one input, in the graph's order."""
     readers: dict[tuple[int, bool], list[Product]] = {}
     for node in graph.model.graph:
         product = _product(graph, node)

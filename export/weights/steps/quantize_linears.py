@@ -1,4 +1,4 @@
-"""Products with quantized weights: DequantizeLinear, Transpose and MatMul in a MatMul's place, or
+"""MatMuls with quantized weights: DequantizeLinear, Transpose and MatMul in a MatMul's place, or
 DequantizeLinear and Gemm in a Gemm's.
 
 Standard ops on purpose: every reader of ONNX runs them. Targets exchange them for a product of
@@ -22,7 +22,7 @@ from lvlm.export.weights.store import View, WeightStore
 
 @dataclass(frozen=True)
 class QuantizeLinears:
-    """Quantize the products with the checkpoint's tensors ``wanted``, several of which may lie side
+    """Quantize the MatMuls with the checkpoint's tensors ``wanted``, several of which may lie side
     by side in one weight.
 
     ``apply`` raises ExportError if one of them is not multiplied with as expected.

@@ -55,7 +55,7 @@ def failure(error: Exception, what: str, reason: str) -> BackendError:
     was short."""
     if isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in SHORT):
         return DeviceMemoryError(
-            f"{what} out of memory ({reason}); give fewer prompts at once or shorter ones, "
+            f"{what}, out of memory ({reason}); give fewer prompts at once or shorter ones, "
             "or lower kv_keep"
         )
     return BackendError(f"{what}: {reason}")

@@ -94,8 +94,8 @@ class EngineSession:
         self.context = engine.create_execution_context(managed)
         if self.context is None:
             raise DeviceMemoryError(
-                f"the {name} engine cannot be made ready to run, most likely for want of GPU "
-                "memory; close what else uses the GPU, or use a smaller dtype",
+                f"the {name} engine cannot be made ready to run, most likely because the GPU is "
+                "out of memory; close what else uses the GPU, or use a smaller dtype",
             )
         self.staging = Staging(self.driver)
         self.key: object = None  # what the context is set to
