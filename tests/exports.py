@@ -19,8 +19,7 @@ from settings import ASSETS
 
 from lvlm.core.discovery import discover
 from lvlm.core.progress import Progress
-from lvlm.export import export_plan
-from lvlm.export import exporter
+from lvlm.export import export_plan, exporter
 from lvlm.export.checkpoint.model_shape import default_dtype
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import ExportPlan
