@@ -102,6 +102,12 @@ FAULTS = {
         '"epsilon": 0.1',
         BIASED,
     ),
+    "a window one token too wide": Fault(
+        "export/graphs/attending.py",
+        "behind < window",
+        "behind <= window",
+        "tests/export/families/test_another_family.py::test_answers_are_those_of_transformers",
+    ),
     "output projection transposed": Fault(
         "export/weights/expressions.py",
         "return self.of.compute(reading).t()",
