@@ -20,7 +20,12 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
 # Small models: more threads only wait for one another. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from hypothesis import settings
+
 from lvlm.runtime.backends import cpu
+
+settings.register_profile("lvlm", deadline=None)  # no test is timed: machines may be busy
+settings.load_profile("lvlm")
 
 # Fixtures that export with torch, or build with a compiler: seconds each
 SLOW_FIXTURES = {"bundle", "checkpoint", "built", "library", "wheel", "tensorrt_headers"}

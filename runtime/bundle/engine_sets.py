@@ -15,6 +15,7 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lvlm.core.errors import BackendError, BundleError
 from lvlm.core.integrity import File, Verify, check_files
@@ -23,7 +24,8 @@ from lvlm.runtime.bundle.manifest import Manifest
 
 FOLDER = "engines"
 FILE = "engine.json"
-SCHEMA = 2  # 1 had other names for the ends of a Range
+SCHEMA = 2
+BOUNDS = {"least": "min", "usual": "opt", "most": "max"}  # of a Range, as schema 1 called them
 PLUGINS = "LVLM_PLUGINS"  # environment variable: the plugin library to load
 
 
@@ -146,6 +148,8 @@ class EngineSet:
                 f"{path} cannot be read ({error}); build these engines again"
             ) from None
         schema = data.get("schema") if isinstance(data, dict) else None
+        if schema == 1:
+            data, schema = _upgraded(data), SCHEMA
         if schema != SCHEMA:
             raise BackendError(
                 f"{path} has schema {schema!r}, this version reads {SCHEMA}; build these engines "
@@ -258,3 +262,11 @@ class EngineSet:
 def _numbers(version: str) -> tuple[int, ...]:
     """10.3.0.30 as (10, 3, 0, 30)."""
     return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _upgraded(data: Any) -> Any:
+    """What schema 1 says, in the words of this one."""
+    if isinstance(data, dict):
+        renamed = {BOUNDS.get(name, name): _upgraded(value) for name, value in data.items()}
+        return renamed | ({"schema": SCHEMA} if "schema" in data else {})
+    return data

@@ -154,6 +154,15 @@ def test_files_that_changed(engines: EngineSet) -> None:
         EngineSet.read(engines.folder, verify="none")
 
 
+def test_engines_of_the_schema_before_are_read(engines: EngineSet) -> None:
+    path = engines.folder / "engine.json"
+    data = json.loads(path.read_text())
+    data["schema"] = 1
+    data["graphs"]["decode"]["profile"]["batch"] = {"least": 1, "usual": 1, "most": 8}
+    path.write_text(json.dumps(data))
+    assert EngineSet.read(engines.folder) == engines
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
