@@ -78,6 +78,7 @@ def trace(graph: BundleGraph, checkpoint: nn.Module, mode: FakeTensorMode) -> Tr
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
     )(model)
+    _without_origins(model.graph)
     model.graph.name = name
     model.producer_name = "lvlm"
     return TracedGraph(name, model, _in_order_of_use(model.graph, parameters), inputs, outputs)
@@ -187,6 +188,17 @@ def _claim_parameters(
         model.graph.initializers[target] = value
         claimed[target] = value
     return claimed
+
+
+def _without_origins(graph: ir.Graph) -> None:
+    """torch notes at every node which line of which file it is from: more text than all the rest,
+    other on every machine, and nobody else's business."""
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _in_order_of_use(graph: ir.Graph, parameters: Mapping[str, ir.Value]) -> dict[str, ir.Value]:

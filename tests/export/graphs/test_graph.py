@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from settings import CACHED
@@ -55,6 +56,7 @@ def counts(x: torch.Tensor) -> torch.Tensor:
 def traced(compute: Callable[[Tensors], dict[str, torch.Tensor]]) -> list[str]:
     graph = Toy(compute)
     found = trace(graph, nn.Module(), FakeTensorMode(allow_non_fake_inputs=True))
+    assert b"pkg.torch" not in ir.to_proto(found.model).SerializeToString()
     inputs, outputs = found.ports()
     assert [v.name for v in found.model.graph.inputs] == [p.name for p in inputs]
     assert [v.name for v in found.model.graph.outputs] == [p.name for p in outputs]
