@@ -78,7 +78,7 @@ def trace(graph: BundleGraph, checkpoint: nn.Module, mode: FakeTensorMode) -> Tr
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
     )(model)
-    _without_origins(model.graph)
+    _without_origins(model)
     model.graph.name = name
     model.producer_name = "lvlm"
     return TracedGraph(name, model, _in_order_of_use(model.graph, parameters), inputs, outputs)
@@ -190,9 +190,12 @@ def _claim_parameters(
     return claimed
 
 
-def _without_origins(graph: ir.Graph) -> None:
+def _without_origins(model: ir.Model) -> None:
     """torch notes at every node which line of which file it is from: more text than all the rest,
     other on every machine, and nobody else's business."""
+    graph = model.graph
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
     for node in graph.all_nodes():
         node.metadata_props.clear()
         for value in node.outputs:

@@ -263,7 +263,7 @@ def test_a_prompt_longer_than_the_attention_window(
 
     def narrow(*args: Any) -> Any:
         job = plan(*args)
-        return dataclasses.replace(job, window=200)
+        return dataclasses.replace(job, longest=200)
 
     monkeypatch.setattr(measure, "plan", narrow)
     code, _, err = run(capsys, "-m", MODEL, "--data", data, "-o", tmp_path / "p.json", "-q")

@@ -161,7 +161,8 @@ def logits(folder: Path) -> list[np.ndarray]:
 
 def graph_of(body: str) -> ir.Model:
     text = f"""<ir_version: 10, opset_import: ["" : 24]>
-        g (float[2, 3, 8] x, float[2, 3, 8] y, float[8] w) => (float[2, 3, 8] z, float[2, 3, 8] t)
+        g (float[2, 3, 8] x, float[2, 3, 8] y, float[8] c) => (float[2, 3, 8] z, float[2, 3, 8] t)
+        <float[8] w = {{{", ".join(["0.5"] * 8)}}}>
         {{ {body} }}"""
     return ir.serde.deserialize_model(
         onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text))
@@ -203,6 +204,7 @@ def test_sums_that_are_not_normalised_or_not_of_two_states_stay() -> None:
         "t = Add(x, w) z = RMSNormalization (t, w)",  # a bias
         "t = Add(x, y) z = RMSNormalization <axis = 1> (t, w)",
         "t = Add(x, y) z = RMSNormalization (y, w)",
+        "t = Add(x, y) z = RMSNormalization (t, c)",  # computed, maybe after the sum
     ):
         assert fuse_skip_normalization(graph_of(body)) == 0
 
