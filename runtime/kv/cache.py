@@ -274,7 +274,8 @@ class SlotQueues:
         return [self.slots, self.head, self.count]
 
     def start(self, first: np.ndarray, last: np.ndarray, rows: slice = slice(None)) -> None:
-        """Queues of the slots from ``first`` [L,B] up to before ``last`` [L,B], of some rows."""
+        """Queues of the slots from ``first`` [L,B] up to before ``last`` [L,B], of some rows. Where
+        ``first`` is greater, as many of the slots pushed next do not enter the queue."""
         self.slots[:, rows] = first[:, rows, None] + np.arange(self.slots.shape[2])
         self.head[:, rows], self.count[:, rows] = 0, (last - first)[:, rows]
 

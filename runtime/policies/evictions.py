@@ -92,8 +92,8 @@ class OneByOne:
         return np.asarray(np.minimum(seen, highest + 1))
 
     def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
-        """Index [L,B] by age of the entry that leaves; ``kept`` [L,B] of the prompt. It equals
-        ``kept`` where only sinks are left: then answers lose their oldest."""
+        """Index [L,B] by age of the entry that leaves; ``kept`` [L,B] of the prompt. From ``kept``
+        on entries are of the answer."""
         raise NotImplementedError
 
 
@@ -109,17 +109,25 @@ class FixedPoint(OneByOne):
         integer("distance", self.distance, 0)
 
     def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
-        return _clipped(_before_the_end(kept, self.distance), sinks, kept)
+        """Where only sinks are left of the prompt, the answer loses its oldest."""
+        point = np.maximum(_before_the_end(kept, self.distance), sinks)
+        return np.asarray(np.minimum(point, kept), np.int64)
 
 
 @dataclass(frozen=True)
 class Oldest(OneByOne):
-    """The oldest entry after the sinks leaves: a window that slides."""
+    """The oldest entry after the sinks leaves: a window that slides. The first tokens are sinks
+    also where an answer has to give some of them, after a prompt that is shorter."""
 
     kind: Literal["oldest"] = "oldest"
 
+    def min_entries(self, sinks: int, protected: int) -> int:
+        """The sinks and a window of one."""
+        del protected
+        return sinks + 1
+
     def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
-        return _clipped(np.zeros_like(kept), sinks, kept)
+        return np.full_like(kept, sinks, np.int64)
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,10 @@ class ReleasedFixedPoint(OneByOne):
 
     def __post_init__(self) -> None:
         integer("distance", self.distance, 0)
+
+    def min_entries(self, sinks: int, protected: int) -> int:
+        del sinks, protected
+        return 1
 
     def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
         del sinks
@@ -172,7 +184,3 @@ class Interval:
 
 def _before_the_end(kept: np.ndarray, distance: int) -> np.ndarray:
     return np.where(kept <= distance, kept // 2, kept - distance)
-
-
-def _clipped(point: np.ndarray, sinks: int, kept: np.ndarray) -> np.ndarray:
-    return np.asarray(np.minimum(np.maximum(point, sinks), kept), np.int64)

@@ -160,8 +160,8 @@ FAULTS = {
     ),
     "the last sink of streaming-llm leaves": Fault(
         "runtime/policies/evictions.py",
-        "return _clipped(np.zeros_like(kept), sinks, kept)",
-        "return _clipped(np.zeros_like(kept), max(0, sinks - 1), kept)",
+        "return np.full_like(kept, sinks, np.int64)",
+        "return np.full_like(kept, max(0, sinks - 1), np.int64)",
         "tests/runtime/kv/test_budgets.py::test_the_oldest_after_the_sinks_leaves",
     ),
     "last stage of the pyramid too late": Fault(

@@ -224,11 +224,11 @@ class Sliding(NoRule):
 
     def after_step(self, block: int, layer: Layer, step: int) -> None:
         del block, step
-        self._slide(layer, max(1, self.sinks, up(self.keep * layer.seen)))
+        self._slide(layer, max(self.sinks + 1, up(self.keep * layer.seen)))
 
     def _slide(self, layer: Layer, count: int) -> None:
         there = layer.key.shape[1]
         count = count if self.cap is None else min(count, self.cap)
-        while there > count:  # the oldest that is no sink, or where there are sinks alone, the last
+        while there > count:  # the oldest that is no sink
             there -= 1
-            FixedPoint.remove(layer, min(self.sinks, there))
+            FixedPoint.remove(layer, self.sinks)

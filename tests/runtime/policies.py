@@ -52,7 +52,18 @@ def removed(policy: CachePolicy, kept: int) -> int:
     """Index by age of the entry that leaves, written out; ``kept`` of the prompt."""
     decode = policy.decode
     assert isinstance(decode, OneByOne)
-    distance = getattr(decode, "distance", None)
-    point = 0 if distance is None else kept // 2 if kept <= distance else kept - distance
+    if isinstance(decode, Oldest):  # of whatever comes after the sinks
+        return policy.sinks
+    distance = decode.distance
+    point = kept // 2 if kept <= distance else kept - distance
     guarded = 0 if is_released(policy) else policy.sinks  # the released code: none
     return min(max(point, guarded), kept)
+
+
+def least_left(policy: CachePolicy) -> int:
+    """Entries that decode leaves in any case, written out."""
+    if isinstance(policy.decode, OneByOne):
+        if is_released(policy):
+            return 1
+        return policy.sinks + 1 if isinstance(policy.decode, Oldest) else max(1, policy.sinks)
+    return policy.sinks + policy.recent

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
-from policies import APPENDED, UNIFORM, changed, is_released
+from policies import APPENDED, UNIFORM, changed, is_released, least_left
 
 from lvlm.runtime.backends.host.buffers import HostMemory
 from lvlm.runtime.bundle.manifest import Manifest, Text
@@ -191,8 +191,7 @@ class Playback:
         noise = 0 if is_released(c) else 1e-9
         share = max(math.ceil(fraction * seen - noise), c.decode.floor)
         share = share if c.budget.cap is None else min(share, c.budget.cap)
-        least = max(1, c.sinks) if c.interval is None else c.sinks + c.recent
-        return min(seen, max(share, least))
+        return min(seen, max(share, least_left(c)))
 
     def compare(self) -> None:
         """What the cache counts as entries is what the lists hold."""

@@ -146,8 +146,8 @@ def test_fixed_point(distance: int, sinks: int, kept: list[int], expected: list[
 
 def test_the_oldest_after_the_sinks_leaves() -> None:
     point = Budgets.of(SLIDING, 1, None).fixed_point(array([100, 5, 4, 2]))
-    assert point.tolist() == [[4, 4, 4, 2]]
-    assert Budgets.of(SLIDING, 1, 0.5).step(array([100, 9, 3])).tolist() == [[50, 5, 3]]
+    assert point.tolist() == [[4, 4, 4, 4]]
+    assert Budgets.of(SLIDING, 1, 0.5).step(array([100, 9, 7, 3])).tolist() == [[50, 5, 5, 3]]
 
 
 def test_a_mixed_budget_is_uniform_in_part() -> None:

@@ -64,3 +64,14 @@ def test_victims_by_hand() -> None:
     assert indices == [5, 6, 2, 7, 3, 8, 4, 9, 5, 10, 6, 11, 2]
     assert valid_lengths == [6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12]
     assert positions == used == [5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11]
+
+
+def test_sinks_that_the_answer_gives_never_leave() -> None:
+    """A prompt of 2 entries and 4 sinks: the first two tokens of the answer are sinks, too."""
+    cache = new_cache([20], Budgets.of(SLIDING, 1, 0.3), batch=1)
+    cache.begin(np.array([[2]]), np.array([[2]]))
+    slots = []
+    for _ in range(8):
+        slots.append(int(cache.next_slot()[0][0, 0]))
+        cache.advance(np.array([True]))
+    assert slots == [2, 3, 4, 5, 4, 5, 4, 5]  # 0 to 3 stay, and the latest one beside the next
