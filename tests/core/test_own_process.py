@@ -29,8 +29,8 @@ def say(text: str) -> None:
 
 
 def wait(begun: Path, ended: Path) -> None:
-    begun.touch()
     try:
+        begun.touch()
         time.sleep(60)
     finally:
         ended.touch()
