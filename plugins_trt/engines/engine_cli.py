@@ -92,12 +92,13 @@ def run(args: argparse.Namespace) -> int:
     try:
         return in_own_process("lvlm-build", build, plan, args.quiet)
     except BuildError as error:
-        remove_abandoned(plan.folder)
         raise BuildError(
             f"{engine_listing.PEOPLE[request.target.flavour]} {plan.version} crashed while it "
             f"built an engine: {error}; other settings of the recipe or another --target may "
             "build (docs/tensorrt.md, Known faults)"
         ) from None
+    finally:
+        remove_abandoned(plan.folder)
 
 
 def build(plan: EnginePlan, quiet: bool) -> None:

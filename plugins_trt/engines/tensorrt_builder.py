@@ -19,6 +19,7 @@ from typing import Any
 import onnx
 
 from lvlm.core.errors import BackendError, BuildError
+from lvlm.core.held_signals import held_signals
 from lvlm.core.installing import install
 from lvlm.core.progress import size
 from lvlm.plugins_trt.engines.shared_weights import with_inputs
@@ -105,12 +106,10 @@ class TensorRtBuilder:
                 "something else than the graph says; lower the node that reads it"
             )
         config = self._config(builder, settings)
-        monitor = _monitor(self.trt, show or (lambda _: None))
-        config.progress_monitor = monitor
-        engine = builder.build_serialized_network(network, config)
+        with held_signals() as came:
+            config.progress_monitor = _monitor(self.trt, show or (lambda _: None), came)
+            engine = builder.build_serialized_network(network, config)
         del parser  # holds weights that the network refers to until here
-        if monitor.interrupted:
-            raise KeyboardInterrupt
         if engine is None:
             raise failure(self.name, self.log.text(), settings.workspace)
         cache = settings.timing_cache is not None and config.get_timing_cache()
@@ -233,27 +232,21 @@ def _unconsumed(network: Any) -> list[str]:
     return [name for name in names if name not in read]
 
 
-def _monitor(trt: Any, show: Show) -> Any:
+def _monitor(trt: Any, show: Show, came: Sequence[int]) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Shows the innermost phase; Ctrl-C makes the builder stop, since no exception may pass
-        through it."""
+        """Shows the innermost phase; a signal that ``came`` makes the builder stop."""
 
         def __init__(self) -> None:
             super().__init__()
             self.phases: list[tuple[str, int]] = []
-            self.interrupted = False
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:  # noqa: ARG002
             self.phases.append((name, steps))
 
         def step_complete(self, name: str, step: int) -> bool:
-            try:
-                if not self.interrupted:
-                    total = dict(self.phases).get(name, 0)
-                    show(f"{name} ({step + 1} of {total})")
-            except KeyboardInterrupt:
-                self.interrupted = True
-            return not self.interrupted
+            total = dict(self.phases).get(name, 0)
+            show(f"{name} ({step + 1} of {total})")
+            return not came
 
         def phase_finish(self, name: str) -> None:
             self.phases = [phase for phase in self.phases if phase[0] != name]
