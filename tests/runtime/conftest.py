@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_driver import FakeDriver
 from fake_engines import RECIPES, Make, build_engines
 from fake_onnxruntime import FakeOrt
-from fake_tensorrt import FakeDriver, FakeTensorRt
+from fake_tensorrt import FakeTensorRt
 
 import lvlm
 from lvlm.core import nvidia

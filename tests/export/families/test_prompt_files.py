@@ -3,59 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
-from bundles import transformers_inputs
-from settings import ASSETS
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
-from transformers import GenerationConfig as TheirConfig
+from prompt_file_tools import SMALL, edit, read
+from transformers import AutoProcessor, AutoTokenizer
 
-import lvlm
 from lvlm.core.errors import CheckpointError
-from lvlm.export.families.family import PromptFiles
-from lvlm.export.families.parts.generation_file import REFUSED
-from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.chat_template import ChatTemplate
 from lvlm.runtime.prompt.prompts import PromptMaker
 from lvlm.runtime.prompt.text import Tokenizer
 
-SMALL = (
-    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"),
-    *("generation_config.json", "processor_config.json"),
-)
 MESSAGE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}]
 OWN = (
     "{% for m in messages %}Q {% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}"
     "{% endfor %}"
 )
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """tiny-llava's files without its weights, to be changed."""
-    made = tmp_path / "checkpoint"
-    made.mkdir()
-    for name in SMALL:
-        shutil.copyfile(ASSETS / "tiny-llava" / name, made / name)
-    return made
-
-
-def read(folder: Path) -> PromptFiles:
-    return prompt_files(folder, SimpleNamespace())
-
-
-def edit(path: Path, **values: Any) -> None:
-    data = json.loads(path.read_text()) if path.exists() else {}
-    data |= values
-    path.write_text(json.dumps({k: v for k, v in data.items() if v is not ...}))
 
 
 def in_tokenizer_config(folder: Path) -> None:
@@ -178,88 +144,6 @@ def test_a_template_that_writes_the_beginning_token(
     assert list(typed) == processor.tokenizer("<s>Hi")["input_ids"]
 
 
-@pytest.mark.parametrize(
-    ("generation", "config", "text", "tokenizer", "expected"),
-    [
-        ([7, 8], 6, 5, "</s>", (7, 8)),
-        (..., 6, 5, "</s>", (6,)),
-        (..., ..., 5, "</s>", (5,)),
-        (..., ..., ..., "</s>", (2,)),
-        (..., ..., ..., ..., ()),
-    ],
-)
-@pytest.mark.parametrize("file", [True, False])
-def test_end_of_text_ids(
-    generation: Any,
-    config: Any,
-    text: Any,
-    tokenizer: Any,
-    expected: tuple[int, ...],
-    file: bool,
-    folder: Path,
-) -> None:
-    edit(folder / "generation_config.json", eos_token_id=generation)
-    if not file:
-        (folder / "generation_config.json").unlink()
-        expected = expected if generation is ... else (config,)
-    raw = json.loads((folder / "config.json").read_text())
-    inner = {k: v for k, v in raw["text_config"].items() if k != "eos_token_id"}
-    inner |= {} if text is ... else {"eos_token_id": text}
-    edit(folder / "config.json", eos_token_id=config, text_config=inner)
-    edit(folder / "tokenizer_config.json", eos_token=tokenizer)
-    assert read(folder).eos_ids == expected
-
-
-def test_what_is_honoured(folder: Path) -> None:
-    values = {
-        "repetition_penalty": 1.2,
-        "no_repeat_ngram_size": 3,
-        "bad_words_ids": [[5], [6, 7]],
-        "min_length": 4,
-        "suppress_tokens": [9],
-        "begin_suppress_tokens": [8],
-        "top_k": 20,
-    }
-    edit(folder / "generation_config.json", do_sample=True, temperature=0.6, **values)
-    sampling = {"do_sample": True, "temperature": 0.6}
-    assert read(folder).generation == values | {"sampling": sampling}
-    edit(folder / "generation_config.json", min_new_tokens=2)  # comes before min_length
-    assert "min_length" not in read(folder).generation
-    (folder / "generation_config.json").unlink()
-    assert read(folder).generation == {}
-
-
-SAID: dict[str, Any] = {
-    "constraints": [1],
-    "dola_layers": "high",
-    "encoder_no_repeat_ngram_size": 2,
-    "exponential_decay_length_penalty": [5, 1.1],
-    "force_words_ids": [[1]],
-    "sequence_bias": [[[5], -10.0]],
-    "stop_strings": ["."],
-    "token_healing": True,
-    "watermarking_config": {"greenlist_ratio": 0.3},
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused_by_name(name: str, folder: Path) -> None:
-    for idle in (None, *REFUSED[name]):
-        edit(folder / "generation_config.json", **{name: idle})
-        read(folder)
-    edit(folder / "generation_config.json", **{name: SAID.get(name, 3)})
-    with pytest.raises(CheckpointError, match=name):
-        read(folder)
-
-
-@pytest.mark.parametrize("values", [{"repetition_penalty": -1.0}, {"bad_words_ids": "x"}])
-def test_values_that_mean_nothing(values: dict[str, Any], folder: Path) -> None:
-    edit(folder / "generation_config.json", **values)
-    with pytest.raises(CheckpointError, match="generation_config") as caught:
-        read(folder)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("content", [b"\xff\xfe{", b'{"a":' * 100_000, b"[]", b"{"])
 @pytest.mark.parametrize(
     "name", [n for n in SMALL if n != "chat_template.jinja"] + ["special_tokens_map.json"]
@@ -279,69 +163,3 @@ def test_a_template_that_is_no_text(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", chat_template=7)
     with pytest.raises(CheckpointError):
         read(folder)
-
-
-ASKED = "USER: <image>\nDescribe the picture. ASSISTANT:"
-IMAGE = ASSETS / "samples/digits-1.png"
-
-
-@pytest.fixture(scope="module")
-def theirs() -> Any:
-    """tiny-llava in transformers."""
-    folder = ASSETS / "tiny-llava"
-    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def plain(bundle: Callable[..., Path]) -> list[int]:
-    """tiny-llava's answer without a generation_config.json that says anything."""
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
-        options = GenerationOptions(chat_template=False, max_new_tokens=24)
-        return list(model.generate(ASKED, [IMAGE], options=options).token_ids)
-
-
-@pytest.mark.parametrize(
-    "says",
-    [
-        lambda _: {"repetition_penalty": 4.0},
-        lambda ids: {"bad_words_ids": [ids[1:3], [ids[5]]]},
-        lambda ids: {"begin_suppress_tokens": ids[:1]},
-        lambda ids: {"suppress_tokens": ids[2:4]},
-        lambda _: {"no_repeat_ngram_size": 2},
-        lambda ids: {"min_new_tokens": 23, "eos_token_id": ids[6]},
-        lambda ids: {"min_length": 200, "eos_token_id": ids[6]},
-    ],
-    ids=["penalty", "bad words", "begin", "suppress", "n-grams", "min_new_tokens", "min_length"],
-)
-def test_answers_are_those_of_generate_as_configured(
-    says: Callable[[list[int]], dict[str, Any]],
-    theirs: Any,
-    plain: list[int],
-    folder: Path,
-    bundle: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
-    edit(folder / "generation_config.json", **says(plain))
-    made = read(folder)
-    own = shutil.copytree(bundle("tiny-llava", max_images=2), tmp_path / "bundle")
-    manifest = json.loads((own / "lvlm.json").read_text())
-    manifest["generation"] = made.generation
-    manifest["text"]["eos_ids"] = list(made.eos_ids)
-    (own / "lvlm.json").write_text(json.dumps(manifest))
-    theirs.generation_config = TheirConfig.from_pretrained(folder)
-    with lvlm.load(own) as model, lvlm.Engine(own, slots=1) as engine:
-        options = GenerationOptions(chat_template=False, max_new_tokens=24)
-        prompt = model.prepare(0, ASKED, [IMAGE], options)
-        ids = torch.tensor([list(prompt.ids)])
-        with torch.no_grad():
-            out = theirs.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                **transformers_inputs(folder, prompt),
-                max_new_tokens=24,
-                do_sample=False,
-            )
-        expected = out[0, ids.shape[1] :].tolist()
-        assert expected != plain
-        assert model.generate(ASKED, [IMAGE], options=options).token_ids == expected
-        assert engine.generate(ASKED, [IMAGE], options=options).token_ids == expected

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_driver import FakeDriver
 from fake_engines import Make, build_engines, one_line
-from fake_tensorrt import VERSION, FakeDriver, FakeTensorRt
+from fake_tensorrt import VERSION, FakeTensorRt
 from settings import ASSETS
 
 import lvlm

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_tools import IMAGES, QUESTION, WAIT, idle, intercept, same, scheduler, until
+from fake_driver import FakeDriver
 from fake_engines import build_engines
-from fake_tensorrt import FakeDriver
 from settings import CACHED
 
 import lvlm
