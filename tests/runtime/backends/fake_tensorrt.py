@@ -1,5 +1,5 @@
-"""A TensorRT that is not there: "engines" that are small JSON files naming an ONNX graph, which ONNX
-Runtime computes on the memory of fake_driver.py."""
+"""A TensorRT that is not there: "engines" that are small JSON files naming an ONNX graph, which
+ONNX Runtime computes on the memory of fake_driver.py."""
 
 from __future__ import annotations
 

@@ -44,6 +44,23 @@ def ask(prompt: str = QUESTION, images: tuple[int, ...] = (0,), **options: Any) 
     return Ask(prompt, images, {"max_new_tokens": 6} | options)
 
 
+SHORT = ask("Hi", (), max_new_tokens=12, ignore_eos=True)  # positions below 100: no image
+OTHERS = [  # what is asked beside it
+    ask(max_new_tokens=25, ignore_eos=True),
+    ask("Read the top row.", (1,), max_new_tokens=25, ignore_eos=True),
+]
+
+
+def submit(engine: Engine, a: Ask) -> Handle:
+    return engine.submit(*a.arguments, **a.options)
+
+
+def short_row(inputs: Any) -> np.ndarray:
+    """Which rows of a decode are SHORT's."""
+    rows: np.ndarray = inputs["position_ids"][:, 0] < 100
+    return rows
+
+
 def same(ours: Generation, theirs: Generation) -> None:
     """Equal answers, whatever else was run beside them."""
     assert ours.token_ids == theirs.token_ids
@@ -134,7 +151,7 @@ def intercept(who: Engine | Model, name: str) -> Faulty:
 @contextmanager
 def answers(engine: Engine, asks: Sequence[Ask], expected: Sequence[Generation]) -> Iterator[None]:
     """What is asked beside the body, and answered as if it were alone."""
-    handles = [engine.submit(*a.arguments, **a.options) for a in asks]
+    handles = [submit(engine, a) for a in asks]
     yield
     for handle, one in zip(handles, expected, strict=True):
         same(handle.result(WAIT), one)

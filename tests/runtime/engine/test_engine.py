@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import IMAGES, QUESTION, WAIT, Ask, ask, idle, same
+from engine_tools import IMAGES, QUESTION, WAIT, Ask, ask, idle, same, submit
 from fake_engines import Make
 from fake_tensorrt import FakeTensorRt
 from hypothesis import HealthCheck, given, settings
@@ -64,7 +64,7 @@ def test_answers_are_those_alone(recipe: str, bundle: Callable[..., Path]) -> No
     with Engine(folder, slots=3) as engine:
         handles = []
         for a in asks:
-            handles.append(engine.submit(*a.arguments, **a.options))
+            handles.append(submit(engine, a))
             time.sleep(rng.random() * 0.01)
         for handle, one in zip(handles, expected, strict=True):
             same(handle.result(WAIT), one)
@@ -87,7 +87,7 @@ def test_other_schedules(
     with lvlm.load(folder) as model:
         expected = [a.alone(model) for a in asks]
     with Engine(folder, slots=slots) as engine:
-        handles = [engine.submit(*a.arguments, **a.options) for a in asks]
+        handles = [submit(engine, a) for a in asks]
         for handle, one in zip(handles, expected, strict=True):
             same(handle.result(WAIT), one)
         idle(engine)
@@ -122,7 +122,7 @@ ASKS = st.builds(
 def test_any_mix(light: tuple[Model, Engine], mix: list[tuple[Ask, bool]]) -> None:
     """Some of them are cancelled, which changes nothing for the others."""
     model, engine = light
-    handles = [(a, engine.submit(*a.arguments, **a.options), c) for a, c in mix]
+    handles = [(a, submit(engine, a), c) for a, c in mix]
     for _, handle, cancelled in handles:
         if cancelled:
             handle.cancel()
@@ -142,7 +142,7 @@ def test_engines_of_tensorrt(recipe: str, built: Make, trt: FakeTensorRt) -> Non
         expected = [a.alone(model) for a in asks]
     with Engine(folder, device="tensorrt-rtx", slots=2) as engine:
         assert engine.capacity == engine.manifest.capacity
-        handles = [engine.submit(*a.arguments, **a.options) for a in asks]
+        handles = [submit(engine, a) for a in asks]
         for handle, one in zip(handles, expected, strict=True):
             same(handle.result(WAIT), one)
         idle(engine)
@@ -191,7 +191,7 @@ def test_the_same_beginning_with_other_options(bundle: Callable[..., Path]) -> N
     with lvlm.load(folder) as model:
         expected = [a.alone(model) for a in asks]
     with Engine(folder, slots=3) as engine:
-        handles = [engine.submit(*a.arguments, **a.options) for a in asks]
+        handles = [submit(engine, a) for a in asks]
         got = [handle.result(WAIT) for handle in handles]
     for ours, theirs in zip(got, expected, strict=True):
         same(ours, theirs)
@@ -204,7 +204,7 @@ def test_a_prefix_of_a_request_that_still_runs(bundle: Callable[..., Path]) -> N
     with lvlm.load(folder) as model:
         expected = [a.alone(model) for a in (first, second)]
     with Engine(folder, slots=2) as engine:
-        running = engine.submit(*first.arguments, **first.options)
+        running = submit(engine, first)
         next(running.tokens())
         got = engine.generate(*second.arguments, **second.options)
         same(got, expected[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,9 @@ from lvlm.runtime.engine import Engine
 from lvlm.runtime.engine.aio import AsyncEngine
 
 
-@pytest.fixture(scope="module")
-def folder(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
-
-
 @pytest.fixture
-def engine(folder: Path) -> Iterator[Engine]:
-    with Engine(folder, slots=2) as engine:
-        yield engine
-        idle(engine)
+def slots() -> int:
+    return 2
 
 
 def run(main: Coroutine[Any, Any, Any]) -> None:

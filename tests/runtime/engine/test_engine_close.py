@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,6 @@ from engine_tools import IMAGES, LONG, QUESTION, WAIT, intercept, running, sched
 
 from lvlm.core.errors import BackendError, EngineClosedError
 from lvlm.runtime.engine import Engine
-
-
-@pytest.fixture(scope="module")
-def folder(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
 
 
 def test_closed_while_busy(folder: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +12,9 @@ from lvlm.core.errors import BackendError, RequestCancelled, RequestTimeout
 from lvlm.runtime.engine import Engine, Handle
 
 
-@pytest.fixture(scope="module")
-def folder(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
-
-
 @pytest.fixture
-def engine(folder: Path) -> Iterator[Engine]:
-    with Engine(folder, slots=1) as engine:
-        yield engine
-        idle(engine)
+def slots() -> int:
+    return 1
 
 
 class Held:

@@ -4,7 +4,7 @@ go on as if nothing had been."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 from engine_tools import (
     IMAGES,
+    OTHERS,
     QUESTION,
+    SHORT,
     WAIT,
-    Ask,
     answers,
     ask,
     idle,
     intercept,
     logged,
     scheduler,
+    short_row,
+    submit,
     until,
 )
 from settings import CACHED
@@ -29,42 +32,6 @@ import lvlm
 from lvlm.core.errors import BackendError, DeviceMemoryError, EngineClosedError
 from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.generate.answers import Generation
-
-SHORT = ask("Hi", (), max_new_tokens=12, ignore_eos=True)  # positions below 100: no image
-LONG = [
-    ask(max_new_tokens=25, ignore_eos=True),
-    ask("Read the top row.", (1,), max_new_tokens=25, ignore_eos=True),
-]
-
-
-@pytest.fixture(scope="module")
-def folder(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
-
-
-@pytest.fixture(scope="module")
-def expected(folder: Path) -> list[Generation]:
-    """The answers to LONG."""
-    with lvlm.load(folder) as model:
-        return [a.alone(model) for a in LONG]
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[Engine]:
-    with Engine(folder, slots=3) as engine:
-        yield engine
-        idle(engine)
-
-
-def submit(engine: Engine, a: Ask) -> Handle:
-    return engine.submit(*a.arguments, **a.options)
-
-
-def short_row(inputs: Any) -> np.ndarray:
-    """Which rows of a decode are SHORT's."""
-    rows: np.ndarray = inputs["position_ids"][:, 0] < 100
-    return rows
-
 
 # Exceptions inside the backend
 
@@ -83,7 +50,7 @@ def test_a_decode_that_fails_once(engine: Engine, expected: list[Generation]) ->
             raise error
 
     decode.before = before
-    with answers(engine, LONG, expected):
+    with answers(engine, OTHERS, expected):
         asked.set()
     assert list(failures) == []
 
@@ -103,7 +70,7 @@ def test_a_decode_that_fails_for_one_row(
         decode.after = fail
     else:
         decode.before = fail
-    with answers(engine, LONG, expected):
+    with answers(engine, OTHERS, expected):
         handle = submit(engine, SHORT)
         with pytest.raises(
             BackendError, match=r"^the backend failed \(ZeroDivisionError: by zero\); the r.* lost$"
@@ -124,12 +91,12 @@ def test_a_decode_that_always_fails(engine: Engine, expected: list[Generation]) 
         raise DeviceMemoryError("no room; give less")
 
     decode.before = fail
-    handles = [submit(engine, a) for a in [*LONG, SHORT, *LONG]]
+    handles = [submit(engine, a) for a in [*OTHERS, SHORT, *OTHERS]]
     errors = [handle_error(handle) for handle in handles]
     assert [type(error) for error in errors] == [DeviceMemoryError] * 5
     assert len(set(map(id, errors))) == 5
     decode.before = lambda inputs, outputs: None  # noqa: ARG005
-    with answers(engine, LONG, expected):
+    with answers(engine, OTHERS, expected):
         pass
 
 
@@ -152,7 +119,7 @@ def test_a_prompt_that_cannot_be_read(
             raise RuntimeError("out of luck")
 
     faulty.before = fail
-    with answers(engine, LONG, expected):
+    with answers(engine, OTHERS, expected):
         odd = ask("Hi", (0, 1), max_new_tokens=3)
         # An image that is known already is not encoded again
         handle = engine.submit(odd.prompt, [turned(p) for p in IMAGES], **odd.options)
@@ -201,7 +168,7 @@ def test_a_compaction_that_fails(bundle: Callable[..., Path]) -> None:
 def test_listeners_may_do_anything(engine: Engine, expected: list[Generation]) -> None:
     """Raise, cancel their own request or another one, ask for more."""
     more: list[Handle] = []
-    with logged() as records, answers(engine, LONG, expected):
+    with logged() as records, answers(engine, OTHERS, expected):
         own, other, third = (submit(engine, SHORT) for _ in range(3))
 
         def cancels() -> None:

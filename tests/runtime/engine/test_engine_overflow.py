@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from engine_tools import WAIT, Ask, answers, ask, idle, intercept, same, scheduler, until
+from engine_tools import (
+    OTHERS,
+    SHORT,
+    WAIT,
+    answers,
+    idle,
+    intercept,
+    same,
+    scheduler,
+    short_row,
+    submit,
+    until,
+)
 from settings import CACHED
 
 import lvlm
 from lvlm.core.errors import BackendError
 from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.generate.answers import Generation
-
-SHORT = ask("Hi", (), max_new_tokens=12, ignore_eos=True)  # positions below 100: no image
-LONG = [
-    ask(max_new_tokens=25, ignore_eos=True),
-    ask("Read the top row.", (1,), max_new_tokens=25, ignore_eos=True),
-]
-
-
-@pytest.fixture(scope="module")
-def folder(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
-
-
-@pytest.fixture(scope="module")
-def expected(folder: Path) -> list[Generation]:
-    """The answers to LONG."""
-    with lvlm.load(folder) as model:
-        return [a.alone(model) for a in LONG]
-
-
-@pytest.fixture
-def engine(folder: Path) -> Iterator[Engine]:
-    with Engine(folder, slots=3) as engine:
-        yield engine
-        idle(engine)
-
-
-def submit(engine: Engine, a: Ask) -> Handle:
-    return engine.submit(*a.arguments, **a.options)
-
-
-def short_row(inputs: Any) -> np.ndarray:
-    """Which rows of a decode are SHORT's."""
-    rows: np.ndarray = inputs["position_ids"][:, 0] < 100
-    return rows
 
 
 def test_logits_of_one_row_that_are_not_finite(engine: Engine, expected: list[Generation]) -> None:
@@ -60,7 +37,7 @@ def test_logits_of_one_row_that_are_not_finite(engine: Engine, expected: list[Ge
 
     decode.after = spoil
     nan = pytest.raises(BackendError, match="logits contain NaN")
-    with answers(engine, LONG, expected), nan:
+    with answers(engine, OTHERS, expected), nan:
         submit(engine, SHORT).result(WAIT)
 
 
@@ -73,7 +50,7 @@ def test_a_slot_is_clean_after_an_overflow(
     its own entries a weight of 0, and 0 times infinity is not 0."""
     folder = bundle("tiny-llava", *CACHED.get(recipe, (recipe,)), max_images=2)
     with lvlm.load(folder) as model:
-        one = LONG[0].alone(model)
+        one = OTHERS[0].alone(model)
     with Engine(folder, slots=1) as engine:
         faulty = intercept(engine, "decode" if when == "decode" else "prefill")
         handles: list[Handle] = []
@@ -88,9 +65,9 @@ def test_a_slot_is_clean_after_an_overflow(
                 outputs["logits"][:] = np.nan
 
         faulty.after = spoil
-        handles.append(submit(engine, LONG[0]))
+        handles.append(submit(engine, OTHERS[0]))
         with pytest.raises(lvlm.LvlmError, match="cancelled" if when == "cancelled" else "NaN"):
             handles[0].result(WAIT)
         faulty.after = lambda inputs, outputs: None  # noqa: ARG005
-        same(engine.generate(*LONG[0].arguments, **LONG[0].options), one)
+        same(engine.generate(*OTHERS[0].arguments, **OTHERS[0].options), one)
         idle(engine)

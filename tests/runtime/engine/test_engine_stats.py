@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,9 @@ from lvlm.runtime.engine import Engine
 from lvlm.runtime.engine.stats import Meter
 
 
-@pytest.fixture(scope="module")
-def folder(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
-
-
 @pytest.fixture
-def engine(folder: Path) -> Iterator[Engine]:
-    with Engine(folder, slots=1) as engine:
-        yield engine
+def slots() -> int:
+    return 1
 
 
 def test_counts(engine: Engine) -> None:

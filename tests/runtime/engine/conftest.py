@@ -1,0 +1,38 @@
+"""The bundle that most tests ask, an engine of it, and answers of a model to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from engine_tools import OTHERS, idle
+
+import lvlm
+from lvlm.runtime.engine import Engine
+from lvlm.runtime.generate.answers import Generation
+
+
+@pytest.fixture(scope="module")
+def folder(bundle: Callable[..., Path]) -> Path:
+    return bundle("tiny-llava", max_images=2)
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[Generation]:
+    """The answers to OTHERS."""
+    with lvlm.load(folder) as model:
+        return [a.alone(model) for a in OTHERS]
+
+
+@pytest.fixture
+def slots() -> int:
+    """Of the engine; a file may have another number."""
+    return 3
+
+
+@pytest.fixture
+def engine(folder: Path, slots: int) -> Iterator[Engine]:
+    with Engine(folder, slots=slots) as engine:
+        yield engine
+        idle(engine)
