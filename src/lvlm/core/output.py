@@ -10,7 +10,7 @@ import fcntl
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lvlm.core.errors import LvlmError
@@ -32,19 +32,8 @@ def temporary_sibling(output: Path, error: type[LvlmError]) -> Iterator[Path]:
 
     Raises ``error`` for what the file system refuses, also within the body.
     """
-    folder = _place(output)
-    lock = None
-    try:
-        folder.mkdir()
-        lock = _lock(folder)
-        remove_abandoned(output)
+    with _partial(output, Path.mkdir, error) as folder:
         yield folder
-    except OSError as cause:
-        raise _refused(output, cause, error) from cause
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -53,19 +42,25 @@ def whole_file(path: Path, error: type[LvlmError]) -> Iterator[Path]:
 
     Raises ``error`` for what the file system refuses, also within the body.
     """
-    partial = _place(path)
-    lock = None
-    try:
-        partial.touch()
-        lock = _lock(partial)
-        remove_abandoned(path)
+    with _partial(path, Path.touch, error) as partial:
         yield partial
         partial.replace(path)
+
+
+@contextlib.contextmanager
+def _partial(output: Path, make: Callable[[Path], None], error: type[LvlmError]) -> Iterator[Path]:
+    """A place beside ``output`` that this process holds the lock of; what is left there goes."""
+    place = _place(output)
+    lock = None
+    try:
+        make(place)
+        lock = _lock(place)
+        remove_abandoned(output)
+        yield place
     except OSError as cause:
-        raise _refused(path, cause, error) from cause
+        raise error(f"{output} cannot be written: {cause.strerror or cause}") from cause
     finally:
-        with contextlib.suppress(OSError):  # gone already, or it could not be made
-            partial.unlink()
+        _remove(place)
         if lock is not None:
             os.close(lock)
 
@@ -74,22 +69,23 @@ def _place(output: Path) -> Path:
     return output.absolute().parent / f".{output.name}.partial-{os.getpid()}"
 
 
-def _refused(path: Path, cause: OSError, error: type[LvlmError]) -> LvlmError:
-    return error(f"{path} cannot be written: {cause.strerror or cause}")
-
-
 def remove_abandoned(output: Path) -> None:
     """Leftovers whose process is gone, which is who holds the lock."""
     own = _place(output)
     for old in own.parent.glob(glob.escape(f".{output.name}.partial-") + "*"):
         if old == own or (lock := _lock(old)) is None:
             continue
-        if old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                old.unlink()
+        _remove(old)
         os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    """A file or a folder with what is in it, as far as it is there and can be removed."""
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _lock(path: Path) -> int | None:
