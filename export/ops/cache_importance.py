@@ -16,6 +16,7 @@ from onnx.helper import make_attribute
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, OpSample, Shape, register
+from lvlm.export.ops.parts.checks import check_heads
 from lvlm.export.ops.parts.chunked_attention import importance_function
 
 CHUNK = 128
@@ -108,16 +109,7 @@ def outputs(
     parts: int = 0,
 ) -> Sequence[tuple[torch.dtype, Shape]]:
     """(dtype, shape) of the output. Raises ParameterError as ``reference`` does."""
-    if query.dim() != 4 or key.dim() != 4 or query.shape[3] != key.shape[3]:
-        raise ParameterError(
-            "CacheImportance: query [B, Hq, R, d] and key [B, Hkv, N, d] do not fit: "
-            f"{tuple(query.shape)} and {tuple(key.shape)}"
-        )
-    if query.shape[1] % key.shape[1]:
-        raise ParameterError(
-            f"CacheImportance: {query.shape[1]} query heads are no multiple of "
-            f"{key.shape[1]} key heads"
-        )
+    check_heads(SCHEMA.name, query, key)
     if query_slot.dim() != 2 or length.dim() != 1:
         raise ParameterError("CacheImportance: query_slot is [B, R] and length [B]")
     if chunk < 1 or parts < 0:

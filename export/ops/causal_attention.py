@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops import cache_importance
 from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, OpSample, Shape, register
+from lvlm.export.ops.parts.checks import check_heads
 from lvlm.export.ops.parts.chunked_attention import PARTS, attention_function, lowered_attention
 
 CHUNK = 128
@@ -108,11 +109,7 @@ def outputs(
             "CausalAttention: query [B, Hq, N, d], key and value [B, Hkv, N, d] do not fit: "
             f"{shapes[0]}, {shapes[1]} and {shapes[2]}"
         )
-    if query.shape[1] % key.shape[1]:
-        raise ParameterError(
-            f"CausalAttention: {query.shape[1]} query heads are no multiple of "
-            f"{key.shape[1]} key heads"
-        )
+    check_heads(SCHEMA.name, query, key)
     if (length is not None) != (importance == 1):
         raise ParameterError("CausalAttention: importance=1, and it alone, takes length [B]")
     if chunk < 1:

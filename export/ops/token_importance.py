@@ -16,6 +16,7 @@ from onnx.defs import OpSchema
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, OpSample, Shape, register
 from lvlm.export.ops.parts.body import Body
+from lvlm.export.ops.parts.checks import check_heads
 
 SCHEMA = register(
     OpSchema(
@@ -76,16 +77,7 @@ def reference(
 def _check(
     query: torch.Tensor, key: torch.Tensor, query_index: torch.Tensor, image_id: torch.Tensor
 ) -> None:
-    if query.dim() != 4 or key.dim() != 4 or query.shape[3] != key.shape[3]:
-        raise ParameterError(
-            "TokenImportance: query [B, Hq, R, d] and key [B, Hkv, N, d] do not fit: "
-            f"{tuple(query.shape)} and {tuple(key.shape)}"
-        )
-    if query.shape[1] % key.shape[1]:
-        raise ParameterError(
-            f"TokenImportance: {query.shape[1]} query heads are no multiple of "
-            f"{key.shape[1]} key heads"
-        )
+    check_heads(SCHEMA.name, query, key)
     if query_index.dim() != 2 or image_id.dim() != 2:
         raise ParameterError("TokenImportance: query_index is [B, R] and image_id [B, N]")
 

@@ -13,7 +13,6 @@ Survivors keep their order; what absorbs nothing is copied bit by bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from onnx.defs import OpSchema
@@ -24,6 +23,7 @@ from lvlm.core.errors import ParameterError
 from lvlm.export.ops.cache_compact.function import compact_function
 from lvlm.export.ops.cache_compact.samples import samples
 from lvlm.export.ops.op import DOMAIN, VERSION, Op, Shape, register
+from lvlm.export.ops.parts.checks import check_ranks
 
 MODES = ("evict", "merge", "merge-reference")
 
@@ -195,17 +195,15 @@ def outputs(
             f"CacheCompact: sinks is {sinks} and recent {recent}; neither may be negative, and "
             "merge-reference protects 1 recent entry"
         )
-    ranks: list[tuple[str, Any, int]] = [
-        ("key", key, 4),
-        ("value", value, 4),
-        ("importance", importance, 2),
-        ("length", length, 1),
-        ("budget", budget, 1),
-        ("slots", slots, 1),
+    inputs = [
+        ("key", key, (4,)),
+        ("value", value, (4,)),
+        ("importance", importance, (2,)),
+        ("length", length, (1,)),
+        ("budget", budget, (1,)),
+        ("slots", slots, (1,)),
     ]
-    for name, tensor, rank in ranks:
-        if tensor.dim() != rank:
-            raise ParameterError(f"CacheCompact: {name} has shape {tuple(tensor.shape)}")
+    check_ranks(SCHEMA.name, inputs)
     batch, heads, _, width = key.shape
     extent = slots.shape[0]
     return [

@@ -17,7 +17,6 @@ Survivors keep order and position; everything that absorbs nothing is copied bit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from onnx.defs import OpSchema
@@ -26,6 +25,7 @@ from onnx.helper import make_attribute
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.op import DOMAIN, VERSION, Op, Shape, register
+from lvlm.export.ops.parts.checks import check_ranks
 from lvlm.export.ops.token_merge.function import EPSILON, token_merge_function
 from lvlm.export.ops.token_merge.samples import samples
 
@@ -220,7 +220,7 @@ def outputs(
         raise ParameterError(f"TokenMerge: absorb is {absorb}, at least 1 is needed")
     if (recycle is not None, recycle_slots is not None) != (merge == "recycle",) * 2:
         raise ParameterError("TokenMerge: merge=recycle alone takes recycle and recycle_slots")
-    ranks: list[tuple[str, Any, tuple[int, ...]]] = [
+    inputs: list[tuple[str, torch.Tensor | None, tuple[int, ...]]] = [
         ("hidden", hidden, (3,)),
         ("importance", importance, (2,)),
         ("image_id", image_id, (2,)),
@@ -231,9 +231,7 @@ def outputs(
         ("recycle", recycle, (2,)),
         ("recycle_slots", recycle_slots, (1,)),
     ]
-    for name, tensor, rank in ranks:
-        if tensor is not None and tensor.dim() not in rank:
-            raise ParameterError(f"TokenMerge: {name} has shape {tuple(tensor.shape)}")
+    check_ranks(SCHEMA.name, inputs)
     batch, length, width = hidden.shape
     new_length = out_slots.shape[0]
     return [
