@@ -28,7 +28,6 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from lvlm.core.errors import CheckpointError
-from lvlm.export.families.family import PromptFiles
 from lvlm.export.families.parts.leaf_tables import (
     TEXTS,
     Kinds,
@@ -39,7 +38,6 @@ from lvlm.export.families.parts.leaf_tables import (
 )
 from lvlm.export.families.parts.llama_text import (
     added_token,
-    build_model,
     heads,
     language_model,
     one_of,
@@ -49,15 +47,13 @@ from lvlm.export.families.parts.llama_text import (
     tiny_tokenizer,
     token_text,
 )
-from lvlm.export.families.parts.side_files import prompt_files
+from lvlm.export.families.parts.pixel_values import PixelValues
 from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
 from lvlm.export.leaves import RMS_NORM, Attention
-from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.internvl import max_tokens, normalise_config, with_max_tokens
-from lvlm.runtime.prompt.prompts import Prompt
 
 OWN_TEXTS: Kinds = {
     kind: with_rope_types(table, "dynamic")
@@ -77,7 +73,7 @@ OWN_TOWERS: Kinds = {
 }
 
 
-class InternVL:
+class InternVL(PixelValues):
     """See Family. Tiles and a thumbnail; four patches, or what the config says, make one token."""
 
     name = "internvl"
@@ -90,6 +86,7 @@ class InternVL:
     image_handling = "tiles, and the whole as one more"
     video = ""
     leaves = leaves(OWN_TEXTS, OWN_TOWERS)
+    model_class = InternVLForConditionalGeneration
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         config = read_common(
@@ -107,9 +104,6 @@ class InternVL:
             )
         return config
 
-    def build(self, config: InternVLConfig) -> nn.Module:
-        return build_model(InternVLForConditionalGeneration, config)
-
     def language(self, model: Any, config: InternVLConfig) -> LanguageModel:
         text, parts = config.text_config, model.model.language_model
         language = language_model(self, parts, model.lm_head, text)
@@ -121,13 +115,6 @@ class InternVL:
 
     def vision(self, model: Any, config: InternVLConfig) -> nn.Module:
         return InternVLVision(model, config)
-
-    def vision_inputs(self, images: Images) -> list[GraphPort]:
-        return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
-
-    def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.images]
-        return {"pixel_values": torch.cat(pixels)} if pixels else {}
 
     def images(self, config: InternVLConfig, folder: Path) -> Images:
         vision = config.vision_config
@@ -150,9 +137,6 @@ class InternVL:
 
     def bounded(self, images: Images, tokens: int) -> Images:
         return fewer_tiles(images, tokens, with_max_tokens, max_tokens)
-
-    def prompt(self, config: InternVLConfig, folder: Path) -> PromptFiles:
-        return prompt_files(folder, config.text_config)
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
         """Two kinds of text, GQA and MHA, both norms, tiles and shuffles of two sizes."""

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
@@ -19,10 +18,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from lvlm.export.families.family import PromptFiles, fixed_tokens
+from lvlm.export.families.family import fixed_tokens
 from lvlm.export.families.parts.leaf_tables import TEXTS
 from lvlm.export.families.parts.llama_text import (
-    build_model,
     heads,
     language_model,
     preprocessor,
@@ -31,15 +29,13 @@ from lvlm.export.families.parts.llama_text import (
     token_text,
 )
 from lvlm.export.families.parts.llava_like import LEAVES, TOWERS, LlavaVision, tile_tokens
-from lvlm.export.families.parts.side_files import prompt_files
+from lvlm.export.families.parts.pixel_values import PixelValues
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.llava import normalise_config
-from lvlm.runtime.prompt.prompts import Prompt
 
 
-class Llava:
+class Llava(PixelValues):
     """See Family. One pooled feature per patch, so every image has the same number of tokens."""
 
     name = "llava"
@@ -51,25 +47,16 @@ class Llava:
     image_handling = "one size, the same tokens for all"
     video = ""
     leaves = LEAVES
+    model_class = LlavaForConditionalGeneration
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         return read_common(self.name, LlavaConfig, raw, TEXTS, "llama", TOWERS, "clip_vision_model")
-
-    def build(self, config: LlavaConfig) -> nn.Module:
-        return build_model(LlavaForConditionalGeneration, config)
 
     def language(self, model: Any, config: LlavaConfig) -> LanguageModel:
         return language_model(self, model.model.language_model, model.lm_head, config.text_config)
 
     def vision(self, model: Any, config: LlavaConfig) -> nn.Module:
         return LlavaVision(model, config)
-
-    def vision_inputs(self, images: Images) -> list[GraphPort]:
-        return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
-
-    def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.images]
-        return {"pixel_values": torch.cat(pixels)} if pixels else {}
 
     def images(self, config: LlavaConfig, folder: Path) -> Images:
         vision = config.vision_config
@@ -85,9 +72,6 @@ class Llava:
 
     def bounded(self, images: Images, tokens: int) -> Images:
         raise fixed_tokens(images, tokens)
-
-    def prompt(self, config: LlavaConfig, folder: Path) -> PromptFiles:
-        return prompt_files(folder, config.text_config)
 
     def tiny_configs(self) -> Iterator[tuple[str, LlavaConfig]]:
         """Every text backbone, both towers, both strategies, GQA and MHA, biases, tied weights."""

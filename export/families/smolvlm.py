@@ -9,20 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    SmolVLMConfig,
-    SmolVLMForConditionalGeneration,
-)
+from transformers import LlamaConfig, SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionAttention
 
 from lvlm.core.errors import CheckpointError
-from lvlm.export.families.family import PromptFiles
 from lvlm.export.families.parts.leaf_tables import TEXTS, Kinds, leaves
 from lvlm.export.families.parts.llama_text import (
     added_token,
-    build_model,
     heads,
     language_model,
     preprocessor,
@@ -32,12 +26,11 @@ from lvlm.export.families.parts.llama_text import (
     token_text,
     video_preprocessor,
 )
-from lvlm.export.families.parts.side_files import prompt_files
+from lvlm.export.families.parts.pixel_values import PixelValues
 from lvlm.export.families.parts.whole_tiles import fewer_tiles, tile_images
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
 from lvlm.export.leaves import Attention
-from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.parts.frames import attempted
 from lvlm.runtime.processors.parts.smolvlm_video import video_config
@@ -48,7 +41,7 @@ OWN_TEXTS: Kinds = {"llama": TEXTS["llama"]}
 OWN_TOWERS: Kinds = {"smolvlm_vision": {SmolVLMVisionAttention: Attention(turn=None)}}
 
 
-class SmolVLM:
+class SmolVLM(PixelValues):
     """See Family. Tiles and a thumbnail; several patches make one token."""
 
     name = "smolvlm"
@@ -61,6 +54,7 @@ class SmolVLM:
     image_handling = "tiles, and the whole as one more"
     video = "a tile per frame, with its time"
     leaves = leaves(OWN_TEXTS, OWN_TOWERS)
+    model_class = SmolVLMForConditionalGeneration
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         config = read_common(
@@ -78,21 +72,14 @@ class SmolVLM:
             )
         return config
 
-    def build(self, config: SmolVLMConfig) -> nn.Module:
-        return build_model(SmolVLMForConditionalGeneration, config)
-
     def language(self, model: Any, config: SmolVLMConfig) -> LanguageModel:
         return language_model(self, model.model.text_model, model.lm_head, config.text_config)
 
     def vision(self, model: Any, config: SmolVLMConfig) -> nn.Module:
         return SmolVLMVision(model, config)
 
-    def vision_inputs(self, images: Images) -> list[GraphPort]:
-        return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
-
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.images]
-        return {"pixel_values": torch.cat(pixels)[None]} if pixels else {}
+        return {name: tensor[None] for name, tensor in super().transformers_inputs(prompt).items()}
 
     def images(self, config: SmolVLMConfig, folder: Path) -> Images:
         side = config.vision_config.image_size
@@ -117,9 +104,6 @@ class SmolVLM:
 
     def bounded(self, images: Images, tokens: int) -> Images:
         return fewer_tiles(images, tokens, with_max_tokens, max_tokens)
-
-    def prompt(self, config: SmolVLMConfig, folder: Path) -> PromptFiles:
-        return prompt_files(folder, config.text_config)
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
         """GQA and MHA, biases, tied weights, several tiles and one, factors of the shuffle."""

@@ -15,19 +15,13 @@ from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionEmbe
 from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVisionEmbeddings
 
 from lvlm.core.errors import CheckpointError
-from lvlm.export.families.family import PromptFiles, too_few_tokens
+from lvlm.export.families.family import too_few_tokens
 from lvlm.export.families.parts.leaf_tables import TEXTS, Kinds, leaves
-from lvlm.export.families.parts.llama_text import (
-    build_model,
-    language_model,
-    read_common,
-    token_text,
-)
-from lvlm.export.families.parts.side_files import prompt_files
+from lvlm.export.families.parts.llama_text import language_model, read_common, token_text
+from lvlm.export.families.parts.pixel_values import PixelValues
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
 from lvlm.export.leaves import Attention, Places
-from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors import load_processor
 from lvlm.runtime.processors.parts.anyres import TiledProcessor, Tiles
@@ -52,7 +46,7 @@ def tile_tokens(config: Any) -> int:
     return int(side * side) + extra - int(config.vision_feature_select_strategy == "default")
 
 
-class AnyResolution:
+class AnyResolution(PixelValues):
     """See Family; a subclass per transformers class. Tiles, each line of patches with a newline."""
 
     name: str
@@ -61,7 +55,6 @@ class AnyResolution:
     video: str
     leaves = LEAVES
     config_class: Any
-    model_class: Any
     tower_type: str  # where config.json names none
     text_type: str
 
@@ -83,24 +76,15 @@ class AnyResolution:
             )
         return config
 
-    def build(self, config: Any) -> nn.Module:
-        return build_model(self.model_class, config)
-
     def language(self, model: Any, config: Any) -> LanguageModel:
         return language_model(self, model.model.language_model, model.lm_head, config.text_config)
 
     def vision(self, model: Any, config: Any) -> nn.Module:
         return TilesVision(model, config)
 
-    def vision_inputs(self, images: Images) -> list[GraphPort]:
-        return [GraphPort("pixel_values", torch.float32, ("units", 3, *images.size))]
-
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
-        if not prompt.images:
-            return {}
-        pixels = [torch.from_numpy(p.arrays["pixel_values"]) for p in prompt.images]
-        sizes = torch.tensor([p.size for p in prompt.images])
-        return {"pixel_values": torch.cat(pixels), "image_sizes": sizes}
+        found = super().transformers_inputs(prompt)
+        return found and found | {"image_sizes": torch.tensor([p.size for p in prompt.images])}
 
     def images(self, config: Any, folder: Path) -> Images:
         side = config.vision_config.image_size
@@ -132,9 +116,6 @@ class AnyResolution:
         tiles = _tiles(processor)
         max_dims = {"units": tiles.max_units}
         return replace(images, tokens=tiles.max_tokens, processor=processor, max_dims=max_dims)
-
-    def prompt(self, config: Any, folder: Path) -> PromptFiles:
-        return prompt_files(folder, config.text_config)
 
 
 def _tiles(processor: Mapping[str, Any]) -> Tiles:
