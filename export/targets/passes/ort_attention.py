@@ -114,8 +114,6 @@ def _tables(
         else:
             raise AssertionError(f"rotary angles are computed from {value.name}")
     ordered = [ir.to_proto(node) for node in model.graph if node in nodes]
-    for node in ordered:
-        del node.metadata_props[:]
     info = onnx.helper.make_tensor_value_info
     outs = [str(angle.name) for angle in angles]
     graph = onnx.helper.make_graph(

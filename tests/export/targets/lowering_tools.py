@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx import helper
 from settings import ASSETS
 
 import lvlm
 from lvlm.core.discovery import discover
 from lvlm.core.integrity import describe
-from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
+from lvlm.export.ops.op import Op
 from lvlm.export.targets.target import Target
+from lvlm.export.verify.forms import put_functions_back
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.options.generation_options import GenerationOptions
 
@@ -52,27 +52,6 @@ def all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
             waiting += [a.g.node for a in node.attribute if a.HasField("g")]
 
 
-def with_functions(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A graph of plugins, with the lvlm ops' functions and at their opset, for ONNX Runtime."""
-    attributes: dict[str, dict[str, object]] = {}
-    for node in model.graph.node:
-        if node.domain == DOMAIN:
-            kept = [a for a in node.attribute if a.name not in PLUGIN_ATTRIBUTES]
-            del node.attribute[:]
-            node.attribute.extend(kept)
-            values = {a.name: helper.get_attribute_value(a) for a in kept}
-            attributes[node.op_type] = {
-                k: v.decode() if isinstance(v, bytes) else v for k, v in values.items()
-            }
-    for op, values in attributes.items():
-        model.functions.append(OPS[op].function(values))  # type: ignore[arg-type]
-    del model.opset_import[:]
-    model.opset_import.extend(
-        [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    )
-    return model
-
-
 def in_place(folder: Path, target: Target) -> Path:
     """The bundle with the graphs of ``target`` as its canonical ones."""
     manifest = read_bundle(folder)
@@ -81,7 +60,9 @@ def in_place(folder: Path, target: Target) -> Path:
         path = folder / graph.file
         model = onnx.load(folder / target.file(graph.file), load_external_data=False)
         path.unlink()
-        onnx.save(with_functions(model) if target.plugins else model, path)
+        if target.plugins:
+            put_functions_back(model)
+        onnx.save(model, path)
         files[graph.file] = describe(path)
     dataclasses.replace(manifest, files=files).write(folder)
     return folder
