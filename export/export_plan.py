@@ -148,12 +148,12 @@ def _check_length(
         )
     hiding = language.windowed(text + image_tokens)
     if hiding and not recipe.in_place:
-        least = min(one.window for one in language.layers if one.window is not None)
+        window = min(one.window for one in language.layers if one.window is not None)
         more = f" and {len(hiding) - 3} more" if len(hiding) > 3 else ""
         raise ParameterError(
-            f"recipe {recipe.name} cannot do layers with a window (sliding_window {least}: layers "
+            f"recipe {recipe.name} cannot do layers with a window (sliding_window {window}: layers "
             f"{', '.join(map(str, hiding[:3]))}{more}); take recipe none, or lower "
-            f"{_lower(least - image_tokens)}"
+            f"{_lower(window - image_tokens)}"
         )
     max_images = (LONGEST - text) // images.tokens
     if options.max_images > max(1, max_images):

@@ -1,7 +1,7 @@
 """Which of ONNX Runtime's CPU kernels is fastest for what decode and prefill need.
 
     python scripts/bench_kernels.py attention --threads 2
-    python scripts/bench_kernels.py products --threads 2
+    python scripts/bench_kernels.py matmuls --threads 2
 
 Every figure is the median time of one node in a graph of several alike, each with its own weights
 or cache, so that nothing stays in the CPU's own caches that would not in a model.
@@ -11,22 +11,26 @@ docs/notes/cpu.md has a table.
 from __future__ import annotations
 
 import argparse
-import math
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import TensorProto, helper
+from kernel_runs import Session, bind, cpu_name, graph, measure, read_bandwidth
+from onnx import helper
 
-SECONDS = 0.3  # of every figure, at least
 CLOCK = {"wall": time.perf_counter, "cpu": time.thread_time}
+
+
+@dataclass(frozen=True)
+class How:
+    """Threads of ONNX Runtime, and the clock that figures are read on."""
+
+    threads: int
+    clock: Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,7 @@ class Heads:
 HEADS = (Heads(9, 3, 64), Heads(32, 8, 128), Heads(32, 32, 128), Heads(16, 16, 32))
 CAPACITIES = (640, 2624)
 # The 135M shape: query|key|value, output, gate|up, down, head (K, N)
-PRODUCTS = ((576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152))
-clock = CLOCK["wall"]
+MATMULS = ((576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152))
 CACHE_BYTES = 64 << 20  # of all caches of a graph: more than a CPU's own caches hold
 
 
@@ -53,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("attention", "products"))
+    parser.add_argument("what", choices=("attention", "matmuls"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--heads", type=int, nargs="*", help="which of the shapes, by number")
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16])
@@ -63,39 +66,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.clock == "cpu" and args.threads != 1:
         parser.error("--clock cpu counts one thread; add --threads 1")
-    global clock
-    clock = CLOCK[args.clock]
+    how = How(args.threads, CLOCK[args.clock])
     print(f"onnxruntime {ort.__version__}, {args.threads} threads, {cpu_name()}")
-    print(f"sum of 1 GiB: {read_bandwidth(args.threads) / 1e9:.1f} GB/s")
+    print(f"reads of 1 GiB: {read_bandwidth(args.threads) / 1e9:.1f} GB/s")
     if args.what == "attention":
-        attention(args.threads, [HEADS[i] for i in args.heads or range(len(HEADS))], args.rows)
+        attention(how, [HEADS[i] for i in args.heads or range(len(HEADS))], args.rows)
     else:
-        products(args.threads, args.rows)
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-
-
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second that a matrix-vector product reads."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    parts = [np.ones((1 << 28) // threads, np.float32) for _ in range(threads)]
-    best = math.inf
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(5):
-            began = time.perf_counter()
-            list(pool.map(np.max, parts))
-            best = min(best, time.perf_counter() - began)
-    return sum(p.nbytes for p in parts) / best
+        matmuls(how, args.rows)
 
 
 # Attention of one new token over a cache
 
 
-def attention(threads: int, shapes: list[Heads], rows: list[int]) -> None:
+def attention(how: How, shapes: list[Heads], rows: list[int]) -> None:
     """A table of microseconds per layer."""
     print(f"{'heads':10s} {'capacity':>8s} {'rows':>4s} {'valid':>6s}", *FORMS, sep="  ")
     for heads in shapes:
@@ -103,7 +86,7 @@ def attention(threads: int, shapes: list[Heads], rows: list[int]) -> None:
             for batch in rows:
                 for valid in (0.25, 1.0):
                     times = [
-                        time_attention(form, heads, capacity, batch, valid, threads)
+                        time_attention(form, heads, capacity, batch, valid, how)
                         for form in FORMS.values()
                     ]
                     cells = [
@@ -189,7 +172,7 @@ def time_attention(
     capacity: int,
     batch: int,
     valid: float,
-    threads: int,
+    how: How,
 ) -> float:
     """Seconds per layer; rows have lengths around ``valid`` of the capacity."""
     one = 2 * 4 * batch * heads.keys * capacity * heads.size
@@ -221,7 +204,7 @@ def time_attention(
         for kind in ("key", "value")
     }
     model = graph(nodes, {**feeds, **{f"past{k}": v for k, v in lasting.items()}}, {}, 24)
-    with Session(model, threads) as loaded:
+    with Session(model, how.threads) as loaded:
         binding = loaded.io_binding()
         for name, array in feeds.items():
             bind(binding.bind_input, name, array)
@@ -233,26 +216,26 @@ def time_attention(
                 bind(binding.bind_output, out.name, lasting[out.name.removeprefix(stem)])
             else:
                 binding.bind_output(out.name, "cpu")
-        return measure(lambda: loaded.run_with_iobinding(binding)) / layers
+        return measure(lambda: loaded.run_with_iobinding(binding), how.clock) / layers
 
 
-# Products
+# MatMuls
 
 
-def products(threads: int, rows: list[int]) -> None:
-    """A table of microseconds per product."""
+def matmuls(how: How, rows: list[int]) -> None:
+    """A table of microseconds per MatMul."""
     kinds = [(form, packed) for form in ("MatMul [K,N]", "Gemm [N,K]") for packed in (False, True)]
     names = [f"{form}{' packed' if packed else ''}" for form, packed in kinds]
     print(f"{'K x N':>12s} {'rows':>4s}", *names, sep="  ")
-    for depth, width in PRODUCTS:
-        found = {kind: list(time_linears(depth, width, *kind, rows, threads)) for kind in kinds}
+    for depth, width in MATMULS:
+        found = {kind: list(time_linears(depth, width, *kind, rows, how)) for kind in kinds}
         for i, count in enumerate(rows):
             cells = [f"{1e6 * found[k][i]:{len(n)}.0f}" for k, n in zip(kinds, names, strict=True)]
             print(f"{f'{depth} x {width}':>12s} {count:4d}", *cells, sep="  ", flush=True)
 
 
 def time_linears(
-    depth: int, width: int, form: str, packed: bool, rows: list[int], threads: int
+    depth: int, width: int, form: str, packed: bool, rows: list[int], how: How
 ) -> Iterator[float]:
     copies = max(1, min(60, (128 << 20) // (4 * depth * width)))
     random = np.random.default_rng(0)
@@ -265,7 +248,7 @@ def time_linears(
         for w in weights
     ]
     model = graph(nodes, {"x": np.zeros((1, depth), np.float32)}, weights, 24)
-    with Session(model, threads, packed) as loaded:
+    with Session(model, how.threads, packed) as loaded:
         for count in rows:
             binding = loaded.io_binding()
             x = random.standard_normal((count, depth), np.float32)
@@ -273,73 +256,7 @@ def time_linears(
             results = [np.empty((count, width), np.float32) for _ in weights]
             for w, result in zip(weights, results, strict=True):
                 bind(binding.bind_output, f"out_{w}", result)
-            yield measure(lambda b=binding: loaded.run_with_iobinding(b)) / copies  # type: ignore[misc]
-
-
-# What both need
-
-
-def graph(
-    nodes: list[onnx.NodeProto],
-    inputs: Mapping[str, np.ndarray],
-    weights: Mapping[str, np.ndarray],
-    opset: int,
-) -> onnx.ModelProto:
-    """A model whose outputs are all results that no node reads, its dynamic axes unnamed."""
-    read = {name for node in nodes for name in node.input}
-    outs = [
-        name
-        for node in nodes
-        for name in node.output
-        if name not in read or name.startswith("present")
-    ]
-    given = [
-        helper.make_tensor_value_info(
-            name,
-            helper.np_dtype_to_tensor_dtype(x.dtype),
-            [None] * x.ndim if name == "x" else x.shape,
-        )
-        for name, x in inputs.items()
-    ]
-    found = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outs]
-    stored = [onnx.numpy_helper.from_array(x, name) for name, x in weights.items()]
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
-    body = helper.make_graph(nodes, "bench", given, found, stored)
-    return helper.make_model(body, opset_imports=opsets, ir_version=11)
-
-
-class Session:
-    """An InferenceSession of a model that may be too large for one message."""
-
-    def __init__(self, model: onnx.ModelProto, threads: int, packed: bool = True) -> None:
-        self.model, self.options = model, ort.SessionOptions()
-        self.options.intra_op_num_threads = threads
-        self.options.log_severity_level = 3
-        self.options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
-
-    def __enter__(self) -> Any:
-        self.folder = tempfile.TemporaryDirectory()
-        path = os.path.join(self.folder.name, "bench.onnx")
-        onnx.save(self.model, path, save_as_external_data=True, location="bench.bin")
-        return ort.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
-
-    def __exit__(self, *_: object) -> None:
-        self.folder.cleanup()
-
-
-def bind(call: Callable[..., None], name: str, array: np.ndarray) -> None:
-    call(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
-def measure(run: Callable[[], object]) -> float:
-    """Median seconds of a call."""
-    run()
-    times: list[float] = []
-    while sum(times) < SECONDS or len(times) < 5:
-        began = clock()
-        run()
-        times.append(clock() - began)
-    return float(np.median(times))
+            yield measure(lambda b=binding: loaded.run_with_iobinding(b), how.clock) / copies  # type: ignore[misc]
 
 
 if __name__ == "__main__":

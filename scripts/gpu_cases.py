@@ -29,14 +29,14 @@ MODELS = (Model("Llama-7B", 4_096, 32, 32), Model("Qwen2-7B", 3_584, 28, 4))
 @dataclass(frozen=True)
 class Call:
     """traffic  bytes that are read and written at least
-    products  (m, k, n, how many) of the matrix products that the op cannot do without"""
+    matmuls  (m, k, n, how many) of the MatMuls that the op cannot do without"""
 
     op: str
     name: str
     inputs: tuple[torch.Tensor | None, ...]
     attributes: dict[str, Any]
     traffic: int
-    products: tuple[int, int, int, int] | None = None
+    matmuls: tuple[int, int, int, int] | None = None
     exact: bool = field(default=True)  # else near-ties may fall the other way
 
 
@@ -73,7 +73,7 @@ def _token_importance(model: Model, length: int, device: torch.device) -> Iterat
         ),
         {"scale": model.head**-0.5},
         traffic=key.numel() * HALF,
-        products=(model.heads // model.key_heads, model.head, length, model.key_heads),
+        matmuls=(model.heads // model.key_heads, model.head, length, model.key_heads),
     )
 
 
@@ -100,7 +100,7 @@ def _token_merge(model: Model, length: int, device: torch.device) -> Iterator[Ca
         ),
         {"merge": "recycle"},
         traffic=(length + keep + TEXT) * model.width * HALF,
-        products=(centres, model.width, tokens - keep, 1),
+        matmuls=(centres, model.width, tokens - keep, 1),
         exact=False,
     )
 
@@ -122,7 +122,7 @@ def _cache_importance(model: Model, length: int, device: torch.device) -> Iterat
             ),
             {"scale": model.head**-0.5},
             traffic=(key.numel() + model.heads * rows * model.head) * HALF,
-            products=(rows, model.head, seen, 2 * model.heads),
+            matmuls=(rows, model.head, seen, 2 * model.heads),
         )
 
 

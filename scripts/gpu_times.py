@@ -1,4 +1,4 @@
-"""Times of calls of real sizes (gpu_cases.py), beside a copy and a matrix product."""
+"""Times of calls of real sizes (gpu_cases.py), beside a copy and a MatMul."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def timings(
     *,
     dry_run: bool,
 ) -> Iterator[str]:
-    """Calls of real sizes: time, beside a copy of the same bytes and the same products in torch."""
+    """Calls of real sizes: time, beside a copy of the same bytes and the same MatMuls in torch."""
     yield "### Times"
     yield ""
     yield "Microseconds in fp16, medians: a call among many in a row, and replayed as a CUDA graph;"
     yield "a copy on the device that reads and writes as many bytes as the call must; torch.matmul"
-    yield "of the products that the call cannot do without, in fp32 and in fp16. A ratio is the"
-    yield "graph's time over that of the copy or of the fp32 product."
+    yield "of the MatMuls that the call cannot do without, in fp32 and in fp16. A ratio is the"
+    yield "graph's time over that of the copy or of the fp32 MatMul."
     yield ""
-    yield "| op | call | plain | graph | copy | ratio | fp32 product | ratio | fp16 | error |"
+    yield "| op | call | plain | graph | copy | ratio | fp32 MatMul | ratio | fp16 | error |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for call in calls(ops, longest, torch.device("cpu" if dry_run else "cuda")):
         what = f"{call.op}, {call.name}"
@@ -51,19 +51,19 @@ def timings(
             FAILED.append(f"{what}: {error:.2g} is more than {allowed:.2g}")
         cells = [f"{report[key]:.1f}" for key in ("enqueue_us", "graph_us", "copy_us")]
         cells.append(f"{report['graph_us'] / report['copy_us']:.1f}")
-        single = _product_us(call, torch.float32, repeats)
-        half = _product_us(call, torch.float16, repeats)
+        single = _matmul_us(call, torch.float32, repeats)
+        half = _matmul_us(call, torch.float16, repeats)
         cells.append(f"{single:.1f}" if single else "")
         cells.append(f"{report['graph_us'] / single:.1f}" if single else "")
         cells.append(f"{half:.1f}" if half else "")
         yield " | ".join([f"| {call.op}", call.name, *cells, f"{error:.1e} |"])
 
 
-def _product_us(call: Call, dtype: torch.dtype, repeats: int) -> float | None:
-    """torch.matmul's time for the call's products: one of them, times how many there are."""
-    if call.products is None:
+def _matmul_us(call: Call, dtype: torch.dtype, repeats: int) -> float | None:
+    """torch.matmul's time for the call's MatMuls: one of them, times how many there are."""
+    if call.matmuls is None:
         return None
-    rows, inner, columns, times = call.products
+    rows, inner, columns, times = call.matmuls
     together = min(times, max(1, (1 << 28) // max(1, rows * columns)))  # a gigabyte of results
     a = torch.randn(together, rows, inner, device="cuda", dtype=dtype)
     b = torch.randn(together, inner, columns, device="cuda", dtype=dtype)

@@ -115,7 +115,7 @@ def _keeps(
     if variant.wanted is not None:
         reaches = [solve_keep(manifest, shape, variant.wanted) for shape in shapes]
         beyond = [
-            SampleRecord(key, sample.id, least=reach.least)
+            SampleRecord(key, sample.id, least=reach.min_kept)
             for key, sample, reach in zip(job.keys, samples, reaches, strict=True)
             if reach.keep is None
         ]

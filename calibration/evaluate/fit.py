@@ -29,10 +29,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Reach:
-    """``keep`` is None if the fraction is out of reach; ``least`` is the smallest one within."""
+    """``keep`` is None if the fraction is out of reach; ``min_kept`` is the smallest one within."""
 
     keep: float | None
-    least: float
+    min_kept: float
 
 
 def solve_keep(manifest: Manifest, shape: Shape, wanted: float) -> Reach:
@@ -57,12 +57,12 @@ def solve_keep(manifest: Manifest, shape: Shape, wanted: float) -> Reach:
             low, high = (middle, high) if total(middle) <= goal else (low, middle)
         return low, high
 
-    goal, least = wanted * everything, total(SMALLEST)
-    if least - goal > layers:
-        return Reach(None, least / everything)
+    goal, minimum = wanted * everything, total(SMALLEST)
+    if minimum - goal > layers:
+        return Reach(None, minimum / everything)
     best = min((total(keep) for keep in around(goal)), key=lambda count: abs(count - goal))
     # The middle of the keeps that give this count, away from where a count tips over
-    return Reach((around(best - 1)[1] + around(best)[0]) / 2, least / everything)
+    return Reach((around(best - 1)[1] + around(best)[0]) / 2, minimum / everything)
 
 
 def new_tokens(

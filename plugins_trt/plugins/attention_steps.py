@@ -14,7 +14,7 @@ ROWS = GROUP * INDICES  # the heads of a group, under each other
 KEYS = 64  # of a tile
 DEPTH = 32  # slice of the head size
 SPLITS = 32  # of the keys at most, among programs: where rows are too few to keep a GPU busy
-LEAST_TILES = 4  # of a split
+MIN_TILES = 4  # of a split
 JOINED = 64  # rows of a program
 
 
@@ -28,7 +28,7 @@ def softmax_steps(
     """
     blocks = ROWS.ceil_div(block)
     wanted = (const(SPLITS) // blocks.at_least(1)).at_least(1)
-    span = POSITIONS.ceil_div(wanted * KEYS).at_least(LEAST_TILES) * KEYS
+    span = POSITIONS.ceil_div(wanted * KEYS).at_least(MIN_TILES) * KEYS
     splits = POSITIONS.at_least(1).ceil_div(span)
 
     tensors = ("query", "key", slots, valid, "peaks", "totals")

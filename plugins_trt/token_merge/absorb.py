@@ -162,7 +162,7 @@ def group(
     BLOCK_J: tl.constexpr,
 ) -> None:
     """The loose tokens in order of owner, similarity and index; each centre takes the first
-    ``most`` of its own.
+    ``limit`` of its own.
 
     grouped [B, N] int32: tokens in that order; begin and absorbed [B, M K] int32: where a centre's
     begin and how many it takes; new_index of what is taken becomes its centre's.
@@ -218,7 +218,7 @@ def means(
     numbers: tl.tensor,
     new_length: tl.tensor,
     width: tl.tensor,
-    most_centres: tl.tensor,
+    max_centres: tl.tensor,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ODD: tl.constexpr,
@@ -226,12 +226,12 @@ def means(
     """Over the copies of centres that absorb something: the importance-weighted mean, or the plain
     one where the weights sum to 0.
 
-    Grid (M most_centres, D / BLOCK_D, B). Reads each absorbed state once, BLOCK_E at a time: a
+    Grid (M max_centres, D / BLOCK_D, B). Reads each absorbed state once, BLOCK_E at a time: a
     centre that absorbs n tokens costs n / BLOCK_E dependent reads.
     """
     row = tl.program_id(2).to(tl.int64)
-    nth = tl.program_id(0) % most_centres
-    number = row * numbers + tl.program_id(0) // most_centres * slots + nth
+    nth = tl.program_id(0) % max_centres
+    number = row * numbers + tl.program_id(0) // max_centres * slots + nth
     count = tl.load(absorbed + number, nth < slots, 0)
     if count == 0:
         return

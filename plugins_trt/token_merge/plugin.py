@@ -52,9 +52,9 @@ def _layout(centre_count: str, *rules: str) -> Step:
 def _absorb(
     rule: str, centre_count: str, limit: Size | Scalar, max_centres: Size, tile: dict[str, int]
 ) -> tuple[Step, ...]:
-    """The steps of a rule in which a centre absorbs at most ``most`` tokens.
+    """The steps of a rule in which a centre absorbs at most ``limit`` tokens.
 
-    most_centres  of an image; tile  loose tokens against centres
+    max_centres  of an image; tile  loose tokens against centres
     """
     return (
         Step(

@@ -167,7 +167,7 @@ def normalise_config(
     preprocessor: Mapping[str, object],
     side: int,
     patches: int,
-    most_tiles: int,
+    max_tiles: int,
     video: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The config of :class:`LlavaOnevisionProcessor` that does what a Hugging Face config says; see
@@ -181,7 +181,7 @@ def normalise_config(
         pad = [int(x * 255) for x in numbers("image_mean", mean, 3, low=0)]
         config |= {
             "name": LlavaOnevisionProcessor.name,
-            "most_tiles": most_tiles,
+            "most_tiles": max_tiles,
             "pad_value": pad,
             "video": video,
         }

@@ -54,13 +54,13 @@ def received(attention: Seen) -> list[float]:
     return scores
 
 
-def shared_out(shares: list[float], least: list[int], most: list[int]) -> list[int]:
-    """Integers between ``least`` and ``most`` whose sum is that of the ``shares``, rounded:
+def shared_out(shares: list[float], low: list[int], high: list[int]) -> list[int]:
+    """Integers between ``low`` and ``high`` whose sum is that of the ``shares``, rounded:
     one by one to whoever is furthest below its share, the first of equals."""
-    counts = list(least)
-    total = min(max(rounded(math.fsum(shares)), sum(least)), sum(most))
+    counts = list(low)
+    total = min(max(rounded(math.fsum(shares)), sum(low)), sum(high))
     while sum(counts) < total:
-        open_ones = [i for i in range(len(counts)) if counts[i] < most[i]]
+        open_ones = [i for i in range(len(counts)) if counts[i] < high[i]]
         counts[max(open_ones, key=lambda i: (round(shares[i] - counts[i], 9), -i))] += 1
     return counts
 
@@ -97,12 +97,12 @@ class FixedPoint(NoRule):
     def _count(self, block: int, total: int) -> int:
         layers = len(self.shares) if self.shares is not None else block + 1
         entered = self.entered or [total] * layers
-        most = [n if self.cap is None else min(n, self.cap) for n in entered]
-        least = [min(n, self.sinks + 1) for n in entered]
+        high = [n if self.cap is None else min(n, self.cap) for n in entered]
+        low = [min(n, self.sinks + 1) for n in entered]
         if self.shares is None:
-            return min(max(rounded(self.keep * total), least[block]), most[block])
+            return min(max(rounded(self.keep * total), low[block]), high[block])
         exact = [share * n for share, n in zip(self.shares, entered, strict=True)]
-        return shared_out(exact, least, most)[block]
+        return shared_out(exact, low, high)[block]
 
     def after_step(self, block: int, layer: Layer, step: int) -> None:
         del step

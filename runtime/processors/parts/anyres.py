@@ -54,22 +54,22 @@ class Tiles:
         self.resolutions = _resolutions(config["resolutions"], self.side)
         self.resample = Image.Resampling(integer("resample", config["resample"], 0, 5))
         self.table = pixel_table(config["rescale_factor"], config["mean"], config["std"])
-        most = config["max_tokens"]
-        if most is not None:
-            most = integer("max_tokens", most, 1, 1_000_000)
+        limit = config["max_tokens"]
+        if limit is not None:
+            limit = integer("max_tokens", limit, 1, 1_000_000)
         self.max_tokens = self.min_tokens = area = 0
         # An image scaled to one area never asks for a larger one: those are left out together
         for size in sorted(set(map(math.prod, self.resolutions))):
             shapes = [x for r in self.resolutions if math.prod(r) == size for x in self._shapes(*r)]
             count = self.patches**2 + max(tokens(*shape) for shape in shapes)
             self.min_tokens = self.min_tokens or count
-            if most is not None and count > most:
+            if limit is not None and count > limit:
                 break
             area, self.max_tokens = size, max(self.max_tokens, count)
         self._usable = [size for size in self.resolutions if math.prod(size) <= area]
         self.max_units = 1 + area // self.side**2
         if not self._usable:
-            raise wrong("max_tokens", most, f"{self.min_tokens} or more")
+            raise wrong("max_tokens", limit, f"{self.min_tokens} or more")
 
     def prepare(self, image: npt.NDArray[np.uint8]) -> Image.Image:
         """An image uint8 [H,W,3], scaled down if it would give too many tokens."""
@@ -138,13 +138,13 @@ class TiledProcessor(Processor, Protocol):
 
 def _best(resolutions: Sequence[tuple[int, int]], height: int, width: int) -> tuple[int, int]:
     """Height and width that show most of an image; of several, with the least room left."""
-    best, most, least = resolutions[0], -1, 0
+    best, max_shown, min_wasted = resolutions[0], -1, 0
     for high, wide in resolutions:
         scale = min(wide / width, high / height)
         shown = min(int(width * scale) * int(height * scale), width * height)
         wasted = wide * high - shown
-        if shown > most or (shown == most and wasted < least):
-            best, most, least = (high, wide), shown, wasted
+        if shown > max_shown or (shown == max_shown and wasted < min_wasted):
+            best, max_shown, min_wasted = (high, wide), shown, wasted
     return best
 
 

@@ -74,9 +74,9 @@ def test_solved_keep_gives_the_fraction_within_one_token(
     reach = solve_keep(manifest, Shape(text, (image,), (1,)), wanted)
     length = text + image
     first = min(stages)
-    assert reach.least == pytest.approx((12 * text + first * image + 12 - first) / 12 / length)
+    assert reach.min_kept == pytest.approx((12 * text + first * image + 12 - first) / 12 / length)
     if reach.keep is None:
-        assert wanted * length < reach.least * length - 1 + 1e-6
+        assert wanted * length < reach.min_kept * length - 1 + 1e-6
         return
     ratios = keep_ratios(reductions, 0.35, reach.keep)
     left = text + sum(tokens_per_layer(reductions, ratios, image, 12)) / 12

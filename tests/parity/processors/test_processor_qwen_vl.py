@@ -127,18 +127,18 @@ def test_positions_of_an_image() -> None:
     st.sampled_from([1, 1.5, 4, 100]),
 )
 def test_grids_equal_transformers_and_stay_within_the_bound(
-    height: int, width: int, least: int, times: float
+    height: int, width: int, min_pixels: int, times: float
 ) -> None:
-    most = int(least * times)
+    max_pixels = int(min_pixels * times)
     config = normalise_config(
-        {"image_processor_type": KIND, "min_pixels": least, "max_pixels": most}
+        {"image_processor_type": KIND, "min_pixels": min_pixels, "max_pixels": max_pixels}
     )
     if max(height, width) > 200 * min(height, width):
         with pytest.raises(ImageError, match="too long and thin"):
             QwenProcessor(config).grid(height, width)
         return
     rows, columns = QwenProcessor(config).grid(height, width)
-    assert (rows * 28, columns * 28) == smart_resize(height, width, 28, least, most)
+    assert (rows * 28, columns * 28) == smart_resize(height, width, 28, min_pixels, max_pixels)
 
 
 @settings(max_examples=300, deadline=None)

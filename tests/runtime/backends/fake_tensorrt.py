@@ -76,7 +76,7 @@ class FakeRuntime:
 
 
 class FakeEngine:
-    """``built``: onnx (path), profile (dimension to least, usual, most), static (dimension to
+    """``built``: onnx (path), profile (dimension to min, opt, max), static (dimension to
     length), weights (names of inputs that are)."""
 
     def __init__(self, trt: FakeTensorRt, built: dict[str, Any]) -> None:
