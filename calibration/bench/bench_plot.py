@@ -15,7 +15,6 @@ from lvlm.bench.rounds import Result
 from lvlm.bench.workload import Case
 
 PANEL = 4.0, 3.0  # inches
-FORMATS = (".png", ".svg")
 Value = Callable[[Figures], RoundSpread | float | None]
 LONE: dict[str, Value] = {
     "time to first token, ms": lambda f: f.ttft_ms,

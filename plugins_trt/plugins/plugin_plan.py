@@ -18,7 +18,6 @@ from lvlm.plugins_trt.plugins.sizes import Shapes, Size
 # Types of data: the op's own ("T", one of FLOATS for a whole call) or a fixed one
 DATA = "T"
 FLOATS = ("float32", "float16", "bfloat16")
-FIXED = ("float32", "int64", "int32", "int8")
 
 # Head sizes that kernels come in: a head takes the next of these, the rest is masked.
 HEAD_BLOCKS = (32, 64, 128)
@@ -26,7 +25,7 @@ HEAD_BLOCKS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class Input:
-    """``dtype`` is DATA or one of FIXED; ``ranks`` those allowed; optional inputs come last."""
+    """``dtype`` is DATA or a fixed one; ``ranks`` those allowed; optional inputs come last."""
 
     name: str
     dtype: str
@@ -180,11 +179,3 @@ def chosen(step: Step, shapes: Shapes) -> dict[str, int | bool]:
             raise ParameterError(f"no kernel for a size of {needed}; the largest is {blocks[-1]}")
         values[name] = fitting[0]
     return values
-
-
-def element_bytes(dtype: str) -> int:
-    """Bytes of one element of a fixed type or of one of FLOATS."""
-    return {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2, "int8": 1}[dtype]
-
-
-SCRATCH_ALIGNMENT = 256

@@ -12,7 +12,6 @@ from campaign.mutate import linked, mutate_bytes, replace
 
 WEIGHT = 8
 WARM = ("lvlm.runtime.model",)
-SUFFIX = ".onnx"
 
 
 def make(rng: random.Random, folder: Path, base: Base) -> Case:

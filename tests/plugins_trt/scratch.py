@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from lvlm.plugins_trt.plugins.plugin_plan import (
-    DATA,
-    SCRATCH_ALIGNMENT,
-    Plugin,
-    Shapes,
-    element_bytes,
-)
+from lvlm.plugins_trt.plugins.plugin_plan import DATA, Plugin
+from lvlm.plugins_trt.plugins.sizes import Shapes
+
+ALIGNMENT = 256
+BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 def scratch_bytes(plugin: Plugin, shapes: Shapes, data: str) -> list[int]:
-    """Bytes of each scratch buffer, each rounded up to SCRATCH_ALIGNMENT."""
+    """Bytes of each scratch buffer, each rounded up to ALIGNMENT."""
     sizes: list[int] = []
     for buffer in plugin.scratch:
-        total = element_bytes(data if buffer.dtype == DATA else buffer.dtype)
+        total = BYTES[data if buffer.dtype == DATA else buffer.dtype]
         for size in buffer.shape:
             total *= size(shapes)
-        sizes.append(-(-total // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT)
+        sizes.append(-(-total // ALIGNMENT) * ALIGNMENT)
     return sizes

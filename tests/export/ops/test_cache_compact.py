@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from single_node import feeds, session, single_node_model
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.cache_compact.contract import MODES, OP
 from lvlm.export.ops.op import OpSample
-from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 
 ENGINES = ("torch", "onnx")
 NAN = float("nan")

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from single_node import feeds, session, single_node_model
 
 from lvlm.export.ops.cache_compact.contract import OP
 from lvlm.export.ops.op import OpSample
-from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 
 VECTORS = Path(__file__).parents[2] / "data/caches"
 RECORDED = sorted(path.name for path in VECTORS.glob("*.npz"))

@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from single_node import feeds, session, single_node_model
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.cache_importance import OP
 from lvlm.export.ops.op import OpSample
 from lvlm.export.ops.parts.chunked_attention import PARTS
-from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 
 ENGINES = ("torch", "onnx")
 NAN = float("nan")
@@ -163,7 +163,7 @@ import json, os, resource, sys
 import onnx_ir, onnxruntime, torch
 from lvlm.export.ops import cache_importance, causal_attention
 from lvlm.export.ops.op import OpSample
-from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
+from single_node import feeds, session, single_node_model
 from lvlm.export.targets.passes.graph_edits import lower_ops
 
 N, HEADS, KEY_HEADS, WIDTH = json.loads(sys.argv[1])

@@ -15,11 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
+from single_node import feeds, session, single_node_model
 
 from lvlm.core.errors import ExportError, ParameterError
 from lvlm.export.ops.causal_attention import OP
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, OpSample
-from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 from lvlm.export.targets import trt_rtx, trt_rtx_turing
 from lvlm.export.targets.passes.graph_edits import decompose_attention, lower_ops
 from lvlm.export.targets.target import Target

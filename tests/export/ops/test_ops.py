@@ -13,17 +13,11 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from single_node import axis_names, feeds, profiles, session, single_node_model
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BackendError
 from lvlm.export.ops.op import DOMAIN, VERSION, Op, OpSample
-from lvlm.export.ops.parts.single_node import (
-    axis_names,
-    feeds,
-    profiles,
-    session,
-    single_node_model,
-)
 from lvlm.export.targets import trt_rtx
 from lvlm.plugins_trt.engines.tensorrt_builder import Settings, TensorRtBuilder, open_tensorrt
 from lvlm.runtime.bundle.manifest import Capacity

@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from single_node import feeds, session, single_node_model
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.op import OpSample
-from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 from lvlm.export.ops.token_merge.contract import OP
 from lvlm.export.ops.token_merge.samples import inputs
 

@@ -9,9 +9,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 from lowering_tools import graph_of
+from single_node import session
 
 from lvlm.core.errors import ExportError
-from lvlm.export.ops.parts.single_node import session
 from lvlm.export.targets.passes.decomposed import decompose_normalization, decompose_rotary
 from lvlm.export.targets.passes.fp16_matmuls import fp16_matmuls
 from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN, lower_opset

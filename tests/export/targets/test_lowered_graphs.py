@@ -13,9 +13,9 @@ import pytest
 import torch
 from lowering_tools import OPS, SMALL, TARGETS, graph_of, in_place, logits, lowered
 from settings import CACHED
+from single_node import feeds, session, single_node_model
 
 from lvlm.export.ops.op import OPSET, Op, OpSample
-from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
 from lvlm.runtime.bundle.manifest import Capacity

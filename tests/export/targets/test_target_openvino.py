@@ -12,11 +12,11 @@ import onnx_ir as ir
 import openvino
 import pytest
 import torch
+from single_node import feeds, session, single_node_model
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ExportError
 from lvlm.export.ops.op import Op, OpSample
-from lvlm.export.ops.parts.single_node import feeds, session, single_node_model
 from lvlm.export.targets.openvino import TARGET
 from lvlm.export.targets.passes.graph_edits import inline_lowered
 from lvlm.export.targets.passes.host_writes import leave_writes_to_host

@@ -10,10 +10,10 @@ import onnx
 import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
+from single_node import session
 
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.graphs.tracing import TracedGraph
-from lvlm.export.ops.parts.single_node import session
 from lvlm.export.weights.store import WeightStore
 
 Values = Mapping[str, np.ndarray]
