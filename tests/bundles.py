@@ -6,8 +6,10 @@ Not in conftest.py: folders have files of that name, too, and ``import conftest`
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from settings import CACHED
@@ -48,3 +50,21 @@ def transformers_inputs(checkpoint: Path, prompt: Prompt) -> dict[str, torch.Ten
     """What transformers' own model takes for the images of a prompt."""
     config = json.loads((checkpoint / "config.json").read_text())
     return find_family(config, str(checkpoint)).transformers_inputs(prompt)
+
+
+def their_answer(
+    theirs: Any, ids: Sequence[int], given: Mapping[str, torch.Tensor], **options: int
+) -> list[int]:
+    """The tokens that transformers' own ``generate`` chooses after a prompt's ``ids``, greedily;
+    ``given`` are its inputs besides."""
+    prompt = torch.tensor([list(ids)])
+    with torch.no_grad():
+        out = theirs.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            **given,
+            do_sample=False,
+            **options,
+        )
+    found: list[int] = out[0, prompt.shape[1] :].tolist()
+    return found

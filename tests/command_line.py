@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -22,6 +24,21 @@ class Run:
             code = int(stop.code or 0)
         out = self.capfd.readouterr()
         return code, out.out, out.err
+
+
+def help_of(module: str) -> tuple[str, list[str]]:
+    """What ``--help`` of a command prints, and which heavy packages it imported."""
+    code = (
+        "import sys; sys.argv = ['x', '--help']\n"
+        f"from {module} import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'onnx', 'numpy', 'matplotlib', 'sklearn', 'PIL'}\n"
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *lines, imported = done.stdout.splitlines()
+    return "\n".join(lines), imported.split()
 
 
 def one_line(err: str, program: str) -> str:

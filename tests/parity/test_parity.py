@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import MERGED, TINY, transformers_inputs
+from bundles import MERGED, TINY, their_answer, transformers_inputs
 from parity_tools import IMAGES, ROWS, load_torch, make_reference
 from settings import ASSETS
 
@@ -35,16 +35,8 @@ def transformers_tokens(
     answers = []
     for text, images in rows:
         prompt = model.prepare(0, text, images, GenerationOptions(chat_template=False))
-        ids = torch.tensor([list(prompt.ids)])
-        with torch.no_grad():
-            out = theirs.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                **transformers_inputs(folder, prompt),
-                max_new_tokens=count,
-                do_sample=False,
-            )
-        answers.append(out[0, ids.shape[1] :].tolist())
+        given = transformers_inputs(folder, prompt)
+        answers.append(their_answer(theirs, prompt.ids, given, max_new_tokens=count))
     return answers
 
 

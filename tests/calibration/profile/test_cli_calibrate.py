@@ -7,12 +7,11 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import help_of
 from PIL import Image
 from settings import ASSETS
 
@@ -280,17 +279,9 @@ def test_verb_is_found(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys; sys.argv = ['lvlm-calibrate', '--help']\n"
-        "from lvlm.calibration.profile.calibrate_cli import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'onnx', 'numpy', 'matplotlib', 'sklearn'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--keep" in done.stdout
-    assert done.stdout.strip().endswith("[]")
+    text, imported = help_of("lvlm.calibration.profile.calibrate_cli")
+    assert "--keep" in text
+    assert not imported
 
 
 def test_progress_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

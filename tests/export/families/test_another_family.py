@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from bundles import their_answer
 from PIL import Image
 from random_weights import randomise
 from settings import ASSETS
@@ -139,15 +140,5 @@ def in_graphs(theirs: Any) -> Any:
 
 
 def answer(theirs: Any, family: Family, prompt: Any) -> list[int]:
-    ids = torch.tensor([list(prompt.ids)])
-    with torch.no_grad():
-        out = theirs.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            **family.transformers_inputs(prompt),
-            max_new_tokens=40,
-            min_new_tokens=40,
-            do_sample=False,
-        )
-    found: list[int] = out[0, ids.shape[1] :].tolist()
-    return found
+    given = family.transformers_inputs(prompt)
+    return their_answer(theirs, prompt.ids, given, max_new_tokens=40, min_new_tokens=40)

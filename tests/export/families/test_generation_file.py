@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import transformers_inputs
+from bundles import their_answer, transformers_inputs
 from prompt_file_tools import edit, read
 from settings import ASSETS
 from transformers import AutoModelForImageTextToText
@@ -155,16 +155,8 @@ def test_answers_are_those_of_generate_as_configured(
     with lvlm.load(own) as model, lvlm.Engine(own, slots=1) as engine:
         options = GenerationOptions(chat_template=False, max_new_tokens=24)
         prompt = model.prepare(0, ASKED, [IMAGE], options)
-        ids = torch.tensor([list(prompt.ids)])
-        with torch.no_grad():
-            out = theirs.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                **transformers_inputs(folder, prompt),
-                max_new_tokens=24,
-                do_sample=False,
-            )
-        expected = out[0, ids.shape[1] :].tolist()
+        given = transformers_inputs(folder, prompt)
+        expected = their_answer(theirs, prompt.ids, given, max_new_tokens=24)
         assert expected != plain
         assert model.generate(ASKED, [IMAGE], options=options).token_ids == expected
         assert engine.generate(ASKED, [IMAGE], options=options).token_ids == expected
