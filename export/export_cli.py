@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from lvlm.core.console import Parser, run_main
 from lvlm.export.dtypes import DTYPES
+from lvlm.export.packages import EXPORTING, check_installed, set_environment, set_logging
 
 if TYPE_CHECKING:
     from lvlm.export.export_options import ExportOptions
-    from lvlm.export.recipes.recipe import Recipe
 
 WEIGHTS = ("int8", "int4")
 CACHES = ("fp16",)
@@ -111,12 +110,12 @@ def _run(args: argparse.Namespace) -> int:
     set_environment(args.verbose)
     if args.help_recipe is not None or args.list_models or args.list_targets:
         return _list(args)
-    require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
+    check_installed(EXPORTING, "export")
     options = _options(args)
     if options.weights:
-        require(["onnxruntime"], "cpu", " (or leave --weights out)")  # its quantizer
+        check_installed(["onnxruntime"], "cpu", " (or leave --weights out)")  # its quantizer
     if options.validate:
-        require(["onnxruntime"], "cpu", " (or export with --no-validate)")
+        check_installed(["onnxruntime"], "cpu", " (or export with --no-validate)")
 
     from lvlm.core.progress import Progress
     from lvlm.export.export_plan import make_plan
@@ -158,19 +157,6 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def require(packages: Sequence[str], extra: str, otherwise: str = "") -> None:
-    from importlib.util import find_spec
-
-    from lvlm.core.errors import ExportError
-    from lvlm.core.installing import install
-
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise ExportError(
-            f"{', '.join(missing)} not installed; {install(*extra.split(','))}{otherwise}"
-        )
-
-
 def _options(args: argparse.Namespace) -> ExportOptions:
     from lvlm.core.discovery import discover, nearest
     from lvlm.core.errors import ParameterError
@@ -182,7 +168,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         raise ParameterError("where to? give -o FOLDER")
     check_output(args.output)
     from lvlm.export.export_options import ExportOptions
-    from lvlm.export.recipes.recipe import parse_settings
+    from lvlm.export.recipes.recipe import known_recipe, parse_settings
 
     targets = discover("lvlm.export.targets", "TARGET")
     for name in args.target:
@@ -203,32 +189,3 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         validate=not args.no_validate,
         targets=tuple(targets[name] for name in dict.fromkeys(args.target)),
     )
-
-
-def known_recipe(name: str) -> type[Recipe]:
-    from lvlm.core.discovery import discover, nearest
-
-    known: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
-    if name not in known:
-        raise nearest("recipe", name, known)
-    return known[name]
-
-
-def set_environment(verbose: bool) -> None:
-    """Set what torch and transformers read when they are imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
-    # Torch's threads wait asleep: of a small model, most of the processor's time was spinning
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def set_logging(verbose: bool) -> None:
-    import logging
-    import warnings
-
-    if verbose:
-        logging.basicConfig(level=logging.INFO)
-        logging.getLogger("lvlm").setLevel(logging.DEBUG)
-        return
-    warnings.simplefilter("ignore")
-    for name in ("torch", "transformers", "onnxscript", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     from lvlm.calibration.evaluate.variant_runner import Conditions
     from lvlm.calibration.evaluate.variants import Bundle, variants
     from lvlm.core.progress import Progress
-    from lvlm.export.export_cli import set_logging
+    from lvlm.export.packages import set_logging
     from lvlm.runtime.backends import open_backend
 
     open_backend(args.device, threads=args.threads)
@@ -101,7 +101,7 @@ def _check(args: argparse.Namespace) -> None:
     from lvlm.export.stand_ins import stand_ins
 
     with stand_ins():
-        from lvlm.export.export_cli import known_recipe
+        from lvlm.export.recipes.recipe import known_recipe
 
         for name in args.recipes:
             known_recipe(name)
@@ -115,7 +115,7 @@ def _metrics(args: argparse.Namespace) -> list[Metric]:
     from lvlm.calibration.evaluate.metrics import METRICS as KNOWN
     from lvlm.core.discovery import nearest
     from lvlm.core.errors import ParameterError
-    from lvlm.export.export_cli import require
+    from lvlm.export.packages import check_installed
 
     names = args.metrics or METRICS.split(",")
     for name in names:
@@ -127,7 +127,7 @@ def _metrics(args: argparse.Namespace) -> list[Metric]:
     against_full = any(m.against_full for m in chosen)
     if args.reference is not None and not against_full:
         raise ParameterError("--reference has no effect without the metric rouge")
-    require(["matplotlib", *(["rouge_score"] if against_full else [])], "calibration")
+    check_installed(["matplotlib", *(["rouge_score"] if against_full else [])], "calibration")
     return chosen
 
 
@@ -167,9 +167,9 @@ def _made(
     if not args.recipes:
         claim(args.output, settings)
         return []
-    from lvlm.export.export_cli import require
+    from lvlm.export.packages import EXPORTING, check_installed
 
-    require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
+    check_installed(EXPORTING, "export")
     from lvlm.calibration.evaluate.recipe_bundles import make, order, parse_recipes
 
     orders = order(

@@ -10,7 +10,7 @@ from typing import Any
 
 from lvlm.calibration.evaluate.records import ResultsError, key_of
 from lvlm.calibration.evaluate.variants import Bundle
-from lvlm.core.discovery import discover, nearest
+from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError
 from lvlm.core.integrity import sha256_of
 from lvlm.core.progress import Progress
@@ -19,7 +19,7 @@ from lvlm.export.budgets.prefix_profiles import model_hash
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.exporter import export
-from lvlm.export.recipes.recipe import Recipe, parse_settings, settable
+from lvlm.export.recipes.recipe import Recipe, known_recipe, parse_settings, settable
 from lvlm.runtime.bundle.manifest import MANIFEST, SCHEMA
 
 
@@ -47,11 +47,7 @@ def parse_recipes(
     A setting ``recipe.name=value`` is for one recipe, ``name=value`` for all that have it. Raises
     ParameterError.
     """
-    known: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
-    for name in names:
-        if name not in known:
-            raise nearest("recipe", name, known)
-    chosen = [known[name] for name in names]
+    chosen = [known_recipe(name) for name in names]
     given: dict[str, list[str]] = {name: [] for name in names}
     for setting in settings:
         for name in _meant(setting, chosen):

@@ -67,11 +67,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from lvlm.export.export_cli import require, set_environment, set_logging
+    from lvlm.export.packages import EXPORTING, check_installed, set_environment, set_logging
 
     set_environment(verbose=False)
-    require(["torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors"], "export")
-    require(["matplotlib"], "calibration")
+    check_installed(EXPORTING, "export")
+    check_installed(["matplotlib"], "calibration")
     _check_output(args)
 
     from lvlm.calibration.profile.measure import STAGES, measure, plan
@@ -113,8 +113,7 @@ def _check_output(args: argparse.Namespace) -> None:
 
 
 def _recipe(args: argparse.Namespace) -> Any:
-    from lvlm.export.export_cli import known_recipe
-    from lvlm.export.recipes.recipe import parse_settings
+    from lvlm.export.recipes.recipe import known_recipe, parse_settings
 
     return parse_settings(known_recipe(args.recipe), args.set)
 
@@ -138,9 +137,9 @@ def _samples(args: argparse.Namespace) -> list[CalibrationSample]:
 def _digits(count: int, seed: int) -> list[CalibrationSample]:
     from lvlm.core.errors import ParameterError
     from lvlm.export.budgets.calibration_samples import CalibrationSample
-    from lvlm.export.export_cli import require
+    from lvlm.export.packages import check_installed
 
-    require(["sklearn"], "calibration")
+    check_installed(["sklearn"], "calibration")
     from lvlm.calibration.datasets import digits
 
     if count < 1:

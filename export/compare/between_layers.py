@@ -23,9 +23,10 @@ from onnx import helper, numpy_helper
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BackendError, ParameterError
+from lvlm.core.installing import require
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
 from lvlm.export.targets.description import target_file
-from lvlm.runtime.backends import Call, Session, require
+from lvlm.runtime.backends import Call, Session
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.model import load

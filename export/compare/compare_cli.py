@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lvlm.core.console import Parser, add_verify, run_main
+from lvlm.export.packages import EXPORTING, check_installed
 
 ENGINES = {"tensorrt": "trt-11", "tensorrt-rtx": "trt-rtx", "onnxruntime": "trt-rtx"}
-EXPORT = ["torch", "transformers", "onnx", "safetensors"]
+LOWERED = ["torch", "transformers", "onnx", "safetensors"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,10 +91,8 @@ def _add_layers(subparsers: Any) -> None:
 
 
 def _checkpoint(args: argparse.Namespace) -> int:
-    from lvlm.export.export_cli import require
-
-    require([*EXPORT, "onnxscript", "onnx_ir"], "export")
-    require(["onnxruntime"], "cpu")
+    check_installed(EXPORTING, "export")
+    check_installed(["onnxruntime"], "cpu")
     from lvlm.export.compare.with_checkpoint import compare
 
     return compare(args.bundle, args.model)
@@ -106,10 +105,8 @@ def _devices(args: argparse.Namespace) -> int:
 
 
 def _layers(args: argparse.Namespace) -> int:
-    from lvlm.export.export_cli import require
-
-    require(EXPORT, "export")
-    require(["onnxruntime"], "cpu")
+    check_installed(LOWERED, "export")
+    check_installed(["onnxruntime"], "cpu")
     args.target = args.target or ENGINES[args.against]
     from lvlm.export.compare.between_layers import compare
 

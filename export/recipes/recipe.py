@@ -166,6 +166,14 @@ class WithCache(Recipe):
         return self.recipe.parameters()
 
 
+def known_recipe(name: str) -> type[Recipe]:
+    """A recipe by its name. Raises ParameterError that names the nearest."""
+    known: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
+    if name not in known:
+        raise nearest("recipe", name, known)
+    return known[name]
+
+
 def cache_recipes() -> dict[str, type[Recipe]]:
     """Every recipe that compresses the cache and leaves the tokens as they are: what merging can
     be combined with."""

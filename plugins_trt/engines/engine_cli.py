@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
     from lvlm.core.output import remove_abandoned
     from lvlm.core.own_process import in_own_process
     from lvlm.core.progress import Progress
-    from lvlm.export.export_cli import require
+    from lvlm.export.packages import check_installed
 
-    require(["onnx"], "export")
+    check_installed(["onnx"], "export")
 
     from lvlm.plugins_trt.engines import engine_builder
     from lvlm.plugins_trt.engines.engine_plan import make_plan

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lvlm.core.discovery import added, loaded, names, nearest
-from lvlm.core.errors import BackendError
 from lvlm.runtime.options.generation_options import integer, read_value
 
 if TYPE_CHECKING:
@@ -111,15 +110,6 @@ def open_backend(device: str, *, threads: int | None = None) -> Backend:
     )
     backend: Backend = module.Backend(threads=threads)
     return backend
-
-
-def require(module: str, mend: str) -> Any:
-    """Import an optional package of a backend, or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except (ImportError, OSError) as error:  # OSError: a library that it loads
-        reason = str(error).partition("\n")[0]
-        raise BackendError(f"{module} cannot be imported ({reason}); {mend}") from None
 
 
 def host_dtype(dtype: str) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lvlm.core.errors import BackendError
-from lvlm.core.installing import install
-from lvlm.runtime.backends import Session, require
+from lvlm.core.installing import install, require
+from lvlm.runtime.backends import Session
 from lvlm.runtime.backends.ort.c_library import OrtError, find_library
 from lvlm.runtime.backends.ort.sessions import OnnxRuntime, failure
 from lvlm.runtime.backends.ort.shared_sessions import SharedWeights

@@ -8,8 +8,8 @@ from typing import Any
 
 from lvlm.core import nvidia
 from lvlm.core.errors import BackendError
-from lvlm.core.installing import install
-from lvlm.runtime.backends import Buffer, require
+from lvlm.core.installing import install, require
+from lvlm.runtime.backends import Buffer
 from lvlm.runtime.backends.ort.sessions import OnnxRuntime, Provider, failure
 
 # Shapes are computed on the CPU, and ops that have no CUDA kernel.

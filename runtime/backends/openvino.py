@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from lvlm.core.errors import BackendError, ParameterError
-from lvlm.core.installing import install
-from lvlm.runtime.backends import require
+from lvlm.core.installing import install, require
 from lvlm.runtime.backends.host.buffers import HostMemory, failure
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 

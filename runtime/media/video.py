@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lvlm.core.errors import ImageError, ParameterError, shown
-from lvlm.core.installing import install
-from lvlm.runtime.backends import require
+from lvlm.core.installing import install, require
 from lvlm.runtime.media.images import open_image
 from lvlm.runtime.media.prepared_image import PreparedImage
 

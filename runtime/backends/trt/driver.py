@@ -19,7 +19,7 @@ import numpy as np
 
 from lvlm.core import nvidia
 from lvlm.core.errors import BackendError, DeviceMemoryError
-from lvlm.runtime.backends import require
+from lvlm.core.installing import require
 
 BINDINGS = "pip install cuda-bindings of the CUDA version that nvidia-smi shows"
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lvlm.core.errors import BackendError, DeviceMemoryError, ParameterError
-from lvlm.core.installing import install
+from lvlm.core.installing import install, require
 from lvlm.core.integrity import sha256_of
-from lvlm.runtime.backends import host_dtype, require
+from lvlm.runtime.backends import host_dtype
 from lvlm.runtime.backends.trt import driver
 from lvlm.runtime.backends.trt.driver import DeviceArray, DeviceBuffer
 from lvlm.runtime.backends.trt.engine_session import EngineSession, Shared, Workspace

@@ -1,4 +1,5 @@
-"""Commands that install this package with its extras: one place for what every message says.
+"""Optional packages, and the commands that install this one with its extras: one place for what
+every message says.
 
 Nothing is published on a package index, so a name alone cannot be installed: the command names what
 this installation came from, a checkout or a wheel, where that is still there.
@@ -6,10 +7,14 @@ this installation came from, a checkout or a wheel, where that is still there.
 
 from __future__ import annotations
 
+import importlib
 import json
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from lvlm.core.errors import BackendError
 
 DISTRIBUTION = "lvlm-deploy"
 
@@ -22,6 +27,15 @@ def install(*extras: str) -> str:
     if origin is None:
         return f'pip install ".[{wanted}]" in a checkout of {DISTRIBUTION}'
     return f'pip install "{origin}[{wanted}]"'
+
+
+def require(module: str, mend: str) -> Any:
+    """Import an optional package; BackendError says what ``mend`` is where it cannot be."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:  # OSError: a library that it loads
+        reason = str(error).partition("\n")[0]
+        raise BackendError(f"{module} cannot be imported ({reason}); {mend}") from None
 
 
 def _origin() -> Path | None:
