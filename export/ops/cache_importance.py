@@ -15,7 +15,7 @@ from onnx.defs import OpSchema
 from onnx.helper import make_attribute
 
 from lvlm.core.errors import ParameterError
-from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, OpSample, Shape, register
+from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Attribute, Op, OpSample, Shape, register
 from lvlm.export.ops.parts.checks import check_heads
 from lvlm.export.ops.parts.chunked_attention import importance_function
 
@@ -37,7 +37,7 @@ SCHEMA = register(
         ],
         outputs=[OpSchema.FormalParameter("importance", "F", "[B, N]: 0 where nothing attends")],
         type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "queries and keys"),
+            ("T", FLOATS, "queries and keys"),
             ("I", ["tensor(int64)"], "indices and lengths"),
             ("F", ["tensor(float)"], "importance"),
         ],

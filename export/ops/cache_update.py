@@ -14,7 +14,17 @@ from onnx import helper
 from onnx.defs import OpSchema
 
 from lvlm.core.errors import ParameterError
-from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Attribute, Op, OpSample, Shape, register
+from lvlm.export.ops.op import (
+    DOMAIN,
+    FLOATS,
+    OPSET,
+    VERSION,
+    Attribute,
+    Op,
+    OpSample,
+    Shape,
+    register,
+)
 
 SCHEMA = register(
     OpSchema(
@@ -29,7 +39,7 @@ SCHEMA = register(
         ],
         outputs=[OpSchema.FormalParameter("updated", "T", "[B, H, C, d]")],
         type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "keys or values"),
+            ("T", FLOATS, "keys or values"),
             ("I", ["tensor(int64)"], "indices"),
         ],
     )

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops import cache_importance
-from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, OpSample, Shape, register
+from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Attribute, Op, OpSample, Shape, register
 from lvlm.export.ops.parts.checks import check_heads
 from lvlm.export.ops.parts.chunked_attention import PARTS, attention_function, lowered_attention
 
@@ -49,7 +49,7 @@ SCHEMA = register(
             ),
         ],
         type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "data"),
+            ("T", FLOATS, "data"),
             ("I", ["tensor(int64)"], "lengths"),
             ("F", ["tensor(float)"], "importance"),
         ],

@@ -18,6 +18,7 @@ import torch
 DOMAIN = "lvlm"
 VERSION = 1
 OPSET = 24  # of the standard ops in function bodies and graphs
+FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]  # of data, in schemas
 
 Attribute = int | float | str
 Tensors = tuple[torch.Tensor, ...]

@@ -14,7 +14,7 @@ import torch
 from onnx.defs import OpSchema
 
 from lvlm.core.errors import ParameterError
-from lvlm.export.ops.op import DOMAIN, VERSION, Attribute, Op, OpSample, Shape, register
+from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Attribute, Op, OpSample, Shape, register
 from lvlm.export.ops.parts.body import Body
 from lvlm.export.ops.parts.checks import check_heads
 
@@ -36,7 +36,7 @@ SCHEMA = register(
         ],
         outputs=[OpSchema.FormalParameter("importance", "F", "[B, N]: 0 where nothing attends")],
         type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "queries and keys"),
+            ("T", FLOATS, "queries and keys"),
             ("I", ["tensor(int64)"], "indices"),
             ("F", ["tensor(float)"], "importance"),
         ],

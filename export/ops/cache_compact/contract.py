@@ -22,7 +22,7 @@ from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.cache_compact.function import compact_function
 from lvlm.export.ops.cache_compact.samples import samples
-from lvlm.export.ops.op import DOMAIN, VERSION, Op, Shape, register
+from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Op, Shape, register
 from lvlm.export.ops.parts.checks import check_ranks
 
 MODES = ("evict", "merge", "merge-reference")
@@ -50,7 +50,7 @@ SCHEMA = register(
             ),
         ],
         type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "keys and values"),
+            ("T", FLOATS, "keys and values"),
             ("F", ["tensor(float)"], "importance"),
             ("I", ["tensor(int64)"], "indices and counts"),
         ],

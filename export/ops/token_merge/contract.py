@@ -24,7 +24,7 @@ from onnx.helper import make_attribute
 
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError
-from lvlm.export.ops.op import DOMAIN, VERSION, Op, Shape, register
+from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Op, Shape, register
 from lvlm.export.ops.parts.checks import check_ranks
 from lvlm.export.ops.token_merge.function import EPSILON, token_merge_function
 from lvlm.export.ops.token_merge.samples import samples
@@ -69,7 +69,7 @@ SCHEMA = register(
             ),
         ],
         type_constraints=[
-            ("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "hidden states"),
+            ("T", FLOATS, "hidden states"),
             ("F", ["tensor(float)"], "importance"),
             ("I", ["tensor(int64)"], "indices and counts"),
         ],
