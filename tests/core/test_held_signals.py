@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from lvlm.core.held_signals import held_signals
 
 pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """As at a terminal: a shell's background jobs ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_signal_acts_at_the_end() -> None:
@@ -28,13 +37,10 @@ def test_a_signal_acts_at_the_end() -> None:
 
 
 def test_what_is_ignored_stays_ignored() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with held_signals() as came:
-            signal.raise_signal(signal.SIGINT)
-        assert came == []
-    finally:
-        signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with held_signals() as came:
+        signal.raise_signal(signal.SIGINT)
+    assert came == []
 
 
 def test_other_threads_hold_nothing() -> None:
