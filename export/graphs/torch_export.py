@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from lvlm.core.errors import ExportError
+from lvlm.export.graphs import decompositions
 from lvlm.export.ops.op import OPSET
 from lvlm.export.ports import GraphPort
 
@@ -41,7 +42,7 @@ def to_onnx(
         i.name: {axis: _of(d, dims) for axis, d in enumerate(i.dims) if isinstance(d, str)}
         for i in inputs
     }
-    with mode, torch.no_grad(), _quiet(), _one_registry():
+    with mode, torch.no_grad(), _quiet(), _one_registry(), decompositions.by_need():
         exported = torch.export.export(module, (examples,), dynamic_shapes=(dynamic,), strict=False)
         program = torch.onnx.export(
             exported,
