@@ -94,6 +94,15 @@ def checkpoint(shared: Path) -> Callable[[str], Path]:
     return lambda name: make_checkpoint(name, shared)
 
 
+@pytest.fixture
+def shared_traces(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports in this test take graphs that other tests have traced; for those that are about
+    something else than tracing."""
+    from exports import share_traces
+
+    share_traces(monkeypatch, shared)
+
+
 @pytest.fixture(scope="session")
 def bundle(shared: Path, checkpoint: Callable[[str], Path]) -> Callable[..., Path]:
     """An exported bundle: bundle("tiny-llava", "lightvlm", "keep=0.5", dtype="fp16").

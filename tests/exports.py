@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import drawn
+import onnx_ir as ir
 import pytest
 import torch
 from bundles import FAMILIES, TINY
@@ -58,32 +59,73 @@ def make_checkpoint(name: str, shared: Path) -> Path:
     return folder
 
 
-TRACED: dict[Hashable, TracedGraph] = {}
+TRACED: dict[str, TracedGraph] = {}
 
 
-def traced_once(plan: ExportPlan) -> Callable[..., TracedGraph]:
-    """The exporter's ``trace``, but for graphs that this process has traced for another bundle.
+def traced_once(plan: ExportPlan, shared: Path) -> Callable[..., TracedGraph]:
+    """The exporter's ``trace``, but for graphs that this run has traced for another bundle.
 
     Vision is the same whatever the recipe, decode and compact are where the cache policy is,
     prefill where the recipe is. Tracing is most of what a small export takes. A copy differs from
     its original in the numbers of inner nodes' names alone.
     """
+    files = sorted(plan.checkpoint.folder.glob("*config.json"))
+    of_plan = (plan.dtype, [(file.name, file.read_text()) for file in files])
 
     def trace(graph: BundleGraph, *given: Any) -> TracedGraph:
         rules = [getattr(graph, name, None) for name in ("recipe", "rule")]
         of_graph = (graph.name, graph.inputs(), graph.outputs(), rules)
-        key = (plan.options.model, plan.dtype, repr(of_graph))
+        key = hashlib.sha256(repr((of_plan, of_graph)).encode()).hexdigest()[:16]
         if key not in TRACED:
-            TRACED[key] = tracing.trace(graph, *given)
+            file = shared / "traces" / f"{key}.onnx"
+            file.parent.mkdir(exist_ok=True)
+            with FileLock(f"{file}.lock"):
+                if file.exists():
+                    TRACED[key] = read_trace(file, graph)
+                else:
+                    TRACED[key] = tracing.trace(graph, *given)
+                    write_trace(TRACED[key], file)
         return copy_of(TRACED[key])
 
     return trace
+
+
+def share_traces(patch: pytest.MonkeyPatch, shared: Path) -> None:
+    """While ``patch`` lasts, exports of this process take the graphs that this run has traced."""
+    own = exporter._trace_all
+
+    def trace_all(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
+        with pytest.MonkeyPatch.context() as within:
+            within.setattr(exporter, "trace", traced_once(plan, shared))
+            return own(plan, progress)
+
+    patch.setattr(exporter, "_trace_all", trace_all)
 
 
 def copy_of(graph: TracedGraph) -> TracedGraph:
     model = graph.model.clone()
     own = {name: model.graph.initializers[str(v.name)] for name, v in graph.parameters.items()}
     return replace(graph, model=model, parameters=own)
+
+
+def write_trace(graph: TracedGraph, file: Path) -> None:
+    """As an ONNX file, for the other process: parameters, which have no values, are inputs there,
+    behind the graph's own."""
+    kept = copy_of(graph)
+    for value in kept.parameters.values():
+        del kept.model.graph.initializers[str(value.name)]
+        value.const_value = None
+        kept.model.graph.inputs.append(value)
+    ir.save(kept.model, file)
+
+
+def read_trace(file: Path, graph: BundleGraph) -> TracedGraph:
+    model, inputs, outputs = ir.load(file), graph.inputs(), graph.outputs()
+    parameters = {str(value.name): value for value in model.graph.inputs[len(inputs) :]}
+    del model.graph.inputs[len(inputs) :]
+    for value in parameters.values():
+        model.graph.initializers.add(value)
+    return TracedGraph(graph.name, model, parameters, inputs, outputs)
 
 
 def make_bundle(
@@ -116,6 +158,6 @@ def make_bundle(
                 )
             )
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(exporter, "trace", traced_once(plan))
+                share_traces(patch, shared)
                 exporter.export(plan, Progress(0, quiet=True))
     return output

@@ -22,6 +22,8 @@ from lvlm.runtime.bundle.reader import read_bundle
 
 NAME = "llava:llama-mha-bias-rope3-siglip"
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
+
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Run:

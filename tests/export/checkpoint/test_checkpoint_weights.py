@@ -61,6 +61,7 @@ def test_older_names_and_leftover_tables_are_understood(
     assert set(plan(copy).stored_names.values()) <= set(load_file(copy / "model.safetensors"))
 
 
+@pytest.mark.usefixtures("shared_traces")
 def test_shards_give_the_same_bundle(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     whole = export(plan(folder, validate=False), Progress(0, quiet=True))
