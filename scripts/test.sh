@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 venv="${VENV:-.venv-test}"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+# Not compiled: most of these modules are never imported, the others are compiled as they are.
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint constraints.txt ".[cpu,export,openvino,plugins,tensorrt-rtx,video,dev]"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
