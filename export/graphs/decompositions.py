@@ -26,12 +26,12 @@ def by_need() -> Iterator[None]:
     """Within: torch.onnx decomposes a program only if it has an op that would become others."""
     own = _fx_passes.decompose_with_registry
 
-    def decompose(program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
+    def decompose(exported_program: ExportedProgram, registry: ONNXRegistry) -> ExportedProgram:
         known = set(_decomp.get_onnx_implemented_overloads(registry))
-        if not all(_stays(node, known) for node in program.graph.nodes):
-            return own(program, registry)
-        _without_conversions(program)
-        return program
+        if not all(_stays(node, known) for node in exported_program.graph.nodes):
+            return own(exported_program, registry)
+        _without_conversions(exported_program)
+        return exported_program
 
     _fx_passes.decompose_with_registry = decompose
     try:
@@ -51,9 +51,8 @@ def _stays(node: torch.fx.Node, known: set[Any]) -> bool:
         return True
     schema = target._schema
     views = any(found.alias_info is not None for found in schema.returns)
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
-        target.name(), "CompositeImplicitAutograd"
-    )
+    name = target.name()  # type: ignore[no-untyped-call]
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
     return target in known and not schema.is_mutable and not (views and composite)
 
 

@@ -13,6 +13,7 @@ from bundles import CACHED_USUAL, TINY
 from settings import CACHED
 
 from lvlm.core.discovery import discover
+from lvlm.core.errors import BuildError
 from lvlm.core.progress import Progress
 from lvlm.export.targets import trt_rtx, trt_rtx_turing
 from lvlm.export.targets.target import Target
@@ -40,10 +41,17 @@ RECIPES = {name: (name,) for name in discover("lvlm.export.recipes", "RECIPE")} 
 }
 
 
-# In a normal run: merging in three stages, and every cache policy, whose graphs are alike in all
-# layers, on two layers.
+# In a normal run: merging in three stages; every cache policy, whose graphs are alike in all
+# layers, on few of them.
 SMALL = "llava:qwen2-tied-siglip"
 USUAL = [("tiny-llava" if name == "lightvlm" else SMALL, name) for name in RECIPES]
+KNOWN_FAULT = pytest.mark.xfail(
+    raises=BuildError, reason="TensorRT-RTX 1.7: docs/tensorrt.md, Known faults", strict=True
+)
+FAULTS = [
+    ("internvl:qwen3-mha-rms", "lightvlm"),
+    ("llava:llama-mha-bias-rope3-siglip", "lightvlm"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +82,8 @@ def copied(bundle: Path, folder: Path) -> Path:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "built_once" in metafunc.fixturenames:
-        every = [(model, name) for model in ("tiny-llava", *TINY) for name in RECIPES]
+        pairs = [(model, name) for model in ("tiny-llava", *TINY) for name in RECIPES]
+        every = [pytest.param(*p, marks=KNOWN_FAULT if p in FAULTS else ()) for p in pairs]
         whole = metafunc.config.getoption("--whole")
         metafunc.parametrize(("model", "recipe"), every if whole else USUAL)
 
