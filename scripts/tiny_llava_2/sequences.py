@@ -1,0 +1,142 @@
+"""Pictures and many questions about them as one training sequence.
+
+The questions cannot see each other (block mask, positions that begin again), so that the pictures'
+tokens are paid for once; the second turn of a conversation sees the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from glyphs import Split
+from questions import KINDS, Kind, Turn, ask
+from scenes import COLOURS, DENSITIES, NAMES, PATCH, Density, Scene, draw_scene
+from shape import IMAGE_TOKENS, PATCHES
+from transformers import PreTrainedTokenizerFast
+
+PREFIX, PAD = -1, -2  # instead of the number of a turn
+TEXT = 376  # tokens of questions and answers in a sequence, at most
+
+
+class Batch(NamedTuple):
+    """Sequences of S tokens, each with P pictures."""
+
+    images: torch.Tensor  # uint8 [B * P, SIDE, SIDE, 3]
+    patch_name: torch.Tensor  # [B * P, IMAGE_TOKENS]: number of the thing's name, 0 for none
+    patch_colour: torch.Tensor  # the same of its colour
+    ids: torch.Tensor  # [B, S]
+    turn: torch.Tensor  # [B, S]: PREFIX, PAD or the number of the token's turn
+    parent: torch.Tensor  # [B, S]: the turn that it also sees, PREFIX if none
+    position: torch.Tensor  # [B, S]
+    kind: torch.Tensor  # [B, S]: number of the kind whose answer the token belongs to, else -1
+    density: torch.Tensor  # [B]: of the first picture
+    answer: torch.Tensor  # [B, S]: 1 / root of the length of the token's answer, else 0
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a sequence asks."""
+
+    kinds: tuple[Kind, ...]
+    pictures: int = 1
+
+
+ONE = Mix(tuple(k for k in KINDS if k != "pictures"))
+TWO = Mix(("pictures",), pictures=2)
+# What was learned least well after so many steps is asked more often from then on.
+LATER_FROM = 4618
+LATER = Mix((*ONE.kinds, "where", "where", "count", "colour"))
+
+
+def mix_of_step(step: int) -> Mix:
+    """Every sixth step has two pictures a prompt, later every fourth."""
+    later = step >= LATER_FROM
+    every = 4 if later else 6
+    if step % every == every - 1:
+        return TWO
+    return LATER if later else ONE
+
+
+class Packer:
+    """Makes batches; every one is a function of the seed."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.tokenizer = tokenizer
+        self.start = [1, *self.encode("USER: ")]
+        self.picture = [*[3] * IMAGE_TOKENS, *self.encode("\n")]
+        self.known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def batch(self, seed: Sequence[int], size: int, mix: Mix, split: Split) -> Batch:
+        rng = np.random.default_rng(list(seed))
+        scenes = [
+            tuple(draw_scene(rng, split, _density(rng)) for _ in range(mix.pictures))
+            for _ in range(size)
+        ]
+        rows = [self._sequence(s, mix, rng) for s in scenes]
+        flat = [scene for s in scenes for scene in s]
+        labels = [patch_labels(scene) for scene in flat]
+        return Batch(
+            torch.from_numpy(np.stack([scene.image for scene in flat])),
+            torch.from_numpy(np.stack([name for name, _ in labels])),
+            torch.from_numpy(np.stack([colour for _, colour in labels])),
+            *(torch.from_numpy(np.stack(part)) for part in list(zip(*rows, strict=True))[:5]),
+            torch.tensor([DENSITIES.index(s[0].density) for s in scenes]),
+            torch.from_numpy(np.stack([row[5] for row in rows])),
+        )
+
+    def _sequence(
+        self, scenes: tuple[Scene, ...], mix: Mix, rng: np.random.Generator
+    ) -> tuple[np.ndarray, ...]:
+        prefix = self.start + self.picture * len(scenes)
+        size = -(-(len(prefix) + TEXT) // 8) * 8
+        ids, kind = np.zeros(size, np.int64), np.full(size, -1, np.int64)
+        turn, parent = np.full(size, PAD, np.int64), np.full(size, PREFIX, np.int64)
+        position, answer = np.zeros(size, np.int64), np.zeros(size, np.float32)
+        at = len(prefix)
+        ids[:at], turn[:at], position[:at] = prefix, PREFIX, np.arange(at)
+        number = 0
+        for wanted in self._kinds(mix, rng):
+            before, place = PREFIX, len(prefix)
+            for text, told in self._tokens(ask(scenes, wanted, rng), first=True):
+                end = at + len(text) + len(told)
+                if end > size:
+                    return ids, turn, parent, position, kind, answer
+                ids[at:end] = text + told
+                turn[at:end], parent[at:end] = number, before
+                position[at:end] = np.arange(place, place + end - at)
+                kind[end - len(told) : end] = KINDS.index(wanted)
+                answer[end - len(told) : end] = len(told) ** -0.5
+                before, place, at, number = number, place + end - at, end, number + 1
+        return ids, turn, parent, position, kind, answer
+
+    def _kinds(self, mix: Mix, rng: np.random.Generator) -> Iterator[Kind]:
+        while mix.kinds:
+            yield from (mix.kinds[i] for i in rng.permutation(len(mix.kinds)))
+
+    def _tokens(self, turns: list[Turn], *, first: bool) -> Iterator[tuple[list[int], list[int]]]:
+        for question, answer in turns:
+            start = "" if first else "USER: "
+            yield self.encode(f"{start}{question} ASSISTANT:"), [*self.encode(f" {answer}"), 2]
+            first = False
+
+
+def _density(rng: np.random.Generator) -> Density:
+    return DENSITIES[int(rng.choice(3, p=(0.25, 0.3, 0.45)))]
+
+
+def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Name and colour [IMAGE_TOKENS] of the thing whose box holds a patch's middle: numbers from 1,
+    0 for none."""
+    name, colour = (np.zeros((PATCHES, PATCHES), np.int64) for _ in range(2))
+    for thing in scene.things:
+        left, top, right, bottom = ((v + PATCH // 2) // PATCH for v in thing.box)
+        name[top:bottom, left:right] = 1 + NAMES.index(thing.name)
+        colour[top:bottom, left:right] = 1 + list(COLOURS).index(thing.colour)
+    return name.ravel(), colour.ravel()
