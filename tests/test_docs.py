@@ -51,8 +51,8 @@ FOREIGN = {
 NOTES = sorted((ROOT / "docs/notes").rglob("*.md"))
 TABLE = re.compile(r"^\|.*\n\|[ :|-]+\n", re.MULTILINE)
 DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
-RUN = re.compile(r"\b(?:lvlm-[a-z]+|pytest|scripts/\w+\.\w+|python -m campaign)")
-MACHINE = re.compile(r"\bmachine [A-Z]\b|\bcores\b|\bH100\b")
+RUN = re.compile(r"\b(?:lvlm-[a-z]+|pytest|scripts/[\w/]+\.\w+|python -m campaign)")
+MACHINE = re.compile(r"\bmachine [A-Z]\b|\bcores\b|\bH[12]00\b")
 
 
 @cache
@@ -192,7 +192,8 @@ def test_commands_take_the_flags_they_are_shown_with(page: Path) -> None:
 def test_scripts_take_the_flags_they_are_shown_with(page: Path) -> None:
     text = page.read_text().replace("\\\n", " ")
     text = text.replace("python -m campaign", "tests/campaign/__main__.py")
-    for name, rest in re.findall(r"((?:scripts|tests/campaign)/\w+\.(?:py|sh))([^`#|;&\n]*)", text):
+    scripts = r"((?:scripts|tests/campaign)/[\w/]+\.(?:py|sh))([^`#|;&\n]*)"
+    for name, rest in re.findall(scripts, text):
         unknown = set(FLAG.findall(rest)) - declared(ROOT / name)
         assert not unknown - {"--help"}, f"{name}{rest}: {unknown}"
 

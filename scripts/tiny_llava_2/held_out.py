@@ -78,7 +78,7 @@ def evaluate(
 
 def _unique(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Distinct values, where each is first, and which one each value is."""
-    found, which = values.unique(return_inverse=True)
+    found, which = torch.unique(values, return_inverse=True)
     places = torch.arange(len(values) - 1, -1, -1)
     first = torch.empty(len(found), dtype=torch.long).scatter_(0, which.flip(0), places)
     return found, first, which

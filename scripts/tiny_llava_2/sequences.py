@@ -68,7 +68,6 @@ class Packer:
         self.tokenizer = tokenizer
         self.start = [1, *self.encode("USER: ")]
         self.picture = [*[3] * IMAGE_TOKENS, *self.encode("\n")]
-        self.known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -82,13 +81,20 @@ class Packer:
         rows = [self._sequence(s, mix, rng) for s in scenes]
         flat = [scene for s in scenes for scene in s]
         labels = [patch_labels(scene) for scene in flat]
+        ids, turn, parent, position, kind, answer = (
+            torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)
+        )
         return Batch(
-            torch.from_numpy(np.stack([scene.image for scene in flat])),
-            torch.from_numpy(np.stack([name for name, _ in labels])),
-            torch.from_numpy(np.stack([colour for _, colour in labels])),
-            *(torch.from_numpy(np.stack(part)) for part in list(zip(*rows, strict=True))[:5]),
-            torch.tensor([DENSITIES.index(s[0].density) for s in scenes]),
-            torch.from_numpy(np.stack([row[5] for row in rows])),
+            images=torch.from_numpy(np.stack([scene.image for scene in flat])),
+            patch_name=torch.from_numpy(np.stack([name for name, _ in labels])),
+            patch_colour=torch.from_numpy(np.stack([colour for _, colour in labels])),
+            ids=ids,
+            turn=turn,
+            parent=parent,
+            position=position,
+            kind=kind,
+            density=torch.tensor([DENSITIES.index(s[0].density) for s in scenes]),
+            answer=answer,
         )
 
     def _sequence(
