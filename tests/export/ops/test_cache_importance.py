@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -217,7 +218,11 @@ def test_no_whole_attention_matrix_is_ever_in_memory() -> None:
     prompt, heads = 4000, 4
     sizes = json.dumps([prompt, heads, 2, 64])
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, sizes], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEASURE, sizes],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # with the tests' helpers
     )
     whole = heads * prompt * prompt * 4
     found = json.loads(done.stdout)

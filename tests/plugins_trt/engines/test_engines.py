@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,13 @@ FAULTS = [
 
 
 @pytest.fixture(scope="module")
-def built_once() -> Iterator[None]:
+def made() -> dict[str, Built]:
+    return {}
+
+
+@pytest.fixture
+def built_once(made: dict[str, Built], monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that are the same under several recipes (vision, often decode) are built once."""
-    made: dict[str, Built] = {}
     build = TensorRtBuilder.build
 
     def remembered(self: TensorRtBuilder, model: Any, settings: Settings, show: Any) -> Built:
@@ -66,9 +70,7 @@ def built_once() -> Iterator[None]:
             made[key] = build(self, model, settings, show)
         return made[key]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensorrt_builder.TensorRtBuilder, "build", remembered)
-        yield
+    monkeypatch.setattr(tensorrt_builder.TensorRtBuilder, "build", remembered)
 
 
 def build(folder: Path, target: Target = trt_rtx.TARGET, **options: Any) -> EngineSet:
