@@ -110,7 +110,7 @@ class Packer:
         number = 0
         for wanted in self._kinds(mix, rng):
             before, place = PREFIX, len(prefix)
-            for text, told in self._tokens(ask(scenes, wanted, rng), first=True):
+            for text, told in self._tokens(ask(scenes, wanted, rng)):
                 end = at + len(text) + len(told)
                 if end > size:
                     return ids, turn, parent, position, kind, answer
@@ -126,11 +126,10 @@ class Packer:
         while mix.kinds:
             yield from (mix.kinds[i] for i in rng.permutation(len(mix.kinds)))
 
-    def _tokens(self, turns: list[Turn], *, first: bool) -> Iterator[tuple[list[int], list[int]]]:
-        for question, answer in turns:
-            start = "" if first else "USER: "
+    def _tokens(self, turns: list[Turn]) -> Iterator[tuple[list[int], list[int]]]:
+        for number, (question, answer) in enumerate(turns):
+            start = "USER: " if number else ""  # the first one's is before the pictures
             yield self.encode(f"{start}{question} ASSISTANT:"), [*self.encode(f" {answer}"), 2]
-            first = False
 
 
 def _density(rng: np.random.Generator) -> Density:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -30,10 +32,11 @@ def say(text: str) -> None:
 
 def wait(begun: Path, ended: Path) -> None:
     try:
-        begun.touch()
+        begun.write_text(str(os.getpgrp()))
         time.sleep(60)
-    finally:
-        ended.touch()
+    except BaseException as error:
+        ended.write_text("Ctrl-C" if isinstance(error, KeyboardInterrupt) else "SIGTERM")
+        raise
 
 
 def test_what_it_prints_and_its_status(capfd: pytest.CaptureFixture[str]) -> None:
@@ -47,22 +50,56 @@ def test_a_crash_is_an_error() -> None:
         in_own_process("lvlm-x", crash, signal.SIGSEGV)
 
 
-def test_what_ends_the_command_ends_its_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "inside"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGUSR1, "SIGTERM")]
+)
+def test_what_ends_the_command_ends_its_process(number: int, inside: str, tmp_path: Path) -> None:
+    """Ctrl-C goes on to it, once: it is not in the group that a terminal sends to."""
     begun, ended = tmp_path / "begun", tmp_path / "ended"
 
     def interrupt() -> None:
-        while not begun.exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        until(begun)
+        os.kill(os.getpid(), number)
 
     def stop(*_: object) -> None:
-        raise SystemExit(1)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(1)
 
-    before = signal.signal(signal.SIGUSR1, stop)
+    before = signal.signal(number, stop)
     try:
         threading.Thread(target=interrupt, daemon=True).start()
-        with pytest.raises(SystemExit):
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
             in_own_process("lvlm-x", wait, begun, ended)
     finally:
-        signal.signal(signal.SIGUSR1, before)
-    assert ended.exists()  # SIGTERM, on which it clears up
+        signal.signal(number, before)
+    assert ended.read_text() == inside
+    assert int(begun.read_text()) != os.getpgrp()
+
+
+def test_it_does_not_outlive_the_command(tmp_path: Path) -> None:
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    code = f"""
+from pathlib import Path
+from lvlm.core.own_process import in_own_process
+from test_own_process import wait
+if __name__ == "__main__":
+    in_own_process("lvlm-x", wait, Path({str(begun)!r}), Path({str(ended)!r}))
+"""
+    script = tmp_path / "command.py"
+    script.write_text(code)
+    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = subprocess.Popen(
+        [sys.executable, script], env=os.environ | {"PYTHONPATH": here}, stderr=subprocess.DEVNULL
+    )
+    until(begun)
+    command.kill()
+    command.wait()
+    until(ended)
+    assert ended.read_text() == "SIGTERM"
+
+
+def until(file: Path) -> None:
+    """Wait for a file with something in it."""
+    end = time.monotonic() + 20
+    while not (file.exists() and file.read_text()):
+        assert time.monotonic() < end, f"no {file.name}"
+        time.sleep(0.01)
