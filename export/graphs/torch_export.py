@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from lvlm.core.errors import ExportError
-from lvlm.export.graphs import decompositions
+from lvlm.export.graphs import decompositions, type_promotion
 from lvlm.export.ops.op import OPSET
 from lvlm.export.ports import GraphPort
 
@@ -42,7 +42,11 @@ def to_onnx(
         i.name: {axis: _of(d, dims) for axis, d in enumerate(i.dims) if isinstance(d, str)}
         for i in inputs
     }
-    with mode, torch.no_grad(), _quiet(), _one_registry(), decompositions.by_need():
+    with contextlib.ExitStack() as within:
+        for context in (mode, _without_gradients(), _quiet(), _one_registry()):
+            within.enter_context(context)
+        within.enter_context(decompositions.by_need())
+        within.enter_context(type_promotion.of_known_values())
         exported = torch.export.export(module, (examples,), dynamic_shapes=(dynamic,), strict=False)
         program = torch.onnx.export(
             exported,
@@ -93,6 +97,23 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_gradients() -> Iterator[None]:
+    """No gradients; a module's own ``no_grad`` leaves nothing in the program, which torch would
+    otherwise split at each and join again."""
+
+    def nothing(*_: object) -> None:
+        pass
+
+    own = torch.no_grad.__enter__, torch.no_grad.__exit__
+    with torch.set_grad_enabled(False):
+        torch.no_grad.__enter__ = torch.no_grad.__exit__ = nothing  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.no_grad.__enter__, torch.no_grad.__exit__ = own  # type: ignore[method-assign]
 
 
 _registry = functools.cache(ONNXRegistry.from_torchlib)

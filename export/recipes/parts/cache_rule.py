@@ -102,7 +102,7 @@ def _pooled(score: Window, found: torch.Tensor, end: torch.Tensor) -> torch.Tens
     half = score.kernel // 2
     # Written out: torch's exporter takes the length as a constant where it sees a pooling.
     padded = functional.pad(before, (half, half))
-    shifted = [padded.narrow(1, start, found.shape[1]) for start in range(score.kernel)]
+    shifted = [padded[:, start : start + found.shape[1]] for start in range(score.kernel)]
     if score.pool == "max":
         return reduce(torch.maximum, shifted)
     return reduce(torch.add, shifted) / score.kernel
