@@ -11,7 +11,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.export import ExportedProgram
@@ -121,7 +121,7 @@ def _size(source: torch.fx.Node, axis: int) -> int | torch.fx.Node:
         return size
     for node in source.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int):
         if node < source and node.meta["val"].node.expr == size.node.expr:
-            return node
+            return cast(torch.fx.Node, node)
     node = source.graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
     node.meta["val"] = size
     return node

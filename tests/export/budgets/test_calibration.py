@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import TINY, transformers_inputs
+from bundles import TINY, USUAL, transformers_inputs
 from rows import profile_rows
 from settings import ASSETS
 from transformers import AutoModelForImageTextToText
@@ -110,12 +110,17 @@ def test_importances_under_merging_are_of_the_shorter_sequence() -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["tiny-llava", *TINY])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "every_name" in metafunc.fixturenames:
+        names = TINY if metafunc.config.getoption("--whole") else USUAL
+        metafunc.parametrize("every_name", ["tiny-llava", *names])
+
+
 def test_prompts_equal_those_of_a_bundle(
-    name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+    every_name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
-    maker = sample_prompts.prompt_maker(*open_folder(checkpoint(name)))
-    with lvlm.load(bundle(name, max_images=2)) as model:
+    maker = sample_prompts.prompt_maker(*open_folder(checkpoint(every_name)))
+    with lvlm.load(bundle(every_name, max_images=2)) as model:
         for sample in (*builtin_samples()[:2], CalibrationSample((), "Hello", "text")):
             ours = sample_prompts.prepare(maker, sample)
             theirs = model.prepare(0, sample.prompt, sample.images, GenerationOptions())
