@@ -1,6 +1,6 @@
 # dev: a checkout to work in (.venv, editable). test: what CI runs. test-fast: the tests of a change,
 # in the environment that is active, under two minutes. test-all: every combination of models and
-# recipes, long; hours on two cores.
+# recipes; an hour on two cores.
 .PHONY: dev quickstart test test-fast test-all
 dev:
 	bash scripts/dev.sh
