@@ -71,8 +71,8 @@ def own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(autouse=True)
 def no_handler_left() -> Iterator[None]:
-    """A library that logs by ``logging.warning`` gives the root logger a handler of the stderr of
-    that moment, which pytest closes: what is logged in a later test would fail."""
+    """A library that logs may give the root logger a handler of the stderr of that moment, as absl
+    does. pytest closes it: what is logged in a later test would fail."""
     root = logging.getLogger()
     before = list(root.handlers)
     yield

@@ -213,7 +213,7 @@ class InternVLVision(nn.Module):
         for layer in self.tower.encoder.layer:
             hidden = run_layer(layer, hidden, masked=False)
         patches = self.tower.layernorm(hidden)[:, 1:]  # without the class token
-        grid = patches.unflatten(1, (self.side, self.side))
+        grid = patches.reshape(patches.shape[0], self.side, self.side, patches.shape[-1])
         rows = self.projector(self.shuffle(grid, self.ratio).flatten(1, 2)).flatten(0, 1)
         assert isinstance(rows, torch.Tensor)
         return rows

@@ -18,6 +18,8 @@ from torch.export import ExportedProgram
 from torch.onnx._internal.exporter import _decomp, _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from lvlm.export.graphs.exchanged import exchanged
+
 SYMBOLIC = "onnx_symbolic"  # torch's namespace of nodes that go into the ONNX graph as they are
 RESHAPE, FLATTEN = torch.ops.aten.reshape.default, torch.ops.aten.flatten.using_ints
 VIEW = torch.ops.aten.view.default  # whose Reshape takes sizes of 0 as they are
@@ -35,11 +37,8 @@ def by_need() -> Iterator[None]:
         _decompose(exported_program)
         return exported_program
 
-    _fx_passes.decompose_with_registry = decompose
-    try:
+    with exchanged(_fx_passes, decompose_with_registry=decompose):
         yield
-    finally:
-        _fx_passes.decompose_with_registry = own
 
 
 def _stays(node: torch.fx.Node, known: set[Any]) -> bool:
@@ -49,9 +48,9 @@ def _stays(node: torch.fx.Node, known: set[Any]) -> bool:
         return node.op != "get_attr"
     if not isinstance(target, torch._ops.OpOverload):
         return target in known or target is operator.getitem
-    if target.namespace == SYMBOLIC or target in (RESHAPE, FLATTEN):
+    if target.namespace == SYMBOLIC or target is RESHAPE or _is_check(node):
         return True
-    if _is_check(node) or _is_conversion(node) or _is_unpadded(node):
+    if _is_idle(node) or _is_conversion(node) or _is_unpadded(node) or _is_flatten(node):
         return True
     schema = target._schema
     views = any(found.alias_info is not None for found in schema.returns)
@@ -65,6 +64,13 @@ def _is_check(node: torch.fx.Node) -> bool:
     return str(node.target).startswith(("aten._assert", "aten.sym_constrain_range"))
 
 
+def _is_idle(node: torch.fx.Node) -> bool:
+    """One that gives its input as it is: the order in memory, and dropout outside of training."""
+    if node.target is torch.ops.aten.dropout.default:
+        return node.args[2] is False
+    return node.target is torch.ops.aten.contiguous.default
+
+
 def _is_conversion(node: torch.fx.Node) -> bool:
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and target.overloadpacket is torch.ops.aten.to
@@ -76,13 +82,21 @@ def _is_unpadded(node: torch.fx.Node) -> bool:
     return node.target is torch.ops.aten.conv2d.padding and given
 
 
+def _is_flatten(node: torch.fx.Node) -> bool:
+    """One whose axes are said by their places, of a tensor that has any."""
+    if node.target is not FLATTEN or node.kwargs:
+        return False
+    return len(node.all_input_nodes[0].meta["val"].shape) > 0
+
+
 def _decompose(program: ExportedProgram) -> None:
-    """Checks and conversions to the type that a tensor has already go; other conversions, flattened
-    axes and convolutions become what they are made of."""
+    """Checks, and what gives its input as it is, conversions to the type that a tensor has already
+    among that, go; other conversions, flattened axes and convolutions become what they are made
+    of."""
     for node in list(program.graph.nodes):
         if _is_check(node):
             program.graph.erase_node(node)
-        elif _is_conversion(node):
+        elif _is_idle(node) or _is_conversion(node):
             source, dtype = node.all_input_nodes[0], node.meta["val"].dtype
             if source.meta["val"].dtype == dtype:
                 node.replace_all_uses_with(source)
@@ -96,7 +110,7 @@ def _decompose(program: ExportedProgram) -> None:
             node.args = (*node.args[:4], [0, 0], *node.args[5:])
         elif node.target is RESHAPE:
             node.target = VIEW
-        elif node.target is FLATTEN:
+        elif _is_flatten(node):
             _to_view(node)
     program.graph_module.recompile()
 
@@ -130,8 +144,9 @@ def _size(source: torch.fx.Node, axis: int) -> int | torch.fx.Node:
 def _product(a: int | torch.fx.Node, b: int | torch.fx.Node) -> int | torch.fx.Node:
     if isinstance(a, int) and isinstance(b, int):
         return a * b
-    nodes = [x for x in (a, b) if isinstance(x, torch.fx.Node)]
-    node = nodes[0].graph.call_function(operator.mul, (a, b))
-    values = [x.meta["val"] if isinstance(x, torch.fx.Node) else x for x in (a, b)]
-    node.meta["val"] = values[0] * values[1]
+    source = a if isinstance(a, torch.fx.Node) else b
+    assert isinstance(source, torch.fx.Node)
+    node = source.graph.call_function(operator.mul, (a, b))
+    left, right = (x.meta["val"] if isinstance(x, torch.fx.Node) else x for x in (a, b))
+    node.meta["val"] = left * right
     return node

@@ -19,6 +19,7 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from lvlm.core.errors import ExportError
 from lvlm.export.graphs import decompositions, type_promotion
+from lvlm.export.graphs.exchanged import exchanged
 from lvlm.export.ops.op import OPSET
 from lvlm.export.ports import GraphPort
 
@@ -42,11 +43,16 @@ def to_onnx(
         i.name: {axis: _of(d, dims) for axis, d in enumerate(i.dims) if isinstance(d, str)}
         for i in inputs
     }
-    with contextlib.ExitStack() as within:
-        for context in (mode, _without_gradients(), _quiet(), _one_registry()):
-            within.enter_context(context)
-        within.enter_context(decompositions.by_need())
-        within.enter_context(type_promotion.of_known_values())
+    with (
+        mode,
+        _without_gradients(),
+        _quiet(),
+        # torch.onnx makes its table of ops for every graph anew, which takes it about a second;
+        # here it is the same one every time (no graph adds ops to it)
+        exchanged(ONNXRegistry, from_torchlib=staticmethod(_registry)),
+        decompositions.by_need(),
+        type_promotion.of_known_values(),
+    ):
         exported = torch.export.export(module, (examples,), dynamic_shapes=(dynamic,), strict=False)
         program = torch.onnx.export(
             exported,
@@ -107,28 +113,14 @@ def _without_gradients() -> Iterator[None]:
     def nothing(*_: object) -> None:
         pass
 
-    own = torch.no_grad.__enter__, torch.no_grad.__exit__
-    with torch.set_grad_enabled(False):
-        torch.no_grad.__enter__ = torch.no_grad.__exit__ = nothing  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            torch.no_grad.__enter__, torch.no_grad.__exit__ = own  # type: ignore[method-assign]
+    with (
+        torch.set_grad_enabled(False),
+        exchanged(torch.no_grad, __enter__=nothing, __exit__=nothing),
+    ):
+        yield
 
 
 _registry = functools.cache(ONNXRegistry.from_torchlib)
-
-
-@contextlib.contextmanager
-def _one_registry() -> Iterator[None]:
-    """torch.onnx makes its table of ops for every graph anew, which takes it about a second; here
-    it is the same one every time (no graph adds ops to it)."""
-    own = ONNXRegistry.__dict__["from_torchlib"]
-    ONNXRegistry.from_torchlib = staticmethod(_registry)  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        ONNXRegistry.from_torchlib = own  # type: ignore[method-assign]
 
 
 def _describe_inputs(model: ir.Model, inputs: Sequence[GraphPort]) -> None:

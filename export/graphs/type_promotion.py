@@ -15,12 +15,13 @@ import torch
 from torch.onnx._internal.fx.passes import type_promotion
 from torch.onnx._internal.fx.passes.type_promotion import _TypePromotionInterpreter as Promotion
 
+from lvlm.export.graphs.exchanged import exchanged
+
 
 @contextlib.contextmanager
 def of_known_values() -> Iterator[None]:
     """Within: torch.onnx promotes types by the values that nodes have; only those that it inserts
     or changes are run."""
-    own = Promotion.run_node
 
     def run_node(self: Promotion, n: torch.fx.Node) -> Any:
         with self._set_current_node(n):
@@ -28,8 +29,5 @@ def of_known_values() -> Iterator[None]:
                 self._maybe_promote_node(n, rule)
         return n.meta["val"] if "val" in n.meta else torch.fx.Interpreter.run_node(self, n)
 
-    Promotion.run_node = run_node  # type: ignore[method-assign]
-    try:
+    with exchanged(Promotion, run_node=run_node):
         yield
-    finally:
-        Promotion.run_node = own  # type: ignore[method-assign]

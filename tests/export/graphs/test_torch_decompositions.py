@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch._export.passes import replace_set_grad_with_hop_pass
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 
@@ -40,6 +42,12 @@ def written(x: torch.Tensor) -> torch.Tensor:
     return rows.add_(1)
 
 
+def idle(x: torch.Tensor) -> torch.Tensor:
+    """What gives its input as it is, in the middle and at the end."""
+    turned = nn.functional.dropout(x.transpose(1, 2).contiguous(), 0.5, training=False)
+    return nn.functional.dropout(turned * 2, training=False)
+
+
 def convolved(x: torch.Tensor) -> torch.Tensor:
     return nn.functional.conv2d(x[:, None], torch.ones(2, 1, 1, 2), None, (1, 2), "valid")
 
@@ -55,14 +63,18 @@ def padded(x: torch.Tensor) -> torch.Tensor:
         (written, 1),
         (lambda x: (x + 1).flatten(0, 1), 0),
         (lambda x: x.flatten(1), 0),
+        (lambda x: x.flatten(start_dim=1, end_dim=-1), 0),
+        (lambda x: x + x.sum().flatten(), 1),
         (lambda x: x.reshape(-1, 2, 2).flatten(-2, -1), 0),
+        (idle, 0),
         (convolved, 0),
         (padded, 1),
         (nn.functional.softshrink, 1),
     ],
     ids=[
-        *("conversions", "in-place", "flatten", "flatten-to-the-end", "flatten-after-reshape"),
-        *("convolution", "padded-convolution", "no-translation"),
+        *("conversions", "in-place", "flatten", "flatten-to-the-end", "flatten-by-name"),
+        *("flatten-of-a-number", "flatten-after-reshape"),
+        *("dropout-and-contiguous", "convolution", "padded-convolution", "no-translation"),
     ],
 )
 def test_as_torch_computes_it(
@@ -83,6 +95,7 @@ def test_as_torch_computes_it(
         assert [to for to in casts if to != ir.DataType.INT64] == [
             ir.DataType.FLOAT16, ir.DataType.FLOAT,
         ]  # fmt: skip
+    assert "Dropout" not in {node.op_type for node in model.graph}
     for x in (torch.randn(2, 3, 4), torch.randn(2, 0, 4)):
         if compute in (written, convolved, padded) and not x.numel():
             continue
@@ -119,11 +132,29 @@ def test_types_are_promoted_without_a_run(monkeypatch: pytest.MonkeyPatch) -> No
     np.testing.assert_allclose(run(model, x), mixed(x), rtol=1e-5)
 
 
-def test_no_grad_is_as_before_after_an_export() -> None:
-    @torch.no_grad()
-    def half(x: torch.Tensor) -> torch.Tensor:
-        return x / 2
+@torch.no_grad()
+def half(x: torch.Tensor) -> torch.Tensor:
+    return x / 2
 
+
+def test_no_grad_leaves_nothing_in_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    split: list[torch.fx.GraphModule] = []
+    own = replace_set_grad_with_hop_pass.sequential_split
+
+    def noted(module: torch.fx.GraphModule, *given: Any) -> Any:
+        split.append(module)
+        return own(module, *given)
+
+    monkeypatch.setattr(replace_set_grad_with_hop_pass, "sequential_split", noted)
+    compute = Toy(lambda x: half(x) + 1)
+    to_onnx("toy", compute, INPUTS, ["out"], FakeTensorMode())
+    assert not split
+    with torch.no_grad():
+        torch.export.export(compute, ({"x": torch.zeros(1, 2, 4)},), strict=False)
+    assert split  # torch still does, where it is not kept from it
+
+
+def test_no_grad_is_as_before_after_an_export() -> None:
     model = to_onnx("toy", Toy(half), INPUTS, ["out"], FakeTensorMode())
     assert [node.op_type for node in model.graph][-1] == "Div"
 
