@@ -28,8 +28,9 @@ from lvlm.runtime.backends import cpu
 settings.register_profile("lvlm", deadline=None)  # no test is timed: machines may be busy
 settings.load_profile("lvlm")
 
-# Fixtures that export with torch, or build with a compiler: seconds each
-SLOW_FIXTURES = {"bundle", "checkpoint", "built", "library", "wheel", "tensorrt_headers"}
+# Fixtures that export with torch, or build with a compiler: seconds each; ``gpu`` runs kernels,
+# which Triton interprets where there is none
+SLOW_FIXTURES = {"bundle", "checkpoint", "built", "library", "wheel", "tensorrt_headers", "gpu"}
 PARITY = ("parity", "naive")  # folders
 
 

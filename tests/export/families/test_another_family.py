@@ -82,6 +82,7 @@ def plan(folder: Path, recipe: Recipe, **options: Any) -> ExportPlan:
     return make_plan(ExportOptions(str(folder), recipe, folder.parent / "out", **options))
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_transformers(
     family: Family, theirs: Any, folder: Path, tmp_path: Path
 ) -> None:

@@ -213,6 +213,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="measures the peak as Linux reports it")
 def test_no_whole_attention_matrix_is_ever_in_memory() -> None:
     prompt, heads = 4000, 4

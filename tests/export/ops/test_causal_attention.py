@@ -234,6 +234,7 @@ g (T[B, 4, N, 64] q, T[B, 2, N, 64] k, T[B, 2, N, 64] v, int64[B] length)
 }"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [trt_rtx_turing.TARGET, trt_rtx.TARGET], ids=lambda t: t.name)
 def test_layers_that_score_build_for_tensorrt_rtx(target: Target) -> None:
     """Beside loops the builder has no kernel for attention, or ends the process."""

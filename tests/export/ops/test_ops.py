@@ -127,6 +127,7 @@ def test_checker_takes_node_and_body(op: Op, sample: OpSample, dynamic: bool) ->
     onnx.checker.check_model(onnx.inliner.inline_local_functions(model), full_check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "sample"), params(VARIANTS + BRAIN))
 def test_tensorrt_builds_it_and_reads_every_input(op: Op, sample: OpSample) -> None:
     model = for_tensorrt(op, sample).SerializeToString()
@@ -180,6 +181,7 @@ class Calls(torch.nn.Module):
         return self.op(*inputs, *[None] * self.left_out, **self.attributes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "sample"), params(ARITIES))
 def test_export_leaves_one_node(op: Op, sample: OpSample) -> None:
     """Traced by torch.export first, as checkpoints are, with the varying axes dynamic."""
