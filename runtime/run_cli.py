@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lvlm.runtime.model import Model
 
 LONGEST_PROMPT = 10_000_000  # characters: a pipe might never end
-DRAWING = ("top_k", "top_p", "seed")  # without effect at temperature 0
+DRAWING = ("top_k", "top_p", "min_p", "seed")  # without effect at temperature 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.prompt.prompts import Prompt
-from lvlm.runtime.sampling.sampler import Sampling
+from lvlm.runtime.sampling.settings import Sampling
 
 BEFORE = 5  # tokens before the image's
 

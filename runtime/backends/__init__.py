@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lvlm.core.discovery import added, loaded, names, nearest
-from lvlm.runtime.options.generation_options import integer, read_value
+from lvlm.runtime.options.option_kinds import integer, read_value
 
 if TYPE_CHECKING:
     import numpy as np

@@ -29,15 +29,8 @@ from lvlm.runtime.generate.call_plan import count_prompts, read_options
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
-from lvlm.runtime.options.generation_options import (
-    SWITCH,
-    GenerationOptions,
-    Keep,
-    OptionValues,
-    integer,
-    number,
-    read_value,
-)
+from lvlm.runtime.options.generation_options import GenerationOptions, Keep, OptionValues
+from lvlm.runtime.options.option_kinds import SWITCH, integer, number, read_value
 from lvlm.runtime.prompt.prompts import PromptMaker
 from lvlm.runtime.prompt.text import TextStream, Tokenizer
 

@@ -12,7 +12,7 @@ from lvlm.core.errors import LvlmError, RequestCancelled
 from lvlm.core.forks import forked, orphan_in_children
 from lvlm.runtime.engine.faults import typed
 from lvlm.runtime.generate.answers import Generation
-from lvlm.runtime.options.generation_options import number, read_value
+from lvlm.runtime.options.option_kinds import number, read_value
 
 WAIT = number("seconds, 0 or more, or None", lambda x: x >= 0)
 

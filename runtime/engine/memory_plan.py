@@ -14,7 +14,8 @@ from lvlm.runtime.generate.loaded_graphs import UNITS_AT_ONCE
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import cache_bytes
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
-from lvlm.runtime.options.generation_options import Keep, Option, integer, read_value
+from lvlm.runtime.options.generation_options import Keep
+from lvlm.runtime.options.option_kinds import Option, integer, read_value
 
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 DEFAULT_SLOTS = 4

@@ -94,7 +94,10 @@ class Request:
         row, stream = self.row, self.stream
         token, piece = row.choose(logits, eos_ids), ""
         if stream is not None:
-            piece = stream.push(token, last=row.finish_reason is not None)
+            if token in self.prompt.sampling.stop_token_ids:  # no part of the text
+                piece = stream.finish()
+            else:
+                piece = stream.push(token, last=row.finish_reason is not None)
             if stream.stopped is not None:
                 row.stop(stream.stopped)
         self.caller.push(token, piece)

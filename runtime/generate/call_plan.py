@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.core.errors import CapacityError
+from lvlm.core.errors import CapacityError, ParameterError
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.kv.answer_limits import new_token_limit
 from lvlm.runtime.kv.budgets import Budgets
@@ -99,6 +99,15 @@ def read_options(
     Raises ParameterError.
     """
     options = GenerationOptions.of(base, given)
+    vocab = manifest.text.vocab
+    for name, ids in (
+        ("stop_token_ids", options.stop_token_ids),
+        ("logit_bias", options.logit_bias or ()),
+    ):
+        if ids and max(ids) >= vocab:
+            raise ParameterError(
+                f"{name} has token {max(ids)}; the bundle's tokens are those below {vocab:,}"
+            )
     keep_ratios(manifest.reductions, manifest.keep, options.keep)
     Budgets.of(manifest.cache_policy, manifest.text.layers, options.kv_keep)
     return options

@@ -40,7 +40,8 @@ class Row:
         if self.prompt.logprobs is not None:
             self.scores.append(TokenScore.of(logits, token, self.prompt.logprobs))
         self.tokens.append(token)
-        if token in eos_ids and not self.prompt.ignore_eos:
+        ends = token in eos_ids and not self.prompt.ignore_eos
+        if ends or token in self.prompt.sampling.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token
         elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"

@@ -7,14 +7,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AnySet
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError, shown
+from lvlm.runtime.options.option_kinds import (
+    FRACTION,
+    RATIOS,
+    SWITCH,
+    TEMPLATE,
+    TEXT,
+    TEXTS,
+    TOKEN_BIASES,
+    TOKEN_IDS,
+    Option,
+    integer,
+    number,
+    read_value,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,108 +35,6 @@ if TYPE_CHECKING:
     Number = float | np.floating[Any] | np.integer[Any]
 
 Keep = float | Sequence[float]  # a fraction, or one per reduction
-Flag = Literal["integer", "number", "switch", "text", "texts", "ratios", "template"]
-
-
-@dataclass(frozen=True)
-class Option:
-    """Values of an option: ``read`` gives the value as Python's own number, text or tuple, or
-    raises ValueError, TypeError or OverflowError; ``wanted`` says in a message what is taken.
-    ``flag`` is the kind of the command line's flag, ``metavar`` what its value is called."""
-
-    wanted: str
-    read: Callable[[object], Any]
-    flag: Flag
-    metavar: str | None
-    help: str = ""
-
-
-def integer(
-    minimum: int, maximum: float = math.inf, wanted: str = "", help: str = "", metavar: str = "N"
-) -> Option:
-    def read(value: object) -> int:
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            raise TypeError
-        if not minimum <= int(value) <= maximum:
-            raise ValueError
-        return int(value)
-
-    highest = f"2**{math.log2(maximum):.0f}" if maximum > 10**12 else f"{maximum:,}"
-    bounds = f"of {minimum} or more" if maximum == math.inf else f"from {minimum} to {highest}"
-    return Option(wanted or f"an integer {bounds}", read, "integer", metavar, help)
-
-
-def number(
-    wanted: str, fits: Callable[[float], bool], help: str = "", metavar: str = "X"
-) -> Option:
-    def read(value: object) -> float:
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError
-        if not fits(taken := float(value)):  # NaN fails every comparison
-            raise ValueError
-        return taken
-
-    return Option(wanted, read, "number", metavar, help)
-
-
-def read_value(name: str, what: Option, value: object) -> Any:
-    """A value as Python's own. Raises ParameterError, which names it."""
-    value = plain(value)
-    try:
-        return what.read(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ParameterError(f"{name} is {shown(value)}; give {what.wanted}") from None
-
-
-def plain(value: object) -> object:
-    """Python's own value for one of numpy's scalars, or torch's."""
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
-        return value.item()
-    return value
-
-
-def _switch(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-SWITCH = Option("True or False", _switch, "switch", None)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return str(value)
-
-
-def _texts(value: object) -> tuple[str, ...]:
-    texts = () if value is None else (value,) if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not all(isinstance(t, str) and t for t in texts):
-        raise TypeError
-    return tuple(map(str, texts))
-
-
-def _template(value: object) -> bool | str:
-    if isinstance(value, str) and value.strip():
-        return str(value)
-    return _switch(value)
-
-
-def _ratios(value: object) -> float | tuple[float, ...]:
-    if isinstance(value, str | bytes | Mapping | AnySet | bool):
-        raise TypeError
-    if isinstance(value, Real):
-        return _fraction.read(value)  # type: ignore[no-any-return]
-    return tuple(_fraction.read(plain(one)) for one in value)  # type: ignore[attr-defined]
-
-
-_fraction = number(
-    "a number above 0 and up to 1",
-    lambda x: 0 < x <= 1,
-    "fraction of the cache entries to keep (default: as exported)",
-    "G",
-)
 
 
 def option(default: object, what: Option) -> Any:
@@ -137,16 +47,27 @@ class GenerationOptions:
 
     Args:
         max_new_tokens: the most tokens that an answer has.
+        min_new_tokens: tokens before which neither the model nor ``stop_token_ids`` may end the
+            answer; a text of ``stop`` may. None: as the bundle says.
         temperature: 0 takes the likeliest token; above 0 logits are divided by it and a token is
             drawn. Not taken from the bundle: what it says of sampling counts above 0 only.
         top_k: draw from the k likeliest tokens, 0: from all. None: as the bundle says.
         top_p: draw from the fewest likeliest tokens that together reach this probability. None: as
             the bundle says.
+        min_p: draw from tokens that are at least so many times as likely as the likeliest one, of
+            those that top_k and top_p leave. None: from all.
         repetition_penalty: above 1 makes tokens of the prompt and the answer less likely, at
             temperature 0 too. None: as the bundle says.
+        frequency_penalty: taken from a token's logit for each time that the answer has it already,
+            at temperature 0 too; below 0 repeats more.
+        presence_penalty: taken once from the logit of every token that the answer has already.
+        logit_bias: what is added to the logits of tokens, by their ids, before all else: 100 comes
+            close to a command, -100 to a ban.
         seed: makes draws repeatable. Row r of a list of prompts draws from seed + r.
         stop: texts that end the answer and are no part of it; a special token's text ends it where
             that token comes.
+        stop_token_ids: tokens that end the answer, with ``ignore_eos``, too; the last of
+            ``token_ids`` is the one that came, the text does without it.
         ignore_eos: go on to max_new_tokens where the model ends its text.
         logprobs: how many of the likeliest tokens to tell of at every step, 0: of the chosen one
             only, None: of none.
@@ -163,6 +84,10 @@ class GenerationOptions:
     """
 
     max_new_tokens: int = option(256, integer(1, help="length of the answer"))
+    min_new_tokens: int | None = option(
+        None,
+        integer(0, help="no end of text before so many (default: as the bundle says)"),
+    )
     temperature: float = option(
         0.0,
         number("0 or above", lambda x: 0 <= x < math.inf, "0 takes the likeliest token", "T"),
@@ -182,25 +107,44 @@ class GenerationOptions:
             "P",
         ),
     )
+    min_p: float | None = option(
+        None,
+        number(
+            "from 0 to 1",
+            lambda x: 0 <= x <= 1,
+            "draw from those at least P times as likely as the likeliest (default 0: all)",
+            "P",
+        ),
+    )
     repetition_penalty: float | None = option(
         None,
         number(
             "from 0.01 to 100",
             lambda x: 0.01 <= x <= 100,
             "above 1 repeats less (default: as the bundle says)",
-            "X",
         ),
     )
-    seed: int | None = option(None, integer(0, 2**128, help="makes draws repeatable"))
-    stop: Sequence[str] = option(
-        (),
-        Option(
-            "a text, or a list of texts, none of them empty",
-            _texts,
-            "texts",
-            "TEXT",
-            "end the answer before TEXT; repeatable",
+    frequency_penalty: float = option(
+        0.0,
+        number(
+            "from -2 to 2",
+            lambda x: -2 <= x <= 2,
+            "taken from a token's logit for each time the answer has it",
         ),
+    )
+    presence_penalty: float = option(
+        0.0,
+        number(
+            "from -2 to 2", lambda x: -2 <= x <= 2, "taken from logits of tokens the answer has"
+        ),
+    )
+    logit_bias: Mapping[int, float] | None = option(
+        None, replace(TOKEN_BIASES, help="added to the logits of tokens N, as 5=-100,7=2.5")
+    )
+    seed: int | None = option(None, integer(0, 2**128, help="makes draws repeatable"))
+    stop: Sequence[str] = option((), replace(TEXTS, help="end the answer before TEXT; repeatable"))
+    stop_token_ids: Sequence[int] = option(
+        (), replace(TOKEN_IDS, help="end the answer at any of these tokens")
     )
     ignore_eos: bool = option(False, replace(SWITCH, help="go on to --max-new-tokens"))
     logprobs: int | None = option(
@@ -212,27 +156,20 @@ class GenerationOptions:
     )
     keep: float | Sequence[float] | None = option(  # Keep
         None,
-        Option(
-            "a number above 0 and up to 1, or a list of one per reduction",
-            _ratios,
-            "ratios",
-            "R",
-            "fraction of the image tokens to keep, or one per reduction, as 0.7,0.5,0.3 "
+        replace(
+            RATIOS,
+            help="fraction of the image tokens to keep, or one per reduction, as 0.7,0.5,0.3 "
             "(default: as exported)",
         ),
     )
-    kv_keep: float | None = option(None, _fraction)
-    chat_template: bool | str = option(
-        True,
-        Option(
-            "True, False or a Jinja template's text",
-            _template,
-            "template",
-            "FILE",
-            "a Jinja template in place of the bundle's",
-        ),
+    kv_keep: float | None = option(
+        None,
+        replace(FRACTION, help="fraction of the cache entries to keep (default: as exported)"),
     )
-    system: str | None = option(None, Option("a text", _text, "text", "TEXT", "system message"))
+    chat_template: bool | str = option(
+        True, replace(TEMPLATE, help="a Jinja template in place of the bundle's")
+    )
+    system: str | None = option(None, replace(TEXT, help="system message"))
     frames: int | None = option(
         None, integer(1, help="frames of each video (default: the model's choice)")
     )
@@ -274,12 +211,18 @@ class OptionValues(TypedDict, total=False):
     """GenerationOptions by name, as calls take them: the same names, and numpy's scalars, too."""
 
     max_new_tokens: Whole
+    min_new_tokens: Whole | None
     temperature: Number
     top_k: Whole | None
     top_p: Number | None
+    min_p: Number | None
     repetition_penalty: Number | None
+    frequency_penalty: Number
+    presence_penalty: Number
+    logit_bias: Mapping[int, Number] | None
     seed: Whole | None
     stop: Sequence[str]
+    stop_token_ids: Sequence[Whole]
     ignore_eos: bool
     logprobs: Whole | None
     keep: Number | Sequence[Number] | None

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from lvlm.core.errors import ParameterError
 from lvlm.core.opening import at_once
-from lvlm.runtime.options.generation_options import GenerationOptions, Option
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.options.option_kinds import Option
 
 LONGEST = 1_000_000  # characters that are read of a template: far more than one may have
 
@@ -37,11 +38,8 @@ def add_option_flags(parser: argparse.ArgumentParser, names: Iterable[str] = ())
             )
         elif option.flag == "texts":
             parser.add_argument(flag, action="append", **settings)
-        elif option.flag == "ratios":
-            parser.add_argument(flag, type=_ratios, **settings)
         else:
-            kind = {"integer": int, "number": float, "text": str}[option.flag]
-            parser.add_argument(flag, type=kind, **settings)
+            parser.add_argument(flag, type=_KINDS[option.flag], **settings)
 
 
 def given_options(args: argparse.Namespace) -> GenerationOptions:
@@ -79,3 +77,30 @@ def _ratios(text: str) -> float | tuple[float, ...]:
         wanted = "is not a number or a list like 0.7,0.5,0.3"
         raise argparse.ArgumentTypeError(f"'{text}' {wanted}") from None
     return ratios[0] if len(ratios) == 1 else ratios
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        wanted = "is not a token id or a list like 2,32000"
+        raise argparse.ArgumentTypeError(f"'{text}' {wanted}") from None
+
+
+def _biases(text: str) -> dict[int, float]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {int(token): float(bias) for token, bias in pairs}
+    except ValueError:
+        wanted = "is not a list of token ids and numbers like 5=-100,7=2.5"
+        raise argparse.ArgumentTypeError(f"'{text}' {wanted}") from None
+
+
+_KINDS: dict[str, Callable[[str], Any]] = {
+    "integer": int,
+    "number": float,
+    "text": str,
+    "ratios": _ratios,
+    "ids": _ids,
+    "biases": _biases,
+}

@@ -15,18 +15,13 @@ from lvlm.runtime.media.images import ImageSource, open_image
 from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.media.video import VideoSource
 from lvlm.runtime.options.generation_config import GenerationConfig
-from lvlm.runtime.options.generation_options import (
-    GenerationOptions,
-    Option,
-    integer,
-    plain,
-    read_value,
-)
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.options.option_kinds import Option, integer, plain, read_value
 from lvlm.runtime.processors import Processor, load_processor
 from lvlm.runtime.prompt.chat_template import ChatTemplate
 from lvlm.runtime.prompt.prompt_videos import PromptVideos
 from lvlm.runtime.prompt.text import Tokenizer, expand_placeholders
-from lvlm.runtime.sampling.sampler import Sampling
+from lvlm.runtime.sampling.settings import Sampling
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Prompt:
     model's own, which is not always how prefill gets them (``aligned``).
     ``generation`` is the checkpoint's part in choosing tokens, ``sampling`` the caller's, too;
     ``lead`` is the space before an answer that is no part of it (ChatTemplate). ``forced``: the
-    answer, whatever the model would choose.
+    answer, whatever the model would choose, or whatever would end it.
     """
 
     ids: Sequence[int]
@@ -187,6 +182,7 @@ class PromptMaker:
             forced=forced,
             max_new_tokens=len(forced),
             ignore_eos=True,
+            sampling=replace(prompt.sampling, stop_token_ids=()),
             logprobs=prompt.logprobs or 0,
         )
 

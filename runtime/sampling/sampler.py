@@ -1,52 +1,17 @@
-"""Choosing the next token from logits, as transformers does: temperature, top-k, top-p."""
+"""Choosing the next token from logits, as transformers does: temperature, top-k, top-p, min-p."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from lvlm.core.errors import BackendError
 from lvlm.runtime.options.generation_config import GenerationConfig
-from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.sampling.logits_processors import LogitsProcessors
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings by which tokens are chosen.
-
-    ``temperature`` 0 (the default) takes the likeliest token; above 0 the logits are divided by it
-    and a token is drawn. ``top_k`` draws from the k likeliest (0: all), ``top_p`` from the fewest
-    likeliest that together reach that probability. ``repetition_penalty`` above 1 makes tokens of
-    the prompt and of the answer less likely, also at temperature 0. ``seed`` makes draws repeatable
-    (None: they differ each time). Values are checked where they come from: GenerationOptions,
-    GenerationConfig.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    @classmethod
-    def of(
-        cls, options: GenerationOptions, row: int, config: GenerationConfig | None = None
-    ) -> Sampling:
-        """Settings of row ``row`` of a call: what the caller says, then what the checkpoint does. A
-        seeded batch's row r draws from seed + r, so that equal prompts differ."""
-        config = config or GenerationConfig()
-        penalty, top_k, top_p = options.repetition_penalty, options.top_k, options.top_p
-        return cls(
-            options.temperature,
-            config.top_k if top_k is None else top_k,
-            config.top_p if top_p is None else top_p,
-            config.repetition_penalty if penalty is None else penalty,
-            None if options.seed is None else options.seed + row,
-        )
+from lvlm.runtime.sampling.settings import Sampling
 
 
 @dataclass(frozen=True)
@@ -73,7 +38,7 @@ class Sampler:
     """Chooses the tokens of one row's answer, and remembers them. For one thread at a time.
 
     ``config`` is what the checkpoint's generation_config.json says, of which the penalty is already
-    among ``params``; the default changes nothing.
+    in ``params``; the default changes nothing.
     """
 
     def __init__(
@@ -83,10 +48,7 @@ class Sampler:
         config: GenerationConfig | None = None,
     ) -> None:
         self._params = params
-        config = replace(
-            config or GenerationConfig(), repetition_penalty=float(params.repetition_penalty)
-        )
-        self._processors = LogitsProcessors(config, prompt_ids)
+        self._processors = LogitsProcessors(params, config or GenerationConfig(), prompt_ids)
         self._random = np.random.default_rng(params.seed)
 
     def choose(self, logits: npt.NDArray[np.floating]) -> int:
@@ -153,4 +115,7 @@ def candidates(
         keep = below > 1 - params.top_p
         keep[-1] = True  # rounding must not leave nothing
         tokens, weights = tokens[order[keep]], weights[order[keep]]
+    if params.min_p > 0:
+        keep = weights >= params.min_p * weights.max()
+        tokens, weights = tokens[keep], weights[keep]
     return tokens, weights

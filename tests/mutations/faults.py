@@ -12,6 +12,7 @@ PARITY = "tests/parity/test_parity.py::test_none_equals_transformers_generate"
 BIASED = f"{PARITY}[llava:llama-mha-bias-rope3-siglip]"
 GROUPED = f"{PARITY}[llava:llama-gqa-clip]"
 TIED = f"{PARITY}[llava:qwen2-tied-siglip]"
+CHOICES = "tests/runtime/sampling/test_caller_choices.py"
 # What the torch reference, too, is made of: only code that shares nothing can see it.
 TWIN = "tests/naive/test_naive_twins.py::test_lightvlm[0.35-0.3]"
 
@@ -163,6 +164,24 @@ FAULTS = {
         "return np.full_like(kept, sinks, np.int64)",
         "return np.full_like(kept, max(0, sinks - 1), np.int64)",
         "tests/runtime/kv/test_budgets.py::test_the_oldest_after_the_sinks_leaves",
+    ),
+    "a frequency penalty that counts a token once": Fault(
+        "runtime/sampling/logits_processors.py",
+        "self._counts[token] += 1",
+        "self._counts[token] = 1",
+        f"{CHOICES}::test_scores_and_chances_are_those_of_a_plain_implementation",
+    ),
+    "a bias behind the penalty on repetition": Fault(
+        "runtime/sampling/logits_processors.py",
+        "            scores = self._biased(scores)\n",
+        "            return self._biased(self._penalised(scores))\n",
+        f"{CHOICES}::test_a_bias_is_scaled_as_the_logit_it_is_added_to",
+    ),
+    "a stop token before min_new_tokens": Fault(
+        "runtime/sampling/logits_processors.py",
+        "{*config.eos_ids, *params.stop_token_ids}",
+        "{*config.eos_ids}",
+        f"{CHOICES}::test_at_temperature_0_too",
     ),
     "last stage of the pyramid too late": Fault(
         "export/recipes/lightvlm.py",

@@ -49,6 +49,8 @@ def light(bundle: Callable[..., Path]) -> Path:
         (["BUNDLE", "Hi", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["BUNDLE", "Hi", "--temperature", "-1"], "temperature is -1"),
         (["BUNDLE", "Hi", "--top-p", "0.9"], "--top-p has no effect at temperature 0"),
+        (["BUNDLE", "Hi", "--min-p", "0.9"], "--min-p has no effect at temperature 0"),
+        (["BUNDLE", "Hi", "--logit-bias", "5=101"], "logit_bias is {5: 101.0}; give a dict"),
         (["BUNDLE", "Hi", "--seed", "0", "--temperature", "0"], "--seed has no effect"),
         (["BUNDLE", "Hi", "--device", "cuda:0"], "unknown device 'cuda:0'"),
         (["BUNDLE", "Hi", "--image", "no.png"], "'no.png' does not exist"),

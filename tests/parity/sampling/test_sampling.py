@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -15,7 +16,8 @@ from transformers.generation.logits_process import (
 )
 
 from lvlm.core.errors import BackendError
-from lvlm.runtime.sampling.sampler import Sampler, Sampling, candidates
+from lvlm.runtime.sampling.sampler import Sampler, candidates
+from lvlm.runtime.sampling.settings import Sampling
 
 VOCAB = 40
 
@@ -32,6 +34,8 @@ def theirs(logits: np.ndarray, params: Sampling) -> np.ndarray:
         scores = TopKLogitsWarper(params.top_k)(ids, scores)
     if params.top_p < 1:
         scores = TopPLogitsWarper(params.top_p)(ids, scores)
+    if params.min_p:
+        scores = MinPLogitsWarper(params.min_p)(ids, scores)
     return scores.softmax(-1)[0].numpy()
 
 
@@ -48,11 +52,12 @@ def ours(logits: np.ndarray, params: Sampling) -> np.ndarray:
     temperature=st.floats(0.1, 5),
     top_k=st.integers(0, VOCAB + 5),
     top_p=st.sampled_from([0.01, 0.3, 0.5, 0.77, 0.9, 0.99, 1.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]),
 )
 def test_probabilities_equal_transformers(
-    seed: int, temperature: float, top_k: int, top_p: float
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
-    params = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    params = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = random_logits(seed)
     np.testing.assert_allclose(ours(logits, params), theirs(logits, params), atol=2e-6)
 
@@ -139,12 +144,18 @@ def test_a_seed_repeats_and_no_seed_does_not() -> None:
     temperature=st.sampled_from([5e-324, 1e-30, 1e-3, 1.0, 1e30]),
     top_k=st.integers(0, 9),
     top_p=st.sampled_from([1e-17, 0.5, 1.0]),
+    min_p=st.sampled_from([0.0, 5e-324, 1.0]),
     penalty=st.sampled_from([0.01, 1.0, 100.0]),
 )
 def test_extreme_values_give_a_token_of_the_vocabulary(
-    logits: list[float], temperature: float, top_k: int, top_p: float, penalty: float
+    logits: list[float],
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalty: float,
 ) -> None:
-    params = Sampling(temperature, top_k, top_p, penalty, seed=0)
+    params = Sampling(temperature, top_k, top_p, penalty, seed=0, min_p=min_p)
     token = Sampler(params, [0]).choose(np.array(logits, np.float32))
     assert 0 <= token < len(logits)
     if temperature < 1e-20 and penalty == 1:

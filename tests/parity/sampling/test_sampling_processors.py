@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from transformers import GenerationMixin
 from lvlm.core.errors import BackendError, BundleError
 from lvlm.runtime.options.generation_config import GenerationConfig
 from lvlm.runtime.options.generation_options import GenerationOptions
-from lvlm.runtime.sampling.sampler import Sampler, Sampling
+from lvlm.runtime.sampling.logits_processors import LogitsProcessors
+from lvlm.runtime.sampling.sampler import Sampler, candidates
+from lvlm.runtime.sampling.settings import Sampling
 
 VOCAB = 12
 EOS = (2, 5)
@@ -29,10 +32,10 @@ class Bare(GenerationMixin):
         is_encoder_decoder = False
 
 
-def processors(values: dict[str, Any], prompt: list[int]) -> Any:
+def processors(values: dict[str, Any], prompt: list[int], eos: Sequence[int] = EOS) -> Any:
     """Those that transformers' generate builds for a generation_config.json."""
-    config = Theirs(**values, eos_token_id=list(EOS))
-    config._eos_token_tensor = torch.tensor(EOS)
+    config = Theirs(**values, eos_token_id=list(eos))
+    config._eos_token_tensor = torch.tensor(eos)
     if config.min_new_tokens is not None:  # as generate does before it builds them
         config.min_length = config.min_new_tokens + len(prompt)
     return Bare()._get_logits_processor(config, len(prompt), torch.tensor([prompt]), device="cpu")
@@ -69,6 +72,57 @@ def test_greedy_tokens_are_those_of_generate(
         expected = int(scores.argmax())
         assert sampler.choose(logits) == expected
         ids.append(expected)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    values=CONFIGS,
+    said=st.fixed_dictionaries(
+        {},
+        optional={
+            "repetition_penalty": st.sampled_from([0.5, 1.0, 1.3]),
+            "min_new_tokens": st.integers(0, 6),
+            "top_k": st.integers(1, VOCAB),
+            "top_p": st.sampled_from([0.3, 0.8]),
+            "min_p": st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+        },
+    ),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    stops=st.lists(TOKENS, max_size=2),
+    prompt=st.lists(TOKENS, min_size=1, max_size=6),
+    seed=st.integers(0, 10**6),
+)
+def test_what_a_caller_says_is_in_generate_s_order(
+    values: dict[str, Any],
+    said: dict[str, Any],
+    temperature: float,
+    stops: list[int],
+    prompt: list[int],
+    seed: int,
+) -> None:
+    """The probabilities that generate would draw from, if it were told the same; tokens that stop
+    are more of eos_token_id."""
+    if "min_new_tokens" in values:
+        values.pop("min_length", None)
+    words = values.get("bad_words_ids", [])
+    stops = [token for token in stops if [token] not in words]  # there, an end is no bad word
+    config = GenerationConfig.of(values, EOS)
+    options = GenerationOptions(temperature=temperature, stop_token_ids=stops, **said)
+    sampling = Sampling.of(options, 0, config)
+    ours = LogitsProcessors(sampling, config, prompt)
+    drawing = {"do_sample": True, "temperature": temperature, "top_k": 0}
+    theirs = processors(values | drawing | said, prompt, (*EOS, *stops))
+    random, ids = np.random.default_rng(seed), list(prompt)
+    for _ in range(6):
+        logits = random.normal(0, 2, VOCAB).astype(np.float32)
+        scores = theirs(torch.tensor([ids]), torch.from_numpy(logits.copy())[None])
+        if bool((scores > -torch.inf).any()):
+            found = np.zeros(VOCAB)
+            tokens, weights = candidates(logits if ours.idle else ours(logits), sampling)
+            found[tokens] = weights / weights.sum()
+            np.testing.assert_allclose(found, scores.softmax(-1)[0].numpy(), atol=2e-6)
+        ids.append(int(random.integers(VOCAB)))
+        ours.chosen(ids[-1])
 
 
 def test_a_callers_penalty_comes_before_the_checkpoints() -> None:

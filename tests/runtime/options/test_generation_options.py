@@ -14,7 +14,7 @@ from lvlm.core.errors import ParameterError
 from lvlm.runtime.options.generation_config import GenerationConfig
 from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
 from lvlm.runtime.options.option_flags import add_option_flags, given_options
-from lvlm.runtime.sampling.sampler import Sampling
+from lvlm.runtime.sampling.settings import Sampling
 
 NAMES = [each.name for each in dataclasses.fields(GenerationOptions)]
 
@@ -37,6 +37,13 @@ def test_calls_take_the_same_names_and_types() -> None:
         ("top_k", np.uint8(3), 3),
         ("top_p", np.float32(0.5), 0.5),
         ("repetition_penalty", np.float64(2), 2.0),
+        ("min_p", np.float32(0.5), 0.5),
+        ("min_new_tokens", np.int16(0), 0),
+        ("frequency_penalty", np.float16(-2), -2.0),
+        ("presence_penalty", np.array(1), 1.0),
+        ("stop_token_ids", np.array([5, 0], np.int32), (5, 0)),
+        ("stop_token_ids", [np.int64(2), 7], (2, 7)),
+        ("stop_token_ids", None, ()),
         ("seed", np.int64(7), 7),
         ("seed", 2**70, 2**70),
         ("logprobs", np.int32(0), 0),
@@ -59,7 +66,10 @@ def test_values_are_kept_as_pythons_own(name: str, value: Any, kept: object) -> 
     assert type(taken) is type(kept)
 
 
-NUMBERS = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+NUMBERS = (
+    *("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty", "seed"),
+)
 FRACTIONS = ("keep", "kv_keep")
 
 
@@ -87,6 +97,30 @@ def test_what_is_no_number_is_refused(name: str, value: Any) -> None:
         ("top_p", 1.01),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", float("nan")),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("min_p", float("nan")),
+        ("min_new_tokens", -1),
+        ("frequency_penalty", 2.1),
+        ("frequency_penalty", None),
+        ("presence_penalty", -2.1),
+        ("presence_penalty", float("nan")),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", "5"),
+        ("stop_token_ids", ["5"]),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", np.array([True])),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [0.5]),
+        ("stop_token_ids", {5}),
+        ("logit_bias", [(5, 1)]),
+        ("logit_bias", {"5": 1}),
+        ("logit_bias", {True: 1}),
+        ("logit_bias", {-1: 1}),
+        ("logit_bias", {5: "1"}),
+        ("logit_bias", {5: True}),
+        ("logit_bias", {5: 100.1}),
+        ("logit_bias", {5: float("nan")}),
         ("seed", -1),
         ("seed", 0.5),
         ("seed", 10**400),
@@ -114,6 +148,21 @@ def test_values_out_of_their_range(name: str, value: Any) -> None:
     with pytest.raises(ParameterError, match=rf"^{name} is .*; give ") as caught:
         GenerationOptions(**{name: value})
     assert len(str(caught.value)) < 200
+
+
+def test_biases_are_a_mapping_that_options_can_be_hashed_with() -> None:
+    options = GenerationOptions(logit_bias={np.int64(7): np.float32(1.5), 5: -100})
+    assert options.logit_bias == {5: -100.0, 7: 1.5}
+    assert [type(x) for pair in (options.logit_bias or {}).items() for x in pair] == [
+        int,
+        float,
+    ] * 2
+    again = GenerationOptions(logit_bias={7: 1.5, 5: -100.0})
+    assert again == options
+    assert hash(again) == hash(options)
+    assert dataclasses.replace(options, seed=1).logit_bias == options.logit_bias
+    assert repr(options.logit_bias) == "{5: -100.0, 7: 1.5}"
+    assert GenerationOptions(logit_bias={}).logit_bias == {}
 
 
 def test_a_number_that_cannot_be_written_out() -> None:
@@ -155,8 +204,23 @@ def test_flags_are_those_options() -> None:
     assert given_options(parser.parse_args(argv.split())) == GenerationOptions(
         max_new_tokens=3, stop=["a", "b"], keep=(0.5, 0.25), ignore_eos=True, chat_template=False
     )
+    argv = "--logit-bias 5=-100,7=2.5 --stop-token-ids 2,32000 --min-p 0.1 --presence-penalty -1"
+    assert given_options(parser.parse_args(argv.split())) == GenerationOptions(
+        logit_bias={5: -100, 7: 2.5}, stop_token_ids=[2, 32000], min_p=0.1, presence_penalty=-1
+    )
     with pytest.raises(ParameterError, match="temperature is -1"):
         given_options(parser.parse_args(["--temperature", "-1"]))
+
+
+@pytest.mark.parametrize(
+    "argv", ["--logit-bias 5", "--logit-bias 5=x", "--logit-bias 5=1=2", "--stop-token-ids 2,x"]
+)
+def test_flags_that_do_not_read(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_option_flags(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(argv.split())
+    assert f"'{argv.split()[1]}' is not a" in capsys.readouterr().err
 
 
 def test_a_template_in_a_file(tmp_path: Any) -> None:
