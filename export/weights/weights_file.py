@@ -11,10 +11,11 @@ import onnx_ir as ir
 import torch
 
 from lvlm.core.errors import ExportError
-from lvlm.core.integrity import File, FileHash
+from lvlm.core.integrity import File
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.graphs.tracing import TracedGraph
 from lvlm.export.weights.expressions import Expression, Reading, nbytes
+from lvlm.export.weights.hashed_file import HashedFile
 from lvlm.export.weights.store import View, WeightStore
 from lvlm.runtime.bundle.manifest import Weight
 
@@ -82,23 +83,23 @@ class WeightsFile:
         """Stream every weight from the checkpoint into ``folder``.
 
         Args:
-            progress: is told the bytes of each weight that was written.
+            progress: is told the bytes of each weight that was made and is being written.
 
         Returns:
             The file's hashes and size.
         """
-        found, position, reading = FileHash(), 0, Reading(checkpoint.read)
-        with (folder / WEIGHTS).open("wb") as file:
+        reading = Reading(checkpoint.read)
+        with HashedFile(folder / WEIGHTS) as file:
             for weight in self.weights.values():
                 if weight.shared:
                     continue
                 tensor = weight.expression.compute(reading).contiguous()
-                for chunk in (bytes(weight.offset - position), _bytes(tensor)):
-                    file.write(chunk)
-                    found.update(chunk)
-                position = weight.offset + weight.nbytes
+                if gap := weight.offset - file.bytes:
+                    file.write(bytes(gap))
+                file.write(_bytes(tensor))
+                del tensor  # two are in memory at most: the one being written, the next
                 progress(weight.nbytes)
-        return found.file()
+            return file.hashed()
 
     def table(self) -> dict[str, Weight]:
         """The manifest's list of what lies where, views too: everything that is whole bytes."""
