@@ -25,6 +25,8 @@ def set_environment(verbose: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
     # Torch's threads wait asleep: of a small model, most of the processor's time was spinning
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Torch asks for large pages: a weight in memory page by page took longer than transposing it
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def set_logging(verbose: bool) -> None:

@@ -46,10 +46,10 @@ class FileHash:
     def update(self, data: bytes | memoryview) -> None:
         data = memoryview(data)
         data = data.cast("B") if data.nbytes else memoryview(b"")
-        self._whole.update(data)
         while len(data):
             piece = data[: BLOCK - self._bytes % BLOCK]
-            self._block.update(piece)
+            self._whole.update(piece)
+            self._block.update(piece)  # while the processor's cache still has it
             self._bytes += len(piece)
             data = data[len(piece) :]
             if self._bytes % BLOCK == 0:
