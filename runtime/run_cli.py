@@ -90,7 +90,7 @@ def _check(args: argparse.Namespace) -> GenerationOptions:
     """Raise for mistakes that are known before anything is loaded."""
     options = given_options(args)
     idle = [name for name in DRAWING if getattr(args, name) is not None]
-    if idle and not options.temperature:
+    if idle and not options.temperature and (options.temperature == 0 or not options.defaults):
         flag = "--" + idle[0].replace("_", "-")
         raise ParameterError(f"{flag} has no effect at temperature 0; add --temperature 0.7, say")
     if args.logprobs is not None and not args.json:

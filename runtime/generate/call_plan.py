@@ -13,6 +13,8 @@ from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.kv.answer_limits import new_token_limit
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import PrefillPlan, keep_ratios, plan_prefill
+from lvlm.runtime.options.checkpoint_defaults import filled_in
+from lvlm.runtime.options.generation_config import GenerationConfig
 from lvlm.runtime.options.generation_options import GenerationOptions, Keep
 from lvlm.runtime.prompt.prompts import Prompt
 
@@ -99,6 +101,7 @@ def read_options(
     Raises ParameterError.
     """
     options = GenerationOptions.of(base, given)
+    filled_in(options, GenerationConfig.of(manifest.generation))  # a mistake shows here
     vocab = manifest.text.vocab
     for name, ids in (
         ("stop_token_ids", options.stop_token_ids),

@@ -23,8 +23,9 @@ class GenerationConfig:
     suppress_tokens        never chosen
     begin_suppress_tokens  never chosen as the first token of an answer
     top_k, top_p           for a caller who asks for drawn tokens and does not say them
-    sampling               the rest of what it says of drawing (do_sample, temperature, …): only
-                           kept, for an answer is greedy unless the caller says otherwise
+    sampling               the rest of what it says of drawing and lengths (do_sample, temperature,
+                           max_new_tokens, …), for a caller who asks for defaults="model"; a top_k
+                           that it turns off, too
     eos_ids                tokens that end a text; of the manifest's ``text``, not of this part
     """
 

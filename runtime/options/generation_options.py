@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack
 
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError, shown
 from lvlm.runtime.options.option_kinds import (
+    DEFAULTS,
     FRACTION,
     RATIOS,
     SWITCH,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     Whole = int | np.integer[Any]
     Number = float | np.floating[Any] | np.integer[Any]
 
+MAX_NEW_TOKENS = 256  # where nobody says how many
 Keep = float | Sequence[float]  # a fraction, or one per reduction
 
 
@@ -46,11 +48,13 @@ class GenerationOptions:
     """Options of a call. Every value may be one of numpy's scalars; it is kept as Python's own.
 
     Args:
-        max_new_tokens: the most tokens that an answer has.
+        defaults: "model": what is left open here is as the checkpoint's generation_config.json says
+            it for transformers' generate, drawing included. None: as said below.
+        max_new_tokens: the most tokens that an answer has. None: 256.
         min_new_tokens: tokens before which neither the model nor ``stop_token_ids`` may end the
             answer; a text of ``stop`` may. None: as the bundle says.
         temperature: 0 takes the likeliest token; above 0 logits are divided by it and a token is
-            drawn. Not taken from the bundle: what it says of sampling counts above 0 only.
+            drawn. None: 0; what the bundle says of sampling counts above 0 only.
         top_k: draw from the k likeliest tokens, 0: from all. None: as the bundle says.
         top_p: draw from the fewest likeliest tokens that together reach this probability. None: as
             the bundle says.
@@ -83,14 +87,22 @@ class GenerationOptions:
     Raises ParameterError for a value of another kind or out of its range.
     """
 
-    max_new_tokens: int = option(256, integer(1, help="length of the answer"))
+    defaults: Literal["model"] | None = option(
+        None, replace(DEFAULTS, help="what is not given is as the checkpoint draws its tokens")
+    )
+    max_new_tokens: int | None = option(None, integer(1, help="length of the answer (default 256)"))
     min_new_tokens: int | None = option(
         None,
         integer(0, help="no end of text before so many (default: as the bundle says)"),
     )
-    temperature: float = option(
-        0.0,
-        number("0 or above", lambda x: 0 <= x < math.inf, "0 takes the likeliest token", "T"),
+    temperature: float | None = option(
+        None,
+        number(
+            "0 or above",
+            lambda x: 0 <= x < math.inf,
+            "0 takes the likeliest token (default 0)",
+            "T",
+        ),
     )
     top_k: int | None = option(
         None,
@@ -210,9 +222,10 @@ class GenerationOptions:
 class OptionValues(TypedDict, total=False):
     """GenerationOptions by name, as calls take them: the same names, and numpy's scalars, too."""
 
-    max_new_tokens: Whole
+    defaults: Literal["model"] | None
+    max_new_tokens: Whole | None
     min_new_tokens: Whole | None
-    temperature: Number
+    temperature: Number | None
     top_k: Whole | None
     top_p: Number | None
     min_p: Number | None

@@ -95,6 +95,15 @@ def _text(value: object) -> str:
 TEXT = Option("a text", _text, "text", "TEXT")
 
 
+def _model(value: object) -> str:
+    if value != "model":
+        raise ValueError
+    return "model"
+
+
+DEFAULTS = Option("'model' or None", _model, "text", "model")
+
+
 def _texts(value: object) -> tuple[str, ...]:
     texts = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) and t for t in texts):

@@ -14,8 +14,9 @@ from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.media.images import ImageSource, open_image
 from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.media.video import VideoSource
+from lvlm.runtime.options.checkpoint_defaults import filled_in
 from lvlm.runtime.options.generation_config import GenerationConfig
-from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.options.generation_options import MAX_NEW_TOKENS, GenerationOptions
 from lvlm.runtime.options.option_kinds import Option, integer, plain, read_value
 from lvlm.runtime.processors import Processor, load_processor
 from lvlm.runtime.prompt.chat_template import ChatTemplate
@@ -153,13 +154,14 @@ class PromptMaker:
         outside = max(where)
         if outside >= self.vocab:
             raise BundleError(f"the tokenizer gives token {outside}, which the model lacks")
+        options = filled_in(options, self.generation)
         return Prompt(
             where,
             image_id,
             prepared_images,
             self._positions(image_id, prepared_images),
             Sampling.of(options, row, self.generation),
-            options.max_new_tokens,
+            options.max_new_tokens or MAX_NEW_TOKENS,
             options.ignore_eos,
             options.logprobs,
             self.generation,

@@ -46,7 +46,7 @@ class Sampling:
         config = config or GenerationConfig()
         penalty, top_k, top_p = options.repetition_penalty, options.top_k, options.top_p
         return cls(
-            temperature=options.temperature,
+            temperature=options.temperature or 0.0,
             top_k=config.top_k if top_k is None else top_k,
             top_p=config.top_p if top_p is None else top_p,
             repetition_penalty=config.repetition_penalty if penalty is None else penalty,

@@ -183,6 +183,12 @@ FAULTS = {
         "{*config.eos_ids}",
         f"{CHOICES}::test_at_temperature_0_too",
     ),
+    "the checkpoint's temperature before the caller's": Fault(
+        "runtime/options/checkpoint_defaults.py",
+        "for n, v in theirs.items() if getattr(options, n) is None",
+        "for n, v in theirs.items() if not getattr(options, n)",
+        "tests/parity/sampling/test_checkpoint_defaults.py::test_a_greedy_call_stays_one",
+    ),
     "last stage of the pyramid too late": Fault(
         "export/recipes/lightvlm.py",
         "(1 / 14, 2 / 7, 1 / 2)",

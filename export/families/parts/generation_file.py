@@ -24,6 +24,7 @@ SAMPLING = (
     "typical_p",
     "epsilon_cutoff",
     "eta_cutoff",
+    "max_new_tokens",
 )
 # What changes an answer and is not done here, with the values that change nothing, besides None
 REFUSED: Mapping[str, tuple[object, ...]] = {
@@ -78,6 +79,8 @@ def honoured(config: Theirs, folder: Path) -> dict[str, Any]:
         found["min_length"] = None  # generate does not look at it then
     values = {name: value for name, value in found.items() if value is not None}
     drawing = {name: getattr(config, name, None) for name in SAMPLING}
+    if config.top_k == 0:  # a file that does not say it has generate's own
+        drawing["top_k"] = 0
     values["sampling"] = {name: value for name, value in drawing.items() if value is not None}
     try:
         return GenerationConfig.of(values).stored()
