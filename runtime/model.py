@@ -20,9 +20,9 @@ from lvlm.runtime.backends import open_backend, thread_count
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import bundle_path, read_bundle
 from lvlm.runtime.engine.calls import Answer, Calls
-from lvlm.runtime.generate.answers import Generation, Stream
+from lvlm.runtime.generate.answers import Generation, Stream, with_others
 from lvlm.runtime.generate.asks import Ask, Images, Videos, many_asks, one_ask
-from lvlm.runtime.generate.call_plan import read_options
+from lvlm.runtime.generate.call_plan import check_one_answer, read_options
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.media.images import ImageSource
 from lvlm.runtime.media.video import VideoSource
@@ -145,7 +145,7 @@ class Model:
 
         Raises what generate raises; CapacityError where there is no room for all of an answer.
         """
-        parsed = replace(self._options(options, given), stop=())
+        parsed = replace(self._options(options, given), stop=(), n=1)
         if isinstance(prompt, str):
             return self._answers([one_ask(prompt, images, videos)], parsed, [answer])[0]
         asks = many_asks(prompt, images, videos)
@@ -167,11 +167,12 @@ class Model:
         raised here.
         """
         parsed = self._options(options, given)
+        check_one_answer(parsed)
         ask, answer = one_ask(prompt, images, videos), Answer()
 
         def pieces() -> Generator[str | Generation]:
             read = 0
-            with closing(self._run([ask], parsed, [answer])) as steps:
+            with closing(self._run([ask], parsed, [[answer]])) as steps:
                 for _ in steps:
                     yield from answer.pieces[read:]
                     read = len(answer.pieces)
@@ -207,16 +208,16 @@ class Model:
         options: GenerationOptions,
         forced: Sequence[Sequence[int]] | None = None,
     ) -> list[Generation]:
-        answers = [Answer() for _ in asks]
+        answers = [[Answer() for _ in range(options.n)] for _ in asks]
         for _ in self._run(asks, options, answers, forced):
             pass
-        return [answer.result for answer in answers if answer.result is not None]
+        return [with_others([one.result for one in each if one.result]) for each in answers]
 
     def _run(
         self,
         asks: Sequence[Ask],
         options: GenerationOptions,
-        answers: Sequence[Answer],
+        answers: Sequence[Sequence[Answer]],
         forced: Sequence[Sequence[int]] | None = None,
     ) -> Generator[None]:
         """To the end of all ``answers``; it pauses after every token."""
@@ -227,10 +228,12 @@ class Model:
             ]
             if forced is not None:
                 prompts = list(map(self._prompts.with_answer, prompts, forced))
-            streams = [TextStream(self.tokenizer, options.stop, prompt.lead) for prompt in prompts]
-            asked = list(zip(answers, streams, strict=True))
+            asked = [
+                [(one, TextStream(self.tokenizer, options.stop, prompt.lead)) for one in each]
+                for prompt, each in zip(prompts, answers, strict=True)
+            ]
             with calls.run(prompts, options.keep, options.kv_keep, asked) as batch:
-                batch.choose(range(len(prompts)))
+                batch.choose(range(len(batch.running)))
                 yield
                 while batch.running:
                     batch.step()

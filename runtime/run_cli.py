@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lvlm.runtime.model import Model
 
 LONGEST_PROMPT = 10_000_000  # characters: a pipe might never end
-DRAWING = ("top_k", "top_p", "min_p", "seed")  # without effect at temperature 0
+DRAWING = ("top_k", "top_p", "min_p", "n", "seed")  # without effect at temperature 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,6 +121,12 @@ def _prompt(given: str) -> str:
 def _answer(
     model: Model, prompt: str, args: argparse.Namespace, options: GenerationOptions
 ) -> Generation:
+    if options.n > 1:
+        answer = model.generate(prompt, args.image, args.video, options)
+        for number, one in enumerate((answer, *answer.others), 1):
+            if not args.json:
+                print(f"[{number}] {one.text}")
+        return answer
     stream = model.stream(prompt, args.image, args.video, options)
     started = False
     try:
@@ -220,5 +226,6 @@ def _data(answer: Generation) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
         **({"logprobs": scores} if scores else {}),
+        **({"others": list(map(_data, answer.others))} if answer.others else {}),
         "stats": dataclasses.asdict(answer.stats) | {"decode_tokens_per_second": speed},
     }

@@ -14,18 +14,20 @@ from lvlm.runtime.engine.memory_plan import Memory
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.generate.asks import Ask, Images, Videos, many_asks, one_ask
+from lvlm.runtime.generate.call_plan import check_one_answer
 from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
 
 
 class AsyncHandle:
     """``async for piece in handle`` for the text, ``await handle`` for the answer; ``async with``
-    cancels the request at the end, if it is not done.
+    cancels the request at the end, if it is not done. ``others`` are those of Handle.
 
     A task that is cancelled while it waits here cancels the request. For one event loop.
     """
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle
+        self.others = tuple(AsyncHandle(other) for other in handle.others)
         self._more = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -44,7 +46,7 @@ class AsyncHandle:
                 yield text[read:]
                 read = len(text)
             elif self.handle.done:
-                self.handle.result()  # raises what went wrong
+                self.handle.check()
                 return
 
     def __await__(self) -> Generator[object, None, Generation]:
@@ -58,6 +60,12 @@ class AsyncHandle:
         """Until the request has ended, one way or the other."""
         while not self.handle.done:
             await self._changed(len(self.handle.text))
+        try:
+            for other in self.others:
+                await other.wait()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
     async def __aenter__(self) -> Self:
         return self
@@ -152,7 +160,9 @@ class AsyncEngine:
     ) -> AsyncGenerator[str]:
         """The pieces of an answer as they come; to be closed (contextlib.aclosing), or read to the
         end. ``submit`` tells more than the text."""
-        handle = await self.submit(prompt, images, videos, options, timeout=timeout, **given)
+        parsed = self.engine.options(options, given)
+        check_one_answer(parsed)
+        handle = await self.submit(prompt, images, videos, parsed, timeout=timeout)
         try:
             async for piece in handle:
                 yield piece

@@ -98,19 +98,19 @@ class Batch:
     # A group comes
 
     def admit(self, requests: Sequence[Request]) -> Reading | None:
-        """Rows for a group, for which there must be room (``Slots.room``). What is to be run before
-        it can ``begin``; None if that is nothing: it goes on from another's entries, or failed."""
+        """Rows for a group with its forks, for which there must be room (``Slots.room``). What is
+        to be run before it can ``begin``; None if that is nothing: it goes on from another's
+        entries, or failed."""
         first = requests[0]
         keys = first.keys if len(requests) == 1 else None
-        rows, prefix = self.slots.reserve(len(requests), keys)
+        reserved, prefix = self.slots.reserve(sum(len(r.group) for r in requests), keys)
+        rows = slice(reserved.start, reserved.start + len(requests))
         self.meter.prompt_tokens += sum(len(request.prompt.ids) for request in requests)
         if prefix is not None and worthwhile(first.prompt, prefix.length):
             self.slots.fill_from(prefix)
             first.reused = prefix.length
             self.meter.reused_tokens += prefix.length
-            first.feed.extend(first.prompt.ids[prefix.length :])
-            first.row.position = int(first.prompt.positions[..., prefix.length].max())
-            self.slots.start(requests)
+            self._feed(first, prefix.length)
             return None
         try:
             call = self.graphs.bind("prefill", self.cache.views(rows))
@@ -118,6 +118,22 @@ class Batch:
             self._lose(requests, error)
             return None
         return Reading(requests, rows, self.graphs, self.encode, call)
+
+    def _feed(self, request: Request, start: int) -> None:
+        """Let decode read what follows the first ``start`` tokens of a prompt, for each answer."""
+        self._fork([request])
+        for one in request.group:
+            one.feed.extend(request.prompt.ids[start:])
+            one.row.position = int(request.prompt.positions[..., start].max())
+        self.slots.start(request.group)
+
+    def _fork(self, requests: Sequence[Request]) -> tuple[list[Request], list[int]]:
+        """Copies of the rows of prompts that have been read, for their forks."""
+        everyone, sources = _with_forks(requests)
+        self.slots.fork(sources)
+        for request, source in zip(everyone, sources, strict=True):
+            request.read_as(everyone[source])
+        return everyone, sources
 
     def begin(self, reading: Reading, read: Callable[[], np.ndarray]) -> range:
         """A group whose prompts have been read runs; its places. ``read`` gives the logits, or
@@ -127,18 +143,19 @@ class Batch:
         except Exception as error:
             self._lose(reading.requests, error)
             return range(0)
-        if all(request.caller.done for request in reading.requests):
+        if all(r.caller.done for request in reading.requests for r in request.group):
             self.slots.abandon()
             return range(0)
         counts = reading.requests[0].counts
         self.cache.begin(counts.prefill.entries, counts.kept, reading.rows, counts.budgets)
-        places = self.slots.start(reading.requests)
-        self._steps.logits[places.start : places.stop] = logits
+        everyone, sources = self._fork(reading.requests)
+        places = self.slots.start(everyone)
+        self._steps.logits[places.start : places.stop] = logits[sources]
         return places
 
     def _lose(self, requests: Sequence[Request], error: Exception) -> None:
         self.slots.abandon()
-        for request in requests:
+        for request in _with_forks(requests)[0]:
             request.caller.fail(error)
 
     # A step
@@ -209,3 +226,10 @@ class Batch:
             if answer is not None:
                 self.meter.answered += 1
                 request.caller.finish(answer)
+
+
+def _with_forks(requests: Sequence[Request]) -> tuple[list[Request], list[int]]:
+    """A group and then all of its forks; for each, whose prompt's entries are its own."""
+    forks = [(fork, index) for index, request in enumerate(requests) for fork in request.forks]
+    everyone = [*requests, *(fork for fork, _ in forks)]
+    return everyone, [*range(len(requests)), *(index for _, index in forks)]

@@ -72,7 +72,7 @@ class Calls:
         prompts: Sequence[Prompt],
         keep: Keep | None = None,
         kv_keep: float | None = None,
-        asked: Sequence[Asked] = (),
+        asked: Sequence[Sequence[Asked]] = (),
     ) -> Iterator[Batch]:
         """A batch, started; within, it is answered.
 
@@ -94,10 +94,10 @@ class Calls:
         prompts: Sequence[Prompt],
         keep: Keep | None = None,
         kv_keep: float | None = None,
-        asked: Sequence[Asked] = (),
+        asked: Sequence[Sequence[Asked]] = (),
     ) -> Batch:
         """Prompts, prefilled together; the ratios are those of generate, ``asked`` says for each
-        whom its answer is told, and as what text: nobody, if it is left out.
+        whom its answers are told, and as what text: one, to nobody, if it is left out.
 
         Its ``logits`` are what the first tokens are chosen from: ``choose`` does that, ``step`` all
         that follows. Who compares logits feeds tokens instead (``Batch.feed``). ``run`` is for whom
@@ -105,15 +105,16 @@ class Calls:
         """
         graphs = self.graphs
         counts = count_prompts(graphs.manifest, prompts, keep, kv_keep)
-        requests = [
-            Request(prompt, counts, *each, index)
-            for index, (prompt, each) in enumerate(
-                zip(prompts, asked or [(Answer(), None)] * len(prompts), strict=True)
-            )
-        ]
+        asked = asked or [[(Answer(), None)]] * len(prompts)
+        requests = []
+        for index, (prompt, (first, *others)) in enumerate(zip(prompts, asked, strict=True)):
+            requests.append(Request(prompt, counts, *first, index))
+            for number, other in enumerate(others, 1):
+                requests[-1].fork(number, *other)
+        rows = sum(len(request.group) for request in requests)
         fed = np.array(counts.limits) - 1  # the last token is never fed back
         needed = counts.budgets.capacity(counts.prefill.entries, fed)
-        cache = self.cache_for(len(prompts), needed, counts.budgets)
+        cache = self.cache_for(rows, needed, counts.budgets)
         batch = Batch(graphs, Slots(cache, keeps_prefixes=False), self._encode, together=True)
         reading = batch.admit(requests)
         assert reading is not None

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Self, Unpack, overload
 
-from lvlm.core.errors import QueueFullError
+from lvlm.core.errors import ParameterError, QueueFullError
 from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend, thread_count
 from lvlm.runtime.bundle.reader import bundle_path, read_bundle
@@ -25,7 +25,7 @@ from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.generate.answers import Generation, Stream
 from lvlm.runtime.generate.asks import Ask, Images, Videos, many_asks, one_ask
-from lvlm.runtime.generate.call_plan import count_prompts, read_options
+from lvlm.runtime.generate.call_plan import check_one_answer, count_prompts, read_options
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
@@ -182,7 +182,9 @@ class Engine:
         **given: Unpack[OptionValues],
     ) -> Stream:
         """Stream, as Model.stream; the request is submitted here. Closing the stream cancels it."""
-        handle = self.submit(prompt, images, videos, options, timeout=timeout, **given)
+        parsed = self.options(options, given)
+        check_one_answer(parsed)
+        handle = self.submit(prompt, images, videos, parsed, timeout=timeout)
 
         def pieces() -> Generator[str | Generation]:
             yield from handle
@@ -206,6 +208,11 @@ class Engine:
         """The options of a call; raises BackendError in a forked child, and ParameterError."""
         self._scheduler.check_process()
         parsed = read_options(self.manifest, options, given)
+        if parsed.n > self._memory.slots:
+            raise ParameterError(
+                f"n is {parsed.n}, but this engine answers {self._memory.slots} at once; ask for "
+                f"fewer, or open it with slots={parsed.n} or more memory_budget"
+            )
         return replace(
             parsed,
             keep=self.keep if parsed.keep is None else parsed.keep,
@@ -224,7 +231,8 @@ class Engine:
             self.manifest, [row], options.keep, options.kv_keep, capacity=self.capacity
         )
         digests = [image.digest() for image in row.images]
-        handle = Handle(self._scheduler.wake)
+        others = [Handle(self._scheduler.wake) for _ in range(options.n - 1)]
+        handle = Handle(self._scheduler.wake, others)
         request = Request(
             prompt=row,
             counts=counts,
@@ -235,6 +243,8 @@ class Engine:
             submitted=handle.submitted,
             deadline=None if timeout is None else now + timeout,
         )
+        for index, other in enumerate(others, 1):
+            request.fork(index, other, TextStream(self.tokenizer, options.stop, row.lead))
         return request, handle
 
     def enqueue(self, request: Request, before: Sequence[Handle]) -> Handle | None:
@@ -243,7 +253,7 @@ class Engine:
         try:
             self._scheduler.submit(request)
         except QueueFullError:
-            pending = next((handle for handle in before if not handle.done), None)
+            pending = next((handle for handle in before if not handle.all_done), None)
             if pending is None:
                 raise
             return pending

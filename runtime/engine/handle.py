@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 from lvlm.core.errors import LvlmError, RequestCancelled
 from lvlm.core.forks import forked, orphan_in_children
 from lvlm.runtime.engine.faults import typed
-from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.generate.answers import Generation, with_others
 from lvlm.runtime.options.option_kinds import number, read_value
 
 WAIT = number("seconds, 0 or more, or None", lambda x: x >= 0)
@@ -29,12 +29,16 @@ class Handle:
     the end of an iteration and from ``result``; what came before stays in ``text``. Nothing waits
     for a consumer: an answer nobody reads is kept here, at most max_new_tokens long.
 
+    Where ``n`` answers were asked for it is the first one's; ``others`` are handles of the rest.
+    ``result`` and ``wait`` wait for all, ``cancel`` ends all; every other method is about the one.
+
     Listeners are called without a lock held, so that they may call the engine and any handle.
     """
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    def __init__(self, wake: Callable[[], None], others: Sequence[Handle] = ()) -> None:
         """``wake`` is called when the caller has cancelled."""
         self._wake = wake
+        self.others = tuple(others)
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
         self._pieces: list[str] = []
@@ -57,34 +61,33 @@ class Handle:
     def result(self, timeout: float | None = None) -> Generation:
         """Wait for the answer, ``timeout`` seconds at most.
 
-        Raises the request's error if it failed; TimeoutError if the wait was too short, and the
-        request goes on.
+        Raises the request's error if it failed, or one of the ``others``; TimeoutError if the wait
+        was too short, and the request goes on.
         """
         if not self.wait(timeout):
             raise TimeoutError(f"no answer after {timeout} s; wait longer, or cancel")
-        if self._error is not None:
-            raise self._error.with_traceback(None)
-        assert self._result is not None
-        return self._result
+        return with_others([one._own_result() for one in (self, *self.others)])
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end, ``timeout`` seconds at most; whether it has come."""
         if timeout is not None:
             timeout = read_value("timeout", WAIT, timeout)
-        with self._changed:
-            return self._changed.wait_for(lambda: self.done, timeout)
+        until = None if timeout is None else time.perf_counter() + timeout
+        return all(one._wait_until(until) for one in (self, *self.others))
 
     def cancel(self) -> bool:
         """Stop the request: its slot is free before the next token. False: it had ended already."""
-        wake = self._wake
-        stopped = self.fail(RequestCancelled("the request was cancelled"))
-        if stopped:
-            wake()
-        return stopped
+        stopped = [one._cancel() for one in (self, *self.others)]
+        return any(stopped)
 
     @property
     def done(self) -> bool:
         return self._result is not None or self._error is not None
+
+    @property
+    def all_done(self) -> bool:
+        """Whether the ``others`` are done, too."""
+        return self.done and all(other.done for other in self.others)
 
     @property
     def text(self) -> str:
@@ -151,6 +154,28 @@ class Handle:
         self._tell(listeners)
         return True
 
+    def check(self) -> None:
+        """Raises what went wrong with this answer."""
+        if self._error is not None:
+            raise self._error.with_traceback(None)
+
+    def _own_result(self) -> Generation:
+        self.check()
+        assert self._result is not None
+        return self._result
+
+    def _wait_until(self, until: float | None) -> bool:
+        left = None if until is None else max(0.0, until - time.perf_counter())
+        with self._changed:
+            return self._changed.wait_for(lambda: self.done, left)
+
+    def _cancel(self) -> bool:
+        wake = self._wake
+        stopped = self.fail(RequestCancelled("the request was cancelled"))
+        if stopped:
+            wake()
+        return stopped
+
     def orphan(self) -> None:
         """Fail in a forked child: nobody answers there, and whoever held the lock is gone."""
         self._changed = threading.Condition()
@@ -177,8 +202,7 @@ class Handle:
                 item = items[index]
             yield item
             index += 1
-        if self._error is not None:
-            raise self._error.with_traceback(None)
+        self.check()
 
 
 def _nothing() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -46,7 +46,8 @@ class Request:
     ``keys`` [N] int64 the prompt's tokens by content, images included (prefixes.py); neither is
     asked for where nothing is kept for others. ``feed`` are prompt tokens that decode still has to
     read. ``spoiled``: its entries may not be finite. ``submitted`` and ``deadline`` are on
-    perf_counter's clock.
+    perf_counter's clock. ``forks`` are further answers to the same prompt: it is read once, into
+    this one's row, which is copied into theirs.
     """
 
     prompt: Prompt
@@ -58,6 +59,7 @@ class Request:
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     submitted: float = field(default_factory=time.perf_counter)
     deadline: float | None = None
+    forks: list[Request] = field(default_factory=list)
     feed: deque[int] = field(default_factory=deque)
     spoiled: bool = False
     reused: int = 0
@@ -71,9 +73,29 @@ class Request:
     def __post_init__(self) -> None:
         self.row = Row(self.prompt, self.counts.limits[self.index])
 
+    @property
+    def group(self) -> list[Request]:
+        """Itself and its forks."""
+        return [self, *self.forks]
+
+    def fork(self, number: int, caller: Caller, stream: TextStream | None) -> Self:
+        """A further answer to the same prompt, drawn for itself; before any of them is begun."""
+        prompt = replace(self.prompt, sampling=self.prompt.sampling.fork(number))
+        made = replace(
+            self, prompt=prompt, caller=caller, stream=stream, forks=[], feed=deque(), maps=[]
+        )
+        self.forks.append(made)
+        return made
+
+    def read_as(self, other: Request) -> None:
+        """Note how the prompt was read, by the one whose fork this is."""
+        self.vision_ms, self.prefill_ms = other.vision_ms, other.prefill_ms
+        self.maps, self.reused = other.maps, other.reused
+
     def leave_queue(self) -> None:
         """Note that its prompt is about to be read."""
-        self.queued_ms = (time.perf_counter() - self.submitted) * 1e3
+        for request in self.group:
+            request.queued_ms = (time.perf_counter() - self.submitted) * 1e3
 
     @property
     def ended(self) -> bool:

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -90,7 +91,7 @@ class Scheduler:
                     "the engine more slots or a larger queue_limit"
                 )
             self.waiting.append(request)
-            self.batch.meter.submitted += 1
+            self.batch.meter.submitted += len(request.group)
             self._changed.notify_all()
 
     def wake(self) -> None:
@@ -99,8 +100,9 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         with self._changed:
-            waiting, running = len(self.waiting), len(self.batch.running)
-            reading = self._prefilling is not None
+            waiting = sum(len(request.group) for request in self.waiting)
+            running = len(self.batch.running)
+            reading = 0 if self._prefilling is None else len(self._prefilling.request.group)
         cache, meter = self.batch.cache, self.batch.meter
         return EngineStats(
             running=running + reading,
@@ -155,10 +157,10 @@ class Scheduler:
         finally:
             with self._changed:
                 self._closing = "now"
-                left = [*self.waiting, *self.batch.running]
+                left = [*_members(self.waiting), *self.batch.running]
                 self.waiting.clear()
             if self._prefilling is not None:
-                left.append(self._prefilling.request)
+                left.extend(self._prefilling.request.group)
             for request in left:
                 request.caller.fail(error)
             if self._prefilling is not None:
@@ -195,12 +197,13 @@ class Scheduler:
 
     @staticmethod
     def _unwanted(prefilling: Prefilling) -> bool:
-        return prefilling.request.caller.done and not prefilling.stopped
+        ended = all(request.caller.done for request in prefilling.request.group)
+        return ended and not prefilling.stopped
 
     def _all(self) -> list[Request]:
-        prefilling = [self._prefilling.request] if self._prefilling is not None else []
+        prefilling = self._prefilling.request.group if self._prefilling is not None else []
         live = [r for r in prefilling if not r.caller.done]
-        return [*self.waiting, *live, *self.batch.running]
+        return [*_members(self.waiting), *live, *self.batch.running]
 
     def _sweep(self) -> None:
         """End what is over its time, and drop what its caller has ended."""
@@ -213,14 +216,15 @@ class Scheduler:
                     RequestTimeout("the request's timeout is over; give it more, or ask less")
                 )
         with self._changed:
-            self.waiting = deque(r for r in self.waiting if not r.caller.done)
+            self.waiting = deque(r for w in self.waiting if (r := _wanted(w)) is not None)
         if self._prefilling is not None and self._unwanted(self._prefilling):
             self._prefilling.stop()
         self.batch.settle()
 
     def _admit(self) -> None:
-        """The oldest request that waits takes a slot, if one is free."""
-        while self.waiting and self.batch.slots.room(1):
+        """The oldest request that waits takes a slot, or one for each of its answers, if they are
+        free."""
+        while self.waiting and self.batch.slots.room(len(self.waiting[0].group)):
             request = self.waiting[0]
             request.leave_queue()
             reading = self.batch.admit([request])
@@ -238,3 +242,17 @@ class Scheduler:
         places = self.batch.begin(done.reading, done.logits.result)
         self._prefilling = None
         self.batch.choose(places)
+
+
+def _members(requests: Iterable[Request]) -> list[Request]:
+    return [member for request in requests for member in request.group]
+
+
+def _wanted(request: Request) -> Request | None:
+    """What is left of a request that waits when answers that nobody waits for are gone; None:
+    nothing."""
+    left = [member for member in request.group if not member.caller.done]
+    if not left:
+        return None
+    left[0].forks = left[1:]
+    return left[0]

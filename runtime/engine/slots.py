@@ -41,8 +41,8 @@ class Slots:
         return not self.filling and len(self.running) + count <= self.count
 
     def reserve(self, count: int, keys: np.ndarray | None = None) -> tuple[slice, Prefix | None]:
-        """Rows to be filled, for which there is ``room``; and what may be copied into the one row
-        of a prompt with these ``keys``.
+        """Rows to be filled, for which there is ``room``; and what may be copied into the first
+        row, that of a prompt with these ``keys``.
 
         They are the next running ones, so that nothing has to move when they are full, unless
         another one ends until then.
@@ -60,12 +60,18 @@ class Slots:
         return slice(first, first + count), prefix
 
     def fill_from(self, prefix: Prefix) -> None:
-        """The reserved row takes what it shares with another one."""
-        (row,) = self.filling
+        """The first reserved row takes what it shares with another one."""
+        row = self.filling[0]
         if prefix.row != row:
             self.cache.copy_row(prefix.row, row)
         count = np.full((len(self.cache.lengths), 1), prefix.length)
         self.cache.begin(count, count, slice(row, row + 1))
+
+    def fork(self, sources: Sequence[int]) -> None:
+        """Fill the reserved rows that are copies: ``sources`` says of each which one it is."""
+        for index, source in enumerate(sources):
+            if index != source:
+                self.cache.copy_row(self.filling[source], self.filling[index])
 
     def abandon(self) -> None:
         """The reserved rows are free again, and clean: what was written there may not be finite."""

@@ -12,7 +12,7 @@ WINDOW = 10  # seconds that the speed is told of
 
 @dataclass(frozen=True)
 class EngineStats:
-    """An engine at one moment; counts are since it was opened.
+    """An engine at one moment; counts are since it was opened. A request for n answers counts as n.
 
     Args:
         running: requests that are being answered, their prompts read or their tokens chosen.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import numpy as np
@@ -54,7 +54,7 @@ class Generation:
     ``merge_maps`` holds, per reduction, old -> new index of every token that enters it (a prompt
     token enters the first), -1 where it was dropped; padding follows in a batch. ``scores`` has an
     entry per token where
-    logprobs were asked for."""
+    logprobs were asked for. ``others`` are the further answers where ``n`` were asked for."""
 
     text: str
     token_ids: list[int]
@@ -65,6 +65,13 @@ class Generation:
     capacity_reached: bool = False
     scores: list[TokenScore] = field(repr=False, default_factory=list)
     stop_reason: str | int | None = None
+    others: tuple[Generation, ...] = field(repr=False, default=())
+
+
+def with_others(answers: Sequence[Generation]) -> Generation:
+    """The first of several answers, which knows the rest."""
+    first, *others = answers
+    return replace(first, others=tuple(others)) if others else first
 
 
 class Stream:

@@ -116,6 +116,15 @@ def read_options(
     return options
 
 
+def check_one_answer(options: GenerationOptions) -> None:
+    """Raises ParameterError where a stream is asked for several answers."""
+    if options.n > 1:
+        raise ParameterError(
+            f"n is {options.n}, but a stream has one answer; leave n out, or use generate or an "
+            "engine's submit, whose handle and its others are streams each"
+        )
+
+
 def _tail(image_id: np.ndarray) -> int:
     """Tokens after the last image of a row; 0 without one: there is nothing to score."""
     images = np.flatnonzero(image_id > 0)

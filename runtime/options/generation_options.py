@@ -67,7 +67,9 @@ class GenerationOptions:
         presence_penalty: taken once from the logit of every token that the answer has already.
         logit_bias: what is added to the logits of tokens, by their ids, before all else: 100 comes
             close to a command, -100 to a ban.
-        seed: makes draws repeatable. Row r of a list of prompts draws from seed + r.
+        n: answers to each prompt, which is read once. The first one's ``others`` are the rest.
+        seed: makes draws repeatable. Answer k (from 0 on) to prompt r of a list draws from
+            seed + r * n + k, as a lone call does with that seed.
         stop: texts that end the answer and are no part of it; a special token's text ends it where
             that token comes.
         stop_token_ids: tokens that end the answer, with ``ignore_eos``, too; the last of
@@ -153,6 +155,7 @@ class GenerationOptions:
     logit_bias: Mapping[int, float] | None = option(
         None, replace(TOKEN_BIASES, help="added to the logits of tokens N, as 5=-100,7=2.5")
     )
+    n: int = option(1, integer(1, 128, help="answers to the prompt, each drawn for itself"))
     seed: int | None = option(None, integer(0, 2**128, help="makes draws repeatable"))
     stop: Sequence[str] = option((), replace(TEXTS, help="end the answer before TEXT; repeatable"))
     stop_token_ids: Sequence[int] = option(
@@ -233,6 +236,7 @@ class OptionValues(TypedDict, total=False):
     frequency_penalty: Number
     presence_penalty: Number
     logit_bias: Mapping[int, Number] | None
+    n: Whole
     seed: Whole | None
     stop: Sequence[str]
     stop_token_ids: Sequence[Whole]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lvlm.runtime.options.generation_config import GenerationConfig
 from lvlm.runtime.options.generation_options import GenerationOptions
@@ -37,12 +37,16 @@ class Sampling:
     min_new_tokens: int | None = None
     stop_token_ids: tuple[int, ...] = ()
 
+    def fork(self, number: int) -> Sampling:
+        """Settings of another answer to the same prompt."""
+        return replace(self, seed=None if self.seed is None else self.seed + number)
+
     @classmethod
     def of(
         cls, options: GenerationOptions, row: int, config: GenerationConfig | None = None
     ) -> Sampling:
         """Settings of row ``row`` of a call: what the caller says, then what the checkpoint does. A
-        seeded batch's row r draws from seed + r, so that equal prompts differ."""
+        seeded batch's row r draws from seed + r * n, so that equal prompts differ."""
         config = config or GenerationConfig()
         penalty, top_k, top_p = options.repetition_penalty, options.top_k, options.top_p
         return cls(
@@ -50,7 +54,7 @@ class Sampling:
             top_k=config.top_k if top_k is None else top_k,
             top_p=config.top_p if top_p is None else top_p,
             repetition_penalty=config.repetition_penalty if penalty is None else penalty,
-            seed=None if options.seed is None else options.seed + row,
+            seed=None if options.seed is None else options.seed + row * options.n,
             min_p=options.min_p or 0.0,
             frequency_penalty=options.frequency_penalty,
             presence_penalty=options.presence_penalty,

@@ -189,6 +189,13 @@ FAULTS = {
         "for n, v in theirs.items() if not getattr(options, n)",
         "tests/parity/sampling/test_checkpoint_defaults.py::test_a_greedy_call_stays_one",
     ),
+    "all answers to a prompt drawn from one seed": Fault(
+        "runtime/sampling/settings.py",
+        "None if self.seed is None else self.seed + number",
+        "self.seed",
+        "tests/runtime/engine/test_several_answers.py::"
+        "test_four_answers_are_those_of_four_lone_calls[none]",
+    ),
     "last stage of the pyramid too late": Fault(
         "export/recipes/lightvlm.py",
         "(1 / 14, 2 / 7, 1 / 2)",

@@ -67,6 +67,9 @@ def test_what_is_honoured(folder: Path) -> None:
     edit(folder / "generation_config.json", do_sample=True, temperature=0.6, **values)
     sampling = {"do_sample": True, "temperature": 0.6}
     assert read(folder).generation == values | {"sampling": sampling}
+    edit(folder / "generation_config.json", top_k=0, max_new_tokens=30)
+    sampling |= {"top_k": 0, "max_new_tokens": 30}  # off is not the same as not said
+    assert read(folder).generation["sampling"] == sampling
     edit(folder / "generation_config.json", min_new_tokens=2)  # comes before min_length
     assert "min_length" not in read(folder).generation
     (folder / "generation_config.json").unlink()

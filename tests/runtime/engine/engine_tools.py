@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,8 @@ def same(ours: Generation, theirs: Generation) -> None:
         np.testing.assert_allclose(mine.logprob, other.logprob, atol=1e-3)
         assert len(mine.top) == len(other.top)
         np.testing.assert_allclose([p for _, p in mine.top], [p for _, p in other.top], atol=1e-3)
+    for answer, alone in zip(ours.others, theirs.others, strict=True):
+        same(answer, alone)
 
 
 def scheduler(engine: Engine) -> Scheduler:
@@ -146,6 +149,18 @@ def intercept(who: Engine | Model, name: str) -> Faulty:
     faulty = Faulty(sessions[name])
     sessions[name] = faulty
     return faulty
+
+
+class Held:
+    """A graph that waits to be let go. ``reached`` is set when it has been called."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+        intercept(engine, name).before = self.hold
+
+    def hold(self, inputs: Any, outputs: Any) -> None:  # noqa: ARG002
+        self.reached.set()
+        assert self.go.wait(WAIT)
 
 
 @contextmanager

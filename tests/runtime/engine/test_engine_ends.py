@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 import pytest
-from engine_tools import IMAGES, LONG, QUESTION, WAIT, idle, intercept, running, scheduler, until
+from engine_tools import (
+    IMAGES,
+    LONG,
+    QUESTION,
+    WAIT,
+    Held,
+    idle,
+    intercept,
+    running,
+    scheduler,
+    until,
+)
 
 from lvlm.core.errors import BackendError, RequestCancelled, RequestTimeout
 from lvlm.runtime.engine import Engine, Handle
@@ -15,18 +25,6 @@ from lvlm.runtime.engine import Engine, Handle
 @pytest.fixture
 def slots() -> int:
     return 1
-
-
-class Held:
-    """A graph that waits to be let go. ``reached`` is set when it has been called."""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.reached, self.go = threading.Event(), threading.Event()
-        intercept(engine, name).before = self.hold
-
-    def hold(self, inputs: Any, outputs: Any) -> None:  # noqa: ARG002
-        self.reached.set()
-        assert self.go.wait(WAIT)
 
 
 # Cancelled

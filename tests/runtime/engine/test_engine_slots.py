@@ -79,14 +79,14 @@ class Rows(RuleBasedStateMachine):
             self.begin(row, len(each))
 
     @precondition(lambda self: not self.coming)
-    @rule(keys=KEYS, reuse=st.booleans())
-    def arrive(self, keys: np.ndarray, reuse: bool) -> None:
-        if not self.slots.room(1):
-            assert len(self.slots.running) == self.slots.count
+    @rule(keys=KEYS, reuse=st.booleans(), answers=st.integers(1, 3))
+    def arrive(self, keys: np.ndarray, reuse: bool, answers: int) -> None:
+        if not self.slots.room(answers):
+            assert len(self.slots.running) + answers > self.slots.count
             return
-        rows, prefix = self.slots.reserve(1, keys)
+        rows, prefix = self.slots.reserve(answers, keys)
         row = rows.start
-        self.coming = [Asked(keys)]
+        self.coming = [Asked(keys) for _ in range(answers)]
         if prefix is not None:
             assert 0 < prefix.length < len(keys)
         if prefix is not None and reuse:
@@ -97,6 +97,7 @@ class Rows(RuleBasedStateMachine):
                 buffer[row] = np.nan
             self.write(row, 0, keys)
         self.begin(row, len(keys))
+        self.slots.fork([0] * answers)
 
     def begin(self, row: int, count: int) -> None:
         counts = np.full((3, 1), count)

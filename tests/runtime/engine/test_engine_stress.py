@@ -24,6 +24,7 @@ from lvlm.core.errors import (
 from lvlm.runtime.engine import Engine, Handle
 
 PROMPTS = ("Hi", "Describe the picture.", "Read the top row.")
+TWO: dict[str, Any] = {"n": 2, "temperature": 0.9, "seed": 5}
 USERS = 3
 
 
@@ -32,7 +33,7 @@ def test_random_operations(recipe: str, bundle: Callable[..., Path], stress_step
     """Every answer is the one that is due, or the error that was provoked; nothing is left over."""
     folder = bundle("tiny-llava", *CACHED.get(recipe, (recipe,)), max_images=2)
     kinds = [
-        ask(prompt, images, max_new_tokens=n, ignore_eos=n > 5, **ratio)
+        ask(prompt, images, max_new_tokens=n, ignore_eos=n > 5, **ratio, **(TWO if n == 4 else {}))
         for prompt in PROMPTS
         for images in ((), (0,), (1, 0))
         for n in (1, 4, 18)
@@ -84,7 +85,8 @@ def _operate(engine: Engine, rng: random.Random, kinds: Any, held: list[Any]) ->
             return
         held.append((which, handle))
     elif held and draw < 0.9:
-        rng.choice(held)[1].cancel()
+        handle = rng.choice(held)[1]
+        rng.choice([handle, *handle.others]).cancel()
     elif draw < 0.95:
         with pytest.raises(LvlmError):
             engine.submit("x " * 9999, IMAGES)
