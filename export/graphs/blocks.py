@@ -38,6 +38,29 @@ class CacheWriter:
         return self.key.to(key.dtype), self.value.to(key.dtype)
 
 
+class EntriesBehind:
+    """Stands in for transformers' cache in extend: writes a block's new entries [B,Hkv,T,d] into
+    its buffers, from slot ``index`` [B] on, and gives those of ``slots`` [P] with the new ones
+    behind them [B,Hkv,P+T,d] to attend over."""
+
+    def __init__(
+        self, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        self.key, self.value, self.index, self.slots = key, value, index, slots
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        past = [buffer.index_select(2, self.slots) for buffer in (self.key, self.value)]
+        self.key = store(self.key, key, self.index)
+        self.value = store(self.value, value, self.index)
+        keys, values = (
+            torch.cat([old.to(new.dtype), new], dim=2)
+            for old, new in zip(past, (key, value), strict=True)
+        )
+        return keys, values
+
+
 def store(buffer: torch.Tensor, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """``x`` [B,H,n,d], in the buffer's dtype, into ``buffer`` [B,H,C,d] from slot ``index`` on."""
     return scatter(buffer, x.to(buffer.dtype), index)
@@ -48,7 +71,7 @@ def run_block(
     hidden: torch.Tensor,
     positions: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor],
-    cache: PromptEntries | CacheWriter,
+    cache: PromptEntries | CacheWriter | EntriesBehind,
     tap: Tap,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from lvlm.export.graphs.compact import Compact
 from lvlm.export.graphs.decode import Decode
+from lvlm.export.graphs.extend import Extend
 from lvlm.export.graphs.graph import BundleGraph
 from lvlm.export.graphs.prefill import Prefill
 from lvlm.export.graphs.skeleton import Skeleton
@@ -18,8 +19,13 @@ from lvlm.export.recipes.recipe import Recipe
 
 def graph_names(recipe: Recipe) -> tuple[str, ...]:
     """The graphs of a bundle with this recipe."""
-    names = (Vision.name, Prefill.name, Decode.name)
-    return (*names, Compact.name) if _compacts(recipe) else names
+    extends, compacts = recipe.in_place, _compacts(recipe)
+    return (
+        *(Vision.name, Prefill.name),
+        *((Extend.name,) if extends else ()),
+        Decode.name,
+        *((Compact.name,) if compacts else ()),
+    )
 
 
 def bundle_graphs(
@@ -34,6 +40,7 @@ def bundle_graphs(
     graphs: list[BundleGraph] = [
         Vision(skeleton.vision, arrays, language.feature_width, dtype),
         Prefill(language, recipe, dtype, cache_dtype),
+        *([Extend(language, dtype, cache_dtype)] if recipe.in_place else []),
         Decode(language, rule, cache_dtype),
     ]
     if rule is not None and _compacts(recipe):

@@ -71,6 +71,14 @@ def parts_of(model: LanguageModel) -> nn.ModuleList:
     return nn.ModuleList([model.embed, *model.rotaries, model.norm, model.head])
 
 
+def logits_at(model: LanguageModel, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Logits [B,vocabulary] fp32 after the token ``index`` [B] of each row of ``hidden`` [B,N,D],
+    the last block's output."""
+    rows = index[:, None, None].expand(-1, 1, hidden.shape[-1])
+    logits: torch.Tensor = model.head(model.norm(hidden.gather(1, rows)[:, 0])).float()
+    return logits
+
+
 def past_inputs(caches: Caches) -> dict[str, torch.Tensor]:
     """The inputs of a graph that are the buffers of every layer."""
     return {

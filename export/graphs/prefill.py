@@ -10,8 +10,9 @@ from torch import nn
 
 from lvlm.export.graphs.attending import Angles, Masks
 from lvlm.export.graphs.blocks import PromptEntries, run_block, store
+from lvlm.export.graphs.embedded import EmbeddedTokens
 from lvlm.export.graphs.graph import Tensors
-from lvlm.export.graphs.language_graph import LanguageGraph, parts_of
+from lvlm.export.graphs.language_graph import LanguageGraph, logits_at, parts_of
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import Described, like, repeated
 from lvlm.export.ports import BATCH, GraphPort, one_layer
@@ -71,15 +72,9 @@ class Prefill(LanguageGraph):
 
     def compute(self, given: Tensors) -> dict[str, torch.Tensor]:
         model, recipe, rule = self.model, self.recipe, self.rule
-        input_ids, image_row = given["input_ids"], given["image_row"]
-        features = nn.functional.embedding(image_row.clamp(min=0), given["image_features"])
-        image = (image_row >= 0)[..., None]
-        first, *deepstack_layers = (
-            torch.split(features, model.hidden, dim=-1) if model.deepstack_layers else [features]
-        )
-        hidden = torch.where(image, first, model.embed(input_ids))
-        state = TokenSequence(hidden, given["position_ids"], given["image_id"])
-        start = torch.zeros_like(input_ids[:, 0])
+        embedded = EmbeddedTokens(model, given)
+        state = TokenSequence(embedded.hidden, given["position_ids"], given["image_id"])
+        start = torch.zeros_like(given["input_ids"][:, 0])
         outputs: dict[str, torch.Tensor] = {}
         kept: list[torch.Tensor] = []
         tap: Tap | None = None
@@ -109,11 +104,9 @@ class Prefill(LanguageGraph):
                 kept.append(new.pop("kept"))
             state.hidden = new.pop("hidden")
             outputs |= self.present(layer, new)
-            if layer < model.deepstack_layers:  # no recipe merges before (export_plan.py)
-                state.hidden = state.hidden + torch.where(image, deepstack_layers[layer], 0)
-        width = state.hidden.shape[-1]
-        last = state.hidden.gather(1, state.last()[:, None, None].expand(-1, 1, width))[:, 0]
-        outputs |= {"logits": model.head(model.norm(last)).float(), **state.outputs}
+            # No recipe merges before the last block with features (export_plan.py)
+            state.hidden = embedded.with_features(layer, state.hidden)
+        outputs |= {"logits": logits_at(model, state.hidden, state.last()), **state.outputs}
         return outputs | ({"kept": torch.stack(kept)} if kept else {})
 
     def _described(self, taken: Tensors) -> dict[str, Described]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 TYPES = frozenset({"float32", "float16"})
-GRAPHS = ("decode", "prefill")  # the others are no faster lowered
+GRAPHS = ("decode", "prefill", "extend")  # the others are no faster lowered
 
 
 @dataclass(frozen=True)

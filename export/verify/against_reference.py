@@ -76,9 +76,10 @@ def against_reference(
         if not form.reason:
             whole_answer = form.name in (CANONICAL, "ort-cpu") and not form.rounds
             fed = answer.tokens if whole_answer else answer.tokens[:FEW]
-            run = run_form(folder, form, manifest, prompt, fed, opened)
+            run = run_form(folder, form, manifest, prompt, fed, opened, pieces=True)
             caches = not (form.rounds and choosing)
             outcome.checks += _compare_form(form, run, answer, features, _limit(plan, form), caches)
+            outcome.checks += _extended(plan, form, run)
             outcome.ran(form, run.compacted)
             if not caches:
                 outcome.notes.append(f"cache of {form.files['prefill']}: {NEAR_TIES}")
@@ -120,6 +121,20 @@ def _compare_form(
         for graph, what, figure, at_most, of in shown
         if form.name == CANONICAL or form.files[graph] != f"{graph}.onnx"
     ]
+
+
+def _extended(plan: ExportPlan, form: Form, run: Run) -> list[Check]:
+    """The prompt's logits, read in pieces, against those of the same form's prefill. Of a narrower
+    cache pieces read what was rounded, prefill what was not."""
+    file = form.files.get("extend")
+    if not run.extended or (form.name != CANONICAL and file == "extend.onnx"):
+        return []
+    limit = _limit(plan, form)
+    if plan.cache_dtype != plan.dtype:
+        limit = max(limit, TOLERANCE[plan.cache_dtype])
+    largest = max(difference(logits, run.logits[0]) for logits in run.extended)
+    how = ", in fp16" if form.rounds else ""
+    return [Check(f"{file} logits, extended{how}", largest, limit, UNIT)]
 
 
 def _cost(original: Answer, rounded: Answer) -> list[Check]:

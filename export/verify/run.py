@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lvlm.core.errors import LvlmError, ValidationError
+from lvlm.export.verify.extended import in_pieces
 from lvlm.export.verify.forms import Form, Opened, open_form
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.engine.batch import Batch
@@ -21,12 +22,14 @@ from lvlm.runtime.prompt.prompts import Prompt
 class Run:
     """Outputs of a form: ``features`` [V,width], the cache's entries after prefill of every layer,
     ``logits`` [vocabulary] of every step and the token that the bundle's sampler takes from them;
+    ``extended`` [vocabulary] those of the first one, where the prompt was read in pieces;
     ``compacted``: compact.onnx has been run."""
 
     features: np.ndarray
     caches: list[np.ndarray] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)
+    extended: list[np.ndarray] = field(default_factory=list)
     compacted: bool = False
 
 
@@ -38,9 +41,12 @@ def run_form(
     tokens: Sequence[int],
     opened: Opened,
     ratio: float | None = None,
+    *,
+    pieces: bool = False,
 ) -> Run:
     """``tokens`` are fed whatever is chosen. ``opened``: sessions of the same folder, those of this
-    run are added. ``ratio``: of tokens and entries, None as exported.
+    run are added. ``ratio``: of tokens and entries, None as exported. ``pieces``: the prompt is
+    read in pieces, too, where there is a graph for that.
 
     Raises ValidationError where the form cannot be run.
     """
@@ -52,7 +58,10 @@ def run_form(
         batch = Calls(graphs, lambda _: features).start(
             [prompt], ratio if merging else None, ratio if compressed else None
         )
-        return _follow(batch, features, manifest, tokens)
+        found = _follow(batch, features, manifest, tokens)
+        if pieces and "extend" in manifest.graphs:
+            found.extended = in_pieces(graphs, prompt, features)
+        return found
     except LvlmError as error:
         raise ValidationError(f"the bundle's graphs ({form.name}) cannot be run: {error}") from None
 

@@ -77,14 +77,7 @@ def _vision(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
 
 
 def _prefill(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
-    grid = manifest.images.positions == "grid"
-    takes: Forms = {
-        "input_ids": ("int64", ROW),
-        "image_features": (manifest.dtype, (None, manifest.feature_width)),
-        "image_row": ("int64", ROW),
-        "image_id": ("int64", ROW),
-        "position_ids": ("int64", (3, *ROW) if grid else ROW),
-    }
+    takes: Forms = {**_tokens(manifest), "image_id": ("int64", ROW)}
     optional: Forms = {"query_count": ("int64", (None,)), "query_slots": ("int64", (None,))}
     gives: Forms = {"logits": ("float32", (None, manifest.text.vocab))}
     for i in range(len(manifest.reductions)):
@@ -122,6 +115,22 @@ def _decode(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
     )
 
 
+def _extend(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
+    takes: Forms = {
+        **_tokens(manifest),
+        "last_token": ("int64", (None,)),
+        "write_index": ("int64", (None,)),
+        "past_slots": ("int64", (None,)),
+    }
+    caches = _caches(manifest)
+    return (
+        takes | {f"past_{name}": form for name, form in caches.items()},
+        {},
+        {"logits": ("float32", (None, manifest.text.vocab))}
+        | {f"present_{name}": form for name, form in caches.items()},
+    )
+
+
 def _compact(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
     layers = manifest.text.layers
     takes: Forms = {
@@ -137,7 +146,24 @@ def _compact(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
     )
 
 
-FORMS = {"vision": _vision, "prefill": _prefill, "decode": _decode, "compact": _compact}
+FORMS = {
+    "vision": _vision,
+    "prefill": _prefill,
+    "extend": _extend,
+    "decode": _decode,
+    "compact": _compact,
+}
+
+
+def _tokens(manifest: Manifest) -> Forms:
+    """Tokens of a prompt, with the features of its images."""
+    grid = manifest.images.positions == "grid"
+    return {
+        "input_ids": ("int64", ROW),
+        "image_features": (manifest.dtype, (None, manifest.feature_width)),
+        "image_row": ("int64", ROW),
+        "position_ids": ("int64", (3, *ROW) if grid else ROW),
+    }
 
 
 def _budget(manifest: Manifest) -> Forms:

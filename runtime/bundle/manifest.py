@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lvlm.core.integrity import File
 from lvlm.runtime.policies.policy import CachePolicy
 
-SCHEMA = 5
+SCHEMA = 6
 MANIFEST = "lvlm.json"
 
 
@@ -155,6 +155,12 @@ class Manifest:
     tools: dict[str, str]
     files: dict[str, File]
     generation: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every token's entries lie at its own place and depend on nothing but the tokens
+        before it: no reductions, no cache policy."""
+        return not self.reductions and self.cache_policy is None
 
     @property
     def feature_width(self) -> int:

@@ -3,6 +3,7 @@
 3   has neither ``generation`` nor hashes of blocks; fields without which a manifest is complete
 4   has ``compression``, a cache policy as one flat record (``FlatCompression``), and other names
     of some fields of ``images``
+5   has no graph ``extend``, which a bundle may lack
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from lvlm.runtime.policies.shares import (
     Uniform,
 )
 
-OLD = (3, 4)
+FLAT = (3, 4)
+OLD = (*FLAT, 5)
 # Fields of ``images`` and their names since schema 5
 IMAGES = {"apart": "independent_units", "deep": "deepstack_layers", "most": "max_dims"}
 
@@ -62,7 +64,7 @@ class FlatCompression:
 
 def upgraded(data: Any, where: str) -> Any:
     """A manifest (from JSON) as the present schema has it. Raises BundleError."""
-    if data["schema"] not in OLD:
+    if data["schema"] not in FLAT:
         return data
     data = dict(data)
     if isinstance(images := data.get("images"), Mapping):

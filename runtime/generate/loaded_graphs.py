@@ -16,6 +16,7 @@ from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.prompt.prompts import Prompt
 
 UNITS_AT_ONCE = 4  # bounds the vision graph's workspace
+TOKENS_AT_ONCE = 512  # bounds the extend graph's
 
 
 class Graphs:
@@ -103,6 +104,43 @@ class Graphs:
         if "kept" in outputs:
             check_kept(outputs["kept"], counts.kept)
         return logits, maps
+
+    def extend(
+        self, prompt: Prompt, span: range, features: np.ndarray, call: Call
+    ) -> np.ndarray:
+        """Logits [1,vocabulary] after the tokens ``span`` of a prompt, at most TOKENS_AT_ONCE; the
+        entries of those before them lie in the cache.
+
+        ``features`` [V,D] are those of the prompt's last V image tokens, the span's and all that
+        follow among them; ``call`` is extend, bound to the one row of the prompt's entries."""
+        inputs = _piece_inputs(prompt, span, features)
+        if not len(inputs["image_features"]):
+            nothing = np.zeros((1, self.manifest.feature_width), host_dtype(self.manifest.dtype))
+            inputs["image_features"] = nothing
+        logits = np.empty((1, self.manifest.text.vocab), np.float32)
+        call(inputs, {"logits": logits})
+        return logits
+
+
+def _piece_inputs(prompt: Prompt, span: range, features: np.ndarray) -> dict[str, np.ndarray]:
+    """Inputs of extend for some tokens of a prompt, without the cache's buffers."""
+    some = slice(span.start, span.stop)
+    image = prompt.image_id > 0
+    number = image.cumsum() - 1 - (image.sum() - len(features))  # of an image token in ``features``
+    rows = number[some][image[some]]
+    first = int(rows[0]) if len(rows) else 0
+    last = np.array([len(span) - 1], np.int64)
+    start = np.array([span.start], np.int64)
+    return {
+        "input_ids": np.array(prompt.ids[some], np.int64)[None],
+        "image_features": features[first : first + len(rows)],
+        "image_row": np.where(image[some], number[some] - first, -1)[None],
+        "position_ids": prompt.aligned[..., None, some],
+        "last_token": last,
+        "write_index": start,
+        # Where there is no past, one slot that nothing sees: engines take no empty tensors
+        "past_slots": np.arange(max(1, span.start), dtype=np.int64),
+    }
 
 
 def _prompt_inputs(

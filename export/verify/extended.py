@@ -1,0 +1,64 @@
+"""A prompt read in two pieces against the same prompt read at once: what the extend graph is for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from lvlm.runtime.engine.calls import Calls
+from lvlm.runtime.generate.call_plan import count_prompts
+from lvlm.runtime.generate.loaded_graphs import Graphs
+from lvlm.runtime.prompt.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Beginning(Prompt):
+    """The first tokens of a prompt, whose positions are those that the whole gets."""
+
+    @property
+    def aligned(self) -> np.ndarray:
+        return self.positions
+
+
+def cuts(prompt: Prompt) -> list[int]:
+    """Where to cut a prompt: before its images, in the middle of one, behind them; what of that
+    there is."""
+    images = np.flatnonzero(prompt.image_id > 0)
+    if not len(images):
+        return [len(prompt.ids) // 2]
+    first, last = int(images[0]), int(images[-1])
+    found = (first, int(images[len(images) // 2]), last + 1)
+    return [cut for cut in dict.fromkeys(found) if 0 < cut < len(prompt.ids)]
+
+
+def in_pieces(graphs: Graphs, prompt: Prompt, features: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Logits [vocabulary] after the prompt, read up to each of the cuts by prefill, then by extend;
+    last of all by extend alone, as where nothing was read before.
+
+    Raises LvlmError where a graph cannot be run.
+    """
+    counts = count_prompts(graphs.manifest, [prompt], None, None)
+    cache = Calls(graphs).cache_for(1, counts.prefill.entries.max(1), counts.budgets)
+    row = cache.views(slice(0, 1))
+    prefill, extend = graphs.bind("prefill", row), graphs.bind("extend", row)
+    whole, found = range(len(prompt.ids)), []
+    rows = np.concatenate(features) if len(features) else np.zeros((0, 0), np.float32)
+    for cut in (*cuts(prompt), 0):
+        if cut:
+            graphs.prefill([_first(prompt, cut)], counts, features, prefill)
+        found.append(graphs.extend(prompt, whole[cut:], rows, extend)[0])
+    return found
+
+
+def _first(prompt: Prompt, count: int) -> Beginning:
+    given = {field.name: getattr(prompt, field.name) for field in fields(prompt)}
+    return Beginning(
+        **given
+        | {
+            "ids": prompt.ids[:count],
+            "image_id": prompt.image_id[:count],
+            "positions": prompt.aligned[..., :count],
+        }
+    )
