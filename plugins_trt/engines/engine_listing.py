@@ -77,7 +77,8 @@ def result(engines: EngineSet) -> str:
     """The folder and what lies in it."""
     rows = [("engine", "size", "batch", "tokens")]
     for graph in engines.graphs.values():
-        batch, tokens = graph.profile.get("batch"), graph.profile.get("sequence")
+        profile = graph.profile
+        batch, tokens = profile.get("batch"), profile.get("sequence", profile.get("tokens"))
         rows.append((graph.file, size(graph.bytes), _span(batch), _span(tokens)))
     lines = [str(engines.folder), _table(rows)]
     shared = {w.name: w.bytes for g in engines.graphs.values() for w in g.weights}

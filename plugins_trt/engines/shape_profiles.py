@@ -16,7 +16,7 @@ import numpy as np
 from lvlm.core.errors import ParameterError
 from lvlm.runtime.bundle.engine_sets import Range
 from lvlm.runtime.bundle.manifest import Graph, Manifest
-from lvlm.runtime.generate.loaded_graphs import UNITS_AT_ONCE
+from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, UNITS_AT_ONCE
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import keep_ratios, kept, recycled, tokens_per_layer
 
@@ -99,6 +99,8 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
         "rows": Range(1, batch.opt * tokens, max_images * tokens),
         "images_per_row": Range(1, 1, manifest.capacity.max_images),
         "queries": Range(1, min(QUESTION, text), longest),
+        "tokens": Range(1, min(QUESTION, longest), min(TOKENS_AT_ONCE, longest)),
+        "entries": Range(1, usual, max(manifest.capacity.per_layer)),
     }
     for stage, (reduction, ratio) in enumerate(zip(reductions, ratios, strict=True)):
         count, centres = kept(tokens, ratio), reduction.recycle

@@ -35,6 +35,8 @@ from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.reference.torch_reference import Reference
+from lvlm.export.verify.checks import difference
+from lvlm.export.verify.extended import in_pieces
 from lvlm.runtime.options.generation_options import GenerationOptions
 
 WINDOW = 20  # as the family has it
@@ -94,6 +96,10 @@ def test_answers_are_those_of_transformers(
         prompts = [model.prepare(0, *row, GenerationOptions(**options)) for row in ROWS]
         alone = [list(model.generate(*row, **options).token_ids) for row in ROWS]
         both = model.generate([row[0] for row in ROWS], [row[1] for row in ROWS], **options)
+        graphs = model.calls.graphs
+        pieces = in_pieces(graphs, prompts[0], graphs.encode(prompts[0].images))
+        (logits,) = model.calls.start(prompts[:1]).logits
+    assert max(difference(found, logits) for found in pieces) < 1e-4  # windows reach into the past
     expected = [answer(theirs, family, prompt) for prompt in prompts]
     assert alone == expected
     assert [list(found.token_ids) for found in both] == expected

@@ -145,6 +145,12 @@ LATER = {
         ],
     ],
 }
+# One of that size with recipe none, which schema 5 has no graph extend for, at commit 4ac7276: two
+# questions about one image, of which the second is read from what the first left.
+EXTENDED = [
+    [451] * 10 + [149, 451, 221, 451, 221, 215, 451, 451, 451, 221, 451, 451, 451, 451],
+    [451] * 11 + [221, 451, 221, 451, 451, 451, 451, 221, 451, 221, 451, 451, 451],
+]
 FLAT = {
     "keep": 0.2,
     "profile": [],
@@ -206,6 +212,26 @@ def test_a_bundle_with_a_flat_compression_answers_as_recorded(name: str, tmp_pat
     assert found == LATER[name]
     read_bundle(tmp_path / name).write(tmp_path / name)
     assert read_bundle(tmp_path / name).cache_policy == kept
+
+
+def test_a_bundle_without_the_graph_extend_answers_as_recorded(tmp_path: Path) -> None:
+    with zipfile.ZipFile(DATA / "schema-5.zip") as archive:
+        archive.extractall(tmp_path)
+    folder = tmp_path / "none"
+    assert json.loads((folder / "lvlm.json").read_text())["schema"] == 5
+    prompts = [
+        f"USER: <image>\nWhat is there to see in it, and how often? {digit} ASSISTANT:"
+        for digit in (7, 9)
+    ]
+    options: dict[str, Any] = {"chat_template": False, "max_new_tokens": 24, "ignore_eos": True}
+    with lvlm.load(folder) as model:
+        found = [model.generate(p, images=[SAMPLE], **options).token_ids for p in prompts]
+    with lvlm.Engine(folder) as engine:
+        answers = [engine.submit(p, [SAMPLE], **options).result() for p in prompts]
+    assert found == [answer.token_ids for answer in answers] == EXTENDED
+    assert answers[1].stats.reused_tokens == 62
+    read_bundle(folder).write(folder)  # in the present schema, but without the graph
+    assert "extend" not in read_bundle(folder).graphs
 
 
 @pytest.mark.parametrize(
