@@ -40,9 +40,7 @@ class Extend(LanguageGraph):
 
     name = "extend"
 
-    def __init__(
-        self, model: LanguageModel, dtype: torch.dtype, cache_dtype: torch.dtype
-    ) -> None:
+    def __init__(self, model: LanguageModel, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
         super().__init__(model, None, cache_dtype)
         self.parts = parts_of(model)
         self.dtype = dtype

@@ -1,4 +1,4 @@
-"""A prompt read in two pieces against the same prompt read at once: what the extend graph is for."""
+"""A prompt read in pieces against the same prompt read at once: what the graph extend is for."""
 
 from __future__ import annotations
 

@@ -105,9 +105,7 @@ class Graphs:
             check_kept(outputs["kept"], counts.kept)
         return logits, maps
 
-    def extend(
-        self, prompt: Prompt, span: range, features: np.ndarray, call: Call
-    ) -> np.ndarray:
+    def extend(self, prompt: Prompt, span: range, features: np.ndarray, call: Call) -> np.ndarray:
         """Logits [1,vocabulary] after the tokens ``span`` of a prompt, at most TOKENS_AT_ONCE; the
         entries of those before them lie in the cache.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bundles import USUAL
 from parity_tools import ROWS
 
@@ -73,12 +75,17 @@ def test_any_cut_gives_the_logits_and_the_cache_of_prefill(
                 assert worst < 1e-4, sizes
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
-def test_low_precision(dtype: str, bundle: Callable[..., Path]) -> None:
-    import torch
-
-    kind = {"dtype": "fp16"} if dtype == "fp16" else {"weights": dtype}
-    with lvlm.load(bundle("tiny-llava", max_images=2, **kind)) as model:
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("tiny-llava", {"dtype": "fp16"}),
+        ("tiny-llava", {"weights": "int4", "cache": "fp16"}),
+        ("llava:qwen2-tied-siglip", {"weights": "int8", "block_size": 16}),
+    ],
+    ids=["fp16", "int4", "int8"],
+)
+def test_low_precision(name: str, how: dict[str, Any], bundle: Callable[..., Path]) -> None:
+    with lvlm.load(bundle(name, max_images=2, **how)) as model:
         graphs = model.calls.graphs
         prompt = prompts_of(model)[1]
         features = graphs.encode(prompt.images)
