@@ -68,7 +68,7 @@ class Model:
         )
         self.processor = self._prompts.processor
         self._calls: Calls | None = Calls(
-            Graphs(folder, manifest, open_backend(device, threads=threads))
+            Graphs(folder, manifest, open_backend(device, threads=threads), on_demand=["extend"])
         )
         self._busy = threading.Lock()
 

@@ -88,9 +88,7 @@ class Extend(LanguageGraph):
         return outputs
 
 
-def _seen(
-    index: torch.Tensor, slots: torch.Tensor, new: int | torch.SymInt, window: int | None
-) -> torch.Tensor:
+def _seen(index: torch.Tensor, slots: torch.Tensor, new: int, window: int | None) -> torch.Tensor:
     """Boolean [B,1,T,P+T]: which entries, those there and then the new ones, a token sees."""
     at = torch.arange(new, device=index.device)
     past = (slots[None] < index[:, None])[:, None]  # [B,1,P]

@@ -55,7 +55,7 @@ def run_form(
         backend, manifest = open_form(form, manifest, opened)
         graphs = Graphs(folder, manifest, backend)
         features = graphs.encode(prompt.images)
-        batch = Calls(graphs, lambda _: features).start(
+        batch = Calls(graphs, lambda *_: features).start(
             [prompt], ratio if merging else None, ratio if compressed else None
         )
         found = _follow(batch, features, manifest, tokens)

@@ -14,46 +14,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from lvlm.runtime.backends import Call
 from lvlm.runtime.engine.prefixes import worthwhile
+from lvlm.runtime.engine.reading import Encode, Reading, ReadingInPieces, WholeReading
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.engine.stats import Meter
 from lvlm.runtime.engine.steps import Steps
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.kv.cache import CompactCache
-
-# Features [V,D] of all images of some requests, in order.
-Encode = Callable[[Sequence[Request]], list[np.ndarray]]
-
-
-@dataclass
-class Reading:
-    """A group of requests whose prompts are being read, into the reserved rows, by ``call``."""
-
-    requests: Sequence[Request]
-    rows: slice
-    graphs: Graphs
-    encode: Encode
-    call: Call
-
-    def run(self) -> np.ndarray:
-        """Logits [B,vocabulary] after the prompts. Beside decode, where the backend is parallel."""
-        began = time.perf_counter()
-        features = self.encode(self.requests)
-        encoded = time.perf_counter()
-        prompts = [request.prompt for request in self.requests]
-        logits, maps = self.graphs.prefill(prompts, self.requests[0].counts, features, self.call)
-        ended = time.perf_counter()
-        for index, request in enumerate(self.requests):
-            request.vision_ms = (encoded - began) * 1e3
-            request.prefill_ms = (ended - encoded) * 1e3
-            request.maps = [m[index] for m in maps]
-        return logits
 
 
 class Batch:
@@ -106,18 +77,22 @@ class Batch:
         reserved, prefix = self.slots.reserve(sum(len(r.group) for r in requests), keys)
         rows = slice(reserved.start, reserved.start + len(requests))
         self.meter.prompt_tokens += sum(len(request.prompt.ids) for request in requests)
-        if prefix is not None and worthwhile(first.prompt, prefix.length):
+        extends = self.graphs.extends
+        if prefix is not None and worthwhile(first.prompt, prefix.length, extends=extends):
             self.slots.fill_from(prefix)
             first.reused = prefix.length
             self.meter.reused_tokens += prefix.length
-            self._feed(first, prefix.length)
-            return None
+            if not extends:
+                self._feed(first, prefix.length)
+                return None
         try:
-            call = self.graphs.bind("prefill", self.cache.views(rows))
+            call = self.graphs.bind("extend" if first.reused else "prefill", self.cache.views(rows))
         except Exception as error:
             self._lose(requests, error)
             return None
-        return Reading(requests, rows, self.graphs, self.encode, call)
+        if first.reused:
+            return ReadingInPieces(first, rows, self.graphs, self.encode, call, first.reused)
+        return WholeReading(requests, rows, self.graphs, self.encode, call)
 
     def _feed(self, request: Request, start: int) -> None:
         """Let decode read what follows the first ``start`` tokens of a prompt, for each answer."""

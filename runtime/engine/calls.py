@@ -10,7 +10,8 @@ from functools import partial
 
 import numpy as np
 
-from lvlm.runtime.engine.batch import Batch, Encode
+from lvlm.runtime.engine.batch import Batch
+from lvlm.runtime.engine.reading import Encode
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.generate.answers import Generation
@@ -18,6 +19,7 @@ from lvlm.runtime.generate.call_plan import count_prompts
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
+from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.options.generation_options import Keep
 from lvlm.runtime.prompt.prompts import Prompt
 from lvlm.runtime.prompt.text import TextStream
@@ -146,5 +148,9 @@ class Calls:
         self._cache = None
 
 
-def _features(graphs: Graphs, requests: Sequence[Request]) -> list[np.ndarray]:
-    return graphs.encode([image for request in requests for image in request.prompt.images])
+def _features(
+    graphs: Graphs,
+    images: Sequence[PreparedImage],
+    digests: Sequence[bytes],  # noqa: ARG001 - nothing is kept
+) -> list[np.ndarray]:
+    return graphs.encode(images)

@@ -18,7 +18,7 @@ from lvlm.runtime.engine.batch import Batch
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.image_cache import ImageCache
 from lvlm.runtime.engine.memory_plan import Memory, plan_memory, slot_capacity
-from lvlm.runtime.engine.prefixes import prompt_keys, reusable
+from lvlm.runtime.engine.prefixes import prompt_keys
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.scheduler import Scheduler
 from lvlm.runtime.engine.slots import Slots
@@ -106,8 +106,8 @@ class Engine:
             Budgets.of(manifest.cache_policy, manifest.text.layers, kv_keep),
         )
         self.images = ImageCache(self._memory.images)
-        rows = Slots(cache, keeps_prefixes=reuse_prefixes and reusable(manifest))
-        encode = partial(self.images.of_requests, graphs.encode)
+        rows = Slots(cache, keeps_prefixes=reuse_prefixes and manifest.in_place)
+        encode = partial(self.images.features, graphs.encode)
         self._scheduler = Scheduler(Batch(graphs, rows, encode), self.images, queue_limit)
         # Without waiting: it may run on any thread, the scheduler's own ones too.
         self._closer = weakref.finalize(self, self._scheduler.stop)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lvlm.runtime.engine.request import Request
 from lvlm.runtime.media.prepared_image import PreparedImage
 
 
@@ -21,9 +20,9 @@ class ImageCache:
 
     def features(
         self,
-        digests: Sequence[bytes],
-        images: Sequence[PreparedImage],
         encode: Callable[[Sequence[PreparedImage]], list[np.ndarray]],
+        images: Sequence[PreparedImage],
+        digests: Sequence[bytes],
     ) -> list[np.ndarray]:
         """Features [V,D] of each image, of which ``encode`` is given the unknown ones."""
         found = {d: self._features[d] for d in digests if d in self._features}
@@ -35,16 +34,6 @@ class ImageCache:
         for name in dict.fromkeys(digests):
             self._keep(name, found[name])
         return [found[name] for name in digests]
-
-    def of_requests(
-        self,
-        encode: Callable[[Sequence[PreparedImage]], list[np.ndarray]],
-        requests: Sequence[Request],
-    ) -> list[np.ndarray]:
-        """Features of all images of some requests, as ``features``."""
-        digests = [digest for request in requests for digest in request.digests]
-        images = [image for request in requests for image in request.prompt.images]
-        return self.features(digests, images, encode)
 
     def _keep(self, name: bytes, features: np.ndarray) -> None:
         if name in self._features:

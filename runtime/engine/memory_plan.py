@@ -10,7 +10,7 @@ import numpy as np
 
 from lvlm.core.errors import ParameterError
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
-from lvlm.runtime.generate.loaded_graphs import UNITS_AT_ONCE
+from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, UNITS_AT_ONCE
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import cache_bytes
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
@@ -131,7 +131,10 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
     features = 4 * capacity.max_images * manifest.images.tokens * manifest.feature_width
     attention = 4 * text.heads * max(capacity.per_layer)
     step = slots * (row("decode") + attention + 8 * text.vocab)
-    return tokens * row("prefill") + at_once * row("vision") + features + step
+    read = tokens * row("prefill")
+    if "extend" in manifest.graphs:
+        read += min(tokens, TOKENS_AT_ONCE) * (row("extend") + attention)
+    return read + at_once * row("vision") + features + step
 
 
 def byte_size(name: str, value: int | str) -> int:

@@ -6,22 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.prompt.prompts import Prompt
 
-# Decode reads the rest of a prompt token by token: each takes as long as this many in prefill do,
-# about (docs/notes/performance.md).
+# Where decode reads the rest of a prompt, token by token: each takes as long as this many in
+# prefill do, about (docs/notes/performance.md).
 TOKEN_COST = 8
+# Tokens of a prompt for each that is worth the copy of its entries, where extend reads the rest
+WORTH_A_COPY = 8
 _MOVED = 2**62  # makes a key less than any other
-
-
-def reusable(manifest: Manifest) -> bool:
-    """Whether entries of the cache depend on nothing but the tokens before them.
-
-    Not so with merging or compression: which tokens stay is decided with the whole prompt, so the
-    same image before another question has other entries.
-    """
-    return not manifest.reductions and manifest.cache_policy is None
 
 
 def prompt_keys(prompt: Prompt, digests: Sequence[bytes]) -> np.ndarray:
@@ -38,7 +30,10 @@ def prompt_keys(prompt: Prompt, digests: Sequence[bytes]) -> np.ndarray:
     return keys
 
 
-def worthwhile(prompt: Prompt, length: int) -> bool:
-    """Whether to read only what follows the first ``length`` tokens, which must be text."""
+def worthwhile(prompt: Prompt, length: int, *, extends: bool) -> bool:
+    """Whether to read only what follows the first ``length`` tokens: by the graph extend, which
+    ``extends`` says there is, or else by decode, which reads text alone."""
     rest = len(prompt.ids) - length
+    if extends:
+        return length * WORTH_A_COPY >= len(prompt.ids)
     return not (prompt.image_id[length:] > 0).any() and rest * TOKEN_COST <= length

@@ -22,9 +22,10 @@ from lvlm.core.errors import (
     RequestTimeout,
 )
 from lvlm.core.forks import Home, orphan_in_children
-from lvlm.runtime.engine.batch import Batch, Reading
+from lvlm.runtime.engine.batch import Batch
 from lvlm.runtime.engine.faults import described
 from lvlm.runtime.engine.image_cache import ImageCache
+from lvlm.runtime.engine.reading import Reading
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.engine.worker import Beside, Inline, Worker
@@ -47,7 +48,7 @@ class Prefilling:
     def stop(self) -> None:
         """Nobody waits for it any more."""
         if not self.stopped:
-            self.reading.call.stop()
+            self.reading.stop()
         self.stopped = True
 
 

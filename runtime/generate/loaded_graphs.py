@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +20,32 @@ TOKENS_AT_ONCE = 512  # bounds the extend graph's
 
 
 class Graphs:
-    """The sessions of a bundle by name. As thread-safe as the backend (see Backend.parallel)."""
+    """The sessions of a bundle by name. As thread-safe as the backend (see Backend.parallel).
 
-    def __init__(self, folder: Path, manifest: Manifest, backend: Backend) -> None:
-        self.manifest, self.backend = manifest, backend
+    ``on_demand``: graphs that are not loaded before they are bound, on whatever thread that is.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, backend: Backend, on_demand: Collection[str] = ()
+    ) -> None:
+        self.folder, self.manifest, self.backend = folder, manifest, backend
         self.sessions: dict[str, Session] = {
-            name: backend.load(folder, manifest, name) for name in manifest.graphs
+            name: backend.load(folder, manifest, name)
+            for name in manifest.graphs
+            if name not in on_demand
         }
         keep_in_children(self)
+
+    @property
+    def extends(self) -> bool:
+        """Whether there is a graph that reads several tokens behind what lies in the cache."""
+        return "extend" in self.manifest.graphs
 
     def bind(self, name: str, buffers: Mapping[str, Buffer]) -> Call:
         """A graph with those of the cache's ``buffers`` that it takes and gives."""
         graph = self.manifest.graphs[name]
+        if name not in self.sessions:
+            self.sessions[name] = self.backend.load(self.folder, self.manifest, name)
         takes, gives = {p.name for p in graph.inputs}, {p.name for p in graph.outputs}
         return self.sessions[name].bind(
             {f"past_{n}": b for n, b in buffers.items() if f"past_{n}" in takes},

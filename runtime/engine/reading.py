@@ -1,0 +1,117 @@
+"""Reading of prompts into rows of the cache: at once, or in pieces behind what is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from lvlm.runtime.backends import Call
+from lvlm.runtime.engine.request import Request
+from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, Graphs
+from lvlm.runtime.media.prepared_image import PreparedImage
+
+# Features [V,D] of each image; they are named by their digests, where anybody has asked for these.
+Encode = Callable[[Sequence[PreparedImage], Sequence[bytes]], list[np.ndarray]]
+
+
+class Reading(Protocol):
+    """A group of requests whose prompts are being read into ``rows``."""
+
+    rows: slice
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        """The group."""
+
+    def run(self) -> np.ndarray:
+        """Logits [B,vocabulary] after the prompts. Beside decode, where the backend is parallel."""
+
+    def stop(self) -> None:
+        """Stop a run that is on, from another thread (Call.stop)."""
+
+
+@dataclass
+class WholeReading:
+    """All prompts of a group in one ragged prefill, ``call``."""
+
+    requests: Sequence[Request]
+    rows: slice
+    graphs: Graphs
+    encode: Encode
+    call: Call
+
+    def run(self) -> np.ndarray:
+        began = time.perf_counter()
+        images = [image for request in self.requests for image in request.prompt.images]
+        digests = [digest for request in self.requests for digest in request.digests]
+        features = self.encode(images, digests)
+        encoded = time.perf_counter()
+        prompts = [request.prompt for request in self.requests]
+        logits, maps = self.graphs.prefill(prompts, self.requests[0].counts, features, self.call)
+        ended = time.perf_counter()
+        for index, request in enumerate(self.requests):
+            request.vision_ms = (encoded - began) * 1e3
+            request.prefill_ms = (ended - encoded) * 1e3
+            request.maps = [m[index] for m in maps]
+        return logits
+
+    def stop(self) -> None:
+        self.call.stop()
+
+
+@dataclass
+class ReadingInPieces:
+    """What follows the first ``start`` tokens of one prompt, whose entries lie in its row, by
+    ``call``: extend, a piece after the other."""
+
+    request: Request
+    rows: slice
+    graphs: Graphs
+    encode: Encode
+    call: Call
+    start: int
+    features: np.ndarray | None = field(default=None, init=False)
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        return (self.request,)
+
+    @property
+    def left(self) -> int:
+        """Tokens that are still to be read."""
+        return len(self.request.prompt.ids) - self.start
+
+    def run(self) -> np.ndarray:
+        while (logits := self.read(TOKENS_AT_ONCE)) is None:
+            pass
+        return logits
+
+    def read(self, tokens: int) -> np.ndarray | None:
+        """Read so many tokens, the images before the first ones; logits [1,vocabulary] after the
+        last ones."""
+        if self.features is None:
+            self.features = self._encoded()
+        began = time.perf_counter()
+        span = range(self.start, self.start + min(tokens, self.left))
+        logits = self.graphs.extend(self.request.prompt, span, self.features, self.call)
+        self.start = span.stop
+        self.request.prefill_ms += (time.perf_counter() - began) * 1e3
+        return None if self.left else logits
+
+    def _encoded(self) -> np.ndarray:
+        """Features [V,D] of the images that have tokens among those to be read."""
+        began = time.perf_counter()
+        prompt, digests = self.request.prompt, self.request.digests
+        numbers = prompt.image_id[self.start :]
+        wanted = int(numbers[numbers > 0].min()) - 1 if (numbers > 0).any() else len(prompt.images)
+        found = self.encode(prompt.images[wanted:], digests[wanted:])
+        self.request.vision_ms = (time.perf_counter() - began) * 1e3
+        nothing = np.zeros((0, self.graphs.manifest.feature_width), np.float32)
+        return np.concatenate(found) if found else nothing
+
+    def stop(self) -> None:
+        self.call.stop()
