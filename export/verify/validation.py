@@ -122,7 +122,8 @@ def _against_judge(
     """The canonical graphs with nothing merged and nothing dropped, whatever the recipe."""
     form = canonical(manifest, widened=False)
     entries = len(prompt.ids) + len(verdict.tokens) + 1
-    run = run_form(folder, form, whole(manifest, entries), prompt, verdict.tokens, opened, 1.0)
+    manifest = whole(manifest, entries)
+    run = run_form(folder, form, manifest, prompt, verdict.tokens, opened, 1.0, pieces=True)
     outcome.ran(form, False)
     stored = plan.checkpoint.stored_dtype() or plan.dtype
     limit: float | None = TOLERANCE[plan.dtype]
@@ -142,6 +143,9 @@ def _against_judge(
     apart = [difference(a, b.numpy()) for a, b in zip(run.logits, verdict.logits, strict=True)]
     outcome.checks.append(Check("prefill.onnx and transformers", apart[0], limit, UNIT))
     outcome.checks.append(Check("decode.onnx and transformers", max(apart), limit, UNIT))
+    if run.extended:
+        largest = max(difference(x, verdict.logits[0].numpy()) for x in run.extended)
+        outcome.checks.append(Check("extend.onnx and transformers", largest, limit, UNIT))
     wrong = wrong_tokens(run.chosen, verdict.tokens, verdict.scores, limit or np.inf)
     name = f"tokens unlike transformers' generate, of {len(verdict.tokens)}"
     outcome.checks.append(Check(name, wrong, None if limit is None else 0, "tokens"))

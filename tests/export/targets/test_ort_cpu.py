@@ -51,7 +51,7 @@ def test_bundles_for_the_cpu_have_lowered_graphs(bundle: Callable[..., Path]) ->
 
     for dtype in ("fp32", "fp16"):
         manifest = read_bundle(bundle("tiny-llava", dtype=dtype, max_images=2))
-        names = {g: {TARGET.name: f"{g}.ort-cpu.onnx"} for g in ("prefill", "decode")}
+        names = {g: {TARGET.name: f"{g}.ort-cpu.onnx"} for g in ("prefill", "extend", "decode")}
         assert lowered(manifest) == names
     assert lowered(read_bundle(bundle("tiny-llava", dtype="bf16", max_images=2))) == {}
 

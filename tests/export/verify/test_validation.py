@@ -90,8 +90,8 @@ def test_a_good_bundle_passes_and_says_what_was_run(
     names = {check.name for check in outcome.checks}
     assert {"pixels of an image", "prompt's ids", "end-of-text ids"} <= names
     assert any(name.startswith("tokens unlike transformers' generate") for name in names)
-    graphs = ("vision", "prefill", "decode")
-    files = {f"{g}.onnx" for g in graphs} | {f"{g}.ort-cpu.onnx" for g in ("prefill", "decode")}
+    graphs = ("prefill", "extend", "decode")
+    files = {"vision.onnx", *(f"{g}{form}.onnx" for g in graphs for form in ("", ".ort-cpu"))}
     assert outcome.files == dict.fromkeys(files, "run")
     assert sorted(loaded) == sorted(files)  # each once, though two runs take some of them
     assert outcome.estimate.startswith("24 tokens are compared")
@@ -242,6 +242,24 @@ def test_swapped_angles_in_the_canonical_decode_are_noticed(good: tuple[Any, Pat
         node.input[1], node.input[2] = node.input[2], node.input[1]
     replace_file(folder, "decode.onnx", model.SerializeToString())
     noticed(plan, folder, r"✗ decode\.onnx and transformers")
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("extend.onnx", "Less", "LessOrEqual"),  # one entry too many where there is none
+        ("extend.ort-cpu.onnx", "GreaterOrEqual", "Less"),
+    ],
+)
+def test_a_fault_in_what_reads_a_prompt_in_pieces_is_noticed(
+    file: str, before: str, after: str, good: tuple[Any, Path]
+) -> None:
+    plan, folder = good
+    model = onnx.load(folder / file, load_external_data=False)
+    (node, *_) = [n for n in model.graph.node if n.op_type == before]
+    node.op_type = after
+    replace_file(folder, file, model.SerializeToString())
+    noticed(plan, folder, rf"✗ {re.escape(file)} (and transformers|logits, extended)")
 
 
 @pytest.fixture

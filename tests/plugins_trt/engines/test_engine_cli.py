@@ -51,10 +51,10 @@ def test_what_is_built_and_where(folder: Path, run: Any) -> None:
     code, out, err = run(*argv)
     assert code == 0
     assert out.startswith(str(where))
-    assert "[1/4] lower for trt-rtx" in err
-    assert "[4/4] build decode" in err
+    assert "[1/5] lower for trt-rtx" in err
+    assert "[5/5] build decode" in err
     assert sorted(p.name for p in where.iterdir()) == [
-        *("decode.engine", "engine.json", "prefill.engine", "vision.engine")
+        *("decode.engine", "engine.json", "extend.engine", "prefill.engine", "vision.engine")
     ]
     assert [p.name for p in (folder / "engines").iterdir()] == [where.name]
     engines = EngineSet.read(where)

@@ -110,6 +110,7 @@ def test_every_recipe_builds_for_every_generation(
         name: {weight.name for weight in graph.weights} for name, graph in engines.graphs.items()
     }
     assert weights["prefill"] == weights["decode"] != set()
+    assert weights.get("extend", weights["decode"]) == weights["decode"]
     assert not weights["vision"]
 
 
