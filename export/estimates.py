@@ -44,7 +44,7 @@ def peak_memory(
     if not validate and (wanted is None or wanted.file is not None):
         return base
     copies = any(t.flavour == "openvino" for t in options.targets) and weight_bytes <= LARGE
-    graphs = 3 + options.recipe.in_place  # prefill, decode and extend, and one that is being packed
+    graphs = 4  # prefill, decode and extend, and one that is being packed
     return max(base, running_memory(largest)) + graphs * weight_bytes * copies
 
 

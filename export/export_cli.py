@@ -132,7 +132,7 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(plan_data(plan), indent=1) if args.json else plan_table(plan))
         check_machine(plan)
         return 0
-    progress = Progress(stages(options), quiet=quiet)
+    progress = Progress(stages(plan), quiet=quiet)
     report = export(plan, progress)
     if args.json:
         print(json.dumps(report_data(report), indent=1))

@@ -12,7 +12,6 @@ from lvlm.core.errors import ExportError, ValidationError
 from lvlm.core.output import temporary_sibling
 from lvlm.core.progress import Progress, size
 from lvlm.export.bundle_manifest import dtype_name, record_validation, write_manifest
-from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.graph_files import lower, write_graphs
 from lvlm.export.graphs.bundle_graphs import bundle_graphs, graph_names
@@ -67,11 +66,11 @@ def export(plan: ExportPlan, progress: Progress) -> Report:
     return replace(report, manifest=manifest, seconds=progress.elapsed)
 
 
-def stages(options: ExportOptions) -> int:
+def stages(plan: ExportPlan) -> int:
     """Number of steps of an export's progress."""
-    wanted = options.recipe.calibration()
+    options, wanted = plan.options, plan.options.recipe.calibration()
     measured = wanted is not None and wanted.file is None
-    graphs = len(graph_names(options.recipe))
+    graphs = len(graph_names(plan.recipe))
     return graphs + 2 + len(options.targets) + options.validate + measured
 
 

@@ -103,7 +103,8 @@ def make_bundle(work: Path, recipe: Any, name: str) -> Path:
             dtype="fp32",
             validate=False,
         )
-        export(make_plan(options), Progress(stages(options)))
+        plan = make_plan(options)
+        export(plan, Progress(stages(plan)))
     return output
 
 
