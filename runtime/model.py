@@ -21,12 +21,14 @@ from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import bundle_path, read_bundle
 from lvlm.runtime.engine.calls import Answer, Calls
 from lvlm.runtime.generate.answers import Generation, Stream, with_others
-from lvlm.runtime.generate.asks import Ask, Images, Videos, many_asks, one_ask
+from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos, one_ask, read_asks
 from lvlm.runtime.generate.call_plan import check_one_answer, read_options
 from lvlm.runtime.generate.loaded_graphs import Graphs
+from lvlm.runtime.generate.token_count import TokenCount, count_asks
 from lvlm.runtime.media.images import ImageSource
 from lvlm.runtime.media.video import VideoSource
 from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
+from lvlm.runtime.prompt.messages import Conversation
 from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
 from lvlm.runtime.prompt.text import TextStream, Tokenizer
 
@@ -73,9 +75,9 @@ class Model:
         self._busy = threading.Lock()
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self,
-        prompt: str,
+        prompt: Question,
         images: Images | None = (),
         videos: Videos | None = (),
         options: GenerationOptions | None = None,
@@ -85,7 +87,7 @@ class Model:
     @overload
     def generate(
         self,
-        prompt: list[str],
+        prompt: Questions,
         images: Sequence[Images | None] | None = (),
         videos: Sequence[Videos | None] | None = (),
         options: GenerationOptions | None = None,
@@ -97,6 +99,8 @@ class Model:
         lists) in order.
 
         Args:
+            prompt: a question's text, or messages, ``[{"role": "user", "content": …}, …]``, which
+                have their images and videos in them (docs/prompts.md); or a list of such.
             images: paths, bytes, PIL images or uint8 arrays [H,W,3].
             videos: paths, bytes or Videos (docs/families.md), whose frames count as images.
             options: GenerationOptions; what is ``given`` by name comes before it.
@@ -104,15 +108,14 @@ class Model:
         Raises ParameterError, PromptError, ImageError, CapacityError, BackendError.
         """
         parsed = self._options(options, given)
-        if isinstance(prompt, str):
-            return self._answers([one_ask(prompt, images, videos)], parsed)[0]
-        asks = many_asks(prompt, images, videos)
-        return self._answers(asks, parsed) if asks else []
+        asks, many = read_asks(prompt, images, videos)
+        answers = self._answers(asks, parsed) if asks else []
+        return answers if many else answers[0]
 
     @overload
-    def score(
+    def score(  # type: ignore[overload-overlap]
         self,
-        prompt: str,
+        prompt: Question,
         answer: Sequence[int],
         images: Images | None = (),
         videos: Videos | None = (),
@@ -123,7 +126,7 @@ class Model:
     @overload
     def score(
         self,
-        prompt: list[str],
+        prompt: Questions,
         answer: Sequence[Sequence[int]],
         images: Sequence[Images | None] | None = (),
         videos: Sequence[Videos | None] | None = (),
@@ -146,16 +149,16 @@ class Model:
         Raises what generate raises; CapacityError where there is no room for all of an answer.
         """
         parsed = replace(self._options(options, given), stop=(), n=1)
-        if isinstance(prompt, str):
-            return self._answers([one_ask(prompt, images, videos)], parsed, [answer])[0]
-        asks = many_asks(prompt, images, videos)
-        if len(answer) != len(asks):
-            raise ParameterError(f"{len(asks)} prompts but {len(answer)} answers; give one each")
-        return self._answers(asks, parsed, answer) if asks else []
+        asks, many = read_asks(prompt, images, videos)
+        forced = answer if many else [answer]
+        if len(forced) != len(asks):
+            raise ParameterError(f"{len(asks)} prompts but {len(forced)} answers; give one each")
+        answers = self._answers(asks, parsed, forced) if asks else []
+        return answers if many else answers[0]
 
     def stream(
         self,
-        prompt: str,
+        prompt: Question,
         images: Images | None = (),
         videos: Videos | None = (),
         options: GenerationOptions | None = None,
@@ -180,6 +183,37 @@ class Model:
                 yield answer.result
 
         return Stream(pieces(), lambda: answer.times)
+
+    @overload
+    def count_tokens(  # type: ignore[overload-overlap]
+        self,
+        prompt: Question,
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
+    ) -> TokenCount: ...
+
+    @overload
+    def count_tokens(
+        self,
+        prompt: Questions,
+        images: Sequence[Images | None] | None = (),
+        videos: Sequence[Videos | None] | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
+    ) -> list[TokenCount]: ...
+
+    def count_tokens(self, prompt, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
+        """Count the tokens of one prompt, or of each of a list; no graph is run.
+
+        Arguments are those of generate, and so is what is raised of a prompt.
+        """
+        parsed = self._options(options, given)
+        asks, many = read_asks(prompt, images, videos)
+        manifest = self.manifest
+        counts = count_asks(manifest, self._prompts, manifest.capacity, asks, parsed)
+        return counts if many else counts[0]
 
     def close(self) -> None:
         self._calls = None
@@ -266,7 +300,7 @@ class Model:
     def prepare(
         self,
         row: int,
-        prompt: str,
+        prompt: str | Conversation,
         images: Sequence[ImageSource],
         options: GenerationOptions,
         videos: Sequence[VideoSource] = (),

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.options.option_flags import add_option_flags, given_options
 
 if TYPE_CHECKING:
+    from lvlm.runtime.engine import Engine
     from lvlm.runtime.generate.answers import Generation, Stats
     from lvlm.runtime.model import Model
 
@@ -27,10 +29,11 @@ DRAWING = ("top_k", "top_p", "min_p", "n", "seed")  # without effect at temperat
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_main("lvlm-run", lambda: _run(_parser().parse_args(argv)))
+    given = sys.argv[1:] if argv is None else argv
+    return run_main("lvlm-run", lambda: _run(_parser("--chat" in given).parse_args(argv)))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(chat: bool = False) -> argparse.ArgumentParser:
     parser = Parser(
         prog="lvlm-run",
         description="Ask a bundle a question about images; the answer is printed as it comes.",
@@ -38,7 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", type=Path, help="folder made by lvlm-export")
-    add("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
+    if not chat:  # not an optional one: argparse would miss it behind flags
+        add("prompt", metavar="PROMPT", help="the question; - reads it from standard input")
+    add(
+        "--chat",
+        action="store_true",
+        help="a conversation, in place of PROMPT; /help in it lists its commands",
+    )
     add("--image", action="append", default=[], metavar="PATH", help="an image; repeatable")
     add("--video", action="append", default=[], metavar="PATH", help="a video; repeatable")
     add("--device", default="cpu", help=f"what to run on: {', '.join(devices())} (default cpu)")
@@ -61,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     options = _check(args)
+    if args.chat:
+        return _chat(args, options)
     prompt = _prompt(args.prompt)
 
     from lvlm.runtime.model import load
@@ -93,6 +104,11 @@ def _check(args: argparse.Namespace) -> GenerationOptions:
     if idle and not options.temperature and (options.temperature == 0 or not options.defaults):
         flag = "--" + idle[0].replace("_", "-")
         raise ParameterError(f"{flag} has no effect at temperature 0; add --temperature 0.7, say")
+    for flag in ("json", "show_merge", "no_chat_template") if args.chat else ():
+        if getattr(args, flag):
+            raise ParameterError(
+                f"--{flag.replace('_', '-')} does not go with --chat; leave it out"
+            )
     if args.logprobs is not None and not args.json:
         raise ParameterError("--logprobs is part of --json's output; add --json")
     if args.show_merge is not None:
@@ -104,6 +120,40 @@ def _check(args: argparse.Namespace) -> GenerationOptions:
             raise ParameterError(f"--show-merge {args.show_merge}: name a file ending in .png")
         check_place("--show-merge", args.show_merge, ParameterError)
     return options
+
+
+def _chat(args: argparse.Namespace, options: GenerationOptions) -> int:
+    from lvlm.runtime.engine import Engine
+    from lvlm.runtime.generate.call_plan import check_one_answer
+    from lvlm.runtime.tools.chat import Chat, converse
+
+    check_one_answer(options)
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def note(text: str) -> None:
+        if args.stats or not args.quiet:
+            tell(f"[{text}]")
+
+    began = time.perf_counter()
+    with Engine(
+        args.bundle,
+        device=args.device,
+        threads=args.threads,
+        verify=args.verify,
+        slots=1,
+        keep=options.keep,
+        kv_keep=options.kv_keep,
+    ) as engine:
+        if args.verbose:
+            _describe(engine, args, time.perf_counter() - began)
+        say = partial(print, end="", flush=True)
+        chat = Chat(engine, options, say, note, tell, stats=args.stats)
+        for kind, paths in (("image", args.image), ("video", args.video)):
+            for path in paths:
+                chat.show(kind, path)
+        return converse(chat)
 
 
 def _prompt(given: str) -> str:
@@ -122,7 +172,7 @@ def _answer(
     model: Model, prompt: str, args: argparse.Namespace, options: GenerationOptions
 ) -> Generation:
     if options.n > 1:
-        answer = model.generate(prompt, args.image, args.video, options)
+        answer: Generation = model.generate(prompt, args.image, args.video, options)
         for number, one in enumerate((answer, *answer.others), 1):
             if not args.json:
                 print(f"[{number}] {one.text}")
@@ -152,7 +202,7 @@ def _save_image(model: Model, answer: Generation, args: argparse.Namespace) -> N
         print(f"lvlm-run: wrote {args.show_merge}", file=sys.stderr)
 
 
-def _describe(model: Model, args: argparse.Namespace, seconds: float) -> None:
+def _describe(model: Model | Engine, args: argparse.Namespace, seconds: float) -> None:
     manifest = model.manifest
     source = manifest.model.get("source", "?")
     parameters = ", ".join(f"{k}={v}" for k, v in manifest.parameters.items() if v is not None)

@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 EXPECTED = {
     "ask.py": r"^5 5 8\n\d+ tokens, ended by stop$",
+    "chat.py": r"^Read the top row\..*\n    5 5 8 \(.*\nAnd again\? .*\n    .* already",
     "inspect_answer.py": r"keep 0\.35: 5 5 8\n.*\(144, 101, 72, 50, 50, 50\)",
     "serve_async.py": r"^5 5 8\n.*\ngiven up: the request's timeout is over",
     "serve_many.py": r"\n    5 5 8\n.*6 answered",

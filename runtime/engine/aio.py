@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
+from functools import partial
 from typing import Self, Unpack, overload
 
 from lvlm.core.errors import ParameterError, shown
@@ -13,8 +14,9 @@ from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.memory_plan import Memory
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.generate.answers import Generation
-from lvlm.runtime.generate.asks import Ask, Images, Videos, many_asks, one_ask
+from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos, one_ask, read_asks
 from lvlm.runtime.generate.call_plan import check_one_answer
+from lvlm.runtime.generate.token_count import TokenCount
 from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
 
 
@@ -104,7 +106,7 @@ class AsyncEngine:
 
     async def submit(
         self,
-        prompt: str,
+        prompt: Question,
         images: Images | None = (),
         videos: Videos | None = (),
         options: GenerationOptions | None = None,
@@ -117,9 +119,9 @@ class AsyncEngine:
         return await self._submit(0, one_ask(prompt, images, videos), parsed, timeout, ())
 
     @overload
-    async def generate(
+    async def generate(  # type: ignore[overload-overlap]
         self,
-        prompt: str,
+        prompt: Question,
         images: Images | None = (),
         videos: Videos | None = (),
         options: GenerationOptions | None = None,
@@ -131,7 +133,7 @@ class AsyncEngine:
     @overload
     async def generate(
         self,
-        prompt: list[str],
+        prompt: Questions,
         images: Sequence[Images | None] | None = (),
         videos: Sequence[Videos | None] | None = (),
         options: GenerationOptions | None = None,
@@ -144,13 +146,13 @@ class AsyncEngine:
         """Generate, as Engine.generate. A task that is cancelled while it waits cancels the
         requests."""
         parsed = self.engine.options(options, given)
-        if isinstance(prompt, str):
-            return (await self._answers([one_ask(prompt, images, videos)], parsed, timeout))[0]
-        return await self._answers(many_asks(prompt, images, videos), parsed, timeout)
+        asks, many = read_asks(prompt, images, videos)
+        answers = await self._answers(asks, parsed, timeout)
+        return answers if many else answers[0]
 
     async def stream(
         self,
-        prompt: str,
+        prompt: Question,
         images: Images | None = (),
         videos: Videos | None = (),
         options: GenerationOptions | None = None,
@@ -168,6 +170,31 @@ class AsyncEngine:
                 yield piece
         finally:
             handle.cancel()
+
+    @overload
+    async def count_tokens(  # type: ignore[overload-overlap]
+        self,
+        prompt: Question,
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
+    ) -> TokenCount: ...
+
+    @overload
+    async def count_tokens(
+        self,
+        prompt: Questions,
+        images: Sequence[Images | None] | None = (),
+        videos: Sequence[Videos | None] | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
+    ) -> list[TokenCount]: ...
+
+    async def count_tokens(self, prompt, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
+        """Count the tokens, as Engine.count_tokens; images are opened in a thread of their own."""
+        count = partial(self.engine.count_tokens, prompt, images, videos, options, **given)
+        return await asyncio.to_thread(count)
 
     def stats(self) -> EngineStats:
         """Statistics of the engine so far."""

@@ -24,9 +24,10 @@ from lvlm.runtime.engine.scheduler import Scheduler
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.generate.answers import Generation, Stream
-from lvlm.runtime.generate.asks import Ask, Images, Videos, many_asks, one_ask
+from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos, one_ask, read_asks
 from lvlm.runtime.generate.call_plan import check_one_answer, count_prompts, read_options
 from lvlm.runtime.generate.loaded_graphs import Graphs
+from lvlm.runtime.generate.token_count import TokenCount, count_asks
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
 from lvlm.runtime.options.generation_options import GenerationOptions, Keep, OptionValues
@@ -115,7 +116,7 @@ class Engine:
 
     def submit(
         self,
-        prompt: str,
+        prompt: Question,
         images: Images | None = (),
         videos: Videos | None = (),
         options: GenerationOptions | None = None,
@@ -137,9 +138,9 @@ class Engine:
         return handle
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self,
-        prompt: str,
+        prompt: Question,
         images: Images | None = (),
         videos: Videos | None = (),
         options: GenerationOptions | None = None,
@@ -151,7 +152,7 @@ class Engine:
     @overload
     def generate(
         self,
-        prompt: list[str],
+        prompt: Questions,
         images: Sequence[Images | None] | None = (),
         videos: Sequence[Videos | None] | None = (),
         options: GenerationOptions | None = None,
@@ -167,13 +168,13 @@ class Engine:
         prompt from when it is submitted.
         """
         parsed = self.options(options, given)
-        if isinstance(prompt, str):
-            return self._answers([one_ask(prompt, images, videos)], parsed, timeout)[0]
-        return self._answers(many_asks(prompt, images, videos), parsed, timeout)
+        asks, many = read_asks(prompt, images, videos)
+        answers = self._answers(asks, parsed, timeout)
+        return answers if many else answers[0]
 
     def stream(
         self,
-        prompt: str,
+        prompt: Question,
         images: Images | None = (),
         videos: Videos | None = (),
         options: GenerationOptions | None = None,
@@ -191,6 +192,34 @@ class Engine:
             yield handle.result()
 
         return Stream(pieces(), lambda: handle.token_times, handle.cancel)
+
+    @overload
+    def count_tokens(  # type: ignore[overload-overlap]
+        self,
+        prompt: Question,
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
+    ) -> TokenCount: ...
+
+    @overload
+    def count_tokens(
+        self,
+        prompt: Questions,
+        images: Sequence[Images | None] | None = (),
+        videos: Sequence[Videos | None] | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
+    ) -> list[TokenCount]: ...
+
+    def count_tokens(self, prompt, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
+        """Count the tokens of one prompt, or of each of a list, as Model.count_tokens; answers are
+        bounded by a slot."""
+        parsed = self.options(options, given)
+        asks, many = read_asks(prompt, images, videos)
+        counts = count_asks(self.manifest, self._prompts, self.capacity, asks, parsed)
+        return counts if many else counts[0]
 
     def stats(self) -> EngineStats:
         """Statistics of the engine so far."""

@@ -10,12 +10,13 @@ from typing import Any, Literal, NoReturn
 from jinja2.exceptions import SecurityError
 
 from lvlm.core.errors import BundleError, LvlmError, PromptError
+from lvlm.runtime.prompt.literal_text import Literals, has_hidden, hidden, hiding, shown
+from lvlm.runtime.prompt.messages import Conversation, ImagePart, Message, Role, TextPart
 from lvlm.runtime.prompt.template_budget import Budget, TemplateLimitError, budget, spending
 from lvlm.runtime.prompt.template_sandbox import Sandbox
 
 Content = Literal["parts", "text"]
-Role = Literal["user", "system", "assistant"]
-ROLES: tuple[Role, ...] = ("user", "system", "assistant")
+PROBED: tuple[Role, ...] = ("user", "system", "assistant")
 PROBE = "lvlmprobe"
 
 
@@ -51,7 +52,7 @@ class ChatTemplate:
         """``source`` is Jinja, ``special_tokens`` the variables it may use (``bos_token``, …),
         ``image_token`` the placeholder of an image, ``name`` and ``wrong`` say whose mistake a
         bad template is. Raises ``wrong`` if it is not valid."""
-        self._special_tokens = dict(special_tokens)
+        self._special_tokens, self._source = dict(special_tokens), source
         self._image_token, self._name, self._wrong = image_token, name, wrong
         try:
             with spending(Budget()):
@@ -61,7 +62,8 @@ class ChatTemplate:
         except Exception as error:  # RecursionError and others, besides TemplateSyntaxError
             raise wrong(f"{name} is not valid: {_line(error)}") from None
         self.forbidden = ""
-        self.content: dict[str, Content] = dict.fromkeys(ROLES, "parts")
+        self._ways: dict[str, frozenset[Content]] = {}
+        self.content: dict[str, Content] = dict.fromkeys(PROBED, "parts")
         with spending(Budget()):
             written = self._find_way("user")  # first: the others' probes have a user in them
             self._find_way("system")
@@ -94,7 +96,61 @@ class ChatTemplate:
         asks for too much work.
         """
         placed = [self._placed(turn, video_token) for turn in turns]
-        messages = [self._message(t.role, t.text, t.images, t.videos) for t in placed]
+        return self._rendered([self._message(t.role, t.text, t.images, t.videos) for t in placed])
+
+    def render_messages(
+        self, conversation: Conversation, video_token: str | None = None
+    ) -> tuple[str, Literals]:
+        """The text of a conversation, ready for the next answer. What the messages say is hidden in
+        it (literal_text.py): placeholders and special tokens there are the template's own.
+
+        Content is given as it came, text or parts, where the template takes it that way for that
+        role. Where it writes no placeholders, or takes text alone, each is written in its part's
+        place, with the line ended after it. Raises as render_turns, and PromptError for a role
+        tool that the template does not write.
+        """
+        if conversation.has("tool") and not self._takes("tool"):
+            raise PromptError(
+                "the chat template writes no message of role tool; give its text in a user's"
+            )
+        texts = [text for message in conversation.messages for text in message.texts]
+        literals = Literals([self._source, *self._special_tokens.values(), *texts])
+        messages = [self._given(m, literals, video_token) for m in conversation.messages]
+        with hiding(literals):
+            return self._rendered(messages), literals
+
+    def _given(
+        self, message: Message, literals: Literals, video_token: str | None
+    ) -> dict[str, Any]:
+        """A message as the template takes it."""
+        tokens = {"image": self._image_token, "video": video_token or ""}
+        parts: list[dict[str, str]] = []
+        for part in message.parts:
+            if isinstance(part, TextPart):
+                parts.append({"type": "text", "text": literals.hide(part.text)})
+            else:
+                parts.append({"type": "image" if isinstance(part, ImagePart) else "video"})
+        takes = self._takes(message.role)
+        media = any(part["type"] != "text" for part in parts)
+        as_text = "text" in takes and (message.plain or "parts" not in takes)
+        content: str | list[dict[str, str]] = parts
+        if as_text or (media and not self.places_images):
+            text = "".join([p["text"] if "text" in p else f"{tokens[p['type']]}\n" for p in parts])
+            content = text if as_text else [{"type": "text", "text": text}]
+        extra = {key: literals.hide(text) for key, text in message.extra.items()}
+        return {"role": message.role, "content": content, **extra}
+
+    def _takes(self, role: Role) -> frozenset[Content]:
+        """How content may be given in messages of that role; nothing: it writes none of them."""
+        if role not in self._ways:
+            with spending(Budget()):
+                ways: tuple[Content, ...] = ("parts", "text")
+                tried = {way: self._tried(role, way) for way in ways}
+                tried["parts"] = tried["parts"] or self._tried(role, "parts", 1)
+            self._ways[role] = frozenset(way for way, text in tried.items() if text is not None)
+        return self._ways[role]
+
+    def _rendered(self, messages: list[dict[str, Any]]) -> str:
         try:
             with spending(Budget.for_input(messages)):
                 return self._run(messages)
@@ -157,7 +213,8 @@ class ChatTemplate:
         """What it makes of a message of that role; None if it cannot take it that way."""
         message = self._message(role, PROBE, images, content=content)
         user = self._message("user", "x")
-        before = {"user": [], "system": [], "assistant": [user]}[role]
+        said = self._message("assistant", "y") if role == "tool" else user
+        before = {"user": [], "system": [], "assistant": [user], "tool": [user, said]}[role]
         after = [user] if role == "system" else []
         try:
             text = self._run([*before, message, *after], answer=role != "assistant")
@@ -201,10 +258,11 @@ def _refuse(message: object) -> NoReturn:
     raise PromptError(f"the chat template refuses the prompt: {_line(message)}")
 
 
-def _now(pattern: str) -> str:
+def _now(pattern: str) -> Any:
     budget().make(256 * len(pattern))
-    return datetime.now().strftime(pattern)
+    made = datetime.now().strftime(shown(pattern))
+    return hidden(made) if has_hidden(pattern) else made
 
 
 def _line(message: object) -> str:
-    return " ".join(str(message).split())[:300]
+    return " ".join(str(shown(str(shown(message)))).split())[:300]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from lvlm.core.errors import BundleError, ParameterError, PromptError
+from lvlm.core.errors import BundleError, PromptError
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.media.images import ImageSource, open_image
 from lvlm.runtime.media.prepared_image import PreparedImage
@@ -19,7 +18,8 @@ from lvlm.runtime.options.generation_config import GenerationConfig
 from lvlm.runtime.options.generation_options import MAX_NEW_TOKENS, GenerationOptions
 from lvlm.runtime.options.option_kinds import Option, integer, plain, read_value
 from lvlm.runtime.processors import Processor, load_processor
-from lvlm.runtime.prompt.chat_template import ChatTemplate
+from lvlm.runtime.prompt.messages import Conversation
+from lvlm.runtime.prompt.prompt_text import PromptWriter
 from lvlm.runtime.prompt.prompt_videos import PromptVideos
 from lvlm.runtime.prompt.text import Tokenizer, expand_placeholders
 from lvlm.runtime.sampling.settings import Sampling
@@ -90,25 +90,21 @@ class PromptMaker:
         self.generation = GenerationConfig.of(generation or {}, tuple(sorted(tokenizer.eos_ids)))
         self.processor: Processor = load_processor(images.processor)
         self.videos = PromptVideos(self.processor, images, room)
-        self.template = (
-            ChatTemplate(chat_template, special_tokens, images.token) if chat_template else None
+        self._writer = PromptWriter(
+            tokenizer, images, chat_template, special_tokens, self.videos.processor
         )
-        self.video_template = self.template
-        if self.videos.processor is not None and (own := self.videos.processor.template):
-            self.video_template = ChatTemplate(own, special_tokens, images.token)
-        self._special_tokens = dict(special_tokens)
-        self._bos = special_tokens.get("bos_token")
-        self._given = lru_cache(8)(self._own_template)
+        self.template, self.begins = self._writer.template, self._writer.begins
 
     def prepare(
         self,
         row: int,
-        prompt: str,
+        prompt: str | Conversation,
         images: Sequence[ImageSource],
         options: GenerationOptions,
         videos: Sequence[VideoSource] = (),
     ) -> Prompt:
-        """One row of a batch: images opened and scaled, the prompt as token ids.
+        """One row of a batch: images opened and scaled, the prompt as token ids. Those of a
+        conversation are its own ``images`` and ``videos``, in order.
 
         Raises PromptError, ImageError, ParameterError, BundleError; with videos also CapacityError
         and BackendError.
@@ -118,29 +114,20 @@ class PromptMaker:
                 raise PromptError(f"{name} is a list; write {name}=[{one}]")
         prepared_videos = self.videos.prepare(videos, len(images), options.frames)
         arrays = [open_image(image, options.max_image_pixels) for image in images]
-        text, special, lead = prompt, True, ""
-        video_token = self.videos.processor.token if self.videos.processor else None
-        if options.chat_template:
-            template = self._template(options.chat_template, bool(prepared_videos))
-            lead = template.lead
-            text = template.render(
-                prompt, len(arrays), options.system, len(prepared_videos), video_token
-            )
-            special = not self.begins(text)
-        elif options.system is not None:
-            raise ParameterError("system needs the chat template; write it into the prompt")
-        elif self.template is not None:
-            lead = self.template.lead_after(prompt)
-        advice = _advice("video", video_token or "", prompt, options)
+        written = self._writer.write(prompt, len(arrays), len(prepared_videos), options)
         stills = self.processor.prepare(arrays)
-        text, prepared_images, token_ids = self.videos.placed(text, stills, prepared_videos, advice)
-        ids = self.tokenizer.encode(text, add_special_tokens=special)
+        advice = self._writer.advice("video", prompt, options)
+        text, prepared_images, token_ids = self.videos.placed(
+            written.text, stills, prepared_videos, advice
+        )
+        ids = self._writer.ids(replace(written, text=text))
         token_id = self.images.token_id
-        advice = _advice("image", self.images.token, prompt, options)
+        advice = self._writer.advice("image", prompt, options)
         where = expand_placeholders(
             ids, token_id, [self._expansion(p) for p in prepared_images], advice
         )
-        if not where or not (prepared_images or prompt.strip()):
+        blank = prompt.blank if isinstance(prompt, Conversation) else not prompt.strip()
+        if not where or (blank and not prepared_images):
             raise PromptError("the prompt is empty; write a question")
         image_id = np.zeros(len(where), np.int64)
         places = np.flatnonzero(np.array(where) == token_id)
@@ -165,7 +152,7 @@ class PromptMaker:
             options.ignore_eos,
             options.logprobs,
             self.generation,
-            lead,
+            written.lead,
         )
 
     def with_answer(self, prompt: Prompt, tokens: Sequence[int]) -> Prompt:
@@ -188,34 +175,6 @@ class PromptMaker:
             logprobs=prompt.logprobs or 0,
         )
 
-    def begins(self, text: str) -> bool:
-        """Whether a template has written the token that begins a text: no other is added."""
-        return bool(self._bos) and text.startswith(str(self._bos))
-
-    def _template(self, wanted: bool | str, with_videos: bool) -> ChatTemplate:
-        if isinstance(wanted, str):
-            return self._given(wanted)
-        template = self.video_template if with_videos else self.template
-        if template is None:
-            raise PromptError(
-                "the bundle has no chat template; write the prompt out and use "
-                "chat_template=False (--no-chat-template)"
-            )
-        return template
-
-    def _own_template(self, source: str) -> ChatTemplate:
-        """One that a caller gives."""
-        name = "the chat_template that was given"
-        template = ChatTemplate(
-            source, self._special_tokens, self.images.token, name, ParameterError
-        )
-        if not template.writes_questions:
-            raise ParameterError(
-                f"{name} does not write the question; give the text of a Jinja template, "
-                "True for the bundle's own or False for none"
-            )
-        return template
-
     def _positions(
         self, image_id: np.ndarray, prepared_images: Sequence[PreparedImage]
     ) -> np.ndarray:
@@ -235,22 +194,6 @@ class PromptMaker:
                 f"{image.tokens}; export the bundle again"
             )
         return ids
-
-
-def _advice(what: str, token: str, prompt: str, options: GenerationOptions) -> str:
-    """What helps when there are more or fewer placeholders than images or videos."""
-    if token in prompt + (options.system or ""):
-        article = "an" if what == "image" else "a"
-        return (
-            f"{token} stands for {article} {what}: give one for each, or write it another way, as "
-            f"{token[:1]} {token[1:-1]} {token[-1:]}"
-        )
-    if options.chat_template:
-        return (
-            f"the chat template writes them; write the prompt out, with one {token} per {what}, "
-            "and use chat_template=False (--no-chat-template)"
-        )
-    return f"write one {token} per {what} where it belongs, or let the chat template do it"
 
 
 def grid_positions(image_id: np.ndarray, prepared_images: Sequence[PreparedImage]) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from jinja2.runtime import Undefined
 
+from lvlm.runtime.prompt import literal_text
 from lvlm.runtime.prompt.template_budget import TemplateCost, budget
 from lvlm.runtime.prompt.template_functions import (
     bounded,
@@ -39,20 +40,48 @@ def filters(known: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., 
     kept = {name: f for name, f in known.items() if name not in _LEFT_OUT}
     kept["tojson"] = _tojson
     return {
-        name: _paying(f, name in _SHALLOW, name in _THROUGH, _FILTERS.get(name))
+        name: _paying(_literal(name, f), name in _SHALLOW, name in _THROUGH, _FILTERS.get(name))
         for name, f in kept.items()
     }
 
 
 def tests(known: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    return {name: _paying(f, name in _SHALLOW_TESTS) for name, f in known.items()}
+    return {name: _paying(_looking(f), name in _SHALLOW_TESTS) for name, f in known.items()}
+
+
+def _literal(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """With text of messages, hidden, among its arguments it writes what it would of that text."""
+    first = _added(function)
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if literal_text.has_hidden([args[first:], kwargs]):
+            return literal_text.filtered(name, function, args[:first], args[first:], kwargs)
+        return function(*args, **kwargs)
+
+    return called
+
+
+def _looking(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A test looks at text of messages as it is."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return function(*map(literal_text.shown, args), **literal_text.shown(kwargs))
+
+    return called
+
+
+def _added(function: Callable[..., Any]) -> int:
+    """How many arguments Jinja puts before a filter's own."""
+    return 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
 
 
 def _paying(
     function: Callable[..., Any], shallow: bool, through: bool = False, pay: Pay | None = None
 ) -> Callable[..., Any]:
     """``shallow``: it looks at the surface of its value; ``through``: it takes every item of it."""
-    first = 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
+    first = _added(function)
 
     @functools.wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:

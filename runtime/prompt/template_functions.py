@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment
 from jinja2.sandbox import SandboxedFormatter
 
+from lvlm.runtime.prompt import literal_text
 from lvlm.runtime.prompt.template_budget import BITS, TemplateCost, TemplateLimitError, budget
 
 WIDTH = 10_000  # of a format, an indentation, a padding; numbers of columns and rows
@@ -83,10 +84,10 @@ def printed(value: Any) -> Any:
     """A value whose text is about to be made."""
     if isinstance(value, str):
         budget().make(len(value))
-    else:
-        weight = seen(value)
-        budget().make(4 * weight.nodes + 4 * weight.characters)  # quotes, commas, escapes
-    return value
+        return value
+    weight = seen(value)
+    budget().make(4 * weight.nodes + 4 * weight.characters)  # quotes, commas, escapes
+    return literal_text.written(value)
 
 
 def seen(value: Any) -> TemplateCost:
@@ -101,8 +102,8 @@ def plain(values: Sequence[Any]) -> list[Any]:
     return [list(value) if isinstance(value, GeneratorType) else value for value in values]
 
 
-def pay_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """A function, macro or method of a string, list or mapping."""
+def pay_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """A function, macro or method; returns the string, list or mapping that it is a method of."""
     budget().work()
     weights = [seen(value) for value in (*args, *kwargs.values())]
     owner = function.__self__ if isinstance(function, _METHODS) else None
@@ -115,6 +116,9 @@ def pay_call(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> N
         _pay_method(owner, function.__name__, args, given)
     elif isinstance(owner, list | tuple | dict):
         seen(owner)  # searched, or copied
+    else:
+        return None
+    return owner
 
 
 _METHODS = (BuiltinMethodType, MethodType)
@@ -161,7 +165,10 @@ class _Formatter(SandboxedFormatter):
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         printed(value)
-        return super().convert_field(value, conversion)
+        if conversion and literal_text.has_hidden(value):
+            value, of = literal_text.shown(value), value
+            return literal_text.hidden(super().convert_field(value, conversion), of)
+        return super().convert_field(literal_text.written(value), conversion)
 
 
 def bounded_format(environment: Environment, method: Any) -> Callable[..., str]:

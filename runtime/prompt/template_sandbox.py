@@ -10,6 +10,7 @@ of ours put around them in the syntax tree before it is compiled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 import jinja2
@@ -21,7 +22,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from lvlm.runtime.prompt import template_filters, template_functions
+from lvlm.runtime.prompt import literal_text, template_filters, template_functions
 from lvlm.runtime.prompt.template_budget import budget
 
 SOURCE = 200_000  # characters of a template, and
@@ -90,15 +91,23 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         budget().weigh(argument)  # it is hashed
+        if isinstance(argument, str) and not (isinstance(obj, dict) and argument in obj):
+            argument = literal_text.shown(argument)
         return super().getitem(obj, argument)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         template_functions.pay_operator(operator, left, right)
-        return template_functions.checked(super().call_binop(context, operator, left, right))
+        made = partial(super().call_binop, context, operator)
+        if operator == "%" and isinstance(left, str) and literal_text.has_hidden([left, right]):
+            return template_functions.checked(literal_text.percent(left, right, made))
+        return template_functions.checked(made(left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         args = tuple(template_functions.plain(args))
-        template_functions.pay_call(__obj, args, kwargs)
+        owner = template_functions.pay_call(__obj, args, kwargs)
+        if owner is not None and literal_text.has_hidden([owner, args, kwargs]):
+            made = literal_text.called(owner, __obj.__name__, args, kwargs)
+            return template_functions.checked(made)
         return template_functions.checked(super().call(__context, __obj, *args, **kwargs))
 
     def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -158,6 +167,7 @@ class _Generation(jinja2.ext.Extension):
 # What the syntax tree gets put in
 
 _EACH, _STEP, _LOOKED, _TAKEN, _JOINED = "each()", "step()", "looked()", "taken()", "joined()"
+_COMPARED = "compared()"
 
 
 def _output(value: object) -> object:
@@ -184,9 +194,14 @@ def _step(cost: int) -> None:
 
 
 def _looked(value: Any) -> Any:
-    """What is compared or hashed."""
+    """What is hashed."""
     budget().weigh(value)
     return value
+
+
+def _compared(value: Any) -> Any:
+    budget().weigh(value)
+    return literal_text.shown(value)
 
 
 def _taken(value: Any) -> Any:
@@ -212,6 +227,7 @@ _OWN: dict[str, Callable[..., Any]] = {
     _EACH: _at_run_time(_each),
     _STEP: _at_run_time(_step),
     _LOOKED: _at_run_time(_looked),
+    _COMPARED: _at_run_time(_compared),
     _TAKEN: _at_run_time(_taken),
     _JOINED: _at_run_time(_joined),
 }
@@ -257,16 +273,16 @@ def _wrapped(node: nodes.Node, size: int, test: int) -> nodes.Node:
     elif isinstance(node, nodes.Concat):
         return _filter(nodes.Tuple(node.nodes, "load"), _JOINED)
     elif isinstance(node, nodes.Compare):
-        node.expr = _looked_at(node.expr)
+        node.expr = _looked_at(node.expr, _COMPARED)
         for operand in node.ops:
-            operand.expr = _looked_at(operand.expr)
+            operand.expr = _looked_at(operand.expr, _COMPARED)
     elif isinstance(node, nodes.Pair):
-        node.key = _looked_at(node.key)
+        node.key = _looked_at(node.key, _LOOKED)
     return node
 
 
-def _looked_at(node: nodes.Expr) -> nodes.Expr:
-    return node if isinstance(node, nodes.Const) else _filter(node, _LOOKED)
+def _looked_at(node: nodes.Expr, how: str) -> nodes.Expr:
+    return node if isinstance(node, nodes.Const) else _filter(node, how)
 
 
 def _filter(node: nodes.Node, name: str, *args: object) -> nodes.Filter:

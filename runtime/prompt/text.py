@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 
 from lvlm.core.errors import BundleError, ParameterError, PromptError, shown
+from lvlm.runtime.prompt.literal_tokens import LiteralEncoder
 
 
 class Tokenizer:
@@ -54,15 +55,18 @@ class Tokenizer:
 
         Raises ``PromptError`` for half a surrogate pair, as undecodable command line bytes become.
         """
-        try:
-            encoded = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError:
-            raise PromptError("the prompt is not valid Unicode; pass UTF-8 text") from None
-        except BaseException as error:  # a panic of the library is no Exception
-            if type(error).__name__ != "PanicException":
-                raise
-            raise _no_tokenizer("tokenizer.json", error) from None
-        return list(encoded.ids)
+        return list(_encoded(self._tokenizer, text, add_special_tokens).ids)
+
+    def literal_encoder(self, placeholders: Iterable[str]) -> LiteralEncoder:
+        """Encodes text that is partly literal; ``placeholders`` are never taken for the model's own
+        there either, where they are added tokens."""
+        wanted = frozenset(placeholders)
+        named = {
+            number: token.content
+            for number, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special or token.content in wanted
+        }
+        return LiteralEncoder(self._tokenizer, named, _encoded)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, without special tokens and ids that the vocabulary lacks."""
@@ -95,6 +99,17 @@ class Tokenizer:
     def visible_token(self, token_id: int) -> str | None:
         """The token as the vocabulary has it, or None if ``decode`` leaves it out."""
         return None if token_id in self._special else self._tokenizer.id_to_token(token_id)
+
+
+def _encoded(library: tokenizers.Tokenizer, text: str, special: bool) -> tokenizers.Encoding:
+    try:
+        return library.encode(text, add_special_tokens=special)
+    except TypeError:
+        raise PromptError("the prompt is not valid Unicode; pass UTF-8 text") from None
+    except BaseException as error:  # a panic of the library is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _no_tokenizer("tokenizer.json", error) from None
 
 
 def _no_tokenizer(name: str, reason: object) -> BundleError:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lvlm.runtime.engine import Engine, EngineStats, Handle, Memory
     from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
     from lvlm.runtime.generate.answers import Generation, Stats, Stream
+    from lvlm.runtime.generate.token_count import TokenCount
     from lvlm.runtime.media.video import Video
     from lvlm.runtime.model import Model, load
     from lvlm.runtime.options.generation_options import GenerationOptions
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # Where each public name is; the imports above say the same to type checkers and editors.
 _HOME = {
     "lvlm.runtime.generate.answers": ("Generation", "Stats", "Stream"),
+    "lvlm.runtime.generate.token_count": ("TokenCount",),
     "lvlm.runtime.engine": ("Engine", "EngineStats", "Handle", "Memory"),
     "lvlm.runtime.engine.aio": ("AsyncEngine", "AsyncHandle"),
     "lvlm.core.errors": (
@@ -74,6 +76,7 @@ __all__ = [
     "RequestTimeout",
     "Stats",
     "Stream",
+    "TokenCount",
     "TokenScore",
     "Video",
     "load",

@@ -79,6 +79,18 @@ FAULTS = {
         "here + image.span + 1, int(",
         f"{PARITY}[qwen2-vl:gqa]",
     ),
+    "special tokens in messages taken for the model's own": Fault(
+        "runtime/prompt/literal_tokens.py",
+        "if self._mistaken(encoded, whole, literal) is None:",
+        "if True:",
+        "tests/runtime/prompt/test_literal_tokens.py::test_special_tokens_in_messages_are_text",
+    ),
+    "white space of a message not seen by its template": Fault(
+        "runtime/prompt/literal_text.py",
+        'left = text.lstrip(*given) if name == "strip" else made',
+        "left = made",
+        "tests/runtime/prompt/test_literal_text.py",
+    ),
     "position of new tokens off by one": Fault(
         "runtime/kv/cache.py",
         "            return true\n",

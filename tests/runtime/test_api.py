@@ -24,6 +24,11 @@ model = lvlm.load("out/")
 reveal_type(model)  # says "lvlm.runtime.model.Model"
 reveal_type(model.generate("Hi", temperature=0.5))  # says generate.answers.Generation"
 reveal_type(model.generate(["Hi"], options=GenerationOptions(seed=1)))  # says "list[lvlm.
+talk = [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]
+reveal_type(model.generate(talk))  # says generate.answers.Generation"
+reveal_type(model.generate([talk, "Hi"]))  # says "list[lvlm.
+reveal_type(model.generate([talk, talk]))  # says "list[lvlm.
+reveal_type(Engine("out/").count_tokens(talk, keep=0.5))  # says token_count.TokenCount"
 reveal_type(Engine("out/").submit("Hi").result().stop_reason)  # says "str | int | None"
 try:
     lvlm.Engine("out/").stats().running

@@ -33,6 +33,12 @@ def light(bundle: Callable[..., Path]) -> Path:
     [
         (["BUNDLE"], "required: PROMPT"),
         ([], "required: BUNDLE, PROMPT"),
+        (["BUNDLE", "--chat", "Hi"], "too many arguments: 'Hi'"),
+        (["BUNDLE", "--chat", "--json"], "--json does not go with --chat; leave it out"),
+        (["BUNDLE", "--chat", "--show-merge", "x.png"], "--show-merge does not go with --chat"),
+        (["BUNDLE", "--chat", "--no-chat-template"], "--no-chat-template does not go with --ch"),
+        (["BUNDLE", "--chat", "--n", "2", "--temperature", "1"], "n is 2, but a stream has one"),
+        (["BUNDLE", "--chat", "--image", "no.png"], "'no.png' does not exist"),
         (["BUNDLE", "Hi", "--imge", "x"], "unknown argument --imge; did you mean --image"),
         (["BUNDLE", "Hi", "--temp", "1"], "unknown argument --temp; did you mean --temperature?"),
         (["BUNDLE", "--", "-5", "--top-k", "2"], "error: --top-k comes after --; put it before"),
