@@ -27,6 +27,7 @@ from engine_tools import (
     scheduler,
     until,
 )
+from fake_engines import Make
 from settings import CACHED
 
 import lvlm
@@ -369,3 +370,19 @@ def test_on_the_command_line(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert main([*argv, "--temperature", "2"]) == 0
     said = "".join(f"[{i}] {o.text}\n" for i, o in enumerate(all_of(one), 1))
     assert capsys.readouterr().out == said
+
+
+@pytest.mark.usefixtures("trt")
+def test_rows_of_device_memory(built: Make) -> None:
+    """Copied where they lie: engines of TensorRT, with queries and compaction."""
+    folder, options = built("interval"), DRAWN | {"kv_keep": 0.5}
+    with (
+        lvlm.load(folder, device="tensorrt-rtx") as model,
+        Engine(folder, device="tensorrt-rtx", slots=2) as engine,
+    ):
+        expected = [model.generate(QUESTION, IMAGES[:1], seed=s, **options) for s in (3, 4)]
+        for who in (model, engine):
+            found = who.generate(QUESTION, IMAGES[:1], n=2, seed=3, **options)
+            for ours, theirs in zip(all_of(found), expected, strict=True):
+                same(replace(ours, others=()), theirs)
+        idle(engine)
