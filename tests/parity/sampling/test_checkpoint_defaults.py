@@ -90,8 +90,9 @@ def test_probabilities_are_those_of_generate(
 
 
 def test_a_greedy_call_stays_one() -> None:
-    file = {"do_sample": True, "temperature": 0.7, "typical_p": 0.5}
+    file = {"do_sample": True, "temperature": 0.7}
     assert ours(file, {"temperature": 0})[0].temperature == 0
+    assert ours(file | {"typical_p": 0.5}, {"temperature": 0})[0].temperature == 0
     assert ours({"temperature": 0.7}, {})[0].temperature == 0
 
 
