@@ -35,13 +35,22 @@ class Batch:
     rows throughout (an engine may be built for exactly that many, a CUDA graph is captured once),
     and nothing is tried again for some of them. Otherwise rows come and go between two steps, and
     what goes wrong with one request is no other's.
+
+    ``in_pieces``: every prompt is read by the graph extend, not only what follows a shared
+    beginning; a group is one request then.
     """
 
     def __init__(
-        self, graphs: Graphs, slots: Slots, encode: Encode, *, together: bool = False
+        self,
+        graphs: Graphs,
+        slots: Slots,
+        encode: Encode,
+        *,
+        together: bool = False,
+        in_pieces: bool = False,
     ) -> None:
         self.graphs, self.slots, self.encode = graphs, slots, encode
-        self.together = together
+        self.together, self.in_pieces = together, in_pieces
         self.meter = Meter()
         self._steps = Steps(graphs, slots, together=together)
 
@@ -85,12 +94,13 @@ class Batch:
             if not extends:
                 self._feed(first, prefix.length)
                 return None
+        pieces = self.in_pieces or first.reused > 0
         try:
-            call = self.graphs.bind("extend" if first.reused else "prefill", self.cache.views(rows))
+            call = self.graphs.bind("extend" if pieces else "prefill", self.cache.views(rows))
         except Exception as error:
             self._lose(requests, error)
             return None
-        if first.reused:
+        if pieces:
             return ReadingInPieces(first, rows, self.graphs, self.encode, call, first.reused)
         return WholeReading(requests, rows, self.graphs, self.encode, call)
 

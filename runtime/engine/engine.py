@@ -15,6 +15,7 @@ from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend, thread_count
 from lvlm.runtime.bundle.reader import bundle_path, read_bundle
 from lvlm.runtime.engine.batch import Batch
+from lvlm.runtime.engine.chunks import ChunkPace
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.image_cache import ImageCache
 from lvlm.runtime.engine.memory_plan import Memory, plan_memory, slot_capacity
@@ -26,7 +27,7 @@ from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.generate.answers import Generation, Stream
 from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos, one_ask, read_asks
 from lvlm.runtime.generate.call_plan import check_one_answer, count_prompts, read_options
-from lvlm.runtime.generate.loaded_graphs import Graphs
+from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, Graphs
 from lvlm.runtime.generate.token_count import TokenCount, count_asks
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
@@ -35,6 +36,7 @@ from lvlm.runtime.options.option_kinds import SWITCH, integer, number, read_valu
 from lvlm.runtime.prompt.prompts import PromptMaker
 from lvlm.runtime.prompt.text import TextStream, Tokenizer
 
+CHUNK = integer(0, TOKENS_AT_ONCE)
 SECONDS = number("seconds above 0, or None", lambda x: x > 0)
 
 
@@ -61,6 +63,7 @@ class Engine:
         queue_limit: int = 256,
         image_cache: int | str = "64MB",
         reuse_prefixes: bool = True,
+        chunk_tokens: int | None = None,
     ) -> None:
         """``slots`` requests run at once, or as many as ``memory_budget`` (2GB, or bytes) has room
         for beside the weights; both: an error if they do not fit. ``max_text_len`` and
@@ -68,7 +71,9 @@ class Engine:
         the latter two are the requests' defaults, too. ``queue_limit`` requests may wait.
         ``image_cache`` bounds the features of images that are kept. ``reuse_prefixes``: a prompt
         that begins like an earlier one, images included, is read from there on only (recipe none;
-        see docs/engine.md).
+        see docs/engine.md). ``chunk_tokens``: a prompt is read so many tokens at a time, between
+        decode steps, None: as many as are read in the time of ten steps; 0: as a whole, beside
+        decode where the device can (recipe none; with others always).
 
         Raises BundleError, BackendError, ParameterError.
         """
@@ -76,6 +81,8 @@ class Engine:
         threads = thread_count(threads)
         queue_limit = read_value("queue_limit", integer(1), queue_limit)
         reuse_prefixes = read_value("reuse_prefixes", SWITCH, reuse_prefixes)
+        if chunk_tokens is not None:
+            chunk_tokens = read_value("chunk_tokens", CHUNK, chunk_tokens)
         self.folder, self.device = folder, device
         self.manifest = manifest = read_bundle(folder, verify)
         ratios = read_options(manifest, None, {"keep": keep, "kv_keep": kv_keep})
@@ -86,7 +93,9 @@ class Engine:
         if backend.static_capacity:
             capacity = manifest.capacity
         self.capacity = capacity
-        self._memory = plan_memory(manifest, capacity, slots, memory_budget, image_cache)
+        chunked = "extend" in manifest.graphs and chunk_tokens != 0
+        chunk = (chunk_tokens or TOKENS_AT_ONCE) if chunked else None
+        self._memory = plan_memory(manifest, capacity, slots, memory_budget, image_cache, chunk)
         self.tokenizer = Tokenizer(folder / "tokenizer.json", manifest.text.eos_ids)
         self._prompts = PromptMaker(
             self.tokenizer,
@@ -97,7 +106,7 @@ class Engine:
             capacity.max_images,
             manifest.generation,
         )
-        graphs = Graphs(folder, manifest, backend)
+        graphs = Graphs(folder, manifest, backend, on_demand=["prefill"] if chunked else [])
         cache = CompactCache(
             backend,
             manifest.text,
@@ -109,7 +118,9 @@ class Engine:
         self.images = ImageCache(self._memory.images)
         rows = Slots(cache, keeps_prefixes=reuse_prefixes and manifest.in_place)
         encode = partial(self.images.features, graphs.encode)
-        self._scheduler = Scheduler(Batch(graphs, rows, encode), self.images, queue_limit)
+        batch = Batch(graphs, rows, encode, in_pieces=chunked)
+        pace = ChunkPace(chunk_tokens) if chunked else None
+        self._scheduler = Scheduler(batch, self.images, queue_limit, pace)
         # Without waiting: it may run on any thread, the scheduler's own ones too.
         self._closer = weakref.finalize(self, self._scheduler.stop)
         self._closer.atexit = False  # the scheduler sees to that

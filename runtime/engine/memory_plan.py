@@ -77,9 +77,10 @@ def plan_memory(
     slots: int | None,
     budget: int | str | None,
     images: int | str,
+    chunk: int | None = None,
 ) -> Memory:
     """A plan with as many slots as fit into ``budget`` bytes, at most ``slots`` (4 where neither is
-    given).
+    given). ``chunk``: the most tokens of a prompt that are read at once; None: all of it.
 
     Raises ParameterError if there is room for none, or for fewer than ``slots``.
     """
@@ -89,12 +90,14 @@ def plan_memory(
     slot = cache_bytes(manifest, 1, capacity.per_layer)
     image_cache = byte_size("image_cache", images)
     wanted = DEFAULT_SLOTS if slots is None else slots
-    if budget is None:
-        return Memory(weights, slot, wanted, workspace(manifest, capacity, wanted), image_cache)
-    room = byte_size("memory_budget", budget)
 
     def plan(count: int) -> Memory:
-        return Memory(weights, slot, count, workspace(manifest, capacity, count), image_cache)
+        needed = workspace(manifest, capacity, count, chunk)
+        return Memory(weights, slot, count, needed, image_cache)
+
+    if budget is None:
+        return plan(wanted)
+    room = byte_size("memory_budget", budget)
 
     if slots is None:
         slots = max(1, (room - plan(1).total) // (plan(2).total - plan(1).total) + 1)
@@ -109,7 +112,7 @@ def plan_memory(
     return planned
 
 
-def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
+def workspace(manifest: Manifest, capacity: Capacity, slots: int, chunk: int | None = None) -> int:
     """Bytes of activations: the longest prefill, its images, and a decode step of all slots, each
     of which keeps what it took once.
 
@@ -131,9 +134,10 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int) -> int:
     features = 4 * capacity.max_images * manifest.images.tokens * manifest.feature_width
     attention = 4 * text.heads * max(capacity.per_layer)
     step = slots * (row("decode") + attention + 8 * text.vocab)
-    read = tokens * row("prefill")
+    read = tokens * row("prefill") if chunk is None else 0
     if "extend" in manifest.graphs:
-        read += min(tokens, TOKENS_AT_ONCE) * (row("extend") + attention)
+        at_most = TOKENS_AT_ONCE if chunk is None else chunk
+        read += min(tokens, at_most) * (row("extend") + attention)
     return read + at_once * row("vision") + features + step
 
 

@@ -13,6 +13,7 @@ from lvlm.runtime.backends import Call
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, Graphs
 from lvlm.runtime.media.prepared_image import PreparedImage
+from lvlm.runtime.sampling.sampler import check_finite
 
 # Features [V,D] of each image; they are named by their digests, where anybody has asked for these.
 Encode = Callable[[Sequence[PreparedImage], Sequence[bytes]], list[np.ndarray]]
@@ -86,21 +87,24 @@ class ReadingInPieces:
         return len(self.request.prompt.ids) - self.start
 
     def run(self) -> np.ndarray:
-        while (logits := self.read(TOKENS_AT_ONCE)) is None:
-            pass
-        return logits
+        while True:
+            logits, _ = self.read(TOKENS_AT_ONCE)
+            if logits is not None:
+                return logits
 
-    def read(self, tokens: int) -> np.ndarray | None:
-        """Read so many tokens, the images before the first ones; logits [1,vocabulary] after the
-        last ones."""
+    def read(self, tokens: int) -> tuple[np.ndarray | None, float]:
+        """Read so many tokens, the images before the first ones: logits [1,vocabulary] after the
+        last ones, and how many seconds the tokens took."""
         if self.features is None:
             self.features = self._encoded()
         began = time.perf_counter()
         span = range(self.start, self.start + min(tokens, self.left))
         logits = self.graphs.extend(self.request.prompt, span, self.features, self.call)
         self.start = span.stop
-        self.request.prefill_ms += (time.perf_counter() - began) * 1e3
-        return None if self.left else logits
+        seconds = time.perf_counter() - began
+        check_finite(logits)  # those of the last piece alone are looked at later
+        self.request.prefill_ms += seconds * 1e3
+        return None if self.left else logits, seconds
 
     def _encoded(self) -> np.ndarray:
         """Features [V,D] of the images that have tokens among those to be read."""

@@ -23,9 +23,10 @@ from lvlm.core.errors import (
 )
 from lvlm.core.forks import Home, orphan_in_children
 from lvlm.runtime.engine.batch import Batch
+from lvlm.runtime.engine.chunks import STEPS_BETWEEN, ChunkPace
 from lvlm.runtime.engine.faults import described
 from lvlm.runtime.engine.image_cache import ImageCache
-from lvlm.runtime.engine.reading import Reading
+from lvlm.runtime.engine.reading import Reading, ReadingInPieces
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.engine.worker import Beside, Inline, Worker
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Prefilling:
-    """A request whose prompt is being read."""
+    """A request whose prompt is being read, by a worker or between steps."""
 
     reading: Reading
     logits: Future[np.ndarray]
@@ -44,6 +45,21 @@ class Prefilling:
     @property
     def request(self) -> Request:
         return self.reading.requests[0]
+
+    def read_chunk(self, pace: ChunkPace, *, beside: bool) -> None:
+        """Read the next tokens of a prompt that no worker reads."""
+        assert isinstance(self.reading, ReadingInPieces)
+        tokens = min(pace.tokens(beside=beside), self.reading.left)
+        try:
+            if self.stopped:
+                raise BackendError("nobody waits for the answer any more; the prompt is left")
+            logits, seconds = self.reading.read(tokens)
+        except Exception as error:
+            self.logits.set_exception(error)
+            return
+        pace.read(tokens, seconds)
+        if logits is not None:
+            self.logits.set_result(logits)
 
     def stop(self) -> None:
         """Nobody waits for it any more."""
@@ -56,18 +72,22 @@ class Scheduler:
     """First come, first served: the oldest request takes the next free slot, all have slots alike,
     and every running one gets a token a step; so none starves.
 
-    Where the backend can (Backend.parallel) a prompt is read on a second thread, beside decode.
+    With a ``pace`` prompts are read in chunks, between decode steps. Without, where the backend can
+    (Backend.parallel), a prompt is read on a second thread, beside decode.
     ``submit``, ``wake`` and ``close`` are for any thread, all else is for the engine's own.
     """
 
-    def __init__(self, batch: Batch, images: ImageCache, queue_limit: int) -> None:
+    def __init__(
+        self, batch: Batch, images: ImageCache, queue_limit: int, pace: ChunkPace | None = None
+    ) -> None:
         self.batch, self.images, self.queue_limit = batch, images, queue_limit
+        self.pace, self._steps = pace, 0  # decode steps since the last chunk
         self.waiting: deque[Request] = deque()
         self._prefilling: Prefilling | None = None
         self._changed = threading.Condition()
         self._closing: str | None = None  # "now", or "finish" what is there first
         self._home = Home("engine")
-        parallel = batch.graphs.backend.parallel
+        parallel = batch.graphs.backend.parallel and pace is None
         self._worker: Worker = Beside("lvlm-prefill") if parallel else Inline()
         self._thread = threading.Thread(target=self._run, name="lvlm-engine", daemon=True)
         self._thread.start()
@@ -149,9 +169,9 @@ class Scheduler:
                 self._sweep()
                 self._take_prefilled()
                 self._admit()
+                self._read_chunk()
                 self._take_prefilled()  # one that was read on this thread
-                if self.batch.running:
-                    self.batch.step()
+                self._step()
         except Exception as bug:  # nobody may wait for ever
             error = BackendError(f"the engine stopped ({described(bug)}); open it again")
             log.exception("the engine stopped")
@@ -182,7 +202,9 @@ class Scheduler:
                 idle = not (self.waiting or self.batch.running or self._prefilling)
                 if self._closing == "now" or (self._closing == "finish" and idle):
                     return False
-                ready = self._prefilling is not None and self._prefilling.logits.done()
+                reading = self._prefilling
+                # With a pace its next chunk is due, or the steps before it
+                ready = reading is not None and (self.pace or reading.logits.done())
                 if self.batch.running or ready or (self.waiting and not self._prefilling):
                     return True
                 if any(request.caller.done for request in self._all()):
@@ -229,11 +251,34 @@ class Scheduler:
             request = self.waiting[0]
             request.leave_queue()
             reading = self.batch.admit([request])
-            if reading is not None:
+            if reading is not None and self.pace is not None:
+                self._prefilling = Prefilling(reading, Future())
+                self._steps = STEPS_BETWEEN  # nothing was read between the last ones
+            elif reading is not None:
                 logits = self._worker.submit(reading.run, self.wake)
                 self._prefilling = Prefilling(reading, logits)
             with self._changed:  # only now: whatever goes wrong in between, it is told
                 self.waiting.popleft()
+
+    def _read_chunk(self) -> None:
+        """The next tokens of the prompt that is being read, if those that run had their steps."""
+        reading, beside = self._prefilling, bool(self.batch.running)
+        if self.pace is None or reading is None or reading.logits.done():
+            return
+        if beside and self._steps < STEPS_BETWEEN and not reading.stopped:
+            return
+        reading.read_chunk(self.pace, beside=beside)
+        self._steps = 0
+
+    def _step(self) -> None:
+        """One more token of every running request."""
+        if not self.batch.running:
+            return
+        began = time.perf_counter()
+        self.batch.step()
+        self._steps += 1
+        if self.pace is not None:
+            self.pace.stepped(time.perf_counter() - began)
 
     def _take_prefilled(self) -> None:
         """A prompt that has been read becomes a running request, with its first token."""

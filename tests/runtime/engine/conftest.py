@@ -32,6 +32,14 @@ def slots() -> int:
 
 
 @pytest.fixture
+def beside(folder: Path, slots: int) -> Iterator[Engine]:
+    """An engine that reads prompts beside decode, as those of other recipes do."""
+    with Engine(folder, slots=slots, chunk_tokens=0) as engine:
+        yield engine
+        idle(engine)
+
+
+@pytest.fixture
 def engine(folder: Path, slots: int) -> Iterator[Engine]:
     with Engine(folder, slots=slots) as engine:
         yield engine

@@ -56,7 +56,7 @@ def test_many_at_once(folder: Path, engine: Engine) -> None:
 def test_the_loop_goes_on_while_the_engine_works(engine: Engine) -> None:
     """A graph waits for something that only the loop can do."""
     gate = threading.Event()
-    prefill = intercept(engine, "prefill")
+    prefill = intercept(engine, "extend")
     prefill.before = lambda inputs, outputs: gate.wait(WAIT) and None  # noqa: ARG005
 
     async def main() -> None:
@@ -212,7 +212,7 @@ def test_mistakes_and_the_end(folder: Path) -> None:
 def test_a_loop_that_has_gone(engine: Engine) -> None:
     """The request goes on, and the engine does not stumble."""
     gate = threading.Event()
-    prefill = intercept(engine, "prefill")
+    prefill = intercept(engine, "extend")
     prefill.before = lambda inputs, outputs: gate.wait(WAIT) and None  # noqa: ARG005
 
     async def main() -> Any:

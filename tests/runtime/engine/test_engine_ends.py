@@ -41,16 +41,16 @@ def test_cancelled_in_the_queue(engine: Engine) -> None:
     assert [len(waiting[i].result(WAIT).token_ids) for i in (0, 2)] == [2, 2]
 
 
-def test_cancelled_in_prefill(engine: Engine) -> None:
+def test_cancelled_in_prefill(beside: Engine) -> None:
     """What is read for nobody is stopped; the caller does not wait for that."""
-    held = Held(engine, "prefill")
-    handle = engine.submit(QUESTION, IMAGES[:1], **LONG)
-    after = engine.submit("Hi", max_new_tokens=2)
+    held = Held(beside, "prefill")
+    handle = beside.submit(QUESTION, IMAGES[:1], **LONG)
+    after = beside.submit("Hi", max_new_tokens=2)
     assert held.reached.wait(WAIT)
     assert handle.cancel()
     with pytest.raises(RequestCancelled):
         handle.result(0)
-    reading = scheduler(engine)._prefilling
+    reading = scheduler(beside)._prefilling
     assert reading is not None
     until(lambda: reading.stopped)
     held.go.set()
@@ -142,21 +142,21 @@ def test_out_of_time_in_the_queue_and_in_decode(engine: Engine) -> None:
     assert engine.generate("Hi", max_new_tokens=2, timeout=WAIT).token_ids
 
 
-def test_out_of_time_in_prefill(engine: Engine) -> None:
-    held = Held(engine, "prefill")
-    handle = engine.submit(QUESTION, timeout=0.05)
+def test_out_of_time_in_prefill(beside: Engine) -> None:
+    held = Held(beside, "prefill")
+    handle = beside.submit(QUESTION, timeout=0.05)
     with pytest.raises(RequestTimeout):
         handle.result(WAIT)
     held.go.set()
-    assert engine.generate("Hi", max_new_tokens=2).token_ids
+    assert beside.generate("Hi", max_new_tokens=2).token_ids
 
 
 @pytest.mark.parametrize("timeout", [1e300, float("inf")])
-def test_all_the_time_in_the_world(timeout: float, engine: Engine) -> None:
-    held = Held(engine, "prefill")
-    handle = engine.submit(QUESTION, timeout=timeout, max_new_tokens=2)
+def test_all_the_time_in_the_world(timeout: float, beside: Engine) -> None:
+    held = Held(beside, "prefill")
+    handle = beside.submit(QUESTION, timeout=timeout, max_new_tokens=2)
     held.reached.wait(WAIT)
-    scheduler(engine).wake()  # it sleeps until then, as long as it may
+    scheduler(beside).wake()  # it sleeps until then, as long as it may
     held.go.set()
     assert handle.result(WAIT).token_ids
 

@@ -36,8 +36,9 @@ from lvlm.runtime.generate.answers import Generation
 # Exceptions inside the backend
 
 
-def test_a_decode_that_fails_once(engine: Engine, expected: list[Generation]) -> None:
+def test_a_decode_that_fails_once(beside: Engine, expected: list[Generation]) -> None:
     """Nobody notices: the step is done again, row by row."""
+    engine = beside
     decode, failures = intercept(engine, "decode"), iter([KeyError("odd")])
     asked = threading.Event()
 
@@ -108,8 +109,9 @@ def handle_error(handle: Handle) -> BaseException:
 
 @pytest.mark.parametrize("graph", ["vision", "prefill"])
 def test_a_prompt_that_cannot_be_read(
-    graph: str, engine: Engine, expected: list[Generation]
+    graph: str, beside: Engine, expected: list[Generation]
 ) -> None:
+    engine = beside
     faulty = intercept(engine, graph)
     one = 1 if graph == "vision" else engine.manifest.images.tokens
 
@@ -213,7 +215,7 @@ def test_a_mistake_of_the_engine_itself(folder: Path, monkeypatch: pytest.Monkey
     engine = Engine(folder, slots=1)
     monkeypatch.setattr(scheduler(engine).batch.slots, "start", None)
     all_asked = threading.Event()
-    intercept(engine, "prefill").before = lambda inputs, outputs: all_asked.wait(WAIT)  # noqa: ARG005
+    intercept(engine, "extend").before = lambda inputs, outputs: all_asked.wait(WAIT)  # noqa: ARG005
     with logged() as records:
         handles = [engine.submit(QUESTION) for _ in range(3)]
         all_asked.set()

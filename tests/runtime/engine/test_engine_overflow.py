@@ -52,7 +52,8 @@ def test_a_slot_is_clean_after_an_overflow(
     with lvlm.load(folder) as model:
         one = OTHERS[0].alone(model)
     with Engine(folder, slots=1) as engine:
-        faulty = intercept(engine, "decode" if when == "decode" else "prefill")
+        reads = "extend" if recipe == "none" else "prefill"
+        faulty = intercept(engine, "decode" if when == "decode" else reads)
         handles: list[Handle] = []
 
         def spoil(inputs: Any, outputs: Any) -> None:  # noqa: ARG001

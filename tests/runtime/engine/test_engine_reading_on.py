@@ -24,7 +24,7 @@ from engine_tools import (
     submit,
     until,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lvlm
@@ -45,11 +45,16 @@ def model(folder: Path) -> Iterator[Model]:
         yield model
 
 
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Tokens of a piece, so few that every rest has several."""
+@pytest.fixture(params=["between steps", "beside"])
+def pieces(
+    request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Engine]:
+    """An engine whose pieces are so short that every rest has several, between decode steps or on
+    the thread beside."""
     monkeypatch.setattr(reading, "TOKENS_AT_ONCE", 4)
-    return 4
+    with Engine(folder, slots=3, chunk_tokens=0 if request.param == "beside" else 4) as engine:
+        yield engine
+        idle(engine)
 
 
 def test_a_conversation_with_images_in_two_turns(engine: Engine, model: Model) -> None:
@@ -68,7 +73,7 @@ def test_a_conversation_with_images_in_two_turns(engine: Engine, model: Model) -
         same(ours, theirs)
         # All but where the answer's end and the next question may be one token
         assert ours.stats.reused_tokens >= held - 3
-        assert sum(lengths) == (ours.stats.prompt_tokens - ours.stats.reused_tokens if held else 0)
+        assert sum(lengths) == ours.stats.prompt_tokens - ours.stats.reused_tokens
         encoded += image is not None
         assert vision.calls == encoded
         held = ours.stats.prompt_tokens + ours.stats.new_tokens - 1
@@ -77,7 +82,7 @@ def test_a_conversation_with_images_in_two_turns(engine: Engine, model: Model) -
     assert held > 2 * model.manifest.images.tokens
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     st.lists(st.sampled_from(WORDS), min_size=1, max_size=12),
     st.lists(st.sampled_from(WORDS), min_size=1, max_size=12),
@@ -94,8 +99,7 @@ def test_any_two_prompts(
         while words.count("<image>") > len(IMAGES):
             words.remove("<image>")
         asks.append(ask(" ".join(words), tuple(range(words.count("<image>"))), **RAW))
-    with pytest.MonkeyPatch.context() as patch, Engine(model.folder, slots=1) as engine:
-        patch.setattr(reading, "TOKENS_AT_ONCE", piece)
+    with Engine(model.folder, slots=1, chunk_tokens=piece) as engine:
         for each in asks:
             same(engine.generate(*each.arguments, **each.options), each.alone(model))
 
@@ -150,23 +154,28 @@ def get(engine: Engine, one: Ask) -> Generation:
     return engine.generate(*one.arguments, **one.options)
 
 
-@pytest.mark.usefixtures("small_pieces")
 def test_a_piece_that_fails(
-    engine: Engine, expected: list[Generation], answered: tuple[Generation, Generation]
+    pieces: Engine, expected: list[Generation], answered: tuple[Generation, Generation]
 ) -> None:
+    engine = pieces
     extend = intercept(engine, "extend")
+    starts: list[int] = []
 
     def fail(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
-        if extend.calls == 2:
+        starts.append(int(inputs["write_index"][0]))
+        if len(starts) == 2:
             for name, buffer in scheduler(engine).batch.cache.buffers.items():
                 if name.startswith("key"):
                     buffer[scheduler(engine).batch.slots.filling.start] = np.nan
             raise RuntimeError("out of luck")
 
     same(get(engine, FIRST), answered[0])
-    extend.before = fail
-    with answers(engine, OTHERS, expected), pytest.raises(BackendError, match="out of luck"):
-        submit(engine, SECOND).result(WAIT)
+    with answers(engine, OTHERS, expected):
+        until(lambda: not engine.stats().waiting and scheduler(engine)._prefilling is None)
+        extend.before = fail
+        with pytest.raises(BackendError, match="out of luck"):
+            submit(engine, SECOND).result(WAIT)
+        extend.before = lambda inputs, outputs: None  # noqa: ARG005
     idle(engine)
     assert all(np.isfinite(b).all() for b in scheduler(engine).batch.cache.buffers.values())
     again = get(engine, SECOND)
@@ -174,54 +183,64 @@ def test_a_piece_that_fails(
     assert again.stats.reused_tokens > again.stats.image_tokens
 
 
-@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("how", ["cancelled", "out of time"])
 def test_it_ends_between_two_pieces(
     how: str,
-    engine: Engine,
+    pieces: Engine,
     expected: list[Generation],
     answered: tuple[Generation, Generation],
 ) -> None:
+    engine = pieces
     extend = intercept(engine, "extend")
     there, go_on = threading.Event(), threading.Event()
+    late = how == "out of time"
+    starts: list[int] = []
 
     def hold(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
-        if extend.calls == 2:
+        starts.append(int(inputs["write_index"][0]))
+        if len(starts) == 2:
             there.set()
             assert go_on.wait(WAIT)
 
     same(get(engine, FIRST), answered[0])
-    extend.before = hold
     with answers(engine, OTHERS, expected):
-        late = {"timeout": 0.2} if how == "out of time" else {}
-        handle = engine.submit(*SECOND.arguments, **SECOND.options, **late)
+        until(lambda: not engine.stats().waiting and scheduler(engine)._prefilling is None)
+        extend.before = hold
+        handle = submit(engine, SECOND)
         assert there.wait(WAIT)
-        if not late:
+        read = scheduler(engine)._prefilling
+        assert read is not None
+        if late:
+            read.request.deadline = 0.0
+            scheduler(engine).wake()
+        else:
             handle.cancel()
+        if scheduler(engine).pace is None:  # the engine's thread sees it meanwhile
+            until(lambda: read.stopped)
+        go_on.set()
         with pytest.raises(RequestTimeout if late else RequestCancelled):
             handle.result(WAIT)
-        read = scheduler(engine)._prefilling
-        until(lambda: read is None or read.stopped)
-        go_on.set()
     idle(engine)
-    assert extend.calls == 2  # what was left is not read
+    assert len(starts) == 2  # what was left is not read
+    extend.before = lambda inputs, outputs: None  # noqa: ARG005
     same(get(engine, SECOND), answered[1])
 
 
-def test_others_go_on_meanwhile(engine: Engine, answered: tuple[Generation, Generation]) -> None:
-    """Decode of other requests does not wait for the pieces."""
+def test_others_go_on_meanwhile(beside: Engine, answered: tuple[Generation, Generation]) -> None:
+    """Decode of other requests does not wait for pieces that are read beside it."""
+    engine = beside
     extend, go_on = intercept(engine, "extend"), threading.Event()
     same(get(engine, FIRST), answered[0])
-    beside = running(engine)
+    other = running(engine)
 
     def hold(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
         assert go_on.wait(WAIT)
 
     extend.before = hold
     second = submit(engine, SECOND)
-    before = len(beside.token_ids)
-    until(lambda: len(beside.token_ids) > before + 5)
+    before = len(other.token_ids)
+    until(lambda: len(other.token_ids) > before + 5)
     assert not second.done
     go_on.set()
     same(second.result(WAIT), answered[1])
-    beside.cancel()
+    other.cancel()

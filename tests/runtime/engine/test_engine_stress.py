@@ -46,9 +46,10 @@ def test_random_operations(recipe: str, bundle: Callable[..., Path], stress_step
     wrong: list[BaseException] = []
     with Engine(folder, slots=3, queue_limit=8, image_cache="50kB") as engine:
         faults = random.Random(13)  # the engine's threads draw from it
-        for graph in ("vision", "prefill", "decode"):
+        reads = "extend" if recipe == "none" else "prefill"
+        for graph in ("vision", reads, "decode"):
             intercept(engine, graph).before = lambda inputs, outputs: _sometimes(faults)  # noqa: ARG005
-        intercept(engine, "prefill").after = lambda inputs, outputs: _spoil(faults, outputs)  # noqa: ARG005
+        intercept(engine, reads).after = lambda inputs, outputs: _spoil(faults, outputs)  # noqa: ARG005
 
         def user(number: int) -> None:
             own = random.Random(number)

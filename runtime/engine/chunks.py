@@ -1,0 +1,48 @@
+"""Length of the pieces in which a long prompt is read between decode steps, by measured time."""
+
+from __future__ import annotations
+
+from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE
+
+CHUNK_STEPS = 10  # decode steps that take about as long as a chunk, of whatever runs beside it
+STEPS_BETWEEN = 3  # decode steps from one chunk to the next
+FIRST = 64  # tokens, before anything was measured
+LEAST = 16  # fewer cost as much
+NEWEST = 0.3  # weight of the newest time in the mean
+
+
+class ChunkPace:
+    """Tokens of the next chunk. For one thread.
+
+    Args:
+        tokens: of every chunk; None: as many as are read in the time of CHUNK_STEPS steps.
+    """
+
+    def __init__(self, tokens: int | None) -> None:
+        self._fixed = tokens
+        self._step: float | None = None  # seconds, of one decode step
+        self._token: float | None = None  # of a token in a chunk
+
+    def stepped(self, seconds: float) -> None:
+        """A decode step took so long."""
+        self._step = _mean(self._step, seconds)
+
+    def read(self, tokens: int, seconds: float) -> None:
+        """A chunk of so many tokens took so long."""
+        if tokens >= LEAST:
+            self._token = _mean(self._token, seconds / tokens)
+
+    def tokens(self, *, beside: bool) -> int:
+        """Of the next chunk; ``beside``: while others wait for their next tokens."""
+        if self._fixed is not None:
+            return self._fixed
+        if not beside:
+            return TOKENS_AT_ONCE
+        if self._step is None or not self._token:
+            return FIRST
+        wanted = int(CHUNK_STEPS * self._step / self._token)
+        return min(max(LEAST, wanted), TOKENS_AT_ONCE)
+
+
+def _mean(before: float | None, newest: float) -> float:
+    return newest if before is None else before + NEWEST * (newest - before)

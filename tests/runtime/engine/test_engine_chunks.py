@@ -1,0 +1,160 @@
+"""Prompts read in chunks, between the decode steps of what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_tools import IMAGES, OTHERS, WAIT, ask, idle, intercept, running, same, submit, until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lvlm
+from lvlm.core.errors import ParameterError
+from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.engine import Engine
+from lvlm.runtime.engine.chunks import CHUNK_STEPS, FIRST, LEAST, STEPS_BETWEEN, ChunkPace
+from lvlm.runtime.engine.memory_plan import plan_memory
+from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE
+from lvlm.runtime.model import Model
+
+RAW: dict[str, Any] = {"chat_template": False}
+ASKS = [
+    ask("Read the top row.", (1,)),
+    ask("How often does 7 appear?", (), max_new_tokens=20, ignore_eos=True),
+    ask("<image> and <image> which is it, and why is it so?", (0, 1), **RAW),
+    ask("<image> before <image>", (1, 0), logprobs=2, **RAW),
+    ask("Hi", (), temperature=0.7, seed=3),
+]
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[Model]:
+    with lvlm.load(folder) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def answered(model: Model) -> list[Generation]:
+    return [a.alone(model) for a in ASKS]
+
+
+@settings(max_examples=15)
+@given(
+    st.one_of(st.integers(1, 40), st.integers(1, TOKENS_AT_ONCE)),
+    st.permutations(range(len(ASKS))),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_answers_are_those_without_chunks(
+    model: Model,
+    answered: list[Generation],
+    chunk: int,
+    order: list[int],
+    slots: int,
+    together: bool,
+) -> None:
+    """Whatever the chunks' length, the order in which prompts come, and what runs beside them."""
+    with Engine(model.folder, slots=slots, chunk_tokens=chunk) as engine:
+        handles = []
+        for which in order:
+            handles.append((which, submit(engine, ASKS[which])))
+            if not together:
+                until(lambda: bool(handles[-1][1].token_ids) or handles[-1][1].done)
+        for which, handle in handles:
+            same(handle.result(WAIT), answered[which])
+        idle(engine)
+
+
+def order_of_calls(engine: Engine) -> list[str]:
+    """Names of the graphs, as they are run from now on."""
+    calls: list[str] = []
+    for name in ("extend", "decode"):
+        graph = intercept(engine, name)
+        graph.before = lambda inputs, outputs, name=name: calls.append(name)  # type: ignore[misc] # noqa: ARG005
+    return calls
+
+
+def test_those_that_run_have_their_steps_between_two_chunks(
+    folder: Path, answered: list[Generation]
+) -> None:
+    with Engine(folder, slots=2, chunk_tokens=16) as engine:
+        calls = order_of_calls(engine)
+        beside = running(engine)
+        began = len(calls)
+        same(submit(engine, ASKS[0]).result(WAIT), answered[0])
+        beside.cancel()
+    chunks = -(-answered[0].stats.prompt_tokens // 16)
+    assert calls.count("extend") - calls[:began].count("extend") == chunks > 5
+    first = calls.index("extend", began)
+    read = calls[first : len(calls) - calls[::-1].index("extend")]
+    assert read == (["extend"] + ["decode"] * STEPS_BETWEEN) * (chunks - 1) + ["extend"]
+
+
+def test_alone_a_prompt_is_read_at_once(engine: Engine, answered: list[Generation]) -> None:
+    calls = order_of_calls(engine)
+    same(submit(engine, ASKS[2]).result(WAIT), answered[2])
+    assert calls.count("extend") == 1
+    assert "prefill" not in engine._scheduler.batch.graphs.sessions
+
+
+def test_an_engine_without_chunks(beside: Engine, answered: list[Generation]) -> None:
+    extend, prefill = intercept(beside, "extend"), intercept(beside, "prefill")
+    same(submit(beside, ASKS[0]).result(WAIT), answered[0])
+    assert (extend.calls, prefill.calls) == (0, 1)
+
+
+def test_others_are_answered_as_ever_beside_a_long_prompt(
+    folder: Path, expected: list[Generation], model: Model
+) -> None:
+    long = ask("<image>" + "and so on " * 150 + "<image> what?", (0, 1), **RAW)
+    with Engine(folder, slots=3) as engine:
+        handles = [submit(engine, a) for a in OTHERS]
+        same(submit(engine, long).result(WAIT), long.alone(model))
+        for handle, one in zip(handles, expected, strict=True):
+            same(handle.result(WAIT), one)
+
+
+# Their length
+
+
+def test_a_chunk_takes_as_long_as_some_steps() -> None:
+    pace = ChunkPace(None)
+    assert pace.tokens(beside=False) == TOKENS_AT_ONCE
+    assert pace.tokens(beside=True) == FIRST
+    for _ in range(40):
+        pace.stepped(0.02)
+        pace.read(pace.tokens(beside=True), 0.002 * pace.tokens(beside=True))
+    assert pace.tokens(beside=True) == pytest.approx(CHUNK_STEPS * 0.02 / 0.002, abs=1)
+    for _ in range(40):  # the past has become longer
+        pace.read(50, 0.004 * 50)
+    assert pace.tokens(beside=True) == pytest.approx(CHUNK_STEPS * 0.02 / 0.004, abs=1)
+    for _ in range(40):
+        pace.read(LEAST - 1, 99.0)  # so few say nothing of a token
+        pace.stepped(1e-9)
+    assert pace.tokens(beside=True) == LEAST
+    for _ in range(40):
+        pace.stepped(60.0)
+    assert pace.tokens(beside=True) == TOKENS_AT_ONCE
+    assert [ChunkPace(7).tokens(beside=b) for b in (True, False)] == [7, 7]
+
+
+@pytest.mark.parametrize("wrong", [-1, TOKENS_AT_ONCE + 1, 1.5, "all", True])
+def test_lengths_that_cannot_be(wrong: Any, folder: Path) -> None:
+    with pytest.raises(ParameterError, match="chunk_tokens is"):
+        Engine(folder, chunk_tokens=wrong)
+
+
+def test_what_is_read_at_once_bounds_the_workspace(folder: Path) -> None:
+    manifest = read_bundle(folder)
+    whole, large, small = (
+        plan_memory(manifest, manifest.capacity, 1, None, 0, chunk).workspace
+        for chunk in (None, TOKENS_AT_ONCE, 32)
+    )
+    assert whole > 2 * large > 4 * small
+    with Engine(folder, slots=1, chunk_tokens=32) as engine:
+        assert engine.memory().workspace == small
+        assert engine.generate("Hi", IMAGES[:1], max_new_tokens=1).token_ids
