@@ -107,8 +107,8 @@ def test_conversations_equal_transformers(
                 ids = tokenizer(text, add_special_tokens=not begins)["input_ids"]
                 assert list(prompt.ids) == expanded(model, ids, images)
                 given = transformers_inputs(folder, prompt)
-                expected.append(their_answer(theirs, prompt.ids, given, max_new_tokens=16))
-            options: dict[str, Any] = {"max_new_tokens": 16, "chat_template": template}
+                expected.append(their_answer(theirs, prompt.ids, given, max_new_tokens=8))
+            options: dict[str, Any] = {"max_new_tokens": 8, "chat_template": template}
             asked = [messages(talk) for talk in TALKS]
             assert [model.generate(one, **options).token_ids for one in asked] == expected
             assert [g.token_ids for g in model.generate(asked, **options)] == expected
