@@ -41,6 +41,7 @@ from lvlm.core.errors import (
 from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.engine.aio import AsyncEngine
 from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.run_cli import main
 
 RECIPES = {"none": ("none",), "lightvlm": ("lightvlm",), **CACHED}
@@ -106,10 +107,16 @@ def test_answers_of_their_own_lengths(engine: Engine, folder: Path) -> None:
     same(found, together)
 
 
-def test_a_prompt_that_begins_like_an_earlier_one(engine: Engine, folder: Path) -> None:
+@pytest.mark.parametrize("extends", [True, False])
+def test_a_prompt_that_begins_like_an_earlier_one(
+    extends: bool, engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rest is read once; without the graph extend by decode, in every answer's row."""
+    monkeypatch.setattr(Graphs, "extends", property(lambda _: extends))
     engine.generate(QUESTION, IMAGES[:1], max_new_tokens=2)
     found = engine.generate(QUESTION + " Now!", IMAGES[:1], n=3, seed=4, **DRAWN)
     assert found.stats.reused_tokens > found.stats.image_tokens
+    assert (found.stats.prefill_ms > 0) == extends
     with lvlm.load(folder) as model:
         for number, ours in enumerate(all_of(found)):
             alone = model.generate(QUESTION + " Now!", IMAGES[:1], seed=4 + number, **DRAWN)
