@@ -24,7 +24,7 @@ from lvlm.runtime.generate.answers import Generation, Stream, with_others
 from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos, one_ask, read_asks
 from lvlm.runtime.generate.call_plan import check_one_answer, read_options
 from lvlm.runtime.generate.loaded_graphs import Graphs
-from lvlm.runtime.generate.token_count import TokenCount, count_asks
+from lvlm.runtime.generate.token_count import TokenCount, TokenCounting, count_asks
 from lvlm.runtime.media.images import ImageSource
 from lvlm.runtime.media.video import VideoSource
 from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
@@ -33,7 +33,7 @@ from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
 from lvlm.runtime.prompt.text import TextStream, Tokenizer
 
 
-class Model:
+class Model(TokenCounting):
     """A bundle on a device. One call at a time: a second, concurrent one is refused.
 
     Use as a context manager, or call ``close``; it frees graphs, weights and cache.
@@ -184,36 +184,11 @@ class Model:
 
         return Stream(pieces(), lambda: answer.times)
 
-    @overload
-    def count_tokens(  # type: ignore[overload-overlap]
-        self,
-        prompt: Question,
-        images: Images | None = (),
-        videos: Videos | None = (),
-        options: GenerationOptions | None = None,
-        **given: Unpack[OptionValues],
-    ) -> TokenCount: ...
-
-    @overload
-    def count_tokens(
-        self,
-        prompt: Questions,
-        images: Sequence[Images | None] | None = (),
-        videos: Sequence[Videos | None] | None = (),
-        options: GenerationOptions | None = None,
-        **given: Unpack[OptionValues],
-    ) -> list[TokenCount]: ...
-
-    def count_tokens(self, prompt, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
-        """Count the tokens of one prompt, or of each of a list; no graph is run.
-
-        Arguments are those of generate, and so is what is raised of a prompt.
-        """
-        parsed = self._options(options, given)
-        asks, many = read_asks(prompt, images, videos)
-        manifest = self.manifest
-        counts = count_asks(manifest, self._prompts, manifest.capacity, asks, parsed)
-        return counts if many else counts[0]
+    def _counts(
+        self, asks: Sequence[Ask], options: GenerationOptions | None, given: Mapping[str, object]
+    ) -> list[TokenCount]:
+        manifest, parsed = self.manifest, self._options(options, given)
+        return count_asks(manifest, self._prompts, manifest.capacity, asks, parsed)
 
     def close(self) -> None:
         self._calls = None

@@ -28,7 +28,7 @@ from lvlm.runtime.generate.answers import Generation, Stream
 from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos, one_ask, read_asks
 from lvlm.runtime.generate.call_plan import check_one_answer, count_prompts, read_options
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, Graphs
-from lvlm.runtime.generate.token_count import TokenCount, count_asks
+from lvlm.runtime.generate.token_count import TokenCount, TokenCounting, count_asks
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
 from lvlm.runtime.options.generation_options import GenerationOptions, Keep, OptionValues
@@ -40,7 +40,7 @@ CHUNK = integer(0, TOKENS_AT_ONCE)
 SECONDS = number("seconds above 0, or None", lambda x: x > 0)
 
 
-class Engine:
+class Engine(TokenCounting):
     """Answers requests as they come, several at once. Any thread may call it.
 
     A slot holds one running request; all slots are allocated at the start and nothing grows after
@@ -204,33 +204,11 @@ class Engine:
 
         return Stream(pieces(), lambda: handle.token_times, handle.cancel)
 
-    @overload
-    def count_tokens(  # type: ignore[overload-overlap]
-        self,
-        prompt: Question,
-        images: Images | None = (),
-        videos: Videos | None = (),
-        options: GenerationOptions | None = None,
-        **given: Unpack[OptionValues],
-    ) -> TokenCount: ...
-
-    @overload
-    def count_tokens(
-        self,
-        prompt: Questions,
-        images: Sequence[Images | None] | None = (),
-        videos: Sequence[Videos | None] | None = (),
-        options: GenerationOptions | None = None,
-        **given: Unpack[OptionValues],
-    ) -> list[TokenCount]: ...
-
-    def count_tokens(self, prompt, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
-        """Count the tokens of one prompt, or of each of a list, as Model.count_tokens; answers are
-        bounded by a slot."""
+    def _counts(
+        self, asks: Sequence[Ask], options: GenerationOptions | None, given: Mapping[str, object]
+    ) -> list[TokenCount]:
         parsed = self.options(options, given)
-        asks, many = read_asks(prompt, images, videos)
-        counts = count_asks(self.manifest, self._prompts, self.capacity, asks, parsed)
-        return counts if many else counts[0]
+        return count_asks(self.manifest, self._prompts, self.capacity, asks, parsed)
 
     def stats(self) -> EngineStats:
         """Statistics of the engine so far."""

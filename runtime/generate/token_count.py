@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Unpack, overload
 
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
-from lvlm.runtime.generate.asks import Ask
+from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos, read_asks
 from lvlm.runtime.generate.call_plan import count_prompts
-from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
 from lvlm.runtime.prompt.prompts import PromptMaker
 
 
@@ -22,6 +24,46 @@ class TokenCount:
     image_tokens: int
     kept_per_layer: tuple[int, ...]
     new_tokens: int
+
+
+class TokenCounting(ABC):
+    """What prepares prompts, and so can count them."""
+
+    @overload
+    def count_tokens(  # type: ignore[overload-overlap]
+        self,
+        prompt: Question,
+        images: Images | None = (),
+        videos: Videos | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
+    ) -> TokenCount: ...
+
+    @overload
+    def count_tokens(
+        self,
+        prompt: Questions,
+        images: Sequence[Images | None] | None = (),
+        videos: Sequence[Videos | None] | None = (),
+        options: GenerationOptions | None = None,
+        **given: Unpack[OptionValues],
+    ) -> list[TokenCount]: ...
+
+    def count_tokens(self, prompt, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
+        """Count the tokens of one prompt, or of each of a list; no graph is run.
+
+        Arguments are those of generate, and so is what is raised of a prompt. There is room for as
+        many new tokens as the bundle has it, or the engine's slots.
+        """
+        asks, many = read_asks(prompt, images, videos)
+        counts = self._counts(asks, options, given)
+        return counts if many else counts[0]
+
+    @abstractmethod
+    def _counts(
+        self, asks: Sequence[Ask], options: GenerationOptions | None, given: Mapping[str, object]
+    ) -> list[TokenCount]:
+        """The counts of each prompt, at these options."""
 
 
 def count_asks(
