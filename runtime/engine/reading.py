@@ -75,7 +75,14 @@ class ReadingInPieces:
     encode: Encode
     call: Call
     start: int
-    features: np.ndarray | None = field(default=None, init=False)
+    _features: list[np.ndarray] = field(default_factory=list, init=False)
+    _next_image: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        """Images whose tokens have all been read are not encoded."""
+        numbers = self.request.prompt.image_id[self.start :]
+        shown = numbers[numbers > 0]
+        self._next_image = int(shown.min()) - 1 if len(shown) else len(self.request.prompt.images)
 
     @property
     def requests(self) -> Sequence[Request]:
@@ -86,36 +93,46 @@ class ReadingInPieces:
         """Tokens that are still to be read."""
         return len(self.request.prompt.ids) - self.start
 
+    @property
+    def images_left(self) -> int:
+        """Images that are still to be encoded before tokens can be read."""
+        return len(self.request.prompt.images) - self._next_image
+
     def run(self) -> np.ndarray:
         while True:
             logits, _ = self.read(TOKENS_AT_ONCE)
             if logits is not None:
                 return logits
 
+    def encode_images(self, count: int) -> None:
+        """Encode so many of the images that are left."""
+        began, prompt = time.perf_counter(), self.request.prompt
+        some = slice(self._next_image, self._next_image + count)
+        self._features += self.encode(prompt.images[some], self.request.digests[some])
+        self._next_image = min(some.stop, len(prompt.images))
+        self.request.vision_ms += (time.perf_counter() - began) * 1e3
+
     def read(self, tokens: int) -> tuple[np.ndarray | None, float]:
         """Read so many tokens, the images before the first ones: logits [1,vocabulary] after the
         last ones, and how many seconds the tokens took."""
-        if self.features is None:
-            self.features = self._encoded()
+        if self.images_left:
+            self.encode_images(self.images_left)
         began = time.perf_counter()
         span = range(self.start, self.start + min(tokens, self.left))
-        logits = self.graphs.extend(self.request.prompt, span, self.features, self.call)
+        logits = self.graphs.extend(self.request.prompt, span, self._all_features(), self.call)
         self.start = span.stop
         seconds = time.perf_counter() - began
         check_finite(logits)  # those of the last piece alone are looked at later
         self.request.prefill_ms += seconds * 1e3
         return None if self.left else logits, seconds
 
-    def _encoded(self) -> np.ndarray:
-        """Features [V,D] of the images that have tokens among those to be read."""
-        began = time.perf_counter()
-        prompt, digests = self.request.prompt, self.request.digests
-        numbers = prompt.image_id[self.start :]
-        wanted = int(numbers[numbers > 0].min()) - 1 if (numbers > 0).any() else len(prompt.images)
-        found = self.encode(prompt.images[wanted:], digests[wanted:])
-        self.request.vision_ms = (time.perf_counter() - began) * 1e3
-        nothing = np.zeros((0, self.graphs.manifest.feature_width), np.float32)
-        return np.concatenate(found) if found else nothing
+    def _all_features(self) -> np.ndarray:
+        """[V,D] of the images that have been encoded; put together once."""
+        if not self._features:
+            return np.zeros((0, self.graphs.manifest.feature_width), np.float32)
+        if len(self._features) > 1:
+            self._features = [np.concatenate(self._features)]
+        return self._features[0]
 
     def stop(self) -> None:
         self.call.stop()

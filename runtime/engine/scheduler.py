@@ -47,12 +47,16 @@ class Prefilling:
         return self.reading.requests[0]
 
     def read_chunk(self, pace: ChunkPace, *, beside: bool) -> None:
-        """Read the next tokens of a prompt that no worker reads."""
+        """Read the next tokens of a prompt that no worker reads. ``beside`` others, which wait for
+        theirs, an image is encoded at a time, too."""
         assert isinstance(self.reading, ReadingInPieces)
         tokens = min(pace.tokens(beside=beside), self.reading.left)
         try:
             if self.stopped:
                 raise BackendError("nobody waits for the answer any more; the prompt is left")
+            if beside and self.reading.images_left:
+                self.reading.encode_images(1)
+                return
             logits, seconds = self.reading.read(tokens)
         except Exception as error:
             self.logits.set_exception(error)

@@ -72,7 +72,7 @@ def test_answers_are_those_without_chunks(
 def order_of_calls(engine: Engine) -> list[str]:
     """Names of the graphs, as they are run from now on."""
     calls: list[str] = []
-    for name in ("extend", "decode"):
+    for name in ("vision", "extend", "decode"):
         graph = intercept(engine, name)
         graph.before = lambda inputs, outputs, name=name: calls.append(name)  # type: ignore[misc] # noqa: ARG005
     return calls
@@ -92,6 +92,18 @@ def test_those_that_run_have_their_steps_between_two_chunks(
     first = calls.index("extend", began)
     read = calls[first : len(calls) - calls[::-1].index("extend")]
     assert read == (["extend"] + ["decode"] * STEPS_BETWEEN) * (chunks - 1) + ["extend"]
+
+
+def test_and_between_two_images(folder: Path, answered: list[Generation]) -> None:
+    with Engine(folder, slots=2, image_cache=0) as engine:
+        calls = order_of_calls(engine)
+        beside = running(engine)
+        began = len(calls)
+        same(submit(engine, ASKS[2]).result(WAIT), answered[2])
+        beside.cancel()
+    seen = calls[calls.index("vision", began) :]
+    steps = ["decode"] * STEPS_BETWEEN
+    assert seen[: 3 + 2 * STEPS_BETWEEN] == ["vision", *steps, "vision", *steps, "extend"]
 
 
 def test_alone_a_prompt_is_read_at_once(engine: Engine, answered: list[Generation]) -> None:
