@@ -100,6 +100,8 @@ def _run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> GenerationOptions:
     """Raise for mistakes that are known before anything is loaded."""
     options = given_options(args)
+    if args.chat and options.n > 1:
+        raise ParameterError("--n does not go with --chat; leave it out")
     idle = [name for name in DRAWING if getattr(args, name) is not None]
     if idle and not options.temperature and (options.temperature == 0 or not options.defaults):
         flag = "--" + idle[0].replace("_", "-")
@@ -124,10 +126,7 @@ def _check(args: argparse.Namespace) -> GenerationOptions:
 
 def _chat(args: argparse.Namespace, options: GenerationOptions) -> int:
     from lvlm.runtime.engine import Engine
-    from lvlm.runtime.generate.call_plan import check_one_answer
     from lvlm.runtime.tools.chat import Chat, converse
-
-    check_one_answer(options)
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

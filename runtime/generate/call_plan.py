@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.core.errors import CapacityError, ParameterError
+from lvlm.core.errors import CapacityError, ParameterError, shown
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.kv.answer_limits import new_token_limit
 from lvlm.runtime.kv.budgets import Budgets
@@ -109,7 +109,7 @@ def read_options(
     ):
         if ids and max(ids) >= vocab:
             raise ParameterError(
-                f"{name} has token {max(ids)}; the bundle's tokens are those below {vocab:,}"
+                f"{name} has token {shown(max(ids))}; the bundle's are those below {vocab:,}"
             )
     keep_ratios(manifest.reductions, manifest.keep, options.keep)
     Budgets.of(manifest.cache_policy, manifest.text.layers, options.kv_keep)

@@ -116,7 +116,7 @@ def _message(given: object, where: str) -> Message:
             "messages or texts for several prompts"
         )
     role = given.get("role")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         given_role = f"is {shown(role)}" if "role" in given else "is missing"
         raise PromptError(f"{where}: its role {given_role}; give {', '.join(ROLES)}")
     role = ROLES[ROLES.index(role)]  # of its exact type, see _text
@@ -142,7 +142,7 @@ def _part(given: object, where: str) -> Part:
     if not isinstance(given, Mapping):
         raise PromptError(f'{where} is {shown(given)}; give {{"type": "text", "text": …}}, say')
     kind = given.get("type")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         what = f"is {shown(kind)}" if "type" in given else "is missing"
         raise PromptError(f"{where}: its type {what}; give {', '.join(_KINDS)}")
     kind = _KINDS[_KINDS.index(kind)]

@@ -66,7 +66,10 @@ class Sampler:
 
     def _draw(self, scores: npt.NDArray[np.float32]) -> int:
         if scores.max() == -np.inf:
-            raise BackendError("generation_config.json forbids every token; nothing can be drawn")
+            raise BackendError(
+                "generation_config.json, or min_new_tokens with stop_token_ids, forbids every "
+                "token; nothing can be drawn"
+            )
         tokens, probabilities = candidates(scores, self._params)
         reached = probabilities.cumsum()
         # random() is below 1, so that a token of probability 0 is never drawn

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lvlm.core.discovery import nearest
-from lvlm.core.errors import LvlmError, ParameterError, PromptError
+from lvlm.core.errors import CapacityError, LvlmError, ParameterError, PromptError
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.media.images import open_image
 from lvlm.runtime.options.generation_options import GenerationOptions
 
 HELP = """\
@@ -21,7 +22,8 @@ HELP = """\
 /reset       begin anew
 /help        this list
 /quit        end, as does the end of the input
-Anything else is a message; one that begins with / is written with two. Ctrl-C stops an answer."""
+Anything else is a message; one that begins with / is written with two. Ctrl-C stops
+an answer, and where a line is waited for ends all."""
 
 
 class Chat:
@@ -63,6 +65,8 @@ class Chat:
                 self.show(command[1:], rest.strip())
             else:
                 raise nearest("command", command, COMMANDS)
+        except CapacityError as error:
+            self._tell(f"error: {error}; /reset begins anew")
         except LvlmError as error:
             self._tell(f"error: {error}")
         return True
@@ -73,7 +77,7 @@ class Chat:
             raise ParameterError(f"/{kind} shows a file; write /{kind} PATH")
         source: Any = os.path.expanduser(path.strip("\"'"))
         if kind == "image":
-            source = _content(source)  # as it is now, in every later turn
+            source = _content(source, self._options)  # as it is now, in every later turn
         part = {"type": kind, kind: source}
         count = self._engine.count_tokens(
             [*self.history, _user([*self.pending, part])], options=self._options
@@ -156,9 +160,10 @@ def _user(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {"role": "user", "content": parts}
 
 
-def _content(path: str) -> bytes | str:
-    """A file's bytes; where it cannot be read, the path: opening it says why."""
+def _content(path: str, options: GenerationOptions) -> bytes | str:
+    """The bytes of an image's file. Raises ImageError for what is none, of whatever size."""
+    open_image(path, options.max_image_pixels)
     try:
         return Path(path).read_bytes() if os.path.isfile(path) else path
-    except (OSError, ValueError):
+    except OSError:
         return path

@@ -37,7 +37,7 @@ def light(bundle: Callable[..., Path]) -> Path:
         (["BUNDLE", "--chat", "--json"], "--json does not go with --chat; leave it out"),
         (["BUNDLE", "--chat", "--show-merge", "x.png"], "--show-merge does not go with --chat"),
         (["BUNDLE", "--chat", "--no-chat-template"], "--no-chat-template does not go with --ch"),
-        (["BUNDLE", "--chat", "--n", "2", "--temperature", "1"], "n is 2, but a stream has one"),
+        (["BUNDLE", "--chat", "--n", "2"], "--n does not go with --chat"),
         (["BUNDLE", "--chat", "--image", "no.png"], "'no.png' does not exist"),
         (["BUNDLE", "Hi", "--imge", "x"], "unknown argument --imge; did you mean --image"),
         (["BUNDLE", "Hi", "--temp", "1"], "unknown argument --temp; did you mean --temperature?"),

@@ -142,7 +142,7 @@ def test_what_is_forbidden_is_never_drawn() -> None:
         sampler = Sampler(Sampling(temperature=5.0, top_k=3, seed=seed), [1], config)
         assert sampler.choose(np.zeros(4, np.float32)) == 1
     nothing = GenerationConfig(suppress_tokens=(0, 1))
-    with pytest.raises(BackendError, match="forbids every token"):
+    with pytest.raises(BackendError, match="forbids every"):
         Sampler(Sampling(temperature=1.0), [1], nothing).choose(np.zeros(2, np.float32))
 
 

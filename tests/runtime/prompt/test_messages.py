@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lvlm.core.errors import PromptError
@@ -102,6 +103,8 @@ USER: dict[str, Any] = {"role": "user", "content": "Hi"}
         ([{"content": "Hi"}], "message 1: its role is missing; give system, user, assistant, tool"),
         ([{"role": "User", "content": "Hi"}], "message 1: its role is 'User'"),
         ([{"role": ["user"], "content": "Hi"}], "its role is ['user']"),
+        ([{"role": np.array(["user", "x"]), "content": "Hi"}], "its role is array("),
+        ([{"type": np.array([1, 2])}], "message 1, part 1: its type is array("),
         ([USER, {"role": "user"}], "message 2 has no content"),
         ([{"role": "user", "content": None}], "message 1: its content is None; give a text"),
         ([{"role": "user", "content": b"Hi"}], "its content is b'Hi'"),

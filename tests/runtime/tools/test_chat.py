@@ -121,7 +121,7 @@ def test_commands(talk: Talk) -> None:
         ("/image /dev/null", "is not an image that can be read"),
         (f"/image {__file__}", "is not an image that can be read"),
         ("/video x.mp4", "this model takes no video"),
-        ("word " * 3000, "text tokens, but there is room for --max-text-len"),
+        ("word " * 3000, "export with more; /reset begins anew"),
         ("half \ud800", "not valid Unicode"),
     ],
 )
@@ -136,6 +136,13 @@ def test_a_mistake_is_a_line_and_the_conversation_goes_on(line: str, said: str, 
     assert len(talk.chat.history) == 4
     assert talk(f"/image {IMAGE}") == [True]
     assert "3 images, but there is room for --max-images 2" in talk.told[1]
+
+
+def test_a_file_is_not_read_before_it_is_known_to_be_an_image(talk: Talk, tmp_path: Path) -> None:
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(1 << 42)  # takes no room on the disk, and more than there is in memory
+    assert talk(f"/image {tmp_path / 'huge.png'}") == [True]
+    assert "is not an image that can be read" in talk.told[0]
 
 
 def test_ctrl_c_stops_an_answer(engine: Engine) -> None:
