@@ -105,7 +105,7 @@ def test_tokens_that_the_bundle_lacks(both: Both) -> None:
             who.generate("Hi", stop_token_ids=[1, vocab])
         with pytest.raises(ParameterError, match=f"logit_bias has token {vocab}; .* below"):
             who.generate("Hi", logit_bias={vocab: 1.0})
-        with pytest.raises(ParameterError, match="stop_token_ids has token 1"):
+        with pytest.raises(ParameterError, match=r"has token of type int; .* below"):
             who.generate("Hi", stop_token_ids=[10**5000])  # more digits than Python writes
     biased = model.generate("Hi", logit_bias={vocab - 1: 100}, max_new_tokens=3)
     assert biased.token_ids == [vocab - 1] * 3
