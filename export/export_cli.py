@@ -80,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="also write graphs lowered for this engine (see --list-targets)",
     )
+    parser.add_argument(
+        "--sessions",
+        action="store_true",
+        help="write the graph that lets a conversation keep its compressed cache from turn to turn "
+        "(engine.session(), lvlm-run --chat --session); with recipe none it is always there",
+    )
     parser.add_argument("--revision", help="of the hub repository: branch, tag or commit")
     parser.add_argument(
         "--no-validate", action="store_true", help="do not compare with the checkpoint"
@@ -187,5 +193,6 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         max_images=args.max_images,
         max_image_tokens=args.max_image_tokens,
         validate=not args.no_validate,
+        sessions=args.sessions,
         targets=tuple(targets[name] for name in dict.fromkeys(args.target)),
     )

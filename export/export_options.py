@@ -21,7 +21,8 @@ BLOCK = 32  # of quantized weights; docs/notes/quantization.md: what was tried
 class ExportOptions:
     """Options of an export. ``dtype`` None: as the checkpoint has it (its config.json); ``weights``
     None: the language model's linear layers are of ``dtype``, too; ``cache`` None: so is the cache;
-    ``max_image_tokens`` None: images give as many tokens as the checkpoint says."""
+    ``max_image_tokens`` None: images give as many tokens as the checkpoint says; ``sessions``:
+    conversations can keep a compressed cache from turn to turn (recipe none: always)."""
 
     model: str
     recipe: Recipe
@@ -35,6 +36,7 @@ class ExportOptions:
     max_images: int = 1
     max_image_tokens: int | None = None
     validate: bool = True
+    sessions: bool = False
     targets: tuple[Target, ...] = ()
 
     def __post_init__(self) -> None:

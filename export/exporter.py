@@ -70,7 +70,7 @@ def stages(plan: ExportPlan) -> int:
     """Number of steps of an export's progress."""
     options, wanted = plan.options, plan.options.recipe.calibration()
     measured = wanted is not None and wanted.file is None
-    graphs = len(graph_names(plan.recipe))
+    graphs = len(graph_names(plan.recipe, sessions=options.sessions))
     return graphs + 2 + len(options.targets) + options.validate + measured
 
 
@@ -99,7 +99,10 @@ def write_bundle(plan: ExportPlan, folder: Path, progress: Progress) -> Manifest
 def _trace_all(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
     skeleton, arrays = plan.skeleton, plan.family.vision_inputs(plan.images)
     traced, leaves = [], leaves_of(plan.family)
-    for graph in bundle_graphs(skeleton, plan.recipe, arrays, plan.cache_dtype):
+    sessions = plan.options.sessions
+    for graph in bundle_graphs(
+        skeleton, plan.recipe, arrays, plan.cache_dtype, sessions=sessions
+    ):
         with progress.stage(f"trace {graph.name}") as stage, leaves.exchanged(skeleton.model):
             traced.append(trace(graph, skeleton.model, skeleton.mode))
             stage.result = f"{len(traced[-1].model.graph):,} nodes"

@@ -61,6 +61,34 @@ class EntriesBehind:
         return keys, values
 
 
+class EntriesKept:
+    """Stands in for transformers' cache in extend where entries leave, too: gives those of
+    ``slots`` [P] with a block's new ones behind them [B,Hkv,P+T,d] to attend over, rounded as its
+    buffers are, and writes those of them that ``written`` [W] says, from slot ``index`` [B] on."""
+
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        index: torch.Tensor,
+        slots: torch.Tensor,
+        written: torch.Tensor,
+    ) -> None:
+        self.key, self.value = key, value
+        self.index, self.slots, self.written = index, slots, written
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (
+            torch.cat([buffer.index_select(2, self.slots), new.to(buffer.dtype)], dim=2)
+            for buffer, new in ((self.key, key), (self.value, value))
+        )
+        self.key = store(self.key, keys.index_select(2, self.written), self.index)
+        self.value = store(self.value, values.index_select(2, self.written), self.index)
+        return keys.to(key.dtype), values.to(value.dtype)
+
+
 def store(buffer: torch.Tensor, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """``x`` [B,H,n,d], in the buffer's dtype, into ``buffer`` [B,H,C,d] from slot ``index`` on."""
     return scatter(buffer, x.to(buffer.dtype), index)
@@ -71,7 +99,7 @@ def run_block(
     hidden: torch.Tensor,
     positions: torch.Tensor,
     angles: tuple[torch.Tensor, torch.Tensor],
-    cache: PromptEntries | CacheWriter | EntriesBehind,
+    cache: PromptEntries | CacheWriter | EntriesBehind | EntriesKept,
     tap: Tap,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from lvlm.export.graphs.compact import Compact
 from lvlm.export.graphs.decode import Decode
 from lvlm.export.graphs.extend import Extend
+from lvlm.export.graphs.extend_kept import ExtendKept
 from lvlm.export.graphs.graph import BundleGraph
 from lvlm.export.graphs.prefill import Prefill
 from lvlm.export.graphs.skeleton import Skeleton
@@ -17,9 +18,10 @@ from lvlm.export.ports import GraphPort
 from lvlm.export.recipes.recipe import Recipe
 
 
-def graph_names(recipe: Recipe) -> tuple[str, ...]:
-    """The graphs of a bundle with this recipe."""
-    extends, compacts = recipe.in_place, _compacts(recipe)
+def graph_names(recipe: Recipe, *, sessions: bool = False) -> tuple[str, ...]:
+    """The graphs of a bundle with this recipe. ``sessions``: conversations keep their cache,
+    whatever the recipe."""
+    extends, compacts = recipe.in_place or sessions, _compacts(recipe)
     return (
         *(Vision.name, Prefill.name),
         *((Extend.name,) if extends else ()),
@@ -29,7 +31,12 @@ def graph_names(recipe: Recipe) -> tuple[str, ...]:
 
 
 def bundle_graphs(
-    skeleton: Skeleton, recipe: Recipe, arrays: Sequence[GraphPort], cache_dtype: torch.dtype
+    skeleton: Skeleton,
+    recipe: Recipe,
+    arrays: Sequence[GraphPort],
+    cache_dtype: torch.dtype,
+    *,
+    sessions: bool = False,
 ) -> list[BundleGraph]:
     """Those graphs; image features are of the weights' dtype.
 
@@ -40,9 +47,12 @@ def bundle_graphs(
     graphs: list[BundleGraph] = [
         Vision(skeleton.vision, arrays, language.feature_width, dtype),
         Prefill(language, recipe, dtype, cache_dtype),
-        *([Extend(language, dtype, cache_dtype)] if recipe.in_place else []),
-        Decode(language, rule, cache_dtype),
     ]
+    if recipe.in_place:
+        graphs.append(Extend(language, dtype, cache_dtype))
+    elif sessions:
+        graphs.append(ExtendKept(language, rule, dtype, cache_dtype))
+    graphs.append(Decode(language, rule, cache_dtype))
     if rule is not None and _compacts(recipe):
         graphs.append(Compact(language, rule, cache_dtype))
     return graphs

@@ -111,7 +111,11 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
         ranges[f"length_{stage}"] = Range(1, count + text, longest)
     for layer, capacity in enumerate(manifest.capacity.per_layer):
         longest_cache = min(capacity, longest)
-        ranges[f"entries_{layer}"] = Range(1, min(int(stays[layer]), longest_cache), longest_cache)
+        entries = Range(1, min(int(stays[layer]), longest_cache), longest_cache)
+        ranges[f"entries_{layer}"] = entries
+        # Of extend: the entries behind which a session's tokens are read, and those it writes
+        ranges[f"past_{layer}"] = Range(1, entries.opt, capacity)
+        ranges[f"written_{layer}"] = Range(1, min(ranges["tokens"].opt, capacity), capacity)
     return ranges
 
 

@@ -116,12 +116,16 @@ def _decode(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
 
 
 def _extend(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
-    takes: Forms = {
-        **_tokens(manifest),
-        "last_token": ("int64", (None,)),
-        "write_index": ("int64", (None,)),
-        "past_slots": ("int64", (None,)),
-    }
+    takes: Forms = {**_tokens(manifest), "last_token": ("int64", (None,))}
+    if manifest.in_place:
+        takes |= {name: ("int64", (None,)) for name in ("write_index", "past_slots")}
+    else:
+        layers, queries = manifest.text.layers, _queries(manifest)
+        takes |= {name: ("int64", (layers, None)) for name in ("write_index", "new_until")}
+        names = ("past_slots", "past_until", "written")
+        takes |= {f"{n}_{layer}": ("int64", (None,)) for layer in range(layers) for n in names}
+        if queries:
+            takes["ring_slots"] = ("int64", (queries,))
     caches = _caches(manifest)
     return (
         takes | {f"past_{name}": form for name, form in caches.items()},

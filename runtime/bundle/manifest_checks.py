@@ -68,7 +68,7 @@ def _check_graphs(manifest: Manifest, path: Path) -> None:
     wanted = GRAPHS | ({"compact"} if compacts else set())
     if missing := wanted - set(manifest.graphs):
         raise BundleError(f"{path} lists no {', '.join(sorted(missing))} graph; export again")
-    known = wanted | ({"extend"} if manifest.in_place else set())  # not in schemas before 6
+    known = wanted | {"extend"}  # not in schemas before 6; with most recipes on request alone
     if more := set(manifest.graphs) - known:
         raise BundleError(
             f"{path} lists a graph {shown(min(more))}, which has no use; export again"

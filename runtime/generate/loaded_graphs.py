@@ -12,6 +12,8 @@ from lvlm.core.forks import keep_in_children
 from lvlm.runtime.backends import Backend, Buffer, Call, Session, host_dtype
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.generate.call_plan import PromptCounts
+from lvlm.runtime.kv.slot_counts import SlotCounts
+from lvlm.runtime.kv.tokens_at_once import at_once
 from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.prompt.prompts import Prompt
 
@@ -125,7 +127,34 @@ class Graphs:
 
         ``features`` [V,D] are those of the prompt's last V image tokens, the span's and all that
         follow among them; ``call`` is extend, bound to the one row of the prompt's entries."""
-        inputs = _piece_inputs(prompt, span, features)
+        places = {
+            "write_index": np.array([span.start], np.int64),
+            # Where there is no past, one slot that nothing sees: engines take no empty tensors
+            "past_slots": np.arange(max(1, span.start), dtype=np.int64),
+        }
+        return self._extend(prompt, span, features, places, call)
+
+    def extend_kept(
+        self, prompt: Prompt, span: range, features: np.ndarray, counts: SlotCounts, call: Call
+    ) -> np.ndarray:
+        """The same with a recipe that merges or compresses: as if decode had read the tokens behind
+        what lies in the cache, one after the other. ``counts``, of the one row, count them."""
+        tokens = at_once(counts, len(span))
+        own = dict(tokens.inputs)
+        if tokens.positions is not None:
+            shape = prompt.aligned[..., None, span.start : span.stop].shape
+            own["position_ids"] = np.broadcast_to(tokens.positions, shape)
+        return self._extend(prompt, span, features, own, call)
+
+    def _extend(
+        self,
+        prompt: Prompt,
+        span: range,
+        features: np.ndarray,
+        own: Mapping[str, np.ndarray],
+        call: Call,
+    ) -> np.ndarray:
+        inputs = _piece_inputs(prompt, span, features) | own
         if not len(inputs["image_features"]):
             nothing = np.zeros((1, self.manifest.feature_width), host_dtype(self.manifest.dtype))
             inputs["image_features"] = nothing
@@ -135,23 +164,18 @@ class Graphs:
 
 
 def _piece_inputs(prompt: Prompt, span: range, features: np.ndarray) -> dict[str, np.ndarray]:
-    """Inputs of extend for some tokens of a prompt, without the cache's buffers."""
+    """Inputs of extend for some tokens of a prompt, without where they go and the buffers."""
     some = slice(span.start, span.stop)
     image = prompt.image_id > 0
     number = image.cumsum() - 1 - (image.sum() - len(features))  # of an image token in ``features``
     rows = number[some][image[some]]
     first = int(rows[0]) if len(rows) else 0
-    last = np.array([len(span) - 1], np.int64)
-    start = np.array([span.start], np.int64)
     return {
         "input_ids": np.array(prompt.ids[some], np.int64)[None],
         "image_features": features[first : first + len(rows)],
         "image_row": np.where(image[some], number[some] - first, -1)[None],
         "position_ids": prompt.aligned[..., None, some],
-        "last_token": last,
-        "write_index": start,
-        # Where there is no past, one slot that nothing sees: engines take no empty tensors
-        "past_slots": np.arange(max(1, span.start), dtype=np.int64),
+        "last_token": np.array([len(span) - 1], np.int64),
     }
 
 
