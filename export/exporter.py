@@ -100,9 +100,7 @@ def _trace_all(plan: ExportPlan, progress: Progress) -> list[TracedGraph]:
     skeleton, arrays = plan.skeleton, plan.family.vision_inputs(plan.images)
     traced, leaves = [], leaves_of(plan.family)
     sessions = plan.options.sessions
-    for graph in bundle_graphs(
-        skeleton, plan.recipe, arrays, plan.cache_dtype, sessions=sessions
-    ):
+    for graph in bundle_graphs(skeleton, plan.recipe, arrays, plan.cache_dtype, sessions=sessions):
         with progress.stage(f"trace {graph.name}") as stage, leaves.exchanged(skeleton.model):
             traced.append(trace(graph, skeleton.model, skeleton.mode))
             stage.result = f"{len(traced[-1].model.graph):,} nodes"

@@ -22,7 +22,7 @@ def plan_data(plan: ExportPlan) -> dict[str, Any]:
         "weights": _weights(plan),
         "cache_dtype": _name(plan.cache_dtype),
         "output": str(plan.options.output),
-        "graphs": [f"{name}.onnx" for name in graph_names(plan.recipe, sessions=plan.options.sessions)],
+        "graphs": [f"{name}.onnx" for name in _graphs(plan)],
         "files": bundle_files(plan),
         "download_bytes": plan.checkpoint.absent_bytes,
         "weight_bytes": plan.weight_bytes,
@@ -34,9 +34,13 @@ def plan_data(plan: ExportPlan) -> dict[str, Any]:
     }
 
 
+def _graphs(plan: ExportPlan) -> tuple[str, ...]:
+    return graph_names(plan.recipe, sessions=plan.options.sessions)
+
+
 def bundle_files(plan: ExportPlan) -> list[str]:
     """Every file that the bundle will have."""
-    graphs = graph_names(plan.recipe, sessions=plan.options.sessions)
+    graphs = _graphs(plan)
     files = ["lvlm.json", "weights.bin", "tokenizer.json", *plan.prompt.files]
     files += [f"{name}.onnx" for name in graphs]
     targets = list(plan.options.targets)

@@ -1,4 +1,4 @@
-"""The graph ``extend`` of recipes that merge or compress: tokens at once, as decode would read them.
+"""The graph ``extend`` of recipes that merge or compress: tokens at once, as decode reads them.
 
 For conversations that keep their compressed cache from turn to turn (runtime/engine/session.py).
 What decode does with an entry it does by counting: which token takes whose slot is known before any

@@ -124,15 +124,17 @@ def _compare_form(
 
 
 def _extended(plan: ExportPlan, form: Form, run: Run) -> list[Check]:
-    """The prompt's logits, read in pieces, against those of the same form's prefill. Of a narrower
-    cache pieces read what was rounded, prefill what was not."""
+    """The prompt's logits, read in pieces, against those of the same form's prefill, or the
+    answer's, read at once, against those of its decode. Of a narrower cache pieces read what was
+    rounded, prefill what was not."""
     file = form.files.get("extend")
     if not run.extended or (form.name != CANONICAL and file == "extend.onnx"):
         return []
     limit = _limit(plan, form)
     if plan.cache_dtype != plan.dtype:
         limit = max(limit, TOLERANCE[plan.cache_dtype])
-    largest = max(difference(logits, run.logits[0]) for logits in run.extended)
+    expected = run.logits[0 if plan.recipe.in_place else -1]
+    largest = max(difference(logits, expected) for logits in run.extended)
     how = ", in fp16" if form.rounds else ""
     return [Check(f"{file} logits, extended{how}", largest, limit, UNIT)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lvlm.core.errors import LvlmError, ValidationError
-from lvlm.export.verify.extended import in_pieces
+from lvlm.export.verify.extended import at_once, in_pieces
 from lvlm.export.verify.forms import Form, Opened, open_form
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.engine.batch import Batch
@@ -22,7 +22,8 @@ from lvlm.runtime.prompt.prompts import Prompt
 class Run:
     """Outputs of a form: ``features`` [V,width], the cache's entries after prefill of every layer,
     ``logits`` [vocabulary] of every step and the token that the bundle's sampler takes from them;
-    ``extended`` [vocabulary] those of the first one, where the prompt was read in pieces;
+    ``extended`` [vocabulary] those of the first one, where the prompt was read in pieces, or of the
+    last one, where all before it were read at once (recipes that merge or compress);
     ``compacted``: compact.onnx has been run."""
 
     features: np.ndarray
@@ -46,7 +47,7 @@ def run_form(
 ) -> Run:
     """``tokens`` are fed whatever is chosen. ``opened``: sessions of the same folder, those of this
     run are added. ``ratio``: of tokens and entries, None as exported. ``pieces``: the prompt is
-    read in pieces, too, where there is a graph for that.
+    read in pieces, or the tokens at once, too, where there is a graph for that.
 
     Raises ValidationError where the form cannot be run.
     """
@@ -59,8 +60,10 @@ def run_form(
             [prompt], ratio if merging else None, ratio if compressed else None
         )
         found = _follow(batch, features, manifest, tokens)
-        if pieces and "extend" in manifest.graphs:
+        if pieces and "extend" in manifest.graphs and manifest.in_place:
             found.extended = in_pieces(graphs, prompt, features)
+        elif pieces and "extend" in manifest.graphs and len(tokens) > 1:
+            found.extended = [at_once(graphs, prompt, features, tokens[:-1])]
         return found
     except LvlmError as error:
         raise ValidationError(f"the bundle's graphs ({form.name}) cannot be run: {error}") from None

@@ -144,7 +144,8 @@ def _against_judge(
     outcome.checks.append(Check("prefill.onnx and transformers", apart[0], limit, UNIT))
     outcome.checks.append(Check("decode.onnx and transformers", max(apart), limit, UNIT))
     if run.extended:
-        largest = max(difference(x, verdict.logits[0].numpy()) for x in run.extended)
+        expected = verdict.logits[0 if plan.recipe.in_place else -1].numpy()
+        largest = max(difference(x, expected) for x in run.extended)
         outcome.checks.append(Check("extend.onnx and transformers", largest, limit, UNIT))
     wrong = wrong_tokens(run.chosen, verdict.tokens, verdict.scores, limit or np.inf)
     name = f"tokens unlike transformers' generate, of {len(verdict.tokens)}"

@@ -118,10 +118,10 @@ def _decode(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
 def _extend(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
     takes: Forms = {**_tokens(manifest), "last_token": ("int64", (None,))}
     if manifest.in_place:
-        takes |= {name: ("int64", (None,)) for name in ("write_index", "past_slots")}
+        takes |= dict.fromkeys(("write_index", "past_slots"), ("int64", (None,)))
     else:
         layers, queries = manifest.text.layers, _queries(manifest)
-        takes |= {name: ("int64", (layers, None)) for name in ("write_index", "new_until")}
+        takes |= dict.fromkeys(("write_index", "new_until"), ("int64", (layers, None)))
         names = ("past_slots", "past_until", "written")
         takes |= {f"{n}_{layer}": ("int64", (None,)) for layer in range(layers) for n in names}
         if queries:

@@ -6,6 +6,7 @@ For asyncio, which only it imports: engine/aio.py.
 from lvlm.runtime.engine.engine import Engine
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.memory_plan import Memory
+from lvlm.runtime.engine.session import Session
 from lvlm.runtime.engine.stats import EngineStats
 
-__all__ = ["Engine", "EngineStats", "Handle", "Memory"]
+__all__ = ["Engine", "EngineStats", "Handle", "Memory", "Session"]

@@ -12,6 +12,7 @@ from lvlm.core.errors import ParameterError, shown
 from lvlm.runtime.engine.engine import Engine
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.memory_plan import Memory
+from lvlm.runtime.engine.session import Session, check_one_turn
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos, one_ask, read_asks
@@ -112,11 +113,13 @@ class AsyncEngine:
         options: GenerationOptions | None = None,
         *,
         timeout: float | None = None,
+        session: Session | None = None,
         **given: Unpack[OptionValues],
     ) -> AsyncHandle:
         """Submit, as Engine.submit; images are opened in a thread of their own."""
         parsed = self.engine.options(options, given)
-        return await self._submit(0, one_ask(prompt, images, videos), parsed, timeout, ())
+        ask = one_ask(prompt, images, videos)
+        return await self._submit(0, ask, parsed, timeout, (), session)
 
     @overload
     async def generate(  # type: ignore[overload-overlap]
@@ -127,6 +130,7 @@ class AsyncEngine:
         options: GenerationOptions | None = None,
         *,
         timeout: float | None = None,
+        session: Session | None = None,
         **given: Unpack[OptionValues],
     ) -> Generation: ...
 
@@ -142,12 +146,15 @@ class AsyncEngine:
         **given: Unpack[OptionValues],
     ) -> list[Generation]: ...
 
-    async def generate(self, prompt, images=(), videos=(), options=None, *, timeout=None, **given):  # type: ignore[no-untyped-def]
+    async def generate(  # type: ignore[no-untyped-def]
+        self, prompt, images=(), videos=(), options=None, *, timeout=None, session=None, **given
+    ):
         """Generate, as Engine.generate. A task that is cancelled while it waits cancels the
         requests."""
         parsed = self.engine.options(options, given)
         asks, many = read_asks(prompt, images, videos)
-        answers = await self._answers(asks, parsed, timeout)
+        check_one_turn(session, many)
+        answers = await self._answers(asks, parsed, timeout, session)
         return answers if many else answers[0]
 
     async def stream(
@@ -158,13 +165,14 @@ class AsyncEngine:
         options: GenerationOptions | None = None,
         *,
         timeout: float | None = None,
+        session: Session | None = None,
         **given: Unpack[OptionValues],
     ) -> AsyncGenerator[str]:
         """The pieces of an answer as they come; to be closed (contextlib.aclosing), or read to the
         end. ``submit`` tells more than the text."""
         parsed = self.engine.options(options, given)
         check_one_answer(parsed)
-        handle = await self.submit(prompt, images, videos, parsed, timeout=timeout)
+        handle = await self.submit(prompt, images, videos, parsed, timeout=timeout, session=session)
         try:
             async for piece in handle:
                 yield piece
@@ -196,6 +204,10 @@ class AsyncEngine:
         count = partial(self.engine.count_tokens, prompt, images, videos, options, **given)
         return await asyncio.to_thread(count)
 
+    def session(self) -> Session:
+        """A conversation that keeps its cache, as Engine.session."""
+        return self.engine.session()
+
     def stats(self) -> EngineStats:
         """Statistics of the engine so far."""
         return self.engine.stats()
@@ -211,21 +223,28 @@ class AsyncEngine:
         options: GenerationOptions,
         timeout: float | None,
         before: Sequence[AsyncHandle],
+        session: Session | None,
     ) -> AsyncHandle:
         """The prompt ``index`` of a call; where the queue is full it waits for those ``before``."""
-        request, handle = await asyncio.to_thread(self.engine.prepare, index, ask, options, timeout)
+        request, handle = await asyncio.to_thread(
+            self.engine.prepare, index, ask, options, timeout, session
+        )
         theirs = {other.handle: other for other in before}
         while (pending := self.engine.enqueue(request, list(theirs))) is not None:
             await theirs[pending].wait()
         return AsyncHandle(handle)
 
     async def _answers(
-        self, asks: Sequence[Ask], options: GenerationOptions, timeout: float | None
+        self,
+        asks: Sequence[Ask],
+        options: GenerationOptions,
+        timeout: float | None,
+        session: Session | None,
     ) -> list[Generation]:
         handles: list[AsyncHandle] = []
         try:
             for index, ask in enumerate(asks):
-                handles.append(await self._submit(index, ask, options, timeout, handles))
+                handles.append(await self._submit(index, ask, options, timeout, handles, session))
             return [await handle for handle in handles]
         finally:
             for handle in handles:

@@ -18,12 +18,19 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from lvlm.runtime.engine.prefixes import worthwhile
-from lvlm.runtime.engine.reading import Encode, Reading, ReadingInPieces, WholeReading
+from lvlm.runtime.engine.reading import (
+    Encode,
+    Reading,
+    ReadingInPieces,
+    TurnReading,
+    WholeReading,
+)
 from lvlm.runtime.engine.request import Request
-from lvlm.runtime.engine.slots import Slots
+from lvlm.runtime.engine.slots import Prefix, Slots
 from lvlm.runtime.engine.stats import Meter
 from lvlm.runtime.engine.steps import Steps
 from lvlm.runtime.generate.loaded_graphs import Graphs
+from lvlm.runtime.generate.tokens_behind import TokensBehind
 from lvlm.runtime.kv.cache import CompactCache
 
 
@@ -83,19 +90,24 @@ class Batch:
         entries, or failed."""
         first = requests[0]
         keys = first.keys if len(requests) == 1 else None
-        reserved, prefix = self.slots.reserve(sum(len(r.group) for r in requests), keys)
+        count = sum(len(request.group) for request in requests)
+        reserved, prefix = self.slots.reserve(count, keys, first.session)
         rows = slice(reserved.start, reserved.start + len(requests))
         self.meter.prompt_tokens += sum(len(request.prompt.ids) for request in requests)
         extends = self.graphs.extends
-        if prefix is not None and worthwhile(first.prompt, prefix.length, extends=extends):
+        if prefix is not None and self._goes_on(first, prefix):
             self.slots.fill_from(prefix)
-            first.reused = prefix.length
+            first.reused, first.read = prefix.length, prefix.read
             self.meter.reused_tokens += prefix.length
             if not extends:
                 self._feed(first, prefix.length)
                 return None
         pieces = self.in_pieces or first.reused > 0
         try:
+            if first.reused and not self.graphs.manifest.in_place:
+                counts = self.cache.row(rows.start)
+                behind = TokensBehind(self.graphs, self.cache.views(rows), counts)
+                return TurnReading(first, rows, behind, self.encode, first.reused)
             call = self.graphs.bind("extend" if pieces else "prefill", self.cache.views(rows))
         except Exception as error:
             self._lose(requests, error)
@@ -103,6 +115,16 @@ class Batch:
         if pieces:
             return ReadingInPieces(first, rows, self.graphs, self.encode, call, first.reused)
         return WholeReading(requests, rows, self.graphs, self.encode, call)
+
+    def _goes_on(self, request: Request, prefix: Prefix) -> bool:
+        """Whether a prompt is read from the end of a prefix on: where that pays, or where that is
+        what its session is for."""
+        if self.graphs.manifest.in_place:
+            return worthwhile(request.prompt, prefix.length, extends=self.graphs.extends)
+        assert prefix.read is not None
+        new = len(request.prompt.ids) - prefix.length + request.row.limit - 1
+        fed = int(self.cache.steps[prefix.row]) + new
+        return request.goes_on(prefix.read, fed, self.cache.capacities)
 
     def _feed(self, request: Request, start: int) -> None:
         """Let decode read what follows the first ``start`` tokens of a prompt, for each answer."""
@@ -131,8 +153,7 @@ class Batch:
         if all(r.caller.done for request in reading.requests for r in request.group):
             self.slots.abandon()
             return range(0)
-        counts = reading.requests[0].counts
-        self.cache.begin(counts.prefill.entries, counts.kept, reading.rows, counts.budgets)
+        reading.count(self.cache)
         everyone, sources = self._fork(reading.requests)
         places = self.slots.start(everyone)
         self._steps.logits[places.start : places.stop] = logits[sources]

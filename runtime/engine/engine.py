@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Self, Unpack, overload
 
-from lvlm.core.errors import ParameterError, QueueFullError
+from lvlm.core.errors import LvlmError, ParameterError, QueueFullError
 from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend, thread_count
 from lvlm.runtime.bundle.reader import bundle_path, read_bundle
@@ -22,6 +22,7 @@ from lvlm.runtime.engine.memory_plan import Memory, plan_memory, slot_capacity
 from lvlm.runtime.engine.prefixes import prompt_keys
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.scheduler import Scheduler
+from lvlm.runtime.engine.session import Session, check_one_turn
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.generate.answers import Generation, Stream
@@ -93,7 +94,7 @@ class Engine(TokenCounting):
         if backend.static_capacity:
             capacity = manifest.capacity
         self.capacity = capacity
-        chunked = "extend" in manifest.graphs and chunk_tokens != 0
+        chunked = manifest.in_place and "extend" in manifest.graphs and chunk_tokens != 0
         chunk = (chunk_tokens or TOKENS_AT_ONCE) if chunked else None
         self._memory = plan_memory(manifest, capacity, slots, memory_budget, image_cache, chunk)
         self.tokenizer = Tokenizer(folder / "tokenizer.json", manifest.text.eos_ids)
@@ -106,7 +107,8 @@ class Engine(TokenCounting):
             capacity.max_images,
             manifest.generation,
         )
-        graphs = Graphs(folder, manifest, backend, on_demand=["prefill"] if chunked else [])
+        on_demand = ["prefill"] if chunked else [] if manifest.in_place else ["extend"]
+        graphs = Graphs(folder, manifest, backend, on_demand)
         cache = CompactCache(
             backend,
             manifest.text,
@@ -116,7 +118,11 @@ class Engine(TokenCounting):
             Budgets.of(manifest.cache_policy, manifest.text.layers, kv_keep),
         )
         self.images = ImageCache(self._memory.images)
-        rows = Slots(cache, keeps_prefixes=reuse_prefixes and manifest.in_place)
+        rows = Slots(
+            cache,
+            keeps_prefixes=reuse_prefixes and manifest.in_place,
+            in_place=manifest.in_place,
+        )
         encode = partial(self.images.features, graphs.encode)
         batch = Batch(graphs, rows, encode, in_pieces=chunked)
         pace = ChunkPace(chunk_tokens) if chunked else None
@@ -124,6 +130,18 @@ class Engine(TokenCounting):
         # Without waiting: it may run on any thread, the scheduler's own ones too.
         self._closer = weakref.finalize(self, self._scheduler.stop)
         self._closer.atexit = False  # the scheduler sees to that
+
+    def session(self) -> Session:
+        """A conversation that keeps its cache from turn to turn. Raises ParameterError where the
+        bundle has no graph for that."""
+        self._scheduler.check_process()
+        if "extend" not in self.manifest.graphs:
+            flag = "" if self.manifest.in_place else " with lvlm-export --sessions"
+            raise ParameterError(
+                f"sessions need the graph extend, which this bundle lacks; export it again{flag}, "
+                "or give each turn without a session"
+            )
+        return Session(self._scheduler)
 
     def submit(
         self,
@@ -133,18 +151,21 @@ class Engine(TokenCounting):
         options: GenerationOptions | None = None,
         *,
         timeout: float | None = None,
+        session: Session | None = None,
         **given: Unpack[OptionValues],
     ) -> Handle:
         """Ask; the answer comes through the handle. Arguments are those of Model.generate.
 
         ``timeout`` in seconds from now: a request that is not answered by then ends with
-        RequestTimeout. Images are opened and scaled here, in the caller's thread. Raises at once
+        RequestTimeout. ``session``: the prompt is the next turn of that conversation. Images are
+        opened and scaled here, in the caller's thread. Raises at once
         what is wrong with the request: ParameterError, PromptError, ImageError, CapacityError,
         QueueFullError, EngineClosedError; BackendError in a process that was forked from the
         engine's.
         """
         parsed = self.options(options, given)
-        request, handle = self.prepare(0, one_ask(prompt, images, videos), parsed, timeout)
+        ask = one_ask(prompt, images, videos)
+        request, handle = self.prepare(0, ask, parsed, timeout, session)
         self.enqueue(request, ())
         return handle
 
@@ -157,6 +178,7 @@ class Engine(TokenCounting):
         options: GenerationOptions | None = None,
         *,
         timeout: float | None = None,
+        session: Session | None = None,
         **given: Unpack[OptionValues],
     ) -> Generation: ...
 
@@ -172,15 +194,18 @@ class Engine(TokenCounting):
         **given: Unpack[OptionValues],
     ) -> list[Generation]: ...
 
-    def generate(self, prompt, images=(), videos=(), options=None, *, timeout=None, **given):  # type: ignore[no-untyped-def]
+    def generate(  # type: ignore[no-untyped-def]
+        self, prompt, images=(), videos=(), options=None, *, timeout=None, session=None, **given
+    ):
         """Ask and wait for the answer, or the answers to a list of prompts, as Model.generate.
 
         A list that is longer than the queue has room for waits for it. ``timeout`` counts for each
-        prompt from when it is submitted.
+        prompt from when it is submitted; a ``session`` takes one at a time.
         """
         parsed = self.options(options, given)
         asks, many = read_asks(prompt, images, videos)
-        answers = self._answers(asks, parsed, timeout)
+        check_one_turn(session, many)
+        answers = self._answers(asks, parsed, timeout, session)
         return answers if many else answers[0]
 
     def stream(
@@ -191,12 +216,13 @@ class Engine(TokenCounting):
         options: GenerationOptions | None = None,
         *,
         timeout: float | None = None,
+        session: Session | None = None,
         **given: Unpack[OptionValues],
     ) -> Stream:
         """Stream, as Model.stream; the request is submitted here. Closing the stream cancels it."""
         parsed = self.options(options, given)
         check_one_answer(parsed)
-        handle = self.submit(prompt, images, videos, parsed, timeout=timeout)
+        handle = self.submit(prompt, images, videos, parsed, timeout=timeout, session=session)
 
         def pieces() -> Generator[str | Generation]:
             yield from handle
@@ -238,7 +264,12 @@ class Engine(TokenCounting):
         )
 
     def prepare(
-        self, index: int, ask: Ask, options: GenerationOptions, timeout: float | None
+        self,
+        index: int,
+        ask: Ask,
+        options: GenerationOptions,
+        timeout: float | None,
+        session: Session | None = None,
     ) -> tuple[Request, Handle]:
         """The prompt ``index`` of a call as a request; its images are opened here."""
         now = time.perf_counter()
@@ -260,9 +291,13 @@ class Engine(TokenCounting):
             keys=prompt_keys(row, digests),
             submitted=handle.submitted,
             deadline=None if timeout is None else now + timeout,
+            session=session,
+            asked_ratios=(options.keep, options.kv_keep),
         )
         for index, other in enumerate(others, 1):
             request.fork(index, other, TextStream(self.tokenizer, options.stop, row.lead))
+        if session is not None:
+            session.take(self._scheduler, handle, options.n)
         return request, handle
 
     def enqueue(self, request: Request, before: Sequence[Handle]) -> Handle | None:
@@ -270,20 +305,25 @@ class Engine(TokenCounting):
         for; QueueFullError without one. None when it is in."""
         try:
             self._scheduler.submit(request)
-        except QueueFullError:
+        except LvlmError as error:
             pending = next((handle for handle in before if not handle.all_done), None)
-            if pending is None:
-                raise
-            return pending
+            if pending is not None and isinstance(error, QueueFullError):
+                return pending
+            request.caller.fail(error)  # a session may take its next turn
+            raise
         return None
 
     def _answers(
-        self, asks: Sequence[Ask], options: GenerationOptions, timeout: float | None
+        self,
+        asks: Sequence[Ask],
+        options: GenerationOptions,
+        timeout: float | None,
+        session: Session | None,
     ) -> list[Generation]:
         handles: list[Handle] = []
         try:
             for index, ask in enumerate(asks):
-                request, handle = self.prepare(index, ask, options, timeout)
+                request, handle = self.prepare(index, ask, options, timeout, session)
                 while (pending := self.enqueue(request, handles)) is not None:
                     pending.wait()
                 handles.append(handle)

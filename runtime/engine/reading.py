@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from lvlm.runtime.backends import Call
 from lvlm.runtime.engine.request import Request
+from lvlm.runtime.generate.call_plan import PromptCounts
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, Graphs
+from lvlm.runtime.generate.tokens_behind import TokensBehind
+from lvlm.runtime.kv.cache import CompactCache
 from lvlm.runtime.media.prepared_image import PreparedImage
+from lvlm.runtime.prompt.prompts import Prompt
 from lvlm.runtime.sampling.sampler import check_finite
 
 # Features [V,D] of each image; they are named by their digests, where anybody has asked for these.
@@ -33,6 +37,9 @@ class Reading(Protocol):
 
     def stop(self) -> None:
         """Stop a run that is on, from another thread (Call.stop)."""
+
+    def count(self, cache: CompactCache) -> None:
+        """Note in the cache what was read. For the thread of its batch."""
 
 
 @dataclass
@@ -63,6 +70,9 @@ class WholeReading:
     def stop(self) -> None:
         self.call.stop()
 
+    def count(self, cache: CompactCache) -> None:
+        _begin(cache, self.requests[0].counts, self.rows)
+
 
 @dataclass
 class ReadingInPieces:
@@ -79,10 +89,7 @@ class ReadingInPieces:
     _next_image: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        """Images whose tokens have all been read are not encoded."""
-        numbers = self.request.prompt.image_id[self.start :]
-        shown = numbers[numbers > 0]
-        self._next_image = int(shown.min()) - 1 if len(shown) else len(self.request.prompt.images)
+        self._next_image = images_read(self.request.prompt, self.start)
 
     @property
     def requests(self) -> Sequence[Request]:
@@ -136,3 +143,55 @@ class ReadingInPieces:
 
     def stop(self) -> None:
         self.call.stop()
+
+    def count(self, cache: CompactCache) -> None:
+        _begin(cache, self.request.counts, self.rows)
+
+
+@dataclass
+class TurnReading:
+    """What follows the first ``start`` tokens of a session's turn, whose compressed entries lie in
+    its row, ``behind`` them."""
+
+    request: Request
+    rows: slice
+    behind: TokensBehind
+    encode: Encode
+    start: int
+
+    @property
+    def requests(self) -> Sequence[Request]:
+        return (self.request,)
+
+    def run(self) -> np.ndarray:
+        request, prompt = self.request, self.request.prompt
+        began = time.perf_counter()
+        some = slice(images_read(prompt, self.start), None)
+        features = self.encode(prompt.images[some], request.digests[some])
+        width = self.behind.graphs.manifest.feature_width
+        rows = np.concatenate(features) if features else np.zeros((0, width), np.float32)
+        encoded = time.perf_counter()
+        logits = self.behind.read(prompt, self.start, rows)
+        request.vision_ms = (encoded - began) * 1e3
+        request.prefill_ms = (time.perf_counter() - encoded) * 1e3
+        return logits
+
+    def stop(self) -> None:
+        self.behind.stop()
+
+    def count(self, cache: CompactCache) -> None:
+        request, counts = self.request, self.behind.counts
+        cache.put(self.rows.start, counts)
+        prefill = replace(request.counts.prefill, entries=counts.seen)
+        request.counts = replace(request.counts, prefill=prefill, kept=counts.entries)
+
+
+def images_read(prompt: Prompt, tokens: int) -> int:
+    """How many images need no encoding: all of their tokens are among the first ``tokens``."""
+    numbers = prompt.image_id[tokens:]
+    shown = numbers[numbers > 0]
+    return int(shown.min()) - 1 if len(shown) else len(prompt.images)
+
+
+def _begin(cache: CompactCache, counts: PromptCounts, rows: slice) -> None:
+    cache.begin(counts.prefill.entries, counts.kept, rows, counts.budgets)

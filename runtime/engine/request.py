@@ -9,9 +9,11 @@ from typing import Protocol, Self
 
 import numpy as np
 
+from lvlm.runtime.engine.session import Read, Session
 from lvlm.runtime.generate.answers import Generation, Stats
 from lvlm.runtime.generate.call_plan import PromptCounts
 from lvlm.runtime.generate.row import Row
+from lvlm.runtime.options.generation_options import Keep
 from lvlm.runtime.prompt.prompts import Prompt
 from lvlm.runtime.prompt.text import TextStream
 
@@ -47,7 +49,8 @@ class Request:
     asked for where nothing is kept for others. ``feed`` are prompt tokens that decode still has to
     read. ``spoiled``: its entries may not be finite. ``submitted`` and ``deadline`` are on
     perf_counter's clock. ``forks`` are further answers to the same prompt: it is read once, into
-    this one's row, which is copied into theirs.
+    this one's row, which is copied into theirs. ``session`` keeps the row's entries afterwards;
+    ``read`` is how they came to be, ``asked_ratios`` the keep and kv_keep that were asked for.
     """
 
     prompt: Prompt
@@ -60,6 +63,9 @@ class Request:
     submitted: float = field(default_factory=time.perf_counter)
     deadline: float | None = None
     forks: list[Request] = field(default_factory=list)
+    session: Session | None = None
+    asked_ratios: tuple[Keep | None, float | None] = (None, None)
+    read: Read | None = None
     feed: deque[int] = field(default_factory=deque)
     spoiled: bool = False
     reused: int = 0
@@ -72,6 +78,9 @@ class Request:
 
     def __post_init__(self) -> None:
         self.row = Row(self.prompt, self.counts.limits[self.index])
+        if self.read is None:
+            entries = self.counts.prefill.entries[:, self.index : self.index + 1]
+            self.read = Read(entries, *self.asked_ratios)
 
     @property
     def group(self) -> list[Request]:
@@ -106,6 +115,14 @@ class Request:
     def next_token(self) -> int:
         """The token to feed decode."""
         return self.feed[0] if self.feed else self.row.tokens[-1]
+
+    def goes_on(self, read: Read, fed: int, capacities: np.ndarray) -> bool:
+        """Whether entries that were ``read`` so, with all that decode has been and will be ``fed``
+        until the answer is as long as it may be, are what was asked for, and have room."""
+        if (read.keep, read.kv_keep) != self.asked_ratios:
+            return False
+        needed = self.counts.budgets.capacity(read.entries, np.array([fed]))
+        return bool((needed <= capacities).all())
 
     def held_keys(self) -> np.ndarray:
         """Keys of the first entries of its row: the prompt's tokens, then the answer's."""

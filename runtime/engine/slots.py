@@ -3,59 +3,82 @@
 Rows 0 to n - 1 are those of the n running requests, so that decode reads exactly them: a view of
 the buffers, of whatever batch size. A request that ends gives its place to the last running one.
 The other rows are free, being filled by prefill, or kept: the entries of a finished request, to be
-used again by a prompt that begins alike.
+used again by a prompt that begins alike, or by the next turn of its session.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lvlm.runtime.engine.request import Request
+from lvlm.runtime.engine.session import Read, Session
 from lvlm.runtime.kv.cache import CompactCache
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What a row holds: ``keys`` of its tokens, how they were ``read``, whose turns go on there."""
+
+    keys: np.ndarray
+    read: Read | None = None
+    session: Session | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether a session's next turn may come."""
+        return self.session is not None and not self.session.closed
+
+
+@dataclass(frozen=True)
 class Prefix:
-    """Entries 0 to ``length`` of a row that a new prompt shares."""
+    """Tokens 0 to ``length`` of a row, which a new prompt begins with, and how they were
+    ``read``."""
 
     row: int
     length: int
+    read: Read | None = None
 
 
 class Slots:
-    """The rows of one cache. For one thread; ``check`` states what always holds."""
+    """The rows of one cache. For one thread; ``check`` states what always holds.
 
-    def __init__(self, cache: CompactCache, *, keeps_prefixes: bool) -> None:
-        self.cache, self.keeps_prefixes = cache, keeps_prefixes
+    ``in_place``: the entries of tokens depend on nothing but the tokens before them, so that any
+    beginning may be shared; else all that a row holds, and that by its own session alone.
+    """
+
+    def __init__(self, cache: CompactCache, *, keeps_prefixes: bool, in_place: bool = True) -> None:
+        self.cache, self.keeps_prefixes, self.in_place = cache, keeps_prefixes, in_place
         self.count = len(cache.steps)
         self.running: list[Request] = []
         self.filling = range(0)  # the rows that prefill writes
-        self.kept: dict[int, np.ndarray] = {}  # row -> what its entries are; the oldest first
+        self.kept: dict[int, Kept] = {}  # the oldest first
         cache.active = 0
 
     def room(self, count: int) -> bool:
         """Whether as many rows can be reserved: one group at a time is being filled."""
         return not self.filling and len(self.running) + count <= self.count
 
-    def reserve(self, count: int, keys: np.ndarray | None = None) -> tuple[slice, Prefix | None]:
+    def reserve(
+        self, count: int, keys: np.ndarray | None = None, session: Session | None = None
+    ) -> tuple[slice, Prefix | None]:
         """Rows to be filled, for which there is ``room``; and what may be copied into the first
-        row, that of a prompt with these ``keys``.
+        row, that of a prompt with these ``keys``, a turn of the ``session``.
 
         They are the next running ones, so that nothing has to move when they are full, unless
         another one ends until then.
         """
         assert self.room(count)
         first = len(self.running)
-        prefix = None if keys is None else self._longest(keys)
+        prefix = None if keys is None else self._longest(keys, session)
         if prefix is not None and prefix.row in self.kept:
             self.kept[prefix.row] = self.kept.pop(prefix.row)  # used last
         for row in range(first, first + count):
             moved = self._vacate(row, first + count)
             if prefix is not None and prefix.row == row:
-                prefix = Prefix(moved, prefix.length)
+                prefix = replace(prefix, row=moved)
         self.filling = range(first, first + count)
         return slice(first, first + count), prefix
 
@@ -64,6 +87,8 @@ class Slots:
         row = self.filling[0]
         if prefix.row != row:
             self.cache.copy_row(prefix.row, row)
+        if not self.in_place:  # all of it: the counts go on, too
+            return
         count = np.full((len(self.cache.lengths), 1), prefix.length)
         self.cache.begin(count, count, slice(row, row + 1))
 
@@ -93,12 +118,12 @@ class Slots:
         return range(first, len(self.running))
 
     def release(self, place: int, *, keep: bool) -> None:
-        """A running request has ended; ``keep`` its entries where there is a row for them, or clear
-        them: after a fault they may not be finite."""
+        """A running request has ended; ``keep`` its entries for others or its session, where there
+        is a row for them, or clear them: after a fault they may not be finite."""
         request, last = self.running[place], len(self.running) - 1
         if not keep:
             self.cache.clear_row(place)
-        if keep and self.keeps_prefixes:
+        if keep and (self.keeps_prefixes or request.session is not None):
             if place == last:
                 self._remember(place, request)
             elif (spare := self._spare(last + 1)) is not None:
@@ -120,28 +145,41 @@ class Slots:
         assert not self.kept.keys() & set(self.filling)
         assert len({id(request) for request in self.running}) == first
 
-    def _longest(self, keys: np.ndarray) -> Prefix | None:
+    def _longest(self, keys: np.ndarray, session: Session | None) -> Prefix | None:
         """The row that shares most with a prompt, all but its last token at most."""
-        if not self.keeps_prefixes:
-            return None
-        held = {row: self._entries(row, request) for row, request in enumerate(self.running)}
-        held |= self.kept
-        shared = {row: _shared(other, keys[:-1]) for row, other in held.items()}
+        if self.keeps_prefixes:
+            held = {row: self._entries(row, request) for row, request in enumerate(self.running)}
+            held |= self.kept
+        else:
+            own = self.kept.items() if session is not None else ()
+            held = {row: kept for row, kept in own if kept.session is session}
+        shared = {row: _shared(other.keys, keys[:-1]) for row, other in held.items()}
+        if not self.in_place:
+            shared = {row: n for row, n in shared.items() if n == len(held[row].keys)}
         best = max(shared, key=lambda row: shared[row], default=None)
-        return Prefix(best, shared[best]) if best is not None and shared[best] else None
+        if best is None or not shared[best]:
+            return None
+        return Prefix(best, shared[best], held[best].read)
 
     def _remember(self, row: int, request: Request) -> None:
+        """A session has one row: that of its last turn."""
+        if request.session is not None:
+            self.kept = {r: k for r, k in self.kept.items() if k.session is not request.session}
         self.kept[row] = self._entries(row, request)
 
-    def _entries(self, row: int, request: Request) -> np.ndarray:
-        """Keys of what lies in a row: less than its tokens while decode reads a prompt's rest."""
-        return request.held_keys()[: int(self.cache.lengths[0, row])]
+    def _entries(self, row: int, request: Request) -> Kept:
+        """What lies in a row: less than its tokens while decode reads a prompt's rest."""
+        keys = request.held_keys()[: int(self.cache.seen[0, row])]
+        return Kept(keys, request.read, request.session)
 
     def _spare(self, first: int) -> int | None:
-        """A row from ``first`` on for entries to be kept: a free one, or that of the least used."""
+        """A row from ``first`` on for entries to be kept: a free one, or that of the least used,
+        sessions' last."""
         rows = (r for r in range(first, self.count) if r not in self.kept and r not in self.filling)
         free = next(rows, None)
-        return free if free is not None else next(iter(self.kept), None)
+        if free is not None:
+            return free
+        return min(self.kept, key=lambda row: self.kept[row].waits, default=None)
 
     def _vacate(self, row: int, first: int) -> int:
         """Put what is kept in ``row`` elsewhere, from ``first`` on, if there is room: where it is
@@ -156,7 +194,7 @@ class Slots:
         self.cache.copy_row(row, target)
         self.kept.pop(target, None)
         # Used as long ago as before: rebuilt in the same order
-        self.kept = {target if r == row else r: keys for r, keys in self.kept.items()}
+        self.kept = {target if r == row else r: kept for r, kept in self.kept.items()}
         return target
 
 

@@ -104,7 +104,7 @@ class CompactCache(SlotCounts):
 
     def bytes_used(self, row: int) -> int:
         """Bytes of the entries of one row and of its ring of queries."""
-        return int(self._entries()[:, row].sum() * self._entry_bytes + self._ring_bytes)
+        return int(self.entries[:, row].sum() * self._entry_bytes + self._ring_bytes)
 
 
 def cache_bytes(manifest: Manifest, batch: int, capacities: Sequence[int]) -> int:

@@ -117,7 +117,7 @@ class SlotCounts:
         cache_policy = self.budgets.cache_policy
         if cache_policy is None or cache_policy.positions == "true":
             return true
-        first: np.ndarray = self._entries()[0, rows]
+        first: np.ndarray = self.entries[0, rows]
         return first
 
     @property
@@ -169,7 +169,8 @@ class SlotCounts:
         assert self._compacted is not None
         self.lengths[:, : self._compacted.shape[1]] = self._compacted
 
-    def _entries(self) -> np.ndarray:
+    @property
+    def entries(self) -> np.ndarray:
         """Entries [L,B] that are not to be overwritten."""
         return self.lengths - (self.victims >= 0)
 

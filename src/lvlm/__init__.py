@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         RequestError,
         RequestTimeout,
     )
-    from lvlm.runtime.engine import Engine, EngineStats, Handle, Memory
+    from lvlm.runtime.engine import Engine, EngineStats, Handle, Memory, Session
     from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
     from lvlm.runtime.generate.answers import Generation, Stats, Stream
     from lvlm.runtime.generate.token_count import TokenCount
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _HOME = {
     "lvlm.runtime.generate.answers": ("Generation", "Stats", "Stream"),
     "lvlm.runtime.generate.token_count": ("TokenCount",),
-    "lvlm.runtime.engine": ("Engine", "EngineStats", "Handle", "Memory"),
+    "lvlm.runtime.engine": ("Engine", "EngineStats", "Handle", "Memory", "Session"),
     "lvlm.runtime.engine.aio": ("AsyncEngine", "AsyncHandle"),
     "lvlm.core.errors": (
         *("BackendError", "BundleError", "CapacityError", "DeviceMemoryError"),
@@ -74,6 +74,7 @@ __all__ = [
     "RequestCancelled",
     "RequestError",
     "RequestTimeout",
+    "Session",
     "Stats",
     "Stream",
     "TokenCount",

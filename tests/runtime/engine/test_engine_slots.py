@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from policies import removed
 
+from lvlm.runtime.engine.session import Session
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.policies.evictions import OneByOne
@@ -37,6 +38,8 @@ class Asked:
 
     keys: np.ndarray
     tokens: list[int] = field(default_factory=list)
+    session: Session | None = None
+    read: None = None
 
     def held_keys(self) -> np.ndarray:
         return np.concatenate([self.keys, np.array(self.tokens, np.int64)])
@@ -133,7 +136,7 @@ class Rows(RuleBasedStateMachine):
     def every_row_holds_its_own(self) -> None:
         self.slots.check()
         held = {row: r.held_keys() for row, r in enumerate(self.slots.running)}
-        held |= self.slots.kept
+        held |= {row: kept.keys for row, kept in self.slots.kept.items()}
         held |= {r: a.keys for r, a in zip(self.slots.filling, self.coming, strict=True)}
         for row, keys in held.items():
             assert (self.cache.lengths[:, row] == len(keys)).all()
@@ -161,9 +164,9 @@ def test_the_longest_prefix_wins_and_the_least_used_goes() -> None:
         return 0 if prefix is None else int(prefix.length)
 
     assert [run(1, 2, 3), run(4, 5, 6), run(7, 8)] == [0, 0, 0]
-    assert sorted(k.tolist() for k in slots.kept.values()) == [[1, 2, 3], [4, 5, 6], [7, 8]]
+    assert sorted(k.keys.tolist() for k in slots.kept.values()) == [[1, 2, 3], [4, 5, 6], [7, 8]]
     assert run(1, 2, 3, 9) == 3  # 1, 2, 3 is used again; 4, 5, 6 is the one that goes
-    assert sorted(k.tolist() for k in slots.kept.values()) == [[1, 2, 3], [1, 2, 3, 9], [7, 8]]
+    assert sorted(k.keys.tolist() for k in slots.kept.values()) == [[1, 2, 3], [1, 2, 3, 9], [7, 8]]
     assert run(1, 2, 3, 9) == 3  # never all: its last token must be read for the next one
     slots.keeps_prefixes = False
     assert run(1, 2, 3) == 0
