@@ -48,6 +48,12 @@ def _parser(chat: bool = False) -> argparse.ArgumentParser:
         action="store_true",
         help="a conversation, in place of PROMPT; /help in it lists its commands",
     )
+    add(
+        "--session",
+        action="store_true",
+        help="with --chat: keep the compressed cache from turn to turn (bundles exported with "
+        "--sessions)",
+    )
     add("--image", action="append", default=[], metavar="PATH", help="an image; repeatable")
     add("--video", action="append", default=[], metavar="PATH", help="a video; repeatable")
     add("--device", default="cpu", help=f"what to run on: {', '.join(devices())} (default cpu)")
@@ -100,6 +106,8 @@ def _run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> GenerationOptions:
     """Raise for mistakes that are known before anything is loaded."""
     options = given_options(args)
+    if args.session and not args.chat:
+        raise ParameterError("--session is for conversations; add --chat")
     if args.chat and options.n > 1:
         raise ParameterError("--n does not go with --chat; leave it out")
     idle = [name for name in DRAWING if getattr(args, name) is not None]
@@ -148,7 +156,7 @@ def _chat(args: argparse.Namespace, options: GenerationOptions) -> int:
         if args.verbose:
             _describe(engine, args, time.perf_counter() - began)
         say = partial(print, end="", flush=True)
-        chat = Chat(engine, options, say, note, tell, stats=args.stats)
+        chat = Chat(engine, options, say, note, tell, stats=args.stats, session=args.session)
         for kind, paths in (("image", args.image), ("video", args.video)):
             for path in paths:
                 chat.show(kind, path)

@@ -1,5 +1,5 @@
 """``lvlm-run --chat``: a conversation in the terminal, over an engine of one slot that keeps what
-it has read for the next turn."""
+it has read for the next turn, with ``--session`` whatever the recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Chat:
     """A conversation with an engine: what was said, and what the next message will show.
 
     ``say`` takes text of answers as it comes, ``note`` a line about them, ``tell`` one that was
-    asked for, or a mistake's, which changes nothing. ``stats``: notes are long.
+    asked for, or a mistake's, which changes nothing. ``stats``: notes are long. ``session``: the
+    conversation is one of the engine's.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Chat:
         note: Callable[[str], object],
         tell: Callable[[str], object],
         stats: bool = False,
+        session: bool = False,
     ) -> None:
         self._engine, self._options, self._stats = engine, options, stats
         self._say, self._note, self._tell = say, note, tell
+        self._session = engine.session() if session else None
         self.history: list[dict[str, Any]] = []
         self.pending: list[dict[str, Any]] = []
 
@@ -60,6 +63,9 @@ class Chat:
                 self._tell(HELP)
             elif command == "/reset":
                 self.history, self.pending = [], []
+                if self._session is not None:
+                    self._session.close()
+                    self._session = self._engine.session()
                 self._note("a new conversation")
             elif command in ("/image", "/video"):
                 self.show(command[1:], rest.strip())
@@ -91,7 +97,9 @@ class Chat:
         result: Generation | None = None
         stopped = False
         try:
-            with self._engine.stream([*self.history, message], options=self._options) as stream:
+            with self._engine.stream(
+                [*self.history, message], options=self._options, session=self._session
+            ) as stream:
                 for piece in stream:
                     said.append(piece)
                     self._say(piece)

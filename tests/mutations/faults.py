@@ -140,6 +140,26 @@ FAULTS = {
         "slots[None] <= index[:, None]",
         "tests/parity/test_extend.py::test_rows_of_different_lengths_at_once[tiny-llava]",
     ),
+    "sessions: what a token evicts is seen by it": Fault(
+        "runtime/kv/tokens_at_once.py",
+        "lies[every, slot][taken]] = token\n",
+        "lies[every, slot][taken]] = token + 1\n",
+        "tests/runtime/kv/test_tokens_at_once.py::test_what_is_counted_at_once_is_what_decode_does",
+    ),
+    "sessions: entries written in another order": Fault(
+        "export/graphs/blocks.py",
+        "values.index_select(2, self.written)",
+        "values.index_select(2, self.written.flip(0))",
+        "tests/runtime/engine/test_sessions.py::test_turns_are_read_as_decode_reads_them"
+        "[elastic-cache (cached)]",
+    ),
+    "sessions: a turn goes on behind another conversation": Fault(
+        "runtime/engine/slots.py",
+        "for row, n in shared.items() if n == len(held[row].keys)}",
+        "for row, n in shared.items() if n}",
+        "tests/runtime/engine/test_sessions.py::test_what_makes_a_turn_be_read_as_a_whole"
+        "[snapkv (cached)]",
+    ),
     "output projection transposed": Fault(
         "export/weights/expressions.py",
         "return self.of.compute(reading).t()",

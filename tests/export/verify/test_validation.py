@@ -266,13 +266,13 @@ def test_a_fault_in_what_reads_a_prompt_in_pieces_is_noticed(
 def half(
     bundle: Callable[..., Path], checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> tuple[Any, Path]:
-    """A plan in fp16 with a cache that ranks its entries, and a copy of the bundle."""
+    """A plan in fp16 with a cache that ranks its entries, and sessions, and a copy of the
+    bundle."""
     folder = tmp_path / "bundle"
-    shutil.copytree(bundle(NAME, *ELASTIC, dtype="fp16", max_images=2), folder)
+    how: dict[str, Any] = {"dtype": "fp16", "max_images": 2, "sessions": True}
+    shutil.copytree(bundle(NAME, *ELASTIC, **how), folder)
     recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[ELASTIC[0]], ELASTIC[1:])
-    options = ExportOptions(
-        model=str(checkpoint(NAME)), recipe=recipe, output=folder, dtype="fp16", max_images=2
-    )
+    options = ExportOptions(model=str(checkpoint(NAME)), recipe=recipe, output=folder, **how)
     return export_plan.make_plan(options), folder
 
 
@@ -284,8 +284,20 @@ def test_fp16_is_compared_in_fp32_and_as_it_is(half: tuple[Any, Path]) -> None:
     assert limits["prefill.onnx cache"] == limits["prefill.ort-cpu.onnx cache"] == 1e-3
     assert limits["prefill.ort-cpu.onnx logits, in fp16"] == 5e-2
     assert "prefill.ort-cpu.onnx cache, in fp16" not in limits
+    assert limits["extend.onnx logits, extended"] == 1e-3
+    assert limits["extend.ort-cpu.onnx logits, extended, in fp16"] == 5e-2
     assert any(note.startswith("cache of prefill.ort-cpu.onnx") for note in outcome.notes)
     assert set(outcome.files.values()) == {"run, fp16 widened to fp32, and as it is"}
+
+
+def test_a_fault_in_what_reads_tokens_at_once_is_noticed(half: tuple[Any, Path]) -> None:
+    plan, folder = half
+    model = onnx.load(folder / "extend.onnx", load_external_data=False)
+    for node in model.graph.node:
+        if node.op_type == "GreaterOrEqual":  # no token sees itself
+            node.op_type = "Greater"
+    replace_file(folder, "extend.onnx", model.SerializeToString())
+    noticed(plan, folder, r"✗ extend\.onnx logits, extended")
 
 
 def test_a_fault_smaller_than_what_fp16_loses_is_noticed(half: tuple[Any, Path]) -> None:

@@ -24,17 +24,23 @@ from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt
 
-RECIPES = ["lightvlm (cached)", "elastic-cache (cached)", "snapkv (cached)"]
+# In a normal run: compaction at intervals behind merging, one by one, and of the prompt alone
+USUAL = ["lightvlm (cached)", "elastic-cache (cached)", "snapkv (cached)"]
 QUESTIONS = ["And how often does 7 appear, and where?", "Which digit is in the top row?", "Why?"]
-OPTIONS: dict[str, Any] = {"max_new_tokens": 9, "ignore_eos": True}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 9}  # past its end an answer is no text
 RATIO = {"kv_keep": 0.3}
 Messages = list[dict[str, Any]]
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "folder" in metafunc.fixturenames:
+        names = CACHED if metafunc.config.getoption("--whole") else USUAL
+        metafunc.parametrize("folder", list(names), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, bundle: Callable[..., Path]) -> Path:
-    recipe, *settings = CACHED[request.param]
-    return bundle("tiny-llava", recipe, *settings, max_images=2, sessions=True)
+    return bundle("tiny-llava", *CACHED[request.param], max_images=2, sessions=True)
 
 
 @pytest.fixture(scope="module")

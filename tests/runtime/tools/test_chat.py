@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from command_line import Run, one_line
 from model_tools import IMAGE, OTHER, QUESTION
+from settings import CACHED
 
 import lvlm
 from lvlm.runtime.engine import Engine
@@ -188,6 +189,26 @@ def test_lines_of_a_pipe(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\r\nAnd?\n/quit\nnever\n"))
     code, out, err = run(*argv, "--image", IMAGE, "-q")
     assert (code, out, err) == (0, f"{first}\n{second}\n", "")
+
+
+def test_a_session(
+    run: Run, bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """The compressed cache is kept from turn to turn; a new conversation has one of its own."""
+    kept = bundle("tiny-llava", *CACHED["snapkv (cached)"], max_images=2, sessions=True)
+    lines = f"/image {IMAGE}\n{QUESTION}\nAnd?\n/reset\nAnd?\nWhy?\n"
+    reused = {}
+    for flags in ((), ("--session",)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        argv = (kept, "--chat", *flags, "--max-new-tokens", 8, "--kv-keep", 0.5, "--stats")
+        code, _, err = run(*argv)
+        assert code == 0
+        reused[flags] = [int(count) > 0 for count in re.findall(r"(\d+) reused", err)]
+    assert reused == {(): [False] * 4, ("--session",): [False, True, False, True]}
+    code, _, err = run(kept, QUESTION, "--session")
+    assert code == 2
+    assert "add --chat" in one_line(err, "lvlm-run")
+    assert run(folder, "--chat", "--session")[0] == 0  # recipe none always has the graph
 
 
 def test_the_end_of_a_conversation(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
