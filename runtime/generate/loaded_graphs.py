@@ -154,7 +154,7 @@ class Graphs:
         own: Mapping[str, np.ndarray],
         call: Call,
     ) -> np.ndarray:
-        inputs = _piece_inputs(prompt, span, features) | own
+        inputs = {**_piece_inputs(prompt, span, features), **own}
         if not len(inputs["image_features"]):
             nothing = np.zeros((1, self.manifest.feature_width), host_dtype(self.manifest.dtype))
             inputs["image_features"] = nothing
