@@ -157,8 +157,8 @@ FAULTS = {
         "runtime/engine/slots.py",
         "for row, n in shared.items() if n == len(held[row].keys)}",
         "for row, n in shared.items() if n}",
-        "tests/runtime/engine/test_sessions.py::test_what_makes_a_turn_be_read_as_a_whole"
-        "[snapkv (cached)]",
+        "tests/runtime/engine/test_sessions.py::test_what_makes_a_turn_be_taken_as_a_whole"
+        "[elastic-cache (cached)]",
     ),
     "output projection transposed": Fault(
         "export/weights/expressions.py",
