@@ -196,7 +196,7 @@ def test_a_session(
 ) -> None:
     """The compressed cache is kept from turn to turn; a new conversation has one of its own."""
     kept = bundle("tiny-llava", *CACHED["snapkv (cached)"], max_images=2, sessions=True)
-    lines = f"/image {IMAGE}\n{QUESTION}\nAnd?\n/reset\nAnd?\nWhy?\n"
+    lines = "/reset\n".join([f"/image {IMAGE}\n{QUESTION}\nAnd?\n"] * 2)
     reused = {}
     for flags in ((), ("--session",)):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
