@@ -247,6 +247,12 @@ FAULTS = {
         "tests/runtime/engine/test_several_answers.py::"
         "test_four_answers_are_those_of_four_lone_calls[none]",
     ),
+    "handles kept for ever, for a fork that may come": Fault(
+        "core/forks.py",
+        "_orphans: weakref.WeakSet[Orphan] = weakref.WeakSet()",
+        "_orphans: set[Orphan] = set()",
+        "tests/runtime/engine/test_engine_memory.py::test_nothing_grows",
+    ),
     "last stage of the pyramid too late": Fault(
         "export/recipes/lightvlm.py",
         "(1 / 14, 2 / 7, 1 / 2)",

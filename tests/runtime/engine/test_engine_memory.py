@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -130,42 +132,31 @@ def test_sizes_that_are_none(text: object) -> None:
         byte_size("image_cache", text)  # type: ignore[arg-type]
 
 
-GROWTH = """
-import json, random, sys
-from lvlm.runtime.engine import Engine
-
-def resident():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
-
-folder, count, images = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-rng, seen = random.Random(5), []
-with Engine(folder, threads=1, slots=3, max_text_len=256, image_cache="100kB") as engine:
-    for start in range(0, count, 20):
-        handles = []
-        for _ in range(20):
-            some = rng.sample(images, rng.randrange(3))
-            prompt = "7 " * rng.randrange(1, 80)
-            handles.append(engine.submit(prompt, some, max_new_tokens=rng.randrange(1, 12)))
-        rng.choice(handles).cancel()
-        for handle in handles:
-            handle.done or handle.result()
-        seen.append(resident())
-print(json.dumps(seen))
-"""
+GROWTH = Path(__file__).with_name("engine_growth.py")
+# Python's objects are malloc's, too, and no thread keeps freed memory for itself: so that malloc
+# knows what is held
+COUNTED = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 def test_nothing_grows(bundle: Callable[..., Path], stress_steps: int) -> None:
-    """Requests of mixed lengths: the memory comes to rest."""
+    """Conversations with several answers, requests of mixed lengths, some cancelled, out of time or
+    refused: what is held after a round comes to rest."""
+    rounds = 7 if stress_steps < 1000 else 80
     folder = bundle("tiny-llava", max_images=2)
-    count = 240 if stress_steps < 1000 else 2400
     done = subprocess.run(
-        [sys.executable, "-c", GROWTH, str(folder), str(count), *map(str, IMAGES)],
+        [sys.executable, str(GROWTH), str(folder), str(rounds), *map(str, IMAGES)],
+        env=os.environ | COUNTED,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout)
-    # A cancelled prompt may still be read when it is looked at: that passes, growth does not.
-    assert min(seen[-5:]) < seen[5] + 2_000_000, seen
+    seen, reused = json.loads(done.stdout)
+    assert reused > 100 * rounds  # what conversations had read before
+    held, threads, files = zip(*seen, strict=True)
+    assert threads[-1] == threads[1]
+    assert files[-1] == files[1]
+    # The first rounds meet new lengths, of which numpy and ONNX Runtime keep a little each. A
+    # round has some 30 requests; the arena may grow in a single one.
+    assert np.median(np.diff(held)[3:]) < 16_000, held

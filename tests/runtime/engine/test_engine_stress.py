@@ -1,16 +1,19 @@
-"""Random operations from several threads, with faults; longer with --stress-steps."""
+"""Random operations from several threads or tasks, with faults; longer with --stress-steps."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from engine_tools import IMAGES, WAIT, ask, idle, intercept, same
+from engine_tools import IMAGES, WAIT, ask, idle, intercept, same, scheduler, until
 from settings import CACHED
 
 import lvlm
@@ -22,6 +25,10 @@ from lvlm.core.errors import (
     RequestTimeout,
 )
 from lvlm.runtime.engine import Engine, Handle
+from lvlm.runtime.engine.aio import AsyncEngine
+from lvlm.runtime.engine.request import Request
+from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.model import Model
 
 PROMPTS = ("Hi", "Describe the picture.", "Read the top row.")
 TWO: dict[str, Any] = {"n": 2, "temperature": 0.9, "seed": 5}
@@ -109,10 +116,129 @@ def _check(which: int, handle: Handle, expected: list[Any]) -> None:
     except (RequestCancelled, RequestTimeout):
         return
     except BackendError as error:
-        if any(known in str(error) for known in ("provoked", "logits contain NaN or infinity")):
-            return
-        raise
+        _provoked(error)
+        return
     same(answer, expected[which])
+
+
+def _provoked(error: BackendError) -> None:
+    """Raises what nobody provoked."""
+    if not any(known in str(error) for known in ("provoked", "logits contain NaN or infinity")):
+        raise error
+
+
+# Conversations, on an event loop
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What a user says and shows in each turn, and what is due."""
+
+    said: list[list[dict[str, Any]]]
+    options: dict[str, Any]
+    due: list[Generation]
+
+    @classmethod
+    def of(cls, model: Model, said: list[list[dict[str, Any]]], **options: Any) -> Talk:
+        talk = cls(said, {"max_new_tokens": 8} | options, [])
+        for turn in range(len(said)):
+            talk.due.append(model.generate(talk.messages(turn), **talk.options))
+        return talk
+
+    def messages(self, turn: int) -> list[dict[str, Any]]:
+        before = [
+            message
+            for content, answer in zip(self.said[:turn], self.due, strict=False)
+            for message in (
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": answer.text},
+            )
+        ]
+        return [*before, {"role": "user", "content": self.said[turn]}]
+
+
+def _part(shown: Path | str) -> dict[str, Any]:
+    kind = "text" if isinstance(shown, str) else "image"
+    return {"type": kind, kind: shown}
+
+
+def _talks(model: Model) -> list[Talk]:
+    first, second = IMAGES
+    said = [
+        [[first, "Describe the picture."], ["And the top row?"], ["And this?", second]],
+        [["Hi </s>"], [second, "Read the top row.", first], ["Which is it? <image>"]],
+    ]
+    parts = [[[_part(one) for one in turn] for turn in talk] for talk in said]
+    return [Talk.of(model, parts[0]), Talk.of(model, parts[1], **TWO)]
+
+
+@pytest.mark.parametrize("recipe", ["none", "lightvlm"])
+def test_conversations_among_faults(
+    recipe: str, bundle: Callable[..., Path], stress_steps: int
+) -> None:
+    """A turn that was cancelled, out of time or lost is asked again and answered as if nothing had
+    been; no row, no request and nothing wrong in the cache is left."""
+    folder = bundle("tiny-llava", recipe, max_images=2)
+    with lvlm.load(folder) as model:
+        talks = _talks(model)
+    with Engine(folder, slots=3, image_cache="50kB") as engine:
+        faults = random.Random(17)
+        reads = "extend" if recipe == "none" else "prefill"
+        read = intercept(engine, reads)
+        read.before = lambda inputs, outputs: _ruin(faults, engine)  # noqa: ARG005
+        read.after = lambda inputs, outputs: _spoil(faults, outputs)  # noqa: ARG005
+        for graph in ("vision", "decode"):
+            intercept(engine, graph).before = lambda inputs, outputs: _sometimes(faults)  # noqa: ARG005
+
+        async def user(number: int) -> int:
+            rng, answered = random.Random(number), 0
+            for _ in range(stress_steps // (2 * USERS)):
+                talk = talks[(number + answered // 3) % len(talks)]
+                answered += await _turn(AsyncEngine(engine), rng, talk, answered % 3)
+            return answered
+
+        async def users() -> list[int]:
+            return await asyncio.gather(*(user(number) for number in range(USERS)))
+
+        assert all(asyncio.run(users()))
+        idle(engine)
+        until(lambda: not _requests())
+        cache = scheduler(engine).batch.cache
+        assert all(np.isfinite(buffer).all() for buffer in cache.buffers.values())
+        faults.random = lambda: 1.0  # type: ignore[method-assign]
+        for talk in talks:
+            same(engine.generate(talk.messages(2), **talk.options), talk.due[2])
+
+
+async def _turn(engine: AsyncEngine, rng: random.Random, talk: Talk, turn: int) -> bool:
+    """Ask, and wait as long as one likes; whether the answer came."""
+    timeout, patience = rng.choice([None, None, 0.02, 1e-9]), rng.choice([None, None, 0.03])
+    try:
+        async with asyncio.timeout(patience):
+            handle = await engine.submit(talk.messages(turn), timeout=timeout, **talk.options)
+            answer = await handle
+    except (RequestCancelled, TimeoutError):  # RequestTimeout is one, too
+        return False
+    except BackendError as error:
+        _provoked(error)
+        return False
+    same(answer, talk.due[turn])
+    return True
+
+
+def _ruin(rng: random.Random, engine: Engine) -> None:
+    """A graph that fails after it has written something."""
+    if rng.random() < 0.12:
+        batch = scheduler(engine).batch
+        for buffer in batch.cache.buffers.values():
+            buffer[batch.slots.filling.start] = np.nan
+        raise OSError("provoked")
+
+
+def _requests() -> list[Request]:
+    """Those that somebody holds."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing) is Request]
 
 
 def test_two_hundred_at_once_on_two_slots(bundle: Callable[..., Path]) -> None:
