@@ -59,7 +59,7 @@ def rows(text: str) -> list[list[str]]:
 def test_two_bundles_beside_transformers(run: Run, full: Path, light: Path, tmp_path: Path) -> None:
     data, plot = tmp_path / "out.json", tmp_path / "out.png"
     code, out, err = run(
-        *(full, f"{light}:keep=0.35", "--against", "transformers", "--repeats", 2, *SMALL),
+        *(full, f"{light}:keep=0.35", "--against", "transformers", "--repeats", 1, *SMALL),
         *("--json", data, "--plot", plot),
     )
     assert code == 0, err
@@ -76,7 +76,7 @@ def test_two_bundles_beside_transformers(run: Run, full: Path, light: Path, tmp_
     assert found["machine"]["read_bytes_per_s"] > 0
     none, merged, eager = found["results"]
     for result in (none, merged, eager):
-        assert [len(r["records"]) for r in result["rounds"]] == [1, 1]
+        assert [len(r["records"]) for r in result["rounds"]] == [1]
         assert {len(r["records"][0]["tokens"]) for r in result["rounds"]} == {6}
         figures = result["figures"]
         assert 0 < figures["itl_p50_ms"] <= figures["itl_p95_ms"] <= figures["itl_p99_ms"]

@@ -32,7 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def broken_package(fault: Fault, folder: Path) -> Path:
     """A folder for PYTHONPATH with a copy of the package that has the fault."""
     source = Path(str(lvlm.__file__)).parent
-    shutil.copytree(source, folder / "lvlm", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(source, folder / "lvlm")  # compiled files, too: they need not be made again
     path = folder / "lvlm" / fault.file
     text = path.read_text()
     assert text.count(fault.old) == 1, f"{fault.file} has changed: {fault.old!r}"
