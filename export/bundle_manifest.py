@@ -69,6 +69,7 @@ def write_manifest(
         keep=float(plan.recipe.parameters().get("keep", 1.0)),
         reductions=plan.recipe.reductions(),
         cache_policy=rule.cache_policy if rule else None,
+        question_free=plan.recipe.question_free,
         capacity=plan.cache.capacity,
         chat_template=prompt.chat_template,
         special_tokens=prompt.special_tokens,

@@ -21,7 +21,7 @@ from lvlm.export.recipes.recipe import Recipe
 def graph_names(recipe: Recipe, *, sessions: bool = False) -> tuple[str, ...]:
     """The graphs of a bundle with this recipe. ``sessions``: conversations keep their cache,
     whatever the recipe."""
-    extends, compacts = recipe.in_place or sessions, _compacts(recipe)
+    extends, compacts = recipe.in_place or _extends(recipe, sessions), _compacts(recipe)
     return (
         *(Vision.name, Prefill.name),
         *((Extend.name,) if extends else ()),
@@ -50,12 +50,17 @@ def bundle_graphs(
     ]
     if recipe.in_place:
         graphs.append(Extend(language, dtype, cache_dtype))
-    elif sessions:
+    elif _extends(recipe, sessions):
         graphs.append(ExtendKept(language, rule, dtype, cache_dtype))
     graphs.append(Decode(language, rule, cache_dtype))
     if rule is not None and _compacts(recipe):
         graphs.append(Compact(language, rule, cache_dtype))
     return graphs
+
+
+def _extends(recipe: Recipe, sessions: bool) -> bool:
+    """Whether entries that lie in no order of places are read behind."""
+    return sessions or recipe.question_free
 
 
 def _compacts(recipe: Recipe) -> bool:

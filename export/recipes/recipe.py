@@ -77,6 +77,10 @@ class Recipe:
     name: ClassVar[str]
     summary: ClassVar[str]
     source: ClassVar[str]
+    # Whether what a layer caches of tokens up to the end of the last image depends on none that
+    # follow: an image's entries then serve other questions, too. Only without a cache policy, whose
+    # budgets count the whole prompt.
+    question_free: ClassVar[bool] = False
     # Settings by which prompts of a few hundred tokens show what it does: for examples and tests.
     small: ClassVar[tuple[str, ...]] = ()
 

@@ -131,7 +131,8 @@ class Quantization:
 class Manifest:
     """``dtype`` is what the graphs compute in; the cache may be narrower, and so may weights.
     ``generation`` is what generation_config.json says that changes an answer
-    (generation_config.py)."""
+    (generation_config.py). ``question_free``: what is cached of a prompt up to the end of its
+    last image depends on nothing that follows, so that it serves other questions, too."""
 
     schema: int
     family: str
@@ -155,6 +156,7 @@ class Manifest:
     tools: dict[str, str]
     files: dict[str, File]
     generation: dict[str, Any] = field(default_factory=dict)
+    question_free: bool = False
 
     @property
     def in_place(self) -> bool:

@@ -68,6 +68,8 @@ def _check_graphs(manifest: Manifest, path: Path) -> None:
     wanted = GRAPHS | ({"compact"} if compacts else set())
     if missing := wanted - set(manifest.graphs):
         raise BundleError(f"{path} lists no {', '.join(sorted(missing))} graph; export again")
+    if manifest.question_free and (manifest.cache_policy is not None or manifest.in_place):
+        raise BundleError(f"{path} is question_free, which goes with merging alone; export again")
     known = wanted | {"extend"}  # not in schemas before 6; with most recipes on request alone
     if more := set(manifest.graphs) - known:
         raise BundleError(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from lvlm.runtime.engine.reading import (
     WholeReading,
 )
 from lvlm.runtime.engine.request import Request
+from lvlm.runtime.engine.session import Read
 from lvlm.runtime.engine.slots import Prefix, Slots
 from lvlm.runtime.engine.stats import Meter
 from lvlm.runtime.engine.steps import Steps
@@ -97,7 +99,7 @@ class Batch:
         extends = self.graphs.extends
         if prefix is not None and self._goes_on(first, prefix):
             self.slots.fill_from(prefix)
-            first.reused, first.read = prefix.length, prefix.read
+            first.reused, first.read = prefix.length, self._read(prefix)
             self.meter.reused_tokens += prefix.length
             if not extends:
                 self._feed(first, prefix.length)
@@ -122,9 +124,20 @@ class Batch:
         if self.graphs.manifest.in_place:
             return worthwhile(request.prompt, prefix.length, extends=self.graphs.extends)
         assert prefix.read is not None
+        if not prefix.whole:  # images that follow would be merged, too, read as a whole
+            last = (request.prompt.image_id[prefix.read.images :] > 0).any()
+            ratios = (prefix.read.keep, prefix.read.kv_keep)
+            pays = worthwhile(request.prompt, prefix.length, extends=True)
+            return pays and not last and ratios == request.asked_ratios
         new = len(request.prompt.ids) - prefix.length + request.row.limit - 1
         fed = int(self.cache.steps[prefix.row]) + new
         return request.goes_on(prefix.read, fed, self.cache.capacities)
+
+    def _read(self, prefix: Prefix) -> Read | None:
+        """How the first entries of a prompt came to be, of which a prefix is copied."""
+        if prefix.read is None or prefix.whole or self.graphs.manifest.in_place:
+            return prefix.read
+        return replace(prefix.read, entries=prefix.read.first(prefix.length))
 
     def _feed(self, request: Request, start: int) -> None:
         """Let decode read what follows the first ``start`` tokens of a prompt, for each answer."""

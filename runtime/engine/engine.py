@@ -120,7 +120,7 @@ class Engine(TokenCounting):
         self.images = ImageCache(self._memory.images)
         rows = Slots(
             cache,
-            keeps_prefixes=reuse_prefixes and manifest.in_place,
+            keeps_prefixes=reuse_prefixes and (manifest.in_place or manifest.question_free),
             in_place=manifest.in_place,
         )
         encode = partial(self.images.features, graphs.encode)

@@ -80,7 +80,9 @@ class Request:
         self.row = Row(self.prompt, self.counts.limits[self.index])
         if self.read is None:
             entries = self.counts.prefill.entries[:, self.index : self.index + 1]
-            self.read = Read(entries, *self.asked_ratios)
+            shown = np.flatnonzero(self.prompt.image_id > 0)
+            images = int(shown[-1]) + 1 if len(shown) else 0
+            self.read = Read(entries, *self.asked_ratios, images)
 
     @property
     def group(self) -> list[Request]:

@@ -82,8 +82,15 @@ def check_one_turn(session: Session | None, many: bool) -> None:
 @dataclass(frozen=True)
 class Read:
     """How a row's entries came to be, but for what decode did: ``entries`` [L,1] entered each layer
-    with the prompt that was read as a whole, at the ratios ``keep`` and ``kv_keep``."""
+    with the tokens that were read as a whole, at the ratios ``keep`` and ``kv_keep``; behind
+    ``images`` of these are no more image tokens. Layer 0 gets all tokens."""
 
     entries: np.ndarray
     keep: Keep | None
     kv_keep: float | None
+    images: int
+
+    def first(self, tokens: int) -> np.ndarray:
+        """Entries [L,1] of so many tokens of the row, ``images`` or more, where nothing was
+        evicted: each token behind these has one."""
+        return self.entries + (tokens - int(self.entries[0, 0]))

@@ -35,18 +35,20 @@ class Kept:
 @dataclass(frozen=True)
 class Prefix:
     """Tokens 0 to ``length`` of a row, which a new prompt begins with, and how they were
-    ``read``."""
+    ``read``; ``whole``: the row holds no more, and is a session's own."""
 
     row: int
     length: int
     read: Read | None = None
+    whole: bool = False
 
 
 class Slots:
     """The rows of one cache. For one thread; ``check`` states what always holds.
 
     ``in_place``: the entries of tokens depend on nothing but the tokens before them, so that any
-    beginning may be shared; else all that a row holds, and that by its own session alone.
+    beginning may be shared. Else a session's next turn begins with all that its row holds, and
+    others, with ``keeps_prefixes``, with what goes as far as the images do (question-free recipes).
     """
 
     def __init__(self, cache: CompactCache, *, keeps_prefixes: bool, in_place: bool = True) -> None:
@@ -87,9 +89,11 @@ class Slots:
         row = self.filling[0]
         if prefix.row != row:
             self.cache.copy_row(prefix.row, row)
-        if not self.in_place:  # all of it: the counts go on, too
+        if prefix.whole:  # the counts go on, too
             return
         count = np.full((len(self.cache.lengths), 1), prefix.length)
+        if not self.in_place and prefix.read is not None:
+            count = prefix.read.first(prefix.length)
         self.cache.begin(count, count, slice(row, row + 1))
 
     def fork(self, sources: Sequence[int]) -> None:
@@ -154,12 +158,20 @@ class Slots:
             own = self.kept.items() if session is not None else ()
             held = {row: kept for row, kept in own if kept.session is session}
         shared = {row: _shared(other.keys, keys[:-1]) for row, other in held.items()}
+        whole: set[int] = set()
         if not self.in_place:
-            shared = {row: n for row, n in shared.items() if n == len(held[row].keys)}
-        best = max(shared, key=lambda row: shared[row], default=None)
+            own = [r for r, k in self.kept.items() if session is not None and k.session is session]
+            whole = {row for row in own if shared[row] == len(held[row].keys)}
+            far = {row for row, n in shared.items() if self._beyond_images(n, held[row])}
+            shared = {row: n for row, n in shared.items() if row in whole | far}
+        best = max(shared, key=lambda row: (row in whole, shared[row]), default=None)
         if best is None or not shared[best]:
             return None
-        return Prefix(best, shared[best], held[best].read)
+        return Prefix(best, shared[best], held[best].read, best in whole)
+
+    def _beyond_images(self, shared: int, kept: Kept) -> bool:
+        """Whether it ends behind the images of what was read as a whole."""
+        return self.keeps_prefixes and kept.read is not None and shared >= kept.read.images
 
     def _remember(self, row: int, request: Request) -> None:
         """A session has one row: that of its last turn."""

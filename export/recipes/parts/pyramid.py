@@ -93,16 +93,7 @@ class Pyramid(TokenReduction):
         if layer not in self.stages or tap is None:
             return state
         stage = self.stages.index(layer)
-        rows = self._query_rows(state, inputs)
-        picked = rows.clamp(min=0)[:, None, :, None]
-        picked = picked.expand(-1, tap.query.shape[1], -1, tap.query.shape[3])
-        (importance,) = TOKEN_IMPORTANCE(
-            tap.query.gather(2, picked),
-            tap.key,
-            rows,
-            state.image_id,
-            scale=tap.scale,
-        )
+        importance = self.scores(state, tap, inputs)
         counts = {name: inputs[port.name] for name, port in self._counts(stage).items()}
         hidden, positions, image_id, old_to_new = TOKEN_MERGE(
             state.hidden,
@@ -119,6 +110,22 @@ class Pyramid(TokenReduction):
         )
         outputs = {**state.outputs, f"merge_map_{stage}": old_to_new}
         return TokenSequence(hidden, positions, image_id, outputs)
+
+    def scores(
+        self, state: TokenSequence, tap: Tap, inputs: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """What ranks the image tokens [B,N] fp32: the attention of the last token, or the text."""
+        rows = self._query_rows(state, inputs)
+        picked = rows.clamp(min=0)[:, None, :, None]
+        picked = picked.expand(-1, tap.query.shape[1], -1, tap.query.shape[3])
+        (importance,) = TOKEN_IMPORTANCE(
+            tap.query.gather(2, picked),
+            tap.key,
+            rows,
+            state.image_id,
+            scale=tap.scale,
+        )
+        return importance
 
     def _query_rows(self, state: TokenSequence, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Indices of the queries that score the tokens, [B,R]; -1: an unused row."""
