@@ -131,8 +131,7 @@ def test_a_conversation_goes_on(model: Model) -> None:
     with Engine(model.folder, slots=4) as engine, engine.session() as session:
         said = answer(engine, FIRST, 0, session=session)
         text = f"{FIRST}{said.text}</s>USER: Why? ASSISTANT:"
-        held = said.stats.prompt_tokens + said.stats.new_tokens - 1
         ours = answer(engine, text, 0, session=session)
         equal(ours, answer(model, text, 0))
-        assert held - 3 <= ours.stats.reused_tokens <= held
+        assert ours.stats.reused_tokens >= said.stats.prompt_tokens  # up to what is written anew
         equal(answer(engine, SECOND, 0), answer(model, SECOND, 0))
