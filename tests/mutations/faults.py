@@ -92,7 +92,7 @@ FAULTS = {
         "tests/runtime/prompt/test_literal_text.py",
     ),
     "position of new tokens off by one": Fault(
-        "runtime/kv/cache.py",
+        "runtime/kv/slot_counts.py",
         "            return true\n",
         "            return true + 1\n",
         GROUPED,
@@ -186,7 +186,7 @@ FAULTS = {
         "tests/export/ops/test_token_merge.py::test_reference_matches_loops",
     ),
     "the newest entry overwritten instead of the oldest": Fault(
-        "runtime/kv/cache.py",
+        "runtime/kv/slot_counts.py",
         "self.slots[(*np.nonzero(where), self.head[where])]",
         "self.slots[(*np.nonzero(where), "
         "((self.head + self.count - 1) % self.slots.shape[2])[where])]",
