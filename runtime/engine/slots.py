@@ -155,8 +155,8 @@ class Slots:
             held = {row: self._entries(row, request) for row, request in enumerate(self.running)}
             held |= self.kept
         else:
-            own = self.kept.items() if session is not None else ()
-            held = {row: kept for row, kept in own if kept.session is session}
+            theirs = self.kept.items() if session is not None else ()
+            held = {row: kept for row, kept in theirs if kept.session is session}
         shared = {row: _shared(other.keys, keys[:-1]) for row, other in held.items()}
         whole: set[int] = set()
         if not self.in_place:
