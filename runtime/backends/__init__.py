@@ -39,7 +39,7 @@ class Call(Protocol):
 
     def stop(self) -> None:
         """Stop from another thread: a run that is on ends soon with an error, and so do later ones.
-        Only backends that are ``parallel`` can be asked."""
+        Where the device cannot be stopped nothing happens."""
 
 
 class Session(Protocol):
@@ -52,14 +52,13 @@ class Session(Protocol):
 class Backend(Protocol):
     """One device.
 
+    For one thread at a time, but for ``Call.stop``.
+
     static_capacity  its graphs take caches of the manifest's capacities only
-    parallel         two graphs may run at the same time, from two threads, on buffers that they do
-                     not share; without it a backend is for one thread at a time
     """
 
     name: str
     static_capacity: bool
-    parallel: bool
 
     def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
         """The graph ``name`` of the bundle in ``folder``."""

@@ -21,7 +21,6 @@ class Backend(OnnxRuntime):
 
     name = "cuda"
     device = "cuda"
-    parallel = False  # not tried: both would share the GPU anyway
     mend = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
     def __init__(

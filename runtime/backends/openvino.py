@@ -30,7 +30,6 @@ class Backend(HostMemory):
 
     name = "openvino"
     static_capacity = False
-    parallel = True  # every call has an infer request of its own
 
     def __init__(self, threads: int | None = None) -> None:
         self.ov = require("openvino", install("openvino"))

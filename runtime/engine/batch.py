@@ -3,24 +3,26 @@ a token a step.
 
     Model    a call's prompts are one group, read in one ragged prefill, in the caller's thread;
              so are those whose logits an export is checked by (calls.py)
-    Engine   a request is a group, read beside the others' decode, in threads (scheduler.py)
+    Engine   a request is a group, read between the others' decode steps, in a thread of its own
+             (scheduler.py)
 
-Whoever drives it admits a group (``admit``), has its prompts read (``Reading.run``, on any thread),
-lets it begin and calls ``step`` while anything runs. Tokens, answers and errors go to each
-request's caller. There is no thread, lock or queue here: those are the scheduler's.
+Whoever drives it admits a group (``admit``), has its prompts read (``Reading.run`` or ``go_on``),
+lets it ``begin``, or ``lose``s it, and calls ``step`` while anything runs. Tokens, answers and
+errors go to each request's caller. There is no thread, lock or queue here: those are the
+scheduler's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from lvlm.runtime.engine.encoding import Encode
 from lvlm.runtime.engine.prefixes import worthwhile
 from lvlm.runtime.engine.reading import (
-    Encode,
     Reading,
     ReadingInPieces,
     TurnReading,
@@ -37,7 +39,7 @@ from lvlm.runtime.kv.cache import CompactCache
 
 
 class Batch:
-    """Requests that run over one cache. For one thread, but for ``Reading.run``.
+    """Requests that run over one cache. For one thread, but for ``Reading.stop``.
 
     ``together``: they are one call's, which has all of its answers or an error. They end together:
     a row that has its answer is decoded on beside the others, so that a backend sees one number of
@@ -112,7 +114,7 @@ class Batch:
                 return TurnReading(first, rows, behind, self.encode, first.reused)
             call = self.graphs.bind("extend" if pieces else "prefill", self.cache.views(rows))
         except Exception as error:
-            self._lose(requests, error)
+            self.lose(requests, error)
             return None
         if pieces:
             return ReadingInPieces(first, rows, self.graphs, self.encode, call, first.reused)
@@ -155,14 +157,9 @@ class Batch:
             request.read_as(everyone[source])
         return everyone, sources
 
-    def begin(self, reading: Reading, read: Callable[[], np.ndarray]) -> range:
-        """A group whose prompts have been read runs; its places. ``read`` gives the logits, or
-        raises what went wrong."""
-        try:
-            logits = read()
-        except Exception as error:
-            self._lose(reading.requests, error)
-            return range(0)
+    def begin(self, reading: Reading, logits: np.ndarray) -> range:
+        """A group whose prompts have been read runs; its places. ``logits`` [B,vocabulary] are
+        those after the prompts."""
         if all(r.caller.done for request in reading.requests for r in request.group):
             self.slots.abandon()
             return range(0)
@@ -172,7 +169,8 @@ class Batch:
         self._steps.logits[places.start : places.stop] = logits[sources]
         return places
 
-    def _lose(self, requests: Sequence[Request], error: Exception) -> None:
+    def lose(self, requests: Sequence[Request], error: Exception) -> None:
+        """A group whose prompts could not be read ends; its rows are free again."""
         self.slots.abandon()
         for request in _with_forks(requests)[0]:
             request.caller.fail(error)

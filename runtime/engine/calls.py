@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from lvlm.runtime.engine.batch import Batch
-from lvlm.runtime.engine.reading import Encode
+from lvlm.runtime.engine.encoding import Encode
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.generate.answers import Generation
@@ -120,7 +120,12 @@ class Calls:
         batch = Batch(graphs, Slots(cache, keeps_prefixes=False), self._encode, together=True)
         reading = batch.admit(requests)
         assert reading is not None
-        batch.begin(reading, reading.run)
+        try:
+            logits = reading.run()
+        except Exception as error:
+            batch.lose(requests, error)
+            raise
+        batch.begin(reading, logits)
         return batch
 
     def cache_for(self, batch: int, needed: np.ndarray, budgets: Budgets) -> CompactCache:

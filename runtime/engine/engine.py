@@ -125,7 +125,7 @@ class Engine(TokenCounting):
         )
         encode = partial(self.images.features, graphs.encode)
         batch = Batch(graphs, rows, encode, in_pieces=chunked)
-        pace = ChunkPace(chunk_tokens) if chunked else None
+        pace = ChunkPace(chunk_tokens or None)
         self._scheduler = Scheduler(batch, self.images, queue_limit, pace)
         # Without waiting: it may run on any thread, the scheduler's own ones too.
         self._closer = weakref.finalize(self, self._scheduler.stop)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from lvlm.runtime.backends import Call
+from lvlm.runtime.engine.chunks import ChunkPace
+from lvlm.runtime.engine.encoding import Encode, Encoding
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.generate.call_plan import PromptCounts
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, Graphs
 from lvlm.runtime.generate.tokens_behind import TokensBehind
 from lvlm.runtime.kv.cache import CompactCache
-from lvlm.runtime.media.prepared_image import PreparedImage
-from lvlm.runtime.prompt.prompts import Prompt
 from lvlm.runtime.sampling.sampler import check_finite
-
-# Features [V,D] of each image; they are named by their digests, where anybody has asked for these.
-Encode = Callable[[Sequence[PreparedImage], Sequence[bytes]], list[np.ndarray]]
 
 
 class Reading(Protocol):
@@ -33,10 +30,14 @@ class Reading(Protocol):
         """The group."""
 
     def run(self) -> np.ndarray:
-        """Logits [B,vocabulary] after the prompts. Beside decode, where the backend is parallel."""
+        """Logits [B,vocabulary] after the prompts, all of what is left read at once."""
+
+    def go_on(self, pace: ChunkPace, *, beside: bool) -> np.ndarray | None:
+        """Read on, ``beside`` others that wait for their next tokens as little as can be: an image,
+        or so many tokens as ``pace`` says. The logits after the last ones, None before."""
 
     def stop(self) -> None:
-        """Stop a run that is on, from another thread (Call.stop)."""
+        """Stop what is being read, from another thread (Call.stop)."""
 
     def count(self, cache: CompactCache) -> None:
         """Note in the cache what was read. For the thread of its batch."""
@@ -52,20 +53,29 @@ class WholeReading:
     encode: Encode
     call: Call
 
-    def run(self) -> np.ndarray:
-        began = time.perf_counter()
+    def __post_init__(self) -> None:
         images = [image for request in self.requests for image in request.prompt.images]
         digests = [digest for request in self.requests for digest in request.digests]
-        features = self.encode(images, digests)
-        encoded = time.perf_counter()
-        prompts = [request.prompt for request in self.requests]
+        self._images = Encoding(self.encode, images, digests)
+
+    def run(self) -> np.ndarray:
+        if self._images.left:
+            self._images.go_on(self._images.left)
+        began = time.perf_counter()
+        prompts, features = [r.prompt for r in self.requests], self._images.features
         logits, maps = self.graphs.prefill(prompts, self.requests[0].counts, features, self.call)
-        ended = time.perf_counter()
+        took = time.perf_counter() - began
         for index, request in enumerate(self.requests):
-            request.vision_ms = (encoded - began) * 1e3
-            request.prefill_ms = (ended - encoded) * 1e3
+            request.vision_ms = self._images.ms
+            request.prefill_ms = took * 1e3
             request.maps = [m[index] for m in maps]
         return logits
+
+    def go_on(self, pace: ChunkPace, *, beside: bool) -> np.ndarray | None:  # noqa: ARG002
+        if beside and self._images.left:
+            self._images.go_on(1)
+            return None
+        return self.run()
 
     def stop(self) -> None:
         self.call.stop()
@@ -85,11 +95,10 @@ class ReadingInPieces:
     encode: Encode
     call: Call
     start: int
-    _features: list[np.ndarray] = field(default_factory=list, init=False)
-    _next_image: int = field(default=0, init=False)
+    _features: np.ndarray | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._next_image = images_read(self.request.prompt, self.start)
+        self._images = _encoding(self.encode, self.request, self.start)
 
     @property
     def requests(self) -> Sequence[Request]:
@@ -100,30 +109,26 @@ class ReadingInPieces:
         """Tokens that are still to be read."""
         return len(self.request.prompt.ids) - self.start
 
-    @property
-    def images_left(self) -> int:
-        """Images that are still to be encoded before tokens can be read."""
-        return len(self.request.prompt.images) - self._next_image
-
     def run(self) -> np.ndarray:
         while True:
             logits, _ = self.read(TOKENS_AT_ONCE)
             if logits is not None:
                 return logits
 
-    def encode_images(self, count: int) -> None:
-        """Encode so many of the images that are left."""
-        began, prompt = time.perf_counter(), self.request.prompt
-        some = slice(self._next_image, self._next_image + count)
-        self._features += self.encode(prompt.images[some], self.request.digests[some])
-        self._next_image = min(some.stop, len(prompt.images))
-        self.request.vision_ms += (time.perf_counter() - began) * 1e3
+    def go_on(self, pace: ChunkPace, *, beside: bool) -> np.ndarray | None:
+        if beside and self._images.left:
+            self._encode(1)
+            return None
+        tokens = min(pace.tokens(beside=beside), self.left)
+        logits, seconds = self.read(tokens)
+        pace.read(tokens, seconds)
+        return logits
 
     def read(self, tokens: int) -> tuple[np.ndarray | None, float]:
         """Read so many tokens, the images before the first ones: logits [1,vocabulary] after the
         last ones, and how many seconds the tokens took."""
-        if self.images_left:
-            self.encode_images(self.images_left)
+        if self._images.left:
+            self._encode(self._images.left)
         began = time.perf_counter()
         span = range(self.start, self.start + min(tokens, self.left))
         logits = self.graphs.extend(self.request.prompt, span, self._all_features(), self.call)
@@ -133,13 +138,17 @@ class ReadingInPieces:
         self.request.prefill_ms += seconds * 1e3
         return None if self.left else logits, seconds
 
+    def _encode(self, count: int) -> None:
+        self._images.go_on(count)
+        self.request.vision_ms = self._images.ms
+
     def _all_features(self) -> np.ndarray:
-        """[V,D] of the images that have been encoded; put together once."""
-        if not self._features:
-            return np.zeros((0, self.graphs.manifest.feature_width), np.float32)
-        if len(self._features) > 1:
-            self._features = [np.concatenate(self._features)]
-        return self._features[0]
+        """[V,D] of the images that are shown from the first piece on; put together once."""
+        if self._features is None:
+            joined = self._images.joined()
+            nothing = (0, self.graphs.manifest.feature_width)
+            self._features = np.zeros(nothing, np.float32) if joined is None else joined
+        return self._features
 
     def stop(self) -> None:
         self.call.stop()
@@ -159,22 +168,29 @@ class TurnReading:
     encode: Encode
     start: int
 
+    def __post_init__(self) -> None:
+        self._images = _encoding(self.encode, self.request, self.start)
+
     @property
     def requests(self) -> Sequence[Request]:
         return (self.request,)
 
     def run(self) -> np.ndarray:
-        request, prompt = self.request, self.request.prompt
+        if self._images.left:
+            self._images.go_on(self._images.left)
         began = time.perf_counter()
-        some = slice(images_read(prompt, self.start), None)
-        features = self.encode(prompt.images[some], request.digests[some])
-        width = self.behind.graphs.manifest.feature_width
-        rows = np.concatenate(features) if features else np.zeros((0, width), np.float32)
-        encoded = time.perf_counter()
-        logits = self.behind.read(prompt, self.start, rows)
-        request.vision_ms = (encoded - began) * 1e3
-        request.prefill_ms = (time.perf_counter() - encoded) * 1e3
+        joined, width = self._images.joined(), self.behind.graphs.manifest.feature_width
+        rows = np.zeros((0, width), np.float32) if joined is None else joined
+        logits = self.behind.read(self.request.prompt, self.start, rows)
+        self.request.vision_ms = self._images.ms
+        self.request.prefill_ms = (time.perf_counter() - began) * 1e3
         return logits
+
+    def go_on(self, pace: ChunkPace, *, beside: bool) -> np.ndarray | None:  # noqa: ARG002
+        if beside and self._images.left:
+            self._images.go_on(1)
+            return None
+        return self.run()
 
     def stop(self) -> None:
         self.behind.stop()
@@ -186,11 +202,12 @@ class TurnReading:
         request.counts = replace(request.counts, prefill=prefill, kept=counts.entries)
 
 
-def images_read(prompt: Prompt, tokens: int) -> int:
-    """How many images need no encoding: all of their tokens are among the first ``tokens``."""
-    numbers = prompt.image_id[tokens:]
+def _encoding(encode: Encode, request: Request, start: int) -> Encoding:
+    """Of a prompt's images, but for those whose tokens are all among the first ``start``."""
+    numbers = request.prompt.image_id[start:]
     shown = numbers[numbers > 0]
-    return int(shown.min()) - 1 if len(shown) else len(prompt.images)
+    first = int(shown.min()) - 1 if len(shown) else len(request.prompt.images)
+    return Encoding(encode, request.prompt.images[first:], request.digests[first:])
 
 
 def _begin(cache: CompactCache, counts: PromptCounts, rows: slice) -> None:

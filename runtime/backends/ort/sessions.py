@@ -30,7 +30,6 @@ class OnnxRuntime(buffers.HostMemory):
 
     name: str
     static_capacity = False
-    parallel = True
     device = "cpu"  # where ``allocate`` puts buffers
 
     def __init__(self, ort: Any, providers: Sequence[Provider], threads: int | None) -> None:

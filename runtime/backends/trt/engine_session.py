@@ -203,7 +203,7 @@ class TensorRtCall:
         self.last: object = None
 
     def stop(self) -> None:
-        """Nothing to stop: the backend is not parallel."""
+        """Nothing: what is enqueued runs to its end."""
 
     def __call__(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         session = self.session

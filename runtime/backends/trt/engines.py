@@ -30,7 +30,6 @@ class TensorRtBackend:
     """
 
     static_capacity = True
-    parallel = False
 
     def __init__(self, name: str, threads: int | None) -> None:
         """``name``: tensorrt or tensorrt-rtx, the package's name, too."""

@@ -25,7 +25,6 @@ VECTORS = sorted((Path(__file__).parents[2] / "data/caches").glob("*.npz"))
 class Memory(HostMemory):
     name = "host"
     static_capacity = False
-    parallel = True
 
     def load(self, folder: Any, manifest: Any, name: str) -> Any: ...
 

@@ -30,7 +30,6 @@ class UnreadMemory(HostMemory):
 
     name = "host"
     static_capacity = False
-    parallel = True
 
     def load(self, folder: object, manifest: Manifest, name: str) -> None: ...
 
