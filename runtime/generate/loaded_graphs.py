@@ -22,9 +22,9 @@ TOKENS_AT_ONCE = 512  # bounds the extend graph's
 
 
 class Graphs:
-    """The sessions of a bundle by name. As thread-safe as the backend (see Backend.parallel).
+    """The sessions of a bundle by name. For one thread at a time, as the backend is.
 
-    ``on_demand``: graphs that are not loaded before they are bound, on whatever thread that is.
+    ``on_demand``: graphs that are not loaded before they are bound.
     """
 
     def __init__(

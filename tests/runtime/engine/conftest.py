@@ -32,8 +32,8 @@ def slots() -> int:
 
 
 @pytest.fixture
-def beside(folder: Path, slots: int) -> Iterator[Engine]:
-    """An engine that reads prompts beside decode, as those of other recipes do."""
+def whole(folder: Path, slots: int) -> Iterator[Engine]:
+    """An engine that reads prompts as a whole, as those of other recipes do."""
     with Engine(folder, slots=slots, chunk_tokens=0) as engine:
         yield engine
         idle(engine)

@@ -19,7 +19,6 @@ from settings import CACHED
 
 import lvlm
 from lvlm.core.errors import CapacityError, ParameterError, PromptError, QueueFullError
-from lvlm.runtime.backends import cpu
 from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.model import Model
 
@@ -77,16 +76,13 @@ def test_answers_are_those_alone(recipe: str, bundle: Callable[..., Path]) -> No
         assert engine.images.misses <= 2  # each image was encoded once
 
 
-@pytest.mark.parametrize(("slots", "parallel"), [(1, True), (1, False), (3, False)])
-def test_other_schedules(
-    slots: int, parallel: bool, bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One slot; and prompts that are read between decode steps, on the same thread."""
-    monkeypatch.setattr(cpu.Backend, "parallel", parallel)
+@pytest.mark.parametrize(("slots", "chunk"), [(1, None), (1, 0), (3, 0)])
+def test_other_schedules(slots: int, chunk: int | None, bundle: Callable[..., Path]) -> None:
+    """One slot; and prompts that are read as a whole."""
     folder, asks = folder_of(bundle, "none"), jobs("none", 10, 3)
     with lvlm.load(folder) as model:
         expected = [a.alone(model) for a in asks]
-    with Engine(folder, slots=slots) as engine:
+    with Engine(folder, slots=slots, chunk_tokens=chunk) as engine:
         handles = [submit(engine, a) for a in asks]
         for handle, one in zip(handles, expected, strict=True):
             same(handle.result(WAIT), one)

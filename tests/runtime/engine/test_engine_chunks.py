@@ -69,10 +69,10 @@ def test_answers_are_those_without_chunks(
         idle(engine)
 
 
-def order_of_calls(engine: Engine) -> list[str]:
+def order_of_calls(engine: Engine, read: str = "extend") -> list[str]:
     """Names of the graphs, as they are run from now on."""
     calls: list[str] = []
-    for name in ("vision", "extend", "decode"):
+    for name in ("vision", read, "decode"):
         graph = intercept(engine, name)
         graph.before = lambda inputs, outputs, name=name: calls.append(name)  # type: ignore[misc] # noqa: ARG005
     return calls
@@ -106,6 +106,21 @@ def test_and_between_two_images(folder: Path, answered: list[Generation]) -> Non
     assert seen[: 3 + 2 * STEPS_BETWEEN] == ["vision", *steps, "vision", *steps, "extend"]
 
 
+def test_and_between_whole_prompts(folder: Path, answered: list[Generation]) -> None:
+    with Engine(folder, slots=4, chunk_tokens=0, image_cache=0, reuse_prefixes=False) as engine:
+        calls = order_of_calls(engine, "prefill")
+        beside = running(engine)
+        began = len(calls)
+        handles = [submit(engine, ASKS[which]) for which in (1, 2, 4)]
+        for handle, which in zip(handles, (1, 2, 4), strict=True):
+            same(handle.result(WAIT), answered[which])
+        beside.cancel()
+    steps = ["decode"] * STEPS_BETWEEN
+    seen = calls[calls.index("prefill", began) :]
+    order = ["prefill", *steps, "vision", *steps, "vision", *steps, "prefill", *steps, "prefill"]
+    assert seen[: len(order)] == order
+
+
 def test_alone_a_prompt_is_read_at_once(engine: Engine, answered: list[Generation]) -> None:
     calls = order_of_calls(engine)
     same(submit(engine, ASKS[2]).result(WAIT), answered[2])
@@ -113,9 +128,9 @@ def test_alone_a_prompt_is_read_at_once(engine: Engine, answered: list[Generatio
     assert "prefill" not in engine._scheduler.batch.graphs.sessions
 
 
-def test_an_engine_without_chunks(beside: Engine, answered: list[Generation]) -> None:
-    extend, prefill = intercept(beside, "extend"), intercept(beside, "prefill")
-    same(submit(beside, ASKS[0]).result(WAIT), answered[0])
+def test_an_engine_without_chunks(whole: Engine, answered: list[Generation]) -> None:
+    extend, prefill = intercept(whole, "extend"), intercept(whole, "prefill")
+    same(submit(whole, ASKS[0]).result(WAIT), answered[0])
     assert (extend.calls, prefill.calls) == (0, 1)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import IMAGES, LONG, QUESTION, WAIT, intercept, running, scheduler, until
+from engine_tools import IMAGES, LONG, QUESTION, WAIT, Held, intercept, running, scheduler, until
 
 from lvlm.core.errors import BackendError, EngineClosedError
 from lvlm.runtime.engine import Engine
@@ -62,6 +62,24 @@ def test_finishing_is_cut_short(folder: Path) -> None:
         handle.result(0)
 
 
+def test_closed_while_a_prompt_is_read(folder: Path) -> None:
+    """Its graph is stopped at the next node, and it is told what all others are."""
+    engine = Engine(folder, slots=2, chunk_tokens=0)
+    held = Held(engine, "prefill")
+    handle = engine.submit(QUESTION, IMAGES[:1], **LONG)
+    assert held.reached.wait(WAIT)
+    reading = scheduler(engine)._prefilling
+    assert reading is not None
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    until(lambda: reading.stopped)
+    held.go.set()
+    closing.join(WAIT)
+    with pytest.raises(EngineClosedError, match="closed before the answer"):
+        handle.result(0)
+    assert handle.token_ids == []
+
+
 def test_closing_frees_everything(folder: Path) -> None:
     """Even if someone keeps the engine, its handles and their errors."""
     engine = Engine(folder, slots=2)
@@ -100,7 +118,6 @@ def test_dropped_without_close(busy: bool, folder: Path) -> None:
     if busy:
         with pytest.raises(EngineClosedError):
             handle.result(WAIT)
-    until(lambda: not any(t.name == "lvlm-prefill" for t in threading.enumerate()))
 
 
 EXIT = """

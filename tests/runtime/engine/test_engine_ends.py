@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pytest
 from engine_tools import (
@@ -18,7 +19,7 @@ from engine_tools import (
     until,
 )
 
-from lvlm.core.errors import BackendError, RequestCancelled, RequestTimeout
+from lvlm.core.errors import EngineClosedError, RequestCancelled, RequestTimeout
 from lvlm.runtime.engine import Engine, Handle
 
 
@@ -41,20 +42,19 @@ def test_cancelled_in_the_queue(engine: Engine) -> None:
     assert [len(waiting[i].result(WAIT).token_ids) for i in (0, 2)] == [2, 2]
 
 
-def test_cancelled_in_prefill(beside: Engine) -> None:
+def test_cancelled_in_prefill(whole: Engine) -> None:
     """What is read for nobody is stopped; the caller does not wait for that."""
-    held = Held(beside, "prefill")
-    handle = beside.submit(QUESTION, IMAGES[:1], **LONG)
-    after = beside.submit("Hi", max_new_tokens=2)
+    held = Held(whole, "prefill")
+    handle = whole.submit(QUESTION, IMAGES[:1], **LONG)
+    after = whole.submit("Hi", max_new_tokens=2)
     assert held.reached.wait(WAIT)
     assert handle.cancel()
     with pytest.raises(RequestCancelled):
         handle.result(0)
-    reading = scheduler(beside)._prefilling
+    reading = scheduler(whole)._prefilling
     assert reading is not None
-    until(lambda: reading.stopped)
+    assert reading.stopped
     held.go.set()
-    assert type(reading.logits.exception(WAIT)) is BackendError  # it did not run to its end
     assert len(after.result(WAIT).token_ids) == 2
 
 
@@ -142,21 +142,50 @@ def test_out_of_time_in_the_queue_and_in_decode(engine: Engine) -> None:
     assert engine.generate("Hi", max_new_tokens=2, timeout=WAIT).token_ids
 
 
-def test_out_of_time_in_prefill(beside: Engine) -> None:
-    held = Held(beside, "prefill")
-    handle = beside.submit(QUESTION, timeout=0.05)
+def test_out_of_time_in_prefill(whole: Engine) -> None:
+    held = Held(whole, "prefill")
+    handle = whole.submit(QUESTION, timeout=0.05)
     with pytest.raises(RequestTimeout):
         handle.result(WAIT)
+    assert held.reached.is_set()
+    reading = scheduler(whole)._prefilling
+    assert reading is not None
+    until(lambda: reading.stopped)
     held.go.set()
-    assert beside.generate("Hi", max_new_tokens=2).token_ids
+    assert whole.generate("Hi", max_new_tokens=2).token_ids
+
+
+def test_out_of_time_while_another_prompt_is_read(folder: Path) -> None:
+    """Whoever waits or runs is told in time, from a thread that may close the engine."""
+    with Engine(folder, slots=3, chunk_tokens=0) as engine:
+        first = running(engine, timeout=1.0)
+        held = Held(engine, "prefill")
+        read = engine.submit("Hi", **LONG)
+        assert held.reached.wait(WAIT)
+        waiting = engine.submit("Hi", timeout=0.05)
+        ended = threading.Event()
+
+        def told() -> None:
+            if first.done:
+                threading.Thread(target=held.go.set).start()
+                engine.close()
+                ended.set()
+
+        first.subscribe(told)
+        with pytest.raises(RequestTimeout):
+            first.result(WAIT)
+        assert ended.wait(WAIT)
+        with pytest.raises((EngineClosedError, RequestTimeout)):
+            waiting.result(WAIT)
+        with pytest.raises(EngineClosedError, match="closed before the answer"):
+            read.result(WAIT)
 
 
 @pytest.mark.parametrize("timeout", [1e300, float("inf")])
-def test_all_the_time_in_the_world(timeout: float, beside: Engine) -> None:
-    held = Held(beside, "prefill")
-    handle = beside.submit(QUESTION, timeout=timeout, max_new_tokens=2)
+def test_all_the_time_in_the_world(timeout: float, whole: Engine) -> None:
+    held = Held(whole, "prefill")
+    handle = whole.submit(QUESTION, timeout=timeout, max_new_tokens=2)
     held.reached.wait(WAIT)
-    scheduler(beside).wake()  # it sleeps until then, as long as it may
     held.go.set()
     assert handle.result(WAIT).token_ids
 

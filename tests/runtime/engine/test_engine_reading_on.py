@@ -18,7 +18,6 @@ from engine_tools import (
     ask,
     idle,
     intercept,
-    running,
     same,
     scheduler,
     submit,
@@ -29,7 +28,7 @@ from hypothesis import strategies as st
 
 import lvlm
 from lvlm.core.errors import BackendError, RequestCancelled, RequestTimeout
-from lvlm.runtime.engine import Engine, reading
+from lvlm.runtime.engine import Engine
 from lvlm.runtime.engine.prefixes import worthwhile
 from lvlm.runtime.engine.reading import ReadingInPieces
 from lvlm.runtime.generate.answers import Generation
@@ -45,14 +44,10 @@ def model(folder: Path) -> Iterator[Model]:
         yield model
 
 
-@pytest.fixture(params=["between steps", "beside"])
-def pieces(
-    request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Engine]:
-    """An engine whose pieces are so short that every rest has several, between decode steps or on
-    the thread beside."""
-    monkeypatch.setattr(reading, "TOKENS_AT_ONCE", 4)
-    with Engine(folder, slots=3, chunk_tokens=0 if request.param == "beside" else 4) as engine:
+@pytest.fixture
+def pieces(folder: Path) -> Iterator[Engine]:
+    """An engine whose pieces are so short that every rest has several, between decode steps."""
+    with Engine(folder, slots=3, chunk_tokens=4) as engine:
         yield engine
         idle(engine)
 
@@ -212,11 +207,8 @@ def test_it_ends_between_two_pieces(
         assert read is not None
         if late:
             read.request.deadline = 0.0
-            scheduler(engine).wake()
         else:
             handle.cancel()
-        if scheduler(engine).pace is None:  # the engine's thread sees it meanwhile
-            until(lambda: read.stopped)
         go_on.set()
         with pytest.raises(RequestTimeout if late else RequestCancelled):
             handle.result(WAIT)
@@ -224,23 +216,3 @@ def test_it_ends_between_two_pieces(
     assert len(starts) == 2  # what was left is not read
     extend.before = lambda inputs, outputs: None  # noqa: ARG005
     same(get(engine, SECOND), answered[1])
-
-
-def test_others_go_on_meanwhile(beside: Engine, answered: tuple[Generation, Generation]) -> None:
-    """Decode of other requests does not wait for pieces that are read beside it."""
-    engine = beside
-    extend, go_on = intercept(engine, "extend"), threading.Event()
-    same(get(engine, FIRST), answered[0])
-    other = running(engine)
-
-    def hold(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
-        assert go_on.wait(WAIT)
-
-    extend.before = hold
-    second = submit(engine, SECOND)
-    before = len(other.token_ids)
-    until(lambda: len(other.token_ids) > before + 5)
-    assert not second.done
-    go_on.set()
-    same(second.result(WAIT), answered[1])
-    other.cancel()

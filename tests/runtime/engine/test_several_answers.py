@@ -273,9 +273,9 @@ def test_cancelled_in_the_queue(engine: Engine, folder: Path) -> None:
         waiting.result(WAIT)
 
 
-def test_cancelled_in_prefill(beside: Engine) -> None:
+def test_cancelled_in_prefill(whole: Engine) -> None:
     """It is stopped when nobody waits any more, and not before."""
-    engine = beside
+    engine = whole
     held = Held(engine, "prefill")
     handle = engine.submit(QUESTION, IMAGES[:1], n=3, **LONG)
     assert held.reached.wait(WAIT)
@@ -286,17 +286,16 @@ def test_cancelled_in_prefill(beside: Engine) -> None:
     scheduler(engine).wake()
     assert not reading.stopped
     handle.others[1].cancel()
-    until(lambda: reading.stopped)
+    assert reading.stopped
     held.go.set()
-    assert type(reading.logits.exception(WAIT)) is BackendError
     for one in (handle, *handle.others):
         with pytest.raises(RequestCancelled):
             one.result(WAIT)
     idle(engine)
 
 
-def test_one_is_cancelled_in_prefill(beside: Engine) -> None:
-    engine = beside
+def test_one_is_cancelled_in_prefill(whole: Engine) -> None:
+    engine = whole
     held = Held(engine, "prefill")
     handle = engine.submit(QUESTION, IMAGES[:1], n=3, **DRAWN)
     assert held.reached.wait(WAIT)
