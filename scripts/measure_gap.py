@@ -2,8 +2,8 @@
 
     python scripts/measure_gap.py BUNDLE --streams 3 --prompt-tokens 4000
 
-Prints JSON, milliseconds. ``--inline`` reads prompts between decode steps, on the same thread, for
-comparison. A bundle for long prompts is exported with --max-text-len.
+Prints JSON, milliseconds. ``--whole`` reads the prompt as a whole where it would be in chunks. A
+bundle for long prompts is exported with --max-text-len.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.runtime.backends import cpu
 from lvlm.runtime.engine import Engine, Handle
 
 WORD = "a "
@@ -49,13 +48,16 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=4000)
     parser.add_argument("--threads", type=int, help="of each session (default: ONNX Runtime's)")
     parser.add_argument("--quiet-seconds", type=float, default=3.0, help="before the long prompt")
-    parser.add_argument("--inline", action="store_true", help="prompts between decode steps")
+    parser.add_argument("--whole", action="store_true", help="prompts not in chunks")
     args = parser.parse_args()
-    if args.inline:
-        cpu.Backend.parallel = False
     endless: dict[str, Any] = {"max_new_tokens": 2000, "ignore_eos": True, "chat_template": False}
     with Engine(
-        args.bundle, threads=args.threads, verify="none", slots=args.streams + 1, image_cache=0
+        args.bundle,
+        threads=args.threads,
+        verify="none",
+        slots=args.streams + 1,
+        image_cache=0,
+        chunk_tokens=0 if args.whole else None,
     ) as engine:
         streams = [engine.submit(WORD * (20 + i), **endless) for i in range(args.streams)]
         for stream in streams:
@@ -77,7 +79,7 @@ def main() -> None:
     figures = {
         "threads": args.threads,
         "streams": args.streams,
-        "inline": args.inline,
+        "whole": args.whole,
         "without": summary(gaps(streams, quiet, asked)),
         "with": summary(gaps(streams, asked, answered)),
         "prompt": {

@@ -28,6 +28,18 @@ class Fault:
 
 
 FAULTS = {
+    "no decode steps between two whole prompts": Fault(
+        "runtime/engine/scheduler.py",
+        "        self._steps = 0\n        if logits",
+        "        if logits",
+        "tests/runtime/engine/test_engine_chunks.py::test_and_between_whole_prompts",
+    ),
+    "a cancelled request's prompt is read to its end": Fault(
+        "runtime/engine/scheduler.py",
+        "        self._stop_unwanted()\n        with self._changed:\n            self._changed.notify_all()",
+        "        with self._changed:\n            self._changed.notify_all()",
+        "tests/runtime/engine/test_engine_ends.py::test_cancelled_in_prefill",
+    ),
     "q, k and v biases dropped": Fault(
         "export/weights/steps/fuse_linears.py",
         "    if first.bias is not None:\n        nodes.append",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -157,9 +158,14 @@ def test_out_of_time_in_prefill(whole: Engine) -> None:
 
 def test_out_of_time_while_another_prompt_is_read(folder: Path) -> None:
     """Whoever waits or runs is told in time, from a thread that may close the engine."""
-    with Engine(folder, slots=3, chunk_tokens=0) as engine:
-        first = running(engine, timeout=1.0)
+    with Engine(folder, slots=3, chunk_tokens=0, reuse_prefixes=False) as engine:
         held = Held(engine, "prefill")
+        held.go.set()
+        first = running(engine)
+        held.reached.clear()
+        held.go.clear()
+        (request,) = scheduler(engine).batch.running
+        request.deadline = time.perf_counter() + 2.0
         read = engine.submit("Hi", **LONG)
         assert held.reached.wait(WAIT)
         waiting = engine.submit("Hi", timeout=0.05)
