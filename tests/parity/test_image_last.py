@@ -206,3 +206,19 @@ def test_the_engine_does_not_go_on_from_a_moved_prompt(bundle: Callable[..., Pat
     assert [g.token_ids for g in got] == [g.token_ids for g in expected]
     first, second, third = (g.stats.reused_tokens for g in got)
     assert first == second == 0 < third
+
+
+def test_prompts_that_are_moved_unlike_share_nothing(bundle: Callable[..., Path]) -> None:
+    """The same text before images of two shapes: its entries lie at two distances."""
+    folder, text = bundle(LIGHT[0], max_images=2), ROWS[0][0]
+    asked = [(text, [image]) for image in (WIDE, TALL, WIDE)]
+    with lvlm.load(folder) as model:
+        prompts = [prepare(model, *one) for one in asked]
+        moves = [(p.aligned - p.positions)[:, 0].tolist() for p in prompts]
+        expected = [model.generate(*one, **OPTIONS).token_ids for one in asked]
+    assert moves[0] == moves[2] != moves[1]
+    with Engine(folder, slots=3) as engine:
+        got = [engine.generate(*one, **OPTIONS) for one in asked]
+    assert [g.token_ids for g in got] == expected
+    first, second, third = (g.stats.reused_tokens for g in got)
+    assert first == second == 0 < third
