@@ -7,6 +7,20 @@ from torch import nn
 
 from lvlm.export.graphs.graph import Tensors
 from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.ports import BATCH, GraphPort
+
+
+def new_tokens(model: LanguageModel, features: torch.dtype) -> list[GraphPort]:
+    """Inputs of a graph that reads tokens behind what is cached; ``features`` is the images'."""
+    row = (BATCH, "tokens")
+    positions = row if model.position_rows == 1 else (3, *row)
+    return [
+        GraphPort("input_ids", torch.int64, row),
+        GraphPort("image_features", features, ("rows", model.feature_width)),
+        GraphPort("image_row", torch.int64, row),
+        GraphPort("position_ids", torch.int64, positions),
+        GraphPort("last_token", torch.int64, (BATCH,)),
+    ]
 
 
 class EmbeddedTokens:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lvlm.export.graphs.attending import Angles
 from lvlm.export.graphs.blocks import EntriesBehind, run_block
-from lvlm.export.graphs.embedded import EmbeddedTokens
+from lvlm.export.graphs.embedded import EmbeddedTokens, new_tokens
 from lvlm.export.graphs.graph import Tensors
 from lvlm.export.graphs.language_graph import LanguageGraph, logits_at, parts_of
 from lvlm.export.graphs.language_model import LanguageModel
@@ -46,14 +46,8 @@ class Extend(LanguageGraph):
         self.dtype = dtype
 
     def inputs(self) -> list[GraphPort]:
-        model, row = self.model, (BATCH, "tokens")
-        positions = row if model.position_rows == 1 else (3, *row)
         return [
-            GraphPort("input_ids", torch.int64, row),
-            GraphPort("image_features", self.dtype, ("rows", model.feature_width)),
-            GraphPort("image_row", torch.int64, row),
-            GraphPort("position_ids", torch.int64, positions),
-            GraphPort("last_token", torch.int64, (BATCH,)),
+            *new_tokens(self.model, self.dtype),
             GraphPort("write_index", torch.int64, (BATCH,)),
             GraphPort("past_slots", torch.int64, ("entries",)),
             *self.buffer_ports("past", self.kinds),

@@ -29,9 +29,11 @@ class Encoding:
         """Images that are still to be encoded."""
         return len(self.images) - len(self.features)
 
-    def go_on(self, count: int) -> None:
-        """Encode so many of those that are left."""
-        began = time.perf_counter()
+    def go_on(self, count: int | None = None) -> None:
+        """Encode so many of those that are left, by itself all."""
+        if not self.left:
+            return
+        began, count = time.perf_counter(), self.left if count is None else count
         some = slice(len(self.features), len(self.features) + count)
         self.features += self.encode(self.images[some], self.digests[some])
         self.ms += (time.perf_counter() - began) * 1e3

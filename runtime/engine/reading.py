@@ -59,8 +59,7 @@ class WholeReading:
         self._images = Encoding(self.encode, images, digests)
 
     def run(self) -> np.ndarray:
-        if self._images.left:
-            self._images.go_on(self._images.left)
+        self._images.go_on()
         began = time.perf_counter()
         prompts, features = [r.prompt for r in self.requests], self._images.features
         logits, maps = self.graphs.prefill(prompts, self.requests[0].counts, features, self.call)
@@ -127,8 +126,7 @@ class ReadingInPieces:
     def read(self, tokens: int) -> tuple[np.ndarray | None, float]:
         """Read so many tokens, the images before the first ones: logits [1,vocabulary] after the
         last ones, and how many seconds the tokens took."""
-        if self._images.left:
-            self._encode(self._images.left)
+        self._encode()
         began = time.perf_counter()
         span = range(self.start, self.start + min(tokens, self.left))
         logits = self.graphs.extend(self.request.prompt, span, self._all_features(), self.call)
@@ -138,7 +136,7 @@ class ReadingInPieces:
         self.request.prefill_ms += seconds * 1e3
         return None if self.left else logits, seconds
 
-    def _encode(self, count: int) -> None:
+    def _encode(self, count: int | None = None) -> None:
         self._images.go_on(count)
         self.request.vision_ms = self._images.ms
 
@@ -176,8 +174,7 @@ class TurnReading:
         return (self.request,)
 
     def run(self) -> np.ndarray:
-        if self._images.left:
-            self._images.go_on(self._images.left)
+        self._images.go_on()
         began = time.perf_counter()
         joined, width = self._images.joined(), self.behind.graphs.manifest.feature_width
         rows = np.zeros((0, width), np.float32) if joined is None else joined
