@@ -127,6 +127,16 @@ def test_every_architecture_builds_in_fp32(
     assert all(graph.bytes > 0 for graph in engines.graphs.values())
 
 
+@pytest.mark.parametrize("recipe", ["lightvlm (cached)", "elastic-cache (cached)"])
+def test_what_sessions_read_by_builds(
+    recipe: str, bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Behind what is compacted at intervals, with a ring of queries, and behind what leaves one by
+    one."""
+    folder = bundle("tiny-llava", *CACHED[recipe], max_images=2, sessions=True)
+    assert build(copied(folder, tmp_path / "b"), sm=(86,)).graphs["extend"].bytes > 0
+
+
 def test_matrices_as_inputs_are_not_in_the_engine(
     bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
