@@ -6,6 +6,7 @@ at once.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from hypothesis import settings
 
 from lvlm.runtime.backends import cpu
+
+# What tests import stays; by default Python's collector goes through all of it again and again
+gc.set_threshold(100_000, 20, 100)
 
 settings.register_profile("lvlm", deadline=None)  # no test is timed: machines may be busy
 settings.load_profile("lvlm")

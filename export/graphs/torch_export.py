@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import io
 import logging
 import re
@@ -47,6 +48,9 @@ def to_onnx(
         mode,
         _without_gradients(),
         _quiet(),
+        _seldom_collected(),
+        # Sizes are symbols here: what torch would find again costs more to keep than it saves
+        torch._dynamo.config.patch(fake_tensor_cache_enabled=False),
         # torch.onnx makes its table of ops for every graph anew, which takes it about a second;
         # here it is the same one every time (no graph adds ops to it)
         exchanged(ONNXRegistry, from_torchlib=staticmethod(_registry)),
@@ -118,6 +122,18 @@ def _without_gradients() -> Iterator[None]:
         exchanged(torch.no_grad, __enter__=nothing, __exit__=nothing),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _seldom_collected() -> Iterator[None]:
+    """Tracing makes many objects that live as long as the graph; Python's collector would go through
+    all of them again and again."""
+    own = gc.get_threshold()
+    gc.set_threshold(200_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*own)
 
 
 _registry = functools.cache(ONNXRegistry.from_torchlib)
