@@ -126,8 +126,8 @@ def _without_gradients() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seldom_collected() -> Iterator[None]:
-    """Tracing makes many objects that live as long as the graph; Python's collector would go through
-    all of them again and again."""
+    """Tracing makes many objects that live as long as the graph; Python's collector would go
+    through all of them again and again."""
     own = gc.get_threshold()
     gc.set_threshold(200_000, 20, 100)
     try:
