@@ -4,18 +4,21 @@ generate; and what a user types is text."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bundles import OTHERS, TINY, their_answer, transformers_inputs
 from parity_tools import IMAGES, load_torch
 from transformers import AutoTokenizer
-from video_tools import noise_video
+from video_tools import inputs, noise_video
 
 import lvlm
 from lvlm.runtime.generate.asks import one_ask
+from lvlm.runtime.media.video import Video
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt
@@ -147,24 +150,31 @@ def special(model: Model, prompt: Prompt) -> list[int]:
     return [n for n in prompt.ids if model.tokenizer.visible_token(n) is None]
 
 
-def test_videos_and_images_in_any_turn(name: str, bundle: Callable[..., Path]) -> None:
-    """The prompt that the text with its placeholders makes, which is compared with transformers
-    elsewhere (test_video.py); a placeholder that is typed is none of them."""
+def test_videos_and_images_in_any_turn(
+    name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
+) -> None:
+    """A clip in the first turn and an image in the last: the prompt that the text with its
+    placeholders makes, and the answer of transformers' generate. A placeholder that is typed is
+    none of them."""
+    folder = checkpoint(name)
     with lvlm.load(bundle(name, max_images=2)) as model:
         video: Any = model.processor.video  # type: ignore[attr-defined]
         source = noise_video(video.per_image)
-        template = IN_ORDER.replace("<video>", video.token)
+        given: dict[str, Any] = {
+            "chat_template": IN_ORDER.replace("<video>", video.token),
+            "frames": source.frames,
+        }
+
+        def asked(said: str) -> list[dict[str, Any]]:
+            return [
+                {"role": "user", "content": [part("See "), {"type": "video", "video": source}]},
+                {"role": "assistant", "content": said},
+                {"role": "user", "content": [part("and"), part(IMAGES[0]), part("too")]},
+            ]
 
         def prepared(said: str) -> Prompt:
-            ask = one_ask(
-                [
-                    {"role": "user", "content": [part("See "), {"type": "video", "video": source}]},
-                    {"role": "assistant", "content": said},
-                    {"role": "user", "content": [part("and"), part(IMAGES[0]), part("too")]},
-                ]
-            )
-            options = GenerationOptions(chat_template=template, frames=source.frames)
-            return model.prepare(0, ask.prompt, ask.images, options, ask.videos)
+            ask = one_ask(asked(said))
+            return model.prepare(0, ask.prompt, ask.images, GenerationOptions(**given), ask.videos)
 
         text = (
             f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSee{video.token}"
@@ -179,3 +189,27 @@ def test_videos_and_images_in_any_turn(name: str, bundle: Callable[..., Path]) -
         assert [i.digest() for i in ours.images] == [i.digest() for i in expected.images]
         typed = prepared(f"Seen {video.token}<image>.")
         assert [i.digest() for i in typed.images] == [i.digest() for i in expected.images]
+        answer = model.generate(asked("Seen."), max_new_tokens=8, **given)
+        takes = clip_and_image(name, folder, ours, source)
+        theirs = load_torch(folder)
+        assert answer.token_ids == their_answer(theirs, ours.ids, takes, max_new_tokens=8)
+
+
+def clip_and_image(
+    name: str, folder: Path, prompt: Prompt, source: Video
+) -> dict[str, torch.Tensor]:
+    """What transformers takes for a prompt with a clip and, behind it, an image."""
+    frames = len(prompt.images) - 1
+    of_clip = np.where(prompt.image_id <= frames, prompt.image_id, 0)
+    of_image = np.maximum(prompt.image_id - frames, 0)
+    clip = replace(prompt, images=prompt.images[:frames], image_id=of_clip)
+    image = replace(prompt, images=prompt.images[frames:], image_id=of_image)
+    found = dict(transformers_inputs(folder, image))
+    for key, value in inputs(clip, TINY[name][0].name, source).items():
+        if key == "mm_token_type_ids":  # 1 an image's, 2 a video's
+            found[key] = found[key] + value
+        elif key in found:  # SmolVLM has one place for both
+            found[key] = torch.cat([value, found[key]], 1)
+        else:
+            found[key] = value
+    return found
