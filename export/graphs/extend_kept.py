@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lvlm.export.graphs.attending import Angles
-from lvlm.export.graphs.blocks import EntriesKept, run_block
+from lvlm.export.graphs.blocks import EntriesKept, run_block, store
 from lvlm.export.graphs.embedded import EmbeddedTokens, new_tokens
 from lvlm.export.graphs.graph import Tensors
 from lvlm.export.graphs.language_graph import LanguageGraph, logits_at, parts_of
@@ -129,5 +129,7 @@ def _block(
     found = {"hidden": hidden, "key": cache.key, "value": cache.value}
     if query is not None and ring_slots is not None:
         queries = torch.cat([query, tap.query.to(query.dtype)], dim=2)
-        found["query"] = queries.index_select(2, ring_slots)
+        # The whole ring; written as every buffer is, which lowering relies on
+        start = torch.zeros_like(write_index)
+        found["query"] = store(query, queries.index_select(2, ring_slots), start)
     return found

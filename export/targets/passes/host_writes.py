@@ -67,6 +67,9 @@ def leave_writes_to_host(model: ir.Model) -> int:
             f"{left[0].name} writes a cache that more than attention reads; this write cannot be "
             "left to the host"
         )
+    buffers = [n for n in (str(v.name) for v in graph.outputs) if n.startswith("present_")]
+    if slots and len(buffers) > len(slots):
+        raise ExportError(f"not all of {', '.join(buffers)} are written from an index on")
     for value in list(graph.inputs):
         if value.name is not None and value.name.startswith("past_") and not value.uses():
             graph.inputs.remove(value)

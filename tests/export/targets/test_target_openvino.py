@@ -176,6 +176,14 @@ def test_writes_that_cannot_be_left_to_the_host(body: str, why: str) -> None:
         leave_writes_to_host(model)
 
 
+def test_a_buffer_that_is_made_otherwise_cannot_be_left_to_the_host() -> None:
+    body = "present_k = TensorScatter (past_k, k, at) present_v = Neg (past_v)"
+    outputs = "float[B, 2, C, 4] present_k, float[B, 2, C, 4] present_v"
+    model = graph_of(body, f"{ENTRY}, {CACHE}", outputs)
+    with pytest.raises(ExportError, match="not all of present_k, present_v are written"):
+        leave_writes_to_host(model)
+
+
 def test_a_scan_with_state_and_values_from_around_it_becomes_a_loop() -> None:
     body = """
         y, z = Scan <num_scan_inputs = 1, body = chunk (float[2] s, float[2] x) =>

@@ -26,14 +26,17 @@ SMALL = "llava:llama-mha-bias-rope3-siglip"
 
 def lowering(bundle: Make, temporary: pytest.TempPathFactory) -> Make:
     """Makes copies of bundles that other tests use, too, with graphs for the target."""
-    made: dict[tuple[str, ...], Path] = {}
+    made: dict[tuple[str, str, str, bool], Path] = {}
 
-    def make(recipe: str = "none", model: str = "tiny-llava", dtype: str = "fp32") -> Path:
-        key = (recipe, model, dtype)
+    def make(
+        recipe: str = "none", model: str = "tiny-llava", dtype: str = "fp32", sessions: bool = False
+    ) -> Path:
+        key = (recipe, model, dtype, sessions)
         if key not in made:
             folder = temporary.mktemp("openvino") / "bundle"
             settings = () if recipe == "none" else CACHED[recipe]
-            shutil.copytree(bundle(model, *settings, dtype=dtype, max_images=2), folder)
+            options = {"dtype": dtype, "max_images": 2, **({"sessions": True} if sessions else {})}
+            shutil.copytree(bundle(model, *settings, **options), folder)
             lower_bundle(folder, read_bundle(folder), TARGET, Progress(1, quiet=True))
             made[key] = folder
         return made[key]

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from openvino_tools import IMAGES, PROMPTS, Make, lowering
+from openvino_tools import IMAGES, PROMPTS, SAMPLES, Make, lowering
 from settings import CACHED
 
 import lvlm
@@ -20,6 +20,8 @@ from lvlm.core.errors import BackendError, ParameterError
 from lvlm.plugins_trt.build_cli import main as build
 from lvlm.runtime.backends.openvino import PRECISION, PRECISIONS, Backend
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.engine import Engine, Session
+from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.run_cli import main
 
 
@@ -47,6 +49,35 @@ def test_answers_are_those_of_the_cpu(recipe: str, lowered: Make) -> None:
         assert ours.stats.kept_per_layer == theirs.stats.kept_per_layer
         for mine, other in zip(ours.merge_maps, theirs.merge_maps, strict=True):
             np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.parametrize("recipe", ["lightvlm (cached)", "elastic-cache (cached)"])
+def test_turns_of_a_session_are_those_of_the_cpu(recipe: str, lowered: Make) -> None:
+    """Read by the graph extend of a recipe that compresses, an image among them."""
+    folder = lowered(recipe, sessions=True)
+    found = []
+    for device in ("cpu", "openvino"):
+        engine = Engine(folder, slots=2, device=device, threads=1)
+        with engine, engine.session() as session:
+            found.append(converse(engine, session))
+    ours, theirs = found
+    assert [g.token_ids for g in ours] == [g.token_ids for g in theirs]
+    assert all(g.stats.reused_tokens for g in ours[1:])
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.stats.reused_tokens == other.stats.reused_tokens
+        assert mine.stats.kept_per_layer == other.stats.kept_per_layer
+
+
+def converse(engine: Engine, session: Session) -> list[Generation]:
+    """The answers to three turns, with an image in the first and the second."""
+    talk: list[dict[str, Any]] = []
+    found: list[Generation] = []
+    for text, images in ((PROMPTS[0], SAMPLES[:1]), (PROMPTS[1], SAMPLES[1:]), ("And 7?", [])):
+        shown = [{"type": "image", "image": str(image)} for image in images]
+        talk.append({"role": "user", "content": [*shown, {"type": "text", "text": text}]})
+        found.append(engine.generate(talk, session=session, max_new_tokens=9, kv_keep=0.3))
+        talk.append({"role": "assistant", "content": found[-1].text})
+    return found
 
 
 def random_step(rows: int, slots: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
