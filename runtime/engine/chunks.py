@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE
 
-CHUNK_STEPS = 10  # decode steps that take about as long as a chunk, of whatever runs beside it
-STEPS_BETWEEN = 3  # decode steps from one chunk to the next
+CHUNK_STEPS = 20  # decode steps that take about as long as a chunk, of whatever runs beside it
+STEPS_BETWEEN = 3  # decode steps from one such chunk to the next, at most
 FIRST = 64  # tokens, before anything was measured
 LEAST = 16  # fewer cost as much
+NO_STEP = 0.1  # of a step owed, as for a small image, is none
 NEWEST = 0.3  # weight of the newest time in the mean
 
 
@@ -31,6 +34,15 @@ class ChunkPace:
         """A chunk of so many tokens took so long."""
         if tokens >= LEAST:
             self._token = _mean(self._token, seconds / tokens)
+
+    def steps_after(self, seconds: float) -> int:
+        """Decode steps that come after what was read in so many seconds, before more is read: as
+        many as keep their share beside chunks of measured length, so that what is read quickly (a
+        small image) holds up nobody, and what waits is not held up for it."""
+        if self._fixed or self._step is None:
+            return STEPS_BETWEEN
+        owed = STEPS_BETWEEN * seconds / (CHUNK_STEPS * self._step)
+        return min(math.ceil(owed - NO_STEP), STEPS_BETWEEN)
 
     def tokens(self, *, beside: bool) -> int:
         """Of the next chunk; ``beside``: while others wait for their next tokens."""

@@ -73,7 +73,7 @@ class Engine(TokenCounting):
         ``image_cache`` bounds the features of images that are kept. ``reuse_prefixes``: a prompt
         that begins like an earlier one, images included, is read from there on only (recipe none;
         see docs/engine.md). ``chunk_tokens``: a prompt is read so many tokens at a time, between
-        decode steps, None: as many as are read in the time of ten steps; 0: as a whole (recipe
+        decode steps, None: as many as are read in the time of twenty steps; 0: as a whole (recipe
         none; with others always).
 
         Raises BundleError, BackendError, ParameterError.

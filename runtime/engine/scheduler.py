@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from lvlm.core.errors import BackendError, EngineClosedError, LvlmError, QueueFullError
 from lvlm.core.forks import Home, orphan_in_children
 from lvlm.runtime.engine.batch import Batch
-from lvlm.runtime.engine.chunks import STEPS_BETWEEN, ChunkPace
+from lvlm.runtime.engine.chunks import ChunkPace
 from lvlm.runtime.engine.faults import described
 from lvlm.runtime.engine.image_cache import ImageCache
 from lvlm.runtime.engine.prefilling import Prefilling, deadlines_watched, end_overdue
@@ -34,7 +34,7 @@ class Scheduler:
 
     def __init__(self, batch: Batch, images: ImageCache, queue_limit: int, pace: ChunkPace) -> None:
         self.batch, self.images, self.queue_limit = batch, images, queue_limit
-        self.pace, self._steps = pace, STEPS_BETWEEN  # decode steps since the last piece
+        self.pace, self._owed = pace, 0  # decode steps before more of a prompt is read
         self.waiting: deque[Request] = deque()
         self._prefilling: Prefilling | None = None
         self._changed = threading.Condition()
@@ -193,8 +193,9 @@ class Scheduler:
         prefilling, beside = self._prefilling, bool(self.batch.running)
         if prefilling is None:
             return
-        if beside and self._steps < STEPS_BETWEEN and not prefilling.stopped:
+        if beside and self._owed > 0 and not prefilling.stopped:
             return
+        began = time.perf_counter()
         try:
             with deadlines_watched(self._all, self._stop_unwanted):
                 self._stop_unwanted()  # ended since the sweep
@@ -204,7 +205,7 @@ class Scheduler:
                 self.batch.lose(prefilling.reading.requests, error)
                 self._prefilling = None
             return
-        self._steps = 0
+        self._owed = self.pace.steps_after(time.perf_counter() - began)
         if logits is not None:
             places = self.batch.begin(prefilling.reading, logits)
             self._prefilling = None
@@ -216,7 +217,7 @@ class Scheduler:
             return
         began = time.perf_counter()
         self.batch.step()
-        self._steps += 1
+        self._owed -= 1
         self.pace.stepped(time.perf_counter() - began)
 
 

@@ -94,6 +94,13 @@ def test_those_that_run_have_their_steps_between_two_chunks(
     assert read == (["extend"] + ["decode"] * STEPS_BETWEEN) * (chunks - 1) + ["extend"]
 
 
+@pytest.fixture
+def all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it took to read."""
+    monkeypatch.setattr(ChunkPace, "steps_after", lambda *_: STEPS_BETWEEN)
+
+
+@pytest.mark.usefixtures("all_steps")
 def test_and_between_two_images(folder: Path, answered: list[Generation]) -> None:
     with Engine(folder, slots=2, image_cache=0) as engine:
         calls = order_of_calls(engine)
@@ -106,6 +113,7 @@ def test_and_between_two_images(folder: Path, answered: list[Generation]) -> Non
     assert seen[: 3 + 2 * STEPS_BETWEEN] == ["vision", *steps, "vision", *steps, "extend"]
 
 
+@pytest.mark.usefixtures("all_steps")
 def test_and_between_whole_prompts(folder: Path, answered: list[Generation]) -> None:
     with Engine(folder, slots=4, chunk_tokens=0, image_cache=0, reuse_prefixes=False) as engine:
         calls = order_of_calls(engine, "prefill")
@@ -167,6 +175,18 @@ def test_a_chunk_takes_as_long_as_some_steps() -> None:
         pace.stepped(60.0)
     assert pace.tokens(beside=True) == TOKENS_AT_ONCE
     assert [ChunkPace(7).tokens(beside=b) for b in (True, False)] == [7, 7]
+
+
+def test_steps_are_owed_by_the_time_of_what_was_read() -> None:
+    pace = ChunkPace(None)
+    assert pace.steps_after(1.0) == STEPS_BETWEEN  # nothing was measured
+    pace.stepped(0.02)
+    chunk = CHUNK_STEPS * 0.02
+    owed = [pace.steps_after(part * chunk) for part in (0.01, 0.1, 0.4, 0.75, 1.0, 1.02, 9.0)]
+    assert owed == [0, 1, 2, 3, 3, 3, 3]
+    fixed = ChunkPace(16)  # every chunk: who says its length wants no gap to be longer
+    fixed.stepped(0.02)
+    assert fixed.steps_after(0.01) == STEPS_BETWEEN
 
 
 @pytest.mark.parametrize("wrong", [-1, TOKENS_AT_ONCE + 1, 1.5, "all", True])
