@@ -89,6 +89,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         every = [pytest.param(*p, marks=KNOWN_FAULT if p in FAULTS else ()) for p in pairs]
         whole = metafunc.config.getoption("--whole")
         metafunc.parametrize(("model", "recipe"), every if whole else USUAL)
+    if "read_by" in metafunc.fixturenames:
+        # Compacted at intervals, with a ring of queries; entries that leave one by one
+        every = ["lightvlm (cached)", "elastic-cache (cached)"]
+        whole = metafunc.config.getoption("--whole")
+        metafunc.parametrize("read_by", every if whole else every[:1])
 
 
 @pytest.mark.usefixtures("built_once")
@@ -127,13 +132,10 @@ def test_every_architecture_builds_in_fp32(
     assert all(graph.bytes > 0 for graph in engines.graphs.values())
 
 
-@pytest.mark.parametrize("recipe", ["lightvlm (cached)", "elastic-cache (cached)"])
 def test_what_sessions_read_by_builds(
-    recipe: str, bundle: Callable[..., Path], tmp_path: Path
+    read_by: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Behind what is compacted at intervals, with a ring of queries, and behind what leaves one by
-    one."""
-    folder = bundle("tiny-llava", *CACHED[recipe], max_images=2, sessions=True)
+    folder = bundle("tiny-llava", *CACHED[read_by], max_images=2, sessions=True)
     assert build(copied(folder, tmp_path / "b"), sm=(86,)).graphs["extend"].bytes > 0
 
 
