@@ -10,7 +10,6 @@ CHUNK_STEPS = 20  # decode steps that take about as long as a chunk, of whatever
 STEPS_BETWEEN = 3  # decode steps from one such chunk to the next, at most
 FIRST = 64  # tokens, before anything was measured
 LEAST = 16  # fewer cost as much
-NO_STEP = 0.1  # of a step owed, as for a small image, is none
 NEWEST = 0.3  # weight of the newest time in the mean
 
 
@@ -36,13 +35,13 @@ class ChunkPace:
             self._token = _mean(self._token, seconds / tokens)
 
     def steps_after(self, seconds: float) -> int:
-        """Decode steps that come after what was read in so many seconds, before more is read: as
-        many as keep their share beside chunks of measured length, so that what is read quickly (a
-        small image) holds up nobody, and what waits is not held up for it."""
+        """Decode steps that come after what was read in so many seconds, before more is read: from
+        one on as many as keep their share beside chunks of measured length, so that what waits is
+        not held up for what was read quickly, as a small image is."""
         if self._fixed or self._step is None:
             return STEPS_BETWEEN
         owed = STEPS_BETWEEN * seconds / (CHUNK_STEPS * self._step)
-        return min(math.ceil(owed - NO_STEP), STEPS_BETWEEN)
+        return min(max(1, math.ceil(owed)), STEPS_BETWEEN)
 
     def tokens(self, *, beside: bool) -> int:
         """Of the next chunk; ``beside``: while others wait for their next tokens."""
