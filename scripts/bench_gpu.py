@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_big_checkpoint import make_checkpoint
 from random_prompt import BEFORE, prompt_for, random_prompt
 
 import lvlm
@@ -142,6 +141,8 @@ def checkpoint(args: argparse.Namespace) -> Path:
         return Path(str(resources.files("lvlm.assets") / "tiny-llava"))
     folder = Path(args.work) / "llava-1.5-7b-random"
     if not (folder / "model.safetensors.index.json").exists():
+        from bench_big_checkpoint import make_checkpoint  # imports torch
+
         make_checkpoint(folder, "llava-1.5-7b")
     return folder
 

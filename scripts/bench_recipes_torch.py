@@ -35,12 +35,12 @@ from lvlm.runtime.policies.shares import ProfileRow
 
 SHARE = 0.2
 # prompts at once, tokens of each; and new ones
-PREFILL = {"llava-7b": [(b, n) for n in (624, 1024, 2624) for b in (1, 8, 16)], "tiny": [(2, 64)]}
+PREFILL = {"llava-7b": [(b, n) for n in (624, 1024, 2624) for b in (1, 8, 16)], "tiny": [(1, 64)]}
 DECODE = {
     "llava-7b": [
         (b, n, new) for n, new in ((624, 256), (1024, 512), (2624, 512)) for b in (1, 16, 48)
     ],
-    "tiny": [(2, 64, 16)],
+    "tiny": [(1, 64, 8)],
 }
 PEER_STEPS = 16
 

@@ -278,8 +278,5 @@ FAULTS = {
         TWIN,
     ),
 }
-# In a normal run: one that the fastest tests see, one that only parity sees.
-USUAL = (
-    "q and k biases swapped in the fused product",
-    "the newest entry overwritten instead of the oldest",
-)
+# In a normal run: one that needs no export, which would be one of the broken package's own.
+USUAL = ("the newest entry overwritten instead of the oldest",)
