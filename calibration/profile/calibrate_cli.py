@@ -52,6 +52,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"fraction of all cache entries that stays (default {KEEP}); the profile also holds "
         "0.05 to 0.95",
     )
+    add(
+        "--from-prefixkv",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: take PrefixKV's published budgets, files of its folder confs/, "
+        "which hold what each layer evicts",
+    )
     add("-r", "--recipe", default="none", help="merging to calibrate under (default: none)")
     add(
         "--set",
@@ -80,6 +88,8 @@ def _run(args: argparse.Namespace) -> int:
 
     set_logging(False)
     check_keep(args.keep)
+    if args.from_prefixkv:
+        return _published(args)
     recipe = _recipe(args)
     job = plan(args.model, args.revision, recipe, _samples(args), args.keep, args.output)
     quiet = args.quiet or args.json
@@ -91,6 +101,40 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(_data(job, profile) | {"seconds": round(progress.elapsed, 2)}, indent=1))
     elif not args.quiet:
         print(_table(args, job, profile, progress.elapsed), file=sys.stderr)
+    return 0
+
+
+def _published(args: argparse.Namespace) -> int:
+    from lvlm.calibration.profile.profile_plot import draw_profile
+    from lvlm.calibration.profile.published import published
+    from lvlm.core.errors import ParameterError
+    from lvlm.export.summaries import layout
+
+    measured = {"--data": args.data, "--samples": args.samples, "--seed": args.seed}
+    measured |= {
+        "--set": args.set or None,
+        "--recipe": args.recipe if args.recipe != "none" else None,
+    }
+    if given := [name for name, value in measured.items() if value is not None]:
+        raise ParameterError(f"{given[0]} is for measuring; leave it out with --from-prefixkv")
+    profile = published(args.model, args.revision, args.from_prefixkv, args.keep)
+    plot = args.output.with_suffix(".png")
+    draw_profile(profile, plot)
+    profile.write(args.output)
+    fractions = profile.row().fractions
+    if args.json:
+        found = {"output": str(args.output), "plot": str(plot), "keep": profile.keep}
+        print(json.dumps(found | {"fractions": fractions}, indent=1))
+    elif not args.quiet:
+        low, high = min(fractions), max(fractions)
+        rows = {
+            "profile": f"{args.output}  ({profile.layers} layers, published budgets)",
+            "plot": str(plot),
+            "rows": ", ".join(f"{row.keep:.1%} kept" for row in profile.rows),
+            "budgets": f"{low:.1%} of layer {fractions.index(low)} to {high:.1%} of layer "
+            f"{fractions.index(high)} where {profile.keep:.1%} of all stays",
+        }
+        print(f"{layout(rows)}\nnext: {_next(args)} -o out/", file=sys.stderr)
     return 0
 
 
