@@ -13,25 +13,21 @@ from typing import Any, ClassVar, Self
 from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction, integer
 from lvlm.core.rounding import rounded
-from lvlm.export.recipes.parts import merged_cache
-from lvlm.export.recipes.parts.cache_rule import Positions
-from lvlm.export.recipes.parts.fixed_point import KEEP
+from lvlm.export.recipes.parts.composed import Composed
 from lvlm.export.recipes.parts.pyramid import Importance, Merge, Pyramid
-from lvlm.export.recipes.recipe import Calibration, Recipe, choice, file_name, parameter
-from lvlm.runtime.policies.policy import CachePolicy
-from lvlm.runtime.policies.shares import ProfileRow
-
-STAGE_DEPTHS = (1 / 14, 2 / 7, 1 / 2)  # of the model's depth: blocks 2, 8 and 14 of 28
+from lvlm.export.recipes.recipe import choice, parameter
 
 
 @dataclass(frozen=True)
-class LightVLM(Recipe):
+class LightVLM(Composed):
     """Recipe ``lightvlm``."""
 
     name: ClassVar[str] = "lightvlm"
     summary: ClassVar[str] = "image tokens merged in a pyramid over the blocks during prefill"
     source: ClassVar[str] = "arXiv 2509.00419 (own definition beyond its abstract)"
     small: ClassVar[tuple[str, ...]] = ("kv_floor=8", "kv_protect=8", "kv_interval=16")
+    # Of the stages, in the model's depth: blocks 2, 8 and 14 of 28
+    depths: ClassVar[tuple[float, ...]] = (1 / 14, 2 / 7, 1 / 2)
 
     keep: float = parameter(0.35, "final fraction of each image's tokens, in (0, 1]")
     stages: tuple[int, ...] | None = parameter(
@@ -52,24 +48,6 @@ class LightVLM(Recipe):
     kv: str = parameter(
         "interval", "cache compression: interval (own), none, or any cache recipe's name"
     )
-    kv_keep: float | None = parameter(
-        None, f"fraction of the cache that stays; default {KEEP}, or the profile's own"
-    )
-    kv_profile: str | None = parameter(None, "file that lvlm-calibrate wrote: a share per layer")
-    kv_cap: int | None = parameter(None, "most entries a layer keeps, whatever the fraction")
-    kv_sinks: int | None = parameter(None, "first tokens, which always stay; default 4")
-    kv_floor: int | None = parameter(None, "entries that always stay; default 128 (kv=interval)")
-    kv_protect: int | None = parameter(
-        None, "last tokens, whose queries score the rest; default 32 (kv=interval)"
-    )
-    kv_interval: int | None = parameter(
-        None, "steps from one compaction to the next; default 64 (kv=interval)"
-    )
-    kv_set: tuple[str, ...] | None = parameter(
-        None, "further settings of the recipe that kv names; as --set: kv.NAME=VALUE"
-    )
-    positions: Positions = parameter("true", "of new tokens: true, or layer0 (released code)")
-    rows: tuple[ProfileRow, ...] = ()
 
     def __post_init__(self) -> None:
         fraction("keep", self.keep)
@@ -77,7 +55,7 @@ class LightVLM(Recipe):
         choice("importance", self.importance, Importance)
         choice("merge", self.merge, Merge)
         integer("absorb", self.absorb, 1)
-        merged_cache.check(self)
+        super().__post_init__()
         if self.stages is not None:
             _stages(self.stages)
         if self.schedule is not None:
@@ -91,12 +69,12 @@ class LightVLM(Recipe):
     def for_layers(self, layers: int, deepstack_layers: int = 0) -> Self:
         if layers < 2:
             raise ParameterError(
-                f"recipe 'lightvlm' needs at least 2 layers, this model has {layers}; "
+                f"recipe '{self.name}' needs at least 2 layers, this model has {layers}; "
                 "use --recipe none"
             )
         stages = self.stages
         if stages is None:
-            places = (max(1, deepstack_layers, rounded(layers * d)) for d in STAGE_DEPTHS)
+            places = (max(1, deepstack_layers, place) for place in self.places(layers))
             stages = tuple(dict.fromkeys(min(place, layers - 1) for place in places))
         if max(stages) >= layers:
             raise ParameterError(
@@ -108,17 +86,11 @@ class LightVLM(Recipe):
                 f"{list(stages)}; give one for each"
             )
         keep = self.keep if self.schedule is None else self.schedule[-1]
-        return dataclasses.replace(self, stages=stages, keep=keep, **merged_cache.defaults(self))
+        return dataclasses.replace(self, stages=stages, keep=keep, **self.cache_defaults())
 
-    def calibration(self) -> Calibration | None:
-        return merged_cache.calibration(self)
-
-    def with_profile(self, keep: float, rows: tuple[ProfileRow, ...]) -> Self:
-        name = file_name(self.kv_profile)
-        return dataclasses.replace(self, kv_keep=keep, rows=rows, kv_profile=name)
-
-    def cache_policy(self) -> CachePolicy | None:
-        return merged_cache.policy(self)
+    def places(self, layers: int) -> list[int]:
+        """The stages of a model so deep, where it lets them be."""
+        return [rounded(layers * depth) for depth in self.depths]
 
     def token_reduction(self) -> Pyramid:
         if self.stages is None:
