@@ -70,6 +70,7 @@ def write_manifest(
         reductions=plan.recipe.reductions(),
         cache_policy=rule.cache_policy if rule else None,
         question_free=plan.recipe.question_free,
+        encoder=plan.encoder,
         capacity=plan.cache.capacity,
         chat_template=prompt.chat_template,
         special_tokens=prompt.special_tokens,

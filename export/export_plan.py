@@ -16,12 +16,13 @@ from lvlm.export.budgets.sample_prompts import prompt_maker
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.export_options import CACHES, DTYPES, ExportOptions
 from lvlm.export.families.family import Family, PromptFiles
+from lvlm.export.graphs.bundle_graphs import score_width
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.skeleton import Skeleton
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.weights.quantization import linear_weights
 from lvlm.export.weights.weight_names import open_skeleton
-from lvlm.runtime.bundle.manifest import Capacity, Images
+from lvlm.runtime.bundle.manifest import Capacity, EncoderReduction, Images
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
 
@@ -60,6 +61,14 @@ class ExportPlan:
     unvalidated_bytes: int  # the same without validation
     profile: Profile | None = None  # measured by this export
 
+    @property
+    def encoder(self) -> EncoderReduction | None:
+        """What happens to image tokens before the language model, with this tower's scores."""
+        reduction = self.recipe.encoder_reduction()
+        if reduction is None or not self.recipe.scored:
+            return reduction
+        return replace(reduction, scores=score_width(self.skeleton.vision))
+
 
 def make_plan(options: ExportOptions, *, weights: bool = True, quiet: bool = False) -> ExportPlan:
     """Resolve and check everything that can be checked without tracing.
@@ -93,6 +102,17 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
             "(--help-recipe)"
         )
     images = family.images(config, checkpoint.folder)
+    if recipe.scored and not score_width(skeleton.vision):
+        raise ParameterError(
+            f"recipe {recipe.name} ranks image tokens by the attention of the vision tower, which "
+            f"is not read out of {family.name}'s; take divprune"
+        )
+    encoder = recipe.encoder_reduction()
+    if images.positions == "grid" and encoder is not None and encoder.places == "closed":
+        raise ParameterError(
+            f"places=closed: tokens of {family.name} have three positions each, which cannot be "
+            "closed up; leave places out"
+        )
     if options.max_image_tokens is not None and options.max_image_tokens < images.tokens:
         images = family.bounded(images, options.max_image_tokens)
     prompt = family.prompt(config, checkpoint.folder)
@@ -211,7 +231,7 @@ def plan_cache(
 ) -> CachePlan:
     """Entries per layer that the longest prompt and answer can ever occupy."""
     layers = len(language.blocks)
-    reductions, rule = recipe.reductions(), recipe.cache_rule()
+    reductions, rule = recipe.shortenings(), recipe.cache_rule()
     ratios = keep_ratios(reductions, float(recipe.parameters().get("keep", 1.0)), None)
     entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
     seen = np.array([options.max_text_len + options.max_images * n for n in entering])

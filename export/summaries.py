@@ -127,11 +127,13 @@ def _recipe_line(plan: ExportPlan) -> str:
 
 
 def _pyramid(plan: ExportPlan) -> str:
-    counts, steps = plan.cache.image_tokens, [str(plan.cache.image_tokens[0])]
+    counts, steps = plan.cache.image_tokens, [str(plan.images.tokens)]
+    if plan.recipe.encoder_reduction() is not None:
+        steps.append(f"{counts[0]} from the encoder on")
     for layer in range(1, len(counts)):
         if counts[layer] != counts[layer - 1]:
             steps.append(f"{counts[layer]} from block {layer}")
-    mean = sum(counts) / len(counts) / counts[0]
+    mean = sum(counts) / len(counts) / plan.images.tokens
     return " → ".join(steps) + f" (mean over layers {mean:.0%})"
 
 

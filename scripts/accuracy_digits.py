@@ -31,7 +31,7 @@ def main() -> None:
     print("| --- " * (len(KINDS) + 4) + "|")
     for bundle in args.bundles:
         with lvlm.load(bundle) as model:
-            keeps = args.keep if model.manifest.reductions else [1.0]
+            keeps = args.keep if model.manifest.shortenings else [1.0]
             for keep in keeps:
                 name = model.manifest.recipe + (f" keep {keep}" if keep != 1.0 else "")
                 print(f"| {name} | {row(model, keep, args.questions)} |", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lvlm.export.export_plan import ExportPlan
 from lvlm.export.graphs import tracing
 from lvlm.export.graphs.graph import BundleGraph
 from lvlm.export.graphs.tracing import TracedGraph
-from lvlm.export.recipes.recipe import parse_settings
+from lvlm.export.recipes.recipe import Recipe, parse_settings
 from lvlm.export.targets.target import Target
 
 torch.set_num_threads(1)  # the environment may say otherwise
@@ -66,14 +66,14 @@ def traced_once(plan: ExportPlan, shared: Path) -> Callable[..., TracedGraph]:
     """The exporter's ``trace``, but for graphs that this run has traced for another bundle.
 
     Vision is the same whatever the recipe, decode and compact are where the cache policy is,
-    prefill where the recipe is. Tracing is most of what a small export takes. A copy differs from
-    its original in the numbers of inner nodes' names alone.
+    prefill where the token reduction is, too. Tracing is most of what a small export takes. A copy
+    differs from its original in the numbers of inner nodes' names alone.
     """
     files = sorted(plan.checkpoint.folder.glob("*config.json"))
     of_plan = (plan.dtype, [(file.name, file.read_text()) for file in files])
 
     def trace(graph: BundleGraph, *given: Any) -> TracedGraph:
-        rules = [getattr(graph, name, None) for name in ("recipe", "rule")]
+        rules = [_in_the_model(getattr(graph, "recipe", None)), getattr(graph, "rule", None)]
         of_graph = (graph.name, graph.inputs(), graph.outputs(), rules)
         key = hashlib.sha256(repr((of_plan, of_graph)).encode()).hexdigest()[:16]
         if key not in TRACED:
@@ -88,6 +88,15 @@ def traced_once(plan: ExportPlan, shared: Path) -> Callable[..., TracedGraph]:
         return copy_of(TRACED[key])
 
     return trace
+
+
+def _in_the_model(recipe: Recipe | None) -> list[str]:
+    """What of a recipe a graph is traced with: nothing of what happens at the encoder's output."""
+    if recipe is None:
+        return []
+    reduction = recipe.token_reduction()
+    named = repr(reduction) if is_dataclass(reduction) else type(reduction).__qualname__
+    return [named, type(recipe).before_block.__qualname__, repr(recipe.cache_rule())]
 
 
 def share_traces(patch: pytest.MonkeyPatch, shared: Path) -> None:

@@ -14,13 +14,13 @@ def _cached() -> dict[str, tuple[str, ...]]:
     """Every recipe with a cache policy, with room for the whole cache, so that one bundle serves
     every fraction; counts are small enough for prompts of a few hundred tokens."""
     with stand_ins():
-        from lvlm.export.recipes.recipe import Recipe
-
         return {
             f"{name} (cached)": (name, "kv_keep=1.0", *kind.small)
             for name, kind in discover("lvlm.export.recipes", "RECIPE").items()
-            if kind.cache_policy is not Recipe.cache_policy
+            if kind().cache_policy() is not None
         }
 
 
 CACHED = _cached() | {"lightvlm with prefixkv": ("lightvlm", "kv=prefixkv", "kv_keep=1.0")}
+# A vision graph that gives scores, and merging at one stage
+AT_ENCODER = {"hybrid": ("hybrid", "encoder=visionzip")}

@@ -136,7 +136,7 @@ def bundle_contender(text: str, common: Mapping[str, str], verify: Verify = "sam
             raise ParameterError(f"{text}: write {name}=VALUE")
         settings[name] = value
     takes = {
-        "keep": any(r.exponent is not None for r in manifest.reductions),
+        "keep": any(r.exponent is not None for r in manifest.shortenings),
         "kv-keep": manifest.cache_policy is not None,
         "device": True,
     }

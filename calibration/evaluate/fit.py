@@ -81,9 +81,9 @@ def new_tokens(
 
 def entries(manifest: Manifest, shape: Shape, keep: Keep | None) -> np.ndarray:
     """Tokens [L] that enter each block."""
-    ratios = keep_ratios(manifest.reductions, manifest.keep, keep)
+    ratios = keep_ratios(manifest.shortenings, manifest.keep, keep)
     images: Sequence[Sequence[int]] = [shape.image_tokens]
     plan = plan_prefill(
-        manifest.reductions, ratios, manifest.text.layers, [shape.text_tokens], images, [1]
+        manifest.shortenings, ratios, manifest.text.layers, [shape.text_tokens], images, [1]
     )
     return plan.entries[:, 0]

@@ -33,7 +33,7 @@ class Bundle:
     @property
     def is_full(self) -> bool:
         """Whether every token keeps its entry in every layer: what others are compared with."""
-        return not self.manifest.reductions and self.manifest.cache_policy is None
+        return not self.manifest.shortenings and self.manifest.cache_policy is None
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ def _rows(bundle: Bundle, keeps: Sequence[float], kv_keeps: Sequence[float]) -> 
     if bundle.is_full:
         return [Variant(bundle, "full cache")]
     manifest = bundle.manifest
-    if (keeps or kv_keeps) and any(r.ratio is not None for r in manifest.reductions):
+    if (keeps or kv_keeps) and any(r.ratio is not None for r in manifest.shortenings):
         raise ParameterError(
             f"{bundle.label} was exported with a schedule of its own, which --keep and --kv-keep "
             "cannot change; evaluate it without them"
         )
-    if manifest.reductions:
+    if manifest.shortenings:
         whole = None if manifest.cache_policy is None else 1.0
         rows = [Variant(bundle, f"keep {k:g}", kv_keep=whole, wanted=k) for k in keeps]
     else:
@@ -96,7 +96,7 @@ def _rows(bundle: Bundle, keeps: Sequence[float], kv_keeps: Sequence[float]) -> 
 
 
 def _merges_and_compresses(bundle: Bundle) -> bool:
-    return bool(bundle.manifest.reductions) and bundle.manifest.cache_policy is not None
+    return bool(bundle.manifest.shortenings) and bundle.manifest.cache_policy is not None
 
 
 def reference_of(bundle: Bundle, candidates: Sequence[Bundle]) -> Bundle:

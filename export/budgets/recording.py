@@ -36,6 +36,7 @@ def record_importances(reference: Reference, prompt: Prompt) -> list[npt.NDArray
     rule = _Recorder(EVERYTHING)
     recorder = copy.copy(reference)
     recorder.recipe = WithCache(reference.recipe, rule)
+    prompt = recorder.read_at(prompt)
     features = recorder.encode(prompt.images)
     recorder.generate(prompt, features, max_new_tokens=1)
     return [importance[0].numpy() for importance in rule.importances]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from lvlm.export.graphs.compact import Compact
 from lvlm.export.graphs.decode import Decode
@@ -44,8 +45,9 @@ def bundle_graphs(
         arrays: what the vision graph takes, as the family declares it.
     """
     language, dtype, rule = skeleton.language, skeleton.dtype, recipe.cache_rule()
+    scores = score_width(skeleton.vision) if recipe.scored else 0
     graphs: list[BundleGraph] = [
-        Vision(skeleton.vision, arrays, language.feature_width, dtype),
+        Vision(skeleton.vision, arrays, language.feature_width, dtype, scores),
         Prefill(language, recipe, dtype, cache_dtype),
     ]
     if recipe.in_place:
@@ -56,6 +58,11 @@ def bundle_graphs(
     if rule is not None and _compacts(recipe):
         graphs.append(Compact(language, rule, cache_dtype))
     return graphs
+
+
+def score_width(tower: nn.Module) -> int:
+    """Numbers of each token's that a family's tower gives besides its features; 0: none."""
+    return int(getattr(tower, "score_width", 0))
 
 
 def _extends(recipe: Recipe, sessions: bool) -> bool:

@@ -27,9 +27,10 @@ from lvlm.export.ports import GraphPort
 from lvlm.export.recipes.parts.cache_rule import CacheRule
 from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.standard_ops import Tap
-from lvlm.runtime.bundle.manifest import Reduction
+from lvlm.runtime.bundle.manifest import EncoderReduction, Reduction
 from lvlm.runtime.policies.policy import CachePolicy
 from lvlm.runtime.policies.shares import ProfileRow
+from lvlm.runtime.reductions import rules
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,18 @@ class Recipe:
         del layers, deepstack_layers
         return self
 
+    def encoder_reduction(self) -> EncoderReduction | None:
+        """What happens to image tokens before they get to the language model; by itself nothing."""
+        return None
+
+    @property
+    def scored(self) -> bool:
+        """Whether what happens there asks for the tower's scores."""
+        reduction = self.encoder_reduction()
+        return reduction is not None and rules()[reduction.rule].scored
+
     def token_reduction(self) -> TokenReduction:
-        """The token reduction; by itself none."""
+        """The token reduction inside the language model; by itself none."""
         return TokenReduction()
 
     def inputs(self) -> list[GraphPort]:
@@ -105,6 +116,10 @@ class Recipe:
     def reductions(self) -> tuple[Reduction, ...]:
         """What the runtime must know to fill those inputs."""
         return self.token_reduction().reductions()
+
+    def shortenings(self) -> tuple[EncoderReduction | Reduction, ...]:
+        """All that shortens images, in the order in which it does."""
+        return (*filter(None, (self.encoder_reduction(),)), *self.reductions())
 
     def before_block(
         self, layer: int, state: TokenSequence, tap: Tap | None, inputs: Mapping[str, torch.Tensor]
@@ -157,6 +172,9 @@ class WithCache(Recipe):
     def for_layers(self, layers: int, deepstack_layers: int = 0) -> Self:
         return dataclasses.replace(self, recipe=self.recipe.for_layers(layers, deepstack_layers))
 
+    def encoder_reduction(self) -> EncoderReduction | None:
+        return self.recipe.encoder_reduction()
+
     def token_reduction(self) -> TokenReduction:
         return self.recipe.token_reduction()
 
@@ -187,8 +205,11 @@ def cache_recipes() -> dict[str, type[Recipe]]:
 
 def caches_only(recipe: type[Recipe]) -> bool:
     """Whether it has a cache policy and no token reduction."""
-    merges = recipe.token_reduction is not Recipe.token_reduction
-    return not merges and recipe.cache_policy is not Recipe.cache_policy
+    shortens = (
+        recipe.token_reduction is not Recipe.token_reduction
+        or recipe.encoder_reduction is not Recipe.encoder_reduction
+    )
+    return not shortens and recipe.cache_policy is not Recipe.cache_policy
 
 
 def parse_settings(recipe: type[Recipe], settings: Sequence[str]) -> Recipe:

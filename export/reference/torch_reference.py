@@ -27,9 +27,10 @@ from lvlm.export.reference.naive_cache import NaiveCache
 from lvlm.export.weights.stored_weights import compute_in_fp32
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import keep_ratios, plan_prefill
-from lvlm.runtime.media.prepared_image import PreparedImage
+from lvlm.runtime.media.prepared_image import ImageTokens, PreparedImage
 from lvlm.runtime.options.generation_options import Keep
 from lvlm.runtime.prompt.prompts import Prompt
+from lvlm.runtime.prompt.shortened import placed, shortened
 
 
 @dataclass
@@ -64,14 +65,38 @@ class Reference:
         self.recipe = recipe.for_layers(len(self.language.blocks), self.language.deepstack_layers)
         self.vision = family.vision(model, config)
 
+    def read_at(self, prompt: Prompt, keep: Keep | None = None) -> Prompt:
+        """The prompt without the image tokens that the recipe drops at the encoder's output."""
+        reduction = self.recipe.encoder_reduction()
+        if reduction is None:
+            return prompt
+        prompt = shortened(prompt, reduction, self._ratios(keep)[0])
+        tokens = self.tokens(prompt.images)
+        return placed(prompt, range(1, len(tokens) + 1), [one.indices for one in tokens])
+
+    def _ratios(self, keep: Keep | None) -> tuple[float, ...]:
+        exported = float(self.recipe.parameters().get("keep", 1.0))
+        return keep_ratios(self.recipe.shortenings(), exported, keep)
+
     @torch.no_grad()
     def encode(self, images: Sequence[PreparedImage]) -> torch.Tensor:
-        """image_features [R,D] of all images' tokens in order."""
+        """image_features [R,D] of all images' tokens in order, without those that are dropped."""
         found = [np.zeros((0, self.language.feature_width), np.float32)]
-        for image in images:
-            rows = self.vision(**{k: torch.from_numpy(x) for k, x in image.arrays.items()})
-            found.append(image.features(rows.numpy()))
+        found += [tokens.features for tokens in self.tokens(images)]
         return torch.from_numpy(np.concatenate(found))
+
+    @torch.no_grad()
+    def tokens(self, images: Sequence[PreparedImage]) -> list[ImageTokens]:
+        """Each image's tokens that the language model reads."""
+        found = []
+        for image in images:
+            arrays = {k: torch.from_numpy(x) for k, x in image.arrays.items()}
+            rows, scores = self.vision(**arrays), None
+            if self.recipe.scored:
+                rows, given = self.vision.scored(**arrays)  # type: ignore[operator]
+                scores = image.features(given.float().numpy())
+            found.append(image.chosen(image.features(rows.numpy()), scores))
+        return found
 
     @torch.no_grad()
     def generate(
@@ -85,19 +110,19 @@ class Reference:
         eos_ids: Sequence[int] = (),
         forced: Sequence[int] = (),
     ) -> Answer:
-        """Greedy answer to one prompt; ``forced`` tokens are taken instead of the best ones."""
+        """Greedy answer to one prompt, read at ``keep``; ``forced`` tokens are taken instead of
+        the best ones."""
         layers, ids, image_id = len(self.language.blocks), prompt.ids, prompt.image_id
         counts = np.unique(image_id[image_id > 0], return_counts=True)[1].tolist()
-        reductions, rule = self.recipe.reductions(), self.recipe.cache_rule()
-        exported = float(self.recipe.parameters().get("keep", 1.0))
+        reductions, rule = self.recipe.shortenings(), self.recipe.cache_rule()
         after = np.flatnonzero(image_id > 0)
         tail = len(ids) - int(after[-1]) - 1 if len(after) else 0
         plan = plan_prefill(
             reductions,
-            keep_ratios(reductions, exported, keep),
+            self._ratios(keep),
             layers,
             [len(ids) - sum(counts)],
-            [counts],
+            [[image.tokens for image in prompt.images]],
             [tail],
         )
         budgets = Budgets.of(rule.cache_policy if rule else None, layers, kv_keep)
@@ -124,6 +149,7 @@ class Reference:
         answer.maps = [left[port.name][0] for port in self.recipe.outputs()]
         if rule is not None and not torch.equal(left["kept"], torch.from_numpy(kept)):
             raise ValidationError("the attention that ranks the cache entries is not finite")
+        last = (prompt.whole or prompt).positions[..., -1]
         cache = NaiveCache(self.language, rule, budgets, prefill.caches(left), plan.entries[:, 0])
         logits = left["logits"]
         answer.caches = cache.entries()
@@ -134,7 +160,7 @@ class Reference:
             if token in eos_ids or step + 1 == max_new_tokens:
                 break
             # As in generate, each of three counts on by itself: the runtime has one number for all
-            logits = cache.decode(token, prompt.positions[..., -1] + 1 + step)
+            logits = cache.decode(token, last + 1 + step)
         return answer
 
     def _empty_buffers(self, kept: Sequence[int], prefill: Prefill) -> Caches:

@@ -39,7 +39,7 @@ def low_precision(plan: ExportPlan) -> bool:
 
 def chooses(manifest: Manifest) -> bool:
     """The recipe ranks tokens or entries, and what it keeps depends on these ranks."""
-    return bool(manifest.reductions) or manifest.cache_policy is not None
+    return bool(manifest.shortenings) or manifest.cache_policy is not None
 
 
 def against_reference(
@@ -61,6 +61,7 @@ def against_reference(
     if how is not None and any(isinstance(m, StoredLinear) for m in model.modules()):
         steps = LEAST  # what stays in its file is quantized anew whenever it is read
     reference = Reference(plan.family, plan.config, model, recipe)
+    prompt = reference.read_at(prompt)
     features = reference.encode(prompt.images)
     answer = original = reference.generate(prompt, features, max_new_tokens=steps)
     if low_precision(plan):

@@ -32,6 +32,7 @@ def planned(plan: ExportPlan, manifest: Manifest) -> Check:
         "parameters": plan.recipe.parameters(),
         "keep": float(plan.recipe.parameters().get("keep", 1.0)),
         "reductions": plan.recipe.reductions(),
+        "encoder": plan.encoder,
         "cache_policy": rule.cache_policy if rule else None,
         "capacity": plan.cache.capacity,
     }

@@ -16,6 +16,7 @@ from lvlm.runtime.engine.batch import Batch
 from lvlm.runtime.engine.calls import Calls
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.prompt.prompts import Prompt
+from lvlm.runtime.prompt.shortened import placed
 
 
 @dataclass
@@ -51,13 +52,15 @@ def run_form(
 
     Raises ValidationError where the form cannot be run.
     """
-    merging, compressed = bool(manifest.reductions), manifest.cache_policy is not None
+    shortening, compressed = bool(manifest.shortenings), manifest.cache_policy is not None
     try:
         backend, manifest = open_form(form, manifest, opened)
         graphs = Graphs(folder, manifest, backend)
-        features = graphs.encode(prompt.images)
-        batch = Calls(graphs, lambda *_: features).start(
-            [prompt], ratio if merging else None, ratio if compressed else None
+        chosen = graphs.tokens(prompt.images)
+        features = [tokens.features for tokens in chosen]
+        prompt = placed(prompt, range(1, len(chosen) + 1), [tokens.indices for tokens in chosen])
+        batch = Calls(graphs, lambda *_: chosen).start(
+            [prompt], ratio if shortening else None, ratio if compressed else None
         )
         found = _follow(batch, features, manifest, tokens)
         if pieces and "extend" in manifest.graphs and manifest.in_place:
@@ -100,6 +103,7 @@ def whole(manifest: Manifest, entries: int) -> Manifest:
         replace(
             manifest,
             keep=1.0,
+            encoder=None,
             reductions=tuple(
                 r if r.ratio is None else replace(r, ratio=1.0) for r in manifest.reductions
             ),

@@ -88,9 +88,11 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
     longest = _longest(manifest, limits)
     usual = min(longest, tokens + QUESTION)
     text = max(1, usual - tokens)
-    reductions, layers = manifest.reductions, manifest.text.layers
-    ratios = keep_ratios(reductions, manifest.keep, None)
-    entering = np.array(tokens_per_layer(reductions, ratios, tokens, layers)) + text
+    shortenings, layers = manifest.shortenings, manifest.text.layers
+    ratios = keep_ratios(shortenings, manifest.keep, None)
+    entering = np.array(tokens_per_layer(shortenings, ratios, tokens, layers)) + text
+    reductions = manifest.reductions
+    ratios = ratios[len(shortenings) - len(reductions) :]
     stays = Budgets.of(manifest.cache_policy, layers, None).prompt(entering[:, None])[:, 0]
     max_images = batch.max * manifest.capacity.max_images
     ranges = {

@@ -73,7 +73,10 @@ def _written(dtype: str, dims: Iterable[int | str | None]) -> str:
 
 def _vision(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
     """Its inputs are the processor's."""
-    return {}, {}, {"image_features": (manifest.dtype, (None, manifest.feature_width))}
+    gives: Forms = {"image_features": (manifest.dtype, (None, manifest.feature_width))}
+    if manifest.encoder is not None and manifest.encoder.scores:
+        gives["image_scores"] = ("float32", (None, manifest.encoder.scores))
+    return {}, {}, gives
 
 
 def _prefill(manifest: Manifest) -> tuple[Forms, Forms, Forms]:

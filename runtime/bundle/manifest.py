@@ -9,12 +9,12 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lvlm.core.integrity import File
 from lvlm.runtime.policies.policy import CachePolicy
 
-SCHEMA = 6
+SCHEMA = 7
 MANIFEST = "lvlm.json"
 
 
@@ -110,6 +110,27 @@ class Reduction:
 
 
 @dataclass(frozen=True)
+class EncoderReduction:
+    """A shortening of the image tokens before block 0, on the host: ``rule`` (runtime/reductions),
+    with its ``settings``, chooses which stay. Of V as many as of a Reduction.
+
+    places  positions of those that stay: their own, as in the whole image, or closed up, as if the
+            image had no more
+    scores  numbers per token that the vision graph gives besides: how much the tower attends to it,
+            then its key there; 0 where the rule asks for none
+    """
+
+    rule: str
+    exponent: float | None
+    ratio: float | None
+    places: Literal["own", "closed"] = "own"
+    settings: dict[str, Any] = field(default_factory=dict)
+    scores: int = 0
+    layer: ClassVar[int] = 0
+    recycle: ClassVar[None] = None
+
+
+@dataclass(frozen=True)
 class Capacity:
     """Cache entries per layer for ``max_text_len`` text tokens (prompt and answer) and
     ``max_images`` images at the exported ratios."""
@@ -132,7 +153,8 @@ class Manifest:
     """``dtype`` is what the graphs compute in; the cache may be narrower, and so may weights.
     ``generation`` is what generation_config.json says that changes an answer
     (generation_config.py). ``question_free``: what is cached of a prompt up to the end of its
-    last image depends on nothing that follows, so that it serves other questions, too."""
+    last image depends on nothing that follows, so that it serves other questions, too.
+    ``encoder``: tokens that do not get to the language model."""
 
     schema: int
     family: str
@@ -157,6 +179,12 @@ class Manifest:
     files: dict[str, File]
     generation: dict[str, Any] = field(default_factory=dict)
     question_free: bool = False
+    encoder: EncoderReduction | None = None
+
+    @property
+    def shortenings(self) -> tuple[EncoderReduction | Reduction, ...]:
+        """All that shortens images, in the order in which it does."""
+        return (*filter(None, (self.encoder,)), *self.reductions)
 
     @property
     def in_place(self) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lvlm.core.errors import BundleError, ParameterError, shown
 from lvlm.runtime.bundle.graph_ports import BITS, check_ports
-from lvlm.runtime.bundle.manifest import Manifest, Reduction
+from lvlm.runtime.bundle.manifest import EncoderReduction, Manifest, Reduction
+from lvlm.runtime.reductions import rules
 
 LARGEST = 2**31 - 1  # of sizes, so that products of two can be computed with
 GRAPHS = {"vision", "prefill", "decode"}
@@ -20,6 +21,7 @@ def check(manifest: Manifest, path: Path) -> None:
     _check_sizes(manifest, path)
     _check_images(manifest, path)
     _check_reductions(manifest.reductions, layers, path)
+    _check_shortenings(manifest, path)
     if manifest.cache_policy is not None:
         try:
             manifest.cache_policy.check_layers(layers)
@@ -107,6 +109,12 @@ def _check_reductions(reductions: tuple[Reduction, ...], layers: int, path: Path
         raise BundleError(
             f"{path} reduces tokens at layers {shown(stages)} of {layers}; export again"
         )
+
+
+def _check_shortenings(manifest: Manifest, path: Path) -> None:
+    if manifest.encoder is not None:
+        _check_encoder(manifest.encoder, path)
+    reductions = manifest.shortenings
     for r in reductions:
         # NaN fails every comparison
         fractions = [x for x in (r.ratio, r.recycle) if x is not None]
@@ -116,3 +124,20 @@ def _check_reductions(reductions: tuple[Reduction, ...], layers: int, path: Path
             raise BundleError(f"{path} has a reduction out of range ({shown(r)}); export again")
     if len({r.ratio is None for r in reductions}) > 1:
         raise BundleError(f"{path} mixes reductions with and without own ratio; export again")
+
+
+def _check_encoder(encoder: EncoderReduction, path: Path) -> None:
+    rule = rules().get(encoder.rule)
+    if rule is None:
+        raise BundleError(
+            f"{path} has images shortened by {shown(encoder.rule)}, which is none of "
+            f"{', '.join(sorted(rules()))}; install what it comes from, or export again"
+        )
+    try:
+        rule.check(encoder.settings)
+    except ParameterError as error:
+        raise BundleError(f"{path}: {error}; export again") from None
+    if (2 <= encoder.scores <= LARGEST) != rule.scored or (encoder.scores and not rule.scored):
+        raise BundleError(
+            f"{path}: rule {encoder.rule} with {shown(encoder.scores)} scores a token; export again"
+        )

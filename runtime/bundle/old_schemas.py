@@ -4,6 +4,7 @@
 4   has ``compression``, a cache policy as one flat record (``FlatCompression``), and other names
     of some fields of ``images``
 5   has no graph ``extend``, which a bundle may lack
+6   has no ``encoder``
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lvlm.runtime.policies.shares import (
 )
 
 FLAT = (3, 4)
-OLD = (*FLAT, 5)
+OLD = (*FLAT, 5, 6)
 # Fields of ``images`` and their names since schema 5
 IMAGES = {"apart": "independent_units", "deep": "deepstack_layers", "most": "max_dims"}
 

@@ -15,11 +15,11 @@ from lvlm.runtime.engine.encoding import Encode
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.generate.answers import Generation
-from lvlm.runtime.generate.call_plan import count_prompts
+from lvlm.runtime.generate.call_plan import count_prompts, read_at
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
-from lvlm.runtime.media.prepared_image import PreparedImage
+from lvlm.runtime.media.prepared_image import ImageTokens, PreparedImage
 from lvlm.runtime.options.generation_options import Keep
 from lvlm.runtime.prompt.prompts import Prompt
 from lvlm.runtime.prompt.text import TextStream
@@ -106,6 +106,7 @@ class Calls:
         answers matter to. Raises ParameterError, CapacityError, BackendError.
         """
         graphs = self.graphs
+        prompts = [read_at(graphs.manifest, prompt, keep) for prompt in prompts]
         counts = count_prompts(graphs.manifest, prompts, keep, kv_keep)
         asked = asked or [[(Answer(), None)]] * len(prompts)
         requests = []
@@ -157,5 +158,5 @@ def _features(
     graphs: Graphs,
     images: Sequence[PreparedImage],
     digests: Sequence[bytes],  # noqa: ARG001 - nothing is kept
-) -> list[np.ndarray]:
-    return graphs.encode(images)
+) -> list[ImageTokens]:
+    return graphs.tokens(images)

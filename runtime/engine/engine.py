@@ -27,7 +27,7 @@ from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.generate.answers import Generation, Stream
 from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos, one_ask, read_asks
-from lvlm.runtime.generate.call_plan import check_one_answer, count_prompts, read_options
+from lvlm.runtime.generate.call_plan import check_one_answer, count_prompts, read_at, read_options
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, Graphs
 from lvlm.runtime.generate.token_count import TokenCount, TokenCounting, count_asks
 from lvlm.runtime.kv.budgets import Budgets
@@ -123,7 +123,7 @@ class Engine(TokenCounting):
             keeps_prefixes=reuse_prefixes and (manifest.in_place or manifest.question_free),
             in_place=manifest.in_place,
         )
-        encode = partial(self.images.features, graphs.encode)
+        encode = partial(self.images.tokens, graphs.tokens)
         batch = Batch(graphs, rows, encode, in_pieces=chunked)
         pace = ChunkPace(chunk_tokens or None)
         self._scheduler = Scheduler(batch, self.images, queue_limit, pace)
@@ -276,6 +276,7 @@ class Engine(TokenCounting):
         if timeout is not None:
             timeout = read_value("timeout", SECONDS, timeout)
         row = self._prompts.prepare(index, ask.prompt, ask.images, options, ask.videos)
+        row = read_at(self.manifest, row, options.keep)
         counts = count_prompts(
             self.manifest, [row], options.keep, options.kv_keep, capacity=self.capacity
         )

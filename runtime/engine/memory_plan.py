@@ -57,8 +57,9 @@ def slot_capacity(
     text = _within("max_text_len", max_text_len, given.max_text_len)
     images = _within("max_images", max_images, given.max_images)
     layers = manifest.text.layers
-    ratios = keep_ratios(manifest.reductions, manifest.keep, keep)
-    entering = tokens_per_layer(manifest.reductions, ratios, manifest.images.tokens, layers)
+    shortenings = manifest.shortenings
+    ratios = keep_ratios(shortenings, manifest.keep, keep)
+    entering = tokens_per_layer(shortenings, ratios, manifest.images.tokens, layers)
     seen = np.array([text + images * n for n in entering])
     budgets = Budgets.of(manifest.cache_policy, layers, kv_keep)
     slots = np.minimum(budgets.limit(seen, text - 1), given.per_layer)

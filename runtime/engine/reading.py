@@ -61,7 +61,8 @@ class WholeReading:
     def run(self) -> np.ndarray:
         self._images.go_on()
         began = time.perf_counter()
-        prompts, features = [r.prompt for r in self.requests], self._images.features
+        prompts = self._images.placed([r.prompt for r in self.requests])
+        features = self._images.features
         logits, maps = self.graphs.prefill(prompts, self.requests[0].counts, features, self.call)
         took = time.perf_counter() - began
         for index, request in enumerate(self.requests):
@@ -137,8 +138,11 @@ class ReadingInPieces:
         return None if self.left else logits, seconds
 
     def _encode(self, count: int | None = None) -> None:
-        self._images.go_on(count)
-        self.request.vision_ms = self._images.ms
+        if self._images.left:
+            self._images.go_on(count)
+            self.request.vision_ms = self._images.ms
+            if not self._images.left:
+                (self.request.prompt,) = self._images.placed([self.request.prompt])
 
     def _all_features(self) -> np.ndarray:
         """[V,D] of the images that are shown from the first piece on; put together once."""
@@ -178,7 +182,8 @@ class TurnReading:
         began = time.perf_counter()
         joined, width = self._images.joined(), self.behind.graphs.manifest.feature_width
         rows = np.zeros((0, width), np.float32) if joined is None else joined
-        logits = self.behind.read(self.request.prompt, self.start, rows)
+        (prompt,) = self._images.placed([self.request.prompt])
+        logits = self.behind.read(prompt, self.start, rows)
         self.request.vision_ms = self._images.ms
         self.request.prefill_ms = (time.perf_counter() - began) * 1e3
         return logits
@@ -204,7 +209,7 @@ def _encoding(encode: Encode, request: Request, start: int) -> Encoding:
     numbers = request.prompt.image_id[start:]
     shown = numbers[numbers > 0]
     first = int(shown.min()) - 1 if len(shown) else len(request.prompt.images)
-    return Encoding(encode, request.prompt.images[first:], request.digests[first:])
+    return Encoding(encode, request.prompt.images[first:], request.digests[first:], first + 1)
 
 
 def _begin(cache: CompactCache, counts: PromptCounts, rows: slice) -> None:

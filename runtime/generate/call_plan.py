@@ -17,13 +17,14 @@ from lvlm.runtime.options.checkpoint_defaults import filled_in
 from lvlm.runtime.options.generation_config import GenerationConfig
 from lvlm.runtime.options.generation_options import GenerationOptions, Keep
 from lvlm.runtime.prompt.prompts import Prompt
+from lvlm.runtime.prompt.shortened import shortened
 
 
 @dataclass(frozen=True)
 class PromptCounts:
     """The counts of B prompts in L layers.
 
-    image_tokens  per row, of each image in the prompt
+    image_tokens  per row, of each image, those that get to the language model
     prefill       what enters each layer, and the inputs that say so
     kept          [L,B] int64: entries that prefill leaves in each cache
     limits        per row, new tokens that fit
@@ -49,6 +50,15 @@ class PromptCounts:
         }
 
 
+def read_at(manifest: Manifest, prompt: Prompt, keep: Keep | None) -> Prompt:
+    """The prompt as the language model reads it: without the image tokens that a recipe drops at
+    the encoder's output. Raises ParameterError."""
+    if manifest.encoder is None:
+        return prompt
+    ratio = keep_ratios(manifest.shortenings, manifest.keep, keep)[0]
+    return shortened(prompt, manifest.encoder, ratio)
+
+
 def count_prompts(
     manifest: Manifest,
     prompts: Sequence[Prompt],
@@ -56,7 +66,8 @@ def count_prompts(
     kv_keep: float | None,
     capacity: Capacity | None = None,
 ) -> PromptCounts:
-    """Counts at the ratios of generate. ``capacity``: what a row may take, the bundle's by default.
+    """Counts at the ratios of generate, by which the prompts are shortened (read_at).
+    ``capacity``: what a row may take, the bundle's by default.
 
     Raises ParameterError, CapacityError: there is no room for one new token, or for all of an
     answer that is given.
@@ -65,11 +76,11 @@ def count_prompts(
     image_tokens = [counts.tolist() for counts in images]
     text_tokens = [len(p.ids) - sum(v) for p, v in zip(prompts, image_tokens, strict=True)]
     prefill = plan_prefill(
-        manifest.reductions,
-        keep_ratios(manifest.reductions, manifest.keep, keep),
+        manifest.shortenings,
+        keep_ratios(manifest.shortenings, manifest.keep, keep),
         manifest.text.layers,
         text_tokens,
-        image_tokens,
+        [[image.tokens for image in p.images] for p in prompts],
         [_tail(p.image_id) for p in prompts],
     )
     budgets = Budgets.of(manifest.cache_policy, manifest.text.layers, kv_keep)
@@ -111,7 +122,7 @@ def read_options(
             raise ParameterError(
                 f"{name} has token {shown(max(ids))}; the bundle's are those below {vocab:,}"
             )
-    keep_ratios(manifest.reductions, manifest.keep, options.keep)
+    keep_ratios(manifest.shortenings, manifest.keep, options.keep)
     Budgets.of(manifest.cache_policy, manifest.text.layers, options.kv_keep)
     return options
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.generate.call_plan import PromptCounts
 from lvlm.runtime.kv.slot_counts import SlotCounts
 from lvlm.runtime.kv.tokens_at_once import at_once
-from lvlm.runtime.media.prepared_image import PreparedImage
+from lvlm.runtime.media.prepared_image import ImageTokens, PreparedImage
 from lvlm.runtime.prompt.prompts import Prompt
 
 UNITS_AT_ONCE = 4  # bounds the vision graph's workspace
@@ -56,37 +57,62 @@ class Graphs:
 
     def encode(self, images: Sequence[PreparedImage]) -> list[np.ndarray]:
         """The features [V,D] of each image."""
-        if not self.manifest.images.independent_units:
-            return [p.features(self._vision(p.arrays, p.rows)) for p in images]
-        shared, found, start = self.manifest.images.shared_rows, [], 0
-        rows = self._tiles(images)
+        return [features for features, _ in self._encoded(images)]
+
+    def tokens(self, images: Sequence[PreparedImage]) -> list[ImageTokens]:
+        """Of each image, what goes on to the language model."""
+        found = self._encoded(images)
+        return [image.chosen(*own) for image, own in zip(images, found, strict=True)]
+
+    def _encoded(
+        self, images: Sequence[PreparedImage]
+    ) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """Features [V,D] of each image, and the scores [V,S] that the tower gives besides."""
+        outputs, start = self._outputs(), 0
+        if self.manifest.images.independent_units:
+            shared, rows = self.manifest.images.shared_rows, self._tiles(images)
+        found = []
         for image in images:
-            own = rows[shared + start : shared + start + image.rows]
-            found.append(image.features(np.concatenate([rows[:shared], own]) if shared else own))
-            start += image.rows
+            if not self.manifest.images.independent_units:
+                own = self._vision(image.arrays, image.rows)
+            else:
+                some = slice(shared + start, shared + start + image.rows)
+                own = [np.concatenate([r[:shared], r[some]]) if shared else r[some] for r in rows]
+                start += image.rows
+            features, *scores = map(image.features, own)
+            found.append((features, scores[0] if len(outputs) > 1 else None))
         return found
 
-    def _tiles(self, images: Sequence[PreparedImage]) -> np.ndarray:
+    def _outputs(self) -> dict[str, tuple[int, Any]]:
+        """Width and type of what the vision graph gives, the features first."""
+        manifest = self.manifest
+        found = {"image_features": (manifest.feature_width, host_dtype(manifest.dtype))}
+        if manifest.encoder is not None and manifest.encoder.scores:
+            found["image_scores"] = (manifest.encoder.scores, "float32")
+        return found
+
+    def _tiles(self, images: Sequence[PreparedImage]) -> list[np.ndarray]:
         """Rows of all images' units, a few units at a time; the shared rows first."""
         shared = self.manifest.images.shared_rows
-        parts: list[np.ndarray] = []
         units = sum(p.units for p in images)
         each = sum(p.rows for p in images) // max(1, units)
         names = images[0].arrays if images else ()
         arrays = {name: np.concatenate([p.arrays[name] for p in images]) for name in names}
+        parts: list[list[np.ndarray]] = []
         for first in range(0, units, UNITS_AT_ONCE):
             some = slice(first, min(first + UNITS_AT_ONCE, units))
             taken = {name: array[some] for name, array in arrays.items()}
             rows = self._vision(taken, each * (some.stop - some.start))
-            parts.append(rows[shared if parts else 0 :])
-        return np.concatenate(parts) if parts else np.empty((0, self.manifest.feature_width))
+            parts.append([r[shared if parts else 0 :] for r in rows])
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
-    def _vision(self, arrays: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
-        manifest = self.manifest
-        shape = (manifest.images.shared_rows + rows, manifest.feature_width)
-        out = np.zeros(shape, host_dtype(manifest.dtype))
-        self.sessions["vision"].bind({}, {})(arrays, {"image_features": out})
-        return out
+    def _vision(self, arrays: Mapping[str, np.ndarray], rows: int) -> list[np.ndarray]:
+        count = self.manifest.images.shared_rows + rows
+        outputs = {
+            n: np.zeros((count, width), dtype) for n, (width, dtype) in self._outputs().items()
+        }
+        self.sessions["vision"].bind({}, {})(arrays, outputs)
+        return list(outputs.values())
 
     def prefill(
         self,

@@ -9,7 +9,7 @@ from typing import Unpack, overload
 
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos, read_asks
-from lvlm.runtime.generate.call_plan import count_prompts
+from lvlm.runtime.generate.call_plan import count_prompts, read_at
 from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
 from lvlm.runtime.prompt.prompts import PromptMaker
 
@@ -78,6 +78,7 @@ def count_asks(
     found = []
     for ask in asks:
         prompt = prompts.prepare(0, ask.prompt, ask.images, options, ask.videos)
+        prompt = read_at(manifest, prompt, options.keep)
         prompt = replace(prompt, max_new_tokens=capacity.max_text_len)
         counts = count_prompts(manifest, [prompt], options.keep, options.kv_keep, capacity)
         row = counts.of_row(0)

@@ -15,12 +15,14 @@ import numpy as np
 from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction
 from lvlm.core.rounding import rounded
-from lvlm.runtime.bundle.manifest import Reduction
+from lvlm.runtime.bundle.manifest import EncoderReduction, Reduction
 from lvlm.runtime.options.generation_options import Keep
+
+Shortening = EncoderReduction | Reduction
 
 
 def keep_ratios(
-    reductions: Sequence[Reduction], exported: float, keep: Keep | None
+    reductions: Sequence[Shortening], exported: float, keep: Keep | None
 ) -> tuple[float, ...]:
     """Fraction of the original tokens left after each reduction.
 
@@ -30,8 +32,8 @@ def keep_ratios(
         if keep == 1.0:
             return ()
         raise ParameterError(
-            f"keep={keep} needs a bundle with token merging; export with a recipe that "
-            "merges (lvlm-export --help-recipe lists them)"
+            f"keep={keep} needs a bundle with fewer image tokens; export with a recipe that "
+            "merges or drops some (lvlm-export --help-recipe lists them)"
         )
     if keep is None or isinstance(keep, Real):
         fixed = [r.ratio for r in reductions if r.ratio is not None]
@@ -65,7 +67,7 @@ def recycled(count: int, fraction: float | None) -> int:
 
 
 def tokens_per_layer(
-    reductions: Sequence[Reduction], ratios: Sequence[float], image_tokens: int, layers: int
+    reductions: Sequence[Shortening], ratios: Sequence[float], image_tokens: int, layers: int
 ) -> list[int]:
     """Tokens of one image that enter each block."""
     counts = [image_tokens] * layers
@@ -89,14 +91,14 @@ class PrefillPlan:
 
 
 def plan_prefill(
-    reductions: Sequence[Reduction],
+    reductions: Sequence[Shortening],
     ratios: Sequence[float],
     layers: int,
     text_tokens: Sequence[int],
     image_tokens: Sequence[Sequence[int]],
     tail: Sequence[int],
 ) -> PrefillPlan:
-    """Counts for rows of ``text_tokens`` and images of ``image_tokens`` each.
+    """Counts for rows of ``text_tokens`` and images of ``image_tokens`` each, before any reduction.
 
     ``tail``: tokens after each row's last image, whose queries may score the image.
     """
@@ -106,9 +108,9 @@ def plan_prefill(
     entries = np.tile(lengths, (layers, 1)).astype(np.int64)
     tails = np.maximum(1, np.array(tail, np.int64))
     inputs = {"query_count": tails, "query_slots": np.arange(tails.max(), dtype=np.int64)}
-    maps = []
-    for stage, (reduction, ratio) in enumerate(zip(reductions, ratios, strict=True)):
-        maps.append(int(entries[reduction.layer].max()))
+    maps: list[int] = []
+    for reduction, ratio in zip(reductions, ratios, strict=True):
+        before = int(entries[reduction.layer].max())
         keep = np.zeros((rows, images), np.int64)
         recycle = np.zeros((rows, images), np.int64)
         for b, counts in enumerate(image_tokens):
@@ -116,6 +118,10 @@ def plan_prefill(
                 keep[b, m] = kept(count, ratio)
                 recycle[b, m] = recycled(int(keep[b, m]), reduction.recycle)
         entries[reduction.layer :] = np.array(text_tokens) + keep.sum(1)
+        if isinstance(reduction, EncoderReduction):
+            continue  # done before the graph
+        stage = len(maps)
+        maps.append(before)
         inputs |= {
             f"keep_{stage}": keep,
             f"recycle_{stage}": recycle,

@@ -6,8 +6,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+from lvlm.runtime.reductions.token_choice import TokenChoice
+
+
+class ImageTokens(NamedTuple):
+    """The tokens of an image that the language model reads: features [K,D], indices int64 [K]."""
+
+    features: np.ndarray
+    indices: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,7 @@ class PreparedImage:
             those of the image's tokens relative to the position where it begins, and by how much
             what follows is further on
     size    height and width before it was prepared, where the family's model in transformers asks
+    choice  which of the V tokens go on to the language model; None: all
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -34,9 +45,11 @@ class PreparedImage:
     offsets: np.ndarray | None = None
     span: int = 0
     size: tuple[int, ...] = ()
+    choice: TokenChoice | None = None
 
     @property
     def tokens(self) -> int:
+        """V, whatever goes on."""
         return len(self.index)
 
     @property
@@ -49,11 +62,19 @@ class PreparedImage:
         if self.weight is None:
             taken: np.ndarray = rows[self.index[:, 0]]
             return taken
-        wide = _widened(rows)
+        wide = widened(rows)
         mixed = np.zeros((self.tokens, rows.shape[1]), np.float32)
         for part in range(self.index.shape[1]):
             mixed += self.weight[:, part : part + 1] * wide[self.index[:, part]]
         return _narrowed(mixed, rows.dtype)
+
+    def chosen(self, features: np.ndarray, scores: np.ndarray | None = None) -> ImageTokens:
+        """What goes on to the language model, of the ``features`` [V,D] and, where its choice asks
+        for them, the tower's ``scores`` [V,S]."""
+        if self.choice is None:
+            return ImageTokens(features, np.arange(self.tokens))
+        rows, made = self.choice.reduce(widened(features), scores)
+        return ImageTokens(_narrowed(made, features.dtype), rows)
 
     def digest(self) -> bytes:
         """Names the image by its content as the language model sees it."""
@@ -61,13 +82,16 @@ class PreparedImage:
         parts = [*sorted(self.arrays.items()), ("index", self.index)]
         if self.offsets is not None:  # frames have them by their time
             parts += [("offsets", self.offsets), ("span", np.array(self.span))]
+        if self.choice is not None:
+            found.update(repr(self.choice).encode())
         for name, array in parts:
             found.update(repr((name, array.shape, array.dtype.str)).encode())
             found.update(np.ascontiguousarray(array).tobytes())
         return found.digest()
 
 
-def _widened(rows: np.ndarray) -> np.ndarray:
+def widened(rows: np.ndarray) -> np.ndarray:
+    """Numbers as float32."""
     if rows.dtype == np.uint16:
         return (rows.astype(np.uint32) << 16).view(np.float32)
     return rows.astype(np.float32)

@@ -33,7 +33,8 @@ class Prompt:
     model's own, which is not always how prefill gets them (``aligned``).
     ``generation`` is the checkpoint's part in choosing tokens, ``sampling`` the caller's, too;
     ``lead`` is the space before an answer that is no part of it (ChatTemplate). ``forced``: the
-    answer, whatever the model would choose, or whatever would end it.
+    answer, whatever the model would choose, or whatever would end it. ``whole``: the prompt whose
+    positions this one's tokens have, some of whose image tokens are left out (shortened.py).
     """
 
     ids: Sequence[int]
@@ -47,6 +48,7 @@ class Prompt:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     lead: str = ""
     forced: tuple[int, ...] | None = None
+    whole: Prompt | None = None
 
     @property
     def aligned(self) -> np.ndarray:
@@ -56,16 +58,16 @@ class Prompt:
         Those differ where that is an image's, and decode takes one number. Rotary attention knows
         nothing but differences within each of the three, which stay. Behind text nothing moves.
         """
-        last = self.positions[..., -1:]
-        # The time of a video may be larger than any position that decode has to know.
-        goal = min(int(last.max()), len(self.ids) - 1)
-        moved: np.ndarray = self.positions + (goal - last)
+        whole = self.whole or self
+        moved: np.ndarray = self.positions + (self.next_position - 1 - whole.positions[..., -1:])
         return moved
 
     @property
     def next_position(self) -> int:
         """Position of the first new token, in all of the three that are ``aligned``."""
-        return int(self.aligned[..., -1].max()) + 1
+        whole = self.whole or self
+        # The time of a video may be larger than any position that decode has to know.
+        return min(int(whole.positions[..., -1].max()) + 1, len(whole.ids))
 
 
 class PromptMaker:

@@ -82,6 +82,11 @@ def check_shows(manifest: Manifest) -> None:
             f"recipe '{manifest.recipe}' merges no image tokens, so there is nothing to draw; "
             "export with a recipe that merges (lvlm-export --help-recipe lists them)"
         )
+    if manifest.encoder is not None:
+        raise ParameterError(
+            f"recipe '{manifest.recipe}' drops image tokens before the language model, which are "
+            "not drawn; export with one that merges inside it (lightvlm)"
+        )
     images = manifest.images
     if not images.grid:
         raise ParameterError(

@@ -28,6 +28,30 @@ class Fault:
 
 
 FAULTS = {
+    "divprune starts with the token most like another": Fault(
+        "runtime/reductions/divprune.py",
+        "distance.min(axis=1).argmax()",
+        "distance.min(axis=1).argmin()",
+        "tests/runtime/reductions/test_rules.py::test_divprune_by_hand",
+    ),
+    "what is merged by visionzip takes the target's place": Fault(
+        "runtime/reductions/visionzip.py",
+        "out[place] += features[own].mean(axis=0)",
+        "out[place] = features[own].mean(axis=0)",
+        "tests/runtime/reductions/test_rules.py::test_visionzip_by_hand",
+    ),
+    "image tokens that stay have the positions of the first ones": Fault(
+        "runtime/prompt/shortened.py",
+        "positions[..., prompt.image_id == number] = prompt.whole.positions[..., places]",
+        "del places",
+        "tests/runtime/prompt/test_shortened.py::test_positions_are_their_own",
+    ),
+    "an image cut in another way is taken for the same": Fault(
+        "runtime/media/prepared_image.py",
+        "            found.update(repr(self.choice).encode())\n",
+        "            pass\n",
+        "tests/runtime/prompt/test_shortened.py::test_the_digest_says_what_stays",
+    ),
     "no decode steps between two whole prompts": Fault(
         "runtime/engine/scheduler.py",
         "        self._owed = self.pace.steps_after(time.perf_counter() - began)\n",

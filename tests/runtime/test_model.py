@@ -134,7 +134,7 @@ def test_system_needs_the_template(light: Model) -> None:
 
 def test_keep_needs_a_bundle_that_merges(bundle: Callable[..., Path]) -> None:
     with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
-        with pytest.raises(ParameterError, match="needs a bundle with token merging"):
+        with pytest.raises(ParameterError, match="needs a bundle with fewer image tokens"):
             model.generate(QUESTION, [IMAGE], keep=0.5)
         answer = model.generate(QUESTION, [IMAGE], keep=1.0, max_new_tokens=2)
     assert answer.merge_maps == []

@@ -135,13 +135,41 @@ class LlavaVision(nn.Module):
         self.wanted = [i % depth for i in wanted]
         self.first = int(config.vision_feature_select_strategy == "default")
 
+    @property
+    def score_width(self) -> int:
+        """Numbers per row that ``scored`` gives besides."""
+        return 1 + int(self.tower.encoder.layers[0].self_attn.head_dim)
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self._rows(self._states(pixel_values))
+
+    def scored(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows, and [rows,1+d] of each: the attention that its patch gets in the last layer that is
+        used, from the class token or else from all patches (their mean), summed over the heads; and
+        its key there, the mean over the heads. Source: VisionZip (arXiv 2412.04467, section 3)."""
+        states = self._states(pixel_values)
+        layer, hidden = self.tower.encoder.layers[len(states) - 2], states[-2]
+        attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+        units, patches, _ = hidden.shape
+        shape = (units, patches, attention.num_heads, attention.head_dim)
+        key = attention.k_proj(normed).view(shape)
+        asking = normed[:, :1] if hasattr(self.tower.embeddings, "class_embedding") else normed
+        query = attention.q_proj(asking).view(units, -1, *shape[2:])
+        logits = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * attention.head_dim**-0.5
+        paid = logits.float().softmax(-1).mean(2).sum(1)  # [units,patches]
+        found = torch.cat([paid[..., None], key.float().mean(2)], dim=-1)
+        return self._rows(states), found[:, self.first :].flatten(0, 1)
+
+    def _states(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         hidden = self.tower.embeddings(pixel_values)
         if hasattr(self.tower, "pre_layrnorm"):
             hidden = self.tower.pre_layrnorm(hidden)
         states = [hidden]
         for layer in self.tower.encoder.layers[: max(self.wanted)]:
             states.append(run_layer(layer, states[-1], masked=True))
+        return states
+
+    def _rows(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
         features = torch.cat([states[i][:, self.first :] for i in self.wanted], dim=-1)
         rows = self.projector(features).flatten(0, 1)
         assert isinstance(rows, torch.Tensor)
@@ -157,6 +185,11 @@ class TilesVision(LlavaVision):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.newline[None], super().forward(pixel_values)])
+
+    def scored(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The newline gets no attention."""
+        rows, scores = super().scored(pixel_values)
+        return torch.cat([self.newline[None], rows]), torch.cat([0 * scores[:1], scores])
 
 
 # Of tiny configurations

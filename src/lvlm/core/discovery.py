@@ -27,6 +27,7 @@ GROUPS = {
     "lvlm.export.targets": "lvlm.targets",
     "lvlm.runtime.backends": "lvlm.backends",
     "lvlm.runtime.processors": "lvlm.processors",
+    "lvlm.runtime.reductions": "lvlm.reductions",
 }
 
 

@@ -69,7 +69,7 @@ def test_solved_keep_gives_the_fraction_within_one_token(
         Reduction(layer, (i + 1) / len(stages), None, 0.1) for i, layer in enumerate(sorted(stages))
     )
     manifest: Any = SimpleNamespace(
-        reductions=reductions, keep=0.35, text=SimpleNamespace(layers=12)
+        shortenings=reductions, keep=0.35, text=SimpleNamespace(layers=12)
     )
     reach = solve_keep(manifest, Shape(text, (image,), (1,)), wanted)
     length = text + image

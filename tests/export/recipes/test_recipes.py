@@ -26,6 +26,21 @@ def test_default_stages(layers: int, stages: tuple[int, ...]) -> None:
     assert LightVLM().for_layers(layers).stages == stages
 
 
+def test_stages_of_presets() -> None:
+    assert RECIPES["fastv"]().for_layers(32).token_reduction().stages == (2,)
+    assert RECIPES["fastv"]().for_layers(28, 3).token_reduction().stages == (3,)
+    assert RECIPES["fastv"]().for_layers(2).token_reduction().stages == (1,)
+    dropping = RECIPES["pyramiddrop"]().for_layers(32)
+    assert dropping.token_reduction().stages == (8, 16, 24)
+    shortenings = dropping.shortenings()
+    assert keep_ratios(shortenings, 0.125, None) == pytest.approx((0.5, 0.25, 0.125))
+    for name, stages in (("fastv", (2,)), ("pyramiddrop", (8, 16, 24))):
+        made = RECIPES[name]().for_layers(32)
+        assert made.cache_policy() is None
+        own = LightVLM(stages=stages, merge="drop", kv="none").for_layers(32)
+        assert made.token_reduction() == own.token_reduction()
+
+
 def test_default_stages_wait_for_all_features() -> None:
     """DeepStack adds some behind the first blocks, for all image tokens."""
     assert LightVLM().for_layers(28, 3).stages == (3, 8, 14)
@@ -129,7 +144,17 @@ def test_lightvlm_takes_any_cache_recipe() -> None:
     )
     assert own.parameters()["kv_floor"] == 128
     assert LightVLM(kv="none").cache_rule() is None
-    assert cache_recipes().keys() == RECIPES.keys() - {"none", "lightvlm"}
+    shortening = {
+        "lightvlm",
+        "fastv",
+        "pyramiddrop",
+        "hybrid",
+        "visionzip",
+        "divprune",
+        "random",
+        "strided",
+    }
+    assert cache_recipes().keys() == RECIPES.keys() - {"none", *shortening}
     for name, kind in cache_recipes().items():
         takes = {f.name for f in settable(kind)}
         shared = {"kv_keep": 0.3, "kv_sinks": 4, "positions": "layer0", "kv_cap": 90}

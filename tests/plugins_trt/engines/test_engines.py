@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from bundles import CACHED_USUAL, TINY
-from settings import CACHED
+from settings import AT_ENCODER, CACHED
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BuildError
 from lvlm.core.progress import Progress
+from lvlm.export.recipes.lightvlm import LightVLM
+from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.targets import trt_rtx, trt_rtx_turing
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines import engine_builder, tensorrt_builder
@@ -35,10 +37,16 @@ from lvlm.runtime.bundle.reader import read_bundle
 pytest.importorskip("tensorrt_rtx")
 
 GENERATIONS = (75, 86, 89, 120)  # in one engine: that costs little more than for one of them
-# Every recipe, those with a cache with room for all of it
-RECIPES = {name: (name,) for name in discover("lvlm.export.recipes", "RECIPE")} | {
-    settings[0]: settings for settings in CACHED.values() if settings[0] != "lightvlm"
-}
+# Every recipe that has graphs of its own and is no preset, those with a cache with room for all
+RECIPES = (
+    {
+        name: (name,)
+        for name, kind in discover("lvlm.export.recipes", "RECIPE").items()
+        if kind.encoder_reduction is Recipe.encoder_reduction and kind.__base__ is not LightVLM
+    }
+    | {settings[0]: settings for settings in CACHED.values() if settings[0] != "lightvlm"}
+    | AT_ENCODER
+)
 
 
 # In a normal run: merging in three stages; every cache policy, whose graphs are alike in all

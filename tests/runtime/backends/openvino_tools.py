@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from settings import ASSETS, CACHED
+from settings import ASSETS, AT_ENCODER, CACHED
 
 from lvlm.core.progress import Progress
 from lvlm.export.targets.openvino import TARGET
@@ -34,7 +34,7 @@ def lowering(bundle: Make, temporary: pytest.TempPathFactory) -> Make:
         key = (recipe, model, dtype, sessions)
         if key not in made:
             folder = temporary.mktemp("openvino") / "bundle"
-            settings = () if recipe == "none" else CACHED[recipe]
+            settings = (CACHED | AT_ENCODER).get(recipe, ())
             options = {"dtype": dtype, "max_images": 2, **({"sessions": True} if sessions else {})}
             shutil.copytree(bundle(model, *settings, **options), folder)
             lower_bundle(folder, read_bundle(folder), TARGET, Progress(1, quiet=True))

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 from openvino_tools import IMAGES, PROMPTS, SAMPLES, Make, lowering
-from settings import CACHED
+from settings import AT_ENCODER, CACHED
 
 import lvlm
 from lvlm.core.errors import BackendError, ParameterError
@@ -31,12 +31,12 @@ def lowered(bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     return lowering(bundle, tmp_path_factory)
 
 
-@pytest.mark.parametrize("recipe", ["none", *CACHED])
+@pytest.mark.parametrize("recipe", ["none", *CACHED, *AT_ENCODER])
 def test_answers_are_those_of_the_cpu(recipe: str, lowered: Make) -> None:
     """In a batch of different lengths and alone, with the same counts."""
     folder = lowered(recipe)
     options: dict[str, Any] = {"max_new_tokens": 24}
-    if recipe != "none":
+    if recipe in CACHED:
         options["kv_keep"] = 0.5
     with lvlm.load(folder, threads=1) as cpu:
         expected = cpu.generate(PROMPTS, IMAGES, **options)

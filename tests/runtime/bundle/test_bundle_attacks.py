@@ -105,6 +105,8 @@ def drop(*keys: str | int) -> Edit:
 
 WEIGHT = "model.language_model.layers.0.mlp.down_proj.weight"
 REDUCTION = {"layer": 1, "exponent": 1.0, "ratio": None, "recycle": 0.1}
+ENCODER = {"rule": "divprune", "exponent": 1.0, "ratio": None, "places": "own"}
+ENCODER |= {"settings": {}, "scores": 0}
 ATTACKS: dict[str, Edit] = {
     # weights
     **{
@@ -265,6 +267,24 @@ ATTACKS: dict[str, Edit] = {
             ("per_layer", [10**12, 10**12]),
             ("per_layer", [1, 1]),
         )
+    },
+    # image tokens dropped before the model
+    **{
+        f"an encoder with {name}": put("encoder", value=ENCODER | change)
+        for name, change in {
+            "an unknown rule": {"rule": "best\nof"},
+            "a rule of 100,000 characters": {"rule": LONG},
+            "settings of another": {"settings": {"seed": 3}},
+            "scores that nobody gives": {"scores": 5},
+            "a rule that wants scores": {"rule": "visionzip"},
+            "huge scores": {"rule": "visionzip", "scores": HUGE},
+            "a seed of 10**4000": {"rule": "random", "settings": {"seed": -HUGE}},
+            "merged that is none": {"rule": "visionzip", "scores": 9, "settings": {"merged": "x"}},
+            "an exponent of 0": {"exponent": 0.0},
+            "no exponent": {"exponent": None},
+            "a ratio beside it": {"ratio": 0.5},
+            "places elsewhere": {"places": "there"},
+        }.items()
     },
     # types
     "another dtype": put("dtype", value="float16"),

@@ -151,6 +151,16 @@ EXTENDED = [
     [451] * 10 + [149, 451, 221, 451, 221, 215, 451, 451, 451, 221, 451, 451, 451, 451],
     [451] * 11 + [221, 451, 221, 451, 451, 451, 451, 221, 451, 221, 451, 451, 451],
 ]
+# And with that graph, of schema 6, at commit 6fe48d6.
+READ_ON = [
+    [350, 381, 73, 325, 274, 157, 251, 439, 477, 325, 274, 444, 71, 38]
+    + [157, 325, 325, 157, 325, 157]
+    + [439] * 4,
+    [350, 381, 477, 325, 274, 457, 157, 251, 439, 477, 325, 274, 439]
+    + [325] * 3
+    + [157, 325, 157]
+    + [439] * 5,
+]
 FLAT = {
     "keep": 0.2,
     "profile": [],
@@ -214,13 +224,20 @@ def test_a_bundle_with_a_flat_compression_answers_as_recorded(name: str, tmp_pat
     assert read_bundle(tmp_path / name).cache_policy == kept
 
 
-def test_a_bundle_without_the_graph_extend_answers_as_recorded(tmp_path: Path) -> None:
-    with zipfile.ZipFile(DATA / "schema-5.zip") as archive:
+@pytest.mark.parametrize(
+    ("schema", "words", "answered", "reused"),
+    [(5, "how often?", EXTENDED, 62), (6, "how often in all of it?", READ_ON, 47)],
+)
+def test_a_bundle_without_an_encoder_answers_as_recorded(
+    schema: int, words: str, answered: list[list[int]], reused: int, tmp_path: Path
+) -> None:
+    """That of schema 5 has no graph extend either."""
+    with zipfile.ZipFile(DATA / f"schema-{schema}.zip") as archive:
         archive.extractall(tmp_path)
     folder = tmp_path / "none"
-    assert json.loads((folder / "lvlm.json").read_text())["schema"] == 5
+    assert json.loads((folder / "lvlm.json").read_text())["schema"] == schema
     prompts = [
-        f"USER: <image>\nWhat is there to see in it, and how often? {digit} ASSISTANT:"
+        f"USER: <image>\nWhat is there to see in it, and {words} {digit} ASSISTANT:"
         for digit in (7, 9)
     ]
     options: dict[str, Any] = {"chat_template": False, "max_new_tokens": 24, "ignore_eos": True}
@@ -228,10 +245,11 @@ def test_a_bundle_without_the_graph_extend_answers_as_recorded(tmp_path: Path) -
         found = [model.generate(p, images=[SAMPLE], **options).token_ids for p in prompts]
     with lvlm.Engine(folder) as engine:
         answers = [engine.submit(p, [SAMPLE], **options).result() for p in prompts]
-    assert found == [answer.token_ids for answer in answers] == EXTENDED
-    assert answers[1].stats.reused_tokens == 62
-    read_bundle(folder).write(folder)  # in the present schema, but without the graph
-    assert "extend" not in read_bundle(folder).graphs
+    assert found == [answer.token_ids for answer in answers] == answered
+    assert answers[1].stats.reused_tokens == reused
+    read_bundle(folder).write(folder)  # in the present schema, but as it was
+    assert ("extend" in read_bundle(folder).graphs) == (schema == 6)
+    assert read_bundle(folder).encoder is None
 
 
 @pytest.mark.parametrize(

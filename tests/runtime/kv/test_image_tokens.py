@@ -74,7 +74,7 @@ def test_without_reductions() -> None:
     assert keep_ratios((), 1.0, None) == ()
     assert keep_ratios((), 1.0, 1.0) == ()
     for keep in (0.5, [0.5]):
-        with pytest.raises(ParameterError, match="needs a bundle with token merging"):
+        with pytest.raises(ParameterError, match="needs a bundle with fewer image tokens"):
             keep_ratios((), 1.0, keep)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lvlm.core.errors import ParameterError
-from lvlm.runtime.bundle.manifest import Images, Reduction
+from lvlm.runtime.bundle.manifest import EncoderReduction, Images, Reduction
 from lvlm.runtime.generate.answers import Generation, Stats
 from lvlm.runtime.tools.show_merge import (
     GAP,
@@ -35,7 +35,8 @@ def answer(image_id: list[int], *maps: list[int]) -> Generation:
 def model(tokens: int = 6, layers: tuple[int, ...] = (1,), **other: Any) -> Any:
     images = Images("<image>", 3, tokens, (2, 3), (SIDE, SIDE), {})
     reductions = tuple(Reduction(layer, 1.0, None, 0.1) for layer in layers)
-    manifest = {"images": images, "reductions": reductions, "recipe": "lightvlm", **other}
+    manifest = {"images": images, "reductions": reductions, "recipe": "lightvlm", "encoder": None}
+    manifest |= other
     return SimpleNamespace(
         manifest=SimpleNamespace(**manifest),
         processor=SimpleNamespace(fit=Image.fromarray),
@@ -211,6 +212,9 @@ def test_what_cannot_be_drawn() -> None:
     generation = answer([1] * 6, list(range(6)))
     with pytest.raises(ParameterError, match="recipe 'none' merges no image tokens"):
         merge_image(model(layers=(), recipe="none"), [flat()], generation)
+    dropping = model(recipe="hybrid", encoder=EncoderReduction("divprune", 0.5, None))
+    with pytest.raises(ParameterError, match="recipe 'hybrid' drops image tokens before"):
+        merge_image(dropping, [flat()], generation)
     with pytest.raises(ParameterError, match="9 image tokens are not a grid of 2 x 3"):
         merge_image(model(9), [flat()], generation)
     for images in ([], [flat(), flat()]):
