@@ -12,6 +12,7 @@ A file of this folder whose ``RECIPE`` is such a class is all that a new recipe 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,8 +159,15 @@ class Recipe:
 
 
 def settable(recipe: type[Recipe]) -> list[dataclasses.Field[Any]]:
-    """The fields that are parameters; others hold what was worked out from them."""
-    return [f for f in dataclasses.fields(recipe) if "doc" in f.metadata]
+    """The fields that are parameters, a recipe's own before those of its bases; others hold what
+    was worked out from them."""
+    first = {
+        name: place
+        for place, base in enumerate(recipe.__mro__)
+        for name in inspect.get_annotations(base)
+    }
+    found = [f for f in dataclasses.fields(recipe) if "doc" in f.metadata]
+    return sorted(found, key=lambda f: first[f.name])
 
 
 @dataclass(frozen=True)

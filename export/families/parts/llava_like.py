@@ -156,8 +156,13 @@ class LlavaVision(nn.Module):
         asking = normed[:, :1] if hasattr(self.tower.embeddings, "class_embedding") else normed
         query = attention.q_proj(asking).view(units, -1, *shape[2:])
         logits = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * attention.head_dim**-0.5
-        paid = logits.float().softmax(-1).mean(2).sum(1)  # [units,patches]
-        found = torch.cat([paid[..., None], key.float().mean(2)], dim=-1)
+        weights = logits.float().softmax(-1)  # [units,heads,queries,patches]
+        heads, queries = shape[2], weights.shape[2]
+        # Sums and means as products: TensorRT's parser does not take torch's axes for constants
+        share = weights.new_full((1, heads * queries), 1 / queries)
+        paid = share @ weights.reshape(units, heads * queries, patches)
+        mean = key.float().transpose(2, 3) @ weights.new_full((heads, 1), 1 / heads)
+        found = torch.cat([paid.transpose(1, 2), mean.flatten(2)], dim=-1)
         return self._rows(states), found[:, self.first :].flatten(0, 1)
 
     def _states(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:

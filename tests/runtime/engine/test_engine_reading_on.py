@@ -32,6 +32,7 @@ from lvlm.runtime.engine import Engine
 from lvlm.runtime.engine.prefixes import worthwhile
 from lvlm.runtime.engine.reading import ReadingInPieces
 from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.media.prepared_image import ImageTokens
 from lvlm.runtime.model import Model
 
 RAW: dict[str, Any] = {"chat_template": False}
@@ -115,9 +116,9 @@ def test_an_image_that_is_partly_read_is_encoded_and_others_before_it_are_not(
     call = graphs.bind("extend", batch.cache.views(slice(0, 1)))
     encoded: list[int] = []
 
-    def encode(images: Any, digests: Any) -> list[np.ndarray]:  # noqa: ARG001
+    def encode(images: Any, digests: Any) -> list[ImageTokens]:  # noqa: ARG001
         encoded.append(len(images))
-        return graphs.encode(images)
+        return graphs.tokens(images)
 
     rest = ReadingInPieces(request, slice(0, 1), graphs, encode, call, middle)
     np.testing.assert_allclose(rest.run(), expected, atol=1e-3)
