@@ -78,7 +78,7 @@ def _job(
     skeleton, names = open_skeleton(checkpoint, family, config, torch.float32)
     language = skeleton.language
     recipe = recipe.for_layers(len(language.blocks), language.deepstack_layers)
-    if recipe.name != "none" and not recipe.reductions():
+    if recipe.name != "none" and not recipe.shortenings():
         raise ParameterError(
             f"recipe '{recipe.name}' merges no tokens, so it changes nothing here; leave --recipe "
             "out, and give the profile to lvlm-export"

@@ -16,7 +16,6 @@ class ByChance(AtEncoder):
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "baseline: image tokens by chance, before the model"
     source: ClassVar[str] = "UniPruneBench, arXiv 2511.02650"
-    rule: ClassVar[str] = "random"
 
     seed: int = parameter(0, "of the draw, which is the same for all images of as many tokens")
 

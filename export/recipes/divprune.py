@@ -18,7 +18,6 @@ class DivPrune(AtEncoder):
     name: ClassVar[str] = "divprune"
     summary: ClassVar[str] = "of each image the tokens most unlike each other, before the model"
     source: ClassVar[str] = "DivPrune, arXiv 2503.02175, CVPR 2025"
-    rule: ClassVar[str] = "divprune"
 
 
 RECIPE = DivPrune

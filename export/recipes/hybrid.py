@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
+from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction, integer
 from lvlm.core.rounding import rounded
@@ -19,8 +20,7 @@ from lvlm.export.recipes.parts.at_encoder import AtEncoder
 from lvlm.export.recipes.parts.pyramid import Importance, Merge, Pyramid
 from lvlm.export.recipes.recipe import choice, parameter
 from lvlm.runtime.bundle.manifest import EncoderReduction
-
-Encoder = Literal["divprune", "visionzip", "strided", "random"]
+from lvlm.runtime.reductions import rules
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Hybrid(AtEncoder):
     summary: ClassVar[str] = "image tokens dropped before the model, and merged at half its depth"
     source: ClassVar[str] = "own composition, after VScan, arXiv 2505.22654"
 
-    encoder: Encoder = parameter(
-        "divprune", "what goes on from the encoder: divprune, visionzip, strided or random"
+    encoder: str = parameter(
+        "divprune", "what goes on from the encoder: divprune, visionzip, or any other rule's name"
     )
     share: float = parameter(
         0.5, "part of the shortening that the encoder's output takes: keep ** share are left there"
@@ -50,7 +50,8 @@ class Hybrid(AtEncoder):
     absorb: int = parameter(5, "tokens a centre absorbs at most (merge=recycle)")
 
     def __post_init__(self) -> None:
-        choice("encoder", self.encoder, Encoder)
+        if self.encoder not in rules():
+            raise nearest("value of encoder", str(self.encoder), rules())
         super().__post_init__()
         choice("importance", self.importance, Importance)
         choice("merge", self.merge, Merge)

@@ -15,7 +15,6 @@ class Strided(AtEncoder):
     name: ClassVar[str] = "strided"
     summary: ClassVar[str] = "baseline: image tokens at equal steps, before the model"
     source: ClassVar[str] = "-"
-    rule: ClassVar[str] = "strided"
 
 
 RECIPE = Strided

@@ -21,7 +21,6 @@ class VisionZip(AtEncoder):
     name: ClassVar[str] = "visionzip"
     summary: ClassVar[str] = "what the vision tower attends to stays, the rest is merged"
     source: ClassVar[str] = "VisionZip, arXiv 2412.04467, CVPR 2025"
-    rule: ClassVar[str] = "visionzip"
 
     merged: float = parameter(
         MERGED, "part of the tokens that go on which the others are merged into, from 0 to below 1"

@@ -137,7 +137,7 @@ def _check_encoder(encoder: EncoderReduction, path: Path) -> None:
         rule.check(encoder.settings)
     except ParameterError as error:
         raise BundleError(f"{path}: {error}; export again") from None
-    if (2 <= encoder.scores <= LARGEST) != rule.scored or (encoder.scores and not rule.scored):
+    if not (2 <= encoder.scores <= LARGEST if rule.scored else encoder.scores == 0):
         raise BundleError(
             f"{path}: rule {encoder.rule} with {shown(encoder.scores)} scores a token; export again"
         )

@@ -62,7 +62,7 @@ class PreparedImage:
         if self.weight is None:
             taken: np.ndarray = rows[self.index[:, 0]]
             return taken
-        wide = widened(rows)
+        wide = _widened(rows)
         mixed = np.zeros((self.tokens, rows.shape[1]), np.float32)
         for part in range(self.index.shape[1]):
             mixed += self.weight[:, part : part + 1] * wide[self.index[:, part]]
@@ -73,7 +73,7 @@ class PreparedImage:
         for them, the tower's ``scores`` [V,S]."""
         if self.choice is None:
             return ImageTokens(features, np.arange(self.tokens))
-        rows, made = self.choice.reduce(widened(features), scores)
+        rows, made = self.choice.reduce(_widened(features), scores)
         return ImageTokens(_narrowed(made, features.dtype), rows)
 
     def digest(self) -> bytes:
@@ -90,8 +90,7 @@ class PreparedImage:
         return found.digest()
 
 
-def widened(rows: np.ndarray) -> np.ndarray:
-    """Numbers as float32."""
+def _widened(rows: np.ndarray) -> np.ndarray:
     if rows.dtype == np.uint16:
         return (rows.astype(np.uint32) << 16).view(np.float32)
     return rows.astype(np.float32)

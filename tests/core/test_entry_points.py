@@ -55,6 +55,10 @@ class PROCESSOR:
     def __init__(self, config):
         print("made of", config)
 """
+RULE = """
+class RULE:
+    name = "their-rule"
+"""
 POINTS = """
 [lvlm.recipes]
 theirs = author.recipe
@@ -66,6 +70,8 @@ their-family = author.family
 their-device = author.backend
 [lvlm.processors]
 their-processor = author.processor
+[lvlm.reductions]
+their-rule = author.rule
 """
 
 
@@ -76,7 +82,8 @@ def site(tmp_path: Path) -> Path:
     package.mkdir()
     about.mkdir()
     sources = {"recipe": RECIPE, "target": TARGET, "family": FAMILY, "backend": BACKEND}
-    for name, text in (sources | {"processor": PROCESSOR, "__init__": ""}).items():
+    sources |= {"processor": PROCESSOR, "rule": RULE, "__init__": ""}
+    for name, text in sources.items():
         (package / f"{name}.py").write_text(text)
     (about / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: author-of-methods\nVersion: 1.0\n"
@@ -108,6 +115,8 @@ def test_what_the_runtime_finds(site: Path) -> None:
     code = """
 from lvlm.runtime.backends import open_backend
 from lvlm.runtime.processors import load_processor
+from lvlm.runtime.reductions import rules
+assert rules()["their-rule"].name == "their-rule"
 assert open_backend("their-device", threads=1).name == "their-device"
 assert load_processor({"name": "their-processor"}).name == "their-processor"
 """

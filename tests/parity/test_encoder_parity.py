@@ -13,6 +13,7 @@ from bundles import MERGED
 from parity_tools import IMAGES, ROWS, make_reference
 
 import lvlm
+from lvlm.core.errors import ParameterError
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.options.generation_options import GenerationOptions
 
@@ -109,3 +110,34 @@ def test_an_image_of_one_token(bundle: Callable[..., Path]) -> None:
     with lvlm.load(bundle("tiny-llava", "strided", max_images=2)) as model:
         answer = model.generate(FIRST, [np.zeros((9, 9, 3), np.uint8)], keep=1e-6, **OPTIONS)
     assert answer.stats.image_tokens == 1
+
+
+def test_a_turn_that_is_read_behind_a_compressed_cache(bundle: Callable[..., Path]) -> None:
+    """Its image loses tokens, too, which have their own positions: with room for every entry it is
+    answered as the whole conversation is."""
+    settings = ("divprune", "kv=elastic-cache", "kv_keep=1.0")
+    folder = bundle("tiny-llava", *settings, max_images=2, sessions=True)
+    talk: list[dict[str, Any]] = []
+    with lvlm.load(folder) as model, Engine(folder, slots=2) as engine, engine.session() as session:
+        for text, image in (("Read the top row.", IMAGES[0]), ("And here?", IMAGES[1])):
+            shown = {"type": "image", "image": image}
+            talk.append({"role": "user", "content": [shown, {"type": "text", "text": text}]})
+            ours = engine.generate(talk, session=session, max_new_tokens=9)
+            assert ours.token_ids == model.generate(talk, max_new_tokens=9).token_ids
+            talk.append({"role": "assistant", "content": ours.text})
+    assert 50 < ours.stats.reused_tokens < ours.stats.prompt_tokens - 50  # the second image is read
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("qwen2-vl:gqa", ("visionzip",), "is not read out of qwen2-vl's; take divprune"),
+        ("smolvlm:gqa-tiles", ("hybrid", "encoder=visionzip"), "is not read out of smolvlm's"),
+        ("qwen2-vl:gqa", ("divprune", "places=closed"), "have three positions each"),
+    ],
+)
+def test_what_a_family_cannot_do_is_said_before_any_work(
+    name: str, settings: tuple[str, ...], said: str, bundle: Callable[..., Path]
+) -> None:
+    with pytest.raises(ParameterError, match=said):
+        bundle(name, *settings)

@@ -7,7 +7,7 @@ without a cache policy its entries, serve every question about it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from lvlm.core.ranges import fraction
 from lvlm.export.recipes.parts.composed import Composed
@@ -20,9 +20,7 @@ Places = Literal["own", "closed"]
 
 @dataclass(frozen=True)
 class AtEncoder(Composed):
-    """The base of recipes that keep a part of each image's tokens by ``rule``."""
-
-    rule: ClassVar[str]
+    """The base of recipes that keep a part of each image's tokens, by the rule of their name."""
 
     keep: float = parameter(0.35, "fraction of each image's tokens that goes on, in (0, 1]")
     places: Places = parameter(
@@ -41,4 +39,4 @@ class AtEncoder(Composed):
         return {}
 
     def encoder_reduction(self) -> EncoderReduction:
-        return EncoderReduction(self.rule, 1.0, None, self.places, self.settings())
+        return EncoderReduction(self.name, 1.0, None, self.places, self.settings())
