@@ -122,8 +122,14 @@ def test_a_turn_that_is_read_behind_a_compressed_cache(bundle: Callable[..., Pat
         for text, image in (("Read the top row.", IMAGES[0]), ("And here?", IMAGES[1])):
             shown = {"type": "image", "image": image}
             talk.append({"role": "user", "content": [shown, {"type": "text", "text": text}]})
-            ours = engine.generate(talk, session=session, max_new_tokens=9)
-            assert ours.token_ids == model.generate(talk, max_new_tokens=9).token_ids
+            asked: dict[str, Any] = {"max_new_tokens": 9, "logprobs": 0}
+            ours, theirs = (
+                engine.generate(talk, session=session, **asked),
+                model.generate(talk, **asked),
+            )
+            assert ours.token_ids == theirs.token_ids
+            found = [score.logprob for score in ours.scores]
+            assert found == pytest.approx([score.logprob for score in theirs.scores], abs=1e-3)
             talk.append({"role": "assistant", "content": ours.text})
     assert 50 < ours.stats.reused_tokens < ours.stats.prompt_tokens - 50  # the second image is read
 
