@@ -111,8 +111,6 @@ def _arguments() -> argparse.Namespace:
         major, minor = (8, 7) if without else torch.cuda.get_device_capability()
         args.arch = 10 * major + minor
     args.dtypes, args.ops = args.dtypes.split(","), args.ops.split(",")
-    if args.dry_run:
-        args.longest = LENGTHS[0]
     return args
 
 

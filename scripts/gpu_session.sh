@@ -44,16 +44,15 @@ export -f machine
 
 check=(bash scripts/gpu_check.sh "${build[@]}")
 recipes=("$PYTHON" scripts/bench_recipes_torch.py)
-longest=8192
 if [ -n "$dry" ]; then
-    check+=(--dry-run --dtypes fp16 --repeats 2) longest=1024
+    check+=(--dry-run --dtypes fp16 --repeats 2)
     recipes=(env TRITON_INTERPRET=1 "${recipes[@]}" --shape tiny --device cpu --repeats 1
-        --recipes none "lightvlm 15 %" "elastic-cache 0.2")
+        --recipes none "lightvlm 15 %")
 fi
 : > "$out/session.log"
 step machine 15 bash -c machine
 step samples 60 "${check[@]}" --parts samples -o /dev/null
-step times 90 "${check[@]}" --parts times --longest "$longest" -o /dev/null
+step times 90 "${check[@]}" --parts times --longest 8192 -o /dev/null
 step sanitizer 45 "${check[@]}" --parts sanitizer --tools memcheck -o /dev/null
 step recipes 380 "${recipes[@]}"
 exit $failed

@@ -24,7 +24,7 @@ BELOW = {
     "lvlm.core": set(),
     "lvlm.runtime": {"lvlm.core"},
     "lvlm.export": {"lvlm.core", "lvlm.runtime"},
-    "lvlm.calibration": {"lvlm.core", "lvlm.runtime", "lvlm.export"},
+    "lvlm.calibration": {"lvlm.core", "lvlm.runtime", "lvlm.export", "lvlm.bench"},
     "lvlm.bench": {"lvlm.core", "lvlm.runtime", "lvlm.export"},
     "lvlm.plugins_trt": {"lvlm.core", "lvlm.runtime", "lvlm.export"},
     "lvlm": {"lvlm.core", "lvlm.runtime"},

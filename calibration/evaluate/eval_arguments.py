@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from lvlm.core.console import Parser, add_verify
@@ -24,15 +25,10 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("bundles", nargs="*", type=Path, metavar="BUNDLE", help="folders made by lvlm-export")
     add("-o", "--output", type=Path, metavar="FOLDER", help="where the results go")
-    add("--data", metavar="NAME|FILE", help="built-in data set, or a file")
-    add("--format", metavar="NAME", help="the file's layout, where its suffix does not tell")
-    add("--list-data", action="store_true", help="list what --data and --format take")
-    add("--images", type=Path, metavar="FOLDER", help="where the file's image paths start from")
-    add("--kinds", type=_names, default=[], metavar="A,B", help="kinds of questions (digits)")
-    add("--samples", type=int, metavar="N", help="the first N (default: all; digits: 100)")
+    add_data(add)
     add(
         "--keep",
-        type=_fractions,
+        type=fractions,
         default=[],
         metavar="R,…",
         help="fractions of the cache left after prefill, a row for each; where tokens are merged, "
@@ -40,12 +36,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--kv-keep",
-        type=_fractions,
+        type=fractions,
         default=[],
         metavar="R,…",
         help="rows of bundles that merge tokens and compress the cache: the latter alone",
     )
-    add("--metrics", type=_names, metavar="A,B", help=f"default {METRICS}")
+    add("--metrics", type=names, metavar="A,B", help=f"default {METRICS}")
     add("--max-new-tokens", type=int, metavar="N", help=f"of answers (default {MAX_NEW_TOKENS})")
     add("--reference", type=Path, metavar="BUNDLE", help="full-cache bundle that rouge compares to")
     add("--system", metavar="TEXT", help="system message")
@@ -58,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     make = made.add_argument_group("bundles to make, kept below the output folder")
     add = make.add_argument
     add("-m", "--model", help="alias, local folder or hub id")
-    add("--recipes", type=_names, default=[], metavar="A,B", help="a bundle for each")
+    add("--recipes", type=names, default=[], metavar="A,B", help="a bundle for each")
     add(
         "--set",
         action="append",
@@ -78,14 +74,26 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _names(text: str) -> list[str]:
-    names = [part.strip() for part in text.split(",")]
-    if not all(names):
+def add_data(add: Callable[..., object]) -> None:
+    """The flags that say which samples."""
+    add("--data", metavar="NAME|FILE", help="built-in data set, or a file")
+    add("--format", metavar="NAME", help="the file's layout, where its suffix does not tell")
+    add("--list-data", action="store_true", help="list what --data and --format take")
+    add("--images", type=Path, metavar="FOLDER", help="where the file's image paths start from")
+    add("--kinds", type=names, default=[], metavar="A,B", help="kinds of questions (digits)")
+    add("--samples", type=int, metavar="N", help="the first N (default: all; digits: 100)")
+
+
+def names(text: str) -> list[str]:
+    """a,b as a list without repetitions."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
         raise argparse.ArgumentTypeError(f"'{text}' has an empty name; write a,b")
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(found))
 
 
-def _fractions(text: str) -> list[float]:
+def fractions(text: str) -> list[float]:
+    """0.2,0.5 as a list without repetitions."""
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:

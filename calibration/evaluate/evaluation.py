@@ -63,7 +63,7 @@ def plan_jobs(
 
 
 def pending(
-    jobs: Sequence[EvaluationJob], how: Conditions, store: RecordStore
+    jobs: Sequence[EvaluationJob], how: Conditions, store: RecordStore[SampleRecord]
 ) -> list[EvaluationJob]:
     """The jobs that ``store`` lacks records of."""
     return [job for job in jobs if _missing(job, how, store)]
@@ -73,7 +73,7 @@ def evaluate(
     jobs: Sequence[EvaluationJob],
     samples: Sequence[EvaluationSample],
     how: Conditions,
-    store: RecordStore,
+    store: RecordStore[SampleRecord],
 ) -> Iterator[EvaluationStep]:
     """Add the records of ``jobs`` that ``store`` lacks, batch by batch, and say how far it is.
 
@@ -159,7 +159,7 @@ def _run(
     return records
 
 
-def _missing(job: EvaluationJob, how: Conditions, store: RecordStore) -> list[slice]:
+def _missing(job: EvaluationJob, how: Conditions, store: RecordStore[SampleRecord]) -> list[slice]:
     """The chunks that lack a record; none where a sample is known to be out of reach."""
     known = [store.get(key) for key in job.keys]
     if any(record is not None and record.kept is None for record in known):

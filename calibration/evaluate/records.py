@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from lvlm.core.errors import BundleError, LvlmError
 from lvlm.core.typed_json import decode
@@ -25,7 +25,17 @@ class ResultsError(LvlmError):
 
 
 @dataclass(frozen=True)
-class SampleRecord:
+class Record:
+    """Something measured; ``key`` is made of everything that it depends on."""
+
+    key: str
+
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class SampleRecord(Record):
     """One sample through one variant, in one of two runs.
 
     Forced run (the answer's tokens are fed): ``nll``, the sum over its ``tokens`` in nats. Greedy
@@ -35,7 +45,6 @@ class SampleRecord:
     allocated. Milliseconds are those of the batch.
     """
 
-    key: str
     sample: str
     kept: float | None = None
     least: float | None = None
@@ -51,12 +60,13 @@ class SampleRecord:
     decode_steps: int = 0
 
 
-class RecordStore:
-    """The records in a file of JSON lines; what is added is on disk before ``add`` returns."""
+class RecordStore(Generic[R]):
+    """The records of a ``kind`` in a file of JSON lines; what is added is on disk before ``add``
+    returns."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[R]) -> None:
         self._path = path
-        self._records: dict[str, SampleRecord] = {}
+        self._records: dict[str, R] = {}
         try:
             data = path.read_bytes() if path.exists() else b""
             # A killed run may have left part of a line; the next one must not be glued to it.
@@ -64,7 +74,7 @@ class RecordStore:
             if len(whole) < len(data):
                 path.write_bytes(whole)
             for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
-                record = decode(SampleRecord, json.loads(line), f"line {number}")
+                record = decode(kind, json.loads(line), f"line {number}")
                 self._records[record.key] = record
         except (ValueError, BundleError) as error:
             reason = str(error).removesuffix("; export the bundle again")
@@ -72,10 +82,10 @@ class RecordStore:
         except OSError as error:
             raise _unwritable(path, error) from None
 
-    def get(self, key: str) -> SampleRecord | None:
+    def get(self, key: str) -> R | None:
         return self._records.get(key)
 
-    def add(self, records: Iterable[SampleRecord]) -> None:
+    def add(self, records: Iterable[R]) -> None:
         """Append records, all of them or, if the process is killed, none or some whole ones."""
         records = list(records)
         lines = "".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in records)

@@ -26,8 +26,9 @@ SETTINGS, RECORDS, BUNDLES = "settings.json", "records.jsonl", "bundles"
 RESULTS = "results.json", "results.md", "results.png"
 
 
-def claim(output: Path, settings: Mapping[str, Any]) -> None:
-    """Make the folder, or take it up again if it belongs to the same command. ResultsError."""
+def claim(output: Path, settings: Mapping[str, Any], *also: str) -> None:
+    """Make the folder, or take it up again if it belongs to the same command; it may hold the files
+    ``also``, too. ResultsError."""
     path = output / SETTINGS
     text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
     try:
@@ -40,7 +41,7 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
                     f"{', '.join(changed)}); give another -o, or remove {path} to replace them: "
                     "what is equal is not computed again"
                 )
-        left = {SETTINGS, RECORDS, BUNDLES, *RESULTS}
+        left = {SETTINGS, RECORDS, BUNDLES, *RESULTS, *also}
         if output.is_dir() and not {p.name for p in output.iterdir()} <= left:
             raise ResultsError(f"{output} holds other files; give another -o or empty it")
         if not output.absolute().parent.is_dir():
@@ -73,7 +74,7 @@ class Study:
         greedy = [v for v, run in wanted if run == "greedy"]
         wanted += [(v, "greedy") for v in _distinct(full) if v not in greedy]
         jobs = plan_jobs(wanted, self.samples, self.how)
-        store = RecordStore(output / RECORDS)
+        store = RecordStore(output / RECORDS, SampleRecord)
         progress.stages += len(pending(jobs, self.how, store))
         steps = evaluate(jobs, self.samples, self.how, store)
         for job, some in groupby(steps, key=lambda step: step.job):

@@ -12,4 +12,5 @@ MODULES = {
     "eval": "lvlm.calibration.evaluate.eval_cli",
     "export": "lvlm.export.export_cli",
     "run": "lvlm.runtime.run_cli",
+    "tune": "lvlm.calibration.tune.tune_cli",
 }

@@ -26,7 +26,7 @@ def records(
     how: Conditions = HOW,
 ) -> list[SampleRecord]:
     (job,) = plan_jobs([(variant, run)], samples, how)
-    store = RecordStore(folder / "records.jsonl")
+    store = RecordStore(folder / "records.jsonl", SampleRecord)
     list(evaluate([job], samples, how, store))
     found = [store.get(key) for key in job.keys]
     assert None not in found

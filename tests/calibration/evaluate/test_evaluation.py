@@ -47,20 +47,20 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_loads_nothing(
     with pytest.MonkeyPatch.context() as patch:
         spy = Spy(patch, stop_at=3)
         with pytest.raises(KeyboardInterrupt):
-            list(evaluate(jobs, samples, how, RecordStore(path)))
+            list(evaluate(jobs, samples, how, RecordStore(path, SampleRecord)))
         assert spy.batches == [["1-describe", "2-row"], ["3-cell"], ["1-describe", "2-row"]]
     with path.open("a") as file:
         file.write('{"key": "cut sh')
     with pytest.MonkeyPatch.context() as patch:
         spy = Spy(patch)
-        steps = list(evaluate(jobs, samples, how, RecordStore(path)))
+        steps = list(evaluate(jobs, samples, how, RecordStore(path, SampleRecord)))
         assert spy.batches == [["3-cell"]]
     assert steps[-1].done == 3
     assert steps[-1].seconds_left == 0
     assert len(path.read_text().splitlines()) == 6
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "BundleRunner", None)
-        assert list(evaluate(jobs, samples, how, RecordStore(path))) == []
+        assert list(evaluate(jobs, samples, how, RecordStore(path, SampleRecord))) == []
 
 
 def test_keys_hold_what_records_depend_on(
@@ -98,9 +98,9 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     path.write_text("{}\n")
     with pytest.raises(ResultsError, match=r"is damaged .*remove it"):
-        RecordStore(path)
+        RecordStore(path, SampleRecord)
     path.unlink()
-    store = RecordStore(path)
+    store = RecordStore(path, SampleRecord)
     store.add([SampleRecord("a", "1", nll=0.1), SampleRecord("b", "2", text="zwei\n“2”\u2028")])
-    assert RecordStore(path).get("b") == store.get("b")
+    assert RecordStore(path, SampleRecord).get("b") == store.get("b")
     assert json.loads(path.read_text().splitlines()[0])["nll"] == 0.1

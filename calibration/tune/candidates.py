@@ -1,0 +1,108 @@
+"""Candidates of a choice: recipes, cache policies with them, and the fractions that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lvlm.core.errors import ParameterError
+from lvlm.export.recipes.recipe import (
+    Recipe,
+    cache_recipes,
+    known_recipe,
+    parse_settings,
+    settable,
+)
+
+OWN_CACHE = "interval"  # lightvlm's own, which is no recipe by itself
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting to try. ``kv``: the cache policy of a recipe that shortens images; None: that is
+    no such recipe. The fractions are None where nothing has them."""
+
+    recipe: str
+    kv: str | None = None
+    keep: float | None = None
+    kv_keep: float | None = None
+
+    @property
+    def bundle(self) -> tuple[str, str | None]:
+        """What decides which bundle serves it: fractions are options of a call."""
+        return self.recipe, self.kv
+
+    @property
+    def label(self) -> str:
+        words = [self.recipe]
+        if self.keep is not None:
+            words.append(f"keep {self.keep:g}")
+        if self.kv not in (None, "none"):
+            words.append(f"+ {self.kv}")
+        if self.kv_keep is not None:
+            words.append(f"kv-keep {self.kv_keep:g}")
+        return " ".join(words)
+
+    @property
+    def settings(self) -> list[str]:
+        """As ``--set`` takes them."""
+        given = {"keep": self.keep, "kv": self.kv, "kv_keep": self.kv_keep}
+        return [
+            f"{name}={value if isinstance(value, str) else format(value, 'g')}"
+            for name, value in given.items()
+            if value is not None
+        ]
+
+    def made(self) -> Recipe:
+        """The recipe itself. Raises ParameterError."""
+        return parse_settings(known_recipe(self.recipe), self.settings)
+
+
+FULL = Candidate("none")
+
+
+def candidates(
+    names: Sequence[str], keeps: Sequence[float], kv_keeps: Sequence[float]
+) -> list[Candidate]:
+    """``none``, and every recipe of ``names`` at every fraction: those that shorten images alone
+    and with each that compresses the cache, and the latter alone.
+
+    Raises ParameterError for a name that is neither.
+    """
+    caches = [n for n in names if n == OWN_CACHE or n in cache_recipes()]
+    shortening = [
+        n for n in names if n not in caches and known_recipe(n) is not known_recipe("none")
+    ]
+    for name in shortening:
+        if "keep" not in {field.name for field in settable(known_recipe(name))}:
+            raise ParameterError(f"recipe {name} has no keep to try; leave it out of --recipes")
+    if OWN_CACHE in names and not shortening:
+        raise ParameterError(
+            f"{OWN_CACHE} compresses the cache of recipes that shorten images; add one of these"
+        )
+    found = [FULL]
+    found += [Candidate(n, "none", keep=k) for n in shortening for k in keeps]
+    found += [Candidate(n, kv_keep=g) for n in caches if n != OWN_CACHE for g in kv_keeps]
+    found += [
+        Candidate(n, kv, keep=k, kv_keep=g)
+        for n in shortening
+        for kv in caches
+        for k in keeps
+        for g in kv_keeps
+    ]
+    for one in found:
+        one.made()  # whatever is wrong with the fractions is said now
+    return found
+
+
+def with_room(some: Sequence[Candidate]) -> Candidate:
+    """What the bundle for ``some`` candidates is exported with: calls can only lower fractions."""
+
+    def largest(values: Sequence[float | None]) -> float | None:
+        return max((v for v in values if v is not None), default=None)
+
+    return replace(
+        some[0],
+        keep=largest([one.keep for one in some]),
+        kv_keep=largest([one.kv_keep for one in some]),
+    )
