@@ -36,6 +36,7 @@ def make(rng: random.Random, folder: Path, base: Base) -> Case:
         "lvlm-build": (rng.choice(("engine", "plugins", "x")), str(base.bundle)),
         "lvlm-eval": (str(base.bundle),),
         "lvlm-bench": (str(base.bundle.parent),),
+        "lvlm-tune": (str(base.bundle), "--ttft", "1ms"),
         "lvlm-export": ("-m", rng.choice((str(base.checkpoint), "tiny-llava", "x", "a/b"))),
         "lvlm-calibrate": ("-m", rng.choice(("x", "a/b", str(folder)))),
     }[program]
@@ -45,7 +46,7 @@ def make(rng: random.Random, folder: Path, base: Base) -> Case:
         argv += ["--image", str(rng.choice(base.images))]
     if program in ("lvlm-export", "lvlm-build"):  # work is what kills are for
         argv.append("--dry-run")
-    if program == "lvlm-eval":  # neither -m nor a long run
+    if program in ("lvlm-eval", "lvlm-tune"):  # neither -m nor a long run
         argv = [a for a in argv if a not in ("-m", "--model", "--data", "--recipes")]
         argv += ["--data", str(_data(folder, base)), "-q"]
     return Case(program, tuple(a for a in argv if "\0" not in a))
