@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,6 +128,11 @@ def open_weights(path: Path) -> Any:
 def find_family(config: Mapping[str, Any], source: str) -> Family:
     """The family of a config.json, or an error naming the architecture."""
     families: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
+    if "mm_vision_tower" in config:
+        raise CheckpointError(
+            f"{source} is in the layout of LLaVA's own repository, which transformers does not "
+            f"read; take {_converted(source, config)}, the same weights converted"
+        )
     kind = config.get("model_type")
     for family in families.values():
         if kind in family.model_types:
@@ -136,6 +142,16 @@ def find_family(config: Mapping[str, Any], source: str) -> Family:
         f"{source} is of the architecture '{str(kind)[:80]}', which is not supported; "
         f"supported: {known}"
     )
+
+
+def _converted(source: str, config: Mapping[str, Any]) -> str:
+    """The name on the hub of the checkpoint in transformers' layout."""
+    for name in (source, str(config.get("_name_or_path", ""))):
+        found = re.search(r"llava-(v1\.[56])-([\w-]+?)/?$", name, re.ASCII)
+        if found is not None:
+            version = found[1].removeprefix("v") if found[1] == "v1.5" else found[1]
+            return f"llava-hf/llava-{version}-{found[2]}-hf"
+    return "its twin of llava-hf, llava-hf/llava-1.5-7b-hf or alike"
 
 
 def resolve(

@@ -12,7 +12,7 @@ decode   when an entry leaves while an answer is written (evictions.py)
            Append      never
            FixedPoint, Oldest    one by one, as soon as there is one too many
            Interval    many at once, every so many steps, by compact.onnx
-budget   how many entries a layer keeps (shares.py): Uniform, Profile, Mixed
+budget   how many entries a layer keeps (shares.py): Uniform, Slope, Profile, Mixed
 
 A variant is a frozen dataclass, and all there is to know about it stands in one place: its numbers
 are checked where it is made (a recipe makes it while the command line is parsed), its counts are
@@ -39,7 +39,14 @@ from lvlm.runtime.policies.evictions import (
     Oldest,
     ReleasedFixedPoint,
 )
-from lvlm.runtime.policies.shares import Mixed, Profile, ReleasedProfile, ReleasedUniform, Uniform
+from lvlm.runtime.policies.shares import (
+    Mixed,
+    Profile,
+    ReleasedProfile,
+    ReleasedUniform,
+    Slope,
+    Uniform,
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ class ReleasedMerge:
 Score = AllQueries | Window | Recency
 Select = Evict | Merge | ReleasedMerge
 Decode = Append | FixedPoint | Oldest | Interval | ReleasedFixedPoint
-Budget = Uniform | Profile | Mixed | ReleasedUniform | ReleasedProfile
+Budget = Uniform | Slope | Profile | Mixed | ReleasedUniform | ReleasedProfile
 
 
 @dataclass(frozen=True)

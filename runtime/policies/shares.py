@@ -1,7 +1,8 @@
 """Budgets: how many cache entries a layer keeps (policy.py).
 
 Uniform budgets follow Elastic Cache (arXiv 2407.18121), budgets per layer PrefixKV (arXiv
-2412.03409). In what follows L are the layers, B the rows; counts are int64.
+2412.03409) or PyramidKV (arXiv 2406.02069). In what follows L are the layers, B the rows; counts
+are int64.
 """
 
 from __future__ import annotations
@@ -86,12 +87,44 @@ class Uniform(Share):
 
 
 @dataclass(frozen=True)
-class Profiled(Share):
-    """Each layer has a share of its own: ``rows`` by rising keep, interpolated between.
+class PerLayer(Share):
+    """Each layer has a share of its own.
 
     Counts are exact: round(keep * N * L) over all layers; what a bound takes from one goes to the
     others.
     """
+
+    def prompt(
+        self, fractions: np.ndarray, keep: float, entries: np.ndarray, protected: int
+    ) -> np.ndarray:
+        del keep
+        lower, upper = np.minimum(protected, entries), self.capped(entries)
+        columns = zip((fractions * entries).T, lower.T, upper.T, strict=True)
+        return np.stack([_apportion(*column) for column in columns], axis=1)
+
+
+@dataclass(frozen=True)
+class Slope(PerLayer):
+    """Shares fall evenly from the first layer to the last, whose share is the mean's over ``beta``
+    (PyramidKV, arXiv 2406.02069, section 3.2). Where the first would exceed everything they fall
+    less, so that the mean is still ``keep``."""
+
+    beta: float = 20.0
+    kind: Literal["slope"] = "slope"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.beta, int | float) or not 1 <= self.beta < math.inf:
+            raise ParameterError(f"beta is {self.beta!r}; give a number of 1 (no slope) or more")
+
+    def fractions(self, layers: int, keep: float) -> np.ndarray:
+        steepest = min(keep * (1 - 1 / self.beta), 1 - keep)
+        return keep + steepest * np.linspace(1, -1, layers) if layers > 1 else np.array([keep])
+
+
+@dataclass(frozen=True)
+class Profiled(PerLayer):
+    """Shares by a profile: ``rows`` by rising keep, interpolated between."""
 
     rows: tuple[ProfileRow, ...] = ()
 
@@ -105,14 +138,6 @@ class Profiled(Share):
 
     def fractions(self, layers: int, keep: float) -> np.ndarray:
         return _interpolated(self.rows, layers, keep)
-
-    def prompt(
-        self, fractions: np.ndarray, keep: float, entries: np.ndarray, protected: int
-    ) -> np.ndarray:
-        del keep
-        lower, upper = np.minimum(protected, entries), self.capped(entries)
-        columns = zip((fractions * entries).T, lower.T, upper.T, strict=True)
-        return np.stack([_apportion(*column) for column in columns], axis=1)
 
 
 @dataclass(frozen=True)

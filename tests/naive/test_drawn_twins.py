@@ -28,6 +28,7 @@ KINDS = (
     "lightvlm interval profile",
     "lightvlm prefixkv profile",
     "snapkv",
+    "pyramidkv",
     "streaming-llm",
 )
 USUAL = [
@@ -62,11 +63,13 @@ def draw_settings(chance: random.Random, kind: str, layers: int) -> tuple[str, S
         settings["kv_interval"] = chance.randrange(3, 17)
     if recipe in CACHES:
         settings["distance"] = chance.randrange(1, 30)
-    if recipe == "snapkv":
+    if recipe == "pyramidkv":
+        settings["beta"] = chance.choice([1, 2, 20])
+    if recipe in ("snapkv", "pyramidkv"):
         settings["window"] = chance.randrange(1, 12)
         settings["kernel"] = chance.choice([1, 3, 5, 7])
         settings["pool"] = chance.choice(["mean", "max"])
-    if recipe in ("snapkv", "streaming-llm"):
+    if recipe in ("snapkv", "pyramidkv", "streaming-llm"):
         settings["kv_sinks"] = chance.choice([0, 2, 4])
         if chance.random() < 0.3:
             settings["kv_cap"] = chance.randrange(20, 60)

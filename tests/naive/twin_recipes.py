@@ -30,6 +30,8 @@ def rule_of(
     layers = int(manifest["text"]["layers"])
     shares = profile_shares(rows, kv_keep) if rows else None
     if recipe != "lightvlm":
+        if recipe == "pyramidkv":
+            shares = falling(layers, kv_keep, settings.get("beta", 20))
         return _cache(recipe, settings, kv_keep, shares)
     places = [min(max(1, rounded(layers * part)), layers - 1) for part in (1 / 14, 2 / 7, 1 / 2)]
     stages = settings.get("stages") or sorted(set(places))
@@ -64,10 +66,10 @@ def _cache(kind: str, settings: Settings, keep: float, shares: list[float] | Non
         cap = settings.get("kv_cap")
         return Interval(keep, *counts, cap=cap, shares=shares, **common)
     usual: dict[str, Any] = {"cap": settings.get("kv_cap")}
-    if kind == "snapkv":
+    if kind in ("snapkv", "pyramidkv"):
         names = ("window", "kernel", "pool")
         own = {name: settings[name] for name in names if name in settings}
-        return LastQueries(keep, sinks=settings.get("kv_sinks", 0), **own, **usual)
+        return LastQueries(keep, sinks=settings.get("kv_sinks", 0), shares=shares, **own, **usual)
     if kind == "streaming-llm":
         return Sliding(keep, sinks=settings.get("kv_sinks", 4), **usual)
     common["distance"] = settings.get("distance", 25)
@@ -89,3 +91,12 @@ def profile_shares(profile: list[dict[str, Any]], keep: float) -> list[float]:
     part = 0.0 if above == below else (keep - below) / (above - below)
     pairs = zip(rows[below], rows[above], strict=True)
     return [low + (high - low) * part for low, high in pairs]
+
+
+def falling(layers: int, keep: float, beta: float) -> list[float]:
+    """PyramidKV's: the last layer's is ``keep / beta``, the first one's as far above the mean, and
+    no more than everything."""
+    last, first = keep / beta, 2 * keep - keep / beta
+    if first > 1:
+        last, first = last + (first - 1), 1.0
+    return [first + (last - first) * layer / max(1, layers - 1) for layer in range(layers)]

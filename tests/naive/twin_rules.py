@@ -167,7 +167,8 @@ class Interval(NoRule):
 
 @dataclass
 class LastQueries(NoRule):
-    """snapkv: every key head on its own keeps what the prompt's last queries attend to."""
+    """snapkv and, with ``shares`` of the layers, pyramidkv: every key head on its own keeps what
+    the prompt's last queries attend to."""
 
     keep: float
     window: int = 64
@@ -175,12 +176,15 @@ class LastQueries(NoRule):
     pool: str = "mean"
     sinks: int = 0
     cap: int | None = None
+    shares: list[float] | None = None
 
     def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
-        del block
         total = layer.seen
-        count = max(rounded(self.keep * total), min(total, self.sinks + self.window))
-        count = min(total, count if self.cap is None else min(count, self.cap))
+        least, most = min(total, self.sinks + self.window), min(total, self.cap or total)
+        count = min(max(rounded(self.keep * total), least), most)
+        if self.shares is not None:
+            exact, layers = [share * total for share in self.shares], len(self.shares)
+            count = shared_out(exact, [least] * layers, [most] * layers)[block]
         keys, values = [], []
         for head in range(len(layer.key)):
             stay = sorted(self._kept(head, count, total, layer, attention))

@@ -35,6 +35,7 @@ def test_a_revision_of_what_has_none(folder: Path) -> None:
     ("changes", "message"),
     [
         ({"model_type": "blip"}, "architecture 'blip'"),
+        ({"mm_vision_tower": "x"}, "layout of LLaVA's own repository"),
         ({"text_config__model_type": "gemma"}, "text backbone 'gemma'"),
         ({"vision_config__model_type": "dinov2"}, "vision tower 'dinov2'"),
         (
@@ -211,3 +212,18 @@ def test_every_family_has_tiny_configs_that_its_own_check_accepts() -> None:
         assert configs
         for config in configs.values():
             family.read_config(config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "twin"),
+    [
+        ("liuhaotian/llava-v1.5-7b", {}, "llava-hf/llava-1.5-7b-hf"),
+        ("/models/llava-v1.5-13b/", {"model_type": "llava"}, "llava-hf/llava-1.5-13b-hf"),
+        ("mine", {"_name_or_path": "./x/llava-v1.6-mistral-7b"}, "llava-v1.6-mistral-7b-hf"),
+        ("mine", {}, "its twin of llava-hf"),
+    ],
+)
+def test_the_layout_of_llava_s_own_repository(source: str, more: dict[str, Any], twin: str) -> None:
+    config = {"model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14"}
+    with pytest.raises(CheckpointError, match=f"take .*{twin}"):
+        checkpoints.find_family(config | more, source)

@@ -13,7 +13,7 @@ from lvlm.export.recipes.uniform import Uniform as UniformRecipe
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
 from lvlm.runtime.policies.evictions import Append, Interval, Oldest
 from lvlm.runtime.policies.policy import CachePolicy, Evict, Recency, Window
-from lvlm.runtime.policies.shares import Mixed, Profile, ProfileRow, Uniform
+from lvlm.runtime.policies.shares import Mixed, Profile, ProfileRow, Slope, Uniform
 
 RECIPES: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
 
@@ -124,6 +124,8 @@ def test_wrong_settings(setting: str, message: str) -> None:
         ("snapkv", ("pool=maxx",), "did you mean max"),
         ("snapkv", ("kv_keep=2",), "kv_keep is 2; give a number above 0"),
         ("snapkv", ("kv_sinks=-1",), "kv_sinks is -1"),
+        ("pyramidkv", ("beta=0.5",), "beta is 0.5; give a number of 1 .* or more"),
+        ("pyramidkv", ("beta=steep",), "beta is 'steep'"),
         ("streaming-llm", ("kv_cap=4",), "kv_cap is 4, but 5 entries are protected"),
         ("prefixkv", ("adaptive=0",), "adaptive is 0"),
         ("prefixkv", ("adaptive=0.2", "semantics=reference"), "has no adaptive"),
@@ -174,9 +176,12 @@ def test_settings_of_the_cache_recipe_that_merging_is_combined_with() -> None:
     assert recipe.for_layers(6).parameters()["kv_set"] == ("window=16", "pool=max")
 
 
-def test_snapkv_and_streaming_llm_are_compositions() -> None:
+def test_presets_are_compositions() -> None:
     assert RECIPES["snapkv"]().cache_policy() == CachePolicy(
         Window(64, 5, "mean", per_head=True), Evict(), Append(), Uniform(0.5), recent=64
+    )
+    assert RECIPES["pyramidkv"]().cache_policy() == CachePolicy(
+        Window(8, 5, "mean", per_head=True), Evict(), Append(), Slope(0.5), recent=8
     )
     assert RECIPES["streaming-llm"]().cache_policy() == CachePolicy(
         Recency(), Evict(), Oldest(), Uniform(0.5), sinks=4

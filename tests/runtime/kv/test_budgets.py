@@ -17,7 +17,7 @@ from policies import INTERVAL, SLIDING, UNIFORM, changed
 from lvlm.core.errors import ParameterError
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.policies.policy import CachePolicy
-from lvlm.runtime.policies.shares import Mixed, ProfileRow
+from lvlm.runtime.policies.shares import Mixed, ProfileRow, Slope
 
 # What a call keeps: fractions
 
@@ -156,3 +156,24 @@ def test_a_mixed_budget_is_uniform_in_part() -> None:
     budgets = Budgets.of(policy, 2, None)
     np.testing.assert_allclose(budgets.fractions[:, 0], (0.46, 0.34), rtol=1e-14)
     assert budgets.prompt(array([100], [100])).ravel().tolist() == [46, 34]
+
+
+@pytest.mark.parametrize(
+    ("keep", "beta", "expected"),
+    [
+        (0.4, 20, (0.78, 0.4, 0.02)),
+        (0.4, 2, (0.6, 0.4, 0.2)),
+        (0.4, 1, (0.4, 0.4, 0.4)),
+        (0.8, 20, (1.0, 0.8, 0.6)),  # the first layer has no more than everything
+        (1.0, 20, (1.0, 1.0, 1.0)),
+    ],
+)
+def test_shares_fall_from_layer_to_layer(
+    keep: float, beta: float, expected: tuple[float, ...]
+) -> None:
+    policy = dataclasses.replace(UNIFORM, budget=Slope(1.0, beta=beta))
+    budgets = Budgets.of(policy, 3, keep)
+    np.testing.assert_allclose(budgets.fractions[:, 0], expected, rtol=1e-12)
+    assert budgets.prompt(array([100], [100], [100])).sum() == round(300 * keep)
+    alone = Budgets.of(policy, 1, keep)
+    assert alone.fractions.tolist() == [[keep]]
