@@ -40,8 +40,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "hybrid": ("hybrid",),
     "hybrid of visionzip": ("hybrid", "encoder=visionzip"),
     "lightvlm": ("lightvlm", "kv=none"),
-    "lightvlm from block 2": ("lightvlm", "kv=none", "stages=[2,3,4]"),
-    "lightvlm at block 4": ("lightvlm", "kv=none", "stages=[4]"),
+    "lightvlm at 2": ("lightvlm", "kv=none", "stages=[2]"),
+    "lightvlm at 2, 4": ("lightvlm", "kv=none", "stages=[2,4]"),
+    "lightvlm at 2, 4, text": ("lightvlm", "kv=none", "stages=[2,4]", "importance=text"),
+    "lightvlm at 2, 4, 6": ("lightvlm", "kv=none", "stages=[2,4,6]"),
+    "lightvlm at 2, 4, 6, text": ("lightvlm", "kv=none", "stages=[2,4,6]", "importance=text"),
     "fastv": ("fastv",),
     "pyramiddrop": ("pyramiddrop",),
 }
@@ -53,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=420, help="of each cell's three densities")
+    parser.add_argument("--left", nargs="+", type=float, default=list(LEFT), help="parts of tokens")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -62,7 +66,7 @@ def main() -> None:
     asked = list(questions(args.questions))
     for row in args.rows:
         with lvlm.load(exported(row, args.work)) as model:
-            for left in (1.0,) if row == "none" else LEFT:
+            for left in (1.0,) if row == "none" else args.left:
                 if (row, left, args.questions) in done:
                     continue
                 keep = keep_for(model.manifest, left)
