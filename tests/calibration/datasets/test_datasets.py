@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -186,3 +187,23 @@ def test_a_digest_is_of_contents_not_of_places(write: Write, tmp_path: Path) -> 
         EvaluationSample("", (a,), "p", "a", "").digest() for a in (array, array.reshape(3, 2, 3))
     }
     assert len(shapes) == 2
+
+
+def test_real_text() -> None:
+    """Stretches of the manual in the order of its chapters, none of them twice."""
+    found = read_samples("text")
+    assert len(found) > 20
+    assert len({one.digest() for one in found}) == len(found)
+    first = read_samples("text", samples=5)
+    assert [one.id for one in first] == [one.id for one in found[:5]]
+    assert len({one.id.rpartition("-")[0] for one in first}) == 5
+    for one in found:
+        assert one.images == ()
+        assert 5_000 < len(one.prompt) <= 6_000
+        assert 1_000 < len(one.answer) < 1_600
+    chapter = [one for one in found if one.id.startswith("specialnames-")]
+    text = topics["specialnames"]
+    places = [text.index(part) for one in chapter for part in (one.prompt, one.answer)]
+    assert places == sorted(places)
+    with pytest.raises(ParameterError, match="--images is for files"):
+        read_samples("text", images=Path("."))
