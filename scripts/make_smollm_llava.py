@@ -58,6 +58,7 @@ def make(file: Path, output: Path) -> None:
     where: dict[str, Any] = {"gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     text: Any = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
+    del text.config.quantization_config  # no longer
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     text.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     vision = CLIPVisionConfig(

@@ -24,3 +24,9 @@ def _cached() -> dict[str, tuple[str, ...]]:
 CACHED = _cached() | {"lightvlm with prefixkv": ("lightvlm", "kv=prefixkv", "kv_keep=1.0")}
 # A vision graph that gives scores, and merging at one stage
 AT_ENCODER = {"hybrid": ("hybrid", "encoder=visionzip")}
+
+
+def for_model(model: str, settings: tuple[str, ...]) -> tuple[str, ...]:
+    """``settings`` of AT_ENCODER as they can be for a model whose tower gives no scores."""
+    gives = model.startswith(("llava", "tiny-llava"))
+    return settings if gives else tuple(x for x in settings if x != "encoder=visionzip")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from bundles import CACHED_USUAL, TINY
-from settings import AT_ENCODER, CACHED
+from settings import AT_ENCODER, CACHED, for_model
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BuildError
@@ -109,7 +109,10 @@ def test_every_recipe_builds_for_every_generation(
     model: str, recipe: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     """In fp16, all that Turing takes."""
-    folder = copied(bundle(model, *RECIPES[recipe], dtype="fp16", max_images=2), tmp_path / "b")
+    folder = copied(
+        bundle(model, *for_model(model, RECIPES[recipe]), dtype="fp16", max_images=2),
+        tmp_path / "b",
+    )
     engines = build(folder, trt_rtx_turing.TARGET, sm=GENERATIONS)
     manifest = read_bundle(folder)
     assert EngineSet.read(engines.folder) == engines
