@@ -18,7 +18,7 @@ from lvlm.runtime.bundle.engine_sets import Range
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, UNITS_AT_ONCE
 from lvlm.runtime.kv.budgets import Budgets
-from lvlm.runtime.kv.image_tokens import keep_ratios, kept, recycled, tokens_per_layer
+from lvlm.runtime.kv.image_tokens import ASKING, keep_ratios, kept, recycled, tokens_per_layer
 
 QUESTION = 32  # text tokens of a usual prompt
 Profile = dict[str, Range]
@@ -100,7 +100,7 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
         "sequence": Range(1, usual, longest),
         "rows": Range(1, batch.opt * tokens, max_images * tokens),
         "images_per_row": Range(1, 1, manifest.capacity.max_images),
-        "queries": Range(1, min(QUESTION, text), longest),
+        "queries": Range(1, min(QUESTION, text, ASKING), min(ASKING, longest)),
         "tokens": Range(1, min(QUESTION, longest), min(TOKENS_AT_ONCE, longest)),
         "entries": Range(1, usual, max(manifest.capacity.per_layer)),
     }

@@ -19,6 +19,7 @@ from lvlm.runtime.bundle.manifest import EncoderReduction, Reduction
 from lvlm.runtime.options.generation_options import Keep
 
 Shortening = EncoderReduction | Reduction
+ASKING = 64  # of the text after an image so many may score it: their attention is held as a whole
 
 
 def keep_ratios(
@@ -100,13 +101,14 @@ def plan_prefill(
 ) -> PrefillPlan:
     """Counts for rows of ``text_tokens`` and images of ``image_tokens`` each, before any reduction.
 
-    ``tail``: tokens after each row's last image, whose queries may score the image.
+    ``tail``: tokens after each row's last image; the queries of the last ASKING of them may score
+    it.
     """
     rows = len(text_tokens)
     images = max(1, *(len(v) for v in image_tokens)) if rows else 1
     lengths = np.array([t + sum(v) for t, v in zip(text_tokens, image_tokens, strict=True)])
     entries = np.tile(lengths, (layers, 1)).astype(np.int64)
-    tails = np.maximum(1, np.array(tail, np.int64))
+    tails = np.clip(np.array(tail, np.int64), 1, ASKING)
     inputs = {"query_count": tails, "query_slots": np.arange(tails.max(), dtype=np.int64)}
     maps: list[int] = []
     for reduction, ratio in zip(reductions, ratios, strict=True):

@@ -65,6 +65,21 @@ def test_merged_at_half_depth(kv: str, bundle: Callable[..., Path], twin: Twin) 
         assert len(set(found[0].entered)) == 2
 
 
+def test_the_end_of_a_long_question_decides(bundle: Callable[..., Path], twin: Twin) -> None:
+    """Of 64 tokens; what is before them does not."""
+    folder = bundle("tiny-llava", "hybrid", "kv=none", max_images=2)
+    row = (f"{ROWS[0][0]} {'Read the top row again, slowly. ' * 12}ASSISTANT:", ROWS[0][1])
+
+    def rule() -> NoRule:
+        encoder = AtEncoder("divprune", 0.2**0.5)
+        return Both([0.2], [3], NoRule(), importance="text", encoder=encoder)
+
+    (found,) = compare_steps(folder, twin, rule, [row], COUNT, keep=0.2)
+    images = found.entered[0] - found.entered[-1]
+    assert images > 0
+    assert found.entered[-1] - 29 > 2 * 64  # text tokens, beside 29 of the image
+
+
 def test_three_positions(bundle: Callable[..., Path], checkpoint: Callable[[str], Path]) -> None:
     twin = QwenTwin(checkpoint("qwen2-vl:gqa"))
     folder = bundle("qwen2-vl:gqa", "divprune", max_images=2)

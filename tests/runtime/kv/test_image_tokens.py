@@ -152,8 +152,8 @@ def test_plan(batch: list[tuple[int, list[int], int]], keep: list[float]) -> Non
             (f"out_slots_{stage}", plan.entries[layer].max()),
         ):
             np.testing.assert_array_equal(plan.inputs[name], np.arange(extent))
-    assert plan.inputs["query_count"].tolist() == [max(1, n) for n in tail]
-    np.testing.assert_array_equal(plan.inputs["query_slots"], np.arange(max(1, *tail)))
+    assert plan.inputs["query_count"].tolist() == [min(64, max(1, n)) for n in tail]
+    np.testing.assert_array_equal(plan.inputs["query_slots"], np.arange(min(64, max(1, *tail))))
 
 
 def test_plan_without_reductions() -> None:
