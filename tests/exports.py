@@ -27,6 +27,7 @@ from lvlm.export.export_plan import ExportPlan
 from lvlm.export.graphs import tracing
 from lvlm.export.graphs.graph import BundleGraph
 from lvlm.export.graphs.tracing import TracedGraph
+from lvlm.export.recipes.parts.cache_rule import CacheRule
 from lvlm.export.recipes.recipe import Recipe, parse_settings
 from lvlm.export.targets.target import Target
 
@@ -65,15 +66,16 @@ TRACED: dict[str, TracedGraph] = {}
 def traced_once(plan: ExportPlan, shared: Path) -> Callable[..., TracedGraph]:
     """The exporter's ``trace``, but for graphs that this run has traced for another bundle.
 
-    Vision is the same whatever the recipe, decode and compact are where the cache policy is,
-    prefill where the token reduction is, too. Tracing is most of what a small export takes. A copy
-    differs from its original in the numbers of inner nodes' names alone.
+    Vision is the same whatever the recipe, decode and extend whatever the policy but for a ring of
+    queries, prefill and compact where scores and selection are. Tracing is most of what a small
+    export takes. A copy differs from its original in the numbers of inner nodes' names alone.
     """
     files = sorted(plan.checkpoint.folder.glob("*config.json"))
     of_plan = (plan.dtype, [(file.name, file.read_text()) for file in files])
 
     def trace(graph: BundleGraph, *given: Any) -> TracedGraph:
-        rules = [_in_the_model(getattr(graph, "recipe", None)), getattr(graph, "rule", None)]
+        rules = [_in_the_model(getattr(graph, "recipe", None))]
+        rules.append(_in_the_graph(graph.name, getattr(graph, "rule", None)))
         of_graph = (graph.name, graph.inputs(), graph.outputs(), rules)
         key = hashlib.sha256(repr((of_plan, of_graph)).encode()).hexdigest()[:16]
         if key not in TRACED:
@@ -96,7 +98,20 @@ def _in_the_model(recipe: Recipe | None) -> list[str]:
         return []
     reduction = recipe.token_reduction()
     named = repr(reduction) if is_dataclass(reduction) else type(reduction).__qualname__
-    return [named, type(recipe).before_block.__qualname__, repr(recipe.cache_rule())]
+    rule = _in_the_graph("prefill", recipe.cache_rule())
+    return [named, type(recipe).before_block.__qualname__, *rule]
+
+
+def _in_the_graph(name: str, rule: CacheRule | None) -> list[str]:
+    """What of a cache policy a graph is traced with: counts are inputs."""
+    if rule is None:
+        return []
+    ring = [str(rule.queries)] if rule.queries else []
+    if name in ("decode", "extend"):
+        return ring
+    policy = rule.cache_policy
+    kept = (policy.score, policy.select, policy.sinks, policy.recent)
+    return [*ring, *map(repr, kept)]
 
 
 def share_traces(patch: pytest.MonkeyPatch, shared: Path) -> None:
