@@ -60,6 +60,7 @@ def test_two_bundles_beside_transformers(run: Run, full: Path, light: Path, tmp_
     data, plot = tmp_path / "out.json", tmp_path / "out.png"
     code, out, err = run(
         *(full, f"{light}:keep=0.35", "--against", "transformers", "--repeats", 1, *SMALL),
+        *("--warmup", 0),
         *("--json", data, "--plot", plot),
     )
     assert code == 0, err
