@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from lvlm.calibration.datasets.samples import DataError
 from lvlm.calibration.evaluate.evaluation import EvaluationStep
 from lvlm.calibration.evaluate.variants import Bundle
 from lvlm.calibration.tune.candidates import FULL, Candidate
@@ -168,6 +169,12 @@ class Search:
         }
 
     def _choice(self, some: Sequence[Candidate]) -> Trial | None:
+        full = self.trials[FULL].loss
+        if full is not None and full.quality == 0:
+            raise DataError(
+                f"the full model answers none of the {full.samples} samples as they say, so that "
+                "nothing can be lost; give other samples, or --metric rouge"
+            )
         fitting = [t for one in some if self._fits(t := self.trials[one])]
         if self.limits.max_loss is not None:
             return max(fitting, key=_tokens_per_s, default=None)

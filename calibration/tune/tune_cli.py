@@ -99,6 +99,12 @@ def _checked(args: argparse.Namespace) -> Limits:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ParameterError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+    room, wanted = args.max_text_len or MAX_TEXT_LEN, args.prompt_tokens + args.new_tokens
+    if args.model and wanted > room:
+        raise ParameterError(
+            f"--prompt-tokens and --new-tokens together are {wanted}, more than --max-text-len "
+            f"{room}; raise that, or ask for less"
+        )
     if args.memory is None and args.ttft is None and args.max_loss is None:
         raise ParameterError(
             "within what limits? give --memory 4GB, --ttft 300ms or --max-loss 1%; without any, "
@@ -238,11 +244,8 @@ def _about(args: argparse.Namespace, samples: Sequence[EvaluationSample]) -> str
 
 def _nothing(choice: Choice, limits: Limits) -> str:
     """What comes nearest to limits that nothing keeps."""
-    from lvlm.calibration.tune.candidates import FULL
     from lvlm.core.progress import size
 
-    trials = {trial.candidate: trial for trial in choice.trials}
-    full = trials[FULL]
     parts = []
     if limits.memory is not None:
         least = min(trial.prediction.memory for trial in choice.trials)
@@ -250,7 +253,5 @@ def _nothing(choice: Choice, limits: Limits) -> str:
     if limits.ttft_ms is not None:
         times = [t.speed.ttft_ms for t in choice.trials if t.speed and t.speed.error is None]
         parts.append(f"the earliest first token comes after {min(times):.0f} ms" if times else "")
-    if full.loss is not None and full.loss.quality == 0:
-        parts.append("the full model answers none of these samples as wanted")
     why = "; ".join(filter(None, parts))
     return f"nothing keeps within these limits{': ' + why if why else ''}; allow more"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import Run, help_of, one_line
-from settings import CACHED
+from settings import ASSETS, CACHED
 
 from lvlm.calibration.evaluate import evaluation
 from lvlm.calibration.tune import speeds
@@ -100,6 +100,18 @@ def test_a_choice_and_its_repetition(
     assert json.loads((out / "results.json").read_text())["command"] is None
 
 
+def test_samples_that_the_full_model_cannot_answer(run: Run, full: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    entry = {"image": str(ASSETS / "samples/digits-1.png"), "prompt": "What?", "answer": "A cat."}
+    data.write_text(json.dumps(entry) + "\n")
+    code, printed, err = run(
+        *(full, "--data", data, "--max-new-tokens", 2, *LOAD, "--max-loss", "1%", "-q"),
+        *("-o", tmp_path / "out"),
+    )
+    assert (code, printed) == (2, "")
+    assert "answers none of the 1 samples" in one_line(err, "lvlm-tune")
+
+
 def test_the_command_is_one_that_exports(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     making = Making("tiny-llava", "fp32", None, 300, 2, validate=True)
     some = candidates(["hybrid", "snapkv", "interval"], [0.25], [0.5])
@@ -142,6 +154,8 @@ def test_recipes_that_are_not_for_a_model(
         (["FULL", "FULL", *SAMPLES, "-o", "OUT", "--ttft", "1s"], "leave one out"),
         (["-m", "tiny-llava", "--recipes", "divprun", *SAMPLES, "-o", "OUT", "--ttft", "1s"],
          "did you mean"),
+        (["-m", "tiny-llava", "--new-tokens", 2040, *SAMPLES, "-o", "OUT", "--ttft", "1s"],
+         "more than --max-text-len 2048"),
         (["nowhere", *SAMPLES, "-o", "OUT", "--ttft", "1s"], "nowhere"),
     ],
 )  # fmt: skip
