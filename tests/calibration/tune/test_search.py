@@ -1,0 +1,151 @@
+"""The search as a whole, in a made world: who is asked, who is measured, who is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lvlm.calibration.datasets.samples import DataError
+from lvlm.calibration.tune.candidates import FULL, Candidate
+from lvlm.calibration.tune.limits import Limits
+from lvlm.calibration.tune.losses import Loss, compared
+from lvlm.calibration.tune.predictions import Load, Prediction
+from lvlm.calibration.tune.search import TIMED, Choice, Search, Trial
+from lvlm.calibration.tune.shelf import Served
+from lvlm.calibration.tune.speeds import SpeedRecord
+from lvlm.core.progress import Progress
+
+SAMPLES = 320
+MEMORY = 1_000
+
+
+class World:
+    """40 candidates of ten recipes. The lower ``keep``, the faster and the smaller, and the more
+    answers are lost; ``asked`` are those that were, with how many samples."""
+
+    def __init__(self, seed: int = 3) -> None:
+        rng = np.random.default_rng(seed)
+        self.some = [FULL] + [
+            Candidate(f"recipe{i % 10}", "none", keep=round(1 - (i + 1) / 45, 3)) for i in range(40)
+        ]
+        self.right = {FULL: (rng.random(SAMPLES) < 0.9).astype(float)}
+        for one in self.some[1:]:
+            assert one.keep is not None
+            lost = 0.6 * (1 - one.keep) ** 3 * (0.5 + rng.random())
+            self.right[one] = self.right[FULL] * (rng.random(SAMPLES) >= lost)
+        self.asked: dict[Candidate, int] = {}
+        self.timed: list[Candidate] = []
+        self.served: set[Any] = {FULL.bundle}
+
+    def speed(self, one: Candidate) -> float:
+        return 10 / (0.2 + (1.0 if one.keep is None else one.keep))
+
+    def losses(
+        self, some: Sequence[Candidate], count: int, show: object = None
+    ) -> dict[Candidate, Loss]:
+        del show
+        assert {one.bundle for one in some} <= self.served
+        self.asked |= dict.fromkeys(some, count)
+        full = self.right[FULL][:count].tolist()
+        return {one: compared(full, self.right[one][:count].tolist()) for one in (FULL, *some)}
+
+    def full_ms(self, count: int) -> tuple[float, float, float]:
+        assert count <= SAMPLES / 20
+        return 100.0, 900.0, 10.0
+
+    def speeds(self, some: Sequence[Candidate], stage: object) -> dict[Candidate, SpeedRecord]:
+        del stage
+        self.timed += [one for one in some if one not in self.timed]
+        return {
+            one: SpeedRecord(one.label, 1000 * (0.1 + 0.9 * (one.keep or 1)), self.speed(one))
+            for one in some
+        }
+
+    def serve(self, some: Sequence[Candidate]) -> Served:
+        """There is no bundle of recipe3."""
+        self.served |= {one.bundle for one in some if one.recipe != "recipe3"}
+        bundles: Any = dict.fromkeys(self.served)
+        return Served(bundles, {("recipe3", "none"): "not for this model"})
+
+    def search(self, limits: Limits) -> Choice:
+        trials = {
+            one: Trial(one, Prediction(int(MEMORY * (one.keep or 1)), one.keep or 1, 1.0))
+            for one in self.some
+        }
+        judge: Any = SimpleNamespace(
+            samples=range(SAMPLES),
+            how=SimpleNamespace(batch=1),
+            losses=self.losses,
+            full_ms=self.full_ms,
+        )
+        stopwatch: Any = SimpleNamespace(load=Load(32, 1, 64, 2), speeds=self.speeds)
+        shelf: Any = SimpleNamespace(serve=self.serve)
+        search = Search(trials, limits, judge, stopwatch, shelf, {})
+        return search.run(Progress(0, quiet=True))
+
+
+def test_the_fastest_within_a_loss() -> None:
+    world = World()
+    choice = world.search(Limits(max_loss=0.03))
+    assert choice.chosen is not None
+    assert choice.chosen.loss is not None
+    assert choice.chosen.loss.samples == SAMPLES
+    assert choice.chosen.loss.part <= 0.03
+    everything = {
+        one: compared(world.right[FULL].tolist(), world.right[one].tolist()).part
+        for one in world.some
+    }
+    possible = [one for one, part in everything.items() if part <= 0.03 and one.recipe != "recipe3"]
+    best = max(world.speed(one) for one in possible)
+    assert world.speed(choice.chosen.candidate) >= 0.9 * best > world.speed(FULL)
+    assert sum(world.asked.values()) <= 0.2 * SAMPLES * len(world.some)
+    assert len(world.timed) < 2 * TIMED
+    assert FULL in world.timed
+
+
+def test_why_each_of_the_others_went() -> None:
+    choice = World().search(Limits(max_loss=0.03))
+    reasons = {t.candidate: t.out for t in choice.trials}
+    assert reasons[FULL] is None
+    for one, why in reasons.items():
+        if one.recipe == "recipe3":
+            assert why == "not for this model"
+        elif why is not None:
+            assert why.startswith(("loses too much (", "others are better ("))
+
+
+def test_without_a_limit_on_losses_the_least() -> None:
+    """Of those whose first token comes early enough, by measurement."""
+    world = World()
+    choice = world.search(Limits(ttft_ms=700))
+    assert choice.chosen is not None
+    assert choice.chosen.speed is not None
+    assert choice.chosen.speed.ttft_ms <= 700
+    kept = [one.keep for one, count in world.asked.items() if count == SAMPLES and one.keep]
+    assert choice.chosen.candidate.keep in kept
+    late = [t for t in choice.trials if t.out and t.out.startswith("first token after ")]
+    assert late
+    assert all(t.speed is None or t.speed.ttft_ms > 700 for t in late)
+
+
+def test_what_cannot_fit_is_neither_exported_nor_asked() -> None:
+    world = World()
+    choice = world.search(Limits(memory=MEMORY // 2))
+    for trial in choice.trials:
+        if trial.prediction.memory > MEMORY // 2 and trial.candidate != FULL:
+            assert trial.out == f"needs {trial.prediction.memory} B"
+            assert trial.candidate not in world.asked
+    assert choice.chosen is not None
+    assert choice.chosen.prediction.memory <= MEMORY // 2
+
+
+def test_nothing_fits() -> None:
+    assert World().search(Limits(memory=1)).chosen is None
+    world = World()
+    world.right = dict.fromkeys(world.right, np.zeros(SAMPLES))
+    with pytest.raises(DataError, match="answers none of the 320 samples"):
+        world.search(Limits(max_loss=0.01))
