@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lvlm.export.recipes.lightvlm import LightVLM
-from lvlm.export.recipes.parts.pyramid import Importance, Merge
+from lvlm.export.recipes.parts.pyramid import Merge
 from lvlm.export.recipes.recipe import parameter
 
 BLOCK = 2
@@ -28,9 +28,6 @@ class FastV(LightVLM):
     keep: float = parameter(0.5, "fraction of each image's tokens that stays, in (0, 1]")
     stages: tuple[int, ...] | None = parameter(
         None, f"blocks whose input is reduced; default {BLOCK}, after DeepStack"
-    )
-    importance: Importance = parameter(
-        "last", "queries that score the tokens: last prompt token, or text after the last image"
     )
     merge: Merge = parameter("drop", "treatment of discarded tokens: drop, nearest, recycle")
     kv: str = parameter("none", "cache compression: none, interval, or any cache recipe's name")
