@@ -304,7 +304,7 @@ def test_data_sets_are_listed(run: Run) -> None:
     lines = printed.splitlines()
     assert max(map(len, lines)) <= 80
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
-        *("digits", "jsonl", "llava-detail", "mm-vet")
+        *("digits", "jsonl", "llava-detail", "mm-vet", "text")
     ]
 
 
