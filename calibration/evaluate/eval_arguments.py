@@ -62,15 +62,7 @@ def parser() -> argparse.ArgumentParser:
         help="a parameter of one recipe, or of all that have it; lvlm-export --help-recipe lists "
         "them",
     )
-    add("--dtype", choices=("fp32", "fp16", "bf16"), help="default: the checkpoint's own")
-    add("--revision", help="of the hub repository: branch, tag or commit")
-    add(
-        "--max-text-len",
-        type=int,
-        metavar="N",
-        help=f"text tokens of prompt and answer together (default {MAX_TEXT_LEN})",
-    )
-    add("--no-validate", action="store_true", help="do not compare with the checkpoint")
+    add_export(add)
     return made
 
 
@@ -82,6 +74,19 @@ def add_data(add: Callable[..., object]) -> None:
     add("--images", type=Path, metavar="FOLDER", help="where the file's image paths start from")
     add("--kinds", type=names, default=[], metavar="A,B", help="kinds of questions (digits)")
     add("--samples", type=int, metavar="N", help="the first N (default: all; digits: 100)")
+
+
+def add_export(add: Callable[..., object]) -> None:
+    """The flags that say how bundles are exported."""
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help="default: the checkpoint's own")
+    add("--revision", help="of the hub repository: branch, tag or commit")
+    add(
+        "--max-text-len",
+        type=int,
+        metavar="N",
+        help=f"text tokens of prompt and answer together (default {MAX_TEXT_LEN})",
+    )
+    add("--no-validate", action="store_true", help="do not compare with the checkpoint")
 
 
 def names(text: str) -> list[str]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lvlm.calibration.evaluate.eval_arguments import (
     MAX_NEW_TOKENS,
-    MAX_TEXT_LEN,
     add_data,
+    add_export,
     fractions,
     names,
 )
@@ -72,15 +72,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument_group("what they run on, and how they are exported").add_argument
     add("--device", default="cpu", help="what to run on (default cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    add("--dtype", choices=("fp32", "fp16", "bf16"), help="default: the checkpoint's own")
-    add("--revision", help="of the hub repository: branch, tag or commit")
-    add(
-        "--max-text-len",
-        type=int,
-        metavar="N",
-        help=f"text tokens of prompt and answer together (default {MAX_TEXT_LEN})",
-    )
-    add("--no-validate", action="store_true", help="do not compare with the checkpoint")
+    add_export(add)
     return made
 
 
