@@ -70,14 +70,9 @@ def traced_once(plan: ExportPlan, shared: Path) -> Callable[..., TracedGraph]:
     queries, prefill and compact where scores and selection are. Tracing is most of what a small
     export takes. A copy differs from its original in the numbers of inner nodes' names alone.
     """
-    files = sorted(plan.checkpoint.folder.glob("*config.json"))
-    of_plan = (plan.dtype, [(file.name, file.read_text()) for file in files])
 
     def trace(graph: BundleGraph, *given: Any) -> TracedGraph:
-        rules = [_in_the_model(getattr(graph, "recipe", None))]
-        rules.append(_in_the_graph(graph.name, getattr(graph, "rule", None)))
-        of_graph = (graph.name, graph.inputs(), graph.outputs(), rules)
-        key = hashlib.sha256(repr((of_plan, of_graph)).encode()).hexdigest()[:16]
+        key = trace_key(plan, graph)
         if key not in TRACED:
             file = shared / "traces" / f"{key}.onnx"
             file.parent.mkdir(exist_ok=True)
@@ -90,6 +85,16 @@ def traced_once(plan: ExportPlan, shared: Path) -> Callable[..., TracedGraph]:
         return copy_of(TRACED[key])
 
     return trace
+
+
+def trace_key(plan: ExportPlan, graph: BundleGraph) -> str:
+    """Of graphs with the same one a single trace is made; test_shared_traces.py makes both."""
+    files = sorted(plan.checkpoint.folder.glob("*config.json"))
+    of_plan = (plan.dtype, [(file.name, file.read_text()) for file in files])
+    rules = [_in_the_model(getattr(graph, "recipe", None))]
+    rules.append(_in_the_graph(graph.name, getattr(graph, "rule", None)))
+    of_graph = (graph.name, graph.inputs(), graph.outputs(), rules)
+    return hashlib.sha256(repr((of_plan, of_graph)).encode()).hexdigest()[:16]
 
 
 def _in_the_model(recipe: Recipe | None) -> list[str]:

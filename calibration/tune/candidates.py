@@ -70,9 +70,7 @@ def candidates(
     Raises ParameterError for a name that is neither.
     """
     caches = [n for n in names if n == OWN_CACHE or n in cache_recipes()]
-    shortening = [
-        n for n in names if n not in caches and known_recipe(n) is not known_recipe("none")
-    ]
+    shortening = [n for n in names if n not in (*caches, FULL.recipe)]
     for name in shortening:
         if "keep" not in {field.name for field in settable(known_recipe(name))}:
             raise ParameterError(f"recipe {name} has no keep to try; leave it out of --recipes")

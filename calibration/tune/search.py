@@ -58,6 +58,7 @@ class Search:
 
     def run(self, progress: Progress) -> Choice:
         """Raises LvlmError; what was measured stays in the stores."""
+        self.stopwatch.check()
         self._drop_what_cannot_fit()
         count = rounds(len(self.trials), len(self.judge.samples), self.judge.how.batch)[0][0]
         self._ask([FULL], count, progress)

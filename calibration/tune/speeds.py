@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lvlm.bench.contenders import Contender
 from lvlm.bench.rounds import BenchPlan, measure
-from lvlm.bench.workload import Case, PromptWriter, prompt_maker
+from lvlm.bench.workload import Case, PromptWriter, prompt_maker, work
 from lvlm.calibration.evaluate.records import Record, RecordStore, key_of
 from lvlm.calibration.evaluate.variants import Bundle
 from lvlm.calibration.tune.candidates import FULL, Candidate
@@ -44,21 +44,32 @@ class Stopwatch:
     bundles: Mapping[tuple[str, str | None], Bundle]
 
     def speeds(self, some: Sequence[Candidate], stage: Stage) -> dict[Candidate, SpeedRecord]:
-        """Those of ``some``; what is known is not measured again. Raises ParameterError where no
-        prompt is of that length."""
-        missing = [one for one in some if self.store.get(self._key(one)) is None]
-        for done, one in enumerate(missing):
-            stage.add_item(done, len(missing), skipped=0)
-            self.store.add([self._measured(one)])
-        found = {one: self.store.get(self._key(one)) for one in some}
-        return {one: record for one, record in found.items() if record is not None}
+        """Those of ``some``; what is known is not measured again. What failed is not kept: the next
+        run tries it once more."""
+        found: dict[Candidate, SpeedRecord] = {}
+        for done, one in enumerate(some):
+            stage.add_item(done, len(some), skipped=0)
+            record = self.store.get(self._key(one))
+            if record is None:
+                record = self._measured(one)
+                if record.error is None:
+                    self.store.add([record])
+            found[one] = record
+        return found
+
+    def check(self) -> None:
+        """Raises ParameterError where no prompt is of that length: known before any work."""
+        work(self.case(), self._writer(), SEED)
+
+    def _writer(self) -> PromptWriter:
+        full = self.bundles[FULL.bundle]
+        maker = prompt_maker(full.folder, full.manifest)
+        return PromptWriter(maker, full.manifest.special_tokens.get("bos_token"))
 
     def _measured(self, one: Candidate) -> SpeedRecord:
         bundle, full = self.bundles[one.bundle], self.bundles[FULL.bundle]
         contender = Contender(one.label, self._settings(one), bundle.folder, bundle.manifest)
-        maker = prompt_maker(full.folder, full.manifest)
-        writer = PromptWriter(maker, full.manifest.special_tokens.get("bos_token"))
-        case = self.case()
+        writer, case = self._writer(), self.case()
         plan = BenchPlan(
             cases=(case,),
             warmup=1,

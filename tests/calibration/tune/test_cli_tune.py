@@ -12,6 +12,7 @@ import pytest
 from command_line import Run, help_of, one_line
 from settings import ASSETS, CACHED
 
+from lvlm.bench.rounds import Result
 from lvlm.calibration.evaluate import evaluation
 from lvlm.calibration.tune import speeds
 from lvlm.calibration.tune.candidates import Candidate, candidates
@@ -98,6 +99,32 @@ def test_a_choice_and_its_repetition(
     assert (code, printed) == (2, "")
     assert "the earliest first token comes after" in one_line(err, "lvlm-tune")
     assert json.loads((out / "results.json").read_text())["command"] is None
+
+
+def test_what_is_known_before_any_work(
+    run: Run, full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "BundleRunner", None)
+    argv = (full, *SAMPLES, "--prompt-tokens", 3, "--ttft", "1s", "-q", "-o", tmp_path / "out")
+    code, printed, err = run(*argv)
+    assert (code, printed) == (2, "")
+    assert "--prompt-tokens 3: the chat template" in one_line(err, "lvlm-tune")
+
+
+def test_what_could_not_be_measured_is_tried_again(
+    run: Run, full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = (full, *SAMPLES, *LOAD, "--ttft", "100s", "-q", "-o", tmp_path / "out")
+
+    def failing(*args: Any) -> list[Result]:
+        return [Result(args[0][0], error="no memory")]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(speeds, "measure", failing)
+        assert run(*argv)[0] == 2
+    (trial,) = json.loads((tmp_path / "out/results.json").read_text())["trials"]
+    assert trial["speed"]["error"] == "no memory"
+    assert run(*argv) == (0, "", "")
 
 
 def test_samples_that_the_full_model_cannot_answer(run: Run, full: Path, tmp_path: Path) -> None:

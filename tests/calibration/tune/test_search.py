@@ -82,7 +82,9 @@ class World:
             losses=self.losses,
             full_ms=self.full_ms,
         )
-        stopwatch: Any = SimpleNamespace(load=Load(32, 1, 64, 2), speeds=self.speeds)
+        stopwatch: Any = SimpleNamespace(
+            load=Load(32, 1, 64, 2), speeds=self.speeds, check=lambda: None
+        )
         shelf: Any = SimpleNamespace(serve=self.serve)
         search = Search(trials, limits, judge, stopwatch, shelf, {})
         return search.run(Progress(0, quiet=True))
