@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_tools import IMAGES, QUESTION, WAIT, Ask, ask, idle, same, submit
+from engine_tools import IMAGES, LONG, QUESTION, WAIT, Ask, ask, idle, same, submit
 from fake_engines import Make
 from fake_tensorrt import FakeTensorRt
 from hypothesis import HealthCheck, given, settings
@@ -241,7 +241,7 @@ def test_mistakes_are_raised_by_submit(bundle: Callable[..., Path]) -> None:
 
 def test_no_more_than_the_queue_holds(bundle: Callable[..., Path]) -> None:
     with Engine(folder_of(bundle, "none"), slots=1, queue_limit=2) as engine:
-        running = engine.submit(QUESTION, max_new_tokens=200, ignore_eos=True)
+        running = engine.submit(QUESTION, **LONG)
         next(running.tokens())  # it has left the queue
         waiting = [engine.submit("Hi", max_new_tokens=2) for _ in range(2)]
         with pytest.raises(QueueFullError, match="2 requests are waiting already; try again"):

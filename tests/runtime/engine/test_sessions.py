@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_tools import IMAGES, WAIT, answers, ask, idle, intercept, same, scheduler
+from engine_tools import IMAGES, LONG, WAIT, Held, answers, ask, idle, intercept, same, scheduler
 from settings import CACHED
 
 import lvlm
@@ -204,6 +204,8 @@ def test_a_turn_that_fails_or_is_cancelled_spoils_nothing(model: Model, slots: i
     """With a second row the turn before is still there; with one the next is read as a whole."""
     turns = [user("Describe the picture.", IMAGES[0]), user(QUESTIONS[0])]
     with Engine(model.folder, slots=slots) as engine, engine.session() as session:
+        held = Held(engine, "decode")
+        held.go.set()
         expected = converse(engine, session, *turns)
         (one,) = converse(engine, session, turns[0])
         talk = [turns[0], assistant(one), turns[1]]
@@ -224,11 +226,15 @@ def test_a_turn_that_fails_or_is_cancelled_spoils_nothing(model: Model, slots: i
         else:
             same(ours, expected[1])
             assert ours.stats.reused_tokens == expected[1].stats.reused_tokens > 0
+        held.reached.clear()
+        held.go.clear()
         handle = engine.submit(
-            [*talk, assistant(ours), user("Why?")], session=session, max_new_tokens=500, **RATIO
+            [*talk, assistant(ours), user("Why?")], session=session, **(LONG | RATIO)
         )
         next(handle.tokens())
+        assert held.reached.wait(WAIT)
         assert handle.cancel()
+        held.go.set()
         with pytest.raises(RequestCancelled):
             handle.result()
         same(converse(engine, session, *turns)[1], expected[1])
@@ -245,7 +251,7 @@ def test_mistakes(model: Model) -> None:
             engine.generate(talk, session=session, n=2)
         with pytest.raises(ParameterError, match="session goes with one prompt"):
             engine.generate([talk], session=session)  # type: ignore[call-overload]
-        with engine.submit(talk, session=session, max_new_tokens=200, ignore_eos=True) as handle:
+        with engine.submit(talk, session=session, **LONG) as handle:
             next(handle.tokens())
             with pytest.raises(ParameterError, match="last turn is not answered yet"):
                 engine.submit(talk, session=session)
