@@ -39,6 +39,17 @@ class Tap:
     key: torch.Tensor = field(init=False)
     importance: torch.Tensor = field(init=False)
 
+    def queries_at(self, index: torch.Tensor) -> torch.Tensor:
+        """The queries [B,Hq,R,d] at ``index`` [B,R] int64; below 0: any.
+
+        All heads of a token at once: picked head by head, prefill with a ring of queries crashes
+        TensorRT-RTX 1.7's builder for some numbers of them (docs/tensorrt.md).
+        """
+        batch, heads, length, width = self.query.shape
+        rows = self.query.transpose(1, 2).reshape(batch, length, heads * width)
+        wanted = index.clamp(min=0)[:, :, None].expand(-1, -1, heads * width)
+        return rows.gather(1, wanted).reshape(batch, -1, heads, width).transpose(1, 2)
+
 
 def _node(
     op_type: str, inputs: list[torch.Tensor], attributes: dict[str, Any], like: torch.Tensor

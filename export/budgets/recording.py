@@ -61,4 +61,4 @@ class _Recorder(CacheRule):
     ) -> Compacted:
         del inputs
         self.importances.append(tap.importance)
-        return key, value, state.length()
+        return Compacted(key, value, state.length())

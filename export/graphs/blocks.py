@@ -27,12 +27,15 @@ class CacheWriter:
     """Stands in for transformers' cache in decode: writes one block's entry [B,Hkv,1,d] into its
     buffers and gives these to attend over."""
 
+    new_key: torch.Tensor
+
     def __init__(self, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor) -> None:
         self.key, self.value, self.index = key, value, index
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.new_key = key
         self.key = store(self.key, key, self.index)
         self.value = store(self.value, value, self.index)
         return self.key.to(key.dtype), self.value.to(key.dtype)

@@ -71,6 +71,6 @@ def _extends(recipe: Recipe, sessions: bool) -> bool:
 
 
 def _compacts(recipe: Recipe) -> bool:
-    """Whether the cache is compacted between decode steps, by queries remembered for that."""
+    """Whether the cache is compacted between decode steps."""
     rule = recipe.cache_rule()
-    return rule is not None and rule.queries > 0
+    return rule is not None and rule.cache_policy.interval is not None

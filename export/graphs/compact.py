@@ -7,7 +7,7 @@ from torch import nn
 
 from lvlm.export.graphs.blocks import store
 from lvlm.export.graphs.graph import Tensors
-from lvlm.export.graphs.language_graph import ENTRIES, LanguageGraph
+from lvlm.export.graphs.language_graph import LanguageGraph
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import like, repeated
 from lvlm.export.ports import BATCH, GraphPort, LayerPort, one_layer
@@ -15,11 +15,12 @@ from lvlm.export.recipes.parts.cache_rule import CacheRule
 
 
 class Compact(LanguageGraph):
-    """Between two decode steps: every layer drops what its recent queries attend to least.
+    """Between two decode steps: every layer drops what its recent queries, or all so far, attend to
+    least.
 
-    valid_length [L,B] int64; query_slot [L,B,queries] int64: the slot of each ring query's own
-    entry, -1 unused; the rule's inputs; then the buffers.
-    -> kept [L,B] int64 (-1: an importance was not finite), the keys and values
+    valid_length [L,B] int64; with a ring of queries query_slot [L,B,queries] int64: the slot of
+    each ring query's own entry, -1 unused; the rule's inputs; then the buffers.
+    -> kept [L,B] int64 (-1: an importance was not finite), the buffers of entries
     """
 
     name = "compact"
@@ -27,13 +28,15 @@ class Compact(LanguageGraph):
     def __init__(self, model: LanguageModel, rule: CacheRule, cache_dtype: torch.dtype) -> None:
         super().__init__(model, rule, cache_dtype)
         self.compacts = rule
+        self.written = tuple(kind for kind in self.kinds if kind != "query")
         self.none = nn.Identity()  # no weights: all layers are alike
 
     def counts(self) -> list[LayerPort]:
         """What each layer takes besides its buffers."""
+        ring = LayerPort("query_slot", torch.int64, (BATCH, self.queries), stacked=True)
         return [
             LayerPort("valid_length", torch.int64, (BATCH,), stacked=True),
-            LayerPort("query_slot", torch.int64, (BATCH, self.queries), stacked=True),
+            *([ring] if self.queries else []),
             *self.compacts.inputs(),
         ]
 
@@ -43,7 +46,7 @@ class Compact(LanguageGraph):
     def outputs(self) -> list[GraphPort]:
         return [
             *self.in_all_layers(self.compacts.outputs()),
-            *self.buffer_ports("present", ENTRIES),
+            *self.buffer_ports("present", self.written),
         ]
 
     def compute(self, given: Tensors) -> dict[str, torch.Tensor]:
@@ -53,7 +56,7 @@ class Compact(LanguageGraph):
         for layer in range(len(self.model.blocks)):
             own = self.past(layer, given)
             taken = {"start": start, **own, **one_layer(self.counts(), layer, given)}
-            described = {"kept": like(start)} | {kind: like(own[kind]) for kind in ENTRIES}
+            described = {"kept": like(start)} | {kind: like(own[kind]) for kind in self.written}
             written = repeated(self._layer, self.none, taken, described)
             kept.append(written.pop("kept"))
             outputs |= self.present(layer, written)
@@ -66,12 +69,21 @@ class Compact(LanguageGraph):
         start: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        query: torch.Tensor,
+        query: torch.Tensor | None = None,
+        received: torch.Tensor | None = None,
         **counts: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """How many entries of a layer stay, and its keys and values with these first."""
+        """How many entries of a layer stay, and its buffers with these first."""
         dtype = next(self.model.norm.parameters()).dtype  # that of what is computed
-        keys, values, queries = (buffer.to(dtype) for buffer in (key, value, query))
-        *new, count = self.compacts.compact_buffers(queries, keys, values, self.model.scale, counts)
-        stored = (store(old, x, start) for old, x in zip((key, value), new, strict=True))
-        return {"kept": count} | dict(zip(ENTRIES, stored, strict=True))
+        queries = None if query is None else query.to(dtype)
+        stay = self.compacts.compact_buffers(
+            key.to(dtype), value.to(dtype), queries, received, self.model.scale, counts
+        )
+        written = {
+            "kept": stay.kept,
+            "key": store(key, stay.key, start),
+            "value": store(value, stay.value, start),
+        }
+        if received is not None and stay.received is not None:
+            written["received"] = store(received, stay.received, start)
+        return written

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lvlm.export.graphs.attending import Angles
+from lvlm.export.graphs.attention_sums import after_one
 from lvlm.export.graphs.blocks import CacheWriter, run_block, store
 from lvlm.export.graphs.graph import Tensors
 from lvlm.export.graphs.language_graph import LanguageGraph, parts_of
@@ -28,7 +29,8 @@ class Decode(LanguageGraph):
 
     input_ids, position_ids [B,1] int64; write_index, valid_length [L,B] int64: the slot that takes
     the new entry and how many slots are valid with it; with a ring of queries query_index [B]
-    int64, the slot of the ring that takes the new query; then the buffers.
+    int64, the slot of the ring that takes the new query; then the buffers. Sums of attention go on
+    with what the token attends to.
     -> logits [B,vocabulary] fp32, the buffers
     """
 
@@ -87,6 +89,7 @@ def _block(
     valid_length: torch.Tensor,
     query: torch.Tensor | None = None,
     query_index: torch.Tensor | None = None,
+    received: torch.Tensor | None = None,
     *,
     window: int | None,
 ) -> dict[str, torch.Tensor]:
@@ -101,4 +104,7 @@ def _block(
     written = {"hidden": hidden, "key": cache.key, "value": cache.value}
     if query is not None and query_index is not None:
         written["query"] = store(query, tap.query, query_index)
+    if received is not None:
+        sums = after_one(received, key, cache, tap, valid_length)
+        written["received"] = store(received, sums, torch.zeros_like(write_index))
     return written

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lvlm.export.graphs.attending import Angles
+from lvlm.export.graphs.attention_sums import after_some
 from lvlm.export.graphs.blocks import EntriesKept, run_block, store
 from lvlm.export.graphs.embedded import EmbeddedTokens, new_tokens
 from lvlm.export.graphs.graph import Tensors
@@ -63,9 +64,7 @@ class ExtendKept(LanguageGraph):
         dtype: torch.dtype,
         cache_dtype: torch.dtype,
     ) -> None:
-        super().__init__(model, None, cache_dtype)
-        self.queries = rule.queries if rule is not None else 0  # all that depends on the rule
-        self.kinds = ("key", "value", "query") if self.queries else ("key", "value")
+        super().__init__(model, rule, cache_dtype)  # whose buffers are all that depends on it
         self.parts = parts_of(model)
         self.dtype = dtype
 
@@ -118,6 +117,7 @@ def _block(
     value: torch.Tensor,
     query: torch.Tensor | None = None,
     ring_slots: torch.Tensor | None = None,
+    received: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """A block on the new tokens, and its buffers as decode would leave them."""
     at = torch.arange(hidden.shape[1], device=hidden.device)
@@ -127,9 +127,12 @@ def _block(
     cache, tap = EntriesKept(key, value, write_index, past_slots, written), Tap()
     hidden = run_block(block, hidden, positions, (cos, sin), cache, tap, mask)
     found = {"hidden": hidden, "key": cache.key, "value": cache.value}
+    # Whole buffers; written as every buffer is, which lowering relies on
+    start = torch.zeros_like(write_index)
+    if received is not None:  # nothing leaves but at intervals: entries lie in order, from 0 on
+        sums = after_some(received, past_slots, tap, hidden.shape[1])
+        found["received"] = store(received, sums, start)
     if query is not None and ring_slots is not None:
         queries = torch.cat([query, tap.query.to(query.dtype)], dim=2)
-        # The whole ring; written as every buffer is, which lowering relies on
-        start = torch.zeros_like(write_index)
         found["query"] = store(query, queries.index_select(2, ring_slots), start)
     return found

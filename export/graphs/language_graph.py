@@ -17,15 +17,19 @@ from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.ports import BATCH, GraphPort, LayerPort, all_layers
 from lvlm.export.recipes.parts.cache_rule import CacheRule
 
-Kind = Literal["key", "value", "query"]  # of a layer's buffers; query: the ring of recent queries
+# Of a layer's buffers; query: the ring of recent queries; received: of each entry the sum of the
+# attention that it got
+Kind = Literal["key", "value", "query", "received"]
+CAPACITY = "capacity"  # slots of a layer's buffers, a dimension of its own
 ENTRIES: tuple[Kind, ...] = ("key", "value")
 Caches = Mapping[Kind, Sequence[torch.Tensor]]  # the buffers of every layer
 
 
 class LanguageGraph(BundleGraph):
     """A graph that takes past_key_l and past_value_l [B,Hkv,C_l,d] of every layer, whose capacity
-    C_l is a dynamic dimension per layer, and with a ring of queries past_query_l
-    [B,Hq,queries,d]. What it writes of them is present_KIND_l."""
+    C_l is a dynamic dimension per layer, with a ring of queries past_query_l [B,Hq,queries,d], and
+    with sums of attention past_received_l [B,1,C_l,1] fp32. What it writes of them is
+    present_KIND_l."""
 
     def __init__(
         self, model: LanguageModel, rule: CacheRule | None, cache_dtype: torch.dtype
@@ -33,7 +37,7 @@ class LanguageGraph(BundleGraph):
         super().__init__()
         self.model, self.rule, self.cache_dtype = model, rule, cache_dtype
         self.queries = rule.queries if rule is not None else 0
-        self.kinds: tuple[Kind, ...] = (*ENTRIES, "query") if self.queries else ENTRIES
+        self.kinds: tuple[Kind, ...] = kinds_of(rule)
 
     def in_all_layers(self, ports: Sequence[LayerPort]) -> list[GraphPort]:
         """What is declared for one layer, for every layer of the model."""
@@ -41,15 +45,19 @@ class LanguageGraph(BundleGraph):
 
     def buffer_ports(self, prefix: str, kinds: Sequence[Kind]) -> list[GraphPort]:
         """The ports of every layer's buffers, in the order that all graphs have them in."""
-        model = self.model
-        entries = (BATCH, model.kv_heads, "capacity", model.head_dim)
-        ring = (BATCH, model.heads, self.queries, model.head_dim)
-        return self.in_all_layers(
-            [
-                LayerPort(f"{prefix}_{k}", self.cache_dtype, ring if k == "query" else entries)
-                for k in kinds
-            ]
-        )
+        forms = self.buffer_forms()
+        return self.in_all_layers([LayerPort(f"{prefix}_{kind}", *forms[kind]) for kind in kinds])
+
+    def buffer_forms(self) -> dict[Kind, tuple[torch.dtype, tuple[int | str, ...]]]:
+        """Dtype and dimensions of one layer's buffers of each kind."""
+        model, dtype = self.model, self.cache_dtype
+        entries = (BATCH, model.kv_heads, CAPACITY, model.head_dim)
+        return {
+            "key": (dtype, entries),
+            "value": (dtype, entries),
+            "query": (dtype, (BATCH, model.heads, self.queries, model.head_dim)),
+            "received": (torch.float32, (BATCH, 1, CAPACITY, 1)),
+        }
 
     def past(self, layer: int, given: Tensors) -> dict[str, torch.Tensor]:
         """A layer's buffers by their kind."""
@@ -63,6 +71,13 @@ class LanguageGraph(BundleGraph):
         """The buffers of every layer in what the graph gives, all kinds."""
         layers = range(len(self.model.blocks))
         return {k: [outputs[f"present_{k}_{layer}"] for layer in layers] for k in self.kinds}
+
+
+def kinds_of(rule: CacheRule | None) -> tuple[Kind, ...]:
+    """The buffers that a layer has under a cache rule."""
+    if rule is not None and rule.sums:
+        return (*ENTRIES, "received")
+    return (*ENTRIES, "query") if rule is not None and rule.queries else ENTRIES
 
 
 def parts_of(model: LanguageModel) -> nn.ModuleList:

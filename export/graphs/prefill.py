@@ -146,8 +146,10 @@ class Prefill(LanguageGraph):
         state.hidden = run_block(block, hidden, positions, (cos, sin), entries, tap, mask)
         found, new = {}, {"key": entries.key, "value": entries.value}
         if rule is not None:
-            key, value, found["kept"] = rule.compact_prompt(state, tap, **new, inputs=own)
-            new = {"key": key, "value": value}
+            stays = rule.compact_prompt(state, tap, **new, inputs=own)
+            found["kept"], new = stays.kept, {"key": stays.key, "value": stays.value}
+            if stays.received is not None:
+                new["received"] = stays.received
             if rule.queries:
                 new["query"] = rule.ring(state, tap)
         if scored:

@@ -41,7 +41,8 @@ class Hybrid(AtEncoder):
         None, "block whose input is reduced; default round(L / 2), after DeepStack"
     )
     importance: Importance = parameter(
-        "text", "queries that score the tokens: last prompt token, or text after the last image"
+        "text",
+        "queries that score the tokens: last prompt token, text after the last image, or both",
     )
     merge: Merge = parameter(
         "recycle", "treatment of discarded tokens: recycle (centres absorb them), nearest, drop"

@@ -38,7 +38,8 @@ class LightVLM(Composed):
         None, "fraction of the original tokens left after each stage; default keep ** (i / n)"
     )
     importance: Importance = parameter(
-        "last", "queries that score the tokens: last prompt token, or text after the last image"
+        "last",
+        "queries that score the tokens: last prompt token, text after the last image, or both",
     )
     merge: Merge = parameter(
         "recycle", "treatment of discarded tokens: recycle (centres absorb them), nearest, drop"

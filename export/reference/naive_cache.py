@@ -11,7 +11,7 @@ import torch
 
 from lvlm.export.graphs.compact import Compact
 from lvlm.export.graphs.decode import Decode
-from lvlm.export.graphs.language_graph import ENTRIES, Caches, Kind, past_inputs
+from lvlm.export.graphs.language_graph import Caches, Kind, past_inputs
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.recipes.parts.cache_rule import CacheRule
 from lvlm.runtime.kv.budgets import Budgets
@@ -91,16 +91,17 @@ class NaiveCache:
         budget = np.minimum(lengths, self.budgets.step(self.seen[:, None])[:, 0])
         back = np.arange(self.rule.queries - 1, -1, -1)
         slots = np.where(back < self.known[:, None], lengths[:, None] - 1 - back, -1)
+        ring = {"query_slot": slots[:, None]} if self.rule.queries else {}
         counts = {
             "valid_length": lengths[:, None],
-            "query_slot": slots[:, None],
+            **ring,
             "kv_budget": budget[:, None],
             **{f"kv_slots_{layer}": np.arange(count) for layer, count in enumerate(budget)},
         }
         given = {name: torch.from_numpy(x) for name, x in counts.items()}
         graph = Compact(self.model, self.rule, self.graph.cache_dtype)
         outputs = graph(given | past_inputs(self.caches))
-        for kind in ENTRIES:
+        for kind in graph.written:
             self.caches[kind] = [
                 outputs[f"present_{kind}_{layer}"][:, :, :count]
                 for layer, count in enumerate(budget)

@@ -18,10 +18,11 @@ from lvlm.core.errors import ValidationError
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.checkpoint.model_shape import build_shape, with_parameters
 from lvlm.export.families.family import Family
-from lvlm.export.graphs.language_graph import Caches, past_inputs
+from lvlm.export.graphs.language_graph import CAPACITY, Caches, Kind, past_inputs
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.prefill import Prefill
 from lvlm.export.leaves import leaves_of
+from lvlm.export.ports import BATCH
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.reference.naive_cache import NaiveCache
 from lvlm.export.weights.stored_weights import compute_in_fp32
@@ -165,18 +166,15 @@ class Reference:
 
     def _empty_buffers(self, kept: Sequence[int], prefill: Prefill) -> Caches:
         """What prefill writes into: exactly as long as what it keeps."""
-        model = self.language
-        ring = (1, model.heads, prefill.queries, model.head_dim)
-        return {
-            kind: [
-                torch.zeros(
-                    ring if kind == "query" else (1, model.kv_heads, count, model.head_dim),
-                    dtype=self.cache_dtype,
-                )
-                for count in kept
-            ]
-            for kind in prefill.kinds
-        }
+        forms = prefill.buffer_forms()
+
+        def empty(kind: Kind, count: int) -> torch.Tensor:
+            dtype, dims = forms[kind]
+            dynamic = {BATCH: 1, CAPACITY: count}
+            sizes = [size if isinstance(size, int) else dynamic[size] for size in dims]
+            return torch.zeros(sizes, dtype=dtype)
+
+        return {kind: [empty(kind, count) for count in kept] for kind in prefill.kinds}
 
 
 def load_fp32(

@@ -140,10 +140,9 @@ def _extend(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
 
 def _compact(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
     layers = manifest.text.layers
-    takes: Forms = {
-        "valid_length": ("int64", (layers, None)),
-        "query_slot": ("int64", (layers, None, _queries(manifest))),
-    }
+    takes: Forms = {"valid_length": ("int64", (layers, None))}
+    if queries := _queries(manifest):
+        takes["query_slot"] = ("int64", (layers, None, queries))
     caches = _caches(manifest)
     gives: Forms = {"kept": ("int64", (layers, None))}
     return (
@@ -180,7 +179,7 @@ def _budget(manifest: Manifest) -> Forms:
 
 
 def _caches(manifest: Manifest) -> Forms:
-    """Keys and values of every layer, and its ring of queries where it has one."""
+    """Keys and values of every layer; its ring of queries, its sums, where it has them."""
     text, queries = manifest.text, _queries(manifest)
     entry = (manifest.cache_dtype, (None, text.kv_heads, None, text.head_dim))
     ring = (manifest.cache_dtype, (None, text.heads, queries, text.head_dim))
@@ -189,6 +188,8 @@ def _caches(manifest: Manifest) -> Forms:
         forms |= {f"key_{layer}": entry, f"value_{layer}": entry}
         if queries:
             forms[f"query_{layer}"] = ring
+        if manifest.cache_policy is not None and manifest.cache_policy.sums:
+            forms[f"received_{layer}"] = ("float32", (None, 1, None, 1))
     return forms
 
 

@@ -104,7 +104,8 @@ class Steps:
 
 def _of_rows(inputs: Mapping[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
     """Inputs of compact.onnx for some of the rows."""
-    some = {name: inputs[name][:, rows] for name in ("valid_length", "kv_budget", "query_slot")}
+    per_row = ("valid_length", "kv_budget", "query_slot")
+    some = {name: inputs[name][:, rows] for name in per_row if name in inputs}
     for layer, budget in enumerate(some["kv_budget"].max(1)):
         some[f"kv_slots_{layer}"] = np.arange(budget, dtype=np.int64)
     return some

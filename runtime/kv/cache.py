@@ -12,13 +12,17 @@ from lvlm.runtime.backends import Backend, Buffer
 from lvlm.runtime.bundle.manifest import Manifest, Text
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.slot_counts import SlotCounts
+from lvlm.runtime.policies.policy import CachePolicy
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+SUMS = "float32"  # of attention: small numbers on large ones
+Form = tuple[tuple[int, ...], str]  # a buffer's shape and dtype
 
 
 class CompactCache(SlotCounts):
     """Buffers key and value [B,Hkv,C_l,d] per layer, with a ring of queries also query
-    [B,Hq,queries,d], and the counts of what lies in them.
+    [B,Hq,queries,d], with sums of attention received [B,1,C_l,1], and the counts of what lies in
+    them.
 
     A row can be filled on its own (``views``, ``begin``) and copied to another place.
 
@@ -37,24 +41,25 @@ class CompactCache(SlotCounts):
         budgets: Budgets,
     ) -> None:
         self.backend = backend
-        queries = budgets.cache_policy.queries if budgets.cache_policy is not None else 0
-        shapes = _shapes(text, queries, batch, capacities)
-        item = ITEM_BYTES[dtype]
-        self.bytes_allocated = sum(math.prod(s) for s in shapes.values()) * item
+        policy = budgets.cache_policy
+        forms = _forms(text, policy, dtype, batch, capacities)
+        self.bytes_allocated = sum(_bytes(form) for form in forms.values())
         self.buffers: dict[str, Buffer] = {}
         room = backend.room()
         if room is not None and self.bytes_allocated > room:
             raise self._no_room(batch, f", this machine has {room:,}")
         try:
-            for name, buffer_shape in shapes.items():
-                self.buffers[name] = backend.allocate(buffer_shape, dtype)
+            for name, (shape, its_dtype) in forms.items():
+                self.buffers[name] = backend.allocate(shape, its_dtype)
         except DeviceMemoryError as error:
-            there = sum(math.prod(shapes[name]) for name in self.buffers) * item
+            there = sum(_bytes(forms[name]) for name in self.buffers)
             free = "" if error.free is None else f", {there + error.free:,} are free"
             raise self._no_room(batch, free) from None
-        self._entry_bytes = 2 * text.kv_heads * text.head_dim * item
-        query_bytes = text.heads * text.head_dim * item
-        self._ring_bytes = len(capacities) * queries * query_bytes
+        item = ITEM_BYTES[dtype]
+        sums = ITEM_BYTES[SUMS] if policy is not None and policy.sums else 0
+        self._entry_bytes = 2 * text.kv_heads * text.head_dim * item + sums
+        queries = 0 if policy is None else policy.queries
+        self._ring_bytes = len(capacities) * queries * text.heads * text.head_dim * item
         try:
             super().__init__(budgets, batch, capacities)
         except MemoryError:
@@ -103,25 +108,32 @@ class CompactCache(SlotCounts):
         return inputs
 
     def bytes_used(self, row: int) -> int:
-        """Bytes of the entries of one row and of its ring of queries."""
+        """Bytes of the entries of one row, with their sums, and of its ring of queries."""
         return int(self.entries[:, row].sum() * self._entry_bytes + self._ring_bytes)
 
 
 def cache_bytes(manifest: Manifest, batch: int, capacities: Sequence[int]) -> int:
     """Bytes of a cache of ``batch`` rows."""
-    queries = manifest.cache_policy.queries if manifest.cache_policy is not None else 0
-    shapes = _shapes(manifest.text, queries, batch, capacities)
-    return sum(math.prod(s) for s in shapes.values()) * ITEM_BYTES[manifest.cache_dtype]
+    forms = _forms(manifest.text, manifest.cache_policy, manifest.cache_dtype, batch, capacities)
+    return sum(_bytes(form) for form in forms.values())
 
 
-def _shapes(
-    text: Text, queries: int, batch: int, capacities: Sequence[int]
-) -> dict[str, tuple[int, ...]]:
-    """Of every buffer, by name."""
-    sizes = {"key": text.kv_heads, "value": text.kv_heads, "query": text.heads}
-    return {
-        f"{which}_{layer}": (batch, heads, slots, text.head_dim)
-        for layer, capacity in enumerate(capacities)
-        for which, heads in sizes.items()
-        if (slots := queries if which == "query" else int(capacity)) > 0
-    }
+def _forms(
+    text: Text, policy: CachePolicy | None, dtype: str, batch: int, capacities: Sequence[int]
+) -> dict[str, Form]:
+    """Shape and dtype of every buffer, by name."""
+    forms: dict[str, Form] = {}
+    for layer, capacity in enumerate(map(int, capacities)):
+        if capacity:
+            entries = (batch, text.kv_heads, capacity, text.head_dim), dtype
+            forms |= {f"key_{layer}": entries, f"value_{layer}": entries}
+        if policy is not None and policy.queries:
+            forms[f"query_{layer}"] = (batch, text.heads, policy.queries, text.head_dim), dtype
+        if policy is not None and policy.sums and capacity:
+            forms[f"received_{layer}"] = (batch, 1, capacity, 1), SUMS
+    return forms
+
+
+def _bytes(form: Form) -> int:
+    shape, dtype = form
+    return math.prod(shape) * ITEM_BYTES[dtype]

@@ -28,7 +28,8 @@ class SlotCounts:
       ``compaction`` gives the inputs of compact.onnx, which moves the survivors to the front in
       their order. Each layer also has its latest queries in a ring query [B,Hq,queries,d]. As the
       last ``recent`` >= ``queries`` entries survive every compaction, the own entry of the i-th
-      latest query is always the i-th last.
+      latest query is always the i-th last. Or it has sums of attention received [B,1,C,1] and no
+      ring.
 
     Decode covers the first ``active`` rows, at first all; rows have budgets of their own.
     """
@@ -137,8 +138,8 @@ class SlotCounts:
         """Inputs of compact.onnx if an active row has just completed an interval with too many
         entries.
 
-        valid_length and kv_budget [L,B], query_slot [L,B,queries] (the slot of each ring query's
-        own entry, -1: none), kv_slots_{l}. Rows that are not due keep what they have, unscored.
+        valid_length and kv_budget [L,B], with a ring query_slot [L,B,queries] (the slot of each
+        ring query's own entry, -1: none), kv_slots_{l}. Rows that are not due keep all they have.
         """
         cache_policy = self.budgets.cache_policy
         if cache_policy is None or cache_policy.interval is None:
@@ -150,19 +151,16 @@ class SlotCounts:
         self._compacted = np.where(due, budget, lengths)
         if np.array_equal(self._compacted, lengths):
             return None
-        # Ring slot r holds the query of `age` tokens ago, 1 the latest: (steps - age) % queries = r
-        ring = np.arange(self.queries)
-        age = (self.steps[active, None] - 1 - ring) % self.queries + 1
-        slots = np.maximum(lengths[:, :, None] - age, -1)
-        return {
-            "valid_length": lengths.copy(),
-            "kv_budget": self._compacted.copy(),
-            "query_slot": np.where(due[:, None], slots, -1),
-            **{
-                f"kv_slots_{layer}": np.arange(budget, dtype=np.int64)
-                for layer, budget in enumerate(self._compacted.max(axis=1))
-            },
-        }
+        inputs = {"valid_length": lengths.copy(), "kv_budget": self._compacted.copy()}
+        if self.queries:
+            # Slot r holds the query of `age` tokens ago, 1 the latest: (steps - age) % queries = r
+            ring = np.arange(self.queries)
+            age = (self.steps[active, None] - 1 - ring) % self.queries + 1
+            slots = np.maximum(lengths[:, :, None] - age, -1)
+            inputs["query_slot"] = np.where(due[:, None], slots, -1)
+        for layer, budget in enumerate(self._compacted.max(axis=1)):
+            inputs[f"kv_slots_{layer}"] = np.arange(budget, dtype=np.int64)
+        return inputs
 
     def compacted(self) -> None:
         """Count what compact.onnx left; call it right after the graph has run."""

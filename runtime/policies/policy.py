@@ -4,6 +4,7 @@
 
 score    what ranks a layer's entries after prefill, and before each run of compact.onnx
            AllQueries  the attention of all prompt queries
+           Accumulated  that of all queries so far: the sums go on in decode
            Window      that of the most recent queries, as it is or pooled over neighbouring
                        positions, of all heads together or of each key head on its own
            Recency     nothing is read: the newer, the better
@@ -54,6 +55,14 @@ class AllQueries:
     """Entries rank by the attention of all prompt queries, mean over the heads."""
 
     kind: Literal["all-queries"] = "all-queries"
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """Entries rank by the attention of all queries so far, mean over the heads: the prompt's, and
+    as an answer is written each new token's. The sums lie beside the cache, one per entry."""
+
+    kind: Literal["accumulated"] = "accumulated"
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ class ReleasedMerge:
     kind: Literal["released-merge"] = "released-merge"
 
 
-Score = AllQueries | Window | Recency
+Score = AllQueries | Accumulated | Window | Recency
 Select = Evict | Merge | ReleasedMerge
 Decode = Append | FixedPoint | Oldest | Interval | ReleasedFixedPoint
 Budget = Uniform | Slope | Profile | Mixed | ReleasedUniform | ReleasedProfile
@@ -151,9 +160,14 @@ class CachePolicy:
                 f"{window} queries rank the entries, but only the last {self.recent} entries are "
                 "protected; a query's own entry must stay"
             )
-        if isinstance(self.decode, Interval) and window == 0:
+        if isinstance(self.decode, Interval) and window == 0 and not self.sums:
             raise ParameterError(
-                "compaction at intervals is ranked by the latest queries; give a window of them"
+                "compaction at intervals is ranked by the latest queries or by sums over all; give "
+                "a window, or sums that go on"
+            )
+        if self.sums and not (isinstance(self.decode, Interval) and isinstance(self.select, Evict)):
+            raise ParameterError(
+                "sums that go on in decode are for entries that are evicted at intervals"
             )
         released = isinstance(self.budget, ReleasedUniform | ReleasedProfile)
         if released != isinstance(self.decode, ReleasedFixedPoint):
@@ -169,6 +183,11 @@ class CachePolicy:
         """Most recent queries that each layer remembers in a ring, for what is ranked later."""
         later = isinstance(self.decode, Interval) and isinstance(self.score, Window)
         return self.score.queries if later else 0  # type: ignore[union-attr]
+
+    @property
+    def sums(self) -> bool:
+        """Whether each entry has its sum of attention beside it, which goes on in decode."""
+        return isinstance(self.score, Accumulated)
 
     @property
     def interval(self) -> int | None:

@@ -30,6 +30,8 @@ KINDS = (
     "snapkv",
     "pyramidkv",
     "streaming-llm",
+    "tova",
+    "h2o",
 )
 USUAL = [
     (0, "elastic-cache reference"),
@@ -69,7 +71,11 @@ def draw_settings(chance: random.Random, kind: str, layers: int) -> tuple[str, S
         settings["window"] = chance.randrange(1, 12)
         settings["kernel"] = chance.choice([1, 3, 5, 7])
         settings["pool"] = chance.choice(["mean", "max"])
-    if recipe in ("snapkv", "pyramidkv", "streaming-llm"):
+    if recipe in ("tova", "h2o"):
+        settings["kv_interval"] = chance.choice([1, 1, 5])
+    if recipe == "h2o":
+        settings["recent"] = chance.randrange(1, 10)
+    if recipe in ("snapkv", "pyramidkv", "streaming-llm", "tova", "h2o"):
         settings["kv_sinks"] = chance.choice([0, 2, 4])
         if chance.random() < 0.3:
             settings["kv_cap"] = chance.randrange(20, 60)
@@ -86,7 +92,7 @@ def _merging(chance: random.Random, layers: int) -> Settings:
     count = chance.randrange(1, layers)
     settings: Settings = {
         "stages": sorted(chance.sample(range(1, layers), count)),
-        "importance": chance.choice(["last", "text"]),
+        "importance": chance.choice(["last", "text", "both"]),
         "merge": chance.choice(["recycle", "recycle", "nearest", "drop"]),
     }
     if settings["merge"] == "recycle":

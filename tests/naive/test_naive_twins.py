@@ -62,7 +62,7 @@ def test_fixed_point(recipe: str, keep: float, bundle: Callable[..., Path], twin
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.75])
-@pytest.mark.parametrize("recipe", ["snapkv", "pyramidkv", "streaming-llm"])
+@pytest.mark.parametrize("recipe", ["snapkv", "pyramidkv", "streaming-llm", "tova", "h2o"])
 def test_compositions(recipe: str, keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
     name, *given = CACHED[f"{recipe} (cached)"]
     settings: Settings = dict(setting.split("=") for setting in given)

@@ -65,11 +65,13 @@ class Pyramid(NoRule):
 
     def _paid(self, owners: list[int], before: Seen) -> list[float]:
         """What the queries that count pay every token, the mean over heads and queries."""
-        asking = [len(owners) - 1]
-        if self.importance == "text" and owners[-1] == 0 and max(owners) > 0:
+        last = text = [len(owners) - 1]
+        if owners[-1] == 0 and max(owners) > 0:
             after = max(p for p, owner in enumerate(owners) if owner > 0) + 1
-            asking = list(range(after, len(owners)))[-64:]
-        found: list[float] = before.weights[:, asking].double().mean((0, 1)).tolist()
+            text = list(range(after, len(owners)))[-64:]
+        chosen = {"last": [last], "text": [text], "both": [last, text]}[self.importance]
+        paid = [before.weights[:, asking].double().mean((0, 1)) for asking in chosen]
+        found: list[float] = (sum(paid[1:], start=paid[0]) / len(paid)).tolist()
         return found
 
     def _absorb(

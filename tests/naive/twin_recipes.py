@@ -8,7 +8,7 @@ from typing import Any
 
 from twin_merging import Pyramid
 from twin_released import ReleasedElastic, ReleasedPrefix
-from twin_rules import FixedPoint, Interval, LastQueries, NoRule, Sliding, rounded
+from twin_rules import FixedPoint, HeavyHitters, Interval, LastQueries, NoRule, Sliding, rounded
 
 Settings = dict[str, Any]
 
@@ -70,6 +70,11 @@ def _cache(kind: str, settings: Settings, keep: float, shares: list[float] | Non
         names = ("window", "kernel", "pool")
         own = {name: settings[name] for name in names if name in settings}
         return LastQueries(keep, sinks=settings.get("kv_sinks", 0), shares=shares, **own, **usual)
+    if kind in ("tova", "h2o"):
+        usual |= {"sinks": settings.get("kv_sinks", 0), "interval": settings.get("kv_interval", 1)}
+        if kind == "h2o":
+            return HeavyHitters(keep, settings.get("recent", 32), **usual)
+        return Interval(keep, floor=0, protect=1, **usual)
     if kind == "streaming-llm":
         return Sliding(keep, sinks=settings.get("kv_sinks", 4), **usual)
     common["distance"] = settings.get("distance", 25)

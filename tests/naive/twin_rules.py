@@ -236,3 +236,43 @@ class Sliding(NoRule):
         while there > count:  # the oldest that is no sink
             there -= 1
             FixedPoint.remove(layer, self.sinks)
+
+
+@dataclass
+class HeavyHitters(NoRule):
+    """h2o: what got most attention so far, of every query since the prompt began, and the last."""
+
+    keep: float
+    recent: int = 32
+    interval: int = 1
+    sinks: int = 0
+    cap: int | None = None
+    sums: dict[int, list[float]] = field(default_factory=dict)  # of every block's entries
+
+    def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
+        self.sums[block] = received(attention)
+        self._evict(block, layer)
+
+    def after_step(self, block: int, layer: Layer, step: int) -> None:
+        sums = self.sums[block]
+        sums.append(0.0)
+        heads, (there, width) = layer.queries.shape[0], layer.key.shape[1:]
+        assert there == len(sums)
+        for head in range(heads):
+            keys = layer.key[head // (heads // layer.key.shape[0])]
+            paid = (keys @ layer.queries[head, -1] * width**-0.5).softmax(0)
+            for entry in range(there):
+                sums[entry] += float(paid[entry]) / heads
+        if step % self.interval == 0:
+            self._evict(block, layer)
+
+    def _evict(self, block: int, layer: Layer) -> None:
+        sums = self.sums[block]
+        least = min(layer.seen, self.sinks + self.recent)
+        budget = max(up(self.keep * layer.seen), least)
+        budget = budget if self.cap is None else min(budget, self.cap)
+        while len(sums) > budget:
+            loose = range(self.sinks, len(sums) - self.recent)
+            victim = min(loose, key=lambda entry: (sums[entry], -entry))
+            del sums[victim]
+            FixedPoint.remove(layer, victim)

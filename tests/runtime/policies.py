@@ -13,13 +13,22 @@ from lvlm.runtime.policies.evictions import (
     OneByOne,
     ReleasedFixedPoint,
 )
-from lvlm.runtime.policies.policy import AllQueries, CachePolicy, Evict, Recency, Window
+from lvlm.runtime.policies.policy import (
+    Accumulated,
+    AllQueries,
+    CachePolicy,
+    Evict,
+    Recency,
+    Window,
+)
 from lvlm.runtime.policies.shares import Profile, ReleasedProfile, ReleasedUniform, Uniform
 
 UNIFORM = CachePolicy(AllQueries(), Evict(), FixedPoint(25), Uniform(0.2), sinks=1)
 INTERVAL = CachePolicy(Window(32), Evict(), Interval(64, 128), Uniform(0.5), sinks=4, recent=32)
 SLIDING = CachePolicy(Recency(), Evict(), Oldest(), Uniform(0.5), sinks=4)
 APPENDED = CachePolicy(Window(2, 5), Evict(), Append(), Uniform(0.5), recent=2)
+
+SUMMED = CachePolicy(Accumulated(), Evict(), Interval(1), Uniform(0.5), recent=2)
 
 
 def changed(policy: CachePolicy, **changes: Any) -> CachePolicy:

@@ -21,6 +21,7 @@ from lvlm.export.ports import BATCH, LayerPort
 from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.policies.policy import (
+    Accumulated,
     AllQueries,
     CachePolicy,
     Evict,
@@ -34,7 +35,21 @@ from lvlm.runtime.policies.policy import (
 
 Positions = Literal["true", "layer0"]
 Semantics = Literal["paper", "reference"]
-Compacted = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What a layer keeps.
+
+    key, value  [B,Hkv,K,d]
+    kept        [B] int64: how many entries that is of each row; -1: an importance was not finite
+    received    [B,1,K,1] fp32: their sums of attention, where the score goes on with these
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    kept: torch.Tensor
+    received: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,7 @@ class Layer:
     queries  [B,Hq,R,d]: the most recent ones, where the score is a window of these
     index    [B,R] int64: of each query's own entry, -1: there is none
     scale    of query · key
-    received [B,N] fp32: attention from all prompt queries, where the score asks for it
+    received [B,N] fp32: attention from all queries so far, where the score asks for it
     """
 
     key: torch.Tensor
@@ -64,8 +79,9 @@ def importance(score: Score, layer: Layer, recent: int) -> torch.Tensor:
     raise NotImplementedError(score)
 
 
-@importance.register
-def _(score: AllQueries, layer: Layer, recent: int) -> torch.Tensor:
+@importance.register(AllQueries)
+@importance.register(Accumulated)
+def _(score: AllQueries | Accumulated, layer: Layer, recent: int) -> torch.Tensor:
     del score, recent
     assert layer.received is not None
     return layer.received
@@ -129,7 +145,12 @@ class CacheRule:
     @property
     def scores_all(self) -> bool:
         """Whether the importance is taken from all prompt queries."""
-        return isinstance(self.cache_policy.score, AllQueries)
+        return isinstance(self.cache_policy.score, AllQueries | Accumulated)
+
+    @property
+    def sums(self) -> bool:
+        """Whether each entry's sum of attention lies beside it [B,1,C,1]."""
+        return self.cache_policy.sums
 
     def inputs(self) -> list[LayerPort]:
         """Further inputs of the graphs that compact: what a layer keeps of each row, and 0 … K-1,
@@ -150,9 +171,7 @@ class CacheRule:
         index [B,count] of each; -1: the prompt is shorter."""
         back = torch.arange(count - 1, -1, -1, device=state.hidden.device)
         index = state.last()[:, None] - back
-        picked = index.clamp(min=0)[:, None, :, None]
-        picked = picked.expand(-1, tap.query.shape[1], -1, tap.query.shape[3])
-        return tap.query.gather(2, picked), index.clamp(min=-1)
+        return tap.queries_at(index), index.clamp(min=-1)
 
     def ring(self, state: TokenSequence, tap: Tap) -> torch.Tensor:
         """The prompt's queries that each layer remembers, [B,Hq,queries,d]."""
@@ -166,9 +185,7 @@ class CacheRule:
         value: torch.Tensor,
         inputs: Mapping[str, torch.Tensor],
     ) -> Compacted:
-        """Keys and values [B,Hkv,N,d] of one layer to what it keeps, [B,Hkv,K,d], and how many
-        entries that is per row, [B]: -1 where an importance was not finite. ``inputs`` are the
-        layer's."""
+        """Keys and values [B,Hkv,N,d] of one layer to what it keeps. ``inputs`` are the layer's."""
         score = self.cache_policy.score
         queries, index = None, None
         if isinstance(score, Window):
@@ -179,15 +196,18 @@ class CacheRule:
 
     def compact_buffers(
         self,
-        queries: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        queries: torch.Tensor | None,
+        received: torch.Tensor | None,
         scale: float,
         inputs: Mapping[str, torch.Tensor],
     ) -> Compacted:
-        """The same for a layer's buffers [B,Hkv,C,d] between two decode steps."""
-        length, index = inputs["valid_length"], inputs["query_slot"]
-        return self._compact(Layer(key, length, queries, index, scale), value, inputs)
+        """The same for a layer's buffers [B,Hkv,C,d] between two decode steps; with its ring of
+        queries, or its entries' sums [B,1,C,1]."""
+        length, index = inputs["valid_length"], inputs.get("query_slot")
+        sums = None if received is None else received[:, 0, :, 0]
+        return self._compact(Layer(key, length, queries, index, scale, sums), value, inputs)
 
     def _compact(
         self, entries: Layer, value: torch.Tensor, inputs: Mapping[str, torch.Tensor]
@@ -200,7 +220,7 @@ class CacheRule:
         if own:
             key, value, scores = _heads_as_rows(key), _heads_as_rows(value), scores.flatten(0, 1)
             length, budget = _repeated(length, heads), _repeated(budget, heads)
-        new_key, new_value, _, kept = CACHE_COMPACT(
+        new_key, new_value, stay, kept = CACHE_COMPACT(
             key,
             value,
             scores,
@@ -214,7 +234,11 @@ class CacheRule:
         if own:
             new_key, new_value = (_rows(x[:, 0], heads) for x in (new_key, new_value))
             kept = _rows(kept, heads).amin(1)
-        return new_key, new_value, kept
+        received = None
+        if self.sums:
+            theirs = scores.gather(1, stay.clamp(min=0))
+            received = torch.where(stay >= 0, theirs, 0)[:, None, :, None]
+        return Compacted(new_key, new_value, kept, received)
 
 
 def _heads_as_rows(states: torch.Tensor) -> torch.Tensor:

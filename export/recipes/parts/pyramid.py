@@ -19,7 +19,7 @@ from lvlm.export.recipes.recipe import TokenReduction
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.bundle.manifest import Reduction
 
-Importance = Literal["last", "text"]
+Importance = Literal["last", "text", "both"]
 Merge = Literal["recycle", "nearest", "drop"]
 
 
@@ -28,7 +28,8 @@ class Pyramid(TokenReduction):
     """Image tokens merged at the input of the blocks ``stages``.
 
     schedule    fraction of the original tokens left after each; None: keep ** (i / n)
-    importance  what scores the tokens in the block before: the last prompt token, or the text
+    importance  what scores the tokens in the block before: the last prompt token, the text after
+                the last image, or both, half and half
     merge       how discarded tokens are treated; ``recycle``: the fraction of the kept ones that
                 are centres, of which each absorbs at most ``absorb``
     """
@@ -56,7 +57,7 @@ class Pyramid(TokenReduction):
 
     def inputs(self) -> list[GraphPort]:
         ports: list[GraphPort] = []
-        if self.importance == "text":
+        if self.importance != "last":
             ports.append(GraphPort("query_count", torch.int64, (BATCH,)))
             ports.append(GraphPort("query_slots", torch.int64, ("queries",)))
         for stage in range(len(self.stages)):
@@ -114,24 +115,22 @@ class Pyramid(TokenReduction):
     def scores(
         self, state: TokenSequence, tap: Tap, inputs: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """What ranks the image tokens [B,N] fp32: the attention of the last token, or the text."""
-        rows = self._query_rows(state, inputs)
-        picked = rows.clamp(min=0)[:, None, :, None]
-        picked = picked.expand(-1, tap.query.shape[1], -1, tap.query.shape[3])
-        (importance,) = TOKEN_IMPORTANCE(
-            tap.query.gather(2, picked),
-            tap.key,
-            rows,
-            state.image_id,
-            scale=tap.scale,
-        )
-        return importance
+        """What ranks the image tokens [B,N] fp32: attention, of the last token, the text, or the
+        mean of both."""
+        asking, found = list[torch.Tensor](), list[torch.Tensor]()
+        if self.importance in ("last", "both"):
+            asking.append(state.last()[:, None])
+        if self.importance in ("text", "both"):
+            asking.append(_text_rows(state, inputs))
+        for rows in asking:
+            queries = tap.queries_at(rows)
+            found += TOKEN_IMPORTANCE(queries, tap.key, rows, state.image_id, scale=tap.scale)
+        return torch.stack(found).mean(0) if len(found) > 1 else found[0]
 
-    def _query_rows(self, state: TokenSequence, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Indices of the queries that score the tokens, [B,R]; -1: an unused row."""
-        last = state.last()[:, None]
-        if self.importance == "last":
-            return last
-        # The text after the last image is the row's tail at every stage: only images shrink.
-        slots = inputs["query_slots"][None]
-        return torch.where(slots < inputs["query_count"][:, None], last - slots, -1)
+
+def _text_rows(state: TokenSequence, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Indices [B,R] of the queries of the text after the last image; -1: an unused row."""
+    # It is the row's tail at every stage: only images shrink.
+    slots = inputs["query_slots"][None]
+    rows = state.last()[:, None] - slots
+    return torch.where(slots < inputs["query_count"][:, None], rows, -1)

@@ -12,7 +12,7 @@ from lvlm.export.recipes.recipe import Recipe, cache_recipes, parse_settings, se
 from lvlm.export.recipes.uniform import Uniform as UniformRecipe
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
 from lvlm.runtime.policies.evictions import Append, Interval, Oldest
-from lvlm.runtime.policies.policy import CachePolicy, Evict, Recency, Window
+from lvlm.runtime.policies.policy import Accumulated, CachePolicy, Evict, Recency, Window
 from lvlm.runtime.policies.shares import Mixed, Profile, ProfileRow, Slope, Uniform
 
 RECIPES: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
@@ -127,6 +127,9 @@ def test_wrong_settings(setting: str, message: str) -> None:
         ("pyramidkv", ("beta=0.5",), "beta is 0.5; give a number of 1 .* or more"),
         ("pyramidkv", ("beta=steep",), "beta is 'steep'"),
         ("streaming-llm", ("kv_cap=4",), "kv_cap is 4, but 5 entries are protected"),
+        ("tova", ("kv_interval=0",), "kv_interval is 0; give an integer of 1 or more"),
+        ("h2o", ("recent=0",), "no entry is protected"),
+        ("h2o", ("recent=9", "kv_cap=8"), "kv_cap is 8, but 9 entries are protected"),
         ("prefixkv", ("adaptive=0",), "adaptive is 0"),
         ("prefixkv", ("adaptive=0.2", "semantics=reference"), "has no adaptive"),
     ],
@@ -185,6 +188,12 @@ def test_presets_are_compositions() -> None:
     )
     assert RECIPES["streaming-llm"]().cache_policy() == CachePolicy(
         Recency(), Evict(), Oldest(), Uniform(0.5), sinks=4
+    )
+    assert RECIPES["tova"]().cache_policy() == CachePolicy(
+        Window(1), Evict(), Interval(1), Uniform(0.5), recent=1
+    )
+    assert RECIPES["h2o"]().cache_policy() == CachePolicy(
+        Accumulated(), Evict(), Interval(1), Uniform(0.5), recent=32
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from bundle_tools import FIXED_POINT, INTERVAL, PROFILE, change, fit_ports, put, refused
-from policies import APPENDED, SLIDING, UNIFORM, changed
+from policies import APPENDED, SLIDING, SUMMED, UNIFORM, changed
 
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.policies.policy import CachePolicy
@@ -28,6 +28,7 @@ from lvlm.runtime.policies.shares import ProfileRow
         changed(FIXED_POINT, profile=(*PROFILE, ProfileRow(1.0, (1.0,) * 4))),
         SLIDING,
         APPENDED,
+        SUMMED,
     ],
 )
 def test_cache_policies_that_can_be(folder: Path, cache_policy: CachePolicy | None) -> None:
@@ -61,6 +62,8 @@ def test_cache_policies_that_can_be(folder: Path, cache_policy: CachePolicy | No
         (INTERVAL, "score.kernel", 2, ".score: kernel is 2; give an odd number"),
         (INTERVAL, "score.pool", "sum", ".score.pool holds 'sum'"),
         (INTERVAL, "score", {"kind": "recency"}, ": compaction at intervals is ranked by"),
+        (SUMMED, "decode", {"kind": "append"}, ": sums that go on in decode are for entries"),
+        (SUMMED, "select", {"kind": "merge"}, ": sums that go on in decode are for entries"),
         (FIXED_POINT, "decode", {"kind": "released-fixed-point", "distance": 3}, "own elimination"),
         (FIXED_POINT, "select", {"kind": ["evict"]}, ".select is of unknown kind"),
     ],

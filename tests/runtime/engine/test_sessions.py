@@ -24,8 +24,9 @@ from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt
 
-# In a normal run: compaction at intervals behind merging, one by one, and of the prompt alone
-USUAL = ["lightvlm (cached)", "elastic-cache (cached)", "snapkv (cached)"]
+# In a normal run: compaction at intervals behind merging, one by one, of the prompt alone, and by
+# sums that go on
+USUAL = ["lightvlm (cached)", "elastic-cache (cached)", "snapkv (cached)", "h2o (cached)"]
 QUESTIONS = ["And how often does 7 appear, and where?", "Which digit is in the top row?", "Why?"]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 9}  # past its end an answer is no text
 RATIO = {"kv_keep": 0.3}

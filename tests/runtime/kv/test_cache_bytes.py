@@ -14,7 +14,7 @@ from lvlm.runtime.kv.cache import cache_bytes
 from lvlm.runtime.model import load
 
 
-@pytest.mark.parametrize("recipe", ["prefixkv (cached)", "lightvlm (cached)"])
+@pytest.mark.parametrize("recipe", ["prefixkv (cached)", "lightvlm (cached)", "h2o (cached)"])
 def test_the_cache_of_one_prompt(recipe: str, bundle: Callable[..., Path]) -> None:
     with load(bundle("tiny-llava", *CACHED[recipe], max_images=2)) as model:
         manifest = model.manifest
