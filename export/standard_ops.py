@@ -42,13 +42,12 @@ class Tap:
     def queries_at(self, index: torch.Tensor) -> torch.Tensor:
         """The queries [B,Hq,R,d] at ``index`` [B,R] int64; below 0: any.
 
-        All heads of a token at once: picked head by head, prefill with a ring of queries crashes
-        TensorRT-RTX 1.7's builder for some numbers of them (docs/tensorrt.md).
+        Picked in fp32: in fp16 TensorRT-RTX 1.7's builder crashes on prefill graphs that do so, or
+        finds "uses before defs" in them (docs/tensorrt.md).
         """
-        batch, heads, length, width = self.query.shape
-        rows = self.query.transpose(1, 2).reshape(batch, length, heads * width)
-        wanted = index.clamp(min=0)[:, :, None].expand(-1, -1, heads * width)
-        return rows.gather(1, wanted).reshape(batch, -1, heads, width).transpose(1, 2)
+        wanted = index.clamp(min=0)[:, None, :, None]
+        wanted = wanted.expand(-1, self.query.shape[1], -1, self.query.shape[3])
+        return self.query.float().gather(2, wanted).to(self.query.dtype)
 
 
 def _node(
