@@ -17,7 +17,7 @@ from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction, integer
 from lvlm.core.rounding import rounded
 from lvlm.export.recipes.parts.at_encoder import AtEncoder
-from lvlm.export.recipes.parts.pyramid import Importance, Merge, Pyramid
+from lvlm.export.recipes.parts.pyramid import SCORED_BY, Importance, Merge, Pyramid
 from lvlm.export.recipes.recipe import choice, parameter
 from lvlm.runtime.bundle.manifest import EncoderReduction
 from lvlm.runtime.reductions import rules
@@ -40,10 +40,7 @@ class Hybrid(AtEncoder):
     stage: int | None = parameter(
         None, "block whose input is reduced; default round(L / 2), after DeepStack"
     )
-    importance: Importance = parameter(
-        "text",
-        "queries that score the tokens: last prompt token, text after the last image, or both",
-    )
+    importance: Importance = parameter("text", SCORED_BY)
     merge: Merge = parameter(
         "recycle", "treatment of discarded tokens: recycle (centres absorb them), nearest, drop"
     )

@@ -14,7 +14,7 @@ from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction, integer
 from lvlm.core.rounding import rounded
 from lvlm.export.recipes.parts.composed import Composed
-from lvlm.export.recipes.parts.pyramid import Importance, Merge, Pyramid
+from lvlm.export.recipes.parts.pyramid import SCORED_BY, Importance, Merge, Pyramid
 from lvlm.export.recipes.recipe import choice, parameter
 
 
@@ -37,10 +37,7 @@ class LightVLM(Composed):
     schedule: tuple[float, ...] | None = parameter(
         None, "fraction of the original tokens left after each stage; default keep ** (i / n)"
     )
-    importance: Importance = parameter(
-        "last",
-        "queries that score the tokens: last prompt token, text after the last image, or both",
-    )
+    importance: Importance = parameter("text", SCORED_BY)
     merge: Merge = parameter(
         "recycle", "treatment of discarded tokens: recycle (centres absorb them), nearest, drop"
     )

@@ -240,11 +240,17 @@ FAULTS = {
         "return min(image_tokens, max(1, rounded(image_tokens * ratio)) + 1)",
         "tests/runtime/kv/test_image_tokens.py::test_kept_is_the_rounded_share_but_at_least_one",
     ),
-    "image tokens scored by the token before the last": Fault(
+    "image tokens scored by queries one too early": Fault(
         "export/recipes/parts/pyramid.py",
-        "last = state.last()[:, None]",
-        "last = state.last()[:, None] - 1",
+        "rows = state.last()[:, None] - slots",
+        "rows = state.last()[:, None] - 1 - slots",
         TWIN,
+    ),
+    "sums of attention that stand still in decode": Fault(
+        "export/graphs/attention_sums.py",
+        "received[:, 0, :, 0] + found[:, 1:]",
+        "received[:, 0, :, 0]",
+        "tests/naive/test_naive_twins.py::test_compositions",
     ),
     "scores of snapkv pooled with its own window's": Fault(
         "export/recipes/parts/cache_rule.py",

@@ -20,6 +20,7 @@ from lvlm.export.standard_ops import Tap
 from lvlm.runtime.bundle.manifest import Reduction
 
 Importance = Literal["last", "text", "both"]
+SCORED_BY = "queries that score the tokens: last prompt token, text after the last image, or both"
 Merge = Literal["recycle", "nearest", "drop"]
 
 
