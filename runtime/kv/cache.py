@@ -56,14 +56,13 @@ class CompactCache(SlotCounts):
             free = "" if error.free is None else f", {there + error.free:,} are free"
             raise self._no_room(batch, free) from None
         item = ITEM_BYTES[dtype]
-        sums = ITEM_BYTES[SUMS] if policy is not None and policy.sums else 0
-        self._entry_bytes = 2 * text.kv_heads * text.head_dim * item + sums
-        queries = 0 if policy is None else policy.queries
-        self._ring_bytes = len(capacities) * queries * text.heads * text.head_dim * item
         try:
             super().__init__(budgets, batch, capacities)
         except MemoryError:
             raise self._no_room(batch, "") from None
+        sums = ITEM_BYTES[SUMS] if self.sums else 0
+        self._entry_bytes = 2 * text.kv_heads * text.head_dim * item + sums
+        self._ring_bytes = len(capacities) * self.queries * text.heads * text.head_dim * item
 
     def _no_room(self, batch: int, there: str) -> DeviceMemoryError:
         return DeviceMemoryError(

@@ -38,6 +38,7 @@ class SlotCounts:
         shape, cache_policy = (len(capacities), batch), budgets.cache_policy
         self.active = batch
         self.queries = cache_policy.queries if cache_policy is not None else 0
+        self.sums = cache_policy is not None and cache_policy.sums
         self.budgets = replace(budgets, fractions=np.repeat(budgets.fractions, batch, axis=1))
         self.capacities = np.array(capacities, np.int64)
         self.lengths = np.zeros(shape, np.int64)

@@ -163,6 +163,34 @@ def test_a_compaction_that_fails(bundle: Callable[..., Path]) -> None:
         idle(engine)
 
 
+def test_a_decode_that_fails_where_sums_of_attention_go_on(bundle: Callable[..., Path]) -> None:
+    """No step is done again: layers whose sums have gone on would have them go on twice."""
+    folder = bundle("tiny-llava", *CACHED["h2o (cached)"], max_images=2)
+    asks = [
+        ask(max_new_tokens=20, ignore_eos=True, kv_keep=0.3),
+        ask("Read the top row.", (1,), max_new_tokens=20, ignore_eos=True, kv_keep=0.3),
+    ]
+    with lvlm.load(folder) as model:
+        expected = [one.alone(model) for one in asks]
+    with Engine(folder, slots=2) as engine:
+        decode, failures = intercept(engine, "decode"), iter([KeyError("odd")])
+        asked = threading.Event()
+
+        def after(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
+            if len(inputs["input_ids"]) == 2 and (error := next(failures, None)) is not None:
+                raise error
+
+        decode.before, decode.after = lambda *_: asked.wait(WAIT), after
+        handles = [submit(engine, one) for one in asks]
+        asked.set()
+        for handle in handles:
+            with pytest.raises(BackendError, match=r"the backend failed .*odd"):
+                handle.result(WAIT)
+        with answers(engine, asks, expected):
+            pass
+        idle(engine)
+
+
 # Listeners, and the engine's own mistakes
 
 
