@@ -67,8 +67,9 @@ def traced_once(plan: ExportPlan, shared: Path) -> Callable[..., TracedGraph]:
     """The exporter's ``trace``, but for graphs that this run has traced for another bundle.
 
     Vision is the same whatever the recipe, decode and extend whatever the policy but for a ring of
-    queries, prefill and compact where scores and selection are. Tracing is most of what a small
-    export takes. A copy differs from its original in the numbers of inner nodes' names alone.
+    queries or scores that go on, prefill and compact where scores and selection are. Tracing is
+    most of what a small export takes. A copy differs from its original in the numbers of inner
+    nodes' names alone.
     """
 
     def trace(graph: BundleGraph, *given: Any) -> TracedGraph:
@@ -113,7 +114,7 @@ def _in_the_graph(name: str, rule: CacheRule | None) -> list[str]:
         return []
     ring = [str(rule.queries)] if rule.queries else []
     if name in ("decode", "extend"):
-        return ring
+        return [*ring, f"sums {rule.sums}"] if rule.received else ring
     policy = rule.cache_policy
     kept = (policy.score, policy.select, policy.sinks, policy.recent)
     return [*ring, *map(repr, kept)]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lvlm.export.graphs.attending import Angles
-from lvlm.export.graphs.attention_sums import after_one
+from lvlm.export.graphs.attention_received import after_one
 from lvlm.export.graphs.blocks import CacheWriter, run_block, store
 from lvlm.export.graphs.graph import Tensors
 from lvlm.export.graphs.language_graph import LanguageGraph, parts_of
@@ -29,8 +29,8 @@ class Decode(LanguageGraph):
 
     input_ids, position_ids [B,1] int64; write_index, valid_length [L,B] int64: the slot that takes
     the new entry and how many slots are valid with it; with a ring of queries query_index [B]
-    int64, the slot of the ring that takes the new query; then the buffers. Sums of attention go on
-    with what the token attends to.
+    int64, the slot of the ring that takes the new query; then the buffers. Scores that go on do
+    so with what the token attends to.
     -> logits [B,vocabulary] fp32, the buffers
     """
 
@@ -61,7 +61,8 @@ class Decode(LanguageGraph):
         model, positions = self.model, given["position_ids"]
         hidden = model.embed(given["input_ids"])
         angles = Angles()
-        bodies = {one.window: partial(_block, window=one.window) for one in model.layers}
+        sums = self.rule is not None and self.rule.sums
+        bodies = {one.window: partial(_block, window=one.window, sums=sums) for one in model.layers}
         ring = {"query_index": given["query_index"]} if self.queries else {}
         outputs: dict[str, torch.Tensor] = {}
         for layer, one in enumerate(model.layers):
@@ -92,6 +93,7 @@ def _block(
     received: torch.Tensor | None = None,
     *,
     window: int | None,
+    sums: bool,
 ) -> dict[str, torch.Tensor]:
     """A block on one token per row, and its buffers with the token's entry."""
     slots = torch.arange(key.shape[2], device=hidden.device)
@@ -105,6 +107,6 @@ def _block(
     if query is not None and query_index is not None:
         written["query"] = store(query, tap.query, query_index)
     if received is not None:
-        sums = after_one(received, key, cache, tap, valid_length)
-        written["received"] = store(received, sums, torch.zeros_like(write_index))
+        scores = after_one(received, key, cache, tap, valid_length, sums=sums)
+        written["received"] = store(received, scores, torch.zeros_like(write_index))
     return written

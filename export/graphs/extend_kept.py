@@ -9,11 +9,13 @@ tokens at once.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from lvlm.export.graphs.attending import Angles
-from lvlm.export.graphs.attention_sums import after_some
+from lvlm.export.graphs.attention_received import after_some
 from lvlm.export.graphs.blocks import EntriesKept, run_block, store
 from lvlm.export.graphs.embedded import EmbeddedTokens, new_tokens
 from lvlm.export.graphs.graph import Tensors
@@ -87,6 +89,7 @@ class ExtendKept(LanguageGraph):
         embedded = EmbeddedTokens(model, given)
         hidden, angles = embedded.hidden, Angles()
         ring = {"ring_slots": given["ring_slots"]} if self.queries else {}
+        body = partial(_block, sums=self.rule is not None and self.rule.sums)
         outputs: dict[str, torch.Tensor] = {}
         for layer, one in enumerate(model.layers):
             cos, sin = angles.of(one.rotary, hidden, positions)
@@ -95,7 +98,7 @@ class ExtendKept(LanguageGraph):
             counts = one_layer(COUNTS, layer, given)
             taken = {"hidden": hidden, **turned, **counts, **ring, **own}
             described = {name: like(taken[name]) for name in ("hidden", *own)}
-            written = repeated(_block, one.block, taken, described)
+            written = repeated(body, one.block, taken, described)
             hidden = embedded.with_features(layer, written.pop("hidden"))
             outputs |= self.present(layer, written)
         outputs["logits"] = logits_at(model, hidden, given["last_token"])
@@ -118,6 +121,8 @@ def _block(
     query: torch.Tensor | None = None,
     ring_slots: torch.Tensor | None = None,
     received: torch.Tensor | None = None,
+    *,
+    sums: bool,
 ) -> dict[str, torch.Tensor]:
     """A block on the new tokens, and its buffers as decode would leave them."""
     at = torch.arange(hidden.shape[1], device=hidden.device)
@@ -130,8 +135,8 @@ def _block(
     # Whole buffers; written as every buffer is, which lowering relies on
     start = torch.zeros_like(write_index)
     if received is not None:  # nothing leaves but at intervals: entries lie in order, from 0 on
-        sums = after_some(received, past_slots, tap, hidden.shape[1])
-        found["received"] = store(received, sums, start)
+        scores = after_some(received, past_slots, tap, sums=sums)
+        found["received"] = store(received, scores, start)
     if query is not None and ring_slots is not None:
         queries = torch.cat([query, tap.query.to(query.dtype)], dim=2)
         found["query"] = store(query, queries.index_select(2, ring_slots), start)

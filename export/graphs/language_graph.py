@@ -17,8 +17,8 @@ from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.ports import BATCH, GraphPort, LayerPort, all_layers
 from lvlm.export.recipes.parts.cache_rule import CacheRule
 
-# Of a layer's buffers; query: the ring of recent queries; received: of each entry the sum of the
-# attention that it got
+# Of a layer's buffers; query: the ring of recent queries; received: the attention that each entry
+# got, of all queries so far or of the newest
 Kind = Literal["key", "value", "query", "received"]
 CAPACITY = "capacity"  # slots of a layer's buffers, a dimension of its own
 ENTRIES: tuple[Kind, ...] = ("key", "value")
@@ -28,7 +28,7 @@ Caches = Mapping[Kind, Sequence[torch.Tensor]]  # the buffers of every layer
 class LanguageGraph(BundleGraph):
     """A graph that takes past_key_l and past_value_l [B,Hkv,C_l,d] of every layer, whose capacity
     C_l is a dynamic dimension per layer, with a ring of queries past_query_l [B,Hq,queries,d], and
-    with sums of attention past_received_l [B,1,C_l,1] fp32. What it writes of them is
+    with scores that go on past_received_l [B,1,C_l,1] fp32. What it writes of them is
     present_KIND_l."""
 
     def __init__(
@@ -75,7 +75,7 @@ class LanguageGraph(BundleGraph):
 
 def kinds_of(rule: CacheRule | None) -> tuple[Kind, ...]:
     """The buffers that a layer has under a cache rule."""
-    if rule is not None and rule.sums:
+    if rule is not None and rule.received:
         return (*ENTRIES, "received")
     return (*ENTRIES, "query") if rule is not None and rule.queries else ENTRIES
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from lvlm.export.recipes.recipe import Recipe, parameter
 from lvlm.runtime.policies.evictions import Interval
-from lvlm.runtime.policies.policy import CachePolicy, Evict, Window
+from lvlm.runtime.policies.policy import CachePolicy, Evict, Latest
 from lvlm.runtime.policies.shares import Uniform
 
 
@@ -31,7 +31,7 @@ class Tova(Recipe):
 
     def cache_policy(self) -> CachePolicy:
         return CachePolicy(
-            score=Window(1),
+            score=Latest(),
             select=Evict(),
             decode=Interval(self.kv_interval),
             budget=Uniform(self.kv_keep, self.kv_cap),

@@ -179,7 +179,7 @@ def _budget(manifest: Manifest) -> Forms:
 
 
 def _caches(manifest: Manifest) -> Forms:
-    """Keys and values of every layer; its ring of queries, its sums, where it has them."""
+    """Keys and values of every layer; its ring of queries, its scores, where it has them."""
     text, queries = manifest.text, _queries(manifest)
     entry = (manifest.cache_dtype, (None, text.kv_heads, None, text.head_dim))
     ring = (manifest.cache_dtype, (None, text.heads, queries, text.head_dim))
@@ -188,7 +188,7 @@ def _caches(manifest: Manifest) -> Forms:
         forms |= {f"key_{layer}": entry, f"value_{layer}": entry}
         if queries:
             forms[f"query_{layer}"] = ring
-        if manifest.cache_policy is not None and manifest.cache_policy.sums:
+        if manifest.cache_policy is not None and manifest.cache_policy.received:
             forms[f"received_{layer}"] = ("float32", (None, 1, None, 1))
     return forms
 

@@ -15,13 +15,13 @@ from lvlm.runtime.kv.slot_counts import SlotCounts
 from lvlm.runtime.policies.policy import CachePolicy
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-SUMS = "float32"  # of attention: small numbers on large ones
+SCORES = "float32"  # attention received: sums add small numbers to large ones
 Form = tuple[tuple[int, ...], str]  # a buffer's shape and dtype
 
 
 class CompactCache(SlotCounts):
     """Buffers key and value [B,Hkv,C_l,d] per layer, with a ring of queries also query
-    [B,Hq,queries,d], with sums of attention received [B,1,C_l,1], and the counts of what lies in
+    [B,Hq,queries,d], with scores that go on received [B,1,C_l,1], and the counts of what lies in
     them.
 
     A row can be filled on its own (``views``, ``begin``) and copied to another place.
@@ -60,8 +60,8 @@ class CompactCache(SlotCounts):
             super().__init__(budgets, batch, capacities)
         except MemoryError:
             raise self._no_room(batch, "") from None
-        sums = ITEM_BYTES[SUMS] if self.sums else 0
-        self._entry_bytes = 2 * text.kv_heads * text.head_dim * item + sums
+        scores = ITEM_BYTES[SCORES] if policy is not None and policy.received else 0
+        self._entry_bytes = 2 * text.kv_heads * text.head_dim * item + scores
         self._ring_bytes = len(capacities) * self.queries * text.heads * text.head_dim * item
 
     def _no_room(self, batch: int, there: str) -> DeviceMemoryError:
@@ -107,7 +107,7 @@ class CompactCache(SlotCounts):
         return inputs
 
     def bytes_used(self, row: int) -> int:
-        """Bytes of the entries of one row, with their sums, and of its ring of queries."""
+        """Bytes of the entries of one row, with their scores, and of its ring of queries."""
         return int(self.entries[:, row].sum() * self._entry_bytes + self._ring_bytes)
 
 
@@ -128,8 +128,8 @@ def _forms(
             forms |= {f"key_{layer}": entries, f"value_{layer}": entries}
         if policy is not None and policy.queries:
             forms[f"query_{layer}"] = (batch, text.heads, policy.queries, text.head_dim), dtype
-        if policy is not None and policy.sums and capacity:
-            forms[f"received_{layer}"] = (batch, 1, capacity, 1), SUMS
+        if policy is not None and policy.received and capacity:
+            forms[f"received_{layer}"] = (batch, 1, capacity, 1), SCORES
     return forms
 
 

@@ -28,7 +28,7 @@ class SlotCounts:
       ``compaction`` gives the inputs of compact.onnx, which moves the survivors to the front in
       their order. Each layer also has its latest queries in a ring query [B,Hq,queries,d]. As the
       last ``recent`` >= ``queries`` entries survive every compaction, the own entry of the i-th
-      latest query is always the i-th last. Or it has sums of attention received [B,1,C,1] and no
+      latest query is always the i-th last. Or it has scores that go on, received [B,1,C,1], and no
       ring.
 
     Decode covers the first ``active`` rows, at first all; rows have budgets of their own.

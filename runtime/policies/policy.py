@@ -5,6 +5,7 @@
 score    what ranks a layer's entries after prefill, and before each run of compact.onnx
            AllQueries  the attention of all prompt queries
            Accumulated  that of all queries so far: the sums go on in decode
+           Latest      that of the newest query alone, as decode finds it
            Window      that of the most recent queries, as it is or pooled over neighbouring
                        positions, of all heads together or of each key head on its own
            Recency     nothing is read: the newer, the better
@@ -66,6 +67,14 @@ class Accumulated:
 
 
 @dataclass(frozen=True)
+class Latest:
+    """Entries rank by the attention of the newest query, mean over the heads. What decode finds
+    lies beside the cache, one number per entry, until the next token's takes its place."""
+
+    kind: Literal["latest"] = "latest"
+
+
+@dataclass(frozen=True)
 class Window:
     """Entries rank by the attention of the ``queries`` most recent tokens.
 
@@ -123,7 +132,7 @@ class ReleasedMerge:
     kind: Literal["released-merge"] = "released-merge"
 
 
-Score = AllQueries | Accumulated | Window | Recency
+Score = AllQueries | Accumulated | Latest | Window | Recency
 Select = Evict | Merge | ReleasedMerge
 Decode = Append | FixedPoint | Oldest | Interval | ReleasedFixedPoint
 Budget = Uniform | Slope | Profile | Mixed | ReleasedUniform | ReleasedProfile
@@ -160,14 +169,15 @@ class CachePolicy:
                 f"{window} queries rank the entries, but only the last {self.recent} entries are "
                 "protected; a query's own entry must stay"
             )
-        if isinstance(self.decode, Interval) and window == 0 and not self.sums:
+        if isinstance(self.decode, Interval) and window == 0 and not self.received:
             raise ParameterError(
                 "compaction at intervals is ranked by the latest queries or by sums over all; give "
-                "a window, or sums that go on"
+                "a window, or a score that goes on"
             )
-        if self.sums and not (isinstance(self.decode, Interval) and isinstance(self.select, Evict)):
+        evicted = isinstance(self.decode, Interval) and isinstance(self.select, Evict)
+        if self.received and not evicted:
             raise ParameterError(
-                "sums that go on in decode are for entries that are evicted at intervals"
+                "scores that go on in decode are for entries that are evicted at intervals"
             )
         released = isinstance(self.budget, ReleasedUniform | ReleasedProfile)
         if released != isinstance(self.decode, ReleasedFixedPoint):
@@ -185,8 +195,13 @@ class CachePolicy:
         return self.score.queries if later else 0  # type: ignore[union-attr]
 
     @property
+    def received(self) -> bool:
+        """Whether each entry has the attention that it got beside it, which goes on in decode."""
+        return isinstance(self.score, Accumulated | Latest)
+
+    @property
     def sums(self) -> bool:
-        """Whether each entry has its sum of attention beside it, which goes on in decode."""
+        """Whether that is a sum over all queries so far."""
         return isinstance(self.score, Accumulated)
 
     @property

@@ -247,9 +247,15 @@ FAULTS = {
         TWIN,
     ),
     "sums of attention that stand still in decode": Fault(
-        "export/graphs/attention_sums.py",
-        "received[:, 0, :, 0] + found[:, 1:]",
-        "received[:, 0, :, 0]",
+        "export/graphs/attention_received.py",
+        "received[:, 0, :, 0] + found[:, 1:] if sums",
+        "received[:, 0, :, 0] if sums",
+        "tests/naive/test_naive_twins.py::test_compositions",
+    ),
+    "scores of tova that keep what a token before attended to": Fault(
+        "export/graphs/attention_received.py",
+        "if sums else found[:, 1:]",
+        "if sums else torch.maximum(received[:, 0, :, 0], found[:, 1:])",
         "tests/naive/test_naive_twins.py::test_compositions",
     ),
     "scores of snapkv pooled with its own window's": Fault(

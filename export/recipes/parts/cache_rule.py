@@ -25,6 +25,7 @@ from lvlm.runtime.policies.policy import (
     AllQueries,
     CachePolicy,
     Evict,
+    Latest,
     Merge,
     Recency,
     ReleasedMerge,
@@ -43,7 +44,7 @@ class Compacted:
 
     key, value  [B,Hkv,K,d]
     kept        [B] int64: how many entries that is of each row; -1: an importance was not finite
-    received    [B,1,K,1] fp32: their sums of attention, where the score goes on with these
+    received    [B,1,K,1] fp32: the attention they got, where the score goes on with it
     """
 
     key: torch.Tensor
@@ -61,7 +62,7 @@ class Layer:
     queries  [B,Hq,R,d]: the most recent ones, where the score is a window of these
     index    [B,R] int64: of each query's own entry, -1: there is none
     scale    of query · key
-    received [B,N] fp32: attention from all queries so far, where the score asks for it
+    received [B,N] fp32: the attention they got, where the score asks for it and that is known
     """
 
     key: torch.Tensor
@@ -85,6 +86,14 @@ def _(score: AllQueries | Accumulated, layer: Layer, recent: int) -> torch.Tenso
     del score, recent
     assert layer.received is not None
     return layer.received
+
+
+@importance.register
+def _(score: Latest, layer: Layer, recent: int) -> torch.Tensor:
+    del score
+    if layer.received is not None:
+        return layer.received
+    return importance(Window(1), layer, recent)
 
 
 @importance.register
@@ -148,8 +157,13 @@ class CacheRule:
         return isinstance(self.cache_policy.score, AllQueries | Accumulated)
 
     @property
+    def received(self) -> bool:
+        """Whether the attention that each entry got lies beside it [B,1,C,1]."""
+        return self.cache_policy.received
+
+    @property
     def sums(self) -> bool:
-        """Whether each entry's sum of attention lies beside it [B,1,C,1]."""
+        """Whether that is a sum over all queries so far."""
         return self.cache_policy.sums
 
     def inputs(self) -> list[LayerPort]:
@@ -188,8 +202,9 @@ class CacheRule:
         """Keys and values [B,Hkv,N,d] of one layer to what it keeps. ``inputs`` are the layer's."""
         score = self.cache_policy.score
         queries, index = None, None
-        if isinstance(score, Window):
-            queries, index = self.window(state, tap, score.queries)
+        if isinstance(score, Window | Latest):
+            count = score.queries if isinstance(score, Window) else 1
+            queries, index = self.window(state, tap, count)
         received = tap.importance if self.scores_all else None
         entries = Layer(key, state.length(), queries, index, tap.scale, received)
         return self._compact(entries, value, inputs)
@@ -204,10 +219,10 @@ class CacheRule:
         inputs: Mapping[str, torch.Tensor],
     ) -> Compacted:
         """The same for a layer's buffers [B,Hkv,C,d] between two decode steps; with its ring of
-        queries, or its entries' sums [B,1,C,1]."""
+        queries, or the attention its entries got [B,1,C,1]."""
         length, index = inputs["valid_length"], inputs.get("query_slot")
-        sums = None if received is None else received[:, 0, :, 0]
-        return self._compact(Layer(key, length, queries, index, scale, sums), value, inputs)
+        scores = None if received is None else received[:, 0, :, 0]
+        return self._compact(Layer(key, length, queries, index, scale, scores), value, inputs)
 
     def _compact(
         self, entries: Layer, value: torch.Tensor, inputs: Mapping[str, torch.Tensor]
@@ -235,7 +250,7 @@ class CacheRule:
             new_key, new_value = (_rows(x[:, 0], heads) for x in (new_key, new_value))
             kept = _rows(kept, heads).amin(1)
         received = None
-        if self.sums:
+        if self.received:
             theirs = scores.gather(1, stay.clamp(min=0))
             received = torch.where(stay >= 0, theirs, 0)[:, None, :, None]
         return Compacted(new_key, new_value, kept, received)

@@ -12,7 +12,7 @@ from lvlm.export.recipes.recipe import Recipe, cache_recipes, parse_settings, se
 from lvlm.export.recipes.uniform import Uniform as UniformRecipe
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
 from lvlm.runtime.policies.evictions import Append, Interval, Oldest
-from lvlm.runtime.policies.policy import Accumulated, CachePolicy, Evict, Recency, Window
+from lvlm.runtime.policies.policy import Accumulated, CachePolicy, Evict, Latest, Recency, Window
 from lvlm.runtime.policies.shares import Mixed, Profile, ProfileRow, Slope, Uniform
 
 RECIPES: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")
@@ -190,7 +190,7 @@ def test_presets_are_compositions() -> None:
         Recency(), Evict(), Oldest(), Uniform(0.5), sinks=4
     )
     assert RECIPES["tova"]().cache_policy() == CachePolicy(
-        Window(1), Evict(), Interval(1), Uniform(0.5), recent=1
+        Latest(), Evict(), Interval(1), Uniform(0.5), recent=1
     )
     assert RECIPES["h2o"]().cache_policy() == CachePolicy(
         Accumulated(), Evict(), Interval(1), Uniform(0.5), recent=32

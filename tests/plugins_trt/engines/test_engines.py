@@ -60,7 +60,6 @@ FAULTS = [
     ("internvl:qwen3-mha-rms", "lightvlm"),
     ("llava:llama-mha-bias-rope3-siglip", "lightvlm"),
     ("qwen3-vl:mha-tied", "lightvlm"),
-    ("tiny-llava", "tova"),
 ]
 
 
