@@ -23,8 +23,12 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
+from sessions_kept import keep_sessions
 
 from lvlm.runtime.backends import cpu
+from lvlm.runtime.backends.ort.shared_sessions import SharedWeights
+
+LOADS = SharedWeights.session  # as the product has it
 
 # What tests import stays; by default Python's collector goes through all of it again and again
 gc.set_threshold(100_000, 20, 100)
@@ -94,6 +98,20 @@ def one_thread_per_session() -> Any:
     patch.setattr(cpu.Backend, "__init__", lambda self, threads=None: init(self, threads or 1))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sessions_kept() -> Iterator[None]:
+    """Graphs that this process has loaded are not loaded again."""
+    with pytest.MonkeyPatch.context() as patch:
+        keep_sessions(patch)
+        yield
+
+
+@pytest.fixture
+def own_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that is about loading loads its graphs itself."""
+    monkeypatch.setattr(SharedWeights, "session", LOADS)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ from lvlm.runtime.backends.ort.mapped_weights import MappedWeights
 from lvlm.runtime.bundle.manifest import Graph, Port, Weight
 from lvlm.runtime.bundle.reader import read_bundle
 
+pytestmark = pytest.mark.usefixtures("own_sessions")
+
 MEGABYTE = 1 << 20
 WIDE, DEEP = 1024, 8  # weights [WIDE,WIDE] fp32 of 4 MB each
 SIZE = 4 * WIDE * WIDE

@@ -16,6 +16,8 @@ from engine_tools import IMAGES, LONG, QUESTION, WAIT, Held, intercept, running,
 from lvlm.core.errors import BackendError, EngineClosedError
 from lvlm.runtime.engine import Engine
 
+pytestmark = pytest.mark.usefixtures("own_sessions")
+
 
 def test_closed_while_busy(folder: Path) -> None:
     engine = Engine(folder, slots=2)
