@@ -40,10 +40,14 @@ class Tap:
     importance: torch.Tensor = field(init=False)
 
     def queries_at(self, index: torch.Tensor) -> torch.Tensor:
-        """The queries [B,Hq,R,d] at ``index`` [B,R] int64; below 0: any."""
+        """The queries [B,Hq,R,d] at ``index`` [B,R] int64; below 0: any.
+
+        Picked in fp32: in fp16 TensorRT-RTX 1.7's builder crashes on prefill graphs that do so, or
+        finds "uses before defs" in them (docs/tensorrt.md).
+        """
         wanted = index.clamp(min=0)[:, None, :, None]
         wanted = wanted.expand(-1, self.query.shape[1], -1, self.query.shape[3])
-        return self.query.gather(2, wanted)
+        return self.query.float().gather(2, wanted).to(self.query.dtype)
 
 
 def _node(

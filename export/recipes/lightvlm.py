@@ -37,7 +37,7 @@ class LightVLM(Composed):
     schedule: tuple[float, ...] | None = parameter(
         None, "fraction of the original tokens left after each stage; default keep ** (i / n)"
     )
-    importance: Importance = parameter("last", SCORED_BY)
+    importance: Importance = parameter("text", SCORED_BY)
     merge: Merge = parameter(
         "recycle", "treatment of discarded tokens: recycle (centres absorb them), nearest, drop"
     )

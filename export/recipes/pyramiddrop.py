@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lvlm.export.recipes.lightvlm import LightVLM
-from lvlm.export.recipes.parts.pyramid import Merge
+from lvlm.export.recipes.parts.pyramid import SCORED_BY, Importance, Merge
 from lvlm.export.recipes.recipe import parameter
 
 
@@ -28,6 +28,7 @@ class PyramidDrop(LightVLM):
     stages: tuple[int, ...] | None = parameter(
         None, "blocks whose input is reduced; default round(L * 1/4, 1/2, 3/4), after DeepStack"
     )
+    importance: Importance = parameter("last", SCORED_BY)
     merge: Merge = parameter("drop", "treatment of discarded tokens: drop, nearest, recycle")
     kv: str = parameter("none", "cache compression: none, interval, or any cache recipe's name")
 

@@ -240,10 +240,10 @@ FAULTS = {
         "return min(image_tokens, max(1, rounded(image_tokens * ratio)) + 1)",
         "tests/runtime/kv/test_image_tokens.py::test_kept_is_the_rounded_share_but_at_least_one",
     ),
-    "image tokens scored by the token before the last": Fault(
+    "image tokens scored by queries one too early": Fault(
         "export/recipes/parts/pyramid.py",
-        "asking.append(state.last()[:, None])",
-        "asking.append(state.last()[:, None] - 1)",
+        "rows = state.last()[:, None] - slots",
+        "rows = state.last()[:, None] - 1 - slots",
         TWIN,
     ),
     "sums of attention that stand still in decode": Fault(

@@ -17,7 +17,7 @@ class Pyramid(NoRule):
     fractions: list[float]
     stages: list[int]
     cache: NoRule
-    importance: str = "last"
+    importance: str = "text"
     merge: str = "recycle"
     recycle: float = 0.1
     absorb: int = 5

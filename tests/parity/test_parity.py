@@ -90,7 +90,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"name", "settings"} <= set(metafunc.fixturenames):
         names = MODELS if metafunc.config.getoption("--whole") else MERGED
         cases: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
-        cases.append(("tiny-llava", ("merge=nearest", "importance=text")))
+        cases.append(("tiny-llava", ("merge=nearest", "importance=last")))
         cases.append(("tiny-llava", ("merge=drop", "stages=[2,4]")))
         metafunc.parametrize(("name", "settings"), cases)
 

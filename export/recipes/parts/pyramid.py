@@ -126,7 +126,7 @@ class Pyramid(TokenReduction):
         for rows in asking:
             queries = tap.queries_at(rows)
             found += TOKEN_IMPORTANCE(queries, tap.key, rows, state.image_id, scale=tap.scale)
-        return torch.stack(found).mean(0) if len(found) > 1 else found[0]
+        return sum(found[1:], start=found[0]) / len(found)
 
 
 def _text_rows(state: TokenSequence, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

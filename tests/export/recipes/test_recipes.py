@@ -37,7 +37,7 @@ def test_stages_of_presets() -> None:
     for name, stages in (("fastv", (2,)), ("pyramiddrop", (8, 16, 24))):
         made = RECIPES[name]().for_layers(32)
         assert made.cache_policy() is None
-        own = LightVLM(stages=stages, merge="drop", kv="none").for_layers(32)
+        own = LightVLM(stages=stages, importance="last", merge="drop", kv="none").for_layers(32)
         assert made.token_reduction() == own.token_reduction()
 
 

@@ -46,6 +46,7 @@ RECIPES = (
     }
     | {settings[0]: settings for settings in CACHED.values() if settings[0] != "lightvlm"}
     | AT_ENCODER
+    | {"importance=both": ("lightvlm", "importance=both", "kv=none")}
 )
 
 
@@ -55,11 +56,7 @@ USUAL = [(SMALL, name) for name in RECIPES]
 KNOWN_FAULT = pytest.mark.xfail(
     raises=BuildError, reason="TensorRT-RTX 1.7: docs/tensorrt.md, Known faults", strict=True
 )
-FAULTS = [
-    ("internvl:qwen3-mha-rms", "lightvlm"),
-    ("llava:llama-mha-bias-rope3-siglip", "lightvlm"),
-    ("qwen3-vl:mha-tied", "lightvlm"),
-]
+FAULTS = [("qwen3-vl:mha-tied", "lightvlm")]
 
 
 @pytest.fixture(scope="module")
