@@ -30,7 +30,9 @@ class FastV(LightVLM):
         None, f"blocks whose input is reduced; default {BLOCK}, after DeepStack"
     )
     importance: Importance = parameter("last", SCORED_BY)
-    merge: Merge = parameter("drop", "treatment of discarded tokens: drop, nearest, recycle")
+    merge: Merge = parameter(
+        "drop", "treatment of discarded tokens: drop, nearest, recycle, illava"
+    )
     kv: str = parameter("none", "cache compression: none, interval, or any cache recipe's name")
 
     def places(self, layers: int) -> list[int]:

@@ -17,7 +17,14 @@ from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction, integer
 from lvlm.core.rounding import rounded
 from lvlm.export.recipes.parts.at_encoder import AtEncoder
-from lvlm.export.recipes.parts.pyramid import SCORED_BY, Importance, Merge, Pyramid
+from lvlm.export.recipes.parts.pyramid import (
+    CENTRES_TEXT,
+    MERGED_BY,
+    SCORED_BY,
+    Importance,
+    Merge,
+    Pyramid,
+)
 from lvlm.export.recipes.recipe import choice, parameter
 from lvlm.runtime.bundle.manifest import EncoderReduction
 from lvlm.runtime.reductions import rules
@@ -41,11 +48,9 @@ class Hybrid(AtEncoder):
         None, "block whose input is reduced; default round(L / 2), after DeepStack"
     )
     importance: Importance = parameter("text", SCORED_BY)
-    merge: Merge = parameter(
-        "recycle", "treatment of discarded tokens: recycle (centres absorb them), nearest, drop"
-    )
-    recycle: float = parameter(0.1, "fraction of the kept tokens that are centres, in (0, 1]")
-    absorb: int = parameter(5, "tokens a centre absorbs at most (merge=recycle)")
+    merge: Merge = parameter("recycle", MERGED_BY)
+    recycle: float | None = parameter(None, CENTRES_TEXT)
+    absorb: int = parameter(5, "tokens a centre absorbs at most (merge=recycle, illava)")
 
     def __post_init__(self) -> None:
         if self.encoder not in rules():
@@ -54,7 +59,8 @@ class Hybrid(AtEncoder):
         choice("importance", self.importance, Importance)
         choice("merge", self.merge, Merge)
         fraction("share", self.share)
-        fraction("recycle", self.recycle)
+        if self.recycle is not None:
+            fraction("recycle", self.recycle)
         integer("absorb", self.absorb, 1)
         if self.stage is not None:
             integer("stage", self.stage, 1)

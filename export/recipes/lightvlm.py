@@ -14,7 +14,14 @@ from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction, integer
 from lvlm.core.rounding import rounded
 from lvlm.export.recipes.parts.composed import Composed
-from lvlm.export.recipes.parts.pyramid import SCORED_BY, Importance, Merge, Pyramid
+from lvlm.export.recipes.parts.pyramid import (
+    CENTRES_TEXT,
+    MERGED_BY,
+    SCORED_BY,
+    Importance,
+    Merge,
+    Pyramid,
+)
 from lvlm.export.recipes.recipe import choice, parameter
 
 
@@ -38,18 +45,17 @@ class LightVLM(Composed):
         None, "fraction of the original tokens left after each stage; default keep ** (i / n)"
     )
     importance: Importance = parameter("text", SCORED_BY)
-    merge: Merge = parameter(
-        "recycle", "treatment of discarded tokens: recycle (centres absorb them), nearest, drop"
-    )
-    recycle: float = parameter(0.1, "fraction of the kept tokens that are centres, in (0, 1]")
-    absorb: int = parameter(5, "tokens a centre absorbs at most (merge=recycle)")
+    merge: Merge = parameter("recycle", MERGED_BY)
+    recycle: float | None = parameter(None, CENTRES_TEXT)
+    absorb: int = parameter(5, "tokens a centre absorbs at most (merge=recycle, illava)")
     kv: str = parameter(
         "interval", "cache compression: interval (own), none, or any cache recipe's name"
     )
 
     def __post_init__(self) -> None:
         fraction("keep", self.keep)
-        fraction("recycle", self.recycle)
+        if self.recycle is not None:
+            fraction("recycle", self.recycle)
         choice("importance", self.importance, Importance)
         choice("merge", self.merge, Merge)
         integer("absorb", self.absorb, 1)

@@ -29,7 +29,9 @@ class PyramidDrop(LightVLM):
         None, "blocks whose input is reduced; default round(L * 1/4, 1/2, 3/4), after DeepStack"
     )
     importance: Importance = parameter("last", SCORED_BY)
-    merge: Merge = parameter("drop", "treatment of discarded tokens: drop, nearest, recycle")
+    merge: Merge = parameter(
+        "drop", "treatment of discarded tokens: drop, nearest, recycle, illava"
+    )
     kv: str = parameter("none", "cache compression: none, interval, or any cache recipe's name")
 
 

@@ -42,7 +42,8 @@ std::vector<size_t> Call::scratchBytes() const
     std::vector<size_t> sizes;
     for (ScratchTable const& scratch : table.scratch)
     {
-        size_t const exact = bytes(scratch.type, scratch.shape);
+        bool const there = scratch.words >> word & 1U;
+        size_t const exact = there ? bytes(scratch.type, scratch.shape) : 0;
         sizes.push_back((exact + kALIGNMENT - 1) / kALIGNMENT * kALIGNMENT);
     }
     return sizes;

@@ -18,7 +18,7 @@ struct Call
     Type data;    // what kData is
     Shapes shapes;
 
-    // Bytes of each scratch buffer, rounded up so that the next one is aligned.
+    // Bytes of each scratch buffer, rounded up so that the next one is aligned; 0: not there.
     std::vector<size_t> scratchBytes() const;
 
     // Loads every kernel that enqueue() will launch, which must not happen in a graph's capture.

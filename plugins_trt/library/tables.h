@@ -73,6 +73,7 @@ struct ScratchTable
 {
     Type type;
     List<Size> shape;
+    uint32_t words; // bit w: it is there for word w of the variant attribute
 };
 
 enum class Kind : int8_t

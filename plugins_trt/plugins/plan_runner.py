@@ -49,7 +49,7 @@ def run(
         return torch.full(shape, float("nan") if kind.is_floating_point else 77, dtype=kind,
                           device=data.device)  # fmt: skip
 
-    for scratch in plugin.scratch:
+    for scratch in plugin.scratch_for(word):
         tensors[scratch.name] = buffer(scratch.dtype, [size(shapes) for size in scratch.shape])
     outputs = []
     for output, shape in zip(plugin.outputs, plugin.output_shapes(shapes), strict=True):

@@ -47,11 +47,15 @@ class Output:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Memory that lasts for one call; holds anything at its beginning."""
+    """Memory that lasts for one call; holds anything at its beginning.
+
+    when  the words of the plugin's variant attribute that need it; (): all
+    """
 
     name: str
     dtype: str
     shape: tuple[Size, ...]
+    when: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,10 @@ class Plugin:
     def steps_for(self, word: str | None) -> list[Step]:
         """The steps of one variant."""
         return [step for step in self.steps if not step.when or word in step.when]
+
+    def scratch_for(self, word: str | None) -> list[Scratch]:
+        """The scratch buffers of one variant."""
+        return [each for each in self.scratch if not each.when or word in each.when]
 
     def words(self) -> tuple[str | None, ...]:
         """Every variant; (None,) without any."""

@@ -132,7 +132,8 @@ class _Tables:
             self._list(
                 "ScratchTable",
                 [
-                    f"{{{TYPES[s.dtype]}, {self._sizes(_growing(plugin, s.shape), inputs)}}}"
+                    f"{{{TYPES[s.dtype]}, {self._sizes(_growing(plugin, s.shape), inputs)}, "
+                    f"{_bits(plugin, s.when)}u}}"
                     for s in plugin.scratch
                 ],
             ),
@@ -175,7 +176,6 @@ class _Tables:
         inputs: dict[str, int],
         attributes: dict[str, int],
     ) -> str:
-        words = plugin.words()
         if not 1 <= len(step.grid) <= 3:
             raise BuildError(f"{plugin.name}: a grid has one to three extents")
         listed = [
@@ -185,10 +185,9 @@ class _Tables:
         ]
         arguments = [self._argument(a, tensors, inputs, attributes) for a in step.arguments]
         number = self._size(step.choice[1], inputs) if step.choice else "{nullptr, 0}"
-        runs = sum(1 << i for i, word in enumerate(words) if not step.when or word in step.when)
         return (
             f"{{{self._sizes(step.grid, inputs)}, {self._list('ArgumentTable', arguments)}, "
-            f"{number}, {self._list('Variant', listed)}, {runs}u}}"
+            f"{number}, {self._list('Variant', listed)}, {_bits(plugin, step.when)}u}}"
         )
 
     def _argument(
@@ -214,6 +213,11 @@ class _Tables:
             for t in size
         ]
         return self._list("Token", tokens)
+
+
+def _bits(plugin: Plugin, when: tuple[str, ...]) -> int:
+    """Bit i: for the variant's word i."""
+    return sum(1 << i for i, word in enumerate(plugin.words()) if not when or word in when)
 
 
 def _growing(plugin: Plugin, shape: Sequence[Size]) -> Sequence[Size]:

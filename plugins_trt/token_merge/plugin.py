@@ -1,9 +1,9 @@
-"""The plan of ``lvlm::TokenMerge``: contract in export/ops/token_merge/, kernels in kernel.py and
-absorb.py.
+"""The plan of ``lvlm::TokenMerge``: contract in export/ops/token_merge/, kernels in kernel.py,
+absorb.py and share.py.
 
 Scratch is 16 + 8 PARTS bytes for each of the B N tokens, 4 for each of the B Nout output slots and
 12 for each of the B M K centre numbers: under 1 % of the hidden states, if those are 4,096 wide and
-fp16. Nothing as large as tokens times centres exists.
+fp16. Nothing as large as tokens times centres exists but with merge=illava, whose centres are few.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from lvlm.plugins_trt.plugins.plugin_plan import (
     Step,
 )
 from lvlm.plugins_trt.plugins.sizes import Size, const, extent, numel
-from lvlm.plugins_trt.token_merge import absorb, kernel
+from lvlm.plugins_trt.token_merge import absorb, kernel, share
 
 BATCH, LENGTH, WIDTH = (extent("hidden", axis) for axis in range(3))
 IMAGES, SLOTS = extent("keep", 1), extent("keep_slots", 0)
 NEW_LENGTH = extent("out_slots", 0)
 NUMBERS = IMAGES * SLOTS  # of centres, in one row
+CENTRES = extent("recycle_slots", 0)  # of one image, at most
 LEADS = numel("positions") // numel("image_id").at_least(1)
 
 PARTS = 4  # a few loose tokens against a few centres would leave most of a GPU idle
@@ -102,6 +103,46 @@ def _absorb(
     )  # fmt: skip
 
 
+def _share() -> tuple[Step, ...]:
+    """The steps of merge=illava."""
+    return (
+        Step(
+            share.products,
+            (_blocks(LENGTH, 16), IMAGES, BATCH),
+            ("hidden", "image_id", "recycle", "centres", "loose", "loose_count", "product",
+             LENGTH, IMAGES, SLOTS, WIDTH, CENTRES),
+            {"BLOCK_T": 16, "BLOCK_C": 16, "BLOCK_D": 64},
+            choice=ODD,
+            when=("illava",),
+        ),
+        Step(
+            share.choose,
+            (IMAGES * CENTRES, BATCH),
+            ("recycle", "loose_count", "product", "best", "least", "last", LENGTH, IMAGES, SLOTS,
+             CENTRES, Scalar("absorb")),
+            {"BLOCK": 512},
+            when=("illava",),
+        ),
+        Step(
+            share.claim,
+            (_blocks(LENGTH, 128), BATCH),
+            ("image_id", "recycle", "centres", "loose", "loose_count", "product", "least", "last",
+             "map", LENGTH, IMAGES, SLOTS, CENTRES),
+            {"BLOCK": 128},
+            when=("illava",),
+        ),
+        Step(
+            share.halves,
+            (IMAGES * CENTRES, _blocks(WIDTH, 512), BATCH),
+            ("hidden", "recycle", "centres", "loose", "loose_count", "product", "best", "least",
+             "last", "map", "merged", LENGTH, IMAGES, SLOTS, NEW_LENGTH, WIDTH, CENTRES),
+            {"BLOCK_E": 8, "BLOCK_D": 512},
+            choice=ODD,
+            when=("illava",),
+        ),
+    )  # fmt: skip
+
+
 PLUGIN = Plugin(
     name="TokenMerge",
     inputs=(
@@ -122,11 +163,11 @@ PLUGIN = Plugin(
         Output("map", "int64", (BATCH, LENGTH)),
     ),
     attributes=(
-        Attribute("merge", str, "recycle", choices=("recycle", "nearest", "drop")),
+        Attribute("merge", str, "recycle", choices=("recycle", "nearest", "illava", "drop")),
         Attribute("absorb", int, 5, minimum=1),
     ),
     variant="merge",
-    needs={"recycle": ("recycle", "recycle_slots")},
+    needs=dict.fromkeys(("recycle", "illava"), ("recycle", "recycle_slots")),
     scratch=(
         Scratch("rank", "int32", (BATCH, LENGTH)),
         Scratch("origin", "int32", (BATCH, NEW_LENGTH)),
@@ -139,6 +180,15 @@ PLUGIN = Plugin(
         Scratch("norm", "float32", (BATCH, LENGTH)),
         Scratch("cosine", "float32", (const(PARTS), BATCH, LENGTH)),
         Scratch("owner", "int32", (const(PARTS), BATCH, LENGTH)),
+        *(
+            Scratch(name, dtype, (BATCH, IMAGES * CENTRES, *line), when=("illava",))
+            for name, dtype, line in (
+                ("product", "float32", (LENGTH,)),
+                ("best", "float32", ()),
+                ("least", "float32", ()),
+                ("last", "int32", ()),
+            )
+        ),
     ),
     steps=(
         Step(
@@ -148,7 +198,7 @@ PLUGIN = Plugin(
             {**COUNTING, "BLOCK": 2048},
             warps=16,
         ),
-        _layout("recycle", "recycle"),
+        _layout("recycle", "recycle", "illava"),
         _layout("keep", "nearest", "drop"),
         Step(
             kernel.copy,
@@ -162,7 +212,7 @@ PLUGIN = Plugin(
             "recycle",
             "recycle",
             limit=Scalar("absorb"),
-            max_centres=extent("recycle_slots", 0),
+            max_centres=CENTRES,
             tile={"BLOCK_T": 16, "BLOCK_C": 32, "BLOCK_D": 64},
         ),
         *_absorb(
@@ -172,5 +222,6 @@ PLUGIN = Plugin(
             max_centres=SLOTS,
             tile={"BLOCK_T": 32, "BLOCK_C": 64, "BLOCK_D": 32},
         ),
+        *_share(),
     ),
 )  # fmt: skip

@@ -93,9 +93,9 @@ def _merging(chance: random.Random, layers: int) -> Settings:
     settings: Settings = {
         "stages": sorted(chance.sample(range(1, layers), count)),
         "importance": chance.choice(["last", "text", "both"]),
-        "merge": chance.choice(["recycle", "recycle", "nearest", "drop"]),
+        "merge": chance.choice(["recycle", "recycle", "nearest", "illava", "drop"]),
     }
-    if settings["merge"] == "recycle":
+    if settings["merge"] in ("recycle", "illava"):
         settings |= {"recycle": chance.choice([0.1, 0.3]), "absorb": chance.randrange(1, 7)}
     return settings
 

@@ -81,7 +81,7 @@ def test_lightvlm(keep: float, kv_keep: float, bundle: Callable[..., Path], twin
 
 
 def test_lightvlm_over_another_cache(bundle: Callable[..., Path], twin: Twin) -> None:
-    settings: Settings = {"kv": "prefixkv", "kv_keep": 1.0}
+    settings: Settings = {"kv": "prefixkv", "kv_keep": 1.0, "merge": "illava"}
     folder = bundle("tiny-llava", "lightvlm", *arguments(settings), max_images=2)
     ratios = {"keep": 0.5, "kv_keep": 0.6}
     compare(folder, twin, lambda: rule_of("lightvlm", settings, folder, **ratios), **ratios)

@@ -12,14 +12,14 @@ from twin_rules import FixedPoint, NoRule, ranked, rounded
 @dataclass
 class Pyramid(NoRule):
     """Merging over the cache rule ``cache``; ``fractions`` of an image that are left after each of
-    the ``stages``, ``absorb`` and ``recycle`` of merge=recycle."""
+    the ``stages``, ``absorb`` and ``recycle`` of merge=recycle and illava."""
 
     fractions: list[float]
     stages: list[int]
     cache: NoRule
     importance: str = "text"
     merge: str = "recycle"
-    recycle: float = 0.1
+    recycle: float | None = None
     absorb: int = 5
     tokens: list[int] = field(default_factory=list)  # of each image at the start
 
@@ -83,10 +83,14 @@ class Pyramid(NoRule):
         paid: list[float],
     ) -> None:
         centres = list(stay)
-        if self.merge == "recycle":
+        if self.merge in ("recycle", "illava"):
             if len(stay) < 2:
                 return
-            centres = stay[-max(1, rounded(self.recycle * len(stay))) :]
+            part = self.recycle or {"recycle": 0.1, "illava": 0.05}[self.merge]
+            centres = stay[-max(1, rounded(part * len(stay))) :]
+        if self.merge == "illava":
+            self._share(old, new, centres, loose)
+            return
         claimed: dict[int, list[tuple[float, int]]] = {c: [] for c in centres}
         for token in loose:
             likeness = [float(torch.cosine_similarity(old[token], old[c], dim=0)) for c in centres]
@@ -101,6 +105,19 @@ class Pyramid(NoRule):
             if float(weights.sum()) == 0:
                 weights = torch.ones(len(members))
             new[centre] = (weights[:, None] * old[members]).sum(0) / weights.sum()
+
+    def _share(
+        self, old: torch.Tensor, new: torch.Tensor, centres: list[int], loose: list[int]
+    ) -> None:
+        """iLLaVA's: each centre its own nearest by dot product, whoever else takes them."""
+        for centre in centres:
+            likeness = [float(old[token] @ old[centre]) for token in loose]
+            taken = ranked(likeness)[: self.absorb]
+            if not taken:
+                continue
+            scaled = torch.tensor([likeness[i] for i in taken]) / old.shape[1] ** 0.5
+            mean = scaled.softmax(0) @ old[[loose[i] for i in taken]]
+            new[centre] = (old[centre] + mean) / 2
 
     def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
         self.cache.after_prompt(block, layer, attention)

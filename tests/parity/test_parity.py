@@ -92,6 +92,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
         cases.append(("tiny-llava", ("merge=nearest", "importance=last")))
         cases.append(("tiny-llava", ("merge=drop", "stages=[2,4]")))
+        cases += [(name, ("merge=illava",)) for name in ("tiny-llava", "qwen2.5-vl:gqa")]
         metafunc.parametrize(("name", "settings"), cases)
 
 

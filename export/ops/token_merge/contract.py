@@ -8,9 +8,13 @@ recycle  the last ``recycle`` of those that stay are centres. A discarded token 
          of its image with the highest cosine similarity (equal: the more important centre), and a
          centre absorbs the ``absorb`` most similar of its tokens (equal: lower index)
 nearest  every token that stays is a centre and absorbs all that go to it
+illava   centres as for recycle, but each takes the ``absorb`` discarded tokens of its image with
+         the largest dot products (equal: lower index), which several centres may share
 drop     nothing is absorbed
 
-A centre's hidden state becomes the importance-weighted mean over itself and what it absorbed.
+A centre's hidden state becomes the importance-weighted mean over itself and what it absorbed; with
+illava (arXiv 2412.06263) half its own and half the mean of what it took, weighted by the softmax of
+the dot products over the root of the width. A token that several took maps to the most similar.
 Survivors keep order and position; everything that absorbs nothing is copied bit by bit.
 """
 
@@ -29,7 +33,8 @@ from lvlm.export.ops.parts.checks import check_ranks
 from lvlm.export.ops.token_merge.function import EPSILON, token_merge_function
 from lvlm.export.ops.token_merge.samples import samples
 
-RULES = ("recycle", "nearest", "drop")
+RULES = ("recycle", "nearest", "illava", "drop")
+WITH_CENTRES = ("recycle", "illava")  # rules that take recycle and recycle_slots
 
 SCHEMA = register(
     OpSchema(
@@ -50,13 +55,13 @@ SCHEMA = register(
             OpSchema.FormalParameter(
                 "recycle",
                 "I",
-                "[B, M]: how many of those are centres; with merge=recycle only",
+                "[B, M]: how many of those are centres; with merge=recycle or illava",
                 param_option=OpSchema.FormalParameterOption.Optional,
             ),
             OpSchema.FormalParameter(
                 "recycle_slots",
                 "I",
-                "[R]: 0 … R-1, R the largest recycle; with merge=recycle only",
+                "[R]: 0 … R-1, R the largest recycle; with merge=recycle or illava",
                 param_option=OpSchema.FormalParameterOption.Optional,
             ),
         ],
@@ -100,8 +105,9 @@ def reference(
     hidden [B, N, D] fp32, fp16 or bf16; importance [B, N] fp32; all else int64: image_id [B, N],
     positions [B, N] or [3, B, N], keep and recycle [B, M] (recycle < keep, so that a protected
     token is no centre), keep_slots [K], recycle_slots [R], out_slots [Nout], whose extents are at
-    least the largest keep, recycle (and 1) and row after merging. Only ``recycle`` takes recycle
-    and recycle_slots. Cosines and means are fp32; a zero weight sum means the plain mean.
+    least the largest keep, recycle (and 1) and row after merging. Only ``recycle`` and ``illava``
+    take recycle and recycle_slots. Products and means are fp32; a zero weight sum means the plain
+    mean.
 
     Raises ParameterError for an unknown rule, or counts and shapes that do not fit together.
     """
@@ -130,13 +136,18 @@ def reference(
             centres = kept if recycle is None else kept[k - int(recycle[row, image]) :]
             if merge == "drop" or not len(centres) or not len(discarded):
                 continue
+            if merge == "illava":
+                dots = hidden[row, centres].float() @ hidden[row, discarded].float().T
+                taken = _nearest_few(dots, absorb)
+                state[centres] = _halves(hidden[row], centres, discarded, dots, taken)
+                owner, moved = dots.where(taken, float("-inf")).argmax(dim=0), taken.any(dim=0)
+                goes_to[discarded[moved]] = centres[owner[moved]]
+                continue
             cosine = _cosine(hidden[row, centres], hidden[row, discarded])
             owner = cosine.argmax(dim=0)
             taken = owner == torch.arange(len(centres), device=hidden.device)[:, None]
             if merge == "recycle":
-                closest = cosine.where(taken, float("-inf"))
-                order = closest.argsort(dim=1, descending=True, stable=True)
-                taken &= order.argsort(dim=1) < absorb  # the inverse: each token's place
+                taken &= _nearest_few(cosine.where(taken, float("-inf")), absorb)
             touched, moved = taken.any(dim=1), taken.any(dim=0)
             means = _means(hidden[row], weight, centres, discarded, taken)
             state[centres[touched]] = means[touched].to(state.dtype)
@@ -157,6 +168,27 @@ def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     norm_a, norm_b = (torch.linalg.vector_norm(x, dim=1).clamp(min=EPSILON) for x in (a, b))
     cosine: torch.Tensor = a @ b.T / norm_a[:, None] / norm_b
     return cosine
+
+
+def _nearest_few(similarity: torch.Tensor, absorb: int) -> torch.Tensor:
+    """The ``absorb`` largest of each row [C, X] bool; equal: lower index."""
+    order = similarity.argsort(dim=1, descending=True, stable=True)
+    taken: torch.Tensor = order.argsort(dim=1) < absorb  # the inverse: each token's place
+    return taken
+
+
+def _halves(
+    states: torch.Tensor,
+    centres: torch.Tensor,
+    discarded: torch.Tensor,
+    dots: torch.Tensor,
+    taken: torch.Tensor,
+) -> torch.Tensor:
+    """Centres [C, D], half and half with the softmax-weighted mean of what each takes."""
+    share = (dots / states.shape[1] ** 0.5).where(taken, float("-inf")).softmax(dim=1)
+    mean = share @ states[discarded].float()
+    half: torch.Tensor = (states[centres].float() + mean) / 2
+    return half.to(states.dtype)
 
 
 def _means(
@@ -218,8 +250,10 @@ def outputs(
         raise nearest("merge rule", merge, RULES)
     if absorb < 1:
         raise ParameterError(f"TokenMerge: absorb is {absorb}, at least 1 is needed")
-    if (recycle is not None, recycle_slots is not None) != (merge == "recycle",) * 2:
-        raise ParameterError("TokenMerge: merge=recycle alone takes recycle and recycle_slots")
+    if (recycle is not None, recycle_slots is not None) != (merge in WITH_CENTRES,) * 2:
+        raise ParameterError(
+            "TokenMerge: merge=recycle and illava alone take recycle and recycle_slots"
+        )
     inputs: list[tuple[str, torch.Tensor | None, tuple[int, ...]]] = [
         ("hidden", hidden, (3,)),
         ("importance", importance, (2,)),

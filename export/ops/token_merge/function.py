@@ -23,6 +23,7 @@ from lvlm.export.ops.parts.body import Body, Value
 F32 = onnx.TensorProto.FLOAT
 I64 = onnx.TensorProto.INT64
 NO_PAIR = -2.0  # below every cosine
+LOWEST = float(np.finfo(np.float32).min)  # below every dot product
 EPSILON = 1e-12  # least norm in a cosine: that of a zero vector is 0 with everything
 
 
@@ -41,7 +42,7 @@ class Ranked:
 def token_merge_function(
     schema: onnx.defs.OpSchema, attributes: Mapping[str, Attribute]
 ) -> onnx.FunctionProto:
-    """The body for ``attributes["merge"]``: three rules, three bodies, one set of formal names
+    """The body for ``attributes["merge"]``: four rules, four bodies, one set of formal names
     (``recycle`` and ``recycle_slots`` only where the rule takes them). A model therefore holds one
     rule, and one ``absorb``.
     """
@@ -50,12 +51,14 @@ def token_merge_function(
     ranked = _rank(g)
     if attributes["merge"] == "recycle":
         result = _recycle(g, ranked, int(attributes["absorb"]))
+    elif attributes["merge"] == "illava":
+        result = _illava(g, ranked, int(attributes["absorb"]))
     elif attributes["merge"] == "nearest":
         result = _nearest(g, ranked)
     else:
         source = _source(g, ranked, ranked.order)
         result = _finish(g, ranked, source, "hidden", _new_index(g, source))
-    inputs = None if attributes["merge"] == "recycle" else schema.min_input
+    inputs = None if attributes["merge"] in ("recycle", "illava") else schema.min_input
     return g.function(schema, result, attributes, inputs=inputs)
 
 
@@ -105,7 +108,9 @@ def _new_index(g: Body, source: Value) -> Value:
     return g.Where(stays, g.Sub(count, g.const(1)), g.const(-1))
 
 
-def _recycle(g: Body, ranked: Ranked, absorb: int) -> list[Value]:
+def _centres(g: Body, ranked: Ranked) -> tuple[Value, Value, Value, Value]:
+    """The last ``recycle`` of those that stay: source and new index [B, N] with rows of their own
+    for them; the centres [B, M, R]; which of those there are, bool."""
     recycle = g.Unsqueeze("recycle", g.const([2]))  # [B, M, 1]
     untouched = g.Sub(g.Unsqueeze("keep", g.const([2])), recycle)
     images, count = g.dim("keep", 1), g.dim("recycle_slots", 0)
@@ -119,7 +124,11 @@ def _recycle(g: Body, ranked: Ranked, absorb: int) -> list[Value]:
 
     slot = g.Min(g.Add(untouched, "recycle_slots"), g.Sub(g.dim("keep_slots", 0), g.const(1)))
     centre = g.GatherElements(ranked.order, slot, axis=2)  # [B, M, R]
-    real = g.Less("recycle_slots", recycle)
+    return source, new_index, centre, g.Less("recycle_slots", recycle)
+
+
+def _recycle(g: Body, ranked: Ranked, absorb: int) -> list[Value]:
+    source, new_index, centre, real = _centres(g, ranked)
     centre, cosine, pair = _similarity(g, ranked, centre, real, new_index)
     _, mine = _closest(g, cosine, pair)
     limit = g.Min(g.const([absorb]), ranked.extent)
@@ -147,6 +156,38 @@ def _recycle(g: Body, ranked: Ranked, absorb: int) -> list[Value]:
     spare = g.Reshape(g.arange(g.Mul(g.dim(taken, 1), g.dim(taken, 2))), places)
     index = g.Where(absorbed, taken, g.Add(spare, ranked.extent))
     mapping = _scatter(g, new_index, ranked.extent, index, target)
+    return _finish(g, ranked, source, rows, new_index, mapping)
+
+
+def _illava(g: Body, ranked: Ranked, absorb: int) -> list[Value]:
+    source, new_index, centre, real = _centres(g, ranked)
+    centre, dot, pair = _products(g, ranked, centre, real, new_index)
+    lowest = g.const(LOWEST, np.float32)
+    dot = g.Where(pair, dot, lowest)
+    limit = g.Min(g.const([absorb]), ranked.extent)
+    best, taken = g.node("TopK", dot, limit, count=2, axis=2, largest=1, sorted=1)
+    absorbed = g.Greater(best, lowest)  # [B, C, A]
+    # An unused place repeats the centre with weight 0: padding may hold NaN, the centre may not.
+    group = g.Where(absorbed, taken, g.Unsqueeze(centre, g.const([2])))
+    root = g.Sqrt(g.Cast(g.dim("hidden", 2), to=F32))
+    weight = g.Softmax(g.Where(absorbed, g.Div(best, root), lowest), axis=2)
+    states = g.Cast(_rows(g, "hidden", group), to=F32)  # [B, C, A, D]
+    mean = g.ReduceSum(g.Mul(states, g.Unsqueeze(weight, g.const([3]))), g.const([2]), keepdims=0)
+    mean = g.Add(g.Cast(_rows(g, "hidden", centre), to=F32), mean)
+    touched = g.ReduceMax(g.Cast(absorbed, to=I64), g.const([2]), keepdims=1)
+    rows = _with_centres(g, g.Mul(mean, g.const(0.5, np.float32)), centre, touched)
+
+    # Which centre took which token, [B, C, N]; what is unused goes to spare columns.
+    places = g.Add(g.arange(g.dim(taken, 2)), ranked.extent)
+    size = g.Concat(g.dim(dot, 0), g.dim(dot, 1), g.Add(ranked.extent, limit), axis=0)
+    index = g.Where(absorbed, taken, places)
+    mine = g.ScatterElements(g.Expand(g.const(0), size), index, g.Cast(absorbed, to=I64), axis=2)
+    mine = g.Slice(mine, g.const([0]), ranked.extent, g.const([2]))
+    theirs = g.Where(g.Cast(mine, to=onnx.TensorProto.BOOL), dot, lowest)
+    owner = g.ArgMax(theirs, axis=1, keepdims=0)  # [B, N]
+    moved = g.GatherElements(g.GatherElements(new_index, centre, axis=1), owner, axis=1)
+    shared = g.ReduceMax(mine, g.const([1]), keepdims=0)
+    mapping = g.Where(g.Cast(shared, to=onnx.TensorProto.BOOL), moved, new_index)
     return _finish(g, ranked, source, rows, new_index, mapping)
 
 
@@ -180,19 +221,27 @@ def _nearest(g: Body, ranked: Ranked) -> list[Value]:
     return _finish(g, ranked, source, rows, new_index, mapping)
 
 
-def _similarity(
+def _products(
     g: Body, ranked: Ranked, centre: Value, real: Value, new_index: Value
 ) -> tuple[Value, Value, Value]:
-    """Centres [B, M, C/M] flat as [B, C]; cosine [B, C, N]; pairs that may merge [B, C, N]."""
+    """Centres [B, M, C/M] flat as [B, C]; dot products and pairs that may merge [B, C, N]."""
     gone = g.Less(new_index, g.const(0))
     loose = g.Unsqueeze(g.And(ranked.member, g.Unsqueeze(gone, g.const([1]))), g.const([2]))
     pair = g.And(loose, g.Unsqueeze(real, g.const([3])))  # [B, M, C/M, N]
     shape = g.Concat(g.dim("hidden", 0), g.const([-1]), ranked.extent, axis=0)
     pair, centre = g.Reshape(pair, shape), g.Flatten(centre, axis=1)
     states = g.Cast("hidden", to=F32)
-    norm = g.ReduceL2(states, g.const([2]), keepdims=0)
-    norm = g.Max(norm, g.const(EPSILON, np.float32))  # [B, N]
     dot = g.MatMul(_rows(g, states, centre), g.Transpose(states, perm=[0, 2, 1]))
+    return centre, dot, pair
+
+
+def _similarity(
+    g: Body, ranked: Ranked, centre: Value, real: Value, new_index: Value
+) -> tuple[Value, Value, Value]:
+    """As ``_products``, but cosines, NO_PAIR where a pair may not merge."""
+    centre, dot, pair = _products(g, ranked, centre, real, new_index)
+    norm = g.ReduceL2(g.Cast("hidden", to=F32), g.const([2]), keepdims=0)
+    norm = g.Max(norm, g.const(EPSILON, np.float32))  # [B, N]
     cosine = g.Div(dot, g.Unsqueeze(g.GatherElements(norm, centre, axis=1), g.const([2])))
     cosine = g.Div(cosine, g.Unsqueeze(norm, g.const([1])))
     return centre, g.Where(pair, cosine, g.const(NO_PAIR, np.float32)), pair

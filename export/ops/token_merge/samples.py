@@ -67,11 +67,11 @@ def samples() -> Iterator[OpSample]:
         for dtype in (torch.float32, torch.float16):
             state = hidden.to(dtype)
             label = f"{name}, {str(dtype)[6:]}"
-            for rule in ("recycle", "nearest", "drop"):
+            for rule in ("recycle", "nearest", "illava", "drop"):
                 attributes: dict[str, Attribute] = {"merge": rule}
-                if rule == "recycle" and name == "ties":
+                if rule in ("recycle", "illava") and name == "ties":
                     attributes["absorb"] = 1
-                counts = recycle if rule == "recycle" else None
+                counts = recycle if rule in ("recycle", "illava") else None
                 yield OpSample(
                     f"{label}, {rule}",
                     inputs(state, importance, image_id, positions, keep, counts),

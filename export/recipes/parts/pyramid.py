@@ -13,6 +13,7 @@ import torch
 
 from lvlm.export.ops.token_importance import OP as TOKEN_IMPORTANCE
 from lvlm.export.ops.token_merge.contract import OP as TOKEN_MERGE
+from lvlm.export.ops.token_merge.contract import WITH_CENTRES
 from lvlm.export.ports import BATCH, GraphPort
 from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.recipes.recipe import TokenReduction
@@ -21,7 +22,13 @@ from lvlm.runtime.bundle.manifest import Reduction
 
 Importance = Literal["last", "text", "both"]
 SCORED_BY = "queries that score the tokens: last prompt token, text after the last image, or both"
-Merge = Literal["recycle", "nearest", "drop"]
+Merge = Literal["recycle", "nearest", "illava", "drop"]
+MERGED_BY = (
+    "treatment of discarded tokens: recycle (centres absorb them), illava (centres share them), "
+    "nearest, drop"
+)
+CENTRES = {"recycle": 0.1, "illava": 0.05}
+CENTRES_TEXT = "fraction of the kept tokens that are centres, in (0, 1]; default 0.1, illava 0.05"
 
 
 @dataclass(frozen=True)
@@ -31,20 +38,21 @@ class Pyramid(TokenReduction):
     schedule    fraction of the original tokens left after each; None: keep ** (i / n)
     importance  what scores the tokens in the block before: the last prompt token, the text after
                 the last image, or both, half and half
-    merge       how discarded tokens are treated; ``recycle``: the fraction of the kept ones that
-                are centres, of which each absorbs at most ``absorb``
+    merge       how discarded tokens are treated; with recycle and illava, ``recycle`` is the
+                fraction of the kept ones that are centres (None: the rule's own), of which each
+                absorbs at most ``absorb``
     """
 
     stages: tuple[int, ...]
     schedule: tuple[float, ...] | None
     importance: Importance
     merge: Merge
-    recycle: float
+    recycle: float | None
     absorb: int
 
     def reductions(self) -> tuple[Reduction, ...]:
         stages = self.stages
-        recycle = self.recycle if self.merge == "recycle" else None
+        recycle = (self.recycle or CENTRES[self.merge]) if self.merge in WITH_CENTRES else None
         ratios = self.schedule or (None,) * len(stages)
         return tuple(
             Reduction(
@@ -73,7 +81,7 @@ class Pyramid(TokenReduction):
             "keep_slots": (f"kept_{stage}",),
             "out_slots": (f"length_{stage}",),
         }
-        if self.merge == "recycle":
+        if self.merge in WITH_CENTRES:
             dims |= {"recycle": images, "recycle_slots": (f"centres_{stage}",)}
         return {n: GraphPort(f"{n}_{stage}", torch.int64, size) for n, size in dims.items()}
 

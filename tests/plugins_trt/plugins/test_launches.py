@@ -84,10 +84,11 @@ def expected_launches(
     outputs = [output.name for output in plugin.outputs]
     memory |= zip(outputs, report["output_memory"], strict=True)
     place = report["workspace_memory"]
-    for scratch, size in zip(plugin.scratch, scratch_bytes(plugin, shapes, data), strict=True):
+    word = values[plugin.variant] if plugin.variant else None
+    sizes = scratch_bytes(plugin, shapes, data, word)
+    for scratch, size in zip(plugin.scratch_for(word), sizes, strict=True):
         memory[scratch.name] = place
         place += size
-    word = values[plugin.variant] if plugin.variant else None
     launches = []
     for step in plugin.steps_for(word):
         grid = [size(shapes) for size in step.grid]
