@@ -15,10 +15,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 from transformers.activations import ACT2CLS
 
 from lvlm.core.errors import CheckpointError
-from lvlm.export.standard_ops import checked_attention, rms_normalization, rotary_embedding
+from lvlm.export.standard_ops import (
+    attention,
+    checked_attention,
+    rms_normalization,
+    rotary_embedding,
+)
+
+ATTENTION = "lvlm"  # the name transformers' configurations select our attention by
+AttentionInterface.register(ATTENTION, attention)
 
 # Rotary tables that do not depend on the length of a text
 FIXED_TABLES = ("default", "linear", "llama3", "yarn")

@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
 
 from lvlm.export.ops.causal_attention import OP as CAUSAL_ATTENTION
 
 PLACEHOLDER_DOMAIN = "lvlm.std"
-ATTENTION = "lvlm"  # the name transformers' configurations select our attention by
 
 
 @dataclass
@@ -102,7 +100,6 @@ def attention(
     return out.transpose(1, 2), None
 
 
-AttentionInterface.register(ATTENTION, attention)
 _check: ContextVar[Callable[[nn.Module], object] | None] = ContextVar("check", default=None)
 
 

@@ -24,13 +24,13 @@ import torch
 from gpu_recipes import ALL_SLOTS, SHAPES, Measured, Shape, engine_like, make_model
 from transformers import DynamicCache
 
+from lvlm.export.leaves import ATTENTION
 from lvlm.export.recipes.elastic_cache import ElasticCache
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.recipes.prefixkv import PrefixKV
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.recipes.uniform import Uniform
-from lvlm.export.standard_ops import ATTENTION
 from lvlm.runtime.policies.shares import ProfileRow
 
 SHARE = 0.2

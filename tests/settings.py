@@ -8,6 +8,7 @@ from lvlm.core.discovery import discover
 from lvlm.export.stand_ins import stand_ins
 
 ASSETS = Path(__file__).parents[1] / "assets"
+SMALL = "llava:qwen2-tied-siglip"  # of few layers: what is slow with many nodes
 
 
 def _cached() -> dict[str, tuple[str, ...]]:

@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def count(request: pytest.FixtureRequest) -> int:
     """Tokens to compare."""
-    return LONG if request.config.getoption("--whole") else 64
+    return LONG if request.config.getoption("--whole") else 40
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,7 @@ from lvlm.core.errors import CheckpointError
 from lvlm.export.families.parts.leaf_tables import Kinds, rope_types
 from lvlm.export.families.parts.side_files import load_tokenizer, read_json
 from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel
-from lvlm.export.leaves import HasLeaves, leaves_of
-from lvlm.export.standard_ops import ATTENTION
+from lvlm.export.leaves import ATTENTION, HasLeaves, leaves_of
 
 
 def one_of(family: str, what: str, value: Any, supported: Sequence[object]) -> None:

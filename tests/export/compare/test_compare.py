@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 import pytest
-from settings import ASSETS
+from settings import ASSETS, SMALL
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.compare import compare_cli, with_checkpoint
@@ -22,7 +22,7 @@ from lvlm.runtime.bundle.reader import read_bundle
 
 @pytest.fixture(scope="module")
 def lowered(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", "lightvlm", targets=("trt-rtx",), max_images=2)
+    return bundle(SMALL, "lightvlm", targets=("trt-rtx",), max_images=2)
 
 
 def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from settings import CACHED
+from settings import CACHED, SMALL
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ValidationError
@@ -270,9 +270,9 @@ def half(
     bundle."""
     folder = tmp_path / "bundle"
     how: dict[str, Any] = {"dtype": "fp16", "max_images": 2, "sessions": True}
-    shutil.copytree(bundle(NAME, *ELASTIC, **how), folder)
+    shutil.copytree(bundle(SMALL, *ELASTIC, **how), folder)
     recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[ELASTIC[0]], ELASTIC[1:])
-    options = ExportOptions(model=str(checkpoint(NAME)), recipe=recipe, output=folder, **how)
+    options = ExportOptions(model=str(checkpoint(SMALL)), recipe=recipe, output=folder, **how)
     return export_plan.make_plan(options), folder
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from settings import SMALL
 
 from lvlm.core import own_process
 from lvlm.plugins_trt.build_cli import main
 from lvlm.plugins_trt.engines.tensorrt_builder import open_tensorrt
-
-SMALL = "llava:qwen2-tied-siglip"
 
 
 @pytest.fixture

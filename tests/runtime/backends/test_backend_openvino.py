@@ -51,10 +51,15 @@ def test_answers_are_those_of_the_cpu(recipe: str, lowered: Make) -> None:
             np.testing.assert_array_equal(mine, other)
 
 
-@pytest.mark.parametrize("recipe", ["lightvlm (cached)", "elastic-cache (cached)"])
-def test_turns_of_a_session_are_those_of_the_cpu(recipe: str, lowered: Make) -> None:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "turned" in metafunc.fixturenames:
+        recipes = ["lightvlm (cached)", "elastic-cache (cached)"]
+        metafunc.parametrize("turned", recipes[: 2 if metafunc.config.getoption("--whole") else 1])
+
+
+def test_turns_of_a_session_are_those_of_the_cpu(turned: str, lowered: Make) -> None:
     """Read by the graph extend of a recipe that compresses, an image among them."""
-    folder = lowered(recipe, sessions=True)
+    folder = lowered(turned, sessions=True)
     found = []
     for device in ("cpu", "openvino"):
         engine = Engine(folder, slots=2, device=device, threads=1)
