@@ -52,7 +52,12 @@ def test_none(bundle: Callable[..., Path], twin: Twin) -> None:
     compare(bundle("tiny-llava", max_images=2), twin, NoRule)
 
 
-@pytest.mark.parametrize("keep", [0.3, 0.75])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "keep" in metafunc.fixturenames and "kv_keep" not in metafunc.fixturenames:
+        whole = metafunc.config.getoption("--whole")
+        metafunc.parametrize("keep", [0.3, 0.75] if whole else [0.3])
+
+
 @pytest.mark.parametrize("recipe", ["uniform", "elastic-cache", "prefixkv"])
 def test_fixed_point(recipe: str, keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
     folder = bundle("tiny-llava", recipe, "kv_keep=1.0", max_images=2)
@@ -61,7 +66,6 @@ def test_fixed_point(recipe: str, keep: float, bundle: Callable[..., Path], twin
     assert (len(set(kept)) > 1) == (recipe == "prefixkv")
 
 
-@pytest.mark.parametrize("keep", [0.3, 0.75])
 @pytest.mark.parametrize("recipe", ["snapkv", "pyramidkv", "streaming-llm", "tova", "h2o"])
 def test_compositions(recipe: str, keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
     name, *given = CACHED[f"{recipe} (cached)"]
