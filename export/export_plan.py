@@ -24,7 +24,8 @@ from lvlm.export.weights.quantization import linear_weights
 from lvlm.export.weights.weight_names import open_skeleton
 from lvlm.runtime.bundle.manifest import Capacity, EncoderReduction, Images
 from lvlm.runtime.kv.budgets import Budgets
-from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
+from lvlm.runtime.kv.image_tokens import keep_ratios, most_entering, tokens_per_layer
+from lvlm.runtime.processors import load_processor
 
 LONGEST = 2**20  # tokens of a prompt, images and all, that a bundle has room for
 
@@ -108,6 +109,10 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
             f"is not read out of {family.name}'s; take divprune"
         )
     encoder = recipe.encoder_reduction()
+    if recipe.temporal and getattr(load_processor(images.processor), "video", None) is None:
+        raise ParameterError(
+            f"recipe {recipe.name} shortens videos, and this model takes none; take divprune"
+        )
     if images.positions == "grid" and encoder is not None and encoder.places == "closed":
         raise ParameterError(
             f"places=closed: tokens of {family.name} have three positions each, which cannot be "
@@ -234,7 +239,8 @@ def plan_cache(
     reductions, rule = recipe.shortenings(), recipe.cache_rule()
     ratios = keep_ratios(reductions, float(recipe.parameters().get("keep", 1.0)), None)
     entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
-    seen = np.array([options.max_text_len + options.max_images * n for n in entering])
+    most = most_entering(reductions, ratios, images.tokens, layers, options.max_images)
+    seen = np.array([options.max_text_len + n for n in most])
     budgets = Budgets.of(rule.cache_policy if rule else None, layers, None)
     per_layer = tuple(budgets.limit(seen, options.max_text_len - 1).tolist())
     entries = 2 * language.kv_heads * sum(per_layer)

@@ -91,13 +91,19 @@ class Reference:
         """Each image's tokens that the language model reads."""
         found = []
         for image in images:
-            arrays = {k: torch.from_numpy(x) for k, x in image.arrays.items()}
-            rows, scores = self.vision(**arrays), None
-            if self.recipe.scored:
-                rows, given = self.vision.scored(**arrays)  # type: ignore[operator]
-                scores = image.features(given.float().numpy())
-            found.append(image.chosen(image.features(rows.numpy()), scores))
+            features, scores = self._seen(image)
+            before = image.asks_before
+            frame = None if before is None else self._seen(before)[0]
+            found.append(image.chosen(features, scores, frame))
         return found
+
+    def _seen(self, image: PreparedImage) -> tuple[np.ndarray, np.ndarray | None]:
+        """Features [V,D] of an image, and the scores [V,S] that the tower gives besides."""
+        arrays = {k: torch.from_numpy(x) for k, x in image.arrays.items()}
+        if not self.recipe.scored:
+            return image.features(self.vision(**arrays).numpy()), None
+        rows, given = self.vision.scored(**arrays)  # type: ignore[operator]
+        return image.features(rows.numpy()), image.features(given.float().numpy())
 
     @torch.no_grad()
     def generate(
@@ -125,6 +131,7 @@ class Reference:
             [len(ids) - sum(counts)],
             [[image.tokens for image in prompt.images]],
             [tail],
+            [counts] if self.recipe.encoder_reduction() is not None else None,
         )
         budgets = Budgets.of(rule.cache_policy if rule else None, layers, kv_keep)
         kept = budgets.prompt(plan.entries)

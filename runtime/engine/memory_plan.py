@@ -13,7 +13,7 @@ from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, UNITS_AT_ONCE
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import cache_bytes
-from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
+from lvlm.runtime.kv.image_tokens import keep_ratios, most_entering
 from lvlm.runtime.options.generation_options import Keep
 from lvlm.runtime.options.option_kinds import Option, integer, read_value
 
@@ -59,8 +59,8 @@ def slot_capacity(
     layers = manifest.text.layers
     shortenings = manifest.shortenings
     ratios = keep_ratios(shortenings, manifest.keep, keep)
-    entering = tokens_per_layer(shortenings, ratios, manifest.images.tokens, layers)
-    seen = np.array([text + images * n for n in entering])
+    entering = most_entering(shortenings, ratios, manifest.images.tokens, layers, images)
+    seen = np.array([text + n for n in entering])
     budgets = Budgets.of(manifest.cache_policy, layers, kv_keep)
     slots = np.minimum(budgets.limit(seen, text - 1), given.per_layer)
     return Capacity(text, images, tuple(slots.tolist()))

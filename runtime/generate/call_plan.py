@@ -82,6 +82,7 @@ def count_prompts(
         text_tokens,
         [[image.tokens for image in p.images] for p in prompts],
         [_tail(p.image_id) for p in prompts],
+        image_tokens if manifest.encoder is not None else None,
     )
     budgets = Budgets.of(manifest.cache_policy, manifest.text.layers, kv_keep)
     limits = [

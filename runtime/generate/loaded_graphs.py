@@ -1,4 +1,5 @@
-"""A bundle's graphs on one backend, and how each is fed. No state but the loaded sessions."""
+"""A bundle's graphs on one backend, and how each is fed. No state but the loaded sessions, and the
+last frame of a video."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from lvlm.core.forks import keep_in_children
 from lvlm.runtime.backends import Backend, Buffer, Call, Session, host_dtype
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.generate.call_plan import PromptCounts
+from lvlm.runtime.generate.frames_before import FramesBefore
 from lvlm.runtime.kv.slot_counts import SlotCounts
 from lvlm.runtime.kv.tokens_at_once import at_once
 from lvlm.runtime.media.prepared_image import ImageTokens, PreparedImage
@@ -37,6 +39,7 @@ class Graphs:
             for name in manifest.graphs
             if name not in on_demand
         }
+        self._frames = FramesBefore()
         keep_in_children(self)
 
     @property
@@ -62,7 +65,11 @@ class Graphs:
     def tokens(self, images: Sequence[PreparedImage]) -> list[ImageTokens]:
         """Of each image, what goes on to the language model."""
         found = self._encoded(images)
-        return [image.chosen(*own) for image, own in zip(images, found, strict=True)]
+        before = self._frames.of(images, [features for features, _ in found], self.encode)
+        return [
+            image.chosen(*own, frame)
+            for image, own, frame in zip(images, found, before, strict=True)
+        ]
 
     def _encoded(
         self, images: Sequence[PreparedImage]

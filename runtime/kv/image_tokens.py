@@ -17,6 +17,7 @@ from lvlm.core.ranges import fraction
 from lvlm.core.rounding import rounded
 from lvlm.runtime.bundle.manifest import EncoderReduction, Reduction
 from lvlm.runtime.options.generation_options import Keep
+from lvlm.runtime.reductions import rules
 
 Shortening = EncoderReduction | Reduction
 ASKING = 64  # of the text after an image so many may score it: their attention is held as a whole
@@ -77,6 +78,22 @@ def tokens_per_layer(
     return counts
 
 
+def most_entering(
+    reductions: Sequence[Shortening],
+    ratios: Sequence[float],
+    image_tokens: int,
+    layers: int,
+    images: int,
+) -> list[int]:
+    """Tokens of so many images that enter each block, at most."""
+    found = tokens_per_layer(reductions, ratios, image_tokens, layers)
+    at_encoder = [r for r in reductions if isinstance(r, EncoderReduction)]
+    if not any(rules()[r.rule].temporal for r in at_encoder):
+        return [images * count for count in found]
+    # One image may be whole: a still, or a video's first frame, behind which each has one.
+    return [max(images * count, image_tokens + images - 1) for count in found]
+
+
 @dataclass(frozen=True)
 class PrefillPlan:
     """The counts of one prefill.
@@ -98,9 +115,11 @@ def plan_prefill(
     text_tokens: Sequence[int],
     image_tokens: Sequence[Sequence[int]],
     tail: Sequence[int],
+    encoded: Sequence[Sequence[int]] | None = None,
 ) -> PrefillPlan:
     """Counts for rows of ``text_tokens`` and images of ``image_tokens`` each, before any reduction.
 
+    ``encoded``: those that go on from the encoder, by itself as many of each as its ratio says.
     ``tail``: tokens after each row's last image; the queries of the last ASKING of them may score
     it.
     """
@@ -118,6 +137,10 @@ def plan_prefill(
         for b, counts in enumerate(image_tokens):
             for m, count in enumerate(counts):
                 keep[b, m] = kept(count, ratio)
+                if encoded is not None:
+                    goes_on = encoded[b][m]
+                    at_encoder = isinstance(reduction, EncoderReduction)
+                    keep[b, m] = goes_on if at_encoder else min(keep[b, m], goes_on)
                 recycle[b, m] = recycled(int(keep[b, m]), reduction.recycle)
         entries[reduction.layer :] = np.array(text_tokens) + keep.sum(1)
         if isinstance(reduction, EncoderReduction):

@@ -35,6 +35,7 @@ class PreparedImage:
             what follows is further on
     size    height and width before it was prepared, where the family's model in transformers asks
     choice  which of the V tokens go on to the language model; None: all
+    before  the frame before it of the same video
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -46,6 +47,13 @@ class PreparedImage:
     span: int = 0
     size: tuple[int, ...] = ()
     choice: TokenChoice | None = None
+    before: PreparedImage | None = None
+
+    @property
+    def asks_before(self) -> PreparedImage | None:
+        """The frame before, where the choice looks at it."""
+        temporal = self.choice is not None and self.choice.temporal
+        return self.before if temporal else None
 
     @property
     def tokens(self) -> int:
@@ -68,11 +76,18 @@ class PreparedImage:
             mixed += self.weight[:, part : part + 1] * wide[self.index[:, part]]
         return _narrowed(mixed, rows.dtype)
 
-    def chosen(self, features: np.ndarray, scores: np.ndarray | None = None) -> ImageTokens:
+    def chosen(
+        self,
+        features: np.ndarray,
+        scores: np.ndarray | None = None,
+        before: np.ndarray | None = None,
+    ) -> ImageTokens:
         """What goes on to the language model, of the ``features`` [V,D] and, where its choice asks
-        for them, the tower's ``scores`` [V,S]."""
+        for them, the tower's ``scores`` [V,S], or the features of the frame ``before``."""
         if self.choice is None:
             return ImageTokens(features, np.arange(self.tokens))
+        if before is not None:
+            scores = _widened(before)
         rows, made = self.choice.reduce(_widened(features), scores)
         return ImageTokens(_narrowed(made, features.dtype), rows)
 
@@ -84,6 +99,8 @@ class PreparedImage:
             parts += [("offsets", self.offsets), ("span", np.array(self.span))]
         if self.choice is not None:
             found.update(repr(self.choice).encode())
+        if (before := self.asks_before) is not None:
+            parts += [(f"before {name}", array) for name, array in sorted(before.arrays.items())]
         for name, array in parts:
             found.update(repr((name, array.shape, array.dtype.str)).encode())
             found.update(np.ascontiguousarray(array).tobytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from lvlm.core.errors import CapacityError, ParameterError
@@ -13,6 +14,14 @@ from lvlm.runtime.media.video import PreparedVideo, VideoSource, open_video
 from lvlm.runtime.processors import Processor
 from lvlm.runtime.processors.parts.frames import MAX_FRAMES, VideoProcessor
 from lvlm.runtime.prompt.text import misplaced
+
+
+def linked(video: PreparedVideo) -> PreparedVideo:
+    """The video, each of whose frames knows the one before."""
+    images = list(video.images)
+    for number in range(1, len(images)):
+        images[number] = replace(images[number], before=images[number - 1])
+    return replace(video, images=images)
 
 
 class PromptVideos:
@@ -49,7 +58,8 @@ class PromptVideos:
         chosen = [processor.sampled(video, frames) for video in opened]
         self._check(images, [len(indices) for indices in chosen], processor.per_image)
         return [
-            processor.prepare(video, indices) for video, indices in zip(opened, chosen, strict=True)
+            linked(processor.prepare(video, indices))
+            for video, indices in zip(opened, chosen, strict=True)
         ]
 
     def _check(self, images: int, frames: Sequence[int], per_image: int) -> None:

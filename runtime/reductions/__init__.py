@@ -8,7 +8,7 @@ tower's (docs/recipes.md), so that no graph has a loop for it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,10 @@ class Rule(Protocol):
     def scored(self) -> bool:
         """Whether it asks for scores of the vision tower's."""
 
+    @property
+    def temporal(self) -> bool:
+        """Whether it looks at the frame before, of videos: it is a TemporalRule."""
+
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ParameterError for settings that ``reduce`` does not take."""
 
@@ -38,9 +42,25 @@ class Rule(Protocol):
         Args:
             features: float32 [V,D], of one run of image tokens.
             scores: float32 [V,1+K] for a rule that is scored: the attention that each token gets in
-                the tower, and its key there, the mean over the heads.
+                the tower, and its key there, the mean over the heads. For a rule that is temporal:
+                the features of the frame before.
             count: 1 to V.
             settings: as the recipe has them.
+        """
+
+
+class TemporalRule(Rule, Protocol):
+    """A rule that looks at the frame before, of videos."""
+
+    def shared(
+        self, frames: Sequence[np.ndarray], tokens: Sequence[int], total: int
+    ) -> Sequence[int]:
+        """How many tokens of each frame go on, known before any is encoded.
+
+        Args:
+            frames: the pixels of every frame of a video, as the vision graph takes them.
+            tokens: V of every frame.
+            total: as many of all together as go on, or more where the rule needs them.
         """
 
 
@@ -49,6 +69,7 @@ class Chosen(ABC):
 
     name: str
     scored = False
+    temporal = False
 
     def check(self, settings: Mapping[str, Any]) -> None:
         no_others(self.name, settings)

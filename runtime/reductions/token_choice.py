@@ -24,11 +24,17 @@ class TokenChoice:
     runs: tuple[int, ...]
     stay: tuple[int, ...]
 
+    @property
+    def temporal(self) -> bool:
+        """Whether it asks for the features of the frame before."""
+        return rules()[self.rule].temporal
+
     def reduce(
         self, features: np.ndarray, scores: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Indices [K] of the tokens that stay, rising, and their features float32 [K,D]; of
-        ``features`` float32 [V,D] and, where the rule asks for them, ``scores`` [V,S]."""
+        ``features`` float32 [V,D] and, where the rule asks for them, ``scores`` [V,S], or the
+        features of the frame before."""
         rule, found, start = rules()[self.rule], [], 0
         for run, count in zip(self.runs, self.stay, strict=True):
             some = slice(start, start + run)

@@ -24,6 +24,7 @@ class VisionZip:
 
     name = "visionzip"
     scored = True
+    temporal = False
 
     def check(self, settings: Mapping[str, Any]) -> None:
         no_others(self.name, settings, ["merged"])

@@ -140,6 +140,7 @@ def test_a_turn_that_is_read_behind_a_compressed_cache(bundle: Callable[..., Pat
         ("qwen2-vl:gqa", ("visionzip",), "is not read out of qwen2-vl's; take divprune"),
         ("smolvlm:gqa-tiles", ("hybrid", "encoder=visionzip"), "is not read out of smolvlm's"),
         ("qwen2-vl:gqa", ("divprune", "places=closed"), "have three positions each"),
+        ("internvl:qwen2-gqa", ("evs",), "shortens videos, and this model takes none"),
     ],
 )
 def test_what_a_family_cannot_do_is_said_before_any_work(

@@ -156,6 +156,7 @@ def test_lightvlm_takes_any_cache_recipe() -> None:
         "hybrid",
         "visionzip",
         "divprune",
+        "evs",
         "random",
         "strided",
     }

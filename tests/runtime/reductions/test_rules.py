@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,8 @@ def test_as_many_as_asked_for(name: str, features: np.ndarray, data: st.DataObje
     """In rising order, each once; even where all are alike, or nothing."""
     count = data.draw(st.integers(1, len(features)))
     scores = np.concatenate([features[:, :1], features], axis=1)
+    if rules()[name].temporal:
+        scores = features[::-1]  # another frame
     found, made = rules()[name].reduce(features, scores, count)
     assert made.shape == (count, features.shape[1])
     assert len(found) == count
@@ -87,6 +90,43 @@ def test_visionzip_by_hand() -> None:
     none, same = rules()["visionzip"].reduce(features, scores, 3, merged=0.0)
     assert none.tolist() == [0, 2, 5]
     assert same.tolist() == features[none].tolist()
+
+
+def test_evs_by_hand() -> None:
+    """What points elsewhere than before goes on, however long it is; of two alike the first."""
+    before = np.array([[1, 0], [0, 1], [1, 0], [2, 2], [0, 1]], np.float32)
+    now = np.array([[3, 0], [1, 0], [1, 1], [1, 1], [1, 0]], np.float32)
+    rule = rules()["evs"]
+    assert rule.reduce(now, before, 1)[0].tolist() == [1]
+    found, made = rule.reduce(now, before, 3)
+    assert found.tolist() == [1, 2, 4]
+    assert made.tolist() == now[[1, 2, 4]].tolist()
+
+
+def test_evs_shares_a_clip_out() -> None:
+    rule: Any = rules()["evs"]
+    still, little, much = (np.full((2, 2), x, np.float32) for x in (0.0, 0.1, 0.4))
+    assert rule.shared([still], [9], 3) == (9,)  # a picture is no clip
+    assert rule.shared([still, still, still], [9, 9, 9], 9) == (9, 1, 1)
+    assert rule.shared([still, still, still], [9, 9, 9], 17) == (9, 4, 4)
+    assert rule.shared([still, little, much], [9, 9, 9], 15) == (9, 2, 4)  # 1 + 1, 1 + 3
+    assert rule.shared([still, still, much], [9, 9, 9], 15) == (9, 1, 5)
+    assert rule.shared([still, still, much], [9, 9, 9], 21) == (9, 3, 9)  # no more change to see
+    assert rule.shared([still, little, much], [9, 9, 9], 27) == (9, 9, 9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_evs_shares_are_what_was_asked_for(data: st.DataObject) -> None:
+    count = data.draw(st.integers(2, 8))
+    tokens = data.draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))
+    total = data.draw(st.integers(1, sum(tokens)))
+    level = data.draw(st.lists(st.sampled_from([0, 0.25, 3]), min_size=count, max_size=count))
+    rule: Any = rules()["evs"]
+    found = rule.shared([np.full(2, x, np.float32) for x in level], tokens, total)
+    assert found[0] == tokens[0]
+    assert all(1 <= one <= most for one, most in zip(found, tokens, strict=True))
+    assert sum(found) == max(total, tokens[0] + count - 1)
 
 
 def test_random_depends_on_its_seed() -> None:
