@@ -28,16 +28,22 @@ class ElasticCache(FixedPointRecipe):
     source: ClassVar[str] = "Elastic Cache, arXiv 2407.18121, ECCV 2024"
 
     semantics: Semantics = parameter("paper", "paper, or reference: the released code's quirks")
+    within_modality: bool = parameter(False, "nothing merges across the border of text and image")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("semantics", self.semantics, Semantics)
         if self.semantics == "reference" and self.kv_cap is not None:
             raise ParameterError("semantics=reference has no kv_cap; the released code lacks it")
+        if self.semantics == "reference" and self.within_modality:
+            raise ParameterError(
+                "semantics=reference has no within_modality; the released code lacks it"
+            )
 
     def cache_policy(self) -> CachePolicy:
         if self.semantics == "paper":
-            return self.compacted_once(Uniform(self.kv_keep or KEEP, self.kv_cap), Merge())
+            budget = Uniform(self.kv_keep or KEEP, self.kv_cap)
+            return self.compacted_once(budget, Merge(self.within_modality))
         released = self.compacted_once(ReleasedUniform(self.kv_keep or KEEP), ReleasedMerge())
         # The released code counts the fixed point from one entry more than it keeps.
         return replace(released, decode=ReleasedFixedPoint(self.distance - 1))

@@ -120,8 +120,13 @@ class Evict:
 @dataclass(frozen=True)
 class Merge:
     """Each goes into the nearest one that stays, by index; that becomes the plain mean of all it
-    took over, itself included (Elastic Cache)."""
+    took over, itself included (Elastic Cache).
 
+    within_modality  the entries on both sides of every border between text and image stay before
+                     any others, so that none merges across it (EffiVLM-Bench, arXiv 2506.00479)
+    """
+
+    within_modality: bool = False
     kind: Literal["merge"] = "merge"
 
 
@@ -178,6 +183,12 @@ class CachePolicy:
         if self.received and not evicted:
             raise ParameterError(
                 "scores that go on in decode are for entries that are evicted at intervals"
+            )
+        within = isinstance(self.select, Merge) and self.select.within_modality
+        if within and isinstance(self.decode, Interval):
+            raise ParameterError(
+                "within_modality is for a prompt that is compacted once; at intervals nobody knows "
+                "any more what is an image's"
             )
         released = isinstance(self.budget, ReleasedUniform | ReleasedProfile)
         if released != isinstance(self.decode, ReleasedFixedPoint):

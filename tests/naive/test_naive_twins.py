@@ -66,6 +66,15 @@ def test_fixed_point(recipe: str, keep: float, bundle: Callable[..., Path], twin
     assert (len(set(kept)) > 1) == (recipe == "prefixkv")
 
 
+@pytest.mark.parametrize("kv_keep", [0.3, 0.05])
+def test_merging_within_a_modality(kv_keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
+    """With room for both sides of every border, and without."""
+    settings: Settings = {"kv_keep": 1.0, "within_modality": True}
+    folder = bundle("tiny-llava", "elastic-cache", *arguments(settings), max_images=2)
+    ratios = {"kv_keep": kv_keep}
+    compare(folder, twin, lambda: rule_of("elastic-cache", settings, folder, **ratios), **ratios)
+
+
 @pytest.mark.parametrize("recipe", ["snapkv", "pyramidkv", "streaming-llm", "tova", "h2o"])
 def test_compositions(recipe: str, keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
     name, *given = CACHED[f"{recipe} (cached)"]

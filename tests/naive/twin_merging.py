@@ -31,7 +31,7 @@ class Pyramid(NoRule):
         if block == 0:
             self._count(sequence.image)
         if block not in self.stages:
-            return sequence
+            return self.cache.shorten(block, sequence, before)
         assert before is not None
         paid = self._paid(sequence.image, before)
         hidden = sequence.hidden.clone()
@@ -48,7 +48,8 @@ class Pyramid(NoRule):
                 self._absorb(sequence.hidden, hidden, order[:left], sorted(order[left:]), paid)
         stay = [p for p in range(len(hidden)) if p not in gone]
         owners = [sequence.image[p] for p in stay]
-        return Sequence(hidden[stay], sequence.positions[:, stay], owners)
+        shorter = Sequence(hidden[stay], sequence.positions[:, stay], owners)
+        return self.cache.shorten(block, shorter, before)
 
     def _count(self, owners: list[int]) -> None:
         self.tokens = [owners.count(image) for image in range(1, max(owners) + 1)]

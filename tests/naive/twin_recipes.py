@@ -83,6 +83,7 @@ def _cache(kind: str, settings: Settings, keep: float, shares: list[float] | Non
             return ReleasedPrefix(shares, **common)
         return ReleasedElastic(keep, **common)
     merge = kind == "elastic-cache"
+    common["within"] = settings.get("within_modality", False)
     return FixedPoint(keep, merge=merge, shares=shares, cap=settings.get("kv_cap"), **common)
 
 

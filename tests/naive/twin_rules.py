@@ -67,23 +67,34 @@ def shared_out(shares: list[float], low: list[int], high: list[int]) -> list[int
 
 @dataclass
 class FixedPoint(NoRule):
-    """uniform, elastic-cache (``merge``) and, with ``shares`` of the layers, prefixkv; ``entered``:
-    tokens that enter each layer, where that is not the same for all."""
+    """uniform, elastic-cache (``merge``; ``within`` a modality) and, with ``shares`` of the layers,
+    prefixkv; ``entered``: tokens that enter each layer, where that is not the same for all."""
 
     keep: float
     merge: bool = False
+    within: bool = False
     shares: list[float] | None = None
     sinks: int = 1
     distance: int = 25
     cap: int | None = None
     layer0: bool = False
     entered: list[int] = field(default_factory=list)
+    images: list[bool] = field(default_factory=list)
+
+    def shorten(self, block: int, sequence: Sequence, before: Seen | None) -> Sequence:
+        del block, before
+        self.images = [owner > 0 for owner in sequence.image]
+        return sequence
 
     def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
         total = layer.seen
         count = self._count(block, total)
         protected = {*range(min(self.sinks, total)), total - 1}
         best = [p for p in ranked(received(attention)) if p not in protected]
+        if self.within:
+            borders = {p + side for p in range(total - 1) for side in (0, 1)
+                       if self.images[p] != self.images[p + 1]}  # fmt: skip
+            best = [*sorted(borders - protected), *(p for p in best if p not in borders)]
         stay = sorted(protected | set(best[: count - len(protected)]))
         if self.merge and len(stay) < total:
             buckets: dict[int, list[int]] = {p: [] for p in stay}

@@ -24,6 +24,8 @@ from lvlm.runtime.prompt.prompts import Prompt
 
 KEEPS = (0.1, 0.2, 0.5, 0.9)
 LONG = 256
+OTHERS = {"within a modality": (*CACHED["elastic-cache (cached)"], "within_modality=true")}
+ALSO = [("tiny-llava", *OTHERS), ("qwen2-vl:gqa", *OTHERS)]
 WHOLE = [
     *(("tiny-llava", cached) for cached in CACHED),
     *((model, cached) for model in TINY for cached in CACHED if "(cached)" in cached),
@@ -33,7 +35,7 @@ WHOLE = [
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"name", "cached"} <= set(metafunc.fixturenames):
         whole = metafunc.config.getoption("--whole")
-        metafunc.parametrize(("name", "cached"), WHOLE if whole else CACHED_USUAL)
+        metafunc.parametrize(("name", "cached"), (WHOLE if whole else CACHED_USUAL) + ALSO)
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def test_bundle_equals_its_torch_reference(
     bundle: Callable[..., Path],
 ) -> None:
     """One bundle, every fraction; prompts alone and in a batch of different lengths."""
-    recipe, *settings = CACHED[cached]
+    recipe, *settings = (CACHED | OTHERS)[cached]
     with lvlm.load(bundle(name, recipe, *settings, max_images=2)) as model:
         reference = make_reference(checkpoint(name), recipe, *settings)
         reference = with_profile_of(model, reference)
@@ -116,7 +118,7 @@ def test_keep_1_is_none(
     """Prefill and 256 tokens, in a batch of different lengths. Decode may use another attention
     (docs/cpu.md), so that logits agree up to rounding."""
     tokens, full = uncompressed
-    recipe, *settings = CACHED[cached]
+    recipe, *settings = (CACHED | OTHERS)[cached]
     with lvlm.load(bundle("tiny-llava", recipe, *settings, max_images=2)) as model:
         ratios = {"keep": 1.0} if recipe == "lightvlm" else {}
         mine, logits, _ = greedy(model, prompts(model, LONG), LONG, kv_keep=1.0, **ratios)

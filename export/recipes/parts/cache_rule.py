@@ -34,6 +34,7 @@ from lvlm.runtime.policies.policy import (
     Window,
 )
 
+ABOVE_ALL = 1e30  # finite, and more than any sum of attention
 Positions = Literal["true", "layer0"]
 Semantics = Literal["paper", "reference"]
 
@@ -207,7 +208,9 @@ class CacheRule:
             queries, index = self.window(state, tap, count)
         received = tap.importance if self.scores_all else None
         entries = Layer(key, state.length(), queries, index, tap.scale, received)
-        return self._compact(entries, value, inputs)
+        select = self.cache_policy.select
+        within = isinstance(select, Merge) and select.within_modality
+        return self._compact(entries, value, inputs, state.borders() if within else None)
 
     def compact_buffers(
         self,
@@ -225,11 +228,19 @@ class CacheRule:
         return self._compact(Layer(key, length, queries, index, scale, scores), value, inputs)
 
     def _compact(
-        self, entries: Layer, value: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+        self,
+        entries: Layer,
+        value: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor],
+        first: torch.Tensor | None = None,
     ) -> Compacted:
+        """``first`` [B,N] bool: what stays before any other entry that is not protected."""
         policy, key = self.cache_policy, entries.key
         length, budget = entries.length, inputs["kv_budget"]
         scores = importance(policy.score, entries, policy.recent)
+        if first is not None:
+            first = first if scores.dim() == 2 else first[:, None]
+            scores = torch.where(first, ABOVE_ALL, scores)
         heads = key.shape[1]
         own = scores.dim() == 3
         if own:

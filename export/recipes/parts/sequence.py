@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional
 
 
 @dataclass
@@ -26,6 +27,17 @@ class TokenSequence:
     def last(self) -> torch.Tensor:
         """Index of each row's last prompt token, [B] int64."""
         return self.length() - 1
+
+    def borders(self) -> torch.Tensor:
+        """Tokens on both sides of every border between text and image, [B,N] bool."""
+        image = (self.image_id > 0).long()
+        count = image.shape[1]
+        place = torch.arange(count, device=image.device)
+        # Nothing is beyond the ends. With shorter slices torch's exporter would fix the length.
+        beside = functional.pad(image, (1, 1))
+        before = (image != beside[:, :count]) & (place > 0)
+        behind = (image != beside[:, 2 : 2 + count]) & (place < count - 1)
+        return before | behind
 
     def length(self) -> torch.Tensor:
         """Tokens of each row, [B] int64."""
