@@ -4,7 +4,7 @@ blocks, which the language model's first blocks add to what they give."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 
 from lvlm.export.families.parts.leaf_tables import text_leaves
 from lvlm.export.families.parts.llama_text import tiny, tiny_token
+from lvlm.export.families.parts.mrope import taking_turns
 from lvlm.export.families.parts.qwen_vision import Angles, patches, run_block
 from lvlm.export.families.parts.qwen_vl_like import ROPES, QwenVL, tiny_preprocessor, tiny_text
 from lvlm.export.graphs.language_model import LanguageModel
@@ -58,8 +59,10 @@ class Qwen3VL(QwenVL):
     def language(self, model: Any, config: Any) -> LanguageModel:
         found = super().language(model, config)
         deepstack = len(config.vision_config.deepstack_visual_indexes)
-        (rotary,) = found.rotaries
-        return replace(found.with_rotary(InterleavedRotary(rotary)), deepstack_layers=deepstack)
+        return replace(found, deepstack_layers=deepstack)
+
+    def axis(self, rotary: Any, shares: Sequence[int]) -> torch.Tensor:
+        return taking_turns(shares, len(rotary.inv_freq))
 
     def vision(self, model: Any, config: Any) -> nn.Module:
         del config
@@ -119,33 +122,6 @@ class Qwen3VL(QwenVL):
         }
         files = {"video_preprocessor_config.json": json.dumps(video)}
         return tiny_preprocessor(vision) | files
-
-
-class InterleavedRotary(nn.Module):
-    """The rotary embedding of transformers' ``rotary``: time, row and column take turns among the
-    angles. Its own writes them over one another in place, which graphs pay with scatters."""
-
-    def __init__(self, rotary: Any) -> None:
-        super().__init__()
-        self.rotary = rotary
-        axis = torch.zeros(len(rotary.inv_freq), dtype=torch.int64)
-        for which in (1, 2):
-            axis[which : 3 * rotary.mrope_section[which] : 3] = which
-        self.axis: torch.Tensor
-        self.register_buffer("axis", axis, persistent=False)
-
-    def forward(
-        self, x: torch.Tensor, position_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B,N] or [3,B,N] int64 -> cos and sin [B,N,d] in x's dtype."""
-        if position_ids.dim() == 2:
-            own = position_ids[..., None]
-        else:
-            own = position_ids.index_select(0, self.axis).permute(1, 2, 0)
-        angles = own.float() * self.rotary.inv_freq.float()
-        angles = torch.cat((angles, angles), dim=-1)
-        scale = self.rotary.attention_scaling
-        return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
 
 
 class Qwen3Vision(nn.Module):

@@ -6,12 +6,14 @@ The reference holds plain lists and deletes from them; the runtime overwrites sl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from bundles import CACHED_USUAL, TINY
+from near_ties import NEAR, lead_of_what_stays
 from parity_tools import ROWS, make_reference
 from settings import CACHED
 
@@ -78,6 +80,17 @@ def with_profile_of(model: Model, reference: Reference) -> Reference:
     return reference
 
 
+def same_or_tied(ours: list[int], theirs: list[int], ask: Callable[..., Any]) -> bool:
+    """Whether two answers are one, or go apart only behind a ranking that rounding decides:
+    ``ask`` gives the reference's again."""
+    if ours == theirs:
+        return True
+    first = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    with lead_of_what_stays() as leads:
+        ask(max_new_tokens=first + 1)
+    return bool(leads) and min(leads) < NEAR
+
+
 def test_bundle_equals_its_torch_reference(
     name: str,
     cached: str,
@@ -98,13 +111,12 @@ def test_bundle_equals_its_torch_reference(
             together, _, batch = greedy(model, rows, count, kv_keep=kv_keep)
             kept = batch.running[0].counts.kept.T.tolist()
             for row in some:
-                answer = reference.generate(
-                    rows[row], features[row], max_new_tokens=count, kv_keep=kv_keep
-                )
-                assert together[row] == answer.tokens, (kv_keep, row)
+                ask = partial(reference.generate, rows[row], features[row], kv_keep=kv_keep)
+                answer = ask(max_new_tokens=count)
+                assert same_or_tied(together[row], answer.tokens, ask), (kv_keep, row)
                 assert kept[row] == answer.kept, (kv_keep, row)
             alone, _, _ = greedy(model, rows[row : row + 1], count, kv_keep=kv_keep)
-            assert alone == [answer.tokens], (kv_keep, row)
+            assert same_or_tied(alone[0], answer.tokens, ask), (kv_keep, row)
             shrunk.add(int(batch.cache.lengths.sum()))
         assert len(shrunk) == len(KEEPS)  # the fraction matters
 

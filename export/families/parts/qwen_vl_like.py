@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from lvlm.export.families.parts.llama_text import (
     token_text,
     video_preprocessor,
 )
+from lvlm.export.families.parts.mrope import MropeRotary, one_after_another
 from lvlm.export.families.parts.qwen_vision import QwenVision
 from lvlm.export.families.parts.side_files import prompt_files
 from lvlm.export.graphs.language_model import LanguageModel
@@ -106,7 +107,15 @@ class QwenVL:
 
     def language(self, model: Any, config: Any) -> LanguageModel:
         found = language_model(self, model.model.language_model, model.lm_head, config.text_config)
+        shares = config.text_config.rope_parameters.get("mrope_section", self.default_section)
+        (rotary,) = found.rotaries
+        found = found.with_rotary(MropeRotary(rotary, self.axis(rotary, shares)))
         return replace(found, position_rows=3)
+
+    def axis(self, rotary: Any, shares: Sequence[int]) -> torch.Tensor:
+        """Which of a token's three positions turns each angle of ``rotary``, [d / 2] int64."""
+        del rotary
+        return one_after_another(shares)
 
     def vision(self, model: Any, config: Any) -> nn.Module:
         vision = config.vision_config

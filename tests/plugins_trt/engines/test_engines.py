@@ -52,12 +52,12 @@ RECIPES = (
 
 # In a normal run every recipe and every family once; on few layers what has most nodes
 ON = {
+    "h2o": "qwen2-vl:gqa",
     "lightvlm": "qwen3-vl:gqa",
-    "prefixkv": "qwen2-vl:gqa",
-    "pyramidkv": "qwen2.5-vl:gqa",
+    "none": "internvl:qwen2-gqa",
     "snapkv": "llava-onevision:qwen2-gqa-tied-siglip",
     "streaming-llm": "llava-next:mistral-gqa",
-    "tova": "internvl:qwen2-gqa",
+    "tova": "qwen2.5-vl:gqa",
     "uniform": "smolvlm:gqa-tiles",
 }
 USUAL = [(ON.get(name, SMALL), name) for name in RECIPES]
