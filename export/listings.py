@@ -5,6 +5,8 @@ To be called within ``stand_ins``: nothing here needs torch. Lines fit a termina
 
 from __future__ import annotations
 
+import json
+
 from lvlm.core.discovery import discover, nearest
 from lvlm.core.wrapping import wrapped
 from lvlm.export.checkpoint.checkpoint import SHIPPED
@@ -40,7 +42,7 @@ def recipe(name: str) -> str:
 
 
 def _show(value: object) -> str:
-    return "null" if value is None else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def models() -> str:

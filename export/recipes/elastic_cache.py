@@ -33,6 +33,8 @@ class ElasticCache(FixedPointRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("semantics", self.semantics, Semantics)
+        if not isinstance(self.within_modality, bool):
+            raise ParameterError(f"within_modality is {self.within_modality!r}; give true or false")
         if self.semantics == "reference" and self.kv_cap is not None:
             raise ParameterError("semantics=reference has no kv_cap; the released code lacks it")
         if self.semantics == "reference" and self.within_modality:

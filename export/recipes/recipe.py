@@ -263,6 +263,8 @@ def read_settings(recipe: type[Recipe], settings: Sequence[str]) -> dict[str, An
             value = text
         if not isinstance(value, str) and _is_text(hints[name]):
             value = text
+        if hints[name] is bool and text.lower() in ("true", "false"):
+            value = text.lower() == "true"
         values[name] = tuple(value) if isinstance(value, list) else value
     return values
 

@@ -1,4 +1,4 @@
-"""Rankings of cache entries that rounding decides: where they do, two right answers go apart."""
+"""What rounding decides, rankings of cache entries above all: there two right answers go apart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from lvlm.export.recipes.parts import cache_rule
 
-# Attention that two implementations compute in fp32 differs by as much, as a part of it.
+# Attention, or logits, that two implementations compute in fp32 differ by as much, as a part.
 NEAR = 1e-5
 COMPACT = cache_rule.CACHE_COMPACT
 
