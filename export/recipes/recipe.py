@@ -189,12 +189,6 @@ class WithCache(Recipe):
     def encoder_reduction(self) -> EncoderReduction | None:
         return self.recipe.encoder_reduction()
 
-    @property
-    def temporal(self) -> bool:
-        """Whether what happens there looks at the frame before, of videos."""
-        reduction = self.encoder_reduction()
-        return reduction is not None and rules()[reduction.rule].temporal
-
     def token_reduction(self) -> TokenReduction:
         return self.recipe.token_reduction()
 
