@@ -36,9 +36,9 @@ step() { # name, limit in seconds, command …: what it prints goes to name.log
 
 machine() {
     nvidia-smi || echo "no nvidia-smi here"
-    "$PYTHON" -c 'import sys, torch, triton, transformers, numpy
-print("python", sys.version.split()[0], "torch", torch.__version__, "triton", triton.__version__,
-      "transformers", transformers.__version__, "numpy", numpy.__version__)'
+    "$PYTHON" -c 'import sys; from importlib.metadata import version
+print("python", sys.version.split()[0], *(f"{name} {version(name)}" for name in sys.argv[1:]))' \
+        torch triton transformers numpy
 }
 export -f machine
 
@@ -53,6 +53,10 @@ fi
 step machine 15 bash -c machine
 step samples 60 "${check[@]}" --parts samples -o /dev/null
 step times 90 "${check[@]}" --parts times --longest 8192 -o /dev/null
-step sanitizer 45 "${check[@]}" --parts sanitizer --tools memcheck -o /dev/null
+if command -v compute-sanitizer > /dev/null; then
+    step sanitizer 45 "${check[@]}" --parts sanitizer --tools memcheck -o /dev/null
+else
+    echo "== sanitizer: not run, compute-sanitizer is not installed" | tee -a "$out/session.log"
+fi
 step recipes 380 "${recipes[@]}"
 exit $failed

@@ -5,7 +5,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 venv="${VENV:-.venv-test}"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+if [ ! -x "$venv/bin/python" ]; then
+    "$python" -m venv "$venv"
+    # The pip that a Python brings may be years old, and takes twice as long.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
+fi
 # Not compiled: most of these modules are never imported, the others are compiled as they are.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint constraints.txt ".[cpu,export,openvino,plugins,tensorrt-rtx,video,dev]"

@@ -42,7 +42,7 @@ def test_what_is_slow_once_is_no_hang(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_a_short_campaign_finds_nothing(pytestconfig: pytest.Config) -> None:
     whole = pytestconfig.getoption("--whole")
-    count = ["--inputs", "2000", "--kills", "40"] if whole else ["--inputs", "24", "--kills", "1"]
+    count = ["--inputs", "2000", "--kills", "40"] if whole else ["--inputs", "12", "--kills", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "campaign", *count, "--seed", "14"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS), *sys.path))},

@@ -105,7 +105,8 @@ def test_bundle_equals_its_torch_reference(
     checkpoint: Callable[[str], Path],
     bundle: Callable[..., Path],
 ) -> None:
-    """One bundle, every fraction; prompts alone and in a batch of different lengths."""
+    """One bundle, every fraction, of random weights two in a normal run; prompts alone and in a
+    batch of different lengths."""
     recipe, *settings = (CACHED | OTHERS)[cached]
     with lvlm.load(bundle(name, recipe, *settings, max_images=2)) as model:
         reference = make_reference(checkpoint(name), recipe, *settings)
@@ -113,7 +114,10 @@ def test_bundle_equals_its_torch_reference(
         rows = prompts(model, count)
         features = [reference.encode(row.images) for row in rows]
         shrunk = set()
-        for kv_keep, some in zip(KEEPS, asked, strict=True):
+        pairs = list(zip(KEEPS, asked, strict=True))
+        if count < LONG and name != "tiny-llava":
+            pairs = pairs[::2]
+        for kv_keep, some in pairs:
             together, logits, batch = greedy(model, rows, count, kv_keep=kv_keep)
             kept = batch.running[0].counts.kept.T.tolist()
             for row in some:
@@ -126,7 +130,7 @@ def test_bundle_equals_its_torch_reference(
             own = [step[0] for step in logits]
             assert same_or_tied(alone[0], answer.tokens, own, ask), (kv_keep, row)
             shrunk.add(int(batch.cache.lengths.sum()))
-        assert len(shrunk) == len(KEEPS)  # the fraction matters
+        assert len(shrunk) == len(pairs)  # the fraction matters
 
 
 @pytest.mark.parametrize("cached", [c for c in CACHED if c != "lightvlm with prefixkv"])

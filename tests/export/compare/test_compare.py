@@ -39,23 +39,30 @@ def test_lowered_graphs_agree(lowered: Path) -> None:
     assert "✗" not in done.stdout
 
 
-def test_a_difference_is_found(lowered: Path, tmp_path: Path) -> None:
+def test_a_difference_is_found(
+    lowered: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(lowered, tmp_path / "changed")
     file = folder / "vision.trt-rtx.onnx"
     model = onnx.load(file, load_external_data=False)
     norm = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
     next(a for a in norm.attribute if a.name == "epsilon").f = 0.5
     onnx.save(model, file)
-    done = compare(folder, "--against", "onnxruntime", "--graph", "vision", "--verify", "none")
-    assert done.returncode == 1, done.stderr
-    assert "✗ vision: " in done.stdout
+    asked = ("--against", "onnxruntime", "--graph", "vision", "--verify", "none")
+    status = compare_cli.main(["layers", str(folder), *asked])
+    said = capfd.readouterr()
+    assert status == 1, said.err
+    assert "✗ vision: " in said.out
 
 
-def test_graphs_that_were_not_lowered(bundle: Callable[..., Path]) -> None:
-    done = compare(bundle("tiny-llava", "lightvlm", max_images=2), "--against", "tensorrt")
-    assert done.returncode == 2
-    assert "lvlm-build engine" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_graphs_that_were_not_lowered(
+    bundle: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = bundle("tiny-llava", "lightvlm", max_images=2)
+    assert compare_cli.main(["layers", str(folder), "--against", "tensorrt"]) == 2
+    said = capfd.readouterr().err
+    assert "lvlm-build engine" in said
+    assert "Traceback" not in said
 
 
 def test_answers_of_two_devices(
