@@ -15,6 +15,7 @@ from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction
 from lvlm.export.recipes.parts.cache_rule import Semantics
 from lvlm.export.recipes.parts.fixed_point import KEEP, FixedPointRecipe
+from lvlm.export.recipes.parts.selection import SELECT, Selection, selection
 from lvlm.export.recipes.recipe import (
     Calibration,
     choice,
@@ -51,6 +52,7 @@ class PrefixKV(FixedPointRecipe):
     adaptive: float = parameter(
         1.0, "part of the budget that the profile lays out, in (0, 1]; the rest is uniform"
     )
+    select: Selection = parameter("evict", SELECT)
     semantics: Semantics = parameter("paper", "paper, or reference: the released code's rounding")
     rows: tuple[ProfileRow, ...] = ()
 
@@ -66,6 +68,8 @@ class PrefixKV(FixedPointRecipe):
             raise ParameterError("semantics=reference has no kv_cap; the released code lacks it")
         if self.semantics == "reference" and self.adaptive != 1:
             raise ParameterError("semantics=reference has no adaptive; the released code lacks it")
+        if self.semantics == "reference" and self.select != "evict":
+            raise ParameterError("semantics=reference has no select; the released code lacks it")
 
     def calibration(self) -> Calibration | None:
         if self.rows:
@@ -82,7 +86,7 @@ class PrefixKV(FixedPointRecipe):
         )
 
     def cache_policy(self) -> CachePolicy:
-        return self.compacted_once(self._budget(self.kv_keep or KEEP))
+        return self.compacted_once(self._budget(self.kv_keep or KEEP), selection(self.select))
 
     def _budget(self, keep: float) -> Budget:
         if not self.rows:  # until they are known

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from lvlm.export.recipes.parts.selection import SELECT, Selection, selection
 from lvlm.export.recipes.recipe import Recipe, choice, parameter
 from lvlm.runtime.policies.evictions import Append
-from lvlm.runtime.policies.policy import CachePolicy, Evict, Window
+from lvlm.runtime.policies.policy import CachePolicy, Window
 from lvlm.runtime.policies.shares import Uniform
 
 Pool = Literal["mean", "max"]
@@ -33,6 +34,7 @@ class SnapKV(Recipe):
     window: int = parameter(64, "last prompt tokens, which stay and whose queries rank the others")
     kernel: int = parameter(5, "neighbouring positions that scores are pooled over; 1: none")
     pool: Pool = parameter("mean", "mean or max of these")
+    select: Selection = parameter("evict", SELECT)
 
     def __post_init__(self) -> None:
         choice("pool", self.pool, Pool)
@@ -40,7 +42,7 @@ class SnapKV(Recipe):
     def cache_policy(self) -> CachePolicy:
         return CachePolicy(
             score=Window(self.window, self.kernel, self.pool, per_head=True),
-            select=Evict(),
+            select=selection(self.select),
             decode=Append(),
             budget=Uniform(self.kv_keep, self.kv_cap),
             sinks=self.kv_sinks,

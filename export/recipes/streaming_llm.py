@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lvlm.export.recipes.parts.selection import SELECT, Selection, selection
 from lvlm.export.recipes.recipe import Recipe, parameter
 from lvlm.runtime.policies.evictions import Oldest
-from lvlm.runtime.policies.policy import CachePolicy, Evict, Recency
+from lvlm.runtime.policies.policy import CachePolicy, Recency
 from lvlm.runtime.policies.shares import Uniform
 
 
@@ -27,11 +28,12 @@ class StreamingLLM(Recipe):
     kv_keep: float = parameter(0.5, "fraction of the cache entries that stays, in (0, 1]")
     kv_cap: int | None = parameter(None, "most entries a layer keeps, sinks and window together")
     kv_sinks: int = parameter(4, "first tokens, which always stay")
+    select: Selection = parameter("evict", f"of the prompt: {SELECT}")
 
     def cache_policy(self) -> CachePolicy:
         return CachePolicy(
             score=Recency(),
-            select=Evict(),
+            select=selection(self.select),
             decode=Oldest(),
             budget=Uniform(self.kv_keep, self.kv_cap),
             sinks=self.kv_sinks,

@@ -85,6 +85,18 @@ def test_compositions(recipe: str, keep: float, bundle: Callable[..., Path], twi
     assert max(kept) < 160
 
 
+@pytest.mark.parametrize("recipe", ["snapkv", "streaming-llm", "prefixkv"])
+def test_any_score_merges(recipe: str, bundle: Callable[..., Path], twin: Twin) -> None:
+    name, *given = CACHED[f"{recipe} (cached)"]
+    folder = bundle("tiny-llava", name, *given, "select=merge", max_images=2)
+    own: Settings = {"select": "merge"}
+    own |= {
+        key: int(value) for key, _, value in (x.partition("=") for x in given) if value.isdecimal()
+    }
+    kept = compare(folder, twin, lambda: rule_of(recipe, own, folder, kv_keep=0.3), kv_keep=0.3)
+    assert max(kept) < 160
+
+
 @pytest.mark.parametrize(("keep", "kv_keep"), [(0.35, 0.3), (0.1, 1.0)])
 def test_lightvlm(keep: float, kv_keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
     folder = bundle("tiny-llava", "lightvlm", *arguments(INTERVAL), max_images=2)

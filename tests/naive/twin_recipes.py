@@ -66,25 +66,26 @@ def _cache(kind: str, settings: Settings, keep: float, shares: list[float] | Non
         cap = settings.get("kv_cap")
         return Interval(keep, *counts, cap=cap, shares=shares, **common)
     usual: dict[str, Any] = {"cap": settings.get("kv_cap")}
+    merge = {"merge": settings.get("select") == "merge" or kind == "elastic-cache"}
     if kind in ("snapkv", "pyramidkv"):
         names = ("window", "kernel", "pool")
         own = {name: settings[name] for name in names if name in settings}
-        return LastQueries(keep, sinks=settings.get("kv_sinks", 0), shares=shares, **own, **usual)
+        own |= merge | {"sinks": settings.get("kv_sinks", 0)}
+        return LastQueries(keep, shares=shares, **own, **usual)
     if kind in ("tova", "h2o"):
         usual |= {"sinks": settings.get("kv_sinks", 0), "interval": settings.get("kv_interval", 1)}
         if kind == "h2o":
             return HeavyHitters(keep, settings.get("recent", 32), **usual)
         return Interval(keep, floor=0, protect=1, **usual)
     if kind == "streaming-llm":
-        return Sliding(keep, sinks=settings.get("kv_sinks", 4), **usual)
+        return Sliding(keep, sinks=settings.get("kv_sinks", 4), **merge, **usual)
     common["distance"] = settings.get("distance", 25)
     if settings.get("semantics") == "reference":
         if shares is not None:
             return ReleasedPrefix(shares, **common)
         return ReleasedElastic(keep, **common)
-    merge = kind == "elastic-cache"
     common["within"] = settings.get("within_modality", False)
-    return FixedPoint(keep, merge=merge, shares=shares, cap=settings.get("kv_cap"), **common)
+    return FixedPoint(keep, shares=shares, cap=settings.get("kv_cap"), **merge, **common)
 
 
 def profile_shares(profile: list[dict[str, Any]], keep: float) -> list[float]:

@@ -65,6 +65,14 @@ def shared_out(shares: list[float], low: list[int], high: list[int]) -> list[int
     return counts
 
 
+def merged(states: torch.Tensor, stay: list[int]) -> torch.Tensor:
+    """Of states [H,N,d] those that stay, each the mean over all that are nearest to it."""
+    buckets: dict[int, list[int]] = {p: [] for p in stay}
+    for place in range(states.shape[1]):
+        buckets[min(stay, key=lambda anchor: (abs(anchor - place), anchor))].append(place)
+    return torch.stack([states[:, buckets[p]].mean(1) for p in stay], 1)
+
+
 @dataclass
 class FixedPoint(NoRule):
     """uniform, elastic-cache (``merge``; ``within`` a modality) and, with ``shares`` of the layers,
@@ -96,14 +104,10 @@ class FixedPoint(NoRule):
                        if self.images[p] != self.images[p + 1]}  # fmt: skip
             best = [*sorted(borders - protected), *(p for p in best if p not in borders)]
         stay = sorted(protected | set(best[: count - len(protected)]))
-        if self.merge and len(stay) < total:
-            buckets: dict[int, list[int]] = {p: [] for p in stay}
-            for place in range(total):
-                buckets[min(stay, key=lambda anchor: (abs(anchor - place), anchor))].append(place)
-            layer.key = torch.stack([layer.key[:, buckets[p]].mean(1) for p in stay], 1)
-            layer.value = torch.stack([layer.value[:, buckets[p]].mean(1) for p in stay], 1)
-        else:
-            layer.key, layer.value = layer.key[:, stay], layer.value[:, stay]
+        layer.key, layer.value = (
+            merged(states, stay) if self.merge else states[:, stay]
+            for states in (layer.key, layer.value)
+        )
 
     def _count(self, block: int, total: int) -> int:
         layers = len(self.shares) if self.shares is not None else block + 1
@@ -188,6 +192,7 @@ class LastQueries(NoRule):
     sinks: int = 0
     cap: int | None = None
     shares: list[float] | None = None
+    merge: bool = False
 
     def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
         total = layer.seen
@@ -199,8 +204,9 @@ class LastQueries(NoRule):
         keys, values = [], []
         for head in range(len(layer.key)):
             stay = sorted(self._kept(head, count, total, layer, attention))
-            keys.append(layer.key[head, stay])
-            values.append(layer.value[head, stay])
+            for kept, states in ((keys, layer.key), (values, layer.value)):
+                own = states[head : head + 1]
+                kept.append(merged(own, stay)[0] if self.merge else own[0, stay])
         layer.key, layer.value = torch.stack(keys), torch.stack(values)
 
     def _kept(self, head: int, count: int, total: int, layer: Layer, attention: Seen) -> set[int]:
@@ -231,10 +237,18 @@ class Sliding(NoRule):
     keep: float
     sinks: int = 4
     cap: int | None = None
+    merge: bool = False
 
     def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
         del block, attention
-        count = max(rounded(self.keep * layer.seen), min(layer.seen, self.sinks + 1))
+        total = layer.seen
+        count = max(rounded(self.keep * total), min(total, self.sinks + 1))
+        if self.merge:
+            count = count if self.cap is None else min(count, self.cap)
+            first = range(min(self.sinks, count))
+            stay = [*first, *range(total - count + len(first), total)]
+            layer.key, layer.value = merged(layer.key, stay), merged(layer.value, stay)
+            return
         self._slide(layer, count)
 
     def after_step(self, block: int, layer: Layer, step: int) -> None:

@@ -26,8 +26,11 @@ from lvlm.runtime.prompt.prompts import Prompt
 
 KEEPS = (0.1, 0.2, 0.5, 0.9)
 LONG = 256
-OTHERS = {"within a modality": (*CACHED["elastic-cache (cached)"], "within_modality=true")}
-ALSO = [("tiny-llava", *OTHERS), ("qwen2-vl:gqa", *OTHERS)]
+OTHERS = {
+    "within a modality": (*CACHED["elastic-cache (cached)"], "within_modality=true"),
+    "each head merges": (*CACHED["snapkv (cached)"], "select=merge"),
+}
+ALSO = [(model, other) for model in ("tiny-llava", "qwen2-vl:gqa") for other in OTHERS]
 WHOLE = [
     *(("tiny-llava", cached) for cached in CACHED),
     *((model, cached) for model in TINY for cached in CACHED if "(cached)" in cached),
