@@ -45,7 +45,7 @@ class Answer:
     def text(self) -> str:
         return "".join(self.pieces)
 
-    def push(self, token: int, piece: str) -> None:  # noqa: ARG002 - the row has it
+    def push(self, token: int, piece: str, score: object) -> None:  # noqa: ARG002 - the row has it
         self.pieces.append(piece)
         self.times.append(time.perf_counter())
 

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Self, TypeVar
 
 from lvlm.core.errors import LvlmError, RequestCancelled
@@ -13,12 +14,23 @@ from lvlm.core.forks import forked, orphan_in_children
 from lvlm.runtime.engine.faults import typed
 from lvlm.runtime.generate.answers import Generation, with_others
 from lvlm.runtime.options.option_kinds import number, read_value
+from lvlm.runtime.sampling.sampler import TokenScore
 
 WAIT = number("seconds, 0 or more, or None", lambda x: x >= 0)
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class News:
+    """What came of an answer since it was asked last; ``scores`` of its tokens where logprobs were
+    asked for."""
+
+    tokens: list[int]
+    text: str
+    scores: list[TokenScore]
 
 
 class Handle:
@@ -44,6 +56,7 @@ class Handle:
         self._pieces: list[str] = []
         self._tokens: list[int] = []
         self._times: list[float] = []
+        self._scores: list[TokenScore] = []
         self._result: Generation | None = None
         self._error: LvlmError | None = None
         self.submitted = time.perf_counter()
@@ -66,7 +79,7 @@ class Handle:
         """
         if not self.wait(timeout):
             raise TimeoutError(f"no answer after {timeout} s; wait longer, or cancel")
-        return with_others([one._own_result() for one in (self, *self.others)])
+        return with_others([one.own_result() for one in (self, *self.others)])
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end, ``timeout`` seconds at most; whether it has come."""
@@ -104,6 +117,12 @@ class Handle:
         """time.perf_counter() when each token was chosen; ``submitted`` is on the same clock."""
         return list(self._times)
 
+    def since(self, count: int) -> News:
+        """What came after the first ``count`` tokens."""
+        with self._changed:
+            text = "".join(self._pieces[count:])
+            return News(self._tokens[count:], text, self._scores[count:])
+
     def subscribe(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` whenever there is more to read, from the engine's thread: be quick,
         and do not wait for an answer. What it raises is logged."""
@@ -124,11 +143,13 @@ class Handle:
 
     # For the engine
 
-    def push(self, token: int, piece: str) -> None:
+    def push(self, token: int, piece: str, score: TokenScore | None) -> None:
         with self._changed:
             if self.done:
                 return
             self._tokens.append(token)
+            if score is not None:
+                self._scores.append(score)
             self._times.append(time.perf_counter())
             self._pieces.append(piece)
             self._changed.notify_all()
@@ -159,7 +180,8 @@ class Handle:
         if self._error is not None:
             raise self._error.with_traceback(None)
 
-    def _own_result(self) -> Generation:
+    def own_result(self) -> Generation:
+        """This one's answer, which is there. Raises its error."""
         self.check()
         assert self._result is not None
         return self._result

@@ -16,6 +16,7 @@ from lvlm.runtime.generate.row import Row
 from lvlm.runtime.options.generation_options import Keep
 from lvlm.runtime.prompt.prompts import Prompt
 from lvlm.runtime.prompt.text import TextStream
+from lvlm.runtime.sampling.sampler import TokenScore
 
 
 class Caller(Protocol):
@@ -29,8 +30,9 @@ class Caller(Protocol):
     def text(self) -> str:
         """All pieces so far."""
 
-    def push(self, token: int, piece: str) -> None:
-        """The next token of the answer, and the text that is final with it."""
+    def push(self, token: int, piece: str, score: TokenScore | None) -> None:
+        """The next token of the answer, the text that is final with it, and the token's score
+        where one was asked for."""
 
     def finish(self, result: Generation) -> object:
         """The whole answer."""
@@ -141,7 +143,8 @@ class Request:
                 piece = stream.push(token, last=row.finish_reason is not None)
             if stream.stopped is not None:
                 row.stop(stream.stopped)
-        self.caller.push(token, piece)
+        score = None if self.prompt.logprobs is None else row.scores[-1]
+        self.caller.push(token, piece, score)
 
     def generation(self, allocated: int, used: int) -> Generation:
         """The answer, once it has a finish_reason; bytes of its cache."""
@@ -149,6 +152,7 @@ class Request:
         assert row.finish_reason is not None
         stats = Stats(
             **self.counts.of_row(self.index),
+            encoded_image_tokens=sum(image.tokens for image in self.prompt.images),
             new_tokens=len(row.tokens),
             vision_ms=self.vision_ms,
             prefill_ms=self.prefill_ms,

@@ -17,7 +17,8 @@ FinishReason = Literal["stop", "length"]
 class Stats:
     """Statistics of one answer. Times cover the whole batch; bytes are of its cache.
 
-    tokens_per_layer entered each block in prefill, kept_per_layer of them stayed in its cache.
+    tokens_per_layer entered each block in prefill, kept_per_layer of them stayed in its cache;
+    image_tokens of the encoded_image_tokens got to the language model.
     An engine also tells how long a request waited, and how many of its prompt's tokens lay in the
     cache already; its times are those of the steps that the request took part in.
     """
@@ -36,6 +37,7 @@ class Stats:
     cache_bytes_used: int
     queued_ms: float = 0.0
     reused_tokens: int = 0
+    encoded_image_tokens: int = 0
 
     @property
     def decode_tokens_per_second(self) -> float:

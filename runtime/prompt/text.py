@@ -72,6 +72,12 @@ class Tokenizer:
         """Text of ``ids``, without special tokens and ids that the vocabulary lacks."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def token_text(self, token: int) -> str:
+        """Text of one token as it stands behind another, special tokens, too."""
+        one = self._tokenizer.decode([token], skip_special_tokens=False)
+        two = self._tokenizer.decode([token, token], skip_special_tokens=False)
+        return two[len(one) :]
+
     def token_id(self, token: str) -> int:
         """Id of a token by its exact content. Raises ``BundleError`` if there is none."""
         number = self._tokenizer.token_to_id(token)

@@ -12,5 +12,6 @@ MODULES = {
     "eval": "lvlm.calibration.evaluate.eval_cli",
     "export": "lvlm.export.export_cli",
     "run": "lvlm.runtime.run_cli",
+    "serve": "lvlm.runtime.server.serve_cli",
     "tune": "lvlm.calibration.tune.tune_cli",
 }

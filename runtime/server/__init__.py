@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over engines: ``lvlm-serve``; needs the extra ``serve``."""

@@ -1,0 +1,215 @@
+"""From a body to what an engine takes: messages with their pictures read, and options."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lvlm.core.errors import ParameterError
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.server.fields import (
+    ChatFields,
+    CompletionFields,
+    ResponseFields,
+    Sampled,
+    Structured,
+)
+from lvlm.runtime.server.refusals import Refusal
+
+Read = Callable[[str], Awaitable[bytes]]  # of the URL of a picture or a video
+
+MOST_LOGPROBS = 20  # as in OpenAI's API
+# Field -> option, where the names differ
+OPTION_NAMES = {"min_tokens": "min_new_tokens"}
+SAME = (
+    *("temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos"),
+    *("n", "min_tokens", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+    *("keep", "kv_keep"),
+)
+ROLES = {"developer": "system", "function": "tool"}
+KINDS = {"image_url": "image", "input_image": "image", "video_url": "video"}
+TEXTS = ("text", "input_text", "output_text")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of an engine: ``prompt`` is text as it stands, or messages."""
+
+    prompt: str | list[dict[str, Any]]
+    options: GenerationOptions
+    timeout: float | None = None
+
+
+async def of_chat(body: ChatFields, read: Read, usual: Mapping[str, Any]) -> Asked:
+    """Of POST /v1/chat/completions. ``usual`` are options where a body says nothing; its
+    max_new_tokens are the most there is room for.
+
+    Raises Refusal, and what ``read`` raises.
+    """
+    refuse_tools(body.tools, body.tool_choice)
+    given = _options(body, body.max_completion_tokens, "max_completion_tokens", usual)
+    if body.logprobs:
+        given["logprobs"] = _top(body.top_logprobs, "top_logprobs")
+    elif body.top_logprobs:
+        raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if (wanted := body.response_format) is not None:
+        schema = None if wanted.json_schema is None else wanted.json_schema.schema_
+        _shape(given, wanted.type, schema, "response_format")
+    return Asked(await _messages(body.messages, read), _made(given), body.timeout)
+
+
+def of_completion(body: CompletionFields, usual: Mapping[str, Any]) -> list[Asked]:
+    """Of POST /v1/completions: a prompt each."""
+    for name in ("echo", "suffix"):
+        if getattr(body, name):
+            raise Refusal(400, f"{name} is not supported; leave it out", param=name)
+    if body.best_of not in (None, body.n or 1):
+        raise Refusal(400, "best_of is not supported; ask for n answers", param="best_of")
+    given = _options(body, None, "", usual) | {"chat_template": False}
+    if body.logprobs is not None:
+        given["logprobs"] = _top(body.logprobs, "logprobs")
+    options = _made(given)
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    if not prompts:
+        raise Refusal(400, "prompt is empty; give a text, or several", param="prompt")
+    return [Asked(prompt, options, body.timeout) for prompt in prompts]
+
+
+async def of_response(body: ResponseFields, read: Read, usual: Mapping[str, Any]) -> Asked:
+    """Of POST /v1/responses."""
+    refuse_tools(body.tools, None)
+    if body.previous_response_id is not None:
+        raise Refusal(
+            400,
+            "previous_response_id: nothing is stored here; send the whole conversation as input",
+            param="previous_response_id",
+        )
+    if body.background:
+        raise Refusal(400, "background is not supported; leave it out", param="background")
+    given = _options(body, body.max_output_tokens, "max_output_tokens", usual)
+    if body.text is not None and body.text.format is not None:
+        form = body.text.format
+        _shape(given, form.type, form.schema_, "text.format")
+    said = body.input
+    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    if body.instructions is not None:
+        messages = [{"role": "system", "content": body.instructions}, *messages]
+    return Asked(await _messages(messages, read), _made(given), body.timeout)
+
+
+def refuse_tools(tools: Sequence[Any] | None, choice: object) -> None:
+    """Raises Refusal where tools are meant to be called."""
+    if tools and choice != "none":
+        raise Refusal(
+            400,
+            "tools: this bundle's chat template has no place for tools; describe them in a system "
+            "message, or ask for JSON with response_format",
+            param="tools",
+        )
+
+
+def _options(
+    body: Sampled, most: int | None, name: str, usual: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = dict(usual) | {
+        OPTION_NAMES.get(field, field): value
+        for field in SAME
+        if (value := getattr(body, field)) is not None
+    }
+    tokens = most if most is not None else body.max_tokens
+    if tokens is not None and tokens < 1:
+        field = name if most is not None else "max_tokens"
+        raise Refusal(400, f"{field} is {tokens}; give 1 or more", param=field)
+    room = usual["max_new_tokens"]
+    given["max_new_tokens"] = min(tokens or room, room)
+    if body.logit_bias:
+        given["logit_bias"] = _biases(body.logit_bias)
+    if body.structured_outputs is not None:
+        given |= _structured(body.structured_outputs)
+    return given
+
+
+def _biases(given: Mapping[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in given.items()}
+    except ValueError:
+        raise Refusal(
+            400, 'logit_bias: its keys are token ids, as in {"17": -100}', param="logit_bias"
+        ) from None
+
+
+def _structured(given: Structured) -> dict[str, Any]:
+    named: dict[str, Any] = {"schema": given.json_, "regex": given.regex, "grammar": given.grammar}
+    found = {name: value for name, value in named.items() if value is not None}
+    if given.choice is not None:
+        found["choice"] = given.choice
+    return found
+
+
+def _shape(given: dict[str, Any], kind: str, schema: dict[str, Any] | None, where: str) -> None:
+    if kind == "json_object":
+        given["schema"] = {"type": "object"}
+    elif kind == "json_schema":
+        if schema is None:
+            raise Refusal(400, f"{where} is of type json_schema, but has no schema", param=where)
+        given["schema"] = schema
+
+
+def _top(count: int | None, name: str) -> int:
+    if not 0 <= (count or 0) <= MOST_LOGPROBS:
+        raise Refusal(400, f"{name} is {count}; give 0 to {MOST_LOGPROBS}", param=name)
+    return count or 0
+
+
+def _made(given: Mapping[str, Any]) -> GenerationOptions:
+    """Options, with a mistake told by the field's name."""
+    try:
+        return GenerationOptions(**given)
+    except ParameterError as error:
+        message = str(error)
+        for field, option in OPTION_NAMES.items():
+            message = message.replace(f"{option} is", f"{field} is", 1)
+        raise ParameterError(message) from None
+
+
+async def _messages(given: Sequence[Mapping[str, Any]], read: Read) -> list[dict[str, Any]]:
+    """Messages as prompts take them; what is wrong with one of another form is told there."""
+    if not given:
+        raise Refusal(400, "messages is empty; give a message of role user", param="messages")
+    return [await _message(one, f"message {n}", read) for n, one in enumerate(given, 1)]
+
+
+async def _message(given: Mapping[str, Any], where: str, read: Read) -> dict[str, Any]:
+    role = given.get("role")
+    made: dict[str, Any] = {"role": ROLES.get(role, role) if isinstance(role, str) else role}
+    if given.get("tool_calls"):
+        raise Refusal(
+            400, f"{where} has tool_calls, which no bundle's template takes", param="messages"
+        )
+    content = given.get("content")
+    if isinstance(content, list):
+        parts = [await _part(part, f"{where}, part {n}", read) for n, part in enumerate(content, 1)]
+        made["content"] = parts
+    else:
+        made["content"] = content
+    if role == "tool":
+        made |= {key: given[key] for key in ("name", "tool_call_id") if key in given}
+    return made
+
+
+async def _part(given: Any, where: str, read: Read) -> Any:
+    if not isinstance(given, Mapping):
+        return given
+    kind = given.get("type")
+    if kind in TEXTS:
+        return {"type": "text", "text": given.get("text")}
+    if kind not in KINDS:
+        raise Refusal(
+            400, f"{where} is of type {kind!r}; give text, image_url or video_url", param="messages"
+        )
+    found = given.get("image_url" if kind == "input_image" else kind)
+    url = found.get("url") if isinstance(found, Mapping) else found
+    if not isinstance(url, str):
+        raise Refusal(400, f'{where} has no URL; give {{"url": "data:…"}}', param="messages")
+    return {"type": KINDS[kind], KINDS[kind]: await read(url)}

@@ -1,0 +1,118 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from lvlm.runtime.engine.handle import Handle
+from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.server import asked
+from lvlm.runtime.server.answered import chat_logprobs, compact, details, new_id, now, usage
+from lvlm.runtime.server.events import DONE, EventStream, event, unless_gone
+from lvlm.runtime.server.fields import ChatFields
+from lvlm.runtime.server.following import follow
+from lvlm.runtime.server.patches import patches
+from lvlm.runtime.server.refusals import refusal
+from lvlm.runtime.server.service import Served, Service
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", summary="Answer a conversation")
+async def chat(request: Request, body: ChatFields) -> Response:
+    service: Service = request.app.state.service
+    served = service.find(body.model)
+    request.state.model = served.name
+    wanted = await asked.of_chat(body, service.read, served.options)
+    handle = (await service.submit(served, wanted)).handle
+    reply = Reply(service, served, body, wanted.options.logprobs is not None, handle)
+    if body.stream:
+        return EventStream(reply.stream())
+    return await unless_gone(request.receive, reply.whole)
+
+
+class Reply:
+    """The answers to one request."""
+
+    def __init__(
+        self, service: Service, served: Served, body: ChatFields, scored: bool, handle: Handle
+    ) -> None:
+        self._service, self._served, self._body, self._scored = service, served, body, scored
+        self._handles = [handle, *handle.others]
+        self._id, self._created = new_id("chatcmpl"), now()
+
+    async def whole(self) -> Response:
+        """All at once."""
+        async with aclosing(follow(self._handles)) as steps:
+            async for _ in steps:
+                pass
+        answers = self._answers()
+        choices = []
+        for index, answer in enumerate(answers):
+            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            choice = {"index": index, "message": message, "finish_reason": answer.finish_reason}
+            choices.append(choice | {"logprobs": self._logprobs(answer.token_ids, answer.scores)})
+        data = self._head("chat.completion") | {"choices": choices, "usage": usage(answers)}
+        if self._body.lvlm_details:
+            data["lvlm"] = self._details(answers)
+        return Response(compact(data), media_type="application/json")
+
+    async def stream(self) -> AsyncGenerator[bytes]:
+        """As they come. What goes wrong on the way is an event of its own."""
+        try:
+            async with aclosing(follow(self._handles)) as steps:
+                for index in range(len(self._handles)):
+                    yield self._chunk(index, {"role": "assistant", "content": ""}, None)
+                async for step in steps:
+                    scores = self._logprobs(step.news.tokens, step.news.scores)
+                    if step.news.text or (self._scored and step.news.tokens):
+                        yield self._chunk(step.index, {"content": step.news.text}, scores)
+                    if step.ended:
+                        ended = self._handles[step.index].own_result().finish_reason
+                        yield self._chunk(step.index, {}, None, ended)
+        except Exception as error:
+            refused = refusal(error)
+            self._service.metrics.refused(self._served.name, refused.status)
+            yield event(refused.body)
+            return
+        answers = self._answers()
+        options = self._body.stream_options
+        if options is not None and options.include_usage:
+            yield event(
+                self._head("chat.completion.chunk") | {"choices": [], "usage": usage(answers)}
+            )
+        if self._body.lvlm_details:
+            own = {"choices": [], "lvlm": self._details(answers)}
+            yield event(self._head("chat.completion.chunk") | own)
+        yield DONE
+
+    def _answers(self) -> list[Generation]:
+        answers = [handle.own_result() for handle in self._handles]
+        for handle, answer in zip(self._handles, answers, strict=True):
+            self._service.metrics.answered(self._served.name, handle, answer)
+        return answers
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        named = {"id": self._id, "object": kind, "created": self._created}
+        return named | {"model": self._served.name}
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Any, ended: str | None = None
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": ended}
+        return event(self._head("chat.completion.chunk") | {"choices": [choice]})
+
+    def _logprobs(self, tokens: Sequence[int], scores: Sequence[Any]) -> dict[str, Any] | None:
+        return chat_logprobs(self._served.tokenizer, tokens, scores) if self._scored else None
+
+    def _details(self, answers: Sequence[Generation]) -> dict[str, Any]:
+        first, handle = answers[0], self._handles[0]
+        began = (handle.token_times[0] - handle.submitted) * 1e3
+        tokens = first.stats.prompt_tokens + first.stats.new_tokens
+        told = details(first, began, self._served.full_cache_bytes(tokens))
+        return told | {"images": patches(self._served.engine.engine.manifest, first)}

@@ -1,0 +1,118 @@
+"""POST /v1/completions: text goes on as it stands, without a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from lvlm.runtime.engine.handle import Handle
+from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.server import asked
+from lvlm.runtime.server.answered import added, compact, completion_logprobs, new_id, now, usage
+from lvlm.runtime.server.events import DONE, EventStream, event, unless_gone
+from lvlm.runtime.server.fields import CompletionFields
+from lvlm.runtime.server.following import follow
+from lvlm.runtime.server.refusals import refusal
+from lvlm.runtime.server.service import Served, Service
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", summary="Go on with a text")
+async def completions(request: Request, body: CompletionFields) -> Response:
+    service: Service = request.app.state.service
+    served = service.find(body.model)
+    request.state.model = served.name
+    wanted = asked.of_completion(body, served.options)
+    scored = wanted[0].options.logprobs is not None
+    async with AsyncExitStack() as stack:
+        prompts = [
+            await stack.enter_async_context(await service.submit(served, one)) for one in wanted
+        ]
+        handles = [[one.handle, *one.handle.others] for one in prompts]
+        reply = Continued(service, served, body, scored, handles)
+        if body.stream:
+            stack.pop_all()  # the stream sees to the handles from now on
+            return EventStream(reply.stream())
+        return await unless_gone(request.receive, reply.whole)
+
+
+class Continued:
+    """The answers to one request: of each prompt as many as were asked for."""
+
+    def __init__(
+        self,
+        service: Service,
+        served: Served,
+        body: CompletionFields,
+        scored: bool,
+        prompts: list[list[Handle]],
+    ) -> None:
+        self._service, self._served, self._body, self._scored = service, served, body, scored
+        self._prompts = prompts
+        self._handles = [handle for handles in prompts for handle in handles]
+        self._id, self._created = new_id("cmpl"), now()
+
+    async def whole(self) -> Response:
+        """All at once."""
+        async with aclosing(follow(self._handles)) as steps:
+            async for _ in steps:
+                pass
+        choices = [
+            self._choice(index, answer.text, answer.finish_reason)
+            | {"logprobs": self._logprobs(answer.token_ids, answer.scores, 0)}
+            for index, answer in enumerate(self._answers())
+        ]
+        data = self._head() | {"choices": choices, "usage": self._usage()}
+        return Response(compact(data), media_type="application/json")
+
+    async def stream(self) -> AsyncGenerator[bytes]:
+        """As they come."""
+        offsets = [0] * len(self._handles)
+        try:
+            async with aclosing(follow(self._handles)) as steps:
+                async for step in steps:
+                    news, ended = step.news, None
+                    if step.ended:
+                        ended = self._handles[step.index].own_result().finish_reason
+                    choice = self._choice(step.index, news.text, ended)
+                    told = self._logprobs(news.tokens, news.scores, offsets[step.index])
+                    offsets[step.index] += len(news.text)
+                    if news.text or ended or self._scored:
+                        yield event(self._head() | {"choices": [choice | {"logprobs": told}]})
+        except Exception as error:
+            refused = refusal(error)
+            self._service.metrics.refused(self._served.name, refused.status)
+            yield event(refused.body)
+            return
+        self._answers()
+        options = self._body.stream_options
+        if options is not None and options.include_usage:
+            yield event(self._head() | {"choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _answers(self) -> list[Generation]:
+        answers = [handle.own_result() for handle in self._handles]
+        for handle, answer in zip(self._handles, answers, strict=True):
+            self._service.metrics.answered(self._served.name, handle, answer)
+        return answers
+
+    def _usage(self) -> dict[str, Any]:
+        """Of all prompts."""
+        return added(usage([handle.own_result() for handle in one]) for one in self._prompts)
+
+    def _head(self) -> dict[str, Any]:
+        named = {"id": self._id, "object": "text_completion", "created": self._created}
+        return named | {"model": self._served.name}
+
+    def _choice(self, index: int, text: str, ended: str | None) -> dict[str, Any]:
+        return {"index": index, "text": text, "finish_reason": ended}
+
+    def _logprobs(self, tokens: Any, scores: Any, offset: int) -> dict[str, Any] | None:
+        if not self._scored:
+            return None
+        return completion_logprobs(self._served.tokenizer, tokens, scores, offset)

@@ -1,0 +1,164 @@
+"""The process of a server: connections, signals, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from lvlm.core.errors import ParameterError
+from lvlm.runtime.server.service import Service
+
+log = logging.getLogger("lvlm.server")
+HEAD_SECONDS = 10  # that the head of a request may take
+LOOK = 0.05  # seconds between two looks at what is still going on
+
+
+class Connection(HttpToolsProtocol):
+    """A connection that is closed where the head of a request does not come in time."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        if self._late is None and (self.cycle is None or self.cycle.response_complete):
+            self._wait()
+        super().data_received(data)
+
+    def on_headers_complete(self) -> None:
+        self._come()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._come()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._late = self.loop.call_later(HEAD_SECONDS, self._give_up)
+
+    def _come(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+    def _give_up(self) -> None:
+        self._late = None
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Ends in order: at SIGTERM or Ctrl-C it is not ready any more, finishes what was begun within
+    ``drain`` seconds, and returns; a second signal ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain: float) -> None:
+        super().__init__(config)
+        self._service, self._drain = service, drain
+        self._ending: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's own would raise the signal again at the end, and so the status would be its."""
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        for number in numbers:
+            loop.add_signal_handler(number, self.end)
+        try:
+            yield
+        finally:
+            for number in numbers:
+                loop.remove_signal_handler(number)
+
+    def end(self) -> None:
+        """Begin to end; once more: end now."""
+        if self._ending is None:
+            self._ending = asyncio.get_running_loop().create_task(self._finish())
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def _finish(self) -> None:
+        self._service.draining = True
+        until = time.monotonic() + self._drain
+        log.info("draining", extra={"fields": {"seconds": self._drain}})
+        while self.server_state.tasks and time.monotonic() < until:
+            await asyncio.sleep(LOOK)
+        self.should_exit = True
+
+
+class JsonLines(logging.Formatter):
+    """A line of JSON for each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        data: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            data["error"] = self.formatException(record.exc_info)
+        return json.dumps(data, ensure_ascii=False)
+
+
+def set_logging(level: str) -> None:
+    """Log records of the server, and of uvicorn's mistakes, on standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, least in (("lvlm", level.upper()), ("uvicorn", "WARNING")):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(least)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket to serve on. Raises ParameterError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ParameterError(f"--host {host} --port {port}: {reason}") from None
+
+
+def serve(
+    app: FastAPI,
+    service: Service,
+    place: socket.socket,
+    *,
+    drain: float,
+    certificate: str | None = None,
+    key: str | None = None,
+) -> None:
+    """Serve until a signal ends it. Raises ParameterError for a certificate that is none."""
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=1,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+    )
+    try:
+        config.load()
+    except OSError as error:  # of TLS
+        raise ParameterError(f"--certificate and --certificate-key: {error}") from None
+    Server(config, service, drain).run([place])

@@ -1,0 +1,103 @@
+"""What a server serves: engines by name, and whether it takes requests."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lvlm.core.errors import EngineClosedError
+from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
+from lvlm.runtime.kv.cache import ITEM_BYTES
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.prompt.text import Tokenizer
+from lvlm.runtime.server.asked import Asked, Read
+from lvlm.runtime.server.metrics import Metrics
+from lvlm.runtime.server.refusals import Refusal
+
+log = logging.getLogger("lvlm.server")
+
+
+@dataclass(frozen=True)
+class Served:
+    """An engine under the name that clients call it by. ``usual``: options where a request says
+    nothing."""
+
+    name: str
+    engine: AsyncEngine
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.engine.tokenizer
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """``usual``, with room for the longest answer."""
+        return {"max_new_tokens": self.engine.engine.capacity.max_text_len, **self.usual}
+
+    def full_cache_bytes(self, tokens: int) -> int:
+        """Bytes of so many tokens in a cache that drops nothing."""
+        manifest = self.engine.engine.manifest
+        text = manifest.text
+        entry = 2 * text.kv_heads * text.head_dim * ITEM_BYTES[manifest.cache_dtype]
+        return tokens * text.layers * entry
+
+
+class Service:
+    """The models of a server, what it counts, and whether it takes requests.
+
+    ``read`` gets pictures and videos by their URLs. ``ready``: warmed up; ``draining``: only what
+    was begun is finished.
+    """
+
+    def __init__(self, models: Sequence[Served], read: Read) -> None:
+        self.models = {served.name: served for served in models}
+        self.read = read
+        self.metrics = Metrics({name: one.engine.stats for name, one in self.models.items()})
+        self.ready = self.draining = False
+
+    def find(self, name: str | None) -> Served:
+        """The model that a request names; without a name the only one. Raises Refusal."""
+        if name is None and len(self.models) == 1:
+            return next(iter(self.models.values()))
+        if name is None:
+            raise Refusal(400, f"model is missing; give one of {self._names()}", param="model")
+        if name not in self.models:
+            raise Refusal(
+                404,
+                f"there is no model {name[:200]!r}; there is {self._names()}",
+                param="model",
+                code="model_not_found",
+            )
+        return self.models[name]
+
+    def _names(self) -> str:
+        return ", ".join(self.models)
+
+    def check_open(self) -> None:
+        """Raises EngineClosedError where no request is taken any more."""
+        if self.draining:
+            raise EngineClosedError("this server is shutting down; ask another one")
+
+    async def submit(self, served: Served, asked: Asked) -> AsyncHandle:
+        """Ask the engine. Raises what Engine.submit raises."""
+        self.check_open()
+        return await served.engine.submit(
+            asked.prompt, options=asked.options, timeout=asked.timeout
+        )
+
+    async def warm_up(self) -> None:
+        """A token of each model, so that the first request finds everything loaded."""
+        for served in self.models.values():
+            options = GenerationOptions(max_new_tokens=1, chat_template=False)
+            await served.engine.generate("Hello", options=options)
+            log.info("model is ready", extra={"fields": {"model": served.name}})
+        self.ready = True
+
+    async def close(self) -> None:
+        for served in self.models.values():
+            await served.engine.close()
