@@ -83,9 +83,11 @@ async def _refused(request: Request, error: Exception) -> Response:
     refused = refusal(error)
     service: Service = request.app.state.service
     service.metrics.refused(getattr(request.state, "model", ""), refused.status)
-    if refused.status >= 500:
+    if refused.status == 500:
         fields = {"request_id": getattr(request.state, "request_id", "")}
-        log.error("request failed", exc_info=error, extra={"fields": fields})
+        known = isinstance(error, LvlmError)
+        reason = str(error) if known else "request failed"
+        log.error(reason, exc_info=None if known else error, extra={"fields": fields})
     return _response(refused)
 
 

@@ -12,12 +12,12 @@ from starlette.responses import Response
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.server import asked
-from lvlm.runtime.server.answered import chat_logprobs, compact, details, new_id, now, usage
+from lvlm.runtime.server.answered import chat_logprobs, compact, details, usage
 from lvlm.runtime.server.events import DONE, EventStream, event, unless_gone
 from lvlm.runtime.server.fields import ChatFields
 from lvlm.runtime.server.following import follow
 from lvlm.runtime.server.patches import patches
-from lvlm.runtime.server.refusals import refusal
+from lvlm.runtime.server.replies import Reply
 from lvlm.runtime.server.service import Served, Service
 
 router = APIRouter()
@@ -30,29 +30,24 @@ async def chat(request: Request, body: ChatFields) -> Response:
     request.state.model = served.name
     wanted = await asked.of_chat(body, service.read, served.options)
     handle = (await service.submit(served, wanted)).handle
-    reply = Reply(service, served, body, wanted.options.logprobs is not None, handle)
+    reply = Chat(service, served, body, wanted.options.logprobs is not None, handle)
     if body.stream:
         return EventStream(reply.stream())
     return await unless_gone(request.receive, reply.whole)
 
 
-class Reply:
+class Chat(Reply):
     """The answers to one request."""
 
     def __init__(
         self, service: Service, served: Served, body: ChatFields, scored: bool, handle: Handle
     ) -> None:
-        self._service, self._served, self._body, self._scored = service, served, body, scored
-        self._handles = [handle, *handle.others]
-        self._id, self._created = new_id("chatcmpl"), now()
+        super().__init__(service, served, [handle, *handle.others], "chatcmpl")
+        self._body, self._scored = body, scored
 
     async def whole(self) -> Response:
         """All at once."""
-        async with aclosing(follow(self._handles)) as steps:
-            async for _ in steps:
-                pass
-        answers = self._answers()
-        choices = []
+        answers, choices = await self._answers(), []
         for index, answer in enumerate(answers):
             message = {"role": "assistant", "content": answer.text, "refusal": None}
             choice = {"index": index, "message": message, "finish_reason": answer.finish_reason}
@@ -62,44 +57,28 @@ class Reply:
             data["lvlm"] = self._details(answers)
         return Response(compact(data), media_type="application/json")
 
-    async def stream(self) -> AsyncGenerator[bytes]:
+    def stream(self) -> AsyncGenerator[bytes]:
         """As they come. What goes wrong on the way is an event of its own."""
-        try:
-            async with aclosing(follow(self._handles)) as steps:
-                for index in range(len(self._handles)):
-                    yield self._chunk(index, {"role": "assistant", "content": ""}, None)
-                async for step in steps:
-                    scores = self._logprobs(step.news.tokens, step.news.scores)
-                    if step.news.text or (self._scored and step.news.tokens):
-                        yield self._chunk(step.index, {"content": step.news.text}, scores)
-                    if step.ended:
-                        ended = self._handles[step.index].own_result().finish_reason
-                        yield self._chunk(step.index, {}, None, ended)
-        except Exception as error:
-            refused = refusal(error)
-            self._service.metrics.refused(self._served.name, refused.status)
-            yield event(refused.body)
-            return
-        answers = self._answers()
-        options = self._body.stream_options
+        return self._told(self._chunks(), lambda refused: event(refused.body))
+
+    async def _chunks(self) -> AsyncGenerator[bytes]:
+        for index in range(len(self._handles)):
+            yield self._chunk(index, {"role": "assistant", "content": ""}, None)
+        async with aclosing(follow(self._handles)) as steps:
+            async for step in steps:
+                scores = self._logprobs(step.news.tokens, step.news.scores)
+                if step.news.text or (self._scored and step.news.tokens):
+                    yield self._chunk(step.index, {"content": step.news.text}, scores)
+                if step.ended:
+                    ended = self._handles[step.index].own_result().finish_reason
+                    yield self._chunk(step.index, {}, None, ended)
+        answers, options = self._ended(), self._body.stream_options
+        head = self._head("chat.completion.chunk") | {"choices": []}
         if options is not None and options.include_usage:
-            yield event(
-                self._head("chat.completion.chunk") | {"choices": [], "usage": usage(answers)}
-            )
+            yield event(head | {"usage": usage(answers)})
         if self._body.lvlm_details:
-            own = {"choices": [], "lvlm": self._details(answers)}
-            yield event(self._head("chat.completion.chunk") | own)
+            yield event(head | {"lvlm": self._details(answers)})
         yield DONE
-
-    def _answers(self) -> list[Generation]:
-        answers = [handle.own_result() for handle in self._handles]
-        for handle, answer in zip(self._handles, answers, strict=True):
-            self._service.metrics.answered(self._served.name, handle, answer)
-        return answers
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        named = {"id": self._id, "object": kind, "created": self._created}
-        return named | {"model": self._served.name}
 
     def _chunk(
         self, index: int, delta: dict[str, Any], logprobs: Any, ended: str | None = None

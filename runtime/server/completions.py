@@ -10,16 +10,16 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from lvlm.runtime.engine.handle import Handle
-from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.server import asked
-from lvlm.runtime.server.answered import added, compact, completion_logprobs, new_id, now, usage
+from lvlm.runtime.server.answered import added, compact, completion_logprobs, usage
 from lvlm.runtime.server.events import DONE, EventStream, event, unless_gone
 from lvlm.runtime.server.fields import CompletionFields
 from lvlm.runtime.server.following import follow
-from lvlm.runtime.server.refusals import refusal
+from lvlm.runtime.server.replies import Reply
 from lvlm.runtime.server.service import Served, Service
 
 router = APIRouter()
+KIND = "text_completion"
 
 
 @router.post("/v1/completions", summary="Go on with a text")
@@ -41,7 +41,7 @@ async def completions(request: Request, body: CompletionFields) -> Response:
         return await unless_gone(request.receive, reply.whole)
 
 
-class Continued:
+class Continued(Reply):
     """The answers to one request: of each prompt as many as were asked for."""
 
     def __init__(
@@ -52,62 +52,44 @@ class Continued:
         scored: bool,
         prompts: list[list[Handle]],
     ) -> None:
-        self._service, self._served, self._body, self._scored = service, served, body, scored
-        self._prompts = prompts
-        self._handles = [handle for handles in prompts for handle in handles]
-        self._id, self._created = new_id("cmpl"), now()
+        super().__init__(service, served, [one for handles in prompts for one in handles], "cmpl")
+        self._body, self._scored, self._prompts = body, scored, prompts
 
     async def whole(self) -> Response:
         """All at once."""
-        async with aclosing(follow(self._handles)) as steps:
-            async for _ in steps:
-                pass
         choices = [
             self._choice(index, answer.text, answer.finish_reason)
             | {"logprobs": self._logprobs(answer.token_ids, answer.scores, 0)}
-            for index, answer in enumerate(self._answers())
+            for index, answer in enumerate(await self._answers())
         ]
-        data = self._head() | {"choices": choices, "usage": self._usage()}
+        data = self._head(KIND) | {"choices": choices, "usage": self._usage()}
         return Response(compact(data), media_type="application/json")
 
-    async def stream(self) -> AsyncGenerator[bytes]:
-        """As they come."""
+    def stream(self) -> AsyncGenerator[bytes]:
+        """As they come. What goes wrong on the way is an event of its own."""
+        return self._told(self._chunks(), lambda refused: event(refused.body))
+
+    async def _chunks(self) -> AsyncGenerator[bytes]:
         offsets = [0] * len(self._handles)
-        try:
-            async with aclosing(follow(self._handles)) as steps:
-                async for step in steps:
-                    news, ended = step.news, None
-                    if step.ended:
-                        ended = self._handles[step.index].own_result().finish_reason
-                    choice = self._choice(step.index, news.text, ended)
-                    told = self._logprobs(news.tokens, news.scores, offsets[step.index])
-                    offsets[step.index] += len(news.text)
-                    if news.text or ended or self._scored:
-                        yield event(self._head() | {"choices": [choice | {"logprobs": told}]})
-        except Exception as error:
-            refused = refusal(error)
-            self._service.metrics.refused(self._served.name, refused.status)
-            yield event(refused.body)
-            return
-        self._answers()
+        async with aclosing(follow(self._handles)) as steps:
+            async for step in steps:
+                news, ended = step.news, None
+                if step.ended:
+                    ended = self._handles[step.index].own_result().finish_reason
+                choice = self._choice(step.index, news.text, ended)
+                told = self._logprobs(news.tokens, news.scores, offsets[step.index])
+                offsets[step.index] += len(news.text)
+                if news.text or ended or self._scored:
+                    yield event(self._head(KIND) | {"choices": [choice | {"logprobs": told}]})
+        self._ended()
         options = self._body.stream_options
         if options is not None and options.include_usage:
-            yield event(self._head() | {"choices": [], "usage": self._usage()})
+            yield event(self._head(KIND) | {"choices": [], "usage": self._usage()})
         yield DONE
-
-    def _answers(self) -> list[Generation]:
-        answers = [handle.own_result() for handle in self._handles]
-        for handle, answer in zip(self._handles, answers, strict=True):
-            self._service.metrics.answered(self._served.name, handle, answer)
-        return answers
 
     def _usage(self) -> dict[str, Any]:
         """Of all prompts."""
         return added(usage([handle.own_result() for handle in one]) for one in self._prompts)
-
-    def _head(self) -> dict[str, Any]:
-        named = {"id": self._id, "object": "text_completion", "created": self._created}
-        return named | {"model": self._served.name}
 
     def _choice(self, index: int, text: str, ended: str | None) -> dict[str, Any]:
         return {"index": index, "text": text, "finish_reason": ended}

@@ -12,11 +12,12 @@ from starlette.responses import Response
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.server import asked
-from lvlm.runtime.server.answered import compact, image_tokens_kept, new_id, now
+from lvlm.runtime.server.answered import compact, image_tokens_kept, new_id
 from lvlm.runtime.server.events import EventStream, event, unless_gone
 from lvlm.runtime.server.fields import ResponseFields
 from lvlm.runtime.server.following import follow
-from lvlm.runtime.server.refusals import Refusal, refusal
+from lvlm.runtime.server.refusals import Refusal
+from lvlm.runtime.server.replies import Reply
 from lvlm.runtime.server.service import Served, Service
 
 router = APIRouter()
@@ -37,64 +38,54 @@ async def responses(request: Request, body: ResponseFields) -> Response:
     return await unless_gone(request.receive, answering.whole)
 
 
-class Answering:
+class Answering(Reply):
     """The answer to one request."""
 
     def __init__(self, service: Service, served: Served, handle: Handle) -> None:
-        self._service, self._served, self._handle = service, served, handle
-        self._id, self._item, self._created = new_id("resp"), new_id("msg"), now()
+        super().__init__(service, served, [handle], "resp")
+        self._item, self._events = new_id("msg"), 0
 
     async def whole(self) -> Response:
         """All at once."""
-        async with aclosing(follow([self._handle])) as steps:
-            async for _ in steps:
-                pass
-        return Response(compact(self._ended(self._answer())), media_type="application/json")
+        (answer,) = await self._answers()
+        return Response(compact(self._response(answer)), media_type="application/json")
 
-    async def stream(self) -> AsyncGenerator[bytes]:
+    def stream(self) -> AsyncGenerator[bytes]:
         """As it comes, by the events of OpenAI's API."""
-        number = 0
+        return self._told(self._chunks(), self._failed)
 
-        def told(kind: str, **fields: Any) -> bytes:
-            nonlocal number
-            number += 1
-            return event({"type": kind, "sequence_number": number - 1, **fields}, kind)
-
+    async def _chunks(self) -> AsyncGenerator[bytes]:
         where = {"item_id": self._item, "output_index": 0, "content_index": 0}
         part = {"type": "output_text", "text": "", "annotations": []}
-        begun = self._head("in_progress") | {"output": []}
-        try:
-            yield told("response.created", response=begun)
-            yield told("response.in_progress", response=begun)
-            item = self._message("in_progress", [])
-            yield told("response.output_item.added", output_index=0, item=item)
-            yield told("response.content_part.added", **where, part=part)
-            async with aclosing(follow([self._handle])) as steps:
-                async for step in steps:
-                    if step.news.text:
-                        delta = {"delta": step.news.text, "logprobs": []}
-                        yield told("response.output_text.delta", **where, **delta)
-        except Exception as error:
-            refused = refusal(error)
-            self._service.metrics.refused(self._served.name, refused.status)
-            failed = {"code": refused.code or "server_error", "message": refused.message}
-            yield told("response.failed", response=begun | {"status": "failed", "error": failed})
-            return
-        answer = self._answer()
-        ended = self._ended(answer)
+        begun = self._begun("in_progress")
+        yield self._event("response.created", response=begun)
+        yield self._event("response.in_progress", response=begun)
+        item = self._message("in_progress", [])
+        yield self._event("response.output_item.added", output_index=0, item=item)
+        yield self._event("response.content_part.added", **where, part=part)
+        async with aclosing(follow(self._handles)) as steps:
+            async for step in steps:
+                if step.news.text:
+                    delta = {"delta": step.news.text, "logprobs": []}
+                    yield self._event("response.output_text.delta", **where, **delta)
+        (answer,) = self._ended()
+        ended = self._response(answer)
         (item,) = ended["output"]
         (part,) = item["content"]
-        yield told("response.output_text.done", **where, text=answer.text, logprobs=[])
-        yield told("response.content_part.done", **where, part=part)
-        yield told("response.output_item.done", output_index=0, item=item)
-        yield told(f"response.{ended['status']}", response=ended)
+        yield self._event("response.output_text.done", **where, text=answer.text, logprobs=[])
+        yield self._event("response.content_part.done", **where, part=part)
+        yield self._event("response.output_item.done", output_index=0, item=item)
+        yield self._event(f"response.{ended['status']}", response=ended)
 
-    def _answer(self) -> Generation:
-        answer = self._handle.own_result()
-        self._service.metrics.answered(self._served.name, self._handle, answer)
-        return answer
+    def _failed(self, refused: Refusal) -> bytes:
+        error = {"code": refused.code or "server_error", "message": refused.message}
+        return self._event("response.failed", response=self._begun("failed") | {"error": error})
 
-    def _head(self, status: str) -> dict[str, Any]:
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._events += 1
+        return event({"type": kind, "sequence_number": self._events - 1, **fields}, kind)
+
+    def _begun(self, status: str) -> dict[str, Any]:
         return {
             "id": self._id,
             "object": "response",
@@ -105,6 +96,7 @@ class Answering:
             "incomplete_details": None,
             "instructions": None,
             "metadata": {},
+            "output": [],
             "parallel_tool_calls": False,
             "tool_choice": "none",
             "tools": [],
@@ -116,12 +108,12 @@ class Answering:
         named = {"id": self._item, "type": "message", "role": "assistant"}
         return named | {"status": status, "content": content}
 
-    def _ended(self, answer: Generation) -> dict[str, Any]:
+    def _response(self, answer: Generation) -> dict[str, Any]:
         whole = answer.finish_reason == "stop"
         status = "completed" if whole else "incomplete"
         content = [{"type": "output_text", "text": answer.text, "annotations": [], "logprobs": []}]
         stats = answer.stats
-        data = self._head(status) | {"output": [self._message(status, content)]}
+        data = self._begun(status) | {"output": [self._message(status, content)]}
         if not whole:
             data["incomplete_details"] = {"reason": "max_output_tokens"}
         return data | {
