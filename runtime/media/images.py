@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import os
 import reprlib
 import warnings
 from typing import Any, BinaryIO, TypeAlias
-from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +14,7 @@ from PIL import Image
 
 from lvlm.core.errors import ImageError, shown
 from lvlm.core.opening import at_once
+from lvlm.runtime.media.data_url import data_of_url
 from lvlm.runtime.media.pixels import rgb
 
 ImageSource: TypeAlias = (
@@ -69,7 +67,7 @@ def open_image(source: ImageSource, max_pixels: int | None = None) -> npt.NDArra
         data = bytes(source)
         return _from_file(io.BytesIO(data), f"the image given as {len(data)} bytes", max_pixels)
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return _from_file(io.BytesIO(_of_url(source)), "the image in the data: URL", max_pixels)
+        return _from_file(io.BytesIO(data_of_url(source)), "the image in the data: URL", max_pixels)
     if isinstance(source, str | os.PathLike):
         return _from_path(source, max_pixels)
     if hasattr(source, "read") and hasattr(source, "seek"):
@@ -93,19 +91,6 @@ def _whole(file: Any) -> BinaryIO:
     if not isinstance(data, bytes | bytearray):
         raise ImageError("the opened file gives text; open it in binary mode, 'rb'")
     return io.BytesIO(data)
-
-
-def _of_url(url: str) -> bytes:
-    head, comma, body = url.partition(",")
-    if not comma:
-        raise ImageError("the data: URL has no comma; write data:image/png;base64,…")
-    data = unquote_to_bytes(body)
-    if not head.lower().rstrip().endswith(";base64"):
-        return data
-    try:
-        return base64.b64decode(b"".join(data.split()), validate=True)
-    except (binascii.Error, ValueError):
-        raise ImageError("the data: URL holds no valid base64") from None
 
 
 def _from_path(path: str | os.PathLike[str], max_pixels: int) -> npt.NDArray[np.uint8]:

@@ -80,6 +80,7 @@ class Tensor:
         (io.StringIO("text"), "binary mode"),
         ("data:image/png;base64", "no comma"),
         ("data:image/png;base64,@@", "no valid base64"),
+        ("data:,\ud800", "not valid Unicode"),
         ("data:image/png;base64,aGVsbG8=", "data: URL is not an image"),
         ("x" * 5000, "cannot be opened: File name too long"),
     ],
