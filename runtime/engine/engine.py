@@ -314,6 +314,10 @@ class Engine(TokenCounting):
             raise
         return None
 
+    def check_room(self) -> None:
+        """Raises QueueFullError, EngineClosedError where a request would not be taken now."""
+        self._scheduler.check_room()
+
     def _answers(
         self,
         asks: Sequence[Ask],

@@ -55,16 +55,20 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Raises QueueFullError, EngineClosedError."""
         with self._changed:
-            if self._closing is not None:
-                raise EngineClosedError("this engine is closed; open the bundle again")
-            if len(self.waiting) >= self.queue_limit:
-                raise QueueFullError(
-                    f"{self.queue_limit} requests are waiting already; try again later, or give "
-                    "the engine more slots or a larger queue_limit"
-                )
+            self.check_room()
             self.waiting.append(request)
             self.batch.meter.submitted += len(request.group)
             self._changed.notify_all()
+
+    def check_room(self) -> None:
+        """Raises QueueFullError, EngineClosedError."""
+        if self._closing is not None:
+            raise EngineClosedError("this engine is closed; open the bundle again")
+        if len(self.waiting) >= self.queue_limit:
+            raise QueueFullError(
+                f"{self.queue_limit} requests are waiting already; try again later, or give "
+                "the engine more slots or a larger queue_limit"
+            )
 
     def wake(self) -> None:
         """A caller has ended its request: the engine's thread may be inside a graph for it."""

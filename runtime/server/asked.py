@@ -33,6 +33,18 @@ TEXTS = ("text", "input_text", "output_text")
 
 
 @dataclass(frozen=True)
+class Usual:
+    """What counts where a request says nothing, and what no request may exceed.
+
+    options  of GenerationOptions; their max_new_tokens are the most there is room for
+    media    pictures and videos of a request
+    """
+
+    options: Mapping[str, Any]
+    media: int
+
+
+@dataclass(frozen=True)
 class Asked:
     """What is asked of an engine: ``prompt`` is text as it stands, or messages."""
 
@@ -41,9 +53,8 @@ class Asked:
     timeout: float | None = None
 
 
-async def of_chat(body: ChatFields, read: Read, usual: Mapping[str, Any]) -> Asked:
-    """Of POST /v1/chat/completions. ``usual`` are options where a body says nothing; its
-    max_new_tokens are the most there is room for.
+async def of_chat(body: ChatFields, read: Read, usual: Usual) -> Asked:
+    """Of POST /v1/chat/completions.
 
     Raises Refusal, and what ``read`` raises.
     """
@@ -56,10 +67,10 @@ async def of_chat(body: ChatFields, read: Read, usual: Mapping[str, Any]) -> Ask
     if (wanted := body.response_format) is not None:
         schema = None if wanted.json_schema is None else wanted.json_schema.schema_
         _shape(given, wanted.type, schema, "response_format")
-    return Asked(await _messages(body.messages, read), _made(given), body.timeout)
+    return Asked(await _messages(body.messages, read, usual.media), _made(given), body.timeout)
 
 
-def of_completion(body: CompletionFields, usual: Mapping[str, Any]) -> list[Asked]:
+def of_completion(body: CompletionFields, usual: Usual) -> list[Asked]:
     """Of POST /v1/completions: a prompt each."""
     for name in ("echo", "suffix"):
         if getattr(body, name):
@@ -76,7 +87,7 @@ def of_completion(body: CompletionFields, usual: Mapping[str, Any]) -> list[Aske
     return [Asked(prompt, options, body.timeout) for prompt in prompts]
 
 
-async def of_response(body: ResponseFields, read: Read, usual: Mapping[str, Any]) -> Asked:
+async def of_response(body: ResponseFields, read: Read, usual: Usual) -> Asked:
     """Of POST /v1/responses."""
     refuse_tools(body.tools, None)
     if body.previous_response_id is not None:
@@ -95,7 +106,7 @@ async def of_response(body: ResponseFields, read: Read, usual: Mapping[str, Any]
     messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
     if body.instructions is not None:
         messages = [{"role": "system", "content": body.instructions}, *messages]
-    return Asked(await _messages(messages, read), _made(given), body.timeout)
+    return Asked(await _messages(messages, read, usual.media), _made(given), body.timeout)
 
 
 def refuse_tools(tools: Sequence[Any] | None, choice: object) -> None:
@@ -109,10 +120,8 @@ def refuse_tools(tools: Sequence[Any] | None, choice: object) -> None:
         )
 
 
-def _options(
-    body: Sampled, most: int | None, name: str, usual: Mapping[str, Any]
-) -> dict[str, Any]:
-    given = dict(usual) | {
+def _options(body: Sampled, most: int | None, name: str, usual: Usual) -> dict[str, Any]:
+    given = dict(usual.options) | {
         OPTION_NAMES.get(field, field): value
         for field in SAME
         if (value := getattr(body, field)) is not None
@@ -121,7 +130,7 @@ def _options(
     if tokens is not None and tokens < 1:
         field = name if most is not None else "max_tokens"
         raise Refusal(400, f"{field} is {tokens}; give 1 or more", param=field)
-    room = usual["max_new_tokens"]
+    room = usual.options["max_new_tokens"]
     given["max_new_tokens"] = min(tokens or room, room)
     if body.logit_bias:
         given["logit_bias"] = _biases(body.logit_bias)
@@ -173,10 +182,22 @@ def _made(given: Mapping[str, Any]) -> GenerationOptions:
         raise ParameterError(message) from None
 
 
-async def _messages(given: Sequence[Mapping[str, Any]], read: Read) -> list[dict[str, Any]]:
+async def _messages(
+    given: Sequence[Mapping[str, Any]], read: Read, most: int
+) -> list[dict[str, Any]]:
     """Messages as prompts take them; what is wrong with one of another form is told there."""
     if not given:
         raise Refusal(400, "messages is empty; give a message of role user", param="messages")
+    parts = [x for one in given if isinstance(one.get("content"), list) for x in one["content"]]
+    media = sum(isinstance(x, Mapping) and x.get("type") in KINDS for x in parts)
+    if media > most:  # before any is read
+        raise Refusal(
+            400,
+            f"the messages have {media} pictures and videos, and there is room for {most}; "
+            "send fewer",
+            param="messages",
+            code="context_length_exceeded",
+        )
     return [await _message(one, f"message {n}", read) for n, one in enumerate(given, 1)]
 
 

@@ -25,9 +25,9 @@ KIND = "text_completion"
 @router.post("/v1/completions", summary="Go on with a text")
 async def completions(request: Request, body: CompletionFields) -> Response:
     service: Service = request.app.state.service
-    served = service.find(body.model)
+    served = service.open(body.model)
     request.state.model = served.name
-    wanted = asked.of_completion(body, served.options)
+    wanted = asked.of_completion(body, served.limits)
     scored = wanted[0].options.logprobs is not None
     async with AsyncExitStack() as stack:
         prompts = [

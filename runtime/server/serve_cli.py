@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from lvlm.runtime.engine import Engine
 
 NEEDED = ("fastapi", "uvicorn", "httptools", "prometheus_client")
+POSITIVE = (
+    *("drain", "media_seconds", "body_seconds"),
+    *("media_bytes", "media_pixels", "body_bytes"),
+)
 LONGEST_KEYS = 1_000_000  # characters of a file of keys
 
 
@@ -84,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         help="take file:// URLs of files in this folder; repeatable (default: none)",
     )
     add("--media-bytes", type=int, default=32 << 20, metavar="N", help="of a picture or a video")
+    add("--media-pixels", type=int, default=32_000_000, metavar="N", help="of a picture (32M)")
     add("--media-seconds", type=float, default=10, metavar="S", help="to get it in (default 10)")
     add(
         "--body-bytes",
@@ -114,13 +119,21 @@ def _run(args: argparse.Namespace) -> int:
     keys = [key for given in args.api_key for key in _keys(given)]
     if (args.certificate is None) != (args.certificate_key is None):
         raise ParameterError("--certificate and --certificate-key belong together; give both")
-    for name in ("drain", "media_seconds", "body_seconds", "media_bytes", "body_bytes"):
+    for name in (
+        "drain",
+        "media_seconds",
+        "body_seconds",
+        "media_bytes",
+        "media_pixels",
+        "body_bytes",
+    ):
         if not getattr(args, name) > 0:
             flag = name.replace("_", "-")
             raise ParameterError(f"--{flag} is {getattr(args, name)}; give a number above 0")
     folders = _names(args.bundles)
 
     from lvlm.runtime.engine.aio import AsyncEngine
+    from lvlm.runtime.options.generation_options import GenerationOptions
     from lvlm.runtime.server.app import Limits, make_app
     from lvlm.runtime.server.media.media_reader import MediaReader
     from lvlm.runtime.server.media.media_rules import MediaRules
@@ -133,12 +146,15 @@ def _run(args: argparse.Namespace) -> int:
         args.media_bytes,
         args.media_seconds,
     )
+    reader = MediaReader(rules)
+    usual: dict[str, Any] = {"max_image_pixels": args.media_pixels}
+    usual |= {} if args.defaults is None else {"defaults": args.defaults}
+    GenerationOptions(**usual)  # a mistake shows here
     with ExitStack() as stack:
         place = stack.enter_context(listen(args.host, args.port))
         engines = {n: stack.enter_context(_open(f, args)) for n, f in folders.items()}
-        usual = {} if args.defaults is None else {"defaults": args.defaults}
         models = [Served(name, AsyncEngine(engine), usual) for name, engine in engines.items()]
-        service = Service(models, MediaReader(rules).read)
+        service = Service(models, reader.read)
         limits = Limits(keys, args.body_bytes, args.body_seconds, args.allow_origin)
         set_logging(args.log_level)
         scheme = "http" if args.certificate is None else "https"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,12 @@ from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
 from lvlm.runtime.kv.cache import ITEM_BYTES
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.text import Tokenizer
-from lvlm.runtime.server.asked import Asked, Read
+from lvlm.runtime.server.asked import Asked, Read, Usual
 from lvlm.runtime.server.metrics import Metrics
 from lvlm.runtime.server.refusals import Refusal
 
 log = logging.getLogger("lvlm.server")
+MOST_READ = 16  # pictures and videos that are read at once
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,10 @@ class Served:
         return self.engine.engine.tokenizer
 
     @property
-    def options(self) -> dict[str, Any]:
-        """``usual``, with room for the longest answer."""
-        return {"max_new_tokens": self.engine.engine.capacity.max_text_len, **self.usual}
+    def limits(self) -> Usual:
+        """``usual``, with room for the longest answer and as many images as there is room for."""
+        capacity = self.engine.engine.capacity
+        return Usual({"max_new_tokens": capacity.max_text_len, **self.usual}, capacity.max_images)
 
     def full_cache_bytes(self, tokens: int) -> int:
         """Bytes of so many tokens in a cache that drops nothing."""
@@ -56,7 +59,7 @@ class Service:
 
     def __init__(self, models: Sequence[Served], read: Read) -> None:
         self.models = {served.name: served for served in models}
-        self.read = read
+        self._read, self._reading = read, asyncio.Semaphore(MOST_READ)
         self.metrics = Metrics({name: one.engine.stats for name, one in self.models.items()})
         self.ready = self.draining = False
 
@@ -78,14 +81,22 @@ class Service:
     def _names(self) -> str:
         return ", ".join(self.models)
 
-    def check_open(self) -> None:
-        """Raises EngineClosedError where no request is taken any more."""
+    async def read(self, url: str) -> bytes:
+        """A picture or a video by its URL; so many at a time. Raises what its reader raises."""
+        async with self._reading:
+            return await self._read(url)
+
+    def open(self, name: str | None) -> Served:
+        """The model that a request names, before its pictures are read. Raises Refusal;
+        EngineClosedError or QueueFullError where no request is taken."""
+        served = self.find(name)
         if self.draining:
             raise EngineClosedError("this server is shutting down; ask another one")
+        served.engine.engine.check_room()
+        return served
 
     async def submit(self, served: Served, asked: Asked) -> AsyncHandle:
         """Ask the engine. Raises what Engine.submit raises."""
-        self.check_open()
         return await served.engine.submit(
             asked.prompt, options=asked.options, timeout=asked.timeout
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from PIL import Image
 from server_tools import Running, asking
 
 CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -87,6 +90,21 @@ def test_mistakes(path: str, body: dict[str, Any], status: int, says: str, serve
         or "data:" in error["message"]
         or ("/docs" in error["message"])
     ), "a path"
+
+
+def test_pictures_are_bounded(server: Running) -> None:
+    """Before any is read: how many; before any is decoded: of how many pixels."""
+    buffer = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(buffer, "PNG")
+    bomb = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    answer = httpx.post(server.url + CHAT, json=HELLO | image(bomb))
+    assert answer.status_code == 400
+    assert "too large" in answer.json()["error"]["message"]
+    part = {"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}}
+    many = {"messages": [{"role": "user", "content": [part] * 9}]}
+    answer = httpx.post(server.url + CHAT, json=HELLO | many)
+    assert answer.status_code == 400
+    assert "have 9 pictures and videos" in answer.json()["error"]["message"]
 
 
 def test_what_is_no_request(server: Running) -> None:
