@@ -72,6 +72,10 @@ class Tokenizer:
         """Text of ``ids``, without special tokens and ids that the vocabulary lacks."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def to_json(self) -> str:
+        """The content of its ``tokenizer.json``, without what a training run has left there."""
+        return self._tokenizer.to_str()
+
     def token_id(self, token: str) -> int:
         """Id of a token by its exact content. Raises ``BundleError`` if there is none."""
         number = self._tokenizer.token_to_id(token)
