@@ -15,7 +15,7 @@ import threading
 from typing import Any
 
 SECONDS = 2  # of the processor, the start of Python among them
-STACK = 2 * 2**20  # bytes: a quarter of what threads have, so that what passes here passes there
+STACK = 4 * 2**20  # bytes: half of what threads have, so that what passes here passes there
 MEMORY = 2 * 2**30
 
 

@@ -140,7 +140,7 @@ def test_a_wrong_structure_is_told_before_any_work(both: Both) -> None:
     wrong: Any
     for wrong, said in (
         ({"schema": {"type": "objekt"}}, r"schema is not valid \(Invalid type: objekt\)"),
-        ({"regex": "("}, r"regex is not valid \(.*unclosed group\)"),
+        ({"regex": "("}, r"regex is not valid \(unclosed group\)"),
         ({"grammar": "start: none"}, "grammar is not valid .*unknown name"),
         ({"choice": []}, "choice is .*; give a list of texts"),
         ({"regex": "a", "choice": ["b"]}, "regex and choice are given"),
@@ -203,4 +203,4 @@ def test_on_the_command_line(run: Run, folder: Path, tmp_path: Path) -> None:
     assert run(*ask, "--grammar", tmp_path / "a.lark")[1] == "ab\n"
     code, out, err = run(*ask, "--regex", "(")
     assert (code, out) == (2, "")
-    assert "regex is not valid (at 1(8): unclosed group)" in one_line(err, "lvlm-run")
+    assert "regex is not valid (unclosed group)" in one_line(err, "lvlm-run")
