@@ -209,6 +209,7 @@ class Model(TokenCounting):
     ) -> GenerationOptions:
         parsed = read_options(self.manifest, options, given)
         self.tokenizer.stop_ids(parsed.stop)
+        self._prompts.structure(parsed, self._prompts.lead)
         return parsed
 
     def _answers(

@@ -7,5 +7,5 @@ python="${PYTHON:-python3}"
 venv="${VENV:-.venv}"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable ".[cpu,export,openvino,plugins,serve,tensorrt-rtx,video,dev]"
+    --constraint constraints.txt --editable ".[cpu,export,openvino,plugins,serve,structured,tensorrt-rtx,video,dev]"
 echo "next: . $venv/bin/activate && make test-fast"

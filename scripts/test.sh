@@ -12,7 +12,7 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 # Not compiled: most of these modules are never imported, the others are compiled as they are.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
-    --constraint constraints.txt ".[cpu,export,openvino,plugins,serve,tensorrt-rtx,video,dev]"
+    --constraint constraints.txt ".[cpu,export,openvino,plugins,serve,structured,tensorrt-rtx,video,dev]"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 types() {

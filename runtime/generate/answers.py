@@ -48,9 +48,10 @@ class Stats:
 @dataclass(frozen=True)
 class Generation:
     """One answer. ``token_ids`` ends with the token that ended the text where one did;
-    ``finish_reason`` is "stop" (end of text, a stop string or one of stop_token_ids) or "length".
+    ``finish_reason`` is "stop" (end of text, a stop string, one of stop_token_ids, or a structure
+    that is complete) or "length".
     ``stop_reason`` tells which stop: the stop string, or the id of the token that ended the text;
-    it is None at "length", where
+    it is None for a structure, and at "length", where
     ``capacity_reached`` tells whether the bundle's capacity ended it before max_new_tokens.
     ``image_id`` tells of every prompt token whether it is text (0) or of the m-th image (m).
     ``merge_maps`` holds, per reduction, old -> new index of every token that enters it (a prompt

@@ -30,12 +30,17 @@ class Row:
         self.position = self.prompt.next_position
         self.sampler: Sampler | Forced
         if self.prompt.forced is None:
-            self.sampler = Sampler(self.prompt.sampling, self.prompt.ids, self.prompt.generation)
+            self.sampler = Sampler(
+                self.prompt.sampling,
+                self.prompt.ids,
+                self.prompt.generation,
+                self.prompt.structure,
+            )
         else:
             self.sampler = Forced(self.prompt.forced)
 
     def choose(self, logits: np.ndarray, eos_ids: Collection[int]) -> int:
-        """The next token, from logits [vocabulary]; BackendError where these are not finite."""
+        """The next token, from logits [vocabulary]. Raises as Sampler.choose."""
         token = self.sampler.choose(logits)
         if self.prompt.logprobs is not None:
             self.scores.append(TokenScore.of(logits, token, self.prompt.logprobs))
@@ -43,6 +48,8 @@ class Row:
         ends = token in eos_ids and not self.prompt.ignore_eos
         if ends or token in self.prompt.sampling.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token
+        elif self.sampler.complete:
+            self.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
             self.finish_reason = "length"
         return token

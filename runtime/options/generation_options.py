@@ -28,6 +28,14 @@ from lvlm.runtime.options.option_kinds import (
     number,
     read_value,
 )
+from lvlm.runtime.options.structure_kinds import (
+    CHOICE,
+    GRAMMAR,
+    REGEX,
+    SCHEMA,
+    Asked,
+    asked_structure,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,6 +85,12 @@ class GenerationOptions:
         ignore_eos: go on to max_new_tokens where the model ends its text.
         logprobs: how many of the likeliest tokens to tell of at every step, 0: of the chosen one
             only, None: of none.
+        schema: the answer is JSON that fits this JSON schema, given as a dict or as its JSON text,
+            which is how it is kept; {"type": "object"}: any object. At most one of schema, regex,
+            choice and grammar is given.
+        regex: the answer is a text that all of this regular expression matches.
+        choice: the answer is one of these texts.
+        grammar: the answer is a text of this Lark grammar, as llguidance takes it.
         keep: fraction of the image tokens to keep, or one per reduction. None: as exported.
         kv_keep: fraction of the cache entries to keep. None: as exported.
         chat_template: False takes the prompt as it stands, with its own image placeholders; a text
@@ -169,6 +183,10 @@ class GenerationOptions:
             help="with --json: each token's logarithm of its probability, and the N likeliest ones",
         ),
     )
+    schema: Mapping[str, Any] | str | None = option(None, SCHEMA)
+    regex: str | None = option(None, REGEX)
+    choice: Sequence[str] | None = option(None, CHOICE)
+    grammar: str | None = option(None, GRAMMAR)
     keep: float | Sequence[float] | None = option(  # Keep
         None,
         replace(
@@ -202,6 +220,12 @@ class GenerationOptions:
             if value is not None or each.default is not None:
                 taken = read_value(each.name, each.metadata["option"], value)
                 object.__setattr__(self, each.name, taken)
+        asked_structure(vars(self))  # a mistake shows here
+
+    @property
+    def structure(self) -> Asked | None:
+        """The one of schema, regex, choice and grammar that is given."""
+        return asked_structure(vars(self))
 
     @classmethod
     def of(cls, base: GenerationOptions | None, given: Mapping[str, object]) -> Self:
@@ -242,6 +266,10 @@ class OptionValues(TypedDict, total=False):
     stop_token_ids: Sequence[Whole]
     ignore_eos: bool
     logprobs: Whole | None
+    schema: Mapping[str, Any] | str | None
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
     keep: Number | Sequence[Number] | None
     kv_keep: Number | None
     chat_template: bool | str

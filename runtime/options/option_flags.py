@@ -13,7 +13,8 @@ from lvlm.core.opening import at_once
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.options.option_kinds import Option
 
-LONGEST = 1_000_000  # characters that are read of a template: far more than one may have
+LONGEST = 1_000_001  # characters that are read of a file: more than any option may have
+FILES = ("chat_template", "grammar")  # options whose flag names a file
 
 
 def add_option_flags(parser: argparse.ArgumentParser, names: Iterable[str] = ()) -> None:
@@ -49,24 +50,29 @@ def given_options(args: argparse.Namespace) -> GenerationOptions:
     """
     names = [each.name for each in fields(GenerationOptions)]
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    if (path := given.get("chat_template")) is not None:
-        given["chat_template"] = _read(path)
+    for name in FILES:
+        if (path := given.get(name)) is not None:
+            given[name] = _read(name, path)
+    schema = given.get("schema")
+    if schema is not None and not schema.lstrip().startswith("{"):
+        given["schema"] = _read("schema", Path(schema))
     if getattr(args, "no_chat_template", False):
         given["chat_template"] = False
     return GenerationOptions(**given)
 
 
-def _read(path: Path) -> str:
+def _read(name: str, path: Path) -> str:
+    flag = "--" + name.replace("_", "-")
     try:
         with open(path, encoding="utf-8", opener=at_once) as file:
             text = file.read(LONGEST)
     except OSError as error:
         reason = error.strerror or error
-        raise ParameterError(f"--chat-template {path} cannot be read: {reason}") from None
+        raise ParameterError(f"{flag} {path} cannot be read: {reason}") from None
     except UnicodeDecodeError:
-        raise ParameterError(f"--chat-template {path} is not text in UTF-8") from None
+        raise ParameterError(f"{flag} {path} is not text in UTF-8") from None
     if not text:
-        raise ParameterError(f"--chat-template {path} is empty")
+        raise ParameterError(f"{flag} {path} is empty")
     return text
 
 
@@ -100,6 +106,8 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     "integer": int,
     "number": float,
     "text": str,
+    "schema": str,
+    "file": Path,
     "ratios": _ratios,
     "ids": _ids,
     "biases": _biases,

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 from lvlm.core.errors import ParameterError, shown
 
-Flag = Literal[
-    "integer", "number", "switch", "text", "texts", "ratios", "template", "ids", "biases"
-]
+Flag = (
+    Literal["integer", "number", "switch", "text", "texts", "ratios", "template", "ids", "biases"]
+    | Literal["schema", "file"]
+)
 
 
 @dataclass(frozen=True)

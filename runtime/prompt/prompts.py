@@ -23,6 +23,8 @@ from lvlm.runtime.prompt.prompt_text import PromptWriter
 from lvlm.runtime.prompt.prompt_videos import PromptVideos
 from lvlm.runtime.prompt.text import Tokenizer, expand_placeholders
 from lvlm.runtime.sampling.settings import Sampling
+from lvlm.runtime.sampling.structure import Structure
+from lvlm.runtime.sampling.structure_compiler import StructureCompiler
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Prompt:
     ``lead`` is the space before an answer that is no part of it (ChatTemplate). ``forced``: the
     answer, whatever the model would choose, or whatever would end it. ``whole``: the prompt whose
     positions this one's tokens have, some of whose image tokens are left out (shortened.py).
+    ``structure``: what the answer must be; each begins its own place in it.
     """
 
     ids: Sequence[int]
@@ -49,6 +52,7 @@ class Prompt:
     lead: str = ""
     forced: tuple[int, ...] | None = None
     whole: Prompt | None = None
+    structure: Structure | None = None
 
     @property
     def aligned(self) -> np.ndarray:
@@ -96,6 +100,8 @@ class PromptMaker:
             tokenizer, images, chat_template, special_tokens, self.videos.processor
         )
         self.template, self.begins = self._writer.template, self._writer.begins
+        self.lead = "" if self.template is None else self.template.lead
+        self._structures = StructureCompiler(tokenizer.to_json, vocab, tokenizer.eos_ids)
 
     def prepare(
         self,
@@ -155,7 +161,18 @@ class PromptMaker:
             options.logprobs,
             self.generation,
             written.lead,
+            structure=self.structure(options, written.lead),
         )
+
+    def structure(self, options: GenerationOptions, lead: str) -> Structure | None:
+        """The structure that an answer must have, where one is asked for; ``lead``, mostly that of
+        the template, may come before it.
+
+        Raises ParameterError for one that is not valid, or asks for too much work, BackendError
+        where llguidance is not installed.
+        """
+        asked = options.structure
+        return None if asked is None else self._structures.compiled(asked, lead)
 
     def with_answer(self, prompt: Prompt, tokens: Sequence[int]) -> Prompt:
         """A prompt whose answer is these tokens, each of which is scored. Raises ParameterError."""
@@ -175,6 +192,7 @@ class PromptMaker:
             ignore_eos=True,
             sampling=replace(prompt.sampling, stop_token_ids=()),
             logprobs=prompt.logprobs or 0,
+            structure=None,
         )
 
     def _positions(

@@ -78,6 +78,10 @@ class Tokenizer:
         two = self._tokenizer.decode([token, token], skip_special_tokens=False)
         return two[len(one) :]
 
+    def to_json(self) -> str:
+        """The content of its ``tokenizer.json``, without what a training run has left there."""
+        return self._tokenizer.to_str()
+
     def token_id(self, token: str) -> int:
         """Id of a token by its exact content. Raises ``BundleError`` if there is none."""
         number = self._tokenizer.token_to_id(token)

@@ -12,11 +12,12 @@ from lvlm.core.errors import BackendError
 from lvlm.runtime.options.generation_config import GenerationConfig
 from lvlm.runtime.sampling.logits_processors import LogitsProcessors
 from lvlm.runtime.sampling.settings import Sampling
+from lvlm.runtime.sampling.structure import Structure
 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """Natural logarithms of probabilities, before temperature and penalties.
+    """Natural logarithms of probabilities, before temperature, penalties and structure.
 
     ``top``: the likeliest tokens and theirs, as many as were asked for, the likeliest first.
     """
@@ -38,7 +39,7 @@ class Sampler:
     """Chooses the tokens of one row's answer, and remembers them. For one thread at a time.
 
     ``config`` is what the checkpoint's generation_config.json says, of which the penalty is already
-    in ``params``; the default changes nothing.
+    in ``params``; the default changes nothing. ``structure``: what the answer must be.
     """
 
     def __init__(
@@ -46,23 +47,35 @@ class Sampler:
         params: Sampling,
         prompt_ids: Sequence[int],
         config: GenerationConfig | None = None,
+        structure: Structure | None = None,
     ) -> None:
         self._params = params
+        self._place = None if structure is None else structure.begin()
         self._processors = LogitsProcessors(params, config or GenerationConfig(), prompt_ids)
         self._random = np.random.default_rng(params.seed)
 
     def choose(self, logits: npt.NDArray[np.floating]) -> int:
         """The next token, from logits [vocab] (taken as float32, left as they are).
 
-        Raises ``BackendError`` if there is NaN or infinity among them.
+        Raises ``BackendError`` if there is NaN or infinity among them, ``ParameterError`` where
+        the structure takes too much work to follow.
         """
-        scores = np.asarray(logits, np.float32)
+        given = scores = np.asarray(logits, np.float32)
         check_finite(scores)
         if not self._processors.idle:
             scores = self._processors(scores)
+        if self._place is not None:
+            scores = self._place.masked(scores, given)
         token = int(scores.argmax()) if self._params.temperature == 0 else self._draw(scores)
         self._processors.chosen(token)
+        if self._place is not None:
+            self._place.chosen(token)
         return token
+
+    @property
+    def complete(self) -> bool:
+        """Whether the structure is complete, and nothing may follow."""
+        return self._place is not None and self._place.complete
 
     def _draw(self, scores: npt.NDArray[np.float32]) -> int:
         if scores.max() == -np.inf:
@@ -78,6 +91,8 @@ class Sampler:
 
 class Forced:
     """A sampler's stand-in: the tokens of an answer that is given."""
+
+    complete = False
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = iter(tokens)

@@ -58,6 +58,9 @@ def test_calls_take_the_same_names_and_types() -> None:
         ("chat_template", "{{ 1 }}", "{{ 1 }}"),
         ("system", np.str_("Be brief"), "Be brief"),
         ("frames", np.int16(2), 2),
+        ("regex", np.str_("a+"), "a+"),
+        ("choice", ["a", np.str_("b"), "a"], ("a", "b")),
+        ("grammar", 'start: "a"', 'start: "a"'),
     ],
 )
 def test_values_are_kept_as_pythons_own(name: str, value: Any, kept: object) -> None:
