@@ -17,7 +17,8 @@ CHECK = """
 import importlib, pkgutil, sys
 import lvlm, lvlm.runtime
 for module in pkgutil.walk_packages(lvlm.runtime.__path__, "lvlm.runtime."):
-    importlib.import_module(module.name)
+    if not module.name.startswith("lvlm.runtime.server."):  # of the extra serve
+        importlib.import_module(module.name)
 assert lvlm.load
 heavy = {"torch", "transformers", "onnx", "onnxruntime", "onnxscript", "tensorrt"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
@@ -56,6 +57,7 @@ def test_wheel_holds_the_model_and_no_tests(wheel: Path) -> None:
     assert "lvlm/plugins_trt/library/CMakeLists.txt" in names
     assert "lvlm/plugins_trt/library/test/harness.cpp" in names
     assert "lvlm/py.typed" in names
+    assert "lvlm/runtime/server/static/index.html" in names
     assert not [n for n in names if "tests" in n.split("/")]
 
 
@@ -93,4 +95,10 @@ def test_base_install_is_the_runtime_only(wheel: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert f'pip install "{wheel}[export]"' in done.stderr
+    assert "Traceback" not in done.stderr
+    done = subprocess.run(
+        [tmp_path / "venv/bin/lvlm-serve", tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f'pip install "{wheel}[serve]"' in done.stderr
     assert "Traceback" not in done.stderr

@@ -138,17 +138,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise ParameterError(f"--host {host} --port {port}: {reason}") from None
 
 
-def serve(
-    app: FastAPI,
-    service: Service,
-    place: socket.socket,
-    *,
-    drain: float,
-    certificate: str | None = None,
-    key: str | None = None,
-) -> None:
-    """Serve until a signal ends it. Raises ParameterError for a certificate that is none."""
-    config = uvicorn.Config(
+def configuration(
+    app: FastAPI, certificate: str | None = None, key: str | None = None
+) -> uvicorn.Config:
+    """How uvicorn serves."""
+    return uvicorn.Config(
         app,
         http=Connection,
         ws="none",
@@ -161,6 +155,10 @@ def serve(
         ssl_certfile=certificate,
         ssl_keyfile=key,
     )
+
+
+def serve(config: uvicorn.Config, service: Service, place: socket.socket, drain: float) -> None:
+    """Serve until a signal ends it. Raises ParameterError for a certificate that is none."""
     try:
         config.load()
     except OSError as error:  # of TLS

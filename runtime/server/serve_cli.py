@@ -124,7 +124,7 @@ def _run(args: argparse.Namespace) -> int:
     from lvlm.runtime.server.app import Limits, make_app
     from lvlm.runtime.server.media.media_reader import MediaReader
     from lvlm.runtime.server.media.media_rules import MediaRules
-    from lvlm.runtime.server.running import listen, serve, set_logging
+    from lvlm.runtime.server.running import configuration, listen, serve, set_logging
     from lvlm.runtime.server.service import Served, Service
 
     rules = MediaRules(
@@ -150,14 +150,8 @@ def _run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         print(f"{', '.join(folders)} at {scheme}://{shown}:{port}", file=sys.stderr, flush=True)
-        serve(
-            make_app(service, limits),
-            service,
-            place,
-            drain=args.drain,
-            certificate=args.certificate,
-            key=args.certificate_key,
-        )
+        config = configuration(make_app(service, limits), args.certificate, args.certificate_key)
+        serve(config, service, place, args.drain)
     return 0
 
 

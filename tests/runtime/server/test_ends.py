@@ -1,0 +1,157 @@
+"""Clients that leave, and a server that does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from server_tools import LONG, PATIENCE, QUESTION, SAMPLES, Running, asking
+
+CHAT = "/v1/chat/completions"
+
+
+def test_a_slot_is_free_when_its_client_is_gone(server: Running) -> None:
+    body = {"messages": asking(QUESTION, SAMPLES[0]), "n": 2, "temperature": 1.0} | LONG
+    submitted = server.engine.stats().submitted
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(server.url + CHAT, json=body, timeout=0.2)
+    with (
+        httpx.Client() as client,
+        client.stream("POST", server.url + CHAT, json=body | {"stream": True}) as stream,
+    ):
+        lines = stream.iter_lines()
+        while "content" not in next(lines):
+            pass
+    server.settled()
+    now = server.engine.stats()
+    assert now.submitted - submitted == 4
+    assert now.new_tokens < 4 * 1500  # none of them went on to its end
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'lvlm:requests_refused_total{model_name="tiny",status="499"} 2.0' in text
+
+
+def test_answers_among_clients_of_all_kinds_are_those_of_lone_runs(
+    server: Running, stress_steps: int
+) -> None:
+    """Some leave at once, some in the middle, some send nonsense, some read slowly."""
+    chance = random.Random(5)
+    prompts = [asking("Why?"), asking(QUESTION, SAMPLES[0]), asking("Read it.", *SAMPLES)]
+    bodies = [
+        {"messages": messages, "max_tokens": length, "ignore_eos": True}
+        for messages in prompts
+        for length in (3, 17)
+    ]
+    expected = [_alone(server, body) for body in bodies]
+    answered = 0
+
+    async def one(client: httpx.AsyncClient, limit: asyncio.Semaphore) -> None:
+        nonlocal answered
+        number, kind = chance.randrange(len(bodies)), chance.randrange(6)
+        body, text = bodies[number], ""
+        async with limit:
+            if kind == 0:
+                bad = await client.post(server.url + CHAT, json=body | {"top_p": 9})
+                assert bad.status_code == 400
+            elif kind == 1:
+                with pytest.raises(httpx.TimeoutException):
+                    await client.post(server.url + CHAT, json=body | LONG, timeout=0.02)
+            elif kind == 2:
+                answer = await client.post(server.url + CHAT, json=body)
+                assert answer.json()["choices"][0]["message"]["content"] == expected[number]
+                answered += 1
+            else:
+                given = body | {"stream": True}
+                async with client.stream("POST", server.url + CHAT, json=given) as stream:
+                    async for line in stream.aiter_lines():
+                        if kind == 3 and text:
+                            return  # in the middle
+                        if kind == 4:
+                            await asyncio.sleep(0.002)
+                        text += _piece(line)
+                assert text == expected[number]
+                answered += 1
+
+    async def main() -> None:
+        limit = asyncio.Semaphore(16)
+        async with httpx.AsyncClient(timeout=PATIENCE) as client, asyncio.TaskGroup() as group:
+            for _ in range(stress_steps):
+                group.create_task(one(client, limit))
+
+    asyncio.run(main())
+    assert answered > stress_steps // 5
+    server.settled()
+
+
+def _alone(server: Running, body: dict[str, Any]) -> str:
+    answer = httpx.post(server.url + CHAT, json=body, timeout=PATIENCE).json()
+    return str(answer["choices"][0]["message"]["content"])
+
+
+def _piece(line: str) -> str:
+    if not line.startswith("data: {"):
+        return ""
+    choices = json.loads(line[6:])["choices"]
+    return str(choices[0]["delta"].get("content") or "") if choices else ""
+
+
+@pytest.mark.slow
+def test_it_drains_at_sigterm(folder: Path) -> None:
+    """It is not ready any more, what was begun is answered, and its status is 0."""
+    command = [sys.executable, "-m", "lvlm", "serve", f"one={folder}", "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            found = re.search(r"one at (http://127.0.0.1:\d+)", process.stderr.readline())
+            assert found is not None
+            url, answers = found[1], []
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            _wait(lambda: httpx.get(f"{url}/ready").status_code == 200)
+            body = {"messages": asking(QUESTION, SAMPLES[0]), "max_tokens": 800} | {
+                "ignore_eos": True
+            }
+
+            def ask() -> None:
+                answers.append(httpx.post(url + CHAT, json=body, timeout=PATIENCE))
+
+            asking_thread = threading.Thread(target=ask)
+            asking_thread.start()
+            _wait(lambda: 'num_requests_running{model_name="one"} 1' in _metrics(url))
+            os.kill(process.pid, signal.SIGTERM)
+            _wait(lambda: httpx.get(f"{url}/ready").status_code == 503)
+            assert httpx.get(f"{url}/health").status_code == 200
+            refused = httpx.post(url + CHAT, json=body)
+            assert refused.status_code == 503
+            assert "retry-after" in refused.headers
+            asking_thread.join(PATIENCE)
+            assert answers[0].json()["usage"]["completion_tokens"] == 800
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+
+
+def _metrics(url: str) -> str:
+    return httpx.get(f"{url}/metrics").text
+
+
+def _wait(there: Any) -> None:
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            if there():
+                return
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < until
+        time.sleep(0.02)
