@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -83,15 +84,26 @@ def test_answers_among_clients_of_all_kinds_are_those_of_lone_runs(
                 assert text == expected[number]
                 answered += 1
 
-    async def main() -> None:
-        limit = asyncio.Semaphore(16)
+    async def main(count: int) -> None:
+        limit = asyncio.Semaphore(32)
         async with httpx.AsyncClient(timeout=PATIENCE) as client, asyncio.TaskGroup() as group:
-            for _ in range(stress_steps):
+            for _ in range(count):
                 group.create_task(one(client, limit))
 
-    asyncio.run(main())
+    grown = []
+    for _ in range(2):
+        asyncio.run(main(stress_steps // 2))
+        server.settled()
+        gc.collect()
+        grown.append(_resident())
     assert answered > stress_steps // 5
-    server.settled()
+    if stress_steps >= 1000:
+        assert grown[1] - grown[0] < 32 << 20, grown
+
+
+def _resident() -> int:
+    """Bytes of this process, the server's, too."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _alone(server: Running, body: dict[str, Any]) -> str:
