@@ -33,7 +33,9 @@ PACKAGES = {"bench", "calibration", "core", "export", "plugins_trt", "runtime"}
 FOLDERS = "assets|calibration|docs|export|plugins_trt|runtime|scripts|src|tests"
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w*./-]*\w\.\w+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
-COMMAND = re.compile(r"\blvlm[- ](?:bench|build|calibrate|compare|doctor|eval|export|run)(?=\s|$)")
+COMMAND = re.compile(
+    r"\blvlm[- ](?:bench|build|calibrate|compare|doctor|eval|export|run|serve|tune)(?=\s|$)"
+)
 NAMED = re.compile(r"\blvlm-([a-z]+)\b")
 # Flags of other programs: pip, venv, pytest (tests/conftest.py), gunicorn, docker.
 FOREIGN = {

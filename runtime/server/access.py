@@ -9,7 +9,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,12 +17,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lvlm.runtime.server.answered import compact
-from lvlm.runtime.server.refusals import Refusal
+from lvlm.runtime.server.refusals import GONE, Refusal, refusal
 
 log = logging.getLogger("lvlm.server")
 
-# Probes and the page itself, which asks for a key and holds nothing
-OPEN = ("/health", "/ready", "/version", "/", "/page/")
+# Probes, and pages that a browser gets without a key: they hold nothing, and ask for one
+OPEN = ("/health", "/ready", "/version", "/", "/docs", "/openapi.json")
 ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -34,9 +34,16 @@ class Access:
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Sequence[str], most_bytes: int, body_seconds: float
+        self,
+        app: ASGIApp,
+        *,
+        keys: Sequence[str],
+        most_bytes: int,
+        body_seconds: float,
+        refused: Callable[[int], None],
     ) -> None:
-        self._app, self._most, self._seconds = app, most_bytes, body_seconds
+        """``refused`` is told the status of what ends here."""
+        self._app, self._most, self._seconds, self._refused = app, most_bytes, body_seconds, refused
         self._keys = [_hash(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,11 +68,16 @@ class Access:
             self._check(scope["path"], headers)
             body = await self._body(headers, receive)
             await self._app(scope, _replayed(body, receive), answer)
-        except Refusal as refused:
-            response = Response(
-                compact(refused.body), refused.status, refused.headers, "application/json"
-            )
-            await response(scope, receive, answer)
+        except Exception as error:
+            if not isinstance(error, Refusal):
+                log.exception("request failed", extra={"fields": {"request_id": name}})
+            if not status:
+                refused = refusal(error)
+                self._refused(refused.status)
+                response = Response(
+                    compact(refused.body), refused.status, refused.headers, "application/json"
+                )
+                await response(scope, receive, answer)
         finally:
             _tell(scope, state, status, time.perf_counter() - began)
 
@@ -127,7 +139,7 @@ def _tell(scope: Scope, state: dict[str, Any], status: int, seconds: float) -> N
         "request_id": state["request_id"],
         "method": scope["method"],
         "path": scope["path"][:200],
-        "status": status or 499,
+        "status": GONE if "gone" in state else status or GONE,
         "ms": round(seconds * 1e3, 1),
     }
     if "model" in state:

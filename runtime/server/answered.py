@@ -21,7 +21,8 @@ def compact(data: object) -> bytes:
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+    """An id: ``chatcmpl-…``, ``resp_…``."""
+    return f"{prefix}{uuid.uuid4().hex}"
 
 
 def now() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -37,13 +38,14 @@ class Limits:
 
 
 def make_app(service: Service, limits: Limits | None = None) -> FastAPI:
-    """The application. It warms the models up when it starts, and closes them when it ends."""
+    """The application. It warms the models up when it has started, and closes them at its end."""
     limits = limits or Limits()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await service.warm_up()
+        warming = asyncio.create_task(service.warm_up())
         yield
+        warming.cancel()
         await service.close()
 
     app = FastAPI(
@@ -57,7 +59,7 @@ def make_app(service: Service, limits: Limits | None = None) -> FastAPI:
     app.state.service = service
     for part in (chat, completions, responses, operations, page):
         app.include_router(part.router)
-    for kind in (Exception, LvlmError, Refusal):
+    for kind in (LvlmError, Refusal):
         app.add_exception_handler(kind, _refused)
     app.add_exception_handler(RequestValidationError, _unfit)
     app.add_exception_handler(HTTPException, _no_route)
@@ -67,6 +69,7 @@ def make_app(service: Service, limits: Limits | None = None) -> FastAPI:
         keys=limits.keys,
         most_bytes=limits.most_bytes,
         body_seconds=limits.body_seconds,
+        refused=lambda status: service.metrics.refused("", status),
     )
     if limits.origins:
         app.add_middleware(
@@ -85,9 +88,7 @@ async def _refused(request: Request, error: Exception) -> Response:
     service.metrics.refused(getattr(request.state, "model", ""), refused.status)
     if refused.status == 500:
         fields = {"request_id": getattr(request.state, "request_id", "")}
-        known = isinstance(error, LvlmError)
-        reason = str(error) if known else "request failed"
-        log.error(reason, exc_info=None if known else error, extra={"fields": fields})
+        log.error(str(error), extra={"fields": fields})
     return _response(refused)
 
 

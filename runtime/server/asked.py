@@ -89,7 +89,7 @@ def of_completion(body: CompletionFields, usual: Usual) -> list[Asked]:
 
 async def of_response(body: ResponseFields, read: Read, usual: Usual) -> Asked:
     """Of POST /v1/responses."""
-    refuse_tools(body.tools, None)
+    refuse_tools(body.tools, body.tool_choice)
     if body.previous_response_id is not None:
         raise Refusal(
             400,

@@ -42,7 +42,7 @@ class Chat(Reply):
     def __init__(
         self, service: Service, served: Served, body: ChatFields, scored: bool, handle: Handle
     ) -> None:
-        super().__init__(service, served, [handle, *handle.others], "chatcmpl")
+        super().__init__(service, served, [handle, *handle.others], "chatcmpl-")
         self._body, self._scored = body, scored
 
     async def whole(self) -> Response:

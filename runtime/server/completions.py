@@ -52,7 +52,7 @@ class Continued(Reply):
         scored: bool,
         prompts: list[list[Handle]],
     ) -> None:
-        super().__init__(service, served, [one for handles in prompts for one in handles], "cmpl")
+        super().__init__(service, served, [one for handles in prompts for one in handles], "cmpl-")
         self._body, self._scored, self._prompts = body, scored, prompts
 
     async def whole(self) -> Response:

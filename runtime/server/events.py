@@ -43,11 +43,13 @@ class EventStream(Response):
         # Of a length nobody knows
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(disconnected(receive))
         try:
             await asyncio.wait((writing, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not writing.done():
+                scope["state"]["gone"] = True  # for the log
         finally:
             for task in (writing, gone):
                 task.cancel()

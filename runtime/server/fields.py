@@ -130,5 +130,6 @@ class ResponseFields(Sampled):
     max_output_tokens: Whole | None = None
     text: ResponseText | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
     previous_response_id: str | None = None
     background: bool | None = None

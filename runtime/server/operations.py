@@ -21,7 +21,7 @@ async def models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [_model(one) for one in service.models.values()]}
 
 
-@router.get("/v1/models/{name}", summary="One of the models")
+@router.get("/v1/models/{name:path}", summary="One of the models")
 async def model(request: Request, name: str) -> dict[str, Any]:
     service: Service = request.app.state.service
     return _model(service.find(name))
@@ -41,11 +41,13 @@ def _model(served: Served) -> dict[str, Any]:
     }
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health", summary="Whether the process lives")
 async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", summary="Whether requests are taken")
 async def ready(request: Request) -> Response:
     service: Service = request.app.state.service

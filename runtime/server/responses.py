@@ -32,7 +32,7 @@ async def responses(request: Request, body: ResponseFields) -> Response:
     if wanted.options.n > 1:
         raise Refusal(400, "n: a response has one answer; leave n out", param="n")
     handle = (await service.submit(served, wanted)).handle
-    answering = Answering(service, served, handle)
+    answering = Answering(service, served, body, handle)
     if body.stream:
         return EventStream(answering.stream())
     return await unless_gone(request.receive, answering.whole)
@@ -41,9 +41,11 @@ async def responses(request: Request, body: ResponseFields) -> Response:
 class Answering(Reply):
     """The answer to one request."""
 
-    def __init__(self, service: Service, served: Served, handle: Handle) -> None:
-        super().__init__(service, served, [handle], "resp")
-        self._item, self._events = new_id("msg"), 0
+    def __init__(
+        self, service: Service, served: Served, body: ResponseFields, handle: Handle
+    ) -> None:
+        super().__init__(service, served, [handle], "resp_")
+        self._body, self._item, self._events = body, new_id("msg_"), 0
 
     async def whole(self) -> Response:
         """All at once."""
@@ -94,14 +96,14 @@ class Answering(Reply):
             "status": status,
             "error": None,
             "incomplete_details": None,
-            "instructions": None,
+            "instructions": self._body.instructions,
             "metadata": {},
             "output": [],
             "parallel_tool_calls": False,
             "tool_choice": "none",
             "tools": [],
-            "temperature": None,
-            "top_p": None,
+            "temperature": self._body.temperature,
+            "top_p": self._body.top_p,
         }
 
     def _message(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import json
 import logging
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from lvlm.runtime.server.service import Service
 log = logging.getLogger("lvlm.server")
 HEAD_SECONDS = 10  # that the head of a request may take
 LOOK = 0.05  # seconds between two looks at what is still going on
+LEFT = 2.0  # seconds for the last words to those whose answers were given up
 
 
 class Connection(HttpToolsProtocol):
@@ -64,12 +66,14 @@ class Connection(HttpToolsProtocol):
 
 class Server(uvicorn.Server):
     """Ends in order: at SIGTERM or Ctrl-C it is not ready any more, finishes what was begun within
-    ``drain`` seconds, and returns; a second signal ends it at once."""
+    ``drain`` seconds, tells the others that it does not, and returns; a second signal shortens the
+    wait."""
 
     def __init__(self, config: uvicorn.Config, service: Service, drain: float) -> None:
         super().__init__(config)
         self._service, self._drain = service, drain
         self._ending: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -88,19 +92,27 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def end(self) -> None:
-        """Begin to end; once more: end now."""
+        """Begin to end; once more: wait for no answer any more."""
         if self._ending is None:
             self._ending = asyncio.get_running_loop().create_task(self._finish())
         else:
-            self.should_exit = self.force_exit = True
+            self._hurry.set()
 
     async def _finish(self) -> None:
         self._service.draining = True
-        until = time.monotonic() + self._drain
         log.info("draining", extra={"fields": {"seconds": self._drain}})
-        while self.server_state.tasks and time.monotonic() < until:
-            await asyncio.sleep(LOOK)
+        await self._idle(self._drain, self._hurry)
+        # What is left ends with an answer that says why
+        await self._service.close()
+        await self._idle(LEFT, asyncio.Event())
         self.should_exit = True
+
+    async def _idle(self, seconds: float, hurry: asyncio.Event) -> None:
+        """Wait until no request is being answered, for so many seconds, or until there is a
+        hurry."""
+        until = time.monotonic() + seconds
+        while self.server_state.tasks and time.monotonic() < until and not hurry.is_set():
+            await asyncio.sleep(LOOK)
 
 
 class JsonLines(logging.Formatter):
@@ -157,10 +169,15 @@ def configuration(
     )
 
 
-def serve(config: uvicorn.Config, service: Service, place: socket.socket, drain: float) -> None:
-    """Serve until a signal ends it. Raises ParameterError for a certificate that is none."""
+def check_certificate(certificate: str, key: str) -> None:
+    """Raises ParameterError unless it can be used."""
     try:
-        config.load()
-    except OSError as error:  # of TLS
-        raise ParameterError(f"--certificate and --certificate-key: {error}") from None
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ParameterError(f"--certificate and --certificate-key: {reason}") from None
+
+
+def serve(config: uvicorn.Config, service: Service, place: socket.socket, drain: float) -> None:
+    """Serve until a signal ends it."""
     Server(config, service, drain).run([place])

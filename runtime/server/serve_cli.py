@@ -64,7 +64,12 @@ def _parser() -> argparse.ArgumentParser:
         "(default: temperature 0)",
     )
     add("--queue", type=int, default=256, metavar="N", help="requests that may wait (default 256)")
-    add("--image-cache", default="64MB", metavar="SIZE", help="features of images that are kept")
+    add(
+        "--image-cache",
+        default="64MB",
+        metavar="SIZE",
+        help="features of images that are kept (64MB)",
+    )
     add(
         "--api-key",
         action="append",
@@ -87,17 +92,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="take file:// URLs of files in this folder; repeatable (default: none)",
     )
-    add("--media-bytes", type=int, default=32 << 20, metavar="N", help="of a picture or a video")
-    add("--media-pixels", type=int, default=32_000_000, metavar="N", help="of a picture (32M)")
-    add("--media-seconds", type=float, default=10, metavar="S", help="to get it in (default 10)")
-    add(
-        "--body-bytes",
-        type=int,
-        default=64 << 20,
-        metavar="N",
-        help="of a request (default 64 MiB)",
-    )
-    add("--body-seconds", type=float, default=60, metavar="S", help="to send it in (default 60)")
+    media = parser.add_argument_group("limits")
+    limit = media.add_argument
+    limit("--media-bytes", type=int, default=32 << 20, metavar="N",
+          help="bytes of a picture or a video (default 32 MiB)")  # fmt: skip
+    limit("--media-pixels", type=int, default=32_000_000, metavar="N",
+          help="pixels of a picture (default 32 million)")  # fmt: skip
+    limit("--media-seconds", type=float, default=10, metavar="S",
+          help="seconds to get a picture from its host in (default 10)")  # fmt: skip
+    limit("--body-bytes", type=int, default=64 << 20, metavar="N",
+          help="bytes of a request (default 64 MiB)")  # fmt: skip
+    limit("--body-seconds", type=float, default=60, metavar="S",
+          help="seconds that a client may take to send one (default 60)")  # fmt: skip
     add(
         "--allow-origin",
         action="append",
@@ -137,7 +143,13 @@ def _run(args: argparse.Namespace) -> int:
     from lvlm.runtime.server.app import Limits, make_app
     from lvlm.runtime.server.media.media_reader import MediaReader
     from lvlm.runtime.server.media.media_rules import MediaRules
-    from lvlm.runtime.server.running import configuration, listen, serve, set_logging
+    from lvlm.runtime.server.running import (
+        check_certificate,
+        configuration,
+        listen,
+        serve,
+        set_logging,
+    )
     from lvlm.runtime.server.service import Served, Service
 
     rules = MediaRules(
@@ -150,6 +162,8 @@ def _run(args: argparse.Namespace) -> int:
     usual: dict[str, Any] = {"max_image_pixels": args.media_pixels}
     usual |= {} if args.defaults is None else {"defaults": args.defaults}
     GenerationOptions(**usual)  # a mistake shows here
+    if args.certificate is not None:
+        check_certificate(args.certificate, args.certificate_key)
     with ExitStack() as stack:
         place = stack.enter_context(listen(args.host, args.port))
         engines = {n: stack.enter_context(_open(f, args)) for n, f in folders.items()}
@@ -159,7 +173,8 @@ def _run(args: argparse.Namespace) -> int:
         set_logging(args.log_level)
         scheme = "http" if args.certificate is None else "https"
         host, port = place.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
+        every = ipaddress.ip_address(host).is_unspecified
+        shown = "localhost" if every else f"[{host}]" if ":" in host else host
         if not keys and not ipaddress.ip_address(host).is_loopback:
             print(
                 "lvlm-serve: note: anybody who reaches this address may ask; --api-key sets a key",

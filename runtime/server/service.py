@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lvlm.core.errors import EngineClosedError
+from lvlm.core.errors import EngineClosedError, LvlmError
 from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
 from lvlm.runtime.kv.cache import ITEM_BYTES
 from lvlm.runtime.options.generation_options import GenerationOptions
@@ -103,10 +103,15 @@ class Service:
 
     async def warm_up(self) -> None:
         """A token of each model, so that the first request finds everything loaded."""
+        options = GenerationOptions(max_new_tokens=1, chat_template=False)
         for served in self.models.values():
-            options = GenerationOptions(max_new_tokens=1, chat_template=False)
-            await served.engine.generate("Hello", options=options)
-            log.info("model is ready", extra={"fields": {"model": served.name}})
+            fields = {"model": served.name}
+            try:
+                await served.engine.generate("Hello", options=options)
+            except LvlmError as error:
+                log.error("model failed: %s", error, extra={"fields": fields})  # never ready
+                return
+            log.info("model is ready", extra={"fields": fields})
         self.ready = True
 
     async def close(self) -> None:

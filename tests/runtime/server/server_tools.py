@@ -69,7 +69,7 @@ def running(engine: Engine, limits: Limits | None = None, name: str = "tiny") ->
     thread.start()
     try:
         until = time.monotonic() + PATIENCE
-        while not server.started:
+        while not (server.started and service.ready):
             assert thread.is_alive(), "the server ended"
             assert time.monotonic() < until
             time.sleep(0.01)

@@ -32,13 +32,13 @@ def guarded(folder: Path) -> Iterator[Running]:
 
 
 def test_a_key_is_needed(guarded: Running) -> None:
-    for path in ("/v1/models", "/metrics", "/openapi.json", "/docs", "/nothing"):
+    for path in ("/v1/models", "/metrics", "/nothing"):
         for header in ({}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}):
             answer = httpx.get(guarded.url + path, headers=header)
             assert answer.status_code == 401, path
             assert answer.json()["error"]["code"] == "invalid_api_key"
             assert answer.headers["www-authenticate"] == "Bearer"
-    for path in ("/health", "/ready", "/version", "/", "/page/app.js"):
+    for path in ("/health", "/ready", "/version", "/", "/page/app.js", "/docs", "/openapi.json"):
         assert httpx.get(guarded.url + path).status_code == 200, path
     for key in (KEY, "another"):
         client = openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=key)

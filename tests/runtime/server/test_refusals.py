@@ -130,3 +130,4 @@ def test_a_failure_tells_nothing_of_the_inside(
         client.chat.completions.create(model="tiny", messages=asking("x"))  # type: ignore[arg-type]
     assert "secret" not in caught.value.response.text
     assert "by the request's id" in caught.value.response.text
+    assert caught.value.response.headers["x-request-id"]

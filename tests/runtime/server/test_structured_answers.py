@@ -16,9 +16,10 @@ pytest.importorskip("llguidance")
 CHAT = "/v1/chat/completions"
 SCHEMA = {
     "type": "object",
-    "properties": {"digit": {"type": "integer", "maximum": 9}, "sure": {"type": "boolean"}},
+    "properties": {"digit": {"enum": [1, 2, 3]}, "sure": {"type": "boolean"}},
     "required": ["digit", "sure"],
     "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},  # the small model would fill it with spaces
 }
 
 
@@ -81,7 +82,6 @@ def nested(depth: int) -> dict[str, Any]:
             )
         },
         {"structured_outputs": {"regex": "("}},
-        {"structured_outputs": {"regex": "(a{1,1000}){1,1000}b" * 50}},
         {"structured_outputs": {"grammar": "start: nothing"}},
         {"structured_outputs": {"regex": "a", "choice": ["b"]}},
         {"structured_outputs": {"regex": "a"}, "ignore_eos": True},

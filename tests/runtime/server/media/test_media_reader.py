@@ -97,7 +97,7 @@ def test_rules_that_are_none(rules: dict[str, Any], says: str) -> None:
 def test_h11_is_asked_for_where_hosts_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h11", None)
     assert read("data:,x") == b"x"
-    with pytest.raises(BackendError, match=r"h11 cannot be imported .*\[server\]"):
+    with pytest.raises(BackendError, match=r"h11 cannot be imported .*\[serve\]"):
         MediaReader(MediaRules(allow_domains=["a.example"]))
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,39 +119,69 @@ def _piece(line: str) -> str:
     return str(choices[0]["delta"].get("content") or "") if choices else ""
 
 
-@pytest.mark.slow
-def test_it_drains_at_sigterm(folder: Path) -> None:
-    """It is not ready any more, what was begun is answered, and its status is 0."""
+@pytest.fixture
+def process(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """lvlm-serve in a process of its own, and its address."""
     command = [sys.executable, "-m", "lvlm", "serve", f"one={folder}", "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as made:
         try:
-            assert process.stderr is not None
-            found = re.search(r"one at (http://127.0.0.1:\d+)", process.stderr.readline())
+            assert made.stderr is not None
+            found = re.search(r"one at (http://127.0.0.1:\d+)", made.stderr.readline())
             assert found is not None
-            url, answers = found[1], []
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            _wait(lambda: httpx.get(f"{url}/ready").status_code == 200)
-            body = {"messages": asking(QUESTION, SAMPLES[0]), "max_tokens": 800} | {
-                "ignore_eos": True
-            }
-
-            def ask() -> None:
-                answers.append(httpx.post(url + CHAT, json=body, timeout=PATIENCE))
-
-            asking_thread = threading.Thread(target=ask)
-            asking_thread.start()
-            _wait(lambda: 'num_requests_running{model_name="one"} 1' in _metrics(url))
-            os.kill(process.pid, signal.SIGTERM)
-            _wait(lambda: httpx.get(f"{url}/ready").status_code == 503)
-            assert httpx.get(f"{url}/health").status_code == 200
-            refused = httpx.post(url + CHAT, json=body)
-            assert refused.status_code == 503
-            assert "retry-after" in refused.headers
-            asking_thread.join(PATIENCE)
-            assert answers[0].json()["usage"]["completion_tokens"] == 800
-            assert process.wait(PATIENCE) == 0
+            threading.Thread(target=made.stderr.read, daemon=True).start()
+            _wait(lambda: httpx.get(f"{found[1]}/ready").status_code == 200)
+            yield made, found[1]
         finally:
-            process.kill()
+            made.kill()
+
+
+def _ask(url: str, answers: list[httpx.Response], **given: Any) -> threading.Thread:
+    """Ask from a thread, and wait until the answer is begun."""
+    body = {"messages": asking(QUESTION, SAMPLES[0]), "ignore_eos": True} | given
+
+    def ask() -> None:
+        answers.append(httpx.post(url + CHAT, json=body, timeout=PATIENCE))
+
+    thread = threading.Thread(target=ask)
+    running = len(answers) + 1 if not given.get("beside") else 2
+    thread.start()
+    _wait(lambda: f'num_requests_running{{model_name="one"}} {running}' in _metrics(url))
+    return thread
+
+
+def test_it_drains_at_sigterm(process: tuple[subprocess.Popen[str], str]) -> None:
+    """It is not ready any more, what was begun is answered, and its status is 0."""
+    made, url = process
+    answers: list[httpx.Response] = []
+    thread = _ask(url, answers, max_tokens=900)
+    os.kill(made.pid, signal.SIGTERM)
+    _wait(lambda: httpx.get(f"{url}/ready").status_code == 503)
+    assert httpx.get(f"{url}/health").status_code == 200
+    refused = httpx.post(url + CHAT, json={"messages": asking()})
+    assert refused.status_code == 503
+    assert "retry-after" in refused.headers
+    thread.join(PATIENCE)
+    assert answers[0].json()["usage"]["completion_tokens"] == 900
+    assert made.wait(PATIENCE) == 0
+
+
+def test_a_second_signal_waits_for_nobody(process: tuple[subprocess.Popen[str], str]) -> None:
+    """Whoever is not answered is told so, whole answers and streams alike."""
+    made, url = process
+    whole: list[httpx.Response] = []
+    streamed: list[httpx.Response] = []
+    threads = [_ask(url, whole, max_tokens=1900)]
+    threads.append(_ask(url, streamed, max_tokens=1900, stream=True, beside=True))
+    os.kill(made.pid, signal.SIGTERM)
+    _wait(lambda: httpx.get(f"{url}/ready").status_code == 503)
+    os.kill(made.pid, signal.SIGINT)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert made.wait(PATIENCE) == 0
+    assert whole[0].status_code == 503
+    assert whole[0].json()["error"]["code"] == "shutting_down"
+    last = streamed[0].text.strip().rpartition("data: ")[2]
+    assert json.loads(last)["error"]["code"] == "shutting_down"
 
 
 def _metrics(url: str) -> str:

@@ -1,0 +1,194 @@
+"""What docs/serving.md, examples/serving/ and the example of a client name is in the server."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import re
+import runpy
+import shlex
+import tomllib
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from openai import OpenAI
+from server_tools import SAMPLES, running
+
+from lvlm.runtime.engine import Engine
+from lvlm.runtime.server import fields, refusals
+from lvlm.runtime.server.app import make_app
+from lvlm.runtime.server.metrics import Metrics
+from lvlm.runtime.server.serve_cli import _parser
+from lvlm.runtime.server.service import Service
+
+ROOT = Path(__file__).parents[3]
+FOLDER = ROOT / "examples/serving"
+PAGE = (ROOT / "docs/serving.md").read_text()
+METRIC = re.compile(r"\b(?:vllm|lvlm):\w+")
+SERIES = {"histogram": ("_bucket", "_count", "_sum")}
+
+
+def metrics() -> dict[str, str]:
+    """Name -> type of every metric of /metrics."""
+    told = re.findall(r"^# TYPE (\S+) (\w+)$", Metrics({}).text().decode(), re.MULTILINE)
+    return dict(told)
+
+
+def series() -> set[str]:
+    return {name + end for name, kind in metrics().items() for end in SERIES.get(kind, ("",))}
+
+
+def paths() -> set[str]:
+    async def read(url: str) -> bytes:
+        raise NotImplementedError(url)
+
+    return set(make_app(Service([], read)).openapi()["paths"])
+
+
+def parsed(words: Sequence[str]) -> Namespace:
+    """The arguments of lvlm-serve; those that do not exist end it."""
+    return _parser().parse_args(words)
+
+
+def test_the_folder_has_what_is_looked_at_here() -> None:
+    assert sorted(file.name for file in FOLDER.iterdir()) == [
+        *("Dockerfile.cpu", "Dockerfile.cuda", "grafana.json", "kubernetes.yaml"),
+        *("lvlm-serve.service", "prometheus.yml"),
+    ]
+
+
+def test_the_page_has_every_metric() -> None:
+    assert sorted(METRIC.findall(PAGE)) == sorted(metrics())
+
+
+def test_the_page_has_every_field_and_status() -> None:
+    for kind in (fields.ChatFields, fields.CompletionFields, fields.ResponseFields):
+        for name in kind.model_fields:
+            assert f"`{name}" in PAGE, name
+    for status in refusals.KINDS:
+        assert re.search(rf"\b{status}\b", PAGE), status
+    for _, _, code in refusals.STATUS:
+        assert code is None or code == "cancelled" or f"`{code}`" in PAGE, code
+
+
+def test_the_dashboard_shows_metrics_that_there_are() -> None:
+    board = json.loads((FOLDER / "grafana.json").read_text())
+    shown = set()
+    for panel in board["panels"]:
+        assert panel["datasource"]["uid"] == "${datasource}"
+        for target in panel["targets"]:
+            found = METRIC.findall(target["expr"])
+            assert found, target
+            assert target["expr"].count("(") == target["expr"].count(")")
+            shown |= set(found)
+    assert shown <= series()
+    assert all(any(one.startswith(name) for one in shown) for name in metrics())
+    names = [panel["id"] for panel in board["panels"]]
+    assert len(set(names)) == len(names)
+    (variable,) = (one for one in board["templating"]["list"] if one["name"] == "model")
+    assert set(METRIC.findall(variable["query"])) <= series()
+
+
+def test_the_scrape_leads_to_the_metrics() -> None:
+    (job,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"]
+    assert job["metrics_path"] in paths()
+
+
+def test_the_deployment_probes_and_waits_as_the_server_needs() -> None:
+    deployment, service = yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text())
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    probes = {
+        name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")
+    }
+    assert {name: one["path"] for name, one in probes.items()} == {
+        "startup": "/ready",
+        "readiness": "/ready",
+        "liveness": "/health",
+    }
+    assert {one["path"] for one in probes.values()} <= paths()
+    (port,) = container["ports"]
+    args = parsed([*entry("cpu")[1:], *container["args"]])
+    assert args.port == port["containerPort"]
+    assert {one["port"] for one in probes.values()} == {port["name"]}
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    _, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert pod["terminationGracePeriodSeconds"] > int(seconds) + args.drain
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == labels
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+
+
+def test_the_unit_stops_the_server_as_it_ends() -> None:
+    unit = configparser.ConfigParser(strict=True, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment, method-assign]
+    unit.read_string((FOLDER / "lvlm-serve.service").read_text())
+    service = unit["Service"]
+    program, *words = shlex.split(service["ExecStart"])
+    assert Path(program).name == "lvlm-serve"
+    args = parsed(words)
+    assert service["KillSignal"] == "SIGTERM"
+    assert float(service["TimeoutStopSec"]) > args.drain
+    credential = service["LoadCredential"].partition(":")[0]
+    assert args.api_key == [f"@${{CREDENTIALS_DIRECTORY}}/{credential}"]
+
+
+def instructions(kind: str) -> list[tuple[str, str]]:
+    text = (FOLDER / f"Dockerfile.{kind}").read_text()
+    lines = re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
+    return [(first, rest) for first, _, rest in (line.partition(" ") for line in lines if line)]
+
+
+def entry(kind: str) -> list[str]:
+    return list(json.loads(dict(instructions(kind))["ENTRYPOINT"]))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_containers_install_and_start_what_there_is(kind: str) -> None:
+    found, last = instructions(kind), dict(instructions(kind))
+    for name, rest in found:
+        sources = rest.split()[:-1] if name == "COPY" and "--from" not in rest else []
+        assert all((ROOT / source).exists() for source in sources), rest
+    copied = {word.split("/")[0] for name, rest in found if name == "COPY" for word in rest.split()}
+    homes = re.findall(r"^    \"([\w/]+)\": \"lvlm", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    assert {"src", *(home.split("/")[0] for home in homes)} <= copied
+    assert len(homes) > 1
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.findall(r"\"\.\[([a-z,]+)\]\"", " ".join(rest for _, rest in found))
+    assert set(",".join(extras).split(",")) <= set(project["optional-dependencies"])
+    assert int(last["USER"]) > 0
+    args = parsed([*entry(kind)[1:], *json.loads(last["CMD"])])
+    assert entry(kind)[0] == "lvlm-serve"
+    assert args.host == "0.0.0.0"
+    assert args.port == int(last["EXPOSE"])
+    assert args.device == kind
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_containers_ask_for_their_health(kind: str) -> None:
+    words = json.loads(re.sub(r"^.* CMD ", "", dict(instructions(kind))["HEALTHCHECK"]))
+    compile(words[2], "HEALTHCHECK", "exec")
+    assert words[:2] == ["python", "-c"]
+    assert (str(parsed([*entry(kind)[1:], "x"]).port)) in words[2]
+    assert re.findall(r"'(/\w+)'", words[2]) == ["/health"]
+
+
+def test_the_example_asks_a_server(
+    bundle: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    example: dict[str, Any] = runpy.run_path(str(ROOT / "examples/serve_client.py"))
+    folder = bundle("tiny-llava", "lightvlm", max_images=2)
+    with (
+        running(Engine(folder, slots=2, threads=1), name="model") as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        example["ask"](client, str(SAMPLES[0]))
+    row, tokens, description = capsys.readouterr().out.splitlines()
+    assert row == "5 5 8"
+    assert tokens == "image tokens: 144, 72 of them in the last block"
+    assert description.startswith("The picture shows a grid of nine handwritten digits.")
