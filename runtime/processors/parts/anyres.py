@@ -120,6 +120,12 @@ class Tiles:
         """The rows of the tile of the whole image."""
         return 1 + np.arange(self.patches * self.patches)
 
+    def token_grid(self, lines: int, columns: int) -> npt.NDArray[np.int32]:
+        """Which token each of the tiles' patches is (PreparedImage.grid): behind the whole image's,
+        a newline after every line."""
+        grid = np.arange(lines * (columns + 1), dtype=np.int32).reshape(lines, columns + 1)
+        return self.patches**2 + grid[:, :-1]
+
     def _shapes(self, high: int, wide: int) -> Iterator[tuple[int, int]]:
         """Lines and columns of every part that can be kept of a resolution (and of some that no
         image leaves)."""
