@@ -37,7 +37,8 @@ class LlavaNextProcessor:
         index = np.concatenate([self.tiles.whole(), lines.reshape(-1)])[:, None]
         rows = len(pixels) * self.tiles.patches**2
         arrays, grid = {"pixel_values": pixels}, self.tiles.token_grid(*kept.shape)
-        return PreparedImage(arrays, rows, index, size=(height, width), grid=grid)
+        box = self.tiles.box(height, width)
+        return PreparedImage(arrays, rows, index, size=(height, width), box=box, grid=grid)
 
 
 PROCESSOR = LlavaNextProcessor

@@ -83,7 +83,15 @@ class LlavaOnevisionProcessor:
             weight = np.concatenate([np.repeat(alone, len(whole), 0), weight])
         index = np.concatenate([whole, index])
         arrays, grid = {"pixel_values": pixels}, self.tiles.token_grid(*shape)
-        return PreparedImage(arrays, rows, index, weight, size=(height, width), grid=grid)
+        return PreparedImage(
+            arrays,
+            rows,
+            index,
+            weight,
+            size=(height, width),
+            box=self.tiles.box(height, width),
+            grid=grid,
+        )
 
     def _shrunk(self, lines: int, columns: int) -> tuple[int, int]:
         """So many patches, once there are no more of them than the most tiles have."""
