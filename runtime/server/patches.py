@@ -12,6 +12,7 @@ from lvlm.runtime.media.prepared_image import Box
 from lvlm.runtime.tools.show_merge import after_each_reduction
 
 DROPPED, KEPT = -1, 0
+MERGE = ("visionzip",)  # rules that mix tokens into those that go on, and tell of no map
 
 
 def patches(manifest: Manifest, answer: Generation) -> list[dict[str, Any]]:
@@ -19,12 +20,11 @@ def patches(manifest: Manifest, answer: Generation) -> list[dict[str, Any]]:
     that several of them became; and the ``box`` that the grid covers: left, top, right and bottom
     in widths and heights of the picture, beyond 0 and 1 where it was padded.
 
-    A patch is KEPT as the last block had it. What the encoder's reduction mixes into tokens that
-    go on (visionzip's targets) counts as DROPPED, and so does a patch of a tile that is left only
-    in the small copy of the whole image. None where a family's grid is not known, or the prompt is
-    without images.
+    A patch is KEPT as the last block had it. What is mixed into tokens that go on from the encoder
+    counts as DROPPED, which ``encoder_merges`` tells, and so does a patch of a tile that is left
+    only in the small copy of the whole image. None where a grid is not known.
     """
-    fate = _fates(answer)
+    fate, encoder = _fates(answer), manifest.encoder
     found = []
     for number, image in enumerate(answer.images, 1):
         grid, box = image.grid, image.box
@@ -35,8 +35,14 @@ def patches(manifest: Manifest, answer: Generation) -> list[dict[str, Any]]:
         tokens = np.full(max(int(grid.max()), int(image.rows.max(initial=0))) + 2, DROPPED)
         tokens[image.rows] = fate[answer.image_id == number]
         rows, columns = grid.shape
-        shown = {"rows": rows, "columns": columns, "box": [round(side, 5) for side in box]}
-        found.append(shown | {"patches": tokens[grid].ravel().tolist()})
+        shown = {
+            "rows": rows,
+            "columns": columns,
+            "box": [round(side, 5) for side in box],
+            "encoder_merges": encoder is not None and encoder.rule in MERGE,
+            "patches": tokens[grid].ravel().tolist(),
+        }
+        found.append(shown)
     return found
 
 

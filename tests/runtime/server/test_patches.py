@@ -19,7 +19,7 @@ STATS = Stats(0, 0, 0, (), (), (), 0, 0, 0, 0, 0, 0)
 
 
 def manifest(grid: tuple[int, ...] = (), tokens: int = 0, size: tuple[int, ...] = ()) -> Any:
-    return SimpleNamespace(images=Images("<image>", 3, tokens, grid, size, {}))
+    return SimpleNamespace(images=Images("<image>", 3, tokens, grid, size, {}), encoder=None)
 
 
 def answer(image_id: list[int], maps: list[list[int]], images: list[SeenImage]) -> Generation:
@@ -115,7 +115,8 @@ def test_a_grid_of_all_images(tokens: int, expected: list[int]) -> None:
     if tokens == 3:  # the third one joins with text, say
         told = answer([1, 1, 1, 0], [[0, -1, 1, 1]], [seen(tokens)])
     (found,) = patches(manifest((2, 2), tokens, (30, 28)), told)
-    assert found == {"rows": 2, "columns": 2, "box": [0, 0, 1, 1], "patches": expected}
+    assert found.pop("patches") == expected
+    assert found == {"rows": 2, "columns": 2, "box": [0, 0, 1, 1], "encoder_merges": False}
 
 
 def test_pixels_beyond_the_last_patch_have_none() -> None:
