@@ -122,7 +122,8 @@ function draw() {
   context.fillStyle = "rgb(128 128 128 / .85)";
   context.fillRect(0, 0, wide, high);
   context.clearRect(x(0), y(0), x(grid.columns) - x(0), y(grid.rows) - y(0));
-  const line = Math.max(1, Math.min(3, (x(1) - x(0)) / 12));
+  const widest = grid.patches.some((fate) => fate) ? 3 : 1; // where all are kept a fine grid is enough
+  const line = Math.max(1, Math.min(widest, (x(1) - x(0)) / 12));
   context.lineWidth = line;
   context.strokeStyle = "rgb(34 197 94)";
   grid.patches.forEach((fate, n) => {
