@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -139,7 +138,7 @@ class Batch:
         """How the first entries of a prompt came to be, of which a prefix is copied."""
         if prefix.read is None or prefix.whole or self.graphs.manifest.in_place:
             return prefix.read
-        return replace(prefix.read, entries=prefix.read.first(prefix.length))
+        return prefix.read.of(prefix.length)
 
     def _feed(self, request: Request, start: int) -> None:
         """Let decode read what follows the first ``start`` tokens of a prompt, for each answer."""

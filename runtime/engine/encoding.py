@@ -54,10 +54,17 @@ class Encoding:
     def placed(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """The prompts, of which these are all images from the first one's ``first`` on, with the
         positions of the tokens that were chosen."""
+        found, first = [], self.first
+        for prompt, rows in zip(prompts, self.rows(prompts), strict=True):
+            found.append(placed(prompt, range(first, first + len(rows)), rows))
+            first = 1
+        return found
+
+    def rows(self, prompts: Sequence[Prompt]) -> list[list[np.ndarray]]:
+        """Which tokens of each image were chosen, prompt by prompt."""
         found, rest, first = [], [tokens.indices for tokens in self.tokens], self.first
         for prompt in prompts:
             count = len(prompt.images) - first + 1
-            numbers = range(first, first + count)
-            found.append(placed(prompt, numbers, rest[:count]))
+            found.append(rest[:count])
             rest, first = rest[count:], 1
         return found

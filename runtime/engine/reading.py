@@ -65,10 +65,11 @@ class WholeReading:
         features = self._images.features
         logits, maps = self.graphs.prefill(prompts, self.requests[0].counts, features, self.call)
         took = time.perf_counter() - began
+        rows = self._images.rows(prompts)
         for index, request in enumerate(self.requests):
             request.vision_ms = self._images.ms
             request.prefill_ms = took * 1e3
-            request.maps = [m[index] for m in maps]
+            request.note(0, rows[index], [m[index] for m in maps])
         return logits
 
     def go_on(self, pace: ChunkPace, *, beside: bool) -> np.ndarray | None:  # noqa: ARG002
@@ -142,6 +143,7 @@ class ReadingInPieces:
             self._images.go_on(count)
             self.request.vision_ms = self._images.ms
             if not self._images.left:
+                _note(self.request, self._images)
                 (self.request.prompt,) = self._images.placed([self.request.prompt])
 
     def _all_features(self) -> np.ndarray:
@@ -183,6 +185,7 @@ class TurnReading:
         joined, width = self._images.joined(), self.behind.graphs.manifest.feature_width
         rows = np.zeros((0, width), np.float32) if joined is None else joined
         (prompt,) = self._images.placed([self.request.prompt])
+        _note(self.request, self._images)
         logits = self.behind.read(prompt, self.start, rows)
         self.request.vision_ms = self._images.ms
         self.request.prefill_ms = (time.perf_counter() - began) * 1e3
@@ -210,6 +213,11 @@ def _encoding(encode: Encode, request: Request, start: int) -> Encoding:
     shown = numbers[numbers > 0]
     first = int(shown.min()) - 1 if len(shown) else len(request.prompt.images)
     return Encoding(encode, request.prompt.images[first:], request.digests[first:], first + 1)
+
+
+def _note(request: Request, images: Encoding) -> None:
+    """Which tokens of the images went on, behind those of the beginning that was there."""
+    request.note(images.first - 1, images.rows([request.prompt])[0])
 
 
 def _begin(cache: CompactCache, counts: PromptCounts, rows: slice) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 import numpy as np
 
 from lvlm.runtime.engine.session import Read, Session
-from lvlm.runtime.generate.answers import Generation, Stats
+from lvlm.runtime.generate.answers import Generation, SeenImage, Stats
 from lvlm.runtime.generate.call_plan import PromptCounts
 from lvlm.runtime.generate.row import Row
 from lvlm.runtime.options.generation_options import Keep
@@ -71,7 +72,6 @@ class Request:
     feed: deque[int] = field(default_factory=deque)
     spoiled: bool = False
     reused: int = 0
-    maps: list[np.ndarray] = field(default_factory=list)
     queued_ms: float = 0.0
     vision_ms: float = 0.0
     prefill_ms: float = 0.0
@@ -94,16 +94,23 @@ class Request:
     def fork(self, number: int, caller: Caller, stream: TextStream | None) -> Self:
         """A further answer to the same prompt, drawn for itself; before any of them is begun."""
         prompt = replace(self.prompt, sampling=self.prompt.sampling.fork(number))
-        made = replace(
-            self, prompt=prompt, caller=caller, stream=stream, forks=[], feed=deque(), maps=[]
-        )
+        made = replace(self, prompt=prompt, caller=caller, stream=stream, forks=[], feed=deque())
         self.forks.append(made)
         return made
+
+    def note(
+        self, before: int, rows: Sequence[np.ndarray], maps: Sequence[np.ndarray] | None = None
+    ) -> None:
+        """What became of the images behind the first ``before``, and of all tokens that are read as
+        a whole."""
+        assert self.read is not None
+        told = self.read.maps if maps is None else tuple(maps)
+        self.read = replace(self.read, rows=(*self.read.rows[:before], *rows), maps=told)
 
     def read_as(self, other: Request) -> None:
         """Note how the prompt was read, by the one whose fork this is."""
         self.vision_ms, self.prefill_ms = other.vision_ms, other.prefill_ms
-        self.maps, self.reused = other.maps, other.reused
+        self.read, self.reused = other.read, other.reused
 
     def leave_queue(self) -> None:
         """Note that its prompt is about to be read."""
@@ -148,11 +155,12 @@ class Request:
 
     def generation(self, allocated: int, used: int) -> Generation:
         """The answer, once it has a finish_reason; bytes of its cache."""
-        row = self.row
+        row, prompt = self.row, self.prompt
         assert row.finish_reason is not None
+        assert self.read is not None
         stats = Stats(
             **self.counts.of_row(self.index),
-            encoded_image_tokens=sum(image.tokens for image in self.prompt.images),
+            encoded_image_tokens=sum(image.tokens for image in prompt.images),
             new_tokens=len(row.tokens),
             vision_ms=self.vision_ms,
             prefill_ms=self.prefill_ms,
@@ -168,9 +176,14 @@ class Request:
             row.tokens,
             row.finish_reason,
             stats,
-            self.prompt.image_id,
-            self.maps,
+            prompt.image_id,
+            list(self.read.of(len(prompt.ids)).maps),
             row.cut_short,
             row.scores,
             row.stop_reason,
+            # There may be rows of more images: the prompt that was read went on after this one's
+            images=[
+                SeenImage(rows, image.box, image.grid)
+                for rows, image in zip(self.read.rows, prompt.images, strict=False)
+            ],
         )

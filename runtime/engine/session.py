@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -83,14 +83,27 @@ def check_one_turn(session: Session | None, many: bool) -> None:
 class Read:
     """How a row's entries came to be, but for what decode did: ``entries`` [L,1] entered each layer
     with the tokens that were read as a whole, at the ratios ``keep`` and ``kv_keep``; behind
-    ``images`` of these are no more image tokens. Layer 0 gets all tokens."""
+    ``images`` of these are no more image tokens. Layer 0 gets all tokens. ``maps`` and ``rows`` are
+    those of Generation and SeenImage, once they are read."""
 
     entries: np.ndarray
     keep: Keep | None
     kv_keep: float | None
     images: int
+    maps: tuple[np.ndarray, ...] = ()
+    rows: tuple[np.ndarray, ...] = ()
 
     def first(self, tokens: int) -> np.ndarray:
         """Entries [L,1] of so many tokens of the row, ``images`` or more, where nothing was
         evicted: each token behind these has one."""
         return self.entries + (tokens - int(self.entries[0, 0]))
+
+    def of(self, tokens: int) -> Read:
+        """The same of so many tokens of the row, ``images`` or more."""
+        entered = int(self.entries[0, 0])
+        more, maps = tokens - entered, []
+        for full in self.maps if more else ():
+            own = full[:entered]
+            entered = int(own.max(initial=-1)) + 1
+            maps.append(np.concatenate([own, entered + np.arange(more)])[: len(own) + more])
+        return replace(self, entries=self.first(tokens), maps=tuple(maps) if more else self.maps)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 
+from lvlm.runtime.media.prepared_image import Box
 from lvlm.runtime.sampling.sampler import TokenScore
 
 FinishReason = Literal["stop", "length"]
@@ -45,6 +46,16 @@ class Stats:
         return 1e3 * self.decode_steps / self.decode_ms if self.decode_ms else 0.0
 
 
+class SeenImage(NamedTuple):
+    """What the language model was given of an image: ``rows`` int64 [K], rising, are the numbers of
+    its tokens that went on from the encoder, all where none is dropped there. ``box`` and ``grid``
+    tell where its tokens lie in the picture (PreparedImage)."""
+
+    rows: np.ndarray
+    box: Box
+    grid: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class Generation:
     """One answer. ``token_ids`` ends with the token that ended the text where one did;
@@ -55,7 +66,9 @@ class Generation:
     ``capacity_reached`` tells whether the bundle's capacity ended it before max_new_tokens.
     ``image_id`` tells of every prompt token whether it is text (0) or of the m-th image (m).
     ``merge_maps`` holds, per reduction, old -> new index of every token that enters it (a prompt
-    token enters the first), -1 where it was dropped; padding follows in a batch. ``scores`` has an
+    token enters the first), -1 where it was dropped; padding follows in a batch. What was read for
+    another prompt, or an earlier turn, has the maps of then, and what was read behind it stays.
+    ``images`` tells which tokens of each image the prompt's are. ``scores`` has an
     entry per token where
     logprobs were asked for. ``others`` are the further answers where ``n`` were asked for."""
 
@@ -69,6 +82,7 @@ class Generation:
     scores: list[TokenScore] = field(repr=False, default_factory=list)
     stop_reason: str | int | None = None
     others: tuple[Generation, ...] = field(repr=False, default=())
+    images: list[SeenImage] = field(repr=False, compare=False, default_factory=list)
 
 
 def with_others(answers: Sequence[Generation]) -> Generation:

@@ -12,6 +12,9 @@ import numpy as np
 
 from lvlm.runtime.reductions.token_choice import TokenChoice
 
+Box = tuple[float, float, float, float]
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+
 
 class ImageTokens(NamedTuple):
     """The tokens of an image that the language model reads: features [K,D], indices int64 [K]."""
@@ -36,6 +39,10 @@ class PreparedImage:
     size    height and width before it was prepared, where the family's model in transformers asks
     choice  which of the V tokens go on to the language model; None: all
     before  the frame before it of the same video
+    box     left, top, right and bottom of what was prepared, in widths and heights of the picture:
+            0, 0, 1, 1 is all of it; less where it was cropped, more where it was padded
+    grid    int [R,C]: of a grid over the box, the token at each place, -1: none; None: that of
+            Images.grid, or none is known
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -48,6 +55,8 @@ class PreparedImage:
     size: tuple[int, ...] = ()
     choice: TokenChoice | None = None
     before: PreparedImage | None = None
+    box: Box = WHOLE
+    grid: np.ndarray | None = None
 
     @property
     def asks_before(self) -> PreparedImage | None:

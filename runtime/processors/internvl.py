@@ -31,7 +31,7 @@ from lvlm.runtime.processors.parts.config_values import (
     text,
     with_defaults,
 )
-from lvlm.runtime.processors.parts.tiles import cut, scaled
+from lvlm.runtime.processors.parts.tiles import cut, scaled, tile_grid
 
 
 class InternVLProcessor:
@@ -61,15 +61,17 @@ class InternVLProcessor:
 
     def prepare(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[PreparedImage]:
         """See Processor."""
-        return [self._prepare(self.pixel_values(image)) for image in images]
+        return [self._prepare(image) for image in images]
 
-    def _prepare(self, pixels: npt.NDArray[np.float32]) -> PreparedImage:
+    def _prepare(self, image: npt.NDArray[np.uint8]) -> PreparedImage:
+        pixels = self.pixel_values(image)
         tokens = len(pixels) * self._tokens
         return PreparedImage(
             {"pixel_values": pixels},
             rows=tokens,
             index=np.arange(tokens)[:, None],
             text=self._start + self._token * tokens + self._end,
+            grid=tile_grid(*self.grid(*image.shape[:2]), self._tokens),
         )
 
     def pixel_values(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

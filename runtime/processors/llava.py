@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lvlm.core.errors import BundleError, ParameterError
-from lvlm.runtime.media.prepared_image import PreparedImage
+from lvlm.runtime.media.prepared_image import Box, PreparedImage
 from lvlm.runtime.processors.parts.config_values import (
     CLIP_MEAN,
     CLIP_STD,
@@ -66,8 +66,10 @@ class LlavaProcessor:
         """See Processor; raises what ``pixel_values`` does."""
         index = np.arange(self._tokens)[:, None]
         return [
-            PreparedImage({"pixel_values": pixels[None]}, self._tokens, index)
-            for pixels in self.pixel_values(images)
+            PreparedImage(
+                {"pixel_values": pixels[None]}, self._tokens, index, box=self.box(*image.shape[:2])
+            )
+            for pixels, image in zip(self.pixel_values(images), images, strict=True)
         ]
 
     def pixel_values(self, images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
@@ -102,6 +104,21 @@ class LlavaProcessor:
             top, left = (pil_image.height - height) // 2, (pil_image.width - width) // 2
             pil_image = pil_image.crop((left, top, left + width, top + height))
         return pil_image
+
+    def box(self, height: int, width: int) -> Box:
+        """What ``fit`` leaves of such an image (PreparedImage.box)."""
+        rows, columns = (max(height, width),) * 2 if self._pad is not None else (height, width)
+        top, left = (rows - height) // 2, (columns - width) // 2
+        high, wide = (rows, columns) if self._resize is None else self._resized(rows, columns)
+        tall, broad = self._crop or (high, wide)
+        over, before = (high - tall) // 2, (wide - broad) // 2
+        across, down = columns / wide, rows / high  # pixels of the picture per pixel
+        return (
+            (before * across - left) / width,
+            (over * down - top) / height,
+            ((before + broad) * across - left) / width,
+            ((over + tall) * down - top) / height,
+        )
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         if not isinstance(self._resize, int):

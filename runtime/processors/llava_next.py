@@ -32,10 +32,13 @@ class LlavaNextProcessor:
         pil_image = self.tiles.prepare(image)
         height, width = pil_image.size[::-1]
         pixels = self.tiles.cut(pil_image)
-        lines = np.pad(self.tiles.kept(height, width), ((0, 0), (0, 1)))  # row 0 is the newline
+        kept = self.tiles.kept(height, width)
+        lines = np.pad(kept, ((0, 0), (0, 1)))  # row 0 is the newline
         index = np.concatenate([self.tiles.whole(), lines.reshape(-1)])[:, None]
         rows = len(pixels) * self.tiles.patches**2
-        return PreparedImage({"pixel_values": pixels}, rows, index, size=(height, width))
+        arrays, grid = {"pixel_values": pixels}, self.tiles.token_grid(*kept.shape)
+        box = self.tiles.box(height, width)
+        return PreparedImage(arrays, rows, index, size=(height, width), box=box, grid=grid)
 
 
 PROCESSOR = LlavaNextProcessor

@@ -82,8 +82,16 @@ class LlavaOnevisionProcessor:
             alone = np.eye(1, weight.shape[1], dtype=np.float32)
             weight = np.concatenate([np.repeat(alone, len(whole), 0), weight])
         index = np.concatenate([whole, index])
-        arrays = {"pixel_values": pixels}
-        return PreparedImage(arrays, rows, index, weight, size=(height, width))
+        arrays, grid = {"pixel_values": pixels}, self.tiles.token_grid(*shape)
+        return PreparedImage(
+            arrays,
+            rows,
+            index,
+            weight,
+            size=(height, width),
+            box=self.tiles.box(height, width),
+            grid=grid,
+        )
 
     def _shrunk(self, lines: int, columns: int) -> tuple[int, int]:
         """So many patches, once there are no more of them than the most tiles have."""
@@ -95,15 +103,24 @@ class LlavaOnevisionProcessor:
         return max(1, lines * (columns + 1))  # 1: the newline of an image that is not alone
 
     def _square(self, image: npt.NDArray[np.uint8]) -> PreparedImage:
-        pil_image, side = Image.fromarray(image), max(image.shape[:2])
+        (height, width), side = image.shape[:2], max(image.shape[:2])
+        pil_image, left, top = Image.fromarray(image), (side - width) // 2, (side - height) // 2
         check_growth(pil_image, side, side)
         square = Image.new("RGB", (side, side), self._pad)
-        square.paste(pil_image, ((side - pil_image.width) // 2, (side - pil_image.height) // 2))
+        square.paste(pil_image, (left, top))
         scaled = square.resize((self.tiles.side, self.tiles.side), self.tiles.resample)
         pixels = planes(self.tiles.table, np.asarray(scaled))[None]
         index = np.append(self.tiles.whole(), 0)[:, None]
         rows = self.tiles.patches**2
-        return PreparedImage({"pixel_values": pixels}, rows, index, size=image.shape[:2])
+        right, low = side - left, side - top
+        return PreparedImage(
+            {"pixel_values": pixels},
+            rows,
+            index,
+            size=(height, width),
+            box=(-left / width, -top / height, right / width, low / height),
+            grid=np.arange(rows, dtype=np.int32).reshape(self.tiles.patches, -1),
+        )
 
     def _frame(self, tile: npt.NDArray[np.float32], last: bool) -> PreparedImage:
         """Of a video: patches pooled two by two; the newline after the last frame only."""

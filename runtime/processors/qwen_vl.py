@@ -102,6 +102,7 @@ class QwenProcessor:
             np.arange(tokens)[:, None],
             offsets=np.stack([np.full_like(row, time), row, column]),
             span=max(rows, columns) if span is None else span,
+            grid=np.arange(tokens, dtype=np.int32).reshape(rows, columns),
         )
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from lvlm.runtime.processors.parts.config_values import (
 )
 from lvlm.runtime.processors.parts.frames import opened
 from lvlm.runtime.processors.parts.smolvlm_video import SmolVLMVideo
-from lvlm.runtime.processors.parts.tiles import cut, scaled
+from lvlm.runtime.processors.parts.tiles import cut, scaled, tile_grid
 
 
 class SmolVLMProcessor:
@@ -81,6 +81,7 @@ class SmolVLMProcessor:
             rows=tokens,
             index=np.arange(tokens)[:, None],
             text=self._expansion(rows, columns),
+            grid=tile_grid(max(1, rows), max(1, columns), self._tokens),
         )
 
     def _expansion(self, rows: int, columns: int) -> str:

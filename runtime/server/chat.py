@@ -92,6 +92,8 @@ class Chat(Reply):
     def _details(self, answers: Sequence[Generation]) -> dict[str, Any]:
         first, handle = answers[0], self._handles[0]
         began = (handle.token_times[0] - handle.submitted) * 1e3
-        tokens = first.stats.prompt_tokens + first.stats.new_tokens - 1  # the last is not read
+        stats = first.stats
+        tokens = stats.prompt_tokens + stats.new_tokens - 1  # the last is not read
+        tokens += stats.encoded_image_tokens - stats.image_tokens  # those that the encoder left out
         told = details(first, began, self._served.full_cache_bytes(tokens))
         return told | {"images": patches(self._served.engine.engine.manifest, first)}

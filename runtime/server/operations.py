@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from lvlm.core.version import DISTRIBUTION, version
+from lvlm.runtime.engine import Engine
 from lvlm.runtime.server.metrics import CONTENT_TYPE
 from lvlm.runtime.server.refusals import RETRY_AFTER
 from lvlm.runtime.server.service import Served, Service
@@ -38,6 +39,21 @@ def _model(served: Served) -> dict[str, Any]:
         "max_images": engine.capacity.max_images,
         "recipe": engine.manifest.recipe,
         "family": engine.manifest.family,
+        **_usual_ratios(engine),
+    }
+
+
+def _usual_ratios(engine: Engine) -> dict[str, float | None]:
+    """``keep`` and ``kv_keep`` of requests that say nothing of them; None: they take no number."""
+    manifest = engine.manifest
+    keep = manifest.keep if engine.keep is None else engine.keep
+    by_number = manifest.shortenings and all(s.ratio is None for s in manifest.shortenings)
+    policy, kv_keep = manifest.cache_policy, engine.kv_keep
+    if policy is None or kv_keep is None:
+        kv_keep = None if policy is None else policy.budget.keep
+    return {
+        "keep": keep if by_number and isinstance(keep, float) else None,
+        "kv_keep": kv_keep,
     }
 
 

@@ -6,31 +6,60 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.bundle.manifest import Images, Manifest
 from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.media.prepared_image import Box
 from lvlm.runtime.tools.show_merge import after_each_reduction
 
 DROPPED, KEPT = -1, 0
+MERGE = ("visionzip",)  # rules that mix tokens into those that go on, and tell of no map
 
 
 def patches(manifest: Manifest, answer: Generation) -> list[dict[str, Any]]:
     """Of each image the grid of its patches, row by row: KEPT, DROPPED, or the number of the token
-    that several of them became; none where a family has no grid that is the same for all images.
+    that several of them became; and the ``box`` that the grid covers: left, top, right and bottom
+    in widths and heights of the picture, beyond 0 and 1 where it was padded.
+
+    A patch is KEPT as the last block had it. What is mixed into tokens that go on from the encoder
+    counts as DROPPED, which ``encoder_merges`` tells, and so does a patch of a tile that is left
+    only in the small copy of the whole image. None where a grid is not known.
     """
-    rows, columns = manifest.images.grid or (0, 0)
-    count = int(answer.image_id.max(initial=0))
-    # A class token comes before the patches
-    spare = manifest.images.tokens - rows * columns
-    if not rows or not count or spare not in (0, 1) or manifest.encoder is not None:
-        return []
-    fate = _fates(answer)
+    fate, encoder = _fates(answer), manifest.encoder
     found = []
-    for number in range(1, count + 1):
-        own = fate[np.flatnonzero(answer.image_id == number)][spare:]
-        if len(own) != rows * columns:
+    for number, image in enumerate(answer.images, 1):
+        grid, box = image.grid, image.box
+        if grid is None:
+            grid, box = _fixed(manifest.images, box)
+        if grid is None:
             return []
-        found.append({"rows": rows, "columns": columns, "patches": own.tolist()})
+        tokens = np.full(max(int(grid.max()), int(image.rows.max(initial=0))) + 2, DROPPED)
+        tokens[image.rows] = fate[answer.image_id == number]
+        rows, columns = grid.shape
+        shown = {
+            "rows": rows,
+            "columns": columns,
+            "box": [round(side, 5) for side in box],
+            "encoder_merges": encoder is not None and encoder.rule in MERGE,
+            "patches": tokens[grid].ravel().tolist(),
+        }
+        found.append(shown)
     return found
+
+
+def _fixed(images: Images, box: Box) -> tuple[np.ndarray | None, Box]:
+    """The token at each place of the grid that all images have, and the box that it covers; a
+    class token comes before the patches, or the first patch has none."""
+    rows, columns = images.grid or (0, 0)
+    spare = images.tokens - rows * columns
+    if not rows or abs(spare) > 1:
+        return None, box
+    left, top, right, low = box
+    # Pixels beyond the last whole patch reach no token
+    down, across = (
+        side // count * count / side for side, count in zip(images.size, images.grid, strict=True)
+    )
+    covered = (left, top, left + (right - left) * across, top + (low - top) * down)
+    return spare + np.arange(rows * columns).reshape(rows, columns), covered
 
 
 def _fates(answer: Generation) -> np.ndarray:

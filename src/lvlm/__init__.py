@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from lvlm.runtime.engine import Engine, EngineStats, Handle, Memory, Session
     from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
-    from lvlm.runtime.generate.answers import Generation, Stats, Stream
+    from lvlm.runtime.generate.answers import Generation, SeenImage, Stats, Stream
     from lvlm.runtime.generate.token_count import TokenCount
     from lvlm.runtime.media.video import Video
     from lvlm.runtime.model import Model, load
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # Where each public name is; the imports above say the same to type checkers and editors.
 _HOME = {
-    "lvlm.runtime.generate.answers": ("Generation", "Stats", "Stream"),
+    "lvlm.runtime.generate.answers": ("Generation", "SeenImage", "Stats", "Stream"),
     "lvlm.runtime.generate.token_count": ("TokenCount",),
     "lvlm.runtime.engine": ("Engine", "EngineStats", "Handle", "Memory", "Session"),
     "lvlm.runtime.engine.aio": ("AsyncEngine", "AsyncHandle"),
@@ -74,6 +74,7 @@ __all__ = [
     "RequestCancelled",
     "RequestError",
     "RequestTimeout",
+    "SeenImage",
     "Session",
     "Stats",
     "Stream",

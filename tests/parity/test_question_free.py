@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from engine_tools import same_images
 from exports import share_traces
 from parity_tools import IMAGES
 
@@ -91,6 +92,7 @@ def equal(ours: Generation, theirs: Generation) -> None:
     assert ours.stats.kept_per_layer == theirs.stats.kept_per_layer
     assert ours.stats.tokens_per_layer == theirs.stats.tokens_per_layer
     assert ours.stats.cache_bytes_used == theirs.stats.cache_bytes_used
+    same_images(ours, theirs)
 
 
 def test_a_picture_is_read_once_for_many_questions(model: Model) -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from lvlm.core.errors import ParameterError
+from lvlm.runtime.media.prepared_image import Box
 from lvlm.runtime.processors import Processor
 from lvlm.runtime.processors.parts.config_values import (
     MAX_OUTPUT_SIDE,
@@ -119,6 +120,25 @@ class Tiles:
     def whole(self) -> npt.NDArray[np.int64]:
         """The rows of the tile of the whole image."""
         return 1 + np.arange(self.patches * self.patches)
+
+    def box(self, height: int, width: int) -> Box:
+        """What ``kept`` leaves of a prepared image (PreparedImage.box): more than all of it where
+        patches are padding in part."""
+        size = self.resolution(height, width)
+        shown = _fitted((width, height), size[::-1])[::-1]
+        edges = []
+        for whole, own, count in zip(size, shown, self.kept(height, width).shape, strict=True):
+            covered = count * self.side / self.patches
+            first = (whole - covered) / 2 - (whole - own) // 2
+            edges.append((first / own, (first + covered) / own))
+        (top, low), (left, right) = edges
+        return left, top, right, low
+
+    def token_grid(self, lines: int, columns: int) -> npt.NDArray[np.int32]:
+        """Which token each of the tiles' patches is (PreparedImage.grid): behind the whole image's,
+        a newline after every line."""
+        grid = np.arange(lines * (columns + 1), dtype=np.int32).reshape(lines, columns + 1)
+        return self.patches**2 + grid[:, :-1]
 
     def _shapes(self, high: int, wide: int) -> Iterator[tuple[int, int]]:
         """Lines and columns of every part that can be kept of a resolution (and of some that no

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -29,3 +31,13 @@ def cut(pixels: npt.NDArray[np.uint8], rows: int, columns: int) -> npt.NDArray[n
     height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
     grid = pixels.reshape(rows, height, columns, width, 3)
     return grid.swapaxes(1, 2).reshape(rows * columns, height, width, 3)
+
+
+def tile_grid(rows: int, columns: int, tokens: int) -> npt.NDArray[np.int32] | None:
+    """The token at each place [rows * n, columns * n] of tiles of n x n = ``tokens`` each, those of
+    one before those of the next; None where they are no square."""
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        return None
+    grid = np.arange(rows * columns * tokens, dtype=np.int32).reshape(rows, columns, side, side)
+    return grid.swapaxes(1, 2).reshape(rows * side, columns * side)

@@ -62,6 +62,12 @@ def short_row(inputs: Any) -> np.ndarray:
     return rows
 
 
+def same_images(ours: Generation, theirs: Generation) -> None:
+    """What is told of the images is equal, and of the prompt's tokens."""
+    np.testing.assert_equal(ours.merge_maps, theirs.merge_maps)
+    np.testing.assert_equal(ours.images, theirs.images)
+
+
 def same(ours: Generation, theirs: Generation) -> None:
     """Equal answers, whatever else was run beside them."""
     assert ours.token_ids == theirs.token_ids
