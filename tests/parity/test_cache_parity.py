@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def count(request: pytest.FixtureRequest) -> int:
     """Tokens to compare."""
-    return LONG if request.config.getoption("--whole") else 40
+    return LONG if request.config.getoption("--whole") else 24
 
 
 @pytest.fixture(scope="module")
