@@ -72,6 +72,9 @@ def image(url: Any) -> dict[str, Any]:
         (RESPONSE, {"input": []}, 400, "messages is empty"),
         (CHAT, {"response_format": {"type": "xml"}}, 400, "response_format.type"),
         (CHAT, {"response_format": {"type": "json_schema"}}, 400, "has no schema"),
+        (CHAT, {"stop_token_ids": [""] * 10_001}, 400, "stop_token_ids: it has 10,001 items"),
+        (CHAT, {"logit_bias": dict.fromkeys(map(str, range(10_001)), 1)}, 400, "it has 10,001"),
+        (TEXT, {"prompt": [1] * 10_001}, 400, "prompt: it has 10,001 items"),
     ],
 )
 def test_mistakes(path: str, body: dict[str, Any], status: int, says: str, server: Running) -> None:
@@ -108,12 +111,13 @@ def test_pictures_are_bounded(server: Running) -> None:
 
 
 def test_what_is_no_request(server: Running) -> None:
-    for content in (b"", b"{", b"[]", b"\xff\xfe", b'{"messages": ' + b"[" * 5000):
+    for content in (b"", b"{", b"[]", b"\xff\xfe", b"9" * 5000, b'{"messages": ' + b"[" * 5000):
         answer = httpx.post(
             server.url + CHAT, content=content, headers={"Content-Type": "application/json"}
         )
         assert answer.status_code == 400, content[:20]
         assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert "not served here" not in answer.json()["error"]["message"]
     assert httpx.get(server.url + CHAT).status_code == 405
     assert httpx.post(f"{server.url}/v1/audio").status_code == 404
     assert httpx.post(f"{server.url}/v1/audio").json()["error"]["message"].startswith("POST /v1/au")
