@@ -125,6 +125,7 @@ class Answering(Reply):
                 "total_tokens": stats.prompt_tokens + stats.new_tokens,
                 "input_tokens_details": {
                     "cached_tokens": stats.reused_tokens,
+                    "cache_write_tokens": 0,  # the client's type has it
                     "image_tokens": stats.encoded_image_tokens,
                     "image_tokens_kept": image_tokens_kept(stats),
                 },
