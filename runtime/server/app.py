@@ -76,7 +76,7 @@ def make_app(service: Service, limits: Limits | None = None) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(limits.origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # clients add their own: OpenAI's X-Stainless-...
             expose_headers=["X-Request-Id"],
         )
     return app

@@ -93,8 +93,14 @@ def test_ids_are_kept_and_made(guarded: Running) -> None:
 
 def test_pages_of_chosen_origins_may_ask(guarded: Running) -> None:
     def asked(origin: str) -> httpx.Headers:
-        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        headers = {
+            "Origin": origin,
+            "Access-Control-Request-Method": "POST",
+            # As OpenAI's client sends from a browser
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+        }
         answer = httpx.options(f"{guarded.url}/v1/chat/completions", headers=headers)
+        assert (answer.status_code == 200) == (origin == "http://page.example")
         return answer.headers
 
     allowed = "access-control-allow-origin"
