@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -81,6 +82,41 @@ def test_slow_clients_are_left(guarded: Running, monkeypatch: pytest.MonkeyPatch
         slow.settimeout(20)
         assert slow.recv(1000) == b""  # closed
     assert post(guarded, json=BODY).status_code == 200
+
+
+@pytest.mark.parametrize("piece", [b"a" * 10_000, b"A: b\r\n" * 2_000])
+def test_heads_are_bounded(piece: bytes, guarded: Running) -> None:
+    address = ("127.0.0.1", int(guarded.url.rpartition(":")[2]))
+    began = time.monotonic()
+    with socket.create_connection(address) as endless:
+        endless.settimeout(20)
+        endless.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(10_000):
+                endless.sendall(piece)
+                time.sleep(0.001)
+    assert time.monotonic() - began < process.HEAD_SECONDS
+
+
+def test_who_reads_nothing_is_left(guarded: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent would lie here for as long as the client likes."""
+    monkeypatch.setattr(process, "PATIENCE", 0.3)
+    address = ("127.0.0.1", int(guarded.url.rpartition(":")[2]))
+    whole = len(httpx.get(f"{guarded.url}/openapi.json").content)
+    count = 1 + (16 << 20) // whole  # more than the system keeps
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.settimeout(20)
+        deaf.connect(address)
+        asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * count
+        with contextlib.suppress(ConnectionError):  # it may be gone before all is sent
+            deaf.sendall(asked)
+        time.sleep(2)
+        read = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := deaf.recv(1 << 20):
+                read += len(piece)
+    assert read < count * whole
 
 
 def test_ids_are_kept_and_made(guarded: Running) -> None:

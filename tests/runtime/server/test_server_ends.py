@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -42,6 +43,23 @@ def test_a_slot_is_free_when_its_client_is_gone(server: Running) -> None:
     assert now.new_tokens < 4 * 1500  # none of them went on to its end
     text = httpx.get(f"{server.url}/metrics").text
     assert 'lvlm:requests_refused_total{model_name="tiny",status="499"} 2.0' in text
+
+
+def test_nor_does_one_go_on_that_was_sent_more_requests(server: Running) -> None:
+    """A connection on which the next requests lie already."""
+    for stream in (False, True):
+        before = server.engine.stats()
+        body = json.dumps({"messages": asking(), "stream": stream} | LONG).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as made:
+            made.sendall(request * 3)
+            while not server.engine.stats().running:
+                time.sleep(0.01)
+        server.settled()
+        now = server.engine.stats()
+        assert now.submitted - before.submitted == 1
+        assert now.new_tokens - before.new_tokens < 1500, stream
 
 
 def test_answers_among_clients_of_all_kinds_are_those_of_lone_runs(
