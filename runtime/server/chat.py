@@ -32,7 +32,7 @@ async def chat(request: Request, body: ChatFields) -> Response:
     handle = (await service.submit(served, wanted)).handle
     reply = Chat(service, served, body, wanted.options.logprobs is not None, handle)
     if body.stream:
-        return EventStream(reply.stream())
+        return EventStream(reply.stream(), reply.left)
     return await unless_gone(request.receive, reply.whole)
 
 

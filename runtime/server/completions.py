@@ -37,7 +37,7 @@ async def completions(request: Request, body: CompletionFields) -> Response:
         reply = Continued(service, served, body, scored, handles)
         if body.stream:
             stack.pop_all()  # the stream sees to the handles from now on
-            return EventStream(reply.stream())
+            return EventStream(reply.stream(), reply.left)
         return await unless_gone(request.receive, reply.whole)
 
 

@@ -34,7 +34,7 @@ async def responses(request: Request, body: ResponseFields) -> Response:
     handle = (await service.submit(served, wanted)).handle
     answering = Answering(service, served, body, handle)
     if body.stream:
-        return EventStream(answering.stream())
+        return EventStream(answering.stream(), answering.left)
     return await unless_gone(request.receive, answering.whole)
 
 

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 from server_tools import Running, asking
 
+from lvlm.runtime.server import chat, replies
+
 CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 
@@ -144,3 +146,23 @@ def test_a_failure_tells_nothing_of_the_inside(
     assert "secret" not in caught.value.response.text
     assert "by the request's id" in caught.value.response.text
     assert caught.value.response.headers["x-request-id"]
+
+
+def test_nor_does_one_in_a_stream_but_the_log(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[dict[str, Any]] = []
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("secret /srv/models")
+
+    monkeypatch.setattr(chat, "follow", broken)
+    monkeypatch.setattr(replies.log, "error", lambda _, **given: logged.append(given))
+    headers = {"X-Request-Id": "mine-7"}
+    answer = httpx.post(server.url + CHAT, json=HELLO | {"stream": True}, headers=headers)
+    assert "by the request's id" in answer.text
+    assert "secret" not in answer.text
+    (record,) = logged
+    assert record["extra"]["fields"]["request_id"] == "mine-7"
+    assert isinstance(record["exc_info"], RuntimeError)
+    server.settled()

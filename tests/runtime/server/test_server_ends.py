@@ -21,6 +21,12 @@ from typing import Any
 import httpx
 import pytest
 from server_tools import LONG, PATIENCE, QUESTION, SAMPLES, Running, asking
+from starlette.types import Message
+
+from lvlm.core.errors import RequestCancelled
+from lvlm.runtime.server.chat import Chat
+from lvlm.runtime.server.events import EventStream
+from lvlm.runtime.server.fields import ChatFields
 
 CHAT = "/v1/chat/completions"
 
@@ -60,6 +66,30 @@ def test_nor_does_one_go_on_that_was_sent_more_requests(server: Running) -> None
         now = server.engine.stats()
         assert now.submitted - before.submitted == 1
         assert now.new_tokens - before.new_tokens < 1500, stream
+
+
+def test_a_stream_that_was_never_begun_ends_its_request(server: Running) -> None:
+    """Its client left while the answer before it was still to be written."""
+
+    async def leave() -> None:
+        served = server.service.models["tiny"]
+        handle = (await served.engine.submit("Hello", max_new_tokens=1500, ignore_eos=True)).handle
+        body = ChatFields(messages=[])
+        reply = Chat(server.service, served, body, False, handle)
+
+        async def gone() -> Message:
+            return {"type": "http.disconnect"}
+
+        async def send(_: Message) -> None:
+            await asyncio.sleep(PATIENCE)
+
+        response = EventStream(reply.stream(), reply.left)
+        await response({"type": "http", "state": {}}, gone, send)
+        with pytest.raises(RequestCancelled):
+            handle.result(PATIENCE)
+
+    asyncio.run(leave())
+    server.settled()
 
 
 def test_answers_among_clients_of_all_kinds_are_those_of_lone_runs(
