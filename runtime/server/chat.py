@@ -26,8 +26,9 @@ router = APIRouter()
 @router.post("/v1/chat/completions", summary="Answer a conversation")
 async def chat(request: Request, body: ChatFields) -> Response:
     service: Service = request.app.state.service
-    served = service.open(body.model)
-    request.state.model = served.name
+    served = service.find(body.model)
+    request.state.model = served.name  # for the log and the metrics, also of a refusal
+    service.check(served)
     wanted = await asked.of_chat(body, service.read, served.limits)
     handle = (await service.submit(served, wanted)).handle
     reply = Chat(service, served, body, wanted.options.logprobs is not None, handle)

@@ -25,8 +25,9 @@ KIND = "text_completion"
 @router.post("/v1/completions", summary="Go on with a text")
 async def completions(request: Request, body: CompletionFields) -> Response:
     service: Service = request.app.state.service
-    served = service.open(body.model)
-    request.state.model = served.name
+    served = service.find(body.model)
+    request.state.model = served.name  # for the log and the metrics, also of a refusal
+    service.check(served)
     wanted = asked.of_completion(body, served.limits)
     scored = wanted[0].options.logprobs is not None
     async with AsyncExitStack() as stack:

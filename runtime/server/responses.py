@@ -26,8 +26,9 @@ router = APIRouter()
 @router.post("/v1/responses", summary="Answer a conversation, in the newer form")
 async def responses(request: Request, body: ResponseFields) -> Response:
     service: Service = request.app.state.service
-    served = service.open(body.model)
-    request.state.model = served.name
+    served = service.find(body.model)
+    request.state.model = served.name  # for the log and the metrics, also of a refusal
+    service.check(served)
     wanted = await asked.of_response(body, service.read, served.limits)
     if wanted.options.n > 1:
         raise Refusal(400, "n: a response has one answer; leave n out", param="n")

@@ -173,4 +173,6 @@ def test_the_queue_has_an_end(folder: Path, wait_for: Callable[..., None]) -> No
                 assert refused.status_code == 429
                 assert int(refused.headers["retry-after"]) > 0
                 assert refused.json()["error"]["code"] == "queue_full"
+                told = client.get(f"{small.url}/metrics").text
+                assert 'requests_refused_total{model_name="tiny",status="429"} 1.0' in told
         wait_for(lambda: not small.engine.stats().running + small.engine.stats().waiting)
