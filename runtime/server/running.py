@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import signal
 import socket
 import ssl
@@ -26,6 +27,7 @@ from lvlm.runtime.server.service import Service
 log = logging.getLogger("lvlm.server")
 HEAD_SECONDS = 10  # that the head of a request may take
 HEAD_BYTES = 64 << 10  # of it, as far as it has come without its end
+UPGRADE = re.compile(rb"(\r\n)upgrade:", re.IGNORECASE)
 MOST_PIPELINED = 16  # requests that a client may send before the answer to another
 LOOK = 0.05  # seconds between two looks at what is still going on
 LEFT = 2.0  # seconds for the last words to those whose answers were given up
@@ -46,9 +48,14 @@ class Connection(HttpToolsProtocol):
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        if self._late is None and (self.cycle is None or self.cycle.response_complete):
+        idle = self.cycle is None or self.cycle.response_complete
+        if self._late is None and idle:
             self._wait()
         began = self._in_head
+        if idle or began:
+            # httptools would take the body of a request that offers HTTP/2 for the other protocol's
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = UPGRADE.sub(rb"\1Ignored:", head) + end + rest  # as long as it was
         super().data_received(data)
         self._head = self._head + len(data) if began and self._in_head else 0
         if self._head > HEAD_BYTES:
@@ -195,10 +202,10 @@ class JsonLines(logging.Formatter):
 
 
 def set_logging(level: str) -> None:
-    """Log records of the server, and of uvicorn's mistakes, on standard error."""
+    """Log records of the server, and of mistakes below it, on standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, least in (("lvlm", level.upper()), ("uvicorn", "WARNING")):
+    for name, least in (("lvlm", level.upper()), ("uvicorn", "WARNING"), ("asyncio", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(least)

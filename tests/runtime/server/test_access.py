@@ -84,6 +84,12 @@ def test_slow_clients_are_left(guarded: Running, monkeypatch: pytest.MonkeyPatch
     assert post(guarded, json=BODY).status_code == 200
 
 
+def test_an_offer_of_another_protocol_is_not_taken(guarded: Running) -> None:
+    """As Java's client makes it with its first request."""
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMA"}
+    assert post(guarded, json=BODY, headers=offer).status_code == 200
+
+
 @pytest.mark.parametrize("piece", [b"a" * 10_000, b"A: b\r\n" * 2_000])
 def test_heads_are_bounded(piece: bytes, guarded: Running) -> None:
     address = ("127.0.0.1", int(guarded.url.rpartition(":")[2]))
