@@ -29,8 +29,12 @@ async def chat(request: Request, body: ChatFields) -> Response:
     served = service.find(body.model)
     request.state.model = served.name  # for the log and the metrics, also of a refusal
     service.check(served)
-    wanted = await asked.of_chat(body, service.read, served.limits)
-    handle = (await service.submit(served, wanted)).handle
+
+    async def begin() -> tuple[asked.Asked, Handle]:
+        wanted = await asked.of_chat(body, service.read, served.limits)
+        return wanted, (await service.submit(served, wanted)).handle
+
+    wanted, handle = await unless_gone(request.receive, begin)
     reply = Chat(service, served, body, wanted.options.logprobs is not None, handle)
     if body.stream:
         return EventStream(reply.stream(), reply.left)

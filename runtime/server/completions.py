@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -31,8 +32,10 @@ async def completions(request: Request, body: CompletionFields) -> Response:
     wanted = asked.of_completion(body, served.limits)
     scored = wanted[0].options.logprobs is not None
     async with AsyncExitStack() as stack:
+        begin = (partial(service.submit, served, one) for one in wanted)
         prompts = [
-            await stack.enter_async_context(await service.submit(served, one)) for one in wanted
+            await stack.enter_async_context(await unless_gone(request.receive, one))
+            for one in begin
         ]
         handles = [[one.handle, *one.handle.others] for one in prompts]
         reply = Continued(service, served, body, scored, handles)

@@ -29,10 +29,14 @@ async def responses(request: Request, body: ResponseFields) -> Response:
     served = service.find(body.model)
     request.state.model = served.name  # for the log and the metrics, also of a refusal
     service.check(served)
-    wanted = await asked.of_response(body, service.read, served.limits)
-    if wanted.options.n > 1:
-        raise Refusal(400, "n: a response has one answer; leave n out", param="n")
-    handle = (await service.submit(served, wanted)).handle
+
+    async def begin() -> Handle:
+        wanted = await asked.of_response(body, service.read, served.limits)
+        if wanted.options.n > 1:
+            raise Refusal(400, "n: a response has one answer; leave n out", param="n")
+        return (await service.submit(served, wanted)).handle
+
+    handle = await unless_gone(request.receive, begin)
     answering = Answering(service, served, body, handle)
     if body.stream:
         return EventStream(answering.stream(), answering.left)

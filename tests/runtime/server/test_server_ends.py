@@ -68,6 +68,30 @@ def test_nor_does_one_go_on_that_was_sent_more_requests(server: Running) -> None
         assert now.new_tokens - before.new_tokens < 1500, stream
 
 
+def test_nobody_is_waited_for_before_an_answer_begins(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a structure is compiled, say, or waits for a thread that does."""
+    begun, ended = threading.Event(), threading.Event()
+
+    async def slow(*_: Any) -> Any:
+        begun.set()
+        try:
+            await asyncio.sleep(PATIENCE)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(server.service, "submit", slow)
+    bodies = {CHAT: {"messages": asking()}, "/v1/completions": {"prompt": "x"}}
+    for path, body in (bodies | {"/v1/responses": {"input": "x"}}).items():
+        begun.clear()
+        ended.clear()
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(server.url + path, json=body, timeout=0.3)
+        assert begun.is_set()
+        assert ended.wait(5), path  # long before it would end of itself
+
+
 def test_a_stream_that_was_never_begun_ends_its_request(server: Running) -> None:
     """Its client left while the answer before it was still to be written."""
 
