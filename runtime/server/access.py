@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,6 +24,7 @@ log = logging.getLogger("lvlm.server")
 
 # Probes, and pages that a browser gets without a key: they hold nothing, and ask for one
 OPEN = ("/health", "/ready", "/version", "/", "/docs", "/openapi.json")
+REQUEST: ContextVar[str] = ContextVar("request", default="")  # its id, for the log
 ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -55,6 +57,7 @@ class Access:
         name = given if ID.fullmatch(given) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = name
+        REQUEST.set(name)
         status = 0
 
         async def answer(message: Message) -> None:

@@ -76,7 +76,7 @@ def make_app(service: Service, limits: Limits | None = None) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(limits.origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # clients add their own: OpenAI's X-Stainless-...
             expose_headers=["X-Request-Id"],
         )
     return app
@@ -110,6 +110,8 @@ async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     method, path = request.method, request.url.path[:LONGEST]
     message = f"{method} {path} is not served here; /docs lists what is"
+    if error.status_code == 400:  # FastAPI's, of what json.loads raises besides its own error
+        message = "the body cannot be read: it is no UTF-8, too deeply nested, or has huge numbers"
     return await _refused(request, Refusal(error.status_code, message))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lvlm.core.errors import ParameterError
+from lvlm.core.errors import CapacityError, ParameterError
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.server.fields import (
+    MOST_ITEMS,
     ChatFields,
     CompletionFields,
     ResponseFields,
@@ -20,6 +21,7 @@ from lvlm.runtime.server.refusals import Refusal
 Read = Callable[[str], Awaitable[bytes]]  # of the URL of a picture or a video
 
 MOST_LOGPROBS = 20  # as in OpenAI's API
+LONGEST_TOKEN = 128  # characters: so many spaces in a row are one of some vocabularies
 # Field -> option, where the names differ
 OPTION_NAMES = {"min_tokens": "min_new_tokens"}
 SAME = (
@@ -67,7 +69,7 @@ async def of_chat(body: ChatFields, read: Read, usual: Usual) -> Asked:
     if (wanted := body.response_format) is not None:
         schema = None if wanted.json_schema is None else wanted.json_schema.schema_
         _shape(given, wanted.type, schema, "response_format")
-    return Asked(await _messages(body.messages, read, usual.media), _made(given), body.timeout)
+    return Asked(await _messages(body.messages, read, usual), _made(given), body.timeout)
 
 
 def of_completion(body: CompletionFields, usual: Usual) -> list[Asked]:
@@ -84,6 +86,8 @@ def of_completion(body: CompletionFields, usual: Usual) -> list[Asked]:
     prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if not prompts:
         raise Refusal(400, "prompt is empty; give a text, or several", param="prompt")
+    for prompt in prompts:
+        _check_length([prompt], usual)
     return [Asked(prompt, options, body.timeout) for prompt in prompts]
 
 
@@ -106,7 +110,7 @@ async def of_response(body: ResponseFields, read: Read, usual: Usual) -> Asked:
     messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
     if body.instructions is not None:
         messages = [{"role": "system", "content": body.instructions}, *messages]
-    return Asked(await _messages(messages, read, usual.media), _made(given), body.timeout)
+    return Asked(await _messages(messages, read, usual), _made(given), body.timeout)
 
 
 def refuse_tools(tools: Sequence[Any] | None, choice: object) -> None:
@@ -183,22 +187,40 @@ def _made(given: Mapping[str, Any]) -> GenerationOptions:
 
 
 async def _messages(
-    given: Sequence[Mapping[str, Any]], read: Read, most: int
+    given: Sequence[Mapping[str, Any]], read: Read, usual: Usual
 ) -> list[dict[str, Any]]:
     """Messages as prompts take them; what is wrong with one of another form is told there."""
     if not given:
         raise Refusal(400, "messages is empty; give a message of role user", param="messages")
     parts = [x for one in given if isinstance(one.get("content"), list) for x in one["content"]]
     media = sum(isinstance(x, Mapping) and x.get("type") in KINDS for x in parts)
-    if media > most:  # before any is read
+    if media > usual.media:  # before any is read
         raise Refusal(
             400,
-            f"the messages have {media} pictures and videos, and there is room for {most}; "
+            f"the messages have {media} pictures and videos, and there is room for {usual.media}; "
             "send fewer",
             param="messages",
             code="context_length_exceeded",
         )
+    if len(parts) > MOST_ITEMS:
+        raise Refusal(
+            400, f"the messages have more than {MOST_ITEMS:,} parts; send fewer", param="messages"
+        )
+    texts = [x.get("text") for x in parts if isinstance(x, Mapping)]
+    _check_length([*texts, *(one.get("content") for one in given)], usual)
     return [await _message(one, f"message {n}", read) for n, one in enumerate(given, 1)]
+
+
+def _check_length(texts: Iterable[object], usual: Usual) -> None:
+    """Raises CapacityError where texts are too long, whatever their tokens are: to make tokens of
+    megabytes takes gigabytes, and a time in which nothing else runs."""
+    size = sum(len(text) for text in texts if isinstance(text, str))
+    room = usual.options["max_new_tokens"]
+    if size > room * LONGEST_TOKEN:
+        raise CapacityError(
+            f"the prompt has {size:,} characters, but there is room for {room:,} tokens of prompt "
+            "and answer; shorten it"
+        )
 
 
 async def _message(given: Mapping[str, Any], where: str, read: Read) -> dict[str, Any]:

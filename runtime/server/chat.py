@@ -26,13 +26,18 @@ router = APIRouter()
 @router.post("/v1/chat/completions", summary="Answer a conversation")
 async def chat(request: Request, body: ChatFields) -> Response:
     service: Service = request.app.state.service
-    served = service.open(body.model)
-    request.state.model = served.name
-    wanted = await asked.of_chat(body, service.read, served.limits)
-    handle = (await service.submit(served, wanted)).handle
+    served = service.find(body.model)
+    request.state.model = served.name  # for the log and the metrics, also of a refusal
+    service.check(served)
+
+    async def begin() -> tuple[asked.Asked, Handle]:
+        wanted = await asked.of_chat(body, service.read, served.limits)
+        return wanted, (await service.submit(served, wanted)).handle
+
+    wanted, handle = await unless_gone(request.receive, begin)
     reply = Chat(service, served, body, wanted.options.logprobs is not None, handle)
     if body.stream:
-        return EventStream(reply.stream())
+        return EventStream(reply.stream(), reply.left)
     return await unless_gone(request.receive, reply.whole)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -25,19 +26,22 @@ KIND = "text_completion"
 @router.post("/v1/completions", summary="Go on with a text")
 async def completions(request: Request, body: CompletionFields) -> Response:
     service: Service = request.app.state.service
-    served = service.open(body.model)
-    request.state.model = served.name
+    served = service.find(body.model)
+    request.state.model = served.name  # for the log and the metrics, also of a refusal
+    service.check(served)
     wanted = asked.of_completion(body, served.limits)
     scored = wanted[0].options.logprobs is not None
     async with AsyncExitStack() as stack:
+        begin = (partial(service.submit, served, one) for one in wanted)
         prompts = [
-            await stack.enter_async_context(await service.submit(served, one)) for one in wanted
+            await stack.enter_async_context(await unless_gone(request.receive, one))
+            for one in begin
         ]
         handles = [[one.handle, *one.handle.others] for one in prompts]
         reply = Continued(service, served, body, scored, handles)
         if body.stream:
             stack.pop_all()  # the stream sees to the handles from now on
-            return EventStream(reply.stream())
+            return EventStream(reply.stream(), reply.left)
         return await unless_gone(request.receive, reply.whole)
 
 

@@ -26,16 +26,17 @@ def event(data: object, name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """A response of ``chunks``. It ends early where the client is gone, or does not read."""
+    """A response of ``chunks``. It ends early where the client is gone, or does not read.
+
+    ``left`` is called at the end, also where ``chunks`` was never begun.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, chunks: AsyncGenerator[bytes], headers: dict[str, str] | None = None):
-        self._chunks = chunks
+    def __init__(self, chunks: AsyncGenerator[bytes], left: Callable[[], None]):
+        self._chunks, self._left = chunks, left
         self.status_code, self.background = 200, None
-        self.init_headers(
-            {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"} | (headers or {})
-        )
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     def init_headers(self, headers: Any = None) -> None:
         self.body = b""
@@ -54,13 +55,16 @@ class EventStream(Response):
             for task in (writing, gone):
                 task.cancel()
             await asyncio.gather(writing, gone, return_exceptions=True)
+            self._left()
         if not writing.cancelled() and (error := writing.exception()) is not None:
             raise error
 
     async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
             async with aclosing(self._chunks):
+                async with asyncio.timeout(PATIENCE):
+                    await send(head)
                 async for chunk in self._chunks:
                     async with asyncio.timeout(PATIENCE):
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})

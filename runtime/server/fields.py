@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+MOST_ITEMS = 10_000  # of a list or an object: pydantic checks each one on the event loop
 
 
 def _json_number(value: object) -> object:
@@ -23,6 +25,14 @@ class Fields(BaseModel):
     """An object of which only known fields are read."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _few(cls, value: object) -> object:
+        """Before pydantic looks at the items, and makes an error of kilobytes for each."""
+        if isinstance(value, list | dict) and len(value) > MOST_ITEMS:
+            raise ValueError(f"it has {len(value):,} items; give {MOST_ITEMS:,} at most")
+        return value
 
 
 class StreamOptions(Fields):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.server.access import REQUEST
 from lvlm.runtime.server.answered import new_id, now
 from lvlm.runtime.server.following import follow
 from lvlm.runtime.server.refusals import GONE, Refusal, refusal
 from lvlm.runtime.server.service import Served, Service
+
+log = logging.getLogger("lvlm.server")
 
 
 class Reply:
@@ -23,6 +27,7 @@ class Reply:
     ) -> None:
         self._service, self._served, self._handles = service, served, handles
         self._id, self._created = new_id(prefix), now()
+        self._started = False  # to be streamed
 
     async def _answers(self) -> list[Generation]:
         """All of them, when they are there."""
@@ -42,6 +47,7 @@ class Reply:
         self, chunks: AsyncGenerator[bytes], told: Callable[[Refusal], bytes]
     ) -> AsyncGenerator[bytes]:
         """``chunks``; what goes wrong on the way is one more, as it is ``told``."""
+        self._started = True
         try:
             async with aclosing(chunks):
                 async for chunk in chunks:
@@ -52,7 +58,17 @@ class Reply:
         except Exception as error:
             refused = refusal(error)
             self._service.metrics.refused(self._served.name, refused.status)
+            if refused.status == 500:
+                fields = {"request_id": REQUEST.get(), "model": self._served.name}
+                log.error("answer failed", exc_info=error, extra={"fields": fields})
             yield told(refused)
+
+    def left(self) -> None:
+        """The stream is over, which its client may have left before anything was written."""
+        for handle in self._handles:
+            handle.cancel()
+        if not self._started:
+            self._service.metrics.refused(self._served.name, GONE)
 
     def _head(self, kind: str) -> dict[str, Any]:
         named = {"id": self._id, "object": kind, "created": self._created}

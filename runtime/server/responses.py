@@ -26,15 +26,20 @@ router = APIRouter()
 @router.post("/v1/responses", summary="Answer a conversation, in the newer form")
 async def responses(request: Request, body: ResponseFields) -> Response:
     service: Service = request.app.state.service
-    served = service.open(body.model)
-    request.state.model = served.name
-    wanted = await asked.of_response(body, service.read, served.limits)
-    if wanted.options.n > 1:
-        raise Refusal(400, "n: a response has one answer; leave n out", param="n")
-    handle = (await service.submit(served, wanted)).handle
+    served = service.find(body.model)
+    request.state.model = served.name  # for the log and the metrics, also of a refusal
+    service.check(served)
+
+    async def begin() -> Handle:
+        wanted = await asked.of_response(body, service.read, served.limits)
+        if wanted.options.n > 1:
+            raise Refusal(400, "n: a response has one answer; leave n out", param="n")
+        return (await service.submit(served, wanted)).handle
+
+    handle = await unless_gone(request.receive, begin)
     answering = Answering(service, served, body, handle)
     if body.stream:
-        return EventStream(answering.stream())
+        return EventStream(answering.stream(), answering.left)
     return await unless_gone(request.receive, answering.whole)
 
 
@@ -125,6 +130,7 @@ class Answering(Reply):
                 "total_tokens": stats.prompt_tokens + stats.new_tokens,
                 "input_tokens_details": {
                     "cached_tokens": stats.reused_tokens,
+                    "cache_write_tokens": 0,  # the client's type has it
                     "image_tokens": stats.encoded_image_tokens,
                     "image_tokens_kept": image_tokens_kept(stats),
                 },

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import signal
 import socket
 import ssl
@@ -17,38 +18,108 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from lvlm.core.errors import ParameterError
+from lvlm.runtime.server.events import PATIENCE
 from lvlm.runtime.server.service import Service
 
 log = logging.getLogger("lvlm.server")
 HEAD_SECONDS = 10  # that the head of a request may take
+HEAD_BYTES = 64 << 10  # of it, as far as it has come without its end
+UPGRADE = re.compile(rb"(\r\n)upgrade:", re.IGNORECASE)
+MOST_PIPELINED = 16  # requests that a client may send before the answer to another
 LOOK = 0.05  # seconds between two looks at what is still going on
 LEFT = 2.0  # seconds for the last words to those whose answers were given up
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that is closed where the head of a request does not come in time."""
+    """A connection that is closed where the head of a request does not come in time, or is too
+    large, and where its client reads nothing of what it is sent."""
 
     _late: asyncio.TimerHandle | None = None
+    _stuck: asyncio.TimerHandle | None = None
+    _in_head = False
+    _head = 0  # bytes of a head that is not complete
+    _earlier: tuple[RequestResponseCycle, ...] = ()
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        if self._late is None and (self.cycle is None or self.cycle.response_complete):
+        idle = self.cycle is None or self.cycle.response_complete
+        if self._late is None and idle:
             self._wait()
+        began = self._in_head
+        if idle or began:
+            # httptools would take the body of a request that offers HTTP/2 for the other protocol's
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = UPGRADE.sub(rb"\1Ignored:", head) + end + rest  # as long as it was
         super().data_received(data)
+        self._head = self._head + len(data) if began and self._in_head else 0
+        if self._head > HEAD_BYTES:
+            self._come()
+            self._give_up()
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:  # what comes behind a body is nobody's business
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._come()
+        self._in_head = False
+        self._read_on()
+        earlier = self.cycle
         super().on_headers_complete()
+        if earlier is not None and not earlier.response_complete:
+            going = (one for one in self._earlier if not one.response_complete)
+            self._earlier = (*going, earlier)
+            if len(self.pipeline) <= MOST_PIPELINED:
+                self.flow.resume_reading()  # else nobody sees that the client leaves
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._stuck is None and (left := self.transport.get_write_buffer_size()):
+            self._watch(left)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._come()
+        self._read_on()
         super().connection_lost(exc)
+        for cycle in self._earlier:  # uvicorn tells the last one alone
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._read_on()
+        self._watch(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._read_on()
+
+    def _watch(self, left: int) -> None:
+        self._stuck = self.loop.call_later(PATIENCE, self._look, left)
+
+    def _look(self, before: int) -> None:
+        self._stuck = None
+        left = self.transport.get_write_buffer_size()
+        if left >= before:
+            self.transport.abort()  # close() would wait until it is read
+        elif left:
+            self._watch(left)
+
+    def _read_on(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
 
     def _wait(self) -> None:
         self._late = self.loop.call_later(HEAD_SECONDS, self._give_up)
@@ -131,10 +202,10 @@ class JsonLines(logging.Formatter):
 
 
 def set_logging(level: str) -> None:
-    """Log records of the server, and of uvicorn's mistakes, on standard error."""
+    """Log records of the server, and of mistakes below it, on standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, least in (("lvlm", level.upper()), ("uvicorn", "WARNING")):
+    for name, least in (("lvlm", level.upper()), ("uvicorn", "WARNING"), ("asyncio", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(least)

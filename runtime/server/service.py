@@ -86,14 +86,12 @@ class Service:
         async with self._reading:
             return await self._read(url)
 
-    def open(self, name: str | None) -> Served:
-        """The model that a request names, before its pictures are read. Raises Refusal;
-        EngineClosedError or QueueFullError where no request is taken."""
-        served = self.find(name)
+    def check(self, served: Served) -> None:
+        """Before pictures are read: raises EngineClosedError or QueueFullError where no request is
+        taken."""
         if self.draining:
             raise EngineClosedError("this server is shutting down; ask another one")
         served.engine.engine.check_room()
-        return served
 
     async def submit(self, served: Served, asked: Asked) -> AsyncHandle:
         """Ask the engine. Raises what Engine.submit raises."""

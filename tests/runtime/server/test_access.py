@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -83,6 +84,47 @@ def test_slow_clients_are_left(guarded: Running, monkeypatch: pytest.MonkeyPatch
     assert post(guarded, json=BODY).status_code == 200
 
 
+def test_an_offer_of_another_protocol_is_not_taken(guarded: Running) -> None:
+    """As Java's client makes it with its first request."""
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMA"}
+    assert post(guarded, json=BODY, headers=offer).status_code == 200
+
+
+@pytest.mark.parametrize("piece", [b"a" * 10_000, b"A: b\r\n" * 2_000])
+def test_heads_are_bounded(piece: bytes, guarded: Running) -> None:
+    address = ("127.0.0.1", int(guarded.url.rpartition(":")[2]))
+    began = time.monotonic()
+    with socket.create_connection(address) as endless:
+        endless.settimeout(20)
+        endless.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(10_000):
+                endless.sendall(piece)
+                time.sleep(0.001)
+    assert time.monotonic() - began < process.HEAD_SECONDS
+
+
+def test_who_reads_nothing_is_left(guarded: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was sent would lie here for as long as the client likes."""
+    monkeypatch.setattr(process, "PATIENCE", 0.3)
+    address = ("127.0.0.1", int(guarded.url.rpartition(":")[2]))
+    whole = len(httpx.get(f"{guarded.url}/openapi.json").content)
+    count = 1 + (16 << 20) // whole  # more than the system keeps
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.settimeout(20)
+        deaf.connect(address)
+        asked = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * count
+        with contextlib.suppress(ConnectionError):  # it may be gone before all is sent
+            deaf.sendall(asked)
+        time.sleep(2)
+        read = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := deaf.recv(1 << 20):
+                read += len(piece)
+    assert read < count * whole
+
+
 def test_ids_are_kept_and_made(guarded: Running) -> None:
     given = httpx.get(f"{guarded.url}/health", headers={"X-Request-Id": "mine-1"})
     assert given.headers["x-request-id"] == "mine-1"
@@ -93,8 +135,14 @@ def test_ids_are_kept_and_made(guarded: Running) -> None:
 
 def test_pages_of_chosen_origins_may_ask(guarded: Running) -> None:
     def asked(origin: str) -> httpx.Headers:
-        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        headers = {
+            "Origin": origin,
+            "Access-Control-Request-Method": "POST",
+            # As OpenAI's client sends from a browser
+            "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
+        }
         answer = httpx.options(f"{guarded.url}/v1/chat/completions", headers=headers)
+        assert (answer.status_code == 200) == (origin == "http://page.example")
         return answer.headers
 
     allowed = "access-control-allow-origin"
@@ -131,4 +179,6 @@ def test_the_queue_has_an_end(folder: Path, wait_for: Callable[..., None]) -> No
                 assert refused.status_code == 429
                 assert int(refused.headers["retry-after"]) > 0
                 assert refused.json()["error"]["code"] == "queue_full"
+                told = client.get(f"{small.url}/metrics").text
+                assert 'requests_refused_total{model_name="tiny",status="429"} 1.0' in told
         wait_for(lambda: not small.engine.stats().running + small.engine.stats().waiting)

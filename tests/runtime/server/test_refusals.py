@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 from server_tools import Running, asking
 
+from lvlm.runtime.server import chat, replies
+
 CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
 
@@ -63,6 +65,15 @@ def image(url: Any) -> dict[str, Any]:
         (CHAT, image("data:image/png;base64," + "A" * 2_000_000), 413, "too large"),
         (CHAT, {"tools": [{"type": "function"}]}, 400, "tools: "),
         (CHAT, {"messages": [{"role": "user", "content": "x " * 9000}]}, 400, "there is room for"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x" * 10**6}]},
+            400,
+            "1,000,000 characters",
+        ),
+        (CHAT, of({"type": "text", "text": "x" * 10**6}), 400, "has 1,000,000 characters"),
+        (TEXT, {"prompt": ["x", "x" * 10**6]}, 400, "has 1,000,000 characters"),
+        (RESPONSE, {"input": "x", "instructions": "x" * 10**6}, 400, "has 1,000,001 characters"),
         (TEXT, {"prompt": []}, 400, "prompt is empty"),
         (TEXT, {"prompt": "x", "echo": True}, 400, "echo is not supported"),
         (TEXT, {"prompt": "x", "best_of": 3}, 400, "best_of is not supported"),
@@ -72,6 +83,9 @@ def image(url: Any) -> dict[str, Any]:
         (RESPONSE, {"input": []}, 400, "messages is empty"),
         (CHAT, {"response_format": {"type": "xml"}}, 400, "response_format.type"),
         (CHAT, {"response_format": {"type": "json_schema"}}, 400, "has no schema"),
+        (CHAT, {"stop_token_ids": [""] * 10_001}, 400, "stop_token_ids: it has 10,001 items"),
+        (CHAT, {"logit_bias": dict.fromkeys(map(str, range(10_001)), 1)}, 400, "it has 10,001"),
+        (TEXT, {"prompt": [1] * 10_001}, 400, "prompt: it has 10,001 items"),
     ],
 )
 def test_mistakes(path: str, body: dict[str, Any], status: int, says: str, server: Running) -> None:
@@ -108,12 +122,13 @@ def test_pictures_are_bounded(server: Running) -> None:
 
 
 def test_what_is_no_request(server: Running) -> None:
-    for content in (b"", b"{", b"[]", b"\xff\xfe", b'{"messages": ' + b"[" * 5000):
+    for content in (b"", b"{", b"[]", b"\xff\xfe", b"9" * 5000, b'{"messages": ' + b"[" * 5000):
         answer = httpx.post(
             server.url + CHAT, content=content, headers={"Content-Type": "application/json"}
         )
         assert answer.status_code == 400, content[:20]
         assert answer.json()["error"]["type"] == "invalid_request_error"
+        assert "not served here" not in answer.json()["error"]["message"]
     assert httpx.get(server.url + CHAT).status_code == 405
     assert httpx.post(f"{server.url}/v1/audio").status_code == 404
     assert httpx.post(f"{server.url}/v1/audio").json()["error"]["message"].startswith("POST /v1/au")
@@ -131,3 +146,23 @@ def test_a_failure_tells_nothing_of_the_inside(
     assert "secret" not in caught.value.response.text
     assert "by the request's id" in caught.value.response.text
     assert caught.value.response.headers["x-request-id"]
+
+
+def test_nor_does_one_in_a_stream_but_the_log(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[dict[str, Any]] = []
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("secret /srv/models")
+
+    monkeypatch.setattr(chat, "follow", broken)
+    monkeypatch.setattr(replies.log, "error", lambda _, **given: logged.append(given))
+    headers = {"X-Request-Id": "mine-7"}
+    answer = httpx.post(server.url + CHAT, json=HELLO | {"stream": True}, headers=headers)
+    assert "by the request's id" in answer.text
+    assert "secret" not in answer.text
+    (record,) = logged
+    assert record["extra"]["fields"]["request_id"] == "mine-7"
+    assert isinstance(record["exc_info"], RuntimeError)
+    server.settled()

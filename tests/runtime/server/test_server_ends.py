@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,12 @@ from typing import Any
 import httpx
 import pytest
 from server_tools import LONG, PATIENCE, QUESTION, SAMPLES, Running, asking
+from starlette.types import Message
+
+from lvlm.core.errors import RequestCancelled
+from lvlm.runtime.server.chat import Chat
+from lvlm.runtime.server.events import EventStream
+from lvlm.runtime.server.fields import ChatFields
 
 CHAT = "/v1/chat/completions"
 
@@ -42,6 +49,71 @@ def test_a_slot_is_free_when_its_client_is_gone(server: Running) -> None:
     assert now.new_tokens < 4 * 1500  # none of them went on to its end
     text = httpx.get(f"{server.url}/metrics").text
     assert 'lvlm:requests_refused_total{model_name="tiny",status="499"} 2.0' in text
+
+
+def test_nor_does_one_go_on_that_was_sent_more_requests(server: Running) -> None:
+    """A connection on which the next requests lie already."""
+    for stream in (False, True):
+        before = server.engine.stats()
+        body = json.dumps({"messages": asking(), "stream": stream} | LONG).encode()
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as made:
+            made.sendall(request * 3)
+            while not server.engine.stats().running:
+                time.sleep(0.01)
+        server.settled()
+        now = server.engine.stats()
+        assert now.submitted - before.submitted == 1
+        assert now.new_tokens - before.new_tokens < 1500, stream
+
+
+def test_nobody_is_waited_for_before_an_answer_begins(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a structure is compiled, say, or waits for a thread that does."""
+    begun, ended = threading.Event(), threading.Event()
+
+    async def slow(*_: Any) -> Any:
+        begun.set()
+        try:
+            await asyncio.sleep(PATIENCE)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(server.service, "submit", slow)
+    bodies = {CHAT: {"messages": asking()}, "/v1/completions": {"prompt": "x"}}
+    for path, body in (bodies | {"/v1/responses": {"input": "x"}}).items():
+        begun.clear()
+        ended.clear()
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(server.url + path, json=body, timeout=0.3)
+        assert begun.is_set()
+        assert ended.wait(5), path  # long before it would end of itself
+
+
+def test_a_stream_that_was_never_begun_ends_its_request(server: Running) -> None:
+    """Its client left while the answer before it was still to be written."""
+
+    async def leave() -> None:
+        served = server.service.models["tiny"]
+        handle = (await served.engine.submit("Hello", max_new_tokens=1500, ignore_eos=True)).handle
+        body = ChatFields(messages=[])
+        reply = Chat(server.service, served, body, False, handle)
+
+        async def gone() -> Message:
+            return {"type": "http.disconnect"}
+
+        async def send(_: Message) -> None:
+            await asyncio.sleep(PATIENCE)
+
+        response = EventStream(reply.stream(), reply.left)
+        await response({"type": "http", "state": {}}, gone, send)
+        with pytest.raises(RequestCancelled):
+            handle.result(PATIENCE)
+
+    asyncio.run(leave())
+    server.settled()
 
 
 def test_answers_among_clients_of_all_kinds_are_those_of_lone_runs(
