@@ -55,6 +55,7 @@ def make_app(service: Service, limits: Limits | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.service = service
     for part in (chat, completions, responses, operations, page):

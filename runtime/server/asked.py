@@ -21,6 +21,7 @@ from lvlm.runtime.server.refusals import Refusal
 Read = Callable[[str], Awaitable[bytes]]  # of the URL of a picture or a video
 
 MOST_LOGPROBS = 20  # as in OpenAI's API
+MOST_STOPS = 64
 LONGEST_TOKEN = 128  # characters: so many spaces in a row are one of some vocabularies
 # Field -> option, where the names differ
 OPTION_NAMES = {"min_tokens": "min_new_tokens"}
@@ -47,7 +48,7 @@ class Usual:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Wanted:
     """What is asked of an engine: ``prompt`` is text as it stands, or messages."""
 
     prompt: str | list[dict[str, Any]]
@@ -55,7 +56,7 @@ class Asked:
     timeout: float | None = None
 
 
-async def of_chat(body: ChatFields, read: Read, usual: Usual) -> Asked:
+async def of_chat(body: ChatFields, read: Read, usual: Usual) -> Wanted:
     """Of POST /v1/chat/completions.
 
     Raises Refusal, and what ``read`` raises.
@@ -69,10 +70,10 @@ async def of_chat(body: ChatFields, read: Read, usual: Usual) -> Asked:
     if (wanted := body.response_format) is not None:
         schema = None if wanted.json_schema is None else wanted.json_schema.schema_
         _shape(given, wanted.type, schema, "response_format")
-    return Asked(await _messages(body.messages, read, usual), _made(given), body.timeout)
+    return Wanted(await _messages(body.messages, read, usual), _made(given), body.timeout)
 
 
-def of_completion(body: CompletionFields, usual: Usual) -> list[Asked]:
+def of_completion(body: CompletionFields, usual: Usual) -> list[Wanted]:
     """Of POST /v1/completions: a prompt each."""
     for name in ("echo", "suffix"):
         if getattr(body, name):
@@ -88,10 +89,10 @@ def of_completion(body: CompletionFields, usual: Usual) -> list[Asked]:
         raise Refusal(400, "prompt is empty; give a text, or several", param="prompt")
     for prompt in prompts:
         _check_length([prompt], usual)
-    return [Asked(prompt, options, body.timeout) for prompt in prompts]
+    return [Wanted(prompt, options, body.timeout) for prompt in prompts]
 
 
-async def of_response(body: ResponseFields, read: Read, usual: Usual) -> Asked:
+async def of_response(body: ResponseFields, read: Read, usual: Usual) -> Wanted:
     """Of POST /v1/responses."""
     refuse_tools(body.tools, body.tool_choice)
     if body.previous_response_id is not None:
@@ -110,7 +111,7 @@ async def of_response(body: ResponseFields, read: Read, usual: Usual) -> Asked:
     messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
     if body.instructions is not None:
         messages = [{"role": "system", "content": body.instructions}, *messages]
-    return Asked(await _messages(messages, read, usual), _made(given), body.timeout)
+    return Wanted(await _messages(messages, read, usual), _made(given), body.timeout)
 
 
 def refuse_tools(tools: Sequence[Any] | None, choice: object) -> None:
@@ -136,6 +137,8 @@ def _options(body: Sampled, most: int | None, name: str, usual: Usual) -> dict[s
         raise Refusal(400, f"{field} is {tokens}; give 1 or more", param=field)
     room = usual.options["max_new_tokens"]
     given["max_new_tokens"] = min(tokens or room, room)
+    if isinstance(body.stop, list) and len(body.stop) > MOST_STOPS:  # looked for at every token
+        raise Refusal(400, f"stop has more than {MOST_STOPS} texts; give fewer", param="stop")
     if body.logit_bias:
         given["logit_bias"] = _biases(body.logit_bias)
     if body.structured_outputs is not None:

@@ -30,7 +30,7 @@ async def chat(request: Request, body: ChatFields) -> Response:
     request.state.model = served.name  # for the log and the metrics, also of a refusal
     service.check(served)
 
-    async def begin() -> tuple[asked.Asked, Handle]:
+    async def begin() -> tuple[asked.Wanted, Handle]:
         wanted = await asked.of_chat(body, service.read, served.limits)
         return wanted, (await service.submit(served, wanted)).handle
 

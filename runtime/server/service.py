@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +15,13 @@ from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
 from lvlm.runtime.kv.cache import ITEM_BYTES
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.text import Tokenizer
-from lvlm.runtime.server.asked import Asked, Read, Usual
+from lvlm.runtime.server.asked import Read, Usual, Wanted
 from lvlm.runtime.server.metrics import Metrics
 from lvlm.runtime.server.refusals import Refusal
 
 log = logging.getLogger("lvlm.server")
 MOST_READ = 16  # pictures and videos that are read at once
+MOST_COMPILED = 2  # requests with a structure that are prepared at once
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Service:
     def __init__(self, models: Sequence[Served], read: Read) -> None:
         self.models = {served.name: served for served in models}
         self._read, self._reading = read, asyncio.Semaphore(MOST_READ)
+        self._compiling = asyncio.Semaphore(MOST_COMPILED)
         self.metrics = Metrics({name: one.engine.stats for name, one in self.models.items()})
         self.ready = self.draining = False
 
@@ -93,11 +96,13 @@ class Service:
             raise EngineClosedError("this server is shutting down; ask another one")
         served.engine.engine.check_room()
 
-    async def submit(self, served: Served, asked: Asked) -> AsyncHandle:
+    async def submit(self, served: Served, asked: Wanted) -> AsyncHandle:
         """Ask the engine. Raises what Engine.submit raises."""
-        return await served.engine.submit(
-            asked.prompt, options=asked.options, timeout=asked.timeout
-        )
+        # Structures are compiled by threads that all others need, too
+        async with self._compiling if asked.options.structure else nullcontext():
+            return await served.engine.submit(
+                asked.prompt, options=asked.options, timeout=asked.timeout
+            )
 
     async def warm_up(self) -> None:
         """A token of each model, so that the first request finds everything loaded."""

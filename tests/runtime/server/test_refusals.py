@@ -43,6 +43,7 @@ def image(url: Any) -> dict[str, Any]:
         (CHAT, {"top_logprobs": 3}, 400, "top_logprobs needs logprobs"),
         (CHAT, {"logprobs": True, "top_logprobs": 99}, 400, "top_logprobs is 99"),
         (CHAT, {"logit_bias": {"x": 1}}, 400, "logit_bias: its keys"),
+        (CHAT, {"stop": ["x"] * 65}, 400, "stop has more than 64"),
         (CHAT, {"logit_bias": {"9999999": 1}}, 400, "logit_bias has token 9999999"),
         (CHAT, {"keep": 3}, 400, "keep is 3"),
         (CHAT, {"kv_keep": 0}, 400, "kv_keep is 0"),
