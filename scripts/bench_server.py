@@ -4,8 +4,8 @@
     lvlm-export -m /tmp/bench/checkpoint --max-text-len 1024 -o /tmp/bench/none --no-validate
     python scripts/bench_server.py /tmp/bench/none --concurrency 1,4,16,32
 
-Requests have an image of their own and a text of 32 tokens; answers are streamed to their full
-length. For each concurrency, in turn and several rounds: the server in a process of its own, asked
+Requests have an image of their own and a short text; answers are streamed to their full length,
+with logprobs, so that every token has an event, whether it has text or not. For each concurrency, in turn and several rounds: the server in a process of its own, asked
 by this one; then the engine in a process of its own, which a client beside it does not ask, but
 that takes as much CPU time a second as asking took this one before (a client is no part of an
 engine, and would take its time from it). Prints a table: new tokens a second, time to the first
@@ -36,6 +36,7 @@ import numpy as np
 from PIL import Image
 
 TEXT = "Tell me what there is to be seen in the picture, from the left to the right, and why."
+WARM = 9999  # seed of what is asked before anything is measured
 BEAT = 0.01  # seconds: what a burner does is laid out over so many
 
 
@@ -72,7 +73,7 @@ def compared(args: argparse.Namespace, concurrency: int, seed: int) -> Sequence[
     """Tokens a second through HTTP and without, medians of times to the first token, CPU time."""
     count = args.requests or 2 * concurrency
     with serving(args.bundle, concurrency) as url:
-        asyncio.run(ask_server(args, url, 1, 1, -1))  # images and texts are new to it later
+        asyncio.run(ask_server(args, url, 1, 1, WARM))  # images and texts are new to it later
         before = cpu_seconds()
         seconds, first = asyncio.run(ask_server(args, url, concurrency, count, seed))
         cpu = cpu_seconds() - before
@@ -139,7 +140,9 @@ async def ask_server(
             url_of_it = "data:image/png;base64," + base64.b64encode(file).decode()
             parts.insert(0, {"type": "image_url", "image_url": {"url": url_of_it}})
         asked = {"messages": [{"role": "user", "content": parts}], "max_tokens": args.new_tokens}
-        bodies.append(json.dumps(asked | {"ignore_eos": True, "stream": True}).encode())
+        bodies.append(
+            json.dumps(asked | {"ignore_eos": True, "stream": True, "logprobs": True}).encode()
+        )
     limit, firsts = asyncio.Semaphore(concurrency), list[float]()
     headers = {"Content-Type": "application/json"}
 
@@ -179,13 +182,15 @@ async def ask_engine(args: argparse.Namespace) -> tuple[float, float]:
             if not args.text_only:
                 parts.insert(0, {"type": "image", "image": file})
             asked = [{"role": "user", "content": parts}]
-            handle = await engine.submit(asked, max_new_tokens=args.new_tokens, ignore_eos=True)
+            handle = await engine.submit(
+                asked, max_new_tokens=args.new_tokens, ignore_eos=True, logprobs=0
+            )
             async for _ in follow([handle.handle]):
                 pass
             handles.append(handle.handle)
 
     async with AsyncEngine(Engine(args.bundle, slots=args.engine, verify="none")) as engine:
-        await one(engine, images(1, -1)[0])
+        await one(engine, images(1, WARM)[0])
         handles.clear()
         files = images(args.count, args.seed)
         began = time.perf_counter()
