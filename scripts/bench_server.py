@@ -5,11 +5,11 @@
     python scripts/bench_server.py /tmp/bench/none --concurrency 1,4,16,32
 
 Requests have an image of their own and a short text; answers are streamed to their full length,
-with logprobs, so that every token has an event, whether it has text or not. For each concurrency, in turn and several rounds: the server in a process of its own, asked
-by this one; then the engine in a process of its own, which a client beside it does not ask, but
-that takes as much CPU time a second as asking took this one before (a client is no part of an
-engine, and would take its time from it). Prints a table: new tokens a second, time to the first
-token, the client's CPU time, the ratio.
+with logprobs, so that every token has an event, whether it has text or not. For each concurrency,
+in turn and several rounds: the server in a process of its own, asked by this one; then the engine
+in a process of its own, which a client beside it does not ask, but that takes as much CPU time a
+second as asking took this one before (a client is no part of an engine, and would take its time
+from it). Prints a table: new tokens a second, time to the first token, the client's CPU time.
 """
 
 from __future__ import annotations
