@@ -170,10 +170,9 @@ async def ask_engine(args: argparse.Namespace) -> tuple[float, float]:
     """The same of an engine of this process."""
     from lvlm.runtime.engine import Engine
     from lvlm.runtime.engine.aio import AsyncEngine
-    from lvlm.runtime.engine.handle import Handle
     from lvlm.runtime.server.following import follow
 
-    handles: list[Handle] = []
+    firsts: list[float] = []
     limit = asyncio.Semaphore(args.engine)
 
     async def one(engine: AsyncEngine, file: bytes) -> None:
@@ -182,23 +181,23 @@ async def ask_engine(args: argparse.Namespace) -> tuple[float, float]:
             if not args.text_only:
                 parts.insert(0, {"type": "image", "image": file})
             asked = [{"role": "user", "content": parts}]
-            handle = await engine.submit(
+            began = time.perf_counter()  # images are opened from here on, as in the server
+            answer = await engine.submit(
                 asked, max_new_tokens=args.new_tokens, ignore_eos=True, logprobs=0
             )
-            async for _ in follow([handle.handle]):
+            async for _ in follow([answer.handle]):
                 pass
-            handles.append(handle.handle)
+            firsts.append((answer.handle.token_times[0] - began) * 1e3)
 
     async with AsyncEngine(Engine(args.bundle, slots=args.engine, verify="none")) as engine:
         await one(engine, images(1, WARM)[0])
-        handles.clear()
+        firsts.clear()
         files = images(args.count, args.seed)
         began = time.perf_counter()
         async with asyncio.TaskGroup() as group:
             for file in files:
                 group.create_task(one(engine, file))
         seconds = time.perf_counter() - began
-    firsts = [(handle.token_times[0] - handle.submitted) * 1e3 for handle in handles]
     return seconds, statistics.median(firsts)
 
 

@@ -182,3 +182,21 @@ def test_the_queue_has_an_end(folder: Path, wait_for: Callable[..., None]) -> No
                 told = client.get(f"{small.url}/metrics").text
                 assert 'requests_refused_total{model_name="tiny",status="429"} 1.0' in told
         wait_for(lambda: not small.engine.stats().running + small.engine.stats().waiting)
+
+
+def test_events_do_not_wait_for_one_another(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small writes go out at once: with Nagle's algorithm each waits for the one before."""
+    found: list[int] = []
+    made = process.Connection.connection_made
+
+    def noted(self: process.Connection, transport: Any) -> None:
+        made(self, transport)
+        own = transport.get_extra_info("socket")
+        found.append(own.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(process.Connection, "connection_made", noted)
+    httpx.get(f"{server.url}/health")
+    assert len(found) == 1
+    assert found[0] != 0
