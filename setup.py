@@ -32,9 +32,18 @@ def packages() -> dict[str, str]:
         for file in sorted((ROOT / home).glob("*/**/*.py")):
             folder = file.parent.relative_to(ROOT)
             if folder.as_posix() not in HOMES and not _elsewhere(folder, home):
-                parts = folder.relative_to(home).parts
-                found[".".join((name, *parts))] = folder.as_posix()
+                found[_name(name, folder.relative_to(home))] = folder.as_posix()
+        for file in sorted((ROOT / home).glob("*/**/*.*")):  # folders of data are packages, too
+            folder = file.parent.relative_to(ROOT)
+            below = folder.relative_to(home)
+            known = folder.as_posix() in found.values() or _elsewhere(folder, home)
+            if not known and all(p.isidentifier() and p != "__pycache__" for p in below.parts):
+                found[_name(name, below)] = folder.as_posix()
     return found
+
+
+def _name(home: str, below: Path) -> str:
+    return ".".join((home, *below.parts))
 
 
 def _elsewhere(folder: Path, home: str) -> bool:

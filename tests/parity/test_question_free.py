@@ -62,9 +62,11 @@ class KeepLoudest(Recipe):
 
 
 @pytest.fixture(scope="module")
-def folder(shared: Path, checkpoint: Callable[[str], Path]) -> Path:
+def folder(
+    shared: Path, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A bundle with that recipe, which its export has compared with its torch reference."""
-    folder = shared / "question-free"
+    folder = tmp_path_factory.mktemp("loudest") / "bundle"  # each process its own
     plan = make_plan(
         ExportOptions(
             str(checkpoint("tiny-llava")), KeepLoudest(), folder, dtype="fp32", max_images=2
