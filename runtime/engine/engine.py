@@ -36,6 +36,7 @@ from lvlm.runtime.options.generation_options import GenerationOptions, Keep, Opt
 from lvlm.runtime.options.option_kinds import SWITCH, integer, number, read_value
 from lvlm.runtime.prompt.prompts import PromptMaker
 from lvlm.runtime.prompt.text import TextStream, Tokenizer
+from lvlm.runtime.prompt.tools.form import ToolForm
 
 CHUNK = integer(0, TOKENS_AT_ONCE)
 SECONDS = number("seconds above 0, or None", lambda x: x > 0)
@@ -235,6 +236,11 @@ class Engine(TokenCounting):
     ) -> list[TokenCount]:
         parsed = self.options(options, given)
         return count_asks(self.manifest, self._prompts, self.capacity, asks, parsed)
+
+    def tool_form(self, chat_template: bool | str = True) -> ToolForm | None:
+        """How that template, as the option says which, has calls of tools written; None where it
+        has no place for tools. Raises ParameterError."""
+        return self._prompts.tool_form(chat_template)
 
     def stats(self) -> EngineStats:
         """Statistics of the engine so far."""

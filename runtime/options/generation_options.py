@@ -36,6 +36,7 @@ from lvlm.runtime.options.structure_kinds import (
     Asked,
     asked_structure,
 )
+from lvlm.runtime.options.tool_kinds import TOOLS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,6 +92,8 @@ class GenerationOptions:
         regex: the answer is a text that all of this regular expression matches.
         choice: the answer is one of these texts.
         grammar: the answer is a text of this Lark grammar, as llguidance takes it.
+        tools: functions that the answer may call, in the form of OpenAI's API, as a list or as its
+            JSON text, which is how it is kept. The chat template writes them into the prompt.
         keep: fraction of the image tokens to keep, or one per reduction. None: as exported.
         kv_keep: fraction of the cache entries to keep. None: as exported.
         chat_template: False takes the prompt as it stands, with its own image placeholders; a text
@@ -187,6 +190,7 @@ class GenerationOptions:
     regex: str | None = option(None, REGEX)
     choice: Sequence[str] | None = option(None, CHOICE)
     grammar: str | None = option(None, GRAMMAR)
+    tools: Sequence[Mapping[str, Any]] | str | None = option(None, TOOLS)
     keep: float | Sequence[float] | None = option(  # Keep
         None,
         replace(
@@ -270,6 +274,7 @@ class OptionValues(TypedDict, total=False):
     regex: str | None
     choice: Sequence[str] | None
     grammar: str | None
+    tools: Sequence[Mapping[str, Any]] | str | None
     keep: Number | Sequence[Number] | None
     kv_keep: Number | None
     chat_template: bool | str

@@ -14,7 +14,8 @@ from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.options.option_kinds import Option
 
 LONGEST = 1_000_001  # characters that are read of a file: more than any option may have
-FILES = ("chat_template", "grammar")  # options whose flag names a file
+FILES = ("chat_template", "grammar")  # options whose flag names a file, and
+JSON = {"schema": "{", "tools": "["}  # a file or JSON, which begins so
 
 
 def add_option_flags(parser: argparse.ArgumentParser, names: Iterable[str] = ()) -> None:
@@ -52,16 +53,17 @@ def given_options(args: argparse.Namespace) -> GenerationOptions:
     given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
     for name in FILES:
         if (path := given.get(name)) is not None:
-            given[name] = _read(name, path)
-    schema = given.get("schema")
-    if schema is not None and not schema.lstrip().startswith("{"):
-        given["schema"] = _read("schema", Path(schema))
+            given[name] = read_text(name, path)
+    for name, first in JSON.items():
+        if (text := given.get(name)) is not None and not text.lstrip().startswith(first):
+            given[name] = read_text(name, Path(text))
     if getattr(args, "no_chat_template", False):
         given["chat_template"] = False
     return GenerationOptions(**given)
 
 
-def _read(name: str, path: Path) -> str:
+def read_text(name: str, path: Path) -> str:
+    """The text of the file that the flag of an option names. Raises ParameterError."""
     flag = "--" + name.replace("_", "-")
     try:
         with open(path, encoding="utf-8", opener=at_once) as file:
@@ -107,6 +109,7 @@ _KINDS: dict[str, Callable[[str], Any]] = {
     "number": float,
     "text": str,
     "schema": str,
+    "tools": str,
     "file": Path,
     "ratios": _ratios,
     "ids": _ids,

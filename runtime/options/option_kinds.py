@@ -17,7 +17,7 @@ from lvlm.core.errors import ParameterError, shown
 
 Flag = (
     Literal["integer", "number", "switch", "text", "texts", "ratios", "template", "ids", "biases"]
-    | Literal["schema", "file"]
+    | Literal["schema", "tools", "file"]
 )
 
 

@@ -59,19 +59,20 @@ def _schema(value: object) -> SchemaText:
     if isinstance(value, str):
         if len(value) > LONGEST_SCHEMA:
             raise ValueError
-        value = _loaded(value)
+        value = loaded_json(value)
     if not isinstance(value, Mapping):
         raise TypeError
     try:
         text = json.dumps(dict(value), ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise ValueError from None
-    if len(text) > LONGEST_SCHEMA or not _encodes(text):
+    if len(text) > LONGEST_SCHEMA or not writes(text):
         raise ValueError
     return SchemaText(text)
 
 
-def _loaded(text: str) -> object:
+def loaded_json(text: str) -> object:
+    """What JSON text says. Raises ValueError."""
     try:
         return json.loads(text, parse_constant=_no_json)
     except RecursionError:
@@ -86,7 +87,7 @@ def _no_json(constant: str) -> NoReturn:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError
-    if not 0 < len(value) <= LONGEST_TEXT or not _encodes(value):
+    if not 0 < len(value) <= LONGEST_TEXT or not writes(value):
         raise ValueError
     return str(value)
 
@@ -100,7 +101,7 @@ def _choice(value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(texts))
 
 
-def _encodes(text: str) -> bool:
+def writes(text: str) -> bool:
     """Whether it is Unicode: half a surrogate pair is none."""
     try:
         text.encode()

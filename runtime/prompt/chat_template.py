@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Literal, NoReturn
+from functools import cached_property
+from typing import Any, Literal, NoReturn, TypeAlias
 
 from jinja2.exceptions import SecurityError
 
@@ -14,7 +15,10 @@ from lvlm.runtime.prompt.literal_text import Literals, has_hidden, hidden, hidin
 from lvlm.runtime.prompt.messages import Conversation, ImagePart, Message, Role, TextPart
 from lvlm.runtime.prompt.template_budget import Budget, TemplateLimitError, budget, spending
 from lvlm.runtime.prompt.template_sandbox import Sandbox
+from lvlm.runtime.prompt.tools.calls import all_texts, each_text
+from lvlm.runtime.prompt.tools.form import ToolForm, find_form, takes_tools, writes_calls
 
+Tools: TypeAlias = Sequence[Mapping[str, Any]]
 Content = Literal["parts", "text"]
 PROBED: tuple[Role, ...] = ("user", "system", "assistant")
 PROBE = "lvlmprobe"
@@ -79,14 +83,17 @@ class ChatTemplate:
         system: str | None = None,
         videos: int = 0,
         video_token: str | None = None,
+        tools: Tools = (),
     ) -> str:
         """The text of a user message, ``images`` images and ``videos`` videos before ``prompt``,
         ready for the answer. ``system`` is the text of a system message. Raises as render_turns."""
         turns = [] if system is None else [Turn("system", system)]
         turns.append(Turn("user", prompt, images, videos))
-        return self.render_turns(turns, video_token)
+        return self.render_turns(turns, video_token, tools)
 
-    def render_turns(self, turns: Sequence[Turn], video_token: str | None = None) -> str:
+    def render_turns(
+        self, turns: Sequence[Turn], video_token: str | None = None, tools: Tools = ()
+    ) -> str:
         """The text of a conversation, ready for the next answer.
 
         A text that has the placeholder of images or videos in it keeps its own places: no others
@@ -96,10 +103,11 @@ class ChatTemplate:
         asks for too much work.
         """
         placed = [self._placed(turn, video_token) for turn in turns]
-        return self._rendered([self._message(t.role, t.text, t.images, t.videos) for t in placed])
+        messages = [self._message(t.role, t.text, t.images, t.videos) for t in placed]
+        return self._rendered(messages, self._checked(tools))
 
     def render_messages(
-        self, conversation: Conversation, video_token: str | None = None
+        self, conversation: Conversation, video_token: str | None = None, tools: Tools = ()
     ) -> tuple[str, Literals]:
         """The text of a conversation, ready for the next answer. What the messages say is hidden in
         it (literal_text.py): placeholders and special tokens there are the template's own.
@@ -107,17 +115,24 @@ class ChatTemplate:
         Content is given as it came, text or parts, where the template takes it that way for that
         role. Where it writes no placeholders, or takes text alone, each is written in its part's
         place, with the line ended after it. Raises as render_turns, and PromptError for a role
-        tool that the template does not write.
+        tool or for calls that the template does not write.
         """
         if conversation.has("tool") and not self._takes("tool"):
             raise PromptError(
                 "the chat template writes no message of role tool; give its text in a user's"
             )
+        if any(message.calls for message in conversation.messages) and not self.writes_calls:
+            raise PromptError(
+                "the chat template writes no tool_calls; give them as text of the assistant's "
+                "message"
+            )
         texts = [text for message in conversation.messages for text in message.texts]
+        texts += all_texts(list(self._checked(tools)))
         literals = Literals([self._source, *self._special_tokens.values(), *texts])
         messages = [self._given(m, literals, video_token) for m in conversation.messages]
+        hidden_tools = each_text(list(tools), literals.hide)
         with hiding(literals):
-            return self._rendered(messages), literals
+            return self._rendered(messages, hidden_tools), literals
 
     def _given(
         self, message: Message, literals: Literals, video_token: str | None
@@ -138,7 +153,9 @@ class ChatTemplate:
             text = "".join([p["text"] if "text" in p else f"{tokens[p['type']]}\n" for p in parts])
             content = text if as_text else [{"type": "text", "text": text}]
         extra = {key: literals.hide(text) for key, text in message.extra.items()}
-        return {"role": message.role, "content": content, **extra}
+        called = [call.written(literals.hide) for call in message.calls]
+        given = {"role": message.role, "content": content, **extra}
+        return given | {"tool_calls": called} if called else given
 
     def _takes(self, role: Role) -> frozenset[Content]:
         """How content may be given in messages of that role; nothing: it writes none of them."""
@@ -150,10 +167,37 @@ class ChatTemplate:
             self._ways[role] = frozenset(way for way, text in tried.items() if text is not None)
         return self._ways[role]
 
-    def _rendered(self, messages: list[dict[str, Any]]) -> str:
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether it has a place for tools."""
+        with spending(Budget()):
+            return takes_tools(self._try_tools)
+
+    @cached_property
+    def writes_calls(self) -> bool:
+        """Whether it writes the tool_calls of an assistant's message."""
+        with spending(Budget()):
+            return writes_calls(self._try_tools)
+
+    @cached_property
+    def tool_form(self) -> ToolForm | None:
+        """How it writes calls, if it does so in a form that can be read back."""
+        if not self.takes_tools:
+            return None
+        with spending(Budget()):
+            return find_form(self._try_tools)
+
+    def _checked(self, tools: Tools) -> Tools:
+        if tools and not self.takes_tools:
+            raise PromptError(
+                f"tools: {self._name} has no place for tools; describe them in a system message"
+            )
+        return tools
+
+    def _rendered(self, messages: list[dict[str, Any]], tools: Tools = ()) -> str:
         try:
-            with spending(Budget.for_input(messages)):
-                return self._run(messages)
+            with spending(Budget.for_input([messages, tools])):
+                return self._run(messages, tools=tools)
         except PromptError:
             raise
         except SecurityError as error:
@@ -193,11 +237,18 @@ class ChatTemplate:
         parts += [{"type": "video"} for _ in range(videos)]
         return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
 
-    def _run(self, messages: list[dict[str, Any]], answer: bool = True) -> str:
+    def _try_tools(self, messages: list[dict[str, Any]], tools: Tools, answer: bool) -> str:
+        """What it makes of messages whose contents are texts, given as it takes them."""
+        given = [
+            message | self._message(message["role"], message["content"]) for message in messages
+        ]
+        return self._run(given, answer, tools)
+
+    def _run(self, messages: list[dict[str, Any]], answer: bool = True, tools: Tools = ()) -> str:
         variables = {
             **self._special_tokens,
             "messages": messages,
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": answer,
         }

@@ -10,13 +10,17 @@ from lvlm.core.discovery import nearest
 from lvlm.core.errors import PromptError, shown
 from lvlm.runtime.media.images import ImageSource
 from lvlm.runtime.media.video import VideoSource
+from lvlm.runtime.prompt.tools.calls import ToolCall, all_texts, read_calls
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """One conversation: messages of a role and a content, in order."""
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
-TOOL_KEYS = ("name", "tool_call_id")  # of a message of role tool, besides role and content
+OWN_KEYS: dict[str, tuple[str, ...]] = {  # of a message, besides role and content
+    "tool": ("name", "tool_call_id"),
+    "assistant": ("tool_calls",),
+}
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,21 @@ Part = TextPart | ImagePart | VideoPart
 
 @dataclass(frozen=True)
 class Message:
-    """One message. ``plain``: its content was given as a text, not as a list of parts."""
+    """One message. ``plain``: its content was given as a text, not as a list of parts. ``calls``:
+    of tools, by the assistant."""
 
     role: Role
     parts: tuple[Part, ...]
     plain: bool = False
     extra: Mapping[str, str] = field(default_factory=dict)
+    calls: tuple[ToolCall, ...] = ()
 
     @property
     def texts(self) -> list[str]:
         """All that was typed in it."""
         said = [part.text for part in self.parts if isinstance(part, TextPart)]
-        return [*said, *self.extra.values()]
+        called = [text for call in self.calls for text in all_texts(call.written(str))]
+        return [*said, *self.extra.values(), *called]
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,11 @@ class Conversation:
 
     @property
     def blank(self) -> bool:
-        """Whether nothing is said or shown."""
-        return not any(not isinstance(p, TextPart) or p.text.strip() for p in self._parts())
+        """Whether nothing is said, shown or called."""
+        called = any(message.calls for message in self.messages)
+        return not called and not any(
+            not isinstance(p, TextPart) or p.text.strip() for p in self._parts()
+        )
 
     def has(self, role: Role) -> bool:
         return any(message.role == role for message in self.messages)
@@ -102,7 +112,8 @@ def read_messages(value: Sequence[object]) -> Conversation:
     Args:
         value: a content is a text, or a list of parts: ``{"type": "text", "text": …}``,
             ``{"type": "image", "image": …}``, ``{"type": "video", "video": …}``, or
-            ``{"type": "image_url", "image_url": {"url": "data:…"}}``.
+            ``{"type": "image_url", "image_url": {"url": "data:…"}}``. An assistant's message may
+            have ``tool_calls``, in the form of OpenAI's API, and then no content.
 
     Raises PromptError, which names the message and the part.
     """
@@ -120,12 +131,16 @@ def _message(given: object, where: str) -> Message:
         given_role = f"is {shown(role)}" if "role" in given else "is missing"
         raise PromptError(f"{where}: its role {given_role}; give {', '.join(ROLES)}")
     role = ROLES[ROLES.index(role)]  # of its exact type, see _text
-    own = ("role", "content", *(TOOL_KEYS if role == "tool" else ()))
-    _check_keys(given, own, where)
-    if "content" not in given:
+    own = OWN_KEYS.get(role, ())
+    _check_keys(given, ("role", "content", *own), where)
+    calls = read_calls(given.get("tool_calls") or [], where)
+    content = given.get("content")
+    if calls and content is None:
+        content = ""
+    elif "content" not in given:
         raise PromptError(f"{where} has no content; give a text or a list of parts")
-    content = given["content"]
-    extra = {key: _text(given[key], f"{where}: its {key}") for key in own[2:] if key in given}
+    texts = [key for key in own if key in given and key != "tool_calls"]
+    extra = {key: _text(given[key], f"{where}: its {key}") for key in texts}
     plain = isinstance(content, str)
     if plain:
         parts: tuple[Part, ...] = (TextPart(_text(content, where)),)
@@ -135,7 +150,7 @@ def _message(given: object, where: str) -> Message:
         raise PromptError(
             f"{where}: its content is {shown(content)}; give a text or a list of parts"
         )
-    return Message(role, parts, plain, extra)
+    return Message(role, parts, plain, extra, calls)
 
 
 def _part(given: object, where: str) -> Part:

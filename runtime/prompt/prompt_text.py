@@ -9,6 +9,7 @@ from functools import lru_cache
 from lvlm.core.errors import ParameterError, PromptError
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.options.tool_kinds import read_tools
 from lvlm.runtime.processors.parts.frames import VideoProcessor
 from lvlm.runtime.prompt.chat_template import ChatTemplate
 from lvlm.runtime.prompt.literal_text import Literals
@@ -66,10 +67,12 @@ class PromptWriter:
             return self._conversation(prompt, videos, options)
         if options.chat_template:
             template = self._template(options.chat_template, videos)
-            text = template.render(prompt, images, options.system, videos, self._video_token)
+            tools = read_tools(options.tools)
+            text = template.render(prompt, images, options.system, videos, self._video_token, tools)
             return PromptText(text, self.begins(text), template.lead)
-        if options.system is not None:
-            raise ParameterError("system needs the chat template; write it into the prompt")
+        for name in ("system", "tools"):
+            if getattr(options, name) is not None:
+                raise ParameterError(f"{name} needs the chat template; write it into the prompt")
         lead = "" if self.template is None else self.template.lead_after(prompt)
         return PromptText(prompt, lead=lead)
 
@@ -85,7 +88,8 @@ class PromptWriter:
                 )
             conversation = conversation.led_by(options.system)
         template = self._template(options.chat_template, videos)
-        text, literals = template.render_messages(conversation, self._video_token)
+        tools = read_tools(options.tools)
+        text, literals = template.render_messages(conversation, self._video_token, tools)
         return PromptText(text, self.begins(text), template.lead, literals)
 
     def ids(self, prompt: PromptText) -> list[int]:
@@ -119,10 +123,15 @@ class PromptWriter:
             )
         return f"write one {token} per {what} where it belongs, or let the chat template do it"
 
-    def _template(self, wanted: bool | str, videos: int) -> ChatTemplate:
+    def given(self, wanted: bool | str) -> ChatTemplate | None:
+        """The template that the option ``chat_template`` asks for. Raises ParameterError."""
         if isinstance(wanted, str):
             return self._given(wanted)
-        template = self.video_template if videos else self.template
+        return self.template if wanted else None
+
+    def _template(self, wanted: bool | str, videos: int) -> ChatTemplate:
+        own = videos and wanted is True
+        template = self.video_template if own else self.given(wanted)
         if template is None:
             raise PromptError(
                 "the bundle has no chat template; write the prompt out and use "

@@ -22,6 +22,7 @@ from lvlm.runtime.prompt.messages import Conversation
 from lvlm.runtime.prompt.prompt_text import PromptWriter
 from lvlm.runtime.prompt.prompt_videos import PromptVideos
 from lvlm.runtime.prompt.text import Tokenizer, expand_placeholders
+from lvlm.runtime.prompt.tools.form import ToolForm
 from lvlm.runtime.sampling.settings import Sampling
 from lvlm.runtime.sampling.structure import Structure
 from lvlm.runtime.sampling.structure_compiler import StructureCompiler
@@ -102,6 +103,12 @@ class PromptMaker:
         self.template, self.begins = self._writer.template, self._writer.begins
         self.lead = "" if self.template is None else self.template.lead
         self._structures = StructureCompiler(tokenizer.to_json, vocab, tokenizer.eos_ids)
+
+    def tool_form(self, chat_template: bool | str = True) -> ToolForm | None:
+        """How a chat template, as the option says which, writes calls of tools; None if it has no
+        place for tools, or that form is not read here. Raises ParameterError."""
+        template = self._writer.given(chat_template)
+        return None if template is None else template.tool_form
 
     def prepare(
         self,

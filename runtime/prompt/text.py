@@ -106,6 +106,14 @@ class Tokenizer:
                 )
         return {number: text for number, text in self._special.items() if text in stops}
 
+    def pieces(self, text: str) -> list[tuple[str, int | None]]:
+        """A text in pieces: special tokens that are written out in it with their ids, all else
+        with None."""
+        ids = {content: number for number, content in self._special.items()}
+        longest = sorted(ids, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest))})", text) if ids else [text]
+        return [(part, ids.get(part)) for part in parts if part]
+
     def visible_token(self, token_id: int) -> str | None:
         """The token as the vocabulary has it, or None if ``decode`` leaves it out."""
         return None if token_id in self._special else self._tokenizer.id_to_token(token_id)

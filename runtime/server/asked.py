@@ -8,6 +8,8 @@ from typing import Any
 
 from lvlm.core.errors import CapacityError, ParameterError
 from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.prompt.messages import OWN_KEYS
+from lvlm.runtime.prompt.tools.calls import all_texts
 from lvlm.runtime.server.fields import (
     MOST_ITEMS,
     ChatFields,
@@ -17,6 +19,7 @@ from lvlm.runtime.server.fields import (
     Structured,
 )
 from lvlm.runtime.server.refusals import Refusal
+from lvlm.runtime.server.tools import AskedTools, ToolSkill, add_tools
 
 Read = Callable[[str], Awaitable[bytes]]  # of the URL of a picture or a video
 
@@ -49,19 +52,20 @@ class Usual:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of an engine: ``prompt`` is text as it stands, or messages."""
+    """What is asked of an engine: ``prompt`` is text as it stands, or messages; ``tools`` what the
+    answers may call."""
 
     prompt: str | list[dict[str, Any]]
     options: GenerationOptions
     timeout: float | None = None
+    tools: AskedTools | None = None
 
 
-async def of_chat(body: ChatFields, read: Read, usual: Usual) -> Wanted:
+async def of_chat(body: ChatFields, read: Read, usual: Usual, skill: ToolSkill) -> Wanted:
     """Of POST /v1/chat/completions.
 
     Raises Refusal, and what ``read`` raises.
     """
-    refuse_tools(body.tools, body.tool_choice)
     given = _options(body, body.max_completion_tokens, "max_completion_tokens", usual)
     if body.logprobs:
         given["logprobs"] = _top(body.top_logprobs, "top_logprobs")
@@ -70,7 +74,10 @@ async def of_chat(body: ChatFields, read: Read, usual: Usual) -> Wanted:
     if (wanted := body.response_format) is not None:
         schema = None if wanted.json_schema is None else wanted.json_schema.schema_
         _shape(given, wanted.type, schema, "response_format")
-    return Wanted(await _messages(body.messages, read, usual), _made(given), body.timeout)
+    tools = add_tools(given, body.tools, body.tool_choice, body.parallel_tool_calls, skill)
+    options = _made(given)
+    messages = await _messages(body.messages, read, usual)
+    return Wanted(messages, options, body.timeout, tools)
 
 
 def of_completion(body: CompletionFields, usual: Usual) -> list[Wanted]:
@@ -94,7 +101,12 @@ def of_completion(body: CompletionFields, usual: Usual) -> list[Wanted]:
 
 async def of_response(body: ResponseFields, read: Read, usual: Usual) -> Wanted:
     """Of POST /v1/responses."""
-    refuse_tools(body.tools, body.tool_choice)
+    if body.tools and body.tool_choice != "none":
+        raise Refusal(
+            400,
+            "tools are taken by /v1/chat/completions; ask that, or leave them out",
+            param="tools",
+        )
     if body.previous_response_id is not None:
         raise Refusal(
             400,
@@ -112,17 +124,6 @@ async def of_response(body: ResponseFields, read: Read, usual: Usual) -> Wanted:
     if body.instructions is not None:
         messages = [{"role": "system", "content": body.instructions}, *messages]
     return Wanted(await _messages(messages, read, usual), _made(given), body.timeout)
-
-
-def refuse_tools(tools: Sequence[Any] | None, choice: object) -> None:
-    """Raises Refusal where tools are meant to be called."""
-    if tools and choice != "none":
-        raise Refusal(
-            400,
-            "tools: this bundle's chat template has no place for tools; describe them in a system "
-            "message, or ask for JSON with response_format",
-            param="tools",
-        )
 
 
 def _options(body: Sampled, most: int | None, name: str, usual: Usual) -> dict[str, Any]:
@@ -210,7 +211,8 @@ async def _messages(
             400, f"the messages have more than {MOST_ITEMS:,} parts; send fewer", param="messages"
         )
     texts = [x.get("text") for x in parts if isinstance(x, Mapping)]
-    _check_length([*texts, *(one.get("content") for one in given)], usual)
+    called = all_texts([one.get("tool_calls") for one in given])
+    _check_length([*texts, *called, *(one.get("content") for one in given)], usual)
     return [await _message(one, f"message {n}", read) for n, one in enumerate(given, 1)]
 
 
@@ -229,18 +231,14 @@ def _check_length(texts: Iterable[object], usual: Usual) -> None:
 async def _message(given: Mapping[str, Any], where: str, read: Read) -> dict[str, Any]:
     role = given.get("role")
     made: dict[str, Any] = {"role": ROLES.get(role, role) if isinstance(role, str) else role}
-    if given.get("tool_calls"):
-        raise Refusal(
-            400, f"{where} has tool_calls, which no bundle's template takes", param="messages"
-        )
     content = given.get("content")
     if isinstance(content, list):
         parts = [await _part(part, f"{where}, part {n}", read) for n, part in enumerate(content, 1)]
         made["content"] = parts
     else:
         made["content"] = content
-    if role == "tool":
-        made |= {key: given[key] for key in ("name", "tool_call_id") if key in given}
+    own = OWN_KEYS.get(made["role"], ()) if isinstance(role, str) else ()
+    made |= {key: given[key] for key in own if given.get(key) is not None}
     return made
 
 

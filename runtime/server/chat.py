@@ -15,7 +15,7 @@ from lvlm.runtime.server import asked
 from lvlm.runtime.server.answered import chat_logprobs, compact, details, usage
 from lvlm.runtime.server.events import DONE, EventStream, event, unless_gone
 from lvlm.runtime.server.fields import ChatFields
-from lvlm.runtime.server.following import follow
+from lvlm.runtime.server.following import Step, follow
 from lvlm.runtime.server.patches import patches
 from lvlm.runtime.server.replies import Reply
 from lvlm.runtime.server.service import Served, Service
@@ -31,11 +31,11 @@ async def chat(request: Request, body: ChatFields) -> Response:
     service.check(served)
 
     async def begin() -> tuple[asked.Wanted, Handle]:
-        wanted = await asked.of_chat(body, service.read, served.limits)
+        wanted = await asked.of_chat(body, service.read, served.limits, served.skill)
         return wanted, (await service.submit(served, wanted)).handle
 
     wanted, handle = await unless_gone(request.receive, begin)
-    reply = Chat(service, served, body, wanted.options.logprobs is not None, handle)
+    reply = Chat(service, served, body, wanted, handle)
     if body.stream:
         return EventStream(reply.stream(), reply.left)
     return await unless_gone(request.receive, reply.whole)
@@ -45,17 +45,31 @@ class Chat(Reply):
     """The answers to one request."""
 
     def __init__(
-        self, service: Service, served: Served, body: ChatFields, scored: bool, handle: Handle
+        self,
+        service: Service,
+        served: Served,
+        body: ChatFields,
+        wanted: asked.Wanted,
+        handle: Handle,
     ) -> None:
         super().__init__(service, served, [handle, *handle.others], "chatcmpl-")
-        self._body, self._scored = body, scored
+        self._body, self._scored = body, wanted.options.logprobs is not None
+        tools = wanted.tools
+        self._readers = [None if tools is None else tools.reader() for _ in self._handles]
 
     async def whole(self) -> Response:
         """All at once."""
         answers, choices = await self._answers(), []
         for index, answer in enumerate(answers):
-            message = {"role": "assistant", "content": answer.text, "refusal": None}
-            choice = {"index": index, "message": message, "finish_reason": answer.finish_reason}
+            message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+            ended: str = answer.finish_reason
+            if (reader := self._readers[index]) is not None:
+                told = reader.read(answer.text, ended=True)
+                ended = reader.ended(ended)
+                if reader.calls:
+                    said = "".join(one for one in told if isinstance(one, str))
+                    message |= {"content": said or None, "tool_calls": reader.calls}
+            choice = {"index": index, "message": message, "finish_reason": ended}
             choices.append(choice | {"logprobs": self._logprobs(answer.token_ids, answer.scores)})
         data = self._head("chat.completion") | {"choices": choices, "usage": usage(answers)}
         if self._body.lvlm_details:
@@ -72,11 +86,14 @@ class Chat(Reply):
         async with aclosing(follow(self._handles)) as steps:
             async for step in steps:
                 scores = self._logprobs(step.news.tokens, step.news.scores)
-                if step.news.text or (self._scored and step.news.tokens):
-                    yield self._chunk(step.index, {"content": step.news.text}, scores)
+                deltas = self._deltas(step)
+                if not deltas and self._scored and step.news.tokens:
+                    deltas = [{"content": ""}]
+                for delta in deltas:
+                    yield self._chunk(step.index, delta, scores)
+                    scores = None
                 if step.ended:
-                    ended = self._handles[step.index].own_result().finish_reason
-                    yield self._chunk(step.index, {}, None, ended)
+                    yield self._chunk(step.index, {}, None, self._finish_reason(step.index))
         answers, options = self._ended(), self._body.stream_options
         head = self._head("chat.completion.chunk") | {"choices": []}
         if options is not None and options.include_usage:
@@ -84,6 +101,25 @@ class Chat(Reply):
         if self._body.lvlm_details:
             yield event(head | {"lvlm": self._details(answers)})
         yield DONE
+
+    def _deltas(self, step: Step) -> list[dict[str, Any]]:
+        """What is new of an answer: text, and calls that are complete."""
+        if (reader := self._readers[step.index]) is None:
+            return [{"content": step.news.text}] if step.news.text else []
+        before = len(reader.calls)
+        deltas: list[dict[str, Any]] = []
+        for told in reader.read(step.news.text, step.ended):
+            if isinstance(told, str):
+                deltas.append({"content": told})
+            else:
+                deltas.append({"tool_calls": [{"index": before} | told]})
+                before += 1
+        return deltas
+
+    def _finish_reason(self, index: int) -> str:
+        reason: str = self._handles[index].own_result().finish_reason
+        reader = self._readers[index]
+        return reason if reader is None else reader.ended(reason)
 
     def _chunk(
         self, index: int, delta: dict[str, Any], logprobs: Any, ended: str | None = None

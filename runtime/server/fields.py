@@ -106,6 +106,7 @@ class ChatFields(Sampled):
     response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionFields(Sampled):

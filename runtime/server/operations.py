@@ -39,6 +39,7 @@ def _model(served: Served) -> dict[str, Any]:
         "max_images": engine.capacity.max_images,
         "recipe": engine.manifest.recipe,
         "family": engine.manifest.family,
+        "tools": served.skill.form is not None,
         **_usual_ratios(engine),
     }
 

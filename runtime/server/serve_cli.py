@@ -63,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         help="draw as the checkpoint's generation_config.json says, where a request says nothing "
         "(default: temperature 0)",
     )
+    add(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="a Jinja template in place of the bundles' own, as one that has a place for tools",
+    )
     add("--queue", type=int, default=256, metavar="N", help="requests that may wait (default 256)")
     add(
         "--image-cache",
@@ -140,6 +146,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from lvlm.runtime.engine.aio import AsyncEngine
     from lvlm.runtime.options.generation_options import GenerationOptions
+    from lvlm.runtime.options.option_flags import read_text
     from lvlm.runtime.server.app import Limits, make_app
     from lvlm.runtime.server.media.media_reader import MediaReader
     from lvlm.runtime.server.media.media_rules import MediaRules
@@ -161,6 +168,8 @@ def _run(args: argparse.Namespace) -> int:
     reader = MediaReader(rules)
     usual: dict[str, Any] = {"max_image_pixels": args.media_pixels}
     usual |= {} if args.defaults is None else {"defaults": args.defaults}
+    if args.chat_template is not None:
+        usual["chat_template"] = read_text("chat_template", args.chat_template)
     GenerationOptions(**usual)  # a mistake shows here
     if args.certificate is not None:
         check_certificate(args.certificate, args.certificate_key)
@@ -168,6 +177,8 @@ def _run(args: argparse.Namespace) -> int:
         place = stack.enter_context(listen(args.host, args.port))
         engines = {n: stack.enter_context(_open(f, args)) for n, f in folders.items()}
         models = [Served(name, AsyncEngine(engine), usual) for name, engine in engines.items()]
+        for model in models:
+            model.skill  # noqa: B018 - a mistake in a chat template shows here
         service = Service(models, reader.read)
         limits = Limits(keys, args.body_bytes, args.body_seconds, args.allow_origin)
         set_logging(args.log_level)

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from lvlm.core.errors import EngineClosedError, LvlmError
+from lvlm.core.errors import EngineClosedError, LvlmError, ParameterError
 from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
 from lvlm.runtime.kv.cache import ITEM_BYTES
 from lvlm.runtime.options.generation_options import GenerationOptions
@@ -18,6 +18,7 @@ from lvlm.runtime.prompt.text import Tokenizer
 from lvlm.runtime.server.asked import Read, Usual, Wanted
 from lvlm.runtime.server.metrics import Metrics
 from lvlm.runtime.server.refusals import Refusal
+from lvlm.runtime.server.tools import ToolSkill, by_its_name
 
 log = logging.getLogger("lvlm.server")
 MOST_READ = 16  # pictures and videos that are read at once
@@ -37,6 +38,13 @@ class Served:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.engine.engine.tokenizer
+
+    @property
+    def skill(self) -> ToolSkill:
+        """What its model can do with tools. Raises ParameterError for a chat template that is not
+        valid."""
+        form = self.engine.engine.tool_form(self.usual.get("chat_template", True))
+        return ToolSkill(form, self.tokenizer)
 
     @property
     def limits(self) -> Usual:
@@ -100,9 +108,12 @@ class Service:
         """Ask the engine. Raises what Engine.submit raises."""
         # Structures are compiled by threads that all others need, too
         async with self._compiling if asked.options.structure else nullcontext():
-            return await served.engine.submit(
-                asked.prompt, options=asked.options, timeout=asked.timeout
-            )
+            try:
+                return await served.engine.submit(
+                    asked.prompt, options=asked.options, timeout=asked.timeout
+                )
+            except ParameterError as error:
+                raise by_its_name(error, asked.tools) from None
 
     async def warm_up(self) -> None:
         """A token of each model, so that the first request finds everything loaded."""
