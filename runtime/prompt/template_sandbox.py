@@ -42,6 +42,9 @@ METHODS: dict[type, frozenset[str]] = {
 }
 
 
+_FRAME = ("_loop_vars", "_block_vars")
+
+
 class Sandbox(ImmutableSandboxedEnvironment):
     """Compile and render inside ``template_budget.spending``."""
 
@@ -103,12 +106,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return template_functions.checked(made(left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        # Jinja's own, inside of loops and blocks
+        frame = {name: kwargs.pop(name) for name in _FRAME if name in kwargs}
         args = tuple(template_functions.plain(args))
         owner = template_functions.pay_call(__obj, args, kwargs)
         if owner is not None and literal_text.has_hidden([owner, args, kwargs]):
             made = literal_text.called(owner, __obj.__name__, args, kwargs)
             return template_functions.checked(made)
-        return template_functions.checked(super().call(__context, __obj, *args, **kwargs))
+        made = super().call(__context, __obj, *args, **kwargs, **frame)
+        return template_functions.checked(made)
 
     def call_filter(self, name: str, *args: Any, **kwargs: Any) -> Any:
         if name in _OWN:  # map() calls filters by name
