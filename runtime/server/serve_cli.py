@@ -131,14 +131,7 @@ def _run(args: argparse.Namespace) -> int:
     keys = [key for given in args.api_key for key in _keys(given)]
     if (args.certificate is None) != (args.certificate_key is None):
         raise ParameterError("--certificate and --certificate-key belong together; give both")
-    for name in (
-        "drain",
-        "media_seconds",
-        "body_seconds",
-        "media_bytes",
-        "media_pixels",
-        "body_bytes",
-    ):
+    for name in POSITIVE:
         if not getattr(args, name) > 0:
             flag = name.replace("_", "-")
             raise ParameterError(f"--{flag} is {getattr(args, name)}; give a number above 0")

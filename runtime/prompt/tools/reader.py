@@ -59,9 +59,10 @@ class ToolReader:
                 self._ends = min(ends, self._ends)
                 found.append(self._said(at))
                 return found
-            calls, behind = self._calls(rest)
+            calls, behind = self._calls(rest, last)
             if calls:
                 found += [self._said(at), *calls]
+                self.calls += len(calls)
                 self._text, self._ends = rest[behind:], 0
             elif last:  # it is no call: text to the next mark
                 found.append(self._text[: at + len(self._start)])
@@ -95,18 +96,17 @@ class ToolReader:
         if not last and not self._began and begun in ("", "{", "["):
             return []
         if last and not self._began and begun:
-            calls, behind = self._calls(self._text)
+            calls, behind = self._calls(self._text, last)
             known = all(call.name in self._names for call in calls)
             if calls and known and not self._text[behind:].strip():
-                self._text = ""
+                self._text, self.calls = "", len(calls)
                 return list(calls)
-            self.calls = 0
         text, self._text = self._text, ""
         return [text]
 
-    def _calls(self, text: str) -> tuple[list[ToolCall], int]:
-        """The calls that a text begins with, and where they and their mark end; none: it has begun
-        otherwise, or has not come to an end."""
+    def _calls(self, text: str, last: bool) -> tuple[list[ToolCall], int]:
+        """The calls that a text begins with, and where they and their mark end; none: it begins
+        otherwise, or the mark has not come, which it does without at the ``last``."""
         values: list[Any] = []
         at = 0
         while (at := _past_space(text, at, ",;" if values else "")) < len(text):
@@ -115,12 +115,11 @@ class ToolReader:
             except (ValueError, RecursionError):
                 break
             values += value if isinstance(value, list) else [value]
-        if self._end and text.startswith(self._end, at):
-            at += len(self._end)
         calls = [self._call(value) for value in values]
-        if not calls or None in calls:
+        closed = text.startswith(self._end, at)
+        if not calls or None in calls or not (closed or last):
             return [], 0
-        self.calls += len(calls)
+        at += len(self._end) if closed else 0
         return [call for call in calls if call is not None], at
 
     def _call(self, value: object) -> ToolCall | None:
