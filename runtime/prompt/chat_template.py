@@ -16,7 +16,15 @@ from lvlm.runtime.prompt.messages import Conversation, ImagePart, Message, Role,
 from lvlm.runtime.prompt.template_budget import Budget, TemplateLimitError, budget, spending
 from lvlm.runtime.prompt.template_sandbox import Sandbox
 from lvlm.runtime.prompt.tools.calls import all_texts, each_text
-from lvlm.runtime.prompt.tools.form import ToolForm, find_form, takes_tools, writes_calls
+from lvlm.runtime.prompt.tools.form import (
+    CALL,
+    NAME,
+    TOOL,
+    ToolForm,
+    find_form,
+    takes_tools,
+    writes_calls,
+)
 
 Tools: TypeAlias = Sequence[Mapping[str, Any]]
 Content = Literal["parts", "text"]
@@ -164,6 +172,8 @@ class ChatTemplate:
                 ways: tuple[Content, ...] = ("parts", "text")
                 tried = {way: self._tried(role, way) for way in ways}
                 tried["parts"] = tried["parts"] or self._tried(role, "parts", 1)
+                if role == "tool" and not any(tried.values()):
+                    tried = {"text": self._tried(role, "text", called=True)}
             self._ways[role] = frozenset(way for way, text in tried.items() if text is not None)
         return self._ways[role]
 
@@ -260,22 +270,32 @@ class ChatTemplate:
 
     # What kind of template it is
 
-    def _tried(self, role: str, content: Content, images: int = 0) -> str | None:
-        """What it makes of a message of that role; None if it cannot take it that way."""
+    def _tried(
+        self, role: str, content: Content, images: int = 0, called: bool = False
+    ) -> str | None:
+        """What it makes of a message of that role; None if it cannot take it that way. ``called``:
+        one of role tool answers a call."""
         message = self._message(role, PROBE, images, content=content)
         user = self._message("user", "x")
-        said = self._message("assistant", "y") if role == "tool" else user
-        before = {"user": [], "system": [], "assistant": [user], "tool": [user, said]}[role]
+        before = {"user": [], "system": [], "assistant": [user], "tool": [user]}[role]
         after = [user] if role == "system" else []
+        if role == "tool":
+            before.append(
+                self._message("assistant", "y") | ({"tool_calls": [CALL]} if called else {})
+            )
+            message |= {"tool_call_id": CALL["id"], "name": NAME} if called else {}
         try:
-            text = self._run([*before, message, *after], answer=role != "assistant")
+            text = self._run(
+                [*before, message, *after], role != "assistant", [TOOL] if called else []
+            )
         except (SecurityError, TemplateLimitError) as error:
             self.forbidden = _line(error)
             return None
         except Exception:
             return None
         # A list that is printed as it is shows what its parts are called
-        return text if PROBE in text and not _shows_parts(text) else None
+        shows = content == "parts" and _shows_parts(text)
+        return text if PROBE in text and not shows else None
 
     def _find_way(self, role: str) -> str | None:
         """How content is given in messages of that role; what is made of a probe, if anything."""

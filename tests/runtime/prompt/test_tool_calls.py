@@ -132,7 +132,7 @@ def test_bad_calls(calls: Any, message: str) -> None:
     ],
 )
 def test_bad_tools(value: Any) -> None:
-    with pytest.raises(ParameterError, match="tools is .*; give a list of 1 to 128 tools"):
+    with pytest.raises(ParameterError, match=r"tools is .*; give a list of 1 to 128 tools"):
         GenerationOptions(tools=value)
 
 
