@@ -9,6 +9,9 @@ from typing import Any
 from lvlm.runtime.prompt.text import Tokenizer
 from lvlm.runtime.prompt.tools.form import MOST_CALLS, ToolForm
 
+# As templates write JSON (some models would fill it with spaces)
+SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 def calls_grammar(
     form: ToolForm, tools: Sequence[Mapping[str, Any]], several: bool, tokenizer: Tokenizer
@@ -41,8 +44,8 @@ def calls_grammar(
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     schema = function.get("parameters")
     if schema is None:
-        return {"type": "object", "properties": {}, "additionalProperties": False}
-    return {"type": "object", **schema}
+        schema = {"properties": {}, "additionalProperties": False}
+    return {"x-guidance": SPACES, "type": "object", **schema}
 
 
 def _mark(text: str, tokenizer: Tokenizer) -> str:

@@ -59,10 +59,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(engine: Engine, limits: Limits | None = None, name: str = "tiny") -> Iterator[Running]:
-    """Serve an engine until the end, which closes it."""
+def running(
+    engine: Engine, limits: Limits | None = None, name: str = "tiny", **usual: Any
+) -> Iterator[Running]:
+    """Serve an engine until the end, which closes it. ``usual``: options of requests that say
+    nothing."""
     rules = MediaRules(max_bytes=1 << 20)
-    service = Service([Served(name, AsyncEngine(engine))], MediaReader(rules).read)
+    service = Service([Served(name, AsyncEngine(engine), usual)], MediaReader(rules).read)
     place = listen("127.0.0.1", 0)
     server = Server(configuration(make_app(service, limits)), service, drain=5)
     thread = threading.Thread(target=_run, args=(server, place))

@@ -53,7 +53,7 @@ def image(url: Any) -> dict[str, Any]:
         (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, 400, "message 1: its role"),
         (CHAT, {"messages": [{"role": "user"}]}, 400, "message 1"),
         (CHAT, {"messages": [{"role": "user", "content": 3}]}, 400, "message 1: its content"),
-        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, "tool_calls"),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, 400, "call 1 is"),
         (CHAT, of("text"), 400, "message 1, part 1"),
         (CHAT, of({"type": "audio"}), 400, "is of type 'audio'"),
         (CHAT, of({"type": "text", "text": "\ud800"}), 400, "not valid Unicode"),
