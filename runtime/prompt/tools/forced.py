@@ -43,9 +43,9 @@ def calls_grammar(
 
 def _arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     schema = function.get("parameters")
-    if schema is None:
-        schema = {"properties": {}, "additionalProperties": False}
-    return {"x-guidance": SPACES, "type": "object", **schema}
+    schema = {"properties": {}} if schema is None else schema
+    known = {"additionalProperties": False} if "properties" in schema else {}
+    return {"x-guidance": SPACES, "type": "object", **known, **schema}
 
 
 def _mark(text: str, tokenizer: Tokenizer) -> str:
