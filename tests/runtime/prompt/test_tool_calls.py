@@ -89,6 +89,17 @@ def test_templates_without_a_place_for_them() -> None:
     assert template(XML).tool_form is None
 
 
+def test_a_tool_answers_where_the_template_wants_a_call_before_it() -> None:
+    strict = (
+        "{% for m in messages %}{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+        "{{ raise_exception('a call is missing') }}{% endif %}{% endfor %}" + HERMES
+    )
+    made, literals = template(strict).render_messages(read_messages(TALK), None, TOOLS)
+    assert "<|im_end|> rain" in literals.show(made)
+    with pytest.raises(PromptError, match="a call is missing"):
+        template(strict).render_messages(read_messages([TALK[1], TALK[3]]))
+
+
 def test_forms_are_found() -> None:
     hermes = form(HERMES)
     assert (hermes.start, hermes.end, hermes.listed) == ("<tool_call>\n", "\n</tool_call>", False)
