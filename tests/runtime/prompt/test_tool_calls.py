@@ -91,7 +91,8 @@ def test_templates_without_a_place_for_them() -> None:
 
 def test_a_tool_answers_where_the_template_wants_a_call_before_it() -> None:
     strict = (
-        "{% for m in messages %}{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+        "{% for m in messages %}{% set before = messages[loop.index0 - 1] %}"
+        "{% if m.role == 'tool' and not before.tool_calls %}"
         "{{ raise_exception('a call is missing') }}{% endif %}{% endfor %}" + HERMES
     )
     made, literals = template(strict).render_messages(read_messages(TALK), None, TOOLS)
