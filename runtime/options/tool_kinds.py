@@ -16,6 +16,7 @@ from lvlm.runtime.options.structure_kinds import loaded_json, writes
 
 LONGEST_TOOLS = 100_000  # characters of JSON
 MOST_TOOLS = 128
+DEEPEST = 60  # values within one another, in tools and calls
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -28,6 +29,22 @@ def read_tools(text: object) -> list[dict[str, Any]]:
     return list(json.loads(text)) if isinstance(text, ToolsText) else []
 
 
+def too_deep(value: object) -> bool:
+    """Whether values of JSON lie deeper within one another than tools and calls may have them."""
+    within = [value]
+    for _ in range(DEEPEST):
+        inner: list[object] = []
+        for one in within:
+            if isinstance(one, Mapping):
+                inner += one.values()
+            elif isinstance(one, list | tuple):
+                inner += one
+        if not inner:
+            return False
+        within = inner
+    return True
+
+
 def _tools(value: object) -> ToolsText:
     if isinstance(value, ToolsText):
         return value
@@ -37,7 +54,7 @@ def _tools(value: object) -> ToolsText:
         value = loaded_json(value)
     if not isinstance(value, list | tuple):
         raise TypeError
-    if not 0 < len(value) <= MOST_TOOLS or not all(map(_is_tool, value)):
+    if not 0 < len(value) <= MOST_TOOLS or not all(map(_is_tool, value)) or too_deep(value):
         raise ValueError
     if len({tool["function"]["name"] for tool in value}) < len(value):
         raise ValueError

@@ -10,6 +10,7 @@ from typing import Any
 
 from lvlm.core.errors import PromptError, shown
 from lvlm.runtime.options.structure_kinds import loaded_json, writes
+from lvlm.runtime.options.tool_kinds import too_deep
 
 NAMES = re.compile(r"[\w $.-]*")  # keys that no tokenizer takes for a token of its own
 
@@ -54,7 +55,7 @@ def _call(given: object, where: str) -> ToolCall:
     try:
         if isinstance(arguments, str):
             arguments = loaded_json(arguments)
-        if isinstance(arguments, Mapping):
+        if isinstance(arguments, Mapping) and not too_deep(arguments):
             text = json.dumps(dict(arguments), ensure_ascii=False, allow_nan=False)
             if writes(text):
                 return ToolCall(str(name), json.loads(text), number)
@@ -77,12 +78,15 @@ def each_text(value: Any, text: Callable[[str], str]) -> Any:
 
 
 def all_texts(value: Any) -> list[str]:
-    """The texts in a value of JSON, keys too."""
+    """The texts in a value of JSON, of any depth, keys too."""
     found: list[str] = []
-
-    def add(text: str) -> str:
-        found.append(text)
-        return text
-
-    each_text(value, add)
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, str):
+            found.append(one)
+        elif isinstance(one, Mapping):
+            pending += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple):
+            pending += one
     return found

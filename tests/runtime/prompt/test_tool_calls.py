@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,6 +38,13 @@ TALK: list[dict[str, Any]] = [
     {"role": "user", "content": "And?"},
 ]
 TOOLS = [WEATHER, CLOCK]
+
+
+def nested(depth: int) -> dict[str, Any]:
+    made: dict[str, Any] = {"a": 1}
+    for _ in range(depth - 1):
+        made = {"a": made}
+    return made
 
 
 def template(source: str) -> ChatTemplate:
@@ -121,6 +129,8 @@ def test_forms_are_found() -> None:
         ([{"function": {"name": "f", "arguments": "{"}}], "its arguments are '{'; give an object"),
         ([{"function": {"name": "f", "arguments": [1]}}], "its arguments are"),
         ([{"function": {"name": "f"}, "id": 3}], "its id is 3; give text"),
+        ([{"function": {"name": "f", "arguments": nested(60)}}], "its arguments are"),
+        ([{"function": {"name": "f", "arguments": '{"a":' * 500 + "1" + "}" * 500}}], "are"),
     ],
 )
 def test_bad_calls(calls: Any, message: str) -> None:
@@ -141,11 +151,23 @@ def test_bad_calls(calls: Any, message: str) -> None:
         "[",
         [CLOCK | {"x": float("nan")}],
         [CLOCK | {"x": "x" * 100_000}],
+        [CLOCK | nested(59)],
+        [CLOCK | {"x": {"a": np.zeros(2)}}],
     ],
 )
 def test_bad_tools(value: Any) -> None:
     with pytest.raises(ParameterError, match=r"tools is .*; give a list of 1 to 128 tools"):
         GenerationOptions(tools=value)
+
+
+def test_deep_ones_are_taken() -> None:
+    deep = [CLOCK | nested(50)]
+    said = [
+        TALK[1],
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": nested(50)}}]},
+    ]
+    made, literals = template(HERMES).render_messages(read_messages(said), None, deep)
+    assert literals.show(made).count('{"a": ') == 99
 
 
 def test_tools_are_kept_as_json() -> None:

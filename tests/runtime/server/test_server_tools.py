@@ -168,6 +168,13 @@ def changed(**function: Any) -> dict[str, Any]:
     return {"type": "function", "function": CLOCK["function"] | function}  # type: ignore[operator]
 
 
+def deep(depth: int) -> list[Any]:
+    made: Any = "x"
+    for _ in range(depth):
+        made = {"type": "function", "function": {"name": "clock", "arguments": made}}
+    return [made]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -198,6 +205,9 @@ def changed(**function: Any) -> dict[str, Any]:
         ),
         ({"tools": [changed(description="x" * 100_001)]}, "tools is "),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "call 1"),
+        ({"messages": [{"role": "assistant", "tool_calls": deep(400)}]}, "call 1"),
+        ({"tools": [CLOCK, deep(400)[0]]}, "tools is "),
+        ({"tools": [CLOCK], "tool_choice": deep(400)}, "tool_choice is none of"),
     ],
 )
 def test_mistakes(tooled: Running, given: dict[str, Any], message: str) -> None:
