@@ -19,7 +19,13 @@ from lvlm.runtime.server.fields import (
     Structured,
 )
 from lvlm.runtime.server.refusals import Refusal
-from lvlm.runtime.server.tools import AskedTools, ToolSkill, add_tools
+from lvlm.runtime.server.tools import (
+    AskedTools,
+    ToolSkill,
+    add_tools,
+    called_before,
+    of_responses,
+)
 
 Read = Callable[[str], Awaitable[bytes]]  # of the URL of a picture or a video
 
@@ -99,14 +105,8 @@ def of_completion(body: CompletionFields, usual: Usual) -> list[Wanted]:
     return [Wanted(prompt, options, body.timeout) for prompt in prompts]
 
 
-async def of_response(body: ResponseFields, read: Read, usual: Usual) -> Wanted:
+async def of_response(body: ResponseFields, read: Read, usual: Usual, skill: ToolSkill) -> Wanted:
     """Of POST /v1/responses."""
-    if body.tools and body.tool_choice != "none":
-        raise Refusal(
-            400,
-            "tools are taken by /v1/chat/completions; ask that, or leave them out",
-            param="tools",
-        )
     if body.previous_response_id is not None:
         raise Refusal(
             400,
@@ -120,10 +120,13 @@ async def of_response(body: ResponseFields, read: Read, usual: Usual) -> Wanted:
         form = body.text.format
         _shape(given, form.type, form.schema_, "text.format")
     said = body.input
-    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    messages = [{"role": "user", "content": said}] if isinstance(said, str) else called_before(said)
     if body.instructions is not None:
         messages = [{"role": "system", "content": body.instructions}, *messages]
-    return Wanted(await _messages(messages, read, usual), _made(given), body.timeout)
+    asked = of_responses(body.tools, body.tool_choice)
+    tools = add_tools(given, *asked, body.parallel_tool_calls, skill)
+    options = _made(given)
+    return Wanted(await _messages(messages, read, usual), options, body.timeout, tools)
 
 
 def _options(body: Sampled, most: int | None, name: str, usual: Usual) -> dict[str, Any]:

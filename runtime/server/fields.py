@@ -142,5 +142,6 @@ class ResponseFields(Sampled):
     text: ResponseText | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
     background: bool | None = None

@@ -119,6 +119,43 @@ def add_tools(
     return asked
 
 
+def of_responses(tools: Sequence[Any] | None, choice: object) -> tuple[object, object]:
+    """``tools`` and ``tool_choice`` of /v1/responses as those of chat completions, where a
+    function's fields are in an object of their own."""
+
+    def inner(one: object) -> object:
+        if not isinstance(one, Mapping) or one.get("type") != "function" or "function" in one:
+            return one
+        fields = {key: value for key, value in one.items() if key not in ("type", "strict")}
+        return {"type": "function", "function": fields}
+
+    return tools and [inner(one) for one in tools], inner(choice)
+
+
+def called_before(items: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Items of /v1/responses' input, with calls and their outputs as messages: calls that follow
+    an assistant's message, or one another, belong to one message."""
+    made: list[Any] = []
+    for one in items:
+        kind = one.get("type")
+        if kind == "function_call":
+            function = {"name": one.get("name"), "arguments": one.get("arguments")}
+            call = {"id": one.get("call_id"), "type": "function", "function": function}
+            if made and made[-1].get("role") == "assistant":
+                before = made.pop()
+            else:
+                before = {"role": "assistant", "content": None}
+            calls = before.get("tool_calls")
+            earlier = calls if isinstance(calls, list) else []
+            made.append({**before, "tool_calls": [*earlier, call]})
+        elif kind == "function_call_output":
+            answer = {"role": "tool", "content": one.get("output")}
+            made.append(answer | {"tool_call_id": one.get("call_id")})
+        else:
+            made.append(one)
+    return made
+
+
 def by_its_name(error: ParameterError, asked: AskedTools | None) -> ParameterError:
     """A mistake in parameters of tools, told as theirs: the grammar is not the client's."""
     message = str(error)

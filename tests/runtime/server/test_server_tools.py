@@ -133,6 +133,43 @@ def test_the_next_turn_has_the_call_and_its_answer(tooled: Running, asks: openai
     assert answer.usage.prompt_tokens == alone.stats.prompt_tokens
 
 
+FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]  # type: ignore[dict-item]
+
+
+def test_responses_call_tools(asks: openai.OpenAI) -> None:
+    given: Any = {"model": "tiny", "input": "Rome?", "tools": FLAT, "max_output_tokens": 200}
+    given["extra_body"] = {"structured_outputs": {"choice": [f"I look.\n{SAID}\n{SAID}\nDone."]}}
+    answer = asks.responses.create(**given)
+    assert [item.type for item in answer.output] == ["message", *["function_call"] * 2, "message"]
+    assert answer.status == "completed"
+    assert answer.output_text == "I look.\nDone."
+    call: Any = answer.output[1]
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", json.loads(ARGUMENTS))
+    with asks.responses.stream(**given) as stream:
+        kinds = [event.type for event in stream]
+        streamed = stream.get_final_response()
+    assert kinds.count("response.output_item.done") == 4
+    assert kinds.count("response.function_call_arguments.done") == 2
+    assert streamed.output_text == answer.output_text
+    other: Any = streamed.output[1]
+    assert (other.name, other.arguments) == (call.name, call.arguments)
+    talk: Any = [
+        {"role": "user", "content": "Rome?"},
+        *(item.model_dump(exclude_none=True) for item in answer.output[:3]),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "rain"},
+        {
+            "type": "function_call_output",
+            "call_id": "x",
+            "output": [{"type": "input_text", "text": "sun"}],
+        },
+    ]
+    given |= {"input": talk, "max_output_tokens": 2, "extra_body": {}}
+    assert asks.responses.create(**given).usage.input_tokens > answer.usage.input_tokens  # type: ignore[union-attr]
+    given |= {"tool_choice": {"type": "function", "name": "clock"}, "max_output_tokens": 90}
+    (called,) = asks.responses.create(**given).output
+    assert (called.type, called.name, called.arguments) == ("function_call", "clock", "{}")  # type: ignore[union-attr]
+
+
 def test_no_tools_where_none_are_wanted(asks: openai.OpenAI) -> None:
     given: Any = body(tools=TOOLS, tool_choice="none") | said(SAID)
     (choice,) = asks.chat.completions.create(**given).choices
