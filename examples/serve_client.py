@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openai import OpenAI
+try:
+    from openai import OpenAI
+except ImportError:
+    raise SystemExit("OpenAI's client is missing: pip install openai") from None
 
 
 @contextmanager
