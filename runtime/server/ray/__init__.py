@@ -1,0 +1,26 @@
+"""``lvlm.runtime.server.ray:app``: replicas of an engine behind one address, by Ray Serve.
+
+Each replica has an engine and the whole application of lvlm-serve; the ingress checks who asks,
+chooses the replica and hands its ASGI messages on. Only files that begin with ``import ray`` or
+``from ray`` know Ray: ``deployments`` and ``by_picture``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lvlm.core.installing import install, require
+
+
+def app(given: Mapping[str, Any]) -> Any:
+    """The application for ``serve run`` and ``serve deploy``, by ``Arguments`` (arguments.py).
+
+    Raises ParameterError, and BackendError where Ray is not installed.
+    """
+    for module in ("ray.serve", "prometheus_client"):
+        require(module, install("ray"))
+    from lvlm.runtime.server.ray.arguments import read_arguments
+    from lvlm.runtime.server.ray.deployments import application
+
+    return application(read_arguments(given))
