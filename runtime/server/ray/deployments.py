@@ -79,13 +79,15 @@ class Replica:
             raise BackendError(f"{given.bundle} cannot answer; the replica's log says why")
 
     async def answer(
-        self, scope: Scope, body: bytes, *, key: str, avoid: str
+        self,
+        scope: Scope,
+        body: bytes,
+        **routed: str,  # noqa: ARG002 - for the router
     ) -> AsyncGenerator[list[Message]]:
-        """The messages of the answer to one request; ``key`` and ``avoid`` are the router's.
+        """The messages of the answer to one request.
 
         Raises ReplicaLost where the engine has died.
         """
-        del key, avoid
         self._check()
         async with aclosing(messages(self._app, scope, body)) as batches:
             async for batch in batches:
@@ -133,23 +135,20 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
-    async def _ask(
-        self, scope: Scope, body: bytes, key: str, avoid: str
-    ) -> AsyncGenerator[list[Message]]:
-        response, ended = self._answer.remote(scope, body, key=key, avoid=avoid), False
+    async def _ask(self, scope: Scope, body: bytes, **routed: str) -> AsyncGenerator[list[Message]]:
+        response = self._answer.remote(scope, body, **routed)
         try:
             async for batch in response:
                 yield batch
-            ended = True
+        except (GeneratorExit, asyncio.CancelledError):
+            response.cancel()
+            raise
         except LOST as error:
             raise ReplicaLost from error
         except BackPressureError:
             raise Refusal(429, "too many requests wait already", code="queue_full") from None
         except DeploymentUnavailableError:
             raise Refusal(503, "there are no replicas; ask again later") from None
-        finally:
-            if not ended:
-                response.cancel()
 
     async def _ready(self) -> bool:
         """Whether any replica takes requests."""
@@ -190,7 +189,7 @@ def application(given: Arguments) -> Any:
         Replica,
         name="Engine",
         max_ongoing_requests=given.most_ongoing,
-        max_queued_requests=given.queue,
+        max_queued_requests=given.most_ongoing,  # while there is no replica
         health_check_period_s=CHECK_SECONDS,
         graceful_shutdown_timeout_s=given.drain + BEHIND_DRAIN,
         graceful_shutdown_wait_loop_s=0.5,

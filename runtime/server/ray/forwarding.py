@@ -32,11 +32,13 @@ class ReplicaLost(Exception):  # noqa: N818 - of a replica, not of a request
 
 
 class Call(Protocol):
-    """Asks a replica. Raises ReplicaLost where it goes, before or in the middle of its answer, and
-    Refusal."""
+    """Asks a replica. ``routed``: ``key``, and the replica to ``avoid``, for whoever chooses it.
+
+    Raises ReplicaLost where it goes, before or in the middle of its answer, and Refusal.
+    """
 
     def __call__(
-        self, scope: Scope, body: bytes, key: str, avoid: str
+        self, scope: Scope, body: bytes, **routed: str
     ) -> AsyncGenerator[list[Message]]: ...
 
 
@@ -69,7 +71,7 @@ class Forward:
         avoid = ""
         for _ in range(TRIES):
             try:
-                async with aclosing(self._call(asked, body, key, avoid)) as batches:
+                async with aclosing(self._call(asked, body, key=key, avoid=avoid)) as batches:
                     async for batch in batches:
                         for message in batch:
                             began = began or message
