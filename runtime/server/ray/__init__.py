@@ -1,8 +1,8 @@
 """``lvlm.runtime.server.ray:app``: replicas of an engine behind one address, by Ray Serve.
 
 Each replica has an engine and the whole application of lvlm-serve; the ingress checks who asks,
-chooses the replica and hands its ASGI messages on. Only files that begin with ``import ray`` or
-``from ray`` know Ray: ``deployments`` and ``by_picture``.
+chooses the replica and hands its ASGI messages on. Only ``deployments``, ``by_picture`` and
+``mistakes`` know Ray or its command line.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lvlm.core.errors import ParameterError
 from lvlm.core.installing import install, require
 
 
@@ -22,5 +23,9 @@ def app(given: Mapping[str, Any]) -> Any:
         require(module, install("ray"))
     from lvlm.runtime.server.ray.arguments import read_arguments
     from lvlm.runtime.server.ray.deployments import application
+    from lvlm.runtime.server.ray.mistakes import Mistake
 
-    return application(read_arguments(given))
+    try:
+        return application(read_arguments(given))
+    except ParameterError as error:
+        raise Mistake(str(error)) from None

@@ -17,15 +17,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from server_tools import LONG, QUESTION, SAMPLES, Running, asking
+from server_tools import LONG, QUESTION, SAMPLES, asking
 
 pytest.importorskip("ray.serve", reason="the extra ray is not installed")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is told to anybody
 
-import ray  # noqa: E402
-from ray import serve  # noqa: E402
+import ray
+from ray import serve
 
-from lvlm.runtime.server.ray import app, deployments  # noqa: E402
+from lvlm.runtime.server.ray import app, deployments
 
 pytestmark = pytest.mark.slow
 CHAT = "/v1/chat/completions"
