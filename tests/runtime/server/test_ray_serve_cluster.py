@@ -39,6 +39,7 @@ RUNNING, WAITING = "vllm:num_requests_running", "vllm:num_requests_waiting"
 def cluster() -> Iterator[str]:
     """Ray on this machine, and the address of its proxy."""
     ray.init(
+        address="local",
         num_cpus=4,  # not of the machine: what replicas ask for
         include_dashboard=False,
         object_store_memory=128 << 20,
@@ -57,7 +58,7 @@ def cluster() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def url(cluster: str, folder: Path) -> str:
-    given = {"bundle": str(folder), "name": "tiny", "replicas": 2, "slots": 3, "drain": 5}
+    given = {"bundle": str(folder), "name": "tiny", "replicas": 2, "slots": 3, "drain": 60}
     serve.run(app(given), name=NAME)
     return cluster
 
@@ -207,6 +208,22 @@ def test_a_replica_that_is_killed_takes_no_other_request_with_it(
     assert before[killed] > 0
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(one, bodies)) == expected
+
+
+def test_a_replica_that_is_stopped_finishes_what_it_began(
+    url: str, asked: openai.OpenAI, client: openai.OpenAI, folder: Path
+) -> None:
+    """As others take its place, with other arguments."""
+    body = {"messages": asking("Long?"), "max_tokens": 600, "extra_body": {"ignore_eos": True}}
+    expected, before = text(client, **body), metrics(url).keys()
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(text, asked, **body, stream=n % 2 == 0) for n in range(4)]
+        until(lambda: busy(url).total() == 4, 30)
+        given = {"bundle": str(folder), "name": "tiny", "replicas": 2, "slots": 4, "drain": 60}
+        serve.run(app(given), name=NAME)
+        assert [answer.result() for answer in answers] == [expected] * 4
+    until(lambda: len(metrics(url).keys() - before) == 2 and not before & metrics(url).keys())
+    assert text(asked, **body) == expected
 
 
 def test_a_queue_that_is_full_and_a_route_of_its_own(cluster: str, folder: Path) -> None:
