@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lvlm.core.errors import ParameterError
+from lvlm.core.errors import LvlmError
 from lvlm.core.installing import install, require
 
 
 def app(given: Mapping[str, Any]) -> Any:
     """The application for ``serve run`` and ``serve deploy``, by ``Arguments`` (arguments.py).
 
-    Raises ParameterError, and BackendError where Ray is not installed.
+    Raises Mistake, which Ray shows in one line, and BackendError where Ray is not installed.
     """
     for module in ("ray.serve", "prometheus_client"):
         require(module, install("ray"))
@@ -27,5 +27,5 @@ def app(given: Mapping[str, Any]) -> Any:
 
     try:
         return application(read_arguments(given))
-    except ParameterError as error:
+    except LvlmError as error:
         raise Mistake(str(error)) from None

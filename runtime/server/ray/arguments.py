@@ -13,6 +13,7 @@ from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError, shown
 from lvlm.core.integrity import Verify
 
+ENGINE, INGRESS = "Engine", "Ingress"  # the deployments, as files of configuration name them
 ROOM = 16  # requests of a replica besides those that its queue and slots take: lists, pages, probes
 
 
@@ -27,7 +28,7 @@ class Arguments(BaseModel):
     """Arguments of the application; those that lvlm-serve has, too, mean the same.
 
     Args:
-        bundle: a folder made by lvlm-export, at the same place on every node; absolute in files.
+        bundle: a folder made by lvlm-export, at the same place on every node.
         name: what clients call the model by; None: the folder's name.
         replicas: of the engine; with max_replicas the fewest.
         max_replicas: more are started as requests come, up to so many; None: no autoscaling.
@@ -100,6 +101,8 @@ def read_arguments(given: Mapping[str, Any]) -> Arguments:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise ParameterError(f"{place} is {shown(first['input'])}: {first['msg']}") from None
+    if made.replicas == 0 and made.max_replicas is None:
+        raise ParameterError("replicas is 0: nothing would answer; give max_replicas, too")
     if made.max_replicas is not None and made.max_replicas < made.replicas:
         raise ParameterError(
             f"max_replicas is {made.max_replicas}, below replicas, {made.replicas}; give more"

@@ -15,13 +15,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.types import Message, Scope
 
 from lvlm.core.errors import BackendError, EngineClosedError, QueueFullError
+from lvlm.runtime.bundle.reader import bundle_path, read_bundle
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.engine.aio import AsyncEngine
-from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.server.app import Limits, make_app
 from lvlm.runtime.server.media.media_reader import MediaReader
 from lvlm.runtime.server.media.media_rules import MediaRules
-from lvlm.runtime.server.ray.arguments import Arguments
+from lvlm.runtime.server.ray.arguments import ENGINE, INGRESS, Arguments
 from lvlm.runtime.server.ray.asgi_calls import messages
 from lvlm.runtime.server.ray.by_picture import ByPicture
 from lvlm.runtime.server.ray.forwarding import Forward, ReplicaLost
@@ -46,16 +46,9 @@ class Replica:
     async def __init__(self, given: Arguments) -> None:  # type: ignore[misc]  # Ray awaits it
         set_logging(given.log_level)
         self._id = serve.get_replica_context().replica_id.unique_id
-        rules = MediaRules(
-            tuple(given.allow_media_domain),
-            tuple(given.allow_media_path),
-            given.media_bytes,
-            given.media_seconds,
-        )
-        reader = MediaReader(rules)
+        reader = media_reader(given)
         usual: dict[str, Any] = {"max_image_pixels": given.media_pixels}
         usual |= {} if given.defaults is None else {"defaults": given.defaults}
-        GenerationOptions(**usual)  # a mistake shows here
         self._engine = Engine(
             given.bundle,
             device=given.device,
@@ -168,8 +161,20 @@ class Ingress:
         return dict(one for one in told if isinstance(one, tuple))
 
 
+def media_reader(given: Arguments) -> MediaReader:
+    """Raises ParameterError."""
+    domains, folders = tuple(given.allow_media_domain), tuple(given.allow_media_path)
+    return MediaReader(MediaRules(domains, folders, given.media_bytes, given.media_seconds))
+
+
 def application(given: Arguments) -> Any:
-    """Both, bound together, as Ray runs them."""
+    """Both, bound together, as Ray runs them.
+
+    Raises ParameterError and BundleError for what every replica would find.
+    """
+    read_bundle(bundle_path(given.bundle), "none")
+    read_keys(given.api_key, "api_key")
+    media_reader(given)
     scaled: dict[str, Any] = {"num_replicas": given.replicas}
     if given.max_replicas is not None:
         scaled = {
@@ -187,7 +192,7 @@ def application(given: Arguments) -> Any:
         )
     engine = serve.deployment(
         Replica,
-        name="Engine",
+        name=ENGINE,
         max_ongoing_requests=given.most_ongoing,
         max_queued_requests=given.most_ongoing,  # while there is no replica
         health_check_period_s=CHECK_SECONDS,
@@ -199,9 +204,10 @@ def application(given: Arguments) -> Any:
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),
-        name="Ingress",
+        name=INGRESS,
         max_ongoing_requests=MOST_AT_INGRESS,
-        graceful_shutdown_timeout_s=given.drain + BEHIND_DRAIN,
+        # Where both are stopped it tells, or asks again, what replicas did not finish
+        graceful_shutdown_timeout_s=2 * (given.drain + BEHIND_DRAIN),
         graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": 0},
         logging_config=LOGS,

@@ -1,4 +1,4 @@
-"""Mistakes in arguments, as Ray's command line shows them: in one line."""
+"""Mistakes in arguments and in what they name, as Ray's command line shows them: in one line."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ import ray
 from ray import serve
 
 from lvlm.runtime.server.ray import app, deployments
+from lvlm.runtime.server.ray.arguments import ENGINE
+from lvlm.runtime.server.ray.mistakes import Mistake
 
 pytestmark = pytest.mark.slow
 CHAT = "/v1/chat/completions"
@@ -96,6 +98,24 @@ def text(client: openai.OpenAI, **body: Any) -> str:
     if body.get("stream"):
         return "".join(c.choices[0].delta.content or "" for c in answer if c.choices)
     return str(answer.choices[0].message.content)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"replica": 2}, "did you mean replicas"),
+        ({"bundle": "nowhere"}, "nowhere does not exist"),
+        ({"api_key": "@missing"}, "api_key @missing: No such file"),
+        ({"allow_media_domain": "*"}, "the media domain '*'"),
+    ],
+)
+def test_mistakes_show_before_anything_is_started(
+    given: dict[str, Any], says: str, folder: Path
+) -> None:
+    with pytest.raises(Mistake) as error:
+        app({"bundle": str(folder)} | given)
+    assert says in error.value.format_message()
+    assert len(error.value.format_message().splitlines()) == 1
 
 
 def test_answers_are_those_of_a_lone_engine(asked: openai.OpenAI, client: openai.OpenAI) -> None:
@@ -214,7 +234,7 @@ def test_a_replica_that_is_stopped_finishes_what_it_began(
     url: str, asked: openai.OpenAI, client: openai.OpenAI, folder: Path
 ) -> None:
     """As others take its place, with other arguments."""
-    body = {"messages": asking("Long?"), "max_tokens": 600, "extra_body": {"ignore_eos": True}}
+    body = {"messages": asking("Long?"), "max_tokens": 1500, "extra_body": {"ignore_eos": True}}
     expected, before = text(client, **body), metrics(url).keys()
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(text, asked, **body, stream=n % 2 == 0) for n in range(4)]
@@ -250,9 +270,10 @@ def test_a_queue_that_is_full_and_a_route_of_its_own(cluster: str, folder: Path)
 class Mortal(deployments.Replica):
     """A replica whose engine can be ended."""
 
-    async def die(self) -> None:
-        """As it does where a backend fails beyond one request."""
+    async def die(self) -> str:
+        """As it does where a backend fails beyond one request. The replica's id."""
         self._engine.close()
+        return self._id
 
 
 def test_a_replica_whose_engine_died_is_replaced(
@@ -260,13 +281,19 @@ def test_a_replica_whose_engine_died_is_replaced(
 ) -> None:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     monkeypatch.setattr(deployments, "Replica", Mortal)
-    serve.run(app({"bundle": str(folder)}), name=f"{NAME}mortal", route_prefix="/mortal")
-    url = f"{cluster}/mortal"
-    (first,) = metrics(url)
-    handle = serve.get_deployment_handle("Engine", app_name=f"{NAME}mortal")
-    handle.die.remote().result()
-    answer = httpx.post(url + CHAT, json={"messages": asking()}, timeout=30)
+    name, url = f"{NAME}mortal", f"{cluster}/mortal"
+    serve.run(app({"bundle": str(folder), "replicas": 2}), name=name, route_prefix="/mortal")
+    handle = serve.get_deployment_handle(ENGINE, app_name=name)
+
+    def ask(number: int) -> httpx.Response:
+        body = {"messages": asking(f"Tell {number}."), "max_tokens": 3}
+        return httpx.post(url + CHAT, json=body, timeout=60)
+
+    first = handle.die.remote().result()
+    answers = [ask(number).status_code for number in range(8)]  # half of them were its own
+    assert answers == [200] * 8
+    until(lambda: len(metrics(url)) == 2 and first not in metrics(url))
+    handle.broadcast("die").results()  # both
+    answer = ask(0)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "replica_lost")
-    until(lambda: metrics(url).keys() not in ({first}, set()))
-    assert httpx.post(url + CHAT, json={"messages": asking()}, timeout=60).status_code == 200
     serve.delete(f"{NAME}mortal")
