@@ -107,7 +107,7 @@ class Replica:
             raise ReplicaLost(self._id) from None
 
     async def __del__(self) -> None:
-        """Close. Ray calls it when all that was begun is answered, or ``drain`` is over."""
+        """Close. Ray calls it when all that was begun is answered."""
         service = getattr(self, "_service", None)
         if service is not None:
             service.draining = True
@@ -123,7 +123,8 @@ class Ingress:
         self._answer = replicas.options(method_name="answer", stream=True)
         keys = read_keys(given.api_key, "api_key")
         limits = Limits(keys, given.body_bytes, given.body_seconds, given.allow_origin)
-        self._app = make_ingress(Forward(self._ask), self._ready, self._metrics, limits)
+        name = f"ingress-{serve.get_replica_context().replica_id.unique_id}"
+        self._app = make_ingress(Forward(self._ask), self._ready, self._metrics, limits, name)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
@@ -152,7 +153,7 @@ class Ingress:
             return False
 
     async def _metrics(self) -> dict[str, Sequence[Metric]]:
-        """Of all replicas that answer in time."""
+        """Of all replicas; none where one does not answer in time."""
         try:
             asked = self._replicas.broadcast("metrics")
             told = await asked.results_async(timeout_s=METRICS_SECONDS, return_exceptions=True)

@@ -18,17 +18,16 @@ from lvlm.runtime.server.metrics import CONTENT_TYPE, Metrics
 from lvlm.runtime.server.ray.gathered import text
 from lvlm.runtime.server.refusals import RETRY_AFTER
 
-NAME = "ingress"  # as a replica's, in the metrics
-
 
 def make_ingress(
     forward: ASGIApp,
     ready: Callable[[], Awaitable[bool]],
     metrics: Callable[[], Awaitable[Mapping[str, Sequence[Metric]]]],
     limits: Limits,
+    name: str,
 ) -> ASGIApp:
     """``forward`` behind keys and limits. ``ready``: whether any replica takes requests;
-    ``metrics``: those of replicas, by their ids."""
+    ``metrics``: those of replicas, by their ids; ``name``: its own among them."""
     own = Metrics({})
 
     async def health(_: Request) -> Response:
@@ -40,7 +39,7 @@ def make_ingress(
         return JSONResponse({"status": "starting"}, 503, {"Retry-After": str(RETRY_AFTER)})
 
     async def all_metrics(_: Request) -> Response:
-        told = {**await metrics(), NAME: own.families()}
+        told = {**await metrics(), name: own.families()}
         return Response(text(told), media_type=CONTENT_TYPE)
 
     routes = [Route("/health", health), Route("/ready", is_ready), Route("/metrics", all_metrics)]

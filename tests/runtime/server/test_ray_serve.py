@@ -111,7 +111,7 @@ def ingress(
     ready: Callable[[], Awaitable[bool]] = yes,
     metrics: Any = nothing,
 ) -> ASGIApp:
-    return make_ingress(Forward(call), ready, metrics, limits or Limits())
+    return make_ingress(Forward(call), ready, metrics, limits or Limits(), "ingress")
 
 
 def ask(asgi: ASGIApp, method: str, path: str, **given: Any) -> httpx.Response:
