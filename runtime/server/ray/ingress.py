@@ -72,6 +72,9 @@ def _behind_ray(app: ASGIApp) -> ASGIApp:
                 del MutableHeaders(scope=message)["X-Request-Id"]
             await send(message)
 
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+            return
         if scope["type"] != "http":
             await app(scope, receive, send)
             return

@@ -29,6 +29,17 @@ def test_questions_about_a_picture_have_its_key() -> None:
     assert key({"input": spoken}, "/v1/responses") == first
 
 
+def test_a_text_that_looks_like_a_picture_is_none() -> None:
+    text = asking('Is {"image_url": {"url": "data:image/png;base64,AA"}} a picture?')
+    assert key({"messages": text}).startswith("text:")
+
+
+def test_large_bodies_are_not_read() -> None:
+    assert key({"messages": asking("Why? " * 100_000)}) == ""
+    long = key({"messages": asking("Why? " * 100_000, SAMPLES[0])})
+    assert long == key({"messages": asking("Why?", SAMPLES[0])})
+
+
 def test_a_conversation_keeps_its_key() -> None:
     first = key({"messages": asking("Why?")})
     assert first.startswith("text:")

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
-import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 from prometheus_client.core import Metric
 from server_tools import QUESTION, SAMPLES, Running, asking
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lvlm.core.errors import BackendError, ParameterError
 from lvlm.runtime.server.app import Limits, make_app
 from lvlm.runtime.server.metrics import Metrics
-from lvlm.runtime.server.ray import app
-from lvlm.runtime.server.ray.arguments import ENGINE, INGRESS, Arguments, read_arguments
 from lvlm.runtime.server.ray.asgi_calls import messages
 from lvlm.runtime.server.ray.forwarding import Forward, ReplicaLost
 from lvlm.runtime.server.ray.gathered import text
 from lvlm.runtime.server.ray.ingress import make_ingress
 
-ROOT = Path(__file__).parents[3]
 CHAT = "/v1/chat/completions"
 START = {"type": "http.response.start", "status": 200}
 STREAM = START | {"headers": [(b"content-type", b"text/event-stream; charset=utf-8")]}
@@ -215,6 +207,22 @@ def test_paths_are_those_below_the_route_of_the_application() -> None:
     assert (replicas.scopes[0]["path"], replicas.scopes[0]["root_path"]) == ("/v1/models", "")
 
 
+def test_nobody_is_talked_to_by_another_protocol() -> None:
+    said: list[Message] = []
+
+    async def connect() -> None:
+        async def receive() -> Message:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Message) -> None:
+            said.append(message)
+
+        await ingress(Replicas())({"type": "websocket", "path": CHAT}, receive, send)
+
+    asyncio.run(connect())
+    assert said == [{"type": "websocket.close"}]
+
+
 def test_metrics_of_replicas_are_told_apart() -> None:
     made = {name: Metrics({}) for name in ("a", "b")}
     made["a"].refused("tiny", 429)
@@ -245,54 +253,3 @@ def test_answers_are_those_of_the_server(server: Running) -> None:
     streamed = ask(asgi, "POST", CHAT, json=asked | {"stream": True}).text
     assert streamed.endswith("data: [DONE]\n\n")
     assert ask(asgi, "GET", "/page/app.js").status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        ({}, "bundle is missing"),
-        ({"bundle": "x", "replica": "2"}, "did you mean replicas"),
-        ({"bundle": "x", "replicas": "two"}, "replicas is 'two'"),
-        ({"bundle": "x", "slots": "0"}, "slots is '0'"),
-        ({"bundle": "x", "replicas": "3", "max_replicas": "2"}, "max_replicas is 2"),
-        ({"bundle": "x", "replicas": "0"}, "replicas is 0"),
-        ({"bundle": "x", "routing": "chance"}, "routing is 'chance'"),
-    ],
-)
-def test_mistakes_in_arguments(given: dict[str, str], says: str) -> None:
-    with pytest.raises(ParameterError, match=says) as error:
-        read_arguments(given)
-    assert len(str(error.value).splitlines()) == 1
-
-
-def test_arguments_from_a_command_line() -> None:
-    made = read_arguments({"bundle": "a/tiny", "slots": "2", "api_key": "@keys", "keep": "0.5"})
-    assert (made.served_name, made.slots, made.api_key, made.keep) == ("tiny", 2, ["@keys"], 0.5)
-    assert made.most_ongoing > made.slots + made.queue
-
-
-def test_without_ray_the_application_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(BackendError, match=r"\[ray\]"):
-        app({"bundle": "x"})
-
-
-def test_the_example_of_a_configuration_names_what_there_is() -> None:
-    file = yaml.safe_load((ROOT / "examples/serving/ray.yaml").read_text())
-    (application,) = file["applications"]
-    module, _, name = application["import_path"].partition(":")
-    assert getattr(importlib.import_module(module), name) is app
-    given = read_arguments(application["args"])
-    by_name = {one["name"]: one for one in application["deployments"]}
-    assert by_name.keys() == {ENGINE, INGRESS}
-    scaling = by_name[ENGINE]["autoscaling_config"]
-    assert scaling["target_ongoing_requests"] == given.most_slots
-    assert (scaling["min_replicas"], scaling["max_replicas"]) == (
-        given.replicas,
-        given.max_replicas,
-    )
-
-
-def test_the_page_has_every_argument() -> None:
-    page = (ROOT / "docs/ray.md").read_text()
-    assert [name for name in Arguments.model_fields if f"`{name}" not in page] == []
