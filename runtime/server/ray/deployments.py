@@ -140,7 +140,9 @@ class Ingress:
         except LOST as error:
             raise ReplicaLost from error
         except BackPressureError:
-            raise Refusal(429, "too many requests wait already; ask later", code="queue_full") from None
+            raise Refusal(
+                429, "too many requests wait already; ask later", code="queue_full"
+            ) from None
         except DeploymentUnavailableError:
             raise Refusal(503, "there are no replicas; ask again later") from None
 
