@@ -32,6 +32,10 @@ BELOW = {
 RUNTIME_NEEDS = {"numpy", "PIL", "tokenizers", "jinja2"}
 # Of lvlm-serve alone, which asks for them before it imports what is in there
 SERVER_NEEDS = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}
+# The files that know Ray, which only its own processes import
+RAY_FILES = {
+    f"lvlm.runtime.server.ray.{name}" for name in ("by_picture", "deployments", "mistakes")
+}
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "sklearn")
 
 
@@ -127,6 +131,7 @@ def test_runtime_needs_few_packages() -> None:
         if package_of(name) in ("lvlm.core", "lvlm.runtime"):
             others = {m.partition(".")[0] for m in imports(path)} - set(sys.stdlib_module_names)
             served = SERVER_NEEDS if room_of(name) == "lvlm.runtime.server" else set()
+            served = served | {"ray", "click"} if name in RAY_FILES else served
             assert others <= RUNTIME_NEEDS | served | {"lvlm"}, name
 
 
@@ -151,7 +156,7 @@ def test_importing_all_of_the_runtime_loads_nothing_heavy() -> None:
 import importlib, pkgutil, sys
 import lvlm.runtime
 for module in pkgutil.walk_packages(lvlm.runtime.__path__, "lvlm.runtime."):
-    if not module.name.startswith("lvlm.runtime.backends."):
+    if not module.name.startswith("lvlm.runtime.backends.") and module.name not in {RAY_FILES!r}:
         importlib.import_module(module.name)
 assert "lvlm.runtime.model" in sys.modules
 wrong = {{*{HEAVY!r}, "onnxruntime", "lvlm.export", "lvlm.calibration"}}

@@ -108,6 +108,10 @@ class Metrics:
         """Note a request without an answer."""
         self._refused.labels(model, str(status)).inc()
 
+    def families(self) -> list[Metric]:
+        """As they are now, for another process to tell."""
+        return list(self._registry.collect())
+
     def text(self) -> bytes:
         """As Prometheus reads it."""
         made: Any = generate_latest(self._registry)

@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     for module in NEEDED:
         require(module, install("serve"))
-    keys = [key for given in args.api_key for key in _keys(given)]
+    keys = read_keys(args.api_key, "--api-key")
     if (args.certificate is None) != (args.certificate_key is None):
         raise ParameterError("--certificate and --certificate-key belong together; give both")
     for name in POSITIVE:
@@ -224,8 +224,13 @@ def _names(bundles: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _keys(given: str) -> list[str]:
-    """The key, or those of a file: one on each line. Raises ParameterError."""
+def read_keys(given: Sequence[str], where: str) -> list[str]:
+    """Keys as they are, or those of an @FILE: one on each line. Raises ParameterError, which names
+    ``where`` they were given."""
+    return [key for one in given for key in _keys(one, where)]
+
+
+def _keys(given: str, where: str) -> list[str]:
     keys: Any = [given]
     if given.startswith("@"):
         try:
@@ -233,7 +238,7 @@ def _keys(given: str) -> list[str]:
                 keys = file.read(LONGEST_KEYS).split()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
-            raise ParameterError(f"--api-key {given}: {reason}") from None
+            raise ParameterError(f"{where} {given}: {reason}") from None
     if not keys or not all(key.strip() for key in keys):
-        raise ParameterError("--api-key is empty; give a key, or @FILE with one per line")
+        raise ParameterError(f"{where} is empty; give a key, or @FILE with one per line")
     return list(keys)

@@ -57,7 +57,7 @@ def parsed(words: Sequence[str]) -> Namespace:
 def test_the_folder_has_what_is_looked_at_here() -> None:
     assert sorted(file.name for file in FOLDER.iterdir()) == [
         *("Dockerfile.cpu", "Dockerfile.cuda", "grafana.json", "kubernetes.yaml"),
-        *("lvlm-serve.service", "prometheus.yml"),
+        *("lvlm-serve.service", "prometheus.yml", "ray.yaml"),
     ]
 
 
