@@ -58,6 +58,7 @@ class Arguments(BaseModel):
     keep: float | None = None
     kv_keep: float | None = None
     defaults: Literal["model"] | None = None
+    chat_template: str | None = None
     queue: int = Field(default=256, ge=1)
     image_cache: int | str = "64MB"
     verify: Verify = "sample"
@@ -108,6 +109,6 @@ def read_arguments(given: Mapping[str, Any]) -> Arguments:
             f"max_replicas is {made.max_replicas}, below replicas, {made.replicas}; give more"
         )
     # Replicas may run elsewhere: what is there here is named by its whole path
-    if os.path.exists(made.bundle):
-        return made.model_copy(update={"bundle": os.path.abspath(made.bundle)})
-    return made
+    named = {"bundle": made.bundle, "chat_template": made.chat_template}
+    whole = {n: os.path.abspath(path) for n, path in named.items() if path and os.path.exists(path)}
+    return made.model_copy(update=whole)

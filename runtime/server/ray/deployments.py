@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 from prometheus_client.core import Metric
@@ -18,6 +19,8 @@ from lvlm.core.errors import BackendError, EngineClosedError, QueueFullError
 from lvlm.runtime.bundle.reader import bundle_path, read_bundle
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.engine.aio import AsyncEngine
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.options.option_flags import read_text
 from lvlm.runtime.server.app import Limits, make_app
 from lvlm.runtime.server.media.media_reader import MediaReader
 from lvlm.runtime.server.media.media_rules import MediaRules
@@ -47,8 +50,7 @@ class Replica:
         set_logging(given.log_level)
         self._id = serve.get_replica_context().replica_id.unique_id
         reader = media_reader(given)
-        usual: dict[str, Any] = {"max_image_pixels": given.media_pixels}
-        usual |= {} if given.defaults is None else {"defaults": given.defaults}
+        usual = usual_options(given)
         self._engine = Engine(
             given.bundle,
             device=given.device,
@@ -164,6 +166,16 @@ class Ingress:
         return dict(one for one in told if isinstance(one, tuple))
 
 
+def usual_options(given: Arguments) -> dict[str, Any]:
+    """Options of requests that say nothing. Raises ParameterError."""
+    usual: dict[str, Any] = {"max_image_pixels": given.media_pixels}
+    usual |= {} if given.defaults is None else {"defaults": given.defaults}
+    if given.chat_template is not None:
+        usual["chat_template"] = read_text("chat_template", Path(given.chat_template))
+    GenerationOptions(**usual)  # a mistake shows here
+    return usual
+
+
 def media_reader(given: Arguments) -> MediaReader:
     """Raises ParameterError."""
     domains, folders = tuple(given.allow_media_domain), tuple(given.allow_media_path)
@@ -177,6 +189,7 @@ def application(given: Arguments) -> Any:
     """
     read_bundle(bundle_path(given.bundle), "none")
     read_keys(given.api_key, "api_key")
+    usual_options(given)
     media_reader(given)
     scaled: dict[str, Any] = {"num_replicas": given.replicas}
     if given.max_replicas is not None:
