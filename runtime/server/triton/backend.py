@@ -1,0 +1,134 @@
+"""The model that Triton's Python backend runs: one engine, which all requests share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from lvlm.core.errors import LvlmError
+from lvlm.core.installing import install, require
+from lvlm.runtime.engine.aio import AsyncEngine
+from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.server.refusals import GONE, Refusal, refusal
+from lvlm.runtime.server.triton.python_api import InferenceRequest, PythonApi, Sender
+from lvlm.runtime.server.triton.settings import Settings
+
+LOOK = 0.1  # seconds between two looks at who has cancelled
+LEFT = 2.0  # seconds for the last words to those whose answers were given up
+
+
+class Backend:
+    """What TritonPythonModel hands its calls to.
+
+    Requests are answered on an event loop in a thread of its own: ``execute`` returns at once, and
+    so the engine has as many of them at a time as clients ask.
+    """
+
+    def __init__(self, api: PythonApi, args: Mapping[str, str]) -> None:
+        """``api`` is the module triton_python_backend_utils, ``args`` what initialize is given.
+        Raises TritonModelException."""
+        self._api = api
+        try:
+            self._open(args)
+        except LvlmError as error:
+            raise api.TritonModelException(str(error)) from None
+        self._going: dict[asyncio.Task[None], Sender] = {}
+        self._loop = asyncio.new_event_loop()
+        self._watching = self._loop.create_task(self._watch())
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lvlm-triton")
+        self._thread.start()
+
+    def _open(self, args: Mapping[str, str]) -> None:
+        require("pydantic", install("serve"))
+        from lvlm.runtime.server.asked import Usual
+        from lvlm.runtime.server.triton.reading import Reader
+
+        given = json.loads(args["model_config"])["parameters"]
+        self._settings = Settings.of({name: one["string_value"] for name, one in given.items()})
+        version = Path(args["model_repository"], args["model_version"])
+        usual = self._settings.usual
+        engine = self._settings.open(version / self._settings.bundle)
+        try:
+            options = GenerationOptions(max_new_tokens=1, chat_template=False)
+            engine.generate("Hello", options=options)  # so that the first request finds it warm
+        except LvlmError:
+            engine.close()
+            raise
+        self.engine = AsyncEngine(engine)
+        room = {"max_new_tokens": engine.capacity.max_text_len}
+        self._reader = Reader(
+            self._api, Usual(room | usual, engine.capacity.max_images), self._settings.media_bytes
+        )
+
+    def execute(self, requests: Sequence[InferenceRequest]) -> None:
+        """Begin to answer; responses go to the requests' senders."""
+        for request in requests:
+            answering = self._answer(request, request.get_response_sender())
+            asyncio.run_coroutine_threadsafe(answering, self._loop)
+
+    def close(self) -> None:
+        """Finish what was begun, for as long as the parameter ``drain`` says; tell the others."""
+        asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _answer(self, request: InferenceRequest, sender: Sender) -> None:
+        """One request, whatever becomes of it: its sender gets one last response."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._going[task] = sender
+        try:
+            await self._ask(request, sender)
+        except asyncio.CancelledError:
+            self._refuse(sender, Refusal(GONE, "the request was cancelled"))
+        except Exception as error:
+            refused = refusal(error)
+            if refused.status == 500:
+                self._api.Logger.log_error(traceback.format_exc())
+                refused = Refusal(500, "the model failed to answer; the server's log says why")
+            self._refuse(sender, refused)
+        finally:
+            del self._going[task]
+
+    async def _ask(self, request: InferenceRequest, sender: Sender) -> None:
+        from lvlm.runtime.server.triton.answering import Answer
+
+        engine = self.engine.engine
+        engine.check_room()  # before pictures are read
+        question = await self._reader.read(request)
+        wanted = question.wanted
+        handle = await self.engine.submit(
+            wanted.prompt, question.images, options=wanted.options, timeout=wanted.timeout
+        )
+        handles = [handle.handle, *handle.handle.others]
+        await Answer(self._api, sender, engine.tokenizer, question, handles).send()
+
+    def _refuse(self, sender: Sender, refused: Refusal) -> None:
+        from lvlm.runtime.server.triton.answering import send_error
+
+        send_error(self._api, sender, refused)
+
+    async def _watch(self) -> None:
+        """Cancel the requests whose clients are gone: Triton has to be asked."""
+        while True:
+            await asyncio.sleep(LOOK)
+            for task, sender in list(self._going.items()):
+                if task in self._going and sender.is_cancelled():
+                    task.cancel()
+                await asyncio.sleep(0)  # others go on
+
+    async def _drain(self) -> None:
+        if self._going:
+            await asyncio.wait(list(self._going), timeout=self._settings.drain)
+        await self.engine.close()  # what is left ends with an error that says so
+        if self._going:
+            await asyncio.wait(list(self._going), timeout=LEFT)
+        self._watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._watching
