@@ -15,6 +15,7 @@ from lvlm.core.installing import install, require
 from lvlm.runtime.engine.aio import AsyncEngine
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.server.refusals import GONE, Refusal, refusal
+from lvlm.runtime.server.triton.figures import Figures
 from lvlm.runtime.server.triton.python_api import InferenceRequest, PythonApi, Sender
 from lvlm.runtime.server.triton.settings import Settings
 
@@ -37,6 +38,8 @@ class Backend:
             self._open(args)
         except LvlmError as error:
             raise api.TritonModelException(str(error)) from None
+        labels = {"model_name": args["model_name"], "version": args["model_version"]}
+        self._figures = Figures(api, labels)
         self._going: dict[asyncio.Task[None], Sender] = {}
         self._loop = asyncio.new_event_loop()
         self._watching = self._loop.create_task(self._watch())
@@ -115,13 +118,15 @@ class Backend:
         send_error(self._api, sender, refused)
 
     async def _watch(self) -> None:
-        """Cancel the requests whose clients are gone: Triton has to be asked."""
+        """Cancel the requests whose clients are gone, which Triton has to be asked; keep the
+        metrics up to date."""
         while True:
             await asyncio.sleep(LOOK)
             for task, sender in list(self._going.items()):
                 if task in self._going and sender.is_cancelled():
                     task.cancel()
                 await asyncio.sleep(0)  # others go on
+            self._figures.tell(self.engine.stats())
 
     async def _drain(self) -> None:
         if self._going:

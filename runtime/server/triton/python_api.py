@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,6 +67,27 @@ class Log(Protocol):
     def log_error(self, message: str) -> None: ...
 
 
+class Metric(Protocol):
+    """A metric of one set of labels."""
+
+    def set(self, value: float) -> None: ...
+
+    def increment(self, value: float) -> None: ...
+
+
+class Family(Protocol):
+    """A metric's name and kind."""
+
+    def Metric(self, labels: Mapping[str, str]) -> Metric: ...  # noqa: N802
+
+
+class MakeFamily(Protocol):
+    GAUGE: Any
+    COUNTER: Any
+
+    def __call__(self, name: str, description: str, kind: Any) -> Family: ...
+
+
 class PythonApi(Protocol):
     """The module."""
 
@@ -81,6 +102,9 @@ class PythonApi(Protocol):
 
     @property
     def TritonError(self) -> TritonErrors: ...  # noqa: N802
+
+    @property
+    def MetricFamily(self) -> MakeFamily: ...  # noqa: N802
 
     @property
     def TritonModelException(self) -> type[Exception]: ...  # noqa: N802

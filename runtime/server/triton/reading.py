@@ -82,12 +82,12 @@ class Reader:
         return replace(wanted, options=replace(wanted.options, chat_template=templated))
 
     def _fields(self, request: InferenceRequest) -> dict[str, Any]:
-        """Fields of sampling_parameters, or else the request's own parameters."""
-        given = self._text(request, "sampling_parameters")
-        fields = _json("sampling_parameters", request.parameters() if given is None else given)
-        if not isinstance(fields, dict):
+        """The request's own parameters, and the fields of sampling_parameters."""
+        given = _json("sampling_parameters", self._text(request, "sampling_parameters") or "{}")
+        if not isinstance(given, dict):
             raise Refusal(400, 'sampling_parameters is no object; give {"temperature": 0.5}')
-        return fields
+        fields: dict[str, Any] = json.loads(request.parameters() or "{}")
+        return fields | given
 
     def _values(self, request: InferenceRequest, name: str) -> list[Any]:
         tensor = self._api.get_input_tensor_by_name(request, name)
