@@ -20,7 +20,6 @@ from lvlm.runtime.server.triton.python_api import InferenceRequest, PythonApi, S
 from lvlm.runtime.server.triton.settings import Settings
 
 LOOK = 0.1  # seconds between two looks at who has cancelled
-LEFT = 2.0  # seconds for the last words to those whose answers were given up
 
 
 class Backend:
@@ -52,10 +51,10 @@ class Backend:
         from lvlm.runtime.server.triton.reading import Reader
 
         given = json.loads(args["model_config"])["parameters"]
-        self._settings = Settings.of({name: one["string_value"] for name, one in given.items()})
+        settings = Settings.of({name: one["string_value"] for name, one in given.items()})
         version = Path(args["model_repository"], args["model_version"])
-        usual = self._settings.usual
-        engine = self._settings.open(version / self._settings.bundle)
+        usual = settings.usual
+        engine = settings.open(version / settings.bundle)
         try:
             options = GenerationOptions(max_new_tokens=1, chat_template=False)
             engine.generate("Hello", options=options)  # so that the first request finds it warm
@@ -64,9 +63,8 @@ class Backend:
             raise
         self.engine = AsyncEngine(engine)
         room = {"max_new_tokens": engine.capacity.max_text_len}
-        self._reader = Reader(
-            self._api, Usual(room | usual, engine.capacity.max_images), self._settings.media_bytes
-        )
+        limits = Usual(room | usual, engine.capacity.max_images)
+        self._reader = Reader(self._api, limits, settings.media_bytes)
 
     def execute(self, requests: Sequence[InferenceRequest]) -> None:
         """Begin to answer; responses go to the requests' senders."""
@@ -75,7 +73,7 @@ class Backend:
             asyncio.run_coroutine_threadsafe(answering, self._loop)
 
     def close(self) -> None:
-        """Finish what was begun, for as long as the parameter ``drain`` says; tell the others."""
+        """Finish what was begun. Triton, which waits for that itself, says for how long at most."""
         asyncio.run_coroutine_threadsafe(self._drain(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -130,10 +128,8 @@ class Backend:
 
     async def _drain(self) -> None:
         if self._going:
-            await asyncio.wait(list(self._going), timeout=self._settings.drain)
-        await self.engine.close()  # what is left ends with an error that says so
-        if self._going:
-            await asyncio.wait(list(self._going), timeout=LEFT)
+            await asyncio.wait(list(self._going))
+        await self.engine.close()
         self._watching.cancel()
         with suppress(asyncio.CancelledError):
             await self._watching

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -53,14 +52,13 @@ class Settings:
     image_cache: str = setting("64MB", str, "features of images that are kept", "SIZE")
     media_bytes: int = setting(32 << 20, int, "bytes of a picture or a video")
     media_pixels: int = setting(32_000_000, int, "pixels of a picture")
-    drain: float = setting(30.0, float, "seconds to finish answers in when it is unloaded", "S")
 
     def __post_init__(self) -> None:
         if self.device not in devices():
             raise nearest("device", self.device, devices(), MEANT)
-        for name in ("queue", "media_bytes", "media_pixels", "drain"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ParameterError(f"{name} is {getattr(self, name)}; give a number above 0")
+        for name in ("queue", "media_bytes", "media_pixels"):
+            if getattr(self, name) < 1:
+                raise ParameterError(f"{name} is {getattr(self, name)}; give 1 or more")
 
     @property
     def parameters(self) -> dict[str, str]:
