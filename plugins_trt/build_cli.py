@@ -11,7 +11,7 @@ from lvlm.core.console import Parser, run_main
 SUBCOMMANDS = (
     "lvlm.plugins_trt.plugins.plugins_cli",
     "lvlm.plugins_trt.engines.engine_cli",
-    "lvlm.runtime.server.triton.triton_cli",
+    "lvlm.runtime.server.triton_server.triton_cli",
 )
 
 

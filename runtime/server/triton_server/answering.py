@@ -13,8 +13,8 @@ from lvlm.runtime.prompt.text import Tokenizer
 from lvlm.runtime.server.answered import chat_logprobs, compact, usage
 from lvlm.runtime.server.following import follow
 from lvlm.runtime.server.refusals import GONE, Refusal
-from lvlm.runtime.server.triton.python_api import PythonApi, Sender
-from lvlm.runtime.server.triton.reading import Question
+from lvlm.runtime.server.triton_server.python_api import PythonApi, Sender
+from lvlm.runtime.server.triton_server.reading import Question
 
 PADDING = -1  # of rows of token ids that are shorter than others
 NOTHING = News([], "", [])

@@ -19,7 +19,7 @@ from lvlm.runtime.server.media.media_error import too_large
 from lvlm.runtime.server.media.media_reader import MediaReader
 from lvlm.runtime.server.media.media_rules import MediaRules
 from lvlm.runtime.server.refusals import Refusal, misfit
-from lvlm.runtime.server.triton.python_api import InferenceRequest, PythonApi
+from lvlm.runtime.server.triton_server.python_api import InferenceRequest, PythonApi
 
 Body = TypeVar("Body", bound=Fields)
 BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\r\n")

@@ -15,8 +15,8 @@ from triton_fake import Api, Request, TritonError, TritonModelException, argumen
 
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.generate.answers import Generation
-from lvlm.runtime.server.triton.backend import Backend
-from lvlm.runtime.server.triton.python_api import PythonApi
+from lvlm.runtime.server.triton_server.backend import Backend
+from lvlm.runtime.server.triton_server.python_api import PythonApi
 
 PICTURE = SAMPLES[0].read_bytes()
 SHORT = {"max_tokens": 12, "ignore_eos": True}
@@ -312,8 +312,8 @@ def test_what_config_pbtxt_may_have_wrong(
 def test_a_host_of_triton_needs_no_server_of_ours() -> None:
     code = """
 import sys
-import lvlm.runtime.server.triton.answering, lvlm.runtime.server.triton.reading
-import lvlm.runtime.server.triton.backend
+import lvlm.runtime.server.triton_server.answering, lvlm.runtime.server.triton_server.reading
+import lvlm.runtime.server.triton_server.backend
 print(sorted({"fastapi", "starlette", "uvicorn", "prometheus_client"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

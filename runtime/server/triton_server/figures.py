@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.server.engine_figures import COUNTERS, GAUGES
-from lvlm.runtime.server.triton.python_api import Family, Metric, PythonApi
+from lvlm.runtime.server.triton_server.python_api import Family, Metric, PythonApi
 
 
 class Figures:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lvlm.plugins_trt.build_cli import main
-from lvlm.runtime.server.triton.repository import INPUTS, OUTPUTS, config
-from lvlm.runtime.server.triton.settings import Settings
+from lvlm.runtime.server.triton_server.repository import INPUTS, OUTPUTS, config
+from lvlm.runtime.server.triton_server.settings import Settings
 
 TOKEN = re.compile(r'\s*(?:#.*\n)*\s*("(?:[^"\\]|\\.)*"|[\w.+-]+|[{}\[\]:,])')
 

@@ -15,9 +15,9 @@ from lvlm.core.installing import install, require
 from lvlm.runtime.engine.aio import AsyncEngine
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.server.refusals import GONE, Refusal, refusal
-from lvlm.runtime.server.triton.figures import Figures
-from lvlm.runtime.server.triton.python_api import InferenceRequest, PythonApi, Sender
-from lvlm.runtime.server.triton.settings import Settings
+from lvlm.runtime.server.triton_server.figures import Figures
+from lvlm.runtime.server.triton_server.python_api import InferenceRequest, PythonApi, Sender
+from lvlm.runtime.server.triton_server.settings import Settings
 
 LOOK = 0.1  # seconds between two looks at who has cancelled
 
@@ -48,7 +48,7 @@ class Backend:
     def _open(self, args: Mapping[str, str]) -> None:
         require("pydantic", install("serve"))
         from lvlm.runtime.server.asked import Usual
-        from lvlm.runtime.server.triton.reading import Reader
+        from lvlm.runtime.server.triton_server.reading import Reader
 
         given = json.loads(args["model_config"])["parameters"]
         settings = Settings.of({name: one["string_value"] for name, one in given.items()})
@@ -98,7 +98,7 @@ class Backend:
             del self._going[task]
 
     async def _ask(self, request: InferenceRequest, sender: Sender) -> None:
-        from lvlm.runtime.server.triton.answering import Answer
+        from lvlm.runtime.server.triton_server.answering import Answer
 
         engine = self.engine.engine
         engine.check_room()  # before pictures are read
@@ -111,7 +111,7 @@ class Backend:
         await Answer(self._api, sender, engine.tokenizer, question, handles).send()
 
     def _refuse(self, sender: Sender, refused: Refusal) -> None:
-        from lvlm.runtime.server.triton.answering import send_error
+        from lvlm.runtime.server.triton_server.answering import send_error
 
         send_error(self._api, sender, refused)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm.core.console import add_verify
-from lvlm.runtime.server.triton.settings import Settings
+from lvlm.runtime.server.triton_server.settings import Settings
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from lvlm.runtime.bundle.reader import read_bundle
     from lvlm.runtime.engine.memory_plan import in_mb
-    from lvlm.runtime.server.triton.repository import model_name, write_model
+    from lvlm.runtime.server.triton_server.repository import model_name, write_model
 
     given = {each.name: getattr(args, each.name) for each in fields(Settings)[1:]}
     settings = Settings(**given)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lvlm.core.errors import BuildError, ParameterError, shown
 from lvlm.core.output import check_place, temporary_sibling
-from lvlm.runtime.server.triton.settings import Settings
+from lvlm.runtime.server.triton_server.settings import Settings
 
 VERSION = "1"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -20,7 +20,7 @@ MODEL = '''\
 
 import triton_python_backend_utils as triton
 
-from lvlm.runtime.server.triton.backend import Backend
+from lvlm.runtime.server.triton_server.backend import Backend
 
 
 class TritonPythonModel:
