@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -93,11 +94,15 @@ def start(folder: Path, place: Path) -> Server:
     model = models / "tiny/1/model.py"
     here = str(Path(str(lvlm.__file__)).parents[1])  # an old backend ignores PYTHONPATH
     model.write_text(f"import sys; sys.path.insert(0, {here!r})\n" + model.read_text())
+    backends, libraries = home / "backends", [str(sysconfig.get_config_var("LIBDIR"))]
     stub = home / "python_backend_stubs/{}.{}".format(*sys.version_info) / STUB
-    if stub.exists():  # of this Python; a model may bring its own
-        (models / "tiny" / STUB).symlink_to(stub)
+    if stub.exists():  # nvidia-pytriton has one for each Python, which it puts to the rest itself
+        backends = Path(shutil.copytree(backends, place / "backends"))
+        (backends / "python" / STUB).unlink(missing_ok=True)
+        (backends / "python" / STUB).symlink_to(stub)
+        libraries.append(str(home.parents[1] / "nvidia_pytriton.libs"))
     http, grpc, metrics = free_ports(3)
-    libraries = [str(sysconfig.get_config_var("LIBDIR")), os.environ.get("LD_LIBRARY_PATH", "")]
+    libraries.append(os.environ.get("LD_LIBRARY_PATH", ""))
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "LD_LIBRARY_PATH": ":".join(filter(None, libraries)),
@@ -106,7 +111,7 @@ def start(folder: Path, place: Path) -> Server:
         *(
             f"{home}/bin/tritonserver",
             f"--model-repository={models}",
-            f"--backend-directory={home}/backends",
+            f"--backend-directory={backends}",
         ),
         *(f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"),
         *("--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--exit-timeout-secs=20"),
@@ -263,7 +268,8 @@ def test_slots_of_those_who_leave(
     body = {"text_input": QUESTION, "stream": True, **LONG}
     url = f"{server.http}/v2/models/tiny/generate_stream"
     with httpx.Client() as client, client.stream("POST", url, json=body) as stream:
-        assert next(stream.iter_lines()).startswith("data: ")
+        lines = stream.iter_lines()  # without it the stream is left at once
+        assert next(lines).startswith("data: ")
         wait_for(lambda: server.figure("vllm:num_requests_running") == 2)
     asked.client.stop_stream(cancel_requests=True)
     asked.client.close()
