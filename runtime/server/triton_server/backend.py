@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lvlm.core.errors import LvlmError
 from lvlm.core.installing import install, require
@@ -18,6 +19,9 @@ from lvlm.runtime.server.refusals import GONE, Refusal, refusal
 from lvlm.runtime.server.triton_server.figures import Figures
 from lvlm.runtime.server.triton_server.python_api import InferenceRequest, PythonApi, Sender
 from lvlm.runtime.server.triton_server.settings import Settings
+
+if TYPE_CHECKING:
+    from lvlm.runtime.server.triton_server.reading import Question
 
 LOOK = 0.1  # seconds between two looks at who has cancelled
 
@@ -50,7 +54,7 @@ class Backend:
         from lvlm.runtime.server.asked import Usual
         from lvlm.runtime.server.triton_server.reading import Reader
 
-        given = json.loads(args["model_config"])["parameters"]
+        given = json.loads(args["model_config"]).get("parameters", {})
         settings = Settings.of({name: one["string_value"] for name, one in given.items()})
         version = Path(args["model_repository"], args["model_version"])
         usual = settings.usual
@@ -85,7 +89,10 @@ class Backend:
         assert task is not None
         self._going[task] = sender
         try:
-            await self._ask(request, sender)
+            self.engine.engine.check_room()  # before pictures are read
+            question = await self._reader.read(request)
+            del request  # its inputs lie in memory that Triton shares with this process
+            await self._ask(question, sender)
         except asyncio.CancelledError:
             self._refuse(sender, Refusal(GONE, "the request was cancelled"))
         except Exception as error:
@@ -97,18 +104,16 @@ class Backend:
         finally:
             del self._going[task]
 
-    async def _ask(self, request: InferenceRequest, sender: Sender) -> None:
+    async def _ask(self, question: Question, sender: Sender) -> None:
         from lvlm.runtime.server.triton_server.answering import Answer
 
-        engine = self.engine.engine
-        engine.check_room()  # before pictures are read
-        question = await self._reader.read(request)
         wanted = question.wanted
         handle = await self.engine.submit(
             wanted.prompt, question.images, options=wanted.options, timeout=wanted.timeout
         )
         handles = [handle.handle, *handle.handle.others]
-        await Answer(self._api, sender, engine.tokenizer, question, handles).send()
+        tokenizer = self.engine.engine.tokenizer
+        await Answer(self._api, sender, tokenizer, question, handles).send()
 
     def _refuse(self, sender: Sender, refused: Refusal) -> None:
         from lvlm.runtime.server.triton_server.answering import send_error
@@ -120,11 +125,14 @@ class Backend:
         metrics up to date."""
         while True:
             await asyncio.sleep(LOOK)
-            for task, sender in list(self._going.items()):
-                if task in self._going and sender.is_cancelled():
-                    task.cancel()
-                await asyncio.sleep(0)  # others go on
-            self._figures.tell(self.engine.stats())
+            try:
+                for task, sender in list(self._going.items()):
+                    if task in self._going and sender.is_cancelled():
+                        task.cancel()
+                    await asyncio.sleep(0)  # others go on
+                self._figures.tell(self.engine.stats())
+            except Exception:  # Triton's; the next look may do
+                self._api.Logger.log_error(traceback.format_exc())
 
     async def _drain(self) -> None:
         if self._going:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lvlm.plugins_trt.build_cli import main
+from lvlm.runtime.server.engine_figures import COUNTERS, GAUGES
 from lvlm.runtime.server.triton_server.repository import INPUTS, OUTPUTS, config
 from lvlm.runtime.server.triton_server.settings import Settings
 
@@ -183,3 +184,13 @@ def test_mistakes(
     assert says in said
     assert len(said.splitlines()) == 1, said
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["taken"]
+
+
+def test_the_page_has_every_name() -> None:
+    """Inputs and outputs with their types, metrics, and files that are written."""
+    page = (Path(__file__).parents[4] / "docs/triton.md").read_text()
+    kinds = {"TYPE_STRING": "BYTES", "TYPE_BOOL": "BOOL", "TYPE_INT32": "INT32"}
+    for port in (*INPUTS, *OUTPUTS):
+        assert re.search(rf"^\| `{port.name}` \| {kinds[port.kind]} \[", page, re.MULTILINE), port
+    for name in (*GAUGES, *(f"{name}_total" for name in COUNTERS)):
+        assert f"`{name}`" in page, name

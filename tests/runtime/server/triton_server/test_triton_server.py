@@ -254,6 +254,8 @@ def test_mistakes(server: Server) -> None:
     assert refused.json()["error"].startswith("top_p is 9")
     (error,) = Asked(server, question(0, True, n=4)).all()
     assert "n is 4, but this engine answers 3 at once" in error.message()
+    *_, error = Asked(server, question(0, True, **LONG), timeout=20_000).all()
+    assert "timeout" in error.message()
     (error,) = Asked(server, [tensor("image", b"\0")]).all()
     assert "give one of text_input and messages" in error.message()
 
