@@ -33,6 +33,8 @@ class Answer:
     ) -> None:
         self._api, self._sender, self._tokenizer = api, sender, tokenizer
         self._question, self._handles = question, handles
+        tools = question.wanted.tools
+        self._readers = [] if tools is None else [tools.reader() for _ in handles]
 
     async def send(self) -> None:
         """Send them: as they come, or all at the end. Raises what the engine raises."""
@@ -48,18 +50,26 @@ class Answer:
     def _send(self, told: Mapping[int, News], ended: Collection[int], last: bool) -> None:
         """What is new of answers, and which have ended; ``last``: nothing follows."""
         news = [told.get(n, NOTHING) for n in range(len(self._handles))]
-        texts = [(self._question.lead + one.text).encode() for one in news]
+        texts = [self._question.lead + one.text for one in news]
         ends = [
             handle.own_result().finish_reason if n in ended else ""
             for n, handle in enumerate(self._handles)
         ]
+        calls: list[list[Any]] = []
+        for n, reader in enumerate(self._readers):
+            parts = reader.read(texts[n], n in ended)
+            texts[n] = "".join(part for part in parts if isinstance(part, str))
+            ends[n] = reader.ended(ends[n])
+            calls.append([part for part in parts if not isinstance(part, str)])
         outputs = [
-            self._texts("text_output", texts),
+            self._texts("text_output", [text.encode() for text in texts]),
             self._texts("finish_reason", [end.encode() for end in ends]),
             self._api.Tensor("token_ids", _rows([one.tokens for one in news])),
         ]
         if self._question.wanted.options.logprobs is not None:
             outputs.append(self._texts("logprobs", [self._logprobs(one) for one in news]))
+        if self._readers:
+            outputs.append(self._texts("tool_calls", [compact(one) for one in calls]))
         if last:
             answers = [handle.own_result() for handle in self._handles]
             outputs.append(self._texts("usage", [compact(usage(answers))]))

@@ -7,11 +7,11 @@ import json
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lvlm.core.errors import LvlmError
+from lvlm.core.errors import LvlmError, ParameterError
 from lvlm.core.installing import install, require
 from lvlm.runtime.engine.aio import AsyncEngine
 from lvlm.runtime.options.generation_options import GenerationOptions
@@ -23,6 +23,7 @@ from lvlm.runtime.server.triton_server.settings import Settings
 if TYPE_CHECKING:
     from lvlm.runtime.server.triton_server.reading import Question
 
+MOST_COMPILED = 2  # requests with a structure that are prepared at once
 LOOK = 0.1  # seconds between two looks at who has cancelled
 
 
@@ -44,6 +45,7 @@ class Backend:
         labels = {"model_name": args["model_name"], "version": args["model_version"]}
         self._figures = Figures(api, labels)
         self._going: dict[asyncio.Task[None], Sender] = {}
+        self._compiling = asyncio.Semaphore(MOST_COMPILED)
         self._loop = asyncio.new_event_loop()
         self._watching = self._loop.create_task(self._watch())
         self._thread = threading.Thread(target=self._loop.run_forever, name="lvlm-triton")
@@ -52,23 +54,26 @@ class Backend:
     def _open(self, args: Mapping[str, str]) -> None:
         require("pydantic", install("serve"))
         from lvlm.runtime.server.asked import Usual
+        from lvlm.runtime.server.tools import ToolSkill
         from lvlm.runtime.server.triton_server.reading import Reader
 
         given = json.loads(args["model_config"]).get("parameters", {})
         settings = Settings.of({name: one["string_value"] for name, one in given.items()})
         version = Path(args["model_repository"], args["model_version"])
-        usual = settings.usual
+        usual = settings.usual(version)
         engine = settings.open(version / settings.bundle)
         try:
             options = GenerationOptions(max_new_tokens=1, chat_template=False)
             engine.generate("Hello", options=options)  # so that the first request finds it warm
+            form = engine.tool_form(usual.get("chat_template", True))
         except LvlmError:
             engine.close()
             raise
         self.engine = AsyncEngine(engine)
         room = {"max_new_tokens": engine.capacity.max_text_len}
         limits = Usual(room | usual, engine.capacity.max_images)
-        self._reader = Reader(self._api, limits, settings.media_bytes)
+        skill = ToolSkill(form, engine.tokenizer)
+        self._reader = Reader(self._api, limits, skill, settings.media_bytes)
 
     def execute(self, requests: Sequence[InferenceRequest]) -> None:
         """Begin to answer; responses go to the requests' senders."""
@@ -105,12 +110,18 @@ class Backend:
             del self._going[task]
 
     async def _ask(self, question: Question, sender: Sender) -> None:
+        from lvlm.runtime.server.tools import by_its_name
         from lvlm.runtime.server.triton_server.answering import Answer
 
         wanted = question.wanted
-        handle = await self.engine.submit(
-            wanted.prompt, question.images, options=wanted.options, timeout=wanted.timeout
-        )
+        # Structures are compiled by threads that all others need, too
+        async with self._compiling if wanted.options.structure else nullcontext():
+            try:
+                handle = await self.engine.submit(
+                    wanted.prompt, question.images, options=wanted.options, timeout=wanted.timeout
+                )
+            except ParameterError as error:
+                raise by_its_name(error, wanted.tools) from None
         handles = [handle.handle, *handle.handle.others]
         tokenizer = self.engine.engine.tokenizer
         await Answer(self._api, sender, tokenizer, question, handles).send()

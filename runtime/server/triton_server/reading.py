@@ -19,6 +19,7 @@ from lvlm.runtime.server.media.media_error import too_large
 from lvlm.runtime.server.media.media_reader import MediaReader
 from lvlm.runtime.server.media.media_rules import MediaRules
 from lvlm.runtime.server.refusals import Refusal, misfit
+from lvlm.runtime.server.tools import ToolSkill
 from lvlm.runtime.server.triton_server.python_api import InferenceRequest, PythonApi
 
 Body = TypeVar("Body", bound=Fields)
@@ -41,11 +42,12 @@ class Reader:
 
     Args:
         usual: what counts where a request says nothing, and its limits.
+        skill: what the model can do with tools.
         media_bytes: of one image or video.
     """
 
-    def __init__(self, api: PythonApi, usual: Usual, media_bytes: int) -> None:
-        self._api, self._usual, self._most = api, usual, media_bytes
+    def __init__(self, api: PythonApi, usual: Usual, skill: ToolSkill, media_bytes: int) -> None:
+        self._api, self._usual, self._skill, self._most = api, usual, skill, media_bytes
         self._media = MediaReader(MediaRules(max_bytes=media_bytes))
 
     async def read(self, request: InferenceRequest) -> Question:
@@ -67,7 +69,7 @@ class Reader:
             raise Refusal(400, "image goes with text_input; messages have pictures as parts")
         else:
             body = _body(ChatFields, given | {"messages": _json("messages", str(messages))})
-            wanted, read = await asked.of_chat(body, self._data, self._usual), []
+            wanted, read = await asked.of_chat(body, self._data, self._usual, self._skill), []
         timeout = wanted.timeout or (request.timeout() / 1e6 or None)
         lead = "" if alone or text is None else text
         return Question(replace(wanted, timeout=timeout), read, stream, lead)
@@ -79,7 +81,8 @@ class Reader:
         (wanted,) = asked.of_completion(
             _body(CompletionFields, given | {"prompt": text}), self._usual
         )
-        return replace(wanted, options=replace(wanted.options, chat_template=templated))
+        template = templated and self._usual.options.get("chat_template", True)
+        return replace(wanted, options=replace(wanted.options, chat_template=template))
 
     def _fields(self, request: InferenceRequest) -> dict[str, Any]:
         """The request's own parameters, and the fields of sampling_parameters."""

@@ -14,6 +14,7 @@ from lvlm.core.output import check_place, temporary_sibling
 from lvlm.runtime.server.triton_server.settings import Settings
 
 VERSION = "1"
+TEMPLATE = "chat_template.jinja"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MODEL = '''\
 """The model: an engine of lvlm, which all of its requests share. Made by lvlm-build triton."""
@@ -61,6 +62,7 @@ OUTPUTS = (
     Port("finish_reason", "TYPE_STRING", (-1,)),
     Port("token_ids", "TYPE_INT32", (-1, -1)),
     Port("logprobs", "TYPE_STRING", (-1,)),
+    Port("tool_calls", "TYPE_STRING", (-1,)),
     Port("usage", "TYPE_STRING"),
 )
 
@@ -76,9 +78,12 @@ def model_name(bundle: Path, name: str | None) -> str:
     return wanted
 
 
-def write_model(repository: Path, name: str, bundle: Path, settings: Settings, link: bool) -> Path:
+def write_model(
+    repository: Path, name: str, bundle: Path, settings: Settings, *, template: str, link: bool
+) -> Path:
     """The folder of the model in ``repository``, which is made where there is none; with a copy of
-    the bundle, or a link to it. Raises BuildError."""
+    the bundle, or a link to it, and the chat template's text where the settings name its file.
+    Raises BuildError."""
     folder = repository / name
     if not repository.is_dir():
         if os.path.lexists(repository):
@@ -93,6 +98,8 @@ def write_model(repository: Path, name: str, bundle: Path, settings: Settings, l
         version.mkdir()
         (partial / "config.pbtxt").write_text(config(name, settings), encoding="utf-8")
         (version / "model.py").write_text(MODEL, encoding="utf-8")
+        if settings.chat_template is not None:
+            (version / settings.chat_template).write_text(template, encoding="utf-8")
         if link:
             (version / settings.bundle).symlink_to(bundle.resolve(), target_is_directory=True)
         else:

@@ -48,6 +48,7 @@ class Settings:
         "nothing (default: temperature 0)",
         "NAME",
     )
+    chat_template: str | None = field(default=None, metadata={"kind": str})  # beside the bundle
     queue: int = setting(256, int, "requests that may wait")
     image_cache: str = setting("64MB", str, "features of images that are kept", "SIZE")
     media_bytes: int = setting(32 << 20, int, "bytes of a picture or a video")
@@ -83,13 +84,16 @@ class Settings:
                 raise ParameterError(f"{name} is {shown(text)}; give {wanted}") from None
         return cls(**found)
 
-    @property
-    def usual(self) -> dict[str, Any]:
-        """Options where a request says nothing. Raises ParameterError."""
+    def usual(self, version: Path | None = None) -> dict[str, Any]:
+        """Options where a request says nothing; ``version`` is the folder that a chat template's
+        file lies in. Raises ParameterError."""
         from lvlm.runtime.options.generation_options import GenerationOptions
+        from lvlm.runtime.options.option_flags import read_text
 
         given: dict[str, Any] = {"max_image_pixels": self.media_pixels}
         given |= {} if self.defaults is None else {"defaults": self.defaults}
+        if self.chat_template is not None and version is not None:
+            given["chat_template"] = read_text("chat_template", version / self.chat_template)
         GenerationOptions(**given)  # a mistake shows here
         return given
 
@@ -98,7 +102,7 @@ class Settings:
         from lvlm.runtime.engine.memory_plan import plan_memory, slot_capacity
         from lvlm.runtime.generate.call_plan import read_options
 
-        _ = self.usual
+        self.usual()
         ratios = read_options(manifest, None, {"keep": self.keep, "kv_keep": self.kv_keep})
         capacity = slot_capacity(
             manifest, self.max_text_len, self.max_images, ratios.keep, ratios.kv_keep

@@ -25,6 +25,12 @@ def add_parser(subparsers: Any) -> None:
     add("-o", "--output", metavar="FOLDER", type=Path, required=True,
         help="the repository; the model is a folder in it, beside others")  # fmt: skip
     add("--name", help="what clients ask for (default: the name of BUNDLE)")
+    add(
+        "--chat-template",
+        type=Path,
+        metavar="FILE",
+        help="a Jinja template in place of the bundle's, as one that has a place for tools",
+    )
     add("--link", action="store_true", help="link to BUNDLE, in place of a copy")
     for each in fields(Settings):
         if "help" in each.metadata:
@@ -43,13 +49,22 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from lvlm.runtime.bundle.reader import read_bundle
     from lvlm.runtime.engine.memory_plan import in_mb
-    from lvlm.runtime.server.triton_server.repository import model_name, write_model
+    from lvlm.runtime.options.generation_options import GenerationOptions
+    from lvlm.runtime.options.option_flags import read_text
+    from lvlm.runtime.server.triton_server.repository import TEMPLATE, model_name, write_model
 
-    given = {each.name: getattr(args, each.name) for each in fields(Settings)[1:]}
+    given = {x.name: getattr(args, x.name) for x in fields(Settings) if "help" in x.metadata}
+    template = ""
+    if args.chat_template is not None:
+        template = read_text("chat_template", args.chat_template)
+        GenerationOptions(chat_template=template)  # a mistake shows here
+        given["chat_template"] = TEMPLATE
     settings = Settings(**given)
     name = model_name(args.bundle, args.name)
     plan = settings.plan(read_bundle(args.bundle, args.verify))
-    folder = write_model(args.output, name, args.bundle, settings, args.link)
+    folder = write_model(
+        args.output, name, args.bundle, settings, template=template, link=args.link
+    )
     print(f"{folder}: {plan.slots} slots on {settings.device}, {in_mb(plan.total)} at most")
     print(f"next: tritonserver --model-repository {args.output}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 from server_tools import QUESTION, SAMPLES, asking
+from tool_templates import HERMES, WEATHER
 from triton_fake import Api, Request, TritonError, TritonModelException, arguments, asks
 
 from lvlm.runtime.engine import Engine
@@ -20,6 +22,9 @@ from lvlm.runtime.server.triton_server.python_api import PythonApi
 
 PICTURE = SAMPLES[0].read_bytes()
 SHORT = {"max_tokens": 12, "ignore_eos": True}
+SAID = (
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
+)
 LONG = {"max_tokens": 1500, "ignore_eos": True}
 
 
@@ -132,6 +137,31 @@ def test_the_question_before_the_answer(backend: Backend, lone: Generation) -> N
     assert response["text_output"] == [(QUESTION + lone.text).encode()]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_of_tools(repository: str, stream: bool) -> None:
+    """With a template that has a place for them; ``choice`` has the answer call."""
+    pytest.importorskip("llguidance")
+    Path(repository, "1/tools.jinja").write_text(HERMES)
+    given = {"slots": "1", "threads": "1", "chat_template": "tools.jinja"}
+    backend = Backend(cast(PythonApi, Api()), arguments(repository, given))
+    said = f"I look.\n{SAID}"
+    fields = {"tools": [WEATHER], "structured_outputs": {"choice": [said]}, "max_tokens": 200}
+    messages = [{"role": "user", "content": "Rome?"}]
+    called = asks(messages=messages, stream=stream, **fields)
+    asked_for = asks(messages=messages, tools=[WEATHER], tool_choice={"type": "function"})
+    backend.execute([called, asked_for])
+    backend.close()
+    responses = called.wait()
+    assert b"".join(one["text_output"][0] for one in responses) == b"I look."
+    (call,) = (call for one in responses for call in one["tool_calls"][0])
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rome", "days": 3}
+    assert responses[-1]["finish_reason"] == [b"tool_calls"]
+    (refused,) = asked_for.wait()
+    assert refused.error is not None
+    assert refused.error.message.startswith("tool_choice is none of auto")
+
+
 def test_several_answers(backend: Backend) -> None:
     """A row each, of a stream, too."""
     fields = {"n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 6, "logprobs": 1}
@@ -183,6 +213,7 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"
         (asks(messages=DEEP), "messages is no JSON"),
         (asks(messages={"role": "user"}), "messages: "),
         (asks(messages=[]), "messages is empty"),
+        (asks(messages=asking("x"), tools=[WEATHER]), "template has no place for tools"),
         (asks(PICTURE, messages=b"[]"), "text_input"),
         (asks(messages=[{"role": "user", "content": [IMAGE_PART]}]), "not fetched here"),
     ],
@@ -297,6 +328,7 @@ def test_what_was_begun_is_finished_before_it_ends(repository: str) -> None:
         ({"bundle": "elsewhere"}, "elsewhere does not exist"),
         ({"queue": "0"}, "queue is 0"),
         ({"defaults": "mine"}, "defaults is 'mine'"),
+        ({"chat_template": "x.jinja"}, "x.jinja cannot be read"),
         ({"EXECUTION_ENV_PATH": "x", "slots": "0"}, "slots is 0"),
     ],
 )

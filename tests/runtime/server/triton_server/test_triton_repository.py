@@ -120,7 +120,13 @@ def test_a_repository(
     command = ["triton", str(folder), "-o", str(place), "--name"]
     assert main([*command, "a", "--slots", "2", "--max-text-len", "512"]) == 0
     assert re.match(rf"{place / 'a'}: 2 slots on cpu, \d+ MB at most\n", capsys.readouterr().out)
-    assert main([*command, "b-1.2", "--link"]) == 0
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages }}é")
+    assert main([*command, "b-1.2", "--link", "--chat-template", str(template)]) == 0
+    assert (place / "b-1.2/1/chat_template.jinja").read_text() == template.read_text()
+    named = {"string_value": ["chat_template.jinja"]}
+    made = parsed((place / "b-1.2/config.pbtxt").read_text())
+    assert {"key": ["chat_template"], "value": [named]} in made["parameters"]
     assert sorted(path.name for path in place.iterdir()) == ["a", "b-1.2"]
     assert sorted(path.name for path in (place / "a").iterdir()) == ["1", "config.pbtxt"]
     copied, linked = place / "a/1/bundle", place / "b-1.2/1/bundle"
@@ -157,6 +163,7 @@ MISTAKES = [
     (("BUNDLE", "-o", "models", "--queue", "0"), "queue is 0"),
     (("BUNDLE", "-o", "models", "--defaults", "mine"), "defaults is 'mine'"),
     (("BUNDLE", "-o", "models", "--image-cache", "lots"), "image_cache is 'lots'"),
+    (("BUNDLE", "-o", "models", "--chat-template", "no.jinja"), "no.jinja cannot be read"),
     (("BUNDLE", "-o", "models", "--slot", "1"), "did you mean --slots"),
 ]
 

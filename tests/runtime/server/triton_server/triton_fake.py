@@ -50,7 +50,7 @@ class InferenceResponse:
     def __getitem__(self, name: str) -> Any:
         """An output's values; of usage and logprobs what their JSON says."""
         (found,) = (one.values for one in self.output_tensors if one.name == name)
-        texts = name in ("usage", "logprobs")
+        texts = name in ("usage", "logprobs", "tool_calls")
         return [json.loads(value) for value in found] if texts else found.tolist()
 
     def __contains__(self, name: str) -> bool:
