@@ -1,4 +1,4 @@
-"""``lvlm-build``: the TensorRT plugin library, and engines of a bundle."""
+"""``lvlm-build``: the TensorRT plugin library, engines of a bundle, a repository for Triton."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from lvlm.core.console import Parser, run_main
 
 # Each has add_parser(subparsers), which sets ``run``, and imports nothing heavy before it runs.
-SUBCOMMANDS = ("lvlm.plugins_trt.plugins.plugins_cli", "lvlm.plugins_trt.engines.engine_cli")
+SUBCOMMANDS = (
+    "lvlm.plugins_trt.plugins.plugins_cli",
+    "lvlm.plugins_trt.engines.engine_cli",
+    "lvlm.runtime.server.triton_server.triton_cli",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     parser = Parser(
         prog="lvlm-build",
-        description="Build what TensorRT needs to run a bundle.",
+        description="Build what TensorRT, or Triton Inference Server, needs to run a bundle.",
         epilog="example: lvlm-build plugins --arch 87 -o plugins/",
     )
     subparsers = parser.add_subparsers(metavar="WHAT", required=True, parser_class=Parser)

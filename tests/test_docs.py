@@ -28,7 +28,7 @@ CODE = [
     for file in sorted((ROOT / folder).rglob("*"))
     if file.suffix in (".py", ".sh")
 ]
-PARTS = {"build": ("plugins", "engine"), "compare": ("checkpoint", "devices", "layers")}
+PARTS = {"build": ("plugins", "engine", "triton"), "compare": ("checkpoint", "devices", "layers")}
 PACKAGES = {"bench", "calibration", "core", "export", "plugins_trt", "runtime"}
 FOLDERS = "assets|calibration|docs|export|plugins_trt|runtime|scripts|src|tests"
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w*./-]*\w\.\w+")
@@ -37,7 +37,7 @@ COMMAND = re.compile(
     r"\blvlm[- ](?:bench|build|calibrate|compare|doctor|eval|export|run|serve|tune)(?=\s|$)"
 )
 NAMED = re.compile(r"\blvlm-([a-z]+)\b")
-# Flags of other programs: pip, venv, pytest (tests/conftest.py), gunicorn, docker.
+# Flags of other programs: pip, venv, pytest (tests/conftest.py), gunicorn, docker, tritonserver.
 FOREIGN = {
     "--constraint",
     "--system-site-packages",
@@ -47,6 +47,10 @@ FOREIGN = {
     "--stress-steps",
     "--preload",
     "--gpus",
+    "--shm-size",
+    "--model-repository",
+    "--backend-directory",
+    "--exit-timeout-secs",
 }
 
 

@@ -19,11 +19,10 @@ from lvlm.core.version import version
 from lvlm.runtime.server import chat, completions, operations, page, responses
 from lvlm.runtime.server.access import Access
 from lvlm.runtime.server.answered import compact
-from lvlm.runtime.server.refusals import Refusal, refusal
+from lvlm.runtime.server.refusals import LONGEST, Refusal, misfit, refusal
 from lvlm.runtime.server.service import Service
 
 log = logging.getLogger("lvlm.server")
-LONGEST = 300  # characters of a message about a field
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,10 @@ async def _unfit(request: Request, error: Exception) -> Response:
     """A body that is no JSON, or whose fields are of another kind."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         refused = Refusal(400, "the body is not JSON; send Content-Type: application/json")
     else:
-        name = ".".join(place)[:LONGEST] or "the body"
-        reason = str(first["msg"]).removeprefix("Value error, ")[:LONGEST]
-        refused = Refusal(400, f"{name}: {reason}", param=place[0] if place else None)
+        refused = misfit(first, "the body")
     return await _refused(request, refused)
 
 

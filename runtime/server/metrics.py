@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.generate.answers import Generation
+from lvlm.runtime.server.engine_figures import COUNTERS, GAUGES
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 FIRST = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
@@ -30,30 +31,12 @@ class Engines(Collector):
 
     def collect(self) -> Iterable[Metric]:
         now = {name: stats() for name, stats in self._stats.items()}
-        gauges: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
-            "vllm:num_requests_running": ("Requests being answered", lambda s: s.running),
-            "vllm:num_requests_waiting": ("Requests in the queue", lambda s: s.waiting),
-            "vllm:kv_cache_usage_perc": (
-                "Part of the KV cache in use, 1 is all",
-                lambda s: s.cache_bytes_used / max(1, s.cache_bytes),
-            ),
-        }
-        for name, (text, value) in gauges.items():
+        for name, (text, value) in GAUGES.items():
             gauge = GaugeMetricFamily(name, text, labels=LABEL)
             for model, stats in now.items():
                 gauge.add_metric([model], value(stats))
             yield gauge
-        counters: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
-            "vllm:prompt_tokens": ("Prompt tokens", lambda s: s.prompt_tokens),
-            "vllm:generation_tokens": ("Tokens of answers", lambda s: s.new_tokens),
-            "vllm:prefix_cache_hits": (
-                "Prompt tokens that lay in the cache already",
-                lambda s: s.reused_tokens,
-            ),
-            "lvlm:image_cache_hits": ("Images whose features were known", lambda s: s.image_hits),
-            "lvlm:image_cache_misses": ("Images that were encoded", lambda s: s.image_misses),
-        }
-        for name, (text, value) in counters.items():
+        for name, (text, value) in COUNTERS.items():
             counter = CounterMetricFamily(name, text, labels=LABEL)
             for model, stats in now.items():
                 counter.add_metric([model], value(stats))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from lvlm.core.errors import (
@@ -17,6 +18,7 @@ from lvlm.core.errors import (
     RequestTimeout,
 )
 
+LONGEST = 300  # characters of a message about a field
 GONE = 499  # nginx's: the client closed the connection
 RETRY_AFTER = 1  # seconds
 KINDS = {
@@ -77,6 +79,14 @@ def refusal(error: Exception) -> Refusal:
             status = getattr(error, "status", status)  # media: what is too large
             return Refusal(status, message, param=_named(message), code=code)
     return Refusal(500, "the server failed to answer; its log says why, by the request's id")
+
+
+def misfit(error: Mapping[str, Any], whole: str) -> Refusal:
+    """For the first of pydantic's errors about a body, which is ``whole`` by its name."""
+    place = [str(part) for part in error["loc"] if part != "body"]
+    name = ".".join(place)[:LONGEST] or whole
+    reason = str(error["msg"]).removeprefix("Value error, ")[:LONGEST]
+    return Refusal(400, f"{name}: {reason}", param=place[0] if place else None)
 
 
 def _named(message: str) -> str | None:

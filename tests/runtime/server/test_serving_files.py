@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import configparser
 import json
 import re
@@ -24,6 +25,7 @@ from lvlm.runtime.server.app import make_app
 from lvlm.runtime.server.metrics import Metrics
 from lvlm.runtime.server.serve_cli import _parser
 from lvlm.runtime.server.service import Service
+from lvlm.runtime.server.triton_server import triton_cli
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "examples/serving"
@@ -56,8 +58,8 @@ def parsed(words: Sequence[str]) -> Namespace:
 
 def test_the_folder_has_what_is_looked_at_here() -> None:
     assert sorted(file.name for file in FOLDER.iterdir()) == [
-        *("Dockerfile.cpu", "Dockerfile.cuda", "grafana.json", "kubernetes.yaml"),
-        *("lvlm-serve.service", "prometheus.yml", "ray.yaml"),
+        *("Dockerfile.cpu", "Dockerfile.cuda", "Dockerfile.triton", "grafana.json"),
+        *("kubernetes.yaml", "lvlm-serve.service", "prometheus.yml", "ray.yaml"),
     ]
 
 
@@ -148,9 +150,9 @@ def entry(kind: str) -> list[str]:
     return list(json.loads(dict(instructions(kind))["ENTRYPOINT"]))
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_containers_install_and_start_what_there_is(kind: str) -> None:
-    found, last = instructions(kind), dict(instructions(kind))
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "triton"])
+def test_containers_install_what_there_is(kind: str) -> None:
+    found = instructions(kind)
     for name, rest in found:
         sources = rest.split()[:-1] if name == "COPY" and "--from" not in rest else []
         assert all((ROOT / source).exists() for source in sources), rest
@@ -160,13 +162,31 @@ def test_containers_install_and_start_what_there_is(kind: str) -> None:
     assert len(homes) > 1
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = re.findall(r"\"\.\[([a-z,]+)\]\"", " ".join(rest for _, rest in found))
+    assert extras
     assert set(",".join(extras).split(",")) <= set(project["optional-dependencies"])
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_containers_start_what_there_is(kind: str) -> None:
+    last = dict(instructions(kind))
     assert int(last["USER"]) > 0
     args = parsed([*entry(kind)[1:], *json.loads(last["CMD"])])
     assert entry(kind)[0] == "lvlm-serve"
     assert args.host == "0.0.0.0"
     assert args.port == int(last["EXPOSE"])
     assert args.device == kind
+
+
+def test_the_container_of_triton_starts_it() -> None:
+    text = (FOLDER / "Dockerfile.triton").read_text()
+    program, repository = json.loads(dict(instructions("triton"))["CMD"])
+    assert program == "tritonserver"
+    (mounted,) = re.findall(r"model_repository:(\S+):ro", text)
+    assert repository == f"--model-repository={mounted}"
+    (command,) = re.findall(r"^#   lvlm-build triton (.*)$", text, re.MULTILINE)
+    parser = argparse.ArgumentParser()
+    triton_cli.add_parser(parser.add_subparsers())
+    assert parser.parse_args(["triton", *shlex.split(command)]).device == "cuda"
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
