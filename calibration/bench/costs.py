@@ -37,8 +37,8 @@ class StepCost:
 @dataclass(frozen=True)
 class Costs:
     """Medians, in seconds. ``image``: the vision graph for one; None: no images were asked for.
-    ``prepare``: what a request takes before the engine has it, in the thread that asks: scaling its
-    images, tokenizing."""
+    ``prepare``: what a request takes before the engine has it, in the thread that asks: opening and
+    scaling its images, tokenizing."""
 
     reads: tuple[ReadCost, ...]
     steps: tuple[StepCost, ...]

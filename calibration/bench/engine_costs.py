@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import statistics
 import time
 from dataclasses import dataclass
 from itertools import pairwise
+
+import numpy as np
+from PIL import Image
 
 from lvlm.bench.costs import Costs, EngineShape, ReadCost, StepCost
 from lvlm.bench.workload import PromptWriter, WorkloadRequest
@@ -77,11 +81,11 @@ def measure_costs(
     images, prepares, longest = list[float](), list[float](), {0: 0}
 
     def ask(request: WorkloadRequest, rows: int = 1) -> tuple[Stats, list[float]]:
-        pixels = request.open()
+        files = [_png(pixels) for pixels in request.open()]  # as clients of a server send them
         began = time.perf_counter()
         handle = engine.submit(
             request.prompt,
-            images=pixels,
+            images=files,
             max_new_tokens=request.new_tokens,
             ignore_eos=True,
             chat_template=template,
@@ -115,6 +119,12 @@ def measure_costs(
         image=statistics.median(images) if images else None,
         prepare=statistics.median(prepares),
     )
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def _read(reads: dict[tuple[int, int, int], list[float]], stats: Stats, images: int) -> None:
