@@ -7,8 +7,7 @@ Starts as many lvlm-serve as ran at once when costs were measured, each on cores
 many threads, and sends them requests in turn, or by picture, at times drawn beforehand that nothing
 delays (Poisson). --loads are parts of what the simulation says the replicas can do. Answers are
 streamed with logprobs, so that every token has an event. Prints
-both beside one another, the seconds from starting a process to its being ready, and what part of
-the machine's CPU time the replicas, this client, and others took.
+both beside one another, and how many CPUs the replicas, this client, and others took meanwhile.
 """
 
 from __future__ import annotations
@@ -19,22 +18,19 @@ import base64
 import io
 import json
 import os
-import re
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+from measure_start import Server, replica
 from PIL import Image
 
 from lvlm.bench.cost_rounds import parted_cores
-from lvlm.bench.costs import MeasuredCosts, read_costs
+from lvlm.bench.costs import read_costs
 from lvlm.bench.figures import percentile
 from lvlm.bench.fleet.arrivals import Arrival, Chance, read_lengths
 from lvlm.bench.fleet.simulation import ROUTES, Fleet, simulate
@@ -54,15 +50,6 @@ class Answer:
     tokens: list[float] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Server:
-    """``start``: seconds until it was ready."""
-
-    url: str
-    pid: int
-    start: float
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("bundle", type=Path)
@@ -75,22 +62,18 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=0, help="there are; 0: each its own")
     parser.add_argument("--route", choices=("round-robin", "picture"), default="round-robin")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--starts", type=int, default=1, help="more, to see how long they take")
     parser.add_argument("--json", type=Path, help="every time of every token")
     args = parser.parse_args()
     measured = read_costs(args.costs, args.contender)
     fleet = Fleet(measured, measured.copies, measured.copies, route=args.route)
     found: list[dict[str, Any]] = []
     with ExitStack() as running:
-        for _ in range(1, args.starts):
-            with replica(args.bundle, measured, None) as server:
-                print(f"ready after {server.start:.1f} s, alone", flush=True)
+        engine = measured.engine
+        words = ["--threads", str(engine.threads), "--slots", str(engine.slots)]
         servers = [
-            running.enter_context(replica(args.bundle, measured, cores))
-            for cores in parted_cores(measured.engine.threads, measured.copies)
+            running.enter_context(replica(args.bundle, words, cores=cores))
+            for cores in parted_cores(engine.threads, measured.copies)
         ]
-        told = ", ".join(f"{server.start:.1f}" for server in servers)
-        print(f"ready after {told} s, one after the other\n")
         print("| load | | requests/s | TTFT p50 s | p95 | ITL p50 ms | p95 | answer p50 s | p95 |")
         print(f"|{' --: |' * 9}", flush=True)
         can = capacity(fleet, args)
@@ -218,37 +201,6 @@ def written(args: argparse.Namespace, asked: Sequence[Arrival]) -> Iterator[byte
         body: dict[str, Any] = {"messages": [{"role": "user", "content": parts}], "stream": True}
         body |= {"max_tokens": each.new_tokens, "ignore_eos": True, "logprobs": True}
         yield json.dumps(body).encode()
-
-
-@contextmanager
-def replica(bundle: Path, measured: MeasuredCosts, cores: Sequence[int] | None) -> Iterator[Server]:
-    """lvlm-serve in a process of its own, on ``cores`` only."""
-    command = [sys.executable, "-m", "lvlm", "serve", f"model={bundle}", "--port", "0"]
-    command += ["--threads", str(measured.engine.threads), "--slots", str(measured.engine.slots)]
-    command += ["--log-level", "error"]
-    began = time.perf_counter()
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        if cores is not None:  # before it has begun any thread
-            os.sched_setaffinity(process.pid, cores)
-        assert process.stderr is not None
-        try:
-            line = process.stderr.readline()
-            found = re.search(r"http://\S+", line)
-            if found is None:
-                raise SystemExit(f"lvlm-serve did not start: {line}{process.stderr.read()}")
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            while not ready(found[0]):
-                time.sleep(0.02)
-            yield Server(found[0], process.pid, time.perf_counter() - began)
-        finally:
-            process.terminate()
-
-
-def ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready", timeout=None).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def used(servers: Sequence[Server]) -> list[float]:
