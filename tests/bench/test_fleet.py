@@ -320,3 +320,5 @@ def test_times_between_those_that_were_measured() -> None:
         whole.whole(150, 2)
     alone = ServiceTimes(replace(ENGINE, chunked=True), Costs(reads[:1], steps, None, 0.0))
     assert alone.chunk(32, 0) == pytest.approx(took(64, 0) / 2)
+    one = ServiceTimes(ENGINE, Costs(reads[:1], steps, None, 0.0))
+    assert one.whole(32, 0) == one.whole(64, 0) == one.whole(128, 0) / 2

@@ -62,6 +62,8 @@ class ServiceTimes:
                 f"these costs were measured with {' or '.join(map(str, sorted(self._whole)))} "
                 f"images in a prompt, not {images}; measure them with --images {images}"
             )
+        if len(points) == 1:
+            return points[0][1] * max(1.0, tokens / points[0][0])
         return _along(points, tokens)
 
     def step(self, rows: int, tokens: float) -> float:
@@ -81,8 +83,8 @@ class ServiceTimes:
 
 
 def _along(points: Points, at: float) -> float:
-    """Between points linear, beyond the last as between the last two, below the first as it is;
-    of a single one: in proportion where it is a reading, else as it is."""
+    """Linear between points, beyond the last as between the last two; below the first, and of a
+    single one, as that is."""
     if at <= points[0][0]:
         return points[0][1]
     for (left, low), (right, high) in pairwise(points):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 
 from lvlm.bench.costs import MeasuredCosts
@@ -105,7 +106,7 @@ class _Simulation:
     def run(self, arrivals: Sequence[Arrival]) -> Ran:
         jobs = [Job(number, asked) for number, asked in enumerate(arrivals)]
         for job in jobs:
-            self._at(job.asked.seconds, lambda job=job: self._arrive(job))  # type: ignore[misc]
+            self._at(job.asked.seconds, partial(self._arrive, job))
         while self.events:
             self.now, _, happen = heapq.heappop(self.events)
             happen()
@@ -128,7 +129,7 @@ class _Simulation:
             stolen = prepare / self.fleet.measured.engine.threads
             doing.left += stolen / doing.seconds
             self._resume(number)
-        self._at(self.now + prepare, lambda: self._enter(job))
+        self._at(self.now + prepare, partial(self._enter, job))
 
     def _enter(self, job: Job) -> None:
         replica = self.replicas[job.replica]
@@ -162,8 +163,7 @@ class _Simulation:
             seconds += slower * len(others) / (self.fleet.measured.copies - 1)
         doing.seconds = seconds
         ends = self.now + max(0.0, doing.left) * seconds
-        since, left = doing.since, doing.left
-        self._at(ends, lambda: self._end(number, doing, since, left))
+        self._at(ends, partial(self._end, number, doing, doing.since, doing.left))
 
     def _end(self, number: int, doing: _Doing, since: float, left: float) -> None:
         """A piece has ended, unless it was reckoned anew since."""
