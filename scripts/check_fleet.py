@@ -2,6 +2,7 @@
 
     lvlm-bench none/ --costs --threads 1 --copies 2 --json costs.json
     python scripts/check_fleet.py none/ costs.json --loads 0.4,0.7,0.9 --seconds 150
+    python scripts/check_fleet.py tiny/ costs.json --paced
 
 Starts as many lvlm-serve as ran at once when costs were measured, each on cores of its own with as
 many threads, and sends them requests in turn, or by picture, at times drawn beforehand that nothing
@@ -61,17 +62,28 @@ def main() -> None:
     parser.add_argument("--new-tokens", default="16-64")
     parser.add_argument("--pictures", type=int, default=0, help="there are; 0: each its own")
     parser.add_argument("--route", choices=("round-robin", "picture"), default="round-robin")
+    parser.add_argument(
+        "--paced",
+        action="store_true",
+        help="slow a small bundle down to these costs, where the machine has other work, too",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="every time of every token")
     args = parser.parse_args()
     measured = read_costs(args.costs, args.contender)
-    fleet = Fleet(measured, measured.copies, measured.copies, route=args.route)
+    together, program = measured.copies, ["-m", "lvlm", "serve"]
+    if args.paced:  # a bundle with other images; nobody waits for memory
+        tokens = read_bundle(args.bundle).images.tokens
+        measured = replace(measured, engine=replace(measured.engine, image_tokens=tokens))
+        script = str(Path(__file__).with_name("paced_serve.py"))
+        together, program = 1, [script, str(args.costs), measured.contender]
+    fleet = Fleet(measured, measured.copies, together, route=args.route)
     found: list[dict[str, Any]] = []
     with ExitStack() as running:
         engine = measured.engine
         words = ["--threads", str(engine.threads), "--slots", str(engine.slots)]
         servers = [
-            running.enter_context(replica(args.bundle, words, cores=cores))
+            running.enter_context(replica(args.bundle, words, program=program, cores=cores))
             for cores in parted_cores(engine.threads, measured.copies)
         ]
         print("| load | | requests/s | TTFT p50 s | p95 | ITL p50 ms | p95 | answer p50 s | p95 |")

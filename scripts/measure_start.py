@@ -81,11 +81,12 @@ def replica(
     bundle: Path,
     words: Sequence[str],
     *,
+    program: Sequence[str] = ("-m", "lvlm", "serve"),
     cores: Sequence[int] | None = None,
     environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """lvlm-serve with further ``words`` in a process of its own, on ``cores`` only."""
-    command = [sys.executable, "-m", "lvlm", "serve", f"model={bundle}", "--port", "0"]
+    command = [sys.executable, *program, f"model={bundle}", "--port", "0"]
     command += [*words, "--log-level", "error"]
     surroundings = os.environ | (environment or {})
     began = time.perf_counter()

@@ -165,6 +165,18 @@ def test_the_same_picture_again() -> None:
     assert (again.jobs[-1].known, again.jobs[-1].reused) == (False, 0)
 
 
+@pytest.mark.parametrize(("slots", "reused"), [(2, 0), (3, 100)])
+def test_a_row_before_the_last_is_kept_where_another_is_free(slots: int, reused: int) -> None:
+    """Else the last running request takes it."""
+    asked = [Arrival(0.0, 20, 4, 1, "a"), Arrival(0.0, 20, 60, 1, "b"), Arrival(5.0, 20, 2, 1, "a")]
+    reads = (ReadCost(100, 0, 1, 1.0), ReadCost(500, 0, 1, 5.0))
+    chunked = replace(costs(), reads=reads)
+    ran = simulate(fleet(slots=slots, chunked=True, shares=True, alone=chunked), asked)
+    assert ran.jobs[0].tokens[-1] < 5.0 < ran.jobs[1].tokens[-1]
+    assert ran.jobs[2].reused == reused
+    assert ran.jobs[2].known
+
+
 def test_pictures_find_their_replica() -> None:
     arrivals = chance(0.5, 400, images=1, pictures=8).arrivals(seed=1)
     known = {

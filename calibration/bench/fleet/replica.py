@@ -59,7 +59,7 @@ class Replica:
         self._pace, self._owed = ChunkPace(None), 0
         self._stepping = False  # the prompt has had its turn of this round
         self._features: OrderedDict[str, int] = OrderedDict()
-        self._kept: OrderedDict[str, None] = OrderedDict()  # beginnings that free rows hold
+        self._kept: list[str] = []  # pictures that rows hold which nobody runs in, used last last
 
     @property
     def requests(self) -> int:
@@ -120,13 +120,13 @@ class Replica:
         job = self._reading = self.waiting.popleft()
         name, shown = job.asked.picture, job.asked.images
         shared = shown * self.engine.image_tokens
-        held = name is not None and (
-            name in self._kept or any(other.asked.picture == name for other in self.running)
-        )
-        if self.engine.shares and held and SHARED * shared >= self._length(job):
-            job.reused = shared
-        if name is not None and name in self._kept:
-            self._kept.move_to_end(name)
+        if self.engine.shares and name is not None and SHARED * shared >= self._length(job):
+            if any(other.asked.picture == name for other in self.running):
+                job.reused = shared
+            elif name in self._kept:
+                job.reused = shared
+                self._kept.remove(name)
+                self._kept.append(name)
         job.known = name is not None and name in self._features
         if job.known and name is not None:
             self._features.move_to_end(name)
@@ -153,18 +153,28 @@ class Replica:
         return Piece("step", lambda times: times.step(rows, tokens))
 
     def _settle(self) -> None:
-        """Rows of answers that are there are free, and hold what they held."""
-        for job in self.running:
-            if job.done:
-                name = job.asked.picture
-                self._kept[f"number {job.number}" if name is None else name] = None
-        self.running = [job for job in self.running if not job.done]
-        self._trim()
+        """Answers that are there leave their rows (runtime/engine/slots.py): the last row is kept,
+        one before it only where another can hold it; the last running one takes its place."""
+        for place in reversed(range(len(self.running))):
+            job, last = self.running[place], self.running[-1]
+            if not job.done:
+                continue
+            name = job.asked.picture or f"number {job.number}"
+            if job is last:
+                self._kept.append(name)
+            elif self._free() > len(self._kept) or self._kept:
+                self._kept.append(name)
+                self._trim()
+            self.running[place] = last
+            self.running.pop()
+
+    def _free(self) -> int:
+        """Rows that nobody runs in."""
+        return self.engine.slots - len(self.running) - (self._reading is not None)
 
     def _trim(self) -> None:
-        free = self.engine.slots - len(self.running) - (self._reading is not None)
-        while len(self._kept) > free:
-            self._kept.popitem(last=False)
+        """What was used longest ago gives way."""
+        del self._kept[: max(0, len(self._kept) - self._free())]
 
     def _remember(self, job: Job) -> None:
         """Features of its images."""
