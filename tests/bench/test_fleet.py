@@ -168,11 +168,13 @@ def test_the_same_picture_again() -> None:
 @pytest.mark.parametrize(("slots", "reused"), [(2, 0), (3, 100)])
 def test_a_row_before_the_last_is_kept_where_another_is_free(slots: int, reused: int) -> None:
     """Else the last running request takes it."""
-    asked = [Arrival(0.0, 20, 4, 1, "a"), Arrival(0.0, 20, 60, 1, "b"), Arrival(5.0, 20, 2, 1, "a")]
+    shapes = [(0.0, 12, "a"), (0.0, 120, "b"), (9.0, 2, "a")]
+    asked = [Arrival(at, 20, new, 1, picture) for at, new, picture in shapes]
     reads = (ReadCost(100, 0, 1, 1.0), ReadCost(500, 0, 1, 5.0))
     chunked = replace(costs(), reads=reads)
     ran = simulate(fleet(slots=slots, chunked=True, shares=True, alone=chunked), asked)
-    assert ran.jobs[0].tokens[-1] < 5.0 < ran.jobs[1].tokens[-1]
+    first, second, _ = (job.tokens for job in ran.jobs)
+    assert second[0] < first[-1] < 9.0 < second[-1]
     assert ran.jobs[2].reused == reused
     assert ran.jobs[2].known
 
