@@ -119,6 +119,7 @@ def _costs(
         slots=args.slots or COST_SLOTS,
         threads=check_copies(args.copies, args.threads),
         copies=args.copies,
+        warmup=args.warmup,
         repeats=args.repeats or COST_REPEATS,
         seed=args.seed,
     )

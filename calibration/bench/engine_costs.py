@@ -18,14 +18,16 @@ from lvlm.runtime.generate.answers import Stats
 
 FIRST_GAPS = 2  # of an answer: the scheduler is still at the prompt
 SEEDS = 1000  # of a repetition
+WARM_UP_SEEDS = 10**9
 
 
 @dataclass(frozen=True)
 class CostWork:
-    """``whole``: prompts that begin unlike any other; ``growing``: each begins with the one before
-    it; ``stepped``: prompts to be answered by each number of ``rows`` at once. All repetitions lie
-    behind one another."""
+    """``warming``: prompts that do not count; ``whole``: prompts that begin unlike any other;
+    ``growing``: each begins with the one before it; ``stepped``: prompts to be answered by each
+    number of ``rows`` at once. All repetitions lie behind one another."""
 
+    warming: tuple[WorkloadRequest, ...]
     whole: tuple[WorkloadRequest, ...]
     growing: tuple[WorkloadRequest, ...]
     stepped: tuple[WorkloadRequest, ...]
@@ -42,6 +44,7 @@ class CostPlan:
     slots: int
     threads: int
     copies: int
+    warmup: int
     repeats: int
     seed: int
 
@@ -68,6 +71,12 @@ def cost_work(writer: PromptWriter, plan: CostPlan, *, growing: bool, again: int
         if growing:
             work["growing"] += [asked(length, plan.images, same) for length in lengths]
         work["stepped"] += [asked(n, plan.images, same, plan.new_tokens) for n in lengths]
+    before = range(again * SEEDS, again * SEEDS + plan.warmup)
+    work["warming"] = [
+        asked(n, plan.images, WARM_UP_SEEDS + seed, plan.new_tokens)
+        for seed in before
+        for n in lengths
+    ]
     rows = {*(2**n for n in range(plan.slots.bit_length())), plan.slots}
     return CostWork(**{name: tuple(x) for name, x in work.items()}, rows=tuple(sorted(rows)))
 
@@ -94,6 +103,9 @@ def measure_costs(
         prepares.append(time.perf_counter() - began)
         return handle.result().stats, list(handle.token_times)
 
+    for request in work.warming:
+        ask(request, max(work.rows))
+    prepares.clear()
     for request in work.whole:
         stats, _ = ask(request)
         count = len(request.images)

@@ -17,7 +17,7 @@ from lvlm.bench.machine import check_copies, cores
 from lvlm.core.errors import ParameterError
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "scripts/simulate_fleet.py"))
-SMALL = ("--repeats", 1, "--new-tokens", 4, "--slots", 2, "--threads", 1)
+SMALL = ("--repeats", 1, "--warmup", 0, "--new-tokens", 4, "--slots", 2, "--threads", 1)
 
 
 @pytest.fixture
