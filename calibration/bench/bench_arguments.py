@@ -16,6 +16,11 @@ PEERS = "lvlm.bench.peers"
 REPEATS = 5
 REQUESTS = 16
 DURATION = 30.0
+LENGTHS = (32,)  # text tokens of prompts
+COST_LENGTHS = (32, 128, 512)  # those that fit
+COST_REPEATS = 3
+LEAST_STEPS = 4  # new tokens, for the time of a step
+COST_SLOTS = 4  # as lvlm-serve's
 SLOTS = 16  # most requests at a time where they arrive by themselves
 
 
@@ -47,9 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--prompt-tokens",
         type=_list(int),
-        default=[32],
         metavar="N,…",
-        help="text tokens of a prompt, template included; a table for each (default 32)",
+        help="text tokens of a prompt, template included; a table for each (default 32; with "
+        "--costs 32,128,512, as far as they fit)",
     )
     add("--images", type=int, default=1, metavar="N", help="images per prompt (default 1)")
     add("--new-tokens", type=int, default=64, metavar="N", help="of every answer (default 64)")
@@ -78,15 +83,35 @@ def make_parser() -> argparse.ArgumentParser:
         "--slots",
         type=int,
         metavar="N",
-        help=f"most requests answered at a time (default: the most clients; with --rate {SLOTS})",
+        help="most requests answered at a time (default: the most clients; with --rate "
+        f"{SLOTS}, with --costs {COST_SLOTS})",
     )
     add("--warmup", type=int, default=1, metavar="N", help="rounds that do not count (default 1)")
-    add("--repeats", type=int, metavar="N", help=f"rounds (default {REPEATS}; under load 1)")
+    add(
+        "--repeats",
+        type=int,
+        metavar="N",
+        help=f"rounds (default {REPEATS}; under load 1, of --costs {COST_REPEATS})",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of prompts, images and arrivals")
     add(
         "--apart",
         action="store_true",
         help="contenders one after another, each loaded alone, where memory cannot hold them all",
+    )
+    parts = parser.add_argument_group("parts of an engine, for scripts/simulate_fleet.py")
+    add = parts.add_argument
+    add(
+        "--costs",
+        action="store_true",
+        help="time an image, reading of prompts, and decode steps of 1, 2, 4 … --slots requests",
+    )
+    add(
+        "--copies",
+        type=int,
+        default=1,
+        metavar="N",
+        help="then the same while N engines run at once, each on --threads cores of its own",
     )
     others = parser.add_argument_group("other runtimes, on the same weights")
     add = others.add_argument
@@ -138,7 +163,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             "makes the prompts)"
         )
     minimum = {"new_tokens": 1, "prompt_tokens": 1, "images": 0, "threads": 1, "slots": 1}
-    minimum |= {"concurrency": 1, "requests": 1, "repeats": 1, "warmup": 0, "seed": 0}
+    minimum |= {"concurrency": 1, "requests": 1, "repeats": 1, "warmup": 0, "seed": 0, "copies": 1}
     for name, low in minimum.items():
         given = getattr(args, name)
         for value in given if isinstance(given, list) else [given]:
@@ -158,6 +183,10 @@ def check_arguments(args: argparse.Namespace) -> None:
                 "--memory-budget decides how many slots there are under load: give --concurrency "
                 "or --rate, and no --slots"
             )
+    if args.costs:
+        _check_costs(args)
+    elif args.copies > 1:
+        raise ParameterError("--copies has no effect without --costs; add it")
     for name, wants in (("requests", "concurrency"), ("duration", "rate")):
         if getattr(args, name) is not None and not getattr(args, wants):
             raise ParameterError(f"--{name} has no effect without --{wants}; add it")
@@ -178,3 +207,18 @@ def check_arguments(args: argparse.Namespace) -> None:
             check_place(f"--{name}", path, ParameterError)
     if args.quiet and args.json is None and args.plot is None:
         raise ParameterError("-q prints no table; add --json FILE or --plot FILE")
+
+
+def _check_costs(args: argparse.Namespace) -> None:
+    """Raise for what has no effect on costs."""
+    from lvlm.core.errors import ParameterError
+
+    for name in ("concurrency", "rate", "memory_budget", "against", "apart", "plot"):
+        if getattr(args, name):
+            raise ParameterError(
+                f"--costs times the parts of an engine; leave --{name.replace('_', '-')} out"
+            )
+    if args.new_tokens < LEAST_STEPS:
+        raise ParameterError(
+            f"--new-tokens is {args.new_tokens}; for --costs give {LEAST_STEPS} or more"
+        )

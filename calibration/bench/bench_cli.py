@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvlm.bench.bench_arguments import (
+    COST_LENGTHS,
+    COST_REPEATS,
+    COST_SLOTS,
     DURATION,
+    LENGTHS,
     REPEATS,
     REQUESTS,
     SLOTS,
@@ -22,7 +26,7 @@ from lvlm.core.console import run_main
 if TYPE_CHECKING:
     from lvlm.bench.contenders import Contender
     from lvlm.bench.rounds import BenchPlan
-    from lvlm.bench.workload import Case
+    from lvlm.bench.workload import Case, PromptWriter
     from lvlm.core.progress import Progress
 
 FAILED = 2  # the status if a contender failed while others were measured
@@ -47,6 +51,8 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     contenders = [bundle_contender(text, common, args.verify) for text in args.bundles]
     contenders += [peer_contender(text) for text in args.against]
     _check_labels(contenders)
+    if args.costs:
+        return _costs(args, arguments, contenders)
     plan = _plan(args)
     check_fit(
         contenders,
@@ -65,29 +71,18 @@ def _measure(
     progress: Progress,
 ) -> int:
     import tempfile
-    from datetime import UTC, datetime
 
-    from lvlm.bench import bench_report, machine
+    from lvlm.bench import bench_report
     from lvlm.bench.rounds import measure
-    from lvlm.bench.workload import PromptWriter, prompt_maker, work
+    from lvlm.bench.workload import work
 
     first = contenders[0]
     assert first.folder is not None
-    assert first.manifest is not None
-    maker = prompt_maker(first.folder, first.manifest)
-    writer = PromptWriter(maker, first.manifest.special_tokens.get("bos_token"))
+    writer = _writer(first)
     for case in plan.cases:
         work(case, writer, plan.seed)  # what cannot be asked is known before anything is loaded
     sources = _sources(args, contenders, progress)
-    warning = machine.busy()
-    if warning and not args.quiet:
-        print(f"lvlm-bench: warning: {warning}", file=sys.stderr)
-    about = machine.describe(plan.threads, PACKAGES)
-    run = {
-        "command": shlex.join(["lvlm-bench", *arguments]),
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "warning": warning,
-    }
+    about, run = _circumstances(args, arguments, plan.threads)
     with tempfile.TemporaryDirectory(prefix="lvlm-bench-") as logs:
         results = measure(contenders, sources, first.folder, writer, plan, Path(logs), progress)
     if args.json:
@@ -98,7 +93,82 @@ def _measure(
         draw(args.plot, results, plan.cases)
     if not args.quiet:
         print(bench_report.markdown(results, plan, about), end="")
-    failed = [result.error for result in results if result.error is not None]
+    return _status([result.error for result in results])
+
+
+def _costs(
+    args: argparse.Namespace, arguments: Sequence[str], contenders: Sequence[Contender]
+) -> int:
+    """What the parts of each bundle's engine take."""
+    import tempfile
+
+    from lvlm.bench import bench_report
+    from lvlm.bench.contenders import check_fit
+    from lvlm.bench.cost_report import cost_tables, costs_json
+    from lvlm.bench.cost_rounds import measure_all
+    from lvlm.bench.engine_costs import CostPlan, cost_work
+    from lvlm.bench.machine import check_copies
+    from lvlm.core.progress import Progress
+
+    room = min(c.manifest.capacity.max_text_len for c in contenders if c.manifest is not None)
+    fitting = [n for n in COST_LENGTHS if n + args.new_tokens <= room]
+    plan = CostPlan(
+        lengths=tuple(args.prompt_tokens or fitting or COST_LENGTHS[:1]),
+        images=args.images,
+        new_tokens=args.new_tokens,
+        slots=args.slots or COST_SLOTS,
+        threads=check_copies(args.copies, args.threads),
+        copies=args.copies,
+        warmup=args.warmup,
+        repeats=args.repeats or COST_REPEATS,
+        seed=args.seed,
+    )
+    check_fit(contenders, max(plan.lengths) + plan.new_tokens, plan.images)
+    writer = _writer(contenders[0])
+    cost_work(writer, plan, growing=False)  # what cannot be asked is known before
+    about, run = _circumstances(args, arguments, plan.threads)
+    progress = Progress(len(contenders), quiet=args.quiet)
+    with tempfile.TemporaryDirectory(prefix="lvlm-bench-") as logs:
+        results = measure_all(contenders, writer, plan, Path(logs), progress)
+    if args.json:
+        bench_report.write(args.json, costs_json(results, plan, about, run))
+    if not args.quiet:
+        print(cost_tables(results, plan, about), end="")
+    return _status([result.error for result in results])
+
+
+def _writer(first: Contender) -> PromptWriter:
+    """Prompts by the tokenizer of a bundle."""
+    from lvlm.bench.workload import PromptWriter, prompt_maker
+
+    assert first.folder is not None
+    assert first.manifest is not None
+    maker = prompt_maker(first.folder, first.manifest)
+    return PromptWriter(maker, first.manifest.special_tokens.get("bos_token"))
+
+
+def _circumstances(
+    args: argparse.Namespace, arguments: Sequence[str], threads: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The machine, and the run: command, time, a warning if others use the machine."""
+    from datetime import UTC, datetime
+
+    from lvlm.bench import machine
+
+    warning = machine.busy()
+    if warning and not args.quiet:
+        print(f"lvlm-bench: warning: {warning}", file=sys.stderr)
+    about = machine.describe(threads, PACKAGES)
+    run = {
+        "command": shlex.join(["lvlm-bench", *arguments]),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "warning": warning,
+    }
+    return about, run
+
+
+def _status(errors: Sequence[str | None]) -> int:
+    failed = [error for error in errors if error is not None]
     for error in failed:
         print(f"lvlm-bench: error: {error}", file=sys.stderr)
     return FAILED if failed else 0
@@ -156,7 +226,7 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     from lvlm.bench.workload import Case
 
     cases = []
-    for length in args.prompt_tokens:
+    for length in args.prompt_tokens or LENGTHS:
         shape: dict[str, Any] = {
             "text_tokens": length,
             "images": args.images,

@@ -1,9 +1,9 @@
 """The process of one contender: opens it, then serves rounds on command.
 
-``python -m lvlm.bench.child`` reads one JSON object a line from standard input and
-answers each with one: ``{"do": "open", "setup": …}``, ``{"do": "round", "work": …}``, then the end
-of input. An answer with ``error`` is one line about what went wrong. What libraries print goes to
-standard error.
+``python -m lvlm.bench.child`` reads one JSON object a line from standard input and answers each
+with one: ``{"do": "open", "setup": …}``, ``{"do": "round", "work": …}`` or ``{"do": "costs",
+"work": …}``, then the end of input. An answer with ``error`` is one line about what went wrong.
+What libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> None:
     commands: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "open": lambda message: _open(decode(Setup, message["setup"], "setup"), served),
         "round": lambda message: _round(decode(Work, message["work"], "work"), served[0]),
+        "costs": lambda message: _costs(message["work"], served[0]),
     }
     for line in sys.stdin:
         message = json.loads(line)
@@ -70,6 +71,16 @@ def _round(work: Work, serving: Serving) -> dict[str, Any]:
                 f"{request.new_tokens}; is there room for prompt and answer?"
             )
     return {"records": [asdict(record) for record in records], "peak_bytes": peak_bytes()}
+
+
+def _costs(work: dict[str, Any], serving: Serving) -> dict[str, Any]:
+    from lvlm.bench.engine_costs import CostWork
+    from lvlm.bench.own import Together
+
+    assert isinstance(serving, Together), "the parts of an engine are asked for"
+    forget_peak()
+    engine, costs = serving.costs(decode(CostWork, work, "work"))
+    return {"engine": asdict(engine), "costs": asdict(costs), "peak_bytes": peak_bytes()}
 
 
 def _line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lvlm.core.errors import ParameterError
 from lvlm.runtime.backends.host.buffers import physical_memory
 
 BUSY = 0.25  # of the cores already taken before the run: figures will be noisy
@@ -22,6 +23,21 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def check_copies(copies: int, threads: int | None) -> int:
+    """Threads of each of ``copies``, which have cores of their own. Raises ParameterError."""
+    if copies == 1:
+        return threads or cores()
+    if not hasattr(os, "sched_setaffinity"):
+        raise ParameterError("--copies needs a system where processes are given cores, as Linux")
+    threads = threads or max(1, cores() // copies)
+    if copies * threads > cores():
+        raise ParameterError(
+            f"--copies {copies} with {threads} thread{'s' * (threads > 1)} each need "
+            f"{copies * threads} cores, this machine has {cores()}; give fewer"
+        )
+    return threads
 
 
 def busy() -> str | None:

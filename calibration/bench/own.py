@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from lvlm.bench.contenders import Serving, Setup
+from lvlm.bench.costs import Costs, EngineShape
 from lvlm.bench.drive import Mark, at_once, one_after_another
+from lvlm.bench.engine_costs import CostWork, measure_costs
 from lvlm.bench.figures import RequestRecord
 from lvlm.bench.workload import Work, WorkloadRequest
 from lvlm.runtime.backends import open_backend
@@ -89,6 +91,7 @@ class Together:
             queue_limit=QUEUE_LIMIT,
             **ratios(setup.settings),
         )
+        self._threads = setup.threads
         manifest = read_bundle(setup.source)
         self._template = manifest.chat_template is not None
         self._facts = facts(manifest, device)
@@ -109,6 +112,9 @@ class Together:
             return Asked(handle)
 
         return at_once(submit, work)
+
+    def costs(self, work: CostWork) -> tuple[EngineShape, Costs]:
+        return measure_costs(self._engine, work, self._threads, template=self._template)
 
     def facts(self) -> dict[str, Any]:
         return self._facts

@@ -8,26 +8,33 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from lvlm.bench.contenders import BenchError, Setup
 from lvlm.bench.figures import RequestRecord, Round
 from lvlm.bench.workload import Work
 from lvlm.core.typed_json import decode
 
+if TYPE_CHECKING:
+    from lvlm.bench.engine_costs import CostWork
+
 POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 PATIENCE = 20  # seconds for a child to end by itself
 
 
 class Child:
-    """Lives until ``close``; between rounds it waits for the next command.
+    """Lives until ``close``; between rounds it waits for the next command. It runs on ``cores``
+    only, where they are given.
 
     Every method raises BenchError with one line about what went wrong in the child.
     """
 
-    def __init__(self, label: str, log: Path, threads: int) -> None:
+    def __init__(
+        self, label: str, log: Path, threads: int, cores: Collection[int] | None = None
+    ) -> None:
         self.label, self._log = label, log
         with log.open("w", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
@@ -39,6 +46,8 @@ class Child:
                 text=True,
                 encoding="utf-8",
             )
+        if cores is not None:  # before it has begun any thread
+            os.sched_setaffinity(self._process.pid, cores)
 
     def __enter__(self) -> Self:
         return self
@@ -54,6 +63,10 @@ class Child:
         answer = self._ask({"do": "round", "work": asdict(work)})
         records = (decode(RequestRecord, record, "record") for record in answer["records"])
         return Round(tuple(records), answer["peak_bytes"])
+
+    def costs(self, work: CostWork) -> dict[str, Any]:
+        """``engine``, ``costs`` and ``peak_bytes``."""
+        return self._ask({"do": "costs", "work": asdict(work)})
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None

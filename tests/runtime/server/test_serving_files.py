@@ -8,6 +8,8 @@ import json
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import tomllib
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -59,7 +61,7 @@ def parsed(words: Sequence[str]) -> Namespace:
 def test_the_folder_has_what_is_looked_at_here() -> None:
     assert sorted(file.name for file in FOLDER.iterdir()) == [
         *("Dockerfile.cpu", "Dockerfile.cuda", "Dockerfile.triton", "grafana.json"),
-        *("kubernetes.yaml", "lvlm-serve.service", "prometheus.yml", "ray.yaml"),
+        *("kubernetes.yaml", "lvlm-serve.service", "nginx.conf", "prometheus.yml", "ray.yaml"),
     ]
 
 
@@ -124,6 +126,30 @@ def test_the_deployment_probes_and_waits_as_the_server_needs() -> None:
     assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"] == labels
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+
+
+def test_the_load_balancer_lets_through_what_the_server_takes() -> None:
+    text = re.sub(r"#.*", "", (FOLDER / "nginx.conf").read_text())
+    settings = dict(re.findall(r"^ +(\w+) ([^;{]+);", text, re.MULTILINE))
+    assert settings["client_max_body_size"] == f"{parsed(['out']).body_bytes >> 20}m"
+    assert settings["proxy_buffering"] == "off"  # tokens come one by one
+    again = {int(word[5:]) for word in settings["proxy_next_upstream"].split() if "http_" in word}
+    assert again == {429, 503} <= set(refusals.KINDS)
+    assert settings["hash"] == "$lvlm_key consistent"
+
+
+def test_nginx_takes_the_load_balancer(tmp_path: Path) -> None:
+    nginx = shutil.which("nginx")
+    if nginx is None:
+        pytest.skip("nginx is not installed")
+    own = "".join(f"{n}_temp_path {tmp_path};" for n in ("client_body", "proxy", "fastcgi"))
+    own += "".join(f"{n}_temp_path {tmp_path};" for n in ("uwsgi", "scgi")) + "access_log off;"
+    text = (FOLDER / "nginx.conf").read_text().replace("http {", "http {" + own, 1)
+    file = tmp_path / "nginx.conf"
+    file.write_text(f"pid {tmp_path}/pid;\n{text}")
+    words = (nginx, "-t", "-c", file, "-p", tmp_path, "-e", tmp_path / "log")
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_unit_stops_the_server_as_it_ends() -> None:

@@ -1,0 +1,1 @@
+"""Simulation of replicas of lvlm-serve behind a load balancer."""

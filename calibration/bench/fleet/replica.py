@@ -1,0 +1,184 @@
+"""One engine of a simulated fleet: its queue, its slots, and the order in which it works.
+
+The order is that of runtime/engine/scheduler.py, the lengths of chunks are its ChunkPace's.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lvlm.bench.costs import EngineShape
+from lvlm.bench.fleet.arrivals import Arrival
+from lvlm.bench.fleet.service_times import ServiceTimes
+from lvlm.runtime.engine.chunks import ChunkPace
+
+SHARED = 8  # of a prompt's tokens one, at least, for its beginning to be used again
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way. ``tokens``: when each of its answer was there."""
+
+    number: int
+    asked: Arrival
+    replica: int = -1
+    refused: bool = False
+    known: bool = False  # its images' features
+    reused: int = 0  # tokens of its prompt
+    tokens: list[float] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return len(self.tokens) == self.asked.new_tokens
+
+
+@dataclass
+class Piece:
+    """What an engine does at once: an image or more and ``tokens`` of a prompt, or a step."""
+
+    kind: Literal["read", "step"]
+    seconds: Callable[[ServiceTimes], float]
+    images: int = 0
+    tokens: int = 0
+
+
+class Replica:
+    """``begin`` says what it does next, ``finish`` that this is done. ``preparing``: requests that
+    are on their way into its queue."""
+
+    def __init__(self, engine: EngineShape, queue_limit: int) -> None:
+        self.engine, self.queue_limit = engine, queue_limit
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
+        self.preparing = 0
+        self._reading: Job | None = None
+        self._images_left = self._read = 0
+        self._pace, self._owed = ChunkPace(None), 0
+        self._stepping = False  # the prompt has had its turn of this round
+        self._features: OrderedDict[str, int] = OrderedDict()
+        self._kept: list[str] = []  # pictures that rows hold which nobody runs in, used last last
+
+    @property
+    def requests(self) -> int:
+        """Of whatever kind that are here."""
+        there = len(self.waiting) + len(self.running) + (self._reading is not None)
+        return self.preparing + there
+
+    @property
+    def full(self) -> bool:
+        """Whether it refuses what comes."""
+        return len(self.waiting) + self.preparing >= self.queue_limit
+
+    def begin(self) -> Piece | None:
+        """The next piece of work; None: there is nothing to do."""
+        if self._stepping:
+            self._stepping = False
+            if self.running:
+                return self._step()
+        self._admit()
+        if self._reading is not None and not (self.running and self._owed > 0):
+            self._stepping = True
+            return self._piece(self._reading)
+        return self._step() if self.running else None
+
+    def finish(self, piece: Piece, now: float, took: float, own: ServiceTimes) -> None:
+        """A piece ended ``now`` and ``took`` so long."""
+        if piece.kind == "step":
+            self._owed -= 1
+            self._pace.stepped(took)
+            for running in self.running:
+                running.tokens.append(now)
+            self._settle()
+            return
+        job = self._reading
+        assert job is not None
+        self._images_left -= piece.images
+        if piece.images:
+            self._remember(job)
+        self._read += piece.tokens
+        if piece.tokens and self.engine.chunked:
+            share = own.chunk(piece.tokens, self._read - piece.tokens) / piece.seconds(own)
+            self._pace.read(piece.tokens, took * share)
+        self._owed = self._pace.steps_after(took)
+        if self._read == self._length(job):
+            self._reading = None
+            job.tokens.append(now)
+            self.running.append(job)
+            self._settle()
+
+    def _length(self, job: Job) -> int:
+        return job.asked.text_tokens + job.asked.images * self.engine.image_tokens
+
+    def _admit(self) -> None:
+        if self._reading is not None or len(self.running) >= self.engine.slots:
+            return
+        if not self.waiting:
+            return
+        job = self._reading = self.waiting.popleft()
+        name, shown = job.asked.picture, job.asked.images
+        shared = shown * self.engine.image_tokens
+        if self.engine.shares and name is not None and SHARED * shared >= self._length(job):
+            if any(other.asked.picture == name for other in self.running):
+                job.reused = shared
+            elif name in self._kept:
+                job.reused = shared
+                self._kept.remove(name)
+                self._kept.append(name)
+        job.known = name is not None and name in self._features
+        if job.known and name is not None:
+            self._features.move_to_end(name)
+        self._images_left = 0 if job.known or job.reused else shown
+        self._read = job.reused
+        self._trim()
+
+    def _piece(self, job: Job) -> Piece:
+        left, beside = self._length(job) - self._read, bool(self.running)
+        if beside and self._images_left:
+            return Piece("read", lambda times: times.image(1), images=1)
+        images, behind = self._images_left, self._read
+        if not self.engine.chunked:
+            shown = job.asked.images
+            return Piece(
+                "read", lambda t: t.image(images) + t.whole(left, shown), images, tokens=left
+            )
+        tokens = min(self._pace.tokens(beside=beside), left)
+        return Piece("read", lambda t: t.image(images) + t.chunk(tokens, behind), images, tokens)
+
+    def _step(self) -> Piece:
+        rows = len(self.running)
+        tokens = sum(self._length(job) + len(job.tokens) for job in self.running) / rows
+        return Piece("step", lambda times: times.step(rows, tokens))
+
+    def _settle(self) -> None:
+        """Answers that are there leave their rows (runtime/engine/slots.py): the last row is kept,
+        one before it only where another can hold it; the last running one takes its place."""
+        for place in reversed(range(len(self.running))):
+            job, last = self.running[place], self.running[-1]
+            if not job.done:
+                continue
+            name = job.asked.picture or f"number {job.number}"
+            if job is last:
+                self._kept.append(name)
+            elif self._free() > len(self._kept) or self._kept:
+                self._kept.append(name)
+                self._trim()
+            self.running[place] = last
+            self.running.pop()
+
+    def _free(self) -> int:
+        """Rows that nobody runs in."""
+        return self.engine.slots - len(self.running) - (self._reading is not None)
+
+    def _trim(self) -> None:
+        """What was used longest ago gives way."""
+        del self._kept[: max(0, len(self._kept) - self._free())]
+
+    def _remember(self, job: Job) -> None:
+        """Features of its images."""
+        if job.asked.picture is not None and not self._images_left:
+            self._features[job.asked.picture] = job.asked.images
+            while sum(self._features.values()) > self.engine.kept_images:
+                self._features.popitem(last=False)
