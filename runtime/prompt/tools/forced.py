@@ -35,8 +35,8 @@ def calls_grammar(
     rules.append("one: " + " | ".join(f"f{n}" for n in range(len(tools))))
     for number, tool in enumerate(tools):
         function = tool["function"]
-        head, tail = form.opening + function["name"] + form.between, form.closing
-        rules.append(f"f{number}: {_quoted(head)} a{number} {_quoted(tail)}")
+        head = form.opening + function["name"] + form.between
+        rules.append(f"f{number}: {_quoted(head)} a{number} {_quoted('}')}")
         rules.append(f"a{number}: %json {json.dumps(_arguments(function), ensure_ascii=False)}")
     return "\n".join(rules)
 

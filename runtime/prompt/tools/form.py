@@ -34,8 +34,7 @@ class ToolForm:
     """Calls as JSON objects between two marks, either of which may be nothing.
 
     start, end  the marks, as a template writes them
-    opening     of a call up to its name; ``between`` the name and the arguments; ``closing`` what
-                is behind them
+    opening     of a call up to its name; ``between`` the name and the arguments, which "}" follows
     arguments   the key of the arguments
     listed      all calls are a list between one pair of marks
     """
@@ -44,7 +43,6 @@ class ToolForm:
     end: str
     opening: str
     between: str
-    closing: str
     arguments: str
     listed: bool
 
@@ -118,7 +116,6 @@ def _form(text: str, first: int, last: int, one: dict[str, Any], listed: bool) -
         end=text[last:].rstrip(),
         opening=text[first:name].removeprefix("[" if listed else ""),
         between=text[name + len(NAME) : place],
-        closing="}",
         arguments=key,
         listed=listed,
     )
