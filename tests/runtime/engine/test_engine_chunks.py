@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,19 @@ def test_answers_are_those_without_chunks(
         idle(engine)
 
 
-def order_of_calls(engine: Engine, read: str = "extend") -> list[str]:
-    """Names of the graphs, as they are run from now on."""
+def order_of_calls(
+    engine: Engine, read: str = "extend", go: threading.Event | None = None
+) -> list[str]:
+    """Names of the graphs, as they are run from now on; each run waits for ``go`` first."""
     calls: list[str] = []
+
+    def called(name: str) -> None:
+        assert go is None or go.wait(WAIT)
+        calls.append(name)
+
     for name in ("vision", read, "decode"):
         graph = intercept(engine, name)
-        graph.before = lambda inputs, outputs, name=name: calls.append(name)  # type: ignore[misc] # noqa: ARG005
+        graph.before = lambda inputs, outputs, name=name: called(name)  # type: ignore[misc] # noqa: ARG005
     return calls
 
 
@@ -116,10 +124,14 @@ def test_and_between_two_images(folder: Path, answered: list[Generation]) -> Non
 @pytest.mark.usefixtures("all_steps")
 def test_and_between_whole_prompts(folder: Path, answered: list[Generation]) -> None:
     with Engine(folder, slots=4, chunk_tokens=0, image_cache=0, reuse_prefixes=False) as engine:
-        calls = order_of_calls(engine, "prefill")
+        go = threading.Event()
+        go.set()
+        calls = order_of_calls(engine, "prefill", go)
         beside = running(engine)
+        go.clear()  # until all of them wait to be read
         began = len(calls)
         handles = [submit(engine, ASKS[which]) for which in (1, 2, 4)]
+        go.set()
         for handle, which in zip(handles, (1, 2, 4), strict=True):
             same(handle.result(WAIT), answered[which])
         beside.cancel()
