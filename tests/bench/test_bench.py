@@ -30,12 +30,12 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def full(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
+    return bundle("digits-llava", max_images=2)
 
 
 @pytest.fixture(scope="module")
 def light(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", "lightvlm", max_images=2)
+    return bundle("digits-llava", "lightvlm", max_images=2)
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_bundles_of_two_models(run: Run, full: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_must_be_the_bundles(
     run: Run, full: Path, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    other = shutil.copytree(checkpoint("tiny-llava"), tmp_path / "other")
+    other = shutil.copytree(checkpoint("digits-llava"), tmp_path / "other")
     (other / "tokenizer.json").write_text("{}")
     code, _, err = run(full, "--against", "transformers", "--checkpoint", other)
     assert code == 2

@@ -11,7 +11,7 @@ from settings import ASSETS
 from lvlm.calibration.profile.calibrate_cli import main
 from lvlm.export.budgets.prefix_profiles import check_profile, model_hash, read_profile
 
-MODEL = ASSETS / "tiny-llava"
+MODEL = ASSETS / "digits-llava"
 FIFTH = [0.0, 0.1, 0.3, 0.2, 0.25, 0.35]  # evicted of each of six layers
 HALF = [0.2, 0.4, 0.6, 0.5, 0.6, 0.7]
 

@@ -143,12 +143,12 @@ def test_a_profile_of_another_model() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(ASSETS / "tiny-llava", tmp_path / "model"))
+    return Path(shutil.copytree(ASSETS / "digits-llava", tmp_path / "model"))
 
 
 def test_model_hash_is_of_weights_and_configuration(folder: Path) -> None:
     before = model_hash(folder)
-    assert before == model_hash(ASSETS / "tiny-llava")
+    assert before == model_hash(ASSETS / "digits-llava")
     (folder / "README.md").write_text("hello")
     assert model_hash(folder) == before
     config = folder / "config.json"

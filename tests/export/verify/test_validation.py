@@ -29,7 +29,7 @@ from lvlm.runtime.backends import Session
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 
-NAME, RECIPE = "tiny-llava", "none"
+NAME, RECIPE = "digits-llava", "none"
 ELASTIC = CACHED["elastic-cache (cached)"]
 
 

@@ -33,7 +33,7 @@ TOLD = r"^the cache \(batch of {}\) needs \d[\d,]+ bytes of memory.*; ask for fe
 def huge(bundle: Callable[..., Path], tmp_path: Path) -> Path:
     """A bundle that says it has room for the longest prompts that a manifest may name."""
     folder = tmp_path / "huge"
-    shutil.copytree(bundle("tiny-llava", max_images=2), folder)
+    shutil.copytree(bundle("digits-llava", max_images=2), folder)
     data = json.loads((folder / "lvlm.json").read_text())
     data["capacity"]["max_text_len"] = LARGEST
     data["capacity"]["per_layer"] = [LARGEST] * data["text"]["layers"]
