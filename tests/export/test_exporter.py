@@ -37,7 +37,7 @@ def test_the_model_without_weights_is_built_once(
     monkeypatch.setattr(Llava, "build", counted)
     monkeypatch.setattr(exporter, "trace", empty)
     monkeypatch.setattr(exporter, "lower", lambda _, __, graphs, ___: graphs)
-    options = ExportOptions("digits-llava", NoCompression(), tmp_path / "out", dtype="fp32")
+    options = ExportOptions("tiny-llava", NoCompression(), tmp_path / "out", dtype="fp32")
     plan = make_plan(options)
     assert plan.family is FAMILY
     manifest = exporter.write_bundle(plan, tmp_path, Progress(0, quiet=True))
