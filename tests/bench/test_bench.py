@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from command_line import Run
 from PIL import Image
+from settings import ASSETS
 
 from lvlm.bench.bench_cli import main
 from lvlm.bench.contenders import BenchError, peers
@@ -220,12 +221,13 @@ def test_a_converter_that_is_not_installed(
 ) -> None:
     peer: Any = peers()["openvino-genai"]
     monkeypatch.setattr(type(peer), "modules", ())
-    where = ("--cache", tmp_path, "--converter-python")
-    code, _, err = run(full, "--against", peer.name, *where, f"{peer.name}={tmp_path / 'python'}")
+    given = (full, "--against", peer.name, "--cache", tmp_path)
+    given += ("--checkpoint", ASSETS / "digits-llava")
+    code, _, err = run(*given, "--converter-python", f"{peer.name}={tmp_path / 'python'}")
     assert code == 2
     assert "does not start: No such file" in err
     if importlib.util.find_spec("optimum") is None:
-        code, _, err = run(full, "--against", peer.name, "--cache", tmp_path)
+        code, _, err = run(*given)
         assert code == 2
         assert "its converter (optimum.intel, " in err
         assert "python -m venv conv" in err
