@@ -6,13 +6,22 @@ import shutil
 
 from lvlm.core.errors import ExportError
 from lvlm.core.progress import size
+from lvlm.export.checkpoint.plain_copy import copied_bytes
 from lvlm.export.estimates import check_memory
 from lvlm.export.export_plan import ExportPlan
 
 
 def disk(plan: ExportPlan) -> int:
     """Bytes that the export writes at most."""
-    return plan.weight_bytes + plan.angle_bytes + 50_000_000
+    return plan.weight_bytes + plan.angle_bytes + 50_000_000 + plain_bytes(plan)
+
+
+def plain_bytes(plan: ExportPlan) -> int:
+    """Of the copy that the bundle is compared, and a profile measured, with; 0 where the
+    checkpoint itself does."""
+    if not (plan.options.validate or plan.measured):
+        return 0
+    return copied_bytes(plan.checkpoint, plan.dtype)
 
 
 def check_machine(plan: ExportPlan) -> None:
