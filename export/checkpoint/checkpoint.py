@@ -239,6 +239,8 @@ def _base(adapter: Path, revision: str | None, *, weights: bool, quiet: bool) ->
     if revision is not None:
         raise ParameterError(f"--revision {revision[:80]}: {adapter} is a folder; leave it out")
     named, of_base = base_of(adapter)
+    if _is_adapter(named):
+        raise CheckpointError(f"{adapter} is an adapter of another one, {named}; merge that first")
     try:
         found = resolve(
             named, None if os.path.isdir(named) else of_base, weights=weights, quiet=quiet

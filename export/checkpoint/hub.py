@@ -12,6 +12,7 @@ from typing import Any
 
 from lvlm.core.errors import CheckpointError, LvlmError
 from lvlm.core.progress import Progress, Stage, size
+from lvlm.export.checkpoint.adapter import CONFIG as ADAPTER
 from lvlm.export.checkpoint.weight_files import Stored, weight_files
 from lvlm.export.families.parts.side_files import read_json
 
@@ -35,6 +36,11 @@ def fetch(hub_id: str, revision: str | None, *, weights: bool, quiet: bool) -> F
     with _errors(hub_id):
         sizes = _sizes(hub_id, revision)
         folder = _snapshot(hub_id, revision, SMALL)
+        if os.path.isfile(folder / ADAPTER) and not os.path.isfile(folder / "config.json"):
+            raise CheckpointError(
+                f"{hub_id} is an adapter; download it (hf download {hub_id} --local-dir DIR) and "
+                "give -m DIR"
+            )
         config = read_json(folder / "config.json", required=True)
 
         def exists(name: str) -> bool:

@@ -50,9 +50,8 @@ def with_adapter(
     ranks = sorted({adapter.tensors[c.down].shape[0] for c in adapter.changes.values() if c.down})
     file = next(iter(adapter.tensors.values())).file
     kind = "DoRA" if adapter.config.get("use_dora") else "LoRA"
-    words = (
-        f"{kind} of rank {', '.join(map(str, ranks))} from {adapter.folder} ({len(made)} weights)"
-    )
+    of_ranks = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+    words = f"{kind}{of_ranks} from {adapter.folder.absolute().name} ({len(made)} weights)"
     form = Form(words, made, parts=(adapter.folder / CONFIG, file))
     return replace(checkpoint, forms=(*checkpoint.forms, form))
 
@@ -85,9 +84,7 @@ def _merged(
         _expect(adapter, change.down, (rank, shape[0]))
         _expect(adapter, change.up, (shape[1], rank))
         if change.magnitude:
-            raise CheckpointError(
-                f"{adapter.folder}: DoRA of an embedding ({key}) is not supported"
-            )
+            raise CheckpointError(f"{adapter.folder}: DoRA of an embedding ({key}) is not read")
     else:
         _expect(adapter, change.down, (rank, *shape[1:]))
         _expect(adapter, change.up, (shape[0], rank, *(1 for _ in shape[2:])))

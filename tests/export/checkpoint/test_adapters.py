@@ -119,7 +119,7 @@ def test_dora(base: Path, tmp_path: Path) -> None:
     wanted = torch.stack([row * length for row, length in zip(rows, lengths, strict=True)])
     tensors = made | {f"{Q}.lora_magnitude_vector": lengths}
     check(base, write(tmp_path / "adapter", tensors, use_dora=True), {Q: wanted})
-    with pytest.raises(CheckpointError, match="but .* says no use_dora"):
+    with pytest.raises(CheckpointError, match=r"but .* says no use_dora"):
         plan(base, lora=write(tmp_path / "other", tensors))
 
 
