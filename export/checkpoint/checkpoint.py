@@ -144,6 +144,15 @@ class Checkpoint:
             return {}
         return {n: made for n, made in self.made.items() if isinstance(made, PackedTensor)}
 
+    @property
+    def words(self) -> str:
+        """What the checkpoint is, for a report."""
+        names = {stored.file.name for stored in self.stored.values()}
+        kinds = {Path(name).suffix for name in names}
+        files = "safetensors" if kinds == {".safetensors"} else "torch's own"
+        plain = f"{files}, {len(names)} file{'s' if len(names) > 1 else ''}"
+        return "; ".join([*(form.words for form in self.forms), plain])
+
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values, read a part at a time; of what is not here, or
         made, it is said that they do not."""

@@ -14,7 +14,7 @@ from lvlm.export.checkpoint.checkpoint import DTYPES, Checkpoint
 from lvlm.export.checkpoint.hub import SMALL
 from lvlm.export.checkpoint.weight_files import INDEX
 
-SHARD = 1 << 30  # bytes of tensors in memory at a time, unless one alone has more
+SHARD = 1 << 28  # bytes of tensors in memory at a time, unless one alone has more
 
 
 def copied_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

@@ -28,6 +28,7 @@ from settings import ASSETS
 
 from lvlm.core.errors import CheckpointError, LvlmError, ParameterError
 from lvlm.export.checkpoint import checkpoint as checkpoints
+from lvlm.export.summaries import plan_data, plan_table
 
 SOURCE = ASSETS / "tiny-llava"
 UP = "language_model.model.layers.0.mlp.up_proj"
@@ -128,6 +129,26 @@ def test_bytes_are_those_of_what_stays(awq: Path) -> None:
         # Of 4 bytes a half is left, and for each block a scale of 4 and a zero point of a half
         saved += outputs * inputs * (3.5 - 4.5 / block)
     assert plan(SOURCE, dtype="fp32").weight_bytes - made.weight_bytes == saved
+
+
+def test_a_dry_run_says_what_becomes_of_it(awq: Path) -> None:
+    def said(**options: Any) -> str:
+        return " ".join(plan_table(plan(awq, dtype="fp32", **options)).split())
+
+    kept = said()
+    assert "form AWQ, int4 in groups of 64 with zero points (7 layers); safetensors, 1 file" in kept
+    assert "of the linear layers 6 as int4 in blocks of 32, 1 as int4 in blocks of 64" in kept
+    assert "14.8 MB of it while a plain copy is compared with" in kept
+    assert "plain copy" not in said(validate=False)
+    assert "14.8 MB as float32, dequantized" in said(dequantize=True)
+    anew = said(dequantize=True, weights="int8")
+    assert "43 linear layers quantized to int8 in blocks of 32" in anew
+    data = plan_data(plan(awq, dtype="fp32"))
+    assert data["quantized_layers"] == 7
+    assert data["weights"] == {"bits": 4, "block": 32}
+    assert data["plain_copy_bytes"] == sum(
+        4 * tensor.numel() for tensor in load_file(SOURCE / "model.safetensors").values()
+    )
 
 
 def test_groups_in_act_order_are_made_dense_on_request(tmp_path: Path) -> None:
