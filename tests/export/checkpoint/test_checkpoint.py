@@ -233,3 +233,17 @@ def test_the_layout_of_llava_s_own_repository(
     (tmp_path / "config.json").write_text(json.dumps(config | more))
     with pytest.raises(CheckpointError, match=f"take .*{twin}"):
         find_forms(checkpoints.Checkpoint(tmp_path, source, None))
+
+
+@pytest.mark.parametrize(
+    ("source", "twin"),
+    [
+        ("OpenGVLab/InternVL3-1B", "take OpenGVLab/InternVL3-1B-hf, the same"),
+        ("/models/InternVL3_5-8B/", "take OpenGVLab/InternVL3_5-8B-HF, the same"),
+        ("OpenGVLab/InternVL2-8B", "take its twin, whose name ends in -hf"),
+    ],
+)
+def test_the_layout_of_internvl_s_own_repositories(source: str, twin: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "internvl_chat"}))
+    with pytest.raises(CheckpointError, match=twin):
+        find_forms(checkpoints.Checkpoint(tmp_path, source, None))

@@ -29,7 +29,14 @@ for quiet in (False, True):
     plan = make_plan(ExportOptions(name, NoCompression(), Path("out")), quiet=quiet)
     found = plan.checkpoint
     print(json.dumps([str(found.folder), plan.weight_bytes, found.absent_bytes]))
-assert main(["-m", "owner/nothing", "-o", "out", "--dry-run"]) == 2
+assert main(["-m", str(found.folder), "-o", "out", "--dry-run", "-q"]) == 0  # all links
+for given in (["owner/nothing"], ["owner/gated"], [name, "--revision", "gone"]):
+    assert main(["-m", *given, "-o", "out", "--dry-run"]) == 2
+from huggingface_hub import constants
+constants.HF_HUB_OFFLINE = True
+assert main(["-m", name, "-o", "out", "--dry-run", "-q"]) == 0
+for given in (["owner/other"], [name, "--revision", "v9"]):
+    assert main(["-m", *given, "-o", "out", "--dry-run"]) == 2
 """
 
 
@@ -60,7 +67,9 @@ def test_a_dry_run_reads_headers_only_and_a_download_shows_its_size(
             capture_output=True, text=True, cwd=tmp_path, env=env,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    *table, files, first, second = done.stdout.splitlines()
+    lines = done.stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.isdigit())
+    table, files, first, second = lines[:at], *lines[at : at + 3]
     assert files == "0"
     [row] = [line for line in table if "download" in line]
     assert f"{total / 1e6:.1f} MB" in row
@@ -71,7 +80,19 @@ def test_a_dry_run_reads_headers_only_and_a_download_shows_its_size(
     shown = [line for line in done.stderr.splitlines() if "download owner/tiny" in line]
     assert len(shown) == 1
     assert f"{total / 1e6:.1f} MB, files: 2" in shown[0]
-    assert "owner/nothing could not be downloaded" in done.stderr.splitlines()[-1]
+    told = [line.removeprefix("lvlm-export: error: ") for line in done.stderr.splitlines()[-5:]]
+    for line, wanted in zip(
+        told,
+        (
+            "owner/nothing could not be downloaded: the hub has no model of that name",
+            f"owner/gated is gated: accept its terms at {address}/owner/gated, then give a token",
+            "owner/tiny has no revision gone; its page lists",
+            "owner/other is not in the local cache, and offline mode is on (HF_HUB_OFFLINE)",
+            "owner/tiny at revision v9 is not in the local cache, and offline mode is on",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(wanted), line
     assert not [path for _, path, sent in asked if sent and path.endswith(".bin")]
     sent = [(path, sent) for how, path, sent in asked if path.endswith(".safetensors") and sent]
     assert len(sent) == 4  # two headers, two files
