@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from fake_hub import COMMIT, serve
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +36,8 @@ for given in (["owner/nothing"], ["owner/gated"], [name, "--revision", "gone"]):
 from huggingface_hub import constants
 constants.HF_HUB_OFFLINE = True
 assert main(["-m", name, "-o", "out", "--dry-run", "-q"]) == 0
+adapted = make_plan(ExportOptions("adapter", NoCompression(), Path("out"))).checkpoint
+print(adapted.source, adapted.words)
 for given in (["owner/other"], [name, "--revision", "v9"]):
     assert main(["-m", *given, "-o", "out", "--dry-run"]) == 2
 """
@@ -60,6 +63,15 @@ def test_a_dry_run_reads_headers_only_and_a_download_shows_its_size(
     (folder / "pytorch_model.bin").write_bytes(b"not wanted")
     total = sum((folder / file).stat().st_size for file in parts)
 
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 1, "base_model_name_or_path": NAME}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    layer = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    halves = {"lora_A": torch.ones(1, 64), "lora_B": torch.ones(128, 1)}
+    named = {f"{layer}.{part}.weight": tensor for part, tensor in halves.items()}
+    save_file(named, adapter / "adapter_model.safetensors")
+
     with serve(folder, NAME) as (address, asked):
         env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache)}
         done = subprocess.run(
@@ -73,6 +85,7 @@ def test_a_dry_run_reads_headers_only_and_a_download_shows_its_size(
     assert files == "0"
     [row] = [line for line in table if "download" in line]
     assert f"{total / 1e6:.1f} MB" in row
+    assert f"{NAME} LoRA of rank 1 from adapter (1 weights); safetensors, 2 files" in lines
     made, again = json.loads(first), json.loads(second)
     assert made == again
     assert Path(made[0]).name == COMMIT

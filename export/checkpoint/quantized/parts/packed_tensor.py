@@ -28,8 +28,8 @@ class Unpacked:
         """The weight fp32 [N,K] that it stands for."""
         outputs, groups = self.scales.shape
         zero = 1 << (bits - 1) if self.zero_points is None else self.zero_points[..., None].float()
-        spread = self.numbers.view(outputs, groups, -1).float() - zero
-        return (spread * self.scales[..., None]).view(outputs, -1)
+        spread = self.numbers.view(outputs, groups, -1).float()  # a copy, changed in place
+        return spread.sub_(zero).mul_(self.scales[..., None]).view(outputs, -1)
 
 
 @dataclass(frozen=True)
