@@ -39,8 +39,7 @@ def fetch(hub_id: str, revision: str | None, *, weights: bool, quiet: bool) -> F
         folder = _snapshot(hub_id, revision, SMALL)
         if os.path.isfile(folder / ADAPTER) and not os.path.isfile(folder / "config.json"):
             raise CheckpointError(
-                f"{hub_id} is an adapter; download it (hf download {hub_id} --local-dir DIR) and "
-                "give -m DIR"
+                f"{hub_id} is an adapter; download it (hf download) and give its folder with -m"
             )
         config = read_json(folder / "config.json", required=True)
 

@@ -26,6 +26,7 @@ from packing import (
 from safetensors.torch import load_file, save_file
 from settings import ASSETS
 
+from lvlm.core.discovery import discover
 from lvlm.core.errors import CheckpointError, LvlmError, ParameterError
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.summaries import plan_data, plan_table
@@ -80,6 +81,9 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Write, str]] = {
 }
 
 
+USUAL = ("awq", "gptq", "gptq-v2-int8", "compressed-zeros", "blocks")
+
+
 @pytest.fixture(scope="module")
 def made_awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantize_folder(SOURCE, tmp_path_factory.mktemp("made") / "awq", AWQ, AWQ_WRITER)
@@ -107,8 +111,17 @@ def settings(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def only_whole(config: pytest.Config, layout: str) -> None:
+    """Skip what differs from others in little, in a normal run."""
+    if layout not in USUAL and not config.getoption("--whole"):
+        pytest.skip("with --whole")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_read_as_what_it_stands_for(layout: str, tmp_path: Path) -> None:
+def test_every_layout_is_read_as_what_it_stands_for(
+    layout: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    only_whole(pytestconfig, layout)
     given, write, words = LAYOUTS[layout]
     folder = quantize_folder(SOURCE, tmp_path / "packed", given, write)
     found = checkpoints.resolve(str(folder))
@@ -215,7 +228,10 @@ FLOATS: dict[str, tuple[dict[str, Any], Write]] = {
 
 
 @pytest.mark.parametrize("layout", FLOATS)
-def test_fp8_is_dequantized_on_request_only(layout: str, tmp_path: Path) -> None:
+def test_fp8_is_dequantized_on_request_only(
+    layout: str, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    only_whole(pytestconfig, layout)
     folder = quantize_folder(SOURCE, tmp_path / "packed", *FLOATS[layout])
     with pytest.raises(ParameterError, match=r"cannot stay so: .*give --dequantize"):
         plan(folder, dtype="fp32")
@@ -268,6 +284,13 @@ def test_options_that_do_not_go_with_it(awq: Path, options: dict[str, Any], mess
     with pytest.raises(ParameterError, match=message):
         plan(awq, **options)
     assert not plan(awq, **options, dequantize=True).packed
+
+
+def test_a_target_that_takes_no_integers(awq: Path) -> None:
+    target = discover("lvlm.export.targets", "TARGET")["trt-11"]
+    with pytest.raises(ParameterError, match=r"trt-11 does not take a checkpoint that stays.*deq"):
+        plan(awq, targets=(target,))
+    assert plan(awq, targets=(target,), dequantize=True).options.targets == (target,)
 
 
 def test_nothing_to_dequantize(tmp_path: Path) -> None:
