@@ -18,7 +18,6 @@ from lvlm.runtime.bundle.manifest import (
     SCHEMA,
     Graph,
     Manifest,
-    Quantization,
     Text,
     Weight,
 )
@@ -40,7 +39,7 @@ def write_manifest(
     """
     source = plan.checkpoint.source
     language, prompt = plan.skeleton.language, plan.prompt
-    rule, how = plan.recipe.cache_rule(), plan.options.quantization
+    rule = plan.recipe.cache_rule()
     manifest = Manifest(
         schema=SCHEMA,
         family=plan.family.name,
@@ -48,12 +47,13 @@ def write_manifest(
             "source": Path(source).name if Path(source).is_dir() else source,
             "revision": plan.checkpoint.revision,
             "architecture": checkpoints.describe(plan.checkpoint.config),
+            "forms": [form.words for form in plan.checkpoint.forms],
         },
         recipe=plan.recipe.name,
         parameters=plan.recipe.parameters(),
         dtype=dtype_name(plan.dtype),
         cache_dtype=dtype_name(plan.cache_dtype),
-        quantization=None if how is None else Quantization(how.bits, how.block),
+        quantization=plan.quantization,
         graphs=graphs,
         weights=weights,
         text=Text(

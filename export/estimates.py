@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,6 +56,36 @@ def running_memory(largest: int) -> int:
     and what passes through the layers are counted as RUNNING.
     """
     return LIBRARIES + RUNNING + 8 * largest
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an export does.
+
+    Attributes:
+        graphs: how many are traced; ``blocks``: of the language model, in each.
+        dense_bytes: of all weights, none of them quantized.
+        copied: a plain copy is written first.
+        quantized: weights are rounded.
+        runs: how often the model reads prompts on the CPU: to measure, and to compare.
+    """
+
+    graphs: int
+    blocks: int
+    dense_bytes: int
+    copied: bool
+    quantized: bool
+    runs: int
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes on two CPU cores, from figures of tiny-llava and of 7B shapes
+        (docs/notes/measurements.md, export-speed.md): tracing by graphs and blocks, the rest by
+        bytes. Downloads come before."""
+        gigabytes = self.dense_bytes / 1e9
+        passes = 1 + self.copied + self.quantized
+        tracing = self.graphs * (2 + 0.13 * self.blocks)
+        return 5 + tracing + 6 * gigabytes * passes + self.runs * (10 + 32 * gigabytes)
 
 
 def check_memory(what: str, needed: int, others: Mapping[str, int] | None = None) -> None:

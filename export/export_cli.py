@@ -53,6 +53,17 @@ def _parser() -> argparse.ArgumentParser:
         help="weights that share a scale: 16, 32 (default), 64, 128 or 256; with --weights",
     )
     parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="store the weights of a quantized checkpoint in --dtype, or as --weights says",
+    )
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="DIR",
+        help="an adapter as PEFT saves it, to be merged into the weights",
+    )
+    parser.add_argument(
         "--cache",
         choices=CACHES,
         help="keep keys and values in fp16: half the cache of an fp32 bundle (default: --dtype)",
@@ -187,6 +198,8 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         dtype=args.dtype,
         weights=args.weights,
         block_size=args.block_size,
+        dequantize=args.dequantize,
+        lora=args.lora,
         cache=args.cache,
         revision=args.revision,
         max_text_len=args.max_text_len,

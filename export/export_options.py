@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from lvlm.core.errors import ParameterError
+from lvlm.export.checkpoint.quantized.parts.packed_tensor import BLOCKS
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.targets.target import Target
-from lvlm.export.weights.quantization import BLOCKS, KINDS, WeightQuantization
+from lvlm.export.weights.quantization import KINDS, WeightQuantization
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CACHES = {"fp16": torch.float16}  # narrower than what is computed with
@@ -22,7 +23,9 @@ class ExportOptions:
     """Options of an export. ``dtype`` None: as the checkpoint has it (its config.json); ``weights``
     None: the language model's linear layers are of ``dtype``, too; ``cache`` None: so is the cache;
     ``max_image_tokens`` None: images give as many tokens as the checkpoint says; ``sessions``:
-    conversations can keep a compressed cache from turn to turn (recipe none: always)."""
+    conversations can keep a compressed cache from turn to turn (recipe none: always);
+    ``dequantize``: weights that come quantized are stored in ``dtype``, or as ``weights`` says;
+    ``lora``: an adapter's folder, to be merged."""
 
     model: str
     recipe: Recipe
@@ -37,6 +40,8 @@ class ExportOptions:
     max_image_tokens: int | None = None
     validate: bool = True
     sessions: bool = False
+    dequantize: bool = False
+    lora: Path | None = None
     targets: tuple[Target, ...] = ()
 
     def __post_init__(self) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,17 @@ from lvlm.export.budgets.calibration_samples import read_samples
 from lvlm.export.budgets.prefix_profiles import Profile, check_profile, model_hash, read_profile
 from lvlm.export.budgets.sample_prompts import prompt_maker
 from lvlm.export.checkpoint import checkpoint as checkpoints
+from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor
 from lvlm.export.export_options import CACHES, DTYPES, ExportOptions
 from lvlm.export.families.family import Family, PromptFiles
 from lvlm.export.graphs.bundle_graphs import score_width
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.skeleton import Skeleton
 from lvlm.export.recipes.recipe import Recipe
-from lvlm.export.weights.quantization import linear_weights
+from lvlm.export.weight_plan import added_bytes, check_storage, packed_linears
+from lvlm.export.weights.merge_adapter import with_adapter
 from lvlm.export.weights.weight_names import open_skeleton
-from lvlm.runtime.bundle.manifest import Capacity, EncoderReduction, Images
+from lvlm.runtime.bundle.manifest import Capacity, EncoderReduction, Images, Quantization
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import keep_ratios, most_entering, tokens_per_layer
 from lvlm.runtime.processors import load_processor
@@ -60,7 +63,23 @@ class ExportPlan:
     cache: CachePlan
     peak_bytes: int
     unvalidated_bytes: int  # the same without validation
+    packed: Mapping[str, PackedTensor] = field(default_factory=dict)  # that stay quantized
     profile: Profile | None = None  # measured by this export
+
+    @property
+    def measured(self) -> bool:
+        """Whether this export measures a profile."""
+        wanted = self.options.recipe.calibration()
+        return wanted is not None and wanted.file is None
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How linear layers are stored; of those that come quantized, the first one's."""
+        how = self.options.quantization
+        if how is not None:
+            return Quantization(how.bits, how.block)
+        first = next(iter(self.packed.values()), None)
+        return None if first is None else Quantization(first.bits, first.block or 0)
 
     @property
     def encoder(self) -> EncoderReduction | None:
@@ -80,6 +99,13 @@ def make_plan(options: ExportOptions, *, weights: bool = True, quiet: bool = Fal
         quiet: show no progress of a download.
     """
     checkpoint = checkpoints.resolve(options.model, options.revision, weights=weights, quiet=quiet)
+    if options.lora is not None:
+        if checkpoint.adapter is not None:
+            raise ParameterError(
+                f"--lora {options.lora}: {options.model} is an adapter, too; give the base model "
+                "with -m"
+            )
+        checkpoint = replace(checkpoint, adapter=options.lora)
     with checkpoints.described_by(checkpoint):
         return _plan_of(checkpoint, options)
 
@@ -89,8 +115,10 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
     config = family.read_config(checkpoint.config)
     dtype = DTYPES[options.dtype] if options.dtype else _stored_dtype(config, checkpoint)
     cache_dtype = CACHES[options.cache] if options.cache else dtype
-    _check_dtypes(options, dtype)
+    check_storage(options, checkpoint, dtype)
     skeleton, stored_names = open_skeleton(checkpoint, family, config, dtype)
+    checkpoint = with_adapter(checkpoint, skeleton.model, stored_names, dense=options.dequantize)
+    packed = packed_linears(options, checkpoint, skeleton, stored_names)
     language = skeleton.language
     layers = len(language.blocks)
     recipe = options.recipe.for_layers(layers, language.deepstack_layers)
@@ -127,7 +155,7 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
     skeleton = replace(skeleton, language=language.within(tokens))
     unique = {id(p): p for p in skeleton.model.parameters()}.values()
     parameters, largest = sum(p.numel() for p in unique), max(p.numel() for p in unique)
-    weight_bytes = parameters * dtype.itemsize + _saved(options, skeleton, dtype)
+    weight_bytes = parameters * dtype.itemsize + added_bytes(options, skeleton, packed, dtype)
     angles = 4 * tokens * language.head_dim
     sizes = {"weight_bytes": weight_bytes, "largest": largest, "angles": angles}
     peak, unvalidated = (
@@ -151,6 +179,7 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
         cache=plan_cache(options, recipe, images, language, cache_dtype),
         peak_bytes=peak,
         unvalidated_bytes=unvalidated,
+        packed=packed,
     )
 
 
@@ -193,40 +222,6 @@ def _lower(room: int) -> str:
     return f"--max-text-len to {room} or less" if room > 0 else "--max-images"
 
 
-def _check_dtypes(options: ExportOptions, dtype: torch.dtype) -> None:
-    """ParameterError for data types that do not go together, or that a target does not take."""
-    narrow = {name: value for name in ("weights", "cache") if (value := getattr(options, name))}
-    for name, value in narrow.items():
-        if dtype == torch.bfloat16:
-            raise ParameterError(
-                f"--{name} {value} goes with --dtype fp32 or fp16; the model is bf16"
-            )
-        if name == "cache" and CACHES[value] == dtype:
-            continue
-        for target in options.targets:
-            if not target.low_precision:
-                raise ParameterError(
-                    f"target {target.name} does not take --{name} {value}; leave one of them out"
-                )
-
-
-def _saved(options: ExportOptions, skeleton: Skeleton, dtype: torch.dtype) -> int:
-    """Bytes that quantization adds to those of the weights; ParameterError if it cannot be done."""
-    how = options.quantization
-    if how is None:
-        return 0
-    shared = {id(p) for p in skeleton.language.embed.parameters()}
-    added = zero_points = 0
-    for name, weight in linear_weights(skeleton.model, skeleton.language).items():
-        how.check(name, weight.shape[1])
-        blocks = weight.numel() // how.block
-        zero_points = max(zero_points, blocks * how.bits // 8)
-        added += weight.numel() * how.bits // 8 + blocks * dtype.itemsize
-        if id(weight) not in shared:
-            added -= weight.numel() * dtype.itemsize
-    return added + zero_points
-
-
 def plan_cache(
     options: ExportOptions,
     recipe: Recipe,
@@ -261,7 +256,7 @@ def _with_profile_file(recipe: Recipe, layers: int, checkpoint: checkpoints.Chec
         return recipe
     profile = read_profile(wanted.file)
     if not checkpoint.absent:  # or else their content is not known yet
-        check_profile(profile, layers, model_hash(checkpoint.folder))
+        check_profile(profile, layers, model_hash(checkpoint))
     return recipe.with_profile(profile.keep, profile.rows)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,14 @@ from lvlm.core.errors import ExportError, ValidationError
 from lvlm.core.output import temporary_sibling
 from lvlm.core.progress import Progress, size
 from lvlm.export.bundle_manifest import dtype_name, record_validation, write_manifest
+from lvlm.export.checkpoint.checkpoint import Checkpoint
+from lvlm.export.checkpoint.plain_copy import write_plain
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.graph_files import lower, write_graphs
 from lvlm.export.graphs.bundle_graphs import bundle_graphs, graph_names
 from lvlm.export.graphs.tracing import TracedGraph, trace
 from lvlm.export.leaves import leaves_of
-from lvlm.export.machine import check_machine
+from lvlm.export.machine import check_machine, plain_bytes
 from lvlm.export.places import check_output
 from lvlm.export.self_calibration import with_profile
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
@@ -45,8 +49,8 @@ def export(plan: ExportPlan, progress: Progress) -> Report:
     output = plan.options.output
     check_output(output)
     check_machine(plan)
-    with temporary_sibling(output, ExportError) as folder:
-        plan = with_profile(plan, progress)
+    with temporary_sibling(output, ExportError) as folder, _plain(plan, progress) as plain:
+        plan = with_profile(plan, plain, progress)
         manifest = write_bundle(plan, folder, progress)
         report = Report(output, plan, manifest, progress.elapsed)
         if plan.options.validate:
@@ -54,7 +58,8 @@ def export(plan: ExportPlan, progress: Progress) -> Report:
 
             with progress.stage("compare with the checkpoint on an image") as stage:
                 try:
-                    outcome = validate(plan, folder, stage.show)
+                    checked = replace(plan, checkpoint=plain)
+                    outcome = validate(checked, folder, stage.show)
                 except ValidationError as error:
                     told = ValidationError(f"{error}; nothing was written")
                     told.details = error.details
@@ -66,12 +71,28 @@ def export(plan: ExportPlan, progress: Progress) -> Report:
     return replace(report, manifest=manifest, seconds=progress.elapsed)
 
 
+@contextmanager
+def _plain(plan: ExportPlan, progress: Progress) -> Iterator[Checkpoint]:
+    """The checkpoint as it is compared and measured with: itself, or a plain copy for that long."""
+    if (total := plain_bytes(plan)) == 0:
+        yield plan.checkpoint
+        return
+    beside = plan.options.output.with_name(f"{plan.options.output.name}-plain")
+    with temporary_sibling(beside, ExportError) as folder:
+        with progress.stage("write plain weights to compare with") as stage:
+            copy = write_plain(
+                plan.checkpoint, folder, plan.dtype, lambda n: stage.add_bytes(n, total)
+            )
+            stage.result = size(total)
+        yield copy
+
+
 def stages(plan: ExportPlan) -> int:
     """Number of steps of an export's progress."""
-    options, wanted = plan.options, plan.options.recipe.calibration()
-    measured = wanted is not None and wanted.file is None
+    options = plan.options
     graphs = len(graph_names(plan.recipe, sessions=options.sessions))
-    return graphs + 2 + len(options.targets) + options.validate + measured
+    copied = plain_bytes(plan) > 0
+    return graphs + 2 + len(options.targets) + options.validate + plan.measured + copied
 
 
 def write_bundle(plan: ExportPlan, folder: Path, progress: Progress) -> Manifest:
@@ -112,7 +133,7 @@ def _weights(plan: ExportPlan, graphs: list[TracedGraph]) -> WeightsFile:
     store = WeightStore.of(graphs, plan.checkpoint, plan.stored_names, plan.dtype)
     linears = linear_weights(plan.skeleton.model, plan.skeleton.language)
     tensors = [plan.stored_names[name] for name in linears]
-    for step in weight_steps(plan.options.quantization, tensors):
+    for step in weight_steps(plan.options.quantization, tensors, plan.packed):
         step.apply(graphs, store)
     weights = WeightsFile.of(store)
     weights.attach(graphs)

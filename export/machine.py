@@ -6,13 +6,36 @@ import shutil
 
 from lvlm.core.errors import ExportError
 from lvlm.core.progress import size
-from lvlm.export.estimates import check_memory
+from lvlm.export.checkpoint.plain_copy import copied_bytes
+from lvlm.export.estimates import Work, check_memory
 from lvlm.export.export_plan import ExportPlan
+from lvlm.export.graphs.bundle_graphs import graph_names
 
 
 def disk(plan: ExportPlan) -> int:
     """Bytes that the export writes at most."""
-    return plan.weight_bytes + plan.angle_bytes + 50_000_000
+    return plan.weight_bytes + plan.angle_bytes + 50_000_000 + plain_bytes(plan)
+
+
+def plain_bytes(plan: ExportPlan) -> int:
+    """Of the copy that the bundle is compared, and a profile measured, with; 0 where the
+    checkpoint itself does."""
+    if not (plan.options.validate or plan.measured):
+        return 0
+    return copied_bytes(plan.checkpoint, plan.dtype)
+
+
+def seconds(plan: ExportPlan) -> float:
+    """About how long the export takes, the download aside."""
+    unique = {id(p): p for p in plan.skeleton.model.parameters()}.values()
+    return Work(
+        graphs=len(graph_names(plan.recipe, sessions=plan.options.sessions)),
+        blocks=len(plan.skeleton.language.blocks),
+        dense_bytes=sum(p.numel() for p in unique) * plan.dtype.itemsize,
+        copied=plain_bytes(plan) > 0,
+        quantized=plan.options.quantization is not None,
+        runs=plan.options.validate + plan.measured,
+    ).seconds
 
 
 def check_machine(plan: ExportPlan) -> None:
@@ -20,9 +43,11 @@ def check_machine(plan: ExportPlan) -> None:
     output = plan.options.output.absolute()
     free = shutil.disk_usage(output.parent).free
     if free < disk(plan):
+        copy = plain_bytes(plan)
         raise ExportError(
             f"the bundle needs {size(disk(plan))}, the disk has {size(free)} free; "
             "free some or give -o on another disk"
+            + (f", or --no-validate ({size(copy)} less)" if copy and not plan.measured else "")
         )
     check_memory(
         "the export",

@@ -11,6 +11,7 @@ from lvlm.export.budgets.calibration_samples import CalibrationSample, builtin_s
 from lvlm.export.budgets.measuring import calibrate
 from lvlm.export.budgets.prefix_profiles import identify
 from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
+from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.export_plan import ExportPlan, plan_cache
 from lvlm.export.recipes.recipe import Calibration
 from lvlm.export.reference.torch_reference import Reference, load_fp32
@@ -22,10 +23,11 @@ def samples_for(wanted: Calibration) -> list[CalibrationSample]:
     return builtin_samples() if wanted.samples is None else read_samples(wanted.samples)
 
 
-def with_profile(plan: ExportPlan, progress: Progress) -> ExportPlan:
+def with_profile(plan: ExportPlan, plain: Checkpoint, progress: Progress) -> ExportPlan:
     """The plan with a profile measured on the recipe's samples, if it still needs one.
 
-    The model computes in fp32 for that, over the weights in their files.
+    The model computes in fp32 for that, over the weights in their files: ``plain``'s, which holds
+    the plan's checkpoint as it is read.
     """
     wanted = plan.recipe.calibration()
     if wanted is None:
@@ -33,9 +35,7 @@ def with_profile(plan: ExportPlan, progress: Progress) -> ExportPlan:
     samples = samples_for(wanted)
     what = "built-in samples" if wanted.samples is None else f"samples of {wanted.samples}"
     with progress.stage(f"calibrate the layers' budgets on {len(samples)} {what}") as stage:
-        model = load_fp32(
-            plan.family, plan.config, plan.checkpoint, plan.stored_names, torch.float32
-        )
+        model = load_fp32(plan.family, plan.config, plain, plan.stored_names, torch.float32)
         reference = Reference(plan.family, plan.config, model, plan.recipe)
         maker = prompt_maker(plan.checkpoint, plan.family, plan.config, plan.images)
         profile = calibrate(

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
-from lvlm.core.progress import size
+from lvlm.core.progress import duration, size
 from lvlm.core.wrapping import wrapped
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.exporter import Report
 from lvlm.export.graphs.bundle_graphs import graph_names
+from lvlm.export.machine import disk, plain_bytes, seconds
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
+from lvlm.export.weights.quantization import linear_weights
 
 
 def plan_data(plan: ExportPlan) -> dict[str, Any]:
     return {
         "model": plan.checkpoint.source,
+        "form": plan.checkpoint.words,
         "family": plan.family.name,
         "recipe": {"name": plan.recipe.name, "parameters": plan.recipe.parameters()},
         "dtype": _name(plan.dtype),
         "weights": _weights(plan),
+        "quantized_layers": _quantized_layers(plan),
         "cache_dtype": _name(plan.cache_dtype),
         "output": str(plan.options.output),
         "graphs": [f"{name}.onnx" for name in _graphs(plan)],
@@ -31,6 +36,9 @@ def plan_data(plan: ExportPlan) -> dict[str, Any]:
         "capacity": dataclasses.asdict(plan.cache.capacity),
         "cache_bytes_per_sequence": plan.cache.bytes,
         "peak_memory_estimate_bytes": plan.peak_bytes,
+        "disk_bytes": disk(plan),
+        "plain_copy_bytes": plain_bytes(plan),
+        "seconds_estimate": round(seconds(plan)),
     }
 
 
@@ -60,6 +68,7 @@ def plan_table(plan: ExportPlan) -> str:
     return layout(
         {
             "model": f"{plan.checkpoint.source} (family {plan.family.name})",
+            "form": plan.checkpoint.words,
             **(fetched if plan.checkpoint.absent else {}),
             "recipe": _recipe_line(plan),
             "would write": f"{plan.options.output}/ with {', '.join(bundle_files(plan))}",
@@ -67,6 +76,8 @@ def plan_table(plan: ExportPlan) -> str:
             "image tokens": _pyramid(plan),
             "cache": _cache(plan),
             "peak memory": f"about {size(plan.peak_bytes)} during export (estimate)",
+            "disk": f"{size(disk(plan))} at most{_copy(plan)}",
+            "time": f"about {duration(seconds(plan))} on two CPU cores (estimate)",
         }
     )
 
@@ -107,13 +118,32 @@ def _name(dtype: Any) -> str:
 
 
 def _weights(plan: ExportPlan) -> dict[str, int] | None:
-    how = plan.options.quantization
+    how = plan.quantization
     return None if how is None else dataclasses.asdict(how)
 
 
+def _quantized_layers(plan: ExportPlan) -> int:
+    """How many linear layers are stored quantized."""
+    if plan.options.quantization is None:
+        return len(plan.packed)
+    return len(linear_weights(plan.skeleton.model, plan.skeleton.language))
+
+
 def _quantized(plan: ExportPlan) -> str:
-    how = plan.options.quantization
-    return "" if how is None else f", linear layers as int{how.bits} in blocks of {how.block}"
+    how, count = plan.options.quantization, _quantized_layers(plan)
+    if how is not None:
+        return f", {count} linear layers quantized to int{how.bits} in blocks of {how.block}"
+    if not plan.packed:
+        return ", dequantized" if plan.options.dequantize else ""
+    kinds = Counter((tensor.bits, tensor.block) for tensor in plan.packed.values())
+    shown = (f"{n} as int{bits} in blocks of {block}" for (bits, block), n in kinds.items())
+    return f", of the linear layers {', '.join(shown)}, as they come"
+
+
+def _copy(plan: ExportPlan) -> str:
+    """What of the disk is needed for a while only."""
+    copy = plain_bytes(plan)
+    return f", {size(copy)} of it while a plain copy is compared with" if copy else ""
 
 
 def _cache(plan: ExportPlan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
@@ -93,8 +94,9 @@ def traced_once(plan: ExportPlan, shared: Path) -> Callable[..., TracedGraph]:
 
 def trace_key(plan: ExportPlan, graph: BundleGraph) -> str:
     """Of graphs with the same one a single trace is made; test_shared_traces.py makes both."""
-    files = sorted(plan.checkpoint.folder.glob("*config.json"))
-    of_plan = (plan.dtype, [(file.name, file.read_text()) for file in files])
+    files = sorted(plan.checkpoint.folder.glob("*_config.json"))  # tokenizer's, processors' …
+    config = json.dumps(dict(plan.checkpoint.config))  # as it is read: without quantization
+    of_plan = (plan.dtype, config, [(file.name, file.read_text()) for file in files])
     rules = [_in_the_model(getattr(graph, "recipe", None))]
     rules.append(_in_the_graph(graph.name, getattr(graph, "rule", None)))
     of_graph = (graph.name, graph.inputs(), graph.outputs(), rules)

@@ -118,7 +118,7 @@ def order(
     Raises CheckpointError if there is no such model, ParameterError.
     """
     checkpoint = checkpoints.resolve(model, revision)
-    weights = model_hash(checkpoint.folder)
+    weights = model_hash(checkpoint)
     orders = []
     for recipe in recipes:
         parts: dict[str, Any] = {

@@ -21,6 +21,7 @@ from lvlm.export.estimates import check_memory, running_memory
 from lvlm.export.families.family import Family
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.reference.torch_reference import Reference, load_fp32
+from lvlm.export.weights.merge_adapter import with_adapter
 from lvlm.export.weights.weight_names import open_skeleton
 from lvlm.runtime.prompt.prompts import PromptMaker
 
@@ -76,6 +77,7 @@ def _job(
     family = checkpoints.find_family(checkpoint.config, checkpoint.source)
     config = family.read_config(checkpoint.config)
     skeleton, names = open_skeleton(checkpoint, family, config, torch.float32)
+    checkpoint = with_adapter(checkpoint, skeleton.model, names)
     language = skeleton.language
     recipe = recipe.for_layers(len(language.blocks), language.deepstack_layers)
     if recipe.name != "none" and not recipe.shortenings():
@@ -84,7 +86,8 @@ def _job(
             "out, and give the profile to lvlm-export"
         )
     largest = max(p.numel() for p in skeleton.model.parameters())
-    check_memory("measuring", running_memory(largest))
+    made = sum(4 * torch.Size(tensor.shape).numel() for tensor in checkpoint.made.values())
+    check_memory("measuring", running_memory(largest) + made)
     return CalibrationJob(
         checkpoint=checkpoint,
         family=family,

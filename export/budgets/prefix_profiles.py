@@ -18,6 +18,7 @@ from lvlm.runtime.policies.shares import ProfileRow
 
 SCHEMA = 1
 MAKE_ONE = "make one with lvlm-calibrate"
+STRIDE = 4 << 20
 LEADING_BYTES = 4096
 
 
@@ -147,22 +148,26 @@ def identify(checkpoint: Checkpoint) -> ModelId:
     """The checkpoint as a profile records it; of a local folder, its name alone."""
     local = Path(checkpoint.source).is_dir()
     source = Path(checkpoint.source).absolute().name if local else checkpoint.source
-    return ModelId(source, describe(checkpoint.config), model_hash(checkpoint.folder))
+    return ModelId(source, describe(checkpoint.config), model_hash(checkpoint))
 
 
-def model_hash(folder: Path) -> str:
+def model_hash(checkpoint: Checkpoint) -> str:
     """A cheap identity of a checkpoint's configuration and weights.
 
     SHA-256 over config.json and, per safetensors file by name, its size, its header (names, types,
     shapes) and the first 4 KiB of every tensor: a fine-tuned model has the same header as its
-    origin, but no tensor that was trained begins with the same numbers. Raises CheckpointError.
+    origin, but no tensor that was trained begins with the same numbers. Of other files, the
+    beginning of every 4 MiB. Raises CheckpointError.
     """
     digest = hashlib.sha256()
-    weights = {t.file for t in Checkpoint(folder, str(folder), None).tensors.values()}
-    for path in (folder / "config.json", *sorted(weights)):
+    weights = {t.file for t in checkpoint.stored.values()}
+    parts = [path for form in checkpoint.forms for path in form.parts]
+    for path in (checkpoint.folder / "config.json", *sorted(weights), *parts):
         try:
             if path.suffix == ".json":
                 digest.update(path.read_bytes())
+            elif path.suffix != ".safetensors":
+                _add_pieces(digest, path)
             else:
                 _add_weights(digest, path)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -183,3 +188,12 @@ def _add_weights(digest: hashlib._Hash, path: Path) -> None:
         for begin, end in sorted(t["data_offsets"] for t in tensors.values()):
             file.seek(8 + length + begin)
             digest.update(file.read(min(end - begin, LEADING_BYTES)))
+
+
+def _add_pieces(digest: hashlib._Hash, path: Path) -> None:
+    size = path.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        for begin in range(0, size, STRIDE):
+            file.seek(begin)
+            digest.update(file.read(LEADING_BYTES))

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from lvlm.core.discovery import discover, nearest
 from lvlm.core.errors import CheckpointError, LvlmError, ParameterError
+from lvlm.export.checkpoint.adapter import CONFIG as ADAPTER
+from lvlm.export.checkpoint.adapter import base_of
+from lvlm.export.checkpoint.form import Form, MadeTensor
+from lvlm.export.checkpoint.forms import find_forms
 from lvlm.export.checkpoint.hub import fetch
+from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor
 from lvlm.export.checkpoint.weight_files import INDEX, Stored, weight_files
+from lvlm.export.checkpoint.weight_readers import header, open_weights
 from lvlm.export.families.family import Family
 from lvlm.export.families.parts.side_files import read_json
 from lvlm.runtime.bundle.manifest import MANIFEST
@@ -32,16 +36,25 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder in Hugging Face format. ``source`` is what the user may look it up by; ``absent``
-    are weight files that are still to be downloaded, ``absent_bytes`` in all."""
+    are weight files that are still to be downloaded, ``absent_bytes`` in all. ``forms`` make a
+    plain checkpoint of what its files hold, one after the other."""
 
     folder: Path
     source: str
     revision: str | None
     absent: Mapping[str, Mapping[str, Stored]] = field(default_factory=dict)
     absent_bytes: int = 0
+    forms: tuple[Form, ...] = ()
+    adapter: Path | None = None
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Mapping[str, Any]:
+        """config.json, or what it would be of the plain checkpoint."""
+        made = [form.config for form in self.forms if form.config is not None]
+        return made[-1] if made else self.stored_config
+
+    @cached_property
+    def stored_config(self) -> dict[str, Any]:
         return read_json(self.folder / "config.json", required=True)
 
     @cached_property
@@ -51,17 +64,29 @@ class Checkpoint:
         def exists(name: str) -> bool:
             return name in self.absent or os.path.isfile(self.folder / name)
 
-        return [self.folder / name for name in weight_files(self.folder, self.config, exists)]
+        return [
+            self.folder / name for name in weight_files(self.folder, self.stored_config, exists)
+        ]
 
     @cached_property
-    def tensors(self) -> dict[str, Stored]:
+    def tensors(self) -> Mapping[str, Stored]:
+        """Every tensor of the plain checkpoint."""
+        found: dict[str, Stored] = dict(self.stored)
+        for form in self.forms:
+            found = {name: found[name] for name in found if name not in form.used}
+            for name, made in form.made.items():
+                found[name] = Stored(self.folder, made.shape, made.dtype)
+        return found
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
         """Every tensor of the weight files, from their headers alone.
 
         An index only says which files there are, as in transformers: what they hold counts.
         """
         found: dict[str, Stored] = {}
         for path in self.weight_files:
-            held = self.absent.get(path.relative_to(self.folder).as_posix()) or _header(path)
+            held = self.absent.get(path.relative_to(self.folder).as_posix()) or header(path)
             if twice := found.keys() & held.keys():
                 name = min(twice)
                 raise CheckpointError(
@@ -82,22 +107,57 @@ class Checkpoint:
             if isinstance(named, str) and getattr(torch, named, None) in DTYPES.values():
                 return getattr(torch, named)  # type: ignore[no-any-return]
         first = self.weight_files[0]
-        of_first = (t for t in self.tensors.values() if t.file == first)
+        of_first = (t for t in self.stored.values() if t.file == first)
         return next((DTYPES[t.dtype] for t in of_first if t.dtype in DTYPES), None)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor. The file is opened anew each time: a map kept open would keep every page
-        that was read in memory."""
-        with open_weights(self.tensors[name].file) as file:
+        """One tensor, made where it is. A file is opened anew each time: a map kept open would keep
+        every page that was read in memory."""
+        return self._read(name, len(self.forms))
+
+    def _read(self, name: str, level: int) -> torch.Tensor:
+        """As the first ``level`` forms have it."""
+        for below in reversed(range(level)):
+            if (made := self.forms[below].made.get(name)) is not None:
+                return made.make(lambda other, below=below: self._read(other, below))  # type: ignore[misc]
+        return self.read_stored(name)
+
+    def read_stored(self, name: str) -> torch.Tensor:
+        """One tensor as its file has it."""
+        with open_weights(self.stored[name].file) as file:
             tensor = file.get_tensor(name)
             assert isinstance(tensor, torch.Tensor)
             return tensor
 
+    @cached_property
+    def made(self) -> Mapping[str, MadeTensor]:
+        """What no file holds as it is, by name."""
+        found: dict[str, MadeTensor] = {}
+        for form in self.forms:
+            found |= form.made
+        return found
+
+    @cached_property
+    def packed(self) -> Mapping[str, PackedTensor]:
+        """Weights that a bundle can hold as the integers that they are."""
+        if any(form.unkept for form in self.forms):
+            return {}
+        return {n: made for n, made in self.made.items() if isinstance(made, PackedTensor)}
+
+    @property
+    def words(self) -> str:
+        """What the checkpoint is, for a report."""
+        names = {stored.file.name for stored in self.stored.values()}
+        kinds = {Path(name).suffix for name in names}
+        files = "safetensors" if kinds == {".safetensors"} else "torch's own"
+        plain = f"{files}, {len(names)} file{'s' if len(names) > 1 else ''}"
+        return "; ".join([*(form.words for form in self.forms), plain])
+
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same values, read a part at a time; of what is not here it
-        is said that they do not."""
+        """Whether two tensors hold the same values, read a part at a time; of what is not here, or
+        made, it is said that they do not."""
         a, b = self.tensors[one], self.tensors[other]
-        if a.shape != b.shape or self.absent:
+        if a.shape != b.shape or self.absent or one in self.made or other in self.made:
             return False
         with open_weights(a.file) as first, open_weights(b.file) as second:
             left, right = first.get_slice(one), second.get_slice(other)
@@ -107,32 +167,9 @@ class Checkpoint:
             )
 
 
-def _header(path: Path) -> dict[str, Stored]:
-    with open_weights(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {
-            name: Stored(path, tuple(held.get_shape()), str(held.get_dtype()))
-            for name, held in slices.items()
-        }
-
-
-def open_weights(path: Path) -> Any:
-    """The safetensors file, opened for torch. Raises CheckpointError."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} is no readable safetensors file: {reason}") from None
-
-
 def find_family(config: Mapping[str, Any], source: str) -> Family:
     """The family of a config.json, or an error naming the architecture."""
     families: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
-    if "mm_vision_tower" in config:
-        raise CheckpointError(
-            f"{source} is in the layout of LLaVA's own repository, which transformers does not "
-            f"read; take {_converted(source, config)}, the same weights converted"
-        )
     kind = config.get("model_type")
     for family in families.values():
         if kind in family.model_types:
@@ -142,16 +179,6 @@ def find_family(config: Mapping[str, Any], source: str) -> Family:
         f"{source} is of the architecture '{str(kind)[:80]}', which is not supported; "
         f"supported: {known}"
     )
-
-
-def _converted(source: str, config: Mapping[str, Any]) -> str:
-    """The name on the hub of the checkpoint in transformers' layout."""
-    for name in (source, str(config.get("_name_or_path", ""))):
-        found = re.search(r"llava-(v1\.[56])-([\w-]+?)/?$", name, re.ASCII)
-        if found is not None:
-            version = found[1].removeprefix("v") if found[1] == "v1.5" else found[1]
-            return f"llava-hf/llava-{version}-{found[2]}-hf"
-    return "its twin of llava-hf, llava-hf/llava-1.5-7b-hf or alike"
 
 
 def resolve(
@@ -164,6 +191,8 @@ def resolve(
 
     Raises CheckpointError, and ParameterError where ``revision`` has no meaning.
     """
+    if _is_adapter(model):
+        return _base(Path(model), revision, weights=weights, quiet=quiet)
     if model in SHIPPED or os.path.isdir(model):
         if revision is not None:
             what = "shipped with this package" if model in SHIPPED else "a folder"
@@ -178,7 +207,8 @@ def resolve(
         found = Checkpoint(got.folder, hub_id, revision, got.absent, got.absent_bytes)
     _refuse_bundle(found)
     _refuse_adapter(found)
-    return found
+    with described_by(found):
+        return replace(found, forms=find_forms(found))
 
 
 def _hub_id(model: str) -> str:
@@ -201,12 +231,35 @@ def _refuse_bundle(checkpoint: Checkpoint) -> None:
 
 def _refuse_adapter(checkpoint: Checkpoint) -> None:
     """transformers would add it to the weights; without it the answers are other ones."""
-    if os.path.exists(checkpoint.folder / "adapter_config.json"):
+    if os.path.exists(checkpoint.folder / ADAPTER):
         raise CheckpointError(
-            f"{checkpoint.source} holds an adapter (adapter_config.json), which is not supported; "
-            "merge it into the weights (peft: merge_and_unload, save_pretrained), or remove its "
-            "files to export the base model"
+            f"{checkpoint.source} holds an adapter ({ADAPTER}) beside a model; move its files to a "
+            "folder of their own and give that with --lora, or remove them to export the base model"
         )
+
+
+def _is_adapter(model: str) -> bool:
+    """A folder with an adapter and no model."""
+    return os.path.isfile(Path(model) / ADAPTER) and not os.path.exists(Path(model) / "config.json")
+
+
+def _base(adapter: Path, revision: str | None, *, weights: bool, quiet: bool) -> Checkpoint:
+    """The model that an adapter was trained on, with the adapter."""
+    if revision is not None:
+        raise ParameterError(f"--revision {revision[:80]}: {adapter} is a folder; leave it out")
+    named, of_base = base_of(adapter)
+    if _is_adapter(named):
+        raise CheckpointError(f"{adapter} is an adapter of another one, {named}; merge that first")
+    try:
+        found = resolve(
+            named, None if os.path.isdir(named) else of_base, weights=weights, quiet=quiet
+        )
+    except LvlmError as error:
+        raise CheckpointError(
+            f"{adapter} is an adapter, and its base model is not found ({error}); give that with "
+            f"-m and --lora {adapter}"
+        ) from None
+    return replace(found, adapter=adapter)
 
 
 @contextmanager

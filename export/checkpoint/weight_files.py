@@ -11,6 +11,8 @@ from lvlm.core.errors import CheckpointError
 from lvlm.export.families.parts.side_files import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# As torch saves them; read where there is nothing else
+OLDER = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ def weight_files(
     Raises CheckpointError.
     """
     named = config.get("transformers_weights")
-    names = [WEIGHTS, INDEX] if named is None else [str(named)]
+    names = [WEIGHTS, INDEX, *OLDER] if named is None else [str(named)]
     for name in names:
         if not exists(_inside(folder, name, "config.json")):
             continue
         return _listed(folder, name, exists) if name.endswith(".index.json") else [name]
     raise CheckpointError(
-        f"{folder} has no {' or '.join(names)}; save the checkpoint in safetensors format"
+        f"{folder} has no {' or '.join(names[:2])}; save the checkpoint in safetensors format"
     )
 
 

@@ -24,9 +24,11 @@ def compare(bundle: Path, model: str) -> int:
     ParameterError for a bundle whose weights an export alone can compare."""
     manifest = read_bundle(bundle, "none")
     budget = None if manifest.cache_policy is None else manifest.cache_policy.budget
-    if manifest.quantization is not None or isinstance(budget, Profiled):
+    made = manifest.quantization is not None or manifest.model.get("forms")
+    if made or isinstance(budget, Profiled):
         raise ParameterError(
-            "bundles with quantized weights or a profile are compared by lvlm-export alone"
+            "bundles with quantized, dequantized or merged weights, or with a profile, are "
+            "compared by lvlm-export alone"
         )
     given = [f"{k}={json.dumps(v)}" for k, v in manifest.parameters.items() if v is not None]
     recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[manifest.recipe], given)

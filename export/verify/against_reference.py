@@ -93,7 +93,7 @@ def against_reference(
 
 def _limit(plan: ExportPlan, form: Form) -> float:
     found = TOLERANCE[torch.float32 if form.widened else plan.dtype]
-    exact = plan.options.quantization is None or form.name == CANONICAL
+    exact = plan.quantization is None or form.name == CANONICAL
     return found if exact else max(found, QUANTIZED_TOLERANCE)
 
 

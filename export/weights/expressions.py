@@ -22,10 +22,15 @@ class Reading:
 
     Args:
         read: a tensor of the checkpoint by its name there.
+        stored: one as its files have it, where that is something else.
     """
 
-    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
-        self.read = read
+    def __init__(
+        self,
+        read: Callable[[str], torch.Tensor],
+        stored: Callable[[str], torch.Tensor] | None = None,
+    ) -> None:
+        self.read, self.stored = read, stored or read
         self._last: tuple[Any, Any] = None, None
 
     def once(self, key: object, compute: Callable[[], Any]) -> Any:

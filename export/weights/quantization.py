@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from lvlm.core.errors import ParameterError
+from lvlm.export.checkpoint.quantized.parts.packed_tensor import BLOCKS
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.weights.stored_weights import Read, StoredLinear
 
 KINDS = {"int8": 8, "int4": 4}  # what --weights takes, in bits
-BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
+ZERO_POINTS_SUFFIX = ".zero_points"  # of a weight's name: those that are not all alike
 BLOCKS_SUFFIX = ".blocks"  # appended to a name: the same bytes as MatMulNBits reads them
 
 

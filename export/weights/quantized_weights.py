@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -15,18 +16,29 @@ from lvlm.export.weights.quantization import WeightQuantization, quantize
 NUMBERS = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 
 
+class QuantizedWeight(Protocol):
+    """The quantization of a weight [K,N]. Equal ones give equal bytes."""
+
+    @property
+    def of(self) -> Expression:
+        """The weight that it stands for."""
+
+    @property
+    def how(self) -> WeightQuantization: ...
+
+    def compute(self, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
+        """Packed numbers uint8 [N, K * bits / 8] and scales fp32 [N, K / block]."""
+
+    def zero_points(self) -> Expression:
+        """[N, K / block]; of no operands where they are alike."""
+
+
 @dataclass(frozen=True)
-class QuantizedWeight:
-    """The quantization of a weight [K,N]."""
+class RoundedWeight:
+    """A weight [K,N] rounded to the nearest numbers."""
 
     of: Expression
     how: WeightQuantization
-
-    @property
-    def scales_shape(self) -> tuple[int, int]:
-        """[N, K / block]."""
-        inputs, outputs = self.of.shape
-        return outputs, inputs // self.how.block
 
     def compute(self, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
         """``quantize``'s result, once for numbers and scales."""
@@ -34,6 +46,9 @@ class QuantizedWeight:
             self, lambda: quantize(self.of.compute(reading).float().numpy(), self.how)
         )
         return found
+
+    def zero_points(self) -> Fill:
+        return halfway(self)
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ class Scales:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.weight.scales_shape
+        return scales_shape(self.weight)
 
     @property
     def dtype(self) -> ir.DataType:
@@ -81,7 +96,14 @@ class Scales:
         return scales.to(to_torch_dtype(self.dtype))
 
 
-def zero_points(weight: QuantizedWeight) -> Fill:
+def halfway(weight: QuantizedWeight) -> Fill:
     """A zero point for every scale, all alike."""
     number, bits = weight.how.zero_point, weight.how.bits
-    return Fill(number if bits == 8 else number << 4 | number, weight.scales_shape, NUMBERS[bits])
+    byte = number if bits == 8 else number << 4 | number
+    return Fill(byte, scales_shape(weight), NUMBERS[bits])
+
+
+def scales_shape(weight: QuantizedWeight) -> tuple[int, int]:
+    """[N, K / block]."""
+    inputs, outputs = weight.of.shape
+    return outputs, inputs // weight.how.block

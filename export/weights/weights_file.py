@@ -88,7 +88,7 @@ class WeightsFile:
         Returns:
             The file's hashes and size.
         """
-        reading = Reading(checkpoint.read)
+        reading = Reading(checkpoint.read, checkpoint.read_stored)
         with HashedFile(folder / WEIGHTS) as file:
             for weight in self.weights.values():
                 if weight.shared:

@@ -20,6 +20,7 @@ from lvlm.export.budgets.prefix_profiles import (
     RecipeId,
     model_hash,
 )
+from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.export_cli import main
 from lvlm.runtime.policies.shares import ProfileRow
 
@@ -32,7 +33,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 def profile(folder: Path, layers: int) -> Profile:
     row = ProfileRow(0.5, tuple([0.4, 0.6] * (layers // 2)))
     spread = LayerSpread((0.0,) * layers, (row.fractions,))
-    model = ModelId("a", "b", model_hash(folder))
+    model = ModelId("a", "b", model_hash(Checkpoint(folder, "a", None)))
     data, recipe = DataId("", 1), RecipeId("none", {})
     return Profile("prefixkv", 1, 0.5, (row,), spread, layers, model, data, recipe, {})
 

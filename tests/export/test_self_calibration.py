@@ -31,7 +31,8 @@ def test_the_cache_is_counted_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -
         given = ExportOptions(
             "digits-llava", recipe, Path("out"), dtype="fp32", validate=False, **options
         )
-        plan = self_calibration.with_profile(make_plan(given), Progress(0, quiet=True))
+        ready = make_plan(given)
+        plan = self_calibration.with_profile(ready, ready.checkpoint, Progress(0, quiet=True))
         assert plan.profile is made
         return plan.cache.bytes
 

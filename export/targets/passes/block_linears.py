@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from lvlm.core.errors import ExportError
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
-from lvlm.export.weights.quantization import BLOCKS_SUFFIX
+from lvlm.export.weights.quantization import BLOCKS_SUFFIX, ZERO_POINTS_SUFFIX
 
 FP32, INT8 = 1, 4  # accuracy levels
 
@@ -33,7 +33,7 @@ def use_block_linears(model: ir.Model) -> int:
         spread = _spread(node)
         if spread is None or node.inputs[0] is None:
             continue
-        numbers, scales = spread.inputs[:2]
+        numbers, scales, zeros = spread.inputs[:3]
         if numbers is None or scales is None or numbers.shape is None:
             raise ExportError(f"{spread.name} has no weight of known shape")
         bits = 4 if numbers.dtype == ir.DataType.UINT4 else 8
@@ -41,9 +41,13 @@ def use_block_linears(model: ir.Model) -> int:
         outputs, inputs = numbers.shape.numpy()
         block = spread.attributes.get_int("block_size", 0)
         attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block}
+        dims = [outputs, inputs // block, block * bits // 8]
+        given = [node.inputs[0], _as_bytes(model, numbers, dims), scales]
+        if zeros is not None and str(zeros.name).endswith(ZERO_POINTS_SUFFIX):
+            given.append(_as_bytes(model, zeros, [outputs, inputs // block * bits // 8]))
         product = ir.node(
             "MatMulNBits",
-            [node.inputs[0], _blocks(model, numbers, bits, block), scales],
+            given,
             attributes=attributes | {"accuracy_level": INT8 if few else FP32},
             domain=MICROSOFT,
         )
@@ -71,22 +75,21 @@ def _few_rows(x: ir.Value) -> bool:
     return len(x.shape) == 2 or x.shape[-2] == 1
 
 
-def _blocks(model: ir.Model, numbers: ir.Value, bits: int, block: int) -> ir.Value:
-    """The initializer of the same bytes as uint8 [N, K / block, bytes of a block]."""
-    name = f"{numbers.name}{BLOCKS_SUFFIX}"
+def _as_bytes(model: ir.Model, value: ir.Value, dims: list[int]) -> ir.Value:
+    """The initializer of the same bytes as uint8 of ``dims``."""
+    name = f"{value.name}{BLOCKS_SUFFIX}"
     if name in model.graph.initializers:
         return model.graph.initializers[name]
-    tensor = numbers.const_value
-    if not isinstance(tensor, ir.ExternalTensor) or numbers.shape is None:
-        raise ExportError(f"{numbers.name} does not lie in the weights file")
-    outputs, inputs = numbers.shape.numpy()
-    shape = ir.Shape([outputs, inputs // block, block * bits // 8])
-    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=shape)
-    value.const_value = ir.ExternalTensor(
+    tensor = value.const_value
+    if not isinstance(tensor, ir.ExternalTensor):
+        raise ExportError(f"{value.name} does not lie in the weights file")
+    shape = ir.Shape(dims)
+    made = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=shape)
+    made.const_value = ir.ExternalTensor(
         tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8, shape=shape, name=name
     )
-    model.graph.initializers[name] = value
-    return value
+    model.graph.initializers[name] = made
+    return made
 
 
 def _replace(model: ir.Model, node: ir.Node, product: ir.Node) -> None:

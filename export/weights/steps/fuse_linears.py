@@ -7,13 +7,13 @@ without a bias, whose weights are initializers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from lvlm.export.graphs.tracing import TracedGraph
-from lvlm.export.weights.expressions import Concat
+from lvlm.export.weights.expressions import Concat, sources
 from lvlm.export.weights.store import WeightStore
 
 
@@ -27,15 +27,19 @@ class Product:
     result: ir.Node
 
 
+@dataclass(frozen=True)
 class FuseLinears:
     """Fuse linear layers in all graphs alike.
 
-    A weight is stored once, so only what every graph uses in the same company is fused.
+    A weight is stored once, so only what every graph uses in the same company is fused, and only
+    tensors of the checkpoint of which ``kinds`` says the same, or nothing.
     Precondition: weights lie as MatMul takes them, [K,N].
     """
 
+    kinds: Mapping[str, int] = field(default_factory=dict)
+
     def apply(self, graphs: Sequence[TracedGraph], store: WeightStore) -> None:
-        groups = [_groups(graph) for graph in graphs]
+        groups = [_groups(graph, store, self.kinds) for graph in graphs]
         together: dict[str, set[tuple[str, ...] | None]] = {}
         for graph, found in zip(graphs, groups, strict=True):
             company = {p: names for members in found for names in _names(members) for p in names}
@@ -56,13 +60,17 @@ def _names(members: Sequence[Product]) -> list[tuple[str, ...]]:
     ]
 
 
-def _groups(graph: TracedGraph) -> list[list[Product]]:
+def _groups(
+    graph: TracedGraph, store: WeightStore, kinds: Mapping[str, int]
+) -> list[list[Product]]:
     """Two and more MatMuls of one input, in the graph's order."""
-    readers: dict[tuple[int, bool], list[Product]] = {}
+    readers: dict[tuple[object, ...], list[Product]] = {}
     for node in graph.model.graph:
         product = _product(graph, node)
         if product is not None:
-            readers.setdefault((id(node.inputs[0]), product.bias is None), []).append(product)
+            kind = frozenset(kinds.get(name) for name in sources(store[product.weight]))
+            key = (id(node.inputs[0]), product.bias is None, kind)
+            readers.setdefault(key, []).append(product)
     return [members for members in readers.values() if len(members) > 1]
 
 

@@ -22,6 +22,7 @@ from lvlm.core.progress import Progress, Stage, duration
 from lvlm.export import estimates
 from lvlm.export.budgets import measuring, recording
 from lvlm.export.budgets.prefix_profiles import check_profile, model_hash, read_profile
+from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.main import main as lvlm_main
 
 MODEL = ASSETS / "digits-llava"
@@ -65,7 +66,7 @@ def test_calibrate_three_samples(
     assert "[3/4] measure importances  3 samples" in err
     assert f"next: lvlm-export -m {MODEL} -r prefixkv --set profile={out}" in err
     profile = read_profile(out)
-    check_profile(profile, 6, model_hash(MODEL))
+    check_profile(profile, 6, model_hash(Checkpoint(MODEL, "", None)))
     assert profile.model.source == "digits-llava"
     assert (profile.keep, profile.data.samples, profile.recipe.name) == (0.3, 3, "none")
     assert len(profile.rows) == 19

@@ -10,6 +10,7 @@ from settings import ASSETS
 
 from lvlm.calibration.profile.calibrate_cli import main
 from lvlm.export.budgets.prefix_profiles import check_profile, model_hash, read_profile
+from lvlm.export.checkpoint.checkpoint import Checkpoint
 
 MODEL = ASSETS / "digits-llava"
 FIFTH = [0.0, 0.1, 0.3, 0.2, 0.25, 0.35]  # evicted of each of six layers
@@ -32,7 +33,7 @@ def test_what_is_evicted_becomes_what_is_kept(
     assert "50.0% kept, 80.0% kept" in said
     assert "profile=" in said
     profile = read_profile(out)
-    check_profile(profile, 6, model_hash(MODEL))
+    check_profile(profile, 6, model_hash(Checkpoint(MODEL, "", None)))
     assert profile.keep == pytest.approx(0.8)
     assert profile.row().fractions == pytest.approx([1.0, 0.9, 0.7, 0.8, 0.75, 0.65])
     assert [row.keep for row in profile.rows] == pytest.approx([0.5, 0.8])

@@ -146,36 +146,40 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(ASSETS / "digits-llava", tmp_path / "model"))
 
 
+def hash_of(folder: Path) -> str:
+    return model_hash(Checkpoint(folder, str(folder), None))
+
+
 def test_model_hash_is_of_weights_and_configuration(folder: Path) -> None:
-    before = model_hash(folder)
-    assert before == model_hash(ASSETS / "digits-llava")
+    before = hash_of(folder)
+    assert before == hash_of(ASSETS / "digits-llava")
     (folder / "README.md").write_text("hello")
-    assert model_hash(folder) == before
+    assert hash_of(folder) == before
     config = folder / "config.json"
     config.write_bytes(config.read_bytes() + b" ")
-    assert model_hash(folder) != before
+    assert hash_of(folder) != before
 
 
 def test_model_hash_sees_a_fine_tuned_tensor(folder: Path) -> None:
     """Same names, types and shapes: the header and the size of the file stay."""
-    before = model_hash(folder)
+    before = hash_of(folder)
     path = folder / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = file.metadata()
     size = path.stat().st_size
     save_file(tensors, path, metadata)
-    assert model_hash(folder) == before
+    assert hash_of(folder) == before
     (name,) = (n for n in tensors if n.endswith("layers.3.mlp.up_proj.weight"))
     tensors[name] = tensors[name] * 1.01
     save_file(tensors, path, metadata)
     assert path.stat().st_size == size
-    assert model_hash(folder) != before
+    assert hash_of(folder) != before
 
 
 def test_identity_shows_no_path(folder: Path) -> None:
     found = identify(Checkpoint(folder, str(folder), None))
-    assert found == ModelId("model", "LlavaForConditionalGeneration", model_hash(folder))
+    assert found == ModelId("model", "LlavaForConditionalGeneration", hash_of(folder))
     assert identify(Checkpoint(folder, "owner/name", None)).source == "owner/name"
 
 
@@ -183,8 +187,8 @@ def test_model_hash_of_a_damaged_file(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointError, match="is no readable safetensors file"):
-        model_hash(folder)
+        hash_of(folder)
     for content in (b"", b"\2" + b"\0" * 7 + b"{}", b"\2" + b"\0" * 7 + b"[]"):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=r"no readable safetensors|without a tensor"):
-            model_hash(folder)
+            hash_of(folder)

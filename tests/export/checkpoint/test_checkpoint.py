@@ -16,12 +16,13 @@ from transformers import AutoTokenizer
 
 from lvlm.core.errors import CheckpointError, LvlmError, ParameterError
 from lvlm.export.checkpoint import checkpoint as checkpoints
+from lvlm.export.checkpoint.forms import find_forms
 from lvlm.export.recipes.uniform import Uniform
 
 
-def test_an_adapter_is_refused(folder: Path) -> None:
+def test_an_adapter_beside_a_model_is_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"adapter.* merge it into the weights"):
+    with pytest.raises(CheckpointError, match=r"adapter.* give that with --lora"):
         plan(folder)
 
 
@@ -43,9 +44,11 @@ def test_a_revision_of_what_has_none(folder: Path) -> None:
             "rope_type 'longrope'",
         ),
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy.*cls"),
-        ({"quantization_config": {"quant_method": "awq"}}, r"with awq \(quantization_config in"),
+        ({"quantization_config": {"quant_method": "hqq"}}, r"with hqq \(quantization_config in"),
+        ({"quantization_config": "awq"}, r"with None \(quantization_config in"),
         ({"text_config__quantization_config": {"b": 4}}, r"\(text_config\.quantization_config in"),
-        ({"compression_config": {"format": "x"}}, r"\(compression_config in config\.json"),
+        ({"compression_config": {"format": "x"}}, r"compressed-tensors, without config_groups"),
+        ({"compression_config": {"quant_method": "x"}}, r"\(compression_config in config\.json"),
     ],
 )
 def test_unsupported_parts_are_refused_by_name(
@@ -223,7 +226,24 @@ def test_every_family_has_tiny_configs_that_its_own_check_accepts() -> None:
         ("mine", {}, "its twin of llava-hf"),
     ],
 )
-def test_the_layout_of_llava_s_own_repository(source: str, more: dict[str, Any], twin: str) -> None:
+def test_the_layout_of_llava_s_own_repository(
+    source: str, more: dict[str, Any], twin: str, tmp_path: Path
+) -> None:
     config = {"model_type": "llava_llama", "mm_vision_tower": "openai/clip-vit-large-patch14"}
+    (tmp_path / "config.json").write_text(json.dumps(config | more))
     with pytest.raises(CheckpointError, match=f"take .*{twin}"):
-        checkpoints.find_family(config | more, source)
+        find_forms(checkpoints.Checkpoint(tmp_path, source, None))
+
+
+@pytest.mark.parametrize(
+    ("source", "twin"),
+    [
+        ("OpenGVLab/InternVL3-1B", "take OpenGVLab/InternVL3-1B-hf, the same"),
+        ("/models/InternVL3_5-8B/", "take OpenGVLab/InternVL3_5-8B-HF, the same"),
+        ("OpenGVLab/InternVL2-8B", "take its twin, whose name ends in -hf"),
+    ],
+)
+def test_the_layout_of_internvl_s_own_repositories(source: str, twin: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "internvl_chat"}))
+    with pytest.raises(CheckpointError, match=twin):
+        find_forms(checkpoints.Checkpoint(tmp_path, source, None))

@@ -167,3 +167,47 @@ def test_weights_of_integers_are_quantized(folder: Path) -> None:
     change_weights(folder, lambda w: w.update({name: w[name].to(torch.int8)}))
     with pytest.raises(CheckpointError, match=r"up_proj\.weight is stored as I8"):
         plan(folder)
+
+
+def test_weights_as_torch_saves_them(folder: Path) -> None:
+    """In one file, in several, and in none that runs code."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    made = plan(folder)
+    assert made.checkpoint.words == "torch's own, 1 file"
+    assert set(made.checkpoint.tensors) == set(weights)
+    assert all(torch.equal(made.checkpoint.read(name), weights[name]) for name in weights)
+    names = sorted(weights)
+    for file, keys in (("a.bin", names[::2]), ("b.bin", names[1::2])):
+        torch.save({key: weights[key] for key in keys}, folder / file)
+    index = {"weight_map": {key: "ab"[i % 2] + ".bin" for i, key in enumerate(names)}}
+    (folder / "pytorch_model.bin").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert plan(folder).stored_names == made.stored_names
+    (folder / "a.bin").write_bytes(b"no zip")
+    with pytest.raises(CheckpointError, match=r"a\.bin is not read: .* safetensors"):
+        plan(folder)
+
+
+class Runs:
+    """Would write a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_a_file_of_torch_that_runs_code_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    for content, message in (
+        ({"a": Runs(folder / "ran")}, r"pytorch_model\.bin is not read: torch takes it for"),
+        ({"a": 1}, r"holds more than tensors by their names; save the checkpoint in safe"),
+    ):
+        torch.save(content, folder / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match=message) as caught:
+            plan(folder)
+        assert "\n" not in str(caught.value)
+    assert not (folder / "ran").exists()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from fake_hub import COMMIT, serve
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +30,16 @@ for quiet in (False, True):
     plan = make_plan(ExportOptions(name, NoCompression(), Path("out")), quiet=quiet)
     found = plan.checkpoint
     print(json.dumps([str(found.folder), plan.weight_bytes, found.absent_bytes]))
-assert main(["-m", "owner/nothing", "-o", "out", "--dry-run"]) == 2
+assert main(["-m", str(found.folder), "-o", "out", "--dry-run", "-q"]) == 0  # all links
+for given in (["owner/nothing"], ["owner/gated"], [name, "--revision", "gone"]):
+    assert main(["-m", *given, "-o", "out", "--dry-run"]) == 2
+from huggingface_hub import constants
+constants.HF_HUB_OFFLINE = True
+assert main(["-m", name, "-o", "out", "--dry-run", "-q"]) == 0
+adapted = make_plan(ExportOptions("adapter", NoCompression(), Path("out"))).checkpoint
+print(adapted.source, adapted.words)
+for given in (["owner/other"], [name, "--revision", "v9"]):
+    assert main(["-m", *given, "-o", "out", "--dry-run"]) == 2
 """
 
 
@@ -53,6 +63,15 @@ def test_a_dry_run_reads_headers_only_and_a_download_shows_its_size(
     (folder / "pytorch_model.bin").write_bytes(b"not wanted")
     total = sum((folder / file).stat().st_size for file in parts)
 
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 1, "base_model_name_or_path": NAME}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    layer = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    halves = {"lora_A": torch.ones(1, 64), "lora_B": torch.ones(128, 1)}
+    named = {f"{layer}.{part}.weight": tensor for part, tensor in halves.items()}
+    save_file(named, adapter / "adapter_model.safetensors")
+
     with serve(folder, NAME) as (address, asked):
         env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache)}
         done = subprocess.run(
@@ -60,10 +79,13 @@ def test_a_dry_run_reads_headers_only_and_a_download_shows_its_size(
             capture_output=True, text=True, cwd=tmp_path, env=env,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    *table, files, first, second = done.stdout.splitlines()
+    lines = done.stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.isdigit())
+    table, files, first, second = lines[:at], *lines[at : at + 3]
     assert files == "0"
     [row] = [line for line in table if "download" in line]
     assert f"{total / 1e6:.1f} MB" in row
+    assert f"{NAME} LoRA of rank 1 from adapter (1 weights); safetensors, 2 files" in lines
     made, again = json.loads(first), json.loads(second)
     assert made == again
     assert Path(made[0]).name == COMMIT
@@ -71,7 +93,19 @@ def test_a_dry_run_reads_headers_only_and_a_download_shows_its_size(
     shown = [line for line in done.stderr.splitlines() if "download owner/tiny" in line]
     assert len(shown) == 1
     assert f"{total / 1e6:.1f} MB, files: 2" in shown[0]
-    assert "owner/nothing could not be downloaded" in done.stderr.splitlines()[-1]
+    told = [line.removeprefix("lvlm-export: error: ") for line in done.stderr.splitlines()[-5:]]
+    for line, wanted in zip(
+        told,
+        (
+            "owner/nothing could not be downloaded: the hub has no model of that name",
+            f"owner/gated is gated: accept its terms at {address}/owner/gated, then give a token",
+            "owner/tiny has no revision gone; its page lists",
+            "owner/other is not in the local cache, and offline mode is on (HF_HUB_OFFLINE)",
+            "owner/tiny at revision v9 is not in the local cache, and offline mode is on",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(wanted), line
     assert not [path for _, path, sent in asked if sent and path.endswith(".bin")]
     sent = [(path, sent) for how, path, sent in asked if path.endswith(".safetensors") and sent]
     assert len(sent) == 4  # two headers, two files
