@@ -149,4 +149,4 @@ def test_dry_run_says_what_is_narrow(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (data["dtype"], data["cache_dtype"]) == ("float32", "float16")
     assert export_cli.main([*flags, "--block-size", "16"]) == 0
     table = capsys.readouterr().out
-    assert "as float16, 43 linear layers quantized to int4" in table
+    assert "as float16, 57 linear layers quantized to int4" in table
