@@ -162,6 +162,7 @@ def _build_graph(
         source=source,
         profile=profile,
         weights=tuple(built.weights),
+        activations=built.activations,
     )
 
 

@@ -75,13 +75,14 @@ def plan(plan: EnginePlan) -> str:
 
 def result(engines: EngineSet) -> str:
     """The folder and what lies in it."""
-    rows = [("engine", "size", "batch", "tokens")]
+    rows = [("engine", "size", "computes in", "batch", "tokens")]
     for graph in engines.graphs.values():
         profile = graph.profile
         batch, tokens = profile.get("batch"), profile.get("sequence", profile.get("tokens"))
-        rows.append((graph.file, size(graph.bytes), _span(batch), _span(tokens)))
+        room = "" if graph.activations is None else size(graph.activations)
+        rows.append((graph.file, size(graph.bytes), room, _span(batch), _span(tokens)))
     lines = [str(engines.folder), _table(rows)]
-    shared = {w.name: w.bytes for g in engines.graphs.values() for w in g.weights}
+    shared = {w.name: w.nbytes for g in engines.graphs.values() for w in g.weights}
     if shared:
         lines.append(f"and {size(sum(shared.values()))} of weights as inputs, once for all engines")
     return "\n".join(lines)

@@ -36,6 +36,7 @@ PACKAGES = {
     "tensorrt-rtx": ("TensorRT-RTX", "tensorrt_rtx", install("tensorrt-rtx")),
 }
 NAMESPACE, PLUGIN_VERSION = "lvlm", "1"  # of the plugins
+ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
 Shapes = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 Show = Callable[[str], None]
 # What the builders say of memory
@@ -69,11 +70,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine, the weights it takes as inputs, and what timing was learned."""
+    """A serialized engine, the weights it takes as inputs, what timing was learned, and bytes of
+    memory that it computes in at its longest lengths; None: the builder did not say."""
 
     engine: memoryview
     weights: list[EngineWeight]
     timing_cache: bytes | None
+    activations: int | None = None
 
 
 class TensorRtBuilder:
@@ -114,7 +117,7 @@ class TensorRtBuilder:
             raise failure(self.name, self.log.text(), settings.workspace)
         cache = settings.timing_cache is not None and config.get_timing_cache()
         learned = bytes(cache.serialize()) if cache else None
-        return Built(memoryview(engine), weights, learned)
+        return Built(memoryview(engine), weights, learned, self.log.activations)
 
     def load_plugins(self, library: Path, needed: Iterable[str]) -> None:
         """Make the plugins of a library known. Raises BackendError if it cannot be loaded or does
@@ -256,20 +259,26 @@ def _monitor(trt: Any, show: Show, came: Sequence[int]) -> Any:
 
 def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Prints nothing; remembers errors, since the builder reports them in no other way."""
+        """Prints nothing; remembers errors and how much memory an engine takes, since the builder
+        reports them in no other way."""
+
+        errors: list[str]
+        activations: int | None
 
         def __init__(self) -> None:
             super().__init__()
-            self.errors: list[str] = []
+            self.clear()
 
         def log(self, severity: Any, message: str) -> None:
+            if found := ACTIVATIONS.search(message):
+                self.activations = int(found[1])
             # Without a GPU the builder also reports, and does without, a CUDA driver.
             failed = severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
             if failed and "catchCudaError" not in message:
                 self.errors.append(" ".join(message.split()))
 
         def clear(self) -> None:
-            self.errors.clear()
+            self.errors, self.activations = [], None
 
         def text(self) -> str:
             return "; ".join(self.errors) or "no reason given"

@@ -27,6 +27,20 @@ TARGETS: dict[str, Target] = {
     for name, target in discover("lvlm.export.targets", "TARGET").items()
     if type(target) is Target
 }
+
+
+def of_each_form(targets: dict[str, Target]) -> dict[str, Target]:
+    """The first of those whose graphs are the same: they differ in version and platform alone."""
+    forms = {}
+    for name, target in targets.items():
+        facts = dataclasses.asdict(target)
+        for fact in ("name", "summary", "version", "platform", "sms", "topk_limit", "verified"):
+            del facts[fact]
+        forms.setdefault(repr(sorted(facts.items())), (name, target))
+    return dict(forms.values())
+
+
+FORMS = of_each_form(TARGETS)
 OPS: dict[str, Op] = discover("lvlm.export.ops", "OP")
 PLUGIN_ATTRIBUTES = {"plugin_namespace": b"lvlm", "plugin_version": b"1"}
 SMALL = "llava:llama-mha-bias-rope3-siglip"

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import onnx
 import pytest
+from lowering_tools import FORMS
 from onnx import helper
 from settings import CACHED
 
-from lvlm.core.discovery import discover
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.plugins.registry import plugins
 from lvlm.runtime.bundle.reader import read_bundle
 
-TARGETS = {n: t for n, t in discover("lvlm.export.targets", "TARGET").items() if t.plugins}
+TARGETS = {name: target for name, target in FORMS.items() if target.plugins}
 
 
 @pytest.mark.parametrize("recipe", ["lightvlm (cached)", "elastic-cache (cached)"])

@@ -178,7 +178,11 @@ def test_matrices_as_inputs_are_not_in_the_engine(
         )
         for weights in (shared, {})
     ]
-    apart = sum(weight.bytes for weight in built[0].weights)
+    apart = sum(weight.nbytes for weight in built[0].weights)
     assert apart == sum(weight.bytes for weight in shared.values()) > 5_000_000
+    parts = [weight.name for weight in built[0].weights if weight.columns]
+    assert len(parts) == 5 * manifest.text.layers  # q, k, v; gate, up
+    assert built[0].activations is not None
+    assert 0 < built[0].activations < 2_000_000  # no copy of a weight
     assert built[1].weights == []
     assert built[1].engine.nbytes - built[0].engine.nbytes > 0.9 * apart
