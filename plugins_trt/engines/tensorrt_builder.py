@@ -35,6 +35,10 @@ PACKAGES = {
     ),
     "tensorrt-rtx": ("TensorRT-RTX", "tensorrt_rtx", install("tensorrt-rtx")),
 }
+PREVIEW_FEATURES = (
+    "ALIASED_PLUGIN_IO_10_03",  # plugins write the cache in place: an output is its input's memory
+    "RUNTIME_ACTIVATION_RESIZE_10_10",  # one prompt pays for the workspace of one, not of --batch
+)
 NAMESPACE, PLUGIN_VERSION = "lvlm", "1"  # of the plugins
 ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
 Shapes = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
@@ -188,9 +192,9 @@ class TensorRtBuilder:
         # TensorRT-RTX captures an engine into a CUDA graph only if it allocates nothing itself.
         if (captured := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
             config.set_flag(captured)
-        # Plugins write the cache in place: an output that is its input's memory.
-        if (alias := getattr(trt.PreviewFeature, "ALIASED_PLUGIN_IO_10_03", None)) is not None:
-            config.set_preview_feature(alias, True)
+        for feature in PREVIEW_FEATURES:  # of versions that do not have one, nothing needs it
+            if (found := getattr(trt.PreviewFeature, feature, None)) is not None:
+                config.set_preview_feature(found, True)
         if settings.hardware_compatible:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if settings.timing_cache is not None:

@@ -28,6 +28,7 @@ FILE = "engine.json"
 SCHEMA = 2
 BOUNDS = {"least": "min", "usual": "opt", "most": "max"}  # of a Range, as schema 1 called them
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of weights' types
+ALIGNMENT = 256  # bytes; what TensorRT asks of every address, and cudaMalloc gives
 PLUGINS = "LVLM_PLUGINS"  # environment variable: the plugin library to load
 
 

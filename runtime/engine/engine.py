@@ -32,6 +32,7 @@ from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, Graphs
 from lvlm.runtime.generate.token_count import TokenCount, TokenCounting, count_asks
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
+from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.options.generation_options import GenerationOptions, Keep, OptionValues
 from lvlm.runtime.options.option_kinds import SWITCH, integer, number, read_value
 from lvlm.runtime.prompt.prompts import PromptMaker
@@ -93,7 +94,7 @@ class Engine(TokenCounting):
         capacity = slot_capacity(manifest, max_text_len, max_images, keep, kv_keep)
         backend = open_backend(device, threads=threads)
         if backend.static_capacity:
-            capacity = manifest.capacity
+            capacity = static_capacity(manifest)
         self.capacity = capacity
         chunked = manifest.in_place and "extend" in manifest.graphs and chunk_tokens != 0
         chunk = (chunk_tokens or TOKENS_AT_ONCE) if chunked else None

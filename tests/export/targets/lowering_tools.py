@@ -19,6 +19,7 @@ from lvlm.export.ops.op import Op
 from lvlm.export.targets.target import Target
 from lvlm.export.verify.forms import put_functions_back
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.options.generation_options import GenerationOptions
 
 # Those that lower as their data says; a target with passes of its own has tests of its own.
@@ -51,7 +52,7 @@ def lowered(bundle: Path, folder: Path, target: Target) -> Path:
     shutil.copytree(bundle, folder)
     manifest = read_bundle(folder)
     graphs = {name: graph.file for name, graph in manifest.graphs.items()}
-    written = target.write(folder, graphs, manifest.capacity)
+    written = target.write(folder, graphs, static_capacity(manifest))
     assert written == [target.file(graph.file) for graph in manifest.graphs.values()]
     assert not list(folder.glob(".*"))
     return folder
