@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from lvlm.core.progress import Progress
     from lvlm.export.packages import check_installed
 
-    check_installed(["onnx"], "export")
+    check_installed(["onnx"], "build")
 
     from lvlm.plugins_trt.engines import engine_builder
     from lvlm.plugins_trt.engines.engine_plan import make_plan

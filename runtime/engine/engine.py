@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Self, Unpack, overload
+from typing import TYPE_CHECKING, overload
 
 from lvlm.core.errors import LvlmError, ParameterError, QueueFullError
 from lvlm.core.integrity import Verify
@@ -38,6 +38,9 @@ from lvlm.runtime.options.option_kinds import SWITCH, integer, number, read_valu
 from lvlm.runtime.prompt.prompts import PromptMaker
 from lvlm.runtime.prompt.text import TextStream, Tokenizer
 from lvlm.runtime.prompt.tools.form import ToolForm
+
+if TYPE_CHECKING:
+    from typing import Self, Unpack  # of Python 3.11
 
 CHUNK = integer(0, TOKENS_AT_ONCE)
 SECONDS = number("seconds above 0, or None", lambda x: x > 0)

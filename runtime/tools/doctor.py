@@ -121,7 +121,6 @@ def _tensorrt(machine: Machine, seen: NvidiaDriver | None) -> Iterator[Finding]:
             extra = "use JetPack's own TensorRT: a venv made with --system-site-packages"
         try:
             version = machine.attempt(f"import {module}; print({module}.__version__)").strip()
-            machine.attempt(BINDINGS)
         except BackendError as error:
             yield _not_imported(subject, module, error, extra)
             continue
@@ -156,14 +155,6 @@ def _others(machine: Machine, known: Collection[str]) -> Iterator[Finding]:
                 yield Finding(subject, False, what, fix or "see the message")
             else:
                 yield Finding(subject, True, "opens")
-
-
-BINDINGS = """
-try:
-    import cuda.bindings.runtime
-except ImportError:
-    import cuda.cudart
-"""
 
 
 def _plugins(machine: Machine) -> Finding:
