@@ -63,8 +63,8 @@ def later(source: str) -> list[str]:
         elif isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name in MODULES]
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if node.attr in NEW.get(node.value.id, ()):
-                found.append(f"{node.value.id}.{node.attr}")
+            known = node.attr in NEW.get(node.value.id, ())
+            found += [f"{node.value.id}.{node.attr}"] if known else []
     return found
 
 
