@@ -79,7 +79,8 @@ def in_place(folder: Path, target: Target) -> Path:
             put_functions_back(model)
         onnx.save(model, path)
         files[graph.file] = describe(path)
-    dataclasses.replace(manifest, files=files).write(folder)
+    capacity = static_capacity(manifest) if target.static_cache else manifest.capacity
+    dataclasses.replace(manifest, files=files, capacity=capacity).write(folder)
     return folder
 
 
