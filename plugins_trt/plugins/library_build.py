@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ LIBRARY = "liblvlm_plugins.so"
 HARNESS = "lvlm_plugin_harness"
 SHELL = Path(__file__).parents[1] / "library"  # the C++ that all plugins share
 STAGES = 3
+OURS = re.compile(r"lvlm: (.*?)\n\s*\n", re.DOTALL)  # cmake breaks its lines
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ def build_library(
     """``folder``/LIBRARY for these architectures. Raises BuildError if anything is missing or does
     not compile."""
     check_tools()
+    with _written(folder / "source"):
+        copy_shell(folder / "source")
+    check_headers(headers)
     sources = make_sources(plugins, archs, folder, jobs=jobs, progress=progress)
     with progress.stage(f"build {LIBRARY}") as stage:
         built = run_cmake(sources, folder / "build", "lvlm_plugins", headers, jobs)
@@ -94,6 +100,17 @@ def check_tools() -> None:
         raise BuildError("there is no C++ compiler; apt install g++, say, or set CXX")
 
 
+def check_headers(headers: Headers) -> None:
+    """Raises BuildError where cmake finds no headers or the compiler does not work: kernels, which
+    take minutes, need neither."""
+    with tempfile.TemporaryDirectory() as place:
+        sources = Path(place)
+        copy_shell(sources)
+        for name in ("tables.cpp", "kernels.bin"):
+            (sources / name).touch()
+        _configure(sources, sources / "build", headers)
+
+
 def _cmake() -> str:
     """From the path, or of this Python environment, as pip installs it."""
     found = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
@@ -104,17 +121,20 @@ def _cmake() -> str:
 
 def run_cmake(sources: Path, build: Path, target: str, headers: Headers, jobs: int) -> Path:
     """The built file of one target. Raises BuildError with the first thing that went wrong."""
+    _configure(sources, build, headers)
+    _run([_cmake(), "--build", str(build), "--target", target, "--parallel", str(jobs)])
+    name = f"lib{target}.so" if target == "lvlm_plugins" else target
+    return build / name
+
+
+def _configure(sources: Path, build: Path, headers: Headers) -> None:
     options = []
     if headers.tensorrt:
         options.append(f"-DTENSORRT_ROOT={headers.tensorrt.resolve()}")
     if cuda := headers.cuda or triton_headers():
         options.append(f"-DCUDA_ROOT={cuda.resolve()}")
     options += ["-UTENSORRT_INCLUDE", "-UCUDA_INCLUDE"]  # other folders than last time, maybe
-    cmake = _cmake()
-    _run([cmake, "-S", str(sources), "-B", str(build), *options])
-    _run([cmake, "--build", str(build), "--target", target, "--parallel", str(jobs)])
-    name = f"lib{target}.so" if target == "lvlm_plugins" else target
-    return build / name
+    _run([_cmake(), "-S", str(sources), "-B", str(build), *options])
 
 
 def triton_headers() -> Path | None:
@@ -130,10 +150,11 @@ def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode == 0:
         return
-    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith("lvlm: ")]
+    text = done.stderr + done.stdout
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [" ".join(own.split()) for own in OURS.findall(text)]
     telling += [line for line in lines if "error" in line.lower()]
-    message = (telling or lines or ["no message"])[0].removeprefix("lvlm: ")
+    message = (telling or lines or ["no message"])[0]
     for name in ("tensorrt", "cuda"):
         message = message.replace(f"-D{name.upper()}_ROOT=", f"--{name}-root")
     raise BuildError(f"cmake failed: {message}")

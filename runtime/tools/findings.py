@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from lvlm.core.errors import BackendError, LvlmError
@@ -46,6 +47,7 @@ class Machine:
     version: Callable[[str], str | None] = lambda name: _version(name)
     attempt: Callable[[str], str] = lambda code: _attempt(code)
     load: Callable[[str], Any] = ctypes.CDLL
+    jetson: Path = Path("/etc/nv_tegra_release")
 
 
 def unusable(subject: str, error: LvlmError, fix: str = "") -> Finding:

@@ -34,7 +34,6 @@ def machine(
     imports: Mapping[str, str] = {
         "onnxruntime": PROVIDERS,
         "tensorrt": "10.3.0",
-        "cuda": "",
         "openvino": "2026.4.1",
     },
     library: Any = PLUGINS,
@@ -94,12 +93,6 @@ def test_a_machine_with_everything() -> None:
         ),
         ({"imports": {}}, "device cpu", "onnxruntime is not installed", install("cpu")),
         ({"imports": {}}, "device tensorrt", "tensorrt is not installed", "[tensorrt]"),
-        (
-            {"imports": {"onnxruntime": PROVIDERS, "tensorrt": "10.3.0"}},
-            "device tensorrt",
-            "No module named 'cuda'",
-            "[tensorrt]",
-        ),
         (
             {"packages": {"onnxruntime": "1.31.0", "onnxruntime-gpu": "1.31.1"}},
             "onnxruntime",
