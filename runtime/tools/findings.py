@@ -13,6 +13,7 @@ from typing import Any
 
 from lvlm.core.errors import BackendError, LvlmError
 from lvlm.core.nvidia import NvidiaDriver, driver
+from lvlm.runtime.backends.ort.kernels.kernel_library import Found, find_kernels
 
 ABSENT = "–"  # noqa: RUF001 - a dash is meant
 
@@ -46,6 +47,7 @@ class Machine:
     version: Callable[[str], str | None] = lambda name: _version(name)
     attempt: Callable[[str], str] = lambda code: _attempt(code)
     load: Callable[[str], Any] = ctypes.CDLL
+    kernels: Callable[[], Found] = find_kernels
 
 
 def unusable(subject: str, error: LvlmError, fix: str = "") -> Finding:

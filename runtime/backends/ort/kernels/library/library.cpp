@@ -1,0 +1,60 @@
+// What the library offers: RegisterCustomOps, ONNX Runtime's convention, and whether this CPU will do.
+#include <hwy/targets.h>
+
+#include "op.h"
+
+#if defined(_WIN32)
+#define LVLM_EXPORT extern "C" __declspec(dllexport)
+#else
+#define LVLM_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace lvlm {
+
+std::vector<const OrtCustomOp*>& custom_ops() {
+    static std::vector<const OrtCustomOp*> all;
+    return all;
+}
+
+namespace {
+
+// Of what the CPU has; the best comes first.
+const char* instructions() {
+    const int64_t has = hwy::SupportedTargets();
+    constexpr int64_t kUsed = HWY_AVX3_DL | HWY_AVX3 | HWY_AVX2 | HWY_NEON;
+    const int64_t best = has & kUsed & -(has & kUsed);
+    return best == 0 ? nullptr : hwy::TargetName(best);
+}
+
+// One for the process: sessions may outlive whoever registered.
+OrtCustomOpDomain* domain(const OrtApi& api) {
+    static OrtCustomOpDomain* const made = [&] {
+        OrtCustomOpDomain* fresh = nullptr;
+        check(api, api.create_domain("lvlm", &fresh));
+        for (const OrtCustomOp* op : custom_ops()) check(api, api.add_to_domain(fresh, op));
+        return fresh;
+    }();
+    return made;
+}
+
+}  // namespace
+}  // namespace lvlm
+
+// The name of the instructions that the kernels will use; null where this CPU has none of them.
+LVLM_EXPORT const char* lvlm_instructions() { return lvlm::instructions(); }
+
+// Adds the domain lvlm to a session's options.
+LVLM_EXPORT lvlm::OrtStatus* RegisterCustomOps(lvlm::OrtSessionOptions* options,
+                                               const lvlm::OrtApiBase* base) {
+    const void* const* table = base->get_api(lvlm::kApiVersion);
+    if (table == nullptr) {  // the first entry of the table of any version
+        const void* const* oldest = base->get_api(1);
+        return lvlm::OrtApi(oldest).create_status(1, "lvlm's kernels need onnxruntime 1.17 or newer");
+    }
+    const lvlm::OrtApi api(table);
+    try {
+        return api.add_domain(options, lvlm::domain(api));
+    } catch (const std::exception& error) {
+        return api.create_status(1, error.what());
+    }
+}
