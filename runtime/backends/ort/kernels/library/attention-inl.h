@@ -78,16 +78,18 @@ HWY_INLINE void CopyScaledOut(const float* from, size_t count, float scale, T* t
 }
 
 // Keys [first, last) of [n, width] into panels [.., width, PanelWidth()]; columns beyond n are 0.
-// ``first`` and ``last`` are multiples of the panel's width.
+// ``first`` and ``last`` are multiples of the panel's width. ``index``: the n rows to take, or null for all.
 template <class T>
-void PackKeys(const T* keys, size_t n, size_t width, size_t first, size_t last, float* panels) {
+void PackKeys(const T* keys, const int64_t* index, size_t n, size_t width, size_t first, size_t last,
+              float* panels) {
     const size_t panel = PanelWidth();
     for (size_t start = first; start < last; start += panel) {
         float* to = panels + start * width;
         const size_t valid = start < n ? std::min(panel, n - start) : 0;
-        for (size_t column = 0; column < valid; ++column)
-            for (size_t i = 0; i < width; ++i)
-                to[i * panel + column] = Widened(keys[(start + column) * width + i]);
+        for (size_t column = 0; column < valid; ++column) {
+            const T* from = keys + (index ? index[start + column] : start + column) * width;
+            for (size_t i = 0; i < width; ++i) to[i * panel + column] = Widened(from[i]);
+        }
         for (size_t column = valid; column < panel; ++column)
             for (size_t i = 0; i < width; ++i) to[i * panel + column] = 0;
     }

@@ -41,7 +41,7 @@ constexpr size_t kDepth = 256;  // keys at a time of the product with the values
 
 template <class T>
 void PackHead(const CausalHead<T>& head, size_t first, size_t last) {
-    PackKeys(head.key, head.positions, head.width, first, last, head.keys);
+    PackKeys(head.key, nullptr, head.positions, head.width, first, last, head.keys);
     PackValues(head.value, head.positions, head.width, head.padded_width, head.padded_positions,
                first, last, head.values);
 }
