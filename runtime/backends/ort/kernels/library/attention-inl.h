@@ -139,8 +139,8 @@ HWY_INLINE void Product(const float* HWY_RESTRICT a, size_t a_row, const float* 
 }
 
 // exp(x - max) of the first ``valid`` in place, 0 up to ``end``, a multiple of the lanes; their sum.
-// What is not finite among the valid makes all of them NaN.
-HWY_INLINE float Exponentials(float* row, size_t valid, size_t end) {
+// What is not finite among the valid makes all of them NaN. ``shift``: the max, if asked for.
+HWY_INLINE float Exponentials(float* row, size_t valid, size_t end, float* shift_out = nullptr) {
     const F32 d;
     const size_t lanes = hn::Lanes(d);
     std::fill(row + valid, row + end, -std::numeric_limits<float>::infinity());
@@ -156,6 +156,7 @@ HWY_INLINE float Exponentials(float* row, size_t valid, size_t end) {
         max = std::max(max, row[i]);
         strange += row[i] * 0;
     }
+    if (shift_out != nullptr) *shift_out = max;
     if (!(strange == 0)) {
         std::fill(row, row + valid, std::numeric_limits<float>::quiet_NaN());
         std::fill(row + valid, row + end, 0.0f);

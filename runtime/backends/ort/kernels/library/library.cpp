@@ -11,8 +11,8 @@
 
 namespace lvlm {
 
-std::vector<const OrtCustomOp*>& custom_ops() {
-    static std::vector<const OrtCustomOp*> all;
+std::map<std::string, std::vector<const OrtCustomOp*>>& custom_ops() {
+    static std::map<std::string, std::vector<const OrtCustomOp*>> all;
     return all;
 }
 
@@ -26,13 +26,17 @@ const char* instructions() {
     return best == 0 ? nullptr : hwy::TargetName(best);
 }
 
-// One for the process: sessions may outlive whoever registered.
-OrtCustomOpDomain* domain(const OrtApi& api) {
-    static OrtCustomOpDomain* const made = [&] {
-        OrtCustomOpDomain* fresh = nullptr;
-        check(api, api.create_domain("lvlm", &fresh));
-        for (const OrtCustomOp* op : custom_ops()) check(api, api.add_to_domain(fresh, op));
-        return fresh;
+// Once for the process: sessions may outlive whoever registered.
+const std::vector<OrtCustomOpDomain*>& domains(const OrtApi& api) {
+    static const std::vector<OrtCustomOpDomain*> made = [&] {
+        std::vector<OrtCustomOpDomain*> all;
+        for (const auto& [name, ops] : custom_ops()) {
+            OrtCustomOpDomain* fresh = nullptr;
+            check(api, api.create_domain(name.c_str(), &fresh));
+            for (const OrtCustomOp* op : ops) check(api, api.add_to_domain(fresh, op));
+            all.push_back(fresh);
+        }
+        return all;
     }();
     return made;
 }
@@ -43,7 +47,7 @@ OrtCustomOpDomain* domain(const OrtApi& api) {
 // The name of the instructions that the kernels will use; null where this CPU has none of them.
 LVLM_EXPORT const char* lvlm_instructions() { return lvlm::instructions(); }
 
-// Adds the domain lvlm to a session's options.
+// Adds the kernels to a session's options.
 LVLM_EXPORT lvlm::OrtStatus* RegisterCustomOps(lvlm::OrtSessionOptions* options,
                                                const lvlm::OrtApiBase* base) {
     const void* const* table = base->get_api(lvlm::kApiVersion);
@@ -53,7 +57,9 @@ LVLM_EXPORT lvlm::OrtStatus* RegisterCustomOps(lvlm::OrtSessionOptions* options,
     }
     const lvlm::OrtApi api(table);
     try {
-        return api.add_domain(options, lvlm::domain(api));
+        for (lvlm::OrtCustomOpDomain* domain : lvlm::domains(api))
+            lvlm::check(api, api.add_domain(options, domain));
+        return nullptr;
     } catch (const std::exception& error) {
         return api.create_status(1, error.what());
     }

@@ -1,7 +1,7 @@
 // A kernel as a custom op of ONNX Runtime. A kernel is a class in a file of its own:
 //
 //   template <class T> class Name {
-//       static constexpr const char* kName;          // the op's, in the domain lvlm
+//       static constexpr const char* kName;          // the op's, in the domain lvlm or kDomain
 //       static constexpr Port kInputs[], kOutputs[];
 //       explicit Name(const Attributes&);
 //       void operator()(Call&) const;                // threads: Call::parallel
@@ -14,9 +14,11 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include <hwy/base.h>
@@ -60,6 +62,10 @@ public:
         float value = 0;
         check(api_, api_.float_attribute(info_, name, &value));
         return value;
+    }
+    float number(const char* name, float otherwise) const {
+        float value = 0;
+        return had(api_.float_attribute(info_, name, &value)) ? value : otherwise;
     }
     int64_t integer(const char* name, int64_t otherwise) const {
         int64_t value = 0;
@@ -171,6 +177,18 @@ private:
     size_t inputs_ = 0, outputs_ = 0;
 };
 
+constexpr const char* kOwnDomain = "lvlm";
+
+// The domain that a kernel names, as kDomain, or our own.
+template <class K, class = void>
+struct DomainOf {
+    static constexpr const char* kName = kOwnDomain;
+};
+template <class K>
+struct DomainOf<K, std::void_t<decltype(K::kDomain)>> {
+    static constexpr const char* kName = K::kDomain;
+};
+
 // The kernel class K behind ONNX Runtime's table of functions.
 template <class K>
 class CustomOp : public OrtCustomOp {
@@ -218,17 +236,19 @@ private:
             work();
             return nullptr;
         } catch (const std::exception& error) {
-            return api.create_status(1, (std::string("lvlm::") + K::kName + ": " + error.what()).c_str());
+            return api.create_status(
+                1, (std::string(DomainOf<K>::kName) + "::" + K::kName + ": " + error.what()).c_str());
         }
     }
 };
 
-std::vector<const OrtCustomOp*>& custom_ops();
+// What the library offers, by domain.
+std::map<std::string, std::vector<const OrtCustomOp*>>& custom_ops();
 
-// Adds custom ops to those that the library offers.
+// Adds custom ops to it.
 template <class... K>
 struct Registered {
-    Registered() { (custom_ops().push_back(new CustomOp<K>), ...); }
+    Registered() { (custom_ops()[DomainOf<K>::kName].push_back(new CustomOp<K>), ...); }
 };
 
 }  // namespace lvlm
