@@ -193,7 +193,7 @@ def _node(model: ir.Model, site: Site, given: Sequence[ir.Value | None], name: s
     cache = site.writes[0].inputs[0]
     assert cache is not None
     assert cache.dtype is not None
-    function = ir.serde.deserialize_function(_function(name))
+    function = ir.serde.deserialize_function(cached_attention(name))
     model.functions.setdefault(function.identifier(), function)
     model.opset_imports[LOWERED_DOMAIN] = 1
     node = ir.node(
@@ -252,7 +252,7 @@ def _packed(model: ir.Model, site: Site) -> ir.Value:
     return joined.outputs[0]
 
 
-def _function(name: str) -> onnx.FunctionProto:
+def cached_attention(name: str) -> onnx.FunctionProto:
     """GroupQueryAttention with the given inputs; its heads and scale are the node's."""
     inputs = FUNCTIONS[name]
     outputs = ["output", "present_key", "present_value"]

@@ -28,12 +28,12 @@ def chunk_attention(model: ir.Model) -> bool:
     ]
     if not nodes or not all(fits):
         return False
-    function = ir.serde.deserialize_function(_function())
+    function = ir.serde.deserialize_function(chunked_attention())
     model.functions[function.identifier()] = function
     return True
 
 
-def _function() -> onnx.FunctionProto:
+def chunked_attention() -> onnx.FunctionProto:
     """[B,Hq,N,d] of query [B,Hq,N,d], key and value [B,Hkv,N,d]."""
     g = Body()
     zero, one, axis = g.const([0]), g.const([1]), g.const([2])

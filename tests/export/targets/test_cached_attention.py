@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN
-from lvlm.export.targets.passes.ort_attention import APPENDED, FUNCTIONS, WRITTEN, _function
+from lvlm.export.targets.passes.ort_attention import APPENDED, FUNCTIONS, WRITTEN, cached_attention
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT
 
 TYPES = {np.dtype("float32"): TensorProto.FLOAT, np.dtype("float16"): TensorProto.FLOAT16,
@@ -45,7 +45,7 @@ def session(name: str, feeds: dict[str, np.ndarray], heads: tuple[int, int], lib
         [helper.make_tensor_value_info(n, kind, None) for n in outputs],
     )
     opsets = [helper.make_opsetid(d, v) for d, v in (("", 24), (LOWERED_DOMAIN, 1), (MICROSOFT, 1))]
-    functions = [_function(name)] if function else []
+    functions = [cached_attention(name)] if function else []
     model = helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -18,12 +18,15 @@ std::map<std::string, std::vector<const OrtCustomOp*>>& custom_ops() {
 
 namespace {
 
-// Of what the CPU has; the best comes first.
+// The best that this CPU has, which is Highway's lowest bit; null: less than the kernels are worth.
 const char* instructions() {
-    const int64_t has = hwy::SupportedTargets();
-    constexpr int64_t kUsed = HWY_AVX3_DL | HWY_AVX3 | HWY_AVX2 | HWY_NEON;
-    const int64_t best = has & kUsed & -(has & kUsed);
-    return best == 0 ? nullptr : hwy::TargetName(best);
+    const int64_t has = hwy::SupportedTargets(), best = has & -has;
+#if HWY_ARCH_X86
+    if (best > HWY_AVX2) return nullptr;
+#else
+    if (best >= HWY_EMU128) return nullptr;
+#endif
+    return hwy::TargetName(best);
 }
 
 // Once for the process: sessions may outlive whoever registered.
