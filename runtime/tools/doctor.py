@@ -98,6 +98,7 @@ def _onnxruntime(machine: Machine, seen: NvidiaDriver | None) -> Iterator[Findin
         return
     name = f"onnxruntime-gpu {gpu}" if gpu else f"onnxruntime {plain}"
     yield Finding("device cpu", True, name)
+    yield _cpu_kernels(machine)
     for device, provider in PROVIDERS.items():
         says, fix, broken = name, "", False
         if provider not in providers:
@@ -110,6 +111,17 @@ def _onnxruntime(machine: Machine, seen: NvidiaDriver | None) -> Iterator[Findin
             says = needs.format(name, *CUDA_FOR_ORT, *seen.cuda)
             fix, broken = "install a newer NVIDIA driver", True
         yield Finding(f"device {device}", not fix, says, fix, broken=broken)
+
+
+def _cpu_kernels(machine: Machine) -> Finding:
+    """What device cpu takes for our own ops."""
+    try:
+        found = machine.kernels()
+    except BackendError as error:
+        return unusable("CPU kernels", error)
+    if found.path is None:
+        return Finding("CPU kernels", False, found.why, found.mend)
+    return Finding("CPU kernels", True, f"{found.path}, for {found.instructions}")
 
 
 def _tensorrt(machine: Machine, seen: NvidiaDriver | None) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lvlm.core.errors import BackendError, LvlmError
 from lvlm.core.nvidia import NvidiaDriver, driver
+from lvlm.runtime.backends.ort.kernels.kernel_library import Found, find_kernels
 
 ABSENT = "–"  # noqa: RUF001 - a dash is meant
 
@@ -48,6 +49,7 @@ class Machine:
     attempt: Callable[[str], str] = lambda code: _attempt(code)
     load: Callable[[str], Any] = ctypes.CDLL
     jetson: Path = Path("/etc/nv_tegra_release")
+    kernels: Callable[[], Found] = find_kernels
 
 
 def unusable(subject: str, error: LvlmError, fix: str = "") -> Finding:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from example_plugin import EXAMPLE, add, gather
 
+from lvlm.core import cmake
 from lvlm.core.errors import BuildError, ParameterError
 from lvlm.core.progress import Progress
 from lvlm.plugins_trt import build_cli
@@ -266,7 +267,7 @@ def test_what_building_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(BuildError, match="cmake is not installed; pip install cmake"):
-        library_build.check_tools()
+        cmake.check_tools()
 
 
 def test_help_is_quick() -> None:

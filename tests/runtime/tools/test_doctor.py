@@ -17,6 +17,7 @@ import pytest
 from lvlm.core.errors import BackendError
 from lvlm.core.installing import install
 from lvlm.core.nvidia import Gpu, NvidiaDriver, driver
+from lvlm.runtime.backends.ort.kernels.kernel_library import Found
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.tools import doctor, doctor_cli
 from lvlm.runtime.tools.doctor import examine
@@ -25,6 +26,7 @@ from lvlm.runtime.tools.findings import ABSENT, Finding, Machine, as_json, can_r
 ORIN = Gpu("Orin", 87, 8_000_000_000, True)
 MODERN = NvidiaDriver((13, 0), (ORIN,))
 PLUGINS = SimpleNamespace(getCreators=None)
+KERNELS = Found(Path("liblvlm_kernels.so"), "AVX2")
 PROVIDERS = "TensorrtExecutionProvider CUDAExecutionProvider CPUExecutionProvider"
 
 
@@ -37,6 +39,7 @@ def machine(
         "openvino": "2026.4.1",
     },
     library: Any = PLUGINS,
+    kernels: Found = KERNELS,
 ) -> Machine:
     """``imports``: what a try of a module prints; what is not named cannot be imported."""
 
@@ -57,7 +60,7 @@ def machine(
             raise OSError(f"{path}: no such file")
         return library
 
-    return Machine(ask, packages.get, attempt, load)
+    return Machine(ask, packages.get, attempt, load, lambda: kernels)
 
 
 def found(machine: Machine, bundle: Path | None = None) -> dict[str, Finding]:
@@ -101,6 +104,10 @@ def test_a_machine_with_everything() -> None:
         ),
         ({"library": None}, "TensorRT plugins", "no such file", "lvlm-build plugins"),
         ({"library": SimpleNamespace()}, "TensorRT plugins", "holds no TensorRT", "lvlm-build"),
+        (
+            {"kernels": Found(None, why="not built", mend="lvlm-build cpu")},
+            *("CPU kernels", "not built", "lvlm-build cpu"),
+        ),
     ],
 )
 def test_what_is_wrong_and_how_to_mend_it(
