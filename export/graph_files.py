@@ -13,7 +13,8 @@ from lvlm.export.graphs.tracing import TracedGraph
 from lvlm.export.targets.description import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets.target import Target
 from lvlm.export.weights.weights_file import WeightsFile
-from lvlm.runtime.bundle.manifest import Graph
+from lvlm.runtime.bundle.manifest import Capacity, Graph
+from lvlm.runtime.kv.static_capacity import aligned_capacity
 from lvlm.runtime.policies.evictions import OneByOne
 
 
@@ -37,13 +38,20 @@ def lower(
 ) -> dict[str, Graph]:
     """Write a target's graphs; the descriptions with what was written."""
     files = {name: graph.file for name, graph in graphs.items()}
-    written = set(target.write(folder, files, plan.cache.capacity))
+    written = set(target.write(folder, files, _static_capacity(plan)))
     return {
         name: replace(graph, lowered={**graph.lowered, target.name: file})
         if (file := target.file(graph.file)) in written
         else graph
         for name, graph in graphs.items()
     }
+
+
+def _static_capacity(plan: ExportPlan) -> Capacity:
+    language, rule = plan.skeleton.language, plan.recipe.cache_rule()
+    entry = language.kv_heads * language.head_dim * plan.cache_dtype.itemsize
+    scored = rule is not None and rule.cache_policy.received
+    return aligned_capacity(plan.cache.capacity, entry, scored=scored)
 
 
 def _facts(plan: ExportPlan) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""``lvlm-build``: the TensorRT plugin library, engines of a bundle, a repository for Triton."""
+"""``lvlm-build``: plugins and engines for TensorRT, CPU kernels, a repository for Triton."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lvlm.core.console import Parser, run_main
 SUBCOMMANDS = (
     "lvlm.plugins_trt.plugins.plugins_cli",
     "lvlm.plugins_trt.engines.engine_cli",
+    "lvlm.runtime.backends.ort.kernels.kernels_cli",
     "lvlm.runtime.server.triton_server.triton_cli",
 )
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     parser = Parser(
         prog="lvlm-build",
-        description="Build what TensorRT, or Triton Inference Server, needs to run a bundle.",
+        description="Build what TensorRT, the CPU or Triton Inference Server needs for a bundle.",
         epilog="example: lvlm-build plugins --arch 87 -o plugins/",
     )
     subparsers = parser.add_subparsers(metavar="WHAT", required=True, parser_class=Parser)

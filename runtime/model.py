@@ -11,7 +11,7 @@ import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Self, Unpack, overload
+from typing import TYPE_CHECKING, overload
 
 from lvlm.core.errors import BackendError, ParameterError
 from lvlm.core.forks import Home
@@ -31,6 +31,9 @@ from lvlm.runtime.options.generation_options import GenerationOptions, OptionVal
 from lvlm.runtime.prompt.messages import Conversation
 from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
 from lvlm.runtime.prompt.text import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from typing import Self, Unpack  # of Python 3.11
 
 
 class Model(TokenCounting):

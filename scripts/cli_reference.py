@@ -15,7 +15,7 @@ from lvlm.verbs import MODULES
 
 PAGE = Path(__file__).parents[1] / "docs/cli.md"
 PARTS = {
-    "build": ("plugins", "engine", "triton"),
+    "build": ("plugins", "engine", "cpu", "triton"),
     "compare": ("checkpoint", "devices", "layers"),
 }  # commands within a command
 HEAD = """# Command line

@@ -22,6 +22,7 @@ from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weig
 from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.kv.static_capacity import static_capacity
 
 SM = 86
 GRAPHS = ("prefill", "decode")  # vision shares no weight with them
@@ -58,7 +59,7 @@ def _measure(bundle: Path, manifest: Manifest, way: str) -> str:
     for name in GRAPHS:
         graph = manifest.graphs[name]
         settings = Settings(
-            shapes=shapes(graph, found[name], manifest.capacity.per_layer),
+            shapes=shapes(graph, found[name], static_capacity(manifest).per_layer),
             weights=shared,
             sms=(SM,),
             flags=flags,

@@ -38,7 +38,9 @@ settings.load_profile("lvlm")
 
 # Fixtures that export with torch, or build with a compiler: seconds each; ``gpu`` runs kernels,
 # which Triton interprets where there is none
-SLOW_FIXTURES = {"bundle", "checkpoint", "built", "library", "wheel", "tensorrt_headers", "gpu"}
+SLOW_FIXTURES = {
+    *("bundle", "checkpoint", "built", "library", "kernels", "wheel", "tensorrt_headers", "gpu"),
+}
 PARITY = ("parity", "naive")  # folders
 
 
@@ -151,3 +153,11 @@ def bundle(shared: Path, checkpoint: Callable[[str], Path]) -> Callable[..., Pat
         return make_bundle(model, checkpoint(model), shared, *recipe, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def kernels(shared: Path) -> Path:
+    """The library of CPU kernels, for this CPU's instructions alone."""
+    from cpu_kernels import make_kernels
+
+    return make_kernels(shared / "cpu-kernels")

@@ -59,4 +59,4 @@ def _key(
         return None
     versions = tuple((s.st_dev, s.st_ino, s.st_mtime_ns, s.st_size) for s in places)
     placed = tuple((name, repr(weight)) for name, weight in weights.items())
-    return content, versions, placed, owner.threads
+    return content, versions, placed, owner.threads, owner.kernels

@@ -28,7 +28,10 @@ CODE = [
     for file in sorted((ROOT / folder).rglob("*"))
     if file.suffix in (".py", ".sh")
 ]
-PARTS = {"build": ("plugins", "engine", "triton"), "compare": ("checkpoint", "devices", "layers")}
+PARTS = {
+    "build": ("plugins", "engine", "cpu", "triton"),
+    "compare": ("checkpoint", "devices", "layers"),
+}
 PACKAGES = {"bench", "calibration", "core", "export", "plugins_trt", "runtime"}
 FOLDERS = "assets|calibration|docs|export|plugins_trt|runtime|scripts|src|tests"
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w*./-]*\w\.\w+")

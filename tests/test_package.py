@@ -56,6 +56,8 @@ def test_wheel_holds_the_model_and_no_tests(wheel: Path) -> None:
     assert "lvlm/assets/samples/digits-1.png" in names
     assert "lvlm/plugins_trt/library/CMakeLists.txt" in names
     assert "lvlm/plugins_trt/library/test/harness.cpp" in names
+    kernels = "lvlm/runtime/backends/ort/kernels/library"
+    assert {f"{kernels}/{f}" for f in ("CMakeLists.txt", "op.h", "cache_compact.cpp")} <= {*names}
     assert "lvlm/py.typed" in names
     assert "lvlm/runtime/server/static/index.html" in names
     assert not [n for n in names if "tests" in n.split("/")]

@@ -33,6 +33,7 @@ from lvlm.plugins_trt.engines.tensorrt_builder import (
 from lvlm.runtime.bundle.engine_sets import SCHEMA, EngineGraph, EngineSet, PluginLibrary
 from lvlm.runtime.bundle.manifest import MANIFEST, Manifest
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.kv.static_capacity import static_capacity
 
 
 def stages(plan: EnginePlan) -> int:
@@ -108,7 +109,7 @@ def lower_bundle(bundle: Path, manifest: Manifest, target: Target, progress: Pro
         graphs = {name: graph.file for name, graph in manifest.graphs.items()}
         files = dict(manifest.files)
         with _listed_or_removed(bundle, [target.file(file) for file in graphs.values()]):
-            for name in target.write(bundle, graphs, manifest.capacity):
+            for name in target.write(bundle, graphs, static_capacity(manifest)):
                 files[name] = describe(bundle / name)
             manifest = dataclasses.replace(manifest, files=files)
             with whole_file(bundle / MANIFEST, BuildError) as partial:
@@ -138,7 +139,7 @@ def _build_graph(
     profile = plan.profiles[name]
     ahead = plan.gpu is None
     settings = Settings(
-        shapes=shapes(graph, profile, plan.manifest.capacity.per_layer),
+        shapes=shapes(graph, profile, static_capacity(plan.manifest).per_layer),
         weights=plan.shared,
         sms=plan.sms if ahead else (),
         workspace=request.workspace,
@@ -162,6 +163,7 @@ def _build_graph(
         source=source,
         profile=profile,
         weights=tuple(built.weights),
+        activations=built.activations,
     )
 
 

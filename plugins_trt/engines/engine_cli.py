@@ -43,6 +43,11 @@ def add_parser(subparsers: Any) -> None:
         help="tokens of a prompt, image tokens with them (default: all the bundle has room for)",
     )
     add("--workspace", metavar="SIZE", help="memory that building and running may use, as 4GB")
+    add(
+        "--memory",
+        metavar="SIZE",
+        help="memory of the device that is meant, as 8GB: is there room?",
+    )
     add("--plugins", metavar="FILE", type=Path, help="liblvlm_plugins.so (default: $LVLM_PLUGINS)")
     add(
         "--weights",
@@ -56,7 +61,12 @@ def add_parser(subparsers: Any) -> None:
     add("-o", "--output", metavar="FOLDER", type=Path, help="default: BUNDLE/engines/GPU-VERSION")
     add_verify(add)
     add("--force", action="store_true", help="replace engines that are there")
-    add("--dry-run", action="store_true", help="check everything, print the plan, build nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the plan and what it "
+        "takes, build nothing; also for a machine that is elsewhere",
+    )
     add("-q", "--quiet", action="store_true", help="no progress")
     parser.set_defaults(run=run)
 
@@ -77,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from lvlm.core.progress import Progress
     from lvlm.export.packages import check_installed
 
-    check_installed(["onnx"], "export")
+    check_installed(["onnx"], "build")
 
     from lvlm.plugins_trt.engines import engine_builder
     from lvlm.plugins_trt.engines.engine_plan import make_plan
@@ -85,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if not request.target.built:
         print(engine_builder.lower_only(request, Progress(1, quiet=args.quiet), args.dry_run))
         return 0
-    plan = make_plan(request)
+    plan = make_plan(request, dry_run=args.dry_run)
     if args.dry_run:
         print(engine_listing.plan(plan))
         return 0
@@ -132,6 +142,7 @@ def _request(args: argparse.Namespace) -> BuildRequest:
         output=args.output,
         force=args.force,
         verify=args.verify,
+        memory=None if args.memory is None else parse_size(args.memory, "--memory"),
     )
 
 

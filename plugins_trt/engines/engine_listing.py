@@ -10,7 +10,6 @@ from lvlm.core.progress import size
 from lvlm.core.wrapping import wrapped
 from lvlm.export.targets.description import NEW_OPS
 from lvlm.export.targets.target import Target
-from lvlm.runtime.kv.cache import cache_bytes
 
 if TYPE_CHECKING:
     from lvlm.plugins_trt.engines.engine_plan import EnginePlan
@@ -53,17 +52,25 @@ def _block(target: Target) -> list[str]:
 def plan(plan: EnginePlan) -> str:
     """The engines that would be built, and their lengths."""
     target = plan.request.target
+    needs = plan.memory
     lines = [
         f"target     {target.name}: {PEOPLE[target.flavour]} {plan.version}, "
-        f"{plan.gpu or ', '.join(f'sm_{sm}' for sm in plan.sms)}",
+        f"{plan.gpu or ', '.join(f'sm_{sm}' for sm in plan.sms) or 'any GPU'}",
         f"would make {plan.folder}",
     ]
+    if plan.blocked:
+        lines[1] = f"elsewhere  {target.platform}; not here: {plan.blocked}"
     if plan.shared:
-        total = sum(weight.bytes for weight in plan.shared.values())
-        lines.append(f"weights    {size(total)} of matrices are inputs, one copy for all engines")
-    prompts = plan.profiles["decode"]["batch"].max
-    each = cache_bytes(plan.manifest, 1, plan.manifest.capacity.per_layer)  # all of it, always
-    lines.append(f"cache      {size(each)} a prompt, {size(prompts * each)} for {prompts} at once")
+        lines.append(
+            f"weights    {size(needs.shared)} of matrices are inputs, one copy for all engines"
+        )
+    held = ", ".join(f"{graph} {size(count)}" for graph, count in needs.inside.items() if count)
+    lines += [
+        f"engines    hold of weights: {held}; and code, some MB each",
+        f"cache      {size(needs.prompt)} a prompt, {size(needs.cache)} for {needs.prompts}",
+        f"workspace  about {size(needs.workspace)} at most (the builder says what it is)",
+        f"in all     about {size(needs.total)} of the GPU's memory when they run",
+    ]
     head = ("graph", "dimension", "from", "usual", "to")
     rows = [
         (name, dim, str(r.min), str(r.opt), str(r.max))
@@ -75,13 +82,14 @@ def plan(plan: EnginePlan) -> str:
 
 def result(engines: EngineSet) -> str:
     """The folder and what lies in it."""
-    rows = [("engine", "size", "batch", "tokens")]
+    rows = [("engine", "size", "computes in", "batch", "tokens")]
     for graph in engines.graphs.values():
         profile = graph.profile
         batch, tokens = profile.get("batch"), profile.get("sequence", profile.get("tokens"))
-        rows.append((graph.file, size(graph.bytes), _span(batch), _span(tokens)))
+        room = "" if graph.activations is None else size(graph.activations)
+        rows.append((graph.file, size(graph.bytes), room, _span(batch), _span(tokens)))
     lines = [str(engines.folder), _table(rows)]
-    shared = {w.name: w.bytes for g in engines.graphs.values() for w in g.weights}
+    shared = {w.name: w.nbytes for g in engines.graphs.values() for w in g.weights}
     if shared:
         lines.append(f"and {size(sum(shared.values()))} of weights as inputs, once for all engines")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from lvlm.core import nvidia
 from lvlm.core.errors import BackendError, BuildError, ParameterError
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines.engine_request import BuildRequest
+from lvlm.plugins_trt.engines.memory_estimate import MemoryEstimate, check_memory, estimate
 from lvlm.plugins_trt.engines.shape_profiles import Profile, profiles
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
 from lvlm.plugins_trt.engines.tensorrt_builder import TensorRtBuilder, open_tensorrt
@@ -26,6 +27,8 @@ class EnginePlan:
 
     gpu      name of the GPU to build on; None: ahead of time, for ``sms``
     library  of plugins, for a target that has them
+    blocked  why it cannot be built here, of a plan that is only looked at
+    memory   estimates of what the engines take when they run
     stored   weights of every graph; ``shared`` those of them that become inputs
     """
 
@@ -40,43 +43,85 @@ class EnginePlan:
     profiles: dict[str, Profile]
     stored: dict[str, dict[str, EngineWeight]]
     shared: dict[str, EngineWeight]
+    memory: MemoryEstimate
+    blocked: str | None = None
 
 
-def make_plan(request: BuildRequest) -> EnginePlan:
-    """Check everything that can be checked before building. Raises LvlmError."""
+def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
+    """Check everything that can be checked before building. Raises LvlmError.
+
+    ``dry_run``: a plan for another machine, too, where this one lacks TensorRT, the GPU or the
+    plugins.
+    """
     manifest = read_bundle(request.bundle, request.verify)
     _check_dtype(request.target, manifest.dtype)
     found = profiles(manifest, request.limits)
     _check_topk(request.target, found)
-    library = request.library()
-    tensorrt = open_tensorrt(request.target.flavour)
-    _check_version(request.target, tensorrt)
-    gpu, sms = _gpu(request)
-    made_for = _slug(gpu or "+".join(f"sm{sm}" for sm in sms))
-    made_for += f"-{request.target.flavour}-{tensorrt.version}"
+    place = _place(request, dry_run=dry_run)
+    gpu = None if place.gpu is None else place.gpu.name
+    made_for = _slug(gpu or "+".join(f"sm{sm}" for sm in place.sms))
+    made_for += f"-{request.target.flavour}-{place.version}"
     folder = request.output or request.bundle / FOLDER / made_for
     if folder.exists() and not request.force:
         raise BuildError(f"{folder} exists; give --force to replace it, or another -o")
     if folder.exists() and not (folder / FILE).is_file():
         raise BuildError(f"{folder} is no folder of engines; give another -o or remove it")
     stored = stored_weights(request.bundle, manifest)
+    shared = {} if request.weights == "embedded" else shared_matrices(stored)
+    memory = estimate(manifest, found, stored, shared, request.workspace)
+    if request.memory is not None:
+        check_memory(manifest, memory, request.memory, "a device")
+    elif place.gpu is not None:
+        check_memory(manifest, memory, place.gpu.memory, place.gpu.name)
     return EnginePlan(
         request=request,
         manifest=manifest,
-        version=tensorrt.version,
+        version=place.version,
         gpu=gpu,
-        sms=sms,
-        library=library,
+        sms=place.sms,
+        library=place.library,
         timing_cache=None if gpu is None else request.timing_cache or _timing_cache(made_for),
         folder=folder,
         profiles=found,
         stored=stored,
-        shared={} if request.weights == "embedded" else shared_matrices(stored),
+        shared=shared,
+        memory=memory,
+        blocked=place.blocked,
     )
 
 
-def _gpu(request: BuildRequest) -> tuple[str | None, tuple[int, ...]]:
-    """(name, (sm,)) of the GPU to build on, or (None, architectures) to build for."""
+@dataclass(frozen=True)
+class Place:
+    """Where engines are built: TensorRT's ``version``, the GPU, or None to build ahead of time for
+    ``sms``, the plugin library, and why this is not here."""
+
+    version: str
+    gpu: nvidia.Gpu | None
+    sms: tuple[int, ...]
+    library: Path | None
+    blocked: str | None = None
+
+
+def _place(request: BuildRequest, *, dry_run: bool) -> Place:
+    """This machine; with ``dry_run``, where it is not one to build on, the target's own."""
+    target = request.target
+    if dry_run and request.plugins is not None:
+        request.library()  # what is named must be there
+    try:
+        library = request.library()
+        tensorrt = open_tensorrt(target.flavour)
+        _check_version(target, tensorrt)
+        gpu, sms = _gpu(request)
+        return Place(tensorrt.version, gpu, sms, library)
+    except BackendError as error:
+        if not dry_run:
+            raise
+        version = ".".join(map(str, target.version))
+        return Place(version, None, request.sm or target.sms, None, str(error))
+
+
+def _gpu(request: BuildRequest) -> tuple[nvidia.Gpu | None, tuple[int, ...]]:
+    """The GPU to build on and its architecture, or None and the architectures to build for."""
     target = request.target
     if target.flavour == "tensorrt-rtx":
         return None, request.sm or target.sms
@@ -89,7 +134,7 @@ def _gpu(request: BuildRequest) -> tuple[str | None, tuple[int, ...]]:
             f"target {target.name} is for {target.platform} (sm_{target.sms[0]}), this GPU is "
             f"{gpu.name} (sm_{gpu.sm}); run this there, or choose another target (--list-targets)"
         )
-    return gpu.name, (gpu.sm,)
+    return gpu, (gpu.sm,)
 
 
 def _check_dtype(target: Target, dtype: str) -> None:

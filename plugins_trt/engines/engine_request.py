@@ -30,7 +30,7 @@ FULL = {"sm": "TensorRT builds for the GPU it runs on; do that on the machine th
 LOWERED = dict.fromkeys(
     (
         *("sm", "batch", "max_prompt", "workspace", "plugins", "weights", "timing_cache"),
-        *("version_compatible", "hardware_compatible", "output", "force"),
+        *("version_compatible", "hardware_compatible", "output", "force", "memory"),
     ),
     "its graphs are only lowered, nothing is built",
 )
@@ -39,7 +39,7 @@ REFUSED = {"tensorrt-rtx": RTX, "tensorrt": FULL, "onnxruntime": LOWERED, "openv
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """The flags, None or False where not given. ``sm`` and ``workspace`` are parsed already."""
+    """The flags, None or False where not given. ``sm``, ``workspace`` and ``memory`` are parsed."""
 
     bundle: Path
     target: Target
@@ -55,6 +55,7 @@ class BuildRequest:
     output: Path | None = None
     force: bool = False
     verify: Verify = "sample"
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ParameterError for a flag that the target has no use for."""
@@ -113,13 +114,13 @@ def parse_architectures(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(word) for word in words}))
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, flag: str = "--workspace") -> int:
     """Bytes from 4GB, 512 MiB or 1000000. Raises ParameterError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]i?)?B?", text.strip())
     unit = (found[2] or "").replace("K", "k").replace("ki", "Ki") if found else ""
     if found is None or unit not in UNITS or float(found[1]) <= 0:
-        raise ParameterError(f"--workspace {text}: give a size as 4GB or 512MiB")
+        raise ParameterError(f"{flag} {text}: give a size as 4GB or 512MiB")
     size = int(float(found[1]) * UNITS[unit])
     if size < UNITS["k"]:  # 4 was meant as 4GB
-        raise ParameterError(f"--workspace {text} is {size:,} bytes; give a size as 4GB or 512MiB")
+        raise ParameterError(f"{flag} {text} is {size:,} bytes; give a size as 4GB or 512MiB")
     return size

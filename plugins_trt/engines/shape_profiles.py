@@ -19,6 +19,7 @@ from lvlm.runtime.bundle.manifest import Graph, Manifest
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, UNITS_AT_ONCE
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import ASKING, keep_ratios, kept, recycled, tokens_per_layer
+from lvlm.runtime.kv.static_capacity import static_capacity
 
 QUESTION = 32  # text tokens of a usual prompt
 Profile = dict[str, Range]
@@ -95,6 +96,7 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
     ratios = ratios[len(shortenings) - len(reductions) :]
     stays = Budgets.of(manifest.cache_policy, layers, None).prompt(entering[:, None])[:, 0]
     max_images = batch.max * manifest.capacity.max_images
+    capacities = static_capacity(manifest).per_layer
     ranges = {
         "batch": batch,
         "sequence": Range(1, usual, longest),
@@ -102,7 +104,7 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
         "images_per_row": Range(1, 1, manifest.capacity.max_images),
         "queries": Range(1, min(QUESTION, text, ASKING), min(ASKING, longest)),
         "tokens": Range(1, min(QUESTION, longest), min(TOKENS_AT_ONCE, longest)),
-        "entries": Range(1, usual, max(manifest.capacity.per_layer)),
+        "entries": Range(1, usual, max(capacities)),
     }
     for stage, (reduction, ratio) in enumerate(zip(reductions, ratios, strict=True)):
         count, centres = kept(tokens, ratio), reduction.recycle
@@ -111,7 +113,7 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
             1, max(1, recycled(count, centres)), max(1, recycled(tokens, centres))
         )
         ranges[f"length_{stage}"] = Range(1, count + text, longest)
-    for layer, capacity in enumerate(manifest.capacity.per_layer):
+    for layer, capacity in enumerate(capacities):
         longest_cache = min(capacity, longest)
         entries = Range(1, min(int(stays[layer]), longest_cache), longest_cache)
         ranges[f"entries_{layer}"] = entries

@@ -3,18 +3,23 @@
 An engine that holds a weight uploads a copy of its own. As an input it is a buffer that the runtime
 fills once from the bundle's weights file and binds to every engine. Vectors (norms, biases) stay in
 the engine: they are small, and kernels are fused with them. docs/notes/tensorrt.md has figures.
+
+An input cannot be folded: whatever a graph computes of a weight, other than a product, it computes
+at each call, into scratch memory. So columns that a graph takes of a weight are inputs themselves,
+which the runtime uploads from where they lie in the whole.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
-from lvlm.core.errors import BundleError
+from lvlm.core.errors import BuildError, BundleError
 from lvlm.runtime.bundle.engine_sets import EngineWeight
 from lvlm.runtime.bundle.manifest import Manifest
 
@@ -23,6 +28,8 @@ DTYPES: dict[int, str] = {
     TensorProto.FLOAT16: "float16",
     TensorProto.BFLOAT16: "bfloat16",
 }
+# What reads a weight where it lies
+READERS = frozenset({"MatMul", "Gemm", "Gather"})
 
 
 def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, dict[str, EngineWeight]]:
@@ -57,15 +64,64 @@ def shared_matrices(stored: Mapping[str, Mapping[str, EngineWeight]]) -> dict[st
 
 
 def with_inputs(model: onnx.ModelProto, weights: Mapping[str, EngineWeight]) -> list[EngineWeight]:
-    """Turn those initializers of ``model`` that are in ``weights`` into inputs, in place; which
-    they are."""
-    taken = [tensor for tensor in model.graph.initializer if tensor.name in weights]
-    for tensor in taken:
-        model.graph.initializer.remove(tensor)
-        model.graph.input.append(
-            helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+    """Turn those initializers of ``model`` that are in ``weights`` into inputs, in place, those of
+    which parts are taken into inputs for the parts; which they are.
+
+    Raises BuildError where the graph computes anything else of a weight than products and rows.
+    """
+    graph = model.graph
+    taken = {tensor.name: tensor for tensor in graph.initializer if tensor.name in weights}
+    parts = _take_parts(graph, taken, weights)
+    read = {name for node in graph.node for name in node.input}
+    found = [weights[name] for name in taken if name in read] + parts
+    for weight in found:
+        element = taken[weight.name if weight.columns is None else _whole(weight)].data_type
+        graph.input.append(helper.make_tensor_value_info(weight.name, element, weight.dims))
+    for tensor in taken.values():
+        graph.initializer.remove(tensor)
+    names = {weight.name for weight in found}
+    for node in graph.node:
+        if node.op_type not in READERS and (odd := names & set(node.input)):
+            raise BuildError(
+                f"{node.op_type} would be computed of the weight {min(odd)} in every call; build "
+                "with --weights embedded"
+            )
+    return found
+
+
+def _take_parts(
+    graph: onnx.GraphProto,
+    taken: Mapping[str, TensorProto],
+    weights: Mapping[str, EngineWeight],
+) -> list[EngineWeight]:
+    """Remove every Slice that takes columns of a weight; weights of that name instead."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    parts: dict[str, EngineWeight] = {}
+    renamed: dict[str, str] = {}
+    for node in list(graph.node):
+        whole = taken.get(node.input[0]) if node.op_type == "Slice" else None
+        bounds = [constants.get(name) for name in node.input[1:]]
+        if whole is None or len(bounds) != 3 or None in bounds or len(whole.dims) != 2:
+            continue
+        start, stop, axis = (int(numpy_helper.to_array(b).item()) for b in bounds if b is not None)
+        if axis != 1 or not 0 <= start < stop <= whole.dims[1]:
+            continue
+        name = f"{whole.name}[{start}:{stop}]"
+        dims = (whole.dims[0], stop - start)
+        parts[name] = dataclasses.replace(
+            weights[whole.name], name=name, dims=dims, columns=(start, stop)
         )
-    return [weights[tensor.name] for tensor in taken]
+        renamed[node.output[0]] = name
+        graph.node.remove(node)
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+    return list(parts.values())
+
+
+def _whole(part: EngineWeight) -> str:
+    """Name of the weight that a part is of."""
+    return part.name.rpartition("[")[0]
 
 
 def _weight(tensor: TensorProto) -> EngineWeight:

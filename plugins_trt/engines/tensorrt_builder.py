@@ -35,7 +35,12 @@ PACKAGES = {
     ),
     "tensorrt-rtx": ("TensorRT-RTX", "tensorrt_rtx", install("tensorrt-rtx")),
 }
+PREVIEW_FEATURES = (
+    "ALIASED_PLUGIN_IO_10_03",  # plugins write the cache in place: an output is its input's memory
+    "RUNTIME_ACTIVATION_RESIZE_10_10",  # one prompt pays for the workspace of one, not of --batch
+)
 NAMESPACE, PLUGIN_VERSION = "lvlm", "1"  # of the plugins
+ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
 Shapes = Mapping[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 Show = Callable[[str], None]
 # What the builders say of memory
@@ -69,11 +74,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine, the weights it takes as inputs, and what timing was learned."""
+    """A serialized engine, the weights it takes as inputs, what timing was learned, and bytes of
+    memory that it computes in at its longest lengths; None: the builder did not say."""
 
     engine: memoryview
     weights: list[EngineWeight]
     timing_cache: bytes | None
+    activations: int | None = None
 
 
 class TensorRtBuilder:
@@ -114,7 +121,7 @@ class TensorRtBuilder:
             raise failure(self.name, self.log.text(), settings.workspace)
         cache = settings.timing_cache is not None and config.get_timing_cache()
         learned = bytes(cache.serialize()) if cache else None
-        return Built(memoryview(engine), weights, learned)
+        return Built(memoryview(engine), weights, learned, self.log.activations)
 
     def load_plugins(self, library: Path, needed: Iterable[str]) -> None:
         """Make the plugins of a library known. Raises BackendError if it cannot be loaded or does
@@ -185,9 +192,9 @@ class TensorRtBuilder:
         # TensorRT-RTX captures an engine into a CUDA graph only if it allocates nothing itself.
         if (captured := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
             config.set_flag(captured)
-        # Plugins write the cache in place: an output that is its input's memory.
-        if (alias := getattr(trt.PreviewFeature, "ALIASED_PLUGIN_IO_10_03", None)) is not None:
-            config.set_preview_feature(alias, True)
+        for feature in PREVIEW_FEATURES:  # of versions that do not have one, nothing needs it
+            if (found := getattr(trt.PreviewFeature, feature, None)) is not None:
+                config.set_preview_feature(found, True)
         if settings.hardware_compatible:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         if settings.timing_cache is not None:
@@ -256,20 +263,26 @@ def _monitor(trt: Any, show: Show, came: Sequence[int]) -> Any:
 
 def _logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Prints nothing; remembers errors, since the builder reports them in no other way."""
+        """Prints nothing; remembers errors and how much memory an engine takes, since the builder
+        reports them in no other way."""
+
+        errors: list[str]
+        activations: int | None
 
         def __init__(self) -> None:
             super().__init__()
-            self.errors: list[str] = []
+            self.clear()
 
         def log(self, severity: Any, message: str) -> None:
+            if found := ACTIVATIONS.search(message):
+                self.activations = int(found[1])
             # Without a GPU the builder also reports, and does without, a CUDA driver.
             failed = severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
             if failed and "catchCudaError" not in message:
                 self.errors.append(" ".join(message.split()))
 
         def clear(self) -> None:
-            self.errors.clear()
+            self.errors, self.activations = [], None
 
         def text(self) -> str:
             return "; ".join(self.errors) or "no reason given"

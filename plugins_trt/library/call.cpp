@@ -9,6 +9,7 @@ namespace
 {
 
 constexpr size_t kALIGNMENT = 256;
+constexpr uintptr_t kPOINTERS = 16; // what Triton takes of every pointer as given
 
 size_t elementBytes(Type type)
 {
@@ -62,6 +63,7 @@ void Call::load() const
 
 void Call::enqueue(Memory const& memory, CUstream stream) const
 {
+    checkAlignment(memory);
     copyAliased(memory, stream);
     std::vector<void*> scratch;
     auto* place = static_cast<char*>(memory.workspace);
@@ -77,6 +79,27 @@ void Call::enqueue(Memory const& memory, CUstream stream) const
             enqueueStep(step, memory, scratch, stream);
         }
     }
+}
+
+// Kernels are compiled for it; one that reads beside it would take the whole context with it.
+void Call::checkAlignment(Memory const& memory) const
+{
+    auto const check = [](char const* name, void const* pointer) {
+        if (reinterpret_cast<uintptr_t>(pointer) % kPOINTERS)
+        {
+            throw Error(std::string{name} + " does not lie at a multiple of "
+                + std::to_string(kPOINTERS) + " bytes; kernels need that");
+        }
+    };
+    for (int32_t i = 0; i < table.inputs.count; ++i)
+    {
+        check(table.inputs[i].name, memory.inputs[i]); // null where it is left out
+    }
+    for (int32_t i = 0; i < table.outputs.count; ++i)
+    {
+        check(table.outputs[i].name, memory.outputs[i]);
+    }
+    check("the workspace", memory.workspace);
 }
 
 // Of the variant's word, and with something to do.

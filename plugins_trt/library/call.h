@@ -36,6 +36,7 @@ struct Call
     // All of these throw Error.
 
 private:
+    void checkAlignment(Memory const& memory) const;
     bool runs(StepTable const& step) const;
     Kernel const& kernelOf(StepTable const& step) const;
     size_t bytes(Type type, List<Size> const& shape) const;

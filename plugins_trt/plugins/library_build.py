@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lvlm.core import cmake
 from lvlm.core.errors import BuildError
 from lvlm.core.progress import Progress, size
 from lvlm.plugins_trt.plugins.kernel_compiler import compile_kernels
@@ -43,7 +43,10 @@ def build_library(
 ) -> Path:
     """``folder``/LIBRARY for these architectures. Raises BuildError if anything is missing or does
     not compile."""
-    check_tools()
+    cmake.check_tools()
+    with _written(folder / "source"):
+        copy_shell(folder / "source")
+    check_headers(headers)
     sources = make_sources(plugins, archs, folder, jobs=jobs, progress=progress)
     with progress.stage(f"build {LIBRARY}") as stage:
         built = run_cmake(sources, folder / "build", "lvlm_plugins", headers, jobs)
@@ -87,34 +90,45 @@ def copy_shell(sources: Path) -> None:
     shutil.copytree(SHELL, sources, copy_function=shutil.copyfile, dirs_exist_ok=True)
 
 
-def check_tools() -> None:
-    """Raises BuildError if a program that building needs is not there."""
-    _cmake()
-    if not os.environ.get("CXX") and shutil.which("c++") is None:
-        raise BuildError("there is no C++ compiler; apt install g++, say, or set CXX")
-
-
-def _cmake() -> str:
-    """From the path, or of this Python environment, as pip installs it."""
-    found = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
-    if found is None:
-        raise BuildError("cmake is not installed; pip install cmake")
-    return found
+def check_headers(headers: Headers) -> None:
+    """Raises BuildError where cmake finds no headers or the compiler does not work: kernels, which
+    take minutes, need neither."""
+    with tempfile.TemporaryDirectory() as place:
+        sources = Path(place)
+        copy_shell(sources)
+        for name in ("tables.cpp", "kernels.bin"):
+            (sources / name).touch()
+        with _own_options():
+            cmake.configure(sources, sources / "build", _options(headers))
 
 
 def run_cmake(sources: Path, build: Path, target: str, headers: Headers, jobs: int) -> Path:
     """The built file of one target. Raises BuildError with the first thing that went wrong."""
+    with _own_options():
+        cmake.run_cmake(sources, build, target, _options(headers), jobs)
+    name = f"lib{target}.so" if target == "lvlm_plugins" else target
+    return build / name
+
+
+def _options(headers: Headers) -> list[str]:
     options = []
     if headers.tensorrt:
         options.append(f"-DTENSORRT_ROOT={headers.tensorrt.resolve()}")
     if cuda := headers.cuda or triton_headers():
         options.append(f"-DCUDA_ROOT={cuda.resolve()}")
-    options += ["-UTENSORRT_INCLUDE", "-UCUDA_INCLUDE"]  # other folders than last time, maybe
-    cmake = _cmake()
-    _run([cmake, "-S", str(sources), "-B", str(build), *options])
-    _run([cmake, "--build", str(build), "--target", target, "--parallel", str(jobs)])
-    name = f"lib{target}.so" if target == "lvlm_plugins" else target
-    return build / name
+    return [*options, "-UTENSORRT_INCLUDE", "-UCUDA_INCLUDE"]  # other folders than last time, maybe
+
+
+@contextlib.contextmanager
+def _own_options() -> Iterator[None]:
+    """CMake's options are said as those of lvlm-build."""
+    try:
+        yield
+    except BuildError as error:
+        message = str(error)
+        for name in ("tensorrt", "cuda"):
+            message = message.replace(f"-D{name.upper()}_ROOT=", f"--{name}-root")
+        raise BuildError(message) from None
 
 
 def triton_headers() -> Path | None:
@@ -124,16 +138,3 @@ def triton_headers() -> Path | None:
     folder = Path(triton.__file__).parent / "backends" / "nvidia"
     complete = all((folder / "include" / f).exists() for f in ("cuda.h", "cuda_runtime_api.h"))
     return folder if complete else None
-
-
-def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode == 0:
-        return
-    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith("lvlm: ")]
-    telling += [line for line in lines if "error" in line.lower()]
-    message = (telling or lines or ["no message"])[0].removeprefix("lvlm: ")
-    for name in ("tensorrt", "cuda"):
-        message = message.replace(f"-D{name.upper()}_ROOT=", f"--{name}-root")
-    raise BuildError(f"cmake failed: {message}")

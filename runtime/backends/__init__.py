@@ -54,7 +54,7 @@ class Backend(Protocol):
 
     For one thread at a time, but for ``Call.stop``.
 
-    static_capacity  its graphs take caches of the manifest's capacities only
+    static_capacity  its graphs take caches of one length only (kv/static_capacity.py)
     """
 
     name: str

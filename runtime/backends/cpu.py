@@ -9,6 +9,7 @@ from lvlm.core.errors import BackendError
 from lvlm.core.installing import install, require
 from lvlm.runtime.backends import Session
 from lvlm.runtime.backends.ort.c_library import OrtError, find_library
+from lvlm.runtime.backends.ort.kernels.kernel_library import kernel_library
 from lvlm.runtime.backends.ort.sessions import OnnxRuntime, failure
 from lvlm.runtime.backends.ort.shared_sessions import SharedWeights
 from lvlm.runtime.bundle.manifest import Graph, Manifest
@@ -17,9 +18,10 @@ TARGET = "ort-cpu"  # whose form of a graph it runs where the bundle has one
 
 
 class Backend(OnnxRuntime):
-    """Host memory; buffers are numpy arrays. All sessions have one copy of the weights.
+    """Host memory; buffers are numpy arrays. All sessions have one copy of the weights, and the
+    kernels of ``lvlm-build cpu`` where those are found.
 
-    Where onnxruntime comes without its C library each session loads its own.
+    Where onnxruntime comes without its C library each session loads its own copy.
     """
 
     name = "cpu"
@@ -29,8 +31,9 @@ class Backend(OnnxRuntime):
         # The Python package takes 19 MB for calls that are of no use here
         ort = None if library else require("onnxruntime", _mend())
         super().__init__(ort, ["CPUExecutionProvider"], threads)
+        self.kernels = kernel_library()
         try:
-            self.shared = None if library is None else SharedWeights(library, threads)
+            self.shared = None if library is None else SharedWeights(library, threads, self.kernels)
         except (OrtError, OSError) as error:
             reason = str(error).partition("\n")[0]
             raise BackendError(f"onnxruntime cannot be loaded ({reason}); {_mend()}") from None
@@ -53,6 +56,8 @@ class Backend(OnnxRuntime):
         options = super().options()
         options.enable_mem_pattern = False  # both as the shared sessions have it
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self.kernels is not None:
+            options.register_custom_ops_library(str(self.kernels))
         return options
 
     def file(self, folder: Path, graph: Graph) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ FOLDER = "engines"
 FILE = "engine.json"
 SCHEMA = 2
 BOUNDS = {"least": "min", "usual": "opt", "most": "max"}  # of a Range, as schema 1 called them
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of weights' types
+ALIGNMENT = 256  # bytes; what TensorRT asks of every address, and cudaMalloc gives
 PLUGINS = "LVLM_PLUGINS"  # environment variable: the plugin library to load
 
 
@@ -44,10 +47,11 @@ class Range:
 
 @dataclass(frozen=True)
 class EngineWeight:
-    """An input that is a weight: ``bytes`` of the bundle's ``file`` from ``offset`` on, row-major.
+    """An input that is a weight: ``bytes`` of the bundle's ``file`` from ``offset`` on, row-major;
+    with ``columns`` [start, stop) those of a matrix that lies there.
 
     An engine that has such inputs holds no copy of them; those of one name are the same in every
-    engine of a set, so that one upload serves all.
+    engine of a set, so that one upload serves all. ``dims`` are the input's.
     """
 
     name: str
@@ -56,12 +60,19 @@ class EngineWeight:
     bytes: int
     dtype: str
     dims: tuple[int, ...]
+    columns: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the input."""
+        return math.prod(self.dims) * ITEM_BYTES.get(self.dtype, 0)
 
 
 @dataclass(frozen=True)
 class EngineGraph:
     """One engine. ``profile``: the lengths it takes, by the names of the manifest's dimensions;
-    ``source``: the graph it was built from, a file of the bundle."""
+    ``source``: the graph it was built from, a file of the bundle; ``activations``: bytes of memory
+    that it computes in at its longest lengths, None where the builder did not say."""
 
     file: str
     sha256: str
@@ -69,6 +80,7 @@ class EngineGraph:
     source: str
     profile: dict[str, Range]
     weights: tuple[EngineWeight, ...]
+    activations: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
 from functools import partial
-from typing import Self, Unpack, overload
+from typing import TYPE_CHECKING, overload
 
 from lvlm.core.errors import ParameterError, shown
 from lvlm.runtime.engine.engine import Engine
@@ -19,6 +19,9 @@ from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos,
 from lvlm.runtime.generate.call_plan import check_one_answer
 from lvlm.runtime.generate.token_count import TokenCount
 from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
+
+if TYPE_CHECKING:
+    from typing import Self, Unpack  # of Python 3.11
 
 
 class AsyncHandle:

@@ -19,6 +19,7 @@ from lvlm.runtime.generate.call_plan import count_prompts, read_at
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
+from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.media.prepared_image import ImageTokens, PreparedImage
 from lvlm.runtime.options.generation_options import Keep
 from lvlm.runtime.prompt.prompts import Prompt
@@ -136,7 +137,8 @@ class Calls:
         rounded = -(-needed // CAPACITY_STEP) * CAPACITY_STEP
         capacities = np.minimum(rounded, np.maximum(limits, needed))
         if backend.static_capacity:
-            capacities = limits  # never less than needed: see new_token_limit
+            # never less than needed: see new_token_limit
+            capacities = np.array(static_capacity(manifest).per_layer)
         old = self._cache
         if old is not None:
             same = old.lengths.shape[1] == batch and np.array_equal(old.capacities, capacities)

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Self, Unpack, overload
+from typing import TYPE_CHECKING, overload
 
 from lvlm.core.errors import LvlmError, ParameterError, QueueFullError
 from lvlm.core.integrity import Verify
@@ -32,11 +32,15 @@ from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, Graphs
 from lvlm.runtime.generate.token_count import TokenCount, TokenCounting, count_asks
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
+from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.options.generation_options import GenerationOptions, Keep, OptionValues
 from lvlm.runtime.options.option_kinds import SWITCH, integer, number, read_value
 from lvlm.runtime.prompt.prompts import PromptMaker
 from lvlm.runtime.prompt.text import TextStream, Tokenizer
 from lvlm.runtime.prompt.tools.form import ToolForm
+
+if TYPE_CHECKING:
+    from typing import Self, Unpack  # of Python 3.11
 
 CHUNK = integer(0, TOKENS_AT_ONCE)
 SECONDS = number("seconds above 0, or None", lambda x: x > 0)
@@ -93,7 +97,7 @@ class Engine(TokenCounting):
         capacity = slot_capacity(manifest, max_text_len, max_images, keep, kv_keep)
         backend = open_backend(device, threads=threads)
         if backend.static_capacity:
-            capacity = manifest.capacity
+            capacity = static_capacity(manifest)
         self.capacity = capacity
         chunked = manifest.in_place and "extend" in manifest.graphs and chunk_tokens != 0
         chunk = (chunk_tokens or TOKENS_AT_ONCE) if chunked else None

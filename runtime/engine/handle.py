@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lvlm.core.errors import LvlmError, RequestCancelled
 from lvlm.core.forks import forked, orphan_in_children
@@ -15,6 +15,9 @@ from lvlm.runtime.engine.faults import typed
 from lvlm.runtime.generate.answers import Generation, with_others
 from lvlm.runtime.options.option_kinds import number, read_value
 from lvlm.runtime.sampling.sampler import TokenScore
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 WAIT = number("seconds, 0 or more, or None", lambda x: x >= 0)
 

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from lvlm.runtime.options.generation_options import Keep
 from lvlm.runtime.prompt.prompts import Prompt
 from lvlm.runtime.prompt.text import TextStream
 from lvlm.runtime.sampling.sampler import TokenScore
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 
 class Caller(Protocol):

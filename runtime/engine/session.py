@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lvlm.core.errors import ParameterError
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.options.generation_options import Keep
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 
 class Session:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from lvlm.runtime.media.prepared_image import Box
 from lvlm.runtime.sampling.sampler import TokenScore
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 FinishReason = Literal["stop", "length"]
 

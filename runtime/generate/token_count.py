@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Unpack, overload
+from typing import TYPE_CHECKING, overload
 
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.generate.asks import Ask, Images, Question, Questions, Videos, read_asks
 from lvlm.runtime.generate.call_plan import count_prompts, read_at
 from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
 from lvlm.runtime.prompt.prompts import PromptMaker
+
+if TYPE_CHECKING:
+    from typing import Unpack  # of Python 3.11
 
 
 @dataclass(frozen=True)

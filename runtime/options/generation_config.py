@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from lvlm.core.errors import BundleError
 from lvlm.core.typed_json import decode
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError, shown
@@ -39,6 +39,8 @@ from lvlm.runtime.options.structure_kinds import (
 from lvlm.runtime.options.tool_kinds import TOOLS
 
 if TYPE_CHECKING:
+    from typing import Self, Unpack  # of Python 3.11
+
     import numpy as np
 
     Whole = int | np.integer[Any]

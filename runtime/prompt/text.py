@@ -7,12 +7,15 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from lvlm.core.errors import BundleError, ParameterError, PromptError, shown
 from lvlm.runtime.prompt.literal_tokens import LiteralEncoder
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 
 class Tokenizer:

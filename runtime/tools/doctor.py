@@ -20,6 +20,7 @@ from lvlm.runtime.bundle.engine_sets import PLUGINS
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.tools.bundle_findings import bundle_findings
 from lvlm.runtime.tools.findings import Finding, Machine, unusable
+from lvlm.runtime.tools.jetpacks import jetpack_finding
 
 CUDA_FOR_ORT = (13, 0)  # what onnxruntime-gpu 1.31 is built with
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
@@ -31,6 +32,8 @@ def examine(bundle: Path | None, machine: Machine | None = None) -> list[Finding
     """Every finding, the machine's first; every file of ``bundle`` is hashed."""
     machine = machine or Machine()
     found = [Finding("system", True, _system())]
+    if machine.jetson.is_file():
+        found.append(jetpack_finding(machine.jetson.read_text(encoding="utf-8", errors="replace")))
     seen, gpus = _gpus(machine)
     found += gpus
     found += _onnxruntime(machine, seen)
@@ -55,11 +58,7 @@ def _not_imported(subject: str, module: str, error: BackendError, fix: str) -> F
 
 def _system() -> str:
     python = f"Python {platform.python_version()}"
-    jetson = Path("/etc/nv_tegra_release")
-    release = ""
-    if jetson.is_file():
-        release = f", Jetson Linux {jetson.read_text(encoding='utf-8').split(',')[0].strip('# ')}"
-    return f"{platform.system()} {platform.machine()}, {python}{release}"
+    return f"{platform.system()} {platform.machine()}, {python}"
 
 
 def _gpus(machine: Machine) -> tuple[NvidiaDriver | None, list[Finding]]:
@@ -99,6 +98,7 @@ def _onnxruntime(machine: Machine, seen: NvidiaDriver | None) -> Iterator[Findin
         return
     name = f"onnxruntime-gpu {gpu}" if gpu else f"onnxruntime {plain}"
     yield Finding("device cpu", True, name)
+    yield _cpu_kernels(machine)
     for device, provider in PROVIDERS.items():
         says, fix, broken = name, "", False
         if provider not in providers:
@@ -113,16 +113,26 @@ def _onnxruntime(machine: Machine, seen: NvidiaDriver | None) -> Iterator[Findin
         yield Finding(f"device {device}", not fix, says, fix, broken=broken)
 
 
+def _cpu_kernels(machine: Machine) -> Finding:
+    """What device cpu takes for our own ops."""
+    try:
+        found = machine.kernels()
+    except BackendError as error:
+        return unusable("CPU kernels", error)
+    if found.path is None:
+        return Finding("CPU kernels", False, found.why, found.mend)
+    return Finding("CPU kernels", True, f"{found.path}, for {found.instructions}")
+
+
 def _tensorrt(machine: Machine, seen: NvidiaDriver | None) -> Iterator[Finding]:
     """The backends tensorrt and tensorrt-rtx, and the plugin library that the former loads."""
     usable = seen is not None and bool(seen.gpus)
     for device, module in FLAVOURS.items():
         subject, extra = f"device {device}", install(device)
-        if device == "tensorrt" and Path("/etc/nv_tegra_release").is_file():
+        if device == "tensorrt" and machine.jetson.is_file():
             extra = "use JetPack's own TensorRT: a venv made with --system-site-packages"
         try:
             version = machine.attempt(f"import {module}; print({module}.__version__)").strip()
-            machine.attempt(BINDINGS)
         except BackendError as error:
             yield _not_imported(subject, module, error, extra)
             continue
@@ -157,14 +167,6 @@ def _others(machine: Machine, known: Collection[str]) -> Iterator[Finding]:
                 yield Finding(subject, False, what, fix or "see the message")
             else:
                 yield Finding(subject, True, "opens")
-
-
-BINDINGS = """
-try:
-    import cuda.bindings.runtime
-except ImportError:
-    import cuda.cudart
-"""
 
 
 def _plugins(machine: Machine) -> Finding:

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from lvlm.core.errors import BackendError, LvlmError
 from lvlm.core.nvidia import NvidiaDriver, driver
+from lvlm.runtime.backends.ort.kernels.kernel_library import Found, find_kernels
 
 ABSENT = "–"  # noqa: RUF001 - a dash is meant
 
@@ -46,6 +48,8 @@ class Machine:
     version: Callable[[str], str | None] = lambda name: _version(name)
     attempt: Callable[[str], str] = lambda code: _attempt(code)
     load: Callable[[str], Any] = ctypes.CDLL
+    jetson: Path = Path("/etc/nv_tegra_release")
+    kernels: Callable[[], Found] = find_kernels
 
 
 def unusable(subject: str, error: LvlmError, fix: str = "") -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import platform
 import sys
 from collections.abc import Sequence
 from importlib import util
@@ -13,7 +14,7 @@ from lvlm.core.console import run_main
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError
 from lvlm.core.version import DISTRIBUTION, version
-from lvlm.verbs import MODULES, PREFIX
+from lvlm.verbs import MODULES, ON_PYTHON_3_10, PREFIX
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """The exit status of a command. Raises ParameterError where it cannot start."""
+    if sys.version_info < (3, 11) and verb not in ON_PYTHON_3_10:
+        there = ", ".join(PREFIX + name for name in sorted(ON_PYTHON_3_10))
+        raise ParameterError(
+            f"{PREFIX}{verb} needs Python 3.11 or newer, this is {platform.python_version()}; run "
+            f"it on a workstation (here there are {there})"
+        )
     try:
         command = importlib.import_module(MODULES[verb]).main
     except (ImportError, AttributeError) as error:

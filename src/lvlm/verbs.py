@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 PREFIX = "lvlm-"
+# What runs and builds engines on a device, also with JetPack 6's Python; the others need 3.11
+ON_PYTHON_3_10 = frozenset({"build", "doctor", "run"})
 MODULES = {
     "bench": "lvlm.bench.bench_cli",
     "build": "lvlm.plugins_trt.build_cli",

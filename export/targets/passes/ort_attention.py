@@ -4,24 +4,39 @@ attention in one node, which reads the valid part of the cache only.
 It appends: the new entry goes to slot valid_length - 1. Where a graph says of itself that it writes
 there, and nowhere else (``CACHE_WRITES``), the node does all of it. Where it may overwrite a victim
 anywhere, TensorScatter still writes, and the node appends what lies in the last slot once more.
+
+Each is a function of that one node, so that a kernel of our own can take its place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx import helper
 from onnx.reference import ReferenceEvaluator
 
+from lvlm.export.ops.op import OPSET
 from lvlm.export.targets.description import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets.passes.attention_sites import Site, find_site
-from lvlm.export.targets.passes.graph_edits import DTYPES
+from lvlm.export.targets.passes.graph_edits import DTYPES, LOWERED_DOMAIN
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
 from lvlm.runtime.backends.ort.sessions import AGAIN
 
+# Functions, and their inputs. Appended: rotary embedding, write to slot ``last``, attention;
+# written: attention over what is there already. ``last`` [B] and ``longest`` are int32.
+APPENDED, WRITTEN = "AppendedAttention", "WrittenAttention"
+CACHE = ["past_key", "past_value", "last", "longest"]
+FUNCTIONS = {
+    APPENDED: ["qkv", *CACHE, "cos", "sin", "position_ids"],
+    WRITTEN: ["query", "key", "value", *CACHE],
+}
+
 
 def group_attention(model: ir.Model) -> int:
-    """Use GroupQueryAttention for masked Attention over what TensorScatter wrote; how often."""
+    """Use it for masked Attention over what TensorScatter wrote; how often."""
     inputs = {value.name: value for value in model.graph.inputs}
     sites = [site for node in model.graph if (site := find_site(node)) is not None]
     if not sites:
@@ -142,8 +157,8 @@ def _group(
     position_ids: ir.Value,
 ) -> None:
     key, value = (write.inputs[0] for write in site.writes)
-    given = [*_packed(site.inputs), key, value, last, total, *tables, position_ids]
-    node = _node(model, site, given, rotary=True)
+    given = [_packed(model, site), key, value, last, total, *tables, position_ids]
+    node = _node(model, site, given, APPENDED)
     for write, output in zip(site.writes, node.outputs[1:], strict=True):
         take_place(write.outputs[0], output)
 
@@ -166,30 +181,31 @@ def _group_again(
         entry.outputs[0].type = cache.type
         model.graph.insert_before(site.node, entry)
         newest.append(_rows(model, site.node, entry.outputs[0]))
-    node = _node(model, site, [_rows(model, site.node, query), *newest, *caches, last, total])
+    given = [_rows(model, site.node, query), *newest, *caches, last, total]
+    node = _node(model, site, given, WRITTEN)
     for cache, output in zip(caches, node.outputs[1:], strict=True):
         output.name, output.shape, output.type = f"{cache.name}{AGAIN}", cache.shape, cache.type
         model.graph.outputs.append(output)
 
 
-def _node(
-    model: ir.Model, site: Site, given: list[ir.Value | None], rotary: bool = False
-) -> ir.Node:
+def _node(model: ir.Model, site: Site, given: Sequence[ir.Value | None], name: str) -> ir.Node:
     """The attention in the place of ``site``'s; its outputs 1 and 2 are the cache."""
     cache = site.writes[0].inputs[0]
     assert cache is not None
     assert cache.dtype is not None
+    function = ir.serde.deserialize_function(cached_attention(name))
+    model.functions.setdefault(function.identifier(), function)
+    model.opset_imports[LOWERED_DOMAIN] = 1
     node = ir.node(
-        "GroupQueryAttention",
+        name,
         # The kernel takes one type for everything: a narrower cache's.
         [None if x is None else _cast(model, site.node, x, cache.dtype) for x in given],
         attributes={
             "num_heads": site.heads,
             "kv_num_heads": site.kv_heads,
             "scale": site.node.attributes["scale"].as_float(),
-            "do_rotary": int(rotary),
         },
-        domain=MICROSOFT,
+        domain=LOWERED_DOMAIN,
         num_outputs=3,
     )
     model.graph.insert_before(site.node, node)
@@ -224,9 +240,37 @@ def _cast(model: ir.Model, before: ir.Node, value: ir.Value, dtype: ir.DataType 
     return node.outputs[0]
 
 
-def _packed(inputs: tuple[ir.Value, ir.Value, ir.Value]) -> list[ir.Value | None]:
-    """One input where query, key and value are parts of one product."""
-    split = inputs[0].producer()
-    if split is not None and split.op_type == "Split" and tuple(split.outputs) == inputs:
-        return [split.inputs[0], None, None]
-    return list(inputs)
+def _packed(model: ir.Model, site: Site) -> ir.Value:
+    """Query, key and value beside each other: the product that they are parts of, if they are."""
+    split = site.inputs[0].producer()
+    if split is not None and split.op_type == "Split" and tuple(split.outputs) == site.inputs:
+        assert split.inputs[0] is not None
+        return split.inputs[0]
+    joined = ir.node("Concat", list(site.inputs), attributes={"axis": -1})
+    joined.outputs[0].name, joined.outputs[0].type = f"packed_{site.layer}", site.inputs[0].type
+    model.graph.insert_before(site.node, joined)
+    return joined.outputs[0]
+
+
+def cached_attention(name: str) -> onnx.FunctionProto:
+    """GroupQueryAttention with the given inputs; its heads and scale are the node's."""
+    inputs = FUNCTIONS[name]
+    outputs = ["output", "present_key", "present_value"]
+    given = inputs if name == WRITTEN else [inputs[0], "", "", *inputs[1:]]
+    node = helper.make_node(
+        *("GroupQueryAttention", given, outputs),
+        domain=MICROSOFT,
+        do_rotary=int(name == APPENDED),
+    )
+    kinds = {
+        "num_heads": onnx.AttributeProto.INT,
+        "kv_num_heads": onnx.AttributeProto.INT,
+        "scale": onnx.AttributeProto.FLOAT,
+    }
+    for attribute, kind in kinds.items():
+        reference = onnx.AttributeProto(name=attribute, ref_attr_name=attribute, type=kind)  # type: ignore[arg-type]
+        node.attribute.append(reference)
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    return helper.make_function(
+        LOWERED_DOMAIN, name, inputs, outputs, [node], opsets, attributes=list(kinds)
+    )

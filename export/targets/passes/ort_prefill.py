@@ -1,5 +1,8 @@
 """Attention of a prompt as chunks of ONNX Runtime's own Attention: what lies before a chunk is its
-past, so that the kernel masks the chunk's own square only (docs/notes/cpu.md: what was tried)."""
+past, so that the kernel masks the chunk's own square only (docs/notes/cpu.md: what was tried).
+
+The nodes stay what they are, so that a kernel of our own can take them; their body is this one.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,30 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
+from lvlm.export.ops.causal_attention import SCHEMA
 from lvlm.export.ops.op import DOMAIN
 from lvlm.export.ops.parts.body import Body
-from lvlm.export.targets.passes.graph_edits import call, identifier, lowered_function
 
 CHUNK = 128  # queries at most; all chunks of a prompt have the same number
 
 
-def chunk_attention(model: ir.Model) -> int:
-    """Use it for every CausalAttention in fp32 that gives no importance; how often."""
-    done = 0
-    for node in list(model.graph):
-        if node.domain != DOMAIN or node.op_type != "CausalAttention":
-            continue
-        query = node.inputs[0]
-        scored = node.attributes.get_int("importance", 0) == 1
-        if scored or query is None or query.dtype != ir.DataType.FLOAT:
-            continue
-        call(model, node, _function(node.attributes["scale"].as_float()))
-        done += 1
-    return done
+def chunk_attention(model: ir.Model) -> bool:
+    """Give CausalAttention this body, if all there is of it is in fp32 and gives no importance."""
+    nodes = [n for n in model.graph if (n.domain, n.op_type) == (DOMAIN, SCHEMA.name)]
+    fits = [
+        node.attributes.get_int("importance", 0) == 0
+        and node.inputs[0] is not None
+        and node.inputs[0].dtype == ir.DataType.FLOAT
+        for node in nodes
+    ]
+    if not nodes or not all(fits):
+        return False
+    function = ir.serde.deserialize_function(chunked_attention())
+    model.functions[function.identifier()] = function
+    return True
 
 
-def _function(scale: float) -> onnx.FunctionProto:
+def chunked_attention() -> onnx.FunctionProto:
     """[B,Hq,N,d] of query [B,Hq,N,d], key and value [B,Hkv,N,d]."""
     g = Body()
     zero, one, axis = g.const([0]), g.const([1]), g.const([2])
@@ -47,7 +51,8 @@ def _function(scale: float) -> onnx.FunctionProto:
     past = [b.Slice(name, zero, start, axis) for name in ("key", "value")]
     own = [b.Slice(name, start, end, axis) for name in ("key", "value")]
     # The kernel wants its present outputs where it has a past.
-    outputs = b.node("Attention", "chunk_query", *own, "", *past, count=3, is_causal=1, scale=scale)
+    outputs = b.node("Attention", "chunk_query", *own, "", *past, count=3, is_causal=1)
+    b.read_attribute("scale", "scale", onnx.AttributeProto.FLOAT)
     float_port, int_port = (
         helper.make_tensor_value_info(name, dtype, None)
         for name, dtype in (
@@ -62,5 +67,5 @@ def _function(scale: float) -> onnx.FunctionProto:
     joined = g.Transpose(done, perm=[1, 2, 0, 3, 4])
     joined = g.Reshape(joined, g.Concat(batch, heads, g.const([-1]), width, axis=0))
     output = g.Slice(joined, zero, rows, axis)
-    name = identifier("PromptAttention", scale)
-    return lowered_function(name, ["query", "key", "value"], g.nodes, output)
+    built_for = {"chunk": CHUNK, "importance": 0}
+    return g.function(SCHEMA, [output], built_for, required=["scale"], inputs=SCHEMA.min_input)

@@ -4,6 +4,7 @@
 //   FAKE_CUDA_LOG         a file to which every launch is added, a line of JSON each
 //   FAKE_CUDA_PARAMETERS  a file with a kernel's name and the bytes of each of its parameters per line
 //   FAKE_CUDA_REFUSES     "cubin": code for a GPU is refused as if of a later CUDA, PTX is not
+//   FAKE_CUDA_OFFSET      bytes by which memory lies beside where the driver would put it, as 8
 
 #include <cuda.h>
 
@@ -207,12 +208,16 @@ FAKE cuLaunchKernel(CUfunction function, unsigned gridX, unsigned gridY, unsigne
 
 FAKE cuMemAlloc_v2(CUdeviceptr* pointer, size_t bytes)
 {
-    *pointer = reinterpret_cast<CUdeviceptr>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+    std::string const beside = variable("FAKE_CUDA_OFFSET");
+    size_t const offset = beside.empty() ? 0 : std::stoul(beside);
+    *pointer = reinterpret_cast<CUdeviceptr>(
+                   std::aligned_alloc(256, (bytes + offset + 255) / 256 * 256))
+        + offset;
     return CUDA_SUCCESS;
 }
 FAKE cuMemFree_v2(CUdeviceptr pointer)
 {
-    std::free(reinterpret_cast<void*>(pointer));
+    std::free(reinterpret_cast<void*>(pointer / 256 * 256));
     return CUDA_SUCCESS;
 }
 FAKE cuMemcpyHtoD_v2(CUdeviceptr to, void const* from, size_t bytes)

@@ -59,6 +59,7 @@ FUNCTIONS: dict[str, tuple[int, tuple[Any, ...]]] = {
         168,
         (c_void_p, c_char_p, c_void_p, c_void_p, POINTER_OUT),
     ),
+    "RegisterCustomOpsLibrary_V2": (228, (c_void_p, c_char_p)),
 }
 # ONNXTensorElementDataType, by the manifest's names
 ELEMENTS = {
@@ -161,8 +162,10 @@ class OrtLibrary:
         threads: int | None,
         weights: Mapping[str, c_void_p],
         container: LibraryHandle,
+        kernels: Path | None = None,
     ) -> LibraryHandle:
-        """A graph on the CPU; ``weights`` stand in for its external initializers."""
+        """A graph on the CPU; ``weights`` stand in for its external initializers. ``kernels``: a
+        library of custom ops, which are taken in place of the graph's functions of their names."""
         options = LibraryHandle(self, self.create("CreateSessionOptions"), "ReleaseSessionOptions")
         self.call("SetSessionLogSeverityLevel", options.pointer, FATAL)
         # One plan of memory for each length of prompt that was met, beside what the arena has
@@ -172,6 +175,8 @@ class OrtLibrary:
         self.call("AddSessionConfigEntry", options.pointer, *entry)
         if threads is not None:
             self.call("SetIntraOpNumThreads", options.pointer, threads)
+        if kernels is not None:
+            self.call("RegisterCustomOpsLibrary_V2", options.pointer, _path(kernels))
         for name, value in weights.items():
             self.call("AddInitializer", options.pointer, name.encode(), value)
         made = self.create(

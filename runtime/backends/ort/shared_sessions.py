@@ -18,8 +18,8 @@ from lvlm.runtime.bundle.manifest import Graph, Manifest
 class SharedWeights:
     """Weights mapped from their files, and the container with their packed forms."""
 
-    def __init__(self, path: Path, threads: int | None) -> None:
-        self.library, self.threads = OrtLibrary(path), threads
+    def __init__(self, path: Path, threads: int | None, kernels: Path | None = None) -> None:
+        self.library, self.threads, self.kernels = OrtLibrary(path), threads, kernels
         self.container = self.library.container()
         self.mapped = MappedWeights()
         self._values: dict[tuple[Path, str], LibraryHandle] = {}
@@ -37,7 +37,7 @@ class SharedWeights:
                 self._values[key] = LibraryHandle(self.library, value, "ReleaseValue")
             given[name] = self._values[key].pointer
         with self.mapped.dropped_when_read():
-            handle = self.library.session(file, self.threads, given, self.container)
+            handle = self.library.session(file, self.threads, given, self.container, self.kernels)
         inputs, outputs = self.library.ports(handle)
         check_ports(graph, inputs, outputs)
         return SharedSession(self, handle, types(graph, outputs), outputs)

@@ -1,27 +1,20 @@
 """CUDA as the TensorRT backends use it: memory, one stream, captured graphs.
 
-``Driver`` is all that they ask for, so that host memory can stand in for a GPU's in tests. The
-bindings are imported by ``open_driver``, not before.
+``Driver`` is all that they ask for, so that host memory can stand in for a GPU's in tests.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import importlib
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from lvlm.core import nvidia
 from lvlm.core.errors import BackendError, DeviceMemoryError
-from lvlm.core.installing import require
-
-BINDINGS = "pip install cuda-bindings of the CUDA version that nvidia-smi shows"
 
 
 class Driver(Protocol):
@@ -126,118 +119,12 @@ def in_mib(size: int) -> str:
 
 def open_driver() -> Driver:
     """The first GPU that the driver shows; BackendError says what is missing."""
+    from lvlm.runtime.backends.trt.cuda_driver import CudaDriver
+
     seen = nvidia.driver()
     if not seen.gpus:
         raise BackendError(
             "the NVIDIA driver shows no GPU; see nvidia-smi and CUDA_VISIBLE_DEVICES, or use "
             "--device cpu"
         )
-    return CudaDriver(_bindings(), seen)
-
-
-def _bindings() -> Any:
-    try:
-        return require("cuda.bindings.runtime", BINDINGS)
-    except BackendError:
-        with contextlib.suppress(ImportError):
-            return importlib.import_module("cuda.cudart")  # its name before CUDA 12.6
-        raise
-
-
-class CudaDriver:
-    """``Driver`` over NVIDIA's own bindings; ``runtime`` is cuda.bindings.runtime."""
-
-    def __init__(self, runtime: Any, seen: nvidia.NvidiaDriver) -> None:
-        needed = int(_ask(runtime.cudaRuntimeGetVersion()))
-        # Versions within a major one work with each other.
-        if seen.cuda[0] < needed // 1000:
-            raise BackendError(
-                "the NVIDIA driver serves CUDA {}.{}, cuda-bindings is for CUDA {}; update the "
-                "driver, or install cuda-bindings and TensorRT for CUDA {}".format(
-                    *seen.cuda, needed // 1000, seen.cuda[0]
-                )
-            )
-        self.runtime, self.device = runtime, seen.gpus[0]
-        self._stream = _ask(runtime.cudaStreamCreateWithFlags(1))  # apart from the default stream
-        self.stream = int(self._stream)
-
-    def free_memory(self) -> int:
-        free, _ = _ask(self.runtime.cudaMemGetInfo())
-        return int(free)
-
-    def allocate(self, size: int) -> int | None:
-        if size > sys.maxsize:
-            return None
-        error, address = self.runtime.cudaMalloc(size)
-        if _name(error) == "cudaErrorMemoryAllocation":
-            self.runtime.cudaGetLastError()  # else the next call reports it again
-            return None
-        return int(_ask((error, address)))
-
-    def free(self, address: int) -> None:
-        self.runtime.cudaFree(address)  # may come at exit, when the driver has gone already
-
-    def allocate_pinned(self, size: int) -> int:
-        return int(_ask(self.runtime.cudaMallocHost(size)))
-
-    def free_pinned(self, address: int) -> None:
-        self.runtime.cudaFreeHost(address)
-
-    def upload(self, device: int, host: int, size: int) -> None:
-        kind = self.runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
-        _ask(self.runtime.cudaMemcpyAsync(device, host, size, kind, self._stream))
-
-    def download(self, host: int, device: int, size: int) -> None:
-        kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        _ask(self.runtime.cudaMemcpyAsync(host, device, size, kind, self._stream))
-
-    def copy(self, target: int, source: int, size: int) -> None:
-        kind = self.runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        _ask(self.runtime.cudaMemcpyAsync(target, source, size, kind, self._stream))
-
-    def clear(self, device: int, size: int) -> None:
-        _ask(self.runtime.cudaMemsetAsync(device, 0, size, self._stream))
-
-    def synchronize(self) -> None:
-        _ask(self.runtime.cudaStreamSynchronize(self._stream))
-
-    def capture(self, enqueue: Callable[[], None]) -> int:
-        # Other threads may allocate meanwhile; this one may not.
-        mode = self.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        _ask(self.runtime.cudaStreamBeginCapture(self._stream, mode))
-        try:
-            enqueue()
-        except BaseException:
-            self.runtime.cudaStreamEndCapture(self._stream)
-            self.runtime.cudaGetLastError()
-            raise
-        try:
-            graph = _ask(self.runtime.cudaStreamEndCapture(self._stream))
-            executable = _ask(self.runtime.cudaGraphInstantiate(graph, 0))
-        except BackendError:
-            self.runtime.cudaGetLastError()
-            raise
-        self.runtime.cudaGraphDestroy(graph)  # the executable graph has its own copy
-        return int(executable)
-
-    def launch(self, graph: int) -> None:
-        _ask(self.runtime.cudaGraphLaunch(graph, self._stream))
-
-    def free_graph(self, graph: int) -> None:
-        self.runtime.cudaGraphExecDestroy(graph)
-
-
-def _ask(answer: tuple[Any, ...]) -> Any:
-    """The values of a CUDA call's ``answer``, whose first is its error."""
-    error, *values = answer
-    if int(error):
-        raise BackendError(
-            f"CUDA failed ({_name(error)}); where it does so again, restart the program and see "
-            "nvidia-smi for what else uses the GPU"
-        )
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def _name(error: Any) -> str:
-    """cudaErrorMemoryAllocation, say."""
-    return str(getattr(error, "name", error))
+    return CudaDriver(seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from lvlm.core.errors import BackendError, CapacityError, DeviceMemoryError
 from lvlm.runtime.backends import host_dtype
 from lvlm.runtime.backends.trt.driver import CapturedGraph, DeviceArray, DeviceBuffer, Driver
 from lvlm.runtime.backends.trt.staging import Staging
+from lvlm.runtime.bundle.engine_sets import ALIGNMENT
 from lvlm.runtime.bundle.manifest import Graph, Port
 
 TYPES = {  # TensorRT's names
@@ -31,6 +33,8 @@ LIMITS = {
 }
 TOKENS = ("tokens of a prompt", "--max-prompt")
 Shapes = Mapping[str, tuple[int, ...]]
+Key = tuple[Any, ...]  # shapes of inputs and of outputs, addresses of buffers, of other memory
+GRAPHS = 32  # that a session keeps: an engine's steps have as many batch sizes as it has slots
 notes = logging.getLogger(__name__)
 
 
@@ -68,6 +72,14 @@ class Shared:
     log: Any
 
 
+@dataclass(frozen=True)
+class KeptGraph:
+    """A captured call, and the shapes of its outputs that nobody asked for."""
+
+    graph: CapturedGraph
+    idle: Shapes
+
+
 class EngineSession:
     """See backends.Session. ``weights`` are the engine's inputs that never change.
 
@@ -98,8 +110,9 @@ class EngineSession:
                 "out of memory; close what else uses the GPU, or use a smaller dtype",
             )
         self.staging = Staging(self.driver)
-        self.key: object = None  # what the context is set to
-        self.graph: CapturedGraph | None = None
+        self.key: Key = ()  # of the call that is prepared
+        self.graphs: OrderedDict[Key, KeptGraph] = OrderedDict()  # by key, used last at the end
+        self.idle: Shapes = {}
         self.capturable = True
 
     def bind(
@@ -107,44 +120,77 @@ class EngineSession:
     ) -> TensorRtCall:
         return TensorRtCall(self, inputs, outputs)
 
-    def prepare(self, call: TensorRtCall, inputs: Shapes, outputs: Shapes) -> object:
-        """Set shapes and addresses, where they are not those of the last call; returns what stands
-        for them all."""
-        bound = {name: buffer.address for name, buffer in call.lasting.items()}
-        key = (inputs, outputs, bound, self.workspace.address)
-        if key != self.key:
-            self.key = self.graph = None  # whatever fails below, nothing is replayed
-            self._set_shapes(dict(inputs) | call.shapes)
-            idle = self._check_outputs(outputs, bound)
-            self.staging.lay_out(
-                self._typed(self.inputs, inputs),
-                self._typed(self.outputs, outputs),
-                self._typed(self.outputs, idle),
-            )
-            self._set_memory()
-            addresses = bound | {name: self.staging.address(name) for name in self.staging.slots}
-            addresses |= {name: buffer.address for name, buffer in self.weights.items()}
-            for name, address in addresses.items():
-                if not self.context.set_tensor_address(name, address):
-                    raise BackendError(f"the {self.name} engine refuses the memory for {name}")
-            self.key = (*key[:3], self.workspace.address)
+    def prepare(self, call: TensorRtCall, inputs: Shapes, outputs: Shapes) -> Key:
+        """Everything that a call needs before it is enqueued; returns what stands for its shapes
+        and addresses."""
+        shapes = tuple(inputs.items()), tuple(outputs.items()), call.addresses
+        key = (*shapes, *self._memory())
+        if key == self.key:
+            return key
+        self.key = ()  # whatever fails below, nothing is replayed
+        if (kept := self.graphs.get(key)) is not None:
+            self.graphs.move_to_end(key)
+            self._lay_out(inputs, outputs, kept.idle)
+        else:
+            self._set_context(call, inputs, outputs)
+        self.key = (*shapes, *self._memory())
         return self.key
 
+    def _memory(self) -> tuple[int, ...]:
+        """Addresses of the memory that is not a call's own."""
+        return self.workspace.address, *self.staging.addresses
+
+    def _lay_out(self, inputs: Shapes, outputs: Shapes, idle: Shapes) -> None:
+        self.staging.lay_out(
+            self._typed(self.inputs, inputs),
+            self._typed(self.outputs, outputs),
+            self._typed(self.outputs, idle),
+        )
+
+    def _set_context(self, call: TensorRtCall, inputs: Shapes, outputs: Shapes) -> None:
+        """Shapes and addresses of a call that is no graph."""
+        bound = dict(call.addresses)
+        self._set_shapes(dict(inputs) | call.shapes)
+        self.idle = self._check_outputs(outputs, bound)
+        self._lay_out(inputs, outputs, self.idle)
+        self._set_memory()
+        addresses = bound | {name: self.staging.address(name) for name in self.staging.slots}
+        addresses |= {name: buffer.address for name, buffer in self.weights.items()}
+        for name, address in addresses.items():
+            if address % ALIGNMENT:
+                raise BackendError(
+                    f"the memory for {name} of the {self.name} engine does not begin at a "
+                    f"multiple of {ALIGNMENT} bytes; build the engines of this bundle again"
+                )
+            if not self.context.set_tensor_address(name, address):
+                raise BackendError(f"the {self.name} engine refuses the memory for {name}")
+
     def enqueue(self, *, again: bool) -> None:
-        """Put the computation into the stream. ``again``: the caller repeats its last call, which
+        """Put the prepared call into the stream. ``again``: the caller repeats its last call, which
         is worth a graph; a graph of the same buffers and shapes is replayed in any case."""
-        if self.graph is None and again and self._may_capture():
+        if self.key not in self.graphs and again and self._may_capture():
             try:
-                self.graph = CapturedGraph(self.driver, self._execute)
+                graph = CapturedGraph(self.driver, self._execute)
             except BackendError as error:
                 self.capturable = False
                 notes.warning(
                     "lvlm: no CUDA graph for %s, each step costs more: %s", self.name, error
                 )
-        if self.graph is not None:
-            self.graph.launch()
+            else:
+                self._keep(graph)
+        if (kept := self.graphs.get(self.key)) is not None:
+            kept.graph.launch()
         else:
             self._execute()
+
+    def _keep(self, graph: CapturedGraph) -> None:
+        """For the next call with these shapes and buffers, whatever is called until then."""
+        self.graphs[self.key] = KeptGraph(graph, self.idle)
+        memory = self._memory()
+        for key in [k for k in self.graphs if k[3:] != memory]:  # which has been freed
+            del self.graphs[key]
+        while len(self.graphs) > GRAPHS:
+            self.graphs.popitem(last=False)
 
     def _execute(self) -> None:
         self.log.errors.clear()
@@ -199,8 +245,9 @@ class TensorRtCall:
     ) -> None:
         self.session = session
         self.lasting = dict(inputs) | dict(outputs)
+        self.addresses = tuple((name, array.address) for name, array in self.lasting.items())
         self.shapes = {name: array.shape for name, array in inputs.items()}
-        self.last: object = None
+        self.last: Key = ()
 
     def stop(self) -> None:
         """Nothing: what is enqueued runs to its end."""

@@ -10,8 +10,7 @@ import numpy as np
 
 from lvlm.core.errors import BackendError
 from lvlm.runtime.backends.trt.driver import DeviceBuffer, Driver, PinnedBlock
-
-ALIGNMENT = 256  # bytes; what cudaMalloc gives, and every kernel may expect
+from lvlm.runtime.bundle.engine_sets import ALIGNMENT
 
 
 def aligned(size: int) -> int:
@@ -74,6 +73,14 @@ class Staging:
             slot = self.slots[name] = Slot(start, shape, np.dtype(dtype))
             start += aligned(slot.nbytes)
         return start
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Where the host's memory and the device's begin."""
+        return (
+            0 if self.host is None else self.host.address,
+            0 if self.device is None else self.device.address,
+        )
 
     def address(self, name: str) -> int:
         """The device's copy."""

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING
 from urllib.parse import quote, urljoin
 
 from lvlm.core.errors import ParameterError, shown
 from lvlm.runtime.server.media.media_error import MediaError
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 LONGEST = 8_192  # characters
 PORTS = {"http": 80, "https": 443}

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError, shown
 from lvlm.runtime.backends import MEANT, devices
 
 if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
+
     from lvlm.runtime.bundle.manifest import Manifest
     from lvlm.runtime.engine import Engine
     from lvlm.runtime.engine.memory_plan import Memory

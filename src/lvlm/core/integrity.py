@@ -77,8 +77,11 @@ def describe(path: Path) -> File:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    found, buffer = hashlib.sha256(), bytearray(1 << 20)
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            found.update(memoryview(buffer)[:read])
+    return found.hexdigest()
 
 
 def check_files(folder: Path, expected: Mapping[str, File], verify: Verify = "sample") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx
@@ -18,6 +18,7 @@ ELEMENT = {
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
     torch.int64: onnx.TensorProto.INT64,
 }
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def single_node_model(op: Op, sample: OpSample, dynamic: bool = True) -> onnx.ModelProto:
@@ -63,6 +64,24 @@ def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 def feeds(op: Op, sample: OpSample) -> dict[str, np.ndarray]:
     """The sample's tensors by formal name, as NumPy arrays (bf16 has none)."""
     return {name: tensor.numpy() for name, tensor in _given(op, sample)}
+
+
+def assert_close(op: Op, sample: OpSample, got: Iterable[np.ndarray]) -> None:
+    """What an implementation gave for a sample is what the reference gives, within tolerance."""
+    dtype = next(t.dtype for t in sample.inputs if t is not None and t.dtype in FLOATS)
+    expected = op(*sample.inputs, **sample.attributes)
+    names = [formal.name for formal in op.schema.outputs[: len(expected)]]
+    for name, want, have in zip(names, expected, got, strict=True):
+        if want.dtype not in FLOATS:
+            np.testing.assert_array_equal(have, want.numpy(), err_msg=name)
+            continue
+        assert want.isfinite().all(), name
+        assert np.isfinite(have).all(), name
+        wide = want.double().numpy()
+        if name in sample.unspecified:
+            have = np.where(sample.unspecified[name], wide, have)
+        error = np.abs(have.astype(np.float64) - wide).max() / max(1, np.abs(wide).max())
+        assert error <= op.tolerance[dtype], name
 
 
 def profiles(op: Op, sample: OpSample) -> Mapping[str, tuple[list[int], list[int], list[int]]]:

@@ -6,14 +6,21 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx.inliner
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from single_node import axis_names, feeds, profiles, session, single_node_model
+from single_node import (
+    FLOATS,
+    assert_close,
+    axis_names,
+    feeds,
+    profiles,
+    session,
+    single_node_model,
+)
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BackendError
@@ -23,7 +30,6 @@ from lvlm.plugins_trt.engines.tensorrt_builder import Settings, TensorRtBuilder,
 from lvlm.runtime.bundle.manifest import Capacity
 
 OPS = discover("lvlm.export.ops", "OP")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def variant(op: Op, sample: OpSample) -> tuple[object, ...]:
@@ -88,23 +94,6 @@ def variant_session(op_name: str, key: tuple[object, ...]) -> onnxruntime.Infere
     """One session per variant: its dynamic axes must serve all of the variant's samples."""
     op, sample = next((o, s) for o, s in VARIANTS if (o.name, variant(o, s)) == (op_name, key))
     return session(single_node_model(op, sample))
-
-
-def assert_close(op: Op, sample: OpSample, got: Iterable[np.ndarray]) -> None:
-    dtype = next(t.dtype for t in sample.inputs if t is not None and t.dtype in FLOATS)
-    expected = op(*sample.inputs, **sample.attributes)
-    names = [formal.name for formal in op.schema.outputs[: len(expected)]]
-    for name, want, have in zip(names, expected, got, strict=True):
-        if want.dtype not in FLOATS:
-            np.testing.assert_array_equal(have, want.numpy(), err_msg=name)
-            continue
-        assert want.isfinite().all(), name
-        assert np.isfinite(have).all(), name
-        wide = want.double().numpy()
-        if name in sample.unspecified:
-            have = np.where(sample.unspecified[name], wide, have)
-        error = np.abs(have.astype(np.float64) - wide).max() / max(1, np.abs(wide).max())
-        assert error <= op.tolerance[dtype], name
 
 
 def test_there_are_ops() -> None:

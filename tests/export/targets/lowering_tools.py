@@ -19,6 +19,7 @@ from lvlm.export.ops.op import Op
 from lvlm.export.targets.target import Target
 from lvlm.export.verify.forms import put_functions_back
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.options.generation_options import GenerationOptions
 
 # Those that lower as their data says; a target with passes of its own has tests of its own.
@@ -27,6 +28,20 @@ TARGETS: dict[str, Target] = {
     for name, target in discover("lvlm.export.targets", "TARGET").items()
     if type(target) is Target
 }
+
+
+def of_each_form(targets: dict[str, Target]) -> dict[str, Target]:
+    """The first of those whose graphs are the same: they differ in version and platform alone."""
+    forms = {}
+    for name, target in targets.items():
+        facts = dataclasses.asdict(target)
+        for fact in ("name", "summary", "version", "platform", "sms", "topk_limit", "verified"):
+            del facts[fact]
+        forms.setdefault(repr(sorted(facts.items())), (name, target))
+    return dict(forms.values())
+
+
+FORMS = of_each_form(TARGETS)
 OPS: dict[str, Op] = discover("lvlm.export.ops", "OP")
 PLUGIN_ATTRIBUTES = {"plugin_namespace": b"lvlm", "plugin_version": b"1"}
 SMALL = "llava:llama-mha-bias-rope3-siglip"
@@ -37,7 +52,7 @@ def lowered(bundle: Path, folder: Path, target: Target) -> Path:
     shutil.copytree(bundle, folder)
     manifest = read_bundle(folder)
     graphs = {name: graph.file for name, graph in manifest.graphs.items()}
-    written = target.write(folder, graphs, manifest.capacity)
+    written = target.write(folder, graphs, static_capacity(manifest))
     assert written == [target.file(graph.file) for graph in manifest.graphs.values()]
     assert not list(folder.glob(".*"))
     return folder
@@ -64,7 +79,8 @@ def in_place(folder: Path, target: Target) -> Path:
             put_functions_back(model)
         onnx.save(model, path)
         files[graph.file] = describe(path)
-    dataclasses.replace(manifest, files=files).write(folder)
+    capacity = static_capacity(manifest) if target.static_cache else manifest.capacity
+    dataclasses.replace(manifest, files=files, capacity=capacity).write(folder)
     return folder
 
 

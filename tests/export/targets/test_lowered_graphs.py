@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from lowering_tools import OPS, SMALL, TARGETS, graph_of, in_place, logits, lowered
+from lowering_tools import FORMS, OPS, SMALL, TARGETS, graph_of, in_place, logits, lowered
 from settings import CACHED
 from single_node import feeds, session, single_node_model
 
@@ -21,9 +21,9 @@ from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
 from lvlm.runtime.bundle.manifest import Capacity
 from lvlm.runtime.engine import calls
 
-PORTABLE = [dataclasses.replace(t, name=f"{n}-portable", plugins=False) for n, t in TARGETS.items()]
+PORTABLE = [dataclasses.replace(t, name=f"{n}-portable", plugins=False) for n, t in FORMS.items()]
 SAME = {
-    **{name: t for name, t in TARGETS.items() if "float32" in t.matmul_types},
+    **{name: t for name, t in FORMS.items() if "float32" in t.matmul_types},
     # At the target's own opset, which the functions of plugins' ops are newer than.
     **{t.name: t for t in PORTABLE if t.opset < OPSET},
 }

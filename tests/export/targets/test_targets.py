@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 from bundles import OTHERS
-from lowering_tools import OPS, PLUGIN_ATTRIBUTES, TARGETS, all_nodes, lowered
+from lowering_tools import FORMS, OPS, PLUGIN_ATTRIBUTES, TARGETS, all_nodes, lowered
 from onnx import TensorProto
 from settings import SMALL
 
@@ -17,12 +17,13 @@ from lvlm.export.ops.op import DOMAIN, OPSET
 from lvlm.export.targets.description import FLOATS, NEW_OPS
 from lvlm.export.targets.target import Target
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.tools.jetpacks import JETPACKS
 
 DTYPES = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"}
 
 
 def test_every_target_names_its_files_and_is_in_the_docs() -> None:
-    assert {"trt-rtx", "trt-11", "jetson-orin-jp62", "jetson-thor-jp7", "ort-cuda"} <= set(TARGETS)
+    assert {"trt-rtx", "trt-11", "trt-10", "jetson-orin-jp62", "ort-cuda"} <= set(TARGETS)
     page = (Path(__file__).parents[3] / "docs/tensorrt.md").read_text()
     for name, target in TARGETS.items():
         assert target.file("prefill.onnx") == f"prefill.{name}.onnx"
@@ -44,8 +45,18 @@ def test_an_entry_does_not_contradict_itself(target: Target) -> None:
         assert target.opset >= 23
 
 
+def test_targets_of_jetsons_are_those_of_their_jetpacks() -> None:
+    jetsons = {name: t for name, t in TARGETS.items() if name.startswith("jetson-")}
+    named = {target for jetpack in JETPACKS for target in jetpack.targets.values()}
+    assert named == set(jetsons)
+    for jetpack in JETPACKS:
+        for sm, name in jetpack.targets.items():
+            assert sm in jetsons[name].sms
+            assert jetsons[name].version == jetpack.tensorrt
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("target", FORMS.values(), ids=FORMS)
 def test_lowered_graphs_hold_only_what_the_target_takes(
     target: Target, dtype: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -89,7 +100,7 @@ def test_every_family_lowers_for_every_target(
     name: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     original = bundle(name, max_images=2)
-    for target in TARGETS.values():
+    for target in FORMS.values():
         folder = lowered(original, tmp_path / target.name, target)
         for graph in read_bundle(folder).graphs.values():
             path = folder / target.file(graph.file)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import signal
 import sys
 import zipfile
@@ -16,12 +18,17 @@ from lvlm.core import own_process
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BuildError
 from lvlm.core.installing import install
+from lvlm.core.progress import size
 from lvlm.export.targets import trt_rtx
 from lvlm.plugins_trt.build_cli import main
 from lvlm.plugins_trt.engines import engine_builder
-from lvlm.plugins_trt.engines.engine_plan import EnginePlan
+from lvlm.plugins_trt.engines.engine_plan import EnginePlan, make_plan
+from lvlm.plugins_trt.engines.engine_request import BuildRequest
 from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.engine.memory_plan import slot_capacity
+from lvlm.runtime.kv.cache import cache_bytes
+from lvlm.runtime.kv.static_capacity import static_capacity
 
 rtx = pytest.importorskip("tensorrt_rtx")
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -83,7 +90,7 @@ def test_onnx_runtime_builds_nothing(target: str, folder: Path, run: Any) -> Non
     ("flags", "why"),
     [
         (("--target", "trt-rxt"), "unknown target 'trt-rxt'; did you mean trt-rtx"),
-        ((), "give --target, one of jetson-orin-jp62"),
+        ((), "give --target, one of jetson-jp72, jetson-orin-jp62"),
         (("--target", "trt-rtx", "--sm", "75"), "--sm 75 is for --target trt-rtx-turing"),
         (("--target", "trt-rtx", "--sm", "90"), "unknown architecture '90'"),
         (("--target", "trt-rtx", "--batch", "8..1"), "--batch 8..1: give LOW..HIGH"),
@@ -190,6 +197,54 @@ def test_engines_are_built_in_a_process_of_their_own(
     assert (made / "decode.engine").stat().st_size > 0
 
 
+@pytest.mark.parametrize("target", ["jetson-orin-jp62", "jetson-jp72", "trt-10"])
+def test_a_plan_for_a_machine_that_is_elsewhere(
+    target: str, folder: Path, run: Any, refused: Callable[..., str], monkeypatch: Any
+) -> None:
+    """With neither TensorRT nor plugins nor a GPU."""
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.delenv("LVLM_PLUGINS", raising=False)
+    before = sorted(folder.iterdir())
+    code, out, err = run(folder, "--target", target, "--batch", "1..2", "--dry-run")
+    assert (code, err) == (0, "")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    known = discover("lvlm.export.targets", "TARGET")[target]
+    version, sms = ".".join(map(str, known.version)), ", ".join(f"sm_{n}" for n in known.sms)
+    assert lines["target"].endswith(f"TensorRT {version}, {sms or 'any GPU'}")
+    assert f"{known.platform}; not here: target {target} needs the plugin lib" in lines["elsewhere"]
+    manifest = read_bundle(folder)
+    each = cache_bytes(manifest, 1, static_capacity(manifest).per_layer)
+    assert f"{size(each)} a prompt, {size(2 * each)} for 2" in lines["cache"]
+    assert "GPU's memory when they run" in lines["in"]
+    assert sorted(folder.iterdir()) == before
+    err = refused(folder, "--target", target, "--dry-run", "--plugins", "/no.so")
+    assert "library /no.so does not exist" in err
+    assert "needs the plugin library" in refused(folder, "--target", target)  # to build it
+
+
+def test_a_device_with_too_little_memory(folder: Path, refused: Callable[..., str]) -> None:
+    """How much is missing, and what would fit; each in its turn."""
+    argv = (folder, "--target", "trt-rtx", "--dry-run", "--batch", "1..4")
+    needs = make_plan(BuildRequest(folder, trt_rtx.TARGET, batch="1..4"), dry_run=True).memory
+    assert needs.weights >= sum(w.bytes for w in read_bundle(folder).weights.values())
+    err = refused(*argv, "--memory", str(needs.weights + needs.cache - 1000))
+    missing = f"1.0 kB too little for weights ({size(needs.weights)}) and the cache"
+    assert missing in err
+    assert "give --batch 1..3" in err
+    err = refused(*argv, "--memory", str(needs.weights + needs.prompt // 2))
+    (text,) = re.findall(r"again with --max-text-len (\d+) and build with --batch 1\.\.1", err)
+    manifest = read_bundle(folder)
+
+    def taken(length: int) -> int:
+        shorter = slot_capacity(manifest, length, None, None, None)
+        slots = static_capacity(dataclasses.replace(manifest, capacity=shorter)).per_layer
+        return cache_bytes(manifest, 1, slots)
+
+    assert taken(int(text)) <= needs.prompt // 2 < taken(int(text) + 16)
+    assert "take a smaller model" in refused(*argv, "--memory", str(needs.weights - 1))
+    assert "--memory much: give a size as 4GB" in refused(*argv, "--memory", "much")
+
+
 def test_missing_package(
     folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +268,7 @@ def test_a_jetson_without_torch_takes_what_was_exported_for_it(
 def test_a_changed_lowered_graph_is_noticed(folder: Path, refused: Callable[..., str]) -> None:
     manifest = read_bundle(folder)
     graphs = {name: graph.file for name, graph in manifest.graphs.items()}
-    for name in trt_rtx.TARGET.write(folder, graphs, manifest.capacity):
+    for name in trt_rtx.TARGET.write(folder, graphs, static_capacity(manifest)):
         data = json.loads((folder / "lvlm.json").read_text())
         data["files"][name] = {"sha256": "0" * 64, "bytes": (folder / name).stat().st_size}
         (folder / "lvlm.json").write_text(json.dumps(data))

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import onnx
 import pytest
+from lowering_tools import FORMS
 from onnx import helper
 from settings import CACHED
 
-from lvlm.core.discovery import discover
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.plugins.registry import plugins
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.kv.static_capacity import static_capacity
 
-TARGETS = {n: t for n, t in discover("lvlm.export.targets", "TARGET").items() if t.plugins}
+TARGETS = {name: target for name, target in FORMS.items() if target.plugins}
 
 
 @pytest.mark.parametrize("recipe", ["lightvlm (cached)", "elastic-cache (cached)"])
@@ -29,7 +30,7 @@ def test_nodes_have_the_attributes_and_inputs_of_their_plugins(
     manifest = read_bundle(folder)
     graphs = {name: graph.file for name, graph in manifest.graphs.items()}
     seen = set()
-    for file in target.write(folder, graphs, manifest.capacity):
+    for file in target.write(folder, graphs, static_capacity(manifest)):
         for node in onnx.load(folder / file, load_external_data=False).graph.node:
             if node.domain != "lvlm":
                 continue

@@ -33,6 +33,7 @@ from lvlm.plugins_trt.engines.tensorrt_builder import (
 )
 from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.kv.static_capacity import static_capacity
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -159,7 +160,7 @@ def test_what_sessions_read_by_builds(
     folder = copied(bundle(model, *CACHED[read_by], max_images=2, sessions=True), tmp_path / "b")
     manifest = lower_bundle(folder, read_bundle(folder), trt_rtx.TARGET, Progress(0, quiet=True))
     graph, profile = manifest.graphs["extend"], profiles(manifest, Limits(parse_batch("1..2")))
-    extents = shapes(graph, profile["extend"], manifest.capacity.per_layer)
+    extents = shapes(graph, profile["extend"], static_capacity(manifest).per_layer)
     file = folder / trt_rtx.TARGET.file(graph.file)
     assert open_tensorrt("tensorrt-rtx").build(file, Settings(extents, {}, sms=(86,))).engine.nbytes
 
@@ -171,14 +172,18 @@ def test_matrices_as_inputs_are_not_in_the_engine(
     manifest = lower_bundle(folder, read_bundle(folder), trt_rtx.TARGET, Progress(0, quiet=True))
     shared = shared_matrices(stored_weights(folder, manifest))
     graph, profile = manifest.graphs["decode"], profiles(manifest, Limits(parse_batch("1")))
-    extents = shapes(graph, profile["decode"], manifest.capacity.per_layer)
+    extents = shapes(graph, profile["decode"], static_capacity(manifest).per_layer)
     built = [
         open_tensorrt("tensorrt-rtx").build(
             folder / trt_rtx.TARGET.file(graph.file), Settings(extents, weights, sms=(86,))
         )
         for weights in (shared, {})
     ]
-    apart = sum(weight.bytes for weight in built[0].weights)
+    apart = sum(weight.nbytes for weight in built[0].weights)
     assert apart == sum(weight.bytes for weight in shared.values()) > 5_000_000
+    parts = [weight.name for weight in built[0].weights if weight.columns]
+    assert len(parts) == 5 * manifest.text.layers  # q, k, v; gate, up
+    assert built[0].activations is not None
+    assert 0 < built[0].activations < 2_000_000  # no copy of a weight
     assert built[1].weights == []
     assert built[1].engine.nbytes - built[0].engine.nbytes > 0.9 * apart

@@ -12,7 +12,7 @@ import pytest
 from lvlm.core import nvidia
 from lvlm.core.errors import BackendError
 from lvlm.core.nvidia import Gpu, NvidiaDriver
-from lvlm.plugins_trt.engines.tensorrt_builder import TensorRtBuilder, failure
+from lvlm.plugins_trt.engines.tensorrt_builder import Settings, TensorRtBuilder, failure
 from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.reader import read_bundle
 
@@ -32,6 +32,16 @@ def as_tensorrt(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
 
     monkeypatch.setitem(sys.modules, "tensorrt", Package())  # type: ignore[arg-type]
     monkeypatch.setattr(nvidia, "driver", lambda: NvidiaDriver((13, 0), (GPU,)))
+
+
+def test_features_that_are_no_default() -> None:
+    """Without the first a plugin that writes the cache is refused, or copies it; without the second
+    every call takes the memory of the longest one."""
+    tensorrt = TensorRtBuilder("tensorrt-rtx")
+    builder = rtx.Builder(tensorrt.log)
+    config = tensorrt._config(builder, Settings())
+    for name in ("ALIASED_PLUGIN_IO_10_03", "RUNTIME_ACTIVATION_RESIZE_10_10"):
+        assert config.get_preview_feature(getattr(rtx.PreviewFeature, name))
 
 
 def test_what_builders_say_of_memory() -> None:

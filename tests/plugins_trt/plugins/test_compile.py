@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from example_plugin import EXAMPLE, add, gather
 
+from lvlm.core import cmake
 from lvlm.core.errors import BuildError, ParameterError
 from lvlm.core.progress import Progress
 from lvlm.plugins_trt import build_cli
@@ -218,6 +220,28 @@ def test_a_place_that_cannot_be_written_is_known_before_minutes_of_compiling(
     assert "file/source cannot be written: Not a directory" in error
 
 
+def test_headers_are_looked_for_before_minutes_of_compiling(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library_build, "compile_kernels", lambda *_, **__: pytest.fail("compiled"))
+    shell = tmp_path / "shell"
+    shutil.copytree(library_build.SHELL, shell)
+    script = shell / "CMakeLists.txt"
+    text = script.read_text().replace("NvInferRuntime.h HINTS", "NoSuchFile.h HINTS")
+    script.write_text(text)  # this machine may have it
+    monkeypatch.setattr(library_build, "SHELL", shell)
+    status, error = command(capsys, "plugins", "--arch", "87", "-o", str(tmp_path / "out"))
+    assert status == 2
+    assert "no TensorRT headers; give --tensorrt-root, the folder with include/NvInferR" in error
+    assert "libnvinfer-headers-dev" in error
+    assert error.count("\n") == 1
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    status, error = command(capsys, "plugins", "--arch", "87", "-o", str(tmp_path / "out"))
+    assert status == 2
+    assert "cmake failed: " in error
+    assert error.count("\n") == 1
+
+
 def test_sources_to_build_elsewhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +267,7 @@ def test_what_building_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(BuildError, match="cmake is not installed; pip install cmake"):
-        library_build.check_tools()
+        cmake.check_tools()
 
 
 def test_help_is_quick() -> None:

@@ -200,10 +200,22 @@ def test_code_that_the_driver_refuses(built: Built, tmp_path: Path) -> None:
     assert "its code was refused (CUDA, load kernel: no binary for this GPU)" in report["log"][0]
 
 
-def failed(built: Built, case: Path, folder: Path, sm: int) -> dict[str, Any]:
-    fake = built.fake_gpu(folder, sm)
+def failed(built: Built, case: Path, folder: Path, sm: int, **environment: str) -> dict[str, Any]:
+    fake = built.fake_gpu(folder, sm, **environment)
     (report,) = built.harness.run([case], outputs=folder, environment=fake)
     return report
+
+
+def test_memory_that_is_not_aligned(built: Built, tmp_path: Path) -> None:
+    """Kernels would fault, and the context with them, or read something else."""
+    case = built.case(tmp_path, EXAMPLE, example_inputs(torch.float32), {"factor": 1.0}, data=True)
+    report = failed(built, case, tmp_path, sm=86, FAKE_CUDA_OFFSET="8")
+    assert report["error"] == "enqueue failed"
+    name = EXAMPLE.inputs[0].name
+    why = f"{name} does not lie at a multiple of 16 bytes; kernels need that"
+    assert report["log"] == [f"lvlm Example: {why}"]
+    assert not (tmp_path / "launches").read_text()
+    enqueued(built, case, tmp_path, sm=86, FAKE_CUDA_OFFSET="16")
 
 
 def test_a_gpu_without_code(built: Built, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lvlm.runtime.bundle.engine_sets import (
     Range,
 )
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.kv.static_capacity import static_capacity
 
 RECIPES = {
     "none": ("none",),
@@ -56,7 +57,7 @@ def build_engines(
     manifest = read_bundle(folder)
     where = folder / "engines" / "sm89-fake"
     where.mkdir(parents=True)
-    static = {f"capacity_{i}": c for i, c in enumerate(manifest.capacity.per_layer)}
+    static = {f"capacity_{i}": c for i, c in enumerate(static_capacity(manifest).per_layer)}
     library = None
     if plugins is not None:
         (where / "liblvlm_plugins.so").write_text(plugins)

@@ -184,6 +184,7 @@ class FakeContext:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.driver.memory(address, self._size(name))
+        assert address % 256 == 0, f"{name} at {address:#x}: TensorRT wants 256-byte alignment"
         self.addresses[name] = address
         return True
 

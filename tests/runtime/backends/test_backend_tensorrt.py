@@ -17,6 +17,7 @@ import lvlm
 from lvlm.runtime.backends import devices, open_backend
 from lvlm.runtime.backends.trt import engine_weights
 from lvlm.runtime.bundle.engine_sets import EngineSet
+from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.run_cli import main
@@ -79,7 +80,7 @@ def test_fp16(built: Make) -> None:
     for mine, theirs in zip(ours, expected, strict=True):
         assert mine.dtype == np.float32
         np.testing.assert_allclose(mine, theirs, atol=2e-2)
-    capacity = model.manifest.capacity.per_layer[0]
+    capacity = static_capacity(model.manifest).per_layer[0]
     assert cache.buffers["key_0"].buffer.nbytes == 2 * capacity * 32 * 2
     assert cache.bytes_allocated == sum(b.buffer.nbytes for b in cache.buffers.values())
 
@@ -119,7 +120,7 @@ def test_the_cache_is_written_in_place(built: Make, driver: FakeDriver) -> None:
         decode_steps(model, 2, 18, kv_keep=0.5)
         cache = model.calls._cache
         assert cache is not None
-        assert cache.capacities.tolist() == list(model.manifest.capacity.per_layer)
+        assert cache.capacities.tolist() == list(static_capacity(model.manifest).per_layer)
         runs = [event for event in driver.events if event[0] == "run"]
         assert {name for _, name, _ in runs} == {"vision", "prefill", "decode", "compact"}
         for _, name, addresses in runs:

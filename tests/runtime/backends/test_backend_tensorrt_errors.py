@@ -14,6 +14,7 @@ from settings import ASSETS
 
 import lvlm
 from lvlm.core.errors import BackendError, CapacityError, DeviceMemoryError
+from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.run_cli import main
 
 pytestmark = pytest.mark.usefixtures("trt")
@@ -145,7 +146,7 @@ def test_full_tensorrt_loads_the_plugins_first(
 def test_no_room_for_the_cache(built: Make, driver: FakeDriver) -> None:
     """The whole cache is told, not the buffer that was one too many."""
     with lvlm.load(built(), device="tensorrt-rtx") as model:
-        whole = 2 * sum(model.manifest.capacity.per_layer) * 2 * 32 * 4
+        whole = 2 * sum(static_capacity(model.manifest).per_layer) * 2 * 32 * 4
         driver.room = sum(b.nbytes for b in driver.blocks.values()) + whole // 2
         with pytest.raises(
             DeviceMemoryError,

@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from lvlm.core.errors import BackendError, CapacityError
+from lvlm.runtime.backends.trt import engine_session
+from lvlm.runtime.backends.trt.driver import DeviceArray, DeviceBuffer
 from lvlm.runtime.backends.trt.engine_session import EngineSession, Shared, Workspace
-from lvlm.runtime.backends.trt.staging import ALIGNMENT, Staging
+from lvlm.runtime.backends.trt.staging import Staging
+from lvlm.runtime.bundle.engine_sets import ALIGNMENT
 from lvlm.runtime.bundle.manifest import Graph, Port
 
 
@@ -64,6 +67,45 @@ def test_replays_read_what_lies_in_the_buffers_now(tmp_path: Path) -> None:
     driver.events.clear()
     call({"x": np.ones((3, 4), np.float32)}, {})  # nobody asks for y
     assert driver.kinds() == ["upload", "run", "wait"]
+
+
+def test_graphs_are_kept_by_shapes_and_addresses(tmp_path: Path) -> None:
+    """Calls of two sizes in turn, and of another one that moves the staging memory."""
+    driver = FakeDriver()
+    session = small_session(driver, tmp_path, "float32", profile={"batch": (1, 2, 200)})
+    calls = {rows: session.bind({}, {}) for rows in (1, 2, 3, 40, 150)}
+    events: dict[str, list[str]] = {}
+    for step, rows in enumerate([40, 2, 2, 3, 3, 2, 3, 1, 2, 1, 150, 2, 2, 3]):
+        driver.events.clear()
+        given = np.full((rows, 4), step, np.float32)
+        found = np.zeros_like(given)
+        calls[rows]({"x": given}, {"y": found})
+        np.testing.assert_array_equal(found, 2 * given)
+        (kind,) = {"run", "launch"} & set(driver.kinds())
+        kind = "capture" if "capture" in driver.kinds() else kind
+        events[f"{step}: {rows}"] = kind
+    assert list(events.values()) == [
+        "run",  # memory for what follows
+        *("run", "capture", "run", "capture", "launch", "launch"),  # 2 and 3
+        *("run", "launch", "capture"),  # 1, between
+        *("run", "run", "capture", "run"),  # what was captured is of memory that has gone
+    ]
+    assert len(session.graphs) == 1
+    assert sum(bool(graph) for graph in driver.graphs.values()) == 1  # the others are freed
+
+
+def test_only_so_many_graphs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_session, "GRAPHS", 2)
+    driver = FakeDriver()
+    session = small_session(driver, tmp_path, "float32", profile={"batch": (1, 2, 4)})
+    largest = np.zeros((4, 4), np.float32)
+    session.bind({}, {})({"x": largest}, {"y": largest})  # memory for all that follow
+    calls = {rows: session.bind({}, {}) for rows in (1, 2, 3)}
+    for rows in (1, 1, 2, 2, 1, 3, 3):
+        x = np.zeros((rows, 4), np.float32)
+        calls[rows]({"x": x}, {"y": x})
+    assert driver.kinds().count("capture") == 3
+    assert [key[0][0][1][0] for key in session.graphs] == [1, 3]  # 2 was used least lately
 
 
 ARRAYS = st.lists(
@@ -131,9 +173,20 @@ def test_outputs_of_another_shape_or_type(tmp_path: Path) -> None:
 def test_a_host_array_is_no_device_buffer(tmp_path: Path) -> None:
     session = small_session(FakeDriver(), tmp_path, "float32")
     array = np.zeros((2, 4), np.float32)
-    fake = SimpleNamespace(address=array.ctypes.data, shape=array.shape)
+    fake = SimpleNamespace(address=array.ctypes.data // 256 * 256, shape=array.shape)
     with pytest.raises(AssertionError, match="is not the memory it should be"):
         session.bind({"x": fake}, {})({}, {"y": array})  # type: ignore[dict-item]
+
+
+def test_memory_that_is_not_aligned(tmp_path: Path) -> None:
+    """TensorRT takes what begins at multiples of 256 bytes; kernels fault on what does not."""
+    driver = FakeDriver()
+    session = small_session(driver, tmp_path, "float32")
+    buffer = DeviceBuffer(driver, 1024, "a test", "")
+    odd, even = (DeviceArray(buffer, (2, 4), "float32", offset) for offset in (128, 256))
+    with pytest.raises(BackendError, match="x of the small engine does not begin at a multiple of"):
+        session.bind({"x": odd}, {})({}, {})
+    session.bind({"x": even}, {})({}, {})
 
 
 def test_an_engine_of_other_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from engine_tools import IMAGES, LONG, QUESTION, WAIT, Ask, ask, idle, same, submit
+from fake_driver import FakeDriver
 from fake_engines import Make
 from fake_tensorrt import FakeTensorRt
 from hypothesis import HealthCheck, given, settings
@@ -20,6 +21,7 @@ from settings import CACHED
 import lvlm
 from lvlm.core.errors import CapacityError, ParameterError, PromptError, QueueFullError
 from lvlm.runtime.engine import Engine, Handle
+from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.model import Model
 
 RECIPES = {"none": ("none",), "lightvlm": ("lightvlm",), **CACHED}
@@ -137,12 +139,33 @@ def test_engines_of_tensorrt(recipe: str, built: Make, trt: FakeTensorRt) -> Non
     with lvlm.load(folder) as model:
         expected = [a.alone(model) for a in asks]
     with Engine(folder, device="tensorrt-rtx", slots=2) as engine:
-        assert engine.capacity == engine.manifest.capacity
+        assert engine.capacity == static_capacity(engine.manifest)
         handles = [submit(engine, a) for a in asks]
         for handle, one in zip(handles, expected, strict=True):
             same(handle.result(WAIT), one)
         idle(engine)
     assert trt.libraries == []
+
+
+@pytest.mark.usefixtures("endless")
+def test_captured_steps_serve_whoever_joins_or_leaves(
+    built: Make, driver: FakeDriver, trt: FakeTensorRt
+) -> None:
+    """A batch size is captured once, however often it comes again."""
+    assert trt.libraries == []
+    with Engine(built(), device="tensorrt-rtx", slots=3) as engine:
+        longest = max(PROMPTS, key=len)
+        submit(engine, ask(longest, (), max_new_tokens=4, n=3)).result(WAIT)  # memory for the rest
+        for _ in range(3):
+            asks = [ask(p, (), max_new_tokens=4 + 6 * i) for i, p in enumerate(PROMPTS[:3])]
+            for handle in [submit(engine, a) for a in asks]:
+                handle.result(WAIT)
+        idle(engine)
+    captured = driver.kinds().count("capture")
+    assert 0 < captured <= 3  # of one, two and three rows
+    plain = [event[1] for event in driver.events if event[0] == "run"].count("decode")
+    assert plain <= 3
+    assert driver.kinds().count("launch") > 3 * 10
 
 
 # Prefixes and images

@@ -17,6 +17,7 @@ import pytest
 from lvlm.core.errors import BackendError
 from lvlm.core.installing import install
 from lvlm.core.nvidia import Gpu, NvidiaDriver, driver
+from lvlm.runtime.backends.ort.kernels.kernel_library import Found
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.tools import doctor, doctor_cli
 from lvlm.runtime.tools.doctor import examine
@@ -25,6 +26,7 @@ from lvlm.runtime.tools.findings import ABSENT, Finding, Machine, as_json, can_r
 ORIN = Gpu("Orin", 87, 8_000_000_000, True)
 MODERN = NvidiaDriver((13, 0), (ORIN,))
 PLUGINS = SimpleNamespace(getCreators=None)
+KERNELS = Found(Path("liblvlm_kernels.so"), "AVX2")
 PROVIDERS = "TensorrtExecutionProvider CUDAExecutionProvider CPUExecutionProvider"
 
 
@@ -34,10 +36,10 @@ def machine(
     imports: Mapping[str, str] = {
         "onnxruntime": PROVIDERS,
         "tensorrt": "10.3.0",
-        "cuda": "",
         "openvino": "2026.4.1",
     },
     library: Any = PLUGINS,
+    kernels: Found = KERNELS,
 ) -> Machine:
     """``imports``: what a try of a module prints; what is not named cannot be imported."""
 
@@ -58,7 +60,7 @@ def machine(
             raise OSError(f"{path}: no such file")
         return library
 
-    return Machine(ask, packages.get, attempt, load)
+    return Machine(ask, packages.get, attempt, load, lambda: kernels)
 
 
 def found(machine: Machine, bundle: Path | None = None) -> dict[str, Finding]:
@@ -95,12 +97,6 @@ def test_a_machine_with_everything() -> None:
         ({"imports": {}}, "device cpu", "onnxruntime is not installed", install("cpu")),
         ({"imports": {}}, "device tensorrt", "tensorrt is not installed", "[tensorrt]"),
         (
-            {"imports": {"onnxruntime": PROVIDERS, "tensorrt": "10.3.0"}},
-            "device tensorrt",
-            "No module named 'cuda'",
-            "[tensorrt]",
-        ),
-        (
             {"packages": {"onnxruntime": "1.31.0", "onnxruntime-gpu": "1.31.1"}},
             "onnxruntime",
             "overwrite each other",
@@ -108,6 +104,10 @@ def test_a_machine_with_everything() -> None:
         ),
         ({"library": None}, "TensorRT plugins", "no such file", "lvlm-build plugins"),
         ({"library": SimpleNamespace()}, "TensorRT plugins", "holds no TensorRT", "lvlm-build"),
+        (
+            {"kernels": Found(None, why="not built", mend="lvlm-build cpu")},
+            *("CPU kernels", "not built", "lvlm-build cpu"),
+        ),
     ],
 )
 def test_what_is_wrong_and_how_to_mend_it(

@@ -1,0 +1,136 @@
+"""Memory that the engines of a plan take when they run, from the manifest alone: before anything is
+built, and for a device that is elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from lvlm.core.errors import BuildError
+from lvlm.core.progress import size
+from lvlm.plugins_trt.engines.shape_profiles import Profile
+from lvlm.runtime.bundle.engine_sets import EngineWeight
+from lvlm.runtime.bundle.manifest import Capacity, Manifest
+from lvlm.runtime.engine.memory_plan import slot_capacity
+from lvlm.runtime.kv.cache import ITEM_BYTES, cache_bytes
+from lvlm.runtime.kv.static_capacity import static_capacity
+
+WIDEST_ROWS = (
+    12  # rows of the widest MatMul that a graph has alive at once (docs/notes/tensorrt.md)
+)
+ROUND = 16  # text tokens, in what is proposed
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes. ``inside``: weights that each engine holds for itself, by graph; ``shared``: those
+    that are inputs; ``prompt``: the cache of one of ``prompts`` at once; ``workspace``: about what
+    the engines compute in, at most."""
+
+    inside: dict[str, int]
+    shared: int
+    prompt: int
+    prompts: int
+    workspace: int
+
+    @property
+    def weights(self) -> int:
+        return self.shared + sum(self.inside.values())
+
+    @property
+    def cache(self) -> int:
+        return self.prompt * self.prompts
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.workspace
+
+
+def estimate(
+    manifest: Manifest,
+    profiles: Mapping[str, Profile],
+    stored: Mapping[str, Mapping[str, EngineWeight]],
+    shared: Mapping[str, EngineWeight],
+    workspace: int | None,
+) -> MemoryEstimate:
+    """What these engines take; ``workspace``: the limit that was given for it, if one was."""
+    inside = {
+        graph: sum(w.bytes for name, w in weights.items() if name not in shared)
+        for graph, weights in stored.items()
+    }
+    batch = profiles["decode"]["batch"].max
+    rows = batch * profiles["prefill"]["sequence"].max
+    widths = [
+        dim
+        for name in manifest.graphs["prefill"].weights
+        for dim in manifest.weights[name].dims
+        if dim != manifest.text.vocab
+    ]
+    needed = rows * WIDEST_ROWS * max(widths) * ITEM_BYTES[manifest.dtype]
+    return MemoryEstimate(
+        inside,
+        sum(weight.bytes for weight in shared.values()),
+        cache_bytes(manifest, 1, static_capacity(manifest).per_layer),
+        batch,
+        needed if workspace is None else min(needed, workspace),
+    )
+
+
+def check_memory(manifest: Manifest, needs: MemoryEstimate, memory: int, device: str) -> None:
+    """Raises BuildError where a device of ``memory`` bytes has no room for the weights and the
+    cache: how much is missing, and what would fit."""
+    if (missing := needs.weights + needs.cache - memory) <= 0:
+        return
+    what = (
+        f"{device} has {size(memory)} of memory, {size(missing)} too little for weights "
+        f"({size(needs.weights)}) and the cache ({size(needs.cache)} for {needs.prompts} at once)"
+    )
+    raise BuildError(f"{what}; {_mend(manifest, needs, memory - needs.weights)}")
+
+
+def _mend(manifest: Manifest, needs: MemoryEstimate, room: int) -> str:
+    """What fits into ``room`` bytes for the cache."""
+    if room >= needs.prompt:
+        return f"give --batch 1..{room // needs.prompt}"
+    if room > 0:
+        for flag, found in (
+            ("--max-text-len", _text_that_fits(manifest, room)),
+            ("--set kv_keep=", _share_that_fits(manifest, room)),
+        ):
+            if found is not None:
+                value = flag + found if flag.endswith("=") else f"{flag} {found}"
+                return f"export again with {value} and build with --batch 1..1"
+        return "export again with a smaller --max-text-len and build with --batch 1..1"
+    if manifest.dtype == "float32":
+        return f"export with --dtype fp16, whose weights take {size(needs.weights // 2)}"
+    return "take a smaller model, or a device with more"
+
+
+def _text_that_fits(manifest: Manifest, room: int) -> str | None:
+    def fits(steps: int) -> bool:
+        return _fits(manifest, slot_capacity(manifest, steps * ROUND, None, None, None), room)
+
+    most = _largest(manifest.capacity.max_text_len // ROUND, fits)
+    return str(most * ROUND) if most else None
+
+
+def _share_that_fits(manifest: Manifest, room: int) -> str | None:
+    def fits(share: int) -> bool:
+        return _fits(manifest, slot_capacity(manifest, None, None, None, share / 100), room)
+
+    most = _largest(99, fits) if "kv_keep" in manifest.parameters else 0
+    return f"{most / 100:.2f}" if most else None
+
+
+def _fits(manifest: Manifest, capacity: Capacity, room: int) -> bool:
+    given = static_capacity(replace(manifest, capacity=capacity))
+    return cache_bytes(manifest, 1, given.per_layer) <= room
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to ``most`` that fits, of those where every smaller one does; 0."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,349 @@
+// lvlm.lowered::AppendedAttention and WrittenAttention: attention of one new token a row over the valid
+// entries of its cache. Their function is ONNX Runtime's GroupQueryAttention, which reads keys and values
+// once for each query head; here a group of heads reads them once, in runs of entries that are tasks.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cached_attention.cpp"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include "attention-inl.h"
+#include "op.h"
+#include "padded.h"
+
+#ifndef LVLM_CACHED_ATTENTION_ONCE
+#define LVLM_CACHED_ATTENTION_ONCE
+namespace lvlm {
+
+constexpr size_t kRun = 256;  // entries of one task: the result does not depend on threads
+
+// One run of the entries of one key head.
+template <class T>
+struct EntryRun {
+    size_t group, width, count;
+    const float* query;  // [group, width], scaled
+    const T* keys;       // [count, width]
+    const T* values;
+    float* output;       // [group, width]: sums of values, weighted by exp(logit - max)
+    float* max;          // [group]
+    float* sum;          // [group] of the weights
+};
+
+// Halves of [width] turned by angles with these cosines and sines [width / 2].
+template <class T>
+struct Turned {
+    const T* from;
+    const T* cos;  // null: as it is
+    const T* sin;
+    size_t width;
+    float scale;
+};
+
+}  // namespace lvlm
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace lvlm {
+namespace HWY_NAMESPACE {
+
+#if HWY_TARGET == HWY_AVX2
+constexpr size_t kHeads = 3;  // whose sums of four vectors registers hold
+#else
+constexpr size_t kHeads = 4;
+#endif
+
+template <class T>
+void Turn(const Turned<T>& turned, float* to) {
+    const size_t half = turned.width / 2;
+    if (turned.cos == nullptr) return CopyScaled(turned.from, turned.width, turned.scale, to);
+    const F32 d;
+    const size_t lanes = hn::Lanes(d);
+    size_t i = 0;
+    for (; i + lanes <= half; i += lanes) {
+        const Vec a = Load(turned.from + i), b = Load(turned.from + half + i);
+        const Vec c = Load(turned.cos + i), s = Load(turned.sin + i), f = hn::Set(d, turned.scale);
+        Store(hn::Mul(f, hn::Sub(hn::Mul(a, c), hn::Mul(b, s))), to + i);
+        Store(hn::Mul(f, hn::Add(hn::Mul(a, s), hn::Mul(b, c))), to + half + i);
+    }
+    for (; i < half; ++i) {
+        const float a = Widened(turned.from[i]), b = Widened(turned.from[half + i]);
+        const float c = Widened(turned.cos[i]), s = Widened(turned.sin[i]);
+        to[i] = turned.scale * (a * c - b * s);
+        to[half + i] = turned.scale * (a * s + b * c);
+    }
+}
+
+template <class T>
+void TurnOut(const Turned<T>& turned, T* to) {
+    Padded wide(turned.width);
+    Turn(turned, wide.data());
+    CopyScaledOut(wide.data(), turned.width, 1, to);
+}
+
+// logits[g, j] = query g · key j, for kCount heads
+template <size_t kCount, class T>
+HWY_INLINE void Logits(const EntryRun<T>& run, size_t first, float* logits) {
+    const F32 d;
+    const size_t lanes = hn::Lanes(d), width = run.width;
+    const float* query = run.query + first * width;
+    for (size_t j = 0; j < run.count; ++j) {
+        const T* key = run.keys + j * width;
+        Vec sum[kCount];
+        for (size_t g = 0; g < kCount; ++g) sum[g] = hn::Zero(d);
+        for (size_t i = 0; i < width; i += lanes) {
+            const Vec k = Load(key + i);
+            for (size_t g = 0; g < kCount; ++g)
+                sum[g] = hn::MulAdd(k, hn::LoadU(d, query + g * width + i), sum[g]);
+        }
+        for (size_t g = 0; g < kCount; ++g)
+            logits[g * kRun + j] = hn::GetLane(hn::SumOfLanes(d, sum[g]));
+    }
+}
+
+// output[g, column …] = Σ weights[g, j] value[j, column …], kVectors of them
+template <size_t kCount, size_t kVectors, class T>
+HWY_INLINE void Mix(const EntryRun<T>& run, size_t first, const float* weights, size_t column) {
+    const F32 d;
+    const size_t lanes = hn::Lanes(d), width = run.width;
+    Vec sum[kCount][kVectors];
+    for (auto& head : sum)
+        for (Vec& x : head) x = hn::Zero(d);
+    for (size_t j = 0; j < run.count; ++j) {
+        const T* value = run.values + j * width + column;
+        Vec v[kVectors];
+        for (size_t i = 0; i < kVectors; ++i) v[i] = Load(value + i * lanes);
+        for (size_t g = 0; g < kCount; ++g) {
+            const Vec w = hn::Set(d, weights[g * kRun + j]);
+            for (size_t i = 0; i < kVectors; ++i) sum[g][i] = hn::MulAdd(w, v[i], sum[g][i]);
+        }
+    }
+    for (size_t g = 0; g < kCount; ++g)
+        for (size_t i = 0; i < kVectors; ++i)
+            hn::StoreU(sum[g][i], d, run.output + (first + g) * width + column + i * lanes);
+}
+
+template <size_t kCount, class T>
+void AttendHeads(const EntryRun<T>& run, size_t first) {
+    const size_t lanes = hn::Lanes(F32());
+    HWY_ALIGN float weights[kCount * kRun];
+    Logits<kCount>(run, first, weights);
+    for (size_t g = 0; g < kCount; ++g)
+        run.sum[first + g] =
+            Exponentials(weights + g * kRun, run.count, (run.count + lanes - 1) / lanes * lanes,
+                         run.max + first + g);
+    size_t column = 0;
+    for (; column + 4 * lanes <= run.width; column += 4 * lanes)
+        Mix<kCount, 4>(run, first, weights, column);
+    for (; column < run.width; column += lanes) Mix<kCount, 1>(run, first, weights, column);
+}
+
+template <class T>
+void AttendRun(const EntryRun<T>& run) {
+    size_t first = 0;
+    for (; first + kHeads <= run.group; first += kHeads) AttendHeads<kHeads>(run, first);
+    for (; first < run.group; ++first) AttendHeads<1>(run, first);
+}
+
+void AttendRunFloat(const EntryRun<float>& run) { AttendRun(run); }
+void AttendRunHalf(const EntryRun<Half>& run) { AttendRun(run); }
+void TurnFloat(const Turned<float>& turned, float* to) { Turn(turned, to); }
+void TurnHalf(const Turned<Half>& turned, float* to) { Turn(turned, to); }
+void TurnOutFloat(const Turned<float>& turned, float* to) { TurnOut(turned, to); }
+void TurnOutHalf(const Turned<Half>& turned, Half* to) { TurnOut(turned, to); }
+void ScaleOutFloat(const float* from, size_t n, float by, float* to) { CopyScaledOut(from, n, by, to); }
+void ScaleOutHalf(const float* from, size_t n, float by, Half* to) { CopyScaledOut(from, n, by, to); }
+
+}  // namespace HWY_NAMESPACE
+}  // namespace lvlm
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+#include <cmath>
+#include <cstring>
+
+namespace lvlm {
+namespace {
+
+HWY_EXPORT(AttendRunFloat);
+HWY_EXPORT(AttendRunHalf);
+HWY_EXPORT(TurnFloat);
+HWY_EXPORT(TurnHalf);
+HWY_EXPORT(TurnOutFloat);
+HWY_EXPORT(TurnOutHalf);
+HWY_EXPORT(ScaleOutFloat);
+HWY_EXPORT(ScaleOutHalf);
+
+void attend(const EntryRun<float>& run) { HWY_DYNAMIC_DISPATCH(AttendRunFloat)(run); }
+void attend(const EntryRun<Half>& run) { HWY_DYNAMIC_DISPATCH(AttendRunHalf)(run); }
+void turn(const Turned<float>& t, float* to) { HWY_DYNAMIC_DISPATCH(TurnFloat)(t, to); }
+void turn(const Turned<Half>& t, float* to) { HWY_DYNAMIC_DISPATCH(TurnHalf)(t, to); }
+void turn_out(const Turned<float>& t, float* to) { HWY_DYNAMIC_DISPATCH(TurnOutFloat)(t, to); }
+void turn_out(const Turned<Half>& t, Half* to) { HWY_DYNAMIC_DISPATCH(TurnOutHalf)(t, to); }
+void scale_out(const float* from, size_t n, float by, float* to) {
+    HWY_DYNAMIC_DISPATCH(ScaleOutFloat)(from, n, by, to);
+}
+void scale_out(const float* from, size_t n, float by, Half* to) {
+    HWY_DYNAMIC_DISPATCH(ScaleOutHalf)(from, n, by, to);
+}
+
+// One row's new token.
+template <class T>
+struct NewToken {
+    const T* query;  // [heads, width]
+    const T* key;    // [key heads, width]; null: the cache has it
+    const T* value;
+    const T* cos;  // [width / 2]; null: nothing is turned
+    const T* sin;
+};
+
+template <class T>
+class CachedAttention {
+public:
+    static constexpr const char* kDomain = "lvlm.lowered";
+    static constexpr Port kOutputs[] = {{element<T>()}, {element<T>()}, {element<T>()}};
+
+    explicit CachedAttention(const Attributes& attributes)
+        : heads_(attributes.integer("num_heads", 0)),
+          key_heads_(attributes.integer("kv_num_heads", 0)),
+          scale_(attributes.number("scale")) {
+        require(heads_ > 0 && key_heads_ > 0 && heads_ % key_heads_ == 0, "heads do not fit");
+    }
+
+protected:
+    // ``cache``: the index of the first of the inputs past_key, past_value and last
+    void attend_all(const Call& call, size_t cache, const std::vector<NewToken<T>>& rows) const {
+        const auto past_key = call.input<T>(cache, 4), past_value = call.input<T>(cache + 1, 4);
+        const auto last = call.input<int32_t>(cache + 2, 1);
+        const size_t batch = rows.size(), slots = past_key.dim(2), width = past_key.dim(3);
+        const size_t group = heads_ / key_heads_;
+        require(past_key.shape == past_value.shape && past_key.dim(0) == int64_t(batch) &&
+                    past_key.dim(1) == int64_t(key_heads_) && last.dim(0) == int64_t(batch) &&
+                    width % kLine == 0,
+                "queries and cache do not fit");
+        const auto output = call.output<T>(0, {int64_t(batch), 1, int64_t(heads_ * width)});
+        const auto keys = call.output<T>(1, past_key.shape), values = call.output<T>(2, past_value.shape);
+
+        const size_t runs = (slots + kRun - 1) / kRun, count = batch * key_heads_;
+        Padded queries(count * group * width), sums(count * runs * group * width);
+        Padded most(count * runs * group), weights(count * runs * group);
+        std::vector<std::pair<size_t, size_t>> tasks;  // head, run
+        for (size_t head = 0; head < count; ++head) {
+            const NewToken<T>& row = rows[head / key_heads_];
+            const int32_t slot = last.data[head / key_heads_];
+            require(slot >= 0 && size_t(slot) < slots, "an entry goes beyond the cache");
+            const size_t h = head % key_heads_, at = head * slots * width;
+            for (size_t g = 0; g < group; ++g)
+                turn({row.query + (h * group + g) * width, row.cos, row.sin, width, scale_},
+                     queries.data() + (head * group + g) * width);
+            const size_t before = (slot + (row.key == nullptr)) * width;
+            keep(past_key.data + at, before, keys.data + at);
+            keep(past_value.data + at, before, values.data + at);
+            if (row.key != nullptr) {
+                turn_out({row.key + h * width, row.cos, row.sin, width, 1}, keys.data + at + before);
+                std::memcpy(values.data + at + before, row.value + h * width, width * sizeof(T));
+            }
+            for (size_t run = 0; run * kRun <= size_t(slot); ++run) tasks.emplace_back(head, run);
+        }
+        call.parallel(tasks.size(), [&](size_t task) {
+            const auto [head, run] = tasks[task];
+            const size_t valid = last.data[head / key_heads_] + 1, place = (head * runs + run) * group;
+            const size_t at = (head * slots + run * kRun) * width;
+            attend(EntryRun<T>{group, width, std::min(kRun, valid - run * kRun),
+                               queries.data() + head * group * width, keys.data + at, values.data + at,
+                               sums.data() + place * width, most.data() + place, weights.data() + place});
+        });
+        for (size_t head = 0; head < count; ++head) {
+            const size_t used = last.data[head / key_heads_] / kRun + 1;
+            for (size_t g = 0; g < group; ++g)
+                join(used, group, width, head * runs * group + g, most, weights, sums,
+                     output.data + (head * group + g) * width);
+        }
+    }
+
+    size_t heads_, key_heads_;
+
+private:
+    // Entries before the new one, where the cache is not bound in place.
+    static void keep(const T* from, size_t count, T* to) {
+        if (from != to) std::memcpy(to, from, count * sizeof(T));
+    }
+
+    // The runs of one head are one softmax.
+    static void join(size_t used, size_t group, size_t width, size_t first, const Padded& most,
+                     const Padded& weights, Padded& sums, T* to) {
+        float max = most.data()[first], total = 0;
+        for (size_t run = 1; run < used; ++run) max = std::max(max, most.data()[first + run * group]);
+        float* result = sums.data() + first * width;
+        for (size_t run = 0; run < used; ++run) {
+            const size_t at = first + run * group;
+            const float factor = std::exp(most.data()[at] - max);
+            total += factor * weights.data()[at];
+            const float* part = sums.data() + at * width;
+            for (size_t i = 0; i < width; ++i)
+                result[i] = (run > 0 ? result[i] : 0) + factor * part[i];
+        }
+        scale_out(result, width, 1 / total, to);
+    }
+
+    float scale_;
+};
+
+template <class T>
+class AppendedAttention : public CachedAttention<T> {
+public:
+    static constexpr const char* kName = "AppendedAttention";
+    static constexpr Port kInputs[] = {
+        {element<T>()},    {element<T>()}, {element<T>()}, {Element::kInt32},
+        {Element::kInt32}, {element<T>()}, {element<T>()}, {Element::kInt64}};
+
+    using CachedAttention<T>::CachedAttention;
+
+    void operator()(Call& call) const {
+        const auto packed = call.input<T>(0, 3);
+        const auto cos = call.input<T>(5, 2), sin = call.input<T>(6, 2);
+        const auto positions = call.input<int64_t>(7, 2);
+        const int64_t half = cos.dim(1), width = 2 * half, heads = this->heads_;
+        const int64_t key_heads = this->key_heads_;
+        require(packed.dim(1) == 1 && packed.dim(2) == (heads + 2 * key_heads) * width &&
+                    sin.shape == cos.shape && positions.shape == Shape{packed.dim(0), 1} &&
+                    call.input<T>(1, 4).dim(3) == width,
+                "queries, keys, values and rotary angles do not fit");
+        std::vector<NewToken<T>> rows;
+        for (int64_t row = 0; row < packed.dim(0); ++row) {
+            const int64_t at = positions.data[row];
+            require(at >= 0 && at < cos.dim(0), "a position is beyond the rotary table");
+            const T* query = packed.data + row * packed.dim(2);
+            rows.push_back({query, query + heads * width, query + (heads + key_heads) * width,
+                            cos.data + at * half, sin.data + at * half});
+        }
+        this->attend_all(call, 1, rows);
+    }
+};
+
+template <class T>
+class WrittenAttention : public CachedAttention<T> {
+public:
+    static constexpr const char* kName = "WrittenAttention";
+    static constexpr Port kInputs[] = {{element<T>()}, {element<T>()},    {element<T>()}, {element<T>()},
+                                       {element<T>()}, {Element::kInt32}, {Element::kInt32}};
+
+    using CachedAttention<T>::CachedAttention;
+
+    void operator()(Call& call) const {
+        const auto query = call.input<T>(0, 3);
+        require(query.dim(1) == 1 &&
+                    query.dim(2) == int64_t(this->heads_) * call.input<T>(3, 4).dim(3),
+                "queries and cache do not fit");
+        std::vector<NewToken<T>> rows;
+        for (int64_t row = 0; row < query.dim(0); ++row)
+            rows.push_back({query.data + row * query.dim(2), nullptr, nullptr, nullptr, nullptr});
+        this->attend_all(call, 3, rows);
+    }
+};
+
+const Registered<AppendedAttention<float>, AppendedAttention<Half>, WrittenAttention<float>,
+                 WrittenAttention<Half>>
+    registered;
+
+}  // namespace
+}  // namespace lvlm
+#endif

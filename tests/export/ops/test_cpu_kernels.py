@@ -1,0 +1,105 @@
+"""The library of CPU kernels: every kernel keeps its op's contract."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from cpu_kernels import make_kernels
+from single_node import assert_close, feeds, single_node_model
+
+from lvlm.core.discovery import discover
+from lvlm.export.ops.op import Op, OpSample
+from lvlm.runtime.backends.ort.kernels.kernel_library import SOURCES
+
+# Compiler's flags by what is built
+BUILDS = {"all": "", "haswell": "-O1 -march=haswell -DHWY_COMPILE_ONLY_STATIC"}
+OPS: dict[str, Op] = discover("lvlm.export.ops", "OP")
+
+
+def kernel_ops() -> Iterator[Op]:
+    """Those of which the library has a kernel: a file each."""
+    for name, op in OPS.items():
+        snake = "".join(f"_{c.lower()}" if c.isupper() else c for c in name).strip("_")
+        if (SOURCES / f"{snake}.cpp").exists():
+            yield op
+
+
+SAMPLES = [
+    pytest.param(op, s, id=f"{op.name}: {s.name}") for op in kernel_ops() for s in op.samples()
+]
+
+
+@functools.cache
+def native(library: Path, model: bytes, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run(library: Path, op: Op, sample: OpSample, threads: int = 1) -> list[np.ndarray]:
+    """Without the function: only a kernel can do it."""
+    model = single_node_model(op, sample)
+    del model.functions[:]
+    session = native(library, model.SerializeToString(), threads)
+    found: list[np.ndarray] = session.run(None, feeds(op, sample))
+    return found
+
+
+def test_there_are_kernels() -> None:
+    assert {"CausalAttention", "CacheUpdate"} <= {op.name for op in kernel_ops()}
+
+
+@pytest.mark.parametrize(("op", "sample"), SAMPLES)
+def test_kernel_computes_the_reference(op: Op, sample: OpSample, kernels: Path) -> None:
+    assert_close(op, sample, run(kernels, op, sample))
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(3, 1, 64), (4, 4, 40), (7, 1, 32)])
+def test_long_prompts_whatever_the_threads(
+    heads: int, key_heads: int, width: int, kernels: Path
+) -> None:
+    """Many blocks, and more keys than one product takes."""
+    random = torch.Generator().manual_seed(heads)
+    query = torch.randn(2, heads, 530, width, generator=random)
+    key, value = torch.randn(2, 2, key_heads, 530, width, generator=random)
+    length = torch.tensor([530, 201])
+    padding = (torch.arange(530) >= length[:, None])[:, None, :, None]
+    attributes = {"scale": 0.2, "importance": 1}
+    given = (query, key, value, length)
+    sample = OpSample("long", given, attributes, {"output": padding})
+    op = OPS["CausalAttention"]
+    found = run(kernels, op, sample)
+    assert_close(op, sample, found)
+    for one, more in zip(found, run(kernels, op, sample, 3), strict=True):
+        np.testing.assert_array_equal(one, more)
+
+
+@pytest.mark.parametrize("op", list(kernel_ops()), ids=lambda op: op.name)
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_build(op: Op, build: str, shared: Path, pytestconfig: pytest.Config) -> None:
+    """As users have it, and for older CPUs alone."""
+    if not pytestconfig.getoption("--whole"):
+        pytest.skip("compiles for minutes: --whole")
+    if build == "haswell" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("AVX2 is x86's")
+    library = make_kernels(shared / f"cpu-kernels-{build}", BUILDS[build])
+    for sample in op.samples():
+        assert_close(op, sample, run(library, op, sample))
+
+
+def test_a_kernel_refuses_what_does_not_fit_in_one_line(kernels: Path) -> None:
+    sample = next(OPS["CacheUpdate"].samples())
+    given = feeds(OPS["CacheUpdate"], sample)
+    given["index"] = given["index"] + 100
+    model = single_node_model(OPS["CacheUpdate"], sample)
+    session = native(kernels, model.SerializeToString(), 1)
+    with pytest.raises(Exception, match="lvlm::CacheUpdate: entries go beyond the cache"):
+        session.run(None, given)
