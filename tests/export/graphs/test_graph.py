@@ -145,7 +145,9 @@ def test_the_manifest_and_the_files_have_the_ports_of_the_declaration(
     name, *settings = CACHED["lightvlm (cached)"]
     folder = bundle("digits-llava", name, *settings, max_images=2)
     recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[name], settings)
-    plan = make_plan(ExportOptions(str(ASSETS / "digits-llava"), recipe, folder, dtype="fp32", max_images=2))
+    plan = make_plan(
+        ExportOptions(str(ASSETS / "digits-llava"), recipe, folder, dtype="fp32", max_images=2)
+    )
     arrays = plan.family.vision_inputs(plan.images)
     graphs = bundle_graphs(plan.skeleton, plan.recipe, arrays, plan.cache_dtype)
     manifest = read_bundle(folder)

@@ -167,7 +167,9 @@ def test_everything_is_stored_once(bundle: Callable[..., Path]) -> None:
 
 def test_planned_bytes_are_those_written(bundle: Callable[..., Path], tmp_path: Path) -> None:
     """What narrower weights save; plans also count the parameters that no graph uses."""
-    given = ExportOptions(str(ASSETS / "digits-llava"), NoCompression(), tmp_path / "x", "fp32", max_images=2)
+    given = ExportOptions(
+        str(ASSETS / "digits-llava"), NoCompression(), tmp_path / "x", "fp32", max_images=2
+    )
     full, narrow = make_plan(given), make_plan(dataclasses.replace(given, **TRAINED))
     files = [bundle("digits-llava", max_images=2), export(bundle, "trained")]
     sizes = [read_bundle(folder).files["weights.bin"].bytes for folder in files]

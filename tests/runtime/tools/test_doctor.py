@@ -60,7 +60,7 @@ def machine(
             raise OSError(f"{path}: no such file")
         return library
 
-    return Machine(ask, packages.get, attempt, load, lambda: kernels)
+    return Machine(ask, packages.get, attempt, load, kernels=lambda: kernels)
 
 
 def found(machine: Machine, bundle: Path | None = None) -> dict[str, Finding]:
