@@ -1,5 +1,5 @@
-"""The shipped model: recipe none answers as transformers does, and right; lightvlm at its default
-right as well."""
+"""The shipped model: recipe none answers as transformers does, and right; merging to 35 % right as
+well."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ SAMPLES = [
     np.asarray(Image.open(SHIPPED.parent / f"samples/digits-{number}.png")) for number in (1, 2)
 ]
 ASKED = {
-    "Read the top row.": ["1, 9, 5", "nothing, nothing, 2"],
-    "Read everything.": ["1, 9, 5, 2, 3, 0, 7, 8, 7", "2, 8, 8, 0"],
+    "Read the top row.": ["1, 9, 5", "nothing, 3, 0"],
+    "Read everything.": ["1, 9, 5, 2, 3, 0, 7, 8, 7", "3, 0, 4, 2, 7"],
 }
 
 
-@pytest.mark.parametrize("recipe", ["none", "lightvlm"])
-def test_the_sample_images_are_read(recipe: str, bundle: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("recipe", [("none",), ("lightvlm", "kv_keep=1.0")])
+def test_the_sample_images_are_read(recipe: tuple[str, ...], bundle: Callable[..., Path]) -> None:
     rows = [(question, [image]) for question in ASKED for image in SAMPLES]
-    with lvlm.load(bundle("tiny-llava", recipe, max_images=2)) as model:
+    with lvlm.load(bundle("tiny-llava", *recipe, max_images=2)) as model:
         answers = model.generate(*map(list, zip(*rows, strict=True)), max_new_tokens=40)
-        if recipe == "none":
+        if recipe == ("none",):
             theirs = load_torch(SHIPPED)
             for row, answer in zip(rows, answers, strict=True):
                 prompt = model.prepare(0, *row, GenerationOptions())
