@@ -10,11 +10,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 EXPECTED = {
-    "ask.py": r"^1, 9, 5\n\d+ tokens, ended by stop$",
-    "chat.py": r"^Read the top row\..*\n    1, 9, 5 \(.*\nAnd again\? .*\n    .* already",
-    "inspect_answer.py": r"keep 0\.35: 1, 9, 5\n.*\(576, 406, 286, 286, 202, 202, 202, 202\)",
-    "serve_async.py": r"^1, 9, 5\n.*\ngiven up: the request's timeout is over",
-    "serve_many.py": r"\n    1, 9, 5\n.*6 answered",
+    "ask.py": r"^8, 0, 9\n\d+ tokens, ended by stop$",
+    "chat.py": r"^Read the top row\..*\n    8, 0, 9 \(.*\nAnd again\? .*\n    .* already",
+    "inspect_answer.py": r"keep 0\.35: 8, 0, 9\n.*\(576, 406, 286, 286, 202, 202, 202, 202\)",
+    "serve_async.py": r"^8, 0, 9\n.*\ngiven up: the request's timeout is over",
+    "serve_many.py": r"\n    8, 0, 9\n.*6 answered",
     "stream.py": r"^The picture shows nine things on a dark canvas\.",
 }
 # Starting a server takes longer than each of these: its requests are tried in
