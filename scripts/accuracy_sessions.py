@@ -8,7 +8,7 @@ Every image is asked two questions in one conversation. The second one is answer
 first turn left in the cache (a session), and with the whole conversation read anew, whose cache is
 then chosen by the second question. Both are compared with the answer of the first bundle, which
 compresses nothing: whether the first token is the same, and how many tokens are before the first
-other one. That needs no model that answers well: tiny-llava has seen no conversation in training.
+other one.
 Left out are conversations that no session goes on with: an answer that is tokenized otherwise.
 """
 
@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.calibration.datasets import digits
-from lvlm.calibration.datasets.digits import Question
+from lvlm.calibration.datasets.scenes.drawing import DENSITIES, draw_scene
+from lvlm.calibration.datasets.scenes.questions import Kind, ask
 from lvlm.runtime.engine import Engine, Session
 from lvlm.runtime.generate.answers import Generation
 
-FIRST: tuple[digits.Kind, ...] = ("row", "cell", "count")
-SECOND: tuple[digits.Kind, ...] = ("cell", "row", "count", "cell")
+FIRST: tuple[Kind, ...] = ("row", "read", "count")
+SECOND: tuple[Kind, ...] = ("read", "row", "list", "count")
 Message = dict[str, Any]
 
 
@@ -52,18 +52,19 @@ def row(whole: Engine, engine: Engine, kv_keep: float, images: int) -> str:
     """The cells of one ratio."""
     rng, alike = np.random.default_rng(5), list[tuple[int, int]]()
     for number in range(images):
-        grid = digits.draw_grid(rng, "heldout")
-        first, second = (
-            digits.ask(grid, kinds[number % len(kinds)], rng) for kinds in (FIRST, SECOND)
+        scene = draw_scene(rng, "heldout", DENSITIES[number % 3])
+        (first, _), (second, _) = (
+            ask((scene,), kinds[number % len(kinds)], rng)[0] for kinds in (FIRST, SECOND)
         )
         with engine.session() as session:
-            talk = [user(first, grid.image)]
-            said = ask(engine, talk, kv_keep, session).text
+            talk = [user(first, scene.image)]
+            said = answer(engine, talk, kv_keep, session).text
             talk += [{"role": "assistant", "content": said}, user(second)]
-            kept = ask(engine, talk, kv_keep, session)
+            kept = answer(engine, talk, kv_keep, session)
         if not kept.stats.reused_tokens:
             continue
-        anew, wanted = ask(engine, talk, kv_keep, None), ask(whole, talk, None, None)
+        anew = answer(engine, talk, kv_keep, None)
+        wanted = answer(whole, talk, None, None)
         alike.append((common(kept, wanted), common(anew, wanted)))
     counts = np.array(alike)
     cells = (f"{np.mean(n > 0):.0%} | {np.mean(n):.1f}" for n in counts.T)
@@ -76,7 +77,7 @@ def common(one: Generation, other: Generation) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def ask(
+def answer(
     engine: Engine, talk: list[Message], kv_keep: float | None, session: Session | None
 ) -> Generation:
     """The answer to the last message."""
@@ -84,10 +85,10 @@ def ask(
     return found
 
 
-def user(question: Question, image: np.ndarray | None = None) -> Message:
+def user(question: str, image: np.ndarray | None = None) -> Message:
     """A question as a message, which shows an image."""
     shown = [] if image is None else [{"type": "image", "image": image}]
-    return {"role": "user", "content": [*shown, {"type": "text", "text": question.question}]}
+    return {"role": "user", "content": [*shown, {"type": "text", "text": question}]}
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ work=${TMPDIR:-/tmp}/lvlm-eval-digits
 mkdir -p "$work"
 common=(-m tiny-llava --threads 1 --dtype fp32 --data digits --kinds describe --samples "$samples" --keep "$keeps")
 
-# A prompt of 150 tokens needs smaller counts than the defaults for LightVLM's own compaction to act.
 lvlm-eval "${common[@]}" --recipes none,uniform,elastic-cache,prefixkv,lightvlm --kv-keep "$keeps" \
-    --set lightvlm.kv_floor=8 --set lightvlm.kv_protect=8 --set lightvlm.kv_interval=16 \
     -o "$work/recipes"
 lvlm-eval "${common[@]}" --recipes none,uniform --set uniform.positions=layer0 -o "$work/layer0"
 

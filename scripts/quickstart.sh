@@ -10,11 +10,13 @@ echo "installing into $venv (the first time this downloads torch) …"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt ".[cpu,export]"
 mkdir -p out
-for recipe in none lightvlm; do
-    if [ ! -f "out/$recipe/lvlm.json" ]; then
-        "$venv/bin/lvlm-export" --model tiny-llava --recipe "$recipe" --dtype fp32 -o "out/$recipe"
+bundle() { # recipe, its settings
+    if [ ! -f "out/$1/lvlm.json" ]; then
+        "$venv/bin/lvlm-export" --model tiny-llava --recipe "$@" --dtype fp32 -o "out/$1"
     fi
-done
+}
+bundle none
+bundle lightvlm --set kv_keep=1.0 # merging alone
 "$venv/bin/python" scripts/quickstart.py out/none out/lightvlm
 echo
 echo "next: . $venv/bin/activate"

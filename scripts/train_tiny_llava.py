@@ -1,14 +1,14 @@
-"""Train ``tiny-llava``, the real small model shipped in assets/, from scratch on two CPU cores.
+"""Train ``tiny-llava``, a real small vision-language model, from scratch.
 
-Stage 1 teaches the vision tower alone: from every patch, name the digit of its cell and the cell.
-Stage 2 freezes it and teaches the projector and the language model the questions. Each training
-sequence is one image followed by many questions that cannot see each other (block mask, positions
-restarted), so that the image's tokens are paid for once.
+First the vision tower alone: from every patch, name the thing there and its colour. Then all of it,
+on sequences of pictures and many questions, the patches' names still asked beside.
 
-    python scripts/train_tiny_llava.py --output assets/tiny-llava --work /tmp/tiny-llava
+    python scripts/train_tiny_llava.py --output out --work /tmp/tiny-llava
 
-Resumable: run it again with the same --work. Prints held-out accuracy measured on the stored fp16
-weights and writes it to training.json beside them.
+Resumable: run it again with the same --work. A GPU takes minutes, two CPU cores many hours. The
+pictures and questions of a step depend only on its number; --minutes ends a stage (and its learning
+rate) early. Prints held-out accuracy measured on the
+stored fp16 weights and writes it to training.json beside them.
 """
 
 from __future__ import annotations
@@ -17,172 +17,159 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from tiny_llava import (
-    IMAGE_TOKENS,
-    PATCHES,
-    build_model,
-    build_tokenizer,
-    patch_features,
-    pixels,
-    save,
-    save_samples,
-)
-from tiny_llava_sequences import TURNS, Layout, evaluate
-from torch.nn import functional as F  # noqa: N812  (the field's own name)
-from transformers import (
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
+from tiny_llava.held_out import evaluate
+from tiny_llava.packed import losses, names_of_patches, on_device
+from tiny_llava.sequences import Batch, Mix, Packer, mix_of_step
+from tiny_llava.shape import VISION_WIDTH, build_model, build_tokenizer, save
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from lvlm.calibration.datasets import digits
+from lvlm.calibration.datasets.scenes.drawing import COLOURS, NAMES
 
 
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
-    train_vision(model, args)
-    train_language(model, tokenizer, args)
-    save(model, tokenizer, args.output)
-    save_samples(args.output.parent / "samples")
-    stored = LlavaForConditionalGeneration.from_pretrained(args.output, dtype=torch.float32).eval()
-    report = evaluate(stored, tokenizer, grids=args.eval_grids)
-    report["arguments"] = {"stage1_steps": args.stage1_steps, "stage2_steps": args.stage2_steps}
+    training = Training(args, tokenizer)
+    training.run("vision", args.vision_steps, args.vision_minutes)
+    training.run("all", args.steps, args.minutes)
+    save(training.model.cpu(), tokenizer, args.output)
+    stored = LlavaForConditionalGeneration.from_pretrained(args.output, dtype=torch.float32)
+    report = evaluate(stored.eval().to(args.device), tokenizer, args.eval_batches, args.workers)
+    report["training"] = training.report
     (args.output / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("assets/tiny-llava"))
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints of both stages")
-    parser.add_argument("--stage1-steps", type=int, default=1500)
-    parser.add_argument("--stage2-steps", type=int, default=700)
-    parser.add_argument("--pool", type=int, default=8000, help="images encoded for stage 2")
-    parser.add_argument("--eval-grids", type=int, default=500)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=64, help="sequences a step")
+    parser.add_argument("--workers", type=int, default=14, help="processes that draw pictures")
+    parser.add_argument("--vision-steps", type=int, default=3000)
+    parser.add_argument("--vision-minutes", type=float, default=math.inf)
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="steps end there, too")
+    parser.add_argument("--eval-batches", type=int, default=40, help="of 16 sequences")
+    parser.add_argument("--peak", type=float, default=1.2e-3, help="largest learning rate")
     return parser.parse_args()
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    warm = min(1.0, (step + 1) / 50)
-    return peak * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+class Batches(Dataset[Batch]):
+    """Batch number ``step`` of a stage."""
+
+    def __init__(self, packer: Packer, stage: str, size: int, steps: int) -> None:
+        self.packer, self.stage, self.size, self.steps = packer, stage, size, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        torch.set_num_threads(1)
+        if self.stage == "vision":
+            return self.packer.batch((1, step), 2 * self.size, Mix((), 1), "train")
+        mix = mix_of_step(step)
+        return self.packer.batch((2, step), self.size // mix.pictures, mix, "train")
 
 
-def train_vision(model: LlavaForConditionalGeneration, args: argparse.Namespace) -> None:
-    tower, file = model.model.vision_tower, args.work / "stage1.pt"
-    head = torch.nn.Linear(128, 10 + 9)
-    params = [*tower.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.98), weight_decay=0.05)
-    start = 0
-    if file.exists():
-        state = torch.load(file)
-        tower.load_state_dict(state["tower"])
-        head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    row = torch.arange(IMAGE_TOKENS) // PATCHES // 4
-    col = torch.arange(IMAGE_TOKENS) % PATCHES // 4
-    cell = row * 3 + col
+class Training:
+    def __init__(self, args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.args, self.packer = args, Packer(tokenizer)
+        self.model = build_model(tokenizer).to(args.device)
+        self.tower = self.model.model.vision_tower
+        self.head = torch.nn.Linear(VISION_WIDTH, 1 + len(NAMES) + 1 + len(COLOURS))
+        self.head.to(args.device)
+        self.report: dict[str, dict[str, float]] = {}
 
-    def loss_and_accuracy(grids: list[digits.Grid]) -> tuple[torch.Tensor, float]:
-        scores = head(patch_features(model, pixels(grids))).flatten(0, 1)
-        digit = torch.tensor([g.digits for g in grids])[:, cell].flatten()
-        loss = F.cross_entropy(scores[:, :10], digit)
-        loss = loss + 0.3 * F.cross_entropy(scores[:, 10:], cell.repeat(len(grids)))
-        return loss, (scores[:, :10].argmax(-1) == digit).float().mean().item()
+    def run(self, stage: str, steps: int, minutes: float) -> None:
+        file = self.args.work / f"{stage}.pt"
+        optimizer, scale = self._optimizer(stage)
+        start, spent = 0, 0.0
+        if file.exists():
+            state = torch.load(file, map_location=self.args.device)
+            self.model.load_state_dict(state["model"])
+            self.head.load_state_dict(state["head"])
+            optimizer.load_state_dict(state["optimizer"])
+            start, spent = state["step"], state["seconds"]
+        began = time.time() - spent
+        step, saved = start, time.time()
+        for step, batch in self._batches(stage, start, steps):
+            progress = max(step / steps, (time.time() - began) / 60 / minutes)
+            if progress >= 1:
+                break
+            rate = self.args.peak * schedule(step, progress)
+            for group, factor in zip(optimizer.param_groups, scale, strict=True):
+                group["lr"] = rate * factor
+            said = self._step(stage, batch, optimizer, progress)
+            if step % 100 == 99:
+                parts = " ".join(f"{k} {v.item():.4f}" for k, v in said.items())
+                print(f"{stage} {step + 1}/{steps} {parts} {time.time() - began:.0f} s", flush=True)
+            if time.time() - saved > 120:
+                self._store(file, step + 1, time.time() - began, optimizer)
+                saved = time.time()
+        self._store(file, max(step, start), time.time() - began, optimizer)
+        self.report[stage] = {"steps": step + 1, "seconds": round(time.time() - began)}
 
-    held_rng = np.random.default_rng(5)
-    held = [digits.draw_grid(held_rng, "heldout") for _ in range(64)]
-    began = time.time()
-    for step in range(start, args.stage1_steps):
-        rng = np.random.default_rng([1, step])
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.stage1_steps, 1.5e-3)
-        loss, accuracy = loss_and_accuracy([digits.draw_grid(rng, "train") for _ in range(32)])
-        optimizer.zero_grad()
+    def _optimizer(self, stage: str) -> tuple[torch.optim.Optimizer, list[float]]:
+        seeing = [*self.tower.parameters(), *self.head.parameters()]
+        tower = {id(p) for p in self.tower.parameters()}
+        reading = [p for p in self.model.parameters() if id(p) not in tower]
+        groups = [seeing] if stage == "vision" else [seeing, reading]
+        optimizer = torch.optim.AdamW(
+            [{"params": g} for g in groups], lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05
+        )
+        return optimizer, [1.0] if stage == "vision" else [0.4, 1.0]
+
+    def _batches(self, stage: str, start: int, steps: int) -> Iterator[tuple[int, Batch]]:
+        loader = DataLoader(
+            Batches(self.packer, stage, self.args.batch, steps),
+            batch_size=None,
+            sampler=range(start, steps),
+            num_workers=self.args.workers,
+            pin_memory=self.args.device != "cpu",
+            prefetch_factor=4 if self.args.workers else None,
+        )
+        yield from zip(range(start, steps), loader, strict=True)
+
+    def _step(
+        self, stage: str, batch: Batch, optimizer: torch.optim.Optimizer, progress: float
+    ) -> dict[str, torch.Tensor]:
+        batch = on_device(batch, self.args.device)
+        kind = torch.device(self.args.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            if stage == "vision":
+                loss, said = names_of_patches(self.model, self.head, batch)
+            else:
+                loss, said = losses(self.model, self.head, batch, 0.3 * (1 - progress) + 0.02)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        learned = [p for group in optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
-        if step % 50 == 49:
-            with torch.no_grad():
-                held_accuracy = loss_and_accuracy(held)[1]
-            print(
-                f"stage 1 step {step + 1}/{args.stage1_steps} loss {loss.item():.3f} "
-                f"patches right: train {accuracy:.3f} held-out {held_accuracy:.3f} "
-                f"{time.time() - began:.0f} s",
-                flush=True,
-            )
-            state = {"tower": tower.state_dict(), "head": head.state_dict(), "step": step + 1}
-            torch.save(state | {"optimizer": optimizer.state_dict()}, file)
+        return {"loss": loss.detach(), **said}
+
+    def _store(
+        self, file: Path, step: int, seconds: float, optimizer: torch.optim.Optimizer
+    ) -> None:
+        state = {"model": self.model.state_dict(), "head": self.head.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+        partial = file.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(file)
 
 
-def train_language(
-    model: LlavaForConditionalGeneration,
-    tokenizer: PreTrainedTokenizerFast,
-    args: argparse.Namespace,
-) -> None:
-    file, layout = args.work / "stage2.pt", Layout(tokenizer)
-    learner = [
-        *model.model.multi_modal_projector.parameters(),
-        *model.model.language_model.parameters(),
-        *model.lm_head.parameters(),
-    ]
-    optimizer = torch.optim.AdamW(learner, betas=(0.9, 0.98), weight_decay=0.05)
-    start = 0
-    if file.exists():
-        state = torch.load(file)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    if start >= args.stage2_steps:
-        return
-    pool, features = encode_pool(model, args.pool)
-    kinds = np.array(layout.kinds)
-    began = time.time()
-    for step in range(start, args.stage2_steps):
-        rng = np.random.default_rng([2, step])
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.stage2_steps, 1.5e-3)
-        chosen = rng.choice(len(pool), size=16, replace=False)
-        ids = torch.stack([layout.sequence(pool[i], rng)[0] for i in chosen])
-        logits, target = layout.logits(model, features[chosen].float(), ids)
-        each = F.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-        # Every kind weighs the same: the long descriptions would drown the short answers.
-        loss = torch.stack([each[:, kinds == kind].mean() for kind in set(TURNS)]).mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(learner, 1.0)
-        optimizer.step()
-        if step % 25 == 24:
-            right = (logits.argmax(-1) == target).float().mean().item()
-            print(
-                f"stage 2 step {step + 1}/{args.stage2_steps} loss {loss.item():.4f} "
-                f"answer tokens right {right:.3f} {time.time() - began:.0f} s",
-                flush=True,
-            )
-        if step % 200 == 199 or step + 1 == args.stage2_steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"step": step + 1}, file)
-            print(json.dumps(evaluate(model, tokenizer, grids=64)), flush=True)
-
-
-@torch.no_grad()
-def encode_pool(
-    model: LlavaForConditionalGeneration, size: int
-) -> tuple[list[digits.Grid], torch.Tensor]:
-    rng = np.random.default_rng(3)
-    grids, features = [], []
-    for _ in range(size // 50):
-        batch = [digits.draw_grid(rng, "train") for _ in range(50)]
-        grids += batch
-        features.append(patch_features(model, pixels(batch)).half())
-    return grids, torch.cat(features)
+def schedule(step: int, progress: float) -> float:
+    """Share of the largest learning rate: a short rise, then a cosine down to nearly nothing."""
+    return min(1.0, (step + 1) / 200) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 if __name__ == "__main__":

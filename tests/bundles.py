@@ -34,11 +34,11 @@ USUAL = [
 ]
 OTHERS = [name for name in USUAL if not name.startswith("llava:")]  # one of each other family
 # With lightvlm in a normal run: one of every family, whose text models are all there are.
-MERGED = ["tiny-llava", "llava:llama-mha-bias-rope3-siglip", *OTHERS]
+MERGED = ["digits-llava", "llava:llama-mha-bias-rope3-siglip", *OTHERS]
 # In a normal run: every one on the trained model, each of MERGED with one of them (Qwen3-VL with
 # compaction at intervals, the one with few heads with what TensorRT-RTX builds for it).
 CACHED_USUAL = [
-    *(("tiny-llava", cached) for cached in CACHED),
+    *(("digits-llava", cached) for cached in CACHED),
     *zip(
         [MERGED[1], *reversed(OTHERS)],
         cycle(cached for cached in CACHED if "(cached)" in cached),

@@ -125,7 +125,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(shared: Path) -> Callable[[str], Path]:
-    """A checkpoint folder by name: tiny-llava, a family's tiny configuration or a drawn one, with
+    """A checkpoint folder by name: digits-llava, a family's tiny configuration or a drawn one, with
     random weights."""
     from exports import make_checkpoint
 
@@ -143,7 +143,7 @@ def shared_traces(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def bundle(shared: Path, checkpoint: Callable[[str], Path]) -> Callable[..., Path]:
-    """An exported bundle: bundle("tiny-llava", "lightvlm", "keep=0.5", dtype="fp16").
+    """An exported bundle: bundle("digits-llava", "lightvlm", "keep=0.5", dtype="fp16").
 
     Shared between tests: do not change it, copy it.
     """

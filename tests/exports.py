@@ -17,7 +17,7 @@ import torch
 from bundles import FAMILIES, TINY
 from filelock import FileLock
 from random_weights import randomise
-from settings import ASSETS
+from settings import ASSETS, SHIPPED
 
 from lvlm.core.discovery import discover
 from lvlm.core.progress import Progress
@@ -36,8 +36,11 @@ torch.set_num_threads(1)  # the environment may say otherwise
 
 
 def make_checkpoint(name: str, shared: Path) -> Path:
-    """The folder of a checkpoint: tiny-llava, or random weights for a named configuration."""
+    """The folder of a checkpoint: tiny-llava, which is shipped, digits-llava, or random weights for
+    a named configuration."""
     if name == "tiny-llava":
+        return SHIPPED
+    if name == "digits-llava":
         return ASSETS / name
     folder = shared / "checkpoints" / name.replace(":", "-")
     folder.parent.mkdir(exist_ok=True)
@@ -54,7 +57,7 @@ def make_checkpoint(name: str, shared: Path) -> Path:
         randomise(model, seed)
         model.save_pretrained(folder)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(ASSETS / "tiny-llava" / file, folder)
+            shutil.copy(SHIPPED / file, folder)
         for file, content in family.tiny_files(config).items():
             (folder / file).write_text(content)
         (folder / "complete").touch()

@@ -7,7 +7,10 @@ from pathlib import Path
 from lvlm.core.discovery import discover
 from lvlm.export.stand_ins import stand_ins
 
-ASSETS = Path(__file__).parents[1] / "assets"
+# digits-llava: a LLaVA of 3.7 million parameters that reads grids of digits, as those in samples/,
+# from 144 image tokens; the shipped tiny-llava has four times as many.
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED = Path(__file__).parents[1] / "assets/tiny-llava"
 SMALL = "llava:qwen2-tied-siglip"  # of few layers: what is slow with many nodes
 
 
@@ -29,5 +32,5 @@ AT_ENCODER = {"hybrid": ("hybrid", "encoder=visionzip")}
 
 def for_model(model: str, settings: tuple[str, ...]) -> tuple[str, ...]:
     """``settings`` of AT_ENCODER as they can be for a model whose tower gives no scores."""
-    gives = model.startswith(("llava", "tiny-llava"))
+    gives = model.startswith(("llava", "tiny-llava", "digits-llava"))
     return settings if gives else tuple(x for x in settings if x != "encoder=visionzip")

@@ -20,7 +20,7 @@ USES = "from lvlm.runtime.attic.boxes import VALUE\nfrom lvlm.{home} import late
 @pytest.mark.slow
 def test_new_files_are_seen_by_python_and_mypy(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
-    ignored = shutil.ignore_patterns("__pycache__", "build", "*.egg-info", ".*", "tiny-llava")
+    ignored = shutil.ignore_patterns("__pycache__", "build", "*.egg-info", ".*", "digits-llava")
     shutil.copytree(ROOT, checkout, ignore=ignored)
     apart = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}
     subprocess.run(

@@ -188,10 +188,13 @@ def _digits(count: int, seed: int) -> list[CalibrationSample]:
 
     if count < 1:
         raise ParameterError(f"{count} samples are asked for; give 1 or more")
-    pairs = digits.samples("train", count, seed=seed)
     return [
-        CalibrationSample((grid.image,), question.question, f"digits, sample {number}")
-        for number, (grid, question) in enumerate(pairs, 1)
+        CalibrationSample(
+            tuple(scene.image for scene in asked.scenes),
+            asked.question,
+            f"digits, sample {number}",
+        )
+        for number, asked in enumerate(digits.samples("train", count, seed=seed), 1)
     ]
 
 

@@ -140,7 +140,7 @@ class InternVL(PixelValues):
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
         """Two kinds of text, GQA and MHA, both norms, tiles and shuffles of two sizes."""
-        size: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 112}
+        size: dict[str, Any] = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 112}
         vision: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 80}
         yield (
             "qwen2-gqa",

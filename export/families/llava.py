@@ -91,7 +91,7 @@ class Llava(PixelValues):
             image_size=60,
             patch_size=12,
         )
-        size: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 112}
+        size: dict[str, Any] = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 112}
         yield (
             "llama-gqa-clip",
             _tiny(LlamaConfig(**size, num_hidden_layers=4, **heads(4, 2, 32)), clip),

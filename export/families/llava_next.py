@@ -42,7 +42,7 @@ class LlavaNext(AnyResolution):
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
         """GQA and MHA, one and several feature layers, tiles of two sizes, biases."""
-        size: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 112}
+        size: dict[str, Any] = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 112}
         tower: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
         yield (
             "mistral-gqa",

@@ -84,7 +84,7 @@ class LlavaOnevision(AnyResolution):
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
         """GQA and MHA, both towers, more tiles than fit (interpolation), tied weights."""
-        size: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 112}
+        size: dict[str, Any] = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 112}
         tower: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
         yield (
             "qwen2-gqa-tied-siglip",

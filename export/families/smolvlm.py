@@ -107,7 +107,7 @@ class SmolVLM(PixelValues):
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
         """GQA and MHA, biases, tied weights, several tiles and one, factors of the shuffle."""
-        size: dict[str, Any] = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 112}
+        size: dict[str, Any] = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 112}
         vision: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 80}
         yield (
             "gqa-tiles",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from command_line import Run
 from PIL import Image
+from settings import ASSETS
 
 from lvlm.bench.bench_cli import main
 from lvlm.bench.contenders import BenchError, peers
@@ -30,12 +31,12 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def full(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
+    return bundle("digits-llava", max_images=2)
 
 
 @pytest.fixture(scope="module")
 def light(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", "lightvlm", max_images=2)
+    return bundle("digits-llava", "lightvlm", max_images=2)
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_bundles_of_two_models(run: Run, full: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_must_be_the_bundles(
     run: Run, full: Path, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    other = shutil.copytree(checkpoint("tiny-llava"), tmp_path / "other")
+    other = shutil.copytree(checkpoint("digits-llava"), tmp_path / "other")
     (other / "tokenizer.json").write_text("{}")
     code, _, err = run(full, "--against", "transformers", "--checkpoint", other)
     assert code == 2
@@ -220,12 +221,13 @@ def test_a_converter_that_is_not_installed(
 ) -> None:
     peer: Any = peers()["openvino-genai"]
     monkeypatch.setattr(type(peer), "modules", ())
-    where = ("--cache", tmp_path, "--converter-python")
-    code, _, err = run(full, "--against", peer.name, *where, f"{peer.name}={tmp_path / 'python'}")
+    given = (full, "--against", peer.name, "--cache", tmp_path)
+    given += ("--checkpoint", ASSETS / "digits-llava")
+    code, _, err = run(*given, "--converter-python", f"{peer.name}={tmp_path / 'python'}")
     assert code == 2
     assert "does not start: No such file" in err
     if importlib.util.find_spec("optimum") is None:
-        code, _, err = run(full, "--against", peer.name, "--cache", tmp_path)
+        code, _, err = run(*given)
         assert code == 2
         assert "its converter (optimum.intel, " in err
         assert "python -m venv conv" in err

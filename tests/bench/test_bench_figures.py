@@ -92,7 +92,7 @@ def test_arrivals_are_a_poisson_process() -> None:
 
 @pytest.fixture(scope="module")
 def writer(bundle: Callable[..., Path]) -> PromptWriter:
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
     manifest = read_bundle(folder)
     return PromptWriter(prompt_maker(folder, manifest), manifest.special_tokens.get("bos_token"))
 
@@ -198,7 +198,7 @@ def test_an_error_of_one_request_is_raised() -> None:
 
 
 def test_bytes_that_a_step_reads(bundle: Callable[..., Path]) -> None:
-    manifest = read_bundle(bundle("tiny-llava", max_images=2))
+    manifest = read_bundle(bundle("digits-llava", max_images=2))
     text = manifest.text
     used = [manifest.weights[name] for name in manifest.graphs["decode"].weights]
     whole = sum(w.bytes for w in used)

@@ -32,7 +32,7 @@ def simulated(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def full(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
+    return bundle("digits-llava", max_images=2)
 
 
 def test_measured_costs_are_simulated(
@@ -46,7 +46,7 @@ def test_measured_costs_are_simulated(
     """In a normal run one bundle: every copy is a process that loads one."""
     contenders = {full: True}  # folder -> whether it is read in chunks
     if pytestconfig.getoption("--whole"):
-        contenders[bundle("tiny-llava", "lightvlm", max_images=2)] = False
+        contenders[bundle("digits-llava", "lightvlm", max_images=2)] = False
     data, copies = tmp_path / "costs.json", min(2, cores())
     lengths = ("--prompt-tokens", "24,60", "--copies", copies)
     code, out, err = run(*contenders, "--costs", *lengths, *SMALL, "--json", data)

@@ -155,7 +155,7 @@ def _base(work: Path, bundle: Path | None) -> Base:
         path = bundle / "lvlm.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 4}))
     images = tuple(sorted((assets / "samples").glob("*.png")))
-    return Base(bundle.resolve(), assets / "tiny-llava", images)
+    return Base(bundle.resolve(), assets / "digits-llava", images)
 
 
 def _keep(result: children.Result, work: Path, keep: Path | None) -> None:

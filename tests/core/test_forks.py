@@ -52,7 +52,7 @@ print(model.generate("Hi", max_new_tokens=2).stats.new_tokens, flush=True)
 
 @pytest.mark.skipif(not hasattr(sys.modules["os"], "fork"), reason="no fork here")
 def test_a_forked_child_is_refused_and_ends(bundle: Callable[..., Path]) -> None:
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, folder], capture_output=True, text=True, timeout=120
     )

@@ -55,11 +55,11 @@ def test_a_profile_that_does_not_fit(
     run: Run,
 ) -> None:
     path = tmp_path / "profile.json"
-    made = profile(ASSETS / "tiny-llava", change.get("layers", 6))
+    made = profile(ASSETS / "digits-llava", change.get("layers", 6))
     dataclasses.replace(made, **change).write(path)
     given = (f"profile={path}", *settings)
     sets = [x for setting in given for x in ("--set", setting)]
-    arguments = ("-m", "tiny-llava", "-r", "prefixkv", *sets, "-o", tmp_path / "out")
+    arguments = ("-m", ASSETS / "digits-llava", "-r", "prefixkv", *sets, "-o", tmp_path / "out")
     code, _, err = run(*arguments)
     assert code == 2
     assert message in err
@@ -69,8 +69,8 @@ def test_a_profile_that_does_not_fit(
 def test_a_profile_file_decides_the_capacities(tmp_path: Path, run: Run) -> None:
     """Every layer its share of the longest sequence, and one slot more."""
     path = tmp_path / "profile.json"
-    profile(ASSETS / "tiny-llava", 6).write(path)
-    arguments = ("-m", "tiny-llava", "-r", "prefixkv", "--set", f"profile={path}")
+    profile(ASSETS / "digits-llava", 6).write(path)
+    arguments = ("-m", ASSETS / "digits-llava", "-r", "prefixkv", "--set", f"profile={path}")
     code, out, _ = run(*arguments, "-o", tmp_path / "out", "--dry-run", "--json")
     assert code == 0
     longest = 2048 + 144

@@ -29,7 +29,7 @@ def test_the_cache_is_counted_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -
 
     def cache_bytes(**options: Any) -> int:
         given = ExportOptions(
-            "tiny-llava", recipe, Path("out"), dtype="fp32", validate=False, **options
+            "digits-llava", recipe, Path("out"), dtype="fp32", validate=False, **options
         )
         ready = make_plan(given)
         plan = self_calibration.with_profile(ready, ready.checkpoint, Progress(0, quiet=True))

@@ -168,13 +168,13 @@ FAULTS = {
         "number[some] - first, -1)",
         "number[some] - first - (span.start > 0), -1)",
         "tests/parity/test_extend.py::test_any_cut_gives_the_logits_and_the_cache_of_prefill"
-        "[tiny-llava]",
+        "[digits-llava]",
     ),
     "extend: one slot beyond a row's entries seen": Fault(
         "export/graphs/extend.py",
         "slots[None] < index[:, None]",
         "slots[None] <= index[:, None]",
-        "tests/parity/test_extend.py::test_rows_of_different_lengths_at_once[tiny-llava]",
+        "tests/parity/test_extend.py::test_rows_of_different_lengths_at_once[digits-llava]",
     ),
     "sessions: what a token evicts is seen by it": Fault(
         "runtime/kv/tokens_at_once.py",

@@ -18,12 +18,12 @@ COUNT = 12
 
 @pytest.fixture(scope="module")
 def twin() -> Twin:
-    return Twin(ASSETS / "tiny-llava")
+    return Twin(ASSETS / "digits-llava")
 
 
 @pytest.mark.parametrize("recipe", sorted(RULES))
 def test_llava(recipe: str, bundle: Callable[..., Path], twin: Twin) -> None:
-    folder = bundle("tiny-llava", recipe, max_images=2)
+    folder = bundle("digits-llava", recipe, max_images=2)
     for keep in (0.35, 0.11):
         found = compare_steps(folder, twin, lambda k=keep: AtEncoder(recipe, k), ROWS, COUNT,
                               keep=keep)  # fmt: skip
@@ -32,12 +32,12 @@ def test_llava(recipe: str, bundle: Callable[..., Path], twin: Twin) -> None:
 
 def test_closed_up(bundle: Callable[..., Path], twin: Twin) -> None:
     """As if the image had no more tokens; one step, since the twin counts on from the whole."""
-    folder = bundle("tiny-llava", "divprune", "places=closed", max_images=2)
+    folder = bundle("digits-llava", "divprune", "places=closed", max_images=2)
     rule = AtEncoder("divprune", 0.35, closed=True)
     compare_steps(folder, twin, lambda: rule, ROWS, 1, keep=0.35)
 
 
-@pytest.mark.parametrize("name", ["tiny-llava", "llava:qwen2-tied-siglip"])
+@pytest.mark.parametrize("name", ["digits-llava", "llava:qwen2-tied-siglip"])
 def test_what_the_tower_looks_at(
     name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
@@ -52,7 +52,7 @@ def test_what_the_tower_looks_at(
 @pytest.mark.parametrize("kv", ["none", "elastic-cache"])
 def test_merged_at_half_depth(kv: str, bundle: Callable[..., Path], twin: Twin) -> None:
     given = [] if kv == "none" else ["kv_keep=1.0", "kv_sinks=1"]
-    folder = bundle("tiny-llava", "hybrid", f"kv={kv}", *given, max_images=2)
+    folder = bundle("digits-llava", "hybrid", f"kv={kv}", *given, max_images=2)
     for keep in (0.35, 0.06):
 
         def rule(keep: float = keep) -> NoRule:
@@ -67,7 +67,7 @@ def test_merged_at_half_depth(kv: str, bundle: Callable[..., Path], twin: Twin) 
 
 def test_the_end_of_a_long_question_decides(bundle: Callable[..., Path], twin: Twin) -> None:
     """Of 64 tokens; what is before them does not."""
-    folder = bundle("tiny-llava", "hybrid", "kv=none", max_images=2)
+    folder = bundle("digits-llava", "hybrid", "kv=none", max_images=2)
     row = (f"{ROWS[0][0]} {'Read the top row again, slowly. ' * 12}ASSISTANT:", ROWS[0][1])
 
     def rule() -> NoRule:

@@ -26,7 +26,7 @@ INTERVAL: Settings = {"kv_keep": 1.0, "kv_floor": 8, "kv_protect": 8, "kv_interv
 
 @pytest.fixture(scope="module")
 def twin() -> Twin:
-    return Twin(ASSETS / "tiny-llava")
+    return Twin(ASSETS / "digits-llava")
 
 
 def compare(bundle: Path, twin: Twin, rule: Callable[[], NoRule], **ratios: float) -> list[int]:
@@ -49,7 +49,7 @@ def compare(bundle: Path, twin: Twin, rule: Callable[[], NoRule], **ratios: floa
 
 
 def test_none(bundle: Callable[..., Path], twin: Twin) -> None:
-    compare(bundle("tiny-llava", max_images=2), twin, NoRule)
+    compare(bundle("digits-llava", max_images=2), twin, NoRule)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -60,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.parametrize("recipe", ["uniform", "elastic-cache", "prefixkv"])
 def test_fixed_point(recipe: str, keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
-    folder = bundle("tiny-llava", recipe, "kv_keep=1.0", max_images=2)
+    folder = bundle("digits-llava", recipe, "kv_keep=1.0", max_images=2)
     kept = compare(folder, twin, lambda: rule_of(recipe, {}, folder, kv_keep=keep), kv_keep=keep)
     assert max(kept) < 160
     assert (len(set(kept)) > 1) == (recipe == "prefixkv")
@@ -70,7 +70,7 @@ def test_fixed_point(recipe: str, keep: float, bundle: Callable[..., Path], twin
 def test_merging_within_a_modality(kv_keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
     """With room for both sides of every border, and without."""
     settings: Settings = {"kv_keep": 1.0, "within_modality": True}
-    folder = bundle("tiny-llava", "elastic-cache", *arguments(settings), max_images=2)
+    folder = bundle("digits-llava", "elastic-cache", *arguments(settings), max_images=2)
     ratios = {"kv_keep": kv_keep}
     compare(folder, twin, lambda: rule_of("elastic-cache", settings, folder, **ratios), **ratios)
 
@@ -80,7 +80,7 @@ def test_compositions(recipe: str, keep: float, bundle: Callable[..., Path], twi
     name, *given = CACHED[f"{recipe} (cached)"]
     settings: Settings = dict(setting.split("=") for setting in given)
     own = {key: int(value) for key, value in settings.items() if value.isdecimal()}
-    folder = bundle("tiny-llava", name, *given, max_images=2)
+    folder = bundle("digits-llava", name, *given, max_images=2)
     kept = compare(folder, twin, lambda: rule_of(recipe, own, folder, kv_keep=keep), kv_keep=keep)
     assert max(kept) < 160
 
@@ -88,7 +88,7 @@ def test_compositions(recipe: str, keep: float, bundle: Callable[..., Path], twi
 @pytest.mark.parametrize("recipe", ["snapkv", "streaming-llm", "prefixkv"])
 def test_any_score_merges(recipe: str, bundle: Callable[..., Path], twin: Twin) -> None:
     name, *given = CACHED[f"{recipe} (cached)"]
-    folder = bundle("tiny-llava", name, *given, "select=merge", max_images=2)
+    folder = bundle("digits-llava", name, *given, "select=merge", max_images=2)
     own: Settings = {"select": "merge"}
     own |= {
         key: int(value) for key, _, value in (x.partition("=") for x in given) if value.isdecimal()
@@ -99,7 +99,7 @@ def test_any_score_merges(recipe: str, bundle: Callable[..., Path], twin: Twin) 
 
 @pytest.mark.parametrize(("keep", "kv_keep"), [(0.35, 0.3), (0.1, 1.0)])
 def test_lightvlm(keep: float, kv_keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
-    folder = bundle("tiny-llava", "lightvlm", *arguments(INTERVAL), max_images=2)
+    folder = bundle("digits-llava", "lightvlm", *arguments(INTERVAL), max_images=2)
     ratios = {"keep": keep, "kv_keep": kv_keep}
     kept = compare(folder, twin, lambda: rule_of("lightvlm", INTERVAL, folder, **ratios), **ratios)
     assert kept[0] > kept[-1]
@@ -107,7 +107,7 @@ def test_lightvlm(keep: float, kv_keep: float, bundle: Callable[..., Path], twin
 
 def test_lightvlm_over_another_cache(bundle: Callable[..., Path], twin: Twin) -> None:
     settings: Settings = {"kv": "prefixkv", "kv_keep": 1.0, "merge": "illava"}
-    folder = bundle("tiny-llava", "lightvlm", *arguments(settings), max_images=2)
+    folder = bundle("digits-llava", "lightvlm", *arguments(settings), max_images=2)
     ratios = {"keep": 0.5, "kv_keep": 0.6}
     compare(folder, twin, lambda: rule_of("lightvlm", settings, folder, **ratios), **ratios)
 
@@ -116,10 +116,10 @@ def test_lightvlm_with_shares_of_a_file(
     bundle: Callable[..., Path], twin: Twin, shared: Path
 ) -> None:
     """A fraction between two rows of it, and the one that it was made for."""
-    file = write_profile(shared / "profiles/tiny-llava.json", ASSETS / "tiny-llava", 6, 0.5)
+    file = write_profile(shared / "profiles/digits-llava.json", ASSETS / "digits-llava", 6, 0.5)
     settings = INTERVAL | {"kv_profile": str(file)}
     del settings["kv_keep"]
-    folder = bundle("tiny-llava", "lightvlm", *arguments(settings), max_images=2)
+    folder = bundle("digits-llava", "lightvlm", *arguments(settings), max_images=2)
     for given in ({"kv_keep": 0.3}, {}):
         ratios = {"keep": 0.75, "kv_keep": 0.5} | given
         kept = compare(
@@ -137,6 +137,6 @@ def test_a_wrong_choice_shows(
     wrong: dict[str, Any], bundle: Callable[..., Path], twin: Twin
 ) -> None:
     name, *settings = CACHED["uniform (cached)"]
-    folder = bundle("tiny-llava", name, *settings, max_images=2)
+    folder = bundle("digits-llava", name, *settings, max_images=2)
     with pytest.raises(AssertionError, match="=="):
         compare(folder, twin, lambda: FixedPoint(0.3, **wrong), kv_keep=0.3)

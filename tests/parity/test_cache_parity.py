@@ -30,9 +30,9 @@ OTHERS = {
     "within a modality": (*CACHED["elastic-cache (cached)"], "within_modality=true"),
     "each head merges": (*CACHED["snapkv (cached)"], "select=merge"),
 }
-ALSO = [(model, other) for model in ("tiny-llava", "qwen2-vl:gqa") for other in OTHERS]
+ALSO = [(model, other) for model in ("digits-llava", "qwen2-vl:gqa") for other in OTHERS]
 WHOLE = [
-    *(("tiny-llava", cached) for cached in CACHED),
+    *(("digits-llava", cached) for cached in CACHED),
     *((model, cached) for model in TINY for cached in CACHED if "(cached)" in cached),
 ]
 
@@ -51,8 +51,8 @@ def count(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="module")
 def uncompressed(bundle: Callable[..., Path]) -> tuple[list[list[int]], list[np.ndarray]]:
-    """Tokens and logits of tiny-llava's whole cache."""
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+    """Tokens and logits of digits-llava's whole cache."""
+    with lvlm.load(bundle("digits-llava", max_images=2)) as model:
         return greedy(model, prompts(model, LONG), LONG)[:2]
 
 
@@ -118,7 +118,7 @@ def test_bundle_equals_its_torch_reference(
         features = [reference.encode(row.images) for row in rows]
         shrunk = set()
         pairs = list(zip(KEEPS, asked, strict=True))
-        if count < LONG and name != "tiny-llava":
+        if count < LONG and name != "digits-llava":
             pairs = pairs[::2]
         for kv_keep, some in pairs:
             together, logits, batch = greedy(model, rows, count, kv_keep=kv_keep)
@@ -146,7 +146,7 @@ def test_keep_1_is_none(
     (docs/cpu.md), so that logits agree up to rounding."""
     tokens, full = uncompressed
     recipe, *settings = (CACHED | OTHERS)[cached]
-    with lvlm.load(bundle("tiny-llava", recipe, *settings, max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", recipe, *settings, max_images=2)) as model:
         ratios = {"keep": 1.0} if recipe == "lightvlm" else {}
         mine, logits, _ = greedy(model, prompts(model, LONG), LONG, kv_keep=1.0, **ratios)
     assert mine == tokens

@@ -58,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One model of every family in a normal run."""
     if "name" in metafunc.fixturenames:
         whole = metafunc.config.getoption("--whole")
-        names = ["tiny-llava", *(TINY if whole else OTHERS)]
+        names = ["digits-llava", *(TINY if whole else OTHERS)]
         if "videos" in metafunc.function.__name__:
             names = [n for n in names[1:] if TINY[n][0].video]
         metafunc.parametrize("name", names)

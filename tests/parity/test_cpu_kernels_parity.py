@@ -31,7 +31,7 @@ def test_answers_are_those_without_the_library(
 ) -> None:
     if dtype == "fp16" and not pytestconfig.getoption("--whole"):
         pytest.skip("more exports: --whole")
-    folder = bundle("tiny-llava", *recipe, max_images=2, dtype=dtype)
+    folder = bundle("digits-llava", *recipe, max_images=2, dtype=dtype)
 
     def answers() -> list[list[int]]:
         with lvlm.load(folder) as model:

@@ -23,7 +23,7 @@ RECIPES = ("divprune", "random", "strided", "hybrid")  # for all families
 SCORED = ("llava-next:mistral-gqa", "visionzip")
 # Tiles with text between them; rows of an image's own size, three positions each, DeepStack
 USUAL = [
-    ("tiny-llava", "divprune"),
+    ("digits-llava", "divprune"),
     ("smolvlm:gqa-tiles", "strided"),
     SCORED,
     ("qwen3-vl:gqa", "random"),
@@ -72,7 +72,7 @@ def test_bundles_equal_their_torch_reference(
 def test_a_picture_is_read_once_for_many_questions(
     bundle: Callable[..., Path],
 ) -> None:
-    folder = bundle("tiny-llava", "divprune", max_images=2)
+    folder = bundle("digits-llava", "divprune", max_images=2)
     with lvlm.load(folder) as model, Engine(folder, slots=3) as engine:
 
         def ask(text: str, **options: Any) -> Any:
@@ -96,7 +96,7 @@ def test_a_picture_is_read_once_for_many_questions(
 
 def test_long_prompts_are_read_in_chunks(bundle: Callable[..., Path]) -> None:
     """Positions of an image's tokens are known before the first piece."""
-    folder = bundle("tiny-llava", "divprune", max_images=2)
+    folder = bundle("digits-llava", "divprune", max_images=2)
     prompt = ROWS[3]
     with lvlm.load(folder) as model:
         expected = model.generate(*prompt, **OPTIONS).token_ids
@@ -107,7 +107,7 @@ def test_long_prompts_are_read_in_chunks(bundle: Callable[..., Path]) -> None:
 
 
 def test_an_image_of_one_token(bundle: Callable[..., Path]) -> None:
-    with lvlm.load(bundle("tiny-llava", "strided", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", "strided", max_images=2)) as model:
         answer = model.generate(FIRST, [np.zeros((9, 9, 3), np.uint8)], keep=1e-6, **OPTIONS)
     assert answer.stats.image_tokens == 1
 
@@ -116,7 +116,7 @@ def test_a_turn_that_is_read_behind_a_compressed_cache(bundle: Callable[..., Pat
     """Its image loses tokens, too, which have their own positions: with room for every entry it is
     answered as the whole conversation is."""
     settings = ("divprune", "kv=elastic-cache", "kv_keep=1.0")
-    folder = bundle("tiny-llava", *settings, max_images=2, sessions=True)
+    folder = bundle("digits-llava", *settings, max_images=2, sessions=True)
     talk: list[dict[str, Any]] = []
     with lvlm.load(folder) as model, Engine(folder, slots=2) as engine, engine.session() as session:
         for text, image in (("Read the top row.", IMAGES[0]), ("And here?", IMAGES[1])):

@@ -23,7 +23,7 @@ from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt
 
-MODELS = ["tiny-llava", *USUAL]
+MODELS = ["digits-llava", *USUAL]
 WHOLE_OPTIONS = GenerationOptions(chat_template=False)
 
 
@@ -78,8 +78,8 @@ def test_any_cut_gives_the_logits_and_the_cache_of_prefill(
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("tiny-llava", {"dtype": "fp16"}),
-        ("tiny-llava", {"weights": "int4", "cache": "fp16"}),
+        ("digits-llava", {"dtype": "fp16"}),
+        ("digits-llava", {"weights": "int4", "cache": "fp16"}),
         ("llava:qwen2-tied-siglip", {"weights": "int8", "block_size": 16}),
     ],
     ids=["fp16", "int4", "int8"],
@@ -94,7 +94,7 @@ def test_low_precision(name: str, how: dict[str, Any], bundle: Callable[..., Pat
             assert difference(found, expected[0]) < TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("name", ["tiny-llava", "qwen2-vl:gqa"])
+@pytest.mark.parametrize("name", ["digits-llava", "qwen2-vl:gqa"])
 def test_rows_of_different_lengths_at_once(name: str, bundle: Callable[..., Path]) -> None:
     """Each row has other entries there, and another number of new tokens; what lies behind a row's
     entries is not seen."""
@@ -148,7 +148,7 @@ def test_rows_of_different_lengths_at_once(name: str, bundle: Callable[..., Path
 
 def test_the_whole_past_is_not_touched(bundle: Callable[..., Path]) -> None:
     """Beyond the slots that are asked for nothing is read, not even what is not finite."""
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", max_images=2)) as model:
         graphs = model.calls.graphs
         prompt = prompts_of(model)[2]
         counts = count_prompts(graphs.manifest, [prompt], None, None)

@@ -20,7 +20,7 @@ def lowered(bundle: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
     ("model", "dtype", "tolerance"),
     [
         (SMALL, "fp32", 2e-4),
-        ("tiny-llava", "fp16", 0.05),
+        ("digits-llava", "fp16", 0.05),
         *((name, "fp32", 1e-3) for name in OTHERS),
     ],
 )

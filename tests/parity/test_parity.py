@@ -20,7 +20,7 @@ from lvlm.export.reference.torch_reference import Reference
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 
-MODELS = ["tiny-llava", *TINY]
+MODELS = ["digits-llava", *TINY]
 KEEPS = [0.35, 0.15, 0.03, 1.0]
 
 
@@ -90,9 +90,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"name", "settings"} <= set(metafunc.fixturenames):
         names = MODELS if metafunc.config.getoption("--whole") else MERGED
         cases: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
-        cases.append(("tiny-llava", ("merge=nearest", "importance=last")))
-        cases.append(("tiny-llava", ("merge=drop", "stages=[2,4]")))
-        cases += [(name, ("merge=illava",)) for name in ("tiny-llava", "qwen2.5-vl:gqa")]
+        cases.append(("digits-llava", ("merge=nearest", "importance=last")))
+        cases.append(("digits-llava", ("merge=drop", "stages=[2,4]")))
+        cases += [(name, ("merge=illava",)) for name in ("digits-llava", "qwen2.5-vl:gqa")]
         metafunc.parametrize(("name", "settings"), cases)
 
 
@@ -136,13 +136,13 @@ def same_merges(maps: list[np.ndarray], theirs: Any) -> None:
 def test_keep_1_equals_recipe_none(bundle: Callable[..., Path]) -> None:
     texts, images = [r[0] for r in ROWS], [r[1] for r in ROWS]
     options: dict[str, Any] = {"max_new_tokens": 64, "chat_template": False}
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", max_images=2)) as model:
         none = [g.token_ids for g in model.generate(texts, images, **options)]
         batch = model.calls.start(
             [model.prepare(0, *ROWS[1], GenerationOptions(chat_template=False))]
         )
         logits = batch.logits.copy()
-    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", "lightvlm", max_images=2)) as model:
         options |= {"keep": 1.0, "kv_keep": 1.0}
         merged = [g.token_ids for g in model.generate(texts, images, **options)]
         batch = model.calls.start(
@@ -159,7 +159,7 @@ def test_image_tokens_entering_each_layer_follow_the_schedule(
     bundle: Callable[..., Path],
 ) -> None:
     """V * keep ** (i / n), rounded, after stage i of n; seen in what the caches really hold."""
-    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", "lightvlm", max_images=2)) as model:
         for keep in (0.35, 0.15, 0.03):
             batch = model.calls.start(
                 [model.prepare(0, "Describe the picture.", IMAGES[:1], GenerationOptions())],
@@ -182,10 +182,10 @@ def test_an_image_anywhere(bundle: Callable[..., Path]) -> None:
     texts = ["First words <image> then words", "Describe this: <image>", "<image>Say", "<image>"]
     rows = [(text, IMAGES[:1]) for text in texts]
     options: dict[str, Any] = {"max_new_tokens": 16, "chat_template": False}
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", max_images=2)) as model:
         plain = [model.generate(*row, **options).token_ids for row in rows]
-        assert plain == transformers_tokens(ASSETS / "tiny-llava", model, 16, rows)
-    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
+        assert plain == transformers_tokens(ASSETS / "digits-llava", model, 16, rows)
+    with lvlm.load(bundle("digits-llava", "lightvlm", max_images=2)) as model:
         for row, tokens in zip(rows, plain, strict=True):
             assert model.generate(*row, keep=1.0, kv_keep=1.0, **options).token_ids == tokens
             alone = model.generate(*row, keep=0.2, **options)
@@ -195,7 +195,7 @@ def test_an_image_anywhere(bundle: Callable[..., Path]) -> None:
 
 def test_padding_and_company_change_nothing(bundle: Callable[..., Path]) -> None:
     """Logits of a row alone and beside a longer row with more images."""
-    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", "lightvlm", max_images=2)) as model:
         rows = [model.prepare(0, *row, GenerationOptions(chat_template=False)) for row in ROWS]
         together = model.calls.start(rows).logits.copy()
         for row, prompt in enumerate(rows):

@@ -69,7 +69,7 @@ def folder(
     folder = tmp_path_factory.mktemp("loudest") / "bundle"  # each process its own
     plan = make_plan(
         ExportOptions(
-            str(checkpoint("tiny-llava")), KeepLoudest(), folder, dtype="fp32", max_images=2
+            str(checkpoint("digits-llava")), KeepLoudest(), folder, dtype="fp32", max_images=2
         )
     )
     with pytest.MonkeyPatch.context() as patch:

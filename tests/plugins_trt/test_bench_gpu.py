@@ -22,7 +22,7 @@ def test_a_row_has_its_figures(
     import bench_gpu
     from random_prompt import prompt_for
 
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", max_images=2)) as model:
         prompts = [prompt_for(model.manifest, 160, 4, row) for row in range(2)]
         found = bench_gpu.run_ours(model, prompts, 4, {})
     text = model.manifest.text

@@ -58,7 +58,7 @@ def built(bundle: Make, tmp_path: Path) -> Make:
     """A bundle with engines: built("prefixkv", weights="inputs")."""
 
     def make(recipe: str = "none", dtype: str = "fp32", **options: Any) -> Path:
-        source = bundle("tiny-llava", *RECIPES[recipe], dtype=dtype, max_images=2)
+        source = bundle("digits-llava", *RECIPES[recipe], dtype=dtype, max_images=2)
         folder = tmp_path / "bundle"
         build_engines(source, folder, **options)
         return folder
@@ -74,6 +74,6 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def light(bundle: Callable[..., Path]) -> Iterator[Model]:
-    """tiny-llava with lightvlm."""
-    with lvlm.load(bundle("tiny-llava", "lightvlm", max_images=2), threads=1) as model:
+    """digits-llava with lightvlm."""
+    with lvlm.load(bundle("digits-llava", "lightvlm", max_images=2), threads=1) as model:
         yield model

@@ -25,7 +25,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def light(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", "lightvlm", max_images=2)
+    return bundle("digits-llava", "lightvlm", max_images=2)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def light(bundle: Callable[..., Path]) -> Path:
         (["BUNDLE", "Hi", *["--image", IMAGE] * 3], "--max-images 2"),
         (["nowhere", "Hi"], "nowhere does not exist; make one with lvlm-export"),
         ([ASSETS, "Hi"], "is not a bundle"),
-        ([ASSETS / "tiny-llava", "Hi"], "is a checkpoint; make a bundle of it"),
+        ([ASSETS / "digits-llava", "Hi"], "is a checkpoint; make a bundle of it"),
         (["BUNDLE", "Hi", "--chat-template", os.devnull], f"{os.devnull} is empty"),
         (["BUNDLE", "Hi", "--show-merge", "a.png"], "--show-merge draws on an image"),
         (["BUNDLE", "Hi", "--image", IMAGE, "--show-merge", "a.jpg"], "ending in .png"),
@@ -94,7 +94,7 @@ def test_a_mistake_is_one_line_and_status_2(
 def test_show_merge_needs_a_bundle_that_merges(
     run: Run, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    plain = bundle("tiny-llava", max_images=2)
+    plain = bundle("digits-llava", max_images=2)
     image = tmp_path / "a.png"
     code, out, err = run(plain, QUESTION, "--image", IMAGE, "--show-merge", image)
     assert (code, out) == (2, "")  # before any answer

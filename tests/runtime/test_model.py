@@ -133,7 +133,7 @@ def test_system_needs_the_template(light: Model) -> None:
 
 
 def test_keep_needs_a_bundle_that_merges(bundle: Callable[..., Path]) -> None:
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", max_images=2)) as model:
         with pytest.raises(ParameterError, match="needs a bundle with fewer image tokens"):
             model.generate(QUESTION, [IMAGE], keep=0.5)
         answer = model.generate(QUESTION, [IMAGE], keep=1.0, max_new_tokens=2)
@@ -141,7 +141,7 @@ def test_keep_needs_a_bundle_that_merges(bundle: Callable[..., Path]) -> None:
 
 
 def test_loading_errors(bundle: Callable[..., Path], tmp_path: Path) -> None:
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
     with pytest.raises(ParameterError, match="unknown device 'cpi'; did you mean cpu"):
         lvlm.load(folder, device="cpi")
     for threads in (0, 300, 2**32 + 1, "2", True):
@@ -181,7 +181,7 @@ def test_lists_of_images_may_be_left_out(light: Model) -> None:
 
 def test_bf16_is_refused_on_the_cpu(bundle: Callable[..., Path]) -> None:
     with pytest.raises(BackendError, match=r"bf16, which is for GPU.* --dtype fp32") as caught:
-        lvlm.load(bundle("tiny-llava", dtype="bf16", max_images=2))
+        lvlm.load(bundle("digits-llava", dtype="bf16", max_images=2))
     assert "\n" not in str(caught.value)
 
 
@@ -246,7 +246,7 @@ def test_a_failed_call_leaves_the_model_usable(light: Model) -> None:
 
 
 def test_a_closed_model_says_so(bundle: Callable[..., Path]) -> None:
-    model = lvlm.load(bundle("tiny-llava", max_images=2))
+    model = lvlm.load(bundle("digits-llava", max_images=2))
     with model as same:
         assert same is model
     for call in (lambda: model.generate("Hi"), lambda: list(model.stream("Hi"))):

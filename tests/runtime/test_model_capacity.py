@@ -19,7 +19,7 @@ from lvlm.runtime.options.generation_options import GenerationOptions
 @pytest.fixture(scope="module")
 def small(bundle: Callable[..., Path]) -> Iterator[Model]:
     """32 text tokens and one image."""
-    with lvlm.load(bundle("tiny-llava", "lightvlm", max_text_len=32), threads=1) as model:
+    with lvlm.load(bundle("digits-llava", "lightvlm", max_text_len=32), threads=1) as model:
         yield model
 
 

@@ -54,7 +54,7 @@ def test_what_cannot_be_scored(light: Model) -> None:
 
 
 def test_a_score_of_what_is_not_finite(bundle: Callable[..., Path]) -> None:
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", max_images=2)) as model:
 
         def spoil(inputs: Any, outputs: Any) -> None:  # noqa: ARG001
             outputs["logits"][0, 9] = np.inf

@@ -216,7 +216,7 @@ def _max_dims(processor: Mapping[str, Any]) -> dict[str, int]:
 
 def tiny_text(layers: int, heads: int, kv_heads: int, section: list[int]) -> dict[str, Any]:
     return {
-        "vocab_size": 512,
+        "vocab_size": 640,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,

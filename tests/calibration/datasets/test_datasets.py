@@ -115,7 +115,7 @@ def test_llava_detail_takes_the_first_pair_of_turns(write: Write, tmp_path: Path
         ("d.jsonl", line(), {"samples": 0}, "--samples is 0"),
         ("d.jsonl", line(), {"layout": "mmvet"}, "did you mean mm-vet"),
         ("d.jsonl", line(), {"layout": "digits"}, "write --data digits"),
-        ("d.jsonl", line(), {"kinds": ["cell"]}, "'jsonl' has none"),
+        ("d.jsonl", line(), {"kinds": ["read"]}, "'jsonl' has none"),
         ("d.jsonl", line(), {"images": Path("/nowhere")}, "no such folder"),
         ("d.json", [], {}, "which layout.*llava-detail, mm-vet"),
         ("d.json", [], {"layout": "mm-vet"}, "holds no samples"),
@@ -156,12 +156,16 @@ def test_files_that_are_not_there_or_not_text(tmp_path: Path) -> None:
 
 
 def test_digits_are_held_out_and_of_the_kinds_asked_for() -> None:
-    samples = read_samples("digits", samples=4, kinds=["describe", "cell"])
-    drawn = digits.samples("heldout", 4, kinds=("describe", "cell"))
-    for sample, (grid, question) in zip(samples, drawn, strict=True):
-        assert (sample.prompt, sample.answer) == (question.question, question.answer)
-        assert np.array_equal(sample.images[0], grid.image)
-    assert [sample.id for sample in samples] == ["1-describe", "2-cell", "3-describe", "4-cell"]
+    samples = read_samples("digits", samples=4, kinds=["describe", "pictures"])
+    drawn = digits.samples("heldout", 4, kinds=("describe", "pictures"))
+    for sample, asked in zip(samples, drawn, strict=True):
+        assert (sample.prompt, sample.answer) == (asked.question, asked.answer)
+        for image, scene in zip(sample.images, asked.scenes, strict=True):
+            assert np.array_equal(image, scene.image)
+    assert [sample.id for sample in samples] == [
+        *("1-describe-sparse", "2-pictures-sparse", "3-describe-middle", "4-pictures-middle")
+    ]
+    assert [len(sample.images) for sample in samples] == [1, 2, 1, 2]
 
 
 def test_mistakes_about_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -29,4 +29,4 @@ def uniform(bundle: Callable[..., Path]) -> Bundle:
 
 @pytest.fixture(scope="module")
 def samples() -> list[EvaluationSample]:
-    return read_samples("digits", samples=3, kinds=["describe", "row", "cell"])
+    return read_samples("digits", samples=3, kinds=["describe", "row", "read"])

@@ -14,8 +14,8 @@ from lvlm.calibration.evaluate.variant_runner import Conditions
 from lvlm.calibration.evaluate.variants import Bundle, Variant
 
 HOW = Conditions(max_new_tokens=8)
-IMAGE_TOKENS = 144
-LAYERS = 6
+IMAGE_TOKENS = 576
+LAYERS = 8
 
 
 def records(

@@ -39,7 +39,7 @@ def light(bundle: Callable[..., Path]) -> Path:
     return bundle("tiny-llava", *CACHED["lightvlm (cached)"], max_images=2)
 
 
-DIGITS = ("--data", "digits", "--kinds", "describe,cell", "--samples", 2, "--max-new-tokens", 8)
+DIGITS = ("--data", "digits", "--kinds", "describe,read", "--samples", 2, "--max-new-tokens", 8)
 
 
 def table(text: str) -> list[list[str]]:
@@ -102,7 +102,7 @@ def test_equal_commands_give_equal_results_but_for_times(
                 "--data",
                 "digits",
                 "--kinds",
-                "row,cell",
+                "row,read",
                 "--samples",
                 3,
                 "--keep",
@@ -165,7 +165,7 @@ def test_a_folder_of_another_command(
     run: Run, full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    argv = (full, "--data", "digits", "--kinds", "cell", "--metrics", "accuracy", "-o", out)
+    argv = (full, "--data", "digits", "--kinds", "read", "--metrics", "accuracy", "-o", out)
     assert run(*argv, "--samples", 2, "--max-new-tokens", 2)[0] == 0
     longer = (*argv, "--samples", 3, "--max-new-tokens", 2)
     code, _, err = run(*longer)
@@ -208,7 +208,7 @@ def test_a_folder_of_another_command(
             "--reference has no effect",
         ),
         (["FULL", "--data", "digit", "-o", "OUT"], "did you mean digits"),
-        (["FULL", "--data", "digits", "--kinds", "row,cel", "-o", "OUT"], "did you mean cell"),
+        (["FULL", "--data", "digits", "--kinds", "row,rea", "-o", "OUT"], "did you mean read"),
         (["FULL", "--data", "no.jsonl", "-o", "OUT"], "no such file"),
         (["FULL", *DIGITS, "--keep", "0", "-o", "OUT"], "0.0 is not above 0 and up to 1"),
         (["FULL", *DIGITS, "--keep", "0.5,nan", "-o", "OUT"], "nan is not above 0"),

@@ -48,13 +48,17 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_loads_nothing(
         spy = Spy(patch, stop_at=3)
         with pytest.raises(KeyboardInterrupt):
             list(evaluate(jobs, samples, how, RecordStore(path, SampleRecord)))
-        assert spy.batches == [["1-describe", "2-row"], ["3-cell"], ["1-describe", "2-row"]]
+        assert spy.batches == [
+            ["1-describe-sparse", "2-row-sparse"],
+            ["3-read-sparse"],
+            ["1-describe-sparse", "2-row-sparse"],
+        ]
     with path.open("a") as file:
         file.write('{"key": "cut sh')
     with pytest.MonkeyPatch.context() as patch:
         spy = Spy(patch)
         steps = list(evaluate(jobs, samples, how, RecordStore(path, SampleRecord)))
-        assert spy.batches == [["3-cell"]]
+        assert spy.batches == [["3-read-sparse"]]
     assert steps[-1].done == 3
     assert steps[-1].seconds_left == 0
     assert len(path.read_text().splitlines()) == 6

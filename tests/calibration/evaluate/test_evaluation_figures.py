@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from bundles import transformers_inputs
 from evaluation_tools import HOW, IMAGE_TOKENS, perplexity, records
-from settings import ASSETS
+from settings import SHIPPED
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from lvlm.calibration.datasets.samples import EvaluationSample, read_samples
@@ -28,7 +28,7 @@ def test_perplexity_equals_that_of_transformers(
     full: Bundle, samples: list[EvaluationSample], tmp_path: Path, batch: int
 ) -> None:
     """One forward over prompt and answer, prepared by transformers' own tokenizer and template."""
-    folder = ASSETS / "tiny-llava"
+    folder = SHIPPED
     theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     losses: list[float] = []
@@ -101,7 +101,7 @@ def test_an_answer_follows_its_prompt_as_in_training(full: Bundle) -> None:
     """tiny-llava was trained on "ASSISTANT: The …"; the space belongs to the first word."""
     runner = BundleRunner(full, HOW)
     (sample,) = read_samples("digits", samples=1, kinds=["describe"])
-    tokens = AutoTokenizer.from_pretrained(ASSETS / "tiny-llava")
+    tokens = AutoTokenizer.from_pretrained(SHIPPED)
     answer = tokens(f" {sample.answer}", add_special_tokens=False)["input_ids"]
     assert list(runner.shape(sample).answer) == answer
     padded = dataclasses.replace(sample, answer=f"\n {sample.answer}  ")

@@ -25,7 +25,7 @@ from lvlm.export.budgets.prefix_profiles import check_profile, model_hash, read_
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.main import main as lvlm_main
 
-MODEL = ASSETS / "tiny-llava"
+MODEL = ASSETS / "digits-llava"
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
@@ -67,7 +67,7 @@ def test_calibrate_three_samples(
     assert f"next: lvlm-export -m {MODEL} -r prefixkv --set profile={out}" in err
     profile = read_profile(out)
     check_profile(profile, 6, model_hash(Checkpoint(MODEL, "", None)))
-    assert profile.model.source == "tiny-llava"
+    assert profile.model.source == "digits-llava"
     assert (profile.keep, profile.data.samples, profile.recipe.name) == (0.3, 3, "none")
     assert len(profile.rows) == 19
     assert max(profile.row().fractions) - min(profile.row().fractions) > 0.02
@@ -93,7 +93,7 @@ def test_json_and_merging(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert Path(found["plot"]).is_file()
     assert found["recipe"]["name"] == profile.recipe.name == "lightvlm"
     assert profile.recipe.parameters["keep"] == 0.1
-    assert profile.recipe.parameters["stages"] == [1, 2, 3]
+    assert profile.recipe.parameters["stages"] == [1, 2, 4]
 
 
 def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from lvlm.calibration.profile.calibrate_cli import main
 from lvlm.export.budgets.prefix_profiles import check_profile, model_hash, read_profile
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 
-MODEL = ASSETS / "tiny-llava"
+MODEL = ASSETS / "digits-llava"
 FIFTH = [0.0, 0.1, 0.3, 0.2, 0.25, 0.35]  # evicted of each of six layers
 HALF = [0.2, 0.4, 0.6, 0.5, 0.6, 0.7]
 

@@ -25,7 +25,7 @@ FILES = [
     *("records.jsonl", "results.json", "results.md", "results.png"),
     *("settings.json", "speeds.jsonl"),
 ]
-SAMPLES = ("--data", "digits", "--kinds", "cell", "--samples", 12, "--max-new-tokens", 8)
+SAMPLES = ("--data", "digits", "--kinds", "list", "--samples", 12, "--max-new-tokens", 32)
 LOAD = ("--concurrency", 2, "--prompt-tokens", 24, "--new-tokens", 4, "--threads", 1)
 
 
@@ -54,7 +54,7 @@ def test_a_choice_and_its_repetition(
     run: Run, full: Path, light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "tuned"
-    argv = (full, light, *SAMPLES, *LOAD, "--keep", "0.3", "--kv-keep", "0.2", "-o", out)
+    argv = (full, light, *SAMPLES, *LOAD, "--keep", "0.05", "--kv-keep", "0.2", "-o", out)
     code, printed, err = run(*argv, "--max-loss", "99%")
     assert code == 0, err
     assert sorted(p.name for p in out.iterdir()) == FILES
@@ -62,7 +62,7 @@ def test_a_choice_and_its_repetition(
     assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
     assert "12 of 12 samples" in err
     table = rows(printed)
-    label = "lightvlm keep 0.3 + interval kv-keep 0.2"
+    label = "lightvlm keep 0.05 + interval kv-keep 0.2"
     assert set(table) == {"none", label}
     found = json.loads((out / "results.json").read_text())
     none, merged = found["trials"]

@@ -77,7 +77,7 @@ def attention(folder: Path, prompt: Prompt) -> list[np.ndarray]:
     return [a[0].double().mean(0).sum(0).numpy() for a in out.attentions]
 
 
-@pytest.mark.parametrize("name", ["tiny-llava", *TINY])
+@pytest.mark.parametrize("name", ["digits-llava", *TINY])
 def test_importances_are_the_column_sums_of_the_attention(
     name: str, checkpoint: Callable[[str], Path]
 ) -> None:
@@ -92,7 +92,7 @@ def test_importances_are_the_column_sums_of_the_attention(
 
 
 def test_importances_under_merging_are_of_the_shorter_sequence() -> None:
-    folder = ASSETS / "tiny-llava"
+    folder = ASSETS / "digits-llava"
     (prompt, _) = prompts(folder, 2)
     text = len(prompt.ids) - 144
     merging = load(folder, recipe("lightvlm", "keep=0.1"))
@@ -113,7 +113,7 @@ def test_importances_under_merging_are_of_the_shorter_sequence() -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "every_name" in metafunc.fixturenames:
         names = TINY if metafunc.config.getoption("--whole") else USUAL
-        metafunc.parametrize("every_name", ["tiny-llava", *names])
+        metafunc.parametrize("every_name", ["digits-llava", *names])
 
 
 def test_prompts_equal_those_of_a_bundle(
@@ -130,7 +130,7 @@ def test_prompts_equal_those_of_a_bundle(
 
 
 def test_prompts_without_a_chat_template(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(checkpoint("tiny-llava"), tmp_path / "model"))
+    folder = Path(shutil.copytree(checkpoint("digits-llava"), tmp_path / "model"))
     (folder / "chat_template.jinja").unlink()
     maker = sample_prompts.prompt_maker(*open_folder(folder))
     image = builtin_samples()[0].images[0]
@@ -145,7 +145,7 @@ def test_prompts_without_a_chat_template(checkpoint: Callable[[str], Path], tmp_
 def test_prompts_of_a_template_that_takes_text(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(checkpoint("tiny-llava"), tmp_path / "model"))
+    folder = Path(shutil.copytree(checkpoint("digits-llava"), tmp_path / "model"))
     (folder / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] + ' ' }}{% endfor %}"
     )
@@ -176,7 +176,7 @@ def test_prompts_of_a_template_that_takes_text(
 def test_a_sample_that_cannot_be_prepared_is_named(
     sample: CalibrationSample, kind: type[Exception], message: str
 ) -> None:
-    maker = sample_prompts.prompt_maker(*open_folder(ASSETS / "tiny-llava"))
+    maker = sample_prompts.prompt_maker(*open_folder(ASSETS / "digits-llava"))
     with pytest.raises(kind) as error:
         sample_prompts.prepare(maker, sample)
     assert str(error.value).startswith(message)
@@ -193,7 +193,7 @@ def test_a_sample_that_cannot_be_prepared_is_named(
 def test_a_checkpoint_without_a_usable_template(
     template: str, said: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(checkpoint("tiny-llava"), tmp_path / "model"))
+    folder = Path(shutil.copytree(checkpoint("digits-llava"), tmp_path / "model"))
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(CheckpointError, match=f"its chat template {said}") as error:
         sample_prompts.prompt_maker(*open_folder(folder))
@@ -202,12 +202,12 @@ def test_a_checkpoint_without_a_usable_template(
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    return load(ASSETS / "tiny-llava", recipe("none"))
+    return load(ASSETS / "digits-llava", recipe("none"))
 
 
 @pytest.fixture(scope="module")
 def ready() -> list[Prompt]:
-    return prompts(ASSETS / "tiny-llava", 3)
+    return prompts(ASSETS / "digits-llava", 3)
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,7 @@ def test_another_setting_reads_anew(
     elif what == "model":
         model = ModelId("m", "M", "1" * 64)
     elif what == "recipe":
-        reference = load(ASSETS / "tiny-llava", recipe("lightvlm"))
+        reference = load(ASSETS / "digits-llava", recipe("lightvlm"))
     else:
         work.write_text(work.read_text().replace("[0.", "[7.", 1))
     found = calibrate(reference, model, ready[:1], keep, work=work)
@@ -324,7 +324,7 @@ def test_no_samples(reference: Reference) -> None:
 
 
 def test_a_model_that_computes_no_numbers(ready: list[Prompt]) -> None:
-    broken = load(ASSETS / "tiny-llava", recipe("none"))
+    broken = load(ASSETS / "digits-llava", recipe("none"))
     with torch.no_grad():
         next(iter(broken.language.blocks[2].parameters())).fill_(float("nan"))
     with pytest.raises(ParameterError, match="layer 2 are not all finite"):

@@ -95,4 +95,4 @@ def test_builtin_samples_can_be_opened() -> None:
     samples = builtin_samples()
     assert len(samples) == len({(s.images, s.prompt) for s in samples}) == 8
     assert len({s.images for s in samples}) == 2
-    assert all(open_image(s.images[0]).shape == (168, 168, 3) for s in samples)
+    assert all(open_image(s.images[0]).shape == (336, 336, 3) for s in samples)

@@ -143,7 +143,7 @@ def test_a_profile_of_another_model() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(ASSETS / "tiny-llava", tmp_path / "model"))
+    return Path(shutil.copytree(ASSETS / "digits-llava", tmp_path / "model"))
 
 
 def hash_of(folder: Path) -> str:
@@ -152,7 +152,7 @@ def hash_of(folder: Path) -> str:
 
 def test_model_hash_is_of_weights_and_configuration(folder: Path) -> None:
     before = hash_of(folder)
-    assert before == hash_of(ASSETS / "tiny-llava")
+    assert before == hash_of(ASSETS / "digits-llava")
     (folder / "README.md").write_text("hello")
     assert hash_of(folder) == before
     config = folder / "config.json"

@@ -209,7 +209,7 @@ def test_quantized_weights_are_merged_when_dequantized(tmp_path: Path) -> None:
         return as_awq(name, rounded), rounded.dense()
 
     given = {"quant_method": "awq", "bits": 4}
-    packed = quantize_folder(ASSETS / "tiny-llava", tmp_path / "packed", given, awq)
+    packed = quantize_folder(ASSETS / "digits-llava", tmp_path / "packed", given, awq)
     module = "language_model.model.layers.0.self_attn.q_proj"
     dense = load_file(tmp_path / "packed-dense/model.safetensors")[f"{module}.weight"]
     down, up = torch.randn(2, dense.shape[1]), torch.randn(dense.shape[0], 2)

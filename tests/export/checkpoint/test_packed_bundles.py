@@ -62,7 +62,7 @@ def test_answers_are_those_of_the_dequantized_weights(
     if form != "awq" and not pytestconfig.getoption("--whole"):
         pytest.skip("one form in a normal run; --whole: all")
     settings, write, how = FORMS[form]
-    folder = quantize_folder(ASSETS / "tiny-llava", tmp_path / form, settings, write, "")
+    folder = quantize_folder(ASSETS / "digits-llava", tmp_path / form, settings, write, "")
     bundle = make_bundle(f"tiny-llava-{form}", folder, shared, max_images=2)
     manifest = read_bundle(bundle)
     assert manifest.quantization is not None

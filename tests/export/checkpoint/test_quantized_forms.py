@@ -31,7 +31,7 @@ from lvlm.core.errors import CheckpointError, LvlmError, ParameterError
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.summaries import plan_data, plan_table
 
-SOURCE = ASSETS / "tiny-llava"
+SOURCE = ASSETS / "digits-llava"
 UP = "language_model.model.layers.0.mlp.up_proj"
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}

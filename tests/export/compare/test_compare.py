@@ -58,7 +58,7 @@ def test_a_difference_is_found(
 def test_graphs_that_were_not_lowered(
     bundle: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = bundle("tiny-llava", "lightvlm", max_images=2)
+    folder = bundle("digits-llava", "lightvlm", max_images=2)
     assert compare_cli.main(["layers", str(folder), "--against", "tensorrt"]) == 2
     said = capfd.readouterr().err
     assert "lvlm-build engine" in said
@@ -68,7 +68,7 @@ def test_graphs_that_were_not_lowered(
 def test_answers_of_two_devices(
     bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, file = bundle("tiny-llava", max_images=2), tmp_path / "tokens.json"
+    folder, file = bundle("digits-llava", max_images=2), tmp_path / "tokens.json"
     assert compare_cli.main(["devices", str(folder), "--write", str(file)]) == 0
     assert compare_cli.main(["devices", str(folder), "--expect", str(file)]) == 0
     assert "6 of 6 answers equal" in capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_answers_of_two_devices(
 def test_a_finished_bundle_is_planned_as_its_export_was(
     bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = bundle("tiny-llava", "lightvlm", max_images=2)
+    folder = bundle("digits-llava", "lightvlm", max_images=2)
     seen: list[Any] = []
 
     def validate(plan: Any, *_: Any) -> None:
@@ -94,7 +94,7 @@ def test_a_finished_bundle_is_planned_as_its_export_was(
 
     monkeypatch.setattr(with_checkpoint.validation, "validate", validate)
     with pytest.raises(ParameterError, match="seen"):
-        with_checkpoint.compare(folder, str(ASSETS / "tiny-llava"))
+        with_checkpoint.compare(folder, str(ASSETS / "digits-llava"))
     manifest, (plan,) = read_bundle(folder), seen
     assert plan.recipe.name == manifest.recipe
     planned = json.loads(json.dumps(dataclasses.asdict(plan.recipe)))

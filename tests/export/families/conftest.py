@@ -1,4 +1,4 @@
-"""tiny-llava's small files."""
+"""digits-llava's small files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from settings import ASSETS
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """tiny-llava's files without its weights, to be changed."""
+    """digits-llava's files without its weights, to be changed."""
     made = tmp_path / "checkpoint"
     made.mkdir()
     for name in SMALL:
-        shutil.copyfile(ASSETS / "tiny-llava" / name, made / name)
+        shutil.copyfile(ASSETS / "digits-llava" / name, made / name)
     return made

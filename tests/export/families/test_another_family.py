@@ -76,7 +76,7 @@ def folder(family: Family, theirs: Any, tmp_path_factory: pytest.TempPathFactory
     for name, content in files.items():
         (path / name).write_text(content)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(ASSETS / "tiny-llava" / name, path)
+        shutil.copy(ASSETS / "digits-llava" / name, path)
     return path
 
 

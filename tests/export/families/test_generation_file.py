@@ -113,15 +113,15 @@ IMAGE = ASSETS / "samples/digits-1.png"
 
 @pytest.fixture(scope="module")
 def theirs() -> Any:
-    """tiny-llava in transformers."""
-    folder = ASSETS / "tiny-llava"
+    """digits-llava in transformers."""
+    folder = ASSETS / "digits-llava"
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
 def plain(bundle: Callable[..., Path]) -> list[int]:
-    """tiny-llava's answer without a generation_config.json that says anything."""
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+    """digits-llava's answer without a generation_config.json that says anything."""
+    with lvlm.load(bundle("digits-llava", max_images=2)) as model:
         options = GenerationOptions(chat_template=False, max_new_tokens=24)
         return list(model.generate(ASKED, [IMAGE], options=options).token_ids)
 
@@ -149,7 +149,7 @@ def test_answers_are_those_of_generate_as_configured(
 ) -> None:
     edit(folder / "generation_config.json", **says(plain))
     made = read(folder)
-    own = shutil.copytree(bundle("tiny-llava", max_images=2), tmp_path / "bundle")
+    own = shutil.copytree(bundle("digits-llava", max_images=2), tmp_path / "bundle")
     manifest = json.loads((own / "lvlm.json").read_text())
     manifest["generation"] = made.generation
     manifest["text"]["eos_ids"] = list(made.eos_ids)

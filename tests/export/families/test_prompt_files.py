@@ -135,7 +135,7 @@ def test_a_template_that_writes_the_beginning_token(
     theirs = processor.apply_chat_template(message, tokenize=True, add_generation_prompt=True)
     made = read(folder)
     tokenizer = Tokenizer.of_text(made.tokenizer, made.eos_ids)
-    images = read_bundle(bundle("tiny-llava", max_images=2), verify="none").images
+    images = read_bundle(bundle("digits-llava", max_images=2), verify="none").images
     maker = PromptMaker(tokenizer, images, 10**6, made.chat_template, made.special_tokens)
     ours = list(maker.prepare(0, "Hi", [], GenerationOptions()).ids)
     assert ours == theirs[0]

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from settings import CACHED
+from settings import ASSETS, CACHED
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -143,9 +143,11 @@ def test_the_manifest_and_the_files_have_the_ports_of_the_declaration(
     bundle: Callable[..., Path],
 ) -> None:
     name, *settings = CACHED["lightvlm (cached)"]
-    folder = bundle("tiny-llava", name, *settings, max_images=2)
+    folder = bundle("digits-llava", name, *settings, max_images=2)
     recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[name], settings)
-    plan = make_plan(ExportOptions("tiny-llava", recipe, folder, dtype="fp32", max_images=2))
+    plan = make_plan(
+        ExportOptions(str(ASSETS / "digits-llava"), recipe, folder, dtype="fp32", max_images=2)
+    )
     arrays = plan.family.vision_inputs(plan.images)
     graphs = bundle_graphs(plan.skeleton, plan.recipe, arrays, plan.cache_dtype)
     manifest = read_bundle(folder)

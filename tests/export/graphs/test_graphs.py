@@ -13,7 +13,7 @@ from settings import CACHED
 
 from lvlm.runtime.bundle.reader import read_bundle
 
-MODELS = ["tiny-llava", *TINY]
+MODELS = ["digits-llava", *TINY]
 VARIANTS = [
     *((name, "none") for name in MODELS),
     *((name, "lightvlm") for name in MERGED),

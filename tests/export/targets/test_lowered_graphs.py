@@ -48,7 +48,7 @@ def test_lowered_fp16_graphs_compute_the_same(
     name: str, bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decomposed attention has its softmax in fp32."""
-    original = bundle("tiny-llava", dtype="fp16", max_images=2)
+    original = bundle("digits-llava", dtype="fp16", max_images=2)
     folder = in_place(lowered(original, tmp_path / "bundle", TARGETS[name]), TARGETS[name])
     expected = logits(original)
     monkeypatch.setattr(calls, "CAPACITY_STEP", 10**6)

@@ -50,16 +50,16 @@ def test_bundles_for_the_cpu_have_lowered_graphs(bundle: Callable[..., Path]) ->
         return {name: graph.lowered for name, graph in manifest.graphs.items() if graph.lowered}
 
     for dtype in ("fp32", "fp16"):
-        manifest = read_bundle(bundle("tiny-llava", dtype=dtype, max_images=2))
+        manifest = read_bundle(bundle("digits-llava", dtype=dtype, max_images=2))
         names = {g: {TARGET.name: f"{g}.ort-cpu.onnx"} for g in ("prefill", "extend", "decode")}
         assert lowered(manifest) == names
-    assert lowered(read_bundle(bundle("tiny-llava", dtype="bf16", max_images=2))) == {}
+    assert lowered(read_bundle(bundle("digits-llava", dtype="bf16", max_images=2))) == {}
 
 
 def test_prefill_follows_the_last_token_alone_after_the_last_attention(
     bundle: Callable[..., Path],
 ) -> None:
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
     layers = read_bundle(folder).text.layers
     model = onnx.load(folder / "prefill.ort-cpu.onnx", load_external_data=False)
     kinds = Counter(node.op_type for node in model.graph.node)
@@ -78,7 +78,7 @@ def test_prefill_follows_the_last_token_alone_after_the_last_attention(
 def test_lowered_decode_attends_with_one_node(
     recipe: tuple[str, ...], bundle: Callable[..., Path]
 ) -> None:
-    folder = bundle("tiny-llava", *recipe, max_images=2)
+    folder = bundle("digits-llava", *recipe, max_images=2)
     manifest = read_bundle(folder)
     layers = manifest.text.layers
     before, after = (kinds(folder / f) for f in ("decode.onnx", "decode.ort-cpu.onnx"))
@@ -104,11 +104,11 @@ def test_lowered_decode_attends_with_one_node(
 @pytest.mark.parametrize(
     ("model", "recipe", "dtype", "tolerance"),
     [
-        ("tiny-llava", NONE, "fp32", 2e-4),
-        ("tiny-llava", LIGHT, "fp32", 2e-4),
-        ("tiny-llava", ELASTIC, "fp32", 2e-4),
-        ("tiny-llava", NONE, "fp16", 0.1),
-        ("tiny-llava", ELASTIC, "fp16", 0.1),
+        ("digits-llava", NONE, "fp32", 2e-4),
+        ("digits-llava", LIGHT, "fp32", 2e-4),
+        ("digits-llava", ELASTIC, "fp32", 2e-4),
+        ("digits-llava", NONE, "fp16", 0.1),
+        ("digits-llava", ELASTIC, "fp16", 0.1),
         ("llava:llama-mha-bias-rope3-siglip", ELASTIC, "fp32", 2e-4),
         ("llava:llama-mha-bias-rope3-siglip", NONE, "fp32", 2e-4),
     ],
@@ -136,7 +136,7 @@ def test_a_cache_given_twice_is_bound_to_one_memory(
     """Else the node copies the whole cache at every step, and nobody would see it but a clock."""
     if not library:
         monkeypatch.setattr(cpu, "find_library", lambda: None)
-    with lvlm.load(bundle("tiny-llava", *ELASTIC, max_images=2), threads=1) as model:
+    with lvlm.load(bundle("digits-llava", *ELASTIC, max_images=2), threads=1) as model:
         budgets = Budgets.of(model.manifest.cache_policy, model.manifest.text.layers, None)
         capacities = np.array(model.manifest.capacity.per_layer)
         buffers = model.calls.cache_for(1, capacities, budgets).buffers

@@ -88,16 +88,28 @@ def test_packed_bytes_are_what_both_readers_take(bits: int) -> None:
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("tiny-llava", "--block-size 64", "--block-size is for quantized weights; add --weights"),
-        ("tiny-llava", "--weights int4 --block-size 48", "--block-size 48: give one of 16, 32, 64"),
-        ("tiny-llava", "--weights int4 --block-size 128", "192 inputs, which blocks of 128 do not"),
-        ("llava:llama-gqa-clip", "--weights int8", "do not divide; give --block-size 16"),
-        ("tiny-llava", "--weights int4 --dtype bf16", "--weights int4 goes with --dtype fp32 or"),
-        ("tiny-llava", "--cache fp16 --dtype bf16", "--cache fp16 goes with --dtype fp32 or fp16"),
-        ("tiny-llava", "--weights int2", "invalid choice: 'int2'"),
-        ("tiny-llava", "--weights int4 --target trt-rtx", "trt-rtx does not take --weights int4"),
+        ("digits-llava", "--block-size 64", "--block-size is for quantized weights; add --weights"),
         (
-            "tiny-llava",
+            "digits-llava",
+            "--weights int4 --block-size 48",
+            "--block-size 48: give one of 16, 32, 64",
+        ),
+        (
+            "digits-llava",
+            "--weights int4 --block-size 128",
+            "192 inputs, which blocks of 128 do not",
+        ),
+        ("llava:llama-gqa-clip", "--weights int8", "do not divide; give --block-size 16"),
+        ("digits-llava", "--weights int4 --dtype bf16", "--weights int4 goes with --dtype fp32 or"),
+        (
+            "digits-llava",
+            "--cache fp16 --dtype bf16",
+            "--cache fp16 goes with --dtype fp32 or fp16",
+        ),
+        ("digits-llava", "--weights int2", "invalid choice: 'int2'"),
+        ("digits-llava", "--weights int4 --target trt-rtx", "trt-rtx does not take --weights int4"),
+        (
+            "digits-llava",
             "--dtype fp32 --cache fp16 --target trt-rtx",
             "target trt-rtx does not take --cache fp16",
         ),
@@ -137,4 +149,4 @@ def test_dry_run_says_what_is_narrow(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (data["dtype"], data["cache_dtype"]) == ("float32", "float16")
     assert export_cli.main([*flags, "--block-size", "16"]) == 0
     table = capsys.readouterr().out
-    assert "as float16, 43 linear layers quantized to int4" in table
+    assert "as float16, 57 linear layers quantized to int4" in table

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from parity_tools import ROWS, make_reference
+from settings import ASSETS
 
 import lvlm
 from lvlm.core.discovery import discover
@@ -41,7 +42,7 @@ TIED: dict[str, Any] = {"weights": "int8", "block_size": 16}
 COMPACTED: dict[str, Any] = {"weights": "int4", "block_size": 16, "cache": "fp16"}
 LIGHT = ("lightvlm", "kv_keep=0.5", "kv_floor=8", "kv_protect=8", "kv_interval=16")
 BUNDLES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "trained": ("tiny-llava", ("none",), TRAINED),
+    "trained": ("digits-llava", ("none",), TRAINED),
     "tied": ("llava:qwen2-tied-siglip", ("none",), TIED),
     "compacted": ("llava:llama-gqa-clip", LIGHT, COMPACTED),
 }
@@ -166,9 +167,11 @@ def test_everything_is_stored_once(bundle: Callable[..., Path]) -> None:
 
 def test_planned_bytes_are_those_written(bundle: Callable[..., Path], tmp_path: Path) -> None:
     """What narrower weights save; plans also count the parameters that no graph uses."""
-    given = ExportOptions("tiny-llava", NoCompression(), tmp_path / "x", "fp32", max_images=2)
+    given = ExportOptions(
+        str(ASSETS / "digits-llava"), NoCompression(), tmp_path / "x", "fp32", max_images=2
+    )
     full, narrow = make_plan(given), make_plan(dataclasses.replace(given, **TRAINED))
-    files = [bundle("tiny-llava", max_images=2), export(bundle, "trained")]
+    files = [bundle("digits-llava", max_images=2), export(bundle, "trained")]
     sizes = [read_bundle(folder).files["weights.bin"].bytes for folder in files]
     padding = 4096 * len(read_bundle(files[1]).weights)
     assert abs(full.weight_bytes - narrow.weight_bytes - (sizes[0] - sizes[1])) < padding
@@ -178,7 +181,7 @@ def test_planned_bytes_are_those_written(bundle: Callable[..., Path], tmp_path: 
 def test_a_narrower_cache_takes_half(bundle: Callable[..., Path]) -> None:
     text, images = ROWS[0]
     options: dict[str, Any] = {"max_new_tokens": 2, "chat_template": False}
-    with lvlm.load(bundle("tiny-llava", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", max_images=2)) as model:
         full = model.generate(text, images, **options).stats
     with lvlm.load(export(bundle, "trained")) as model:
         assert model.manifest.dtype == "float32"

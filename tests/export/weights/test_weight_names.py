@@ -115,7 +115,7 @@ def test_names_of_all_ages(
 def test_stored_apart_stays_apart(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """The configuration ties, the files hold two: transformers keeps both."""
     folder = copy_of(checkpoint, TIED, tmp_path)
-    rewrite(folder, **{HEAD: torch.randn(512, 64)})
+    rewrite(folder, **{HEAD: torch.randn(640, 64)})
     made = check(folder)
     assert made.stored_names[HEAD] == HEAD
     assert made.config.tie_word_embeddings is False

@@ -25,7 +25,7 @@ TARGETS = {name: target for name, target in FORMS.items() if target.plugins}
 def test_nodes_have_the_attributes_and_inputs_of_their_plugins(
     target: Target, recipe: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    original = bundle("tiny-llava", *CACHED[recipe], max_images=2)
+    original = bundle("digits-llava", *CACHED[recipe], max_images=2)
     folder = Path(shutil.copytree(original, tmp_path / "bundle"))
     manifest = read_bundle(folder)
     graphs = {name: graph.file for name, graph in manifest.graphs.items()}

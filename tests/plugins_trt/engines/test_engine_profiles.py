@@ -35,7 +35,7 @@ ROWS = 3
 @pytest.fixture(scope="module")
 def manifests(bundle: Callable[..., Path]) -> dict[str, Manifest]:
     return {
-        name: read_bundle(bundle("tiny-llava", *CACHED.get(name, (name,)), max_images=2))
+        name: read_bundle(bundle("digits-llava", *CACHED.get(name, (name,)), max_images=2))
         for name in RECIPES
     }
 

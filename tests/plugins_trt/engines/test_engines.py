@@ -99,7 +99,7 @@ def copied(bundle: Path, folder: Path) -> Path:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "built_once" in metafunc.fixturenames:
-        pairs = [(model, name) for model in ("tiny-llava", *TINY) for name in RECIPES]
+        pairs = [(model, name) for model in ("digits-llava", *TINY) for name in RECIPES]
         every = [pytest.param(*p, marks=KNOWN_FAULT if p in FAULTS else ()) for p in pairs]
         whole = metafunc.config.getoption("--whole")
         metafunc.parametrize(("model", "recipe"), every if whole else USUAL)
@@ -112,7 +112,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         # Compacted at intervals, with a ring of queries; entries that leave one by one
         every = ["lightvlm (cached)", "elastic-cache (cached)"]
         whole = metafunc.config.getoption("--whole")
-        pairs = [("tiny-llava", name) for name in every] if whole else [(SMALL, every[0])]
+        pairs = [("digits-llava", name) for name in every] if whole else [(SMALL, every[0])]
         metafunc.parametrize(("model", "read_by"), pairs)
 
 
@@ -143,7 +143,7 @@ def test_every_recipe_builds_for_every_generation(
 
 
 # The first has biases and as many KV heads as heads
-ARCHITECTURES = [x for x in CACHED_USUAL if x[0] != "tiny-llava"]
+ARCHITECTURES = [x for x in CACHED_USUAL if x[0] != "digits-llava"]
 
 
 def test_every_architecture_builds_in_fp32(
@@ -168,7 +168,7 @@ def test_what_sessions_read_by_builds(
 def test_matrices_as_inputs_are_not_in_the_engine(
     bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = copied(bundle("tiny-llava", dtype="fp16", max_images=2), tmp_path / "bundle")
+    folder = copied(bundle("digits-llava", dtype="fp16", max_images=2), tmp_path / "bundle")
     manifest = lower_bundle(folder, read_bundle(folder), trt_rtx.TARGET, Progress(0, quiet=True))
     shared = shared_matrices(stored_weights(folder, manifest))
     graph, profile = manifest.graphs["decode"], profiles(manifest, Limits(parse_batch("1")))

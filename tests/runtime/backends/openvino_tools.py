@@ -29,7 +29,10 @@ def lowering(bundle: Make, temporary: pytest.TempPathFactory) -> Make:
     made: dict[tuple[str, str, str, bool], Path] = {}
 
     def make(
-        recipe: str = "none", model: str = "tiny-llava", dtype: str = "fp32", sessions: bool = False
+        recipe: str = "none",
+        model: str = "digits-llava",
+        dtype: str = "fp32",
+        sessions: bool = False,
     ) -> Path:
         key = (recipe, model, dtype, sessions)
         if key not in made:

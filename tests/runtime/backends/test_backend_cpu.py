@@ -148,7 +148,7 @@ def test_a_weight_of_another_size_is_refused(tmp_path: Path) -> None:
 def test_without_the_library_answers_are_the_same(
     bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
 
     def answer() -> list[int]:
         with lvlm.load(folder) as model:
@@ -189,7 +189,7 @@ def test_a_bundle_without_the_lowered_graph_runs_the_canonical_one(
     bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "bundle"
-    shutil.copytree(bundle("tiny-llava", max_images=2), folder)
+    shutil.copytree(bundle("digits-llava", max_images=2), folder)
     graph = read_bundle(folder).graphs["decode"]
     backend = cpu.Backend(threads=1)
     assert backend.file(folder, graph).name == "decode.ort-cpu.onnx"

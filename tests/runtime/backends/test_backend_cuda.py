@@ -45,7 +45,7 @@ def test_answers_are_those_of_the_cpu(
 ) -> None:
     targets = ("ort-tensorrt",) if device == "ort-tensorrt" else ()
     ort.available = TENSORRT[0 if targets else 1 :]
-    folder = bundle("tiny-llava", *recipe, max_images=2, targets=targets)
+    folder = bundle("digits-llava", *recipe, max_images=2, targets=targets)
     options: dict[str, Any] = {"max_new_tokens": 24}
     if len(recipe) > 1:
         options["kv_keep"] = 0.5
@@ -75,7 +75,7 @@ def test_rows_of_the_device_s_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """An engine binds parts of the buffers, and moves rows within the device."""
-    folder = bundle("tiny-llava", *recipe, max_images=2)
+    folder = bundle("digits-llava", *recipe, max_images=2)
     ratio = {"kv_keep": 0.5} if len(recipe) > 1 else {}
     asks = [Ask(p, (0,), {"max_new_tokens": 4 + 9 * i, **ratio}) for i, p in enumerate(PROMPTS * 2)]
     with monkeypatch.context() as patch:
@@ -96,7 +96,7 @@ def test_rows_of_the_device_s_memory(
 def test_graphs_that_were_not_lowered(ort: FakeOrt, bundle: Callable[..., Path]) -> None:
     ort.available = TENSORRT
     with pytest.raises(BackendError, match=r"is missing; .* --target ort-tensorrt"):
-        lvlm.load(bundle("tiny-llava", max_images=2), device="ort-tensorrt")
+        lvlm.load(bundle("digits-llava", max_images=2), device="ort-tensorrt")
 
 
 def test_bf16_travels_as_its_bits(ort: FakeOrt) -> None:
@@ -118,7 +118,7 @@ def test_bf16_travels_as_its_bits(ort: FakeOrt) -> None:
 def test_without_the_provider(
     ort: FakeOrt, bundle: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
     ort.available = ("AzureExecutionProvider", "CPUExecutionProvider")
     assert main([str(folder), "Hi", "--device", "cuda"]) == 2
     error = capsys.readouterr().err
@@ -133,11 +133,11 @@ def test_a_provider_that_does_not_start(ort: FakeOrt, bundle: Callable[..., Path
     with pytest.raises(
         BackendError, match=r"CUDAExecutionProvider did not start, .* would use CPUExec"
     ):
-        lvlm.load(bundle("tiny-llava", max_images=2), device="cuda")
+        lvlm.load(bundle("digits-llava", max_images=2), device="cuda")
 
 
 def test_no_room_for_the_cache(ort: FakeOrt, bundle: Callable[..., Path]) -> None:
-    with lvlm.load(bundle("tiny-llava", max_images=2), device="cuda") as model:
+    with lvlm.load(bundle("digits-llava", max_images=2), device="cuda") as model:
         ort.full = True
         with pytest.raises(
             DeviceMemoryError, match=r"the cache \(batch of 1\) needs .*; ask for fewer"

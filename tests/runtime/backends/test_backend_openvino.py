@@ -92,7 +92,7 @@ def converse(engine: Engine, session: Session) -> list[Generation]:
 
 
 def random_step(rows: int, slots: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Inputs and lasting buffers of a decode step of tiny-llava."""
+    """Inputs and lasting buffers of a decode step of digits-llava."""
     random = np.random.default_rng(0)
     manifest_layers, heads, width = 6, 2, 32
     buffers = {
@@ -173,7 +173,7 @@ def test_graphs_that_were_not_lowered_are_made_by_the_command_that_is_named(
     bundle: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "bundle"
-    shutil.copytree(bundle("tiny-llava", max_images=2), folder)
+    shutil.copytree(bundle("digits-llava", max_images=2), folder)
     with pytest.raises(BackendError, match="; make it with lvlm-build") as caught:
         lvlm.load(folder, device="openvino")
     command = str(caught.value).partition("make it with lvlm-build ")[2].split()

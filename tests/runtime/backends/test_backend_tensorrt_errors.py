@@ -63,7 +63,7 @@ def test_engines_that_do_not_fit(built: Make, changes: dict[str, Any], said: str
 
 def test_the_set_that_fits_is_taken(built: Make, bundle: Make, tmp_path: Path) -> None:
     folder = built(sms=(120,))
-    build_engines(bundle("tiny-llava", "none", max_images=2), tmp_path / "other")
+    build_engines(bundle("digits-llava", "none", max_images=2), tmp_path / "other")
     (tmp_path / "other/engines/sm89-fake").rename(folder / "engines/other")
     with lvlm.load(folder, device="tensorrt-rtx") as model:
         assert model.generate("Hi", max_new_tokens=2).token_ids
@@ -107,7 +107,7 @@ def test_weights_that_are_not_where_they_should_be(built: Make) -> None:
 
 
 def test_a_bundle_without_engines(bundle: Make) -> None:
-    folder = bundle("tiny-llava", "none", max_images=2)
+    folder = bundle("digits-llava", "none", max_images=2)
     assert f"has no engines for tensorrt-rtx; build them with lvlm-build engine {folder}" in (
         load_error(folder)
     )

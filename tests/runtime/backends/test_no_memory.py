@@ -20,7 +20,7 @@ from lvlm.runtime.backends import cpu, open_backend
 from lvlm.runtime.backends.host import buffers
 from lvlm.runtime.backends.openvino import OpenVinoCall, OpenVinoSession
 from lvlm.runtime.backends.ort.sessions import OrtSession
-from lvlm.runtime.backends.trt.driver import CudaDriver
+from lvlm.runtime.backends.trt.cuda_driver import CudaDriver
 from lvlm.runtime.bundle.manifest import Graph
 from lvlm.runtime.bundle.manifest_checks import LARGEST
 from lvlm.runtime.engine import Engine
@@ -33,7 +33,7 @@ TOLD = r"^the cache \(batch of {}\) needs \d[\d,]+ bytes of memory.*; ask for fe
 def huge(bundle: Callable[..., Path], tmp_path: Path) -> Path:
     """A bundle that says it has room for the longest prompts that a manifest may name."""
     folder = tmp_path / "huge"
-    shutil.copytree(bundle("tiny-llava", max_images=2), folder)
+    shutil.copytree(bundle("digits-llava", max_images=2), folder)
     data = json.loads((folder / "lvlm.json").read_text())
     data["capacity"]["max_text_len"] = LARGEST
     data["capacity"]["per_layer"] = [LARGEST] * data["text"]["layers"]
@@ -101,8 +101,7 @@ def test_on_tensorrt(huge: Path, tmp_path: Path) -> None:
 
 
 def test_more_than_cuda_has_addresses_for() -> None:
-    driver = CudaDriver.__new__(CudaDriver)
-    driver.runtime = None  # is not asked
+    driver = CudaDriver.__new__(CudaDriver)  # its library is not asked
     assert driver.allocate(2**63) is None
 
 

@@ -42,7 +42,7 @@ def folders(
     bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """The bundle as a device takes it; it has a compact graph."""
-    source = bundle("tiny-llava", *CACHED["lightvlm (cached)"], max_images=2)
+    source = bundle("digits-llava", *CACHED["lightvlm (cached)"], max_images=2)
     made: dict[str, Path] = {}
 
     def make(device: str) -> Path:

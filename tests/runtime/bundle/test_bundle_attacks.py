@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from settings import ASSETS
 
 import lvlm
 from lvlm.core.errors import LvlmError
@@ -20,7 +21,7 @@ from lvlm.core.integrity import describe
 from lvlm.runtime.bundle.reader import read_bundle
 
 DATA = Path(__file__).parents[2] / "data/bundles"
-SAMPLE = Path(__file__).parents[3] / "assets/samples/digits-1.png"
+SAMPLE = ASSETS / "samples/digits-1.png"
 ROOM = 2 << 30  # more address space than a load of this bundle needs
 HUGE, LONG = 10**4000, "x" * 100_000
 ROW = {"keep": 0.5, "fractions": [0.5, 0.5]}

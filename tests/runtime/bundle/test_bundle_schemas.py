@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from settings import ASSETS
 
 import lvlm
 from lvlm.core.errors import BundleError
@@ -27,7 +28,7 @@ from lvlm.runtime.policies.policy import (
 from lvlm.runtime.policies.shares import ReleasedUniform, Uniform
 
 DATA = Path(__file__).parents[2] / "data/bundles"
-SAMPLE = Path(__file__).parents[3] / "assets/samples/digits-1.png"
+SAMPLE = ASSETS / "samples/digits-1.png"
 # A random LLaVA of two layers with lightvlm at keep 0.5, exported and asked at commit a2b913b.
 ANSWERS = {
     "Read the top row.": [506, 432, 484, 432, 503, 157, 58, 248, 466, 405, 67, 433],

@@ -15,7 +15,7 @@ from lvlm.runtime.generate.answers import Generation
 
 @pytest.fixture(scope="module")
 def folder(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
+    return bundle("digits-llava", max_images=2)
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def jobs(recipe: str, count: int, seed: int) -> list[Ask]:
 
 
 def folder_of(bundle: Callable[..., Path], recipe: str) -> Path:
-    return bundle("tiny-llava", *RECIPES[recipe], max_images=2)
+    return bundle("digits-llava", *RECIPES[recipe], max_images=2)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -140,7 +140,7 @@ def turned(path: Path) -> np.ndarray:
 
 def test_a_compaction_that_fails(bundle: Callable[..., Path]) -> None:
     """The requests whose entries were to be dropped are lost, the others are not."""
-    folder = bundle("tiny-llava", *CACHED["lightvlm (cached)"], max_images=2)
+    folder = bundle("digits-llava", *CACHED["lightvlm (cached)"], max_images=2)
     whole = ask(max_new_tokens=40, ignore_eos=True, kv_keep=1.0)
     half = ask("Read the top row.", (1,), max_new_tokens=40, ignore_eos=True, kv_keep=0.5)
     with lvlm.load(folder) as model:
@@ -165,7 +165,7 @@ def test_a_compaction_that_fails(bundle: Callable[..., Path]) -> None:
 
 def test_a_decode_that_fails_where_sums_of_attention_go_on(bundle: Callable[..., Path]) -> None:
     """No step is done again: layers whose sums have gone on would have them go on twice."""
-    folder = bundle("tiny-llava", *CACHED["h2o (cached)"], max_images=2)
+    folder = bundle("digits-llava", *CACHED["h2o (cached)"], max_images=2)
     asks = [
         ask(max_new_tokens=20, ignore_eos=True, kv_keep=0.3),
         ask("Read the top row.", (1,), max_new_tokens=20, ignore_eos=True, kv_keep=0.3),

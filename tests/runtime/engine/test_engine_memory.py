@@ -29,7 +29,7 @@ RECIPES = {"none": ("none",), "lightvlm": ("lightvlm",), **CACHED}
 
 @pytest.mark.parametrize("recipe", ["none", "lightvlm", "lightvlm (cached)", "uniform (cached)"])
 def test_the_plan_is_what_is_allocated(recipe: str, bundle: Callable[..., Path]) -> None:
-    folder = bundle("tiny-llava", *RECIPES[recipe], max_images=2)
+    folder = bundle("digits-llava", *RECIPES[recipe], max_images=2)
     lower = {"kv_keep": 0.5} if recipe in CACHED else {}
     with Engine(folder, slots=3) as whole, Engine(folder, slots=3, max_images=1, **lower) as less:
         for engine in (whole, less):
@@ -51,7 +51,7 @@ def test_the_plan_is_what_is_allocated(recipe: str, bundle: Callable[..., Path])
 @pytest.fixture(scope="module")
 def manifest(bundle: Callable[..., Path]) -> Manifest:
     """Of a cache that is large beside all else."""
-    small = read_bundle(bundle("tiny-llava", *CACHED["elastic-cache (cached)"], max_images=2))
+    small = read_bundle(bundle("digits-llava", *CACHED["elastic-cache (cached)"], max_images=2))
     text = replace(small.text, layers=32, heads=32, kv_heads=8, head_dim=128, hidden=4096)
     capacity = Capacity(4096, 1, (4096 + small.images.tokens,) * 32)
     return replace(small, text=text, capacity=capacity)
@@ -85,7 +85,7 @@ def test_too_little_says_what_is_needed(manifest: Manifest, bundle: Callable[...
         r"workspace [\d,]+ MB, images 64 MB\); give more, or a smaller max_text_len, max_im",
     ):
         plan_memory(manifest, manifest.capacity, None, "100MB", "64MB")
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
     for wrong in ({"slots": 0}, {"slots": True}, {"slots": 2.0}, {"memory_budget": "1kB"}):
         with pytest.raises(ParameterError, match=r"slots is|memory_budget is"):
             Engine(folder, **wrong)  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def test_neither_slots_nor_budget(manifest: Manifest) -> None:
 
 def test_more_slots_than_any_machine_has_memory_for(bundle: Callable[..., Path]) -> None:
     with pytest.raises(DeviceMemoryError, match=r"\(batch of 1000000000\) needs .* fewer prompts"):
-        Engine(bundle("tiny-llava", max_images=2), slots=10**9)
+        Engine(bundle("digits-llava", max_images=2), slots=10**9)
 
 
 def test_slots_smaller_than_the_bundles(manifest: Manifest) -> None:
@@ -143,7 +143,7 @@ def test_nothing_grows(bundle: Callable[..., Path], stress_steps: int) -> None:
     """Conversations with several answers, requests of mixed lengths, some cancelled, out of time or
     refused: what is held after a round comes to rest."""
     rounds = 7 if stress_steps < 1000 else 80
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
     done = subprocess.run(
         [sys.executable, str(GROWTH), str(folder), str(rounds), *map(str, IMAGES)],
         env=os.environ | COUNTED,

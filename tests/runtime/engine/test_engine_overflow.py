@@ -48,7 +48,7 @@ def test_a_slot_is_clean_after_an_overflow(
 ) -> None:
     """Entries that are not finite would spoil whoever comes next: attention gives what lies beyond
     its own entries a weight of 0, and 0 times infinity is not 0."""
-    folder = bundle("tiny-llava", *CACHED.get(recipe, (recipe,)), max_images=2)
+    folder = bundle("digits-llava", *CACHED.get(recipe, (recipe,)), max_images=2)
     with lvlm.load(folder) as model:
         one = OTHERS[0].alone(model)
     with Engine(folder, slots=1) as engine:

@@ -38,7 +38,7 @@ USERS = 3
 @pytest.mark.parametrize("recipe", ["none", "lightvlm (cached)"])
 def test_random_operations(recipe: str, bundle: Callable[..., Path], stress_steps: int) -> None:
     """Every answer is the one that is due, or the error that was provoked; nothing is left over."""
-    folder = bundle("tiny-llava", *CACHED.get(recipe, (recipe,)), max_images=2)
+    folder = bundle("digits-llava", *CACHED.get(recipe, (recipe,)), max_images=2)
     kinds = [
         ask(prompt, images, max_new_tokens=n, ignore_eos=n > 5, **ratio, **(TWO if n == 4 else {}))
         for prompt in PROMPTS
@@ -178,7 +178,7 @@ def test_conversations_among_faults(
 ) -> None:
     """A turn that was cancelled, out of time or lost is asked again and answered as if nothing had
     been; no row, no request and nothing wrong in the cache is left."""
-    folder = bundle("tiny-llava", recipe, max_images=2)
+    folder = bundle("digits-llava", recipe, max_images=2)
     with lvlm.load(folder) as model:
         talks = _talks(model)
     with Engine(folder, slots=3, image_cache="50kB") as engine:
@@ -242,7 +242,7 @@ def _requests() -> list[Request]:
 
 
 def test_two_hundred_at_once_on_two_slots(bundle: Callable[..., Path]) -> None:
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
     with Engine(folder, slots=2) as engine:
         handles = [engine.submit(PROMPTS[i % 3], max_new_tokens=1 + i % 4) for i in range(200)]
         assert all(len(h.result(WAIT).token_ids) <= 1 + i % 4 for i, h in enumerate(handles))

@@ -26,7 +26,7 @@ def asked(by: Engine | Model, question: str, *images: int, **options: Any) -> Ge
 
 def test_behind_a_shared_beginning(bundle: Callable[..., Path]) -> None:
     """Of both images, of one, or of less than that; and of further answers."""
-    folder = bundle("tiny-llava", "visionzip", max_images=2)
+    folder = bundle("digits-llava", "visionzip", max_images=2)
     with lvlm.load(folder) as model, Engine(folder, slots=3) as engine:
         whole = model.manifest.images.tokens
         for question, images, reuses in (
@@ -47,7 +47,7 @@ def test_behind_a_shared_beginning(bundle: Callable[..., Path]) -> None:
 
 
 def test_of_several_prompts_at_once(bundle: Callable[..., Path]) -> None:
-    with lvlm.load(bundle("tiny-llava", "visionzip", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", "visionzip", max_images=2)) as model:
         texts = [QUESTIONS[1].format("Why?"), "USER: Hi ASSISTANT:", QUESTIONS[0].format("Why?")]
         several = model.generate(texts, [IMAGES, [], IMAGES[1:]], **OPTIONS)
         alone = [asked(model, "Why?", 0, 1), asked(model, "Why?", 1)]
@@ -58,7 +58,7 @@ def test_of_several_prompts_at_once(bundle: Callable[..., Path]) -> None:
 
 def test_in_a_conversation(bundle: Callable[..., Path]) -> None:
     """A later turn's image is not merged, and what was merged before is told again."""
-    folder = bundle("tiny-llava", "hybrid", max_images=2, sessions=True)
+    folder = bundle("digits-llava", "hybrid", max_images=2, sessions=True)
     options = OPTIONS | {"chat_template": True}
     with Engine(folder, slots=1) as engine, engine.session() as session:
         talk: list[dict[str, Any]] = []

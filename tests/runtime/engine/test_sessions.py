@@ -43,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", *CACHED[request.param], max_images=2, sessions=True)
+    return bundle("digits-llava", *CACHED[request.param], max_images=2, sessions=True)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_what_makes_a_turn_be_taken_as_a_whole(model: Model) -> None:
 def test_a_turn_without_room_is_read_as_a_whole(bundle: Callable[..., Path]) -> None:
     """A later turn's image is not merged, so there is room for two only from the beginning."""
     recipe, *settings = CACHED["lightvlm (cached)"]
-    folder = bundle("tiny-llava", recipe, *settings, max_images=2, sessions=True)
+    folder = bundle("digits-llava", recipe, *settings, max_images=2, sessions=True)
     with (
         Engine(folder, slots=1, max_text_len=80) as engine,
         engine.session() as session,
@@ -286,7 +286,7 @@ def test_asyncio(model: Model) -> None:
 def test_bundles_without_the_graph_say_how_to_get_it(bundle: Callable[..., Path]) -> None:
     recipe, *settings = CACHED["elastic-cache (cached)"]
     with (
-        Engine(bundle("tiny-llava", recipe, *settings, max_images=2), slots=1) as engine,
+        Engine(bundle("digits-llava", recipe, *settings, max_images=2), slots=1) as engine,
         pytest.raises(ParameterError, match="again with lvlm-export --sessions, or"),
     ):
         engine.session()
@@ -295,7 +295,7 @@ def test_bundles_without_the_graph_say_how_to_get_it(bundle: Callable[..., Path]
 def test_with_recipe_none_a_session_keeps_its_row(bundle: Callable[..., Path]) -> None:
     """Without prefixes for others, too; an answer is that of the whole conversation."""
     turns = [user("What is it?", IMAGES[0]), user(QUESTIONS[0])]
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
     with Engine(folder, slots=2, reuse_prefixes=False) as engine:
         talk: Messages = []
         for message in turns:

@@ -62,7 +62,7 @@ def test_four_answers_are_those_of_four_lone_calls(
     recipe: str, bundle: Callable[..., Path]
 ) -> None:
     """A list of prompts, too, whose rows are ragged: answer k of prompt r has seed + r * n + k."""
-    folder = bundle("tiny-llava", *RECIPES[recipe], max_images=2)
+    folder = bundle("digits-llava", *RECIPES[recipe], max_images=2)
     options = DRAWN | ({"kv_keep": 0.5} if recipe in CACHED else {})
     asks = ["Read the top row.", "Hi"], [IMAGES[:2], []]
     with lvlm.load(folder) as model, Engine(folder, slots=5) as engine:

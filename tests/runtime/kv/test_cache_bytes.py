@@ -16,7 +16,7 @@ from lvlm.runtime.model import load
 
 @pytest.mark.parametrize("recipe", ["prefixkv (cached)", "lightvlm (cached)", "h2o (cached)"])
 def test_the_cache_of_one_prompt(recipe: str, bundle: Callable[..., Path]) -> None:
-    with load(bundle("tiny-llava", *CACHED[recipe], max_images=2)) as model:
+    with load(bundle("digits-llava", *CACHED[recipe], max_images=2)) as model:
         manifest = model.manifest
         budgets = Budgets.of(manifest.cache_policy, manifest.text.layers, None)
         cache = model.calls.cache_for(1, np.array(manifest.capacity.per_layer), budgets)

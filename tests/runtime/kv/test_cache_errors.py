@@ -27,7 +27,7 @@ INTERVAL = CACHED["lightvlm (cached)"]
 
 @pytest.fixture(scope="module")
 def elastic(bundle: Callable[..., Path]) -> Iterator[Model]:
-    with lvlm.load(bundle("tiny-llava", *ELASTIC, max_images=2), threads=1) as model:
+    with lvlm.load(bundle("digits-llava", *ELASTIC, max_images=2), threads=1) as model:
         yield model
 
 
@@ -38,7 +38,7 @@ def test_kv_keep_out_of_range(elastic: Model, kv_keep: Any) -> None:
 
 
 def test_kv_keep_for_a_bundle_without_compression(bundle: Callable[..., Path]) -> None:
-    with lvlm.load(bundle("tiny-llava", max_images=2), threads=1) as model:
+    with lvlm.load(bundle("digits-llava", max_images=2), threads=1) as model:
         with pytest.raises(ParameterError, match="needs a bundle with cache compression"):
             model.generate("Hello", kv_keep=0.5)
         assert model.generate("Hello", kv_keep=1.0, max_new_tokens=2).token_ids
@@ -47,7 +47,7 @@ def test_kv_keep_for_a_bundle_without_compression(bundle: Callable[..., Path]) -
 def test_the_command_line_says_it_in_one_line(
     bundle: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = bundle("tiny-llava", *ELASTIC, max_images=2)
+    folder = bundle("digits-llava", *ELASTIC, max_images=2)
     assert main([str(folder), "Hello", "--kv-keep", "2"]) == 2
     error = capsys.readouterr().err
     assert "kv_keep is 2.0" in error
@@ -73,7 +73,7 @@ def test_a_kept_prompt_shorter_than_the_distance(elastic: Model) -> None:
 @pytest.mark.parametrize("recipe", ["elastic-cache (cached)", "lightvlm (cached)"])
 def test_prompts_of_one_token_and_some(recipe: str, bundle: Callable[..., Path]) -> None:
     """They run to the end, alone as in a batch; a shorter answer is a longer one's beginning."""
-    with lvlm.load(bundle("tiny-llava", *CACHED[recipe], max_images=2), threads=1) as model:
+    with lvlm.load(bundle("digits-llava", *CACHED[recipe], max_images=2), threads=1) as model:
         for text, keep in product(("a", "ab", "Hello there, what now?"), (0.01, 0.5)):
             options: dict[str, Any] = {"chat_template": False, "kv_keep": keep, "ignore_eos": True}
             alone = model.generate(text, max_new_tokens=30, **options).token_ids
@@ -117,7 +117,9 @@ def poisoned(folder: Path, graph: str, copy: Path) -> Path:
 def test_importance_that_is_not_finite_is_an_error(
     settings: tuple[str, ...], bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = poisoned(bundle("tiny-llava", *settings, max_images=2), "prefill", tmp_path / "bundle")
+    folder = poisoned(
+        bundle("digits-llava", *settings, max_images=2), "prefill", tmp_path / "bundle"
+    )
     with (
         lvlm.load(folder, threads=1, verify="none") as model,
         pytest.raises(BackendError, match=r"layer 2, prompt 1: the attention .* is not finite"),
@@ -129,7 +131,7 @@ def test_importance_that_becomes_infinite_in_decode_is_an_error(
     bundle: Callable[..., Path],
 ) -> None:
     """compact.onnx says so too."""
-    with lvlm.load(bundle("tiny-llava", *INTERVAL, max_images=2), threads=1) as model:
+    with lvlm.load(bundle("digits-llava", *INTERVAL, max_images=2), threads=1) as model:
         prompt = model.prepare(0, "Describe the picture.", [IMAGE], GenerationOptions())
         batch = model.calls.start([prompt], kv_keep=0.5)
         for _ in range(15):

@@ -22,7 +22,7 @@ def saying(bundle: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """A bundle whose checkpoint says this of drawing."""
 
     def make(**sampling: Any) -> Path:
-        own = shutil.copytree(bundle("tiny-llava", max_images=2), tmp_path / "bundle")
+        own = shutil.copytree(bundle("digits-llava", max_images=2), tmp_path / "bundle")
         manifest = json.loads((own / "lvlm.json").read_text())
         manifest["generation"] = {"top_k": 20, "sampling": sampling}
         (own / "lvlm.json").write_text(json.dumps(manifest))

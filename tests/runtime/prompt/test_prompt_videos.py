@@ -148,7 +148,7 @@ def test_room_is_known_before_anything_is_decoded(bundle: Callable[..., Path]) -
 @pytest.mark.parametrize(
     ("name", "arguments", "problem"),
     [
-        ("tiny-llava", {"videos": [long(4)]}, "takes no video .*kind llava"),
+        ("digits-llava", {"videos": [long(4)]}, "takes no video .*kind llava"),
         (SMOL, {"videos": [long(4), long(4)]}, "takes one in a prompt"),
         (SMOL, {"frames": 4}, "give one"),
         (SMOL, {"videos": [long(2)], "frames": 0}, "frames is 0"),

@@ -19,7 +19,7 @@ Both = tuple[Model, Engine]
 
 @pytest.fixture(scope="module")
 def both(bundle: Callable[..., Path]) -> Iterator[Both]:
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
     with lvlm.load(folder) as model, Engine(folder, slots=2) as engine:
         yield model, engine
         idle(engine)

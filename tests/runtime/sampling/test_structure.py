@@ -42,7 +42,7 @@ OBJECT = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer(ASSETS / "tiny-llava/tokenizer.json", [END, OTHER_END])
+    return Tokenizer(ASSETS / "digits-llava/tokenizer.json", [END, OTHER_END])
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lvlm.runtime.engine import Engine  # noqa: E402
 
 @pytest.fixture(scope="module")
 def folder(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
+    return bundle("digits-llava", max_images=2)
 
 
 @pytest.fixture(scope="module")

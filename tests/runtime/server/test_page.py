@@ -86,7 +86,7 @@ class Opened:
 @pytest.fixture(scope="module")
 def url(bundle: Callable[..., Path]) -> Iterator[str]:
     """A server that asks for a key, on a port that it tells."""
-    folder = bundle("tiny-llava", "lightvlm", max_images=2)
+    folder = bundle("digits-llava", "lightvlm", max_images=2)
     command = [sys.executable, "-m", "lvlm", "serve", f"tiny={folder}", "--port", "0"]
     server = subprocess.Popen([*command, "--api-key", KEY], stderr=subprocess.PIPE, text=True)
     try:

@@ -54,7 +54,7 @@ def test_a_port_that_is_taken(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert main([str(bundle("tiny-llava", max_images=2)), "--port", port]) == 2
+        assert main([str(bundle("digits-llava", max_images=2)), "--port", port]) == 2
     assert f"--port {port}: Address already in use" in capsys.readouterr().err
 
 
@@ -64,5 +64,5 @@ def test_a_certificate_that_is_none(
     file = tmp_path / "c.pem"
     file.write_text("no certificate")
     given = ["--certificate", str(file), "--certificate-key", str(file), "--port", "0"]
-    assert main([str(bundle("tiny-llava", max_images=2)), *given]) == 2
+    assert main([str(bundle("digits-llava", max_images=2)), *given]) == 2
     assert "--certificate and --certificate-key: " in capsys.readouterr().err.splitlines()[-1]

@@ -26,7 +26,7 @@ OPTIONS = GenerationOptions(max_new_tokens=8, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def folder(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
+    return bundle("digits-llava", max_images=2)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +195,7 @@ def test_a_session(
     run: Run, bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     """The compressed cache is kept from turn to turn; a new conversation has one of its own."""
-    kept = bundle("tiny-llava", *CACHED["snapkv (cached)"], max_images=2, sessions=True)
+    kept = bundle("digits-llava", *CACHED["snapkv (cached)"], max_images=2, sessions=True)
     lines = "/reset\n".join([f"/image {IMAGE}\n{QUESTION}\nAnd?\n"] * 2)
     reused = {}
     for flags in ((), ("--session",)):

@@ -60,7 +60,7 @@ def machine(
             raise OSError(f"{path}: no such file")
         return library
 
-    return Machine(ask, packages.get, attempt, load, lambda: kernels)
+    return Machine(ask, packages.get, attempt, load, kernels=lambda: kernels)
 
 
 def found(machine: Machine, bundle: Path | None = None) -> dict[str, Finding]:
@@ -120,13 +120,13 @@ def test_what_is_wrong_and_how_to_mend_it(
 
 
 def test_every_bad_finding_has_a_fix(bundle: Callable[..., Path]) -> None:
-    for folder in (None, bundle("tiny-llava", max_images=2)):
+    for folder in (None, bundle("digits-llava", max_images=2)):
         for finding in examine(folder, machine("no driver; install one", {}, {}, None)):
             assert finding.ok or finding.fix, finding
 
 
 def test_a_bundle(bundle: Callable[..., Path]) -> None:
-    findings = found(machine(), bundle("tiny-llava", max_images=2))
+    findings = found(machine(), bundle("digits-llava", max_images=2))
     assert findings["bundle"].ok
     assert findings["bundle on cpu"].ok
     assert findings["bundle on cuda"].ok
@@ -169,7 +169,7 @@ def test_plugins_as_the_backend_takes_them(
 
 def test_nothing_can_run_it(bundle: Callable[..., Path]) -> None:
     findings = examine(
-        bundle("tiny-llava", max_images=2), machine("no driver; install one", {}, {}, None)
+        bundle("digits-llava", max_images=2), machine("no driver; install one", {}, {}, None)
     )
     assert not can_run(findings)
     assert json.loads(as_json(findings))[0]["subject"] == "system"
@@ -214,7 +214,7 @@ def test_a_bundle_that_changed_at_the_same_size_and_time(
     bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(bundle("tiny-llava", max_images=2), folder)
+    shutil.copytree(bundle("digits-llava", max_images=2), folder)
     read_bundle(folder)
     weights = folder / "weights.bin"
     times, data = weights.stat(), bytearray(weights.read_bytes())

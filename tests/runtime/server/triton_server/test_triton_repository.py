@@ -76,9 +76,9 @@ def model_config(text: str) -> Any:
 
 def test_config_pbtxt() -> None:
     settings = Settings(slots=3, keep=0.5, memory_budget='2"GB\\')
-    text = config("tiny-llava", settings)
+    text = config("digits-llava", settings)
     made = parsed(text)
-    assert made["name"] == ["tiny-llava"]
+    assert made["name"] == ["digits-llava"]
     assert made["backend"] == ["python"]
     assert made["max_batch_size"] == [0]
     assert made["model_transaction_policy"] == [{"decoupled": ["true"]}]
@@ -115,7 +115,7 @@ def test_a_repository(
     bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A copy and a link beside each other; nothing else is left there."""
-    folder = bundle("tiny-llava", max_images=2)
+    folder = bundle("digits-llava", max_images=2)
     place = tmp_path / "models"
     command = ["triton", str(folder), "-o", str(place), "--name"]
     assert main([*command, "a", "--slots", "2", "--max-text-len", "512"]) == 0
@@ -181,7 +181,7 @@ def test_mistakes(
     (tmp_path / "models/taken").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    folder = str(bundle("tiny-llava", max_images=2))
+    folder = str(bundle("digits-llava", max_images=2))
     try:
         status: Any = main(["triton", *(folder if x == "BUNDLE" else x for x in arguments)])
     except SystemExit as ended:  # of argparse

@@ -12,8 +12,9 @@ from functools import cache
 from typing import Literal
 
 import numpy as np
-from glyphs import DIGITS, LETTERS, SHAPES, WORDS, Split, mask
 from PIL import Image, ImageOps
+
+from lvlm.calibration.datasets.scenes.glyphs import DIGITS, LETTERS, SHAPES, WORDS, Split, mask
 
 Density = Literal["sparse", "middle", "dense"]
 DENSITIES: tuple[Density, ...] = ("sparse", "middle", "dense")

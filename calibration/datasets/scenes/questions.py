@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import numpy as np
-from glyphs import WORDS
-from scenes import COLOURS, NAMES, PLACES, ROWS, Scene, Thing
+
+from lvlm.calibration.datasets.scenes.drawing import COLOURS, NAMES, PLACES, ROWS, Scene, Thing
+from lvlm.calibration.datasets.scenes.glyphs import WORDS
 
 # In the order in which they may be dropped from the end if training does not reach them
 Kind = Literal["read", "row", "list", "colour", "where", "count", "describe", "pictures", "turns"]

@@ -1,6 +1,6 @@
 """The atlas of letters and digits that scenes are drawn with: glyphs.png, one row for each font.
 
-    python scripts/tiny_llava_2/draw_glyphs.py --fonts /usr/share/fonts/truetype/dejavu
+    python scripts/draw_glyphs.py --fonts /usr/share/fonts/truetype/dejavu
 
 The fonts are DejaVu's (Debian: fonts-dejavu); their licence lets anybody use what they draw.
 """
@@ -11,8 +11,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from glyphs import ATLAS, CHARACTERS, FONTS, TILE
 from PIL import Image, ImageDraw, ImageFont
+
+from lvlm.calibration.datasets.scenes.glyphs import ATLAS, CHARACTERS, FONTS, TILE
 
 DRAWN = 96  # pixels of the large glyph that a tile is made from
 

@@ -1,8 +1,8 @@
-"""What fewer image tokens cost ``tiny-llava 2``: exact answers by how much is left and how dense a
+"""What fewer image tokens cost ``tiny-llava``: exact answers by how much is left and how dense a
 picture is, for every way to shorten images.
 
-    python scripts/tiny_llava_2/reductions.py --work /tmp/reductions
-    python scripts/tiny_llava_2/reductions.py --work /tmp/reductions --rows none divprune
+    python scripts/eval_reductions.py --work /tmp/reductions
+    python scripts/eval_reductions.py --work /tmp/reductions --rows none divprune
 
 What is left is the mean over the blocks of the image tokens that enter them, of those of the whole
 picture, so that rows compare at equal memory and about equal work. Bundles are exported once, below
@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from questions import KINDS, ask
-from scenes import DENSITIES, Scene, draw_scene
 
 import lvlm
+from lvlm.calibration.datasets.scenes.drawing import DENSITIES, Scene, draw_scene
+from lvlm.calibration.datasets.scenes.questions import KINDS, ask
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
 
-CHECKPOINT = Path(__file__).with_name("trained")
 LEFT = (0.33, 0.22, 0.11, 0.06)
 ROWS: dict[str, tuple[str, ...]] = {
     "none": ("none",),
@@ -96,7 +95,7 @@ def exported(row: str, work: Path) -> Path:
     recipe, *settings = ROWS[row]
     folder = work / "-".join(ROWS[row]).replace("=", "_")
     if not (folder / "lvlm.json").exists():
-        command = [sys.executable, "-m", "lvlm", "export", "-m", str(CHECKPOINT), "-r", recipe]
+        command = [sys.executable, "-m", "lvlm", "export", "-m", "tiny-llava", "-r", recipe]
         command += [word for setting in settings for word in ("--set", setting)]
         command += ["-o", str(folder), "--dtype", "fp32", "--no-validate", "--quiet"]
         subprocess.run(command, check=True)

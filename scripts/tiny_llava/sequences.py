@@ -12,11 +12,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from glyphs import Split
-from questions import KINDS, Kind, Turn, ask
-from scenes import COLOURS, DENSITIES, NAMES, PATCH, Density, Scene, draw_scene
-from shape import IMAGE_TOKENS, PATCHES
 from transformers import PreTrainedTokenizerFast
+
+from lvlm.calibration.datasets.scenes.drawing import (
+    COLOURS,
+    DENSITIES,
+    NAMES,
+    PATCH,
+    Density,
+    Scene,
+    draw_scene,
+)
+from lvlm.calibration.datasets.scenes.glyphs import Split
+from lvlm.calibration.datasets.scenes.questions import KINDS, Kind, Turn, ask
+from tiny_llava.shape import IMAGE_TOKENS, PATCHES
 
 PREFIX, PAD = -1, -2  # instead of the number of a turn
 TEXT = 376  # tokens of questions and answers in a sequence, at most
@@ -28,6 +37,7 @@ class Batch(NamedTuple):
     images: torch.Tensor  # uint8 [B * P, SIDE, SIDE, 3]
     patch_name: torch.Tensor  # [B * P, IMAGE_TOKENS]: number of the thing's name, 0 for none
     patch_colour: torch.Tensor  # the same of its colour
+    patch_place: torch.Tensor  # the same of its place
     ids: torch.Tensor  # [B, S]
     turn: torch.Tensor  # [B, S]: PREFIX, PAD or the number of the token's turn
     parent: torch.Tensor  # [B, S]: the turn that it also sees, PREFIX if none
@@ -50,6 +60,8 @@ TWO = Mix(("pictures",), pictures=2)
 # What was learned least well after so many steps is asked more often from then on.
 LATER_FROM = 4618
 LATER = Mix((*ONE.kinds, "where", "where", "count", "colour"))
+# With image tokens missing: what is right least often
+FEWER = Mix((*ONE.kinds, *["where"] * 3, *["colour"] * 3, "count"))
 
 
 def mix_of_step(step: int) -> Mix:
@@ -86,8 +98,9 @@ class Packer:
         )
         return Batch(
             images=torch.from_numpy(np.stack([scene.image for scene in flat])),
-            patch_name=torch.from_numpy(np.stack([name for name, _ in labels])),
-            patch_colour=torch.from_numpy(np.stack([colour for _, colour in labels])),
+            patch_name=torch.from_numpy(np.stack([name for name, _, _ in labels])),
+            patch_colour=torch.from_numpy(np.stack([colour for _, colour, _ in labels])),
+            patch_place=torch.from_numpy(np.stack([place for _, _, place in labels])),
             ids=ids,
             turn=turn,
             parent=parent,
@@ -136,12 +149,13 @@ def _density(rng: np.random.Generator) -> Density:
     return DENSITIES[int(rng.choice(3, p=(0.25, 0.3, 0.45)))]
 
 
-def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Name and colour [IMAGE_TOKENS] of the thing whose box holds a patch's middle: numbers from 1,
-    0 for none."""
-    name, colour = (np.zeros((PATCHES, PATCHES), np.int64) for _ in range(2))
+def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Name, colour and place [IMAGE_TOKENS] of the thing whose box holds a patch's middle: numbers
+    from 1, 0 for none."""
+    name, colour, where = (np.zeros((PATCHES, PATCHES), np.int64) for _ in range(3))
     for thing in scene.things:
         left, top, right, bottom = ((v + PATCH // 2) // PATCH for v in thing.box)
         name[top:bottom, left:right] = 1 + NAMES.index(thing.name)
         colour[top:bottom, left:right] = 1 + list(COLOURS).index(thing.colour)
-    return name.ravel(), colour.ravel()
+        where[top:bottom, left:right] = 1 + thing.place
+    return name.ravel(), colour.ravel(), where.ravel()

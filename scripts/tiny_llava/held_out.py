@@ -1,4 +1,4 @@
-"""How often ``tiny-llava 2`` is right about held-out pictures."""
+"""How often ``tiny-llava`` is right about held-out pictures."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from packed import answer_logits, on_device
-from questions import KINDS
-from scenes import DENSITIES
-from sequences import ONE, TWO, Batch, Mix, Packer
-from shape import patch_features
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from lvlm.calibration.datasets.scenes.drawing import DENSITIES
+from lvlm.calibration.datasets.scenes.questions import KINDS
+from tiny_llava.packed import answer_logits, on_device
+from tiny_llava.sequences import ONE, TWO, Batch, Mix, Packer
+from tiny_llava.shape import patch_features
 
 SIZE = 16
 EVERY = "every kind"

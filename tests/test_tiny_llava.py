@@ -1,24 +1,32 @@
-"""What scripts/tiny_llava_2 draws, asks and packs, and the model that was trained with it."""
+"""What tiny-llava was trained with, and that it is what is shipped."""
 
 from __future__ import annotations
 
 import re
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from questions import KINDS, ask, said
-from scenes import CELL, COUNTS, DENSITIES, PLACES, Density, Scene, draw_scene
+from settings import SHIPPED
 
-FOLDER = Path(__file__).parents[1] / "scripts/tiny_llava_2"
+from lvlm.calibration.datasets.scenes.drawing import (
+    CELL,
+    COUNTS,
+    DENSITIES,
+    PLACES,
+    Density,
+    Scene,
+    draw_scene,
+)
+from lvlm.calibration.datasets.scenes.questions import KINDS, ask, said
+
 pytestmark = pytest.mark.skipif(
     find_spec("sklearn") is None, reason="handwritten digits come from scikit-learn"
 )
 
 if TYPE_CHECKING:
-    from sequences import Batch
+    from tiny_llava.sequences import Batch
 
 
 @pytest.fixture(params=DENSITIES)
@@ -76,18 +84,18 @@ def test_every_kind_is_a_function_of_the_seed(scene: Scene) -> None:
 def trained() -> tuple[Any, Any]:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(FOLDER / "trained", dtype="float32")
-    return model.eval(), AutoProcessor.from_pretrained(FOLDER / "trained")
+    model = LlavaForConditionalGeneration.from_pretrained(SHIPPED, dtype="float32")
+    return model.eval(), AutoProcessor.from_pretrained(SHIPPED)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("mix", ["ONE", "TWO"])
 def test_a_packed_question_is_the_prompt_of_the_template(trained: Any, mix: str) -> None:
     """Its answer's logits are those of transformers' own model on the conversation alone."""
-    import sequences
     import torch
-    from packed import answer_logits
-    from shape import patch_features
+    from tiny_llava import sequences
+    from tiny_llava.packed import answer_logits
+    from tiny_llava.shape import patch_features
 
     model, processor = trained
     packer = sequences.Packer(processor.tokenizer)

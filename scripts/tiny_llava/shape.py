@@ -1,4 +1,4 @@
-"""``tiny-llava 2`` before it is trained: tokenizer, shape, what its tower reads; storing it."""
+"""``tiny-llava`` before it is trained: tokenizer, shape, what its tower reads; storing it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from questions import KINDS, ask
-from scenes import DENSITIES, PATCH, SIDE, draw_scene
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -19,6 +17,9 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from lvlm.calibration.datasets.scenes.drawing import DENSITIES, PATCH, SIDE, draw_scene
+from lvlm.calibration.datasets.scenes.questions import KINDS, ask
 
 PATCHES = SIDE // PATCH
 IMAGE_TOKENS = PATCHES * PATCHES

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from scenes import NAMES
-from sequences import PAD, PREFIX, Batch
-from shape import patch_features
 from torch.nn import functional as F  # noqa: N812  (the field's own name)
 from transformers import LlavaForConditionalGeneration
 
-IMAGE_ID = 3
+from lvlm.calibration.datasets.scenes.drawing import NAMES
+from tiny_llava.sequences import PAD, PREFIX, Batch
+from tiny_llava.shape import patch_features
+from tiny_llava.thinned import IMAGE_ID, Cut, at
+
 Said = dict[str, torch.Tensor]
 
 
@@ -29,12 +32,23 @@ def losses(
 ) -> tuple[torch.Tensor, Said]:
     """Loss of the answers plus a share of that of the patches."""
     features = patch_features(model, batch.images)
-    patch, said = _patch_loss(head, features, batch)
-    logits, target, weight = answer_logits(model, features, batch)
+    patch, named = _patch_loss(head, features, batch)
+    answers, said = answer_loss(model, features, batch)
+    return answers + share * patch, {**said, **named}
+
+
+def answer_loss(
+    model: LlavaForConditionalGeneration,
+    features: torch.Tensor,
+    batch: Batch,
+    cuts: Sequence[Cut] = (),
+) -> tuple[torch.Tensor, Said]:
+    """Loss of the answers, with what is missing of the image tokens."""
+    logits, target, weight = answer_logits(model, features, batch, cuts)
     each = F.cross_entropy(logits.float(), target, reduction="none")
     answers = (each * weight).sum() / weight.sum()
     right = (logits.argmax(-1) == target).float().mean()
-    return answers + share * patch, {"answers": answers.detach(), "right": right, **said}
+    return answers, {"answers": answers.detach(), "right": right}
 
 
 def _patch_loss(
@@ -52,22 +66,29 @@ def _patch_loss(
 
 
 def answer_logits(
-    model: LlavaForConditionalGeneration, features: torch.Tensor, batch: Batch
+    model: LlavaForConditionalGeneration,
+    features: torch.Tensor,
+    batch: Batch,
+    cuts: Sequence[Cut] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits [answer tokens of the batch, vocabulary], the ids they should name, their weights."""
-    ids = batch.ids
-    embeds = model.model.language_model.embed_tokens(ids)
+    text = model.model.language_model
+    embeds = text.embed_tokens(batch.ids)
     image = model.model.multi_modal_projector(features).flatten(0, 1)
-    embeds = embeds.to(image.dtype).masked_scatter((ids == IMAGE_ID)[..., None], image)
-    hidden = model.model.language_model(
-        inputs_embeds=embeds,
-        attention_mask=mask(batch).to(embeds.dtype),
-        position_ids=batch.position,
-        use_cache=False,
-    ).last_hidden_state
+    hidden = embeds.to(image.dtype).masked_scatter((batch.ids == IMAGE_ID)[..., None], image)
+    missing = {cut.block: cut.columns for cut in cuts}
+    for number, block in enumerate(text.layers):
+        if number in missing:
+            columns = missing[number]
+            batch = at(batch, columns)
+            hidden = hidden.gather(1, columns[..., None].expand(*columns.shape, hidden.shape[-1]))
+        if number in missing or number == 0:
+            sees = mask(batch).to(hidden.dtype)
+            turned = text.rotary_emb(hidden, batch.position)
+        hidden = block(hidden, attention_mask=sees, position_embeddings=turned)
     answered = batch.kind >= 0
-    logits = model.lm_head(hidden[:, :-1][answered[:, 1:]])
-    return logits, ids[answered], batch.answer[answered]
+    logits = model.lm_head(text.norm(hidden)[:, :-1][answered[:, 1:]])
+    return logits, batch.ids[answered], batch.answer[answered]
 
 
 def mask(batch: Batch) -> torch.Tensor:

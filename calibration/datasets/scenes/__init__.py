@@ -1,0 +1,1 @@
+"""Pictures of things and questions about them: what tiny-llava was trained on."""
