@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -41,7 +42,7 @@ class Case:
     op: str
     inputs: dict[str, np.ndarray]
     outputs: list[str]
-    attributes: dict[str, Attribute]
+    attributes: dict[str, Any]
     function: onnx.FunctionProto
 
     def session(self, library: Path | None) -> onnxruntime.InferenceSession:

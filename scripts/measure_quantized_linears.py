@@ -7,6 +7,8 @@ Built ahead of time, without a GPU. docs/notes/tensorrt.md has the table.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -58,7 +60,7 @@ def linear(bits: int, block: int | None, *, zeros: bool, turned: bool) -> bytes:
     if zeros:
         points = [0] * int(np.prod(scales))
         constants.append(helper.make_tensor("zeros", KINDS[bits], scales, points))
-    attributes = {"axis": axis} | ({"block_size": block} if block else {})
+    attributes: dict[str, Any] = {"axis": axis} | ({"block_size": block} if block else {})
     names = [tensor.name for tensor in constants]
     nodes = [helper.make_node("DequantizeLinear", names, ["weight"], **attributes)]
     if turned:
@@ -71,7 +73,8 @@ def linear(bits: int, block: int | None, *, zeros: bool, turned: bool) -> bytes:
     graph = helper.make_graph(nodes, "linear", ports[:1], ports[1:], constants)
     opset = [helper.make_opsetid("", 21)]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opset, ir_version=10)
-    return model.SerializeToString()
+    serialized: bytes = model.SerializeToString()
+    return serialized
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ TWO = Mix(("pictures",), pictures=2)
 LATER_FROM = 4618
 LATER = Mix((*ONE.kinds, "where", "where", "count", "colour"))
 # With image tokens missing: what is right least often
-FEWER = Mix((*ONE.kinds, *["where"] * 3, *["colour"] * 3, "count"))
+FEWER = Mix((*ONE.kinds, "where", "where", "where", "colour", "colour", "colour", "count"))
 
 
 def mix_of_step(step: int) -> Mix:

@@ -145,9 +145,7 @@ def _warm(module: ModuleType) -> None:
 
 
 def _base(work: Path, bundle: Path | None) -> Base:
-    from importlib import resources
-
-    assets = Path(str(resources.files("lvlm.assets")))
+    assets = ROOT / "tests/assets"
     if bundle is None:
         with zipfile.ZipFile(ROOT / "tests/data/bundles/schema-3.zip") as archive:
             archive.extractall(work / "base")

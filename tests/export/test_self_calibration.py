@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from settings import ASSETS
 
 from lvlm.core.discovery import discover
 from lvlm.core.progress import Progress
@@ -29,7 +30,12 @@ def test_the_cache_is_counted_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -
 
     def cache_bytes(**options: Any) -> int:
         given = ExportOptions(
-            "digits-llava", recipe, Path("out"), dtype="fp32", validate=False, **options
+            str(ASSETS / "digits-llava"),
+            recipe,
+            Path("out"),
+            dtype="fp32",
+            validate=False,
+            **options,
         )
         ready = make_plan(given)
         plan = self_calibration.with_profile(ready, ready.checkpoint, Progress(0, quiet=True))

@@ -93,10 +93,11 @@ def test_out_of_reach_is_recorded_and_nothing_is_run(
     (variant,) = variants([light], [0.1], [])
     found = records(variant, "greedy", samples, tmp_path)
     assert [r.kept for r in found] == [None] * 3
-    # Text, one of six blocks before the first reduction, one token in each of the others
+    # Text, one of the blocks before the first reduction, one token in each of the others
     shapes = map(BundleRunner(light, HOW).shape, samples)
     least = [
-        (s.text_tokens + (IMAGE_TOKENS + 5) / 6) / (IMAGE_TOKENS + s.text_tokens) for s in shapes
+        (s.text_tokens + (IMAGE_TOKENS + LAYERS - 1) / LAYERS) / (IMAGE_TOKENS + s.text_tokens)
+        for s in shapes
     ]
     assert [r.least for r in found] == pytest.approx(least)
 
