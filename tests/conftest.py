@@ -22,6 +22,7 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
 # Small models: more threads only wait for one another. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import example_counts
 from hypothesis import settings
 from sessions_kept import keep_sessions
 
@@ -51,6 +52,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--stress-steps", type=int, default=90, help="random operations on the engine (90)"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before tests are imported."""
+    if config.getoption("--whole"):
+        os.environ[example_counts.VARIABLE] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

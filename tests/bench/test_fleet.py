@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -242,7 +243,7 @@ ARRIVALS = st.lists(
     paired=st.booleans(),
     prepare=st.sampled_from([0.0, 0.3]),
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_what_holds_of_every_run(
     arrivals: list[Arrival],
     replicas: int,

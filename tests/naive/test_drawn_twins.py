@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from against import ROWS, compare_steps
 from drawn import PREFIX
+from example_counts import whole
 from made_profile import write_profile
 from twin_model import Twin
 from twin_recipes import Settings, arguments, rule_of
 
-COUNT = 44
+COUNT = 44 if whole() else 24
 CACHES = ("uniform", "elastic-cache", "prefixkv")
 KINDS = (
     "none",

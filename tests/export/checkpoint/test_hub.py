@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from fake_hub import COMMIT, serve
+from forked import run_forked
 from safetensors.torch import load_file, save_file
 
 NAME = "owner/tiny"
@@ -18,14 +16,19 @@ NAME = "owner/tiny"
 CODE = """
 import json, sys
 from pathlib import Path
+from huggingface_hub import constants, hf_api
 from lvlm.export.export_cli import main
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.none import NoCompression
 
-name = "{name}"
+name, address, cache = sys.argv[1:]
+# What variables of the environment say when the library is imported
+hf_api.api.endpoint = constants.ENDPOINT = address
+constants.HUGGINGFACE_CO_URL_TEMPLATE = address + "/{repo_id}/resolve/{revision}/{filename}"
+constants.HF_HUB_OFFLINE, constants.HF_HOME, constants.HF_HUB_CACHE = False, cache, cache
 assert main(["-m", name, "-o", "out", "--dry-run"]) == 0
-print(json.dumps(len(list(Path(sys.argv[1]).rglob("*.safetensors")))))
+print(json.dumps(len(list(Path(cache).rglob("*.safetensors")))))
 for quiet in (False, True):
     plan = make_plan(ExportOptions(name, NoCompression(), Path("out")), quiet=quiet)
     found = plan.checkpoint
@@ -33,7 +36,6 @@ for quiet in (False, True):
 assert main(["-m", str(found.folder), "-o", "out", "--dry-run", "-q"]) == 0  # all links
 for given in (["owner/nothing"], ["owner/gated"], [name, "--revision", "gone"]):
     assert main(["-m", *given, "-o", "out", "--dry-run"]) == 2
-from huggingface_hub import constants
 constants.HF_HUB_OFFLINE = True
 assert main(["-m", name, "-o", "out", "--dry-run", "-q"]) == 0
 adapted = make_plan(ExportOptions("adapter", NoCompression(), Path("out"))).checkpoint
@@ -73,11 +75,7 @@ def test_a_dry_run_reads_headers_only_and_a_download_shows_its_size(
     save_file(named, adapter / "adapter_model.safetensors")
 
     with serve(folder, NAME) as (address, asked):
-        env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache)}
-        done = subprocess.run(
-            [sys.executable, "-c", CODE.format(name=NAME), str(cache)],
-            capture_output=True, text=True, cwd=tmp_path, env=env,
-        )  # fmt: skip
+        done = run_forked(CODE, NAME, address, str(cache), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     at = next(i for i, line in enumerate(lines) if line.isdigit())

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from single_node import feeds, session, single_node_model
@@ -137,14 +138,14 @@ def cases(draw: st.DrawFn, modes: tuple[str, ...] = MODES) -> Case:
     return Case(key.to(dtype), value.to(dtype), importance, length, budget, mode, sinks, recent)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250), deadline=None)
 @given(cases())
 def test_matches_loops(case: Case) -> None:
     for engine in ENGINES:
         assert_matches_loops(case, case.run(engine))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(cases(), st.integers(0, 40))
 def test_padding_and_other_rows_change_nothing(case: Case, more: int) -> None:
     alone = replace(

@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from single_node import feeds, session, single_node_model
@@ -87,7 +88,7 @@ def run(case: Case, chunk: dict[str, int], engine: str) -> np.ndarray:
     return runner(layout, query.dtype, tuple(chunk.items())).run(None, feed)[0]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(cases(), st.sampled_from(CHUNKS))
 def test_matches_loops(case: Case, chunk: dict[str, int]) -> None:
     query, key, slots, length = (t.numpy() for t in case)
@@ -97,7 +98,7 @@ def test_matches_loops(case: Case, chunk: dict[str, int]) -> None:
         np.testing.assert_allclose(found, expected, atol=5e-6, err_msg=engine)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(cases(), st.integers(1, 3))
 def test_other_rows_and_longer_padding_change_nothing(case: Case, more: int) -> None:
     query, key, slots, length = case

@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from single_node import feeds, session, single_node_model
@@ -39,7 +40,7 @@ def graph(dtype: torch.dtype) -> onnxruntime.InferenceSession:
     return session(single_node_model(OP, sample))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(writes())
 def test_matches_loops(write: Write) -> None:
     cache, update, index = write

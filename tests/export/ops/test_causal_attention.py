@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -93,7 +94,7 @@ def run(case: Case, importance: int, engine: str, chunk: int = 4) -> list[np.nda
     return runner(layout, query.dtype, importance, chunk).run(None, feeds(OP, given))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(cases(), st.sampled_from([2, 3, 128]))
 def test_matches_loops(case: Case, chunk: int) -> None:
     """Prompts below, at and beyond whole chunks."""
@@ -107,7 +108,7 @@ def test_matches_loops(case: Case, chunk: int) -> None:
         np.testing.assert_allclose(found[1], importance, atol=1e-5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(cases(), st.sampled_from([2, 3, 128]))
 def test_asking_for_importance_changes_no_bit_of_the_output(case: Case, chunk: int) -> None:
     valid = ~padding(case).numpy()
@@ -121,7 +122,7 @@ def test_asking_for_importance_changes_no_bit_of_the_output(case: Case, chunk: i
         )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(cases(), st.integers(0, 3))
 def test_padding_and_other_rows_change_nothing(case: Case, more: int) -> None:
     hidden, big = padding(case), 1e3

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,7 +46,7 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, ...]:
     return query, key, torch.tensor(draw(st.lists(index, min_size=batch, max_size=batch))), ids
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(cases())
 def test_matches_loops(case: tuple[torch.Tensor, ...]) -> None:
     (found,) = OP(*case, scale=0.7)
@@ -54,7 +55,7 @@ def test_matches_loops(case: tuple[torch.Tensor, ...]) -> None:
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(cases(), st.integers(1, 3))
 def test_padding_and_other_rows_change_nothing(case: tuple[torch.Tensor, ...], more: int) -> None:
     query, key, index, ids = case

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from single_node import feeds, session, single_node_model
@@ -173,20 +174,20 @@ def case_session(
     return session(single_node_model(OP, case.sample()))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(cases())
 def test_reference_matches_loops(case: Case) -> None:
     assert_matches_loops(case, case.run())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(cases())
 def test_onnx_function_matches_loops(case: Case) -> None:
     runner = case_session(case.rule, case.absorb, case.hidden.dtype, case.positions.dim())
     assert_matches_loops(case, runner.run(None, feeds(OP, case.sample())))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(cases(), st.integers(0, 2), st.integers(0, 2))
 def test_padding_and_other_rows_change_nothing(case: Case, left: int, right: int) -> None:
     alone = Case(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ from lvlm.export.weights.quantization import WeightQuantization, dequantize, qua
     st.integers(1, 6),
     st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_a_weight_comes_back_to_within_its_scale(
     bits: int, block: int, blocks: int, outputs: int, seed: int
 ) -> None:

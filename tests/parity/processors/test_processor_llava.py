@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -257,7 +258,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.sampled_from(sorted(CONFIG)), JUNK, st.booleans())
 def test_junk_configs_work_or_give_a_bundle_error(key: str, value: object, padded: bool) -> None:
     try:
@@ -267,7 +268,7 @@ def test_junk_configs_work_or_give_a_bundle_error(key: str, value: object, padde
     assert processor.pixel_values([]).ndim == 4
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     st.sampled_from(["size", "crop_size", "resample", "image_mean", "image_std", "do_pad"]), JUNK
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from anyres_tools import PATCHES, SIDE, model_config, sample_images
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llava_next.image_processing_pil_llava_next import (
@@ -69,7 +70,7 @@ def packed(config: Any, rows: np.ndarray, units: int, size: tuple[int, int]) -> 
     return found[0].numpy()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400))
 def test_tokens_equal_what_the_model_packs(height: int, width: int) -> None:
     ours: Any = load_processor(CONFIG)
@@ -104,7 +105,7 @@ def test_the_released_checkpoint() -> None:
     assert ours.tiles.max_tokens == 2928
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([56, 57, 87, 88, 91, 92]))
 def test_fewer_tokens(height: int, width: int, most: int) -> None:
     """Images are scaled down to what gives no more, as transformers counts it, too."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from anyres_tools import model_config, sample_images
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
@@ -63,7 +64,7 @@ def packed(rows: np.ndarray, units: int, size: tuple[int, int], grid: Any) -> np
     return found[0].numpy()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(
     st.integers(1, 300),
     st.integers(1, 300),
@@ -94,7 +95,7 @@ def mixed(features: np.ndarray, rows: np.ndarray) -> bool:
     return any(feature.tobytes() not in known for feature in features)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.data())
 def test_shrinking_equals_interpolate(lines: int, columns: int, data: Any) -> None:
     shape = (data.draw(st.integers(1, lines)), data.draw(st.integers(1, columns)))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -119,7 +120,7 @@ def test_positions_of_an_image() -> None:
     assert set(prepared.arrays) == {"pixel_values", "position_ids"}  # nothing else was asked for
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     st.integers(1, 30_000),
     st.integers(1, 30_000),
@@ -141,7 +142,7 @@ def test_grids_equal_transformers_and_stay_within_the_bound(
     assert (rows * 28, columns * 28) == smart_resize(height, width, 28, min_pixels, max_pixels)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.integers(1, 5_000), st.integers(1, 5_000), st.integers(4, 400))
 def test_a_lower_bound_holds_and_refuses_only_long_and_thin_images(
     height: int, width: int, tokens: int

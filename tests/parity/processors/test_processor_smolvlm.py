@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processor_tools import SIZES, sample_image
@@ -68,7 +69,7 @@ def test_tiles_and_words_equal_transformers(case: str) -> None:
     assert len(seen) > 1 or case in ("one tile", "scaled up to a tile", "not split")
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.integers(1, 20_000), st.integers(1, 20_000), st.integers(1, 8_000), st.integers(500, 700))
 def test_sizes_equal_transformers(height: int, width: int, longest: int, side: int) -> None:
     """Of every image, and with edges beyond transformers' limit of 4096, without its pixels."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig as Theirs
@@ -59,7 +60,7 @@ def ours(file: dict[str, Any], said: dict[str, Any]) -> tuple[GenerationOptions,
     return filled_in(GenerationOptions(defaults="model", **said), config), config
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     file=st.fixed_dictionaries({}, optional=DRAWING | {"do_sample": st.booleans()}),
     said=st.fixed_dictionaries({}, optional=DRAWING),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
@@ -46,7 +47,7 @@ def ours(logits: np.ndarray, params: Sampling) -> np.ndarray:
     return probabilities
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     temperature=st.floats(0.1, 5),
@@ -81,7 +82,7 @@ def test_top_p_keeps_the_fewest_that_reach_it() -> None:
         assert sorted(candidates(logits, Sampling(temperature=1.0, top_p=top_p))[0]) == kept
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     penalty=st.sampled_from([0.5, 1.1, 1.3, 7.0]),
@@ -138,7 +139,7 @@ def test_a_seed_repeats_and_no_seed_does_not() -> None:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     logits=st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=1, max_size=8),
     temperature=st.sampled_from([5e-324, 1e-30, 1e-3, 1.0, 1e30]),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig as Theirs
@@ -55,7 +56,7 @@ CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(values=CONFIGS, prompt=st.lists(TOKENS, min_size=1, max_size=6), seed=st.integers(0, 10**6))
 def test_greedy_tokens_are_those_of_generate(
     values: dict[str, Any], prompt: list[int], seed: int
@@ -74,7 +75,7 @@ def test_greedy_tokens_are_those_of_generate(
         ids.append(expected)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     values=CONFIGS,
     said=st.fixed_dictionaries(

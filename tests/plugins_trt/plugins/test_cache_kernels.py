@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -94,7 +95,7 @@ def cases(draw: st.DrawFn) -> Case:
                 sinks, recent)  # fmt: skip
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(case=cases())
 def test_compact_is_the_reference(gpu: torch.device, case: Case) -> None:
     case.check(gpu)
@@ -171,7 +172,7 @@ def writes(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     return cache, update, index
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(write=writes())
 def test_update_is_the_reference(
     gpu: torch.device, write: tuple[torch.Tensor, torch.Tensor, list[int]]

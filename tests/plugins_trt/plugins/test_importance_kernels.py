@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scratch import scratch_bytes
@@ -71,13 +72,13 @@ def cases(draw: st.DrawFn, op: Op) -> Inputs:
     return query.to(dtype), key.to(dtype), slots, valid
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 @given(case=cases(CACHE))
 def test_cache_importance(case: Inputs, gpu: torch.device) -> None:
     check(CACHE, case, gpu)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 @given(case=cases(TOKEN))
 def test_token_importance(case: Inputs, gpu: torch.device) -> None:
     check(TOKEN, case, gpu)
@@ -149,7 +150,7 @@ def test_without_queries_nothing_is_received(op: Op, gpu: torch.device) -> None:
 SIZES = st.tuples(*(st.integers(1, n) for n in (3, 4, 8, 4000, 40000)))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(SIZES, SIZES)
 def test_scratch_never_shrinks_as_inputs_grow(
     first: tuple[int, ...], other: tuple[int, ...]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from example_counts import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -146,7 +147,7 @@ def bits(data: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(data=st.data())
 def test_kernels_equal_the_reference(rule: str, gpu: torch.device, data: st.DataObject) -> None:
     check(data.draw(cases(rule)), gpu)

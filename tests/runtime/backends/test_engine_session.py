@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from example_counts import examples
 from fake_driver import FakeDriver
 from fake_tensorrt import FakeEngine, FakeTensorRt
 from hypothesis import given, settings
@@ -117,7 +118,7 @@ ARRAYS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(calls=st.lists(st.tuples(ARRAYS, ARRAYS, ARRAYS), min_size=1, max_size=3))
 def test_arrays_cross_side_by_side(calls: list[Any]) -> None:
     """Whatever their shapes, in memory that is used again: each arrives where the engine finds it,

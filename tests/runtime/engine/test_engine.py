@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from engine_tools import IMAGES, LONG, QUESTION, WAIT, Ask, ask, idle, same, submit
+from example_counts import examples
 from fake_driver import FakeDriver
 from fake_engines import Make
 from fake_tensorrt import FakeTensorRt
@@ -112,7 +113,7 @@ ASKS = st.builds(
 
 @settings(
     deadline=None,
-    max_examples=8,
+    max_examples=examples(8),
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

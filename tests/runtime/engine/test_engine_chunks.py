@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from engine_tools import IMAGES, OTHERS, WAIT, ask, idle, intercept, running, same, submit, until
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +44,7 @@ def answered(model: Model) -> list[Generation]:
     return [a.alone(model) for a in ASKS]
 
 
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 @given(
     st.one_of(st.integers(1, 40), st.integers(1, TOKENS_AT_ONCE)),
     st.permutations(range(len(ASKS))),

@@ -23,6 +23,7 @@ from engine_tools import (
     submit,
     until,
 )
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,7 +79,7 @@ def test_a_conversation_with_images_in_two_turns(engine: Engine, model: Model) -
     assert held > 2 * model.manifest.images.tokens
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 @given(
     st.lists(st.sampled_from(WORDS), min_size=1, max_size=12),
     st.lists(st.sampled_from(WORDS), min_size=1, max_size=12),

@@ -19,6 +19,7 @@ from cache_playback import (
     compact_list,
     new_cache,
 )
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -147,7 +148,7 @@ class Rows(RuleBasedStateMachine):
 
 TestRows = Rows.TestCase
 TestRows.settings = settings(
-    deadline=None, max_examples=60, stateful_step_count=30, derandomize=True
+    deadline=None, max_examples=examples(60), stateful_step_count=30, derandomize=True
 )
 
 
@@ -192,7 +193,7 @@ def move(playback: Playback, source: int, target: int) -> None:
         playback.lists[layer, target] = list(playback.lists[layer, source])
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(deadline=None, max_examples=examples(60), derandomize=True)
 @given(st.one_of(calls(FIXED_POINT, 30, 30), calls(INTERVAL, 30, 30)), st.data())
 def test_a_row_that_was_moved_goes_on_the_same(call: Call, data: st.DataObject) -> None:
     """Victims and their queues, intervals and rings move with it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cache_playback import FIXED_POINT, INTERVAL, Call, calls, new_cache
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import APPENDED, SLIDING
@@ -102,7 +103,7 @@ def test_begin_copies_the_counts(cache: CompactCache) -> None:
 # Capacities and calls one after another
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(
     st.one_of(*(calls(c, 200, 150) for c in (FIXED_POINT, INTERVAL, SLIDING, APPENDED))),
     st.booleans(),
@@ -122,7 +123,7 @@ def test_capacity_is_exactly_what_decode_occupies(call: Call, compressed: bool) 
     assert most.max(axis=1).tolist() == capacities.tolist()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=examples(50))
 @given(st.one_of(calls(FIXED_POINT, 30, 20), calls(INTERVAL, 30, 20)), st.floats(0.01, 1))
 def test_a_cache_used_again_is_as_good_as_new(call: Call, keep: float) -> None:
     layers, rows = call.entries.shape

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 from cache_playback import INTERVAL, Call, Playback, calls, compact, compact_list, new_cache
+from example_counts import examples
 from hypothesis import given, settings
 from policies import changed
 
 from lvlm.runtime.kv.budgets import Budgets
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(calls(INTERVAL, 30, 40))
 def test_compaction_at_intervals(call: Call) -> None:
     playback = Playback(call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from cache_playback import FIXED_POINT, Call, Playback, calls, new_cache
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import APPENDED, SLIDING, changed, removed
@@ -13,7 +14,7 @@ from lvlm.runtime.kv.budgets import Budgets
 # Appending
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=examples(30))
 @given(calls(APPENDED, 30, 40))
 def test_appended_entries_all_stay(call: Call) -> None:
     playback = Playback(call)
@@ -32,7 +33,7 @@ def test_appended_entries_all_stay(call: Call) -> None:
 # Elimination one by one
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=examples(100))
 @given(st.one_of(calls(FIXED_POINT, 30, 40), calls(SLIDING, 30, 40)))
 def test_elimination_one_by_one(call: Call) -> None:
     playback = Playback(call)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from budget_cases import REFERENCE, array, keeps, profile_of, profiled, seeds
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import INTERVAL, UNIFORM, changed
@@ -68,7 +69,7 @@ def nearest(exact: list[Fraction], lower: list[int], upper: list[int]) -> list[i
     return counts
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(st.data(), st.integers(1, 6), st.integers(1, 3), st.integers(0, 6), st.integers(0, 6))
 def test_profile_prompt_within_bounds(
     data: Any, layers: int, rows: int, sinks: int, recent: int

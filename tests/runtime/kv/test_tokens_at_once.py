@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 from cache_playback import FIXED_POINT, INTERVAL, Call, Playback, calls, compact, compact_list
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import APPENDED, SLIDING, removed
@@ -22,7 +23,7 @@ def one_row(call: Call) -> Call:
     return replace(call, entries=call.entries[:, :1], tokens=np.maximum(call.tokens[:1], 1))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=examples(150))
 @given(ALL, st.data())
 def test_what_is_counted_at_once_is_what_decode_does(call: Call, data: st.DataObject) -> None:
     playback = Playback(one_row(call))

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -64,7 +65,7 @@ def test_transparent_gray_of_16_bits() -> None:
     assert (open_image(image)[1, 1] == 255).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=20))
 def test_small_values_in_wide_words_stay(values: list[int]) -> None:
     for dtype, mode in ((np.uint16, "I;16"), (np.int32, "I"), (np.float32, "F")):

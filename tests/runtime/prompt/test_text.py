@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from example_counts import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -130,7 +131,7 @@ STOPS = ["stop", "\n", " ", "a", "top", "st", "€", "o w", "\ufffd", "日本", 
 CASES = st.sampled_from(KINDS).flatmap(lambda kind: st.tuples(st.just(kind), ids_of(kind)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(CASES, st.lists(st.sampled_from(STOPS), max_size=3), st.sampled_from(LEADS))
 @example(("byte_fallback", [4 + 0x61, 4 + 0xE2, 262]), [], "")
 @example(("byte_fallback", [*(4 + byte for byte in b"xa b"), 262]), ["a b", " "], "")
@@ -150,7 +151,7 @@ def test_pieces_are_the_text_up_to_the_first_stop_string(
     assert bool(stream.stopped) == any(s in whole for s in stop)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(CASES)
 def test_all_that_is_certain_is_given_at_once(
     tokenizers_by_kind: dict[str, Tokenizer], case: tuple[str, list[int]]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tool_templates import CLOCK, HERMES, LLAMA, MISTRAL, NO_CALLS, PLAIN, WEATHER, XML
@@ -208,7 +209,7 @@ CALL = ToolCall("clock", {"a": "</tool_call> {"})
         (MISTRAL, f"[TOOL_CALLS][{ONE}, {ONE}]", [CALL, CALL]),
     ],
 )
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 @given(data=st.data())
 def test_calls_are_read_however_they_come(
     source: str, text: str, found: list[Any], data: st.DataObject

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -22,7 +23,7 @@ FEATURES = arrays(
 
 
 @pytest.mark.parametrize("name", sorted(rules()))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(features=FEATURES, data=st.data())
 def test_as_many_as_asked_for(name: str, features: np.ndarray, data: st.DataObject) -> None:
     """In rising order, each once; even where all are alike, or nothing."""
@@ -37,7 +38,7 @@ def test_as_many_as_asked_for(name: str, features: np.ndarray, data: st.DataObje
     assert 0 <= found.min() <= found.max() < len(features)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(features=FEATURES, data=st.data())
 def test_divprune_keeps_what_is_unlike(features: np.ndarray, data: st.DataObject) -> None:
     """The least distance between two that stay is not below what a greedy choice can promise: half
@@ -115,7 +116,7 @@ def test_evs_shares_a_clip_out() -> None:
     assert rule.shared([still, little, much], [9, 9, 9], 27) == (9, 9, 9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(data=st.data())
 def test_evs_shares_are_what_was_asked_for(data: st.DataObject) -> None:
     count = data.draw(st.integers(2, 8))
@@ -140,7 +141,7 @@ def test_random_depends_on_its_seed() -> None:
     assert first != rule.choose(features, 20, seed=1).tolist()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(runs=st.lists(st.integers(1, 90), min_size=1, max_size=9), data=st.data())
 def test_tokens_are_shared_out(runs: list[int], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, sum(runs)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,7 +67,7 @@ OPTIONS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(options=OPTIONS, prompt=st.lists(TOKENS, min_size=1, max_size=5), seed=st.integers(0, 10**6))
 def test_scores_and_chances_are_those_of_a_plain_implementation(
     options: GenerationOptions, prompt: list[int], seed: int
