@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,18 +23,15 @@ def lowered(bundle: Callable[..., Path]) -> Path:
     return bundle(SMALL, "lightvlm", targets=("trt-rtx",), max_images=2)
 
 
-def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lvlm", "compare", "layers", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_lowered_graphs_agree(lowered: Path) -> None:
-    done = compare(lowered, "--against", "onnxruntime", "--graph", "prefill")
-    assert done.returncode == 0, done.stderr
-    assert "✓ prefill: " in done.stdout
+def test_lowered_graphs_agree(lowered: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    asked = ("--against", "onnxruntime", "--graph", "prefill")
+    status = compare_cli.main(["layers", str(lowered), *asked])
+    said = capfd.readouterr()
+    assert status == 0, said.err
+    assert "✓ prefill: " in said.out
     for op in ("CausalAttention", "CacheImportance", "CacheCompact", "TokenImportance"):
-        assert f"✓   {op} that gives" in done.stdout
-    assert "✗" not in done.stdout
+        assert f"✓   {op} that gives" in said.out
+    assert "✗" not in said.out
 
 
 def test_a_difference_is_found(

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from settings import CACHED, SMALL
 
 from lvlm.core.discovery import discover
@@ -23,7 +24,7 @@ from lvlm.export.recipes.recipe import parse_settings
 from lvlm.export.verify import contents, validation, vocabulary
 from lvlm.export.verify.checks import Check
 from lvlm.export.verify.forms import Mapped
-from lvlm.export.verify.judge import Judge
+from lvlm.export.verify.judge import Judge, Verdict
 from lvlm.export.verify.outcome import Outcome
 from lvlm.runtime.backends import Session
 from lvlm.runtime.bundle.manifest import Graph, Manifest
@@ -38,6 +39,36 @@ def plan_of(checkpoint: Path, output: Path, dtype: str = "fp32", recipe: str = R
     return export_plan.make_plan(
         ExportOptions(model=str(checkpoint), recipe=made, output=output, dtype=dtype, max_images=2)
     )
+
+
+@pytest.fixture(autouse=True)
+def judged_once(judges: dict[Path, Judge], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundles are broken here, checkpoints never: what transformers says of one is asked once."""
+
+    class Asked(Judge):
+        def __new__(cls, folder: Path) -> Any:
+            return judges.setdefault(folder, super().__new__(cls))
+
+        def __init__(self, folder: Path) -> None:
+            if not hasattr(self, "folder"):
+                super().__init__(folder)
+
+        def load_model(self, dtype: torch.dtype) -> None:
+            if not hasattr(self, "model"):
+                super().load_model(dtype)
+
+        def answer(self, ids: Sequence[int], *given: Any) -> Verdict:
+            answers = self.__dict__.setdefault("answers", {})
+            if tuple(ids) not in answers:
+                answers[tuple(ids)] = super().answer(ids, *given)
+            return cast("Verdict", answers[tuple(ids)])
+
+    monkeypatch.setattr(validation, "Judge", Asked)
+
+
+@pytest.fixture(scope="module")
+def judges() -> dict[Path, Judge]:
+    return {}
 
 
 @pytest.fixture
