@@ -52,12 +52,17 @@ def estimate(
     stored: Mapping[str, Mapping[str, EngineWeight]],
     shared: Mapping[str, EngineWeight],
     workspace: int | None,
+    positive: bool = False,
 ) -> MemoryEstimate:
-    """What these engines take; ``workspace``: the limit that was given for it, if one was."""
+    """What these engines take; ``workspace``: the limit that was given for it, if one was;
+    ``positive``: scales of blocks are to be positive, which leaves as much over as they take."""
     inside = {
         graph: sum(w.bytes for name, w in weights.items() if name not in shared)
         for graph, weights in stored.items()
     }
+    if positive:
+        for graph, weights in stored.items():
+            inside[graph] += sum(w.bytes for w in weights.values() if _are_scales(manifest, w))
     batch = profiles["decode"]["batch"].max
     rows = batch * profiles["prefill"]["sequence"].max
     widths = [
@@ -74,6 +79,12 @@ def estimate(
         batch,
         needed if workspace is None else min(needed, workspace),
     )
+
+
+def _are_scales(manifest: Manifest, weight: EngineWeight) -> bool:
+    """Of the bytes that quantized weights are made of, those that are floats."""
+    whole = manifest.weights.get(weight.name)
+    return weight.dtype == "uint8" and whole is not None and whole.dtype == manifest.dtype
 
 
 def check_memory(manifest: Manifest, needs: MemoryEstimate, memory: int, device: str) -> None:

@@ -107,7 +107,17 @@ def test_packed_bytes_are_what_both_readers_take(bits: int) -> None:
             "--cache fp16 goes with --dtype fp32 or fp16",
         ),
         ("digits-llava", "--weights int2", "invalid choice: 'int2'"),
-        ("digits-llava", "--weights int4 --target trt-rtx", "trt-rtx does not take --weights int4"),
+        (
+            "digits-llava",
+            "--weights int4 --target jetson-orin-jp62",
+            "jetson-orin-jp62 does not take int4 weights; export with --weights int8 --block-size",
+        ),
+        (
+            "digits-llava",
+            "--weights int8 --target trt-rtx",
+            "with one scale for each output only, not blocks of 32; export with --block-size all",
+        ),
+        ("digits-llava", "--weights int4 --block-size all", "--block-size all is for --weights"),
         (
             "digits-llava",
             "--dtype fp32 --cache fp16 --target trt-rtx",
