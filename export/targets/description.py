@@ -8,7 +8,7 @@ doubt is decomposed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -37,7 +37,7 @@ class SignedWeights:
     negative_scales  bits of the numbers whose scales may be below zero, or zero
     """
 
-    blocks: Mapping[int, tuple[int | None, ...]]
+    blocks: Mapping[int, tuple[int | None, ...]] = field(hash=False)
     negative_scales: tuple[int, ...] = ()
 
 

@@ -69,12 +69,14 @@ def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
         raise BuildError(f"{folder} is no folder of engines; give another -o or remove it")
     stored = stored_weights(request.bundle, manifest)
     shared = {} if request.weights == "embedded" else shared_matrices(stored)
-    positive = _positive(request.target, manifest)
+    positive = positive_scales(request.target, manifest)
     memory = estimate(manifest, found, stored, shared, request.workspace, positive)
+    signed = request.target.signed
+    int4 = signed is not None and 4 in signed.blocks
     if request.memory is not None:
-        check_memory(manifest, memory, request.memory, "a device")
+        check_memory(manifest, memory, request.memory, "a device", int4=int4)
     elif place.gpu is not None:
-        check_memory(manifest, memory, place.gpu.memory, place.gpu.name)
+        check_memory(manifest, memory, place.gpu.memory, place.gpu.name, int4=int4)
     return EnginePlan(
         request=request,
         manifest=manifest,
@@ -161,7 +163,7 @@ def _check_storage(target: Target, manifest: Manifest) -> None:
         raise ParameterError(refusal)
 
 
-def _positive(target: Target, manifest: Manifest) -> bool:
+def positive_scales(target: Target, manifest: Manifest) -> bool:
     """Whether its int4 weights get positive scales, as ONNX Runtime's quantizer does not."""
     how = manifest.quantization
     takes_any = target.signed is not None and 4 in target.signed.negative_scales

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from settings import SMALL
 
+from lvlm.core.discovery import discover
 from lvlm.core.progress import Progress
 from lvlm.export.targets import trt_rtx
 from lvlm.export.targets.description import PACKED, SignedWeights
@@ -32,6 +33,7 @@ from lvlm.runtime.kv.static_capacity import static_capacity
 pytest.importorskip("tensorrt_rtx")
 
 RTX = trt_rtx.TARGET
+TARGETS: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
 # Scales as TensorRT asks them to be: products have sums of their rows added
 POSITIVE = dataclasses.replace(RTX, signed=SignedWeights(PACKED))
 BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -141,6 +143,32 @@ def decode_of(folder: Path) -> Built:
     extents = shapes(graph, profile["decode"], static_capacity(manifest).per_layer)
     settings = Settings(extents, shared, sms=(86,))
     return open_tensorrt("tensorrt-rtx").build(folder / RTX.file(graph.file), settings)
+
+
+@pytest.mark.parametrize("name", ["trt-rtx", "jetson-jp72"])
+def test_a_dry_run_knows_what_engines_hold(
+    name: str, bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """All engines their own packed weights; the embedding once."""
+    model, options = BUNDLES["int4"]
+    folder = tmp_path / "bundle"
+    shutil.copytree(bundle(model, dtype="fp16", max_images=2, **options), folder)
+    target = TARGETS[name]
+    plan = make_plan(BuildRequest(bundle=folder, target=target), dry_run=True)
+    manifest = lower_bundle(folder, plan.manifest, target, Progress(0, quiet=True))
+    for graph in ("prefill", "decode"):
+        lowered = onnx.load(
+            folder / target.file(manifest.graphs[graph].file), load_external_data=False
+        )
+        stored = {t.name: t for t in lowered.graph.initializer if t.external_data}
+        held = sum(
+            int({entry.key: entry.value for entry in tensor.external_data}["length"])
+            for tensor in stored.values()
+            if tensor.name not in plan.shared
+        )
+        assert plan.memory.inside[graph] == pytest.approx(held, rel=0.04)
+    (embedding,) = plan.shared.values()
+    assert plan.memory.shared == embedding.bytes
 
 
 WHOLE = [
