@@ -111,10 +111,11 @@ class Description:
             others = [f"--weights int{n}{_block_size(sizes)}" for n, sizes in taken.items()]
             mend = " or ".join([*others, "no quantized weights"])
             return f"target {self.name} does not take int{bits} weights; export with {mend}"
-        sizes = "one scale for each output" if None in blocks else f"blocks of {_list(blocks)}"
+        whole_only = None in blocks
+        sizes = "one scale for each output" if whole_only else f"blocks of {_list(blocks)}"
         return (
             f"target {self.name} takes int{bits} weights with {sizes} only, not blocks of {block}; "
-            f"export with{_block_size(blocks)}"
+            f"export with --block-size {'all' if whole_only else blocks[0]}"
         )
 
 

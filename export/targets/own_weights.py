@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import onnx_ir as ir
 
@@ -29,7 +29,7 @@ class OwnWeights:
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _file: BinaryIO | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> OwnWeights:
         return self
 
     def __exit__(
