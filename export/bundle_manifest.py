@@ -37,10 +37,22 @@ def write_manifest(
     Args:
         known: files that need not be read, since they were hashed as they were written.
     """
+    manifest = manifest_of(plan, graphs, weights, {**known, **_hash_others(folder, known)})
+    manifest.write(folder)
+    return manifest
+
+
+def manifest_of(
+    plan: ExportPlan,
+    graphs: dict[str, Graph],
+    weights: dict[str, Weight],
+    files: dict[str, File],
+) -> Manifest:
+    """The manifest of a bundle with these graphs, weights and files."""
     source = plan.checkpoint.source
     language, prompt = plan.skeleton.language, plan.prompt
     rule = plan.recipe.cache_rule()
-    manifest = Manifest(
+    return Manifest(
         schema=SCHEMA,
         family=plan.family.name,
         model={
@@ -76,11 +88,9 @@ def write_manifest(
         special_tokens=prompt.special_tokens,
         validation="skipped",
         tools={name: _version(name) for name in TOOLS},
-        files={**known, **_hash_others(folder, known)},
+        files=files,
         generation=prompt.generation,
     )
-    manifest.write(folder)
-    return manifest
 
 
 def record_validation(folder: Path, manifest: Manifest, outcome: dict[str, Any]) -> Manifest:

@@ -48,9 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--block-size",
-        type=int,
+        type=_block_size,
         metavar="N",
-        help="weights that share a scale: 16, 32 (default), 64, 128 or 256; with --weights",
+        help="weights that share a scale: 16, 32 (default), 64, 128 or 256; of int8 also all of an "
+        "output",
     )
     parser.add_argument(
         "--dequantize",
@@ -121,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list-targets", action="store_true", help="list what --target takes")
     return parser
+
+
+def _block_size(text: str) -> int | str:
+    return text if text == "all" else int(text)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -24,6 +25,7 @@ class ExportOptions:
     None: the language model's linear layers are of ``dtype``, too; ``cache`` None: so is the cache;
     ``max_image_tokens`` None: images give as many tokens as the checkpoint says; ``sessions``:
     conversations can keep a compressed cache from turn to turn (recipe none: always);
+    ``block_size`` "all": the inputs of an output share a scale;
     ``dequantize``: weights that come quantized are stored in ``dtype``, or as ``weights`` says;
     ``lora``: an adapter's folder, to be merged."""
 
@@ -32,7 +34,7 @@ class ExportOptions:
     output: Path
     dtype: str | None = None
     weights: str | None = None
-    block_size: int | None = None
+    block_size: int | Literal["all"] | None = None
     cache: str | None = None
     revision: str | None = None
     max_text_len: int = 2048
@@ -55,7 +57,10 @@ class ExportOptions:
         if self.block_size is not None:
             if self.weights is None:
                 raise ParameterError("--block-size is for quantized weights; add --weights int4")
-            if self.block_size not in BLOCKS:
+            if self.block_size == "all":
+                if self.weights != "int8":
+                    raise ParameterError("--block-size all is for --weights int8; give a number")
+            elif self.block_size not in BLOCKS:
                 sizes = ", ".join(map(str, BLOCKS))
                 raise ParameterError(f"--block-size {self.block_size}: give one of {sizes}")
 
@@ -63,4 +68,6 @@ class ExportOptions:
     def quantization(self) -> WeightQuantization | None:
         if self.weights is None:
             return None
+        if self.block_size == "all":
+            return WeightQuantization(KINDS[self.weights], BLOCK, whole=True)
         return WeightQuantization(KINDS[self.weights], self.block_size or BLOCK)

@@ -13,8 +13,10 @@ from lvlm.export.graphs.bundle_graphs import graph_names
 
 
 def disk(plan: ExportPlan) -> int:
-    """Bytes that the export writes at most."""
-    return plan.weight_bytes + plan.angle_bytes + 50_000_000 + plain_bytes(plan)
+    """Bytes that the export writes at most; quantized weights once more for every target that
+    takes them in a form of its own."""
+    forms = 1 + sum(plan.quantization is not None and bool(t.signed) for t in plan.options.targets)
+    return forms * plan.weight_bytes + plan.angle_bytes + 50_000_000 + plain_bytes(plan)
 
 
 def plain_bytes(plan: ExportPlan) -> int:

@@ -55,6 +55,8 @@ def bundle_files(plan: ExportPlan) -> list[str]:
     if _name(plan.dtype) in ORT_CPU.matmul_types:
         targets.append(ORT_CPU)
     files += [target.file(f"{name}.onnx") for target in targets for name in target.lowers(graphs)]
+    if plan.quantization is not None:
+        files += [target.weights_file for target in plan.options.targets if target.signed]
     wanted = plan.recipe.calibration()
     if plan.profile is not None or (wanted is not None and wanted.file is None):
         files.append("profile.json")
@@ -132,7 +134,8 @@ def _quantized_layers(plan: ExportPlan) -> int:
 def _quantized(plan: ExportPlan) -> str:
     how, count = plan.options.quantization, _quantized_layers(plan)
     if how is not None:
-        return f", {count} linear layers quantized to int{how.bits} in blocks of {how.block}"
+        shared = "with a scale for each output" if how.whole else f"in blocks of {how.block}"
+        return f", {count} linear layers quantized to int{how.bits} {shared}"
     if not plan.packed:
         return ", dequantized" if plan.options.dequantize else ""
     kinds = Counter((tensor.bits, tensor.block) for tensor in plan.packed.values())

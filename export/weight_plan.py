@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
@@ -11,6 +11,7 @@ from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor
 from lvlm.export.export_options import CACHES, ExportOptions
 from lvlm.export.graphs.skeleton import Skeleton
+from lvlm.export.targets.target import Target
 from lvlm.export.weights.quantization import linear_weights
 
 
@@ -35,11 +36,29 @@ def check_storage(options: ExportOptions, checkpoint: Checkpoint, dtype: torch.d
     for what, mend in _narrow(options, dtype, bool(kept)):
         if dtype == torch.bfloat16:
             raise ParameterError(f"{what} goes with --dtype fp32 or fp16; the model is bf16{mend}")
-        for target in options.targets:
-            if not target.low_precision:
-                raise ParameterError(
-                    f"target {target.name} does not take {what}; leave one of them out{mend}"
-                )
+    for target in options.targets:
+        _check_target(options, target, checkpoint.packed.values() if kept else (), dtype)
+
+
+def _check_target(
+    options: ExportOptions, target: Target, kept: Iterable[PackedTensor], dtype: torch.dtype
+) -> None:
+    """ParameterError where ``target`` does not take what is stored narrower; ``kept``: weights that
+    stay quantized."""
+    if (how := options.quantization) is not None:
+        refusal = target.refusal(how.bits, how.block, whole=how.whole)
+        if refusal is not None:
+            raise ParameterError(refusal)
+    for tensor in kept:
+        refusal = target.refusal(tensor.bits, tensor.block or 0, whole=tensor.groups == 1)
+        if refusal is not None:
+            raise ParameterError(
+                f"{refusal.partition('; ')[0]}, which the checkpoint has; give --dequantize"
+            )
+    if _narrow_cache(options, dtype) and not target.low_precision:
+        raise ParameterError(
+            f"target {target.name} does not take --cache {options.cache}; leave one of them out"
+        )
 
 
 def _narrow(options: ExportOptions, dtype: torch.dtype, kept: bool) -> Iterator[tuple[str, str]]:
@@ -48,8 +67,12 @@ def _narrow(options: ExportOptions, dtype: torch.dtype, kept: bool) -> Iterator[
         yield f"--weights {options.weights}", ""
     if kept:
         yield "a checkpoint that stays quantized", ", or give --dequantize"
-    if options.cache is not None and (CACHES[options.cache] != dtype or dtype == torch.bfloat16):
+    if _narrow_cache(options, dtype):
         yield f"--cache {options.cache}", ""
+
+
+def _narrow_cache(options: ExportOptions, dtype: torch.dtype) -> bool:
+    return options.cache is not None and (CACHES[options.cache] != dtype or dtype == torch.bfloat16)
 
 
 def packed_linears(

@@ -1,9 +1,10 @@
-"""Configurations of released models of 7 to 8 billion weights, one for every kind of text model
-that the families have."""
+"""Configurations of released models: of 7 to 8 billion weights, one for every kind of text model
+that the families have, and smaller ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def _joined(kind: Any, text: Any, vision: Any, **options: Any) -> Any:
     return kind(
         text_config=text.to_dict(),
         vision_config=vision.to_dict(),
-        tie_word_embeddings=False,
+        tie_word_embeddings=text.tie_word_embeddings,
         **options,
     )
 
@@ -84,7 +85,31 @@ def llava_next() -> Any:
     return _joined(hf.LlavaNextConfig, text, vision, **options)
 
 
-def llava_onevision() -> Any:
+# What the smaller models of a generation have otherwise
+QWEN2_HALF = QWEN2 | {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+QWEN2_TWO = QWEN2_HALF | {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+}
+QWEN2_THREE = QWEN2_HALF | {
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+}
+
+
+def llava_onevision(text: dict[str, Any] = QWEN2) -> Any:
     vision = hf.SiglipVisionConfig(
         hidden_size=1152,
         intermediate_size=4304,
@@ -97,7 +122,7 @@ def llava_onevision() -> Any:
     sides = range(384, 2305, 384)
     return _joined(
         hf.LlavaOnevisionConfig,
-        hf.Qwen2Config(**QWEN2),
+        hf.Qwen2Config(**text),
         vision,
         image_token_index=3,
         video_token_index=4,
@@ -118,27 +143,34 @@ def internvl() -> Any:
     return _joined(hf.InternVLConfig, hf.Qwen3Config(**QWEN3), vision, image_token_id=3)
 
 
-def qwen2_vl() -> Any:
-    vision = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "hidden_size": 3584}
+def qwen2_vl(text: dict[str, Any] = QWEN2) -> Any:
+    width = text["hidden_size"]
+    vision = {"embed_dim": 1280, "depth": 32, "num_heads": 16, "hidden_size": width}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return hf.Qwen2VLConfig(
-        text_config=QWEN2 | {"rope_parameters": rope}, vision_config=vision, image_token_id=3
+        text_config=text | {"rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=3,
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
     )
 
 
-def qwen2_5_vl() -> Any:
+def qwen2_5_vl(text: dict[str, Any] = QWEN2) -> Any:
     vision = {
         "hidden_size": 1280,
         "intermediate_size": 3420,
         "depth": 32,
         "num_heads": 16,
-        "out_hidden_size": 3584,
+        "out_hidden_size": text["hidden_size"],
         "window_size": 112,
         "fullatt_block_indexes": [7, 15, 23, 31],
     }
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return hf.Qwen2_5_VLConfig(
-        text_config=QWEN2 | {"rope_parameters": rope}, vision_config=vision, image_token_id=3
+        text_config=text | {"rope_parameters": rope},
+        vision_config=vision,
+        image_token_id=3,
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
     )
 
 
@@ -159,6 +191,9 @@ def qwen3_vl() -> Any:
 
 # Name: (configuration, dtype of the released weights)
 SHAPES: dict[str, tuple[Callable[[], Any], torch.dtype]] = {
+    "llava-onevision-qwen2-0.5b": (partial(llava_onevision, QWEN2_HALF), torch.float16),
+    "qwen2-vl-2b": (partial(qwen2_vl, QWEN2_TWO), torch.bfloat16),
+    "qwen2.5-vl-3b": (partial(qwen2_5_vl, QWEN2_THREE), torch.bfloat16),
     "llava-1.5-7b": (llava, torch.float16),
     "llava-v1.6-mistral-7b": (llava_next, torch.float16),
     "llava-onevision-qwen2-7b": (llava_onevision, torch.float16),

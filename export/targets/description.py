@@ -7,7 +7,8 @@ doubt is decomposed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,24 @@ CACHE_WRITES, AT_THE_END = "lvlm.cache_writes", "end"
 
 
 @dataclass(frozen=True)
+class SignedWeights:
+    """Quantized weights as TensorRT's DequantizeLinear takes them of constants, so that they stay
+    packed in an engine: signed numbers without zero points.
+
+    blocks           by the bits of a number, how many inputs of an output may share a scale; None:
+                     all of them
+    negative_scales  bits of the numbers whose scales may be below zero, or zero
+    """
+
+    blocks: Mapping[int, tuple[int | None, ...]] = field(hash=False)
+    negative_scales: tuple[int, ...] = ()
+
+
+# Seen on TensorRT-RTX's builder: blocks of int8 are spread in memory, those of all layers at once
+PACKED: Mapping[int, tuple[int | None, ...]] = {4: (16, 32, 64, 128, 256), 8: (None,)}
+
+
+@dataclass(frozen=True)
 class Description:
     """Description of a target: what its engine takes.
 
@@ -43,7 +62,9 @@ class Description:
     plugins       lvlm ops are plugins, which their functions must not stand in for
     static_cache  the length of the cache is fixed in the graph
     topk_limit    largest K of its TopK; None: no limit is known
-    low_precision takes quantized weights, and a cache narrower than what is computed in
+    low_precision takes quantized weights as the canonical graphs have them, and a cache narrower
+                  than what is computed in
+    signed        the quantized weights that it takes in another form; None: none
     verified      what was seen; "": nothing, the entry follows the documentation
     """
 
@@ -62,6 +83,7 @@ class Description:
     topk_limit: int | None
     verified: str
     low_precision: bool = False
+    signed: SignedWeights | None = None
     row_heads: int = 1
 
     @property
@@ -72,6 +94,40 @@ class Description:
     def file(self, file: str) -> str:
         """Name of the lowered form of a graph's file."""
         return target_file(file, self.name)
+
+    @property
+    def weights_file(self) -> str:
+        """Name of the file of weights that its lowered graphs alone read."""
+        return f"weights.{self.name}.bin"
+
+    def refusal(self, bits: int, block: int, *, whole: bool) -> str | None:
+        """Why it does not take weights of ``bits`` bits whose scales are of ``block`` inputs, or of
+        all of an output (``whole``), and what to export instead; None: it does."""
+        taken = {} if self.signed is None else self.signed.blocks
+        blocks = taken.get(bits, ())
+        if self.low_precision or block in blocks or (whole and None in blocks):
+            return None
+        if not blocks:
+            others = [f"--weights int{n}{_block_size(sizes)}" for n, sizes in taken.items()]
+            mend = " or ".join([*others, "no quantized weights"])
+            return f"target {self.name} does not take int{bits} weights; export with {mend}"
+        whole_only = None in blocks
+        sizes = "one scale for each output" if whole_only else f"blocks of {_list(blocks)}"
+        return (
+            f"target {self.name} takes int{bits} weights with {sizes} only, not blocks of {block}; "
+            f"export with --block-size {'all' if whole_only else blocks[0]}"
+        )
+
+
+def _list(blocks: tuple[int | None, ...]) -> str:
+    return ", ".join(map(str, blocks))
+
+
+def _block_size(blocks: tuple[int | None, ...]) -> str:
+    """The flag that gives what is taken, where the default does not."""
+    if None in blocks:
+        return " --block-size all"
+    return "" if 32 in blocks else f" --block-size {blocks[0]}"
 
 
 def target_file(file: str, target: str) -> str:

@@ -6,7 +6,7 @@ RotaryEmbedding and TensorScatter in 10.15: all are decomposed here.
 
 from __future__ import annotations
 
-from lvlm.export.targets.description import FLOATS
+from lvlm.export.targets.description import FLOATS, PACKED, SignedWeights
 from lvlm.export.targets.target import Target
 
 TARGET = Target(
@@ -23,5 +23,6 @@ TARGET = Target(
     plugins=True,
     static_cache=True,
     topk_limit=3840,
+    signed=SignedWeights(PACKED),
     verified="",
 )

@@ -35,5 +35,6 @@ class Target(Description):
         return write(
             bundle,
             {file: self.file(file) for file in graphs.values()},
+            self.weights_file,
             lambda model: self.lower(model, capacity),
         )

@@ -1,12 +1,13 @@
 """TensorRT 11 on desktop and data-centre GPUs.
 
 Its parser is the one TensorRT-RTX shares, which is how far it was seen: Attention in half
-precision, KVCacheUpdate from TensorScatter (both in 10.15 already).
+precision, KVCacheUpdate from TensorScatter (both in 10.15 already). Scales of DequantizeLinear are
+to be positive by the headers of 10.14, which TensorRT-RTX does not ask.
 """
 
 from __future__ import annotations
 
-from lvlm.export.targets.description import FLOATS, HALVES, NEW_OPS
+from lvlm.export.targets.description import FLOATS, HALVES, NEW_OPS, PACKED, SignedWeights
 from lvlm.export.targets.target import Target
 
 TARGET = Target(
@@ -23,5 +24,6 @@ TARGET = Target(
     plugins=True,
     static_cache=True,
     topk_limit=3840,
+    signed=SignedWeights(PACKED),
     verified="",
 )

@@ -7,7 +7,7 @@ plugin ends the process: the functions stay.
 
 from __future__ import annotations
 
-from lvlm.export.targets.description import FLOATS, HALVES, NEW_OPS
+from lvlm.export.targets.description import FLOATS, HALVES, NEW_OPS, PACKED, SignedWeights
 from lvlm.export.targets.target import Target
 
 TARGET = Target(
@@ -25,5 +25,6 @@ TARGET = Target(
     plugins=False,
     static_cache=True,
     topk_limit=None,
+    signed=SignedWeights(PACKED, negative_scales=(4,)),
     verified="1.7: every graph is built, without a GPU; not run",
 )

@@ -27,13 +27,15 @@ BLOCKS_SUFFIX = ".blocks"  # appended to a name: the same bytes as MatMulNBits r
 
 @dataclass(frozen=True)
 class WeightQuantization:
-    """Each run of ``block`` numbers of one output shares a scale; ``bits`` is 4 or 8.
+    """Each run of ``block`` numbers of one output shares a scale; ``bits`` is 4 or 8. ``whole``, of
+    8 bits: all blocks of an output have the same.
 
     Symmetric: a stored number q stands for (q - zero_point) * scale.
     """
 
     bits: int
     block: int
+    whole: bool = False
 
     @property
     def zero_point(self) -> int:
@@ -49,7 +51,7 @@ class WeightQuantization:
         blocks: a padded last block would be no tensor of standard ONNX."""
         if inputs % self.block == 0:
             return
-        fit = [str(size) for size in BLOCKS if inputs % size == 0]
+        fit = [] if self.whole else [str(size) for size in BLOCKS if inputs % size == 0]
         mend = f"give --block-size {' or '.join(fit)}" if fit else "leave --weights out"
         raise ParameterError(
             f"{name} has {inputs} inputs, which blocks of {self.block} do not divide; {mend}"
@@ -59,6 +61,8 @@ class WeightQuantization:
 def quantize(weight: np.ndarray, how: WeightQuantization) -> tuple[np.ndarray, np.ndarray]:
     """Packed uint8 [N, K * bits / 8] (the first of two 4-bit numbers in the low half of a byte) and
     scales fp32 [N, K / block] of a weight [K,N], as MatMul takes it."""
+    if how.whole:
+        return _whole_outputs(weight, how)
     inputs, outputs = weight.shape
     packed = np.zeros(how.blocks(outputs, inputs), np.uint8)
     scales = np.zeros(packed.shape[:2], np.float32)
@@ -66,6 +70,15 @@ def quantize(weight: np.ndarray, how: WeightQuantization) -> tuple[np.ndarray, n
     rows = np.ascontiguousarray(weight, np.float32)
     _quantizer(how.bits)(packed, rows, scales, unused, how.block, outputs, inputs, True)
     return packed.reshape(outputs, -1), scales
+
+
+def _whole_outputs(weight: np.ndarray, how: WeightQuantization) -> tuple[np.ndarray, np.ndarray]:
+    """``quantize``, rounded to the nearest of 255 numbers of one scale for each output."""
+    rows = np.ascontiguousarray(weight.T, np.float32)
+    most = how.zero_point - 1
+    scales = np.abs(rows).max(axis=1, keepdims=True) / most
+    numbers = np.rint(rows / np.where(scales == 0, 1, scales)) + how.zero_point
+    return numbers.astype(np.uint8), np.repeat(scales, rows.shape[1] // how.block, axis=1)
 
 
 def _quantizer(bits: int) -> Callable[..., Any]:

@@ -108,7 +108,8 @@ def lower_bundle(bundle: Path, manifest: Manifest, target: Target, progress: Pro
     with progress.stage(f"lower for {target.name}") as stage:
         graphs = {name: graph.file for name, graph in manifest.graphs.items()}
         files = dict(manifest.files)
-        with _listed_or_removed(bundle, [target.file(file) for file in graphs.values()]):
+        names = [*map(target.file, graphs.values()), target.weights_file]
+        with _listed_or_removed(bundle, names):
             for name in target.write(bundle, graphs, static_capacity(manifest)):
                 files[name] = describe(bundle / name)
             manifest = dataclasses.replace(manifest, files=files)

@@ -41,12 +41,27 @@ def _block(target: Target) -> list[str]:
         "for": f"{target.platform} (sm {architectures})",
         "opset": f"{target.opset}, {'plugins' if target.plugins else 'no plugins'}",
         "decomposed": ", ".join(written) or "nothing",
+        "quantized": _quantized(target),
         "verified": target.verified or "no",
     }
     lines = [target.name]
     for name, value in facts.items():
         lines.append(wrapped(f"  {name:11}  ", value))
     return lines
+
+
+def _quantized(target: Target) -> str:
+    """The low-precision weights that a target takes."""
+    if target.low_precision:
+        return "int4 and int8 in blocks"
+    taken = [] if target.signed is None else sorted(target.signed.blocks.items())
+    forms = [
+        f"int{bits} with one scale for each output"
+        if None in blocks
+        else f"int{bits} in blocks of {', '.join(map(str, blocks))}"
+        for bits, blocks in taken
+    ]
+    return "; ".join(forms) or "nothing"
 
 
 def plan(plan: EnginePlan) -> str:

@@ -55,6 +55,7 @@ def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
     """
     manifest = read_bundle(request.bundle, request.verify)
     _check_dtype(request.target, manifest.dtype)
+    _check_storage(request.target, manifest)
     found = profiles(manifest, request.limits)
     _check_topk(request.target, found)
     place = _place(request, dry_run=dry_run)
@@ -68,11 +69,14 @@ def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
         raise BuildError(f"{folder} is no folder of engines; give another -o or remove it")
     stored = stored_weights(request.bundle, manifest)
     shared = {} if request.weights == "embedded" else shared_matrices(stored)
-    memory = estimate(manifest, found, stored, shared, request.workspace)
+    positive = positive_scales(request.target, manifest)
+    memory = estimate(manifest, found, stored, shared, request.workspace, positive)
+    signed = request.target.signed
+    int4 = signed is not None and 4 in signed.blocks
     if request.memory is not None:
-        check_memory(manifest, memory, request.memory, "a device")
+        check_memory(manifest, memory, request.memory, "a device", int4=int4)
     elif place.gpu is not None:
-        check_memory(manifest, memory, place.gpu.memory, place.gpu.name)
+        check_memory(manifest, memory, place.gpu.memory, place.gpu.name, int4=int4)
     return EnginePlan(
         request=request,
         manifest=manifest,
@@ -143,6 +147,27 @@ def _check_dtype(target: Target, dtype: str) -> None:
             f"target {target.name} computes in {', '.join(sorted(target.matmul_types))} only, this "
             f"bundle is in {dtype}; export it with --dtype fp16"
         )
+
+
+def _check_storage(target: Target, manifest: Manifest) -> None:
+    """Weights and cache that are narrower than what is computed in. Of int8 weights only the data
+    says whether outputs have one scale; lowering looks."""
+    if manifest.cache_dtype != manifest.dtype and not target.low_precision:
+        raise ParameterError(
+            f"target {target.name} does not take a cache narrower than what it computes in; export "
+            "without --cache"
+        )
+    if (how := manifest.quantization) is None:
+        return
+    if (refusal := target.refusal(how.bits, how.block, whole=True)) is not None:
+        raise ParameterError(refusal)
+
+
+def positive_scales(target: Target, manifest: Manifest) -> bool:
+    """Whether its int4 weights get positive scales, as ONNX Runtime's quantizer does not."""
+    how = manifest.quantization
+    takes_any = target.signed is not None and 4 in target.signed.negative_scales
+    return how is not None and how.bits == 4 and not takes_any
 
 
 def _check_version(target: Target, tensorrt: TensorRtBuilder) -> None:

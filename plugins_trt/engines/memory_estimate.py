@@ -18,6 +18,7 @@ from lvlm.runtime.kv.static_capacity import static_capacity
 WIDEST_ROWS = (
     12  # rows of the widest MatMul that a graph has alive at once (docs/notes/tensorrt.md)
 )
+INT4_BITS = 4.25  # of a number with its share of a scale, and of what is left over
 ROUND = 16  # text tokens, in what is proposed
 
 
@@ -32,6 +33,7 @@ class MemoryEstimate:
     prompt: int
     prompts: int
     workspace: int
+    int4: int | None = None  # of weights, about, if they were quantized; None: they are
 
     @property
     def weights(self) -> int:
@@ -52,12 +54,17 @@ def estimate(
     stored: Mapping[str, Mapping[str, EngineWeight]],
     shared: Mapping[str, EngineWeight],
     workspace: int | None,
+    positive: bool = False,
 ) -> MemoryEstimate:
-    """What these engines take; ``workspace``: the limit that was given for it, if one was."""
+    """What these engines take; ``workspace``: the limit that was given for it, if one was;
+    ``positive``: scales of blocks are to be positive, which leaves as much over as they take."""
     inside = {
         graph: sum(w.bytes for name, w in weights.items() if name not in shared)
         for graph, weights in stored.items()
     }
+    if positive:
+        for graph, weights in stored.items():
+            inside[graph] += sum(w.bytes for w in weights.values() if _are_scales(manifest, w))
     batch = profiles["decode"]["batch"].max
     rows = batch * profiles["prefill"]["sequence"].max
     widths = [
@@ -66,6 +73,7 @@ def estimate(
         for dim in manifest.weights[name].dims
         if dim != manifest.text.vocab
     ]
+    int4 = _as_int4(manifest, stored, shared)
     needed = rows * WIDEST_ROWS * max(widths) * ITEM_BYTES[manifest.dtype]
     return MemoryEstimate(
         inside,
@@ -73,18 +81,46 @@ def estimate(
         cache_bytes(manifest, 1, static_capacity(manifest).per_layer),
         batch,
         needed if workspace is None else min(needed, workspace),
+        None if int4 is None else int4 + sum(inside.values()),
     )
 
 
-def check_memory(manifest: Manifest, needs: MemoryEstimate, memory: int, device: str) -> None:
+def _as_int4(
+    manifest: Manifest,
+    stored: Mapping[str, Mapping[str, EngineWeight]],
+    shared: Mapping[str, EngineWeight],
+) -> int | None:
+    """Bytes of ``shared`` if the linear layers among them were int4 in blocks of 128, a copy for
+    every engine."""
+    if manifest.quantization is not None or manifest.dtype == "bfloat16":
+        return None
+    linear = {n: w for n, w in shared.items() if manifest.text.vocab not in w.dims}
+    bits = 8 * ITEM_BYTES[manifest.dtype]
+    copies = sum(w.bytes for weights in stored.values() for n, w in weights.items() if n in linear)
+    kept = sum(w.bytes for w in shared.values()) - sum(w.bytes for w in linear.values())
+    return kept + int(copies * INT4_BITS / bits)
+
+
+def _are_scales(manifest: Manifest, weight: EngineWeight) -> bool:
+    """Of the bytes that quantized weights are made of, those that are floats."""
+    whole = manifest.weights.get(weight.name)
+    return weight.dtype == "uint8" and whole is not None and whole.dtype == manifest.dtype
+
+
+def check_memory(
+    manifest: Manifest, needs: MemoryEstimate, memory: int, device: str, *, int4: bool = False
+) -> None:
     """Raises BuildError where a device of ``memory`` bytes has no room for the weights and the
-    cache: how much is missing, and what would fit."""
+    cache: how much is missing, and what would fit; ``int4``: the target takes such weights."""
     if (missing := needs.weights + needs.cache - memory) <= 0:
         return
     what = (
         f"{device} has {size(memory)} of memory, {size(missing)} too little for weights "
         f"({size(needs.weights)}) and the cache ({size(needs.cache)} for {needs.prompts} at once)"
     )
+    if memory < needs.weights and int4 and needs.int4 and needs.int4 + needs.prompt <= memory:
+        mend = f"--weights int4 --block-size 128, whose weights take about {size(needs.int4)}"
+        raise BuildError(f"{what}; export with {mend}")
     raise BuildError(f"{what}; {_mend(manifest, needs, memory - needs.weights)}")
 
 

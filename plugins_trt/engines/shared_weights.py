@@ -33,7 +33,8 @@ READERS = frozenset({"MatMul", "Gemm", "Gather"})
 
 
 def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, dict[str, EngineWeight]]:
-    """Weights by graph that lie in the bundle's weights file, by name.
+    """Weights by graph that lie in the bundle's weights file, by name. What quantized weights are
+    made of are bytes here: an engine takes them as constants alone.
 
     Raises BundleError where two graphs mean different data by one name.
     """
@@ -41,8 +42,14 @@ def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, dict[str, Engi
     known: dict[str, EngineWeight] = {}
     for name, graph in manifest.graphs.items():
         model = onnx.load(bundle / graph.file, load_external_data=False)
+        packed = {
+            name
+            for node in model.graph.node
+            if node.op_type == "DequantizeLinear"
+            for name in node.input
+        }
         found[name] = {
-            tensor.name: _weight(tensor)
+            tensor.name: _bytes(tensor) if tensor.name in packed else _weight(tensor)
             for tensor in model.graph.initializer
             if tensor.data_location == TensorProto.EXTERNAL
         }
@@ -125,12 +132,18 @@ def _whole(part: EngineWeight) -> str:
 
 
 def _weight(tensor: TensorProto) -> EngineWeight:
+    weight = _bytes(tensor)
+    return dataclasses.replace(weight, dtype=DTYPES[tensor.data_type], dims=tuple(tensor.dims))
+
+
+def _bytes(tensor: TensorProto) -> EngineWeight:
     place = {entry.key: entry.value for entry in tensor.external_data}
+    length = int(place["length"])
     return EngineWeight(
         name=tensor.name,
         file=place["location"],
         offset=int(place.get("offset", 0)),
-        bytes=int(place["length"]),
-        dtype=DTYPES[tensor.data_type],
-        dims=tuple(tensor.dims),
+        bytes=length,
+        dtype="uint8",
+        dims=(length,),
     )

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from lvlm.core.errors import ExportError
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
+from lvlm.export.targets.passes.quantized_linears import spread_of, stored
 from lvlm.export.weights.quantization import BLOCKS_SUFFIX, ZERO_POINTS_SUFFIX
 
 FP32, INT8 = 1, 4  # accuracy levels
@@ -30,7 +31,7 @@ def use_block_linears(model: ir.Model) -> int:
     """
     replaced = 0
     for node in list(model.graph):
-        spread = _spread(node)
+        spread = spread_of(node)
         if spread is None or node.inputs[0] is None:
             continue
         numbers, scales, zeros = spread.inputs[:3]
@@ -56,18 +57,6 @@ def use_block_linears(model: ir.Model) -> int:
     return replaced
 
 
-def _spread(node: ir.Node) -> ir.Node | None:
-    """The DequantizeLinear whose result is the second input of a MatMul."""
-    if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
-        return None
-    value = node.inputs[1]
-    producer = None if value is None else value.producer()
-    if producer is not None and producer.op_type == "Transpose" and node.op_type == "MatMul":
-        value = producer.inputs[0]
-        producer = None if value is None else value.producer()
-    return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
-
-
 def _few_rows(x: ir.Value) -> bool:
     """Whether each sequence of the batch has one row: [B,K] or [B,1,K]."""
     if x.shape is None:
@@ -80,9 +69,7 @@ def _as_bytes(model: ir.Model, value: ir.Value, dims: list[int]) -> ir.Value:
     name = f"{value.name}{BLOCKS_SUFFIX}"
     if name in model.graph.initializers:
         return model.graph.initializers[name]
-    tensor = value.const_value
-    if not isinstance(tensor, ir.ExternalTensor):
-        raise ExportError(f"{value.name} does not lie in the weights file")
+    tensor = stored(value)
     shape = ir.Shape(dims)
     made = ir.Value(name=name, type=ir.TensorType(ir.DataType.UINT8), shape=shape)
     made.const_value = ir.ExternalTensor(

@@ -34,10 +34,11 @@ def fix_dimensions(model: ir.Model, sizes: Mapping[str, int]) -> None:
             value.shape = ir.Shape(dims)
 
 
-def refuse_low_precision(model: ir.Model, target: str) -> None:
-    """ExportError for quantized weights and for a cache narrower than what is computed in."""
+def refuse_low_precision(model: ir.Model, target: str, *, weights: bool) -> None:
+    """ExportError for a cache narrower than what is computed in and, if ``weights``, for quantized
+    weights."""
     for node in model.graph:
-        if node.op_type == "DequantizeLinear":
+        if weights and node.op_type == "DequantizeLinear":
             what, flag = "quantized weights", "--weights"
         elif node.op_type == "TensorScatter" and any(
             use.node.op_type == "Cast" for use in node.outputs[0].uses()

@@ -10,8 +10,10 @@ import onnx_ir as ir
 from lvlm.core.errors import ExportError
 from lvlm.core.output import whole_file
 from lvlm.export.targets.description import Description
+from lvlm.export.targets.own_weights import OwnWeights
 from lvlm.export.targets.passes import decomposed, graph_edits
 from lvlm.export.targets.passes.fp16_matmuls import fp16_matmuls
+from lvlm.export.targets.passes.signed_weights import use_signed_weights
 from lvlm.export.targets.passes.split_linears import split_linears
 from lvlm.runtime.bundle.manifest import Capacity
 
@@ -22,8 +24,9 @@ def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
     With plugins every lvlm op is left without a function, and nothing else is a function, either:
     parsers before TensorRT 10.6 confuse the names inside functions with those around them.
     """
+    signs = target.signed is not None
     if not target.low_precision:
-        graph_edits.refuse_low_precision(model, target.name)
+        graph_edits.refuse_low_precision(model, target.name, weights=not signs)
     if target.static_cache:
         lengths = {f"capacity_{i}": c for i, c in enumerate(capacity.per_layer)}
         graph_edits.fix_dimensions(model, lengths)
@@ -31,6 +34,8 @@ def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
         split_linears(model)
     if target.flavour != "onnxruntime":
         graph_edits.lower_ops(model, target.plugins)
+    if signs:
+        use_signed_weights(model, target)
     graph_edits.decompose_attention(model, target.attention, target.row_heads)
     if "float32" not in target.matmul_types:
         fp16_matmuls(model)
@@ -49,17 +54,22 @@ def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
     graph_edits.lower_opset(model, target.opset)
 
 
-def write(bundle: Path, files: Mapping[str, str], lower: Callable[[ir.Model], None]) -> list[str]:
+def write(
+    bundle: Path, files: Mapping[str, str], weights: str, lower: Callable[[ir.Model], None]
+) -> list[str]:
     """Lower each graph of ``files`` (canonical file -> its file for the target) beside it; the new
-    files' names. A file is there whole or not at all."""
-    for file, name in files.items():
-        model = ir.load(bundle / file)
-        lower(model)
-        for value in model.graph.initializers.values():
-            _keep_external(value)
-        with whole_file(bundle / name, ExportError) as partial:
-            ir.save(model, partial)
-    return list(files.values())
+    files' names. Weights that ``lower`` computes go into the file ``weights``, where there are any.
+    A file is there whole or not at all."""
+    with OwnWeights(bundle / weights) as own:
+        for file, name in files.items():
+            model = ir.load(bundle / file)
+            lower(model)
+            for value in model.graph.initializers.values():
+                own.take(value)
+                _keep_external(value)
+            with whole_file(bundle / name, ExportError) as partial:
+                ir.save(model, partial)
+    return [*files.values(), *([weights] if own.places else [])]
 
 
 def _keep_external(value: ir.Value) -> None:

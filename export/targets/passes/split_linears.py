@@ -1,13 +1,16 @@
 """MatMuls with several weights side by side, taken apart again.
 
 TensorRT-RTX 1.7 fails on some graphs with them (Myelin: "uses before defs", or the builder ends the
-process). Each part reads its columns of the stored weight, which the builder folds.
+process). Each part reads its columns of the stored weight, which the builder folds; of a quantized
+weight they are rows, which are read from where they lie.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
+from lvlm.export.targets.passes.quantized_linears import spread_of, spread_rows
 
 
 def split_linears(model: ir.Model) -> None:
@@ -25,13 +28,18 @@ def split_linears(model: ir.Model) -> None:
         if last is None or last.op_type != "MatMul":
             continue
         rows, weight = last.inputs
-        if weight is None or not weight.is_initializer():
+        spread = spread_of(last)
+        if weight is None or not (weight.is_initializer() or spread is not None):
             continue
         start = 0
         for out in list(split.outputs):
             assert out.shape is not None
             stop = start + int(out.shape[-1])  # type: ignore[arg-type]
-            new = _node(model, split, "MatMul", [rows, _part(model, split, weight, start, stop, 1)])
+            if spread is None:
+                part = _part(model, split, weight, start, stop, 1)
+            else:
+                part = spread_rows(model, split, spread, start, stop)
+            new = _node(model, split, "MatMul", [rows, part])
             if bias is not None:
                 new = _node(model, split, "Add", [new, _part(model, split, bias, start, stop, 0)])
             new.shape, new.name = out.shape, f"{out.name}_apart"

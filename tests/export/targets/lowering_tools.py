@@ -53,7 +53,8 @@ def lowered(bundle: Path, folder: Path, target: Target) -> Path:
     manifest = read_bundle(folder)
     graphs = {name: graph.file for name, graph in manifest.graphs.items()}
     written = target.write(folder, graphs, static_capacity(manifest))
-    assert written == [target.file(graph.file) for graph in manifest.graphs.values()]
+    own = [target.weights_file] if (folder / target.weights_file).exists() else []
+    assert written == [*(target.file(graph.file) for graph in manifest.graphs.values()), *own]
     assert not list(folder.glob(".*"))
     return folder
 

@@ -43,6 +43,11 @@ def test_an_entry_does_not_contradict_itself(target: Target) -> None:
         assert target.static_cache  # TensorRT's own cache write wants it
     if target.imports:
         assert target.opset >= 23
+    if target.signed is not None:
+        assert hash(target)
+        # Blocks came with opset 21, and int4 has nothing else
+        assert (4 in target.signed.blocks) == (target.opset >= 21)
+        assert set(target.signed.negative_scales) <= set(target.signed.blocks)
 
 
 def test_targets_of_jetsons_are_those_of_their_jetpacks() -> None:

@@ -45,6 +45,20 @@ def test_a_weight_comes_back_to_within_its_scale(
     assert not back[weight == 0].any()
 
 
+def test_outputs_with_a_scale_each() -> None:
+    """Rounded to half a step everywhere; a column of zeros stays one."""
+    weight = np.random.default_rng(0).standard_normal((96, 5), dtype=np.float32)
+    weight[:, 2] = 0
+    how = WeightQuantization(8, 32, whole=True)
+    packed, scales = quantize(weight, how)
+    assert (packed.dtype, packed.shape, scales.shape) == (np.uint8, (5, 96), (5, 3))
+    assert (scales == scales[:, :1]).all()
+    assert (scales[[0, 1, 3, 4]] > 0).all()
+    back = dequantize(packed, scales, how)
+    assert (np.abs(back - weight) <= scales[:, 0] * 0.501).all()
+    assert not back[:, 2].any()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packed_bytes_are_what_both_readers_take(bits: int) -> None:
     """DequantizeLinear of standard ONNX, and MatMulNBits, by ONNX Runtime."""
@@ -108,7 +122,17 @@ def test_packed_bytes_are_what_both_readers_take(bits: int) -> None:
             "--cache fp16 goes with --dtype fp32 or fp16",
         ),
         ("digits-llava", "--weights int2", "invalid choice: 'int2'"),
-        ("digits-llava", "--weights int4 --target trt-rtx", "trt-rtx does not take --weights int4"),
+        (
+            "digits-llava",
+            "--weights int4 --target jetson-orin-jp62",
+            "jetson-orin-jp62 does not take int4 weights; export with --weights int8 --block-size",
+        ),
+        (
+            "digits-llava",
+            "--weights int8 --target trt-rtx",
+            "with one scale for each output only, not blocks of 32; export with --block-size all",
+        ),
+        ("digits-llava", "--weights int4 --block-size all", "--block-size all is for --weights"),
         (
             "digits-llava",
             "--dtype fp32 --cache fp16 --target trt-rtx",

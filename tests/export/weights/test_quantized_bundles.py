@@ -195,10 +195,10 @@ def test_a_narrower_cache_takes_half(bundle: Callable[..., Path]) -> None:
     "name", [t.name for t in TARGETS.values() if not t.low_precision and t.built]
 )
 def test_engines_are_refused_by_name(name: str, bundle: Callable[..., Path]) -> None:
-    """Also where a bundle without the target's graphs comes to lvlm-build."""
+    """Of a narrower cache; also where a bundle without the target's graphs comes to lvlm-build."""
     folder = export(bundle, "trained")
-    with pytest.raises(ExportError, match=f"target {name} does not take quantized weights"):
-        TARGETS[name].lower(ir.load(folder / "prefill.onnx"), CAPACITY)
+    with pytest.raises(ExportError, match=f"target {name} does not take a cache narrower than wh"):
+        TARGETS[name].lower(ir.load(folder / "decode.onnx"), CAPACITY)
 
 
 def test_rounding_leaves_embedding_and_vision(checkpoint: Callable[[str], Path]) -> None:

@@ -24,6 +24,7 @@ from lvlm.plugins_trt.build_cli import main
 from lvlm.plugins_trt.engines import engine_builder
 from lvlm.plugins_trt.engines.engine_plan import EnginePlan, make_plan
 from lvlm.plugins_trt.engines.engine_request import BuildRequest
+from lvlm.plugins_trt.engines.memory_estimate import check_memory
 from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine.memory_plan import slot_capacity
@@ -43,6 +44,8 @@ def test_targets_are_listed_with_what_was_seen_of_them(run: Any) -> None:
     for name, target in targets.items():
         assert blocks[name].endswith(f"verified {target.verified or 'no'}")
     assert "Attention, RMSNormalization" in blocks["jetson-orin-jp62"]
+    assert "quantized int8 with one scale" in blocks["jetson-orin-jp62"]
+    assert "quantized int4 in blocks of 16, 32" in blocks["jetson-jp72"]
     assert max(map(len, out.splitlines())) <= 80
 
 
@@ -242,6 +245,14 @@ def test_a_device_with_too_little_memory(folder: Path, refused: Callable[..., st
 
     assert taken(int(text)) <= needs.prompt // 2 < taken(int(text) + 16)
     assert "take a smaller model" in refused(*argv, "--memory", str(needs.weights - 1))
+    assert needs.int4 is not None
+    assert needs.shared // 5 < needs.int4 < needs.weights
+    manifest, short = read_bundle(folder), dataclasses.replace(needs, prompt=1)
+    what = f"export with --weights int4 .*, whose weights take about {size(needs.int4)}$"
+    with pytest.raises(BuildError, match=what):
+        check_memory(manifest, short, needs.weights - 1, "a device", int4=True)
+    with pytest.raises(BuildError, match="take a smaller model"):
+        check_memory(manifest, short, needs.int4 - 1, "a device", int4=True)
     assert "--memory much: give a size as 4GB" in refused(*argv, "--memory", "much")
 
 
