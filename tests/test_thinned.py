@@ -197,6 +197,7 @@ def test_what_is_stored_lies_between_the_start_and_what_was_learned(
     save(model, tokenizer, start)
     (start / "training.json").write_text('{"training": {"steps": 7}}')
 
+    monkeypatch.setattr("tiny_llava.held_out.SIZE", 2)
     clock = itertools.count()  # a second between any two looks at it
     monkeypatch.setattr("finish_tiny_llava.time", SimpleNamespace(time=lambda: next(clock)))
 

@@ -71,16 +71,18 @@ def _rows(found: Sequence[Measured]) -> dict[str, list[Measured]]:
 def _colours(
     rows: dict[str, list[Measured]], none: Measured, asked: Sequence[EvaluationSample]
 ) -> dict[str, str]:
-    """Those of the best rows of each group, by the mean of their exact answers."""
-
-    def worth(name: str) -> float:
-        values = [figure("exact", m, none, asked, ALL).value for m in rows[name]]
-        return sum(values) / len(values)
-
+    """Those of the best rows of each group, by the mean of their exact answers at the fractions
+    that all of them reach."""
     found: dict[str, str] = {}
     for group, colours in COLOURS.items():
-        names = [name for name, points in rows.items() if points[0].cell.row.group == group]
-        found |= dict(zip(sorted(names, key=worth, reverse=True)[:BEST], colours, strict=False))
+        mine = {n: points for n, points in rows.items() if points[0].cell.row.group == group}
+        reached = min((len(points) for points in mine.values()), default=0)
+        worth = {
+            name: sum(figure("exact", m, none, asked, ALL).value for m in points[:reached])
+            for name, points in mine.items()
+        }
+        best = sorted(worth, key=lambda name: -worth[name])[:BEST]
+        found |= dict(zip(best, colours, strict=False))
     return found
 
 
