@@ -21,7 +21,7 @@ TITLES = {"reductions": "tokens", "caches": "cache", "both": "both"}
 COLOURS = {
     "reductions": ("#1f5fa8", "#2ca4c8", "#5b4fb0"),
     "caches": ("#c0392b", "#e67e22", "#b8860b"),
-    "both": ("#1e8449", "#7fb800", "#117a65"),
+    "both": ("#1e8449", "#7fb800", "#222222"),
 }
 TICKS = (0.06, 0.1, 0.2, 0.35, 0.5, 1.0)
 
