@@ -1,167 +1,179 @@
-"""What fewer image tokens cost ``tiny-llava``: exact answers by how much is left and how dense a
-picture is, for every way to shorten images.
+"""What compression costs ``tiny-llava``: exact answers, ROUGE-L and perplexity by how much is left
+and how dense a picture is, for token reductions, cache policies and both together.
 
     python scripts/eval_reductions.py --work /tmp/reductions
-    python scripts/eval_reductions.py --work /tmp/reductions --rows none divprune
+    python scripts/eval_reductions.py --work /tmp/reductions --rows divprune snapkv --questions 42
 
-What is left is the mean over the blocks of the image tokens that enter them, of those of the whole
-picture, so that rows compare at equal memory and about equal work. Bundles are exported once, below
---work; each cell is written to results.jsonl there when it is done, and is not computed again.
+Questions are of seven kinds about held-out pictures of three densities, in turn; the same ones for
+every row. Of reductions ``left`` is the mean over the blocks of the image tokens that enter them,
+of those of the whole picture: about what prefill computes. The cache is what is left of the
+prompt's entries after prefill. Bundles are exported once, below --work; every answer is on disk
+there as soon as its batch is done, and the same command goes on from there, with more questions,
+too. Writes results.md and results.png there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from cost_tables.picture import draw
+from cost_tables.rows import KEPT, LEFT, ROWS, TOTAL, USUAL, Cell, Row, cells
+from cost_tables.tables import Measured, tables
 
-import lvlm
-from lvlm.calibration.datasets.scenes.drawing import DENSITIES, Scene, draw_scene
-from lvlm.calibration.datasets.scenes.questions import KINDS, ask
+from lvlm.calibration.datasets import digits
+from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.datasets.scenes.questions import KINDS
+from lvlm.calibration.evaluate.evaluation import evaluate, pending, plan_jobs
+from lvlm.calibration.evaluate.recipe_bundles import make, order
+from lvlm.calibration.evaluate.records import RecordStore, Run, SampleRecord
+from lvlm.calibration.evaluate.variant_runner import Conditions
+from lvlm.calibration.evaluate.variants import Bundle, Variant
+from lvlm.core.progress import Progress, duration
+from lvlm.export.packages import set_logging
+from lvlm.export.recipes.recipe import known_recipe, parse_settings
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
 
-LEFT = (0.33, 0.22, 0.11, 0.06)
-ROWS: dict[str, tuple[str, ...]] = {
-    "none": ("none",),
-    "visionzip": ("visionzip",),
-    "divprune": ("divprune",),
-    "divprune, closed up": ("divprune", "places=closed"),
-    "random": ("random",),
-    "strided": ("strided",),
-    "hybrid": ("hybrid",),
-    "hybrid of visionzip": ("hybrid", "encoder=visionzip"),
-    "lightvlm": ("lightvlm", "kv=none"),
-    "lightvlm, drop": ("lightvlm", "kv=none", "merge=drop"),
-    "lightvlm, nearest": ("lightvlm", "kv=none", "merge=nearest"),
-    "lightvlm, last": ("lightvlm", "kv=none", "importance=last"),
-    "lightvlm, both": ("lightvlm", "kv=none", "importance=both"),
-    "lightvlm at 2, last": ("lightvlm", "kv=none", "stages=[2]", "importance=last"),
-    "lightvlm at 2, 4": ("lightvlm", "kv=none", "stages=[2,4]"),
-    "lightvlm at 2, 4, last": ("lightvlm", "kv=none", "stages=[2,4]", "importance=last"),
-    "lightvlm at 2, 4, 6": ("lightvlm", "kv=none", "stages=[2,4,6]"),
-    "lightvlm at 2, 4, 6, last": ("lightvlm", "kv=none", "stages=[2,4,6]", "importance=last"),
-    "fastv": ("fastv",),
-    "pyramiddrop": ("pyramiddrop",),
-}
 ASKED = tuple(kind for kind in KINDS if kind not in ("pictures", "turns"))
-BATCH = 16
+BATCH = len(ASKED)
+NEW_TOKENS = 160  # the longest answer has 132
+RUNS: tuple[Run, ...] = ("greedy", "forced")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--questions", type=int, default=420, help="of each cell's three densities")
-    parser.add_argument("--left", nargs="+", type=float, default=list(LEFT), help="parts of tokens")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--questions", type=int, default=126, help="of each cell, all densities")
+    parser.add_argument("--left", nargs="*", type=float, default=LEFT, help="image tokens")
+    parser.add_argument("--kept", nargs="*", type=float, default=KEPT, help="cache entries")
+    parser.add_argument("--total", nargs="*", type=float, default=TOTAL, help="cache, with both")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(USUAL))
+    parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    file = args.work / "results.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    done = {(r["row"], r["left"], r["questions"]): r for r in map(json.loads, lines)}
-    asked = list(questions(args.questions))
-    for row in args.rows:
-        with lvlm.load(exported(row, args.work)) as model:
-            for left in (1.0,) if row == "none" else args.left:
-                if (row, left, args.questions) in done:
-                    continue
-                keep = keep_for(model.manifest, left)
-                result = {"row": row, "left": left, "questions": args.questions, "keep": keep}
-                if keep is not None:
-                    result |= {"right": measured(model, keep, asked)}
-                with file.open("a") as out:
-                    print(json.dumps(result), file=out)
-                done[row, left, args.questions] = result
-    print(table([done[key] for key in done if key[0] in args.rows and key[2] == args.questions]))
+    set_logging(False)
+    asked = questions(args.questions)
+    wanted = list(cells(args.rows, args.left, args.kept, args.total))
+    progress = Progress(0)
+    bundles = made({cell.row: None for cell in wanted}, args.work / "bundles", progress)
+    how = Conditions(BATCH, NEW_TOKENS, threads=args.threads)
+    found = measured(wanted, bundles, asked, how, args.work, progress)
+    text = tables(found, asked)
+    (args.work / "results.md").write_text(text)
+    draw(args.work / "results.png", found, asked)
+    print(text)
 
 
-def questions(count: int) -> Iterator[tuple[Scene, str, str]]:
-    """Held-out pictures of each density with a question and its answer, the kinds in turn."""
-    rng = np.random.default_rng([17, count])
-    for number in range(count):
-        scene = draw_scene(rng, "heldout", DENSITIES[number % 3])
-        ((question, answer),) = ask((scene,), ASKED[number // 3 % len(ASKED)], rng)
-        yield scene, question, answer
+def questions(count: int) -> list[EvaluationSample]:
+    """About held-out pictures; more of them begin with the fewer."""
+    return [
+        EvaluationSample(
+            f"{n}-{asked.kind}-{asked.scenes[0].density}",
+            (asked.scenes[0].image,),
+            asked.question,
+            asked.answer,
+            f"question {n}",
+        )
+        for n, asked in enumerate(digits.samples("heldout", count, seed=17, kinds=ASKED), 1)
+    ]
 
 
-def exported(row: str, work: Path) -> Path:
-    recipe, *settings = ROWS[row]
-    folder = work / "-".join(ROWS[row]).replace("=", "_")
-    if not (folder / "lvlm.json").exists():
-        command = [sys.executable, "-m", "lvlm", "export", "-m", "tiny-llava", "-r", recipe]
-        command += [word for setting in settings for word in ("--set", setting)]
-        command += ["-o", str(folder), "--dtype", "fp32", "--no-validate", "--quiet"]
-        subprocess.run(command, check=True)
-    return folder
+def made(rows: dict[Row, None], folder: Path, progress: Progress) -> dict[Row, Bundle]:
+    """A bundle for each, exported where it is not there yet; equal recipes share one."""
+    recipes = {
+        (row.recipe, row.settings): parse_settings(known_recipe(row.recipe), row.settings)
+        for row in rows
+    }
+    orders = order(
+        list(recipes.values()),
+        folder,
+        model="tiny-llava",
+        dtype="fp32",
+        revision=None,
+        max_text_len=512,
+        max_images=1,
+        validate=False,
+    )
+    progress.stages += sum(not wanted.is_there for wanted in orders)
+    bundles = dict(zip(recipes, make(orders, progress), strict=True))
+    return {row: bundles[row.recipe, row.settings] for row in rows}
+
+
+def measured(
+    wanted: Sequence[Cell],
+    bundles: dict[Row, Bundle],
+    asked: Sequence[EvaluationSample],
+    how: Conditions,
+    work: Path,
+    progress: Progress,
+) -> list[Measured]:
+    """The cells' answers, computed where they are not on disk."""
+    variants = [variant(cell, bundles[cell.row]) for cell in wanted]
+    pairs = [(v, run) for v in by_bundle(variants) for run in RUNS]
+    jobs = plan_jobs(pairs, asked, how)
+    store = RecordStore(work / "records.jsonl", SampleRecord)
+    progress.stages += len(pending(jobs, how, store))
+    for job, steps in groupby(evaluate(jobs, asked, how, store), key=lambda step: step.job):
+        with progress.stage(f"{job.variant.name}, {job.run}") as stage:
+            for step in steps:
+                if step.seconds_left is not None:
+                    left = duration(step.seconds_left)
+                    stage.show(f"{step.done} of {len(asked)}, about {left} left for all")
+    records = {
+        (id(job.variant), job.run): [r for key in job.keys if (r := store.get(key)) is not None]
+        for job in jobs
+    }
+    return [
+        Measured(cell, entering(v), *(records.get((id(v), run), []) for run in RUNS))
+        for cell, v in zip(wanted, variants, strict=True)
+    ]
+
+
+def by_bundle(variants: Sequence[Variant | None]) -> Iterator[Variant]:
+    """Those that can be run, the ones of a bundle one after another, so that it is loaded once."""
+    some = [v for v in variants if v is not None]
+    first = {v.bundle.digest: n for n, v in reversed(list(enumerate(some)))}
+    yield from sorted(some, key=lambda v: first[v.bundle.digest])
+
+
+def variant(cell: Cell, bundle: Bundle) -> Variant | None:
+    """What to run for a cell; None where even no image token at all would leave more."""
+    keep = None
+    if cell.left is not None:
+        keep = keep_for(bundle.manifest, cell.left)
+        if keep is None:
+            return None
+    kept = cell.kept
+    if kept is None and bundle.manifest.cache_policy is not None:
+        kept = 1.0
+    return Variant(bundle, f"{cell.name} {cell.left} {cell.kept}", keep=keep, kv_keep=kept)
 
 
 def keep_for(manifest: Manifest, left: float) -> float | None:
     """The ``keep`` by which that part of the image tokens enters the blocks, on average; None where
     even none at all would leave more."""
-    tokens, layers = manifest.images.tokens, manifest.text.layers
-
-    def entering(keep: float) -> float:
-        ratios = keep_ratios(manifest.shortenings, manifest.keep, keep)
-        counts = tokens_per_layer(manifest.shortenings, ratios, tokens, layers)
-        return sum(counts) / layers / tokens
-
-    if left == 1 or not manifest.shortenings:
-        return 1.0
     low, high = 1e-6, 1.0
-    if entering(low) > left:
+    if share(manifest, low) > left:
         return None
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if entering(middle) <= left else (low, middle)
+        low, high = (middle, high) if share(manifest, middle) <= left else (low, middle)
     return low
 
 
-def measured(
-    model: lvlm.Model, keep: float, asked: Sequence[tuple[Scene, str, str]]
-) -> dict[str, list[int]]:
-    """By density: answers that are right, and all."""
-    found: dict[str, list[int]] = {density: [0, 0] for density in DENSITIES}
-    given: dict[str, Any] = {} if keep == 1 else {"keep": keep}
-    for first in range(0, len(asked), BATCH):
-        some = asked[first : first + BATCH]
-        texts, images = [question for _, question, _ in some], [[s.image] for s, _, _ in some]
-        answers = model.generate(texts, images, max_new_tokens=240, **given)
-        for (scene, _, wanted), answer in zip(some, answers, strict=True):
-            found[scene.density][0] += answer.text.strip() == wanted
-            found[scene.density][1] += 1
-    return found
+def share(manifest: Manifest, keep: float | None) -> float:
+    """Of an image's tokens those that enter the blocks, on average."""
+    tokens, layers = manifest.images.tokens, manifest.text.layers
+    ratios = keep_ratios(manifest.shortenings, manifest.keep, keep)
+    counts = tokens_per_layer(manifest.shortenings, ratios, tokens, layers)
+    return sum(counts) / layers / tokens
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Percent of exact answers, with the half width of the 95 % interval."""
-    lines = [
-        f"| reduction | left | {' | '.join(DENSITIES)} | all |",
-        "| --- | --: " + "| --: " * 4 + "|",
-    ]
-    for result in results:
-        cells = ["not reached"] * 4
-        if "right" in result:
-            parts = [result["right"][density] for density in DENSITIES]
-            cells = [
-                share(*part)
-                for part in (*parts, [sum(column) for column in zip(*parts, strict=True)])
-            ]
-        lines.append(f"| {result['row']} | {100 * result['left']:.0f} % | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def share(right: int, count: int) -> str:
-    """Wilson's interval, rounded outwards."""
-    z, part = 1.96, right / count
-    half = z / (1 + z * z / count) * math.sqrt(part * (1 - part) / count + z * z / (4 * count**2))
-    return f"{100 * part:.1f} ± {100 * half:.1f}"
+def entering(variant: Variant | None) -> float | None:
+    return None if variant is None else share(variant.bundle.manifest, variant.keep)
 
 
 if __name__ == "__main__":

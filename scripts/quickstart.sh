@@ -16,7 +16,7 @@ bundle() { # recipe, its settings
     fi
 }
 bundle none
-bundle lightvlm --set kv_keep=1.0 # merging alone
+bundle lightvlm
 "$venv/bin/python" scripts/quickstart.py out/none out/lightvlm
 echo
 echo "next: . $venv/bin/activate"

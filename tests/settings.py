@@ -25,6 +25,8 @@ def _cached() -> dict[str, tuple[str, ...]]:
         }
 
 
+# Merging, and then half of the cache: its default keeps all of it
+LIGHTVLM = ("lightvlm", "kv_keep=0.5")
 CACHED = _cached() | {"lightvlm with prefixkv": ("lightvlm", "kv=prefixkv", "kv_keep=1.0")}
 # A vision graph that gives scores, and merging at one stage
 AT_ENCODER = {"hybrid": ("hybrid", "encoder=visionzip")}

@@ -23,7 +23,7 @@ ELSEWHERE = ["serve_client.py"]
 
 
 def test_examples_run_as_they_say(bundle: Callable[..., Path]) -> None:
-    folder = bundle("tiny-llava", "lightvlm", "kv_keep=1.0", max_images=2)
+    folder = bundle("tiny-llava", "lightvlm", max_images=2)
     files = sorted((ROOT / "examples").glob("*.py"))
     files = [file for file in files if file.name not in ELSEWHERE]
     assert [file.name for file in files] == sorted(EXPECTED)

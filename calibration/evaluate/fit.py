@@ -26,6 +26,10 @@ class Shape:
     image_tokens: tuple[int, ...]
     answer: tuple[int, ...]
 
+    @property
+    def prompt_tokens(self) -> int:
+        return self.text_tokens + sum(self.image_tokens)
+
 
 @dataclass(frozen=True)
 class Reach:
@@ -44,7 +48,7 @@ def solve_keep(manifest: Manifest, shape: Shape, wanted: float) -> Reach:
     out of reach.
     """
     layers = manifest.text.layers
-    everything = (shape.text_tokens + sum(shape.image_tokens)) * layers
+    everything = shape.prompt_tokens * layers
 
     def total(keep: float) -> int:  # never falls as keep rises
         return int(entries(manifest, shape, keep).sum())

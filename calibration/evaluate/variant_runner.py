@@ -20,7 +20,6 @@ from lvlm.calibration.evaluate.fit import Shape
 from lvlm.calibration.evaluate.records import Run, SampleRecord
 from lvlm.calibration.evaluate.variants import Bundle, Variant
 from lvlm.core.errors import BundleError, LvlmError
-from lvlm.runtime.generate.answers import Stats
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
@@ -128,9 +127,8 @@ class BundleRunner:
             SampleRecord(
                 key=key,
                 sample=sample.id,
-                kept=float(
-                    np.mean(np.divide(answer.stats.kept_per_layer, answer.stats.prompt_tokens))
-                ),
+                # A reduction at the encoder's output shortens what Stats calls the prompt
+                kept=float(np.mean(answer.stats.kept_per_layer)) / shape.prompt_tokens,
                 keep=keep,
                 nll=math.fsum(-s.logprob for s in answer.scores) if run == "forced" else None,
                 text=self._decoded(answer.token_ids) if run == "greedy" else None,
@@ -142,7 +140,7 @@ class BundleRunner:
                 decode_ms=answer.stats.decode_ms,
                 decode_steps=answer.stats.decode_steps,
             )
-            for answer, sample, key in zip(found, samples, keys, strict=True)
+            for answer, sample, shape, key in zip(found, samples, shapes, keys, strict=True)
         ]
 
     def _decoded(self, tokens: Sequence[int]) -> str:
@@ -162,8 +160,3 @@ def answer_ids(tokenizer: Tokenizer, prompt: str, answer: str) -> list[int]:
     # Where a token spans the border, the answer stands alone
     alone = both[: len(head)] != head
     return tokenizer.encode(answer, add_special_tokens=False) if alone else both[len(head) :]
-
-
-def _share(stats: Stats) -> float:
-    """Of the entries of all layers, those that stayed after prefill."""
-    return float(np.mean(np.divide(stats.kept_per_layer, stats.prompt_tokens)))

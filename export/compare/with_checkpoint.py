@@ -12,9 +12,10 @@ from lvlm.core.discovery import discover
 from lvlm.core.errors import ParameterError
 from lvlm.export.export_options import DTYPES, ExportOptions
 from lvlm.export.export_plan import make_plan
-from lvlm.export.recipes.recipe import parse_settings
+from lvlm.export.recipes.recipe import Recipe, parse_settings
 from lvlm.export.verify import validation
 from lvlm.export.verify.checks import table
+from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.policies.shares import Profiled
 
@@ -30,13 +31,11 @@ def compare(bundle: Path, model: str) -> int:
             "bundles with quantized, dequantized or merged weights, or with a profile, are "
             "compared by lvlm-export alone"
         )
-    given = [f"{k}={json.dumps(v)}" for k, v in manifest.parameters.items() if v is not None]
-    recipe = parse_settings(discover("lvlm.export.recipes", "RECIPE")[manifest.recipe], given)
     dtype = next(k for k, v in DTYPES.items() if str(v) == f"torch.{manifest.dtype}")
     plan = make_plan(
         ExportOptions(
             model,
-            recipe,
+            recorded(manifest),
             bundle,
             dtype,
             cache="fp16" if manifest.cache_dtype != manifest.dtype else None,
@@ -53,6 +52,12 @@ def compare(bundle: Path, model: str) -> int:
     print(table(outcome.checks))
     print(json.dumps({**dataclasses.asdict(outcome), "checks": len(outcome.checks)}, indent=1))
     return 0
+
+
+def recorded(manifest: Manifest) -> Recipe:
+    """The recipe that a bundle was exported with."""
+    given = [f"{k}={json.dumps(v)}" for k, v in manifest.parameters.items() if v is not None]
+    return parse_settings(discover("lvlm.export.recipes", "RECIPE")[manifest.recipe], given)
 
 
 class Peak:

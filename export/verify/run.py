@@ -125,12 +125,6 @@ def _roomy(manifest: Manifest, entries: int) -> Manifest:
     )
 
 
-def soon(manifest: Manifest, interval: int) -> Manifest:
-    """The manifest with at most ``interval`` steps to the first run of compact.onnx."""
-    c = manifest.cache_policy
-    return manifest if c is None else replace(manifest, cache_policy=c.at_most_every(interval))
-
-
 def _floats(array: np.ndarray) -> np.ndarray:
     """numpy has no bf16, whose bits travel as uint16."""
     if array.dtype == np.uint16:

@@ -228,6 +228,12 @@ class CachePolicy:
         """The same, but every entry stays as long as kv_keep is 1."""
         return replace(self, budget=self.budget.whole())
 
+    def keeping_less(self, keep: float) -> CachePolicy:
+        """The same with ``keep`` of the entries, if all of them stay."""
+        if self.budget.keep < 1:
+            return self
+        return replace(self, budget=replace(self.budget, keep=keep))
+
     def at_most_every(self, steps: int) -> CachePolicy:
         """The same with at most so many ``steps`` to the first run of compact.onnx."""
         if not isinstance(self.decode, Interval):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from command_line import Run
 from PIL import Image
-from settings import ASSETS
+from settings import ASSETS, LIGHTVLM
 
 from lvlm.bench.bench_cli import main
 from lvlm.bench.contenders import BenchError, peers
@@ -36,7 +36,7 @@ def full(bundle: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def light(bundle: Callable[..., Path]) -> Path:
-    return bundle("digits-llava", "lightvlm", max_images=2)
+    return bundle("digits-llava", *LIGHTVLM, max_images=2)
 
 
 @pytest.fixture

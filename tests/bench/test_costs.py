@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import Run
+from settings import LIGHTVLM
 
 from lvlm.bench.bench_cli import main
 from lvlm.bench.costs import read_costs
@@ -46,7 +47,7 @@ def test_measured_costs_are_simulated(
     """In a normal run one bundle: every copy is a process that loads one."""
     contenders = {full: True}  # folder -> whether it is read in chunks
     if pytestconfig.getoption("--whole"):
-        contenders[bundle("digits-llava", "lightvlm", max_images=2)] = False
+        contenders[bundle("digits-llava", *LIGHTVLM, max_images=2)] = False
     data, copies = tmp_path / "costs.json", min(2, cores())
     lengths = ("--prompt-tokens", "24,60", "--copies", copies)
     code, out, err = run(*contenders, "--costs", *lengths, *SMALL, "--json", data)

@@ -67,6 +67,7 @@ def test_export_validates_and_reports(
     foretold = json.loads(run(*parts, "--json")[1])["files"]
     assert foretold == sorted(path.name for path in (tmp_path / "out").iterdir())
     recorded = json.loads((tmp_path / "out/validation.json").read_text())
+    assert any(note.startswith("compared at kv_keep 0.5") for note in recorded["notes"])
     assert {c["name"].split()[0] for c in recorded["checks"]} >= {"vision.onnx", "prefill.onnx"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

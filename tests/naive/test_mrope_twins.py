@@ -24,7 +24,7 @@ Case = tuple[str, Settings, list[dict[str, Any]]]
 # The first three are bundles that other tests have, too.
 USUAL: list[Case] = [
     ("none", {}, [{}]),
-    ("lightvlm", {}, [{"keep": 0.35}, {"keep": 1e-6}]),
+    ("lightvlm", {"kv_keep": 0.5}, [{"keep": 0.35}, {"keep": 1e-6}]),
     ("elastic-cache", {"kv_keep": 1.0}, [{"kv_keep": 0.5}]),
 ]
 WHOLE: list[Case] = [
@@ -60,7 +60,7 @@ def test_qwen2_vl(
     folder = bundle("qwen2-vl:gqa", recipe, *arguments(settings), max_images=2)
     rows = [(text, [image(*shape) for shape in shapes]) for text, shapes in ROWS]
     for ratios in calls:
-        own = {"kv_keep": 1.0 if settings else 0.5} | ratios  # as exported where none is given
+        own = {"kv_keep": settings.get("kv_keep", 1.0)} | ratios  # as exported where none is given
         compare_steps(
             folder,
             twin,

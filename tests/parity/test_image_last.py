@@ -14,6 +14,7 @@ import torch
 from bundles import transformers_inputs
 from parity_tools import load_torch, make_reference
 from qwen_tools import LIGHT, image, recorded, uncompressed
+from settings import LIGHTVLM
 from transformers import AutoModelForImageTextToText
 from video_tools import inputs as video_inputs
 from video_tools import noise_video
@@ -170,7 +171,7 @@ def test_a_video_at_the_end(
 
 @pytest.mark.parametrize(
     ("name", "recipe"),
-    [*((name, ("lightvlm",)) for name in LIGHT), (LIGHT[0], LAYER0)],
+    [*((name, LIGHTVLM) for name in LIGHT), (LIGHT[0], LAYER0)],
     ids=[*LIGHT, "layer0"],
 )
 def test_recipes_equal_their_torch_reference(

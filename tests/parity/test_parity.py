@@ -11,7 +11,7 @@ import pytest
 import torch
 from bundles import MERGED, TINY, their_answer, transformers_inputs
 from parity_tools import IMAGES, ROWS, load_torch, make_reference
-from settings import ASSETS
+from settings import ASSETS, LIGHTVLM
 
 import lvlm
 from lvlm.export.ops.token_merge.contract import OP as TOKEN_MERGE
@@ -105,8 +105,8 @@ def test_lightvlm_equals_its_torch_reference(
 ) -> None:
     """One bundle, every keep ratio; in a batch of prompts of different lengths."""
     texts, images = [r[0] for r in ROWS], [r[1] for r in ROWS]
-    with lvlm.load(bundle(name, "lightvlm", *settings, max_images=2)) as model:
-        reference = make_reference(checkpoint(name), "lightvlm", *settings)
+    with lvlm.load(bundle(name, *LIGHTVLM, *settings, max_images=2)) as model:
+        reference = make_reference(checkpoint(name), *LIGHTVLM, *settings)
         for keep, some in zip(KEEPS, asked, strict=True):
             expected = reference_answers(reference, model, keep, 24, some)
             got = model.generate(texts, images, max_new_tokens=24, keep=keep, chat_template=False)
@@ -142,7 +142,7 @@ def test_keep_1_equals_recipe_none(bundle: Callable[..., Path]) -> None:
             [model.prepare(0, *ROWS[1], GenerationOptions(chat_template=False))]
         )
         logits = batch.logits.copy()
-    with lvlm.load(bundle("digits-llava", "lightvlm", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", *LIGHTVLM, max_images=2)) as model:
         options |= {"keep": 1.0, "kv_keep": 1.0}
         merged = [g.token_ids for g in model.generate(texts, images, **options)]
         batch = model.calls.start(
@@ -159,7 +159,7 @@ def test_image_tokens_entering_each_layer_follow_the_schedule(
     bundle: Callable[..., Path],
 ) -> None:
     """V * keep ** (i / n), rounded, after stage i of n; seen in what the caches really hold."""
-    with lvlm.load(bundle("digits-llava", "lightvlm", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", *LIGHTVLM, max_images=2)) as model:
         for keep in (0.35, 0.15, 0.03):
             batch = model.calls.start(
                 [model.prepare(0, "Describe the picture.", IMAGES[:1], GenerationOptions())],
@@ -185,7 +185,7 @@ def test_an_image_anywhere(bundle: Callable[..., Path]) -> None:
     with lvlm.load(bundle("digits-llava", max_images=2)) as model:
         plain = [model.generate(*row, **options).token_ids for row in rows]
         assert plain == transformers_tokens(ASSETS / "digits-llava", model, 16, rows)
-    with lvlm.load(bundle("digits-llava", "lightvlm", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", *LIGHTVLM, max_images=2)) as model:
         for row, tokens in zip(rows, plain, strict=True):
             assert model.generate(*row, keep=1.0, kv_keep=1.0, **options).token_ids == tokens
             alone = model.generate(*row, keep=0.2, **options)
@@ -195,7 +195,7 @@ def test_an_image_anywhere(bundle: Callable[..., Path]) -> None:
 
 def test_padding_and_company_change_nothing(bundle: Callable[..., Path]) -> None:
     """Logits of a row alone and beside a longer row with more images."""
-    with lvlm.load(bundle("digits-llava", "lightvlm", max_images=2)) as model:
+    with lvlm.load(bundle("digits-llava", *LIGHTVLM, max_images=2)) as model:
         rows = [model.prepare(0, *row, GenerationOptions(chat_template=False)) for row in ROWS]
         together = model.calls.start(rows).logits.copy()
         for row, prompt in enumerate(rows):

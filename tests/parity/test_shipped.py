@@ -25,7 +25,7 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("recipe", [("none",), ("lightvlm", "kv_keep=1.0")])
+@pytest.mark.parametrize("recipe", [("none",), ("lightvlm",)])
 def test_the_sample_images_are_read(recipe: tuple[str, ...], bundle: Callable[..., Path]) -> None:
     rows = [(question, [image]) for question in ASKED for image in SAMPLES]
     with lvlm.load(bundle("tiny-llava", *recipe, max_images=2)) as model:

@@ -12,6 +12,7 @@ from fake_driver import FakeDriver
 from fake_engines import RECIPES, Make, build_engines
 from fake_onnxruntime import FakeOrt
 from fake_tensorrt import FakeTensorRt
+from settings import LIGHTVLM
 
 import lvlm
 from lvlm.core import nvidia
@@ -75,5 +76,5 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def light(bundle: Callable[..., Path]) -> Iterator[Model]:
     """digits-llava with lightvlm."""
-    with lvlm.load(bundle("digits-llava", "lightvlm", max_images=2), threads=1) as model:
+    with lvlm.load(bundle("digits-llava", *LIGHTVLM, max_images=2), threads=1) as model:
         yield model

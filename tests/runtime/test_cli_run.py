@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from command_line import Run, one_line
 from model_tools import IMAGE, OTHER, QUESTION
+from settings import LIGHTVLM
 
 import lvlm
 from lvlm import main as dispatcher
@@ -30,7 +31,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def light(bundle: Callable[..., Path]) -> Path:
-    return bundle("digits-llava", "lightvlm", max_images=2)
+    return bundle("digits-llava", *LIGHTVLM, max_images=2)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_an_answer_cut_by_the_capacity_is_told(
     said: str,
 ) -> None:
     monkeypatch.setattr(Sampler, "choose", lambda self, logits: 20)  # noqa: ARG005
-    small = bundle("digits-llava", "lightvlm", max_text_len=32)
+    small = bundle("digits-llava", *LIGHTVLM, max_text_len=32)
     code, _, err = run(small, QUESTION, *extra)
     assert code == 0
     assert err.startswith("lvlm-run: note: the answer was cut at ")

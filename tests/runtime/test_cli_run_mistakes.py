@@ -12,7 +12,7 @@ import pytest
 from command_line import Run, one_line
 from model_tools import IMAGE, OTHER, QUESTION
 from PIL import Image
-from settings import ASSETS
+from settings import ASSETS, LIGHTVLM
 
 from lvlm.runtime.run_cli import main
 from lvlm.runtime.sampling.sampler import Sampler
@@ -25,7 +25,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def light(bundle: Callable[..., Path]) -> Path:
-    return bundle("digits-llava", "lightvlm", max_images=2)
+    return bundle("digits-llava", *LIGHTVLM, max_images=2)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from model_tools import IMAGE, OTHER, QUESTION
+from settings import LIGHTVLM
 
 from lvlm.core.errors import CapacityError, ParameterError, PromptError
 from lvlm.runtime.engine import Engine
@@ -34,7 +35,7 @@ SHORT: dict[str, Any] = {"max_new_tokens": 4, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def engine(bundle: Callable[..., Path]) -> Iterator[Engine]:
-    with Engine(bundle("digits-llava", "lightvlm", max_images=2), threads=1, slots=2) as engine:
+    with Engine(bundle("digits-llava", *LIGHTVLM, max_images=2), threads=1, slots=2) as engine:
         yield engine
 
 
@@ -94,7 +95,7 @@ def test_tokens_are_counted_before_running(light: Model, engine: Engine) -> None
 
 
 def test_an_engines_slots_bound_what_is_counted(bundle: Callable[..., Path]) -> None:
-    folder = bundle("digits-llava", "lightvlm", max_images=2)
+    folder = bundle("digits-llava", *LIGHTVLM, max_images=2)
     with Engine(folder, threads=1, slots=1, max_text_len=64, max_images=1) as engine:
         counted = engine.count_tokens([FIRST])
         assert counted.prompt_tokens - counted.image_tokens + counted.new_tokens == 64

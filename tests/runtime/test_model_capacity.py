@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from model_tools import AS_IT_IS, IMAGE, OTHER, QUESTION, text_of
+from settings import LIGHTVLM
 
 import lvlm
 from lvlm.core.errors import (
@@ -19,7 +20,7 @@ from lvlm.runtime.options.generation_options import GenerationOptions
 @pytest.fixture(scope="module")
 def small(bundle: Callable[..., Path]) -> Iterator[Model]:
     """32 text tokens and one image."""
-    with lvlm.load(bundle("digits-llava", "lightvlm", max_text_len=32), threads=1) as model:
+    with lvlm.load(bundle("digits-llava", *LIGHTVLM, max_text_len=32), threads=1) as model:
         yield model
 
 

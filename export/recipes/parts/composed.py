@@ -22,7 +22,9 @@ class Composed(Recipe):
         "none", "cache compression: none, interval (lightvlm's own), or any cache recipe's name"
     )
     kv_keep: float | None = parameter(
-        None, f"fraction of the cache that stays; default {KEEP}, or the profile's own"
+        None,
+        f"fraction of the cache that stays; default {KEEP}, all where kv is left as it is; or the "
+        "profile's own",
     )
     kv_profile: str | None = parameter(None, "file that lvlm-calibrate wrote: a share per layer")
     kv_cap: int | None = parameter(None, "most entries a layer keeps, whatever the fraction")
@@ -46,6 +48,12 @@ class Composed(Recipe):
     def for_layers(self, layers: int, deepstack_layers: int = 0) -> Self:
         del layers, deepstack_layers
         return dataclasses.replace(self, **self.cache_defaults())
+
+    @property
+    def usual_keep(self) -> float:
+        """What stays by ``kv=interval`` where nothing is said: half, but all where nobody asked for
+        compression, ``kv`` being the recipe's own; calls may ask for less."""
+        return 1.0 if self.kv == type(self).kv else KEEP
 
     def cache_defaults(self) -> dict[str, Any]:
         """Values of the cache's parameters that were left to their defaults."""

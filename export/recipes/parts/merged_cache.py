@@ -48,6 +48,8 @@ class Merging(Protocol):
     @property
     def kv_keep(self) -> float | None: ...
     @property
+    def usual_keep(self) -> float: ...
+    @property
     def kv_profile(self) -> str | None: ...
     @property
     def kv_cap(self) -> int | None: ...
@@ -92,7 +94,7 @@ def defaults(recipe: Merging) -> dict[str, Any]:
     if recipe.kv == "interval":
         values |= {name: _interval(recipe, name) for name in INTERVAL}
         if recipe.kv_profile is None and recipe.kv_keep is None:
-            values["kv_keep"] = KEEP
+            values["kv_keep"] = recipe.usual_keep
     sinks = recipe.kv in ("interval", "none") or "kv_sinks" in _parameters(_kind(recipe))
     if recipe.kv_sinks is None and sinks:
         values["kv_sinks"] = SINKS
@@ -105,7 +107,7 @@ def policy(recipe: Merging) -> CachePolicy | None:
     if recipe.kv != "interval":
         return _other(recipe).cache_policy()
     protect, keep = _interval(recipe, "kv_protect"), recipe.kv_keep
-    keep = KEEP if keep is None else keep
+    keep = recipe.usual_keep if keep is None else keep
     return CachePolicy(
         score=Window(protect),
         select=Evict(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,15 @@ def test_kept_fraction_is_exact(
     found = records(variant, "forced", samples, tmp_path)
     assert [r.kept for r in found] == pytest.approx([math.ceil(0.3 * n) / n for n in lengths])
     assert all(r.keep is None for r in found)
+
+
+def test_kept_is_of_the_whole_prompt_where_the_encoder_shortens_it(
+    bundle: Callable[..., Path], samples: list[EvaluationSample], tmp_path: Path
+) -> None:
+    thinned = Bundle.read(bundle("digits-llava", "divprune", max_images=2))
+    text = BundleRunner(thinned, HOW).shape(samples[2]).text_tokens
+    (found,) = records(Variant(thinned, "", keep=0.25), "greedy", samples[2:], tmp_path)
+    assert found.kept == pytest.approx((36 + text) / (144 + text))
 
 
 def test_a_wanted_fraction_is_reached_by_merging(

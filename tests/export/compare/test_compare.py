@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
-from settings import ASSETS, SMALL
+from settings import ASSETS, LIGHTVLM, SMALL
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.compare import compare_cli, with_checkpoint
 from lvlm.runtime.bundle.reader import read_bundle
 
+DATA = Path(__file__).parents[2] / "data/bundles"
+
 
 @pytest.fixture(scope="module")
 def lowered(bundle: Callable[..., Path]) -> Path:
-    return bundle(SMALL, "lightvlm", targets=("trt-rtx",), max_images=2)
+    return bundle(SMALL, *LIGHTVLM, targets=("trt-rtx",), max_images=2)
 
 
 def test_lowered_graphs_agree(lowered: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +56,7 @@ def test_a_difference_is_found(
 def test_graphs_that_were_not_lowered(
     bundle: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = bundle("digits-llava", "lightvlm", max_images=2)
+    folder = bundle("digits-llava", *LIGHTVLM, max_images=2)
     assert compare_cli.main(["layers", str(folder), "--against", "tensorrt"]) == 2
     said = capfd.readouterr().err
     assert "lvlm-build engine" in said
@@ -77,10 +80,23 @@ def test_answers_of_two_devices(
     assert "make them with --write" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["schema-3", "schema-4-interval"])
+def test_an_old_bundle_keeps_the_cache_it_was_exported_with(name: str, tmp_path: Path) -> None:
+    """Whatever a recipe's defaults are now."""
+    with zipfile.ZipFile(DATA / f"{name}.zip") as archive:
+        archive.extractall(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    manifest = read_bundle(folder, "none")
+    assert manifest.cache_policy is not None
+    assert manifest.cache_policy.budget.keep == 0.5
+    recipe = with_checkpoint.recorded(manifest).for_layers(manifest.text.layers)
+    assert recipe.cache_policy() == manifest.cache_policy
+
+
 def test_a_finished_bundle_is_planned_as_its_export_was(
     bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = bundle("digits-llava", "lightvlm", max_images=2)
+    folder = bundle("digits-llava", *LIGHTVLM, max_images=2)
     seen: list[Any] = []
 
     def validate(plan: Any, *_: Any) -> None:

@@ -70,7 +70,7 @@ def test_positions_are_those_of_an_uncompressed_run(
         prompt = model.prepare(0, text, images, GenerationOptions(chat_template=False))
     full = uncompressed(checkpoint(name), prompt, 6)
     np.testing.assert_array_equal(full[0], prompt.positions)
-    settings = ["kv_keep=0.5"] if recipe in ("elastic-cache", "prefixkv") else []
+    settings = ["kv_keep=0.5"] if recipe != "none" else []
     reference, seen = make_reference(checkpoint(name), recipe, *settings), []
     if recipe == "prefixkv":
         rows = [(0.5, [0.5] * len(reference.language.blocks))]

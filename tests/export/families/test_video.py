@@ -15,6 +15,7 @@ import transformers
 from bundles import TINY
 from parity_tools import load_torch, make_reference
 from PIL import Image
+from settings import LIGHTVLM
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.llava_onevision.video_processing_llava_onevision import (
     LlavaOnevisionVideoProcessor,
@@ -101,8 +102,8 @@ def test_none_equals_transformers_generate(
 def test_lightvlm_equals_its_torch_reference(
     name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
-    with lvlm.load(bundle(name, "lightvlm", max_images=2)) as model:
-        reference = make_reference(checkpoint(name), "lightvlm")
+    with lvlm.load(bundle(name, *LIGHTVLM, max_images=2)) as model:
+        reference = make_reference(checkpoint(name), *LIGHTVLM)
         source = noise_video(1 + model.processor.video.per_image)  # type: ignore[attr-defined]
         text, frames, prompt = prepared(model, source)
         answer: Any = reference.generate(

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 from bundles import CACHED_USUAL, MERGED, TINY
-from settings import CACHED
+from settings import CACHED, LIGHTVLM
 
 from lvlm.runtime.bundle.reader import read_bundle
 
@@ -22,7 +22,7 @@ VARIANTS = [
 
 
 def make(bundle: Callable[..., Path], name: str, recipe: str) -> Path:
-    return bundle(name, *CACHED.get(recipe, (recipe,)), max_images=2)
+    return bundle(name, *({"lightvlm": LIGHTVLM} | CACHED).get(recipe, (recipe,)), max_images=2)
 
 
 @pytest.mark.parametrize(("name", "recipe"), VARIANTS)

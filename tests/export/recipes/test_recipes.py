@@ -139,13 +139,35 @@ def test_wrong_cache_settings(recipe: str, settings: tuple[str, ...], message: s
         parse_settings(RECIPES[recipe], settings)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "settings", "keep"),
+    [
+        ("lightvlm", (), 1.0),
+        ("lightvlm", ("kv_keep=0.5",), 0.5),
+        ("lightvlm", ("kv_cap=60",), 1.0),
+        ("lightvlm", ("kv=uniform",), 0.5),
+        ("fastv", ("kv=interval",), 0.5),
+        ("hybrid", ("kv=interval",), 0.5),
+    ],
+)
+def test_a_cache_is_halved_where_that_was_asked_for(
+    recipe: str, settings: tuple[str, ...], keep: float
+) -> None:
+    made = parse_settings(RECIPES[recipe], settings).for_layers(6)
+    policy = made.cache_policy()
+    assert policy is not None
+    assert policy.budget.keep == keep
+    recorded = made.parameters()["kv_keep"]  # of another recipe's cache that recipe knows it
+    assert recorded == (None if settings == ("kv=uniform",) else keep)
+
+
 def test_lightvlm_takes_any_cache_recipe() -> None:
     """Its cache is its own, none, or that of any other recipe, with the shared parameters."""
     own = LightVLM().for_layers(6)
     rule = own.cache_rule()
     assert rule is not None
     assert rule.cache_policy == CachePolicy(
-        Window(32), Evict(), Interval(64, 128), Uniform(0.5), sinks=4, recent=32
+        Window(32), Evict(), Interval(64, 128), Uniform(1.0), sinks=4, recent=32
     )
     assert own.parameters()["kv_floor"] == 128
     assert LightVLM(kv="none").cache_rule() is None

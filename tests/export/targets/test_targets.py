@@ -11,7 +11,7 @@ import pytest
 from bundles import OTHERS
 from lowering_tools import FORMS, OPS, PLUGIN_ATTRIBUTES, TARGETS, all_nodes, lowered
 from onnx import TensorProto
-from settings import SMALL
+from settings import LIGHTVLM, SMALL
 
 from lvlm.export.ops.op import DOMAIN, OPSET
 from lvlm.export.targets.description import FLOATS, NEW_OPS
@@ -65,7 +65,7 @@ def test_targets_of_jetsons_are_those_of_their_jetpacks() -> None:
 def test_lowered_graphs_hold_only_what_the_target_takes(
     target: Target, dtype: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    original = bundle(SMALL, "lightvlm", dtype=dtype, max_images=2)
+    original = bundle(SMALL, *LIGHTVLM, dtype=dtype, max_images=2)
     folder = lowered(original, tmp_path / "bundle", target)
     manifest = read_bundle(folder)
     for name, graph in manifest.graphs.items():

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from settings import CACHED, SMALL
+from settings import CACHED, LIGHTVLM, SMALL
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ValidationError
@@ -34,8 +34,10 @@ NAME, RECIPE = "digits-llava", "none"
 ELASTIC = CACHED["elastic-cache (cached)"]
 
 
-def plan_of(checkpoint: Path, output: Path, dtype: str = "fp32", recipe: str = RECIPE) -> Any:
-    made = discover("lvlm.export.recipes", "RECIPE")[recipe]()
+def plan_of(
+    checkpoint: Path, output: Path, dtype: str = "fp32", recipe: tuple[str, ...] = (RECIPE,)
+) -> Any:
+    made = parse_settings(discover("lvlm.export.recipes", "RECIPE")[recipe[0]], recipe[1:])
     return export_plan.make_plan(
         ExportOptions(model=str(checkpoint), recipe=made, output=output, dtype=dtype, max_images=2)
     )
@@ -250,8 +252,8 @@ def test_another_choice_of_tokens_is_noticed(
 def test_what_only_longer_prompts_would_show_is_noticed(
     field: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    plan = plan_of(checkpoint(NAME), tmp_path / "bundle", recipe="lightvlm")
-    manifest = read_bundle(bundle(NAME, "lightvlm", max_images=2), "none")
+    plan = plan_of(checkpoint(NAME), tmp_path / "bundle", recipe=LIGHTVLM)
+    manifest = read_bundle(bundle(NAME, *LIGHTVLM, max_images=2), "none")
     assert contents.planned(plan, manifest).passed
     assert manifest.cache_policy is not None
     most = (*manifest.capacity.per_layer[:-1], manifest.capacity.per_layer[-1] - 16)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from bundles import CACHED_USUAL, OTHERS, TINY
-from settings import AT_ENCODER, CACHED, SMALL, for_model
+from settings import AT_ENCODER, CACHED, LIGHTVLM, SMALL, for_model
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BuildError
@@ -47,6 +47,7 @@ RECIPES = (
     }
     | {settings[0]: settings for settings in CACHED.values() if settings[0] != "lightvlm"}
     | AT_ENCODER
+    | {"lightvlm": LIGHTVLM}
     | {"importance=both": ("lightvlm", "importance=both", "kv=none")}
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 from fake_tensorrt import VERSION
-from settings import CACHED
+from settings import CACHED, LIGHTVLM
 
 from lvlm.core.integrity import sha256_of
 from lvlm.plugins_trt.engines.shape_profiles import Limits, profiles
@@ -27,7 +27,7 @@ from lvlm.runtime.kv.static_capacity import static_capacity
 
 RECIPES = {
     "none": ("none",),
-    "lightvlm": ("lightvlm",),
+    "lightvlm": LIGHTVLM,
     "prefixkv": CACHED["prefixkv (cached)"],
     "interval": CACHED["lightvlm (cached)"],
 }

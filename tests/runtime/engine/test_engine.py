@@ -17,7 +17,7 @@ from fake_engines import Make
 from fake_tensorrt import FakeTensorRt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from settings import CACHED
+from settings import CACHED, LIGHTVLM
 
 import lvlm
 from lvlm.core.errors import CapacityError, ParameterError, PromptError, QueueFullError
@@ -25,7 +25,7 @@ from lvlm.runtime.engine import Engine, Handle
 from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.model import Model
 
-RECIPES = {"none": ("none",), "lightvlm": ("lightvlm",), **CACHED}
+RECIPES = {"none": ("none",), "lightvlm": LIGHTVLM, **CACHED}
 PROMPTS = (QUESTION, "Read the top row.", "Hi", "What is in row 2, column 3?")
 
 

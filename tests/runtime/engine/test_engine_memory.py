@@ -16,7 +16,7 @@ import pytest
 from engine_tools import IMAGES, scheduler
 from hypothesis import given
 from hypothesis import strategies as st
-from settings import CACHED
+from settings import CACHED, LIGHTVLM
 
 from lvlm.core.errors import DeviceMemoryError, ParameterError
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
@@ -24,7 +24,7 @@ from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.engine.memory_plan import byte_size, plan_memory, slot_capacity
 
-RECIPES = {"none": ("none",), "lightvlm": ("lightvlm",), **CACHED}
+RECIPES = {"none": ("none",), "lightvlm": LIGHTVLM, **CACHED}
 
 
 @pytest.mark.parametrize("recipe", ["none", "lightvlm", "lightvlm (cached)", "uniform (cached)"])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_tools import IMAGES, WAIT, ask, idle, intercept, same, scheduler, until
-from settings import CACHED
+from settings import CACHED, LIGHTVLM
 
 import lvlm
 from lvlm.core.errors import (
@@ -172,13 +172,13 @@ def _talks(model: Model) -> list[Talk]:
     return [Talk.of(model, parts[0]), Talk.of(model, parts[1], **TWO)]
 
 
-@pytest.mark.parametrize("recipe", ["none", "lightvlm"])
+@pytest.mark.parametrize("recipe", [("none",), LIGHTVLM], ids=["none", "lightvlm"])
 def test_conversations_among_faults(
-    recipe: str, bundle: Callable[..., Path], stress_steps: int
+    recipe: tuple[str, ...], bundle: Callable[..., Path], stress_steps: int
 ) -> None:
     """A turn that was cancelled, out of time or lost is asked again and answered as if nothing had
     been; no row, no request and nothing wrong in the cache is left."""
-    folder = bundle("digits-llava", recipe, max_images=2)
+    folder = bundle("digits-llava", *recipe, max_images=2)
     with lvlm.load(folder) as model:
         talks = _talks(model)
     with Engine(folder, slots=3, image_cache="50kB") as engine:

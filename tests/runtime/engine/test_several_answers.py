@@ -28,7 +28,7 @@ from engine_tools import (
     until,
 )
 from fake_engines import Make
-from settings import CACHED
+from settings import CACHED, LIGHTVLM
 
 import lvlm
 from lvlm.core.errors import (
@@ -44,7 +44,7 @@ from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.generate.loaded_graphs import Graphs
 from lvlm.runtime.run_cli import main
 
-RECIPES = {"none": ("none",), "lightvlm": ("lightvlm",), **CACHED}
+RECIPES = {"none": ("none",), "lightvlm": LIGHTVLM, **CACHED}
 DRAWN: dict[str, Any] = {"temperature": 0.9, "max_new_tokens": 14, "ignore_eos": True}
 
 

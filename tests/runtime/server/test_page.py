@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from server_tools import SAMPLES
+from settings import LIGHTVLM
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -86,7 +87,7 @@ class Opened:
 @pytest.fixture(scope="module")
 def url(bundle: Callable[..., Path]) -> Iterator[str]:
     """A server that asks for a key, on a port that it tells."""
-    folder = bundle("digits-llava", "lightvlm", max_images=2)
+    folder = bundle("digits-llava", *LIGHTVLM, max_images=2)
     command = [sys.executable, "-m", "lvlm", "serve", f"tiny={folder}", "--port", "0"]
     server = subprocess.Popen([*command, "--api-key", KEY], stderr=subprocess.PIPE, text=True)
     try:

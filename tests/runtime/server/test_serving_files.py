@@ -20,6 +20,7 @@ import pytest
 import yaml
 from openai import OpenAI
 from server_tools import SAMPLES, running
+from settings import LIGHTVLM
 
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.server import fields, refusals
@@ -228,7 +229,7 @@ def test_the_example_asks_a_server(
     bundle: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     example: dict[str, Any] = runpy.run_path(str(ROOT / "examples/serve_client.py"))
-    folder = bundle("digits-llava", "lightvlm", max_images=2)
+    folder = bundle("digits-llava", *LIGHTVLM, max_images=2)
     with (
         running(Engine(folder, slots=2, threads=1), name="model") as server,
         OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
