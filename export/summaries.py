@@ -8,6 +8,7 @@ from typing import Any
 
 from lvlm.core.progress import duration, size
 from lvlm.core.wrapping import wrapped
+from lvlm.export.budgets.calibration_samples import samples_of, what_of
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.exporter import Report
 from lvlm.export.graphs.bundle_graphs import graph_names
@@ -25,6 +26,7 @@ def plan_data(plan: ExportPlan) -> dict[str, Any]:
         "dtype": _name(plan.dtype),
         "weights": _weights(plan),
         "quantized_layers": _quantized_layers(plan),
+        "calibration": _calibration(plan).strip() or None,
         "cache_dtype": _name(plan.cache_dtype),
         "output": str(plan.options.output),
         "graphs": [f"{name}.onnx" for name in _graphs(plan)],
@@ -132,12 +134,21 @@ def _quantized_layers(plan: ExportPlan) -> int:
 def _quantized(plan: ExportPlan) -> str:
     how, count = plan.options.quantization, _quantized_layers(plan)
     if how is not None:
-        return f", {count} linear layers quantized to int{how.bits} in blocks of {how.block}"
+        stored = f", {count} linear layers quantized to int{how.bits} in blocks of {how.block}"
+        return stored + _calibration(plan)
     if not plan.packed:
         return ", dequantized" if plan.options.dequantize else ""
     kinds = Counter((tensor.bits, tensor.block) for tensor in plan.packed.values())
     shown = (f"{n} as int{bits} in blocks of {block}" for (bits, block), n in kinds.items())
     return f", of the linear layers {', '.join(shown)}, as they come"
+
+
+def _calibration(plan: ExportPlan) -> str:
+    """What linear layers are rounded by, where not to the nearest numbers."""
+    options = plan.options
+    if options.calibrate is None:
+        return ""
+    return f" by GPTQ on {len(samples_of(options.samples))} {what_of(options.samples)}"
 
 
 def _copy(plan: ExportPlan) -> str:
