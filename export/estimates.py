@@ -70,8 +70,8 @@ class Work:
         dense_bytes: of all weights, none of them quantized.
         copied: a plain copy is written first.
         quantized: weights are rounded.
-        calibrated: on samples.
         runs: how often the model reads prompts on the CPU: to measure, and to compare.
+        calibrated: weights are rounded on samples.
     """
 
     graphs: int
@@ -79,8 +79,8 @@ class Work:
     dense_bytes: int
     copied: bool
     quantized: bool
-    calibrated: bool
     runs: int
+    calibrated: bool = False
 
     @property
     def seconds(self) -> float:

@@ -14,6 +14,7 @@ from lvlm.export.exporter import Report
 from lvlm.export.graphs.bundle_graphs import graph_names
 from lvlm.export.machine import disk, plain_bytes, seconds
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
+from lvlm.export.weights.gptq import METHOD
 from lvlm.export.weights.quantization import linear_weights
 
 
@@ -26,7 +27,7 @@ def plan_data(plan: ExportPlan) -> dict[str, Any]:
         "dtype": _name(plan.dtype),
         "weights": _weights(plan),
         "quantized_layers": _quantized_layers(plan),
-        "calibration": _calibration(plan).strip() or None,
+        "calibration": _calibration(plan),
         "cache_dtype": _name(plan.cache_dtype),
         "output": str(plan.options.output),
         "graphs": [f"{name}.onnx" for name in _graphs(plan)],
@@ -135,7 +136,7 @@ def _quantized(plan: ExportPlan) -> str:
     how, count = plan.options.quantization, _quantized_layers(plan)
     if how is not None:
         stored = f", {count} linear layers quantized to int{how.bits} in blocks of {how.block}"
-        return stored + _calibration(plan)
+        return stored + _rounded_by(plan)
     if not plan.packed:
         return ", dequantized" if plan.options.dequantize else ""
     kinds = Counter((tensor.bits, tensor.block) for tensor in plan.packed.values())
@@ -143,12 +144,20 @@ def _quantized(plan: ExportPlan) -> str:
     return f", of the linear layers {', '.join(shown)}, as they come"
 
 
-def _calibration(plan: ExportPlan) -> str:
+def _rounded_by(plan: ExportPlan) -> str:
     """What linear layers are rounded by, where not to the nearest numbers."""
+    how = _calibration(plan)
+    if how is None:
+        return ""
+    return f" by {METHOD.upper()} on {how['samples']} {what_of(plan.options.samples)}"
+
+
+def _calibration(plan: ExportPlan) -> dict[str, Any] | None:
     options = plan.options
     if options.calibrate is None:
-        return ""
-    return f" by GPTQ on {len(samples_of(options.samples))} {what_of(options.samples)}"
+        return None
+    count = len(samples_of(options.samples))
+    return {"method": METHOD, "file": options.samples, "samples": count}
 
 
 def _copy(plan: ExportPlan) -> str:

@@ -18,6 +18,7 @@ from lvlm.core.errors import ExportError
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import Unpacked
 from lvlm.export.weights.quantization import WeightQuantization
 
+METHOD = "gptq"
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
 SHRINKS = tuple(1 - step / 40 for step in range(17))  # of the widest scale: down to 0.6
 
