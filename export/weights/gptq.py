@@ -12,6 +12,8 @@ Columns are rounded in their order: a bundle's blocks are runs of them, which ac
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from lvlm.core.errors import ExportError
@@ -53,12 +55,13 @@ class Moments:
         return Weighing(important, torch.linalg.solve_triangular(reverse, eye, upper=True))
 
 
+@dataclass(frozen=True)
 class Weighing:
     """How much inputs matter: ``important`` [K], their own moments, and ``factor`` [K,K], the upper
     Cholesky factor of the inverse of all."""
 
-    def __init__(self, important: torch.Tensor, factor: torch.Tensor) -> None:
-        self.important, self.factor = important, factor
+    important: torch.Tensor
+    factor: torch.Tensor
 
     def gptq(self, weight: torch.Tensor, how: WeightQuantization, scales: torch.dtype) -> Unpacked:
         """The numbers and scales that stand for a weight [N,K] of any floating type.
