@@ -60,6 +60,7 @@ def manifest_of(
             "revision": plan.checkpoint.revision,
             "architecture": checkpoints.describe(plan.checkpoint.config),
             "forms": [form.words for form in plan.checkpoint.forms],
+            **({} if plan.calibrated is None else {"calibration": plan.calibrated.record}),
         },
         recipe=plan.recipe.name,
         parameters=plan.recipe.parameters(),

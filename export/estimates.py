@@ -27,26 +27,29 @@ def peak_memory(
     dtype: torch.dtype,
     validate: bool,
     angles: int = 0,
+    calibrating: int = 0,
 ) -> int:
     """Most resident memory of an export, in bytes; the page cache is not counted.
 
     Libraries and traced graphs (docs/notes/measurements.md), and two copies of the largest tensor,
-    with quantization another two in fp32; with validation or the measuring of a profile also
-    ``running_memory``.
+    with quantization another two in fp32; with validation, the measuring of a profile or the
+    calibration of weights also ``running_memory``.
 
     Args:
         weight_bytes: of the bundle.
         largest: elements of the largest parameter.
         angles: bytes of the rotary angles of every position.
+        calibrating: bytes that the rounding of weights on samples takes beside the running model.
     """
     base = LIBRARIES + 2 * largest * (dtype.itemsize + (4 if options.weights else 0))
     base += ANGLES * angles
     wanted = options.recipe.calibration()
-    if not validate and (wanted is None or wanted.file is not None):
+    if not (validate or calibrating) and (wanted is None or wanted.file is not None):
         return base
     copies = any(t.flavour == "openvino" for t in options.targets) and weight_bytes <= LARGE
-    graphs = 4  # prefill, decode and extend, and one that is being packed
-    return max(base, running_memory(largest)) + graphs * weight_bytes * copies
+    graphs = 4 * validate  # prefill, decode and extend, and one that is being packed
+    running = running_memory(largest) + calibrating
+    return max(base, running) + graphs * weight_bytes * copies
 
 
 def running_memory(largest: int) -> int:
@@ -68,6 +71,7 @@ class Work:
         copied: a plain copy is written first.
         quantized: weights are rounded.
         runs: how often the model reads prompts on the CPU: to measure, and to compare.
+        calibrated: weights are rounded on samples.
     """
 
     graphs: int
@@ -76,6 +80,7 @@ class Work:
     copied: bool
     quantized: bool
     runs: int
+    calibrated: bool = False
 
     @property
     def seconds(self) -> float:
@@ -84,8 +89,9 @@ class Work:
         bytes. Downloads come before."""
         gigabytes = self.dense_bytes / 1e9
         passes = 1 + self.copied + self.quantized
+        rounding = self.calibrated * (10 + 200 * gigabytes)
         tracing = self.graphs * (2 + 0.13 * self.blocks)
-        return 5 + tracing + 6 * gigabytes * passes + self.runs * (10 + 32 * gigabytes)
+        return 5 + tracing + rounding + 6 * gigabytes * passes + self.runs * (10 + 32 * gigabytes)
 
 
 def check_memory(what: str, needed: int, others: Mapping[str, int] | None = None) -> None:

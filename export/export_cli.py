@@ -54,6 +54,14 @@ def _parser() -> argparse.ArgumentParser:
         "output",
     )
     parser.add_argument(
+        "--calibrate",
+        nargs="?",
+        const="",
+        metavar="SAMPLES",
+        help="round weights so that layers keep their outputs on samples (GPTQ): those of a file, "
+        'one {"image", "prompt"} a line, or built-in ones; with --weights int4',
+    )
+    parser.add_argument(
         "--dequantize",
         action="store_true",
         help="store the weights of a quantized checkpoint in --dtype, or as --weights says",
@@ -203,6 +211,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         dtype=args.dtype,
         weights=args.weights,
         block_size=args.block_size,
+        calibrate=args.calibrate,
         dequantize=args.dequantize,
         lora=args.lora,
         cache=args.cache,

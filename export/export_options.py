@@ -27,7 +27,8 @@ class ExportOptions:
     conversations can keep a compressed cache from turn to turn (recipe none: always);
     ``block_size`` "all": the inputs of an output share a scale;
     ``dequantize``: weights that come quantized are stored in ``dtype``, or as ``weights`` says;
-    ``lora``: an adapter's folder, to be merged."""
+    ``lora``: an adapter's folder, to be merged; ``calibrate``: weights are rounded on samples,
+    those of a file or, "", the built-in ones."""
 
     model: str
     recipe: Recipe
@@ -35,6 +36,7 @@ class ExportOptions:
     dtype: str | None = None
     weights: str | None = None
     block_size: int | Literal["all"] | None = None
+    calibrate: str | None = None
     cache: str | None = None
     revision: str | None = None
     max_text_len: int = 2048
@@ -63,6 +65,16 @@ class ExportOptions:
             elif self.block_size not in BLOCKS:
                 sizes = ", ".join(map(str, BLOCKS))
                 raise ParameterError(f"--block-size {self.block_size}: give one of {sizes}")
+
+        if self.calibrate is not None and self.weights != "int4":
+            raise ParameterError(
+                "--calibrate is for weights of 4 bits; add --weights int4, or leave it out"
+            )
+
+    @property
+    def samples(self) -> str | None:
+        """The file that weights are rounded on; None: the built-in samples."""
+        return self.calibrate or None
 
     @property
     def quantization(self) -> WeightQuantization | None:

@@ -11,7 +11,7 @@ import torch
 
 from lvlm.core.errors import ParameterError
 from lvlm.export import estimates
-from lvlm.export.budgets.calibration_samples import read_samples
+from lvlm.export.budgets.calibration_samples import read_samples, samples_of
 from lvlm.export.budgets.prefix_profiles import Profile, check_profile, model_hash, read_profile
 from lvlm.export.budgets.sample_prompts import prompt_maker
 from lvlm.export.checkpoint import checkpoint as checkpoints
@@ -22,6 +22,7 @@ from lvlm.export.graphs.bundle_graphs import score_width
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.skeleton import Skeleton
 from lvlm.export.recipes.recipe import Recipe
+from lvlm.export.reference.rounded_blocks import rounding_memory
 from lvlm.export.weight_plan import added_bytes, check_storage, packed_linears
 from lvlm.export.weights.merge_adapter import with_adapter
 from lvlm.export.weights.weight_names import open_skeleton
@@ -41,6 +42,15 @@ class CachePlan:
     image_tokens: list[int]
     capacity: Capacity
     bytes: int
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Weights that were rounded on samples: every linear layer's tensor, by name in the checkpoint,
+    and what they were rounded by, for the manifest."""
+
+    tensors: Mapping[str, PackedTensor]
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,12 +75,18 @@ class ExportPlan:
     unvalidated_bytes: int  # the same without validation
     packed: Mapping[str, PackedTensor] = field(default_factory=dict)  # that stay quantized
     profile: Profile | None = None  # measured by this export
+    calibrated: Calibrated | None = None  # by this export
 
     @property
     def measured(self) -> bool:
         """Whether this export measures a profile."""
         wanted = self.options.recipe.calibration()
         return wanted is not None and wanted.file is None
+
+    @property
+    def runs_first(self) -> bool:
+        """Whether the checkpoint reads samples before anything is written."""
+        return self.measured or self.options.calibrate is not None
 
     @property
     def quantization(self) -> Quantization | None:
@@ -158,6 +174,9 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
     weight_bytes = parameters * dtype.itemsize + added_bytes(options, skeleton, packed, dtype)
     angles = 4 * tokens * language.head_dim
     sizes = {"weight_bytes": weight_bytes, "largest": largest, "angles": angles}
+    if options.calibrate is not None:
+        samples_of(options.samples)  # read later; mistakes in them are said now
+        sizes["calibrating"] = rounding_memory(language)
     peak, unvalidated = (
         estimates.peak_memory(options, **sizes, dtype=dtype, validate=validate)
         for validate in (options.validate, False)

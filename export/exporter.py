@@ -14,6 +14,7 @@ from lvlm.core.errors import ExportError, ValidationError
 from lvlm.core.output import temporary_sibling
 from lvlm.core.progress import Progress, size
 from lvlm.export.bundle_manifest import dtype_name, record_validation, write_manifest
+from lvlm.export.calibrated_weights import with_calibrated_weights
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.checkpoint.plain_copy import write_plain
 from lvlm.export.export_plan import ExportPlan
@@ -49,8 +50,11 @@ def export(plan: ExportPlan, progress: Progress) -> Report:
     output = plan.options.output
     check_output(output)
     check_machine(plan)
-    with temporary_sibling(output, ExportError) as folder, _plain(plan, progress) as plain:
-        plan = with_profile(plan, plain, progress)
+    with (
+        temporary_sibling(output, ExportError) as folder,
+        _plain(plan, progress) as plain,
+        _calibrated(with_profile(plan, plain, progress), plain, progress) as plan,
+    ):
         manifest = write_bundle(plan, folder, progress)
         report = Report(output, plan, manifest, progress.elapsed)
         if plan.options.validate:
@@ -87,12 +91,24 @@ def _plain(plan: ExportPlan, progress: Progress) -> Iterator[Checkpoint]:
         yield copy
 
 
+@contextmanager
+def _calibrated(plan: ExportPlan, plain: Checkpoint, progress: Progress) -> Iterator[ExportPlan]:
+    """The plan, for so long with weights that were rounded on samples, where options say so."""
+    if plan.options.calibrate is None:
+        yield plan
+        return
+    beside = plan.options.output.with_name(f"{plan.options.output.name}-calibrated")
+    with temporary_sibling(beside, ExportError) as folder:
+        yield with_calibrated_weights(plan, plain, folder, progress)
+
+
 def stages(plan: ExportPlan) -> int:
     """Number of steps of an export's progress."""
     options = plan.options
     graphs = len(graph_names(plan.recipe, sessions=options.sessions))
     copied = plain_bytes(plan) > 0
-    return graphs + 2 + len(options.targets) + options.validate + plan.measured + copied
+    before = plan.measured + (options.calibrate is not None) + copied
+    return graphs + 2 + len(options.targets) + options.validate + before
 
 
 def write_bundle(plan: ExportPlan, folder: Path, progress: Progress) -> Manifest:
@@ -133,7 +149,8 @@ def _weights(plan: ExportPlan, graphs: list[TracedGraph]) -> WeightsFile:
     store = WeightStore.of(graphs, plan.checkpoint, plan.stored_names, plan.dtype)
     linears = linear_weights(plan.skeleton.model, plan.skeleton.language)
     tensors = [plan.stored_names[name] for name in linears]
-    for step in weight_steps(plan.options.quantization, tensors, plan.packed):
+    calibrated = None if plan.calibrated is None else plan.calibrated.tensors
+    for step in weight_steps(plan.options.quantization, tensors, plan.packed, calibrated):
         step.apply(graphs, store)
     weights = WeightsFile.of(store)
     weights.attach(graphs)

@@ -7,20 +7,13 @@ from dataclasses import replace
 import torch
 
 from lvlm.core.progress import Progress
-from lvlm.export.budgets.calibration_samples import CalibrationSample, builtin_samples, read_samples
+from lvlm.export.budgets.calibration_samples import samples_of, what_of
 from lvlm.export.budgets.measuring import calibrate
 from lvlm.export.budgets.prefix_profiles import identify
 from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.export_plan import ExportPlan, plan_cache
-from lvlm.export.recipes.recipe import Calibration
 from lvlm.export.reference.torch_reference import Reference, load_fp32
-
-
-def samples_for(wanted: Calibration) -> list[CalibrationSample]:
-    """The samples to measure on. Raises ParameterError where the file does not hold usable
-    samples."""
-    return builtin_samples() if wanted.samples is None else read_samples(wanted.samples)
 
 
 def with_profile(plan: ExportPlan, plain: Checkpoint, progress: Progress) -> ExportPlan:
@@ -32,8 +25,7 @@ def with_profile(plan: ExportPlan, plain: Checkpoint, progress: Progress) -> Exp
     wanted = plan.recipe.calibration()
     if wanted is None:
         return plan
-    samples = samples_for(wanted)
-    what = "built-in samples" if wanted.samples is None else f"samples of {wanted.samples}"
+    samples, what = samples_of(wanted.samples), what_of(wanted.samples)
     with progress.stage(f"calibrate the layers' budgets on {len(samples)} {what}") as stage:
         model = load_fp32(plan.family, plan.config, plain, plan.stored_names, torch.float32)
         reference = Reference(plan.family, plan.config, model, plan.recipe)

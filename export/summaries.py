@@ -8,11 +8,13 @@ from typing import Any
 
 from lvlm.core.progress import duration, size
 from lvlm.core.wrapping import wrapped
+from lvlm.export.budgets.calibration_samples import samples_of, what_of
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.exporter import Report
 from lvlm.export.graphs.bundle_graphs import graph_names
 from lvlm.export.machine import disk, plain_bytes, seconds
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
+from lvlm.export.weights.gptq import METHOD
 from lvlm.export.weights.quantization import linear_weights
 
 
@@ -25,6 +27,7 @@ def plan_data(plan: ExportPlan) -> dict[str, Any]:
         "dtype": _name(plan.dtype),
         "weights": _weights(plan),
         "quantized_layers": _quantized_layers(plan),
+        "calibration": _calibration(plan),
         "cache_dtype": _name(plan.cache_dtype),
         "output": str(plan.options.output),
         "graphs": [f"{name}.onnx" for name in _graphs(plan)],
@@ -135,12 +138,28 @@ def _quantized(plan: ExportPlan) -> str:
     how, count = plan.options.quantization, _quantized_layers(plan)
     if how is not None:
         shared = "with a scale for each output" if how.whole else f"in blocks of {how.block}"
-        return f", {count} linear layers quantized to int{how.bits} {shared}"
+        return f", {count} linear layers quantized to int{how.bits} {shared}{_rounded_by(plan)}"
     if not plan.packed:
         return ", dequantized" if plan.options.dequantize else ""
     kinds = Counter((tensor.bits, tensor.block) for tensor in plan.packed.values())
     shown = (f"{n} as int{bits} in blocks of {block}" for (bits, block), n in kinds.items())
     return f", of the linear layers {', '.join(shown)}, as they come"
+
+
+def _rounded_by(plan: ExportPlan) -> str:
+    """What linear layers are rounded by, where not to the nearest numbers."""
+    how = _calibration(plan)
+    if how is None:
+        return ""
+    return f" by {METHOD.upper()} on {how['samples']} {what_of(plan.options.samples)}"
+
+
+def _calibration(plan: ExportPlan) -> dict[str, Any] | None:
+    options = plan.options
+    if options.calibrate is None:
+        return None
+    count = len(samples_of(options.samples))
+    return {"method": METHOD, "file": options.samples, "samples": count}
 
 
 def _copy(plan: ExportPlan) -> str:

@@ -68,6 +68,16 @@ def read_samples(path: str | Path) -> list[CalibrationSample]:
     return samples
 
 
+def samples_of(path: str | Path | None) -> list[CalibrationSample]:
+    """Those of a file, or the built-in ones. Raises ParameterError."""
+    return builtin_samples() if path is None else read_samples(path)
+
+
+def what_of(path: str | Path | None) -> str:
+    """What messages call them."""
+    return "built-in samples" if path is None else f"samples of {path}"
+
+
 def _sample(line: str, path: Path, where: str) -> CalibrationSample:
     try:
         data = json.loads(line)
@@ -80,6 +90,8 @@ def _sample(line: str, path: Path, where: str) -> CalibrationSample:
             raise ParameterError(f'{where}: "{key}" is missing; write {FORM}')
     if not isinstance(data["prompt"], str):
         raise ParameterError(f'{where}: "prompt" is no text; write {FORM}')
+    if not data["prompt"].strip():
+        raise ParameterError(f'{where}: "prompt" is empty; write {FORM}')
     return CalibrationSample(_images(data["image"], path.parent, where), data["prompt"], where)
 
 

@@ -52,12 +52,12 @@ def calibrate(
     keep = float(keep)
     keeps = grid(keep)
     recipe = RecipeId(reference.recipe.name, _plain(reference.recipe.parameters()))
-    setup = _digest(json.dumps([SCHEMA, model.sha256, recipe.name, recipe.parameters, keeps]))
+    setup = digest(json.dumps([SCHEMA, model.sha256, recipe.name, recipe.parameters, keeps]))
     shape = len(keeps), len(reference.language.blocks)
     finished = _Finished(work, setup, shape)
     fractions, hashes = [], []
     for prompt in prompts:
-        sample = _hash_of(prompt)
+        sample = prompt_hash(prompt)
         reused = sample in finished.found
         if not reused:
             found = search_fractions(record_importances(reference, prompt), keeps)
@@ -80,7 +80,7 @@ def calibrate(
         ),
         layers=shape[1],
         model=model,
-        data=DataId(_digest(*hashes), len(hashes)),
+        data=DataId(digest(*hashes), len(hashes)),
         recipe=recipe,
         tools={name: metadata.version(name) for name in TOOLS},
     )
@@ -119,18 +119,19 @@ class _Finished:
         self._before = ""
 
 
-def _hash_of(prompt: Prompt) -> str:
+def prompt_hash(prompt: Prompt) -> str:
     """What the model is given: tokens, places of images, images."""
     arrays = np.asarray(prompt.ids, np.int64), prompt.image_id
     parts = [part for x in arrays for part in (str(x.shape), x.tobytes())]
-    return _digest(*parts, *(image.digest() for image in prompt.images))
+    return digest(*parts, *(image.digest() for image in prompt.images))
 
 
-def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
+def digest(*parts: str | bytes) -> str:
+    """sha256 of the parts, one after the other."""
+    found = hashlib.sha256()
     for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part)
-    return digest.hexdigest()
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()
 
 
 def _plain(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from lvlm.export.verify.forms import CANONICAL, Form, Opened, forms_of
 from lvlm.export.verify.judge import LEAST
 from lvlm.export.verify.outcome import Outcome
 from lvlm.export.verify.run import Run, run_form
-from lvlm.export.weights.quantization import round_linears
+from lvlm.export.weights.packed_linears import exchange_linears
+from lvlm.export.weights.quantization import linear_weights, round_linears
 from lvlm.export.weights.stored_weights import StoredLinear
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.policies.policy import CachePolicy
@@ -74,8 +75,7 @@ def against_reference(
     if low_precision(plan):
         cache = torch.float32 if plan.cache_dtype == plan.dtype else plan.cache_dtype
         reference = Reference(plan.family, plan.config, model, recipe, cache)
-        if how is not None:
-            round_linears(reference.language, how, plan.dtype)
+        _round(plan, reference)
         answer = reference.generate(prompt, features, max_new_tokens=steps, forced=original.tokens)
     del model, reference
     gc.collect()
@@ -101,6 +101,19 @@ def against_reference(
 def _shown(policy: CachePolicy) -> CachePolicy:
     """The policy so that few tokens show its compression."""
     return policy.at_most_every(INTERVAL).keeping_less(KEEP)
+
+
+def _round(plan: ExportPlan, reference: Reference) -> None:
+    """Give the reference's model the weights that the bundle has, where they are quantized."""
+    if plan.calibrated is not None:
+        tensors, names = plan.calibrated.tensors, plan.stored_names
+        packed = {
+            name: tensors[names[name]]
+            for name in linear_weights(reference.model, reference.language)
+        }
+        exchange_linears(reference.model, reference.language, packed)
+    elif (how := plan.options.quantization) is not None:
+        round_linears(reference.language, how, plan.dtype)
 
 
 def _limit(plan: ExportPlan, form: Form) -> float:

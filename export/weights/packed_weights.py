@@ -96,6 +96,13 @@ def pack(numbers: torch.Tensor, bits: int) -> np.ndarray:
     return (numbers[:, 0::2] | numbers[:, 1::2] << 4).numpy()
 
 
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """What ``pack`` was given."""
+    if bits == 8:
+        return packed
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+
+
 def parts_of(
     weight: Expression, packed: Mapping[str, PackedTensor]
 ) -> tuple[PackedTensor, ...] | None:

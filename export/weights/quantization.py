@@ -108,8 +108,12 @@ def linear_weights(model: nn.Module, language: LanguageModel) -> dict[str, nn.Pa
 
 
 def linears(language: LanguageModel) -> list[nn.Linear]:
-    linear = [m for block in language.blocks for m in block.modules() if isinstance(m, nn.Linear)]
+    linear = [linear for block in language.blocks for linear in linears_of(block)]
     return [*linear, *([language.head] if isinstance(language.head, nn.Linear) else [])]
+
+
+def linears_of(block: nn.Module) -> list[nn.Linear]:
+    return [module for module in block.modules() if isinstance(module, nn.Linear)]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ above the page cache. What is small, and what is no product, is made fp32 once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -21,11 +21,7 @@ class StoredLinear(nn.Linear):
     read: Read
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = max(1, AT_ONCE // self.in_features)
-        parts = [
-            nn.functional.linear(input, self.read(self.weight[first : first + rows]))
-            for first in range(0, self.out_features, rows)
-        ]
+        parts = [nn.functional.linear(input, rows) for rows in weight_rows(self)]
         out = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         return out if self.bias is None else out + self.bias
 
@@ -37,6 +33,13 @@ class StoredEmbedding(nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self.read(super().forward(input))
+
+
+def weight_rows(linear: nn.Linear) -> Iterator[torch.Tensor]:
+    """The weight fp32 [N,K] of a layer, stored or not, some rows at a time."""
+    count = max(1, AT_ONCE // linear.in_features)
+    for rows in torch.split(linear.weight, count):
+        yield linear.read(rows) if isinstance(linear, StoredLinear) else rows.float()
 
 
 # The layers, and from how many numbers on their weight stays in its file

@@ -29,6 +29,7 @@ def weight_steps(
     how: WeightQuantization | None,
     linears: Collection[str],
     packed: Mapping[str, PackedTensor] | None = None,
+    calibrated: Mapping[str, PackedTensor] | None = None,
 ) -> tuple[WeightStep, ...]:
     """The steps of an export.
 
@@ -36,8 +37,9 @@ def weight_steps(
         how: to quantize, if at all.
         linears: the checkpoint's tensors that are quantized then.
         packed: those that come quantized and stay so.
+        calibrated: all ``linears``, where they are quantized already.
     """
-    quantize = () if how is None else (QuantizeLinears(how, frozenset(linears)),)
+    quantize = () if how is None else (QuantizeLinears(how, frozenset(linears), calibrated or {}),)
     keep = (KeepPacked(packed),) if packed else ()
     fuse = FuseLinears({name: tensor.bits for name, tensor in (packed or {}).items()})
     return (FoldTransposes(), fuse, *quantize, *keep, ShareAcrossGraphs(), ShareFills())

@@ -7,12 +7,14 @@ their own that reads the quantized weight directly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from lvlm.core.errors import ExportError
+from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor
 from lvlm.export.graphs.tracing import TracedGraph
 from lvlm.export.weights.expressions import Expression, sources
+from lvlm.export.weights.packed_weights import PackedWeight, parts_of
 from lvlm.export.weights.quantization import WeightQuantization
 from lvlm.export.weights.quantized_weights import QuantizedWeight, RoundedWeight
 from lvlm.export.weights.steps.products import exchange_weights
@@ -24,11 +26,14 @@ class QuantizeLinears:
     """Quantize the MatMuls with the checkpoint's tensors ``wanted``, several of which may lie side
     by side in one weight.
 
+    how         numbers are rounded to the nearest ones so
+    calibrated  where that was done in another way: every one of ``wanted``
     ``apply`` raises ExportError if one of them is not multiplied with as expected.
     """
 
     how: WeightQuantization
     wanted: frozenset[str]
+    calibrated: Mapping[str, PackedTensor] = field(default_factory=dict)
 
     def apply(self, graphs: Sequence[TracedGraph], store: WeightStore) -> None:
         quantized = exchange_weights(graphs, store, self._quantized)
@@ -40,4 +45,7 @@ class QuantizeLinears:
         if not sources(weight) <= self.wanted:
             return None
         self.how.check(name, weight.shape[0])
-        return RoundedWeight(weight, self.how)
+        if not self.calibrated:
+            return RoundedWeight(weight, self.how)
+        parts = parts_of(weight, self.calibrated)
+        return None if parts is None else PackedWeight(weight, parts)

@@ -121,6 +121,9 @@ def test_packed_bytes_are_what_both_readers_take(bits: int) -> None:
             "--cache fp16 --dtype bf16",
             "--cache fp16 goes with --dtype fp32 or fp16",
         ),
+        ("digits-llava", "--calibrate", "--calibrate is for weights of 4 bits; add --weights int4"),
+        ("digits-llava", "--weights int8 --calibrate", "--calibrate is for weights of 4 bits"),
+        ("digits-llava", "--weights int4 --calibrate no.jsonl", "samples no.jsonl do not exist"),
         ("digits-llava", "--weights int2", "invalid choice: 'int2'"),
         (
             "digits-llava",
@@ -171,7 +174,18 @@ def test_dry_run_says_what_is_narrow(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert export_cli.main([*flags, "--dtype", "fp32", "--cache", "fp16", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["weights"] == {"bits": 4, "block": 32}
+    assert data["calibration"] is None
+    plain = data["disk_bytes"], data["peak_memory_estimate_bytes"], data["seconds_estimate"]
     assert (data["dtype"], data["cache_dtype"]) == ("float32", "float16")
     assert export_cli.main([*flags, "--block-size", "16"]) == 0
     table = capsys.readouterr().out
     assert "as float16, 57 linear layers quantized to int4" in table
+    assert "GPTQ" not in table
+    assert export_cli.main([*flags, "--dtype", "fp32", "--calibrate", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["calibration"] == {"method": "gptq", "file": None, "samples": 8}
+    assert data["disk_bytes"] > plain[0]
+    assert data["peak_memory_estimate_bytes"] > plain[1]
+    assert data["seconds_estimate"] > plain[2]
+    assert export_cli.main([*flags, "--calibrate"]) == 0
+    assert "by GPTQ on 8 built-in samples" in " ".join(capsys.readouterr().out.split())

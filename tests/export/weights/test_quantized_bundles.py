@@ -21,12 +21,17 @@ from settings import ASSETS
 import lvlm
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ExportError
-from lvlm.export.checkpoint.checkpoint import Checkpoint
+from lvlm.export.budgets.calibration_samples import builtin_samples
+from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
+from lvlm.export.checkpoint.checkpoint import Checkpoint, find_family
+from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.none import NoCompression
+from lvlm.export.reference.rounded_blocks import RoundedBlocks
 from lvlm.export.reference.torch_reference import Answer, Reference
 from lvlm.export.targets.target import Target
+from lvlm.export.weights.packed_linears import exchange_linears
 from lvlm.export.weights.quantization import BLOCKS_SUFFIX, WeightQuantization, round_linears
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.bundle.reader import read_bundle
@@ -41,9 +46,11 @@ TRAINED: dict[str, Any] = {"weights": "int4", "cache": "fp16"}
 TIED: dict[str, Any] = {"weights": "int8", "block_size": 16}
 COMPACTED: dict[str, Any] = {"weights": "int4", "block_size": 16, "cache": "fp16"}
 LIGHT = ("lightvlm", "kv_keep=0.5", "kv_floor=8", "kv_protect=8", "kv_interval=16")
+CALIBRATED: dict[str, Any] = {"weights": "int4", "block_size": 16, "calibrate": ""}
 BUNDLES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "trained": ("digits-llava", ("none",), TRAINED),
     "tied": ("llava:qwen2-tied-siglip", ("none",), TIED),
+    "calibrated": ("llava:qwen2-tied-siglip", ("none",), CALIBRATED),
     "compacted": ("llava:llama-gqa-clip", LIGHT, COMPACTED),
 }
 INTERVAL, STEPS = 16, 40
@@ -63,16 +70,31 @@ def canonical(folder: Path, copy: Path) -> Path:
     return copy
 
 
-def rounded_reference(which: str, folder: Path) -> Reference:
+def rounded_reference(which: str, folder: Path, files: Path) -> Reference:
     """torch in fp32, with the weights and the cache rounded as the bundle's are."""
     _, (recipe, *settings_), options = BUNDLES[which]
     reference = make_reference(folder, recipe, *settings_)
     how = WeightQuantization(
         {"int4": 4, "int8": 8}[options["weights"]], options.get("block_size", 32)
     )
-    round_linears(reference.language, how, torch.float32)
+    if "calibrate" in options:
+        found = rounded_on_samples(folder, how, files)
+        exchange_linears(reference.model, reference.language, found)
+    else:
+        round_linears(reference.language, how, torch.float32)
     reference.cache_dtype = torch.float16 if "cache" in options else torch.float32
     return reference
+
+
+def rounded_on_samples(
+    folder: Path, how: WeightQuantization, files: Path
+) -> dict[str, PackedTensor]:
+    """The weights of a checkpoint in fp32, rounded once more."""
+    source = Checkpoint(folder, "", None)
+    family = find_family(source.config, "")
+    maker = prompt_maker(source, family, family.read_config(source.config))
+    prompts = [prepare(maker, sample) for sample in builtin_samples()]
+    return RoundedBlocks(how, torch.float32, files).of(make_reference(folder, "none"), prompts)
 
 
 def follow(model: Model, answers: Sequence[Answer]) -> list[np.ndarray]:
@@ -94,7 +116,7 @@ def test_bundles_equal_torch_with_rounded_weights_and_cache(
     """The canonical graphs compute what torch does; the lowered ones of the CPU round the rows they
     multiply to 8 bits."""
     folder = export(bundle, which)
-    reference = rounded_reference(which, checkpoint(BUNDLES[which][0]))
+    reference = rounded_reference(which, checkpoint(BUNDLES[which][0]), tmp_path)
     answers = []
     with lvlm.load(folder) as model:
         for row in ROWS:
@@ -216,6 +238,15 @@ def test_rounding_leaves_embedding_and_vision(checkpoint: Callable[[str], Path])
     assert isinstance(embedding, torch.Tensor)
     assert not embedding.equal(reference.language.head.weight)  # type: ignore[arg-type]
     assert source.config["tie_word_embeddings"]
+
+
+def test_a_manifest_says_what_weights_were_rounded_on(bundle: Callable[..., Path]) -> None:
+    found = read_bundle(export(bundle, "calibrated")).model["calibration"]
+    digest, tokens = found.pop("sha256"), found.pop("tokens")
+    assert found == {"method": "gptq", "block": 16, "samples": 8}
+    assert len(digest) == 64
+    assert tokens > 8
+    assert "calibration" not in read_bundle(export(bundle, "tied")).model
 
 
 def test_a_manifest_says_what_is_quantized(bundle: Callable[..., Path]) -> None:
