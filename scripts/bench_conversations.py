@@ -7,10 +7,9 @@
 Prints JSON, times in milliseconds, all of one run: ``second`` the time to the first token of a
 second question about an image beside that of the first; ``turns`` new tokens and the time to read
 them, turn by turn, beside the whole prompt's; ``long`` the gaps between the tokens of three streams
-without a long prompt and with one read in chunks; ``extend`` pieces behind a prompt, beside the
-share of its prefill that arithmetic gives them and beside a decode step. ``--only`` measures one of
-these. ``--peak`` reads one long prompt alone, in chunks or as a whole (``--whole``), and tells the
-most memory it took.
+without a long prompt and with one read in chunks. ``--only`` measures one of these. ``--peak``
+reads one long prompt alone, in chunks or as a whole (``--whole``), and tells the most memory it
+took. Pieces behind what is there: bench_extend.py.
 """
 
 from __future__ import annotations
@@ -21,14 +20,11 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from measure_gap import WARM, WORD, gaps, summary
 
-import lvlm
 from lvlm.runtime.engine import Engine, Handle
 
 RAW: dict[str, Any] = {"chat_template": False, "ignore_eos": True}
@@ -46,7 +42,6 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=4000, help="of the long prompt")
     parser.add_argument("--quiet-seconds", type=float, default=3.0, help="before the long prompt")
     parser.add_argument("--chunk-tokens", type=int, help="default: by measured time")
-    parser.add_argument("--behind", type=int, default=608, help="tokens before a piece")
     parser.add_argument("--only", choices=list(PARTS), help="default: all of them")
     parser.add_argument("--peak", action="store_true", help="memory of one long prompt alone")
     parser.add_argument("--whole", action="store_true", help="with --peak: not in chunks")
@@ -171,70 +166,10 @@ def peak(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def extended(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Pieces of several lengths behind ``--behind`` tokens. Arithmetic counts the multiply-adds of
-    the blocks' products and of attention; the last token's head is in every one of them."""
-    found, lengths = [], (32, 64, 128, 256, 512)
-    whole = args.behind + max(lengths)
-    with lvlm.load(args.bundle, device=args.device, threads=args.threads, verify="none") as model:
-        graphs, text = model.calls.graphs, model.manifest.text
-        options = lvlm.GenerationOptions(max_new_tokens=8, chat_template=False, ignore_eos=True)
-        prompt = model.prepare(0, WORD * whole, (), options)
-        prompt = replace(
-            prompt,
-            ids=prompt.ids[:whole],
-            image_id=prompt.image_id[:whole],
-            positions=prompt.positions[..., :whole],
-        )
-        none = np.zeros((0, model.manifest.feature_width), np.float32)
-        batch = model.calls.start([prompt])
-        call = graphs.bind("extend", batch.cache.views(slice(0, 1)))
-        steps = [timed(lambda: batch.feed([5])) for _ in range(7)]
-        prefills = list[float]()
-        pieces: dict[int, list[float]] = {n: [] for n in lengths}
-        for _ in range(args.rounds + 1):  # in turn: the machine's speed changes
-            for n in lengths:
-                some = range(args.behind, args.behind + n)
-                pieces[n].append(timed(partial(graphs.extend, prompt, some, none, call)))
-            prefills.append(timed(lambda: model.calls.start([prompt])))
-        products = sum(
-            int(np.prod(w.dims))
-            for name, w in model.manifest.weights.items()
-            if name in graphs.manifest.graphs["extend"].weights
-            and len(w.dims) == 2
-            and text.vocab not in w.dims
-        )
-    each = 2 * text.layers * text.heads * text.head_dim  # multiply-adds of a query and a key
-    work = {n: n * products + each * (n * args.behind + n * (n + 1) // 2) for n in lengths}
-    all_of_it = whole * products + each * whole * (whole + 1) // 2
-    prefill, step = statistics.median(prefills[1:]), statistics.median(steps[1:])
-    for n in lengths:
-        ours, share = statistics.median(pieces[n][1:]), prefill * work[n] / all_of_it
-        allowed = share if n >= 128 else max(share, step)
-        found.append(
-            {
-                "tokens": n,
-                "ms": round(ours, 1),
-                "share": round(share, 1),
-                "step": round(step, 1),
-                "ratio": round(ours / allowed, 3),
-            }
-        )
-    return found
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Milliseconds."""
-    began = time.perf_counter()
-    run()
-    return (time.perf_counter() - began) * 1e3
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "second": second_question,
     "turns": turns,
     "long": long_prompt,
-    "extend": extended,
 }
 
 

@@ -26,12 +26,14 @@ from onnx import helper
 from lvlm.core.discovery import discover
 from lvlm.export.ops.op import Attribute, Op
 from lvlm.export.targets.passes.ort_attention import APPENDED, FUNCTIONS, cached_attention
+from lvlm.export.targets.passes.ort_extend import INPUTS, NAME, OUTPUTS, attention_behind
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT
 from lvlm.export.targets.passes.ort_prefill import chunked_attention
 from lvlm.runtime.backends.ort.kernels.kernel_library import find_kernels
 
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 RECENT = 64  # queries that rank a cache
+NEW = 32  # tokens read at once behind a cache
 
 
 @dataclass
@@ -134,6 +136,22 @@ def cases(n: int) -> Iterator[Case]:
     inputs = dict(zip(FUNCTIONS[APPENDED], given, strict=True))
     outputs = ["output", "present_key", "present_value"]
     yield Case(APPENDED, APPENDED, inputs, outputs, heads, cached_attention(APPENDED))
+    room = np.zeros((1, KEY_HEADS, NEW, WIDTH), np.float32)
+    some = angles[None, :NEW].astype(np.float32)
+    behind = [
+        values(1, NEW, (HEADS + 2 * KEY_HEADS) * WIDTH),
+        *(np.concatenate([x, room], axis=2) for x in (key, value)),
+        *(np.array([n]), np.arange(n), np.cos(some), np.sin(some)),
+        np.tri(NEW, n + NEW, n, dtype=bool)[None, None],
+    ]
+    yield Case(
+        f"{NAME}, {NEW} tokens",
+        NAME,
+        dict(zip(INPUTS, behind, strict=True)),
+        OUTPUTS,
+        {**heads, "head_size": WIDTH},
+        attention_behind(),
+    )
 
 
 class Runner:

@@ -32,6 +32,7 @@ class OrtCpu(Target):
         from lvlm.export.targets.passes.block_linears import use_block_linears
         from lvlm.export.targets.passes.last_rows import keep_last_rows
         from lvlm.export.targets.passes.ort_attention import group_attention
+        from lvlm.export.targets.passes.ort_extend import extend_attention
         from lvlm.export.targets.passes.ort_fusions import (
             MICROSOFT,
             fuse_silu,
@@ -40,6 +41,7 @@ class OrtCpu(Target):
         from lvlm.export.targets.passes.ort_prefill import chunk_attention
 
         keep_last_rows(model)
+        extend_attention(model)
         done = group_attention(model)
         done += fuse_skip_normalization(model) + fuse_silu(model) + use_block_linears(model)
         common.RemoveUnusedNodesPass()(model)  # drops outputs that nobody reads, too: before this

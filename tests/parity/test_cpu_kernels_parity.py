@@ -10,8 +10,10 @@ from settings import ASSETS, CACHED
 
 import lvlm
 from lvlm.runtime.backends.ort.kernels.kernel_library import KERNELS
+from lvlm.runtime.engine import Engine
 
 IMAGES = [ASSETS / "samples/digits-1.png", ASSETS / "samples/digits-2.png"]
+ASKED = {"max_new_tokens": 48, "temperature": 0.0, "ignore_eos": True}
 RECIPES = {
     "none": ("none",),
     "lightvlm": CACHED["lightvlm (cached)"],
@@ -35,11 +37,22 @@ def test_answers_are_those_without_the_library(
 
     def answers() -> list[list[int]]:
         with lvlm.load(folder) as model:
-            asked = {"max_new_tokens": 48, "temperature": 0.0, "ignore_eos": True}
-            both = model.generate(["Read it.", "Read row 0:"], [[i] for i in IMAGES], **asked)
+            both = model.generate(["Read it.", "Read row 0:"], [[i] for i in IMAGES], **ASKED)
             return [answer.token_ids for answer in both]
 
     monkeypatch.setenv(KERNELS, "off")
     expected = answers()
     monkeypatch.setenv(KERNELS, str(kernels))
     assert answers() == expected
+
+
+def test_a_prompt_in_chunks_has_the_answer_without_chunks_and_library(
+    bundle: Callable[..., Path], kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bundle("digits-llava", max_images=2)
+    monkeypatch.setenv(KERNELS, "off")
+    with lvlm.load(folder) as model:
+        expected = model.generate("Read row 0:", IMAGES[:1], **ASKED).token_ids
+    monkeypatch.setenv(KERNELS, str(kernels))
+    with Engine(folder, slots=1, chunk_tokens=17) as engine:
+        assert engine.submit("Read row 0:", IMAGES[:1], **ASKED).result(60).token_ids == expected

@@ -1,4 +1,4 @@
-"""Attention over a cache in a decode graph: the standard nodes that belong to one attention."""
+"""Attention over a cache in decode and extend: the standard nodes that belong to one attention."""
 
 from __future__ import annotations
 
@@ -9,33 +9,69 @@ import onnx_ir as ir
 
 @dataclass(frozen=True)
 class Site:
-    """The nodes of one decode attention: q, k, v [B,1,H*d] to ``result`` [B,1,Hq*d]."""
+    """The nodes of one attention: q, k, v [B,N,H*d] to ``result`` [B,N,Hq*d]."""
 
     layer: int
     node: ir.Node
     inputs: tuple[ir.Value, ir.Value, ir.Value]
-    angles: tuple[ir.Value, ir.Value]  # cos, sin [B,1,d/2]
+    angles: tuple[ir.Value, ir.Value]  # cos, sin [B,N,d/2]
     writes: tuple[ir.Node, ir.Node]
     result: ir.Value
     heads: int
     kv_heads: int
+    width: int  # of a head
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """None where the attention is of another kind, or hides entries that are valid (a window)."""
-    if node.op_type != "Attention" or node.domain != "" or len(node.inputs) != 4:
+    """Of decode. None where the attention is of another kind, or hides entries that are valid (a
+    window)."""
+    if not _masked(node) or not _sees_all_valid(node.inputs[3]):
         return None
-    if not _sees_all_valid(node.inputs[3]):
+    wrote = [_producer(before_cast(x), "TensorScatter") for x in node.inputs[1:3]]
+    if wrote[0] is None or wrote[1] is None:
         return None
-    query, key, value = node.inputs[:3]
-    turned = _producer(query, "RotaryEmbedding")
-    wrote = [_producer(before_cast(x), "TensorScatter") for x in (key, value)]
-    if turned is None or wrote[0] is None or wrote[1] is None:
+    return _site(node, (wrote[0], wrote[1]))
+
+
+def find_site_behind(node: ir.Node) -> tuple[Site, ir.Value] | None:
+    """Of extend: over entries gathered from the cache and the new ones behind them, whatever the
+    mask; and the slots of the former. None where the attention is of another kind."""
+    if not _masked(node):
         return None
-    writes, past = (wrote[0], wrote[1]), wrote[0].inputs[0]
+    found = [_behind(x) for x in node.inputs[1:3]]
+    if found[0] is None or found[1] is None or found[0][1] is not found[1][1]:
+        return None
+    site = _site(node, (found[0][0], found[1][0]))
+    return None if site is None else (site, found[0][1])
+
+
+def _masked(node: ir.Node) -> bool:
+    return node.op_type == "Attention" and node.domain == "" and len(node.inputs) == 4
+
+
+def _behind(value: ir.Value | None) -> tuple[ir.Node, ir.Value] | None:
+    """The TensorScatter of new entries that ``value`` has behind those of some slots of the same
+    cache; and these slots."""
+    joined = _producer(value, "Concat")
+    if joined is None or len(joined.inputs) != 2 or joined.attributes.get_int("axis", 0) != 2:
+        return None
+    gather = _producer(before_cast(joined.inputs[0]), "Gather")
+    if gather is None or gather.attributes.get_int("axis", 0) != 2:
+        return None
+    cache, slots = gather.inputs
+    for use in () if cache is None else cache.uses():
+        if use.node.op_type == "TensorScatter" and use.idx == 0:
+            same = before_cast(use.node.inputs[1]) is joined.inputs[1]
+            return (use.node, slots) if same and slots is not None else None
+    return None
+
+
+def _site(node: ir.Node, writes: tuple[ir.Node, ir.Node]) -> Site | None:
+    query, key = node.inputs[:2]
+    turned, past = _producer(query, "RotaryEmbedding"), writes[0].inputs[0]
     turned_key = _producer(before_cast(writes[0].inputs[1]), "RotaryEmbedding")
     layer = "" if past is None else str(past.name).removeprefix("past_key_")
-    if turned_key is None or not layer.isdecimal():
+    if turned is None or turned_key is None or not layer.isdecimal():
         return None
     cos, sin = turned.inputs[1:3]
     if cos is None or sin is None or (cos, sin) != tuple(turned_key.inputs[1:3]):
@@ -52,7 +88,7 @@ def find_site(node: ir.Node) -> Site | None:
         return None
     if size % 16 or cos.shape is None or cos.shape[-1] != size // 2:
         return None  # no kernel for such heads
-    return Site(int(layer), node, (q, k, v), (cos, sin), writes, result, heads, kv_heads)
+    return Site(int(layer), node, (q, k, v), (cos, sin), writes, result, heads, kv_heads, size)
 
 
 def _sees_all_valid(mask: ir.Value | None) -> bool:

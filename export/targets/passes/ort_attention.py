@@ -157,7 +157,7 @@ def _group(
     position_ids: ir.Value,
 ) -> None:
     key, value = (write.inputs[0] for write in site.writes)
-    given = [_packed(model, site), key, value, last, total, *tables, position_ids]
+    given = [packed(model, site), key, value, last, total, *tables, position_ids]
     node = _node(model, site, given, APPENDED)
     for write, output in zip(site.writes, node.outputs[1:], strict=True):
         take_place(write.outputs[0], output)
@@ -240,7 +240,7 @@ def _cast(model: ir.Model, before: ir.Node, value: ir.Value, dtype: ir.DataType 
     return node.outputs[0]
 
 
-def _packed(model: ir.Model, site: Site) -> ir.Value:
+def packed(model: ir.Model, site: Site) -> ir.Value:
     """Query, key and value beside each other: the product that they are parts of, if they are."""
     split = site.inputs[0].producer()
     if split is not None and split.op_type == "Split" and tuple(split.outputs) == site.inputs:

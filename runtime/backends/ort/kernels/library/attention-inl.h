@@ -112,30 +112,35 @@ void PackValues(const T* values, size_t n, size_t width, size_t padded_width, si
     }
 }
 
-// c [kRows, panel] (+)= a [kRows, depth] · b [depth, panel]
-HWY_INLINE void Product(const float* HWY_RESTRICT a, size_t a_row, const float* HWY_RESTRICT b,
-                        size_t depth, float* HWY_RESTRICT c, size_t c_row, bool add) {
+// c [R, V vectors] (+)= a · b [depth, V vectors]; a is read at a[r * a_row + k * a_step]
+template <size_t R, size_t V>
+HWY_INLINE void Tile(const float* HWY_RESTRICT a, size_t a_row, size_t a_step,
+                     const float* HWY_RESTRICT b, size_t b_row, size_t depth, float* HWY_RESTRICT c,
+                     size_t c_row, bool add) {
     const F32 d;
     const size_t lanes = hn::Lanes(d);
-    Vec left[kRows], right[kRows];
-    for (size_t r = 0; r < kRows; ++r) {
-        left[r] = add ? hn::LoadU(d, c + r * c_row) : hn::Zero(d);
-        right[r] = add ? hn::LoadU(d, c + r * c_row + lanes) : hn::Zero(d);
-    }
+    Vec sum[R][V];
+    for (size_t r = 0; r < R; ++r)
+        for (size_t v = 0; v < V; ++v)
+            sum[r][v] = add ? hn::LoadU(d, c + r * c_row + v * lanes) : hn::Zero(d);
     for (size_t k = 0; k < depth; ++k) {
-        const Vec b0 = hn::LoadU(d, b), b1 = hn::LoadU(d, b + lanes);
-        b += 2 * lanes;
+        Vec right[V];
+        for (size_t v = 0; v < V; ++v) right[v] = hn::LoadU(d, b + v * lanes);
+        b += b_row;
 #pragma GCC unroll 12
-        for (size_t r = 0; r < kRows; ++r) {
-            const Vec x = hn::Set(d, a[r * a_row + k]);
-            left[r] = hn::MulAdd(x, b0, left[r]);
-            right[r] = hn::MulAdd(x, b1, right[r]);
+        for (size_t r = 0; r < R; ++r) {
+            const Vec x = hn::Set(d, a[r * a_row + k * a_step]);
+            for (size_t v = 0; v < V; ++v) sum[r][v] = hn::MulAdd(x, right[v], sum[r][v]);
         }
     }
-    for (size_t r = 0; r < kRows; ++r) {
-        hn::StoreU(left[r], d, c + r * c_row);
-        hn::StoreU(right[r], d, c + r * c_row + lanes);
-    }
+    for (size_t r = 0; r < R; ++r)
+        for (size_t v = 0; v < V; ++v) hn::StoreU(sum[r][v], d, c + r * c_row + v * lanes);
+}
+
+// c [kRows, panel] (+)= a [kRows, depth] · b [depth, panel]
+HWY_INLINE void Product(const float* a, size_t a_row, const float* b, size_t depth, float* c,
+                        size_t c_row, bool add) {
+    Tile<kRows, 2>(a, a_row, 1, b, PanelWidth(), depth, c, c_row, add);
 }
 
 // exp(x - max) of the first ``valid`` in place, 0 up to ``end``, a multiple of the lanes; their sum.

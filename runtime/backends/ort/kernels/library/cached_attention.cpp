@@ -6,141 +6,20 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
-#include "attention-inl.h"
+#include "entry_run-inl.h"
 #include "op.h"
 #include "padded.h"
-
-#ifndef LVLM_CACHED_ATTENTION_ONCE
-#define LVLM_CACHED_ATTENTION_ONCE
-namespace lvlm {
-
-constexpr size_t kRun = 256;  // entries of one task: the result does not depend on threads
-
-// One run of the entries of one key head.
-template <class T>
-struct EntryRun {
-    size_t group, width, count;
-    const float* query;  // [group, width], scaled
-    const T* keys;       // [count, width]
-    const T* values;
-    float* output;       // [group, width]: sums of values, weighted by exp(logit - max)
-    float* max;          // [group]
-    float* sum;          // [group] of the weights
-};
-
-// Halves of [width] turned by angles with these cosines and sines [width / 2].
-template <class T>
-struct Turned {
-    const T* from;
-    const T* cos;  // null: as it is
-    const T* sin;
-    size_t width;
-    float scale;
-};
-
-}  // namespace lvlm
-#endif
+#include "rotary-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace lvlm {
 namespace HWY_NAMESPACE {
-
-#if HWY_TARGET == HWY_AVX2
-constexpr size_t kHeads = 3;  // whose sums of four vectors registers hold
-#else
-constexpr size_t kHeads = 4;
-#endif
-
-template <class T>
-void Turn(const Turned<T>& turned, float* to) {
-    const size_t half = turned.width / 2;
-    if (turned.cos == nullptr) return CopyScaled(turned.from, turned.width, turned.scale, to);
-    const F32 d;
-    const size_t lanes = hn::Lanes(d);
-    size_t i = 0;
-    for (; i + lanes <= half; i += lanes) {
-        const Vec a = Load(turned.from + i), b = Load(turned.from + half + i);
-        const Vec c = Load(turned.cos + i), s = Load(turned.sin + i), f = hn::Set(d, turned.scale);
-        Store(hn::Mul(f, hn::Sub(hn::Mul(a, c), hn::Mul(b, s))), to + i);
-        Store(hn::Mul(f, hn::Add(hn::Mul(a, s), hn::Mul(b, c))), to + half + i);
-    }
-    for (; i < half; ++i) {
-        const float a = Widened(turned.from[i]), b = Widened(turned.from[half + i]);
-        const float c = Widened(turned.cos[i]), s = Widened(turned.sin[i]);
-        to[i] = turned.scale * (a * c - b * s);
-        to[half + i] = turned.scale * (a * s + b * c);
-    }
-}
 
 template <class T>
 void TurnOut(const Turned<T>& turned, T* to) {
     Padded wide(turned.width);
     Turn(turned, wide.data());
     CopyScaledOut(wide.data(), turned.width, 1, to);
-}
-
-// logits[g, j] = query g · key j, for kCount heads
-template <size_t kCount, class T>
-HWY_INLINE void Logits(const EntryRun<T>& run, size_t first, float* logits) {
-    const F32 d;
-    const size_t lanes = hn::Lanes(d), width = run.width;
-    const float* query = run.query + first * width;
-    for (size_t j = 0; j < run.count; ++j) {
-        const T* key = run.keys + j * width;
-        Vec sum[kCount];
-        for (size_t g = 0; g < kCount; ++g) sum[g] = hn::Zero(d);
-        for (size_t i = 0; i < width; i += lanes) {
-            const Vec k = Load(key + i);
-            for (size_t g = 0; g < kCount; ++g)
-                sum[g] = hn::MulAdd(k, hn::LoadU(d, query + g * width + i), sum[g]);
-        }
-        for (size_t g = 0; g < kCount; ++g)
-            logits[g * kRun + j] = hn::GetLane(hn::SumOfLanes(d, sum[g]));
-    }
-}
-
-// output[g, column …] = Σ weights[g, j] value[j, column …], kVectors of them
-template <size_t kCount, size_t kVectors, class T>
-HWY_INLINE void Mix(const EntryRun<T>& run, size_t first, const float* weights, size_t column) {
-    const F32 d;
-    const size_t lanes = hn::Lanes(d), width = run.width;
-    Vec sum[kCount][kVectors];
-    for (auto& head : sum)
-        for (Vec& x : head) x = hn::Zero(d);
-    for (size_t j = 0; j < run.count; ++j) {
-        const T* value = run.values + j * width + column;
-        Vec v[kVectors];
-        for (size_t i = 0; i < kVectors; ++i) v[i] = Load(value + i * lanes);
-        for (size_t g = 0; g < kCount; ++g) {
-            const Vec w = hn::Set(d, weights[g * kRun + j]);
-            for (size_t i = 0; i < kVectors; ++i) sum[g][i] = hn::MulAdd(w, v[i], sum[g][i]);
-        }
-    }
-    for (size_t g = 0; g < kCount; ++g)
-        for (size_t i = 0; i < kVectors; ++i)
-            hn::StoreU(sum[g][i], d, run.output + (first + g) * width + column + i * lanes);
-}
-
-template <size_t kCount, class T>
-void AttendHeads(const EntryRun<T>& run, size_t first) {
-    const size_t lanes = hn::Lanes(F32());
-    HWY_ALIGN float weights[kCount * kRun];
-    Logits<kCount>(run, first, weights);
-    for (size_t g = 0; g < kCount; ++g)
-        run.sum[first + g] =
-            Exponentials(weights + g * kRun, run.count, (run.count + lanes - 1) / lanes * lanes,
-                         run.max + first + g);
-    size_t column = 0;
-    for (; column + 4 * lanes <= run.width; column += 4 * lanes)
-        Mix<kCount, 4>(run, first, weights, column);
-    for (; column < run.width; column += lanes) Mix<kCount, 1>(run, first, weights, column);
-}
-
-template <class T>
-void AttendRun(const EntryRun<T>& run) {
-    size_t first = 0;
-    for (; first + kHeads <= run.group; first += kHeads) AttendHeads<kHeads>(run, first);
-    for (; first < run.group; ++first) AttendHeads<1>(run, first);
 }
 
 void AttendRunFloat(const EntryRun<float>& run) { AttendRun(run); }

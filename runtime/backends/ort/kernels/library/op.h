@@ -38,6 +38,7 @@ struct Port {
 template <class T>
 constexpr Element element() {
     if constexpr (sizeof(T) == 8) return Element::kInt64;
+    if constexpr (sizeof(T) == 1) return Element::kBool;
     return sizeof(T) == 2 ? Element::kHalf : Element::kFloat;
 }
 
