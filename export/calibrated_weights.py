@@ -36,7 +36,9 @@ def with_calibrated_weights(
         maker = prompt_maker(plan.checkpoint, plan.family, plan.config, plan.images, plan.prompt)
         prompts = [prepare(maker, sample) for sample in samples]
         tokens = sum(len(prompt.ids) for prompt in prompts)
-        held = 4 * HELD * tokens * plan.skeleton.language.feature_width
+        images = (image for prompt in prompts for image in prompt.images)
+        pixels = sum(array.nbytes for image in images for array in image.arrays.values())
+        held = pixels + 4 * HELD * tokens * plan.skeleton.language.feature_width
         check_memory(
             f"rounding weights on {tokens:,} tokens",
             plan.unvalidated_bytes + held,

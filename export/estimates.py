@@ -71,7 +71,7 @@ class Work:
         copied: a plain copy is written first.
         quantized: weights are rounded.
         runs: how often the model reads prompts on the CPU: to measure, and to compare.
-        calibrated: weights are rounded on samples.
+        calibrated: weights are rounded on samples; their time is a guess, for some thousand tokens.
     """
 
     graphs: int

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm.core.errors import ExportError, ValidationError
-from lvlm.core.output import temporary_sibling
+from lvlm.core.output import remove_abandoned, temporary_sibling
 from lvlm.core.progress import Progress, size
 from lvlm.export.bundle_manifest import dtype_name, record_validation, write_manifest
 from lvlm.export.calibrated_weights import with_calibrated_weights
@@ -32,6 +32,8 @@ from lvlm.export.weights.weight_steps import weight_steps
 from lvlm.export.weights.weights_file import WEIGHTS, WeightsFile
 from lvlm.runtime.bundle.manifest import Manifest
 
+PLAIN, CALIBRATED = "plain", "calibrated"  # kinds of folders beside the output
+
 
 @dataclass
 class Report:
@@ -50,6 +52,8 @@ def export(plan: ExportPlan, progress: Progress) -> Report:
     output = plan.options.output
     check_output(output)
     check_machine(plan)
+    for beside in (_beside(plan, PLAIN), _beside(plan, CALIBRATED)):
+        remove_abandoned(beside)
     with (
         temporary_sibling(output, ExportError) as folder,
         _plain(plan, progress) as plain,
@@ -75,14 +79,18 @@ def export(plan: ExportPlan, progress: Progress) -> Report:
     return replace(report, manifest=manifest, seconds=progress.elapsed)
 
 
+def _beside(plan: ExportPlan, kind: str) -> Path:
+    """What is needed for a while only lies there."""
+    return plan.options.output.with_name(f"{plan.options.output.name}-{kind}")
+
+
 @contextmanager
 def _plain(plan: ExportPlan, progress: Progress) -> Iterator[Checkpoint]:
     """The checkpoint as it is compared and measured with: itself, or a plain copy for that long."""
     if (total := plain_bytes(plan)) == 0:
         yield plan.checkpoint
         return
-    beside = plan.options.output.with_name(f"{plan.options.output.name}-plain")
-    with temporary_sibling(beside, ExportError) as folder:
+    with temporary_sibling(_beside(plan, PLAIN), ExportError) as folder:
         with progress.stage("write plain weights to compare with") as stage:
             copy = write_plain(
                 plan.checkpoint, folder, plan.dtype, lambda n: stage.add_bytes(n, total)
@@ -97,8 +105,7 @@ def _calibrated(plan: ExportPlan, plain: Checkpoint, progress: Progress) -> Iter
     if plan.options.calibrate is None:
         yield plan
         return
-    beside = plan.options.output.with_name(f"{plan.options.output.name}-calibrated")
-    with temporary_sibling(beside, ExportError) as folder:
+    with temporary_sibling(_beside(plan, CALIBRATED), ExportError) as folder:
         yield with_calibrated_weights(plan, plain, folder, progress)
 
 

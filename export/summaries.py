@@ -158,6 +158,8 @@ def _calibration(plan: ExportPlan) -> dict[str, Any] | None:
     options = plan.options
     if options.calibrate is None:
         return None
+    if plan.calibrated is not None:  # the file may be gone by now
+        return {**plan.calibrated.record, "file": options.samples}
     count = len(samples_of(options.samples))
     return {"method": METHOD, "file": options.samples, "samples": count}
 

@@ -10,6 +10,11 @@ if [ ! -x "$venv/bin/python" ]; then
     # The pip that a Python brings may be years old, and takes twice as long.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
 fi
+# What modules are compiled to is kept, whatever the environment says: a test that starts a process
+# would compile torch and transformers anew, for seconds.
+unset PYTHONDONTWRITEBYTECODE
+PYTHONPYCACHEPREFIX="$(cd "$venv" && pwd)/pycache"
+export PYTHONPYCACHEPREFIX
 # Not compiled: most of these modules are never imported, the others are compiled as they are.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint constraints.txt ".[cpu,export,openvino,plugins,serve,structured,tensorrt-rtx,video,dev]"

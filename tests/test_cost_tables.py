@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,14 +94,30 @@ def test_bundles_have_room_for_every_cell() -> None:
     assert dataclasses.replace(ROWS["interval"], group="reductions") == ROWS["lightvlm"]
 
 
-def test_the_picture_has_every_row(tmp_path: Path) -> None:
+def test_the_picture_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line in each panel by density, and in that by prefill unless prefill computes all."""
     pytest.importorskip("matplotlib")
-    from cost_tables.picture import draw
-    from PIL import Image
+    from cost_tables import picture
+    from matplotlib.axes import Axes
 
     cache = Cell("snapkv", ROWS["snapkv"], None, 0.5)
     both = Cell("lightvlm + snapkv", ROWS["lightvlm + snapkv"], 0.4, 0.4)
     rows = [measured(c, {1, 2}, 0.3) for c in (NONE, HALF, cache, both)]
-    draw(tmp_path / "picture.png", rows, ASKED)
-    with Image.open(tmp_path / "picture.png") as image:
-        assert image.size == (1155, 880)
+    lines: list[tuple[str, list[float]]] = []
+    plot = Axes.plot
+
+    def noted(axes: Axes, x: list[float], y: list[float], *rest: Any, **given: Any) -> Any:
+        lines.append((given["label"], list(y)))
+        return plot(axes, x, y, *rest, **given)
+
+    monkeypatch.setattr(Axes, "plot", noted)
+    picture.draw(tmp_path / "picture.png", rows, ASKED)
+    names = [label.partition(": ")[2] for label, _ in lines]
+    panels = len(DENSITIES)
+    assert names.count("divprune") == names.count("lightvlm + snapkv") == panels + 1
+    assert names.count("snapkv") == panels
+    assert [y for label, (y,) in lines if label.endswith("divprune")] == [
+        *([100.0, 75.0, 75.0]),
+        pytest.approx(100 * 10 / 12),
+    ]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

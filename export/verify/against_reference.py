@@ -60,7 +60,7 @@ def against_reference(
     recipe, rule = plan.recipe, plan.recipe.cache_rule()
     if rule is not None:
         recipe = WithCache(recipe, CacheRule(_shown(rule.cache_policy)))
-        if rule.cache_policy.budget.keep == 1:
+        if rule.cache_policy.budget.keep == 1 and rule.cache_policy.budget.cap is None:
             outcome.notes.append(f"compared at kv_keep {KEEP}: as exported all of the cache stays")
     if manifest.cache_policy is not None:
         manifest = replace(manifest, cache_policy=_shown(manifest.cache_policy))

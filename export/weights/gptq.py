@@ -38,7 +38,7 @@ class Moments:
 
     def weighing(self) -> Weighing:
         """What these inputs, damped, mean for rounding. The sum is used up. Raises ExportError
-        where it is not finite."""
+        where it is not finite, or too near to singular."""
         damped, self.sum = self.sum, torch.empty(0)
         mean = damped.diagonal().mean().item()
         damped.diagonal().add_(DAMPING * mean if mean else 1)  # of layers that never got anything
@@ -50,7 +50,13 @@ class Moments:
         important = damped.diagonal().clone()
         # H = M Mᵀ with M upper triangular, from a factor of H in reverse order, so that
         # inverse(H) = Uᵀ U with U = inverse(M): no inverse of H itself, which fp32 may not hold
-        reverse = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+        reverse, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if failed:
+            raise ExportError(
+                "the calibration samples give a layer of this model inputs that fp32 cannot tell "
+                "apart; give more and longer samples, or leave --calibrate out"
+            )
+        reverse = reverse.flip(0, 1)
         eye = torch.eye(len(reverse))
         return Weighing(important, torch.linalg.solve_triangular(reverse, eye, upper=True))
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from against import ROWS
-from example_counts import whole
 from made_profile import write_profile
 from settings import ASSETS, CACHED
 from twin_model import Twin
@@ -21,7 +20,7 @@ from twin_rules import FixedPoint, NoRule
 
 import lvlm
 
-COUNT = 48 if whole() else 36  # tokens: two or three compactions at the tests' interval
+COUNT = 48  # tokens: three compactions at the tests' interval
 INTERVAL: Settings = {"kv_keep": 1.0, "kv_floor": 8, "kv_protect": 8, "kv_interval": 16}
 
 

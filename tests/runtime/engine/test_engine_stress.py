@@ -183,7 +183,7 @@ def test_conversations_among_faults(
         talks = _talks(model)
     with Engine(folder, slots=3, image_cache="50kB") as engine:
         faults = random.Random(17)
-        reads = "extend" if recipe == "none" else "prefill"
+        reads = "extend" if recipe == ("none",) else "prefill"
         read = intercept(engine, reads)
         read.before = lambda inputs, outputs: _ruin(faults, engine)  # noqa: ARG005
         read.after = lambda inputs, outputs: _spoil(faults, outputs)  # noqa: ARG005
