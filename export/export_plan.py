@@ -23,7 +23,7 @@ from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.skeleton import Skeleton
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.reference.rounded_blocks import rounding_memory
-from lvlm.export.weight_plan import added_bytes, check_storage, packed_linears
+from lvlm.export.weight_plan import added_bytes, check_packed, check_storage, packed_linears
 from lvlm.export.weights.merge_adapter import with_adapter
 from lvlm.export.weights.weight_names import open_skeleton
 from lvlm.runtime.bundle.manifest import Capacity, EncoderReduction, Images, Quantization
@@ -135,6 +135,7 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
     skeleton, stored_names = open_skeleton(checkpoint, family, config, dtype)
     checkpoint = with_adapter(checkpoint, skeleton.model, stored_names, dense=options.dequantize)
     packed = packed_linears(options, checkpoint, skeleton, stored_names)
+    check_packed(options.targets, list(packed.values()))
     language = skeleton.language
     layers = len(language.blocks)
     recipe = options.recipe.for_layers(layers, language.deepstack_layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 
 import torch
 
@@ -37,28 +38,29 @@ def check_storage(options: ExportOptions, checkpoint: Checkpoint, dtype: torch.d
         if dtype == torch.bfloat16:
             raise ParameterError(f"{what} goes with --dtype fp32 or fp16; the model is bf16{mend}")
     for target in options.targets:
-        _check_target(options, target, checkpoint.packed.values() if kept else (), dtype)
+        _check_target(options, target, dtype)
 
 
-def _check_target(
-    options: ExportOptions, target: Target, kept: Iterable[PackedTensor], dtype: torch.dtype
-) -> None:
-    """ParameterError where ``target`` does not take what is stored narrower; ``kept``: weights that
-    stay quantized."""
+def _check_target(options: ExportOptions, target: Target, dtype: torch.dtype) -> None:
+    """ParameterError where ``target`` does not take what options store narrower."""
     if (how := options.quantization) is not None:
         refusal = target.refusal(how.bits, how.block, whole=how.whole)
         if refusal is not None:
             raise ParameterError(refusal)
-    for tensor in kept:
+    if _narrow_cache(options, dtype) and not target.low_precision:
+        raise ParameterError(
+            f"target {target.name} does not take --cache {options.cache}; leave one of them out"
+        )
+
+
+def check_packed(targets: Iterable[Target], packed: Iterable[PackedTensor]) -> None:
+    """ParameterError where a target does not take weights that stay quantized."""
+    for target, tensor in product(targets, packed):
         refusal = target.refusal(tensor.bits, tensor.block or 0, whole=tensor.groups == 1)
         if refusal is not None:
             raise ParameterError(
                 f"{refusal.partition('; ')[0]}, which the checkpoint has; give --dequantize"
             )
-    if _narrow_cache(options, dtype) and not target.low_precision:
-        raise ParameterError(
-            f"target {target.name} does not take --cache {options.cache}; leave one of them out"
-        )
 
 
 def _narrow(options: ExportOptions, dtype: torch.dtype, kept: bool) -> Iterator[tuple[str, str]]:

@@ -91,12 +91,17 @@ def _as_int4(
     shared: Mapping[str, EngineWeight],
 ) -> int | None:
     """Bytes of ``shared`` if the linear layers among them were int4 in blocks of 128, a copy for
-    every engine."""
+    every engine; a head that is the embedding's weight is quantized beside it."""
     if manifest.quantization is not None or manifest.dtype == "bfloat16":
         return None
     linear = {n: w for n, w in shared.items() if manifest.text.vocab not in w.dims}
     bits = 8 * ITEM_BYTES[manifest.dtype]
     copies = sum(w.bytes for weights in stored.values() for n, w in weights.items() if n in linear)
+    wide = shared.keys() - linear.keys()
+    if len(wide) == 1:
+        copies += sum(
+            w.bytes for weights in stored.values() for n, w in weights.items() if n in wide
+        )
     kept = sum(w.bytes for w in shared.values()) - sum(w.bytes for w in linear.values())
     return kept + int(copies * INT4_BITS / bits)
 

@@ -37,11 +37,9 @@ KINDS = (
 USUAL = [
     (0, "elastic-cache reference"),
     (10, "lightvlm interval"),
-    (10, "lightvlm prefixkv profile"),
-    (5, "snapkv"),
 ]
 EVERY = [(number, kind) for number in range(9) for kind in KINDS]
-ALSO = [*USUAL, (20, "lightvlm elastic-cache")]
+ALSO = [*USUAL, (10, "lightvlm prefixkv profile"), (20, "lightvlm elastic-cache")]
 WHOLE = [*(pair for pair in ALSO if pair not in EVERY), *EVERY]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from against import ROWS
+from example_counts import whole
 from made_profile import write_profile
 from settings import ASSETS, CACHED
 from twin_model import Twin
@@ -66,7 +67,7 @@ def test_fixed_point(recipe: str, keep: float, bundle: Callable[..., Path], twin
     assert (len(set(kept)) > 1) == (recipe == "prefixkv")
 
 
-@pytest.mark.parametrize("kv_keep", [0.3, 0.05])
+@pytest.mark.parametrize("kv_keep", [0.3, 0.05] if whole() else [0.05])
 def test_merging_within_a_modality(kv_keep: float, bundle: Callable[..., Path], twin: Twin) -> None:
     """With room for both sides of every border, and without."""
     settings: Settings = {"kv_keep": 1.0, "within_modality": True}
@@ -85,7 +86,7 @@ def test_compositions(recipe: str, keep: float, bundle: Callable[..., Path], twi
     assert max(kept) < 160
 
 
-@pytest.mark.parametrize("recipe", ["snapkv", "streaming-llm", "prefixkv"])
+@pytest.mark.parametrize("recipe", ["snapkv", "streaming-llm", "prefixkv"][:: 1 if whole() else 3])
 def test_any_score_merges(recipe: str, bundle: Callable[..., Path], twin: Twin) -> None:
     name, *given = CACHED[f"{recipe} (cached)"]
     folder = bundle("digits-llava", name, *given, "select=merge", max_images=2)

@@ -4,6 +4,8 @@ numbers [N,K] with scales and zero points [N, K / block], then Transpose and Mat
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_ir as ir
 
 from lvlm.core.errors import ExportError
@@ -27,6 +29,15 @@ def stored(value: ir.Value | None) -> ir.ExternalTensor:
     if not isinstance(tensor, ir.ExternalTensor):
         raise ExportError(f"{'' if value is None else value.name} does not lie in the weights file")
     return tensor
+
+
+def readable(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    """The same by the whole path, to be read: relative to a folder it may not lie behind a link, as
+    files in the hub's cache do."""
+    path = Path(tensor.base_dir, tensor.location).absolute()
+    return ir.ExternalTensor(
+        str(path), tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name
+    )
 
 
 def extents(tensor: ir.ExternalTensor) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from lvlm.core.errors import ExportError
 from lvlm.export.targets.description import Description
 from lvlm.export.targets.passes.ort_fusions import take_place
-from lvlm.export.targets.passes.quantized_linears import extents, spread_of, stored
+from lvlm.export.targets.passes.quantized_linears import extents, readable, spread_of, stored
 
 SIGNED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 FLIP = {4: 0x88, 8: 0x80}  # the highest bit of every number of a byte
@@ -105,7 +105,7 @@ def use_signed_weights(model: ir.Model, target: Description) -> int:
 
 def _taken(spread: ir.Node, target: Description) -> QuantizedLinear:
     """What ``spread`` reads, as ``target`` takes it."""
-    numbers, scales, zeros = map(stored, spread.inputs[:3])
+    numbers, scales, zeros = (readable(stored(value)) for value in spread.inputs[:3])
     bits, block = numbers.dtype.bitwidth, extents(numbers)[1] // extents(scales)[1]
     blocks = {} if target.signed is None else target.signed.blocks
     positive = target.signed is None or bits not in target.signed.negative_scales

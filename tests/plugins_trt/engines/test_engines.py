@@ -54,7 +54,8 @@ RECIPES = (
 
 # In a normal run every recipe once, on few layers, but for those whose graphs are another's: of
 # uniform and snapkv, with other counts. Every family once in fp32, whose graphs other tests trace.
-USUAL = [(SMALL, name) for name in RECIPES if name not in ("prefixkv", "pyramidkv")]
+OTHERS_ALIKE = ("prefixkv", "pyramidkv", "importance=both")
+USUAL = [(SMALL, name) for name in RECIPES if name not in OTHERS_ALIKE]
 KNOWN_FAULT = pytest.mark.xfail(
     raises=BuildError, reason="TensorRT-RTX 1.7: docs/tensorrt.md, Known faults", strict=True
 )

@@ -43,8 +43,8 @@ constexpr size_t kTasks = 8;  // at least, if there are as many runs of keys
 // Appends what the ``tokens`` rows of a mask [.., stride] leave of ``count`` keys.
 void find_pieces(const uint8_t* mask, size_t tokens, size_t stride, size_t count, bool fresh,
                  std::vector<Piece>& pieces) {
-    for (size_t start = 0; start < count; start += kRun) {
-        const size_t extent = std::min(kRun, count - start);
+    for (size_t start = 0; start < count; start += kKeys) {
+        const size_t extent = std::min(kKeys, count - start);
         size_t first = extent, last = 0;
         bool whole = true;
         for (size_t t = 0; t < tokens; ++t) {

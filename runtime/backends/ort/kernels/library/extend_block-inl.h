@@ -15,7 +15,7 @@
 namespace lvlm {
 
 constexpr size_t kColumns = 96;  // of a block at most, unless a group is larger
-constexpr size_t kRun = 144;     // keys at a time: whole register blocks of rows
+constexpr size_t kKeys = 144;     // keys at a time: whole register blocks of rows
 constexpr float kHidden = -3.4e38f;
 
 // Keys [first, last) of the past, or of the new ones, that a token of a block sees.
@@ -139,7 +139,7 @@ template <class T, class C>
 void Attend(const Block<T, C>& block, size_t part) {
     const size_t lanes = hn::Lanes(F32()), panel = PanelWidth(), width = block.width;
     const size_t columns = block.columns, used = block.tokens * block.group;
-    Padded logits(kRun * columns), factors(columns), copies(2 * kRun * width);
+    Padded logits(kKeys * columns), factors(columns), copies(2 * kKeys * width);
     float *sums = block.sums + part * used * width, *most = block.most + part * columns;
     float* total = block.total + part * columns;
     std::fill(most, most + columns, kHidden);
@@ -153,7 +153,7 @@ void Attend(const Block<T, C>& block, size_t part) {
         const float *keys = block.new_keys + at, *values = block.new_values + at;
         if (!piece.fresh) {
             keys = Past(block.past_keys, block.slots, width, piece, copies.data());
-            values = Past(block.past_values, block.slots, width, piece, copies.data() + kRun * width);
+            values = Past(block.past_values, block.slots, width, piece, copies.data() + kKeys * width);
         }
         for (size_t c = 0; c < used; c += panel) {
             const auto tiles = used - c > lanes ? Tiles<2> : Tiles<1>;
