@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import onnx
-
 from lvlm.core.errors import BackendError, BuildError
 from lvlm.core.installing import install
 from lvlm.core.integrity import describe, sha256_of
@@ -23,6 +21,7 @@ from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines.engine_listing import PEOPLE
 from lvlm.plugins_trt.engines.engine_plan import EnginePlan
 from lvlm.plugins_trt.engines.engine_request import BuildRequest
+from lvlm.plugins_trt.engines.graph_protos import read_proto
 from lvlm.plugins_trt.engines.shape_profiles import shapes
 from lvlm.plugins_trt.engines.tensorrt_builder import (
     NAMESPACE,
@@ -185,7 +184,7 @@ def _plugin_names(plan: EnginePlan) -> list[str]:
     bundle, target = plan.request.bundle, plan.request.target
     names: dict[str, None] = {}
     for graph in plan.manifest.graphs.values():
-        model = onnx.load(bundle / target.file(graph.file), load_external_data=False)
+        model = read_proto(bundle / target.file(graph.file))
         names |= {node.op_type: None for node in model.graph.node if node.domain == NAMESPACE}
     return list(names)
 

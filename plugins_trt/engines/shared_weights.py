@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lvlm.core.errors import BuildError, BundleError
+from lvlm.plugins_trt.engines.graph_protos import read_proto
 from lvlm.runtime.bundle.engine_sets import EngineWeight
 from lvlm.runtime.bundle.manifest import Manifest
 
@@ -36,12 +37,12 @@ def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, dict[str, Engi
     """Weights by graph that lie in the bundle's weights file, by name. What quantized weights are
     made of are bytes here: an engine takes them as constants alone.
 
-    Raises BundleError where two graphs mean different data by one name.
+    Raises BundleError where a file holds no graph, or two graphs mean different data by one name.
     """
     found: dict[str, dict[str, EngineWeight]] = {}
     known: dict[str, EngineWeight] = {}
     for name, graph in manifest.graphs.items():
-        model = onnx.load(bundle / graph.file, load_external_data=False)
+        model = read_proto(bundle / graph.file)
         packed = {
             name
             for node in model.graph.node

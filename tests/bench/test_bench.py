@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from command_line import Run
+from example_counts import whole
 from PIL import Image
 from settings import ASSETS, LIGHTVLM
 
@@ -61,7 +62,8 @@ def test_two_bundles_beside_transformers(
     run: Run, full: Path, light: Path, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     """In a normal run two bundles: transformers takes as long as both, to be imported."""
-    against = ["--against", "transformers"] if pytestconfig.getoption("--whole") else []
+    theirs = ["--against", "transformers", "--checkpoint", ASSETS / "digits-llava"]
+    against = theirs if pytestconfig.getoption("--whole") else []
     data, plot = tmp_path / "out.json", tmp_path / "out.png"
     code, out, err = run(
         *(full, f"{light}:keep=0.35", *against, "--repeats", 1, *SMALL),
@@ -71,7 +73,7 @@ def test_two_bundles_beside_transformers(
     assert code == 0, err
     table = rows(out)
     assert table[0][:3] == ["contender", "TTFT ms", "ITL ms p50"]
-    assert [row[0] for row in table[2:]] == [full.name, f"{light.name} keep=0.35", *against[1:]]
+    assert [row[0] for row in table[2:]] == [full.name, f"{light.name} keep=0.35", *against[1:2]]
     assert "24 text tokens and 1 image (168 tokens in all), 6 new tokens, single stream" in out
     assert "prompts were not equally long" not in out
     assert Image.open(plot).width > 1000
@@ -127,7 +129,7 @@ def test_arrivals_by_themselves(run: Run, full: Path, tmp_path: Path) -> None:
     assert result["figures"]["prompt_tokens"] == 24
 
 
-@pytest.mark.parametrize("apart", [(), ("--apart",)])
+@pytest.mark.parametrize("apart", [(), ("--apart",)][0 if whole() else 1 :])
 def test_one_that_fails_is_a_line(run: Run, full: Path, broken: Path, apart: tuple[str]) -> None:
     code, out, err = run(broken, full, "--repeats", 1, "--warmup", 0, *SMALL, *apart)
     assert code == 2

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from against import ROWS, compare_steps
+from example_counts import whole
 from settings import ASSETS
 from twin_encoder import RULES, AtEncoder, Both, LookingTwin
 from twin_model import QwenTwin, Twin
@@ -49,7 +50,7 @@ def test_what_the_tower_looks_at(
         compare_steps(folder, twin, lambda rule=rule: rule, ROWS, COUNT, keep=keep)
 
 
-@pytest.mark.parametrize("kv", ["none", "elastic-cache"])
+@pytest.mark.parametrize("kv", ["none", "elastic-cache"] if whole() else ["elastic-cache"])
 def test_merged_at_half_depth(kv: str, bundle: Callable[..., Path], twin: Twin) -> None:
     given = [] if kv == "none" else ["kv_keep=1.0", "kv_sinks=1"]
     folder = bundle("digits-llava", "hybrid", f"kv={kv}", *given, max_images=2)

@@ -92,7 +92,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
         cases.append(("digits-llava", ("merge=nearest", "importance=last")))
         cases.append(("digits-llava", ("merge=drop", "stages=[2,4]")))
-        cases += [(name, ("merge=illava",)) for name in ("digits-llava", "qwen2.5-vl:gqa")]
+        of = ("qwen2.5-vl:gqa", "digits-llava")[: 1 + metafunc.config.getoption("--whole")]
+        cases += [(name, ("merge=illava",)) for name in of]
         metafunc.parametrize(("name", "settings"), cases)
 
 

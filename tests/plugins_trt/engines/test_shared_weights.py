@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -9,8 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes import common
 
-from lvlm.core.errors import BuildError
+from lvlm.core.errors import BuildError, BundleError
 from lvlm.export.targets.passes.split_linears import split_linears
+from lvlm.plugins_trt.engines.graph_protos import read_proto
 from lvlm.plugins_trt.engines.shared_weights import with_inputs
 from lvlm.plugins_trt.engines.tensorrt_builder import Built, Settings, open_tensorrt
 from lvlm.runtime.bundle.engine_sets import EngineWeight
@@ -83,6 +86,12 @@ class Stack:
         assert sum(w.nbytes for w in weights) == sum(w.bytes for w in self.stored.values())
         trt = open_tensorrt("tensorrt-rtx")
         return trt.build(self.model.SerializeToString(), Settings(shapes, sms=(86,)))
+
+
+def test_a_file_that_holds_no_graph_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "decode.onnx").write_bytes(b"\x00 no graph")
+    with pytest.raises(BundleError, match=r"decode\.onnx holds no ONNX graph .*; export it again"):
+        read_proto(tmp_path / "decode.onnx")
 
 
 def test_columns_that_a_graph_takes_are_inputs_of_their_own() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_tools import IMAGES, QUESTION, WAIT, idle, intercept, same, scheduler, until
+from example_counts import whole
 from fake_driver import FakeDriver
 from fake_engines import build_engines
 from settings import CACHED
@@ -111,6 +112,7 @@ def overflowing_sampler(patch: pytest.MonkeyPatch, who: Model | Engine) -> None:
     patch.setattr(Sampler, "choose", third)
 
 
+@pytest.mark.parametrize("where", DEVICES if whole() else DEVICES[:1], indirect=True)
 def test_a_model_is_clean(where: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, device = where
     with lvlm.load(folder, device=device) as model:
