@@ -73,7 +73,7 @@ def add_data(add: Callable[..., object]) -> None:
     add("--list-data", action="store_true", help="list what --data and --format take")
     add("--images", type=Path, metavar="FOLDER", help="where the file's image paths start from")
     add("--kinds", type=names, default=[], metavar="A,B", help="kinds of questions (digits)")
-    add("--samples", type=int, metavar="N", help="the first N (default: all; digits: 100)")
+    add("--samples", type=int, metavar="N", help="the first N (default: all; digits: 120)")
 
 
 def add_export(add: Callable[..., object]) -> None:

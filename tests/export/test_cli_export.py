@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import Run
+from settings import SMALL
 
 from lvlm.core.errors import ValidationError
 from lvlm.export import exporter
@@ -70,6 +71,23 @@ def test_export_validates_and_reports(
     assert any(note.startswith("compared at kv_keep 0.5") for note in recorded["notes"])
     assert {c["name"].split()[0] for c in recorded["checks"]} >= {"vision.onnx", "prefill.onnx"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_weights_rounded_on_samples_are_validated_and_nothing_else_is_left(
+    checkpoint: Callable[[str], Path], tmp_path: Path, run: Run
+) -> None:
+    """Nor what an export of another form left, which was killed."""
+    (tmp_path / ".out-plain.partial-1").mkdir()
+    options = ("--weights", "int4", "--block-size", 16, "--calibrate", "-o", tmp_path / "out")
+    code, _, err = run("-m", checkpoint(SMALL), "-r", "none", *options)
+    assert code == 0, err
+    assert "linear layers," in err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    manifest = read_bundle(tmp_path / "out")
+    assert manifest.validation == "passed"
+    assert manifest.model["calibration"]["method"] == "gptq"
+    checks = json.loads((tmp_path / "out/validation.json").read_text())["checks"]
+    assert "decode.onnx logits" in {check["name"] for check in checks}
 
 
 def test_bf16_and_plugins_are_checked_on_what_is_put_into_the_graphs(

@@ -24,8 +24,7 @@ from lvlm.runtime.engine import Engine, Session
 from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.run_cli import main
 
-# Their graphs are another's, or two others' halves, but for counts; tova's are those of a lightvlm
-# that evicts as h2o does
+# Their graphs are another's, or two others' halves, but for counts; tova's are h2o's but for scores
 LIKE_ANOTHER = (
     "tova (cached)",
     "prefixkv (cached)",
