@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from lvlm.runtime.backends.ort.shared_sessions import SharedWeights
 
 LOADS = SharedWeights.session  # as the product has it
 
-# What tests import stays; by default Python's collector goes through all of it again and again
+# By default Python's collector goes through all that tests import again and again
 gc.set_threshold(100_000, 20, 100)
 
 settings.register_profile("lvlm", deadline=None)  # no test is timed: machines may be busy
@@ -70,6 +71,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
         if not {"parity", "slow", "gpu"} & {mark.name for mark in item.iter_markers()}:
             item.add_marker("unit")
+
+
+def pytest_collection_finish() -> None:
+    keep_imports()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """What a test was the first to import stays as well."""
+    if len(sys.modules) > IMPORTED[0] + 50:
+        keep_imports()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # for what libraries look after as they are unloaded
+
+
+IMPORTED = [0]  # modules that were there when the collector last was told to pass them by
+
+
+def keep_imports() -> None:
+    """Modules stay until the end: the collector, which exports and validation call as well, takes
+    half a second and more for them, each time."""
+    gc.collect()
+    gc.freeze()
+    IMPORTED[0] = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

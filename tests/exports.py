@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import is_dataclass, replace
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,6 @@ def make_checkpoint(name: str, shared: Path) -> Path:
     return folder
 
 
-TRACED: dict[str, TracedGraph] = {}
-
-
 def traced_once(plan: ExportPlan, shared: Path) -> Callable[..., TracedGraph]:
     """The exporter's ``trace``, but for graphs that this run has traced for another bundle.
 
@@ -77,17 +74,14 @@ def traced_once(plan: ExportPlan, shared: Path) -> Callable[..., TracedGraph]:
     """
 
     def trace(graph: BundleGraph, *given: Any) -> TracedGraph:
-        key = trace_key(plan, graph)
-        if key not in TRACED:
-            file = shared / "traces" / f"{key}.onnx"
-            file.parent.mkdir(exist_ok=True)
-            with FileLock(f"{file}.lock"):
-                if file.exists():
-                    TRACED[key] = read_trace(file, graph)
-                else:
-                    TRACED[key] = tracing.trace(graph, *given)
-                    write_trace(TRACED[key], file)
-        return copy_of(TRACED[key])
+        file = shared / "traces" / f"{trace_key(plan, graph)}.onnx"
+        file.parent.mkdir(exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                traced = tracing.trace(graph, *given)
+                write_trace(traced, file)
+                return traced
+        return read_trace(file, graph)
 
     return trace
 
@@ -137,21 +131,15 @@ def share_traces(patch: pytest.MonkeyPatch, shared: Path) -> None:
     patch.setattr(exporter, "_trace_all", trace_all)
 
 
-def copy_of(graph: TracedGraph) -> TracedGraph:
-    model = graph.model.clone()
-    own = {name: model.graph.initializers[str(v.name)] for name, v in graph.parameters.items()}
-    return replace(graph, model=model, parameters=own)
-
-
 def write_trace(graph: TracedGraph, file: Path) -> None:
-    """As an ONNX file, for the other process: parameters, which have no values, are inputs there,
-    behind the graph's own."""
-    kept = copy_of(graph)
-    for value in kept.parameters.values():
-        del kept.model.graph.initializers[str(value.name)]
+    """As an ONNX file, for other exports and the other process: parameters, which have no values,
+    are inputs there, behind the graph's own."""
+    model = graph.model.clone()
+    for parameter in graph.parameters.values():
+        value = model.graph.initializers.pop(str(parameter.name))
         value.const_value = None
-        kept.model.graph.inputs.append(value)
-    ir.save(kept.model, file)
+        model.graph.inputs.append(value)
+    ir.save(model, file)
 
 
 def read_trace(file: Path, graph: BundleGraph) -> TracedGraph:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import CACHED_USUAL, OTHERS, TINY
-from example_counts import whole
+from bundles import CACHED_USUAL, TINY
 from settings import AT_ENCODER, CACHED, LIGHTVLM, SMALL, for_model
 
 from lvlm.core.discovery import discover
@@ -53,10 +52,12 @@ RECIPES = (
 )
 
 
-# In a normal run every recipe once, on few layers, but for those whose graphs are another's: of
-# uniform and snapkv, with other counts. Every family once in fp32, whose graphs other tests trace.
-OTHERS_ALIKE = ("prefixkv", "pyramidkv", "importance=both")
-USUAL = [(SMALL, name) for name in RECIPES if name not in OTHERS_ALIKE]
+# In a normal run every family once in fp32, each with another cache policy, as other tests export
+# them; in fp16, on few layers, the recipes that are not among those.
+PAIRS = [pair for pair in CACHED_USUAL if pair[0] != "digits-llava"]
+APART = ["none", "lightvlm", *AT_ENCODER]
+APART += [x.split()[0] for x in CACHED if "(cached)" in x and x not in {c for _, c in PAIRS}]
+USUAL = [(SMALL, name) for name in APART]
 KNOWN_FAULT = pytest.mark.xfail(
     raises=BuildError, reason="TensorRT-RTX 1.7: docs/tensorrt.md, Known faults", strict=True
 )
@@ -97,11 +98,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         every = [pytest.param(*p, marks=KNOWN_FAULT if p in FAULTS else ()) for p in pairs]
         whole = metafunc.config.getoption("--whole")
         metafunc.parametrize(("model", "recipe"), every if whole else USUAL)
-    if "architecture" in metafunc.fixturenames:
-        whole = metafunc.config.getoption("--whole")
-        metafunc.parametrize(
-            ("architecture", "cached"), ARCHITECTURES if whole else ARCHITECTURES_USUAL
-        )
     if "read_by" in metafunc.fixturenames:
         # Compacted at intervals, with a ring of queries; entries that leave one by one
         every = ["lightvlm (cached)", "elastic-cache (cached)"]
@@ -136,23 +132,14 @@ def test_every_recipe_builds_for_every_generation(
     assert not weights["vision"]
 
 
-# The first has biases and as many KV heads as heads
-ARCHITECTURES = [x for x in CACHED_USUAL if x[0] != "digits-llava"]
-ARCHITECTURES_USUAL = [(name, "none") for name in OTHERS]
-
-
+@pytest.mark.parametrize(("architecture", "cached"), PAIRS)
 def test_every_architecture_builds_in_fp32(
     architecture: str, cached: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """In a normal run what reads a prompt: all that is a family's own is in it."""
-    settings = CACHED.get(cached, (cached,))
-    folder = copied(bundle(architecture, *settings, max_images=2), tmp_path / "b")
-    if whole():
-        engines = build(folder, sm=(86,))
-        assert all(graph.bytes > 0 for graph in engines.graphs.values())
-        return
-    for name in ("vision", "prefill"):
-        assert graph_of(folder, name).engine.nbytes
+    """The first has biases and as many KV heads as heads."""
+    folder = copied(bundle(architecture, *CACHED[cached], max_images=2), tmp_path / "b")
+    engines = build(folder, sm=(86,))
+    assert all(graph.bytes > 0 for graph in engines.graphs.values())
 
 
 def test_what_sessions_read_by_builds(
