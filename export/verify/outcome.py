@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lvlm.core.errors import ValidationError, shown
 from lvlm.export.verify.checks import Check, table
 from lvlm.export.verify.forms import Form
+from lvlm.runtime.tools.recorded_answers import RecordedAnswer
 
 SOME = 8  # names in a line
 NOT_RUN = "not run: "
@@ -18,13 +19,15 @@ AS_IT_IS = ", and as it is"
 class Outcome:
     """The comparisons; ``files``: what was run of the bundle's graphs, by file, and of the rest why
     not; ``unlike``: added tokens that no prompt here has and on which the tokenizers differ;
-    ``estimate``: how many tokens were compared and why."""
+    ``estimate``: how many tokens were compared and why; ``answers``: what the bundle says, for
+    devices to compare with."""
 
     checks: list[Check] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unlike: list[str] = field(default_factory=list)
     estimate: str = ""
+    answers: list[RecordedAnswer] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:

@@ -77,9 +77,13 @@ def texts(judge: Judge, maker: PromptMaker, ids: Iterable[int] = ()) -> Outcome:
 def prepare(maker: PromptMaker, image: Image.Image, tokens: int = 1) -> Prompt:
     """QUESTION about an image; without a chat template it stands after the image."""
     template = maker.template is not None
-    text = QUESTION if template else f"{maker.images.token}\n{QUESTION}"
     options = GenerationOptions(max_new_tokens=tokens, chat_template=template)
-    return maker.prepare(0, text, [image], options)
+    return maker.prepare(0, question(maker.images.token, template=template), [image], options)
+
+
+def question(token: str, *, template: bool) -> str:
+    """QUESTION as it is given; ``token``: stands for the image where no template places it."""
+    return QUESTION if template else f"{token}\n{QUESTION}"
 
 
 def _pixels(judge: Judge, family: Family, prompt: Prompt, image: Image.Image, what: str) -> Check:
@@ -120,7 +124,11 @@ def _roles(judge: Judge, maker: PromptMaker, outcome: Outcome) -> set[int]:
 def _ids(judge: Judge, maker: PromptMaker, image: Image.Image, prompt: Prompt) -> Check:
     """Of the whole prompt; without transformers' processor with every image's tokens as one."""
     token = maker.images.token
-    text = judge.render([Turn("user", QUESTION, 1)]) if maker.template else f"{token}\n{QUESTION}"
+    text = (
+        judge.render([Turn("user", QUESTION, 1)])
+        if maker.template
+        else question(token, template=False)
+    )
     if text is None:
         return Check("prompt's ids", np.inf, 0, "ids that differ")
     theirs = judge.ids(text, image)

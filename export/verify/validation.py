@@ -4,7 +4,8 @@ First what goes into the model (pixels, chat template, token ids, end of text), 
 graphs with nothing merged or dropped against transformers' generate, then every form of the graphs
 that can be run here, with the recipe as exported, against the recipe's torch reference. Where the
 bundle's weights or cache are narrower on purpose, so are the reference's: whether the export is
-right is one question, what the rounding costs another, which is answered beside it.
+right is one question, what the rounding costs another, which is answered beside it. In the end the
+bundle's own answers are recorded, for devices that have nothing else to compare with.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lvlm.export.verify.checks import TOLERANCE, UNIT, Check, difference, wrong_
 from lvlm.export.verify.forms import Opened, canonical
 from lvlm.export.verify.judge import Judge, Verdict
 from lvlm.export.verify.outcome import Outcome
+from lvlm.export.verify.recording import record
 from lvlm.export.verify.run import run_form, whole
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
@@ -90,6 +92,14 @@ def validate(
             found = again
     outcome.add(found)
     outcome.check()
+    shown = {IMAGE: prompt}
+    if chooses(manifest) and steps == TOKENS:  # as above, unless steps take long
+        shown[OTHER] = prompts.prepare(maker, _image(OTHER), TOKENS + 1)
+    template = maker.template is not None
+    outcome.answers = [
+        record(folder, manifest, name, prompt, verdict.tokens, opened, template=template)
+        for name, prompt in shown.items()
+    ]
     return outcome
 
 

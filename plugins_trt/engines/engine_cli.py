@@ -62,6 +62,12 @@ def add_parser(subparsers: Any) -> None:
     add_verify(add)
     add("--force", action="store_true", help="replace engines that are there")
     add(
+        "--validate",
+        action="store_true",
+        help="run them on this machine, and compare with answers that the export recorded; engines "
+        "that are there already are not built again without --force",
+    )
+    add(
         "--dry-run",
         action="store_true",
         help="check everything, print the plan and what it "
@@ -72,7 +78,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lvlm.core.errors import BuildError, ParameterError
+    from lvlm.core.errors import ParameterError
     from lvlm.plugins_trt.engines import engine_listing
 
     if args.list_targets:
@@ -82,8 +88,6 @@ def run(args: argparse.Namespace) -> int:
         raise ParameterError("which bundle? give the folder that lvlm-export made")
     request = _request(args)
 
-    from lvlm.core.output import remove_abandoned
-    from lvlm.core.own_process import in_own_process
     from lvlm.core.progress import Progress
     from lvlm.export.packages import check_installed
 
@@ -92,18 +96,64 @@ def run(args: argparse.Namespace) -> int:
     from lvlm.plugins_trt.engines import engine_builder
     from lvlm.plugins_trt.engines.engine_plan import make_plan
 
+    if args.validate and (status := _recorded(request, args)) is not None:
+        return status
     if not request.target.built:
         print(engine_builder.lower_only(request, Progress(1, quiet=args.quiet), args.dry_run))
-        return 0
+        return _answers(request) if args.validate else 0
     plan = make_plan(request, dry_run=args.dry_run)
     if args.dry_run:
         print(engine_listing.plan(plan))
         return 0
+    if args.validate and plan.gpu is None:
+        raise ParameterError(
+            "--validate runs the engines, and there is no GPU here: leave it out, and give it on "
+            "the machine that is meant"
+        )
+    status = _built(plan, args.quiet)
+    return _answers(request, plan.folder) if args.validate and not status else status
+
+
+def _recorded(request: BuildRequest, args: argparse.Namespace) -> int | None:
+    """What can be said of --validate before anything is built; the status, if it is done."""
+    from lvlm.core.errors import ParameterError
+    from lvlm.runtime.bundle.engine_sets import EngineSet, NoEnginesError
+    from lvlm.runtime.bundle.reader import read_bundle
+    from lvlm.runtime.tools.recorded_answers import recorded_answers
+
+    if args.dry_run:
+        raise ParameterError("--validate runs what was built, and --dry-run builds nothing")
+    if args.output is not None:
+        raise ParameterError("--validate runs the engines in BUNDLE/engines; leave -o out")
+    recorded_answers(request.bundle, read_bundle(request.bundle, request.verify))
+    if args.force or not request.target.built:
+        return None
     try:
-        return in_own_process("lvlm-build", build, plan, args.quiet)
+        EngineSet.find(request.bundle, request.target.flavour)
+    except NoEnginesError:
+        return None
+    return _answers(request)
+
+
+def _answers(request: BuildRequest, built: Path | None = None) -> int:
+    from lvlm.core.own_process import in_own_process
+    from lvlm.plugins_trt.engines.engine_answers import check_answers, device_of
+
+    device = device_of(request.target)
+    return in_own_process("lvlm-build", check_answers, request.bundle, device, built)
+
+
+def _built(plan: EnginePlan, quiet: bool) -> int:
+    from lvlm.core.errors import BuildError
+    from lvlm.core.output import remove_abandoned
+    from lvlm.core.own_process import in_own_process
+    from lvlm.plugins_trt.engines import engine_listing
+
+    try:
+        return in_own_process("lvlm-build", build, plan, quiet)
     except BuildError as error:
         raise BuildError(
-            f"{engine_listing.PEOPLE[request.target.flavour]} {plan.version} crashed while it "
+            f"{engine_listing.PEOPLE[plan.request.target.flavour]} {plan.version} crashed while it "
             f"built an engine: {error}; other settings of the recipe or another --target may "
             "build (docs/tensorrt.md, Known faults)"
         ) from None

@@ -19,6 +19,7 @@ from lvlm.export.verify import forms, validation
 from lvlm.export.verify.checks import Check, table
 from lvlm.export.verify.outcome import Outcome
 from lvlm.export.weights.weights_file import WEIGHTS, WeightsFile
+from lvlm.plugins_trt.engines.engine_answers import check_answers
 from lvlm.runtime.bundle.reader import read_bundle
 
 NAME = "llava:llama-mha-bias-rope3-siglip"
@@ -36,8 +37,9 @@ def test_export_validates_and_reports(
     tmp_path: Path,
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Also what was not run."""
+    """Also what was not run; the answers that are recorded are those of the bundle."""
     monkeypatch.setattr(forms, "LARGE", 0)
     code, _, err = run(
         "-m",
@@ -71,6 +73,8 @@ def test_export_validates_and_reports(
     assert any(note.startswith("compared at kv_keep 0.5") for note in recorded["notes"])
     assert {c["name"].split()[0] for c in recorded["checks"]} >= {"vision.onnx", "prefill.onnx"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    check_answers(tmp_path / "out", "cpu")
+    assert capfd.readouterr().out.count("✓ samples/digits-") == 2
 
 
 def test_weights_rounded_on_samples_are_validated_and_nothing_else_is_left(

@@ -45,15 +45,19 @@ class TensorRtBackend:
         self._engines: dict[Path, EngineSet] = {}
 
     def load(self, folder: Path, manifest: Manifest, name: str) -> EngineSession:
-        engines = self._engines.get(folder)
-        if engines is None:
-            engines = self._engines[folder] = self._choose(folder, manifest)
+        engines = self.engines_of(folder, manifest)
         built = engines.graphs.get(name)
         if built is None:
             raise BackendError(f"{engines.folder} has no {name} engine; {engines.mend}")
         engine = self._deserialize(engines.folder / built.file)
         weights = self.weights.of(folder, built.weights)
         return EngineSession(self.shared, name, engine, manifest.graphs[name], weights)
+
+    def engines_of(self, folder: Path, manifest: Manifest) -> EngineSet:
+        """The set of a bundle's engines that runs here. Raises BackendError where none does."""
+        if folder not in self._engines:
+            self._engines[folder] = self._choose(folder, manifest)
+        return self._engines[folder]
 
     def room(self) -> int | None:
         return None

@@ -1,0 +1,41 @@
+"""What a bundle says of shipped pictures, as it is exported, for devices to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lvlm.export.verify import prompts
+from lvlm.export.verify.forms import Opened, canonical
+from lvlm.export.verify.run import run_form
+from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.prompt.prompts import Prompt
+from lvlm.runtime.tools.recorded_answers import RecordedAnswer, highest
+
+
+def record(
+    folder: Path,
+    manifest: Manifest,
+    image: str,
+    prompt: Prompt,
+    tokens: Sequence[int],
+    opened: Opened,
+    *,
+    template: bool,
+) -> RecordedAnswer:
+    """The answer of the canonical graphs, in fp32 over the stored weights, fed with ``tokens``.
+
+    Args:
+        image: the file of lvlm.assets that ``prompt`` shows; ``template``: it was written with the
+            bundle's chat template.
+        opened: sessions of the same folder.
+    """
+    run = run_form(folder, canonical(manifest, widened=True), manifest, prompt, tokens, opened)
+    return RecordedAnswer(
+        image,
+        prompts.question(manifest.images.token, template=template),
+        template,
+        tuple(map(int, prompt.ids)),
+        tuple(map(int, tokens)),
+        tuple(map(highest, run.logits)),
+    )

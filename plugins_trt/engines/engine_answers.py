@@ -1,0 +1,47 @@
+"""What engines answer on this machine, beside what was recorded when their bundle was exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lvlm.core.errors import BuildError
+from lvlm.export.targets.target import Target
+from lvlm.runtime.backends import devices
+from lvlm.runtime.backends.trt.engines import TensorRtBackend
+from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.model import load
+from lvlm.runtime.tools import recorded_answers
+
+
+def device_of(target: Target) -> str:
+    """The device that runs a target's engines or lowered graphs."""
+    names = (target.flavour, target.name, target.name.removeprefix("ort-"))
+    return next(name for name in names if name in devices())
+
+
+def check_answers(bundle: Path, device: str, built: Path | None = None) -> None:
+    """Print a line for each recorded answer; ``built``: the engines that are meant.
+
+    Raises BundleError where nothing was recorded, BackendError where the bundle does not load, and
+    BuildError where what is answered is something else.
+    """
+    answers = recorded_answers.recorded_answers(bundle, read_bundle(bundle, "none"))
+    with load(bundle, device=device) as model:
+        what = f"{bundle} on {device}"
+        backend = model.calls.graphs.backend
+        if isinstance(backend, TensorRtBackend):
+            folder = backend.engines_of(model.calls.graphs.folder, model.manifest).folder
+            what = str(folder)
+            if built is not None and folder.resolve() != built.resolve():
+                raise BuildError(
+                    f"device {device} takes {folder}, not {built}; remove what is not meant"
+                )
+        found = recorded_answers.compare(model, answers)
+    print(f"{what}, beside what was recorded when the bundle was exported:")
+    for comparison in found:
+        print(f"  {comparison}")
+    if not recorded_answers.agree(model.manifest, found):
+        raise BuildError(
+            f"{what} does not answer as the bundle did when it was exported; build it with "
+            "--weights embedded, or for another --target, and do not use this"
+        )

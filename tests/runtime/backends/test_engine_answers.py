@@ -1,0 +1,96 @@
+"""lvlm-build engine --validate: engines that are there, beside what the export recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engines import Make
+from recording import record
+
+from lvlm.core import own_process
+from lvlm.core.integrity import describe
+from lvlm.plugins_trt.build_cli import main
+from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.tools.recorded_answers import FIELD, FILE, RecordedAnswer
+
+pytestmark = pytest.mark.usefixtures("trt")
+VALIDATE = ("--target", "trt-rtx", "--validate")
+
+
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """In this process, which has the fakes."""
+
+    def work(program: str, function: Callable[..., None], *arguments: Any) -> int:
+        del program
+        function(*arguments)
+        return 0
+
+    monkeypatch.setattr(own_process, "in_own_process", work)
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        code = main(["engine", *map(str, argv)])
+        found = capsys.readouterr()
+        return code, found.out, found.err
+
+    return call
+
+
+def leave(folder: Path, *answers: RecordedAnswer) -> None:
+    """As an export leaves them."""
+    (folder / FILE).write_text(json.dumps({"checks": [], FIELD: [asdict(a) for a in answers]}))
+    manifest = read_bundle(folder, "none")
+    files = manifest.files | {FILE: describe(folder / FILE)}
+    dataclasses.replace(manifest, files=files).write(folder)
+
+
+@pytest.mark.parametrize("recipe", ["none", "prefixkv"])
+def test_engines_that_answer_as_recorded(recipe: str, built: Make, run: Any) -> None:
+    folder = built(recipe, weights="inputs")
+    leave(folder, record(folder))
+    code, out, err = run(folder, *VALIDATE)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{folder / 'engines/sm89-fake'}, beside what was recorded")
+    assert "✓ samples/digits-1.png: 4 of 4 tokens" in out
+
+
+def test_engines_that_do_not(built: Make, run: Any) -> None:
+    folder = built()
+    answer = record(folder)
+    steps = tuple(
+        dataclasses.replace(step, ids=(*step.ids[1:], step.ids[0])) for step in answer.steps
+    )
+    leave(folder, answer, dataclasses.replace(answer, steps=steps))
+    code, out, err = run(folder, *VALIDATE)
+    assert code == 2
+    assert "✓ samples/digits-1.png: 4 of 4 tokens" in out
+    assert "✗ samples/digits-1.png: 0 of 4 tokens" in out
+    assert "does not answer as the bundle did when it was exported" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--dry-run",), "--dry-run builds nothing"),
+        (("-o", "elsewhere"), "leave -o out"),
+        ((), "holds no recorded answers: it was exported with --no-validate"),
+    ],
+)
+def test_mistakes(given: tuple[str, ...], said: str, built: Make, run: Any) -> None:
+    folder = built()
+    files = dict(read_bundle(folder).files)
+    files.pop(FILE, None)
+    dataclasses.replace(read_bundle(folder), files=files).write(folder)
+    code, out, err = run(folder, *VALIDATE, *given)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
