@@ -22,6 +22,7 @@ from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from lvlm.core.errors import ValidationError
+from lvlm.export.families.parts.side_files import read_json
 from lvlm.export.weights.stored_weights import compute_in_fp32
 from lvlm.runtime.prompt.chat_template import Turn
 
@@ -53,10 +54,8 @@ class Judge:
             self.tokenizer = self._load(transformers.AutoTokenizer)
             self.images = self._load(transformers.AutoImageProcessor)
             self.config = self._load(transformers.AutoConfig)
-        kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[self.config.model_type])
-        kwargs = getattr(getattr(kind, "valid_processor_kwargs", None), "_defaults", {})
-        asked = kwargs.get("images_kwargs") or getattr(kind, "images_kwargs", None)
-        self.image_options = dict(asked or {})  # what the model's processor asks for by default
+        kind = _processor_class(self.config)
+        self.image_options = _image_options(kind, folder)
         self.processor, self.without = self._processor(kind)
 
     def _processor(self, kind: Any) -> tuple[Any, str]:
@@ -270,6 +269,26 @@ class _Clock(transformers.StoppingCriteria):  # type: ignore[misc]
                 + (f", {step:.2f} s a token" if self.done == 2 else "")
             )
         return torch.full((len(input_ids),), self.done >= self.wanted)
+
+
+def _processor_class(config: Any) -> Any:
+    """Of transformers, for models of that type; a vision tower may have one of its own."""
+    tower = getattr(getattr(config, "vision_config", None), "model_type", "")
+    names = PROCESSOR_MAPPING_NAMES
+    return getattr(transformers, names[tower if tower in names else config.model_type])
+
+
+def _image_options(kind: Any, folder: Path) -> dict[str, Any]:
+    """What the processor asks its image processor for, by default and by its file."""
+    try:
+        kwargs = getattr(getattr(kind, "valid_processor_kwargs", None), "_defaults", {})
+        found = dict(kwargs.get("images_kwargs") or getattr(kind, "images_kwargs", None) or {})
+    except ImportError:  # the class needs what is not installed
+        found = {}
+    file = read_json(folder / "processor_config.json")
+    if merge := file.get("spatial_merge_size"):  # PixtralProcessor: images of whole tokens
+        found["patch_size"] = file.get("patch_size", 16) * merge
+    return found
 
 
 def _parameters(model: Any) -> set[str]:

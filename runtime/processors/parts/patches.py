@@ -26,7 +26,8 @@ def patch_values(
     cut = np.stack(pixels).reshape(-1, 3, rows, merge, patch, columns, merge, patch)
     cut = cut.transpose(2, 5, 3, 6, 1, 0, 4, 7)
     shape = (*cut.shape[:5], frames, patch, patch)
-    return np.broadcast_to(cut, shape).reshape(rows * columns, merge**2, -1)
+    values = np.broadcast_to(cut, shape).reshape(rows * columns, merge**2, -1)
+    return np.require(values, requirements="W")  # of one token it is a view
 
 
 def patch_places(rows: int, columns: int, merge: int) -> npt.NDArray[np.int64]:
