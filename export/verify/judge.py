@@ -52,7 +52,8 @@ class Judge:
         self.folder = folder
         with _quiet():
             self.tokenizer = self._load(transformers.AutoTokenizer)
-            self.images = self._load(transformers.AutoImageProcessor)
+            # Where torchvision is installed another would be taken, whose scaling rounds otherwise
+            self.images = self._load(transformers.AutoImageProcessor, backend="pil")
             self.config = self._load(transformers.AutoConfig)
         kind = _processor_class(self.config)
         self.image_options = _image_options(kind, folder)
@@ -73,9 +74,9 @@ class Judge:
             return None, "the folder has no processor_config.json"
         return found, ""
 
-    def _load(self, kind: Any) -> Any:
+    def _load(self, kind: Any, **options: str) -> Any:
         try:
-            return kind.from_pretrained(self.folder, local_files_only=True)
+            return kind.from_pretrained(self.folder, local_files_only=True, **options)
         except Exception as error:  # whatever a file of the checkpoint may cause there
             reason = " ".join(str(error).split())[:200]
             raise ValidationError(
@@ -176,7 +177,7 @@ class Judge:
     def pixels(self, image: Image.Image) -> dict[str, torch.Tensor]:
         """The model's inputs that the image processor makes of one image."""
         with _quiet():
-            found = self.images(images=[image], return_tensors="pt", **self.image_options)
+            found = self.images(images=[image], **self.image_options, return_tensors="pt")
         return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
 
     def ids(self, text: str, image: Image.Image) -> list[int] | None:
@@ -233,6 +234,12 @@ class Judge:
                     output_scores=True,
                     stopping_criteria=transformers.StoppingCriteriaList([clock]),
                 )
+        except (ValueError, RuntimeError, IndexError) as error:  # of code that is not ours
+            reason = " ".join(str(error).split())[:200]
+            raise ValidationError(
+                f"transformers' generate fails with the checkpoint in {self.folder} on an image of "
+                f"{int(is_image.sum())} tokens: {reason}; export with --no-validate"
+            ) from None
         finally:
             hook.remove()
         tell(clock.estimate)
@@ -288,7 +295,7 @@ def _image_options(kind: Any, folder: Path) -> dict[str, Any]:
     file = read_json(folder / "processor_config.json")
     if merge := file.get("spatial_merge_size"):  # PixtralProcessor: images of whole tokens
         found["patch_size"] = file.get("patch_size", 16) * merge
-    return found
+    return {key: value for key, value in found.items() if key != "return_tensors"}
 
 
 def _parameters(model: Any) -> set[str]:

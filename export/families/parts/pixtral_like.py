@@ -49,7 +49,7 @@ OWN_TOWERS: Kinds = {
     }
 }
 PROCESSOR = "PixtralProcessor"  # of transformers, which writes images into prompts
-ROW_END, IMAGE_END = "[IMG_BREAK]", "[IMG_END]"
+IMAGE, ROW_END, IMAGE_END = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
 
 
 class PixtralLike:
@@ -124,6 +124,7 @@ class PixtralLike:
                 f"{(patch, merge)}; the folder mixes files of two models"
             )
         token = token_text(folder, config.image_token_id)
+        one_of(self.name, "image_token of the processor", given.get("image_token", IMAGE), (token,))
         processor = normalise_config(
             preprocessor(folder),
             patch,
@@ -163,6 +164,7 @@ class PixtralLike:
             "processor_class": PROCESSOR,
             "patch_size": patch,
             "spatial_merge_size": merge,
+            "image_token": "<image>",  # of tiny-llava's tokenizer
         }
         return {
             "preprocessor_config.json": json.dumps(images),

@@ -105,6 +105,7 @@ def test_what_is_not_supported_is_named(name: str, change: dict[str, Any], probl
         (NAMES[0], "processor_config.json", {"spatial_merge_size": 1}, r"\(8, 1\), config.json"),
         (NAMES[0], "processor_config.json", {"patch_size": None}, r"\(16, 2\), config.json"),
         (NAMES[2], "processor_config.json", {"processor_class": "LlavaProcessor"}, "processor 'L"),
+        (NAMES[2], "processor_config.json", {"image_token": "[IMG]"}, r"image_token .*'\[IMG\]'"),
         (
             NAMES[2],
             "processor_config.json",
@@ -141,5 +142,6 @@ def test_the_class_of_the_processor_may_stand_elsewhere(
     edit(folder / "processor_config.json", processor_class=None, image_break_token="<br>")
     edit(folder / "preprocessor_config.json", processor_class="PixtralProcessor")
     assert plan(folder).images.processor["row_end"] == "<br>"
-    (folder / "processor_config.json").unlink()  # all as the class has it
-    assert plan(folder).images.processor["row_end"] == "[IMG_BREAK]"
+    (folder / "processor_config.json").unlink()  # all is as the class has it, its image token, too
+    with pytest.raises(CheckpointError, match=r"image_token .*'\[IMG\]' .*'<image>'"):
+        plan(folder)
