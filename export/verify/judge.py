@@ -51,7 +51,7 @@ class Judge:
         """Raises ValidationError where transformers cannot load it."""
         self.folder = folder
         with _quiet():
-            self.tokenizer = self._load(transformers.AutoTokenizer)
+            self.tokenizer = self._load(transformers.AutoTokenizer, mistral_format=False)
             # Where torchvision is installed another would be taken, whose scaling rounds otherwise
             self.images = self._load(transformers.AutoImageProcessor, backend="pil")
             self.config = self._load(transformers.AutoConfig)
@@ -74,7 +74,7 @@ class Judge:
             return None, "the folder has no processor_config.json"
         return found, ""
 
-    def _load(self, kind: Any, **options: str) -> Any:
+    def _load(self, kind: Any, **options: str | bool) -> Any:
         try:
             return kind.from_pretrained(self.folder, local_files_only=True, **options)
         except Exception as error:  # whatever a file of the checkpoint may cause there

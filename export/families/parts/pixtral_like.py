@@ -87,6 +87,13 @@ class PixtralLike:
         one_of(self.name, "num_channels", vision.num_channels, (3,))
         rope_type = vision.rope_parameters["rope_type"]
         one_of(self.name, "vision rope_type", rope_type, rope_types(OWN_TOWERS["pixtral"]))
+        layers, depth = config.vision_feature_layer, vision.num_hidden_layers + 1
+        for layer in [layers] if isinstance(layers, int) else layers:
+            if not -depth <= layer < depth:
+                raise CheckpointError(
+                    f"vision_feature_layer {layer} is not there: the vision tower has "
+                    f"{depth - 1} layers"
+                )
         return config
 
     def build(self, config: Any) -> nn.Module:

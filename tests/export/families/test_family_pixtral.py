@@ -13,14 +13,21 @@ import pytest
 import torch
 from bundles import FAMILIES, TINY
 from parity_tools import load_torch
+from transformers import AutoTokenizer
+from transformers.integrations.mistral import tokenizer as mistral_tokenizer
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from lvlm.core.errors import CheckpointError, ParameterError
 from lvlm.export.budgets.sample_prompts import prompt_maker
-from lvlm.export.checkpoint.checkpoint import Checkpoint
+from lvlm.export.checkpoint.checkpoint import Checkpoint, find_family
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
+from lvlm.export.families.parts.llama_text import tiny_token
+from lvlm.export.families.parts.side_files import load_tokenizer
 from lvlm.export.recipes.none import NoCompression
+from lvlm.export.verify.judge import Judge
 from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.processors.pixtral import max_tokens, normalise_config
 
 NAMES = [name for name in TINY if name.startswith(("mistral3:", "pixtral:"))]
 SHAPES = [(40, 40), (20, 300), (250, 31), (1, 1), (90, 60), (600, 500)]
@@ -72,12 +79,61 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in found.items() if v is not None}))
 
 
+HUB: dict[str, dict[str, Any]] = {
+    "pixtral": {
+        "model_type": "llava",
+        "text_config": {"model_type": "mistral", "hidden_size": 5120, "head_dim": 128},
+        "vision_config": {"model_type": "pixtral", "patch_size": 16, "rope_theta": 10000.0},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    },
+    "mistral3": {
+        "model_type": "mistral3",
+        "text_config": {"model_type": "mistral", "hidden_size": 5120, "head_dim": 128},
+        "vision_config": {"model_type": "pixtral", "patch_size": 14, "rope_theta": 10000.0},
+        "spatial_merge_size": 2,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "longest", "tokens"), [("pixtral", 1024, 4096), ("mistral3", 1540, 3025)]
+)
+def test_the_hub_s_configs_are_read(name: str, longest: int, tokens: int) -> None:
+    """As they are there, with rotary parameters as of old; the tokens that an image has at most."""
+    raw = HUB[name]
+    raw["text_config"] |= {"rope_theta": 1e9, "sliding_window": None, "num_hidden_layers": 40}
+    family = find_family(raw, "")
+    config = family.read_config(raw)
+    assert (family.name, config.text_config.head_dim) == (name, 128)
+    assert config.text_config.rope_parameters["rope_theta"] == 1e9
+    patch = config.vision_config.patch_size
+    size = {"image_processor_type": "PixtralImageProcessor", "size": {"longest_edge": longest}}
+    found = normalise_config(size, patch, getattr(config, "spatial_merge_size", 1), "", "", "")
+    assert max_tokens(found) == tokens
+
+
+def test_the_fast_tokenizer_is_taken_beside_mistral_common(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which transformers prefers where it is installed and the folder has a tekken.json."""
+    monkeypatch.setitem(TOKENIZER_MAPPING_NAMES, "mistral3", "MistralCommonBackend")
+    monkeypatch.setattr(mistral_tokenizer, "resolve_mistral_format", lambda *_, **__: (True, None))
+    folder = checkpoint(NAMES[0])
+    with pytest.raises(NameError, match="ValidationMode"):  # of mistral-common, which is not there
+        AutoTokenizer.from_pretrained(folder)
+    for tokenizer in (load_tokenizer(folder), Judge(folder).tokenizer):
+        assert tokenizer.convert_tokens_to_ids("[IMG_END]") == tiny_token(1)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "problem"),
     [
         ("mistral3", {"text_config": {"model_type": "ministral3"}}, "text backbone 'ministral3'"),
         ("mistral3", {"vision_config": {"model_type": "clip_vision_model"}}, "vision tower"),
         ("mistral3", {"vision_feature_layer": [-1, -2]}, "as wide as one layer's"),
+        ("mistral3", {"vision_feature_layer": 3}, "layer 3 is not there: .* has 2 layers"),
+        ("pixtral", {"vision_feature_layer": [-1, -4]}, "layer -4 is not there"),
         ("mistral3", {"vision_config": {"patch_size": [14, 14]}}, "patch_size"),
         ("mistral3", {"vision_config": {"num_channels": 1}}, "num_channels '1'"),
         ("mistral3", {"text_config": {"rope_scaling": {"type": "longrope"}}}, "rope_type"),
