@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from example_counts import whole
 from settings import CACHED
 
 from lvlm.core.discovery import discover
@@ -32,7 +33,17 @@ USUAL = [
     for name, (family, config) in TINY.items()
     if family.name == "llava" or config is next(c for f, c in TINY.values() if f is family)
 ]
-OTHERS = [name for name in USUAL if not name.startswith("llava:")]  # one of each other family
+# In a normal run the second configurations are read, but not exported.
+EXPORTED = list(TINY) if whole() else USUAL
+
+
+def covered(family: Family) -> bool:
+    """Whether all its leaf modules are some of another's: what is traced there is traced here."""
+    return any(set(family.leaves) < set(other.leaves) for other in FAMILIES.values())
+
+
+# One of each other family, for what is the same in all that have the same modules.
+OTHERS = [n for n in USUAL if not n.startswith("llava:") and not covered(TINY[n][0])]
 # With lightvlm in a normal run: one of every family, whose text models are all there are.
 MERGED = ["digits-llava", "llava:llama-mha-bias-rope3-siglip", *OTHERS]
 # In a normal run: every one on the trained model, each of MERGED with one of them (Qwen3-VL with

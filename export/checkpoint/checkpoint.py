@@ -168,12 +168,15 @@ class Checkpoint:
 
 
 def find_family(config: Mapping[str, Any], source: str) -> Family:
-    """The family of a config.json, or an error naming the architecture."""
+    """The family of a config.json, or an error naming the architecture. One that takes a type with
+    its vision tower's alone comes before one that takes the type."""
     families: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
-    kind = config.get("model_type")
-    for family in families.values():
-        if kind in family.model_types:
-            return family
+    kind, vision = config.get("model_type"), config.get("vision_config")
+    tower = vision.get("model_type") if isinstance(vision, Mapping) else None
+    for asked in (f"{kind}/{tower}", kind):
+        for family in families.values():
+            if asked in family.model_types:
+                return family
     known = ", ".join(t for f in families.values() for t in f.model_types)
     raise CheckpointError(
         f"{source} is of the architecture '{str(kind)[:80]}', which is not supported; "

@@ -39,7 +39,8 @@ class Family(Protocol):
 
     name: str
     aliases: Mapping[str, str]  # alias -> hub id
-    model_types: tuple[str, ...]  # of config.json
+    # Of config.json: "llava"; with its vision_config's behind a slash, those alone: "llava/pixtral"
+    model_types: tuple[str, ...]
     image_handling: str  # how an image becomes tokens, in a few words (--list-models)
     video: str  # how a video does, "" where there is none
     # Classes of transformers that compute by themselves, or attend, and what tracing makes of each

@@ -22,6 +22,7 @@ from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from lvlm.core.errors import ValidationError
+from lvlm.export.families.parts.side_files import read_json
 from lvlm.export.weights.stored_weights import compute_in_fp32
 from lvlm.runtime.prompt.chat_template import Turn
 
@@ -50,13 +51,12 @@ class Judge:
         """Raises ValidationError where transformers cannot load it."""
         self.folder = folder
         with _quiet():
-            self.tokenizer = self._load(transformers.AutoTokenizer)
-            self.images = self._load(transformers.AutoImageProcessor)
+            self.tokenizer = self._load(transformers.AutoTokenizer, mistral_format=False)
+            # Where torchvision is installed another would be taken, whose scaling rounds otherwise
+            self.images = self._load(transformers.AutoImageProcessor, backend="pil")
             self.config = self._load(transformers.AutoConfig)
-        kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[self.config.model_type])
-        kwargs = getattr(getattr(kind, "valid_processor_kwargs", None), "_defaults", {})
-        asked = kwargs.get("images_kwargs") or getattr(kind, "images_kwargs", None)
-        self.image_options = dict(asked or {})  # what the model's processor asks for by default
+        kind = _processor_class(self.config)
+        self.image_options = _image_options(kind, folder)
         self.processor, self.without = self._processor(kind)
 
     def _processor(self, kind: Any) -> tuple[Any, str]:
@@ -74,9 +74,9 @@ class Judge:
             return None, "the folder has no processor_config.json"
         return found, ""
 
-    def _load(self, kind: Any) -> Any:
+    def _load(self, kind: Any, **options: str | bool) -> Any:
         try:
-            return kind.from_pretrained(self.folder, local_files_only=True)
+            return kind.from_pretrained(self.folder, local_files_only=True, **options)
         except Exception as error:  # whatever a file of the checkpoint may cause there
             reason = " ".join(str(error).split())[:200]
             raise ValidationError(
@@ -177,7 +177,7 @@ class Judge:
     def pixels(self, image: Image.Image) -> dict[str, torch.Tensor]:
         """The model's inputs that the image processor makes of one image."""
         with _quiet():
-            found = self.images(images=[image], return_tensors="pt", **self.image_options)
+            found = self.images(images=[image], **self.image_options, return_tensors="pt")
         return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
 
     def ids(self, text: str, image: Image.Image) -> list[int] | None:
@@ -234,6 +234,12 @@ class Judge:
                     output_scores=True,
                     stopping_criteria=transformers.StoppingCriteriaList([clock]),
                 )
+        except (ValueError, RuntimeError, IndexError) as error:  # of code that is not ours
+            reason = " ".join(str(error).split())[:200]
+            raise ValidationError(
+                f"transformers' generate fails with the checkpoint in {self.folder} on an image of "
+                f"{int(is_image.sum())} tokens: {reason}; export with --no-validate"
+            ) from None
         finally:
             hook.remove()
         tell(clock.estimate)
@@ -270,6 +276,26 @@ class _Clock(transformers.StoppingCriteria):  # type: ignore[misc]
                 + (f", {step:.2f} s a token" if self.done == 2 else "")
             )
         return torch.full((len(input_ids),), self.done >= self.wanted)
+
+
+def _processor_class(config: Any) -> Any:
+    """Of transformers, for models of that type; a vision tower may have one of its own."""
+    tower = getattr(getattr(config, "vision_config", None), "model_type", "")
+    names = PROCESSOR_MAPPING_NAMES
+    return getattr(transformers, names[tower if tower in names else config.model_type])
+
+
+def _image_options(kind: Any, folder: Path) -> dict[str, Any]:
+    """What the processor asks its image processor for, by default and by its file."""
+    try:
+        kwargs = getattr(getattr(kind, "valid_processor_kwargs", None), "_defaults", {})
+        found = dict(kwargs.get("images_kwargs") or getattr(kind, "images_kwargs", None) or {})
+    except ImportError:  # the class needs what is not installed
+        found = {}
+    file = read_json(folder / "processor_config.json")
+    if merge := file.get("spatial_merge_size"):  # PixtralProcessor: images of whole tokens
+        found["patch_size"] = file.get("patch_size", 16) * merge
+    return {key: value for key, value in found.items() if key != "return_tensors"}
 
 
 def _parameters(model: Any) -> set[str]:

@@ -31,6 +31,7 @@ from lvlm.runtime.processors.parts.config_values import (
     with_defaults,
 )
 from lvlm.runtime.processors.parts.frames import opened
+from lvlm.runtime.processors.parts.patches import patch_places, patch_values
 from lvlm.runtime.processors.parts.qwen_video import MAX_RATIO, QwenVideo, whole_tokens
 
 
@@ -86,8 +87,8 @@ class QwenProcessor:
         side = self.patch * self.merge
         rows, columns = pixels[0].shape[1] // side, pixels[0].shape[2] // side
         arrays: dict[str, npt.NDArray[Any]] = {
-            "pixel_values": self._patches(pixels, rows, columns),
-            "position_ids": self._places(rows, columns),
+            "pixel_values": patch_values(pixels, self.patch, self.merge, self.frames),
+            "position_ids": patch_places(rows, columns, self.merge),
         }
         if self._window is not None:
             arrays |= _windows(rows, columns, self._window)
@@ -120,23 +121,6 @@ class QwenProcessor:
                 " crop it first"
             )
         return rows, columns
-
-    def _patches(
-        self, pixels: Sequence[npt.NDArray[np.float32]], rows: int, columns: int
-    ) -> npt.NDArray[np.float32]:
-        """Frames [3, H, W] -> [h*w, merge*merge, 3 * frames * patch * patch]."""
-        merge, patch = self.merge, self.patch
-        cut = np.stack(pixels).reshape(-1, 3, rows, merge, patch, columns, merge, patch)
-        cut = cut.transpose(2, 5, 3, 6, 1, 0, 4, 7)
-        shape = (*cut.shape[:5], self.frames, patch, patch)
-        return np.broadcast_to(cut, shape).reshape(rows * columns, merge**2, -1)
-
-    def _places(self, rows: int, columns: int) -> npt.NDArray[np.int64]:
-        """Row and column [h*w, merge*merge, 2] of every patch."""
-        merge = self.merge
-        grid = np.moveaxis(np.indices((rows * merge, columns * merge)), 0, -1)
-        grid = grid.reshape(rows, merge, columns, merge, 2).transpose(0, 2, 1, 3, 4)
-        return np.asarray(grid.reshape(rows * columns, merge**2, 2), np.int64)
 
 
 PROCESSOR = QwenProcessor

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import MERGED, TINY, their_answer, transformers_inputs
+from bundles import EXPORTED, MERGED, TINY, their_answer, transformers_inputs
 from parity_tools import IMAGES, ROWS, load_torch, make_reference
 from settings import ASSETS, LIGHTVLM
 
@@ -20,7 +20,7 @@ from lvlm.export.reference.torch_reference import Reference
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 
-MODELS = ["digits-llava", *TINY]
+MODELS = ["digits-llava", *EXPORTED]
 KEEPS = [0.35, 0.15, 0.03, 1.0]
 
 
@@ -88,7 +88,7 @@ def reference_answers(
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"name", "settings"} <= set(metafunc.fixturenames):
-        names = MODELS if metafunc.config.getoption("--whole") else MERGED
+        names = ["digits-llava", *TINY] if metafunc.config.getoption("--whole") else MERGED
         cases: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
         cases.append(("digits-llava", ("merge=nearest", "importance=last")))
         cases.append(("digits-llava", ("merge=drop", "stages=[2,4]")))

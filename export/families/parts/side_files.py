@@ -83,7 +83,10 @@ def load_tokenizer(folder: Path) -> Any:
             "is the checkpoint complete?"
         )
     try:
-        tokenizer = _asked(folder, "tokenizer", lambda: AutoTokenizer.from_pretrained(folder))
+        # Mistral's would be another class where mistral-common is installed, without a fast form
+        tokenizer = _asked(
+            folder, "tokenizer", lambda: AutoTokenizer.from_pretrained(folder, mistral_format=False)
+        )
     except CheckpointError as error:
         if (folder / "tokenizer.json").is_file():
             raise

@@ -215,6 +215,26 @@ def test_every_family_has_tiny_configs_that_its_own_check_accepts() -> None:
         assert configs
         for config in configs.values():
             family.read_config(config.to_dict())
+            assert checkpoints.find_family(config.to_dict(), "") is family
+
+
+@pytest.mark.parametrize(
+    ("vision", "name"),
+    [
+        ({"model_type": "pixtral"}, "pixtral"),
+        ({"model_type": "siglip_vision_model"}, "llava"),
+        ({"model_type": "dinov2"}, "llava"),  # which refuses it by name
+        ({}, "llava"),
+        (None, "llava"),
+        (["pixtral"], "llava"),
+    ],
+)
+def test_a_tower_may_have_a_family_of_its_own(vision: object, name: str) -> None:
+    """Of one type of model: it comes first, whatever the families' order."""
+    config = {"model_type": "llava", "vision_config": vision}
+    assert checkpoints.find_family(config, "").name == name
+    with pytest.raises(CheckpointError, match=r"'llama'.* supported: .*llava, .*llava/pixtral"):
+        checkpoints.find_family(config | {"model_type": "llama"}, "")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""InternVL and SmolVLM: images as tiles, whose number depends on the image."""
+"""Images with text around and between their tokens, as many as the image asks for: the tiles of
+InternVL and SmolVLM, the rows of Pixtral and Mistral 3."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import FAMILIES, TINY, their_answer
+from bundles import EXPORTED, FAMILIES, TINY, their_answer
 from parity_tools import load_torch
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMVisionEmbeddings
 
@@ -25,7 +26,8 @@ from lvlm.export.recipes.none import NoCompression
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import PromptMaker
 
-NAMES = [name for name in TINY if name.startswith(("internvl:", "smolvlm:"))]
+TILES = [name for name in TINY if name.startswith(("internvl:", "smolvlm:"))]
+NAMES = [*TILES, *(name for name in TINY if name.startswith(("mistral3:", "pixtral:")))]
 SHAPES = [(40, 40), (20, 300), (250, 31), (1, 1), (90, 60)]
 
 
@@ -64,14 +66,14 @@ def test_images_stand_in_the_prompt_as_their_text(
     assert len(set(counts)) > 1 or name == "smolvlm:mha-bias-tied"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name in EXPORTED])
 def test_images_of_other_shapes_equal_transformers_generate(
     name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
     """Rows whose images give different numbers of tokens, alone in transformers."""
     folder, options = checkpoint(name), GenerationOptions(chat_template=False)
     found = images()
-    rows = [found[1:3], found[3:4], found[4:], found[2:4]]
+    rows = [found[1:3], found[3:], found[4:], found[2:4]]
     texts = [f"USER: {'<image>' * len(row)} What is it? ASSISTANT:" for row in rows]
     theirs, expected = load_torch(folder), []
     with lvlm.load(bundle(name, max_images=2)) as model:
@@ -98,7 +100,7 @@ def test_positions_of_full_tiles_equal_transformers(side: int) -> None:
     assert asked[0][0].tolist() == full_tile_places(side).tolist()
 
 
-@pytest.mark.parametrize("name", NAMES[:1] + NAMES[-2:-1])
+@pytest.mark.parametrize("name", TILES[:1] + TILES[-2:-1])
 def test_fewer_tokens_an_image(
     name: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -157,7 +159,7 @@ def test_what_is_not_supported_is_named(name: str, change: dict[str, Any], probl
         FAMILIES[name].read_config(change)
 
 
-@pytest.mark.parametrize("name", NAMES[:1] + NAMES[-2:-1])
+@pytest.mark.parametrize("name", TILES[:1] + TILES[-2:-1])
 def test_tiles_of_another_size_than_the_towers(
     name: str, checkpoint: Callable[[str], Path]
 ) -> None:

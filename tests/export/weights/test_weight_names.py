@@ -40,7 +40,7 @@ AGES = [
     *((name, FIRST) for name in TINY if name.startswith("llava")),
     *((name, FIVE) for name in TINY if name.startswith("llava")),
     *((name, QWEN) for name in TINY if name.startswith("qwen2")),
-    *((name, INTERN) for name in TINY if name.startswith("internvl")),
+    *((name, INTERN) for name in TINY if name.startswith(("internvl", "mistral3", "pixtral"))),
     *((name, BASE) for name in TINY if name.startswith("smolvlm")),
 ]
 

@@ -63,6 +63,17 @@ CASES: dict[str, dict[str, Any]] = {
         "whole": "",
         "video": None,
     },
+    "pixtral": PIXELS
+    | {
+        "name": "pixtral",
+        "patch": 3,
+        "merge": 2,
+        "longest_edge": 90,
+        "max_tokens": 100,
+        "image_token": "<i>",
+        "row_end": "",
+        "image_end": "",
+    },
     "qwen_vl": PIXELS
     | {
         "name": "qwen_vl",

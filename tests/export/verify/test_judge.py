@@ -1,0 +1,46 @@
+"""The judge of an export has every family's checkpoints as transformers has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bundles import TINY, USUAL
+from parity_tools import IMAGES
+from PIL import Image
+
+from lvlm.core.errors import ValidationError
+from lvlm.export.budgets.sample_prompts import prompt_maker
+from lvlm.export.checkpoint.checkpoint import Checkpoint
+from lvlm.export.verify import prompts
+from lvlm.export.verify.judge import Judge
+
+ONE_OF_EACH = [name for name in USUAL if name.split(":")[0] != "llava"]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_the_inputs_of_every_family_are_transformers_own(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """Pixels, chat template, ids: what is compared before anything is computed."""
+    (family, config), folder = TINY[name], checkpoint(name)
+    maker = prompt_maker(Checkpoint(folder, "", None), family, config)
+    image, judge = Image.fromarray(IMAGES[0]), Judge(folder)
+    judge.load_model(torch.float32)
+    outcome = prompts.compare(judge, family, maker, image, prompts.prepare(maker, image), True)
+    assert {"pixels of an image", "pixels of one of another shape"} < {
+        c.name for c in outcome.checks
+    }
+    assert [check.name for check in outcome.checks if not check.passed] == []
+
+
+def test_an_answer_that_transformers_cannot_give(checkpoint: Callable[[str], Path]) -> None:
+    """Its Mistral 3 fails on one image of one token."""
+    judge = Judge(checkpoint("mistral3:gqa"))
+    judge.load_model(torch.float32)
+    pixels = judge.pixels(Image.fromarray(np.zeros((9, 9, 3), np.uint8)))
+    with pytest.raises(ValidationError, match=r"an image of 1 tokens: .*--no-validate"):
+        judge.answer([1, judge.image_id, 9], pixels, {judge.image_id}, 4, lambda _: None)
