@@ -147,6 +147,11 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
             f"image features up to block {deepstack - 1}; merge from block {deepstack} on "
             "(--help-recipe)"
         )
+    if language.bidirectional and not recipe.in_place:
+        raise ParameterError(
+            f"recipe {recipe.name} cannot do {family.name}, whose image tokens see those that "
+            "follow; take none, or one that drops tokens behind the vision tower, as divprune"
+        )
     images = family.images(config, checkpoint.folder)
     if recipe.scored and not score_width(skeleton.vision):
         raise ParameterError(

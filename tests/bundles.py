@@ -33,14 +33,23 @@ USUAL = [
     if family.name == "llava" or config is next(c for f, c in TINY.values() if f is family)
 ]
 OTHERS = [name for name in USUAL if not name.startswith("llava:")]  # one of each other family
+
+
+def moves(name: str) -> bool:
+    """Whether recipes may drop a model's tokens or entries inside the language model: not where
+    layers have a window, by which they tell what is near, or image tokens see those that follow."""
+    text = TINY[name][1].text_config
+    return "sliding_attention" not in (getattr(text, "layer_types", None) or ())
+
+
 # With lightvlm in a normal run: one of every family, whose text models are all there are.
-MERGED = ["digits-llava", "llava:llama-mha-bias-rope3-siglip", *OTHERS]
+MERGED = ["digits-llava", "llava:llama-mha-bias-rope3-siglip", *filter(moves, OTHERS)]
 # In a normal run: every one on the trained model, each of MERGED with one of them (Qwen3-VL with
 # compaction at intervals, the one with few heads with what TensorRT-RTX builds for it).
 CACHED_USUAL = [
     *(("digits-llava", cached) for cached in CACHED),
     *zip(
-        [MERGED[1], *reversed(OTHERS)],
+        [MERGED[1], *reversed(MERGED[2:])],
         cycle(cached for cached in CACHED if "(cached)" in cached),
         strict=False,
     ),

@@ -78,12 +78,12 @@ class Prefill(LanguageGraph):
         outputs: dict[str, torch.Tensor] = {}
         kept: list[torch.Tensor] = []
         tap: Tap | None = None
-        angles, masks = Angles(), Masks()
+        angles, masks = Angles(), Masks(bidirectional=model.bidirectional)
         for layer, one in enumerate(model.layers):
             state = recipe.before_block(layer, state, tap, given)
             cos, sin = angles.of(one.rotary, state.hidden, state.positions)
             # Elsewhere no layer's window hides anything (export_plan.py)
-            mask = masks.of(one.window, state.hidden) if self.in_place else None
+            mask = masks.of(one.window if self.in_place else None, state.image_id)
             taken = {
                 "hidden": state.hidden,
                 "positions": state.positions,

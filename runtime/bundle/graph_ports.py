@@ -120,6 +120,8 @@ def _decode(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
 
 def _extend(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
     takes: Forms = {**_tokens(manifest), "last_token": ("int64", (None,))}
+    if manifest.images.bidirectional:
+        takes["image_id"] = ("int64", ROW)
     if manifest.in_place:
         takes |= dict.fromkeys(("write_index", "past_slots"), ("int64", (None,)))
     else:

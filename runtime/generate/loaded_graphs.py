@@ -155,8 +155,8 @@ class Graphs:
         return logits, maps
 
     def extend(self, prompt: Prompt, span: range, features: np.ndarray, call: Call) -> np.ndarray:
-        """Logits [1,vocabulary] after the tokens ``span`` of a prompt, at most TOKENS_AT_ONCE; the
-        entries of those before them lie in the cache.
+        """Logits [1,vocabulary] after the tokens ``span`` of a prompt, a piece of it (pieces.py);
+        the entries of those before them lie in the cache.
 
         ``features`` [V,D] are those of the prompt's last V image tokens, the span's and all that
         follow among them; ``call`` is extend, bound to the one row of the prompt's entries."""
@@ -188,6 +188,8 @@ class Graphs:
         call: Call,
     ) -> np.ndarray:
         inputs = {**_piece_inputs(prompt, span, features), **own}
+        if self.manifest.images.bidirectional:
+            inputs["image_id"] = prompt.image_id[span.start : span.stop][None]
         if not len(inputs["image_features"]):
             nothing = np.zeros((1, self.manifest.feature_width), host_dtype(self.manifest.dtype))
             inputs["image_features"] = nothing

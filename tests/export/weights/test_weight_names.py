@@ -37,7 +37,7 @@ INTERN = ((r"^model\.vision_tower\.", "vision_tower."), *FIRST)
 BASE = ((r"^model\.", ""),)  # of the model below the head
 AGES = [
     *((name, ()) for name in TINY),
-    *((name, FIRST) for name in TINY if name.startswith("llava")),
+    *((name, FIRST) for name in TINY if name.startswith(("llava", "gemma3"))),
     *((name, FIVE) for name in TINY if name.startswith("llava")),
     *((name, QWEN) for name in TINY if name.startswith("qwen2")),
     *((name, INTERN) for name in TINY if name.startswith("internvl")),
