@@ -147,10 +147,12 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
             f"image features up to block {deepstack - 1}; merge from block {deepstack} on "
             "(--help-recipe)"
         )
-    if language.bidirectional and not recipe.in_place:
+    rule = recipe.cache_rule()
+    if language.bidirectional and rule is not None and rule.remembers_prompts:
         raise ParameterError(
-            f"recipe {recipe.name} cannot do {family.name}, whose image tokens see those that "
-            "follow; take none, or one that drops tokens behind the vision tower, as divprune"
+            f"recipe {recipe.name} would rank entries by queries of image tokens as if these did "
+            f"not see what follows, which those of {family.name} do; compact after as many steps "
+            f"as there are queries ({rule.queries}) or more"
         )
     images = family.images(config, checkpoint.folder)
     if recipe.scored and not score_width(skeleton.vision):

@@ -182,8 +182,8 @@ class Gemma3(PixelValues):
         raise fixed_tokens(images, tokens)
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
-        """GQA and MHA, layers of both types first, windows shorter and longer than an image, pooled
-        patches and single ones, biases, tied weights and not."""
+        """GQA and MHA, layers of both types first, windows shorter and longer than an image and
+        than any prompt, pooled patches and single ones, biases, tied weights and not."""
         size: dict[str, Any] = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 112}
         vision: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 80}
         tokens = {
@@ -244,6 +244,29 @@ class Gemma3(PixelValues):
                 ),
                 **tokens,
                 mm_tokens_per_image=49,
+            ),
+        )
+
+        yield (
+            "wide-window",
+            tiny(
+                Gemma3Config,
+                Gemma3TextConfig(
+                    **size,
+                    num_hidden_layers=4,
+                    **heads(4, 1, 32),
+                    layer_types=[local, local, "full_attention", local],
+                ),
+                SiglipVisionConfig(
+                    **vision,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    image_size=48,
+                    patch_size=6,
+                    vision_use_head=False,
+                ),
+                **tokens,
+                mm_tokens_per_image=64,
             ),
         )
 

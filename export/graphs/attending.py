@@ -31,17 +31,28 @@ class Masks:
         self.bidirectional = bidirectional
         self._image_id: Tensor | None = None
         self._known: dict[int | None, Tensor] = {}
+        self._ends: Tensor | None = None
 
     def of(self, window: int | None, image_id: Tensor) -> Tensor | None:
         """Boolean [B or 1,1,N,N] for tokens of images [B,N]; None: everything up to itself."""
         if window is None and not self.bidirectional:
             return None
         if image_id is not self._image_id:
-            self._image_id, self._known = image_id, {}
+            self._image_id, self._known, self._ends = image_id, {}, None
         if window not in self._known:
             images = image_id if self.bidirectional else None
             self._known[window] = seen_among(image_id.shape[1], window, images, image_id)[:, None]
         return self._known[window]
+
+    def ends(self, image_id: Tensor) -> Tensor | None:
+        """The last place [B,N] int64 that each token sees in a layer without a window; None: its
+        own."""
+        if not self.bidirectional:
+            return None
+        seen = self.of(None, image_id)
+        if self._ends is None and seen is not None:
+            self._ends = seen[:, 0].sum(-1) - 1
+        return self._ends
 
 
 def seen_among(count: int, window: int | None, image_id: Tensor | None, like: Tensor) -> Tensor:

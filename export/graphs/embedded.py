@@ -14,12 +14,10 @@ def new_tokens(model: LanguageModel, features: torch.dtype) -> list[GraphPort]:
     """Inputs of a graph that reads tokens behind what is cached; ``features`` is the images'."""
     row = (BATCH, "tokens")
     positions = row if model.position_rows == 1 else (3, *row)
-    images = [GraphPort("image_id", torch.int64, row)] if model.bidirectional else []
     return [
         GraphPort("input_ids", torch.int64, row),
         GraphPort("image_features", features, ("rows", model.feature_width)),
         GraphPort("image_row", torch.int64, row),
-        *images,
         GraphPort("position_ids", torch.int64, positions),
         GraphPort("last_token", torch.int64, (BATCH,)),
     ]

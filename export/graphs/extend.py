@@ -28,10 +28,10 @@ class Extend(LanguageGraph):
                     there is none
     image_row       [B,T] int64: the row of these that replaces a placeholder, -1 for text and
                     padding
-    image_id        [B,T] int64, where tokens of an image see one another: as in prefill.py. All of
-                    an image's tokens are among them, or none that follows
     position_ids    [B,T] int64, or [3,B,T]
     last_token      [B] int64: index of each row's last new token that is no padding
+    image_id        [B,T] int64, where tokens of an image see one another: as in prefill.py. All of
+                    an image's tokens are among them, or none that follows
     write_index     [B] int64: how many entries a row has, hence the slot of its first new one;
                     slots up to write_index + T are written, those of padding, too
     past_slots      [P] int64: the slots before that are attended to, 0 up to the largest
@@ -48,8 +48,10 @@ class Extend(LanguageGraph):
         self.dtype = dtype
 
     def inputs(self) -> list[GraphPort]:
+        images = [GraphPort("image_id", torch.int64, (BATCH, "tokens"))]
         return [
             *new_tokens(self.model, self.dtype),
+            *(images if self.model.bidirectional else []),
             GraphPort("write_index", torch.int64, (BATCH,)),
             GraphPort("past_slots", torch.int64, ("entries",)),
             *self.buffer_ports("past", self.kinds),

@@ -165,6 +165,8 @@ class Graphs:
             # Where there is no past, one slot that nothing sees: engines take no empty tensors
             "past_slots": np.arange(max(1, span.start), dtype=np.int64),
         }
+        if self.manifest.images.bidirectional:
+            places["image_id"] = prompt.image_id[None, span.start : span.stop]
         return self._extend(prompt, span, features, places, call)
 
     def extend_kept(
@@ -188,8 +190,6 @@ class Graphs:
         call: Call,
     ) -> np.ndarray:
         inputs = {**_piece_inputs(prompt, span, features), **own}
-        if self.manifest.images.bidirectional:
-            inputs["image_id"] = prompt.image_id[span.start : span.stop][None]
         if not len(inputs["image_features"]):
             nothing = np.zeros((1, self.manifest.feature_width), host_dtype(self.manifest.dtype))
             inputs["image_features"] = nothing
