@@ -120,7 +120,7 @@ def test_prompts_in_pieces(bundle: Callable[..., Path]) -> None:
         expected = [g.token_ids for g in model.generate(texts, images, **options)]
         followed = model.generate(*again, **options).token_ids
     for chunk in (1, 7, 20):
-        with Engine(folder, slots=2, chunk_tokens=chunk, reuse_prefixes=True) as engine:
+        with Engine(folder, slots=4, chunk_tokens=chunk) as engine:
             pairs = zip(texts, images, strict=True)
             handles = [engine.submit(text, images=own, **options) for text, own in pairs]
             assert [handle.result().token_ids for handle in handles] == expected
