@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from example_counts import whole
 from settings import CACHED
 
 from lvlm.core.discovery import discover
@@ -33,6 +34,15 @@ USUAL = [
     if family.name == "llava" or config is next(c for f, c in TINY.values() if f is family)
 ]
 OTHERS = [name for name in USUAL if not name.startswith("llava:")]  # one of each other family
+
+
+def _kinds_of_layers(config: Any) -> int:
+    return len(set(getattr(config.text_config, "layer_types", None) or ()))
+
+
+# With recipe none: every configuration; in a normal run one alone of families with several kinds of
+# layers, each of which is traced.
+EVERY = [n for n, (_, c) in TINY.items() if whole() or n in USUAL or _kinds_of_layers(c) < 2]
 
 
 def moves(name: str) -> bool:

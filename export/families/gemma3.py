@@ -198,11 +198,11 @@ class Gemma3(PixelValues):
                 Gemma3Config,
                 Gemma3TextConfig(
                     **size,
-                    num_hidden_layers=4,
+                    num_hidden_layers=3,
                     **heads(4, 2, 32),
                     query_pre_attn_scalar=24,
                     sliding_window=11,
-                    layer_types=[local, "full_attention"] * 2,
+                    layer_types=[local, "full_attention", local],
                     rope_parameters={
                         local: {"rope_type": "default", "rope_theta": 100.0},
                         "full_attention": {**linear, "rope_theta": 1e4},

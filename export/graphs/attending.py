@@ -68,5 +68,6 @@ def seen_among(count: int, window: int | None, image_id: Tensor | None, like: Te
     seen = (behind >= 0)[None]
     if image_id is not None:
         same = image_id[:, :, None] == image_id[:, None]
-        seen = seen | (same & (image_id > 0)[:, None])
-    return seen if window is None else seen & (behind < window)
+        # torch's exporter would decompose a graph that has & or | in it, which takes seconds
+        seen = seen.logical_or(same.logical_and((image_id > 0)[:, None]))
+    return seen if window is None else seen.logical_and(behind < window)

@@ -97,7 +97,7 @@ def _seen(
     past = (slots[None] < index[:, None])[:, None]  # [B,1,P]
     if window is not None:
         here = index[:, None] + torch.arange(new, device=index.device)  # slots of new tokens [B,T]
-        past = past & (here[:, :, None] - slots < window)
+        past = past.logical_and(here[:, :, None] - slots < window)
     own = seen_among(new, window, image_id, index)
     rows = index.shape[0]
     return torch.cat([past.expand(-1, new, -1), own.expand(rows, -1, -1)], dim=2)[:, None]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import MERGED, TINY, moves, their_answer, transformers_inputs
+from bundles import EVERY, MERGED, TINY, moves, their_answer, transformers_inputs
 from parity_tools import IMAGES, ROWS, load_torch, make_reference
 from settings import ASSETS, LIGHTVLM
 
@@ -20,7 +20,7 @@ from lvlm.export.reference.torch_reference import Reference
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 
-MODELS = ["digits-llava", *TINY]
+MODELS = ["digits-llava", *EVERY]
 KEEPS = [0.35, 0.15, 0.03, 1.0]
 
 

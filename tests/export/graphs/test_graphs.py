@@ -8,12 +8,12 @@ from pathlib import Path
 
 import onnx
 import pytest
-from bundles import CACHED_USUAL, MERGED, TINY
+from bundles import CACHED_USUAL, EVERY, MERGED
 from settings import CACHED, LIGHTVLM
 
 from lvlm.runtime.bundle.reader import read_bundle
 
-MODELS = ["digits-llava", *TINY]
+MODELS = ["digits-llava", *EVERY]
 VARIANTS = [
     *((name, "none") for name in MODELS),
     *((name, "lightvlm") for name in MERGED),
