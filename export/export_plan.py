@@ -147,6 +147,13 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
             f"image features up to block {deepstack - 1}; merge from block {deepstack} on "
             "(--help-recipe)"
         )
+    rule = recipe.cache_rule()
+    if language.bidirectional and rule is not None and rule.remembers_prompts:
+        raise ParameterError(
+            f"recipe {recipe.name} would rank entries by queries of image tokens as if these did "
+            f"not see what follows, which those of {family.name} do; compact after as many steps "
+            f"as there are queries ({rule.queries}) or more"
+        )
     images = family.images(config, checkpoint.folder)
     if recipe.scored and not score_width(skeleton.vision):
         raise ParameterError(

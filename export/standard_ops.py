@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lvlm.export.ops.cache_importance import OP as CACHE_IMPORTANCE
 from lvlm.export.ops.causal_attention import OP as CAUSAL_ATTENTION
 
 PLACEHOLDER_DOMAIN = "lvlm.std"
@@ -27,11 +28,13 @@ PLACEHOLDER_DOMAIN = "lvlm.std"
 class Tap:
     """Receives the query [B,Hq,N,d] and key [B,Hkv,N,d] of one attention, rotary applied.
 
-    With ``length`` [B] int64, the valid tokens of each row, a causal attention also gives every
-    position's importance [B,N] fp32: the attention it receives from all queries.
+    With ``length`` [B] int64, the valid tokens of each row, an attention of the prompt over itself
+    also gives every position's importance [B,N] fp32: the attention it receives from all queries.
+    Under a mask ``ends`` [B,N] int64 says the same as that: the last place that each token sees.
     """
 
     length: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
     scale: float = 1.0
     query: torch.Tensor = field(init=False)
     key: torch.Tensor = field(init=False)
@@ -97,6 +100,9 @@ def attention(
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attention_mask, scale=scale, enable_gqa=True
         )
+    if not causal and tap is not None and tap.length is not None and tap.ends is not None:
+        # All logits at once: under a mask the attention itself has them, too
+        (tap.importance,) = CACHE_IMPORTANCE(query, key, tap.ends, tap.length, scale=scale, parts=1)
     return out.transpose(1, 2), None
 
 

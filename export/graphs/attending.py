@@ -23,17 +23,51 @@ class Angles:
 
 
 class Masks:
-    """What a prompt's tokens see in layers with a window, once for each window."""
+    """What a prompt's tokens see where that is not everything up to themselves: in layers with a
+    window, and where the tokens of an image see one another (``bidirectional``). Once for each
+    window while the tokens stay."""
 
-    def __init__(self) -> None:
-        self._known: dict[int, Tensor] = {}
+    def __init__(self, *, bidirectional: bool) -> None:
+        self.bidirectional = bidirectional
+        self._image_id: Tensor | None = None
+        self._known: dict[int | None, Tensor] = {}
+        self._ends: Tensor | None = None
 
-    def of(self, window: int | None, hidden: Tensor) -> Tensor | None:
-        """Boolean [1,1,N,N] for ``hidden`` [B,N,D]; None: everything up to itself."""
-        if window is None:
+    def of(self, window: int | None, image_id: Tensor) -> Tensor | None:
+        """Boolean [B or 1,1,N,N] for tokens of images [B,N]; None: everything up to itself."""
+        if window is None and not self.bidirectional:
             return None
+        if image_id is not self._image_id:
+            self._image_id, self._known, self._ends = image_id, {}, None
         if window not in self._known:
-            at = torch.arange(hidden.shape[1], device=hidden.device)
-            behind = at[:, None] - at
-            self._known[window] = ((behind >= 0) & (behind < window))[None, None]
+            images = image_id if self.bidirectional else None
+            self._known[window] = seen_among(image_id.shape[1], window, images, image_id)[:, None]
         return self._known[window]
+
+    def ends(self, image_id: Tensor) -> Tensor | None:
+        """The last place [B,N] int64 that each token sees in a layer without a window; None: its
+        own."""
+        if not self.bidirectional:
+            return None
+        seen = self.of(None, image_id)
+        if self._ends is None and seen is not None:
+            self._ends = seen[:, 0].sum(-1) - 1
+        return self._ends
+
+
+def seen_among(count: int, window: int | None, image_id: Tensor | None, like: Tensor) -> Tensor:
+    """Boolean [B or 1,N,N]: which of so many tokens each of them sees, those up to itself and of
+    the window. With ``image_id`` [B,N] (-1 padding, 0 text, m the m-th image) also those of its
+    image that follow: a window hides the past alone.
+
+    Source: transformers' create_masks_for_vision_model of Gemma 3. Its images lie apart, each in
+    one run of tokens. ``like`` is any tensor of the same device.
+    """
+    at = torch.arange(count, device=like.device)
+    behind = at[:, None] - at
+    seen = (behind >= 0)[None]
+    if image_id is not None:
+        same = image_id[:, :, None] == image_id[:, None]
+        # torch's exporter would decompose a graph that has & or | in it, which takes seconds
+        seen = seen.logical_or(same.logical_and((image_id > 0)[:, None]))
+    return seen if window is None else seen.logical_and(behind < window)

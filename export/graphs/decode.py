@@ -99,7 +99,7 @@ def _block(
     slots = torch.arange(key.shape[2], device=hidden.device)
     seen = slots[None] < valid_length[:, None]
     if window is not None:  # all entries are there, in order
-        seen = seen & (slots[None] >= valid_length[:, None] - window)
+        seen = seen.logical_and(slots[None] >= valid_length[:, None] - window)
     mask = seen[:, None, None]
     cache, tap = CacheWriter(key, value, write_index), Tap()
     hidden = run_block(block, hidden, positions, (cos, sin), cache, tap, mask)

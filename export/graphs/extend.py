@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lvlm.export.graphs.attending import Angles
+from lvlm.export.graphs.attending import Angles, seen_among
 from lvlm.export.graphs.blocks import EntriesBehind, run_block
 from lvlm.export.graphs.embedded import EmbeddedTokens, new_tokens
 from lvlm.export.graphs.graph import Tensors
@@ -30,6 +30,8 @@ class Extend(LanguageGraph):
                     padding
     position_ids    [B,T] int64, or [3,B,T]
     last_token      [B] int64: index of each row's last new token that is no padding
+    image_id        [B,T] int64, where tokens of an image see one another: as in prefill.py. All of
+                    an image's tokens are among them, or none that follows
     write_index     [B] int64: how many entries a row has, hence the slot of its first new one;
                     slots up to write_index + T are written, those of padding, too
     past_slots      [P] int64: the slots before that are attended to, 0 up to the largest
@@ -46,8 +48,10 @@ class Extend(LanguageGraph):
         self.dtype = dtype
 
     def inputs(self) -> list[GraphPort]:
+        images = [GraphPort("image_id", torch.int64, (BATCH, "tokens"))]
         return [
             *new_tokens(self.model, self.dtype),
+            *(images if self.model.bidirectional else []),
             GraphPort("write_index", torch.int64, (BATCH,)),
             GraphPort("past_slots", torch.int64, ("entries",)),
             *self.buffer_ports("past", self.kinds),
@@ -65,7 +69,7 @@ class Extend(LanguageGraph):
         hidden, angles = embedded.hidden, Angles()
         index, slots = given["write_index"], given["past_slots"]
         masks = {
-            window: _seen(index, slots, hidden.shape[1], window)
+            window: _seen(index, slots, hidden.shape[1], window, given.get("image_id"))
             for window in dict.fromkeys(one.window for one in model.layers)
         }
         outputs: dict[str, torch.Tensor] = {}
@@ -82,19 +86,21 @@ class Extend(LanguageGraph):
         return outputs
 
 
-def _seen(index: torch.Tensor, slots: torch.Tensor, new: int, window: int | None) -> torch.Tensor:
+def _seen(
+    index: torch.Tensor,
+    slots: torch.Tensor,
+    new: int,
+    window: int | None,
+    image_id: torch.Tensor | None,
+) -> torch.Tensor:
     """Boolean [B,1,T,P+T]: which entries, those there and then the new ones, a token sees."""
-    at = torch.arange(new, device=index.device)
     past = (slots[None] < index[:, None])[:, None]  # [B,1,P]
-    behind = at[:, None] - at
-    own = behind >= 0
     if window is not None:
-        own = own & (behind < window)
-        here = index[:, None] + at  # [B,T]: the slots of the new tokens
-        past = past & (here[:, :, None] - slots < window)
+        here = index[:, None] + torch.arange(new, device=index.device)  # slots of new tokens [B,T]
+        past = past.logical_and(here[:, :, None] - slots < window)
+    own = seen_among(new, window, image_id, index)
     rows = index.shape[0]
-    past = past.expand(-1, new, -1)
-    return torch.cat([past, own[None].expand(rows, -1, -1)], dim=2)[:, None]
+    return torch.cat([past.expand(-1, new, -1), own.expand(rows, -1, -1)], dim=2)[:, None]
 
 
 def _block(

@@ -127,7 +127,7 @@ def _block(
     """A block on the new tokens, and its buffers as decode would leave them."""
     at = torch.arange(hidden.shape[1], device=hidden.device)
     past = at[:, None] < past_until
-    own = (at[:, None] >= at) & (at[:, None] < new_until)
+    own = (at[:, None] >= at).logical_and(at[:, None] < new_until)
     mask = torch.cat([past, own], dim=1)[None, None]  # [1,1,T,P+T]
     cache, tap = EntriesKept(key, value, write_index, past_slots, written), Tap()
     hidden = run_block(block, hidden, positions, (cos, sin), cache, tap, mask)

@@ -41,6 +41,7 @@ class LanguageModel:
     longest: int | None = None  # positions that the rotary angles hold for, None: any number
     position_rows: int = 1  # rotary positions per token: 3 with M-RoPE
     deepstack_layers: int = 0  # first blocks whose output gets image features of its own added
+    bidirectional: bool = False  # tokens of an image see those of it that follow, too
 
     @property
     def blocks(self) -> list[nn.Module]:

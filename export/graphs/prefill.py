@@ -78,12 +78,13 @@ class Prefill(LanguageGraph):
         outputs: dict[str, torch.Tensor] = {}
         kept: list[torch.Tensor] = []
         tap: Tap | None = None
-        angles, masks = Angles(), Masks()
+        angles, masks = Angles(), Masks(bidirectional=model.bidirectional)
         for layer, one in enumerate(model.layers):
             state = recipe.before_block(layer, state, tap, given)
             cos, sin = angles.of(one.rotary, state.hidden, state.positions)
             # Elsewhere no layer's window hides anything (export_plan.py)
-            mask = masks.of(one.window, state.hidden) if self.in_place else None
+            mask = masks.of(one.window if self.in_place else None, state.image_id)
+            ends = masks.ends(state.image_id) if rule is not None else None
             taken = {
                 "hidden": state.hidden,
                 "positions": state.positions,
@@ -92,6 +93,7 @@ class Prefill(LanguageGraph):
                 "sin": sin,
                 "start": start,
                 **({} if mask is None else {"mask": mask}),
+                **({} if ends is None else {"ends": ends}),
                 **self.past(layer, given),
                 **(one_layer(rule.inputs(), layer, given) if rule else {}),
             }
@@ -135,14 +137,15 @@ class Prefill(LanguageGraph):
         sin: torch.Tensor,
         start: torch.Tensor,
         mask: torch.Tensor | None = None,
+        ends: torch.Tensor | None = None,
         **own: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """A block, and what its cache keeps of the prompt; ``own``: its buffers, the rule's
         inputs."""
         rule = self.rule
-        state = TokenSequence(hidden, positions, image_id)
+        state = TokenSequence(hidden, positions, image_id, ends=ends)
         scored = rule is not None and rule.scores_all
-        tap, entries = Tap(state.length() if scored else None), PromptEntries()
+        tap, entries = Tap(state.length() if scored else None, ends), PromptEntries()
         state.hidden = run_block(block, hidden, positions, (cos, sin), entries, tap, mask)
         found, new = {}, {"key": entries.key, "value": entries.value}
         if rule is not None:

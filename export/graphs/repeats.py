@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -216,6 +217,8 @@ def _equal(a: Any, b: Any) -> bool:
         return False
     if isinstance(a, types.MethodType):  # of exchanged leaves: bound to each its own module
         return a.__func__ is b.__func__
+    if isinstance(a, partial):  # of activations
+        return a.func is b.func and _equal(a.args, b.args) and _equal(a.keywords, b.keywords)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
     return isinstance(a, int | float | str | tuple | list | set | torch.dtype) and bool(a == b)

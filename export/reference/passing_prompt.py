@@ -42,14 +42,15 @@ class PassingPrompt:
         )
         self.hidden = self._embedded.hidden
         self._positions = torch.from_numpy(prompt.positions[..., None, :])
-        self._angles, self._masks = Angles(), Masks()
+        self._image_id = torch.from_numpy(prompt.image_id)[None]
+        self._angles, self._masks = Angles(), Masks(bidirectional=language.bidirectional)
 
     @torch.no_grad()
     def through(self, number: int) -> torch.Tensor:
         """What block ``number`` makes of ``hidden``, which stays."""
         layer, hidden = self._language.layers[number], self.hidden
         cos, sin = self._angles.of(layer.rotary, hidden, self._positions)
-        mask = self._masks.of(layer.window, hidden)
+        mask = self._masks.of(layer.window, self._image_id)
         tap = Tap(scale=self._language.scale)
         out = run_block(
             layer.block, hidden, self._positions, (cos, sin), PromptEntries(), tap, mask

@@ -8,9 +8,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.engine.calls import Calls
 from lvlm.runtime.generate.call_plan import count_prompts
 from lvlm.runtime.generate.loaded_graphs import Graphs
+from lvlm.runtime.generate.pieces import border_before
 from lvlm.runtime.generate.tokens_behind import TokensBehind
 from lvlm.runtime.prompt.prompts import Prompt
 
@@ -25,14 +27,17 @@ class Beginning(Prompt):
         return self.positions
 
 
-def cuts(prompt: Prompt) -> list[int]:
-    """Where to cut a prompt: before its images, in the middle of one, behind them; what of that
-    there is."""
+def cuts(prompt: Prompt, form: Images) -> list[int]:
+    """Where to cut a prompt: before its images, in the middle of one or, where that cannot be,
+    before it, behind them; what of that there is."""
     images = np.flatnonzero(prompt.image_id > 0)
     if not len(images):
         return [len(prompt.ids) // 2]
     first, last = int(images[0]), int(images[-1])
-    found = (first, int(images[len(images) // 2]), last + 1)
+    middle = int(images[len(images) // 2])
+    if form.bidirectional:
+        middle = border_before(prompt.image_id, middle)
+    found = (first, middle, last + 1)
     return [cut for cut in dict.fromkeys(found) if 0 < cut < len(prompt.ids)]
 
 
@@ -48,7 +53,7 @@ def in_pieces(graphs: Graphs, prompt: Prompt, features: Sequence[np.ndarray]) ->
     prefill, extend = graphs.bind("prefill", row), graphs.bind("extend", row)
     whole, found = range(len(prompt.ids)), []
     rows = np.concatenate(features) if len(features) else np.zeros((0, 0), np.float32)
-    for cut in (*cuts(prompt), 0):
+    for cut in (*cuts(prompt, graphs.manifest.images), 0):
         if cut:
             graphs.prefill([_first(prompt, cut)], counts, features, prefill)
         found.append(graphs.extend(prompt, whole[cut:], rows, extend)[0])

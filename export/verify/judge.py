@@ -206,8 +206,8 @@ class Judge:
         tokens = torch.tensor([list(ids)])
         is_image = torch.isin(tokens[0], torch.tensor(sorted(image_ids)))
         taken = _taken(self.model, image)
-        if "mm_token_type_ids" in _parameters(self.model):
-            taken["mm_token_type_ids"] = is_image.int()[None]
+        for name in {"mm_token_type_ids", "token_type_ids"} & _parameters(self.model):
+            taken[name] = is_image.int()[None]
         seen: list[torch.Tensor] = []
 
         def watch(_: Any, args: Any, given: dict[str, Any]) -> None:

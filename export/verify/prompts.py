@@ -138,8 +138,9 @@ def _ids(judge: Judge, maker: PromptMaker, image: Image.Image, prompt: Prompt) -
         theirs = judge.encode(text, not judge.begins(text))
         first = int(np.flatnonzero(prompt.image_id > 0)[0])
         plain = [t for t, m in zip(ours, prompt.image_id, strict=True) if m == 0]
-        before = theirs.index(maker.images.token_id) if maker.images.token_id in theirs else -1
-        theirs = [t for t in theirs if t != maker.images.token_id]
+        place = maker.tokenizer.token_id(token)
+        before = theirs.index(place) if place in theirs else -1
+        theirs = [t for t in theirs if t != place]
         # What a processor writes around an image is not known here: the ends must agree
         ends = before >= 0 and ours[: min(before, first)] == theirs[: min(before, first)]
         ends = ends and plain[len(plain) - len(theirs) + before :] == theirs[before:]

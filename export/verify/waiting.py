@@ -25,10 +25,16 @@ def let_quantized_wait(model: ir.Model) -> None:
 def beside(node: ir.Node, weight: ir.Value) -> ir.Value | None:
     """The value computed before ``node`` can take the weight, if any."""
     for value in node.inputs:
-        if value is not None and value is not weight and not value.is_initializer():
+        if value is not None and value is not weight and not _constant(value):
             return value
-    uses = list(node.outputs[0].uses())  # a weight that is transposed on its way
+    uses = list(node.outputs[0].uses())  # a weight that is transposed, or added to, on its way
     return beside(uses[0].node, node.outputs[0]) if len(uses) == 1 else None
+
+
+def _constant(value: ir.Value) -> bool:
+    """Whether it is there from the beginning."""
+    made = value.producer()
+    return value.is_initializer() or (made is not None and made.op_type == "Constant")
 
 
 def waiting(weight: ir.Value, value: ir.Value | None, name: str) -> tuple[list[ir.Node], ir.Value]:

@@ -17,6 +17,7 @@ from lvlm.core.errors import ParameterError
 from lvlm.runtime.bundle.engine_sets import Range
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, UNITS_AT_ONCE
+from lvlm.runtime.generate.pieces import most_at_once
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import ASKING, keep_ratios, kept, recycled, tokens_per_layer
 from lvlm.runtime.kv.static_capacity import static_capacity
@@ -97,13 +98,14 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
     stays = Budgets.of(manifest.cache_policy, layers, None).prompt(entering[:, None])[:, 0]
     max_images = batch.max * manifest.capacity.max_images
     capacities = static_capacity(manifest).per_layer
+    at_once = most_at_once(manifest.images, TOKENS_AT_ONCE)
     ranges = {
         "batch": batch,
         "sequence": Range(1, usual, longest),
         "rows": Range(1, batch.opt * tokens, max_images * tokens),
         "images_per_row": Range(1, 1, manifest.capacity.max_images),
         "queries": Range(1, min(QUESTION, text, ASKING), min(ASKING, longest)),
-        "tokens": Range(1, min(QUESTION, longest), min(TOKENS_AT_ONCE, longest)),
+        "tokens": Range(1, min(QUESTION, longest), min(at_once, longest)),
         "entries": Range(1, usual, max(capacities)),
     }
     for stage, (reduction, ratio) in enumerate(zip(reductions, ratios, strict=True)):

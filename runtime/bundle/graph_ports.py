@@ -122,6 +122,7 @@ def _extend(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
     takes: Forms = {**_tokens(manifest), "last_token": ("int64", (None,))}
     if manifest.in_place:
         takes |= dict.fromkeys(("write_index", "past_slots"), ("int64", (None,)))
+        takes |= {"image_id": ("int64", ROW)} if manifest.images.bidirectional else {}
     else:
         layers, queries = manifest.text.layers, _queries(manifest)
         takes |= dict.fromkeys(("write_index", "new_until"), ("int64", (layers, None)))

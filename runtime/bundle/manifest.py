@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from lvlm.core.integrity import File
 from lvlm.runtime.policies.policy import CachePolicy
 
-SCHEMA = 7
+SCHEMA = 8
 MANIFEST = "lvlm.json"
 
 
@@ -67,6 +67,8 @@ class Text:
 class Images:
     """Image inputs of a bundle.
 
+    token              what stands for an image in a prompt
+    token_id           each of the image's own tokens, which ``token`` is replaced by
     tokens             the most that one image gives
     grid               rows x columns of patches, where all images have the same: with one token
                        more than patches the first is the class token; with one less, the first
@@ -80,6 +82,10 @@ class Images:
     deepstack_layers   how many of the language model's first blocks have image features of their
                        own added to their output (DeepStack); a token's features hold these, too
     max_dims           the largest that one image needs of each dynamic dimension of the graph
+    as_text            the text of an image (PreparedImage) takes the place of ``token`` before the
+                       prompt is tokenized, which may join it with what is beside it; else its
+                       tokens take the place of ``token_id`` afterwards
+    bidirectional      tokens of an image, between which there is no text, see those that follow
     """
 
     token: str
@@ -93,6 +99,8 @@ class Images:
     positions: Literal["sequence", "grid"] = "sequence"
     deepstack_layers: int = 0
     max_dims: dict[str, int] = field(default_factory=lambda: {"units": 1})
+    as_text: bool = False
+    bidirectional: bool = False
 
 
 @dataclass(frozen=True)

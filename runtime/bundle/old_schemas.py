@@ -5,6 +5,7 @@
     of some fields of ``images``
 5   has no graph ``extend``, which a bundle may lack
 6   has no ``encoder``
+7   has neither ``as_text`` nor ``bidirectional`` in ``images``
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from lvlm.runtime.policies.shares import (
 )
 
 FLAT = (3, 4)
-OLD = (*FLAT, 5, 6)
+OLD = (*FLAT, 5, 6, 7)
 # Fields of ``images`` and their names since schema 5
 IMAGES = {"apart": "independent_units", "deep": "deepstack_layers", "most": "max_dims"}
 

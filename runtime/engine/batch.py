@@ -125,6 +125,9 @@ class Batch:
         if self.graphs.manifest.in_place:
             return worthwhile(request.prompt, prefix.length, extends=self.graphs.extends)
         assert prefix.read is not None
+        shows = (request.prompt.image_id[prefix.length :] > 0).any()
+        if self.graphs.manifest.images.bidirectional and shows:
+            return False  # read as decode reads, an image's tokens would not see those that follow
         if not prefix.whole:  # images that follow would be merged, too, read as a whole
             last = (request.prompt.image_id[prefix.read.images :] > 0).any()
             ratios = (prefix.read.keep, prefix.read.kv_keep)

@@ -11,6 +11,7 @@ import numpy as np
 from lvlm.core.errors import ParameterError
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, UNITS_AT_ONCE
+from lvlm.runtime.generate.pieces import most_at_once
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import cache_bytes
 from lvlm.runtime.kv.image_tokens import keep_ratios, most_entering
@@ -137,7 +138,7 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int, chunk: int | N
     step = slots * (row("decode") + attention + 8 * text.vocab)
     read = tokens * row("prefill") if chunk is None else 0
     if "extend" in manifest.graphs:
-        at_most = TOKENS_AT_ONCE if chunk is None else chunk
+        at_most = most_at_once(images, TOKENS_AT_ONCE if chunk is None else chunk)
         read += min(tokens, at_most) * (row("extend") + attention)
     return read + at_once * row("vision") + features + step
 

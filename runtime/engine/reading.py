@@ -15,6 +15,7 @@ from lvlm.runtime.engine.encoding import Encode, Encoding
 from lvlm.runtime.engine.request import Request
 from lvlm.runtime.generate.call_plan import PromptCounts
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, Graphs
+from lvlm.runtime.generate.pieces import next_piece
 from lvlm.runtime.generate.tokens_behind import TokensBehind
 from lvlm.runtime.kv.cache import CompactCache
 from lvlm.runtime.sampling.sampler import check_finite
@@ -120,18 +121,18 @@ class ReadingInPieces:
         if beside and self._images.left:
             self._encode(1)
             return None
-        tokens = min(pace.tokens(beside=beside), self.left)
-        logits, seconds = self.read(tokens)
-        pace.read(tokens, seconds)
+        before = self.start
+        logits, seconds = self.read(pace.tokens(beside=beside))
+        pace.read(self.start - before, seconds)
         return logits
 
     def read(self, tokens: int) -> tuple[np.ndarray | None, float]:
-        """Read so many tokens, the images before the first ones: logits [1,vocabulary] after the
-        last ones, and how many seconds the tokens took."""
+        """Read about so many tokens, the images before the first ones: logits [1,vocabulary] after
+        the last ones, and how many seconds the tokens took."""
         self._encode()
-        began = time.perf_counter()
-        span = range(self.start, self.start + min(tokens, self.left))
-        logits = self.graphs.extend(self.request.prompt, span, self._all_features(), self.call)
+        began, prompt = time.perf_counter(), self.request.prompt
+        span = next_piece(prompt.image_id, self.start, tokens, self.graphs.manifest.images)
+        logits = self.graphs.extend(prompt, span, self._all_features(), self.call)
         self.start = span.stop
         seconds = time.perf_counter() - began
         check_finite(logits)  # those of the last piece alone are looked at later

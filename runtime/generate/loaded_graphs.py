@@ -155,8 +155,8 @@ class Graphs:
         return logits, maps
 
     def extend(self, prompt: Prompt, span: range, features: np.ndarray, call: Call) -> np.ndarray:
-        """Logits [1,vocabulary] after the tokens ``span`` of a prompt, at most TOKENS_AT_ONCE; the
-        entries of those before them lie in the cache.
+        """Logits [1,vocabulary] after the tokens ``span`` of a prompt, a piece of it (pieces.py);
+        the entries of those before them lie in the cache.
 
         ``features`` [V,D] are those of the prompt's last V image tokens, the span's and all that
         follow among them; ``call`` is extend, bound to the one row of the prompt's entries."""
@@ -165,6 +165,8 @@ class Graphs:
             # Where there is no past, one slot that nothing sees: engines take no empty tensors
             "past_slots": np.arange(max(1, span.start), dtype=np.int64),
         }
+        if self.manifest.images.bidirectional:
+            places["image_id"] = prompt.image_id[None, span.start : span.stop]
         return self._extend(prompt, span, features, places, call)
 
     def extend_kept(

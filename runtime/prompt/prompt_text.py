@@ -52,7 +52,8 @@ class PromptWriter:
         self._video_token = None if video is None else video.token
         if video is not None and video.template:
             self.video_template = self._opened(video.template)
-        placeholders = [images.token, *([self._video_token] if self._video_token else [])]
+        own = tokenizer.visible_token(images.token_id)
+        placeholders = [token for token in (images.token, own, self._video_token) if token]
         self._encode_literal = tokenizer.literal_encoder(placeholders)
         self._given = lru_cache(8)(self._own_template)
 

@@ -19,9 +19,9 @@ from lvlm.runtime.options.generation_options import MAX_NEW_TOKENS, GenerationOp
 from lvlm.runtime.options.option_kinds import Option, integer, plain, read_value
 from lvlm.runtime.processors import Processor, load_processor
 from lvlm.runtime.prompt.messages import Conversation
-from lvlm.runtime.prompt.prompt_text import PromptWriter
+from lvlm.runtime.prompt.prompt_text import PromptText, PromptWriter
 from lvlm.runtime.prompt.prompt_videos import PromptVideos
-from lvlm.runtime.prompt.text import Tokenizer, expand_placeholders
+from lvlm.runtime.prompt.text import Tokenizer, expand_placeholders, expand_text
 from lvlm.runtime.prompt.tools.form import ToolForm
 from lvlm.runtime.sampling.settings import Sampling
 from lvlm.runtime.sampling.structure import Structure
@@ -135,12 +135,9 @@ class PromptMaker:
         text, prepared_images, token_ids = self.videos.placed(
             written.text, stills, prepared_videos, advice
         )
-        ids = self._writer.ids(replace(written, text=text))
         token_id = self.images.token_id
         advice = self._writer.advice("image", prompt, options)
-        where = expand_placeholders(
-            ids, token_id, [self._expansion(p) for p in prepared_images], advice
-        )
+        where = self._expanded(replace(written, text=text), prepared_images, advice)
         blank = prompt.blank if isinstance(prompt, Conversation) else not prompt.strip()
         if not where or (blank and not prepared_images):
             raise PromptError("the prompt is empty; write a question")
@@ -208,6 +205,25 @@ class PromptMaker:
         if self.images.positions == "sequence":
             return np.arange(len(image_id))
         return grid_positions(image_id, prepared_images)
+
+    def _expanded(
+        self, written: PromptText, images: Sequence[PreparedImage], advice: str
+    ) -> list[int]:
+        """Token ids of a prompt with every image's placeholder as the image's tokens."""
+        if not self.images.as_text:
+            expansions = [self._expansion(image) for image in images]
+            ids = self._writer.ids(written)
+            return expand_placeholders(ids, self.images.token_id, expansions, advice)
+        texts = [image.text or "" for image in images]
+        text = expand_text(written.text, self.images.token, texts, advice)
+        ids = self._writer.ids(replace(written, text=text))
+        tokens = sum(image.tokens for image in images)
+        if (found := ids.count(self.images.token_id)) != tokens:
+            raise PromptError(
+                f"the prompt has {found} image tokens, its images have {tokens}; write "
+                f"{self.images.token} for each image, and none of the tokens it stands for"
+            )
+        return ids
 
     def _expansion(self, image: PreparedImage) -> list[int]:
         """The tokens that stand for an image."""

@@ -265,6 +265,15 @@ def expand_placeholders(
     ]
 
 
+def expand_text(text: str, token: str, images: Sequence[str], advice: str) -> str:
+    """``text`` with the m-th ``token`` replaced by the text of the m-th image. Raises as
+    ``expand_placeholders``."""
+    parts = text.split(token)
+    if len(parts) != 1 + len(images):
+        raise misplaced("image", len(parts) - 1, len(images), advice)
+    return parts[0] + "".join([image + part for image, part in zip(images, parts[1:], strict=True)])
+
+
 def misplaced(what: str, places: int, given: int, advice: str) -> PromptError:
     """More or fewer placeholders than images or videos."""
     has = _plural(places, f"{what} placeholder")

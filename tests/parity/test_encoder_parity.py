@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import MERGED
+from bundles import MERGED, OTHERS
 from parity_tools import IMAGES, ROWS, make_reference
 
 import lvlm
@@ -35,7 +35,8 @@ SECOND = "USER: <image>\nWhich digit is in the top row? ASSISTANT:"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "recipe" in metafunc.fixturenames:
-        every = [(name, recipe) for name in MERGED for recipe in RECIPES]
+        every = [(name, recipe) for name in dict.fromkeys([*MERGED, *OTHERS]) for recipe in RECIPES]
+        every = [(name, recipe) for name, recipe in every if recipe != "hybrid" or name in MERGED]
         whole = metafunc.config.getoption("--whole")
         metafunc.parametrize(("name", "recipe"), [*every, SCORED] if whole else USUAL)
 

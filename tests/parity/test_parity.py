@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import EXPORTED, MERGED, TINY, their_answer, transformers_inputs
+from bundles import EXPORTED, MERGED, TINY, moves, their_answer, transformers_inputs
 from parity_tools import IMAGES, ROWS, load_torch, make_reference
 from settings import ASSETS, LIGHTVLM
 
@@ -88,7 +88,8 @@ def reference_answers(
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"name", "settings"} <= set(metafunc.fixturenames):
-        names = ["digits-llava", *TINY] if metafunc.config.getoption("--whole") else MERGED
+        every = ["digits-llava", *filter(moves, TINY)]
+        names = every if metafunc.config.getoption("--whole") else MERGED
         cases: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
         cases.append(("digits-llava", ("merge=nearest", "importance=last")))
         cases.append(("digits-llava", ("merge=drop", "stages=[2,4]")))

@@ -77,8 +77,10 @@ def read_common(
     refuse_quantized(raw)
     # Older configurations call the table of rotary parameters rope_scaling, its kind type.
     rope = section(text, "rope_parameters") or section(text, "rope_scaling")
-    rope_type = rope.get("rope_type") or rope.get("type") or "default"
-    one_of(family, "rope_type", rope_type, rope_types(texts[found]))
+    own = [table for table in rope.values() if isinstance(table, Mapping)]  # of types of layers
+    for table in own or [rope]:
+        rope_type = table.get("rope_type") or table.get("type") or "default"
+        one_of(family, "rope_type", rope_type, rope_types(texts[found]))
     try:
         config = kind.from_dict(dict(raw))
     except Exception as error:  # transformers' own checks raise types of several packages

@@ -153,6 +153,12 @@ class CacheRule:
         return self.cache_policy.queries
 
     @property
+    def remembers_prompts(self) -> bool:
+        """Whether queries of the prompt are still in the ring when the cache is compacted."""
+        interval = self.cache_policy.interval
+        return interval is not None and interval < self.queries
+
+    @property
     def scores_all(self) -> bool:
         """Whether the importance is taken from all prompt queries."""
         return isinstance(self.cache_policy.score, AllQueries | Accumulated)
@@ -183,10 +189,13 @@ class CacheRule:
         self, state: TokenSequence, tap: Tap, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The queries [B,Hq,count,d] of each row's last tokens, the last one at the end, and the
-        index [B,count] of each; -1: the prompt is shorter."""
+        last place [B,count] that each sees; -1: the prompt is shorter."""
         back = torch.arange(count - 1, -1, -1, device=state.hidden.device)
         index = state.last()[:, None] - back
-        return tap.queries_at(index), index.clamp(min=-1)
+        ends = index.clamp(min=-1)
+        if state.ends is not None:
+            ends = torch.where(index < 0, -1, state.ends.gather(1, index.clamp(min=0)))
+        return tap.queries_at(index), ends
 
     def ring(self, state: TokenSequence, tap: Tap) -> torch.Tensor:
         """The prompt's queries that each layer remembers, [B,Hq,queries,d]."""

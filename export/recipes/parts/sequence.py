@@ -17,12 +17,14 @@ class TokenSequence:
     positions  [B,N] int64 (or [3,B,N]): rotary positions, original ones throughout
     image_id   [B,N] int64: -1 padding, 0 text, m the m-th image
     outputs    further outputs of the graph so far, by name: each reduction's map
+    ends       [B,N] int64: the last place that each token sees; None: its own
     """
 
     hidden: torch.Tensor
     positions: torch.Tensor
     image_id: torch.Tensor
     outputs: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    ends: torch.Tensor | None = None
 
     def last(self) -> torch.Tensor:
         """Index of each row's last prompt token, [B] int64."""

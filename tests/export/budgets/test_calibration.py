@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import TINY, USUAL, transformers_inputs
+from bundles import TINY, USUAL, moves, transformers_inputs
 from rows import profile_rows
 from settings import ASSETS
 from transformers import AutoModelForImageTextToText
@@ -77,7 +77,7 @@ def attention(folder: Path, prompt: Prompt) -> list[np.ndarray]:
     return [a[0].double().mean(0).sum(0).numpy() for a in out.attentions]
 
 
-@pytest.mark.parametrize("name", ["digits-llava", *TINY])
+@pytest.mark.parametrize("name", ["digits-llava", *filter(moves, TINY)])
 def test_importances_are_the_column_sums_of_the_attention(
     name: str, checkpoint: Callable[[str], Path]
 ) -> None:

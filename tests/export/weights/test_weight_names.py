@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundles import TINY
+from bundles import EXPORTED, TINY
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -36,8 +36,8 @@ QWEN = ((r"^model\.visual\.", "visual."), (r"^model\.language_model\.", "model."
 INTERN = ((r"^model\.vision_tower\.", "vision_tower."), *FIRST)
 BASE = ((r"^model\.", ""),)  # of the model below the head
 AGES = [
-    *((name, ()) for name in TINY),
-    *((name, FIRST) for name in TINY if name.startswith("llava")),
+    *((name, ()) for name in EXPORTED),
+    *((name, FIRST) for name in EXPORTED if name.startswith(("llava", "gemma3"))),
     *((name, FIVE) for name in TINY if name.startswith("llava")),
     *((name, QWEN) for name in TINY if name.startswith("qwen2")),
     *((name, INTERN) for name in TINY if name.startswith(("internvl", "mistral3", "pixtral"))),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundles import CACHED_USUAL, TINY
+from bundles import CACHED_USUAL, OTHERS, TINY, moves
 from settings import AT_ENCODER, CACHED, LIGHTVLM, SMALL, for_model
 
 from lvlm.core.discovery import discover
@@ -55,6 +55,7 @@ RECIPES = (
 # In a normal run every family once in fp32, each with another cache policy, as other tests export
 # them; in fp16, on few layers, the recipes that are not among those.
 PAIRS = [pair for pair in CACHED_USUAL if pair[0] != "digits-llava"]
+PAIRS += [(name, "none") for name in OTHERS if not moves(name)]
 APART = ["none", "lightvlm", *AT_ENCODER]
 APART += [x.split()[0] for x in CACHED if "(cached)" in x and x not in {c for _, c in PAIRS}]
 USUAL = [(SMALL, name) for name in APART]
@@ -95,6 +96,7 @@ def copied(bundle: Path, folder: Path) -> Path:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "built_once" in metafunc.fixturenames:
         pairs = [(model, name) for model in ("digits-llava", *TINY) for name in RECIPES]
+        pairs = [p for p in pairs if p[0] not in TINY or p[1] == "none" or moves(p[0])]
         every = [pytest.param(*p, marks=KNOWN_FAULT if p in FAULTS else ()) for p in pairs]
         whole = metafunc.config.getoption("--whole")
         metafunc.parametrize(("model", "recipe"), every if whole else USUAL)
@@ -137,7 +139,9 @@ def test_every_architecture_builds_in_fp32(
     architecture: str, cached: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The first has biases and as many KV heads as heads."""
-    folder = copied(bundle(architecture, *CACHED[cached], max_images=2), tmp_path / "b")
+    folder = copied(
+        bundle(architecture, *CACHED.get(cached, (cached,)), max_images=2), tmp_path / "b"
+    )
     engines = build(folder, sm=(86,))
     assert all(graph.bytes > 0 for graph in engines.graphs.values())
 
