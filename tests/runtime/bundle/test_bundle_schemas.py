@@ -26,6 +26,7 @@ from lvlm.runtime.policies.policy import (
     Window,
 )
 from lvlm.runtime.policies.shares import ReleasedUniform, Uniform
+from lvlm.runtime.tools.recorded_answers import recorded_answers
 
 DATA = Path(__file__).parents[2] / "data/bundles"
 SAMPLE = ASSETS / "samples/digits-1.png"
@@ -162,6 +163,24 @@ READ_ON = [
     + [157, 325, 157]
     + [439] * 5,
 ]
+# With divprune at keep 0.5, of schema 7, at commit 5ca8523: as exported, and at keep 0.2.
+DROPPED = [
+    [103, 444, 29, 192, 415, 287, 338, 81, 444, 361, 287, 192, 287, 192, 287, 192]
+    + [415] * 5
+    + [287, 417, 287],
+    [
+        *(103, 444, 29, 192, 415, 287, 338, 81, 444, 361, 287, 192, 287, 192, 287, 192),
+        *(415, 287, 192, 287, 152, 415, 287, 192),
+    ],
+]
+FEWER = [
+    [92, 410, 444, 42, 250, 233, 19, 92, 410, 444, 42, 250, 417, 287, 163, 287, 192, 287]
+    + [417, 287] * 3,
+    [
+        *(92, 410, 444, 42, 250, 233, 19, 410, 444, 42, 250, 287, 417, 287, 511, 361, 287),
+        *(417, 287, 417, 287, 417, 287, 417),
+    ],
+]
 FLAT = {
     "keep": 0.2,
     "profile": [],
@@ -251,6 +270,29 @@ def test_a_bundle_without_an_encoder_answers_as_recorded(
     read_bundle(folder).write(folder)  # in the present schema, but as it was
     assert ("extend" in read_bundle(folder).graphs) == (schema == 6)
     assert read_bundle(folder).encoder is None
+
+
+def test_a_bundle_that_drops_image_tokens_answers_as_recorded(tmp_path: Path) -> None:
+    with zipfile.ZipFile(DATA / "schema-7.zip") as archive:
+        archive.extractall(tmp_path)
+    folder = tmp_path / "divprune"
+    assert json.loads((folder / "lvlm.json").read_text())["schema"] == 7
+    prompts = [
+        f"USER: <image>\nWhat is there to see in it, and how often in the rest? {n} ASSISTANT:"
+        for n in (7, 9)
+    ]
+    options: dict[str, Any] = {"chat_template": False, "max_new_tokens": 24, "ignore_eos": True}
+    with lvlm.load(folder) as model:
+        few = [model.generate(p, images=[SAMPLE], keep=0.2, **options).token_ids for p in prompts]
+    with lvlm.Engine(folder) as engine:
+        answers = [engine.submit(p, [SAMPLE], **options).result() for p in prompts]
+    assert [list(answer.token_ids) for answer in answers] == DROPPED
+    assert answers[1].stats.reused_tokens == 35
+    assert [list(tokens) for tokens in few] == FEWER
+    images = read_bundle(folder).images
+    assert (images.as_text, images.bidirectional) == (False, False)
+    with pytest.raises(BundleError, match="holds no recorded answers"):
+        recorded_answers(folder, read_bundle(folder))
 
 
 @pytest.mark.parametrize(
