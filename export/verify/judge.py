@@ -8,9 +8,7 @@ model of any size needs little memory.
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -19,10 +17,14 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from lvlm.core.errors import ValidationError
-from lvlm.export.families.parts.side_files import read_json
+from lvlm.export.verify.their_processor import (
+    image_options,
+    load_processor,
+    processor_class,
+    quiet,
+)
 from lvlm.export.weights.stored_weights import compute_in_fp32
 from lvlm.runtime.prompt.chat_template import Turn
 
@@ -50,29 +52,14 @@ class Judge:
     def __init__(self, folder: Path) -> None:
         """Raises ValidationError where transformers cannot load it."""
         self.folder = folder
-        with _quiet():
+        with quiet():
             self.tokenizer = self._load(transformers.AutoTokenizer, mistral_format=False)
             # Where torchvision is installed another would be taken, whose scaling rounds otherwise
             self.images = self._load(transformers.AutoImageProcessor, backend="pil")
             self.config = self._load(transformers.AutoConfig)
-        kind = _processor_class(self.config)
-        self.image_options = _image_options(kind, folder)
-        self.processor, self.without = self._processor(kind)
-
-    def _processor(self, kind: Any) -> tuple[Any, str]:
-        """The folder's processor where transformers has it whole; else None and the reason."""
-        try:
-            with _quiet():
-                found = transformers.AutoProcessor.from_pretrained(
-                    self.folder, local_files_only=True
-                )
-        except Exception as error:  # often a package that only videos need
-            return None, " ".join(str(error).split()).partition(". ")[0][:160]
-        if type(found) is not kind:  # guessed from a folder that names none
-            return None, f"the folder names {type(found).__name__}, the model has {kind.__name__}"
-        if "patch_size" in vars(found) and found.patch_size is None:
-            return None, "the folder has no processor_config.json"
-        return found, ""
+        kind = processor_class(self.config)
+        self.image_options = image_options(kind, folder)
+        self.processor, self.without = load_processor(kind, folder)
 
     def _load(self, kind: Any, **options: str | bool) -> Any:
         try:
@@ -87,7 +74,7 @@ class Judge:
     def load_model(self, dtype: torch.dtype) -> None:
         """The model, its weights left in their files where they are of ``dtype``."""
         options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
-        with _quiet():
+        with quiet():
             try:
                 model, info = transformers.AutoModelForImageTextToText.from_pretrained(
                     self.folder, local_files_only=True, **options
@@ -130,7 +117,7 @@ class Judge:
         for ways in product(("parts", "text"), repeat=len(roles)):
             messages = [self._message(turn, dict(zip(roles, ways, strict=True))) for turn in turns]
             try:
-                with _quiet():
+                with quiet():
                     text = self._templates().apply_chat_template(
                         messages, tokenize=False, add_generation_prompt=True
                     )
@@ -163,12 +150,12 @@ class Judge:
         return bool(bos) and text.startswith(bos)
 
     def encode(self, text: str, special: bool) -> list[int]:
-        with _quiet():
+        with quiet():
             return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Without special tokens, as answers are shown."""
-        with _quiet():
+        with quiet():
             found = self.tokenizer.decode(
                 ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
@@ -176,7 +163,7 @@ class Judge:
 
     def pixels(self, image: Image.Image) -> dict[str, torch.Tensor]:
         """The model's inputs that the image processor makes of one image."""
-        with _quiet():
+        with quiet():
             found = self.images(images=[image], **self.image_options, return_tensors="pt")
         return {k: v for k, v in found.items() if isinstance(v, torch.Tensor)}
 
@@ -186,7 +173,7 @@ class Judge:
         if self.processor is None:
             return None
         special = not self.begins(text)
-        with _quiet():
+        with quiet():
             found = self.processor(
                 images=[image], text=[text], add_special_tokens=special, return_tensors="pt"
             )
@@ -221,7 +208,7 @@ class Judge:
         clock = _Clock(max_tokens)
         hook = self.model.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
         try:
-            with _quiet():
+            with quiet():
                 out = self.model.generate(
                     input_ids=tokens,
                     attention_mask=torch.ones_like(tokens),
@@ -278,26 +265,6 @@ class _Clock(transformers.StoppingCriteria):  # type: ignore[misc]
         return torch.full((len(input_ids),), self.done >= self.wanted)
 
 
-def _processor_class(config: Any) -> Any:
-    """Of transformers, for models of that type; a vision tower may have one of its own."""
-    tower = getattr(getattr(config, "vision_config", None), "model_type", "")
-    names = PROCESSOR_MAPPING_NAMES
-    return getattr(transformers, names[tower if tower in names else config.model_type])
-
-
-def _image_options(kind: Any, folder: Path) -> dict[str, Any]:
-    """What the processor asks its image processor for, by default and by its file."""
-    try:
-        kwargs = getattr(getattr(kind, "valid_processor_kwargs", None), "_defaults", {})
-        found = dict(kwargs.get("images_kwargs") or getattr(kind, "images_kwargs", None) or {})
-    except ImportError:  # the class needs what is not installed
-        found = {}
-    file = read_json(folder / "processor_config.json")
-    if merge := file.get("spatial_merge_size"):  # PixtralProcessor: images of whole tokens
-        found["patch_size"] = file.get("patch_size", 16) * merge
-    return {key: value for key, value in found.items() if key != "return_tensors"}
-
-
 def _parameters(model: Any) -> set[str]:
     import inspect
 
@@ -307,20 +274,3 @@ def _parameters(model: Any) -> set[str]:
 def _taken(model: Any, image: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Those of an image processor's arrays that the model has arguments for."""
     return {k: v for k, v in image.items() if k in _parameters(model)}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither transformers' warnings nor its progress: what matters is compared."""
-    logging = transformers.utils.logging
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
