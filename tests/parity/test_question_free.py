@@ -14,6 +14,7 @@ import pytest
 import torch
 from engine_tools import same_images
 from exports import share_traces
+from filelock import FileLock
 from parity_tools import IMAGES
 
 import lvlm
@@ -62,19 +63,20 @@ class KeepLoudest(Recipe):
 
 
 @pytest.fixture(scope="module")
-def folder(
-    shared: Path, checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def folder(shared: Path, checkpoint: Callable[[str], Path]) -> Path:
     """A bundle with that recipe, which its export has compared with its torch reference."""
-    folder = tmp_path_factory.mktemp("loudest") / "bundle"  # each process its own
-    plan = make_plan(
-        ExportOptions(
-            str(checkpoint("digits-llava")), KeepLoudest(), folder, dtype="fp32", max_images=2
+    folder = shared / "loudest"
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            return folder
+        plan = make_plan(
+            ExportOptions(
+                str(checkpoint("digits-llava")), KeepLoudest(), folder, dtype="fp32", max_images=2
+            )
         )
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        share_traces(patch, shared)
-        exporter.export(plan, Progress(0, quiet=True))
+        with pytest.MonkeyPatch.context() as patch:
+            share_traces(patch, shared)
+            exporter.export(plan, Progress(0, quiet=True))
     return folder
 
 
