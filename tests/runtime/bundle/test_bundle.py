@@ -43,12 +43,12 @@ def test_manifest_that_is_not_json(folder: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "null", '"x"', "{}", '{"schema": 2}', '{"schema": 8}', '{"schema": "4"}']
+    "text", ["[]", "null", '"x"', "{}", '{"schema": 2}', '{"schema": 9}', '{"schema": "4"}']
 )
 def test_unknown_schema_is_told_before_unknown_fields(folder: Path, text: str) -> None:
     (folder / "lvlm.json").write_text(text)
     message = refused(folder)
-    assert "this version reads 3 to 7" in message
+    assert "this version reads 3 to 8" in message
     assert "has schema" in message
 
 
