@@ -136,7 +136,9 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int, chunk: int | N
     features = 4 * capacity.max_images * manifest.images.tokens * manifest.feature_width
     attention = 4 * text.heads * max(capacity.per_layer)
     step = slots * (row("decode") + attention + 8 * text.vocab)
-    read = tokens * row("prefill") if chunk is None else 0
+    # Under a mask every layer holds all logits of a prompt over itself
+    under_mask = 4 * text.heads * tokens if images.bidirectional else 0
+    read = tokens * (row("prefill") + under_mask) if chunk is None else 0
     if "extend" in manifest.graphs:
         at_most = most_at_once(images, TOKENS_AT_ONCE if chunk is None else chunk)
         read += min(tokens, at_most) * (row("extend") + attention)

@@ -163,6 +163,32 @@ FAULTS = {
         "- slots <= window",
         "tests/export/families/test_another_family.py::test_answers_are_those_of_transformers",
     ),
+    "image tokens see only what is before them": Fault(
+        "export/graphs/attending.py",
+        "(image_id > 0)[:, None]",
+        "(image_id > 9)[:, None]",
+        "tests/parity/test_parity.py::test_none_equals_transformers_generate[gemma3:gqa-window]",
+    ),
+    "extend: image tokens see only what is before them": Fault(
+        "export/graphs/extend.py",
+        "seen_among(new, window, image_id, index)",
+        "seen_among(new, window, image_id - 9, index)",
+        "tests/parity/test_extend.py::test_any_cut_gives_the_logits_and_the_cache_of_prefill"
+        "[gemma3:gqa-window]",
+    ),
+    "a chunk ends in an image whose tokens see one another": Fault(
+        "runtime/generate/pieces.py",
+        "if images.bidirectional and",
+        "if not images.bidirectional and",
+        "tests/export/families/test_family_gemma3.py::test_prompts_in_pieces",
+    ),
+    "image tokens are ranked as if they saw only what is before them": Fault(
+        "export/graphs/attending.py",
+        "return self._ends",
+        "return torch.arange(image_id.shape[1]).expand_as(image_id)",
+        "tests/export/budgets/test_calibration.py"
+        "::test_importances_are_the_column_sums_of_the_attention[gemma3:wide-window]",
+    ),
     "extend: features of a chunk's image off by one": Fault(
         "runtime/generate/loaded_graphs.py",
         "number[some] - first, -1)",

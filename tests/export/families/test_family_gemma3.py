@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import FAMILIES
+from example_counts import whole
 from parity_tools import IMAGES, ROWS
 from transformers import AutoProcessor
 
@@ -127,6 +128,24 @@ def test_prompts_in_pieces(bundle: Callable[..., Path]) -> None:
             answer = engine.generate(*again, **options)
             assert answer.token_ids == followed
             assert answer.stats.reused_tokens > 16  # all of the picture
+
+
+@pytest.mark.skipif(not whole(), reason="exports one more bundle: --whole")
+def test_a_turn_with_an_image_is_read_as_a_whole(bundle: Callable[..., Path]) -> None:
+    """Behind a compressed cache it would be read as decode reads, token by token."""
+    folder = bundle(WIDE, "snapkv", "window=8", max_images=2, sessions=True)
+    reused, talk = [], list[dict[str, Any]]()
+    with Engine(folder, slots=2) as engine, engine.session() as session:
+        for image in (IMAGES[0], None, IMAGES[1], None):
+            shown = [] if image is None else [{"type": "image", "image": image}]
+            content = [*shown, {"type": "text", "text": "What is it?"}]
+            talk.append({"role": "user", "content": content})
+            answer = engine.generate(talk, session=session, max_new_tokens=1)
+            reused.append(answer.stats.reused_tokens > 0)
+            if image is not None:
+                assert answer.token_ids == engine.generate(talk, max_new_tokens=1).token_ids
+            talk.append({"role": "assistant", "content": answer.text})
+    assert reused == [False, True, False, True]
 
 
 def plan(folder: Path, name: str, *settings: str, **options: Any) -> Any:

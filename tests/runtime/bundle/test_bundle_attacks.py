@@ -194,6 +194,8 @@ ATTACKS: dict[str, Edit] = {
             ("shared_rows", 3),
             ("shared_rows", 10**12),
             ("deepstack_layers", 1),
+            ("as_text", True),
+            ("bidirectional", True),
             ("positions", "grid"),
             ("max_dims", {}),
             ("max_dims", {"units": HUGE}),
