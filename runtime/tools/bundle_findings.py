@@ -8,8 +8,10 @@ from pathlib import Path
 from lvlm.core.errors import BackendError
 from lvlm.core.integrity import sha256_of
 from lvlm.core.nvidia import NvidiaDriver
+from lvlm.core.progress import size
 from lvlm.runtime.bundle.engine_sets import EngineSet, NoEnginesError
 from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.tools.engine_memory import engine_memory
 from lvlm.runtime.tools.findings import Finding, unusable
 
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
@@ -71,4 +73,12 @@ def _engines(
     except BackendError as error:
         what, _, fix = str(error).rpartition("; ")
         return Finding(subject, False, what, fix, broken=True)
-    return Finding(subject, True, f"{engines.folder.name} fits")
+    needs, memory = engine_memory(engines, manifest), seen.gpus[0].memory
+    says = f"{engines.folder.name} fits, and takes {size(needs.total)} of {size(memory)}: {needs}"
+    if needs.total > memory:
+        fix = (
+            "build them with a smaller --batch or --max-prompt, or export with less: --weights "
+            "int4, --max-text-len, kv_keep"
+        )
+        return Finding(subject, False, says.replace(" fits, and takes", " takes", 1), fix)
+    return Finding(subject, True, says)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import re
@@ -17,10 +18,14 @@ import pytest
 from lvlm.core.errors import BackendError
 from lvlm.core.installing import install
 from lvlm.core.nvidia import Gpu, NvidiaDriver, driver
+from lvlm.core.progress import size
 from lvlm.runtime.backends.ort.kernels.kernel_library import Found
+from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.tools import doctor, doctor_cli
 from lvlm.runtime.tools.doctor import examine
+from lvlm.runtime.tools.engine_memory import engine_memory
 from lvlm.runtime.tools.findings import ABSENT, Finding, Machine, as_json, can_run
 
 ORIN = Gpu("Orin", 87, 8_000_000_000, True)
@@ -152,6 +157,31 @@ def test_engines(engines: dict[str, Any], says: str, fix: str, built: Callable[.
     assert finding.ok == (not fix)
     assert says in finding.says
     assert fix in finding.fix
+
+
+@pytest.mark.parametrize("weights", ["embedded", "inputs"])
+def test_what_engines_take_of_the_memory(weights: str, built: Callable[..., Path]) -> None:
+    folder = built(**FULL, version="10.3.0", weights=weights, batch=3)
+    (engines,), manifest = EngineSet.find(folder, "tensorrt"), read_bundle(folder)
+    needs = engine_memory(engines, manifest)
+    text, entries = manifest.text, sum(static_capacity(manifest).per_layer)
+    assert needs.prompts == 3
+    assert needs.cache == 3 * entries * 2 * text.kv_heads * text.head_dim * 4
+    assert needs.engines == sum((engines.folder / g.file).stat().st_size
+                                for g in engines.graphs.values())  # fmt: skip
+    # Each once, whatever engines read it
+    read = {w.name: w.bytes for g in engines.graphs.values() for w in g.weights}
+    assert needs.shared == sum(read.values())
+    assert (needs.shared > 10_000_000) == (weights == "inputs")
+    assert (
+        f"takes {size(needs.total)} of 8.0 GB"
+        in found(machine(), folder)["bundle on tensorrt"].says
+    )
+    small = dataclasses.replace(ORIN, memory=needs.total - 1)
+    finding = found(machine(NvidiaDriver((13, 0), (small,))), folder)["bundle on tensorrt"]
+    assert not finding.ok
+    assert "fits" not in finding.says
+    assert "smaller --batch or --max-prompt" in finding.fix
 
 
 def test_plugins_as_the_backend_takes_them(
