@@ -1,5 +1,5 @@
 """Configurations of released models: of 7 to 8 billion weights, one for every kind of text model
-that the families have, and smaller ones."""
+that the families have where there is one, and smaller ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import transformers as hf
+
+from lvlm.export.families.parts.llama_text import tiny_token
 
 # Shared by the 7B and 8B models of a generation
 QWEN2 = {
@@ -189,11 +191,33 @@ def qwen3_vl() -> Any:
     )
 
 
+def gemma3() -> Any:
+    text = hf.Gemma3TextConfig(
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=34,
+        sliding_window=1024,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    )
+    vision = hf.SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=896,
+        patch_size=14,
+        vision_use_head=False,
+    )
+    tokens = {"boi_token_index": 3, "eoi_token_index": tiny_token(0)}
+    return _joined(hf.Gemma3Config, text, vision, **tokens, image_token_index=tiny_token(1))
+
+
 # Name: (configuration, dtype of the released weights)
 SHAPES: dict[str, tuple[Callable[[], Any], torch.dtype]] = {
     "llava-onevision-qwen2-0.5b": (partial(llava_onevision, QWEN2_HALF), torch.float16),
     "qwen2-vl-2b": (partial(qwen2_vl, QWEN2_TWO), torch.bfloat16),
     "qwen2.5-vl-3b": (partial(qwen2_5_vl, QWEN2_THREE), torch.bfloat16),
+    "gemma-3-4b": (gemma3, torch.bfloat16),
     "llava-1.5-7b": (llava, torch.float16),
     "llava-v1.6-mistral-7b": (llava_next, torch.float16),
     "llava-onevision-qwen2-7b": (llava_onevision, torch.float16),

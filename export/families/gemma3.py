@@ -17,20 +17,14 @@ from transformers import (
     Gemma3TextConfig,
     SiglipVisionConfig,
 )
-from transformers.models.gemma3.modeling_gemma3 import (
-    Gemma3Attention,
-    Gemma3RMSNorm,
-    Gemma3RotaryEmbedding,
-    Gemma3TextScaledWordEmbedding,
-)
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.family import fixed_tokens
-from lvlm.export.families.parts.leaf_tables import Kinds, layer_window, leaves
+from lvlm.export.families.parts.gemma3_text import TEXTS, gemma3_text
+from lvlm.export.families.parts.leaf_tables import Kinds, leaves
 from lvlm.export.families.parts.llama_text import (
     added_token,
     heads,
-    language_model,
     one_of,
     preprocessor,
     read_common,
@@ -44,46 +38,11 @@ from lvlm.export.families.parts.pixel_values import PixelValues
 from lvlm.export.families.parts.side_files import read_json
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import run_layer
-from lvlm.export.leaves import Attention, Leaf, Norm, Rotary
-from lvlm.export.standard_ops import rms_normalization
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.processors.gemma3 import normalise_config
 from lvlm.runtime.prompt.prompts import Prompt
 
-
-class ScaledEmbedding(Leaf):
-    """Embeddings of words times a constant, which those of images are not."""
-
-    def buffers(self, module: Any) -> Mapping[str, torch.Tensor]:
-        return {"embed_scale": torch.tensor(module.scalar_embed_scale)}
-
-
-def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """A weight of 0 scales by 1; all of it in fp32."""
-    scale = 1.0 + module.weight.float()
-    return rms_normalization(hidden.float(), scale, module.eps).to(hidden.dtype)
-
-
-OWN_TEXTS: Kinds = {
-    "gemma3_text": {
-        Gemma3TextScaledWordEmbedding: ScaledEmbedding(),
-        Gemma3RMSNorm: Norm(norm),
-        Gemma3RotaryEmbedding: Rotary(),
-        Gemma3Attention: Attention(layer_window),
-    }
-}
 OWN_TOWERS: Kinds = {"siglip_vision_model": TOWERS["siglip_vision_model"]}
-
-
-class OfLayers(nn.Module):
-    """The rotary embedding of layers of one type."""
-
-    def __init__(self, rotary: nn.Module, kind: str) -> None:
-        super().__init__()
-        self.rotary, self.kind = rotary, kind
-
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
-        return self.rotary(x, position_ids, self.kind)
 
 
 class Gemma3(PixelValues):
@@ -98,7 +57,7 @@ class Gemma3(PixelValues):
     model_types = ("gemma3",)
     image_handling = "one size, the same tokens for all, which see one another"
     video = ""
-    leaves = leaves(OWN_TEXTS, OWN_TOWERS)
+    leaves = leaves(TEXTS, OWN_TOWERS)
     model_class = Gemma3ForConditionalGeneration
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
@@ -106,13 +65,18 @@ class Gemma3(PixelValues):
             self.name,
             Gemma3Config,
             raw,
-            OWN_TEXTS,
+            TEXTS,
             "gemma3_text",
             OWN_TOWERS,
             "siglip_vision_model",
         )
         text, vision = config.text_config, config.vision_config
-        one_of(self.name, "use_bidirectional_attention", text.use_bidirectional_attention, (False,))
+        one_of(
+            self.name,
+            "use_bidirectional_attention",
+            text.use_bidirectional_attention,
+            (False, None),
+        )
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             one_of(self.name, name, getattr(text, name), (None,))
         side, tokens = vision.image_size // vision.patch_size, config.mm_tokens_per_image
@@ -125,17 +89,8 @@ class Gemma3(PixelValues):
         return config
 
     def language(self, model: Any, config: Gemma3Config) -> LanguageModel:
-        text = config.text_config
-        found = language_model(self, model.model.language_model, model.lm_head, text)
-        rotaries = {
-            kind: OfLayers(model.model.language_model.rotary_emb, kind)
-            for kind in dict.fromkeys(text.layer_types)
-        }
-        layers = [
-            replace(layer, rotary=rotaries[kind])
-            for layer, kind in zip(found.layers, text.layer_types, strict=True)
-        ]
-        return replace(found, layers=layers, bidirectional=True)
+        parts, text = model.model.language_model, config.text_config
+        return replace(gemma3_text(self, parts, model.lm_head, text), bidirectional=True)
 
     def vision(self, model: Any, config: Gemma3Config) -> nn.Module:
         del config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -74,6 +76,17 @@ def test_blocks_with_other_settings_are_another_kind() -> None:
         model({"hidden": torch.zeros(1, 2, 4), "other": torch.zeros(1, 3, 4)})
     assert [kind.module for kind in repeats.kinds] == [model.blocks[i] for i in (0, 2, 3)]
     assert repeats.modules == list(model.blocks)
+
+
+def test_activations_made_of_partial_are_settings() -> None:
+    """As transformers' gelu_pytorch_tanh."""
+    model = Model(1.0, 1.0, 1.0, 1.0)
+    for block, how in zip(model.blocks, ("tanh", "tanh", "none", "tanh"), strict=True):
+        block.act = partial(nn.functional.gelu, approximate=how)
+    model.blocks[3].act = partial(nn.functional.silu, approximate="tanh")
+    with collected() as repeats:
+        model({"hidden": torch.zeros(1, 2, 4), "other": torch.zeros(1, 3, 4)})
+    assert [kind.module for kind in repeats.kinds] == [model.blocks[i] for i in (0, 2, 3)]
 
 
 def test_every_block_has_its_own_weights() -> None:

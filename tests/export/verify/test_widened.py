@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from lvlm.export.verify.waiting import let_quantized_wait
+from lvlm.export.verify.waiting import beside, let_quantized_wait, waiting
 from lvlm.export.verify.widened import widen
 
 ROWS, WIDTH = 50, 8
@@ -70,6 +70,32 @@ def test_a_weight_is_cast_when_its_product_is_next(tmp_path: Path) -> None:
             found.add(value.name)
             ahead += [] if producer is None else [producer]
     assert {"head", "table", "ids"} <= found
+
+
+def test_a_weight_that_a_number_is_added_to() -> None:
+    """A number is there from the beginning: the weight waits for what it is multiplied with."""
+    weight = np.arange(WIDTH, dtype=np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Constant", [], ["one"], value_float=1.0),
+            helper.make_node("Add", ["w", "one"], ["scale"]),
+            helper.make_node("Mul", ["x", "scale"], ["y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", WIDTH])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n", WIDTH])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    opset = [helper.make_opsetid("", 24)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=opset, ir_version=10))
+    add, value = model.graph[1], model.graph.initializers["w"]
+    assert add.op_type == "Add"
+    before, given = waiting(value, beside(add, value), "w")
+    model.graph.insert_before(add, before)
+    add.replace_input_with(0, given)
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    x = np.ones((3, WIDTH), np.float32)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x * (1 + weight))
 
 
 def test_a_quantized_weight_waits_as_well() -> None:

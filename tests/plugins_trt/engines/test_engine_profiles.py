@@ -81,6 +81,13 @@ def test_units_of_images_that_are_one_whole_or_many_tiles(
         assert profiles(tiled, Limits(Range(1, 1, 1)))["vision"]["units"].max == most
 
 
+def test_an_image_that_is_read_at_once_has_room(manifests: dict[str, Manifest]) -> None:
+    for bidirectional, most in ((False, 512), (True, 700)):
+        images = replace(manifests["none"].images, tokens=700, bidirectional=bidirectional)
+        found = profiles(replace(manifests["none"], images=images), Limits(Range(1, 1, 1)))
+        assert found["extend"]["tokens"].max == most
+
+
 @settings(
     max_examples=examples(60),
     deadline=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,17 @@ def test_what_is_read_at_once_bounds_the_workspace(folder: Path) -> None:
     with Engine(folder, slots=1, chunk_tokens=32) as engine:
         assert engine.memory().workspace == small
         assert engine.generate("Hi", IMAGES[:1], max_new_tokens=1).token_ids
+
+
+def test_images_that_are_read_at_once_bound_the_workspace(folder: Path) -> None:
+    """Whatever the chunk; read as a whole, a layer under a mask holds a prompt's logits."""
+    manifest = read_bundle(folder)
+    both = replace(manifest, images=replace(manifest.images, bidirectional=True))
+    (whole, small), (own, image) = (
+        [plan_memory(m, m.capacity, 1, None, 0, chunk).workspace for chunk in chunks]
+        for m, chunks in ((both, (None, 32)), (manifest, (None, manifest.images.tokens)))
+    )
+    tokens = manifest.capacity.max_text_len
+    tokens += manifest.capacity.max_images * manifest.images.tokens
+    assert whole - own == 4 * manifest.text.heads * tokens**2
+    assert small == image

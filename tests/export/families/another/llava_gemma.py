@@ -1,5 +1,6 @@
 """A family that the project does not have: LLaVA on Gemma 3's text model, whose layers take turns
-with two rotary embeddings and with a window. Nothing but this file knows of it."""
+with two rotary embeddings and with a window. Nothing but this file knows of it, and it uses nothing
+of the project's own Gemma 3: it is what a package would write for leaf modules of its own."""
 
 from __future__ import annotations
 
