@@ -42,8 +42,12 @@ def covered(family: Family) -> bool:
     return any(set(family.leaves) < set(other.leaves) for other in FAMILIES.values())
 
 
-# One of each other family, for what is the same in all that have the same modules.
-OTHERS = [n for n in USUAL if not n.startswith("llava:") and not covered(TINY[n][0])]
+# One of each other family; in a normal run, of those that have the same modules, one.
+OTHERS = [
+    name
+    for name in USUAL
+    if not name.startswith("llava:") and (whole() or not covered(TINY[name][0]))
+]
 
 
 def moves(name: str) -> bool:
