@@ -4,6 +4,7 @@ of an image see one another."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -115,9 +116,9 @@ class Gemma3(PixelValues):
         one_of(self.name, "use_bidirectional_attention", text.use_bidirectional_attention, (False,))
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             one_of(self.name, name, getattr(text, name), (None,))
-        side, tokens = vision.image_size // vision.patch_size, config.mm_tokens_per_image
-        along = int(tokens**0.5)
-        if along * along != tokens or side % along:
+        side, tokens = vision.image_size // vision.patch_size, config.mm_tokens_per_image or 0
+        along = math.isqrt(max(0, tokens))
+        if not along or along * along != tokens or not side or side % along:
             raise CheckpointError(
                 f"mm_tokens_per_image {tokens} of {side} x {side} patches is not supported; "
                 "squares of patches that fit are"

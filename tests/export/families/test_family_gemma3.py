@@ -185,6 +185,10 @@ def test_recipes_and_windows(checkpoint: Callable[[str], Path]) -> None:
         ({"text_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping"),
         ({"mm_tokens_per_image": 250}, "mm_tokens_per_image 250 of 14 x 14"),
         ({"mm_tokens_per_image": 9}, "mm_tokens_per_image 9 of 14 x 14"),
+        ({"mm_tokens_per_image": 0}, "mm_tokens_per_image 0 of 14 x 14"),
+        ({"mm_tokens_per_image": -4}, "mm_tokens_per_image -4 of 14 x 14"),
+        ({"mm_tokens_per_image": None}, "mm_tokens_per_image 0 of 14 x 14"),
+        ({"vision_config": {"image_size": 8}, "mm_tokens_per_image": 1}, "1 of 0 x 0 patches"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
     ],
 )
