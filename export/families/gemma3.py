@@ -175,6 +175,8 @@ class Gemma3(PixelValues):
             grid=(),
             size=(side, side),
             processor=processor,
+            # Several at once would each hold all logits of their patches, 16 for every token
+            independent_units=False,
             as_text=True,
             bidirectional=True,
         )

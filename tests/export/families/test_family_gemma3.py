@@ -206,6 +206,7 @@ def test_files_that_do_not_fit(checkpoint: Callable[[str], Path], tmp_path: Path
     (folder / "processor_config.json").unlink()
     made = FAMILY.images(config, folder)
     assert made == replace(made, token="<image>", tokens=16, as_text=True, bidirectional=True)
+    assert not made.independent_units  # a tower of many patches takes one image at a time
     size = {"height": 28, "width": 28}
     processor = {"image_processor_type": "Gemma3ImageProcessor", "size": size}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
