@@ -179,6 +179,8 @@ class Gemma3(PixelValues):
             independent_units=False,
             as_text=True,
             bidirectional=True,
+            patches=(side // config.vision_config.patch_size) ** 2,
+            patch_heads=config.vision_config.num_attention_heads,
         )
 
     def bounded(self, images: Images, tokens: int) -> Images:

@@ -207,6 +207,7 @@ def test_files_that_do_not_fit(checkpoint: Callable[[str], Path], tmp_path: Path
     made = FAMILY.images(config, folder)
     assert made == replace(made, token="<image>", tokens=16, as_text=True, bidirectional=True)
     assert not made.independent_units  # a tower of many patches takes one image at a time
+    assert (made.patches, made.patch_heads) == (64, 3)
     size = {"height": 28, "width": 28}
     processor = {"image_processor_type": "Gemma3ImageProcessor", "size": size}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
