@@ -233,8 +233,8 @@ def _check_length(
         more = f" and {len(hiding) - 3} more" if len(hiding) > 3 else ""
         raise ParameterError(
             f"recipe {recipe.name} cannot do layers with a window (sliding_window {window}: layers "
-            f"{', '.join(map(str, hiding[:3]))}{more}); take recipe none, or lower "
-            f"{_lower(window - image_tokens)}"
+            f"{', '.join(map(str, hiding[:3]))}{more}); take recipe none, or divprune "
+            f"with kv=none, or lower {_lower(window - image_tokens)}"
         )
     max_images = (LONGEST - text) // images.tokens
     if options.max_images > max(1, max_images):

@@ -4,6 +4,7 @@ of an image see one another."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -79,9 +80,9 @@ class Gemma3(PixelValues):
         )
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
             one_of(self.name, name, getattr(text, name), (None,))
-        side, tokens = vision.image_size // vision.patch_size, config.mm_tokens_per_image
-        along = int(tokens**0.5)
-        if along * along != tokens or side % along:
+        side, tokens = vision.image_size // vision.patch_size, config.mm_tokens_per_image or 0
+        along = math.isqrt(max(0, tokens))
+        if not along or along * along != tokens or not side or side % along:
             raise CheckpointError(
                 f"mm_tokens_per_image {tokens} of {side} x {side} patches is not supported; "
                 "squares of patches that fit are"
@@ -129,8 +130,12 @@ class Gemma3(PixelValues):
             grid=(),
             size=(side, side),
             processor=processor,
+            # Several at once would each hold all logits of their patches, 16 for every token
+            independent_units=False,
             as_text=True,
             bidirectional=True,
+            patches=(side // config.vision_config.patch_size) ** 2,
+            patch_heads=config.vision_config.num_attention_heads,
         )
 
     def bounded(self, images: Images, tokens: int) -> Images:

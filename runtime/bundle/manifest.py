@@ -86,6 +86,9 @@ class Images:
                        prompt is tokenized, which may join it with what is beside it; else its
                        tokens take the place of ``token_id`` afterwards
     bidirectional      tokens of an image, between which there is no text, see those that follow
+    patches            of one image in the vision tower, where they are many more than its tokens;
+                       else 0
+    patch_heads        in how many heads these attend to one another; 0 likewise
     """
 
     token: str
@@ -101,6 +104,8 @@ class Images:
     max_dims: dict[str, int] = field(default_factory=lambda: {"units": 1})
     as_text: bool = False
     bidirectional: bool = False
+    patches: int = 0
+    patch_heads: int = 0
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ def _check_images(manifest: Manifest, path: Path) -> None:
         raise BundleError(
             f"{path}: images share {shared} rows and enter {deepstack} blocks more; export again"
         )
+    if not (0 <= images.patches <= LARGEST and 0 <= images.patch_heads <= LARGEST):
+        raise BundleError(f"{path}: an image's patches or their heads are out of range")
     if "units" not in images.max_dims:
         raise BundleError(f"{path}: images.max_dims lacks the units; export again")
 

@@ -5,7 +5,7 @@
     of some fields of ``images``
 5   has no graph ``extend``, which a bundle may lack
 6   has no ``encoder``
-7   has neither ``as_text`` nor ``bidirectional`` in ``images``
+7   has none of ``as_text``, ``bidirectional``, ``patches`` and ``patch_heads`` in ``images``
 """
 
 from __future__ import annotations

@@ -132,7 +132,9 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int, chunk: int | N
     images = manifest.images
     units = images.max_dims["units"]
     some = min(capacity.max_images * units, UNITS_AT_ONCE) if images.independent_units else units
-    at_once = -(-some * images.tokens // units)
+    at_once = max(-(-some * images.tokens // units), images.patches)
+    # Of one image: towers of so many patches take no more at a time
+    seen = 4 * images.patch_heads * images.patches**2
     features = 4 * capacity.max_images * manifest.images.tokens * manifest.feature_width
     attention = 4 * text.heads * max(capacity.per_layer)
     step = slots * (row("decode") + attention + 8 * text.vocab)
@@ -142,7 +144,7 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int, chunk: int | N
     if "extend" in manifest.graphs:
         at_most = most_at_once(images, TOKENS_AT_ONCE if chunk is None else chunk)
         read += min(tokens, at_most) * (row("extend") + attention)
-    return read + at_once * row("vision") + features + step
+    return read + at_once * row("vision") + seen + features + step
 
 
 def byte_size(name: str, value: int | str) -> int:

@@ -157,7 +157,10 @@ def test_recipes_and_windows(checkpoint: Callable[[str], Path]) -> None:
     """Where a window hides something nothing may move; where none does, all recipes but those that
     rank by a prompt's queries when its images are read."""
     narrow, wide = checkpoint(NARROW), checkpoint(WIDE)
-    with pytest.raises(ParameterError, match=r"snapkv cannot do layers with a window .*0, 2\)"):
+    with pytest.raises(
+        ParameterError,
+        match=r"snapkv cannot do layers with a window .*0, 2\); take recipe none, or divprune ",
+    ):
         plan(narrow, "snapkv")
     plan(narrow, "divprune")
     plan(wide, "snapkv")
@@ -185,6 +188,10 @@ def test_recipes_and_windows(checkpoint: Callable[[str], Path]) -> None:
         ({"text_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping"),
         ({"mm_tokens_per_image": 250}, "mm_tokens_per_image 250 of 14 x 14"),
         ({"mm_tokens_per_image": 9}, "mm_tokens_per_image 9 of 14 x 14"),
+        ({"mm_tokens_per_image": 0}, "mm_tokens_per_image 0 of 14 x 14"),
+        ({"mm_tokens_per_image": -4}, "mm_tokens_per_image -4 of 14 x 14"),
+        ({"mm_tokens_per_image": None}, "mm_tokens_per_image 0 of 14 x 14"),
+        ({"vision_config": {"image_size": 8}, "mm_tokens_per_image": 1}, "1 of 0 x 0 patches"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
     ],
 )
@@ -202,6 +209,8 @@ def test_files_that_do_not_fit(checkpoint: Callable[[str], Path], tmp_path: Path
     (folder / "processor_config.json").unlink()
     made = FAMILY.images(config, folder)
     assert made == replace(made, token="<image>", tokens=16, as_text=True, bidirectional=True)
+    assert not made.independent_units  # a tower of many patches takes one image at a time
+    assert (made.patches, made.patch_heads) == (64, 3)
     size = {"height": 28, "width": 28}
     processor = {"image_processor_type": "Gemma3ImageProcessor", "size": size}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))

@@ -65,6 +65,13 @@ def test_a_fifth_of_the_cache_is_five_times_the_requests(manifest: Manifest) -> 
     assert 4.5 < slots(0.2) / slots(1.0) < 5.5
 
 
+def test_patches_that_attend_to_one_another_count(manifest: Manifest) -> None:
+    """Of an image that has few tokens: in heads, all over all."""
+    many = replace(manifest, images=replace(manifest.images, patches=4096, patch_heads=16))
+    known, more = (plan_memory(m, m.capacity, 1, None, 0).workspace for m in (manifest, many))
+    assert more - known > 4 * 16 * 4096**2
+
+
 @given(st.integers(10**9, 10**12), st.sampled_from([0, 1_000_000, "64MB"]))
 def test_as_many_slots_as_fit(manifest: Manifest, budget: int, images: int | str) -> None:
     capacity = slot_capacity(manifest, 1024, None, None, 0.5)
