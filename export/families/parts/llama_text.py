@@ -18,6 +18,13 @@ from lvlm.export.families.parts.side_files import load_tokenizer, read_json
 from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel
 from lvlm.export.leaves import ATTENTION, HasLeaves, leaves_of
 
+# Of a text model's and a vision tower's configuration
+SIZES = (
+    *("hidden_size", "intermediate_size", "head_dim", "vocab_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "patch_size", "image_size"),
+    *("spatial_merge_size", "temporal_patch_size"),
+)
+
 
 def one_of(family: str, what: str, value: Any, supported: Sequence[object]) -> None:
     if value not in supported:
@@ -86,7 +93,20 @@ def read_common(
     except Exception as error:  # transformers' own checks raise types of several packages
         reason = " ".join(str(error).split())
         raise CheckpointError(f"config.json is not valid: {reason}") from None
+    for part in ("text_config", "vision_config"):
+        _check_sizes(part, getattr(config, part, None))
     return config
+
+
+def _check_sizes(part: str, config: Any) -> None:
+    """CheckpointError where a size that others are divided by, or that something has, is none."""
+    for name in SIZES:
+        found = getattr(config, name, None)
+        for value in found if isinstance(found, list | tuple) else [found]:
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise CheckpointError(
+                    f"{part}.{name} {found} in config.json is not supported; it must be 1 or more"
+                )
 
 
 def build_model(kind: Any, config: Any) -> nn.Module:

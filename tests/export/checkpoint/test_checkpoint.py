@@ -218,6 +218,18 @@ def test_every_family_has_tiny_configs_that_its_own_check_accepts() -> None:
             assert checkpoints.find_family(config.to_dict(), "") is family
 
 
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("field", ["text_config.num_attention_heads", "vision_config.patch_size"])
+def test_sizes_that_are_none_are_told_by_name(name: str, field: str) -> None:
+    """Whoever says so, transformers' class or we: what they divide is not met."""
+    _, config = next(iter(FAMILIES[name].tiny_configs()))
+    raw, (part, key) = config.to_dict(), field.split(".")
+    assert raw[part][key]
+    raw[part][key] = [0, 0] if isinstance(raw[part][key], list | tuple) else 0
+    with pytest.raises(CheckpointError, match=rf"{key} .* must be 1 or more|is not valid"):
+        FAMILIES[name].read_config(raw)
+
+
 @pytest.mark.parametrize(
     ("vision", "name"),
     [
