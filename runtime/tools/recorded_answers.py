@@ -89,9 +89,10 @@ def highest(logits: np.ndarray) -> Step:
 
 def recorded_answers(folder: Path, manifest: Manifest) -> list[RecordedAnswer]:
     """Those of a bundle. Raises BundleError where it has none."""
-    found: Any = []
+    found: Any = None
     if FILE in manifest.files:
-        found = read_json(folder / FILE).get(FIELD, [])
+        written = read_json(folder / FILE)
+        found = written.get(FIELD) if isinstance(written, dict) else None
     if not found:
         reason = "it was exported with --no-validate, or by an older version"
         raise BundleError(f"{folder} holds no recorded answers: {reason}; export it again")
