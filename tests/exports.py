@@ -93,7 +93,10 @@ def trace_key(plan: ExportPlan, graph: BundleGraph) -> str:
     of_plan = (plan.dtype, config, [(file.name, file.read_text()) for file in files])
     rules = [_in_the_model(getattr(graph, "recipe", None))]
     rules.append(_in_the_graph(graph.name, getattr(graph, "rule", None)))
-    of_graph = (graph.name, graph.inputs(), graph.outputs(), rules)
+    # Windows that hide nothing of the longest prompt are left out
+    layers = getattr(getattr(graph, "model", None), "layers", ())
+    windows = [getattr(layer, "window", None) for layer in layers]
+    of_graph = (graph.name, graph.inputs(), graph.outputs(), rules, windows)
     return hashlib.sha256(repr((of_plan, of_graph)).encode()).hexdigest()[:16]
 
 

@@ -67,7 +67,7 @@ def against_reference(
     how = plan.options.quantization
     model = load_fp32(plan.family, plan.config, plan.checkpoint, plan.stored_names, plan.dtype)
     if how is not None and any(isinstance(m, StoredLinear) for m in model.modules()):
-        steps = LEAST  # what stays in its file is quantized anew whenever it is read
+        steps = min(steps, LEAST)  # what stays in its file is quantized anew whenever it is read
     reference = Reference(plan.family, plan.config, model, recipe)
     prompt = reference.read_at(prompt)
     features = reference.encode(prompt.images)

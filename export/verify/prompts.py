@@ -74,9 +74,12 @@ def texts(judge: Judge, maker: PromptMaker, ids: Iterable[int] = ()) -> Outcome:
     return outcome
 
 
-def prepare(maker: PromptMaker, image: Image.Image, tokens: int = 1) -> Prompt:
-    """QUESTION about an image; without a chat template it stands after the image."""
-    template = maker.template is not None
+def prepare(
+    maker: PromptMaker, image: Image.Image, tokens: int = 1, *, template: bool | None = None
+) -> Prompt:
+    """QUESTION about an image; without a chat template, where there is none or as ``template``
+    says, it stands after the image."""
+    template = maker.template is not None if template is None else template
     options = GenerationOptions(max_new_tokens=tokens, chat_template=template)
     return maker.prepare(0, question(maker.images.token, template=template), [image], options)
 

@@ -9,6 +9,7 @@ from lvlm.export.verify import prompts
 from lvlm.export.verify.forms import Opened, canonical
 from lvlm.export.verify.run import run_form
 from lvlm.runtime.bundle.manifest import Manifest
+from lvlm.runtime.generate.call_plan import read_at
 from lvlm.runtime.prompt.prompts import Prompt
 from lvlm.runtime.tools.recorded_answers import RecordedAnswer, highest
 
@@ -30,7 +31,8 @@ def record(
             bundle's chat template.
         opened: sessions of the same folder.
     """
-    run = run_form(folder, canonical(manifest, widened=True), manifest, prompt, tokens, opened)
+    form, read = canonical(manifest, widened=True), read_at(manifest, prompt, None)
+    run = run_form(folder, form, manifest, read, tokens, opened)
     return RecordedAnswer(
         image,
         prompts.question(manifest.images.token, template=template),

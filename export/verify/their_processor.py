@@ -43,9 +43,9 @@ def image_options(kind: Any, folder: Path) -> dict[str, Any]:
         found = dict(kwargs.get("images_kwargs") or getattr(kind, "images_kwargs", None) or {})
     except ImportError:  # the class needs what is not installed
         found = {}
-    file = read_json(folder / "processor_config.json")
-    if merge := file.get("spatial_merge_size"):  # PixtralProcessor: images of whole tokens
-        found["patch_size"] = file.get("patch_size", 16) * merge
+    if kind.__name__ == "PixtralProcessor":  # images of whole tokens, whatever their own file says
+        file = read_json(folder / "processor_config.json")
+        found["patch_size"] = file.get("patch_size", 16) * file.get("spatial_merge_size", 1)
     return {key: value for key, value in found.items() if key != "return_tensors"}
 
 

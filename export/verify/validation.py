@@ -32,6 +32,7 @@ from lvlm.export.verify.recording import record
 from lvlm.export.verify.run import run_form, whole
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.generate.call_plan import count_prompts, read_at
 from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
 from lvlm.runtime.prompt.text import Tokenizer
 
@@ -62,6 +63,7 @@ def validate(
         outcome.notes.append("rows of the embedding: only those of the prompt are compared")
     try:
         prompt = prompts.prepare(maker, image, TOKENS + 1)
+        most = _room(manifest, prompt)
     except LvlmError as error:
         outcome.add(prompts.texts(judge, maker))
         outcome.check()
@@ -74,7 +76,7 @@ def validate(
         outcome.notes.append(f"tokens around images: not compared, {judge.without}")
     outcome.check()  # nothing else can be right
     pixels = plan.family.transformers_inputs(prompt) if resized else judge.pixels(image)
-    verdict = judge.answer(prompt.ids, pixels, {judge.image_id}, TOKENS, tell)
+    verdict = judge.answer(prompt.ids, pixels, {judge.image_id}, most, tell)
     outcome.estimate = verdict.estimate
     del judge
     gc.collect()
@@ -92,15 +94,21 @@ def validate(
             found = again
     outcome.add(found)
     outcome.check()
-    shown = {IMAGE: prompt}
-    if chooses(manifest) and steps == TOKENS:  # as above, unless steps take long
-        shown[OTHER] = prompts.prepare(maker, _image(OTHER), TOKENS + 1)
-    template = maker.template is not None
-    outcome.answers = [
-        record(folder, manifest, name, prompt, verdict.tokens, opened, template=template)
-        for name, prompt in shown.items()
-    ]
+    # As above, unless steps take long
+    shown = [IMAGE, OTHER] if chooses(manifest) and steps == most else [IMAGE]
+    # A template that writes today's date asks something else tomorrow
+    template = maker.template is not None and not maker.template.dated
+    for name in shown:
+        prompt = prompts.prepare(maker, _image(name), TOKENS + 1, template=template)
+        answer = record(folder, manifest, name, prompt, verdict.tokens, opened, template=template)
+        outcome.answers.append(answer)
     return outcome
+
+
+def _room(manifest: Manifest, prompt: Prompt) -> int:
+    """New tokens that are compared: TOKENS, or as many as fit. Raises CapacityError for none."""
+    counts = count_prompts(manifest, [read_at(manifest, prompt, None)], None, None)
+    return min(TOKENS, counts.limits[0])
 
 
 def _image(name: str) -> Image.Image:

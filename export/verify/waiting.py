@@ -41,15 +41,16 @@ def waiting(weight: ir.Value, value: ir.Value | None, name: str) -> tuple[list[i
     """Nodes that give the weight once ``value`` is there: its own shape, plus 0 of the other."""
     if value is None or weight.shape is None:
         return [], weight
-    shape = ir.node("Shape", [value], {"start": ir.AttrInt64("start", -1)}, name=f"{name}_of")
+    shape = ir.node("Shape", [value], name=f"{name}_of")
+    one = ir.node("ReduceSum", [shape.outputs[0]], name=f"{name}_sum")  # of a scalar's shape, too
     zero, own = (
         ir.node("Constant", [], {"value": ir.AttrTensor("value", ir.tensor(x))}, name=f"{name}_{i}")
         for i, x in enumerate((np.zeros(1, np.int64), np.array(weight.shape.numpy(), np.int64)))
     )
-    nothing = ir.node("Mul", [shape.outputs[0], zero.outputs[0]], name=f"{name}_nothing")
+    nothing = ir.node("Mul", [one.outputs[0], zero.outputs[0]], name=f"{name}_nothing")
     same = ir.node("Add", [own.outputs[0], nothing.outputs[0]], name=f"{name}_shape")
     given = ir.node("Reshape", [weight, same.outputs[0]], name=f"{name}_waits")
-    nodes = [shape, zero, own, nothing, same, given]
+    nodes = [shape, one, zero, own, nothing, same, given]
     for node in nodes:
         node.outputs[0].name = node.name
     given.outputs[0].shape = weight.shape

@@ -4,19 +4,39 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lvlm.core.errors import BuildError
+from lvlm.core.errors import BuildError, ParameterError
 from lvlm.export.targets.target import Target
+from lvlm.plugins_trt.engines.shape_profiles import Limits
 from lvlm.runtime.backends import devices
 from lvlm.runtime.backends.trt.engines import TensorRtBackend
+from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.model import load
 from lvlm.runtime.tools import recorded_answers
+from lvlm.runtime.tools.recorded_answers import RecordedAnswer
 
 
 def device_of(target: Target) -> str:
     """The device that runs a target's engines or lowered graphs."""
     names = (target.flavour, target.name, target.name.removeprefix("ort-"))
     return next(name for name in names if name in devices())
+
+
+def check_limits(limits: Limits, manifest: Manifest, answers: list[RecordedAnswer]) -> None:
+    """Raises ParameterError for engines that could not be asked what was recorded, one prompt at a
+    time, before anything is built."""
+    if limits.batch.min > 1:
+        raise ParameterError(
+            f"--validate asks one prompt at a time, which --batch from {limits.batch.min} on does "
+            "not take; begin it at 1, or leave --validate out"
+        )
+    longest = max(len(answer.ids) for answer in answers)
+    # Where tokens are dropped before the language model, prompts are shorter than they are written
+    if limits.max_prompt is not None and limits.max_prompt < longest and manifest.encoder is None:
+        raise ParameterError(
+            f"--validate asks a prompt of {longest} tokens: give --max-prompt as many, or leave "
+            "--validate out"
+        )
 
 
 def check_answers(bundle: Path, device: str, built: Path | None = None) -> None:
@@ -41,6 +61,9 @@ def check_answers(bundle: Path, device: str, built: Path | None = None) -> None:
     for comparison in found:
         print(f"  {comparison}")
     if not recorded_answers.agree(model.manifest, found):
+        if all(comparison.passed or comparison.problem for comparison in found):
+            problem = next(comparison.problem for comparison in found if comparison.problem)
+            raise BuildError(f"{what} cannot be compared with what was recorded: {problem}")
         raise BuildError(
             f"{what} does not answer as the bundle did when it was exported; build it with "
             "--weights embedded, or for another --target, and do not use this"

@@ -117,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
 def _recorded(request: BuildRequest, args: argparse.Namespace) -> int | None:
     """What can be said of --validate before anything is built; the status, if it is done."""
     from lvlm.core.errors import ParameterError
+    from lvlm.plugins_trt.engines.engine_answers import check_limits
     from lvlm.runtime.bundle.engine_sets import EngineSet, NoEnginesError
     from lvlm.runtime.bundle.reader import read_bundle
     from lvlm.runtime.tools.recorded_answers import recorded_answers
@@ -125,14 +126,19 @@ def _recorded(request: BuildRequest, args: argparse.Namespace) -> int | None:
         raise ParameterError("--validate runs what was built, and --dry-run builds nothing")
     if args.output is not None:
         raise ParameterError("--validate runs the engines in BUNDLE/engines; leave -o out")
-    recorded_answers(request.bundle, read_bundle(request.bundle, request.verify))
-    if args.force or not request.target.built:
+    manifest = read_bundle(request.bundle, request.verify)
+    answers = recorded_answers(request.bundle, manifest)
+    if not request.target.built:
+        return None
+    check_limits(request.limits, manifest, answers)
+    if args.force:
         return None
     try:
-        EngineSet.find(request.bundle, request.target.flavour)
+        found = EngineSet.find(request.bundle, request.target.flavour)
     except NoEnginesError:
         return None
-    return _answers(request)
+    there = any(engines.target == request.target.name for engines in found)
+    return _answers(request) if there else None
 
 
 def _answers(request: BuildRequest, built: Path | None = None) -> int:

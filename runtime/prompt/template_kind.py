@@ -111,6 +111,11 @@ class TemplateKind:
             self._ways[role] = frozenset(way for way, text in tried.items() if text is not None)
         return self._ways[role]
 
+    @property
+    def dated(self) -> bool:
+        """Whether it may write another text on another day."""
+        return "strftime_now" in self._source
+
     @cached_property
     def takes_tools(self) -> bool:
         """Whether it has a place for tools."""

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from lvlm.core.errors import BundleError, LvlmError
+from lvlm.core.errors import BundleError, LvlmError, shown
 from lvlm.core.typed_json import decode, read_json
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 
 FILE, FIELD = "validation.json", "answers"
+SAMPLES = "samples"  # the folder of lvlm.assets
 HIGHEST = 16  # logits of a step that are recorded
 # Largest |difference| over the largest |logit|: rounding, and sums in another order
 LIMITS: Mapping[str, float] = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 1e-1}
@@ -88,14 +89,36 @@ def highest(logits: np.ndarray) -> Step:
 
 def recorded_answers(folder: Path, manifest: Manifest) -> list[RecordedAnswer]:
     """Those of a bundle. Raises BundleError where it has none."""
-    found: Any = []
+    found: Any = None
     if FILE in manifest.files:
-        found = read_json(folder / FILE).get(FIELD, [])
+        written = read_json(folder / FILE)
+        found = written.get(FIELD) if isinstance(written, dict) else None
     if not found:
         reason = "it was exported with --no-validate, or by an older version"
         raise BundleError(f"{folder} holds no recorded answers: {reason}; export it again")
-    kind = tuple[RecordedAnswer, ...]
-    return list(decode(kind, found, f"{folder / FILE}: {FIELD}"))
+    kind, where = tuple[RecordedAnswer, ...], f"{folder / FILE}: {FIELD}"
+    answers = list(decode(kind, found, where))
+    for number, answer in enumerate(answers):
+        if wrong := _wrong(answer, manifest.text.vocab):
+            raise BundleError(f"{where}[{number}] {wrong}; export the bundle again")
+    return answers
+
+
+def _wrong(answer: RecordedAnswer, vocab: int) -> str:
+    """What no export writes, in words; nobody vouches for the file."""
+    shipped = [f"{SAMPLES}/{f.name}" for f in (resources.files("lvlm.assets") / SAMPLES).iterdir()]
+    if answer.image not in shipped:
+        return f"is of {shown(answer.image)}, which is no shipped picture"
+    steps, tokens = answer.steps, answer.tokens
+    if not steps or len(steps) != len(tokens):
+        return f"has {len(tokens)} tokens and {len(steps)} steps"
+    if not all(len(step.ids) == len(step.logits) > 0 for step in steps):
+        return "has a step whose ids and logits are not as many, or none"
+    if not all(np.isfinite(step.logits).all() for step in steps):
+        return "has logits that are not finite"
+    if not all(0 <= token < vocab for ids in (tokens, *(s.ids for s in steps)) for token in ids):
+        return f"has tokens outside of the vocabulary of {vocab:,}"
+    return ""
 
 
 def limit_of(manifest: Manifest) -> float:
@@ -139,6 +162,9 @@ def _follow(model: Model, found: Comparison) -> None:
         found.problem = "the prompt's token ids differ: another version of tokenizers or pillow?"
         return
     batch = model.calls.start([prompt])
+    if (room := batch.running[0].row.limit) < len(answer.tokens):
+        found.problem = f"{len(answer.tokens)} new tokens are recorded, there is room for {room}"
+        return
     for number, (token, step) in enumerate(zip(answer.tokens, answer.steps, strict=True)):
         logits, ids = batch.logits[0], np.array(step.ids)
         expected = np.array(step.logits)

@@ -121,10 +121,17 @@ class PixtralLike:
         return {"pixel_values": padded, "image_sizes": sizes}
 
     def images(self, config: Any, folder: Path) -> Images:
-        given = read_json(folder / "processor_config.json")
+        file = folder / "processor_config.json"
+        given = read_json(file)
         one_of(self.name, "processor", _processor_class(folder, self.processor_class), (PROCESSOR,))
         cut = (given.get("patch_size", 16), given.get("spatial_merge_size", 1))
         patch, merge = config.vision_config.patch_size, self.merge(config)
+        if cut != (patch, merge) and not file.is_file():
+            raise CheckpointError(
+                f"{folder} has no {file.name}, which says how images are cut: {PROCESSOR} takes "
+                f"patch_size and spatial_merge_size {cut} without, config.json asks for "
+                f"{(patch, merge)}; is the checkpoint complete?"
+            )
         if cut != (patch, merge):
             raise CheckpointError(
                 f"the processor has patch_size and spatial_merge_size {cut}, config.json asks for "

@@ -190,6 +190,17 @@ def test_another_processor_is_refused(
         plan(folder)
 
 
+def test_a_folder_without_its_processor_s_file(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As of checkpoints in Mistral's own form alone."""
+    folder = folder_of(NAMES[0], checkpoint, tmp_path)
+    (folder / "processor_config.json").unlink()
+    edit(folder / "tokenizer_config.json", processor_class=None)
+    with pytest.raises(CheckpointError, match=r"has no processor_config.json, .*\(8, 2\)"):
+        plan(folder)
+
+
 def test_the_class_of_the_processor_may_stand_elsewhere(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -29,6 +29,26 @@ def described(model: ir.Model) -> list[str]:
     return [re.sub(r"anonymous_node:\d+", "", line) for line in lines]
 
 
+def test_windows_that_hide_nothing_make_other_graphs(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    keys: list[set[str]] = []
+    for text in (8, 2048):
+        options = ExportOptions(
+            str(checkpoint("gemma3:mha-bias-global-first")),
+            parse_settings(known_recipe("none"), ()),
+            tmp_path,
+            dtype="fp32",
+            max_images=1,
+            max_text_len=text,
+        )
+        plan = make_plan(options)
+        arrays = plan.family.vision_inputs(plan.images)
+        graphs = bundle_graphs(plan.skeleton, plan.recipe, arrays, plan.cache_dtype)
+        keys.append({trace_key(plan, graph) for graph in graphs if graph.name != "vision"})
+    assert not keys[0] & keys[1]
+
+
 def test_they_are_alike(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """Two policies that differ in budgets alone, and decode whatever the policy."""
     found: dict[str, list[list[str]]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +37,19 @@ def test_the_inputs_of_every_family_are_transformers_own(
         c.name for c in outcome.checks
     }
     assert [check.name for check in outcome.checks if not check.passed] == []
+
+
+def test_pixtral_s_processor_asks_for_its_own_patches(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Whatever its image processor's file says, where its own names patches alone, or nothing."""
+    folder = Path(shutil.copytree(checkpoint("pixtral:mha-layers-tied"), tmp_path / "checkpoint"))
+    file = folder / "processor_config.json"
+    given = json.loads(file.read_text())
+    del given["spatial_merge_size"]
+    for patch in (10, None):
+        file.write_text(json.dumps({k: v for k, v in given.items() if patch or k != "patch_size"}))
+        assert Judge(folder).image_options == {"patch_size": patch or 16}
 
 
 def test_an_answer_that_transformers_cannot_give(checkpoint: Callable[[str], Path]) -> None:

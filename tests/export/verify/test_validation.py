@@ -16,6 +16,7 @@ import pytest
 import torch
 from settings import CACHED, LIGHTVLM, SMALL
 
+import lvlm
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ValidationError
 from lvlm.export import export_plan
@@ -29,17 +30,22 @@ from lvlm.export.verify.outcome import Outcome
 from lvlm.runtime.backends import Session
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.tools.recorded_answers import compare
 
 NAME, RECIPE = "digits-llava", "none"
 ELASTIC = CACHED["elastic-cache (cached)"]
 
 
 def plan_of(
-    checkpoint: Path, output: Path, dtype: str = "fp32", recipe: tuple[str, ...] = (RECIPE,)
+    checkpoint: Path,
+    output: Path,
+    dtype: str = "fp32",
+    recipe: tuple[str, ...] = (RECIPE,),
+    **options: Any,
 ) -> Any:
     made = parse_settings(discover("lvlm.export.recipes", "RECIPE")[recipe[0]], recipe[1:])
     return export_plan.make_plan(
-        ExportOptions(model=str(checkpoint), recipe=made, output=output, dtype=dtype, max_images=2)
+        ExportOptions(str(checkpoint), made, output, dtype=dtype, max_images=2, **options)
     )
 
 
@@ -128,6 +134,25 @@ def test_a_good_bundle_passes_and_says_what_was_run(
     assert outcome.files == dict.fromkeys(files, "run")
     assert sorted(loaded) == sorted(files)  # each once, though two runs take some of them
     assert outcome.estimate.startswith("24 tokens are compared")
+
+
+def test_what_is_recorded_fits_and_is_asked_on_any_day(
+    good: tuple[Any, Path], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of a bundle with little room, and a template that writes the date."""
+    source, folder = Path(shutil.copytree(checkpoint(NAME), tmp_path / "checkpoint")), good[1]
+    template = source / "chat_template.jinja"
+    template.write_text('{{ strftime_now("%Y") }}' + template.read_text())
+    plan = plan_of(source, folder, max_text_len=20)
+    change(folder, chat_template=template.read_text(), capacity=plan.cache.capacity)
+    (answer,) = validation.validate(plan, folder).answers
+    assert not answer.chat_template
+    assert 0 < len(answer.tokens) < validation.TOKENS
+    longer = dataclasses.replace(answer, tokens=answer.tokens * 3, steps=answer.steps * 3)
+    with lvlm.load(folder, verify="none") as model:
+        found, more = compare(model, [answer, longer])
+    assert found.passed, found
+    assert "new tokens are recorded, there is room for" in more.problem
 
 
 @pytest.mark.parametrize(

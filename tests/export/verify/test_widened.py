@@ -98,6 +98,39 @@ def test_a_weight_that_a_number_is_added_to() -> None:
     np.testing.assert_array_equal(session.run(None, {"x": x})[0], x * (1 + weight))
 
 
+def test_a_convolution_without_a_bias(tmp_path: Path) -> None:
+    """As torch writes CLIP's: a bias is made of the weight's shape and a zero that has no shape."""
+    weight = np.random.default_rng(0).standard_normal((4, 3, 2, 2)).astype(np.float16)
+    node = helper.make_node
+    nodes = [
+        node("Cast", ["pixels"], ["x"], to=FLOAT16),
+        node("Shape", ["w"], ["count"], start=0, end=1),
+        node("Constant", [], ["ones"], value_ints=[1]),
+        node("Expand", ["count", "ones"], ["length"]),
+        node("Constant", [], ["nought"], value_float=0.0),
+        node("CastLike", ["nought", "x"], ["zero"]),
+        node("Expand", ["zero", "length"], ["bias"]),
+        node("Conv", ["x", "w", "bias"], ["y"], strides=[2, 2]),
+    ]
+    sizes = {"pixels": ["n", 3, 4, 4], "y": ["n", 4, 2, 2]}
+    image, found = (
+        helper.make_tensor_value_info(name, kind, sizes[name])
+        for name, kind in (("pixels", onnx.TensorProto.FLOAT), ("y", FLOAT16))
+    )
+    graph = helper.make_graph(
+        nodes, "g", [image], [found], [onnx.numpy_helper.from_array(weight, "w")]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=10)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="w.bin", size_threshold=0)
+    wide = widen(ir.from_proto(onnx.load(path, load_external_data=False)), "float16")
+    onnx.save(ir.to_proto(wide), tmp_path / "wide.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "wide.onnx")
+    (features,) = session.run(None, {"pixels": np.ones((1, 3, 4, 4), np.float32)})
+    sums = weight.astype(np.float32).sum((1, 2, 3))[:, None, None]
+    np.testing.assert_allclose(features[0], sums * np.ones((1, 2, 2)), rtol=1e-5, atol=1e-5)
+
+
 def test_a_quantized_weight_waits_as_well() -> None:
     random = np.random.default_rng(0)
     packed = random.integers(0, 255, (WIDTH, ROWS)).astype(np.uint8)

@@ -77,6 +77,32 @@ def test_engines_that_do_not(built: Make, run: Any) -> None:
     assert err.count("\n") == 1
 
 
+def test_engines_that_cannot_be_asked(built: Make, run: Any) -> None:
+    """Built for other calls than one short prompt: nothing says that they answer wrongly."""
+    folder = built(max_prompt=145)
+    leave(folder, record(folder))
+    code, _, err = run(folder, *VALIDATE)
+    assert code == 2
+    assert "cannot be compared with what was recorded: the prefill engine takes 1 to 145" in err
+    assert "do not use" not in err
+    for given, said in (
+        (("--batch", "2..4"), "one prompt at a time"),
+        (("--max-prompt", "145"), "give --max-prompt as many"),
+    ):
+        code, out, err = run(folder, *VALIDATE, "--force", *given)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert said in err
+
+
+def test_engines_for_another_target_are_not_what_is_asked(built: Make, run: Any) -> None:
+    """Those for this one are to be built."""
+    folder = built(target="trt-rtx-turing")
+    leave(folder, record(folder))
+    code, out, err = run(folder, *VALIDATE)
+    assert (code, out) == (2, "")
+    assert "there is no GPU here" in err  # so that none are built
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

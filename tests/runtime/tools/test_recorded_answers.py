@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import lvlm
 from lvlm.core.errors import BundleError
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.tools.recorded_answers import (
+    RecordedAnswer,
     Step,
     agree,
     compare,
@@ -75,9 +77,45 @@ def test_a_bundle_without_any(bundle: Callable[..., Path], tmp_path: Path) -> No
     """Exported without validation, and as older versions did."""
     folder = shutil.copytree(bundle("digits-llava", max_images=2), tmp_path / "b")
     manifest = read_bundle(folder)
-    for _ in range(2):
+    for content in ({"checks": []}, [], None):
         with pytest.raises(BundleError, match="holds no recorded answers"):
             recorded_answers(folder, manifest)
-        (folder / "validation.json").write_text(json.dumps({"checks": []}))
+        (folder / "validation.json").write_text(json.dumps(content))
         files = manifest.files | {"validation.json": manifest.files["vision.onnx"]}
         manifest = dataclasses.replace(manifest, files=files)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"steps": ()}, "has 4 tokens and 0 steps"),
+        ({"tokens": ()}, "has 0 tokens and 4 steps"),
+        ({"tokens": (9, 10, 11, 2**40)}, "outside of the vocabulary"),
+        ({"steps": (Step((5, -1), (2.0, 1.0)),) * 4}, "outside of the vocabulary"),
+        ({"steps": (Step((5, 6), (1.0,)),) * 4}, "ids and logits are not as many"),
+        ({"steps": (Step((), ()),) * 4}, "ids and logits are not as many, or none"),
+        ({"steps": (Step((5,), (float("nan"),)),) * 4}, "not finite"),
+        ({"image": "../../lvlm.json"}, "no shipped picture"),
+        ({"image": "/etc/passwd"}, "no shipped picture"),
+        ({"image": "samples"}, "no shipped picture"),
+    ],
+)
+def test_records_that_no_export_writes(
+    change: dict[str, Any], problem: str, bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Whoever wrote them gave their hash as well."""
+    manifest = read_bundle(bundle("digits-llava", max_images=2))
+    step = Step((5, 6), (2.0, 1.0))
+    right = RecordedAnswer(
+        "samples/digits-1.png", "Hi", False, (1, 2), (9, 10, 11, 12), (step,) * 4
+    )
+    files = manifest.files | {"validation.json": manifest.files["vision.onnx"]}
+    manifest = dataclasses.replace(manifest, files=files)
+    for answer in (right, dataclasses.replace(right, **change)):
+        text = json.dumps({"answers": [dataclasses.asdict(answer)]})
+        (tmp_path / "validation.json").write_text(text)
+        if answer is right:
+            assert recorded_answers(tmp_path, manifest) == [right]
+            continue
+        with pytest.raises(BundleError, match=problem):
+            recorded_answers(tmp_path, manifest)
