@@ -86,9 +86,9 @@ FAULTS = {
     ),
     "wrong rope theta": Fault(
         "export/families/parts/llama_text.py",
-        "    return config\n\n\ndef build_model",
+        "    return config\n\n\ndef _check_sizes",
         '    config.text_config.rope_parameters["rope_theta"] = 5000.0\n'
-        "    return config\n\n\ndef build_model",
+        "    return config\n\n\ndef _check_sizes",
         GROUPED,
     ),
     "sine and cosine swapped": Fault(
