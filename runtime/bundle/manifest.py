@@ -86,8 +86,7 @@ class Images:
                        prompt is tokenized, which may join it with what is beside it; else its
                        tokens take the place of ``token_id`` afterwards
     bidirectional      tokens of an image, between which there is no text, see those that follow
-    patches            of one image in the vision tower, where they are many more than its tokens;
-                       else 0
+    patches            of one image in the vision tower, the most, where these are many; else 0
     patch_heads        in how many heads these attend to one another; 0 likewise
     """
 

@@ -157,12 +157,20 @@ class PixtralLike:
             processor=processor,
             independent_units=False,
             max_dims={"units": tokens},
+            patches=tokens * merge**2,
+            patch_heads=config.vision_config.num_attention_heads,
         )
 
     def bounded(self, images: Images, tokens: int) -> Images:
         processor = with_max_tokens(images.processor, tokens)
         tokens = max_tokens(processor)
-        return replace(images, tokens=tokens, processor=processor, max_dims={"units": tokens})
+        return replace(
+            images,
+            tokens=tokens,
+            processor=processor,
+            max_dims={"units": tokens},
+            patches=tokens * processor["merge"] ** 2,
+        )
 
     def prompt(self, config: Any, folder: Path) -> PromptFiles:
         return prompt_files(folder, config.text_config)

@@ -68,6 +68,10 @@ def test_fewer_tokens_an_image(name: str, checkpoint: Callable[[str], Path]) -> 
     assert whole == loose
     assert whole.tokens == whole.max_dims["units"] == whole.processor["max_tokens"] == 36
     assert bounded.tokens == bounded.max_dims["units"] == bounded.processor["max_tokens"] == 20
+    each = whole.processor["merge"] ** 2  # patches of a token; the tower's logits are planned for
+    heads = TINY[name][1].vision_config.num_attention_heads
+    assert (whole.patches, whole.patch_heads) == (36 * each, heads)
+    assert (bounded.patches, bounded.patch_heads) == (20 * each, heads)
 
 
 def folder_of(name: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> Path:
