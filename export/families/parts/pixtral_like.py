@@ -169,7 +169,7 @@ class PixtralLike:
             tokens=tokens,
             processor=processor,
             max_dims={"units": tokens},
-            patches=tokens * processor["merge"] ** 2,
+            patches=tokens * (images.patches // images.tokens),
         )
 
     def prompt(self, config: Any, folder: Path) -> PromptFiles:
