@@ -64,7 +64,8 @@ def models() -> str:
             wrapped(
                 "",
                 "Every family: several images in a prompt (--max-images), recipes "
-                f"{', '.join(sorted(recipes))}, --dtype {', '.join(DTYPES)}.",
+                f"{', '.join(sorted(recipes))}, --dtype {', '.join(DTYPES)}. What a model has no "
+                "use for is refused by name before any work.",
             ),
             wrapped(
                 "",

@@ -47,11 +47,11 @@ def check_answers(bundle: Path, device: str, built: Path | None = None) -> None:
     """
     answers = recorded_answers.recorded_answers(bundle, read_bundle(bundle, "none"))
     with load(bundle, device=device) as model:
-        what = f"{bundle} on {device}"
+        what, mend = f"{bundle} on {device}", "export it again"
         backend = model.calls.graphs.backend
         if isinstance(backend, TensorRtBackend):
             folder = backend.engines_of(model.calls.graphs.folder, model.manifest).folder
-            what = str(folder)
+            what, mend = str(folder), "build it with --weights embedded, or for another --target"
             if built is not None and folder.resolve() != built.resolve():
                 raise BuildError(
                     f"device {device} takes {folder}, not {built}; remove what is not meant"
@@ -65,6 +65,5 @@ def check_answers(bundle: Path, device: str, built: Path | None = None) -> None:
             problem = next(comparison.problem for comparison in found if comparison.problem)
             raise BuildError(f"{what} cannot be compared with what was recorded: {problem}")
         raise BuildError(
-            f"{what} does not answer as the bundle did when it was exported; build it with "
-            "--weights embedded, or for another --target, and do not use this"
+            f"{what} does not answer as the bundle did when it was exported; do not use it: {mend}"
         )
