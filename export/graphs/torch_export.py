@@ -16,6 +16,9 @@ import onnx_ir as ir
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.experimental import proxy_tensor
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from lvlm.core.errors import ExportError
@@ -54,6 +57,11 @@ def to_onnx(
         # torch.onnx makes its table of ops for every graph anew, which takes it about a second;
         # here it is the same one every time (no graph adds ops to it)
         exchanged(ONNXRegistry, from_torchlib=staticmethod(_registry)),
+        # What nobody reads: which line a node is from, how its memory lies, and the Python code of
+        # every graph in between
+        exchanged(torch.fx.config, do_not_emit_stack_traces=True),
+        exchanged(proxy_tensor, _extract_tensor_metadata=_metadata),
+        _use_lazy_graph_module(True),
         decompositions.by_need(),
         type_promotion.of_known_values(),
     ):
@@ -137,6 +145,7 @@ def _seldom_collected() -> Iterator[None]:
 
 
 _registry = functools.cache(ONNXRegistry.from_torchlib)
+_metadata = functools.partial(_extract_tensor_metadata, include_contiguity=False)
 
 
 def _describe_inputs(model: ir.Model, inputs: Sequence[GraphPort]) -> None:

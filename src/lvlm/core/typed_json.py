@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -71,7 +72,7 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
 def _object(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise BundleError(f"{where} is not an object; export the bundle again")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     if unknown := set(data) - set(hints):
         name = shown(min(unknown))
         raise BundleError(f"{where}: unknown field {name}; export the bundle again")
@@ -84,6 +85,12 @@ def _object(kind: Any, data: Any, where: str) -> Any:
         raise BundleError(f"{where}: {error}; export the bundle again") from None
 
 
+@functools.cache  # evaluates every annotation's text anew, most of what a manifest takes
+def _hints(kind: Any) -> Mapping[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+@functools.cache
 def _required(kind: Any) -> set[str]:
     """The fields without a default, which earlier schemas lack."""
     defaults = {f.name: (f.default, f.default_factory) for f in dataclasses.fields(kind)}

@@ -31,12 +31,12 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def full(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", max_images=2)
+    return bundle("digits-llava", max_images=2)
 
 
 @pytest.fixture(scope="module")
 def light(bundle: Callable[..., Path]) -> Path:
-    return bundle("tiny-llava", *CACHED["lightvlm (cached)"], max_images=2)
+    return bundle("digits-llava", *CACHED["lightvlm (cached)"], max_images=2)
 
 
 DIGITS = ("--data", "digits", "--kinds", "describe,read", "--samples", 2, "--max-new-tokens", 8)

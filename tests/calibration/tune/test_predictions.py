@@ -20,7 +20,7 @@ CACHE = "1MB"
 
 @pytest.fixture(scope="module")
 def full(bundle: Callable[..., Path]) -> Manifest:
-    return read_bundle(bundle("tiny-llava", max_images=2))
+    return read_bundle(bundle("digits-llava", max_images=2))
 
 
 @pytest.mark.parametrize("name", ["lightvlm (cached)", "hybrid"])
@@ -28,7 +28,7 @@ def test_imagined_bundles_are_as_real_ones(
     name: str, full: Manifest, bundle: Callable[..., Path]
 ) -> None:
     recipe, *settings = (CACHED | AT_ENCODER)[name]
-    real = read_bundle(bundle("tiny-llava", recipe, *settings, max_images=2))
+    real = read_bundle(bundle("digits-llava", recipe, *settings, max_images=2))
     guess = imagined(full, parse_settings(known_recipe(recipe), settings), LOAD)
     # How wide a tower's scores are only its graph tells
     if real.encoder is not None:
