@@ -60,6 +60,9 @@ def moves(name: str) -> bool:
 
 # With lightvlm in a normal run: one of every family, whose text models are all there are.
 MERGED = ["digits-llava", "llava:llama-mha-bias-rope3-siglip", *filter(moves, OTHERS)]
+# With lightvlm and half of its cache: in a normal run the trained model, and those whose positions
+# are more than one count each, which merged tokens keep.
+LIGHT = MERGED if whole() else [n for n in MERGED if n.startswith(("digits-llava", "qwen"))]
 # In a normal run: every one on the trained model, each of MERGED with one of them (Qwen3-VL with
 # compaction at intervals, the one with few heads with what TensorRT-RTX builds for it).
 CACHED_USUAL = [

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from example_counts import whole
 from PIL import Image
 from settings import ASSETS, LIGHTVLM
 
+from lvlm.bench import machine
 from lvlm.bench.bench_cli import main
 from lvlm.bench.contenders import BenchError, peers
 from lvlm.bench.process import Child
@@ -23,6 +25,12 @@ from lvlm.core.installing import install
 from lvlm.runtime.bundle.manifest import MANIFEST
 
 SMALL = ("--threads", 1, "--prompt-tokens", 24, "--new-tokens", 6)
+
+
+@pytest.fixture(autouse=True)
+def little_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To find the memory's bandwidth, which is nothing that a test looks at."""
+    monkeypatch.setattr(machine, "read_bandwidth", partial(machine.read_bandwidth, size=1 << 24))
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import EXPORTED, MERGED, TINY, moves, their_answer, transformers_inputs
+from bundles import EXPORTED, LIGHT, TINY, moves, their_answer, transformers_inputs
+from example_counts import whole
 from parity_tools import IMAGES, ROWS, load_torch, make_reference
 from settings import ASSETS, LIGHTVLM
 
@@ -45,9 +46,10 @@ def test_none_equals_transformers_generate(
     name: str, checkpoint: Callable[[str], Path], bundle: Callable[..., Path]
 ) -> None:
     with lvlm.load(bundle(name, max_images=2)) as model:
-        expected = transformers_tokens(checkpoint(name), model, 64)
+        count = 64 if whole() else 32
+        expected = transformers_tokens(checkpoint(name), model, count)
         texts, images = [r[0] for r in ROWS], [r[1] for r in ROWS]
-        options: dict[str, Any] = {"max_new_tokens": 64, "chat_template": False}
+        options: dict[str, Any] = {"max_new_tokens": count, "chat_template": False}
         alone = [
             model.generate(text, images, **options).token_ids
             for text, images in zip(texts, images, strict=True)
@@ -89,7 +91,7 @@ def reference_answers(
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"name", "settings"} <= set(metafunc.fixturenames):
         every = ["digits-llava", *filter(moves, TINY)]
-        names = every if metafunc.config.getoption("--whole") else MERGED
+        names = every if metafunc.config.getoption("--whole") else LIGHT
         cases: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
         cases.append(("digits-llava", ("merge=nearest", "importance=last")))
         cases.append(("digits-llava", ("merge=drop", "stages=[2,4]")))

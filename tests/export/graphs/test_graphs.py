@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from bundles import CACHED_USUAL, EXPORTED, MERGED
+from bundles import CACHED_USUAL, EXPORTED, LIGHT
 from settings import CACHED, LIGHTVLM
 
 from lvlm.runtime.bundle.reader import read_bundle
@@ -16,7 +16,7 @@ from lvlm.runtime.bundle.reader import read_bundle
 MODELS = ["digits-llava", *EXPORTED]
 VARIANTS = [
     *((name, "none") for name in MODELS),
-    *((name, "lightvlm") for name in MERGED),
+    *((name, "lightvlm") for name in LIGHT),
     *CACHED_USUAL,
 ]
 
@@ -59,7 +59,7 @@ def test_weights_are_stored_once_and_used_as_they_lie(
     assert (folder / "weights.bin").stat().st_size == ends[-1][1]
 
 
-@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("name", LIGHT)
 def test_prefill_merges_once_per_stage_and_compacts_every_layer(
     name: str, bundle: Callable[..., Path]
 ) -> None:
