@@ -24,8 +24,8 @@ from lvlm.runtime.engine import Engine, Session
 from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.run_cli import main
 
-# Their graphs are another's, or two others' halves, but for counts; tova's are h2o's but for scores,
-# streaming-llm's snapkv's, and uniform's are elastic-cache's without merging
+# Their graphs are another's, or two others' halves, but for counts; but for scores tova's are h2o's
+# and streaming-llm's snapkv's, and uniform's are elastic-cache's without merging
 LIKE_ANOTHER = (
     "uniform (cached)",
     "streaming-llm (cached)",
