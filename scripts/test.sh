@@ -9,6 +9,7 @@ if [ ! -x "$venv/bin/python" ]; then
     "$python" -m venv "$venv"
     # The pip that a Python brings may be years old, and takes twice as long.
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade pip
+    new=yes
 fi
 # What modules are compiled to is kept, whatever the environment says: a test that starts a process
 # would compile torch and transformers anew, for seconds.
@@ -16,8 +17,19 @@ unset PYTHONDONTWRITEBYTECODE
 PYTHONPYCACHEPREFIX="$(cd "$venv" && pwd)/pycache"
 export PYTHONPYCACHEPREFIX
 # Not compiled: most of these modules are never imported, the others are compiled as they are.
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
-    --constraint constraints.txt ".[cpu,export,openvino,plugins,serve,structured,tensorrt-rtx,video,dev]"
+install() {
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
+}
+# Two processes unpack half of the packages each. On systems that lack one of them this does
+# nothing, and all are installed below.
+if [ -n "${new:-}" ]; then
+    for half in 0 1; do
+        awk -v half=$half 'NR % 2 == half' constraints.txt > "$venv/half-$half.txt"
+        install --no-deps --requirement "$venv/half-$half.txt" > /dev/null 2>&1 &
+    done
+    wait || true
+fi
+install --constraint constraints.txt ".[cpu,export,openvino,plugins,serve,structured,tensorrt-rtx,video,dev]"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 types() {
