@@ -56,7 +56,7 @@ def _text(chance: random.Random, layout: str) -> Any:
     group = 1 if layout == "mha" else chance.choice([2, 3])
     heads = kv_heads * group
     size: dict[str, Any] = {
-        "vocab_size": 512 + chance.randrange(50),
+        "vocab_size": 541 + chance.randrange(50),  # the shipped tokenizer has 541
         "hidden_size": heads * chance.randrange(48 // heads, 100 // heads),
         "intermediate_size": chance.randrange(61, 140),
         "num_hidden_layers": chance.choice([2, 3, 4]),

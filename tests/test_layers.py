@@ -193,6 +193,17 @@ print(sorted({"numpy", "onnxruntime", "PIL", "torch", "onnx", "jinja2"} & set(sy
     assert python(code).strip() == "[]"
 
 
+def test_targets_are_found_with_what_the_extra_build_brings() -> None:
+    """On a Jetson, which builds engines from lowered graphs."""
+    code = """
+import sys
+sys.modules |= dict.fromkeys(("onnx_ir", "onnxscript", "torch", "transformers", "onnxruntime"))
+from lvlm.core.discovery import discover
+print(len(discover("lvlm.export.targets", "TARGET")))
+"""
+    assert int(python(code)) > 9
+
+
 def test_tests_of_the_runtime_start_without_torch() -> None:
     """Those that export import it when they do."""
     code = """

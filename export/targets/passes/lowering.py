@@ -10,9 +10,9 @@ import onnx_ir as ir
 from lvlm.core.errors import ExportError
 from lvlm.core.output import whole_file
 from lvlm.export.targets.description import Description
-from lvlm.export.targets.own_weights import OwnWeights
 from lvlm.export.targets.passes import decomposed, graph_edits
 from lvlm.export.targets.passes.fp16_matmuls import fp16_matmuls
+from lvlm.export.targets.passes.own_weights import OwnWeights
 from lvlm.export.targets.passes.signed_weights import use_signed_weights
 from lvlm.export.targets.passes.split_linears import split_linears
 from lvlm.runtime.bundle.manifest import Capacity
