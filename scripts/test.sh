@@ -27,7 +27,7 @@ if [ -n "${new:-}" ]; then
         awk -v half=$half 'NR % 2 == half' constraints.txt > "$venv/half-$half.txt"
         install --no-deps --requirement "$venv/half-$half.txt" > /dev/null 2>&1 &
     done
-    wait || true
+    wait
 fi
 install --constraint constraints.txt ".[cpu,export,openvino,plugins,serve,structured,tensorrt-rtx,video,dev]"
 "$venv/bin/ruff" check .

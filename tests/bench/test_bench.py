@@ -29,7 +29,7 @@ SMALL = ("--threads", 1, "--prompt-tokens", 24, "--new-tokens", 6)
 
 @pytest.fixture(autouse=True)
 def little_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To find the memory's bandwidth, which is nothing that a test looks at."""
+    """Of memory, to find its bandwidth: that there is one is all that a test asks."""
     monkeypatch.setattr(machine, "read_bandwidth", partial(machine.read_bandwidth, size=1 << 24))
 
 
