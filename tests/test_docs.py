@@ -189,6 +189,12 @@ def test_a_table_of_figures_says_when_where_and_how(page: Path) -> None:
         assert RUN.search(after), f"{page.name}: no command above {table.group()}"
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in NOTES], ids=lambda page: page.name)
+def test_pages_of_users_say_how_things_are(page: Path) -> None:
+    """Not how they were until some day: that is for docs/notes."""
+    assert not re.search(r"\b(?:until|since|before)\s+20\d\d-\d\d", page.read_text())
+
+
 def documents(page: Path) -> set[Path]:
     """The pages that it links to, and itself."""
     links = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text())
