@@ -45,7 +45,8 @@ class Engine(TokenCounting):
 
     Args:
         bundle, device, threads, verify: as of Model.
-        slots: how many requests run at once. None: as many as ``memory_budget`` has room for, or 4.
+        slots: requests that run at once. None: as many as ``memory_budget`` has room for, or 4
+            without one.
         memory_budget: bytes of weights, slots, workspace and image cache together, as a number or
             as "2GB" or "512MiB". None: no limit.
         max_text_len: tokens of a request's text and its answer together. None: the bundle's; fewer
