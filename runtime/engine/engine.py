@@ -16,7 +16,7 @@ from lvlm.runtime.engine.chunks import ChunkPace
 from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.image_cache import ImageCache
 from lvlm.runtime.engine.memory_plan import Memory, plan_memory, slot_capacity
-from lvlm.runtime.engine.opening import open_batch
+from lvlm.runtime.engine.open_batch import open_batch
 from lvlm.runtime.engine.scheduler import Scheduler
 from lvlm.runtime.engine.session import Session, check_one_turn
 from lvlm.runtime.engine.stats import EngineStats

@@ -35,7 +35,7 @@ class TokenCount:
 
 
 class TokenCounting(ABC):
-    """Counting of prompts' tokens, for whoever prepares prompts."""
+    """Preparer of prompts, which can count them."""
 
     @overload
     def count_tokens(  # type: ignore[overload-overlap]
