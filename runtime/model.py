@@ -7,14 +7,12 @@ together and end together.
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, overload
 
 from lvlm.core.errors import BackendError, ParameterError
-from lvlm.core.forks import Home
 from lvlm.core.integrity import Verify
 from lvlm.runtime.backends import open_backend, thread_count
 from lvlm.runtime.bundle.manifest import Manifest
@@ -30,7 +28,7 @@ from lvlm.runtime.media.video import VideoSource
 from lvlm.runtime.options.generation_options import GenerationOptions, OptionValues
 from lvlm.runtime.prompt.messages import Conversation
 from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
-from lvlm.runtime.prompt.text import TextStream, Tokenizer
+from lvlm.runtime.prompt.text import TextStream
 
 if TYPE_CHECKING:
     from typing import Self, Unpack  # of Python 3.11
@@ -39,7 +37,21 @@ if TYPE_CHECKING:
 class Model(TokenCounting):
     """A bundle on a device. One call at a time: a second, concurrent one is refused.
 
-    Use as a context manager, or call ``close``; it frees graphs, weights and cache.
+    Use as a context manager, or call ``close``.
+
+    Args:
+        bundle: the folder that lvlm-export made.
+        device: name of a backend, as lvlm-doctor lists them.
+        threads: of the backend, up to as many as there are CPUs. None: the backend's choice.
+        verify: how files are compared with their hashes: "sample", "full" or "none"
+            (docs/bundles.md).
+
+    Raises:
+        ParameterError: a value cannot be used; there is no such device.
+        BundleError: the folder is no bundle, or one that is incomplete, changed, or of a version
+            that is not read.
+        BackendError: the device's packages are missing, or it cannot run the graphs.
+        DeviceMemoryError: the device has no room for the weights.
     """
 
     def __init__(
@@ -50,32 +62,16 @@ class Model(TokenCounting):
         threads: int | None = None,
         verify: Verify = "sample",
     ) -> None:
-        """``threads``: None lets the backend choose. ``verify``: how files are
-        compared with their hashes (sample, full or none; docs/bundles.md).
-
-        Raises BundleError, BackendError, ParameterError.
-        """
         folder = bundle_path(bundle)
         threads = thread_count(threads)
         self.folder, self.device = folder, device
-        self._home = Home("model")
         self.manifest: Manifest = read_bundle(folder, verify)
         manifest = self.manifest
-        self.tokenizer = Tokenizer(folder / "tokenizer.json", manifest.text.eos_ids)
-        self._prompts = PromptMaker(
-            self.tokenizer,
-            manifest.images,
-            manifest.text.vocab,
-            manifest.chat_template,
-            manifest.special_tokens,
-            manifest.capacity.max_images,
-            manifest.generation,
-        )
-        self.processor = self._prompts.processor
+        self._prompts = PromptMaker.of_bundle(folder, manifest, manifest.capacity.max_images)
+        self.tokenizer, self.processor = self._prompts.tokenizer, self._prompts.processor
         self._calls: Calls | None = Calls(
             Graphs(folder, manifest, open_backend(device, threads=threads), on_demand=["extend"])
         )
-        self._busy = threading.Lock()
 
     @overload
     def generate(  # type: ignore[overload-overlap]
@@ -98,17 +94,30 @@ class Model(TokenCounting):
     ) -> list[Generation]: ...
 
     def generate(self, prompt, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
-        """Answer one prompt, or a list of prompts (then ``images`` and ``videos`` are lists of
-        lists) in order.
+        """Answer one prompt, or a list of prompts together.
 
         Args:
             prompt: a question's text, or messages, ``[{"role": "user", "content": …}, …]``, which
                 have their images and videos in them (docs/prompts.md); or a list of such.
-            images: paths, bytes, PIL images or uint8 arrays [H,W,3].
-            videos: paths, bytes or Videos (docs/families.md), whose frames count as images.
-            options: GenerationOptions; what is ``given`` by name comes before it.
+            images: of a text: paths, ``data:`` URLs, bytes, files opened in binary mode, PIL images
+                or uint8 arrays [H,W,3], RGB, or [H,W]; of a list of prompts a list for each.
+            videos: likewise, paths, bytes or Videos (docs/families.md), whose frames count as
+                images.
+            options: the options. None: the defaults.
+            given: options by name, which come before ``options``.
 
-        Raises ParameterError, PromptError, ImageError, CapacityError, BackendError.
+        Returns:
+            Generation, or a list of them in the order of the prompts.
+
+        Raises:
+            ParameterError: there is no such option, or its value cannot be used.
+            PromptError: a prompt is empty, or does not fit its images or its template.
+            ImageError: an image or video cannot be opened, or is too large.
+            CapacityError: a prompt is too long, or has too many images, for the bundle.
+            BundleError: the tokenizer does not fit the model.
+            BackendError: the model is busy, closed, or from before a fork; PyAV or llguidance is
+                missing; a graph failed, or its logits are not finite.
+            DeviceMemoryError: the device has no room for the cache.
         """
         parsed = self._options(options, given)
         asks, many = read_asks(prompt, images, videos)
@@ -142,14 +151,18 @@ class Model(TokenCounting):
         so that merging and compression act as they do in ``generate``.
 
         Args:
+            prompt, images, videos: as of generate.
             answer: token ids (``tokenizer.encode``), or a list of such lists for a list of prompts.
-            options: as for generate; what chooses or ends an answer has no part in it.
+            options, given: as of generate; what chooses or ends an answer has no part in it.
 
         Returns:
             What generate returns, with an entry in ``scores`` for each of the tokens: the natural
             logarithm of its probability after all before it, and of the ``logprobs`` likeliest.
 
-        Raises what generate raises; CapacityError where there is no room for all of an answer.
+        Raises:
+            LvlmError: what generate raises.
+            ParameterError: there are not as many answers as prompts, or one is no list of tokens.
+            CapacityError: there is no room for all of an answer.
         """
         parsed = replace(self._options(options, given), stop=(), n=1)
         asks, many = read_asks(prompt, images, videos)
@@ -167,10 +180,19 @@ class Model(TokenCounting):
         options: GenerationOptions | None = None,
         **given: Unpack[OptionValues],
     ) -> Stream:
-        """Like ``generate`` for one prompt, yielding text as soon as it is final.
+        """Answer one prompt, giving text as soon as it is final.
 
-        Nothing is computed before the first piece is asked for, but mistakes in the options are
-        raised here.
+        Nothing is computed before the first piece is asked for.
+
+        Args:
+            prompt, images, videos, options, given: as of generate.
+
+        Returns:
+            Stream of the pieces of text. Reading it raises what generate raises.
+
+        Raises:
+            ParameterError: as of generate; ``n`` is above 1.
+            PromptError: the prompt is neither a text nor messages.
         """
         parsed = self._options(options, given)
         check_one_answer(parsed)
@@ -194,6 +216,7 @@ class Model(TokenCounting):
         return count_asks(manifest, self._prompts, manifest.capacity, asks, parsed)
 
     def close(self) -> None:
+        """Free graphs, weights and cache; later calls are refused."""
         self._calls = None
 
     def __repr__(self) -> str:
@@ -234,7 +257,8 @@ class Model(TokenCounting):
         forced: Sequence[Sequence[int]] | None = None,
     ) -> Generator[None]:
         """To the end of all ``answers``; it pauses after every token."""
-        with self._exclusive() as calls:
+        calls = self.calls
+        with calls.alone():
             prompts = [
                 self.prepare(row, ask.prompt, ask.images, options, ask.videos)
                 for row, ask in enumerate(asks)
@@ -252,28 +276,17 @@ class Model(TokenCounting):
                     batch.step()
                     yield
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[Calls]:
-        self._home.check()
-        calls = self.calls
-        if not self._busy.acquire(blocking=False):
-            raise BackendError(
-                "this model is answering another call; finish or close that stream, or load a "
-                "second model"
-            )
-        try:
-            yield calls
-        finally:
-            self._busy.release()
-
     @property
     def calls(self) -> Calls:
+        """Calls step by step, for whoever compares logits (docs/engine.md). Raises BackendError
+        once the model is closed."""
         if self._calls is None:
             raise BackendError("this model is closed; load the bundle again")
         return self._calls
 
     @property
     def graphs(self) -> Graphs:
+        """Graphs of the bundle, as they are loaded. Raises as ``calls``."""
         return self.calls.graphs
 
     def prepare(
@@ -284,7 +297,19 @@ class Model(TokenCounting):
         options: GenerationOptions,
         videos: Sequence[VideoSource] = (),
     ) -> Prompt:
-        """One row of a batch: images opened and scaled, the prompt as token ids."""
+        """Prepare a prompt for ``calls``: images opened and scaled, the text as token ids.
+
+        Args:
+            row: its number in the batch, from 0 on, which seeds are counted by.
+            prompt, images, videos: as of generate.
+            options: the options.
+
+        Returns:
+            Prompt with token ids [N], image_id int64 [N] and positions int64 [N] or [3,N].
+
+        Raises:
+            LvlmError: what generate raises of a prompt before it is run.
+        """
         return self._prompts.prepare(row, prompt, images, options, videos)
 
 
@@ -295,5 +320,15 @@ def load(
     threads: int | None = None,
     verify: Verify = "sample",
 ) -> Model:
-    """Load a bundle made by lvlm-export; see Model."""
+    """Load a bundle.
+
+    Args:
+        bundle, device, threads, verify: as of Model.
+
+    Returns:
+        Model, open.
+
+    Raises:
+        LvlmError: what Model raises.
+    """
     return Model(bundle, device=device, threads=threads, verify=verify)

@@ -25,10 +25,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import example_counts
 from hypothesis import settings
+from missing_packages import OptionalModule
 from sessions_kept import keep_sessions
 
 from lvlm.runtime.backends import cpu
 from lvlm.runtime.backends.ort.shared_sessions import SharedWeights
+
+# Helpers of tests are imported by their names, from tests of any folder
+TESTS = Path(__file__).parent
+sys.path[:0] = sorted(
+    {
+        str(file.parent)
+        for file in TESTS.rglob("*.py")
+        if not file.name.startswith(("test_", "conftest", "__init__"))
+        and not (file.parent / "__init__.py").exists()
+    }
+)
 
 LOADS = SharedWeights.session  # as the product has it
 
@@ -61,14 +73,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[example_counts.VARIABLE] = "1"
 
 
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    return OptionalModule.from_parent(parent, path=module_path)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Markers: ``parity`` by folder, ``slow`` by what a test needs or its own mark, ``unit`` on
-    all others."""
+    """Markers: ``parity`` by folder, ``slow`` and ``gpu`` by what a test needs or its own mark,
+    ``unit`` on all others."""
     for item in items:
         if any(part in item.path.parts for part in PARITY):
             item.add_marker("parity")
         if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("slow")
+        if "gpu" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
         if not {"parity", "slow", "gpu"} & {mark.name for mark in item.iter_markers()}:
             item.add_marker("unit")
 

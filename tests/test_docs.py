@@ -11,12 +11,15 @@ import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from textwrap import dedent
+from urllib.parse import urlsplit
 
 import pytest
 
 import lvlm
 from lvlm.core.discovery import GROUPS
 from lvlm.main import run_verb
+from lvlm.runtime.bundle.reader import READABLE
 from lvlm.verbs import MODULES
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +36,8 @@ PARTS = {
     "compare": ("checkpoint", "devices", "layers"),
 }
 PACKAGES = {"bench", "calibration", "core", "export", "plugins_trt", "runtime"}
-FOLDERS = "assets|calibration|docs|export|plugins_trt|runtime|scripts|src|tests"
+EXAMPLES = sorted(file for file in (ROOT / "examples").rglob("*") if file.is_file())
+FOLDERS = "assets|calibration|docs|examples|export|plugins_trt|runtime|scripts|src|tests"
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w*./-]*\w\.\w+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 COMMAND = re.compile(
@@ -57,6 +61,10 @@ FOREIGN = {
 }
 
 
+WEB = re.compile(r"https?://[^\s)>\"'`|\\]+")
+# Where links lead: the sources themselves, no mirror of one. Look at a new one before it is added
+SITES = {"arxiv.org", "docs.ray.io", "github.com", "keepachangelog.com", "semver.org"}
+NOWHERE = {"127.0.0.1", "app.example.com", "example.com", "localhost"}
 NOTES = sorted((ROOT / "docs/notes").rglob("*.md"))
 TABLE = re.compile(r"^\|.*\n\|[ :|-]+\n", re.MULTILINE)
 DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
@@ -139,6 +147,23 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not anchor or f"# {anchor}".replace("-", " ") in target.read_text().lower(), link
 
 
+def astray(text: str) -> list[str]:
+    """Web links of a text that are not https, or lead elsewhere than to the known sites; those of
+    this machine, of examples and of names without a dot (containers) are none."""
+    sites = [(url, urlsplit(url).hostname or "") for url in WEB.findall(text)]
+    outside = [(url, site) for url, site in sites if site not in NOWHERE and "." in site]
+    return [url for url, site in outside if site not in SITES or not url.startswith("https://")]
+
+
+def test_web_links_lead_to_the_sources_themselves() -> None:
+    for file in [*PAGES, *CODE, *EXAMPLES, ROOT / "pyproject.toml"]:
+        assert astray(file.read_text()) == [], file.relative_to(ROOT)
+    assert astray("see [it](http://arxiv.org/abs/1), https://github.com/x") == [
+        "http://arxiv.org/abs/1"
+    ]
+    assert astray("`https://pypi.mirror.example.org/simple`") != []
+
+
 def above(page: str, end: int) -> str:
     """What stands above a place under its heading and under those that enclose it."""
     level, parts = 7, []
@@ -164,6 +189,12 @@ def test_a_table_of_figures_says_when_where_and_how(page: Path) -> None:
         assert RUN.search(after), f"{page.name}: no command above {table.group()}"
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in NOTES], ids=lambda page: page.name)
+def test_pages_of_users_say_how_things_are(page: Path) -> None:
+    """Not how they were until some day: that is for docs/notes."""
+    assert not re.search(r"\b(?:until|since|before)\s+20\d\d-\d\d", page.read_text())
+
+
 def documents(page: Path) -> set[Path]:
     """The pages that it links to, and itself."""
     links = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text())
@@ -177,7 +208,7 @@ def test_every_page_is_reached_from_the_two_that_list_them() -> None:
 
 
 def test_files_that_are_named_exist() -> None:
-    for file in [*PAGES, *CODE]:
+    for file in [*PAGES, *CODE, *EXAMPLES]:
         for name in FILE.findall(file.read_text()):
             assert list(ROOT.glob(name)), f"{file.relative_to(ROOT)} names {name}"
 
@@ -261,8 +292,26 @@ def test_the_architecture_page_names_every_room() -> None:
 
 
 def test_the_stability_page_names_what_is_public() -> None:
-    named = re.findall(r"`(\w+)`", (ROOT / "docs/stability.md").read_text())
-    assert set(lvlm.__all__) <= set(named)
+    page = (ROOT / "docs/stability.md").read_text()
+    assert set(lvlm.__all__) <= set(re.findall(r"`(\w+)`", page))
+    assert set(GROUPS.values()) <= set(re.findall(r"`(lvlm\.\w+)`", page))
+    assert f"schemas {READABLE[0]} to {READABLE[-1]};" in page
+
+
+def test_the_recipe_that_is_shown_is_the_one_there_is() -> None:
+    page, source = (
+        (ROOT / file).read_text() for file in ("docs/extending.md", "export/recipes/snapkv.py")
+    )
+    policy = dedent(source[source.index("    def cache_policy") : source.index("RECIPE =")])
+    assert policy.strip() in page
+
+
+def test_the_architecture_page_names_every_graph() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    files = sorted((ROOT / "export/graphs").glob("*.py"))
+    graphs = [f.name for f in files if re.search(r"^    name\b.* = \"", f.read_text(), re.M)]
+    assert "decode.py" in graphs
+    assert [name for name in graphs if f"{name}`" not in page] == []
 
 
 def test_readme_is_short() -> None:

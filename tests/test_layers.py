@@ -79,7 +79,8 @@ def package_of(module: str) -> str:
 
 
 def room_of(module: str) -> str:
-    """lvlm.runtime.kv of lvlm.runtime.kv.cache; a file that is in no room is one of its own."""
+    """lvlm.runtime.kv of lvlm.runtime.kv.cache; a file that is in no room is one of its own, and a
+    folder within a room (parts, passes) is that room."""
     return ".".join(module.split(".")[:3])
 
 

@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="contenders one after another, each loaded alone, where memory cannot hold them all",
     )
-    parts = parser.add_argument_group("parts of an engine, for scripts/simulate_fleet.py")
+    parts = parser.add_argument_group("parts of an engine, for lvlm-fleet")
     add = parts.add_argument
     add(
         "--costs",

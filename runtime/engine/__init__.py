@@ -1,6 +1,6 @@
 """The host's loop, and many requests at once over one loaded bundle: what a service embeds.
 
-For asyncio, which only it imports: engine/aio.py.
+For asyncio, which only these import: engine/aio.py and async_handle.py.
 """
 
 from lvlm.runtime.engine.engine import Engine

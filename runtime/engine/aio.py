@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, overload
 
 from lvlm.core.errors import ParameterError, shown
+from lvlm.runtime.engine.async_handle import AsyncHandle
 from lvlm.runtime.engine.engine import Engine
-from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.engine.memory_plan import Memory
 from lvlm.runtime.engine.session import Session, check_one_turn
 from lvlm.runtime.engine.stats import EngineStats
@@ -24,82 +23,15 @@ if TYPE_CHECKING:
     from typing import Self, Unpack  # of Python 3.11
 
 
-class AsyncHandle:
-    """``async for piece in handle`` for the text, ``await handle`` for the answer; ``async with``
-    cancels the request at the end, if it is not done. ``others`` are those of Handle.
-
-    A task that is cancelled while it waits here cancels the request. For one event loop.
-    """
-
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
-        self.others = tuple(AsyncHandle(other) for other in handle.others)
-        self._more = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        def tell() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(self._more.set)
-
-        handle.subscribe(tell)
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        read = 0
-        while True:
-            await self._changed(read)
-            text = self.handle.text
-            if len(text) > read:
-                yield text[read:]
-                read = len(text)
-            elif self.handle.done:
-                self.handle.check()
-                return
-
-    def __await__(self) -> Generator[object, None, Generation]:
-        return self._answer().__await__()
-
-    def cancel(self) -> bool:
-        """Cancel, as Handle.cancel."""
-        return self.handle.cancel()
-
-    async def wait(self) -> None:
-        """Until the request has ended, one way or the other."""
-        while not self.handle.done:
-            await self._changed(len(self.handle.text))
-        try:
-            for other in self.others:
-                await other.wait()
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        self.cancel()
-
-    def __repr__(self) -> str:
-        return repr(self.handle).replace("lvlm.Handle", "lvlm.AsyncHandle")
-
-    async def _answer(self) -> Generation:
-        await self.wait()
-        return self.handle.result()
-
-    async def _changed(self, read: int) -> None:
-        """Wait until there is more than ``read`` characters, or the end."""
-        try:
-            while not self.handle.done and len(self.handle.text) <= read:
-                self._more.clear()
-                if not self.handle.done and len(self.handle.text) <= read:
-                    await self._more.wait()
-        except asyncio.CancelledError:
-            self.handle.cancel()
-            raise
-
-
 class AsyncEngine:
-    """An Engine whose requests are awaited. ``async with`` closes the engine at the end."""
+    """An Engine whose requests are awaited. ``async with`` closes the engine at the end.
+
+    Args:
+        engine: the engine, which may be used beside this.
+
+    Raises:
+        ParameterError: it is no Engine.
+    """
 
     def __init__(self, engine: Engine) -> None:
         if not isinstance(engine, Engine):
@@ -119,8 +51,18 @@ class AsyncEngine:
         session: Session | None = None,
         **given: Unpack[OptionValues],
     ) -> AsyncHandle:
-        """Submit, as Engine.submit; images are opened in a thread of their own."""
-        parsed = self.engine.options(options, given)
+        """Ask, as Engine.submit does; images are opened in a thread of their own.
+
+        Args:
+            prompt, images, videos, options, timeout, session, given: as of Engine.submit.
+
+        Returns:
+            AsyncHandle of the request.
+
+        Raises:
+            LvlmError: what Engine.submit raises.
+        """
+        parsed = self.engine.admission.options(options, given)
         ask = one_ask(prompt, images, videos)
         return await self._submit(0, ask, parsed, timeout, (), session)
 
@@ -152,9 +94,19 @@ class AsyncEngine:
     async def generate(  # type: ignore[no-untyped-def]
         self, prompt, images=(), videos=(), options=None, *, timeout=None, session=None, **given
     ):
-        """Generate, as Engine.generate. A task that is cancelled while it waits cancels the
-        requests."""
-        parsed = self.engine.options(options, given)
+        """Ask and wait, as Engine.generate does. A task that is cancelled while it waits cancels
+        the requests.
+
+        Args:
+            prompt, images, videos, options, timeout, session, given: as of Engine.generate.
+
+        Returns:
+            Generation, or a list of them in the order of the prompts.
+
+        Raises:
+            LvlmError: what Engine.generate raises.
+        """
+        parsed = self.engine.admission.options(options, given)
         asks, many = read_asks(prompt, images, videos)
         check_one_turn(session, many)
         answers = await self._answers(asks, parsed, timeout, session)
@@ -171,9 +123,19 @@ class AsyncEngine:
         session: Session | None = None,
         **given: Unpack[OptionValues],
     ) -> AsyncGenerator[str]:
-        """The pieces of an answer as they come; to be closed (contextlib.aclosing), or read to the
-        end. ``submit`` tells more than the text."""
-        parsed = self.engine.options(options, given)
+        """Stream the text of an answer; to be closed (contextlib.aclosing), or read to the end.
+        ``submit`` tells more than the text.
+
+        Args:
+            prompt, images, videos, options, timeout, session, given: as of Engine.submit.
+
+        Yields:
+            The pieces of text as they come.
+
+        Raises:
+            LvlmError: what Engine.stream raises, as the first piece is asked for.
+        """
+        parsed = self.engine.admission.options(options, given)
         check_one_answer(parsed)
         handle = await self.submit(prompt, images, videos, parsed, timeout=timeout, session=session)
         try:
@@ -203,20 +165,45 @@ class AsyncEngine:
     ) -> list[TokenCount]: ...
 
     async def count_tokens(self, prompt, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
-        """Count the tokens, as Engine.count_tokens; images are opened in a thread of their own."""
+        """Count the tokens of prompts; images are opened in a thread of their own.
+
+        Args:
+            prompt, images, videos, options, given: as of Engine.generate.
+
+        Returns:
+            TokenCount, or a list of them in the order of the prompts.
+
+        Raises:
+            LvlmError: what Engine.count_tokens raises.
+        """
         count = partial(self.engine.count_tokens, prompt, images, videos, options, **given)
         return await asyncio.to_thread(count)
 
     def session(self) -> Session:
-        """A conversation that keeps its cache, as Engine.session."""
+        """A conversation that keeps its cache from turn to turn.
+
+        Returns:
+            Session for the calls of this engine.
+
+        Raises:
+            LvlmError: what Engine.session raises.
+        """
         return self.engine.session()
 
     def stats(self) -> EngineStats:
-        """Statistics of the engine so far."""
+        """Count what the engine has done.
+
+        Returns:
+            EngineStats up to now.
+        """
         return self.engine.stats()
 
     def memory(self) -> Memory:
-        """The memory the engine takes."""
+        """Tell the memory that the engine takes.
+
+        Returns:
+            As of Engine.memory.
+        """
         return self.engine.memory()
 
     async def _submit(
@@ -230,10 +217,10 @@ class AsyncEngine:
     ) -> AsyncHandle:
         """The prompt ``index`` of a call; where the queue is full it waits for those ``before``."""
         request, handle = await asyncio.to_thread(
-            self.engine.prepare, index, ask, options, timeout, session
+            self.engine.admission.prepare, index, ask, options, timeout, session
         )
         theirs = {other.handle: other for other in before}
-        while (pending := self.engine.enqueue(request, list(theirs))) is not None:
+        while (pending := self.engine.admission.enqueue(request, list(theirs))) is not None:
             await theirs[pending].wait()
         return AsyncHandle(handle)
 
@@ -257,6 +244,11 @@ class AsyncEngine:
         return f"<lvlm.AsyncEngine over {self.engine!r}>"
 
     async def close(self, *, finish: bool = False) -> None:
+        """Close the engine; the event loop goes on meanwhile.
+
+        Args:
+            finish: as of Engine.close.
+        """
         await asyncio.to_thread(self.engine.close, finish=finish)
 
     async def __aenter__(self) -> Self:

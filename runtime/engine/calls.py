@@ -3,6 +3,7 @@ whose buffers serve the next one."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from functools import partial
 
 import numpy as np
 
+from lvlm.core.errors import BackendError
+from lvlm.core.forks import Home
 from lvlm.runtime.engine.batch import Batch
 from lvlm.runtime.engine.encoding import Encode
 from lvlm.runtime.engine.request import Request
@@ -68,6 +71,22 @@ class Calls:
         self.graphs = graphs
         self._encode = encode or partial(_features, graphs)  # no cycle: closing frees the graphs
         self._cache: CompactCache | None = None
+        self._home, self._busy = Home("model"), threading.Lock()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """The one call there is while it lasts. Raises BackendError for a second one, and in a
+        forked child."""
+        self._home.check()
+        if not self._busy.acquire(blocking=False):
+            raise BackendError(
+                "this model is answering another call; finish or close that stream, or load a "
+                "second model"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     @contextmanager
     def run(

@@ -28,8 +28,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class News:
-    """What came of an answer since it was asked last; ``scores`` of its tokens where logprobs were
-    asked for."""
+    """New tokens of an answer, and its new text.
+
+    Args:
+        tokens: token ids.
+        text: what became final with them.
+        scores: one for each token where logprobs were asked for, else none.
+    """
 
     tokens: list[int]
     text: str
@@ -37,7 +42,7 @@ class News:
 
 
 class Handle:
-    """One request. Every method may be called from any thread, iterators may be many.
+    """A request to an engine. Every method may be called from any thread, iterators may be many.
     ``with`` cancels it at the end, if it is not done.
 
     Iterate for the pieces of text as they become final. A request that failed raises its error at
@@ -48,10 +53,14 @@ class Handle:
     ``result`` and ``wait`` wait for all, ``cancel`` ends all; every other method is about the one.
 
     Listeners are called without a lock held, so that they may call the engine and any handle.
+    ``submitted`` is when it was made, in seconds of time.perf_counter().
+
+    Args:
+        wake: called when the caller has cancelled.
+        others: handles of the further answers to the same prompt.
     """
 
     def __init__(self, wake: Callable[[], None], others: Sequence[Handle] = ()) -> None:
-        """``wake`` is called when the caller has cancelled."""
         self._wake = wake
         self.others = tuple(others)
         self._changed = threading.Condition()
@@ -71,38 +80,73 @@ class Handle:
         return (piece for piece in self._follow(self._pieces) if piece)
 
     def tokens(self) -> Iterator[int]:
-        """The token ids as they are chosen."""
+        """Iterate over the token ids of the answer.
+
+        Returns:
+            Iterator over those there are and those to come, as they are chosen.
+
+        Raises:
+            LvlmError: the request's error, after the last token.
+        """
         return self._follow(self._tokens)
 
     def result(self, timeout: float | None = None) -> Generation:
-        """Wait for the answer, ``timeout`` seconds at most.
+        """Wait for the answer.
 
-        Raises the request's error if it failed, or one of the ``others``; TimeoutError if the wait
-        was too short, and the request goes on.
+        Args:
+            timeout: seconds to wait at most. None: no limit.
+
+        Returns:
+            Generation; its ``others`` are the further answers.
+
+        Raises:
+            TimeoutError: the wait was too short; the request goes on.
+            ParameterError: the timeout is no number of 0 or more, or the asked structure takes too
+                much work to follow.
+            RequestTimeout: the request was not answered within its own timeout.
+            RequestCancelled: it was cancelled.
+            EngineClosedError: the engine was closed first.
+            BackendError, DeviceMemoryError: a graph failed, or its logits are not finite; or this
+                process was forked from the engine's.
         """
         if not self.wait(timeout):
             raise TimeoutError(f"no answer after {timeout} s; wait longer, or cancel")
         return with_others([one.own_result() for one in (self, *self.others)])
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end, ``timeout`` seconds at most; whether it has come."""
+        """Wait for the end, one way or the other.
+
+        Args:
+            timeout: seconds to wait at most. None: no limit.
+
+        Returns:
+            Whether the end has come.
+
+        Raises:
+            ParameterError: the timeout is no number of 0 or more.
+        """
         if timeout is not None:
             timeout = read_value("timeout", WAIT, timeout)
         until = None if timeout is None else time.perf_counter() + timeout
         return all(one._wait_until(until) for one in (self, *self.others))
 
     def cancel(self) -> bool:
-        """Stop the request: its slot is free before the next token. False: it had ended already."""
+        """Stop the request: its slot is free before the next token.
+
+        Returns:
+            False where it and all its ``others`` had ended already.
+        """
         stopped = [one._cancel() for one in (self, *self.others)]
         return any(stopped)
 
     @property
     def done(self) -> bool:
+        """True once the request has ended, one way or the other."""
         return self._result is not None or self._error is not None
 
     @property
     def all_done(self) -> bool:
-        """Whether the ``others`` are done, too."""
+        """True once the ``others`` have ended, too."""
         return self.done and all(other.done for other in self.others)
 
     @property
@@ -117,18 +161,29 @@ class Handle:
 
     @property
     def token_times(self) -> list[float]:
-        """time.perf_counter() when each token was chosen; ``submitted`` is on the same clock."""
+        """Times at which the tokens so far were chosen, in seconds of time.perf_counter()."""
         return list(self._times)
 
     def since(self, count: int) -> News:
-        """What came after the first ``count`` tokens."""
+        """Read what came after the first tokens.
+
+        Args:
+            count: how many tokens are known already.
+
+        Returns:
+            The tokens behind these, with the text and scores that came with them.
+        """
         with self._changed:
             text = "".join(self._pieces[count:])
             return News(self._tokens[count:], text, self._scores[count:])
 
     def subscribe(self, listener: Callable[[], None]) -> None:
-        """Call ``listener`` whenever there is more to read, from the engine's thread: be quick,
-        and do not wait for an answer. What it raises is logged."""
+        """Have a function called now, and whenever there is more to read.
+
+        Args:
+            listener: called from the engine's thread, or the one that ends the request: it has to
+                be quick, and not to wait for an answer. What it raises is logged.
+        """
         with self._changed:
             self._listeners.append(listener)
         self._tell([listener])
@@ -147,6 +202,13 @@ class Handle:
     # For the engine
 
     def push(self, token: int, piece: str, score: TokenScore | None) -> None:
+        """Add a token to the answer; nothing happens where it has ended.
+
+        Args:
+            token: its id.
+            piece: the text that is final with it, which may be empty.
+            score: where logprobs were asked for.
+        """
         with self._changed:
             if self.done:
                 return
@@ -160,11 +222,25 @@ class Handle:
         self._tell(listeners)
 
     def finish(self, result: Generation) -> bool:
-        """False if it had ended already."""
+        """End with an answer.
+
+        Args:
+            result: the answer.
+
+        Returns:
+            False where it had ended already.
+        """
         return self._end(result, None)
 
     def fail(self, error: Exception) -> bool:
-        """False if it had ended already."""
+        """End without an answer.
+
+        Args:
+            error: the reason; one of another type becomes a BackendError.
+
+        Returns:
+            False where it had ended already.
+        """
         return self._end(None, typed(error))
 
     def _end(self, result: Generation | None, error: LvlmError | None) -> bool:
@@ -179,12 +255,23 @@ class Handle:
         return True
 
     def check(self) -> None:
-        """Raises what went wrong with this answer."""
+        """Check this one's answer alone.
+
+        Raises:
+            LvlmError: what went wrong with it, so far.
+        """
         if self._error is not None:
             raise self._error.with_traceback(None)
 
     def own_result(self) -> Generation:
-        """This one's answer, which is there. Raises its error."""
+        """Take this one's answer alone; it has ended.
+
+        Returns:
+            Generation without ``others``.
+
+        Raises:
+            LvlmError: its error.
+        """
         self.check()
         assert self._result is not None
         return self._result

@@ -25,8 +25,15 @@ WIDEST_ROWS = 12
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. ``slot`` is what one of ``slots`` requests takes; ``workspace`` is an estimate of what
-    the graphs need at most while they run, ``images`` the limit of the cache of images."""
+    """Memory of an engine, in bytes.
+
+    Args:
+        weights: of all graphs, which share them.
+        slot: cache of one request.
+        slots: how many there are.
+        workspace: estimate of what the graphs need at most while they run.
+        images: limit of the kept image features.
+    """
 
     weights: int
     slot: int
@@ -36,10 +43,12 @@ class Memory:
 
     @property
     def cache(self) -> int:
+        """Bytes of all slots."""
         return self.slot * self.slots
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return self.weights + self.cache + self.workspace + self.images
 
 

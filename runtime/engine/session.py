@@ -26,6 +26,9 @@ class Session:
     another keep or kv_keep, has no room left, or the row was needed for other requests.
 
     Close it, or use it as a context manager: its row is free then.
+
+    Args:
+        engine: whose turns it takes.
     """
 
     def __init__(self, engine: object) -> None:
@@ -35,7 +38,7 @@ class Session:
 
     @property
     def closed(self) -> bool:
-        """Whether its row is of no more use."""
+        """True once it takes no more turns, and its row is of no more use."""
         return self._closed
 
     def close(self) -> None:
@@ -43,7 +46,17 @@ class Session:
         self._closed = True
 
     def take(self, engine: object, handle: Handle, answers: int) -> None:
-        """The next turn, for an engine. Raises ParameterError."""
+        """Take the next turn, for an engine.
+
+        Args:
+            engine: the one that answers it.
+            handle: of the turn.
+            answers: how many are asked for.
+
+        Raises:
+            ParameterError: more than one answer; the session is closed, of another engine, or its
+                last turn is not answered yet.
+        """
         if answers > 1:
             raise ParameterError(
                 f"n is {answers}, but a conversation goes on from one answer; leave n or session "

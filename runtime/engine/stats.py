@@ -26,8 +26,8 @@ class EngineStats:
         reused_tokens: those of them that lay in the cache already.
         image_hits: images whose features were known.
         image_misses: images that were encoded.
-        cache_bytes: of the whole cache.
-        cache_bytes_used: of the entries of running requests.
+        cache_bytes: bytes of the whole cache.
+        cache_bytes_used: bytes of the entries of running requests.
     """
 
     running: int

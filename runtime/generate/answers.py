@@ -19,12 +19,25 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Stats:
-    """Statistics of one answer. Times cover the whole batch; bytes are of its cache.
+    """Statistics of one answer. Times are of the whole batch; an engine's are of the steps that the
+    request took part in.
 
-    tokens_per_layer entered each block in prefill, kept_per_layer of them stayed in its cache;
-    image_tokens of the encoded_image_tokens got to the language model.
-    An engine also tells how long a request waited, and how many of its prompt's tokens lay in the
-    cache already; its times are those of the steps that the request took part in.
+    Args:
+        prompt_tokens: tokens of the prompt that entered the language model.
+        image_tokens: those of images and videos among them.
+        new_tokens: tokens of the answer.
+        tokens_per_layer: of each layer, tokens that entered it in prefill.
+        image_tokens_per_layer: those of images and videos among them.
+        kept_per_layer: of each layer, entries that prefill left in its cache.
+        vision_ms: milliseconds of encoding images.
+        prefill_ms: milliseconds of reading the prompt.
+        decode_ms: milliseconds of the decode steps.
+        decode_steps: steps that the answer took part in.
+        cache_bytes_allocated: bytes of the batch's cache; of an engine's, a slot's.
+        cache_bytes_used: bytes of the entries at the end.
+        queued_ms: milliseconds that a request waited in an engine's queue.
+        reused_tokens: tokens of the prompt that lay in an engine's cache already.
+        encoded_image_tokens: tokens that the encoder gave, before any were dropped.
     """
 
     prompt_tokens: int
@@ -50,9 +63,15 @@ class Stats:
 
 
 class SeenImage(NamedTuple):
-    """What the language model was given of an image: ``rows`` int64 [K], rising, are the numbers of
-    its tokens that went on from the encoder, all where none is dropped there. ``box`` and ``grid``
-    tell where its tokens lie in the picture (PreparedImage)."""
+    """Tokens of an image that the language model was given.
+
+    Args:
+        rows: int64 [K], rising: the numbers of its tokens that went on from the encoder.
+        box: left, top, right and bottom of what its tokens show, in widths and heights of the
+            image: less than 0, 0, 1, 1 where it was cropped, more where it was padded.
+        grid: int [R,C]: of a grid over the box, the token at each place, -1: none. None: that of
+            the manifest, or none is known.
+    """
 
     rows: np.ndarray
     box: Box
@@ -61,19 +80,26 @@ class SeenImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. ``token_ids`` ends with the token that ended the text where one did;
-    ``finish_reason`` is "stop" (end of text, a stop string, one of stop_token_ids, or a structure
-    that is complete) or "length".
-    ``stop_reason`` tells which stop: the stop string, or the id of the token that ended the text;
-    it is None for a structure, and at "length", where
-    ``capacity_reached`` tells whether the bundle's capacity ended it before max_new_tokens.
-    ``image_id`` tells of every prompt token whether it is text (0) or of the m-th image (m).
-    ``merge_maps`` holds, per reduction, old -> new index of every token that enters it (a prompt
-    token enters the first), -1 where it was dropped; padding follows in a batch. What was read for
-    another prompt, or an earlier turn, has the maps of then, and what was read behind it stays.
-    ``images`` tells which tokens of each image the prompt's are. ``scores`` has an
-    entry per token where
-    logprobs were asked for. ``others`` are the further answers where ``n`` were asked for."""
+    """Answer to a prompt.
+
+    Args:
+        text: the answer, without a stop string.
+        token_ids: its tokens; the last is the one that ended the text, where one did.
+        finish_reason: "stop" (end of text, a stop string, one of stop_token_ids, or a structure
+            that is complete) or "length".
+        stats: what it took.
+        image_id: int64 [N] of the N tokens of the prompt: 0 for text, m for the m-th image.
+        merge_maps: per reduction int64 [tokens that enter it], old -> new index, -1 where a token
+            was dropped; tokens of the prompt enter the first. Padding follows in a batch. What was
+            read for another prompt, or an earlier turn, has the maps of then, and what was read
+            behind it stays.
+        capacity_reached: the bundle's capacity ended it before max_new_tokens.
+        scores: one for each token where logprobs were asked for, else none.
+        stop_reason: the stop string, or the id of the token that ended the text; None for a
+            structure, and at "length".
+        others: the further answers where ``n`` were asked for.
+        images: of each image of the prompt, which of its tokens there are.
+    """
 
     text: str
     token_ids: list[int]
@@ -95,9 +121,15 @@ def with_others(answers: Sequence[Generation]) -> Generation:
 
 
 class Stream:
-    """An iterator over the pieces of an answer; ``result`` is there after the last.
+    """Iterator over the pieces of an answer's text; its ``result``, a Generation, is there after
+    the last.
 
     To stop before that, ``close`` it, or use ``with``: a model is busy until then.
+
+    Args:
+        pieces: the pieces, then the answer.
+        times: gives those of the tokens so far, in seconds of time.perf_counter().
+        cancel: called when the stream is closed.
     """
 
     def __init__(
@@ -106,8 +138,6 @@ class Stream:
         times: Callable[[], list[float]],
         cancel: Callable[[], object] | None = None,
     ) -> None:
-        """``times`` are those of the tokens so far; ``cancel`` is called when the stream is
-        closed."""
         self._pieces, self._times, self._cancel = pieces, times, cancel
         self._count = 0
         self.result: Generation | None = None
@@ -126,10 +156,12 @@ class Stream:
 
     @property
     def token_times(self) -> list[float]:
-        """time.perf_counter() when each token so far was chosen; its text may be final later."""
+        """Times at which the tokens so far were chosen, in seconds of time.perf_counter(); a
+        token's text may be final later."""
         return list(self._times())
 
     def close(self) -> None:
+        """End the answer here; nothing happens where it has ended."""
         self._pieces.close()
         if self._cancel is not None:
             self._cancel()

@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenCount:
-    """Tokens of a prompt. ``prompt_tokens``: all of them, ``image_tokens``: those of images and
-    videos; ``kept_per_layer``: cache entries that each layer keeps of it; ``new_tokens``: how many
-    an answer may have, whatever max_new_tokens is."""
+    """Tokens of a prompt.
+
+    Args:
+        prompt_tokens: all that enter the language model.
+        image_tokens: those of images and videos among them.
+        kept_per_layer: of each layer, cache entries that it keeps of the prompt.
+        new_tokens: how many an answer may have, whatever max_new_tokens is.
+    """
 
     prompt_tokens: int
     image_tokens: int
@@ -30,7 +35,7 @@ class TokenCount:
 
 
 class TokenCounting(ABC):
-    """What prepares prompts, and so can count them."""
+    """Preparer of prompts, which can count them."""
 
     @overload
     def count_tokens(  # type: ignore[overload-overlap]
@@ -55,8 +60,15 @@ class TokenCounting(ABC):
     def count_tokens(self, prompt, images=(), videos=(), options=None, **given):  # type: ignore[no-untyped-def]
         """Count the tokens of one prompt, or of each of a list; no graph is run.
 
-        Arguments are those of generate, and so is what is raised of a prompt. There is room for as
-        many new tokens as the bundle has it, or the engine's slots.
+        Args:
+            prompt, images, videos, options, given: as of generate.
+
+        Returns:
+            TokenCount, or a list of them in the order of the prompts.
+
+        Raises:
+            LvlmError: what generate raises of a prompt before it is run; CapacityError, too, where
+                there is no room for one token of an answer.
         """
         asks, many = read_asks(prompt, images, videos)
         counts = self._counts(asks, options, given)

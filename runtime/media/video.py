@@ -31,9 +31,15 @@ _OPTIONS = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
 
 @dataclass(frozen=True)
 class Video:
-    """A video: how many ``frames`` there are, how many a second, how long it is, and their size.
+    """A video whose frames are read when they are needed.
 
-    ``read`` gives the frames uint8 [H,W,3], RGB, at rising indices, one by one; ImageError.
+    Args:
+        frames: how many there are.
+        fps: frames a second.
+        seconds: how long it is.
+        height, width: of a frame, in pixels.
+        read: gives the frames at rising indices, one by one, as uint8 [H,W,3], RGB; raises
+            ImageError where one cannot be read.
     """
 
     frames: int
@@ -45,7 +51,20 @@ class Video:
 
     @classmethod
     def of(cls, frames: Sequence[Frame], fps: float) -> Video:
-        """One whose frames are there already. Raises ImageError, ParameterError."""
+        """Make a video of frames that are there already.
+
+        Args:
+            frames: images, all of one size: uint8 arrays [H,W,3], RGB, or else what Model.generate
+                takes for an image.
+            fps: frames a second, above 0.
+
+        Returns:
+            Video of these frames.
+
+        Raises:
+            ImageError: there are none, their sizes differ, or one is no image.
+            ParameterError: fps is no number above 0.
+        """
         if isinstance(frames, str | bytes) or not hasattr(frames, "__iter__"):
             raise ImageError(f"frames is {shown(frames)}; give a list of images [H, W, 3]")
         images = [open_image(frame) for frame in frames]

@@ -105,7 +105,8 @@ class GenerationOptions:
         max_image_pixels: pixels that an image may have; 7 to 15 bytes each while it is decoded.
             None: 64 megapixels.
 
-    Raises ParameterError for a value of another kind or out of its range.
+    Raises:
+        ParameterError: a value is of another kind or out of its range; more than one structure.
     """
 
     defaults: Literal["model"] | None = option(
@@ -235,9 +236,17 @@ class GenerationOptions:
 
     @classmethod
     def of(cls, base: GenerationOptions | None, given: Mapping[str, object]) -> Self:
-        """``base`` (None: the defaults) with the values that are ``given`` by name.
+        """Options with some of their values replaced.
 
-        Raises ParameterError, for an unknown name too.
+        Args:
+            base: the options. None: the defaults.
+            given: values by name.
+
+        Returns:
+            GenerationOptions.
+
+        Raises:
+            ParameterError: a value cannot be used, or there is no option of that name.
         """
         known = [each.name for each in fields(cls)]
         unknown = set(given) - set(known)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lvlm.core.errors import BundleError, PromptError
-from lvlm.runtime.bundle.manifest import Images
+from lvlm.runtime.bundle.manifest import Images, Manifest
 from lvlm.runtime.media.images import ImageSource, open_image
 from lvlm.runtime.media.prepared_image import PreparedImage
 from lvlm.runtime.media.video import VideoSource
@@ -26,6 +27,9 @@ from lvlm.runtime.prompt.tools.form import ToolForm
 from lvlm.runtime.sampling.settings import Sampling
 from lvlm.runtime.sampling.structure import Structure
 from lvlm.runtime.sampling.structure_compiler import StructureCompiler
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,19 @@ class PromptMaker:
         self.template, self.begins = self._writer.template, self._writer.begins
         self.lead = "" if self.template is None else self.template.lead
         self._structures = StructureCompiler(tokenizer.to_json, vocab, tokenizer.eos_ids)
+
+    @classmethod
+    def of_bundle(cls, folder: Path, manifest: Manifest, room: int | None = None) -> Self:
+        """The one of a bundle, whose tokenizer is read here."""
+        return cls(
+            Tokenizer(folder / "tokenizer.json", manifest.text.eos_ids),
+            manifest.images,
+            manifest.text.vocab,
+            manifest.chat_template,
+            manifest.special_tokens,
+            room,
+            manifest.generation,
+        )
 
     def tool_form(self, chat_template: bool | str = True) -> ToolForm | None:
         """How a chat template, as the option says which, writes calls of tools; None if it has no

@@ -17,9 +17,12 @@ from lvlm.runtime.sampling.structure import Structure
 
 @dataclass(frozen=True)
 class TokenScore:
-    """Natural logarithms of probabilities, before temperature, penalties and structure.
+    """Score of a token: natural logarithms of probabilities, before temperature, penalties and
+    structure.
 
-    ``top``: the likeliest tokens and theirs, as many as were asked for, the likeliest first.
+    Args:
+        logprob: that of the token.
+        top: the likeliest tokens and theirs, as many as were asked for, the likeliest first.
     """
 
     logprob: float
@@ -27,7 +30,16 @@ class TokenScore:
 
     @classmethod
     def of(cls, logits: np.ndarray, token: int, count: int) -> TokenScore:
-        """Scores from logits [vocabulary]."""
+        """Score a token.
+
+        Args:
+            logits: of any floating dtype [vocabulary].
+            token: its id.
+            count: how many of the likeliest to tell of.
+
+        Returns:
+            TokenScore, computed in float64.
+        """
         shifted = logits.astype(np.float64) - logits.max()
         scores = shifted - np.log(np.exp(shifted).sum())
         best = np.argsort(-scores, kind="stable")[:count] if count else ()

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lvlm.core.errors import EngineClosedError, LvlmError, ParameterError
-from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
+from lvlm.runtime.engine.aio import AsyncEngine
+from lvlm.runtime.engine.async_handle import AsyncHandle
 from lvlm.runtime.kv.cache import ITEM_BYTES
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.text import Tokenizer

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         RequestTimeout,
     )
     from lvlm.runtime.engine import Engine, EngineStats, Handle, Memory, Session
-    from lvlm.runtime.engine.aio import AsyncEngine, AsyncHandle
+    from lvlm.runtime.engine.aio import AsyncEngine
+    from lvlm.runtime.engine.async_handle import AsyncHandle
     from lvlm.runtime.generate.answers import Generation, SeenImage, Stats, Stream
     from lvlm.runtime.generate.token_count import TokenCount
     from lvlm.runtime.media.video import Video
@@ -39,7 +40,8 @@ _HOME = {
     "lvlm.runtime.generate.answers": ("Generation", "SeenImage", "Stats", "Stream"),
     "lvlm.runtime.generate.token_count": ("TokenCount",),
     "lvlm.runtime.engine": ("Engine", "EngineStats", "Handle", "Memory", "Session"),
-    "lvlm.runtime.engine.aio": ("AsyncEngine", "AsyncHandle"),
+    "lvlm.runtime.engine.aio": ("AsyncEngine",),
+    "lvlm.runtime.engine.async_handle": ("AsyncHandle",),
     "lvlm.core.errors": (
         *("BackendError", "BundleError", "CapacityError", "DeviceMemoryError"),
         *("EngineClosedError", "ImageError", "LvlmError", "ParameterError", "PromptError"),

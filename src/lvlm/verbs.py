@@ -13,6 +13,7 @@ MODULES = {
     "doctor": "lvlm.runtime.tools.doctor_cli",
     "eval": "lvlm.calibration.evaluate.eval_cli",
     "export": "lvlm.export.export_cli",
+    "fleet": "lvlm.bench.fleet.fleet_cli",
     "run": "lvlm.runtime.run_cli",
     "serve": "lvlm.runtime.server.serve_cli",
     "tune": "lvlm.calibration.tune.tune_cli",

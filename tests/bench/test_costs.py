@@ -1,9 +1,8 @@
-"""lvlm-bench --costs and scripts/simulate_fleet.py, as a user meets them."""
+"""lvlm-bench --costs and lvlm-fleet, as a user meets them."""
 
 from __future__ import annotations
 
 import json
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from settings import LIGHTVLM
 
 from lvlm.bench.bench_cli import main
 from lvlm.bench.costs import read_costs
+from lvlm.bench.fleet.fleet_cli import main as fleet_main
 from lvlm.bench.machine import check_copies, cores
 from lvlm.core.errors import ParameterError
 
-SCRIPT = runpy.run_path(str(Path(__file__).parents[2] / "scripts/simulate_fleet.py"))
 SMALL = ("--repeats", 1, "--warmup", 0, "--new-tokens", 4, "--slots", 2, "--threads", 1)
 
 
@@ -28,7 +27,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def simulated(capfd: pytest.CaptureFixture[str]) -> Run:
-    return Run(capfd, SCRIPT["main"])
+    return Run(capfd, fleet_main)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +171,7 @@ RATE = ("--rate", "1", "--replicas", "1")
 def test_mistakes(simulated: Run, given: Path, argv: tuple[str, ...], message: str) -> None:
     code, out, err = simulated(*(given / a if a.endswith((".json", ".jsonl")) else a for a in argv))
     assert (code, out) == (2, "")
-    assert err.startswith("simulate_fleet.py: error: ")
+    assert err.startswith("lvlm-fleet: error: ")
     assert err.count("\n") == 1
     assert message in err
 

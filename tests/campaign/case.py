@@ -18,6 +18,7 @@ COMMANDS = {
     "lvlm-eval": "lvlm.calibration.evaluate.eval_cli",
     "lvlm-calibrate": "lvlm.calibration.profile.calibrate_cli",
     "lvlm-bench": "lvlm.bench.bench_cli",
+    "lvlm-fleet": "lvlm.bench.fleet.fleet_cli",
     "lvlm-tune": "lvlm.calibration.tune.tune_cli",
 }
 MESSAGE_LINES = 3

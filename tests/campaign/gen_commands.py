@@ -36,6 +36,7 @@ def make(rng: random.Random, folder: Path, base: Base) -> Case:
         "lvlm-build": (rng.choice(("engine", "plugins", "x")), str(base.bundle)),
         "lvlm-eval": (str(base.bundle),),
         "lvlm-bench": (str(base.bundle.parent),),
+        "lvlm-fleet": (str(folder / "costs.json"), "--rate", "3", "--replicas", "1"),
         "lvlm-tune": (str(base.bundle), "--ttft", "1ms"),
         "lvlm-export": ("-m", rng.choice((str(base.checkpoint), "tiny-llava", "x", "a/b"))),
         "lvlm-calibrate": ("-m", rng.choice(("x", "a/b", str(folder)))),

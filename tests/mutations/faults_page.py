@@ -9,7 +9,9 @@ from pathlib import Path
 
 from faults import FAULTS
 
-PAGE = Path(__file__).parents[2] / "docs/notes/mutations.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/notes/mutations.md"
+HOMES = ("", "src/lvlm", "calibration")  # of what lies at the package's root
 HEAD = """# Faults put into the product
 
 Each is put into a copy of the package, and the test beside it must fail there by a comparison, not
@@ -25,8 +27,13 @@ Written by `python tests/mutations/faults_page.py` from `tests/mutations/faults.
 """
 
 
+def home(file: str) -> str:
+    """Path in the checkout of a file of the package."""
+    return next(str(Path(home, file)) for home in HOMES if (ROOT / home / file).is_file())
+
+
 def page() -> str:
-    rows = (f"| {name} | `{fault.file}` | `{fault.test}` |\n" for name, fault in FAULTS.items())
+    rows = (f"| {name} | `{home(f.file)}` | `{f.test}` |\n" for name, f in FAULTS.items())
     return HEAD + "".join(rows)
 
 

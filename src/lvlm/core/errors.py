@@ -8,9 +8,11 @@ LONGEST = 1_000  # characters of a message
 class LvlmError(Exception):
     """Base of every error whose message says what is wrong and how to mend it.
 
-    The message is one line, whatever it quotes: what cannot be printed in one becomes spaces, and
-    what is longer than anybody reads is cut in the middle.
     ``details`` are further lines, which command lines print below it.
+
+    Args:
+        message: kept as one line, whatever it quotes: what cannot be printed in one becomes spaces,
+            and what is longer than 1,000 characters is cut in the middle.
     """
 
     details = ""
@@ -47,7 +49,12 @@ class BackendError(LvlmError):
 
 
 class DeviceMemoryError(BackendError):
-    """A device has less free memory than is needed. ``free``: bytes, None where unknown."""
+    """A device has less free memory than is needed.
+
+    Args:
+        message: as of LvlmError.
+        free: bytes that are free. None: not known.
+    """
 
     def __init__(self, message: str, free: int | None = None) -> None:
         super().__init__(message)

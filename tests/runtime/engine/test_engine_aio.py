@@ -120,7 +120,7 @@ def test_cancelled_while_it_is_being_prepared(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody gets its handle, so it is never asked."""
-    entered, gate, ended, prepare = *(threading.Event() for _ in range(3)), engine.prepare
+    entered, gate, ended, prepare = *(threading.Event() for _ in range(3)), engine.admission.prepare
 
     def slow(*arguments: Any) -> Any:
         entered.set()
@@ -129,7 +129,7 @@ def test_cancelled_while_it_is_being_prepared(
         ended.set()
         return request
 
-    monkeypatch.setattr(engine, "prepare", slow)
+    monkeypatch.setattr(engine.admission, "prepare", slow)
 
     async def main() -> None:
         task = asyncio.create_task(AsyncEngine(engine).submit(QUESTION, **LONG))

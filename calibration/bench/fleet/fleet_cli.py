@@ -1,12 +1,8 @@
-"""How many replicas of lvlm-serve hold a target? A discrete-event simulation from measured costs.
-
-    lvlm-bench out/ --costs --threads 1 --copies 2 --json costs.json
-    python scripts/simulate_fleet.py costs.json --rate 3 --target-ttft-p95 2
+"""lvlm-fleet: how many replicas of lvlm-serve hold a target, by a simulation of discrete events.
 
 Each replica is an engine with the slots, queue and order of work of lvlm-serve's (docs/engine.md);
-how long images, prompts and decode steps take is what lvlm-bench measured. Prints a table and the
-fewest replicas that hold the target. docs/scaling.md says how to read it, and how far it is from a
-real run.
+how long images, prompts and decode steps take is what lvlm-bench measured. docs/scaling.md says how
+to read the table, and how far it is from a real run.
 """
 
 from __future__ import annotations
@@ -31,9 +27,11 @@ NONE_HOLDS = 1  # the status if not even --most replicas hold the target
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="simulate_fleet.py",
+        prog="lvlm-fleet",
         description="Simulate replicas of lvlm-serve behind a load balancer, from costs that "
-        "lvlm-bench measured.",
+        "lvlm-bench measured, and find the fewest that hold a target.",
+        epilog="examples: lvlm-bench out/ --costs --threads 1 --copies 2 --json costs.json · "
+        "lvlm-fleet costs.json --rate 3 --new-tokens 16-64 --target-ttft-p95 2",
     )
     add = parser.add_argument
     add("costs", type=Path, metavar="COSTS", help="what lvlm-bench --costs --json wrote")
@@ -77,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_main("simulate_fleet.py", lambda: _run(make_parser().parse_args(argv)))
+    return run_main("lvlm-fleet", lambda: _run(make_parser().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -172,7 +170,3 @@ def _lengths(flag: str, text: str) -> Lengths:
         return read_lengths(text)
     except ValueError:
         raise ParameterError(f"{flag} {text}: write a number, or two as 16-128") from None
-
-
-if __name__ == "__main__":
-    sys.exit(main())
