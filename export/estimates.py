@@ -62,7 +62,7 @@ def running_memory(largest: int) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
+class ExportWork:
     """What an export does.
 
     Attributes:

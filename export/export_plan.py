@@ -12,7 +12,12 @@ import torch
 from lvlm.core.errors import ParameterError
 from lvlm.export import estimates
 from lvlm.export.budgets.calibration_samples import read_samples, samples_of
-from lvlm.export.budgets.prefix_profiles import Profile, check_profile, model_hash, read_profile
+from lvlm.export.budgets.prefix_profiles import (
+    PrefixProfile,
+    check_profile,
+    model_hash,
+    read_profile,
+)
 from lvlm.export.budgets.sample_prompts import prompt_maker
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor
@@ -74,7 +79,7 @@ class ExportPlan:
     peak_bytes: int
     unvalidated_bytes: int  # the same without validation
     packed: Mapping[str, PackedTensor] = field(default_factory=dict)  # that stay quantized
-    profile: Profile | None = None  # measured by this export
+    profile: PrefixProfile | None = None  # measured by this export
     calibrated: Calibrated | None = None  # by this export
 
     @property

@@ -12,9 +12,9 @@ from lvlm.export.budgets.calibration_samples import samples_of, what_of
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.exporter import Report
 from lvlm.export.graphs.bundle_graphs import graph_names
-from lvlm.export.machine import disk, plain_bytes, seconds
+from lvlm.export.machine_check import disk, plain_bytes, seconds
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
-from lvlm.export.weights.gptq import METHOD
+from lvlm.export.weights.gptq_rounding import METHOD
 from lvlm.export.weights.quantization import linear_weights
 
 

@@ -20,11 +20,11 @@ from itertools import groupby
 from pathlib import Path
 
 from cost_tables.picture import draw
-from cost_tables.rows import KEPT, LEFT, ROWS, TOTAL, USUAL, Cell, Row, cells
-from cost_tables.tables import Measured, tables
+from cost_tables.rows import KEPT, LEFT, ROWS, TOTAL, USUAL, Cell, TableRow, cells
+from cost_tables.tables import MeasuredCell, tables
 
 from lvlm.calibration.datasets import digits
-from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
 from lvlm.calibration.datasets.scenes.questions import KINDS
 from lvlm.calibration.evaluate.evaluation import evaluate, pending, plan_jobs
 from lvlm.calibration.evaluate.recipe_bundles import make, order
@@ -81,7 +81,7 @@ def questions(count: int) -> list[EvaluationSample]:
     ]
 
 
-def made(rows: dict[Row, None], folder: Path, progress: Progress) -> dict[Row, Bundle]:
+def made(rows: dict[TableRow, None], folder: Path, progress: Progress) -> dict[TableRow, Bundle]:
     """A bundle for each, exported where it is not there yet; equal recipes share one."""
     recipes = {
         (row.recipe, row.settings): parse_settings(known_recipe(row.recipe), row.settings)
@@ -104,12 +104,12 @@ def made(rows: dict[Row, None], folder: Path, progress: Progress) -> dict[Row, B
 
 def measured(
     wanted: Sequence[Cell],
-    bundles: dict[Row, Bundle],
+    bundles: dict[TableRow, Bundle],
     asked: Sequence[EvaluationSample],
     how: Conditions,
     work: Path,
     progress: Progress,
-) -> list[Measured]:
+) -> list[MeasuredCell]:
     """The cells' answers, computed where they are not on disk."""
     variants = [variant(cell, bundles[cell.row]) for cell in wanted]
     pairs = [(v, run) for v in by_bundle(variants) for run in RUNS]
@@ -127,7 +127,7 @@ def measured(
         for job in jobs
     }
     return [
-        Measured(cell, entering(v), *(records.get((id(v), run), []) for run in RUNS))
+        MeasuredCell(cell, entering(v), *(records.get((id(v), run), []) for run in RUNS))
         for cell, v in zip(wanted, variants, strict=True)
     ]
 

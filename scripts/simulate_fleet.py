@@ -20,8 +20,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from lvlm.bench.costs import read_costs
-from lvlm.bench.fleet.arrivals import MOST, Arrival, Chance, Lengths, read_lengths, read_trace
-from lvlm.bench.fleet.outcome import Outcome, Target, figures, search, table
+from lvlm.bench.fleet.arrivals import (
+    MOST,
+    Arrival,
+    Lengths,
+    PoissonArrivals,
+    read_lengths,
+    read_trace,
+)
+from lvlm.bench.fleet.fleet_outcome import FleetOutcome, LatencyTarget, figures, search, table
 from lvlm.bench.fleet.simulation import ROUTES, Fleet, simulate
 from lvlm.core.console import Parser, run_main
 from lvlm.core.errors import ParameterError
@@ -103,8 +110,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _show(
     args: argparse.Namespace,
-    outcomes: Sequence[Outcome],
-    target: Target | None,
+    outcomes: Sequence[FleetOutcome],
+    target: LatencyTarget | None,
     fewest: int | None,
 ) -> None:
     if args.json:
@@ -120,7 +127,7 @@ def _show(
         print(f"\n{fewest} replica{'s hold' if fewest > 1 else ' holds'} the target.")
 
 
-def _target(args: argparse.Namespace) -> Target | None:
+def _target(args: argparse.Namespace) -> LatencyTarget | None:
     """None: so many --replicas are simulated."""
     least = {"requests": 1, "images": 0, "pictures": 1, "replicas": 1, "slots": 1, "queue": 1}
     least |= {"per_machine": 1, "most": 1, "seed": 0}
@@ -132,8 +139,8 @@ def _target(args: argparse.Namespace) -> Target | None:
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ParameterError(f"--{name.replace('_', '-')} is {value}; give one above 0")
-    target = Target(args.target_ttft_p95, args.target_e2e_p95)
-    asked = target != Target()
+    target = LatencyTarget(args.target_ttft_p95, args.target_e2e_p95)
+    asked = target != LatencyTarget()
     if asked == (args.replicas is not None):
         raise ParameterError(
             "give either --replicas, to see what they do, or --target-ttft-p95 or "
@@ -156,7 +163,7 @@ def _arrivals(args: argparse.Namespace) -> list[Arrival]:
     images = 1 if args.images is None else args.images
     if args.pictures and not images:
         raise ParameterError("--pictures has no effect without images; leave it out")
-    chance = Chance(
+    chance = PoissonArrivals(
         rate=args.rate,
         requests=args.requests or 2000,
         text_tokens=_lengths("--prompt-tokens", args.prompt_tokens or "32"),

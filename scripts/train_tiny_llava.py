@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tiny_llava.held_out import evaluate
 from tiny_llava.packed import losses, names_of_patches, on_device
-from tiny_llava.sequences import Batch, Mix, Packer, mix_of_step
+from tiny_llava.sequences import Mix, Packer, SequenceBatch, mix_of_step
 from tiny_llava.shape import VISION_WIDTH, build_model, build_tokenizer, save
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Batches(Dataset[Batch]):
+class Batches(Dataset[SequenceBatch]):
     """Batch number ``step`` of a stage."""
 
     def __init__(self, packer: Packer, stage: str, size: int, steps: int) -> None:
@@ -73,7 +73,7 @@ class Batches(Dataset[Batch]):
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> SequenceBatch:
         torch.set_num_threads(1)
         if self.stage == "vision":
             return self.packer.batch((1, step), 2 * self.size, Mix((), 1), "train")
@@ -129,7 +129,7 @@ class Training:
         )
         return optimizer, [1.0] if stage == "vision" else [0.4, 1.0]
 
-    def _batches(self, stage: str, start: int, steps: int) -> Iterator[tuple[int, Batch]]:
+    def _batches(self, stage: str, start: int, steps: int) -> Iterator[tuple[int, SequenceBatch]]:
         loader = DataLoader(
             Batches(self.packer, stage, self.args.batch, steps),
             batch_size=None,
@@ -141,7 +141,7 @@ class Training:
         yield from zip(range(start, steps), loader, strict=True)
 
     def _step(
-        self, stage: str, batch: Batch, optimizer: torch.optim.Optimizer, progress: float
+        self, stage: str, batch: SequenceBatch, optimizer: torch.optim.Optimizer, progress: float
     ) -> dict[str, torch.Tensor]:
         batch = on_device(batch, self.args.device)
         kind = torch.device(self.args.device).type

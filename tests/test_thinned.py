@@ -22,7 +22,7 @@ pytestmark = [
 
 if TYPE_CHECKING:
     import torch
-    from tiny_llava.sequences import Batch, Packer
+    from tiny_llava.sequences import Packer, SequenceBatch
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_what_is_cut_is_what_later_blocks_do_not_see(
     assert (found - whole).abs().max() > 0.1
 
 
-def _rank(random: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _rank(random: torch.Tensor, batch: SequenceBatch) -> torch.Tensor:
     """Of image tokens, in which order they go, from 0 on."""
     import torch
 
@@ -154,7 +154,7 @@ def _rank(random: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def _masked(
-    model: Any, features: torch.Tensor, batch: Batch, gone: dict[int, torch.Tensor]
+    model: Any, features: torch.Tensor, batch: SequenceBatch, gone: dict[int, torch.Tensor]
 ) -> torch.Tensor:
     """Logits before every answer token: all tokens go on, those that are ``gone`` from a block on
     are hidden from then on."""

@@ -26,7 +26,7 @@ from lvlm.core.console import run_main
 if TYPE_CHECKING:
     from lvlm.bench.contenders import Contender
     from lvlm.bench.rounds import BenchPlan
-    from lvlm.bench.workload import Case, PromptWriter
+    from lvlm.bench.workload import Case, WorkloadPrompts
     from lvlm.core.progress import Progress
 
 FAILED = 2  # the status if a contender failed while others were measured
@@ -137,14 +137,14 @@ def _costs(
     return _status([result.error for result in results])
 
 
-def _writer(first: Contender) -> PromptWriter:
+def _writer(first: Contender) -> WorkloadPrompts:
     """Prompts by the tokenizer of a bundle."""
-    from lvlm.bench.workload import PromptWriter, prompt_maker
+    from lvlm.bench.workload import WorkloadPrompts, prompt_maker
 
     assert first.folder is not None
     assert first.manifest is not None
     maker = prompt_maker(first.folder, first.manifest)
-    return PromptWriter(maker, first.manifest.special_tokens.get("bos_token"))
+    return WorkloadPrompts(maker, first.manifest.special_tokens.get("bos_token"))
 
 
 def _circumstances(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lvlm.bench.costs import Costs, EngineShape, ReadCost, StepCost
-from lvlm.bench.workload import PromptWriter, WorkloadRequest
+from lvlm.bench.workload import WorkloadPrompts, WorkloadRequest
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.generate.answers import Stats
 
@@ -49,7 +49,9 @@ class CostPlan:
     seed: int
 
 
-def cost_work(writer: PromptWriter, plan: CostPlan, *, growing: bool, again: int = 0) -> CostWork:
+def cost_work(
+    writer: WorkloadPrompts, plan: CostPlan, *, growing: bool, again: int = 0
+) -> CostWork:
     """Prompts of each length, with images and without; those that are ``growing`` where anything
     may be shared. ``again``: others, of the same shape.
 

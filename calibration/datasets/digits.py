@@ -15,7 +15,7 @@ from typing import ClassVar, cast
 
 import numpy as np
 
-from lvlm.calibration.datasets.samples import (
+from lvlm.calibration.datasets.evaluation_samples import (
     DataError,
     Dataset,
     EvaluationRequest,

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from lvlm.calibration.datasets.samples import DataError
+from lvlm.calibration.datasets.evaluation_samples import DataError
 from lvlm.calibration.evaluate.evaluation import EvaluationStep
 from lvlm.calibration.evaluate.variants import Bundle
 from lvlm.calibration.tune.candidates import FULL, Candidate
 from lvlm.calibration.tune.halving import left, rounds
-from lvlm.calibration.tune.limits import Limits
-from lvlm.calibration.tune.losses import Judge, Loss
+from lvlm.calibration.tune.limits import TuneLimits
+from lvlm.calibration.tune.losses import Loss, LossMeter
 from lvlm.calibration.tune.predictions import Prediction
 from lvlm.calibration.tune.shelf import Key, Shelf
 from lvlm.calibration.tune.speeds import SpeedRecord, Stopwatch
@@ -49,8 +49,8 @@ class Search:
     """One search. ``judge`` and ``stopwatch`` see the same ``bundles``, those of ``shelf``."""
 
     trials: dict[Candidate, Trial]
-    limits: Limits
-    judge: Judge
+    limits: TuneLimits
+    judge: LossMeter
     stopwatch: Stopwatch
     shelf: Shelf
     bundles: dict[Key, Bundle]

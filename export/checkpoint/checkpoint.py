@@ -18,8 +18,8 @@ from lvlm.core.discovery import discover, nearest
 from lvlm.core.errors import CheckpointError, LvlmError, ParameterError
 from lvlm.export.checkpoint.adapter import CONFIG as ADAPTER
 from lvlm.export.checkpoint.adapter import base_of
-from lvlm.export.checkpoint.form import Form, MadeTensor
-from lvlm.export.checkpoint.forms import find_forms
+from lvlm.export.checkpoint.checkpoint_form import Form, MadeTensor
+from lvlm.export.checkpoint.form_discovery import find_forms
 from lvlm.export.checkpoint.hub import fetch
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor
 from lvlm.export.checkpoint.weight_files import INDEX, Stored, weight_files

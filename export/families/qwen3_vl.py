@@ -26,7 +26,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 from lvlm.export.families.parts.leaf_tables import text_leaves
 from lvlm.export.families.parts.llama_text import tiny, tiny_token
 from lvlm.export.families.parts.mrope import taking_turns
-from lvlm.export.families.parts.qwen_vision import Angles, patches, run_block
+from lvlm.export.families.parts.qwen_vision import VisionAngles, patches, run_block
 from lvlm.export.families.parts.qwen_vl_like import ROPES, QwenVL, tiny_preprocessor, tiny_text
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.leaves import Attention, Rotary, Table
@@ -147,7 +147,7 @@ class Qwen3Vision(nn.Module):
         hidden = patches(visual, pixel_values)
         around = nn.functional.embedding(learned, visual.pos_embed.weight)
         hidden = hidden + (around * share[..., None]).sum(2).to(hidden.dtype)
-        angles = Angles.of(visual, hidden, position_ids)
+        angles = VisionAngles.of(visual, hidden, position_ids)
         deepstack = []
         for layer, block in enumerate(visual.blocks):
             hidden = run_block(block, hidden, angles)

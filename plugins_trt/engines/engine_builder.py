@@ -25,7 +25,7 @@ from lvlm.plugins_trt.engines.graph_protos import read_proto
 from lvlm.plugins_trt.engines.shape_profiles import shapes
 from lvlm.plugins_trt.engines.tensorrt_builder import (
     NAMESPACE,
-    Settings,
+    BuildSettings,
     TensorRtBuilder,
     open_tensorrt,
 )
@@ -138,7 +138,7 @@ def _build_graph(
     source = request.target.file(graph.file)
     profile = plan.profiles[name]
     ahead = plan.gpu is None
-    settings = Settings(
+    settings = BuildSettings(
         shapes=shapes(graph, profile, static_capacity(plan.manifest).per_layer),
         weights=plan.shared,
         sms=plan.sms if ahead else (),

@@ -95,7 +95,7 @@ def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
 
 
 @dataclass(frozen=True)
-class Place:
+class BuildHost:
     """Where engines are built: TensorRT's ``version``, the GPU, or None to build ahead of time for
     ``sms``, the plugin library, and why this is not here."""
 
@@ -106,7 +106,7 @@ class Place:
     blocked: str | None = None
 
 
-def _place(request: BuildRequest, *, dry_run: bool) -> Place:
+def _place(request: BuildRequest, *, dry_run: bool) -> BuildHost:
     """This machine; with ``dry_run``, where it is not one to build on, the target's own."""
     target = request.target
     if dry_run and request.plugins is not None:
@@ -116,12 +116,12 @@ def _place(request: BuildRequest, *, dry_run: bool) -> Place:
         tensorrt = open_tensorrt(target.flavour)
         _check_version(target, tensorrt)
         gpu, sms = _gpu(request)
-        return Place(tensorrt.version, gpu, sms, library)
+        return BuildHost(tensorrt.version, gpu, sms, library)
     except BackendError as error:
         if not dry_run:
             raise
         version = ".".join(map(str, target.version))
-        return Place(version, None, request.sm or target.sms, None, str(error))
+        return BuildHost(version, None, request.sm or target.sms, None, str(error))
 
 
 def _gpu(request: BuildRequest) -> tuple[nvidia.Gpu | None, tuple[int, ...]]:

@@ -31,7 +31,7 @@ PREFIX, PAD = -1, -2  # instead of the number of a turn
 TEXT = 376  # tokens of questions and answers in a sequence, at most
 
 
-class Batch(NamedTuple):
+class SequenceBatch(NamedTuple):
     """Sequences of S tokens, each with P pictures."""
 
     images: torch.Tensor  # uint8 [B * P, SIDE, SIDE, 3]
@@ -84,7 +84,7 @@ class Packer:
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def batch(self, seed: Sequence[int], size: int, mix: Mix, split: Split) -> Batch:
+    def batch(self, seed: Sequence[int], size: int, mix: Mix, split: Split) -> SequenceBatch:
         rng = np.random.default_rng(list(seed))
         scenes = [
             tuple(draw_scene(rng, split, _density(rng)) for _ in range(mix.pictures))
@@ -96,7 +96,7 @@ class Packer:
         ids, turn, parent, position, kind, answer = (
             torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)
         )
-        return Batch(
+        return SequenceBatch(
             images=torch.from_numpy(np.stack([scene.image for scene in flat])),
             patch_name=torch.from_numpy(np.stack([name for name, _, _ in labels])),
             patch_colour=torch.from_numpy(np.stack([colour for _, colour, _ in labels])),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tiny_llava.sequences import Batch
+from tiny_llava.sequences import SequenceBatch
 
 IMAGE_ID = 3
 LEAST = 0.05  # part of the image tokens
@@ -26,7 +26,7 @@ class Cut:
     columns: torch.Tensor
 
 
-def draw_cuts(batch: Batch, generator: torch.Generator) -> list[Cut]:
+def draw_cuts(batch: SequenceBatch, generator: torch.Generator) -> list[Cut]:
     """What a batch loses: nothing, tokens before the first block, from later blocks on, or both."""
     form = _uniform(generator)
     blocks: list[int] = []
@@ -51,7 +51,7 @@ def _uniform(generator: torch.Generator) -> float:
     return float(torch.rand((), generator=generator))
 
 
-def _order(batch: Batch, generator: torch.Generator) -> torch.Tensor:
+def _order(batch: SequenceBatch, generator: torch.Generator) -> torch.Tensor:
     """[B, S]: of image tokens their rank within their picture, 0 to 1, in which they stay: by
     chance, more or less often those that show something, and one of every thing at the front."""
     rows, pictures = len(batch.ids), len(batch.images) // len(batch.ids)
@@ -78,7 +78,7 @@ def _columns(stay: torch.Tensor) -> torch.Tensor:
     return stay.nonzero()[:, 1].reshape(len(stay), -1)
 
 
-def at(batch: Batch, columns: torch.Tensor) -> Batch:
+def at(batch: SequenceBatch, columns: torch.Tensor) -> SequenceBatch:
     """The batch's columns."""
     parts = ("ids", "turn", "parent", "position", "kind", "answer")
     return batch._replace(**{part: getattr(batch, part).gather(1, columns) for part in parts})

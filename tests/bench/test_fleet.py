@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvlm.bench.costs import Costs, EngineShape, MeasuredCosts, ReadCost, StepCost
-from lvlm.bench.fleet.arrivals import Arrival, Chance, Lengths
-from lvlm.bench.fleet.outcome import Target, figures, search
+from lvlm.bench.fleet.arrivals import Arrival, Lengths, PoissonArrivals
+from lvlm.bench.fleet.fleet_outcome import LatencyTarget, figures, search
 from lvlm.bench.fleet.service_times import ServiceTimes
 from lvlm.bench.fleet.simulation import ROUTES, Fleet, Ran, simulate
 from lvlm.core.errors import ParameterError
@@ -51,8 +51,8 @@ def fleet(replicas: int = 1, *, beside: Costs | None = None, **changes: object) 
     return Fleet(measured, replicas, copies, **own)  # type: ignore[arg-type]
 
 
-def chance(rate: float, requests: int, **changes: object) -> Chance:
-    fixed = Chance(rate, requests, Lengths(100, 100), Lengths(1, 1), images=0, pictures=0)
+def chance(rate: float, requests: int, **changes: object) -> PoissonArrivals:
+    fixed = PoissonArrivals(rate, requests, Lengths(100, 100), Lengths(1, 1), images=0, pictures=0)
     return replace(fixed, **changes)  # type: ignore[arg-type]
 
 
@@ -204,16 +204,18 @@ def test_more_replicas_answer_sooner() -> None:
 
 def test_the_fewest_that_hold_a_target() -> None:
     arrivals = chance(3.0, 600).arrivals(seed=5)
-    one, target = fleet(queue_limit=1000), Target(ttft=2.0)
+    one, target = fleet(queue_limit=1000), LatencyTarget(ttft=2.0)
     outcomes, fewest = search(one, arrivals, target, most=20)
     assert fewest is not None
     held = {each.replicas: target.held(each) for each in outcomes}
     assert held[fewest]
     assert not held[fewest - 1]
-    assert search(one, arrivals, Target(ttft=0.5), most=6)[1] is None  # reading takes a second
-    assert search(one, arrivals, Target(e2e=1000.0), most=1)[1] == 1
+    assert (
+        search(one, arrivals, LatencyTarget(ttft=0.5), most=6)[1] is None
+    )  # reading takes a second
+    assert search(one, arrivals, LatencyTarget(e2e=1000.0), most=1)[1] == 1
     full = replace(fleet(), queue_limit=1)
-    _, more = search(full, arrivals, Target(ttft=100.0), most=20)
+    _, more = search(full, arrivals, LatencyTarget(ttft=100.0), most=20)
     assert more is not None  # nothing may be refused
     assert figures(simulate(replace(full, replicas=more - 1), arrivals)).refused > 0
 

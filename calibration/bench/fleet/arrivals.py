@@ -40,7 +40,7 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Chance:
+class PoissonArrivals:
     """Poisson arrivals. ``pictures`` there are, each as likely; 0: every request has its own."""
 
     rate: float

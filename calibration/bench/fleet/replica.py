@@ -45,7 +45,7 @@ class Piece:
     tokens: int = 0
 
 
-class Replica:
+class SimulatedReplica:
     """``begin`` says what it does next, ``finish`` that this is done. ``preparing``: requests that
     are on their way into its queue."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lvlm.export.checkpoint.form import DenseTensor, Form, Read, Source
+from lvlm.export.checkpoint.checkpoint_form import DenseTensor, Form, Read, Source
 from lvlm.export.checkpoint.quantized.parts.module_tensors import (
     make_form,
     misshapen,

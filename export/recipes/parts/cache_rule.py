@@ -55,7 +55,7 @@ class Compacted:
 
 
 @dataclass(frozen=True)
-class Layer:
+class RankedLayer:
     """One layer's entries when they are ranked.
 
     key      [B,Hkv,N,d]
@@ -75,7 +75,7 @@ class Layer:
 
 
 @singledispatch
-def importance(score: Score, layer: Layer, recent: int) -> torch.Tensor:
+def importance(score: Score, layer: RankedLayer, recent: int) -> torch.Tensor:
     """The importance [B,N] fp32 of a layer's entries, or [B,Hkv,N] where each key head ranks its
     own; the last ``recent`` entries stay whatever it says."""
     raise NotImplementedError(score)
@@ -83,14 +83,14 @@ def importance(score: Score, layer: Layer, recent: int) -> torch.Tensor:
 
 @importance.register(AllQueries)
 @importance.register(Accumulated)
-def _(score: AllQueries | Accumulated, layer: Layer, recent: int) -> torch.Tensor:
+def _(score: AllQueries | Accumulated, layer: RankedLayer, recent: int) -> torch.Tensor:
     del score, recent
     assert layer.received is not None
     return layer.received
 
 
 @importance.register
-def _(score: Latest, layer: Layer, recent: int) -> torch.Tensor:
+def _(score: Latest, layer: RankedLayer, recent: int) -> torch.Tensor:
     del score
     if layer.received is not None:
         return layer.received
@@ -98,7 +98,7 @@ def _(score: Latest, layer: Layer, recent: int) -> torch.Tensor:
 
 
 @importance.register
-def _(score: Window, layer: Layer, recent: int) -> torch.Tensor:
+def _(score: Window, layer: RankedLayer, recent: int) -> torch.Tensor:
     assert layer.queries is not None
     assert layer.index is not None
     queries, key, index, length = layer.queries, layer.key, layer.index, layer.length
@@ -114,7 +114,7 @@ def _(score: Window, layer: Layer, recent: int) -> torch.Tensor:
 
 
 @importance.register
-def _(score: Recency, layer: Layer, recent: int) -> torch.Tensor:
+def _(score: Recency, layer: RankedLayer, recent: int) -> torch.Tensor:
     del score, recent
     batch, _, entries, _ = layer.key.shape
     ages = torch.arange(entries, device=layer.key.device).float()  # exact up to 2**24 entries
@@ -216,7 +216,7 @@ class CacheRule:
             count = score.queries if isinstance(score, Window) else 1
             queries, index = self.window(state, tap, count)
         received = tap.importance if self.scores_all else None
-        entries = Layer(key, state.length(), queries, index, tap.scale, received)
+        entries = RankedLayer(key, state.length(), queries, index, tap.scale, received)
         select = self.cache_policy.select
         within = isinstance(select, Merge) and select.within_modality
         return self._compact(entries, value, inputs, state.borders() if within else None)
@@ -234,11 +234,11 @@ class CacheRule:
         queries, or the attention its entries got [B,1,C,1]."""
         length, index = inputs["valid_length"], inputs.get("query_slot")
         scores = None if received is None else received[:, 0, :, 0]
-        return self._compact(Layer(key, length, queries, index, scale, scores), value, inputs)
+        return self._compact(RankedLayer(key, length, queries, index, scale, scores), value, inputs)
 
     def _compact(
         self,
-        entries: Layer,
+        entries: RankedLayer,
         value: torch.Tensor,
         inputs: Mapping[str, torch.Tensor],
         first: torch.Tensor | None = None,

@@ -29,7 +29,7 @@ from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.reference.rounded_blocks import RoundedBlocks
-from lvlm.export.reference.torch_reference import Answer, Reference
+from lvlm.export.reference.torch_reference import Reference, ReferenceAnswer
 from lvlm.export.targets.target import Target
 from lvlm.export.weights.packed_linears import exchange_linears
 from lvlm.export.weights.quantization import BLOCKS_SUFFIX, WeightQuantization, round_linears
@@ -97,7 +97,7 @@ def rounded_on_samples(
     return RoundedBlocks(how, torch.float32, files).of(make_reference(folder, "none"), prompts)
 
 
-def follow(model: Model, answers: Sequence[Answer]) -> list[np.ndarray]:
+def follow(model: Model, answers: Sequence[ReferenceAnswer]) -> list[np.ndarray]:
     """Logits [B,vocabulary] of every step when the tokens are those of ``answers``."""
     options = GenerationOptions(chat_template=False, max_new_tokens=STEPS)
     batch = model.calls.start([model.prepare(0, *row, options) for row in ROWS])

@@ -12,7 +12,7 @@ import torch
 from linear_graphs import make_store, random_values, run, save_checkpoint, traced
 
 from lvlm.core.errors import ExportError
-from lvlm.export.checkpoint.form import Read
+from lvlm.export.checkpoint.checkpoint_form import Read
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor, Unpacked
 from lvlm.export.graphs.tracing import TracedGraph
 from lvlm.export.targets.passes.block_linears import use_block_linears

@@ -7,7 +7,7 @@ import shutil
 from lvlm.core.errors import ExportError
 from lvlm.core.progress import size
 from lvlm.export.checkpoint.plain_copy import copied_bytes
-from lvlm.export.estimates import Work, check_memory
+from lvlm.export.estimates import ExportWork, check_memory
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.graphs.bundle_graphs import graph_names
 from lvlm.export.weights.quantization import linear_weights
@@ -41,7 +41,7 @@ def calibrated_bytes(plan: ExportPlan) -> int:
 def seconds(plan: ExportPlan) -> float:
     """About how long the export takes, the download aside."""
     unique = {id(p): p for p in plan.skeleton.model.parameters()}.values()
-    return Work(
+    return ExportWork(
         graphs=len(graph_names(plan.recipe, sessions=plan.options.sessions)),
         blocks=len(plan.skeleton.language.blocks),
         dense_bytes=sum(p.numel() for p in unique) * plan.dtype.itemsize,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import CheckpointError
-from lvlm.export.checkpoint.form import Form, Layout, Scheme, Source
+from lvlm.export.checkpoint.checkpoint_form import Form, Layout, Scheme, Source
 
 SETTINGS = ("quantization_config", "compression_config")  # the name of the latter is older
 

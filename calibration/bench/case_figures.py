@@ -85,7 +85,7 @@ class RoundSpread:
 
 
 @dataclass(frozen=True)
-class Figures:
+class CaseFigures:
     """A contender on a case, over its rounds. Milliseconds; percentiles pool all rounds."""
 
     ttft_ms: RoundSpread
@@ -101,7 +101,7 @@ class Figures:
     prompt_tokens: int
 
     @classmethod
-    def of(cls, rounds: Sequence[Round]) -> Figures:
+    def of(cls, rounds: Sequence[Round]) -> CaseFigures:
         gaps = [1e3 * g for r in rounds for g in r.gaps]
         decode = [r.decode_tokens_per_s for r in rounds]
         records = [record for r in rounds for record in r.records]

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from lvlm.bench.figures import percentile
+from lvlm.bench.case_figures import percentile
 from lvlm.bench.fleet.arrivals import Arrival
 from lvlm.bench.fleet.simulation import Fleet, Ran, simulate
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FleetOutcome:
     """Seconds, and parts of 1; times are of requests that were answered, None where none was.
 
     ``utilisation``: of the time from the first arrival to the last token that replicas worked.
@@ -36,20 +36,20 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Target:
+class LatencyTarget:
     """Most seconds at p95, with no request refused; None: any."""
 
     ttft: float | None = None
     e2e: float | None = None
 
-    def held(self, outcome: Outcome) -> bool:
+    def held(self, outcome: FleetOutcome) -> bool:
         found = ((outcome.ttft_p95, self.ttft), (outcome.e2e_p95, self.e2e))
         return not outcome.refused and all(
             most is None or (value is not None and value <= most) for value, most in found
         )
 
 
-def figures(ran: Ran) -> Outcome:
+def figures(ran: Ran) -> FleetOutcome:
     """What became of all requests, in figures."""
     answered = [job for job in ran.jobs if not job.refused]
     first = [job.tokens[0] - job.asked.seconds for job in answered]
@@ -58,7 +58,7 @@ def figures(ran: Ran) -> Outcome:
     ends = max((job.tokens[-1] for job in answered), default=0.0)
     seconds = ends - min(job.asked.seconds for job in ran.jobs)
     shown = [job for job in answered if job.asked.images]
-    return Outcome(
+    return FleetOutcome(
         replicas=len(ran.busy),
         requests=len(ran.jobs),
         refused=len(ran.jobs) - len(answered),
@@ -84,11 +84,11 @@ def _part(of: float, all_: float) -> float:
 
 
 def search(
-    fleet: Fleet, arrivals: Sequence[Arrival], target: Target, most: int
-) -> tuple[list[Outcome], int | None]:
+    fleet: Fleet, arrivals: Sequence[Arrival], target: LatencyTarget, most: int
+) -> tuple[list[FleetOutcome], int | None]:
     """The fewest replicas up to ``most`` that hold the target (None: not even those), and the
     outcomes that were looked at: doubled until it is held, then halved between."""
-    found: dict[int, Outcome] = {}
+    found: dict[int, FleetOutcome] = {}
 
     def holds(count: int) -> bool:
         found[count] = figures(simulate(replace(fleet, replicas=count), arrivals))
@@ -121,7 +121,7 @@ def _doubled(most: int) -> Iterator[int]:
     yield most
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[FleetOutcome]) -> str:
     """A Markdown table: seconds, inter-token times in milliseconds."""
     names = ["replicas", "requests/s", "tokens/s", "TTFT p50", "p95", "ITL ms p95", "answer p50"]
     names += ["p95", "refused", "busy", "images known", "prompts reused"]
