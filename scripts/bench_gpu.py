@@ -167,9 +167,11 @@ def make_bundle(args: argparse.Namespace, name: str) -> None:
         command += ["--dtype", dtype, "--max-text-len", str(longest), "--no-validate"]
         lvlm_command(*command, "-o", str(folder))
     if target := TARGETS.get(args.device):
-        most = max(case.batch for case in args.cases)
-        command = ["engine", str(folder), "--target", target, "--batch", f"1..{most}", "--force"]
-        lvlm_command("build", *command, "--max-prompt", str(max(c.prompt for c in args.cases)))
+        max_batch = max(case.batch for case in args.cases)
+        command = ["engine", str(folder), "--target", target, "--batch", f"1..{max_batch}"]
+        lvlm_command(
+            "build", *command, "--force", "--max-prompt", str(max(c.prompt for c in args.cases))
+        )
 
 
 def lvlm_command(*words: str) -> None:

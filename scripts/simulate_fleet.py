@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lvlm.bench.costs import read_costs
 from lvlm.bench.fleet.arrivals import (
-    MOST,
+    MAX_COUNT,
     Arrival,
     Lengths,
     PoissonArrivals,
@@ -33,7 +33,7 @@ from lvlm.bench.fleet.simulation import ROUTES, Fleet, simulate
 from lvlm.core.console import Parser, run_main
 from lvlm.core.errors import ParameterError
 
-NONE_HOLDS = 1  # the status if not even --most replicas hold the target
+NONE_HOLDS = 1  # the status if not even --max-replicas replicas hold the target
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = wanted.add_argument
     add("--target-ttft-p95", type=float, metavar="S", help="seconds to the first token")
     add("--target-e2e-p95", type=float, metavar="S", help="seconds to the last token")
-    add("--most", type=int, default=64, metavar="N", help="replicas to try (64)")
+    add("--max-replicas", type=int, default=64, metavar="N", help="replicas to try (64)")
     add("--json", action="store_true", help="print figures as JSON")
     return parser
 
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
     if target is None:
         outcomes, fewest = [figures(simulate(fleet, arrivals))], None
     else:
-        outcomes, fewest = search(fleet, arrivals, target, args.most)
+        outcomes, fewest = search(fleet, arrivals, target, args.max_replicas)
     _show(args, outcomes, target, fewest)
     return NONE_HOLDS if target is not None and fewest is None else 0
 
@@ -122,19 +122,21 @@ def _show(
     if target is None:
         return
     if fewest is None:
-        print(f"\nNot even {args.most} replicas hold the target.", file=sys.stderr)
+        print(f"\nNot even {args.max_replicas} replicas hold the target.", file=sys.stderr)
     else:
         print(f"\n{fewest} replica{'s hold' if fewest > 1 else ' holds'} the target.")
 
 
 def _target(args: argparse.Namespace) -> LatencyTarget | None:
     """None: so many --replicas are simulated."""
-    least = {"requests": 1, "images": 0, "pictures": 1, "replicas": 1, "slots": 1, "queue": 1}
-    least |= {"per_machine": 1, "most": 1, "seed": 0}
-    for name, low in least.items():
+    minimums = {"requests": 1, "images": 0, "pictures": 1, "replicas": 1, "slots": 1, "queue": 1}
+    minimums |= {"per_machine": 1, "max_replicas": 1, "seed": 0}
+    for name, low in minimums.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= MOST:
-            raise ParameterError(f"--{name.replace('_', '-')} is {value}; give {low} to {MOST:,}")
+        if value is not None and not low <= value <= MAX_COUNT:
+            raise ParameterError(
+                f"--{name.replace('_', '-')} is {value}; give {low} to {MAX_COUNT:,}"
+            )
     for name in ("rate", "target_ttft_p95", "target_e2e_p95"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):

@@ -84,7 +84,7 @@ def model(tokenizer: Any) -> Any:
 def test_only_image_tokens_go_and_as_many_of_every_picture(mix: str, packer: Packer) -> None:
     import torch
     from tiny_llava import sequences
-    from tiny_llava.thinned import IMAGE_ID, LEAST, draw_cuts
+    from tiny_llava.thinned import IMAGE_ID, MIN_SHARE, draw_cuts
 
     batch = packer.batch((3, 4), 2, getattr(sequences, mix), "train")
     pictures = 1 if mix == "ONE" else 2
@@ -108,7 +108,7 @@ def test_only_image_tokens_go_and_as_many_of_every_picture(mix: str, packer: Pac
                 some = picture[row].gather(0, here[row])[left[row] == IMAGE_ID]
                 counts = some.bincount(minlength=pictures)
                 assert len(set(counts.tolist())) == 1
-                assert counts[0] >= round(576 * LEAST) - 1
+                assert counts[0] >= round(576 * MIN_SHARE) - 1
     assert forms == {(False, False), (True, False), (False, True), (True, True)}
 
 

@@ -28,7 +28,7 @@ class Loss:
     margin: float
 
     @property
-    def at_least(self) -> float:
+    def lower_bound(self) -> float:
         return self.part - self.margin
 
 

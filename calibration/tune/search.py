@@ -67,10 +67,10 @@ class Search:
         self._fetch()
         running = self._running()
         plan = rounds(len(running), len(self.judge.samples), self.judge.how.batch)
-        for number, (count, most) in enumerate(plan):
+        for number, (count, max_candidates) in enumerate(plan):
             self._ask(running, count, progress)
             last = number + 1 == len(plan)
-            following = min(most, TIMED) if last else plan[number + 1][1]
+            following = min(max_candidates, TIMED) if last else plan[number + 1][1]
             if last or min(len(running), following) <= TIMED:
                 running = self._thinned(running, max(following, TIMED))
                 self._time(running, progress)
@@ -141,15 +141,15 @@ class Search:
             elif self.limits.ttft_ms is not None and speed.ttft_ms > self.limits.ttft_ms:
                 self._leave(one, f"first token after {speed.ttft_ms:.0f} ms")
 
-    def _thinned(self, some: Sequence[Candidate], most: int) -> list[Candidate]:
-        """At most ``most`` of them; of the others it is noted why they went."""
+    def _thinned(self, some: Sequence[Candidate], max_candidates: int) -> list[Candidate]:
+        """At most ``max_candidates`` of them; of the others it is noted why they went."""
         losses = {one: loss for one in some if (loss := self.trials[one].loss) is not None}
         speed = self._speed(some)
-        stay = left(some, losses, speed, self.limits.max_loss, most)
+        stay = left(some, losses, speed, self.limits.max_loss, max_candidates)
         for one in some:
             if one not in stay:
                 limit, loss = self.limits.max_loss, losses[one]
-                lost = limit is not None and loss.at_least > limit
+                lost = limit is not None and loss.lower_bound > limit
                 why = "loses too much" if lost else "others are better"
                 self._leave(one, f"{why} ({loss.samples} samples)")
         return stay

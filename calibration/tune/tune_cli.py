@@ -248,8 +248,8 @@ def _nothing(choice: Choice, limits: TuneLimits) -> str:
 
     parts = []
     if limits.memory is not None:
-        least = min(trial.prediction.memory for trial in choice.trials)
-        parts.append(f"the least memory is {size(least)}")
+        smallest = min(trial.prediction.memory for trial in choice.trials)
+        parts.append(f"the least memory is {size(smallest)}")
     if limits.ttft_ms is not None:
         times = [t.speed.ttft_ms for t in choice.trials if t.speed and t.speed.error is None]
         parts.append(f"the earliest first token comes after {min(times):.0f} ms" if times else "")

@@ -52,8 +52,8 @@ def pareto(trials: Sequence[Trial]) -> list[Candidate]:
         for t in trials
         if t.loss and t.speed and t.speed.error is None
     }
-    most = max((samples for samples, *_ in known.values()), default=0)
-    last = {one: figures for one, (samples, *figures) in known.items() if samples == most}
+    max_samples = max((samples for samples, *_ in known.values()), default=0)
+    last = {one: figures for one, (samples, *figures) in known.items() if samples == max_samples}
     return [
         one
         for one, own in last.items()

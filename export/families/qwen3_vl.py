@@ -69,7 +69,7 @@ class Qwen3VL(QwenVL):
         return Qwen3Vision(model)
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
-        """GQA and MHA, one and two deep features, patches of two sizes, tied weights."""
+        """GQA and MHA, one and two DeepStack layers, patches of two sizes, tied weights."""
         vision: dict[str, Any] = {"num_heads": 3, "hidden_size": 48, "out_hidden_size": 64}
         yield (
             "gqa",
@@ -129,7 +129,7 @@ class Qwen3Vision(nn.Module):
 
     pixel_values [V,p,3*frames*patch*patch] fp32, position_ids [V,p,2] int64: V tokens of p patches
     learned       [V,p,4] int64: learned positions around each patch; share [V,p,4] fp32 of each
-    -> [V,(1+deep)*D]
+    -> [V,(1+deepstack_layers)*D]
     """
 
     def __init__(self, model: Any) -> None:

@@ -1,7 +1,7 @@
 """What the graphs of the language model share: its parts, and the cache buffers of every layer.
 
 They write keys and values straight into the buffers they are given, a pair per layer, each layer
-with its own capacity, rounded where the buffers are narrower than the weights.
+with its own capacity, rounded where the buffers are of lower precision than the weights.
 """
 
 from __future__ import annotations

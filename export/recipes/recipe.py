@@ -88,7 +88,7 @@ class Recipe:
 
     def for_layers(self, layers: int, deepstack_layers: int = 0) -> Self:
         """The recipe with its defaults worked out and checked for a model of that depth, whose
-        first ``deep`` blocks need all image tokens (DeepStack)."""
+        first ``deepstack_layers`` blocks need all image tokens (DeepStack)."""
         del layers, deepstack_layers
         return self
 

@@ -51,7 +51,7 @@ class ReferenceAnswer:
 
 
 class Reference:
-    """A checkpoint in fp32 with a recipe, run by torch; the cache may be of a narrower dtype."""
+    """A checkpoint in fp32 with a recipe, run by torch; the cache may be of lower precision."""
 
     def __init__(
         self,

@@ -62,8 +62,8 @@ class Description:
     plugins       lvlm ops are plugins, which their functions must not stand in for
     static_cache  the length of the cache is fixed in the graph
     topk_limit    largest K of its TopK; None: no limit is known
-    low_precision takes quantized weights as the canonical graphs have them, and a cache narrower
-                  than what is computed in
+    low_precision takes quantized weights as the canonical graphs have them, and a cache of
+                  lower precision than is computed in
     signed        the quantized weights that it takes in another form; None: none
     verified      what was seen; "": nothing, the entry follows the documentation
     """

@@ -52,9 +52,9 @@ class GraphForm:
     @property
     def how(self) -> str:
         """The change to the files that runs them."""
-        wide = f"{SHORT[self.widened]} widened to fp32" if self.widened else ""
+        widened = f"{SHORT[self.widened]} widened to fp32" if self.widened else ""
         functions = "the lvlm ops' functions put back" if self.functions else ""
-        return ", ".join(x for x in (wide, functions) if x)
+        return ", ".join(x for x in (widened, functions) if x)
 
 
 def canonical(manifest: Manifest, *, widened: bool) -> GraphForm:
@@ -105,17 +105,17 @@ def open_form(form: GraphForm, manifest: Manifest, opened: Opened) -> tuple[Back
 
 def as_float32(manifest: Manifest) -> Manifest:
     """A bundle's manifest for graphs that are widened."""
-    narrow = manifest.dtype
+    low = manifest.dtype
 
-    def wide(graph: Graph) -> Graph:
+    def as_fp32(graph: Graph) -> Graph:
         inputs, outputs = (
-            tuple(replace(p, dtype="float32") if p.dtype == narrow else p for p in ports)
+            tuple(replace(p, dtype="float32") if p.dtype == low else p for p in ports)
             for ports in (graph.inputs, graph.outputs)
         )
         return replace(graph, inputs=inputs, outputs=outputs)
 
-    graphs = {name: wide(graph) for name, graph in manifest.graphs.items()}
-    cache = "float32" if manifest.cache_dtype == narrow else manifest.cache_dtype
+    graphs = {name: as_fp32(graph) for name, graph in manifest.graphs.items()}
+    cache = "float32" if manifest.cache_dtype == low else manifest.cache_dtype
     return replace(manifest, dtype="float32", cache_dtype=cache, graphs=graphs)
 
 

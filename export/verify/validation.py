@@ -3,7 +3,7 @@
 First what goes into the model (pixels, chat template, token ids, end of text), then the canonical
 graphs with nothing merged or dropped against transformers' generate, then every form of the graphs
 that can be run here, with the recipe as exported, against the recipe's torch reference. Where the
-bundle's weights or cache are narrower on purpose, so are the reference's: whether the export is
+bundle's weights or cache are of low precision, so are the reference's: whether the export is
 right is one question, what the rounding costs another, which is answered beside it. In the end the
 bundle's own answers are recorded, for devices that have nothing else to compare with.
 """
@@ -63,7 +63,7 @@ def validate(
         outcome.notes.append("rows of the embedding: only those of the prompt are compared")
     try:
         prompt = model_inputs.prepare(maker, image, TOKENS + 1)
-        most = _room(manifest, prompt)
+        max_tokens = _room(manifest, prompt)
     except LvlmError as error:
         outcome.add(model_inputs.texts(judge, maker))
         outcome.check()
@@ -76,7 +76,7 @@ def validate(
         outcome.notes.append(f"tokens around images: not compared, {judge.without}")
     outcome.check()  # nothing else can be right
     pixels = plan.family.transformers_inputs(prompt) if resized else judge.pixels(image)
-    verdict = judge.answer(prompt.ids, pixels, {judge.image_id}, most, tell)
+    verdict = judge.answer(prompt.ids, pixels, {judge.image_id}, max_tokens, tell)
     outcome.estimate = verdict.estimate
     del judge
     gc.collect()
@@ -95,7 +95,7 @@ def validate(
     outcome.add(found)
     outcome.check()
     # As above, unless steps take long
-    shown = [IMAGE, OTHER] if chooses(manifest) and steps == most else [IMAGE]
+    shown = [IMAGE, OTHER] if chooses(manifest) and steps == max_tokens else [IMAGE]
     # A template that writes today's date asks something else tomorrow
     template = maker.template is not None and not maker.template.dated
     for name in shown:

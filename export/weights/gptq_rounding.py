@@ -107,13 +107,13 @@ def block_scale(
     """
     farthest = columns.gather(1, columns.abs().argmax(1, keepdim=True))[:, 0]
     widest = farthest / -how.zero_point
-    best, least = widest, torch.full_like(widest, torch.inf)
+    best, min_error = widest, torch.full_like(widest, torch.inf)
     for shrink in SHRINKS:
         scale = widest * shrink
         off = columns - nearest(columns, scale[:, None], how) * scale[:, None]
         error = off.square_() @ important
-        best = torch.where(error < least, scale, best)
-        least = torch.minimum(error, least)
+        best = torch.where(error < min_error, scale, best)
+        min_error = torch.minimum(error, min_error)
     return best
 
 

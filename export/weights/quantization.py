@@ -75,8 +75,8 @@ def quantize(weight: np.ndarray, how: WeightQuantization) -> tuple[np.ndarray, n
 def _whole_outputs(weight: np.ndarray, how: WeightQuantization) -> tuple[np.ndarray, np.ndarray]:
     """``quantize``, rounded to the nearest of 255 numbers of one scale for each output."""
     rows = np.ascontiguousarray(weight.T, np.float32)
-    most = how.zero_point - 1
-    scales = np.abs(rows).max(axis=1, keepdims=True) / most
+    max_code = how.zero_point - 1
+    scales = np.abs(rows).max(axis=1, keepdims=True) / max_code
     numbers = np.rint(rows / np.where(scales == 0, 1, scales)) + how.zero_point
     return numbers.astype(np.uint8), np.repeat(scales, rows.shape[1] // how.block, axis=1)
 

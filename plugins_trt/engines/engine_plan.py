@@ -150,12 +150,12 @@ def _check_dtype(target: Target, dtype: str) -> None:
 
 
 def _check_storage(target: Target, manifest: Manifest) -> None:
-    """Weights and cache that are narrower than what is computed in. Of int8 weights only the data
+    """Weights and cache of lower precision than is computed in. Of int8 weights only the data
     says whether outputs have one scale; lowering looks."""
     if manifest.cache_dtype != manifest.dtype and not target.low_precision:
         raise ParameterError(
-            f"target {target.name} does not take a cache narrower than what it computes in; export "
-            "without --cache"
+            f"target {target.name} does not take a cache of lower precision than it computes in; "
+            "export without --cache"
         )
     if (how := manifest.quantization) is None:
         return

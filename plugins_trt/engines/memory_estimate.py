@@ -151,16 +151,16 @@ def _text_that_fits(manifest: Manifest, room: int) -> str | None:
     def fits(steps: int) -> bool:
         return _fits(manifest, slot_capacity(manifest, steps * ROUND, None, None, None), room)
 
-    most = _largest(manifest.capacity.max_text_len // ROUND, fits)
-    return str(most * ROUND) if most else None
+    largest = _largest(manifest.capacity.max_text_len // ROUND, fits)
+    return str(largest * ROUND) if largest else None
 
 
 def _share_that_fits(manifest: Manifest, room: int) -> str | None:
     def fits(share: int) -> bool:
         return _fits(manifest, slot_capacity(manifest, None, None, None, share / 100), room)
 
-    most = _largest(99, fits) if "kv_keep" in manifest.parameters else 0
-    return f"{most / 100:.2f}" if most else None
+    largest = _largest(99, fits) if "kv_keep" in manifest.parameters else 0
+    return f"{largest / 100:.2f}" if largest else None
 
 
 def _fits(manifest: Manifest, capacity: Capacity, room: int) -> bool:
@@ -168,9 +168,9 @@ def _fits(manifest: Manifest, capacity: Capacity, room: int) -> bool:
     return cache_bytes(manifest, 1, given.per_layer) <= room
 
 
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to ``most`` that fits, of those where every smaller one does; 0."""
-    low, high = 0, most
+def _largest(upper: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to ``upper`` that fits, of those where every smaller one does; 0."""
+    low, high = 0, upper
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -118,7 +118,7 @@ def _share() -> tuple[PluginStep, ...]:
         PluginStep(
             share.choose,
             (IMAGES * CENTRES, BATCH),
-            ("recycle", "loose_count", "product", "best", "least", "last", LENGTH, IMAGES, SLOTS,
+            ("recycle", "loose_count", "product", "best", "lowest", "last", LENGTH, IMAGES, SLOTS,
              CENTRES, Scalar("absorb")),
             {"BLOCK": 512},
             when=("illava",),
@@ -126,7 +126,7 @@ def _share() -> tuple[PluginStep, ...]:
         PluginStep(
             share.claim,
             (_blocks(LENGTH, 128), BATCH),
-            ("image_id", "recycle", "centres", "loose", "loose_count", "product", "least", "last",
+            ("image_id", "recycle", "centres", "loose", "loose_count", "product", "lowest", "last",
              "map", LENGTH, IMAGES, SLOTS, CENTRES),
             {"BLOCK": 128},
             when=("illava",),
@@ -134,7 +134,7 @@ def _share() -> tuple[PluginStep, ...]:
         PluginStep(
             share.halves,
             (IMAGES * CENTRES, _blocks(WIDTH, 512), BATCH),
-            ("hidden", "recycle", "centres", "loose", "loose_count", "product", "best", "least",
+            ("hidden", "recycle", "centres", "loose", "loose_count", "product", "best", "lowest",
              "last", "map", "merged", LENGTH, IMAGES, SLOTS, NEW_LENGTH, WIDTH, CENTRES),
             {"BLOCK_E": 8, "BLOCK_D": 512},
             choice=ODD,
@@ -185,7 +185,7 @@ PLUGIN = Plugin(
             for name, dtype, line in (
                 ("product", "float32", (LENGTH,)),
                 ("best", "float32", ()),
-                ("least", "float32", ()),
+                ("lowest", "float32", ()),
                 ("last", "int32", ()),
             )
         ),

@@ -14,7 +14,7 @@ import torch
 from tiny_llava.sequences import SequenceBatch
 
 IMAGE_ID = 3
-LEAST = 0.05  # part of the image tokens
+MIN_SHARE = 0.05  # part of the image tokens
 DEPTHS = 6  # tokens go before one of so many blocks, if not before the first
 
 
@@ -38,7 +38,7 @@ def draw_cuts(batch: SequenceBatch, generator: torch.Generator) -> list[Cut]:
     part, cuts = 1.0, []
     here = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
     for block in blocks:
-        least = LEAST if len(blocks) == 1 else max(LEAST, part / 3)
+        least = MIN_SHARE if len(blocks) == 1 else max(MIN_SHARE, part / 3)
         part *= (least / part) ** (_uniform(generator) if block else _uniform(generator) ** 0.8)
         stay = (order < part) | (batch.ids != IMAGE_ID)
         columns = _columns(stay.gather(1, here))

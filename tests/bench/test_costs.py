@@ -179,10 +179,10 @@ def test_mistakes(simulated: Run, given: Path, argv: tuple[str, ...], message: s
 
 def test_a_trace_and_a_target_that_nothing_holds(simulated: Run, given: Path) -> None:
     asked = (given / "costs.json", "--trace", given / "good.jsonl")
-    code, out, err = simulated(*asked, "--target-ttft-p95", 0.1, "--most", 3)
+    code, out, err = simulated(*asked, "--target-ttft-p95", 0.1, "--max-replicas", 3)
     assert (code, err) == (1, "\nNot even 3 replicas hold the target.\n")
     assert [line.split()[1] for line in out.splitlines()[2:]] == ["1", "2", "3"]
-    code, out, _ = simulated(*asked, "--target-e2e-p95", 2, "--most", 5)
+    code, out, _ = simulated(*asked, "--target-e2e-p95", 2, "--max-replicas", 5)
     assert code == 0
     assert out.endswith("\n3 replicas hold the target.\n")
 

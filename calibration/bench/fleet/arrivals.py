@@ -13,7 +13,7 @@ from typing import Any
 from lvlm.core.errors import BundleError, ParameterError
 from lvlm.core.typed_json import decode
 
-MOST = 1_000_000  # of anything that is counted
+MAX_COUNT = 1_000_000  # of anything that is counted
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def read_lengths(text: str) -> Lengths:
     """``64``, or ``16-128``. Raises ValueError."""
     low, dash, high = text.partition("-")
     found = Lengths(int(low), int(high) if dash else int(low))
-    if not 1 <= found.low <= found.high <= MOST:
+    if not 1 <= found.low <= found.high <= MAX_COUNT:
         raise ValueError
     return found
 
@@ -91,8 +91,10 @@ def read_trace(path: Path) -> list[Arrival]:
         except BundleError as error:
             raise ParameterError(f"{where}: {error}") from None
         counts = (arrival.text_tokens, arrival.new_tokens)
-        if not all(1 <= n <= MOST for n in counts) or not 0 <= arrival.images <= MOST:
-            raise ParameterError(f"{where}: give from 1 to {MOST:,} tokens, and images from 0 on")
+        if not all(1 <= n <= MAX_COUNT for n in counts) or not 0 <= arrival.images <= MAX_COUNT:
+            raise ParameterError(
+                f"{where}: give from 1 to {MAX_COUNT:,} tokens, and images from 0 on"
+            )
         if not math.isfinite(arrival.seconds) or arrival.seconds < 0:
             raise ParameterError(f"{where}: give seconds from 0 on")
         if found and arrival.seconds < found[-1].seconds:

@@ -37,7 +37,7 @@ class FleetOutcome:
 
 @dataclass(frozen=True)
 class LatencyTarget:
-    """Most seconds at p95, with no request refused; None: any."""
+    """Maximal seconds at p95, with no request refused; None: any."""
 
     ttft: float | None = None
     e2e: float | None = None
@@ -45,7 +45,7 @@ class LatencyTarget:
     def held(self, outcome: FleetOutcome) -> bool:
         found = ((outcome.ttft_p95, self.ttft), (outcome.e2e_p95, self.e2e))
         return not outcome.refused and all(
-            most is None or (value is not None and value <= most) for value, most in found
+            limit is None or (value is not None and value <= limit) for value, limit in found
         )
 
 
@@ -84,24 +84,24 @@ def _part(of: float, all_: float) -> float:
 
 
 def search(
-    fleet: Fleet, arrivals: Sequence[Arrival], target: LatencyTarget, most: int
+    fleet: Fleet, arrivals: Sequence[Arrival], target: LatencyTarget, max_replicas: int
 ) -> tuple[list[FleetOutcome], int | None]:
-    """The fewest replicas up to ``most`` that hold the target (None: not even those), and the
-    outcomes that were looked at: doubled until it is held, then halved between."""
+    """The fewest replicas up to ``max_replicas`` that hold the target (None: not even those), and
+    the outcomes that were looked at: doubled until it is held, then halved between."""
     found: dict[int, FleetOutcome] = {}
 
     def holds(count: int) -> bool:
         found[count] = figures(simulate(replace(fleet, replicas=count), arrivals))
         return target.held(found[count])
 
-    fewest = _first(holds, most)
+    fewest = _first(holds, max_replicas)
     return [found[count] for count in sorted(found)], fewest
 
 
-def _first(holds: Callable[[int], bool], most: int) -> int | None:
-    """The smallest number from 1 to ``most`` that holds, where all above one that does do."""
+def _first(holds: Callable[[int], bool], max_replicas: int) -> int | None:
+    """The smallest number that holds, of those from 1 on; all above one that does do."""
     low = 0
-    for high in _doubled(most):
+    for high in _doubled(max_replicas):
         if holds(high):
             break
         low = high
@@ -113,12 +113,12 @@ def _first(holds: Callable[[int], bool], most: int) -> int | None:
     return high
 
 
-def _doubled(most: int) -> Iterator[int]:
+def _doubled(max_replicas: int) -> Iterator[int]:
     number = 1
-    while number < most:
+    while number < max_replicas:
         yield number
         number *= 2
-    yield most
+    yield max_replicas
 
 
 def table(outcomes: Sequence[FleetOutcome]) -> str:

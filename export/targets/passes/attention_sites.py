@@ -104,8 +104,8 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 
 def before_cast(value: ir.Value | None) -> ir.Value | None:
-    """The value before a cast to or from the type of a narrower cache; without a Cast ``value``
-    itself."""
+    """The value before a cast to or from the type of a low-precision cache; without a Cast
+    ``value`` itself."""
     cast = _producer(value, "Cast")
     return value if cast is None else cast.inputs[0]
 

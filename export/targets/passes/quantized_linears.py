@@ -1,6 +1,6 @@
-"""Matrix products with quantized weights, as canonical graphs hold them: DequantizeLinear of
-numbers [N,K] with scales and zero points [N, K / block], then Transpose and MatMul, or Gemm
-(export/weights/steps/products.py)."""
+"""MatMuls with quantized weights, as canonical graphs hold them: DequantizeLinear of numbers [N,K]
+with scales and zero points [N, K / block], then Transpose and MatMul, or Gemm
+(export/weights/steps/matmul_weights.py)."""
 
 from __future__ import annotations
 

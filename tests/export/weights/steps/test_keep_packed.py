@@ -126,5 +126,5 @@ def test_what_is_no_product_is_named(tmp_path: Path) -> None:
     body = body.replace("v = Add(x, vt)", "v = ReduceSum(vt)")
     outputs = OUTPUTS.replace("float[2, n, 3] v", "float[1, 1] v")
     graph = traced(body, outputs, random_values(SHAPES), width=INPUTS)
-    with pytest.raises(ExportError, match=r"v\.weight is no plain matrix product; give --dequan"):
+    with pytest.raises(ExportError, match=r"v\.weight is no plain MatMul; give --dequan"):
         write(tmp_path, graph, packed(Kind())[0])
