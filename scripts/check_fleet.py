@@ -5,7 +5,7 @@
     python scripts/check_fleet.py tiny/ costs.json --paced
 
 Starts as many lvlm-serve as ran at once when costs were measured, each on cores of its own with as
-many threads, and sends them requests in turn, or by picture, at times drawn beforehand that nothing
+many threads, and sends them requests in turn, or by image, at times drawn beforehand that nothing
 delays (Poisson). --loads are parts of what the simulation says the replicas can do. Answers are
 streamed with logprobs, so that every token has an event. Prints
 both beside one another, and how many CPUs the replicas, this client, and others took meanwhile.
@@ -60,8 +60,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150.0, help="of arrivals, for each load")
     parser.add_argument("--prompt-tokens", default="32")
     parser.add_argument("--new-tokens", default="16-64")
-    parser.add_argument("--pictures", type=int, default=0, help="there are; 0: each its own")
-    parser.add_argument("--route", choices=("round-robin", "picture"), default="round-robin")
+    parser.add_argument("--distinct-images", type=int, default=0, help="there are; 0: each its own")
+    parser.add_argument("--route", choices=("round-robin", "image"), default="round-robin")
     parser.add_argument(
         "--paced",
         action="store_true",
@@ -97,9 +97,9 @@ def main() -> None:
 
 
 def drawn(args: argparse.Namespace, rate: float, requests: int) -> list[Arrival]:
-    """Requests at a rate, each with a picture."""
+    """Requests at a rate, each with an image."""
     text, new = read_lengths(args.prompt_tokens), read_lengths(args.new_tokens)
-    return PoissonArrivals(rate, requests, text, new, 1, args.pictures).arrivals(args.seed)
+    return PoissonArrivals(rate, requests, text, new, 1, args.distinct_images).arrivals(args.seed)
 
 
 def capacity(fleet: Fleet, args: argparse.Namespace) -> float:
@@ -198,15 +198,15 @@ async def ask_all(
 
 
 def written(args: argparse.Namespace, asked: Sequence[Arrival]) -> Iterator[bytes]:
-    """The bodies of requests: texts that nobody asked before, pictures that no other round has."""
+    """The bodies of requests: texts that nobody asked before, images that no other round has."""
     manifest = read_bundle(args.bundle)
     maker = prompt_maker(args.bundle, manifest)
     writer = WorkloadPrompts(maker, manifest.special_tokens.get("bos_token"))
     first = time.time_ns() % 10**9  # the replicas know those of the last round
     for number, each in enumerate(asked, first):
-        assert each.picture is not None
+        assert each.image is not None
         file = io.BytesIO()
-        Image.fromarray(noise(first + int(each.picture), writer.size)).save(file, "PNG")
+        Image.fromarray(noise(first + int(each.image), writer.size)).save(file, "PNG")
         url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         parts = [
             {"type": "image_url", "image_url": {"url": url}},

@@ -1,12 +1,12 @@
 """What compression costs ``tiny-llava``: exact answers, ROUGE-L and perplexity by how much is left
-and how dense a picture is, for token reductions, cache policies and both together.
+and how dense an image is, for token reductions, cache policies and both together.
 
     python scripts/eval_reductions.py --work /tmp/reductions
     python scripts/eval_reductions.py --work /tmp/reductions --rows divprune snapkv --questions 42
 
-Questions are of seven kinds about held-out pictures of three densities, in turn; the same ones for
+Questions are of seven kinds about held-out images of three densities, in turn; the same ones for
 every row. Of reductions ``left`` is the mean over the blocks of the image tokens that enter them,
-of those of the whole picture: about what prefill computes. The cache is what is left of the
+of those of the whole image: about what prefill computes. The cache is what is left of the
 prompt's entries after prefill. Bundles are exported once, below --work; every answer is on disk
 there as soon as its batch is done, and the same command goes on from there, with more questions,
 too. Writes results.md and results.png there.
@@ -19,9 +19,9 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from cost_tables.picture import draw
 from cost_tables.rows import KEPT, LEFT, ROWS, TOTAL, USUAL, Cell, TableRow, cells
 from cost_tables.tables import MeasuredCell, tables
+from cost_tables.tables_plot import draw
 
 from lvlm.calibration.datasets import digits
 from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def questions(count: int) -> list[EvaluationSample]:
-    """About held-out pictures; more of them begin with the fewer."""
+    """About held-out images; more of them begin with the fewer."""
     return [
         EvaluationSample(
             f"{n}-{asked.kind}-{asked.scenes[0].density}",

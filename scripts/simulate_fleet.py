@@ -52,14 +52,19 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt-tokens", metavar="N", help="of text: 64, or 16-128 for any between (default 32)")
     add("--new-tokens", metavar="N", help="of an answer, likewise (default 64)")
     add("--images", type=int, metavar="N", help="of a prompt (default 1)")
-    add("--pictures", type=int, metavar="N", help="prompts show one of so many (default: its own)")
+    add(
+        "--distinct-images",
+        type=int,
+        metavar="N",
+        help="of all prompts (default: its own each)",
+    )
     add("--seed", type=int, metavar="N", help="of chance (default 0)")
     add(
         "--trace",
         type=Path,
         metavar="FILE",
         help="requests from a file instead, a JSON object a "
-        'line: {"seconds": 0.5, "text_tokens": 32, "new_tokens": 64, "images": 1, "picture": "a"}',
+        'line: {"seconds": 0.5, "text_tokens": 32, "new_tokens": 64, "images": 1, "image": "a"}',
     )
     fleet = parser.add_argument_group("the fleet")
     add = fleet.add_argument
@@ -129,7 +134,14 @@ def _show(
 
 def _target(args: argparse.Namespace) -> LatencyTarget | None:
     """None: so many --replicas are simulated."""
-    minimums = {"requests": 1, "images": 0, "pictures": 1, "replicas": 1, "slots": 1, "queue": 1}
+    minimums = {
+        "requests": 1,
+        "images": 0,
+        "distinct_images": 1,
+        "replicas": 1,
+        "slots": 1,
+        "queue": 1,
+    }
     minimums |= {"per_machine": 1, "max_replicas": 1, "seed": 0}
     for name, low in minimums.items():
         value = getattr(args, name)
@@ -152,7 +164,7 @@ def _target(args: argparse.Namespace) -> LatencyTarget | None:
 
 
 def _arrivals(args: argparse.Namespace) -> list[Arrival]:
-    drawn = ("rate", "requests", "prompt_tokens", "new_tokens", "images", "pictures", "seed")
+    drawn = ("rate", "requests", "prompt_tokens", "new_tokens", "images", "distinct_images", "seed")
     if (args.rate is None) == (args.trace is None):
         raise ParameterError("what comes? give either --rate or --trace")
     if args.trace is not None:
@@ -163,15 +175,15 @@ def _arrivals(args: argparse.Namespace) -> list[Arrival]:
                 )
         return read_trace(args.trace)
     images = 1 if args.images is None else args.images
-    if args.pictures and not images:
-        raise ParameterError("--pictures has no effect without images; leave it out")
+    if args.distinct_images and not images:
+        raise ParameterError("--distinct-images has no effect without images; leave it out")
     chance = PoissonArrivals(
         rate=args.rate,
         requests=args.requests or 2000,
         text_tokens=_lengths("--prompt-tokens", args.prompt_tokens or "32"),
         new_tokens=_lengths("--new-tokens", args.new_tokens or "64"),
         images=images,
-        pictures=args.pictures or 0,
+        distinct_images=args.distinct_images or 0,
     )
     return chance.arrivals(args.seed or 0)
 

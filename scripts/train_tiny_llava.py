@@ -1,12 +1,12 @@
 """Train ``tiny-llava``, a real small vision-language model, from scratch.
 
 First the vision tower alone: from every patch, name the thing there and its colour. Then all of it,
-on sequences of pictures and many questions, the patches' names still asked beside.
+on sequences of images and many questions, the patches' names still asked beside.
 
     python scripts/train_tiny_llava.py --output out --work /tmp/tiny-llava
 
 Resumable: run it again with the same --work. A GPU takes minutes, two CPU cores many hours. The
-pictures and questions of a step depend only on its number; --minutes ends a stage (and its learning
+images and questions of a step depend only on its number; --minutes ends a stage (and its learning
 rate) early. Prints held-out accuracy measured on the
 stored fp16 weights and writes it to training.json beside them.
 """
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints of both stages")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=64, help="sequences a step")
-    parser.add_argument("--workers", type=int, default=14, help="processes that draw pictures")
+    parser.add_argument("--workers", type=int, default=14, help="processes that draw images")
     parser.add_argument("--vision-steps", type=int, default=3000)
     parser.add_argument("--vision-minutes", type=float, default=math.inf)
     parser.add_argument("--steps", type=int, default=10000)
@@ -78,7 +78,7 @@ class Batches(Dataset[SequenceBatch]):
         if self.stage == "vision":
             return self.packer.batch((1, step), 2 * self.size, Mix((), 1), "train")
         mix = mix_of_step(step)
-        return self.packer.batch((2, step), self.size // mix.pictures, mix, "train")
+        return self.packer.batch((2, step), self.size // mix.images, mix, "train")
 
 
 class Training:

@@ -94,10 +94,10 @@ def test_bundles_have_room_for_every_cell() -> None:
     assert dataclasses.replace(ROWS["interval"], group="reductions") == ROWS["lightvlm"]
 
 
-def test_the_picture_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plot_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line in each panel by density, and in that by prefill unless prefill computes all."""
     pytest.importorskip("matplotlib")
-    from cost_tables import picture
+    from cost_tables import tables_plot
     from matplotlib.axes import Axes
 
     cache = Cell("snapkv", ROWS["snapkv"], None, 0.5)
@@ -111,7 +111,7 @@ def test_the_picture_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return plot(axes, x, y, *rest, **given)
 
     monkeypatch.setattr(Axes, "plot", noted)
-    picture.draw(tmp_path / "picture.png", rows, ASKED)
+    tables_plot.draw(tmp_path / "picture.png", rows, ASKED)
     names = [label.partition(": ")[2] for label, _ in lines]
     panels = len(DENSITIES)
     assert names.count("divprune") == names.count("lightvlm + snapkv") == panels + 1

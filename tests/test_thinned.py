@@ -1,5 +1,5 @@
 """Training tiny-llava on with image tokens missing: what goes, what the rest then says, what is
-stored. On a model of the same pictures that is a hundred times smaller."""
+stored. On a model of the same images that is a hundred times smaller."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def model(tokenizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("mix", ["ONE", "TWO"])
-def test_only_image_tokens_go_and_as_many_of_every_picture(mix: str, packer: Packer) -> None:
+def test_only_image_tokens_go_and_as_many_of_every_image(mix: str, packer: Packer) -> None:
     import torch
     from tiny_llava import sequences
     from tiny_llava.thinned import IMAGE_ID, MIN_SHARE, draw_cuts
 
     batch = packer.batch((3, 4), 2, getattr(sequences, mix), "train")
-    pictures = 1 if mix == "ONE" else 2
-    picture = ((batch.ids == IMAGE_ID).cumsum(1) - 1) // 576
+    images = 1 if mix == "ONE" else 2
+    image = ((batch.ids == IMAGE_ID).cumsum(1) - 1) // 576
     forms = set()
     for seed in range(30):
         cuts = draw_cuts(batch, torch.Generator().manual_seed(seed))
@@ -105,8 +105,8 @@ def test_only_image_tokens_go_and_as_many_of_every_picture(mix: str, packer: Pac
             for row in range(len(batch.ids)):
                 text = (batch.ids[row] != IMAGE_ID).nonzero()[:, 0]
                 assert torch.equal(here[row][left[row] != IMAGE_ID], text)
-                some = picture[row].gather(0, here[row])[left[row] == IMAGE_ID]
-                counts = some.bincount(minlength=pictures)
+                some = image[row].gather(0, here[row])[left[row] == IMAGE_ID]
+                counts = some.bincount(minlength=images)
                 assert len(set(counts.tolist())) == 1
                 assert counts[0] >= round(576 * MIN_SHARE) - 1
     assert forms == {(False, False), (True, False), (False, True), (True, True)}

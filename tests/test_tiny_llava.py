@@ -149,7 +149,7 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_trained_model_reads_a_held_out_picture(trained: Any, scene: Scene) -> None:
+def test_the_trained_model_reads_a_held_out_image(trained: Any, scene: Scene) -> None:
     from PIL import Image
 
     model, processor = trained

@@ -1,4 +1,4 @@
-"""What a bundle says of shipped pictures, as it is exported, for devices to compare with."""
+"""What a bundle says of shipped images, as it is exported, for devices to compare with."""
 
 from __future__ import annotations
 

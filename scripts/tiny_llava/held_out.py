@@ -1,4 +1,4 @@
-"""How often ``tiny-llava`` is right about held-out pictures."""
+"""How often ``tiny-llava`` is right about held-out images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVERY = "every kind"
 
 
 class HeldOut(Dataset[SequenceBatch]):
-    """Batches of held-out pictures, every fourth of sequences with two."""
+    """Batches of held-out images, every fourth of sequences with two."""
 
     def __init__(self, packer: Packer, batches: int) -> None:
         self.packer, self.batches = packer, batches

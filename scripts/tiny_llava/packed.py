@@ -93,7 +93,7 @@ def answer_logits(
 
 def mask(batch: SequenceBatch) -> torch.Tensor:
     """[B, 1, queries, keys]: 0 where a token may look, else very negative. It may look at what came
-    before it of its own turn, of the turn before in a conversation, and of the pictures."""
+    before it of its own turn, of the turn before in a conversation, and of the images."""
     turn, parent = batch.turn, batch.parent
     key, query = turn[:, None, :], turn[:, :, None]
     sees = (key == query) | (key == parent[:, :, None]) | (key == PREFIX)

@@ -52,10 +52,10 @@ def _uniform(generator: torch.Generator) -> float:
 
 
 def _order(batch: SequenceBatch, generator: torch.Generator) -> torch.Tensor:
-    """[B, S]: of image tokens their rank within their picture, 0 to 1, in which they stay: by
+    """[B, S]: of image tokens their rank within their image, 0 to 1, in which they stay: by
     chance, more or less often those that show something, and one of every thing at the front."""
-    rows, pictures = len(batch.ids), len(batch.images) // len(batch.ids)
-    place = batch.patch_place.reshape(rows * pictures, -1)
+    rows, images = len(batch.ids), len(batch.images) // len(batch.ids)
+    place = batch.patch_place.reshape(rows * images, -1)
     chance = torch.rand(place.shape, generator=generator)
     likely = 10 ** (1.2 * _uniform(generator) - 0.2)
     key = torch.where(place > 0, chance ** (1 / likely), chance)

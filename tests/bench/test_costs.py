@@ -110,13 +110,13 @@ def given(tmp_path: Path) -> Path:
     zero = costs()["results"][0]["alone"] | {"steps": [{"rows": 1, "tokens": 1, "seconds": 0}]}
     (tmp_path / "zero.json").write_text(json.dumps(costs(alone=zero)))
     (tmp_path / "odd.json").write_text(json.dumps(costs(copies="many")))
-    line = '{"seconds": 1.0, "text_tokens": 32, "new_tokens": 4, "images": 1, "picture": "x"}\n'
+    line = '{"seconds": 1.0, "text_tokens": 32, "new_tokens": 4, "images": 1, "image": "x"}\n'
     (tmp_path / "good.jsonl").write_text(line * 3)
     (tmp_path / "early.jsonl").write_text(line + line.replace("1.0", "0.5"))
     (tmp_path / "word.jsonl").write_text(line + "word\n")
     (tmp_path / "negative.jsonl").write_text(line.replace("1.0", "-1"))
     (tmp_path / "zero.jsonl").write_text(line.replace("32", "0"))
-    (tmp_path / "more.jsonl").write_text(line.replace('"picture"', '"image"'))
+    (tmp_path / "more.jsonl").write_text(line.replace('"image"', '"picture"'))
     (tmp_path / "empty.jsonl").write_text("")
     return tmp_path
 
@@ -145,7 +145,10 @@ RATE = ("--rate", "1", "--replicas", "1")
         (("costs.json", *RATE, "--requests", "9999999"), "--requests is 9999999"),
         (("costs.json", *RATE, "--prompt-tokens", "9-3"), "write a number, or two as 16-128"),
         (("costs.json", *RATE, "--new-tokens", "few"), "--new-tokens few"),
-        (("costs.json", *RATE, "--images", "0", "--pictures", "3"), "--pictures has no effect"),
+        (
+            ("costs.json", *RATE, "--images", "0", "--distinct-images", "3"),
+            "--distinct-images has no effect",
+        ),
         (("costs.json", *RATE, "--images", "2"), "measure them with --images 2"),
         (("costs.json", *RATE, "--slots", "3", "--requests", "99"), "measure them with --slots 2"),
         (("costs.json", *RATE, "--per-machine", "2"), "measure them with --copies 2"),

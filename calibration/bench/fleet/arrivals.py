@@ -19,13 +19,13 @@ MAX_COUNT = 1_000_000  # of anything that is counted
 @dataclass(frozen=True)
 class Arrival:
     """A request. ``seconds`` from the start; ``text_tokens`` of its prompt, template included;
-    ``picture`` names what its ``images`` show: the same name, the same images."""
+    ``image`` names what its ``images`` show: the same name, the same images."""
 
     seconds: float
     text_tokens: int
     new_tokens: int
     images: int = 0
-    picture: str | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Lengths:
 
 @dataclass(frozen=True)
 class PoissonArrivals:
-    """Poisson arrivals. ``pictures`` there are, each as likely; 0: every request has its own."""
+    """Poisson arrivals. ``distinct_images`` are equally likely; 0: every request has its own."""
 
     rate: float
     requests: int
     text_tokens: Lengths
     new_tokens: Lengths
     images: int
-    pictures: int
+    distinct_images: int
 
     def arrivals(self, seed: int) -> list[Arrival]:
         return list(self._drawn(random.Random(f"fleet {seed}")))
@@ -58,8 +58,8 @@ class PoissonArrivals:
         for number in range(self.requests):
             now += by.expovariate(self.rate)
             text, new = self.text_tokens.draw(by), self.new_tokens.draw(by)
-            picture = by.randrange(self.pictures) if self.pictures else number
-            yield Arrival(now, text, new, self.images, str(picture) if self.images else None)
+            image = by.randrange(self.distinct_images) if self.distinct_images else number
+            yield Arrival(now, text, new, self.images, str(image) if self.images else None)
 
 
 def read_lengths(text: str) -> Lengths:

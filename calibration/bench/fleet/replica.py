@@ -59,7 +59,7 @@ class SimulatedReplica:
         self._pace, self._owed = ChunkPace(None), 0
         self._stepping = False  # the prompt has had its turn of this round
         self._features: OrderedDict[str, int] = OrderedDict()
-        self._kept: list[str] = []  # pictures that rows hold which nobody runs in, used last last
+        self._kept: list[str] = []  # images that rows hold which nobody runs in, used last last
 
     @property
     def requests(self) -> int:
@@ -118,10 +118,10 @@ class SimulatedReplica:
         if not self.waiting:
             return
         job = self._reading = self.waiting.popleft()
-        name, shown = job.asked.picture, job.asked.images
+        name, shown = job.asked.image, job.asked.images
         shared = shown * self.engine.image_tokens
         if self.engine.shares and name is not None and SHARED * shared >= self._length(job):
-            if any(other.asked.picture == name for other in self.running):
+            if any(other.asked.image == name for other in self.running):
                 job.reused = shared
             elif name in self._kept:
                 job.reused = shared
@@ -159,7 +159,7 @@ class SimulatedReplica:
             job, last = self.running[place], self.running[-1]
             if not job.done:
                 continue
-            name = job.asked.picture or f"number {job.number}"
+            name = job.asked.image or f"number {job.number}"
             if job is last:
                 self._kept.append(name)
             elif self._free() > len(self._kept) or self._kept:
@@ -178,7 +178,7 @@ class SimulatedReplica:
 
     def _remember(self, job: Job) -> None:
         """Features of its images."""
-        if job.asked.picture is not None and not self._images_left:
-            self._features[job.asked.picture] = job.asked.images
+        if job.asked.image is not None and not self._images_left:
+            self._features[job.asked.image] = job.asked.images
             while sum(self._features.values()) > self.engine.kept_images:
                 self._features.popitem(last=False)

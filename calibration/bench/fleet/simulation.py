@@ -29,18 +29,18 @@ def least_requests(replicas: Sequence[SimulatedReplica], _: Arrival, turn: int) 
     return min(range(count), key=lambda n: (replicas[n].requests, (n - turn) % count))
 
 
-def by_picture(replicas: Sequence[SimulatedReplica], asked: Arrival, turn: int) -> int:
-    """The same one for the same picture."""
-    if asked.picture is None:
+def by_image(replicas: Sequence[SimulatedReplica], asked: Arrival, turn: int) -> int:
+    """The same one for the same image."""
+    if asked.image is None:
         return least_requests(replicas, asked, turn)
-    digest = blake2b(asked.picture.encode(), digest_size=8).digest()
+    digest = blake2b(asked.image.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % len(replicas)
 
 
 ROUTES: dict[str, Route] = {
     "round-robin": round_robin,
     "least-requests": least_requests,
-    "picture": by_picture,
+    "image": by_image,
 }
 
 

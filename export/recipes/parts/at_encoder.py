@@ -1,6 +1,6 @@
 """Image tokens dropped at the encoder's output: the language model never sees them.
 
-What goes on is chosen from the image alone (runtime/reductions), so that a picture's tokens, and
+What goes on is chosen from the image alone (runtime/reductions), so that an image's tokens, and
 without a cache policy its entries, serve every question about it.
 """
 

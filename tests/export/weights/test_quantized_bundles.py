@@ -217,7 +217,7 @@ def test_a_low_precision_cache_takes_half(bundle: Callable[..., Path]) -> None:
     "name", [t.name for t in TARGETS.values() if not t.low_precision and t.built]
 )
 def test_engines_are_refused_by_name(name: str, bundle: Callable[..., Path]) -> None:
-    """A low-precision cache; also where a bundle without the target's graphs comes to lvlm-build."""
+    """A low-precision cache; also where a bundle lacks the target's graphs."""
     folder = export(bundle, "trained")
     with pytest.raises(ExportError, match=f"target {name} does not take a cache of lower prec"):
         TARGETS[name].lower(ir.load(folder / "decode.onnx"), CAPACITY)

@@ -1,4 +1,4 @@
-"""The picture of the tables: exact answers by what is left, of the best rows of each kind."""
+"""The plot of the tables: exact answers by what is left, of the best rows of each kind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def draw(path: Path, found: Sequence[MeasuredCell], asked: Sequence[EvaluationSa
         axes.set_title(
             f"{column}: by the cache that is left"
             if column != ALL
-            else "all pictures: by the tokens that prefill computes"
+            else "all images: by the tokens that prefill computes"
         )
         axes.set_xscale("log")
         axes.set_xticks(TICKS, minor=False)
