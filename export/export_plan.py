@@ -84,18 +84,18 @@ class ExportPlan:
 
     @property
     def measured(self) -> bool:
-        """Whether this export measures a profile."""
+        """True where this export measures a profile."""
         wanted = self.options.recipe.calibration()
         return wanted is not None and wanted.file is None
 
     @property
     def runs_first(self) -> bool:
-        """Whether the checkpoint reads samples before anything is written."""
+        """True where the checkpoint reads samples before anything is written."""
         return self.measured or self.options.calibrate is not None
 
     @property
     def quantization(self) -> Quantization | None:
-        """How linear layers are stored; of those that come quantized, the first one's."""
+        """The storage of linear layers; of those that come quantized, the first one's."""
         how = self.options.quantization
         if how is not None:
             return Quantization(how.bits, how.block)
@@ -104,7 +104,7 @@ class ExportPlan:
 
     @property
     def encoder(self) -> EncoderReduction | None:
-        """What happens to image tokens before the language model, with this tower's scores."""
+        """The reduction of image tokens before the language model, with this tower's scores."""
         reduction = self.recipe.encoder_reduction()
         if reduction is None or not self.recipe.scored:
             return reduction
@@ -250,7 +250,7 @@ def _check_length(
 
 
 def _lower(room: int) -> str:
-    """What to lower where ``room`` tokens of text are possible."""
+    """The flag to lower where ``room`` tokens of text are possible."""
     return f"--max-text-len to {room} or less" if room > 0 else "--max-images"
 
 
@@ -293,7 +293,8 @@ def _with_profile_file(recipe: Recipe, layers: int, checkpoint: checkpoints.Chec
 
 
 def _stored_dtype(config: Any, checkpoint: checkpoints.Checkpoint) -> torch.dtype:
-    """As transformers chooses: config.json's where it names one, or else the weights' own."""
+    """The data type as transformers chooses it: config.json's where it names one, or else the
+    weights' own."""
     dtype = config.dtype or checkpoint.stored_dtype()
     if dtype not in DTYPES.values():
         where = "config.json says" if config.dtype else "the weights are of"

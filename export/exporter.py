@@ -80,7 +80,7 @@ def export(plan: ExportPlan, progress: Progress) -> Report:
 
 
 def _beside(plan: ExportPlan, kind: str) -> Path:
-    """What is needed for a while only lies there."""
+    """A path beside the output, for what is needed for a while only."""
     return plan.options.output.with_name(f"{plan.options.output.name}-{kind}")
 
 

@@ -1,4 +1,4 @@
-"""Has this machine what an export needs?"""
+"""Check of memory and disk for an export on this machine."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def disk(plan: ExportPlan) -> int:
 
 
 def plain_bytes(plan: ExportPlan) -> int:
-    """Of the copy that the bundle is compared, a profile measured and weights rounded with; 0 where
-    the checkpoint itself does."""
+    """Bytes of the copy that the bundle is compared, a profile measured and weights rounded with; 0
+    where the checkpoint itself does."""
     if not (plan.options.validate or plan.runs_first):
         return 0
     return copied_bytes(plan.checkpoint, plan.dtype)
 
 
 def calibrated_bytes(plan: ExportPlan) -> int:
-    """Of the files that hold weights rounded on samples until the bundle does."""
+    """Bytes of the files that hold weights rounded on samples until the bundle does."""
     how = plan.options.quantization
     if how is None or plan.options.calibrate is None:
         return 0

@@ -128,7 +128,7 @@ def _weights(plan: ExportPlan) -> dict[str, int] | None:
 
 
 def _quantized_layers(plan: ExportPlan) -> int:
-    """How many linear layers are stored quantized."""
+    """The number of linear layers that are stored quantized."""
     if plan.options.quantization is None:
         return len(plan.packed)
     return len(linear_weights(plan.skeleton.model, plan.skeleton.language))
@@ -147,7 +147,7 @@ def _quantized(plan: ExportPlan) -> str:
 
 
 def _rounded_by(plan: ExportPlan) -> str:
-    """What linear layers are rounded by, where not to the nearest numbers."""
+    """The method that linear layers are rounded by, where not to the nearest numbers."""
     how = _calibration(plan)
     if how is None:
         return ""
@@ -165,7 +165,7 @@ def _calibration(plan: ExportPlan) -> dict[str, Any] | None:
 
 
 def _copy(plan: ExportPlan) -> str:
-    """What of the disk is needed for a while only."""
+    """Disk space that is needed for a while only."""
     copy = plain_bytes(plan)
     return f", {size(copy)} of it while a plain copy is compared with" if copy else ""
 

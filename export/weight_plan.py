@@ -1,4 +1,4 @@
-"""How the linear layers of a bundle are stored: as options say, or as they come."""
+"""Storage of a bundle's linear layers: as options say, or as they come."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check_packed(targets: Iterable[Target], packed: Iterable[PackedTensor]) -> N
 def _low_precision(
     options: ExportOptions, dtype: torch.dtype, kept: bool
 ) -> Iterator[tuple[str, str]]:
-    """What is stored in lower precision than is computed in, and what else helps."""
+    """Flags that store lower precision than is computed in, and what else helps."""
     if options.weights is not None:
         yield f"--weights {options.weights}", ""
     if kept:
@@ -118,7 +118,7 @@ def added_bytes(
 
 
 def _packed_bytes(tensor: PackedTensor, dtype: torch.dtype) -> int:
-    """Of numbers, scales and zero points, without those of the weight in ``dtype``."""
+    """Bytes of numbers, scales and zero points, without those of the weight in ``dtype``."""
     numbers, blocks = tensor.shape[0] * tensor.shape[1], 0
     if tensor.block is not None:
         blocks = numbers // tensor.block

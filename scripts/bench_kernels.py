@@ -1,4 +1,4 @@
-"""Which of ONNX Runtime's CPU kernels is fastest for what decode and prefill need.
+"""Comparison of ONNX Runtime's CPU kernels for what decode and prefill need.
 
     python scripts/bench_kernels.py attention --threads 2
     python scripts/bench_kernels.py matmuls --threads 2

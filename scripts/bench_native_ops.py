@@ -74,7 +74,7 @@ class NodeCase:
 
 
 def cases(n: int) -> Iterator[NodeCase]:
-    """For a prompt, or a cache, of ``n`` tokens."""
+    """Cases for a prompt, or a cache, of ``n`` tokens."""
     ops: dict[str, Op] = discover("lvlm.export.ops", "OP")
     random = np.random.default_rng(n)
 

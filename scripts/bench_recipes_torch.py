@@ -1,4 +1,4 @@
-"""What the recipes cost and save on a GPU, without TensorRT: LLaVA-1.5-7B's language model with
+"""Costs and savings of the recipes on a GPU, without TensorRT: LLaVA-1.5-7B's language model with
 random fp16 weights, prefill and decode as CUDA graphs, the lvlm ops as their Triton kernels.
 
     python scripts/bench_recipes_torch.py

@@ -1,4 +1,4 @@
-"""Is the simulation of a fleet right? The same requests to real replicas and to simulated ones.
+"""Check of the simulated fleet: the same requests to real replicas and to simulated ones.
 
     lvlm-bench none/ --costs --threads 1 --copies 2 --json costs.json
     python scripts/check_fleet.py none/ costs.json --loads 0.4,0.7,0.9 --seconds 150

@@ -1,4 +1,4 @@
-"""What compression costs ``tiny-llava``: exact answers, ROUGE-L and perplexity by how much is left
+"""Cost of compression for ``tiny-llava``: exact answers, ROUGE-L and perplexity by how much is left
 and how dense an image is, for token reductions, cache policies and both together.
 
     python scripts/eval_reductions.py --work /tmp/reductions
@@ -140,7 +140,7 @@ def by_bundle(variants: Sequence[Variant | None]) -> Iterator[Variant]:
 
 
 def variant(cell: Cell, bundle: Bundle) -> Variant | None:
-    """What to run for a cell; None where even no image token at all would leave more."""
+    """The variant to run for a cell; None where even no image token at all would leave more."""
     keep = None
     if cell.left is not None:
         keep = keep_for(bundle.manifest, cell.left)
@@ -165,7 +165,7 @@ def keep_for(manifest: Manifest, left: float) -> float | None:
 
 
 def share(manifest: Manifest, keep: float | None) -> float:
-    """Of an image's tokens those that enter the blocks, on average."""
+    """The fraction of an image's tokens that enters the blocks, on average."""
     tokens, layers = manifest.images.tokens, manifest.text.layers
     ratios = keep_ratios(manifest.shortenings, manifest.keep, keep)
     counts = tokens_per_layer(manifest.shortenings, ratios, tokens, layers)

@@ -206,7 +206,7 @@ class MeasuredRecipe:
         return self.budgets.capacity(self.plan.entries, np.full(self.batch, new - 1))
 
     def cache_bytes(self, slots: np.ndarray) -> int:
-        """Of keys and values of all rows, ``slots`` [L] each."""
+        """Bytes of keys and values of all rows, ``slots`` [L] each."""
         entry = 2 * self.shape.kv_heads * self.language.head_dim * self.dtype.itemsize
         return int(slots.sum() * self.batch * entry)
 

@@ -68,7 +68,7 @@ def main() -> None:
 def sizes(
     folder: Path, target: Target, weights: str | None, block: int, recipe: str
 ) -> MemoryEstimate:
-    """Of one prompt at once, 2,048 text tokens and one image."""
+    """Sizes of one prompt at once, 2,048 text tokens and one image."""
     plan = make_plan(
         ExportOptions(
             model=str(folder),

@@ -1,4 +1,4 @@
-"""How many bytes of weights engines hold, by each way of sharing them between prefill and decode.
+"""Bytes of weights that engines hold, by each way of sharing them between prefill and decode.
 
     lvlm-export -m tiny-llava --dtype fp16 -o out/fp16
     python scripts/measure_engine_weights.py out/fp16

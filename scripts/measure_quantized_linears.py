@@ -1,4 +1,4 @@
-"""Which quantized weights TensorRT-RTX's builder takes, and what an engine of one MatMul holds.
+"""Quantized weights that TensorRT-RTX's builder takes, and what an engine of one MatMul holds.
 
     python scripts/measure_quantized_linears.py
 

@@ -1,4 +1,4 @@
-"""How many replicas of lvlm-serve hold a target? A discrete-event simulation from measured costs.
+"""Number of replicas that hold a target: a discrete-event simulation from measured costs.
 
     lvlm-bench out/ --costs --threads 1 --copies 2 --json costs.json
     python scripts/simulate_fleet.py costs.json --rate 3 --target-ttft-p95 2

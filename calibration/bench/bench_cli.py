@@ -99,7 +99,7 @@ def _measure(
 def _costs(
     args: argparse.Namespace, arguments: Sequence[str], contenders: Sequence[Contender]
 ) -> int:
-    """What the parts of each bundle's engine take."""
+    """Time that the parts of each bundle's engine take."""
     import tempfile
 
     from lvlm.bench import bench_report
@@ -177,7 +177,7 @@ def _status(errors: Sequence[str | None]) -> int:
 def _sources(
     args: argparse.Namespace, contenders: Sequence[Contender], progress: Progress
 ) -> dict[str, Path]:
-    """What each contender loads, by label: a bundle's folder, or what its checkpoint became."""
+    """The folder that each contender loads, by label: a bundle, or what its checkpoint became."""
     from lvlm.bench.contenders import find_checkpoint
     from lvlm.bench.convert import converted, default_cache
 
@@ -244,6 +244,6 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 
 
 def _stages(contenders: Sequence[Contender], plan: BenchPlan) -> int:
-    """Of the progress; conversions come on top."""
+    """Stages of the progress; conversions come on top."""
     rounds = len(plan.cases) * (len(contenders) if plan.apart else 1)
     return len(contenders) + rounds

@@ -21,7 +21,7 @@ from lvlm.core.typed_json import decode
 
 @dataclass
 class CostResult:
-    """What was found out about a contender, or the error that ended it."""
+    """Costs of a contender, or the error that ended it."""
 
     contender: Contender
     opened: dict[str, Any] = field(default_factory=dict)
@@ -95,7 +95,7 @@ def _at_once(copies: Sequence[Child], work: CostWork) -> Costs:
 
 
 def parted_cores(threads: int, copies: int) -> list[list[int] | None]:
-    """Which cores each copy may use: ``threads`` of its own; None: any, where there is one copy
+    """Cores that each copy may use: ``threads`` of its own; None: any, where there is one copy
     alone."""
     if copies == 1:
         return [None]

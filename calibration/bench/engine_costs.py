@@ -148,7 +148,7 @@ def _read(reads: dict[tuple[int, int, int], list[float]], stats: Stats, images: 
 
 
 def engine_shape(engine: Engine, threads: int, image_tokens: int) -> EngineShape:
-    """What a simulation needs to know of an engine with its default settings."""
+    """Sizes of an engine that a simulation needs, with its default settings."""
     manifest, memory = engine.manifest, engine.memory()
     in_pieces = manifest.in_place and "extend" in manifest.graphs
     features = 4 * manifest.images.tokens * manifest.feature_width

@@ -85,7 +85,7 @@ class Child:
         return answer
 
     def _end(self) -> str:
-        """Why the process is no more."""
+        """The reason why the process is no more."""
         status = self._process.wait(PATIENCE)
         lines = [x for x in self._log.read_text(errors="replace").splitlines() if x.strip()]
         last = f" (its last words: {lines[-1].strip()})" if lines else ""

@@ -41,8 +41,8 @@ def left(
     max_loss: float | None,
     max_candidates: int,
 ) -> list[Candidate]:
-    """At most ``max_candidates`` of ``some``, the full model among them in any case; ``speed``: the
-    more the better."""
+    """Choose at most ``max_candidates`` of ``some``, the full model among them in any case;
+    ``speed``: the more the better."""
     others = [one for one in some if one != FULL]
     if max_loss is not None:
         others = [one for one in others if losses[one].lower_bound <= max_loss]

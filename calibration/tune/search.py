@@ -91,8 +91,8 @@ class Search:
                 self._leave(one, f"needs {size(trial.prediction.memory)}")
 
     def _drop_what_takes_too_long(self) -> None:
-        """By the full model's own times: its vision tower's, and prefill by the work that is
-        left."""
+        """Drop candidates by the full model's own times: its vision tower's, and prefill by the
+        work that is left."""
         if self.limits.ttft_ms is None:
             return
         vision, prefill, _ = self.full_ms
@@ -142,7 +142,7 @@ class Search:
                 self._leave(one, f"first token after {speed.ttft_ms:.0f} ms")
 
     def _thinned(self, some: Sequence[Candidate], max_candidates: int) -> list[Candidate]:
-        """At most ``max_candidates`` of them; of the others it is noted why they went."""
+        """Keep at most ``max_candidates`` of them; of the others it is noted why they went."""
         losses = {one: loss for one in some if (loss := self.trials[one].loss) is not None}
         speed = self._speed(some)
         stay = left(some, losses, speed, self.limits.max_loss, max_candidates)

@@ -1,4 +1,4 @@
-"""Where the bundles of candidates come from: exported as they are needed, or given."""
+"""Sources of the candidates' bundles: exported as they are needed, or given."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Shelf(Protocol):
 
 @dataclass(frozen=True)
 class Making:
-    """What all bundles of a search are exported with (lvlm-export's flags)."""
+    """Options that all bundles of a search are exported with (lvlm-export's flags)."""
 
     model: str
     dtype: str | None

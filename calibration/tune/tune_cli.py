@@ -120,7 +120,7 @@ def _checked(args: argparse.Namespace) -> TuneLimits:
 def _shelf(
     args: argparse.Namespace, samples: Sequence[EvaluationSample], progress: Progress
 ) -> tuple[Shelf, list[Candidate]]:
-    """Where bundles come from, and all that is to be tried."""
+    """The source of bundles, and all that is to be tried."""
     from lvlm.calibration.evaluate.study import BUNDLES
     from lvlm.calibration.evaluate.variants import Bundle
     from lvlm.calibration.tune.candidates import candidates
@@ -194,7 +194,7 @@ def _images(samples: Sequence[EvaluationSample]) -> int:
 
 
 def _trials(candidates: Sequence[Candidate], shelf: Shelf, load: Load) -> dict[Candidate, Trial]:
-    """What is predicted of each; those that cannot be for this model are out."""
+    """Predictions of each; those that cannot be for this model are out."""
     from lvlm.calibration.tune.candidates import FULL
     from lvlm.calibration.tune.predictions import NOTHING_KNOWN, imagined, predict
     from lvlm.calibration.tune.search import Trial
@@ -243,7 +243,7 @@ def _about(args: argparse.Namespace, samples: Sequence[EvaluationSample]) -> str
 
 
 def _nothing(choice: Choice, limits: TuneLimits) -> str:
-    """What comes nearest to limits that nothing keeps."""
+    """The nearest candidates to limits that nothing keeps."""
     from lvlm.core.progress import size
 
     parts = []

@@ -45,7 +45,7 @@ def write_choice(
 
 
 def pareto(trials: Sequence[Trial]) -> list[Candidate]:
-    """Of those measured on as many samples as any, the candidates that none is better than, by
+    """The candidates, of those measured on as many samples as any, that none is better than, by
     loss and tokens per second."""
     known = {
         t.candidate: (t.loss.samples, t.loss.part, -t.speed.tokens_per_s)

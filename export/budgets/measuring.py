@@ -120,7 +120,7 @@ class _Finished:
 
 
 def prompt_hash(prompt: Prompt) -> str:
-    """What the model is given: tokens, places of images, images."""
+    """Hash of what the model is given: tokens, places of images, images."""
     arrays = np.asarray(prompt.ids, np.int64), prompt.image_id
     parts = [part for x in arrays for part in (str(x.shape), x.tobytes())]
     return digest(*parts, *(image.digest() for image in prompt.images))
@@ -135,6 +135,6 @@ def digest(*parts: str | bytes) -> str:
 
 
 def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives them back."""
+    """The values as JSON gives them back."""
     plain: dict[str, Any] = json.loads(json.dumps(parameters))
     return plain

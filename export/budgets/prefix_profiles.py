@@ -112,7 +112,7 @@ def _no_profile(path: Path, reason: str) -> ParameterError:
 
 
 def _check_values(profile: PrefixProfile, path: Path) -> None:
-    """What types alone cannot say."""
+    """Check what types alone cannot say."""
     keeps = [row.keep for row in profile.rows]
     if keeps != sorted(set(keeps)) or profile.keep not in keeps:
         raise _no_profile(path, f"rows for the keeps {keeps}, made for {profile.keep}")

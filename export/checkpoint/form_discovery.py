@@ -12,7 +12,8 @@ SETTINGS = ("quantization_config", "compression_config")  # the name of the latt
 
 
 def find_forms(found: Source) -> tuple[Form, ...]:
-    """What makes a plain checkpoint of ``found``; () where it is one. Raises CheckpointError."""
+    """Find what makes a plain checkpoint of ``found``; () where it is one. Raises
+    CheckpointError."""
     layouts: dict[str, Layout] = discover("lvlm.export.checkpoint.layouts", "LAYOUT")
     for layout in layouts.values():
         if (form := layout.read(found)) is not None:

@@ -1,4 +1,4 @@
-"""What enters the first block: tokens' embeddings, with image features in place of placeholders."""
+"""Inputs of the first block: tokens' embeddings, with image features in place of placeholders."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ class Prefill(LanguageGraph):
         return outputs | ({"kept": torch.stack(kept)} if kept else {})
 
     def _described(self, taken: Tensors) -> dict[str, Described]:
-        """What ``_block`` gives: a block's tap, its output, with a cache rule how many entries
+        """Outputs of ``_block``: a block's tap, its output, with a cache rule how many entries
         stay, its buffers."""
         model, rule, hidden = self.model, self.rule, taken["hidden"]
         (batch, length, _), dtype = hidden.shape, hidden.dtype

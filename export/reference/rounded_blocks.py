@@ -107,7 +107,7 @@ class RoundedBlocks:
 
 @contextmanager
 def watched(linears: Sequence[nn.Linear]) -> Iterator[dict[nn.Linear, Moments]]:
-    """What the layers get meanwhile; those that get the very same share their moments."""
+    """Inputs that the layers get meanwhile; those that get the very same share their moments."""
     found: dict[nn.Linear, Moments] = {}
     last: list[Any] = [None, None]  # what the layer before this one got, its moments
 

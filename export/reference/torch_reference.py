@@ -172,7 +172,7 @@ class Reference:
         return answer
 
     def _empty_buffers(self, kept: Sequence[int], prefill: Prefill) -> Caches:
-        """What prefill writes into: exactly as long as what it keeps."""
+        """Buffers that prefill writes into: exactly as long as what it keeps."""
         forms = prefill.buffer_forms()
 
         def empty(kind: Kind, count: int) -> torch.Tensor:

@@ -101,8 +101,8 @@ class Description:
         return f"weights.{self.name}.bin"
 
     def refusal(self, bits: int, block: int, *, whole: bool) -> str | None:
-        """Why it does not take weights of ``bits`` bits whose scales are of ``block`` inputs, or of
-        all of an output (``whole``), and what to export instead; None: it does."""
+        """The reason why it does not take weights of ``bits`` bits whose scales are of ``block``
+        inputs, or of all of an output (``whole``), and what to export instead; None: it does."""
         taken = {} if self.signed is None else self.signed.blocks
         blocks = taken.get(bits, ())
         if self.low_precision or block in blocks or (whole and None in blocks):

@@ -145,7 +145,8 @@ class Judge:
         return int(self.config.image_token_index if found is None else found)
 
     def begins(self, text: str) -> bool:
-        """Whether a prompt has the token that begins a text in it: the tokenizer adds no other."""
+        """True where a prompt has the token that begins a text in it: the tokenizer adds no
+        other."""
         bos = self.tokenizer.bos_token
         return bool(bos) and text.startswith(bos)
 

@@ -125,7 +125,7 @@ def _roles(judge: Judge, maker: PromptMaker, outcome: ValidationOutcome) -> set[
 
 
 def _ids(judge: Judge, maker: PromptMaker, image: Image.Image, prompt: Prompt) -> Check:
-    """Of the whole prompt; without transformers' processor with every image's tokens as one."""
+    """Ids of the whole prompt; without transformers' processor with every image's tokens as one."""
     token = maker.images.token
     text = (
         judge.render([Turn("user", QUESTION, 1)])

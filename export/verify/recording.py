@@ -1,4 +1,4 @@
-"""What a bundle says of shipped images, as it is exported, for devices to compare with."""
+"""Record of a bundle's answers about shipped images at export, for devices to compare with."""
 
 from __future__ import annotations
 

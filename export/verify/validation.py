@@ -1,4 +1,4 @@
-"""Does the bundle compute what the checkpoint computes? transformers' own loading is the judge.
+"""Validation of a bundle against its checkpoint; transformers' own loading is the judge.
 
 First what goes into the model (pixels, chat template, token ids, end of text), then the canonical
 graphs with nothing merged or dropped against transformers' generate, then every form of the graphs

@@ -37,7 +37,8 @@ def widen(model: ir.Model, dtype: str) -> ir.Model:
 
 
 def _cast_where_read(graph: ir.Graph, weight: ir.Value, low: ir.DataType) -> None:
-    """Of a table of embeddings the few rows that are looked up are cast, not the table."""
+    """Cast the weight where it is read: of a table of embeddings the few rows that are looked
+    up."""
     uses = list(weight.uses())
     found = [u.node for u in uses if u.node.op_type == "Gather" and u.idx == 0]
     for node in found:

@@ -1,4 +1,4 @@
-"""How the bytes of a stored weight come from the checkpoint.
+"""Expressions that make the bytes of a stored weight from the checkpoint.
 
 An expression is a tensor of the checkpoint, or what is made of other expressions. It knows its
 shape and type without reading anything; ``compute`` reads the checkpoint when the weight is
@@ -46,15 +46,15 @@ class Expression(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the graphs see it."""
+        """The shape as the graphs see it."""
 
     @property
     def dtype(self) -> ir.DataType:
-        """As the graphs see it."""
+        """The data type as the graphs see it."""
 
     @property
     def operands(self) -> tuple[Expression, ...]:
-        """What it is made of."""
+        """Expressions that it is made of."""
 
     def compute(self, reading: CheckpointReading) -> torch.Tensor:
         """A tensor whose elements, row-major, are the bytes stored: of ``shape`` and ``dtype``,

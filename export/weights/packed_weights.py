@@ -97,7 +97,7 @@ def pack(numbers: torch.Tensor, bits: int) -> np.ndarray:
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """What ``pack`` was given."""
+    """Unpack what ``pack`` was given."""
     if bits == 8:
         return packed
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)

@@ -82,8 +82,8 @@ def _whole_outputs(weight: np.ndarray, how: WeightQuantization) -> tuple[np.ndar
 
 
 def _quantizer(bits: int) -> Callable[..., Any]:
-    """What onnxruntime.quantization's MatMulNBitsQuantizer calls: that class itself takes whole
-    models, and weights are streamed here."""
+    """The function that onnxruntime.quantization's MatMulNBitsQuantizer calls: that class itself
+    takes whole models, and weights are streamed here."""
     from onnxruntime.capi import _pybind_state
 
     function: Callable[..., Any] = getattr(_pybind_state, f"quantize_matmul_{bits}bits")
@@ -100,7 +100,7 @@ def dequantize(packed: np.ndarray, scales: np.ndarray, how: WeightQuantization) 
 
 
 def linear_weights(model: nn.Module, language: LanguageModel) -> dict[str, nn.Parameter]:
-    """What is quantized, by name in ``model``: the weights [N,K] of every linear layer of the
+    """Weights to quantize, by name in ``model``: those [N,K] of every linear layer of the
     blocks, and of the head. Embeddings, norms and the vision tower are not."""
     wanted = {id(linear.weight) for linear in linears(language)}
     parameters = model.named_parameters(remove_duplicate=True)

@@ -60,7 +60,7 @@ class WeightsFile:
 
     @property
     def nbytes(self) -> int:
-        """Of what is written, without the gaps."""
+        """Bytes of what is written, without the gaps."""
         return sum(weight.nbytes for weight in self.weights.values() if not weight.shared)
 
     def attach(self, graphs: Sequence[TracedGraph]) -> None:

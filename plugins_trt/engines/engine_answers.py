@@ -1,4 +1,4 @@
-"""What engines answer on this machine, beside what was recorded when their bundle was exported."""
+"""Engines' answers on this machine, beside what was recorded when their bundle was exported."""
 
 from __future__ import annotations
 

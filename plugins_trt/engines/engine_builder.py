@@ -89,7 +89,7 @@ def lower_only(request: BuildRequest, progress: Progress, dry_run: bool) -> str:
 
 
 def lowered(manifest: Manifest, target: Target) -> bool:
-    """Whether the bundle has the graphs of this target."""
+    """True where the bundle has the graphs of this target."""
     return all(target.file(graph.file) in manifest.files for graph in manifest.graphs.values())
 
 
@@ -190,7 +190,8 @@ def _plugin_names(plan: EnginePlan) -> list[str]:
 
 
 def _identity(manifest: Manifest, plan: EnginePlan) -> dict[str, str]:
-    """What the engines were built from: the canonical graphs, and the weights they read."""
+    """Identity of what the engines were built from: the canonical graphs, and the weights they
+    read."""
     names = [graph.file for graph in manifest.graphs.values()]
     names += sorted({w.file for weights in plan.stored.values() for w in weights.values()})
     return {name: manifest.files[name].sha256 for name in names}

@@ -96,8 +96,8 @@ def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
 
 @dataclass(frozen=True)
 class BuildHost:
-    """Where engines are built: TensorRT's ``version``, the GPU, or None to build ahead of time for
-    ``sms``, the plugin library, and why this is not here."""
+    """The machine where engines are built: TensorRT's ``version``, the GPU, or None to build ahead
+    of time for ``sms``, the plugin library, and why this is not here."""
 
     version: str
     gpu: nvidia.Gpu | None
@@ -164,7 +164,7 @@ def _check_storage(target: Target, manifest: Manifest) -> None:
 
 
 def positive_scales(target: Target, manifest: Manifest) -> bool:
-    """Whether its int4 weights get positive scales, as ONNX Runtime's quantizer does not."""
+    """True where its int4 weights get positive scales, as ONNX Runtime's quantizer does not."""
     how = manifest.quantization
     takes_any = target.signed is not None and 4 in target.signed.negative_scales
     return how is not None and how.bits == 4 and not takes_any
@@ -200,6 +200,6 @@ def _slug(text: str) -> str:
 
 
 def _timing_cache(made_for: str) -> Path:
-    """Where what TensorRT measures is kept from one build to the next."""
+    """The file that keeps what TensorRT measures from one build to the next."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "lvlm" / f"timing-{made_for}.cache"

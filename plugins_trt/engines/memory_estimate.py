@@ -56,7 +56,7 @@ def estimate(
     workspace: int | None,
     positive: bool = False,
 ) -> MemoryEstimate:
-    """What these engines take; ``workspace``: the limit that was given for it, if one was;
+    """Memory that these engines take; ``workspace``: the limit that was given for it, if one was;
     ``positive``: scales of blocks are to be positive, which leaves as much over as they take."""
     inside = {
         graph: sum(w.bytes for name, w in weights.items() if name not in shared)
@@ -107,7 +107,7 @@ def _as_int4(
 
 
 def _are_scales(manifest: Manifest, weight: EngineWeight) -> bool:
-    """Of the bytes that quantized weights are made of, those that are floats."""
+    """True for initializers of quantized weights that are floats."""
     whole = manifest.weights.get(weight.name)
     return weight.dtype == "uint8" and whole is not None and whole.dtype == manifest.dtype
 
@@ -130,7 +130,7 @@ def check_memory(
 
 
 def _mend(manifest: Manifest, needs: MemoryEstimate, room: int) -> str:
-    """What fits into ``room`` bytes for the cache."""
+    """Advice on what fits into ``room`` bytes for the cache."""
     if room >= needs.prompt:
         return f"give --batch 1..{room // needs.prompt}"
     if room > 0:

@@ -89,7 +89,7 @@ def choose(
     limit: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """What each centre takes, the ``limit`` largest products, as bounds [B, M C]: the largest
+    """Bounds of what each centre takes, the ``limit`` largest products, [B, M C]: the largest
     (best), the smallest (lowest) and the last place at which that one is taken (last; -1: nothing).
 
     Grid (M C, B); reads a line ``limit`` times.

@@ -30,7 +30,8 @@ class MeasuredCell:
 
     @property
     def cache(self) -> float:
-        """Of the prompt's entries, those in the cache after prefill: mean over layers, prompts."""
+        """The fraction of the prompt's entries in the cache after prefill: mean over layers,
+        prompts."""
         return float(np.mean([record.kept for record in self.greedy]))
 
 

@@ -1,4 +1,4 @@
-"""How often ``tiny-llava`` is right about held-out images."""
+"""Accuracy of ``tiny-llava`` on held-out images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the model says to a batch of packed sequences, and how wrong it is."""
+"""The model's answers to a batch of packed sequences, and how wrong they are."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class SequenceBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Mix:
-    """What a sequence asks."""
+    """A mix of questions of a sequence."""
 
     kinds: tuple[Kind, ...]
     images: int = 1

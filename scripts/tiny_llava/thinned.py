@@ -20,14 +20,15 @@ DEPTHS = 6  # tokens go before one of so many blocks, if not before the first
 
 @dataclass(frozen=True)
 class Cut:
-    """From block ``block`` on only these columns [B, S'] are there, of those that were."""
+    """A cut: from block ``block`` on only these columns [B, S'] are there, of those that were."""
 
     block: int
     columns: torch.Tensor
 
 
 def draw_cuts(batch: SequenceBatch, generator: torch.Generator) -> list[Cut]:
-    """What a batch loses: nothing, tokens before the first block, from later blocks on, or both."""
+    """Draw what a batch loses: nothing, tokens before the first block, from later blocks on, or
+    both."""
     form = _uniform(generator)
     blocks: list[int] = []
     if form > 0.25:

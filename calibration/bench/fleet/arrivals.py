@@ -30,7 +30,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Lengths:
-    """From ``low`` to ``high``, each as likely."""
+    """A range of lengths from ``low`` to ``high``, each as likely."""
 
     low: int
     high: int

@@ -50,7 +50,7 @@ class LatencyTarget:
 
 
 def figures(ran: Ran) -> FleetOutcome:
-    """What became of all requests, in figures."""
+    """Figures of all requests after a simulation."""
     answered = [job for job in ran.jobs if not job.refused]
     first = [job.tokens[0] - job.asked.seconds for job in answered]
     whole = [job.tokens[-1] - job.asked.seconds for job in answered]

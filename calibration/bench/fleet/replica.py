@@ -37,7 +37,7 @@ class Job:
 
 @dataclass
 class Piece:
-    """What an engine does at once: an image or more and ``tokens`` of a prompt, or a step."""
+    """A unit of an engine's work: an image or more and ``tokens`` of a prompt, or a step."""
 
     kind: Literal["read", "step"]
     seconds: Callable[[ServiceTimes], float]
@@ -63,13 +63,13 @@ class SimulatedReplica:
 
     @property
     def requests(self) -> int:
-        """Of whatever kind that are here."""
+        """Number of requests here, of any kind."""
         there = len(self.waiting) + len(self.running) + (self._reading is not None)
         return self.preparing + there
 
     @property
     def full(self) -> bool:
-        """Whether it refuses what comes."""
+        """True where it refuses what comes."""
         return len(self.waiting) + self.preparing >= self.queue_limit
 
     def begin(self) -> Piece | None:
@@ -173,7 +173,7 @@ class SimulatedReplica:
         return self.engine.slots - len(self.running) - (self._reading is not None)
 
     def _trim(self) -> None:
-        """What was used longest ago gives way."""
+        """Drop what was used longest ago."""
         del self._kept[: max(0, len(self._kept) - self._free())]
 
     def _remember(self, job: Job) -> None:

@@ -75,7 +75,7 @@ def _runs(inputs: int, shape: tuple[int, ...]) -> bool:
 
 
 def _blocks(shape: tuple[int, int], block: tuple[int, ...]) -> tuple[int, int]:
-    """How many blocks a weight has along each axis."""
+    """Numbers of a weight's blocks along each axis."""
     rows, columns = (-(-size // max(1, step)) for size, step in zip(shape, block, strict=True))
     return rows, columns
 

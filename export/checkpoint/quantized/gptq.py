@@ -85,7 +85,7 @@ class GptqLayer:
         return f"{self.module}.g_idx" in self.found.tensors
 
     def act_order(self) -> bool:
-        """Whether groups are not runs of inputs; what is not here is taken at its word."""
+        """True where groups are not runs of inputs; what is not here is taken at its word."""
         if not self.has_order or self.found.absent:
             return self.has_order
         return not self._in_order(self.found.read(f"{self.module}.g_idx"))

@@ -35,7 +35,7 @@ class AtEncoder(Composed):
         rules()[reduction.rule].check(reduction.settings)
 
     def settings(self) -> dict[str, Any]:
-        """What the rule is told besides the number of tokens."""
+        """Settings of the rule besides the number of tokens."""
         return {}
 
     def encoder_reduction(self) -> EncoderReduction:

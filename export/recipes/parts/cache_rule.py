@@ -41,7 +41,7 @@ Semantics = Literal["paper", "reference"]
 
 @dataclass(frozen=True)
 class Compacted:
-    """What a layer keeps.
+    """Entries that a layer keeps.
 
     key, value  [B,Hkv,K,d]
     kept        [B] int64: how many entries that is of each row; -1: an importance was not finite
@@ -154,23 +154,23 @@ class CacheRule:
 
     @property
     def remembers_prompts(self) -> bool:
-        """Whether queries of the prompt are still in the ring when the cache is compacted."""
+        """True where queries of the prompt are still in the ring when the cache is compacted."""
         interval = self.cache_policy.interval
         return interval is not None and interval < self.queries
 
     @property
     def scores_all(self) -> bool:
-        """Whether the importance is taken from all prompt queries."""
+        """True where the importance is taken from all prompt queries."""
         return isinstance(self.cache_policy.score, AllQueries | Accumulated)
 
     @property
     def received(self) -> bool:
-        """Whether the attention that each entry got lies beside it [B,1,C,1]."""
+        """True where the attention that each entry got lies beside it [B,1,C,1]."""
         return self.cache_policy.received
 
     @property
     def sums(self) -> bool:
-        """Whether that is a sum over all queries so far."""
+        """True where that is a sum over all queries so far."""
         return self.cache_policy.sums
 
     def inputs(self) -> list[LayerPort]:

@@ -58,7 +58,7 @@ def use_block_linears(model: ir.Model) -> int:
 
 
 def _few_rows(x: ir.Value) -> bool:
-    """Whether each sequence of the batch has one row: [B,K] or [B,1,K]."""
+    """True where each sequence of the batch has one row: [B,K] or [B,1,K]."""
     if x.shape is None:
         raise ExportError(f"the shape of {x.name} is unknown")
     return len(x.shape) == 2 or x.shape[-2] == 1

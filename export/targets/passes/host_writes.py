@@ -92,7 +92,8 @@ def _emit(graph: ir.Graph, op: str, *inputs: ir.Value, **attributes: int | list[
 
 
 def _before_cast(value: ir.Value | None) -> ir.Value:
-    """What was cast from the type of a low-precision cache; without a Cast ``value`` itself."""
+    """The value that was cast from the type of a low-precision cache; without a Cast ``value``
+    itself."""
     assert value is not None
     cast = value.producer()
     if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:

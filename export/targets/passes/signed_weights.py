@@ -104,7 +104,7 @@ def use_signed_weights(model: ir.Model, target: Description) -> int:
 
 
 def _taken(spread: ir.Node, target: Description) -> QuantizedLinear:
-    """What ``spread`` reads, as ``target`` takes it."""
+    """The inputs of ``spread``, as ``target`` takes them."""
     numbers, scales, zeros = (readable(stored(value)) for value in spread.inputs[:3])
     bits, block = numbers.dtype.bitwidth, extents(numbers)[1] // extents(scales)[1]
     blocks = {} if target.signed is None else target.signed.blocks

@@ -62,8 +62,8 @@ def weight_of(graph: TracedGraph, node: ir.Node) -> tuple[str, bool] | None:
 
 
 def _is_plain_gemm(node: ir.Node) -> bool:
-    """Whether a Gemm multiplies with the transpose of what it is given, and does nothing else but
-    add a bias."""
+    """True where a Gemm multiplies with the transpose of what it is given, and does nothing else
+    but add a bias."""
     given = node.attributes
     scaled = given.get_float("alpha", 1.0) != 1 or given.get_float("beta", 1.0) != 1
     return not scaled and given.get_int("transB", 0) == 1 and given.get_int("transA", 0) == 0

@@ -41,7 +41,7 @@ class QuantizeLinears:
             raise ExportError(f"{left[0]} is no plain MatMul; leave --weights out")
 
     def _quantized(self, name: str, weight: Expression) -> QuantizedWeight | None:
-        """Of a weight [K,N]."""
+        """The quantized form of a weight [K,N]."""
         if not sources(weight) <= self.wanted:
             return None
         self.how.check(name, weight.shape[0])
