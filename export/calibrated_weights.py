@@ -16,7 +16,7 @@ from lvlm.export.export_plan import Calibrated, ExportPlan
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.reference.rounded_blocks import RoundedBlocks
 from lvlm.export.reference.torch_reference import Reference, load_fp32
-from lvlm.export.weights.gptq import METHOD
+from lvlm.export.weights.gptq_rounding import METHOD
 
 HELD = 3  # numbers per token and hidden unit: before a block, behind it, and what is between
 

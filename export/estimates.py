@@ -62,8 +62,8 @@ def running_memory(largest: int) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What an export does.
+class ExportWork:
+    """The work of an export.
 
     Attributes:
         graphs: how many are traced; ``blocks``: of the language model, in each.
@@ -125,7 +125,7 @@ def _machine_memory() -> int | None:
 
 
 def _container_memory() -> int | None:
-    """Of control groups, version 2 or 1."""
+    """The memory limit of control groups, version 2 or 1."""
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),

@@ -150,7 +150,7 @@ def _run(args: argparse.Namespace) -> int:
     from lvlm.core.progress import Progress
     from lvlm.export.export_plan import make_plan
     from lvlm.export.exporter import export, stages
-    from lvlm.export.machine import check_machine
+    from lvlm.export.machine_check import check_machine
     from lvlm.export.summaries import plan_data, plan_table, report_data, report_table
 
     quiet = args.quiet or args.json

@@ -12,7 +12,12 @@ import torch
 from lvlm.core.errors import ParameterError
 from lvlm.export import estimates
 from lvlm.export.budgets.calibration_samples import read_samples, samples_of
-from lvlm.export.budgets.prefix_profiles import Profile, check_profile, model_hash, read_profile
+from lvlm.export.budgets.prefix_profiles import (
+    PrefixProfile,
+    check_profile,
+    model_hash,
+    read_profile,
+)
 from lvlm.export.budgets.sample_prompts import prompt_maker
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor
@@ -74,23 +79,23 @@ class ExportPlan:
     peak_bytes: int
     unvalidated_bytes: int  # the same without validation
     packed: Mapping[str, PackedTensor] = field(default_factory=dict)  # that stay quantized
-    profile: Profile | None = None  # measured by this export
+    profile: PrefixProfile | None = None  # measured by this export
     calibrated: Calibrated | None = None  # by this export
 
     @property
     def measured(self) -> bool:
-        """Whether this export measures a profile."""
+        """True where this export measures a profile."""
         wanted = self.options.recipe.calibration()
         return wanted is not None and wanted.file is None
 
     @property
     def runs_first(self) -> bool:
-        """Whether the checkpoint reads samples before anything is written."""
+        """True where the checkpoint reads samples before anything is written."""
         return self.measured or self.options.calibrate is not None
 
     @property
     def quantization(self) -> Quantization | None:
-        """How linear layers are stored; of those that come quantized, the first one's."""
+        """The storage of linear layers; of those that come quantized, the first one's."""
         how = self.options.quantization
         if how is not None:
             return Quantization(how.bits, how.block)
@@ -99,7 +104,7 @@ class ExportPlan:
 
     @property
     def encoder(self) -> EncoderReduction | None:
-        """What happens to image tokens before the language model, with this tower's scores."""
+        """The reduction of image tokens before the language model, with this tower's scores."""
         reduction = self.recipe.encoder_reduction()
         if reduction is None or not self.recipe.scored:
             return reduction
@@ -245,7 +250,7 @@ def _check_length(
 
 
 def _lower(room: int) -> str:
-    """What to lower where ``room`` tokens of text are possible."""
+    """The flag to lower where ``room`` tokens of text are possible."""
     return f"--max-text-len to {room} or less" if room > 0 else "--max-images"
 
 
@@ -261,8 +266,8 @@ def plan_cache(
     reductions, rule = recipe.shortenings(), recipe.cache_rule()
     ratios = keep_ratios(reductions, float(recipe.parameters().get("keep", 1.0)), None)
     entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
-    most = most_entering(reductions, ratios, images.tokens, layers, options.max_images)
-    seen = np.array([options.max_text_len + n for n in most])
+    of_images = most_entering(reductions, ratios, images.tokens, layers, options.max_images)
+    seen = np.array([options.max_text_len + n for n in of_images])
     budgets = Budgets.of(rule.cache_policy if rule else None, layers, None)
     per_layer = tuple(budgets.limit(seen, options.max_text_len - 1).tolist())
     entries = 2 * language.kv_heads * sum(per_layer)
@@ -288,7 +293,8 @@ def _with_profile_file(recipe: Recipe, layers: int, checkpoint: checkpoints.Chec
 
 
 def _stored_dtype(config: Any, checkpoint: checkpoints.Checkpoint) -> torch.dtype:
-    """As transformers chooses: config.json's where it names one, or else the weights' own."""
+    """The data type as transformers chooses it: config.json's where it names one, or else the
+    weights' own."""
     dtype = config.dtype or checkpoint.stored_dtype()
     if dtype not in DTYPES.values():
         where = "config.json says" if config.dtype else "the weights are of"

@@ -22,7 +22,7 @@ from lvlm.export.graph_files import lower, write_graphs
 from lvlm.export.graphs.bundle_graphs import bundle_graphs, graph_names
 from lvlm.export.graphs.tracing import TracedGraph, trace
 from lvlm.export.leaves import leaves_of
-from lvlm.export.machine import check_machine, plain_bytes
+from lvlm.export.machine_check import check_machine, plain_bytes
 from lvlm.export.places import check_output
 from lvlm.export.self_calibration import with_profile
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
@@ -80,7 +80,7 @@ def export(plan: ExportPlan, progress: Progress) -> Report:
 
 
 def _beside(plan: ExportPlan, kind: str) -> Path:
-    """What is needed for a while only lies there."""
+    """A path beside the output, for what is needed for a while only."""
     return plan.options.output.with_name(f"{plan.options.output.name}-{kind}")
 
 

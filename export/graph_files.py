@@ -55,7 +55,7 @@ def _static_capacity(plan: ExportPlan) -> Capacity:
 
 
 def _facts(plan: ExportPlan) -> dict[str, str]:
-    """What targets ask of a decode graph that its nodes do not say."""
+    """Facts that targets ask of a decode graph and its nodes do not say."""
     rule, capacity = plan.recipe.cache_rule(), plan.cache.capacity
     positions = capacity.max_text_len + capacity.max_images * plan.images.tokens
     appends = rule is None or not isinstance(rule.cache_policy.decode, OneByOne)

@@ -40,7 +40,7 @@ class Leaf:
         """Change ``module`` for tracing; ``undo`` gets what takes that back."""
 
     def buffers(self, module: Any) -> Mapping[str, torch.Tensor]:
-        """What no checkpoint stores of it, from its configuration: name -> value."""
+        """Buffers that no checkpoint stores, from its configuration: name -> value."""
         del module
         return {}
 
@@ -71,7 +71,7 @@ class Rotary(Leaf):
 
 
 def no_window(attention: Any) -> None:
-    """Of an attention that sees every position."""
+    """The window of an attention that sees every position."""
     del attention
 
 
@@ -137,7 +137,7 @@ class Leaves:
                 self.of(module)
 
     def window(self, attention: nn.Module) -> int | None:
-        """How many positions a token sees in it, None: all; CheckpointError as ``of``."""
+        """The number of positions a token sees in it, None: all; CheckpointError as ``of``."""
         leaf = self.of(attention)
         return leaf.window(attention) if isinstance(leaf, Attention) else None
 
@@ -177,6 +177,6 @@ def leaves_of(family: HasLeaves) -> Leaves:
 
 
 def _known(module: nn.Module) -> bool:
-    """Whether it is torch's own, or an activation that transformers knows by a word."""
+    """True where it is torch's own, or an activation that transformers knows by a word."""
     kinds = (kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values())
     return type(module).__module__.startswith("torch.nn.") or type(module) in kinds

@@ -40,7 +40,8 @@ def stand_ins() -> Iterator[None]:
 
 
 class _Anything(type):
-    """Of a class that can be called, inherited from, indexed, asked for names: all give itself."""
+    """The metaclass of what can be called, inherited from, indexed, asked for names: all give
+    itself."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
@@ -63,7 +64,7 @@ class _Anything(type):
 
 
 class Nothing(metaclass=_Anything):
-    """What every name of a stand-in is."""
+    """A class that stands for every name of a stand-in."""
 
 
 class _Module(ModuleType):

@@ -12,9 +12,9 @@ from lvlm.export.budgets.calibration_samples import samples_of, what_of
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.exporter import Report
 from lvlm.export.graphs.bundle_graphs import graph_names
-from lvlm.export.machine import disk, plain_bytes, seconds
+from lvlm.export.machine_check import disk, plain_bytes, seconds
 from lvlm.export.targets.ort_cpu import TARGET as ORT_CPU
-from lvlm.export.weights.gptq import METHOD
+from lvlm.export.weights.gptq_rounding import METHOD
 from lvlm.export.weights.quantization import linear_weights
 
 
@@ -128,7 +128,7 @@ def _weights(plan: ExportPlan) -> dict[str, int] | None:
 
 
 def _quantized_layers(plan: ExportPlan) -> int:
-    """How many linear layers are stored quantized."""
+    """The number of linear layers that are stored quantized."""
     if plan.options.quantization is None:
         return len(plan.packed)
     return len(linear_weights(plan.skeleton.model, plan.skeleton.language))
@@ -147,7 +147,7 @@ def _quantized(plan: ExportPlan) -> str:
 
 
 def _rounded_by(plan: ExportPlan) -> str:
-    """What linear layers are rounded by, where not to the nearest numbers."""
+    """The method that linear layers are rounded by, where not to the nearest numbers."""
     how = _calibration(plan)
     if how is None:
         return ""
@@ -165,7 +165,7 @@ def _calibration(plan: ExportPlan) -> dict[str, Any] | None:
 
 
 def _copy(plan: ExportPlan) -> str:
-    """What of the disk is needed for a while only."""
+    """Disk space that is needed for a while only."""
     copy = plain_bytes(plan)
     return f", {size(copy)} of it while a plain copy is compared with" if copy else ""
 

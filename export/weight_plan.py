@@ -1,4 +1,4 @@
-"""How the linear layers of a bundle are stored: as options say, or as they come."""
+"""Storage of a bundle's linear layers: as options say, or as they come."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_storage(options: ExportOptions, checkpoint: Checkpoint, dtype: torch.d
                 f"--weights {options.weights}: the checkpoint is quantized ({form.words}); leave "
                 "it out, or add --dequantize to quantize anew"
             )
-    for what, mend in _narrow(options, dtype, bool(kept)):
+    for what, mend in _low_precision(options, dtype, bool(kept)):
         if dtype == torch.bfloat16:
             raise ParameterError(f"{what} goes with --dtype fp32 or fp16; the model is bf16{mend}")
     for target in options.targets:
@@ -42,12 +42,12 @@ def check_storage(options: ExportOptions, checkpoint: Checkpoint, dtype: torch.d
 
 
 def _check_target(options: ExportOptions, target: Target, dtype: torch.dtype) -> None:
-    """ParameterError where ``target`` does not take what options store narrower."""
+    """ParameterError where ``target`` does not take what options store in lower precision."""
     if (how := options.quantization) is not None:
         refusal = target.refusal(how.bits, how.block, whole=how.whole)
         if refusal is not None:
             raise ParameterError(refusal)
-    if _narrow_cache(options, dtype) and not target.low_precision:
+    if _low_precision_cache(options, dtype) and not target.low_precision:
         raise ParameterError(
             f"target {target.name} does not take --cache {options.cache}; leave one of them out"
         )
@@ -63,17 +63,19 @@ def check_packed(targets: Iterable[Target], packed: Iterable[PackedTensor]) -> N
             )
 
 
-def _narrow(options: ExportOptions, dtype: torch.dtype, kept: bool) -> Iterator[tuple[str, str]]:
-    """What is narrower than what is computed in, and what else helps."""
+def _low_precision(
+    options: ExportOptions, dtype: torch.dtype, kept: bool
+) -> Iterator[tuple[str, str]]:
+    """Flags that store lower precision than is computed in, and what else helps."""
     if options.weights is not None:
         yield f"--weights {options.weights}", ""
     if kept:
         yield "a checkpoint that stays quantized", ", or give --dequantize"
-    if _narrow_cache(options, dtype):
+    if _low_precision_cache(options, dtype):
         yield f"--cache {options.cache}", ""
 
 
-def _narrow_cache(options: ExportOptions, dtype: torch.dtype) -> bool:
+def _low_precision_cache(options: ExportOptions, dtype: torch.dtype) -> bool:
     return options.cache is not None and (CACHES[options.cache] != dtype or dtype == torch.bfloat16)
 
 
@@ -116,7 +118,7 @@ def added_bytes(
 
 
 def _packed_bytes(tensor: PackedTensor, dtype: torch.dtype) -> int:
-    """Of numbers, scales and zero points, without those of the weight in ``dtype``."""
+    """Bytes of numbers, scales and zero points, without those of the weight in ``dtype``."""
     numbers, blocks = tensor.shape[0] * tensor.shape[1], 0
     if tensor.block is not None:
         blocks = numbers // tensor.block

@@ -1,4 +1,4 @@
-"""What keeping a compressed cache from turn to turn costs: the second question about an image.
+"""Cost of keeping a compressed cache from turn to turn: the second question about an image.
 
     lvlm-export -m tiny-llava -o out/none
     lvlm-export -m tiny-llava -r snapkv --set kv_keep=1.0 --sessions -o out/snapkv
@@ -72,7 +72,7 @@ def row(whole: Engine, engine: Engine, kv_keep: float, images: int) -> str:
 
 
 def common(one: Generation, other: Generation) -> int:
-    """How many first tokens are the same."""
+    """The number of first tokens that are the same."""
     pairs = zip(one.token_ids, other.token_ids, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 

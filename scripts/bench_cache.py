@@ -152,7 +152,7 @@ def decode_table(work: Path, length: int, new: int) -> None:
     print(f"\nbuffers are exactly the capacities times the bytes of an entry: {exact}", flush=True)
 
 
-class Stream:
+class DecodeStream:
     """Decode steps of one row of ROWS without end: the answer begins anew when it is over."""
 
     def __init__(self, model: lvlm.Model, name: str, length: int, new: int) -> None:
@@ -184,8 +184,8 @@ def paired_table(work: Path, length: int, new: int) -> None:
             lvlm.load(work / "cache-none", verify="none") as full,
         ):
             pair = (
-                Stream(compressed, f"{recipe} keep 0.2", length, new),
-                Stream(full, "full, 0.2 as long", length, new),
+                DecodeStream(compressed, f"{recipe} keep 0.2", length, new),
+                DecodeStream(full, "full, 0.2 as long", length, new),
             )
             for _ in range(new - 1):
                 for stream in pair:

@@ -1,4 +1,4 @@
-"""What Model's calls take: one prompt, four of different lengths, a long one; as a table's row.
+"""Time of Model's calls: one prompt, four of different lengths, a long one; as a table's row.
 
     python scripts/bench_calls.py bundle/ --long 2000 --rounds 5
 

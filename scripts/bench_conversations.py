@@ -1,4 +1,4 @@
-"""What a conversation costs: a second question, ten turns, a long prompt beside running streams.
+"""Time of a conversation: a second question, ten turns, a long prompt beside running streams.
 
     python scripts/make_checkpoint.py --shape 135m -o /tmp/bench/checkpoint
     lvlm-export -m /tmp/bench/checkpoint --max-text-len 8704 -o /tmp/bench/none --no-validate

@@ -34,7 +34,7 @@ PREFILL, STEP = "prefill", "step"
 LONG = 128  # from there on a decode step excuses nothing
 
 
-class Way:
+class KernelRuns:
     """A loaded model, and what each thing took, in ms."""
 
     def __init__(self, args: argparse.Namespace, kernels: str) -> None:
@@ -97,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     if (found := find_kernels()).path is None:
         sys.exit(f"there are no CPU kernels: {found.why}; {found.mend}")
-    ways = {"no": Way(args, OFF), "yes": Way(args, os.environ.get(KERNELS, ""))}
+    ways = {"no": KernelRuns(args, OFF), "yes": KernelRuns(args, os.environ.get(KERNELS, ""))}
     for number in range(args.rounds + 1):  # 0 warms up
         for what in ways["no"].runs:
             for way in ways.values():

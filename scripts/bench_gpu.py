@@ -55,13 +55,13 @@ Figures = dict[str, Any]  # of a row in a case, or the reason why there are none
 
 
 @dataclass(frozen=True)
-class Case:
+class DecodeCase:
     batch: int
     prompt: int
     new: int
 
     @classmethod
-    def parse(cls, text: str) -> Case:
+    def parse(cls, text: str) -> DecodeCase:
         found = re.fullmatch(r"(\d+)x(\d+)\+(\d+)", text)
         if not found:
             raise argparse.ArgumentTypeError(f"'{text}' is no case; write 8x1024+512")
@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where checkpoint and bundles go")
     parser.add_argument("--device", default="cuda", help="as lvlm-run takes it")
     parser.add_argument("--shape", choices=DISK, default="7b")
-    parser.add_argument("--cases", type=Case.parse, nargs="+", default=[*map(Case.parse, CASES)])
+    parser.add_argument(
+        "--cases", type=DecodeCase.parse, nargs="+", default=[*map(DecodeCase.parse, CASES)]
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--one", choices=ROWS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -165,9 +167,11 @@ def make_bundle(args: argparse.Namespace, name: str) -> None:
         command += ["--dtype", dtype, "--max-text-len", str(longest), "--no-validate"]
         lvlm_command(*command, "-o", str(folder))
     if target := TARGETS.get(args.device):
-        most = max(case.batch for case in args.cases)
-        command = ["engine", str(folder), "--target", target, "--batch", f"1..{most}", "--force"]
-        lvlm_command("build", *command, "--max-prompt", str(max(c.prompt for c in args.cases)))
+        max_batch = max(case.batch for case in args.cases)
+        command = ["engine", str(folder), "--target", target, "--batch", f"1..{max_batch}"]
+        lvlm_command(
+            "build", *command, "--force", "--max-prompt", str(max(c.prompt for c in args.cases))
+        )
 
 
 def lvlm_command(*words: str) -> None:
@@ -182,7 +186,7 @@ def device_name(device: str) -> str:
     return driver().gpus[0].name
 
 
-def table(case: Case, found: dict[str, Figures]) -> None:
+def table(case: DecodeCase, found: dict[str, Figures]) -> None:
     print(f"\n{case.batch} prompts of {case.prompt} tokens, {case.new} new\n")
     print("| | prefill ms | of transformers | ms a step | of transformers | tokens/s | cache |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -201,7 +205,7 @@ def table(case: Case, found: dict[str, Figures]) -> None:
         )
 
 
-def measure(args: argparse.Namespace, name: str, case: Case) -> Figures:
+def measure(args: argparse.Namespace, name: str, case: DecodeCase) -> Figures:
     """Milliseconds of prefill and, on average, of a step; bytes of the cache; or the reason."""
     recipe, _, options = ROWS[name]
     try:
@@ -239,7 +243,7 @@ def with_image(prompt: Prompt) -> Prompt:
     return prompt
 
 
-def transformers_row(args: argparse.Namespace, case: Case) -> Figures:
+def transformers_row(args: argparse.Namespace, case: DecodeCase) -> Figures:
     """The same prompts in transformers: fp16 and its fused attention on a GPU."""
     import torch
     from transformers import DynamicCache

@@ -1,4 +1,4 @@
-"""Which of ONNX Runtime's CPU kernels is fastest for what decode and prefill need.
+"""Comparison of ONNX Runtime's CPU kernels for what decode and prefill need.
 
     python scripts/bench_kernels.py attention --threads 2
     python scripts/bench_kernels.py matmuls --threads 2
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
-from kernel_runs import Session, bind, cpu_name, graph, measure, read_bandwidth
+from kernel_runs import KernelSession, bind, cpu_name, graph, measure, read_bandwidth
 from onnx import helper
 
 CLOCK = {"wall": time.perf_counter, "cpu": time.thread_time}
@@ -204,7 +204,7 @@ def time_attention(
         for kind in ("key", "value")
     }
     model = graph(nodes, {**feeds, **{f"past{k}": v for k, v in lasting.items()}}, {}, 24)
-    with Session(model, how.threads) as loaded:
+    with KernelSession(model, how.threads) as loaded:
         binding = loaded.io_binding()
         for name, array in feeds.items():
             bind(binding.bind_input, name, array)
@@ -248,7 +248,7 @@ def time_linears(
         for w in weights
     ]
     model = graph(nodes, {"x": np.zeros((1, depth), np.float32)}, weights, 24)
-    with Session(model, how.threads, packed) as loaded:
+    with KernelSession(model, how.threads, packed) as loaded:
         for count in rows:
             binding = loaded.io_binding()
             x = random.standard_normal((count, depth), np.float32)

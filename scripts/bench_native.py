@@ -30,7 +30,7 @@ STEPS = 8  # of decode
 
 
 @dataclass
-class Way:
+class MeasuredModel:
     """One of the two, and what it took; ``cpu``: seconds of all threads."""
 
     model: lvlm.Model
@@ -61,11 +61,11 @@ class Way:
         return list(request.row.tokens)
 
 
-def loaded(bundle: Path, kernels: str, threads: int | None) -> Way:
+def loaded(bundle: Path, kernels: str, threads: int | None) -> MeasuredModel:
     with patch.dict(os.environ, {KERNELS: kernels} if kernels else {}):
         began = time.perf_counter()
         model = lvlm.load(bundle, threads=threads)
-        return Way(model, time.perf_counter() - began)
+        return MeasuredModel(model, time.perf_counter() - began)
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def main() -> None:
             measure(bundle, length, ways, args.rounds)
 
 
-def measure(bundle: Path, length: int, ways: dict[str, Way], rounds: int) -> None:
+def measure(bundle: Path, length: int, ways: dict[str, MeasuredModel], rounds: int) -> None:
     for way in ways.values():
         for times in (way.prefill, way.prefill_cpu, way.step, way.step_cpu):
             times.clear()

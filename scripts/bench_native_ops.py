@@ -37,7 +37,7 @@ NEW = 32  # tokens read at once behind a cache
 
 
 @dataclass
-class Case:
+class NodeCase:
     """One node: what it is called in the table, its inputs in order, the function's body."""
 
     label: str
@@ -73,8 +73,8 @@ class Case:
         return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def cases(n: int) -> Iterator[Case]:
-    """For a prompt, or a cache, of ``n`` tokens."""
+def cases(n: int) -> Iterator[NodeCase]:
+    """Cases for a prompt, or a cache, of ``n`` tokens."""
     ops: dict[str, Op] = discover("lvlm.export.ops", "OP")
     random = np.random.default_rng(n)
 
@@ -86,9 +86,11 @@ def cases(n: int) -> Iterator[Case]:
     length = np.array([n])
     scale: dict[str, Attribute] = {"scale": WIDTH**-0.5}
     prompt = {"query": query, "key": key, "value": value}
-    yield Case("CausalAttention", "CausalAttention", prompt, ["output"], scale, chunked_attention())
+    yield NodeCase(
+        "CausalAttention", "CausalAttention", prompt, ["output"], scale, chunked_attention()
+    )
     scored: dict[str, Attribute] = {**scale, "importance": 1}
-    yield Case(
+    yield NodeCase(
         "CausalAttention, importance",
         "CausalAttention",
         {**prompt, "length": length},
@@ -96,7 +98,7 @@ def cases(n: int) -> Iterator[Case]:
         scored,
         ops["CausalAttention"].function(scored),
     )
-    yield Case(
+    yield NodeCase(
         f"CacheImportance, {RECENT} queries",
         "CacheImportance",
         {
@@ -110,7 +112,7 @@ def cases(n: int) -> Iterator[Case]:
         ops["CacheImportance"].function({"parts": 1}),
     )
     for mode in ("evict", "merge"):
-        yield Case(
+        yield NodeCase(
             f"CacheCompact, {mode}",
             "CacheCompact",
             {
@@ -135,7 +137,7 @@ def cases(n: int) -> Iterator[Case]:
     heads: dict[str, Attribute] = {"num_heads": HEADS, "kv_num_heads": KEY_HEADS, **scale}
     inputs = dict(zip(FUNCTIONS[APPENDED], given, strict=True))
     outputs = ["output", "present_key", "present_value"]
-    yield Case(APPENDED, APPENDED, inputs, outputs, heads, cached_attention(APPENDED))
+    yield NodeCase(APPENDED, APPENDED, inputs, outputs, heads, cached_attention(APPENDED))
     room = np.zeros((1, KEY_HEADS, NEW, WIDTH), np.float32)
     some = angles[None, :NEW].astype(np.float32)
     behind = [
@@ -144,7 +146,7 @@ def cases(n: int) -> Iterator[Case]:
         *(np.array([n]), np.arange(n), np.cos(some), np.sin(some)),
         np.tri(NEW, n + NEW, n, dtype=bool)[None, None],
     ]
-    yield Case(
+    yield NodeCase(
         f"{NAME}, {NEW} tokens",
         NAME,
         dict(zip(INPUTS, behind, strict=True)),
@@ -157,7 +159,7 @@ def cases(n: int) -> Iterator[Case]:
 class Runner:
     """A session whose cache, if it has one, is bound in place, as the runtime does."""
 
-    def __init__(self, case: Case, library: Path | None) -> None:
+    def __init__(self, case: NodeCase, library: Path | None) -> None:
         self.session = case.session(library)
         self.binding = self.session.io_binding()
         caches = {}

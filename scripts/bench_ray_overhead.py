@@ -1,4 +1,4 @@
-"""What Ray Serve adds to lvlm-serve: a text asked of one replica through Ray's proxy, and of
+"""Overhead of Ray Serve over lvlm-serve: a text asked of one replica through Ray's proxy, and of
 lvlm-serve, one request after the other.
 
     lvlm-export --model tiny-llava --recipe none -o /tmp/bench/tiny

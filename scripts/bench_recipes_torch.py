@@ -1,4 +1,4 @@
-"""What the recipes cost and save on a GPU, without TensorRT: LLaVA-1.5-7B's language model with
+"""Costs and savings of the recipes on a GPU, without TensorRT: LLaVA-1.5-7B's language model with
 random fp16 weights, prefill and decode as CUDA graphs, the lvlm ops as their Triton kernels.
 
     python scripts/bench_recipes_torch.py
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_recipes import ALL_SLOTS, SHAPES, Measured, Shape, engine_like, make_model
+from gpu_recipes import ALL_SLOTS, SHAPES, MeasuredRecipe, ModelSizes, engine_like, make_model
 from transformers import DynamicCache
 
 from lvlm.export.leaves import ATTENTION
@@ -30,7 +30,7 @@ from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.recipes.prefixkv import PrefixKV
 from lvlm.export.recipes.recipe import Recipe
-from lvlm.export.recipes.uniform import Uniform
+from lvlm.export.recipes.uniform import UniformRecipe
 from lvlm.runtime.policies.shares import ProfileRow
 
 SHARE = 0.2
@@ -79,11 +79,11 @@ def rows(layers: int) -> dict[str, Recipe]:
         "lightvlm 3 %": LightVLM(keep=0.03),
         "elastic-cache 0.2": ElasticCache(kv_keep=SHARE),
         "prefixkv 0.2": PrefixKV(kv_keep=SHARE, rows=profile),
-        "uniform 0.2": Uniform(kv_keep=SHARE),
+        "uniform 0.2": UniformRecipe(kv_keep=SHARE),
     }
 
 
-def check(model: Any, shape: Shape, args: argparse.Namespace) -> None:
+def check(model: Any, shape: ModelSizes, args: argparse.Namespace) -> None:
     """Prefill's logits on kernels beside the same module's on the ops' torch references."""
     say("## Logits of prefill beside those of the ops' torch references\n")
     say("| recipe | largest difference, of the largest logit | same token |\n| --- | --- | --- |")
@@ -100,7 +100,7 @@ def check(model: Any, shape: Shape, args: argparse.Namespace) -> None:
     say("")
 
 
-def prefill(model: Any, shape: Shape, args: argparse.Namespace) -> None:
+def prefill(model: Any, shape: ModelSizes, args: argparse.Namespace) -> None:
     say("## Prefill\n\n| prompts | tokens | recipe | ms | of none | tokens/s |")
     say("| --- | --- | --- | --- | --- | --- |")
     for batch, prompt in PREFILL[args.shape]:
@@ -115,7 +115,7 @@ def prefill(model: Any, shape: Shape, args: argparse.Namespace) -> None:
     say("")
 
 
-def decode(model: Any, shape: Shape, args: argparse.Namespace) -> None:
+def decode(model: Any, shape: ModelSizes, args: argparse.Namespace) -> None:
     say("## Decode\n")
     say("| prompts | tokens + new | recipe | slots a layer | cache | ms a step | of none "
         "| tokens/s |")  # fmt: skip
@@ -135,11 +135,13 @@ def decode(model: Any, shape: Shape, args: argparse.Namespace) -> None:
     say("")
 
 
-def prefill_ms(model: Any, measured: Measured, args: argparse.Namespace) -> float:
+def prefill_ms(model: Any, measured: MeasuredRecipe, args: argparse.Namespace) -> float:
     return timed(model, ATTENTION, measured.prefill(), args)
 
 
-def step_ms(model: Any, measured: Measured, slots: np.ndarray, args: argparse.Namespace) -> float:
+def step_ms(
+    model: Any, measured: MeasuredRecipe, slots: np.ndarray, args: argparse.Namespace
+) -> float:
     ms = timed(model, ALL_SLOTS, measured.decode(slots), args)
     compaction, rule = measured.compact(), measured.rule
     if compaction is not None and rule is not None:
@@ -147,7 +149,7 @@ def step_ms(model: Any, measured: Measured, slots: np.ndarray, args: argparse.Na
     return ms
 
 
-def peer(model: Any, shape: Shape, args: argparse.Namespace) -> None:
+def peer(model: Any, shape: ModelSizes, args: argparse.Namespace) -> None:
     """The same model run by transformers, without graphs and kernels of ours."""
     say("## transformers, eager, sdpa\n\n| prompts | tokens | prefill ms | ms a step |")
     say("| --- | --- | --- | --- |")
@@ -162,7 +164,7 @@ def peer(model: Any, shape: Shape, args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def peer_row(
-    model: Any, shape: Shape, batch: int, prompt: int, args: argparse.Namespace
+    model: Any, shape: ModelSizes, batch: int, prompt: int, args: argparse.Namespace
 ) -> tuple[float, float]:
     device = model.lm_head.weight.device
     ids = torch.randint(10, shape.vocab, (batch, prompt), device=device)
@@ -183,11 +185,11 @@ def peer_row(
 
 
 def chosen(
-    model: Any, shape: Shape, args: argparse.Namespace, batch: int, prompt: int
-) -> Iterator[tuple[str, Measured]]:
+    model: Any, shape: ModelSizes, args: argparse.Namespace, batch: int, prompt: int
+) -> Iterator[tuple[str, MeasuredRecipe]]:
     for name, recipe in rows(shape.layers).items():
         if name in args.recipes:
-            yield name, Measured(model, shape, recipe, batch, prompt)
+            yield name, MeasuredRecipe(model, shape, recipe, batch, prompt)
             if args.device == "cuda":
                 torch.cuda.empty_cache()
 
@@ -250,7 +252,7 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-PARTS: dict[str, Callable[[Any, Shape, argparse.Namespace], None]] = {
+PARTS: dict[str, Callable[[Any, ModelSizes, argparse.Namespace], None]] = {
     "check": check,
     "prefill": prefill,
     "decode": decode,

@@ -1,4 +1,4 @@
-"""What HTTP costs: a bundle's engine asked through lvlm-serve, and asked directly.
+"""Cost of HTTP: a bundle's engine asked through lvlm-serve, and asked directly.
 
     python scripts/make_checkpoint.py --shape 135m -o /tmp/bench/checkpoint
     lvlm-export -m /tmp/bench/checkpoint --max-text-len 1024 -o /tmp/bench/none --no-validate

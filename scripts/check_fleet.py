@@ -1,11 +1,11 @@
-"""Is the simulation of a fleet right? The same requests to real replicas and to simulated ones.
+"""Check of the simulated fleet: the same requests to real replicas and to simulated ones.
 
     lvlm-bench none/ --costs --threads 1 --copies 2 --json costs.json
     python scripts/check_fleet.py none/ costs.json --loads 0.4,0.7,0.9 --seconds 150
     python scripts/check_fleet.py tiny/ costs.json --paced
 
 Starts as many lvlm-serve as ran at once when costs were measured, each on cores of its own with as
-many threads, and sends them requests in turn, or by picture, at times drawn beforehand that nothing
+many threads, and sends them requests in turn, or by image, at times drawn beforehand that nothing
 delays (Poisson). --loads are parts of what the simulation says the replicas can do. Answers are
 streamed with logprobs, so that every token has an event. Prints
 both beside one another, and how many CPUs the replicas, this client, and others took meanwhile.
@@ -27,15 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from measure_start import Server, replica
+from measure_start import StartedServer, replica
 from PIL import Image
 
+from lvlm.bench.case_figures import percentile
 from lvlm.bench.cost_rounds import parted_cores
 from lvlm.bench.costs import read_costs
-from lvlm.bench.figures import percentile
-from lvlm.bench.fleet.arrivals import Arrival, Chance, read_lengths
+from lvlm.bench.fleet.arrivals import Arrival, PoissonArrivals, read_lengths
 from lvlm.bench.fleet.simulation import ROUTES, Fleet, simulate
-from lvlm.bench.workload import PromptWriter, noise, prompt_maker
+from lvlm.bench.workload import WorkloadPrompts, noise, prompt_maker
 from lvlm.runtime.bundle.reader import read_bundle
 
 ENOUGH = 300  # requests at once, to see what the replicas can do
@@ -43,7 +43,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
-class Answer:
+class TimedAnswer:
     """Seconds from a round's start; ``tokens``: when each was there."""
 
     arrival: float
@@ -60,8 +60,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150.0, help="of arrivals, for each load")
     parser.add_argument("--prompt-tokens", default="32")
     parser.add_argument("--new-tokens", default="16-64")
-    parser.add_argument("--pictures", type=int, default=0, help="there are; 0: each its own")
-    parser.add_argument("--route", choices=("round-robin", "picture"), default="round-robin")
+    parser.add_argument("--distinct-images", type=int, default=0, help="there are; 0: each its own")
+    parser.add_argument("--route", choices=("round-robin", "image"), default="round-robin")
     parser.add_argument(
         "--paced",
         action="store_true",
@@ -97,9 +97,9 @@ def main() -> None:
 
 
 def drawn(args: argparse.Namespace, rate: float, requests: int) -> list[Arrival]:
-    """Requests at a rate, each with a picture."""
+    """Requests at a rate, each with an image."""
     text, new = read_lengths(args.prompt_tokens), read_lengths(args.new_tokens)
-    return Chance(rate, requests, text, new, 1, args.pictures).arrivals(args.seed)
+    return PoissonArrivals(rate, requests, text, new, 1, args.distinct_images).arrivals(args.seed)
 
 
 def capacity(fleet: Fleet, args: argparse.Namespace) -> float:
@@ -112,7 +112,7 @@ def capacity(fleet: Fleet, args: argparse.Namespace) -> float:
 def compared(
     args: argparse.Namespace,
     fleet: Fleet,
-    servers: Sequence[Server],
+    servers: Sequence[StartedServer],
     load: float,
     asked: Sequence[Arrival],
 ) -> dict[str, Any]:
@@ -123,7 +123,9 @@ def compared(
     spent = [b - a for a, b in zip(cpu, used(servers), strict=True)]
     real = [each for each in answers if each.status == 200]
     ran = simulate(fleet, asked)
-    drawn_ones = [Answer(job.asked.seconds, 200, job.tokens) for job in ran.jobs if not job.refused]
+    drawn_ones = [
+        TimedAnswer(job.asked.seconds, 200, job.tokens) for job in ran.jobs if not job.refused
+    ]
     for name, some in (("real", real), ("simulated", drawn_ones)):
         print(f"| {load:.0%} | {name} | {' | '.join(cells(some))} |", flush=True)
     both = [f"{a / b:.2f}" for a, b in zip(values(drawn_ones), values(real), strict=True)]
@@ -143,7 +145,7 @@ def compared(
     }
 
 
-def values(answers: Sequence[Answer]) -> list[float]:
+def values(answers: Sequence[TimedAnswer]) -> list[float]:
     """Figures of the table's columns."""
     first = [each.tokens[0] - each.arrival for each in answers]
     whole = [each.tokens[-1] - each.arrival for each in answers]
@@ -157,21 +159,21 @@ def values(answers: Sequence[Answer]) -> list[float]:
     return [len(answers) / ends, *times]
 
 
-def cells(answers: Sequence[Answer]) -> list[str]:
+def cells(answers: Sequence[TimedAnswer]) -> list[str]:
     styles = (".3f", ".2f", ".2f", ".0f", ".0f", ".2f", ".2f")
     return [f"{value:{style}}" for value, style in zip(values(answers), styles, strict=True)]
 
 
 async def ask_all(
-    args: argparse.Namespace, servers: Sequence[Server], asked: Sequence[Arrival]
-) -> list[Answer]:
+    args: argparse.Namespace, servers: Sequence[StartedServer], asked: Sequence[Arrival]
+) -> list[TimedAnswer]:
     bodies = list(written(args, asked))
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(timeout=None, limits=limits) as client:
         began = time.perf_counter()
 
-        async def one(number: int) -> Answer:
-            answer = Answer(asked[number].seconds)
+        async def one(number: int) -> TimedAnswer:
+            answer = TimedAnswer(asked[number].seconds)
             await asyncio.sleep(began + answer.arrival - time.perf_counter())
             server = servers[ROUTES[args.route](servers, asked[number], number)]  # type: ignore[arg-type]
             path, headers = (
@@ -196,15 +198,15 @@ async def ask_all(
 
 
 def written(args: argparse.Namespace, asked: Sequence[Arrival]) -> Iterator[bytes]:
-    """The bodies of requests: texts that nobody asked before, pictures that no other round has."""
+    """The bodies of requests: texts that nobody asked before, images that no other round has."""
     manifest = read_bundle(args.bundle)
     maker = prompt_maker(args.bundle, manifest)
-    writer = PromptWriter(maker, manifest.special_tokens.get("bos_token"))
+    writer = WorkloadPrompts(maker, manifest.special_tokens.get("bos_token"))
     first = time.time_ns() % 10**9  # the replicas know those of the last round
     for number, each in enumerate(asked, first):
-        assert each.picture is not None
+        assert each.image is not None
         file = io.BytesIO()
-        Image.fromarray(noise(first + int(each.picture), writer.size)).save(file, "PNG")
+        Image.fromarray(noise(first + int(each.image), writer.size)).save(file, "PNG")
         url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         parts = [
             {"type": "image_url", "image_url": {"url": url}},
@@ -215,7 +217,7 @@ def written(args: argparse.Namespace, asked: Sequence[Arrival]) -> Iterator[byte
         yield json.dumps(body).encode()
 
 
-def used(servers: Sequence[Server]) -> list[float]:
+def used(servers: Sequence[StartedServer]) -> list[float]:
     """CPU seconds so far: of the replicas, of this process, of all others."""
     lines = [Path(f"/proc/{server.pid}/stat").read_text() for server in servers]
     fields = [line.rpartition(")")[2].split() for line in lines]

@@ -55,7 +55,7 @@ def _section(verb: tuple[str, ...]) -> Iterator[str]:
 
 
 def _parser(verb: tuple[str, ...]) -> argparse.ArgumentParser:
-    """What the command would show the help of."""
+    """The parser that the command would show the help of."""
     found: list[argparse.ArgumentParser] = []
     with (
         patch.object(Parser, "print_help", lambda self, *_: found.append(self)),
@@ -84,7 +84,7 @@ def _help(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
 
 
 def _text(text: str) -> str:
-    """In one line, with nothing that Markdown would take for its own."""
+    """The text in one line, with nothing that Markdown would take for its own."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 

@@ -1,4 +1,4 @@
-"""The pictures of assets/samples: nine digits, and five on a quieter canvas, all held out.
+"""The images of assets/samples: nine digits, and five on a quieter canvas, all held out.
 
 python scripts/draw_samples.py
 """

@@ -1,12 +1,12 @@
-"""What compression costs ``tiny-llava``: exact answers, ROUGE-L and perplexity by how much is left
-and how dense a picture is, for token reductions, cache policies and both together.
+"""Cost of compression for ``tiny-llava``: exact answers, ROUGE-L and perplexity by how much is left
+and how dense an image is, for token reductions, cache policies and both together.
 
     python scripts/eval_reductions.py --work /tmp/reductions
     python scripts/eval_reductions.py --work /tmp/reductions --rows divprune snapkv --questions 42
 
-Questions are of seven kinds about held-out pictures of three densities, in turn; the same ones for
+Questions are of seven kinds about held-out images of three densities, in turn; the same ones for
 every row. Of reductions ``left`` is the mean over the blocks of the image tokens that enter them,
-of those of the whole picture: about what prefill computes. The cache is what is left of the
+of those of the whole image: about what prefill computes. The cache is what is left of the
 prompt's entries after prefill. Bundles are exported once, below --work; every answer is on disk
 there as soon as its batch is done, and the same command goes on from there, with more questions,
 too. Writes results.md and results.png there.
@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from cost_tables.picture import draw
-from cost_tables.rows import KEPT, LEFT, ROWS, TOTAL, USUAL, Cell, Row, cells
-from cost_tables.tables import Measured, tables
+from cost_tables.rows import KEPT, LEFT, ROWS, TOTAL, USUAL, Cell, TableRow, cells
+from cost_tables.tables import MeasuredCell, tables
+from cost_tables.tables_plot import draw
 
 from lvlm.calibration.datasets import digits
-from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
 from lvlm.calibration.datasets.scenes.questions import KINDS
 from lvlm.calibration.evaluate.evaluation import evaluate, pending, plan_jobs
 from lvlm.calibration.evaluate.recipe_bundles import make, order
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def questions(count: int) -> list[EvaluationSample]:
-    """About held-out pictures; more of them begin with the fewer."""
+    """About held-out images; more of them begin with the fewer."""
     return [
         EvaluationSample(
             f"{n}-{asked.kind}-{asked.scenes[0].density}",
@@ -81,7 +81,7 @@ def questions(count: int) -> list[EvaluationSample]:
     ]
 
 
-def made(rows: dict[Row, None], folder: Path, progress: Progress) -> dict[Row, Bundle]:
+def made(rows: dict[TableRow, None], folder: Path, progress: Progress) -> dict[TableRow, Bundle]:
     """A bundle for each, exported where it is not there yet; equal recipes share one."""
     recipes = {
         (row.recipe, row.settings): parse_settings(known_recipe(row.recipe), row.settings)
@@ -104,12 +104,12 @@ def made(rows: dict[Row, None], folder: Path, progress: Progress) -> dict[Row, B
 
 def measured(
     wanted: Sequence[Cell],
-    bundles: dict[Row, Bundle],
+    bundles: dict[TableRow, Bundle],
     asked: Sequence[EvaluationSample],
     how: Conditions,
     work: Path,
     progress: Progress,
-) -> list[Measured]:
+) -> list[MeasuredCell]:
     """The cells' answers, computed where they are not on disk."""
     variants = [variant(cell, bundles[cell.row]) for cell in wanted]
     pairs = [(v, run) for v in by_bundle(variants) for run in RUNS]
@@ -127,7 +127,7 @@ def measured(
         for job in jobs
     }
     return [
-        Measured(cell, entering(v), *(records.get((id(v), run), []) for run in RUNS))
+        MeasuredCell(cell, entering(v), *(records.get((id(v), run), []) for run in RUNS))
         for cell, v in zip(wanted, variants, strict=True)
     ]
 
@@ -140,7 +140,7 @@ def by_bundle(variants: Sequence[Variant | None]) -> Iterator[Variant]:
 
 
 def variant(cell: Cell, bundle: Bundle) -> Variant | None:
-    """What to run for a cell; None where even no image token at all would leave more."""
+    """The variant to run for a cell; None where even no image token at all would leave more."""
     keep = None
     if cell.left is not None:
         keep = keep_for(bundle.manifest, cell.left)
@@ -165,7 +165,7 @@ def keep_for(manifest: Manifest, left: float) -> float | None:
 
 
 def share(manifest: Manifest, keep: float | None) -> float:
-    """Of an image's tokens those that enter the blocks, on average."""
+    """The fraction of an image's tokens that enters the blocks, on average."""
     tokens, layers = manifest.images.tokens, manifest.text.layers
     ratios = keep_ratios(manifest.shortenings, manifest.keep, keep)
     counts = tokens_per_layer(manifest.shortenings, ratios, tokens, layers)

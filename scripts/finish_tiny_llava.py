@@ -3,7 +3,7 @@
     python scripts/finish_tiny_llava.py --start out --output done --work /tmp/fewer --minutes 80
 
 For two CPU cores with bf16; resumable with the same --work, the minutes are those of all runs. The
-pictures, questions and what is missing of a step depend only on its number. Stored are weights
+images, questions and what is missing of a step depend only on its number. Stored are weights
 between those of the start and those learned (--mix). Prints held-out
 accuracy of the stored fp16 weights, with all image tokens, and writes it to training.json beside
 them.
@@ -74,7 +74,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = args.peak * schedule(WARM * step, progress)
         mix = TWO if step % 6 == 5 else FEWER
-        batch = packer.batch((3, step), args.batch // mix.pictures, mix, "train")
+        batch = packer.batch((3, step), args.batch // mix.images, mix, "train")
         cuts = draw_cuts(batch, torch.Generator().manual_seed(step))
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():

@@ -15,7 +15,7 @@ TEXT = 32  # tokens beside the image's
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelShape:
     name: str
     width: int
     heads: int
@@ -23,12 +23,12 @@ class Model:
     head: int = 128
 
 
-MODELS = (Model("Llama-7B", 4_096, 32, 32), Model("Qwen2-7B", 3_584, 28, 4))
-SMALL, SHORT = Model("small", 128, 2, 1), 64  # where nothing is measured
+MODELS = (ModelShape("Llama-7B", 4_096, 32, 32), ModelShape("Qwen2-7B", 3_584, 28, 4))
+SMALL, SHORT = ModelShape("small", 128, 2, 1), 64  # where nothing is measured
 
 
 @dataclass(frozen=True)
-class Call:
+class KernelCase:
     """traffic  bytes that are read and written at least
     matmuls  (m, k, n, how many) of the MatMuls that the op cannot do without"""
 
@@ -41,7 +41,7 @@ class Call:
     exact: bool = field(default=True)  # else near-ties may fall the other way
 
 
-def calls(ops: Sequence[str], longest: int, device: torch.device) -> Iterator[Call]:
+def calls(ops: Sequence[str], longest: int, device: torch.device) -> Iterator[KernelCase]:
     """One at a time: the longest take gigabytes. Small ones without a GPU."""
     sizes = [(model, length) for model in MODELS for length in LENGTHS if length <= longest]
     if device.type == "cpu":
@@ -62,9 +62,9 @@ def _image_id(length: int, device: torch.device) -> torch.Tensor:
     return ids
 
 
-def _token_importance(model: Model, length: int, device: torch.device) -> Iterator[Call]:
+def _token_importance(model: ModelShape, length: int, device: torch.device) -> Iterator[KernelCase]:
     key = _random(device, 1, model.key_heads, length, model.head)
-    yield Call(
+    yield KernelCase(
         "TokenImportance",
         f"{model.name}, {length:,} keys, 1 query",
         (
@@ -79,14 +79,14 @@ def _token_importance(model: Model, length: int, device: torch.device) -> Iterat
     )
 
 
-def _token_merge(model: Model, length: int, device: torch.device) -> Iterator[Call]:
+def _token_merge(model: ModelShape, length: int, device: torch.device) -> Iterator[KernelCase]:
     tokens = length - TEXT
     keep = round(0.35 * tokens)
     centres = max(1, keep // 10)
     counts = [torch.tensor([[n]], device=device) for n in (keep, centres)]
     slots = [torch.arange(n, device=device) for n in (keep, keep + TEXT, centres)]
     random = torch.Generator(device).manual_seed(1)
-    yield Call(
+    yield KernelCase(
         "TokenMerge",
         f"{model.name}, {length:,} to {keep + TEXT:,} tokens",
         (
@@ -107,13 +107,13 @@ def _token_merge(model: Model, length: int, device: torch.device) -> Iterator[Ca
     )
 
 
-def _cache_importance(model: Model, length: int, device: torch.device) -> Iterator[Call]:
+def _cache_importance(model: ModelShape, length: int, device: torch.device) -> Iterator[KernelCase]:
     key = _random(device, 1, model.key_heads, length, model.head)
     for rows in (32, length):
         slot = torch.arange(length - rows, length, device=device)[None]
         # Rows of a whole prompt see half of the keys, on the mean; logits are needed twice.
         seen = length if rows == 32 else length // 2
-        yield Call(
+        yield KernelCase(
             "CacheImportance",
             f"{model.name}, {length:,} keys, {rows:,} queries",
             (
@@ -128,14 +128,14 @@ def _cache_importance(model: Model, length: int, device: torch.device) -> Iterat
         )
 
 
-def _cache_compact(model: Model, length: int, device: torch.device) -> Iterator[Call]:
+def _cache_compact(model: ModelShape, length: int, device: torch.device) -> Iterator[KernelCase]:
     key, value = (_random(device, 1, model.key_heads, length, model.head) for _ in range(2))
     budget = length // 5
     entry = 2 * model.key_heads * model.head * HALF
     random = torch.Generator(device).manual_seed(2)
     for mode in ("evict", "merge"):
         read = budget if mode == "evict" else length
-        yield Call(
+        yield KernelCase(
             "CacheCompact",
             f"{model.name}, {mode}, {length:,} to {budget:,} entries",
             (
@@ -151,12 +151,12 @@ def _cache_compact(model: Model, length: int, device: torch.device) -> Iterator[
         )
 
 
-def _cache_update(model: Model, length: int, device: torch.device) -> Iterator[Call]:
+def _cache_update(model: ModelShape, length: int, device: torch.device) -> Iterator[KernelCase]:
     for batch in (1, 48):
         if batch * length > LENGTHS[-1]:
             continue
         update = _random(device, batch, model.key_heads, 1, model.head)
-        yield Call(
+        yield KernelCase(
             "CacheUpdate",
             f"{model.name}, {batch} rows of {length:,} slots",
             (

@@ -1,4 +1,4 @@
-"""Do the plugins' kernels compute, on this GPU, what the ops' torch references say, and how fast?
+"""Check of the plugins' kernels on this GPU against the ops' torch references, and their speed.
 
 usage: scripts/gpu_check.sh [--tensorrt-root FOLDER] [-o FILE] [--dry-run] …
 
@@ -56,7 +56,8 @@ def main() -> int:
 
 @contextmanager
 def _page(args: argparse.Namespace) -> Iterator[Callable[[str], None]]:
-    """What takes the page's lines: they are printed and, but for a dry run, in the file at once."""
+    """A writer of the page's lines: they are printed and, but for a dry run, in the file at
+    once."""
     with ExitStack() as stack:
         file = None
         if not args.dry_run:
@@ -176,7 +177,7 @@ def _title(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _commit() -> str:
-    """Of the checkout; a copy of the files without git has none."""
+    """The commit of the checkout; a copy of the files without git has none."""
     if shutil.which("git") is None:
         return ""
     said = subprocess.run(

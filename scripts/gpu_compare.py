@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_cases import Call
+from gpu_cases import KernelCase
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import BuildError
@@ -41,7 +41,7 @@ def run_calls(
     harness: Harness,
     work: Path,
     plugin: Plugin,
-    chosen: Sequence[OpSample | Call],
+    chosen: Sequence[OpSample | KernelCase],
     environment: Mapping[str, str],
     *,
     raw_memory: bool = False,

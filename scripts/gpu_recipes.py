@@ -39,7 +39,7 @@ BEFORE = 5  # text tokens before the image's
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelSizes:
     """A Llama-like language model and the tokens of one image."""
 
     name: str
@@ -53,12 +53,12 @@ class Shape:
 
 
 SHAPES = {
-    "llava-7b": Shape("LLaVA-1.5-7B", 32, 4096, 32, 32, 11008, 32064, 576),
-    "tiny": Shape("a tiny model", 4, 128, 4, 2, 192, 256, 40),
+    "llava-7b": ModelSizes("LLaVA-1.5-7B", 32, 4096, 32, 32, 11008, 32064, 576),
+    "tiny": ModelSizes("a tiny model", 4, 128, 4, 2, 192, 256, 40),
 }
 
 
-def make_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
+def make_model(shape: ModelSizes, device: torch.device, dtype: torch.dtype) -> LlamaForCausalLM:
     """Random weights, made on the device."""
     config = LlamaConfig(
         hidden_size=shape.hidden,
@@ -173,11 +173,11 @@ def _rms_norm(self: Any, hidden: torch.Tensor) -> torch.Tensor:
     return rms_norm(hidden, (hidden.shape[-1],), self.weight, self.variance_epsilon)
 
 
-class Measured:
+class MeasuredRecipe:
     """One recipe on one model, at one batch and prompt length; every row has one image."""
 
     def __init__(
-        self, model: LlamaForCausalLM, shape: Shape, recipe: Recipe, batch: int, prompt: int
+        self, model: LlamaForCausalLM, shape: ModelSizes, recipe: Recipe, batch: int, prompt: int
     ) -> None:
         self.model, self.shape, self.batch, self.prompt = model, shape, batch, prompt
         self.language = language_of(model)
@@ -206,7 +206,7 @@ class Measured:
         return self.budgets.capacity(self.plan.entries, np.full(self.batch, new - 1))
 
     def cache_bytes(self, slots: np.ndarray) -> int:
-        """Of keys and values of all rows, ``slots`` [L] each."""
+        """Bytes of keys and values of all rows, ``slots`` [L] each."""
         entry = 2 * self.shape.kv_heads * self.language.head_dim * self.dtype.itemsize
         return int(slots.sum() * self.batch * entry)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from gpu_cases import Call, calls
+from gpu_cases import KernelCase, calls
 from gpu_compare import FAILED, OPS, difference, ran, run_calls
 
 from lvlm.export.ops.op import OpSample
@@ -59,7 +59,7 @@ def timings(
         yield " | ".join([f"| {call.op}", call.name, *cells, f"{error:.1e} |"])
 
 
-def _matmul_us(call: Call, dtype: torch.dtype, repeats: int) -> float | None:
+def _matmul_us(call: KernelCase, dtype: torch.dtype, repeats: int) -> float | None:
     """torch.matmul's time for the call's MatMuls: one of them, times how many there are."""
     if call.matmuls is None:
         return None

@@ -41,7 +41,7 @@ FILE = "model.safetensors"
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16"}
 DEFAULT = ("llava-onevision-qwen2-0.5b", "qwen2-vl-2b", "qwen2.5-vl-3b", "llava-1.5-7b")
 RECIPES = ("none", "lightvlm")
-MOST_TOKENS = 1024  # of an image, where a processor bounds them by pixels
+MAX_TOKENS = 1024  # of an image, where a processor bounds them by pixels
 SCALES = ".scales"  # of a weight's name
 HEAD = "| model | weights | recipe | weights on the device | cache | workspace | in all |"
 
@@ -68,7 +68,7 @@ def main() -> None:
 def sizes(
     folder: Path, target: Target, weights: str | None, block: int, recipe: str
 ) -> MemoryEstimate:
-    """Of one prompt at once, 2,048 text tokens and one image."""
+    """Sizes of one prompt at once, 2,048 text tokens and one image."""
     plan = make_plan(
         ExportOptions(
             model=str(folder),
@@ -150,7 +150,7 @@ def hollow_checkpoint(folder: Path, shape: str) -> Path:
         facts = json.loads(content)
         if "max_pixels" in facts:
             token = facts["patch_size"] * facts["merge_size"]
-            facts["max_pixels"] = MOST_TOKENS * token**2
+            facts["max_pixels"] = MAX_TOKENS * token**2
         (folder / name).write_text(json.dumps(facts))
     config.dtype = dtype
     config.save_pretrained(folder)

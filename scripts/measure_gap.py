@@ -1,4 +1,4 @@
-"""What running streams feel of a long prompt: the gaps between their tokens, without and with it.
+"""Effect of a long prompt on running streams: the gaps between their tokens, without and with it.
 
     python scripts/measure_gap.py BUNDLE --streams 3 --prompt-tokens 4000
 

@@ -1,4 +1,4 @@
-"""Which quantized weights TensorRT-RTX's builder takes, and what an engine of one MatMul holds.
+"""Quantized weights that TensorRT-RTX's builder takes, and what an engine of one MatMul holds.
 
     python scripts/measure_quantized_linears.py
 
@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from lvlm.core.errors import LvlmError
-from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
+from lvlm.plugins_trt.engines.tensorrt_builder import BuildSettings, open_tensorrt
 
 INPUTS, OUTPUTS, ROWS = 1024, 2048, 4
 KINDS = {4: TensorProto.INT4, 8: TensorProto.INT8}
@@ -33,7 +33,7 @@ def main() -> None:
     for bits, block, zeros, turned in CASES:
         facts = f"| {bits} | {block or 'column'} | {zeros} | {'[N,K]' if turned else '[K,N]'} |"
         for sm in ARCHITECTURES:
-            settings = Settings({"x": ((1, INPUTS), (1, INPUTS), (ROWS, INPUTS))}, sms=(sm,))
+            settings = BuildSettings({"x": ((1, INPUTS), (1, INPUTS), (ROWS, INPUTS))}, sms=(sm,))
             try:
                 built = open_tensorrt("tensorrt-rtx").build(
                     linear(bits, block, zeros=zeros, turned=turned), settings

@@ -27,7 +27,7 @@ import httpx
 
 
 @dataclass(frozen=True)
-class Server:
+class StartedServer:
     """``start``: seconds until it was ready."""
 
     url: str
@@ -84,7 +84,7 @@ def replica(
     program: Sequence[str] = ("-m", "lvlm", "serve"),
     cores: Sequence[int] | None = None,
     environment: dict[str, str] | None = None,
-) -> Iterator[Server]:
+) -> Iterator[StartedServer]:
     """lvlm-serve with further ``words`` in a process of its own, on ``cores`` only."""
     command = [sys.executable, *program, f"model={bundle}", "--port", "0"]
     command += [*words, "--log-level", "error"]
@@ -102,7 +102,7 @@ def replica(
             threading.Thread(target=process.stderr.read, daemon=True).start()
             while not is_ready(found[0]):
                 time.sleep(0.02)
-            yield Server(found[0], process.pid, time.perf_counter() - began)
+            yield StartedServer(found[0], process.pid, time.perf_counter() - began)
         finally:
             process.terminate()
 

@@ -17,7 +17,7 @@ LAYERS = 28  # of the model whose defaults are shown
 
 
 def recipes() -> str:
-    """What every recipe does, ``none`` first."""
+    """Table of what every recipe does, ``none`` first."""
     known = sorted(_known().values(), key=lambda kind: (kind.name != "none", kind.name))
     rows = [(f"`{kind.name}`", kind.summary, kind.source) for kind in known]
     return _table(("recipe", "what it does", "source"), rows)
@@ -29,7 +29,7 @@ def names() -> str:
 
 
 def policies() -> str:
-    """What the cache policies are composed of, with their defaults."""
+    """Table of what the cache policies are composed of, with their defaults."""
     rows = []
     for name, kind in sorted(_known().items()):
         policy = kind().for_layers(LAYERS).cache_policy()

@@ -1,12 +1,12 @@
 """Train ``tiny-llava``, a real small vision-language model, from scratch.
 
 First the vision tower alone: from every patch, name the thing there and its colour. Then all of it,
-on sequences of pictures and many questions, the patches' names still asked beside.
+on sequences of images and many questions, the patches' names still asked beside.
 
     python scripts/train_tiny_llava.py --output out --work /tmp/tiny-llava
 
 Resumable: run it again with the same --work. A GPU takes minutes, two CPU cores many hours. The
-pictures and questions of a step depend only on its number; --minutes ends a stage (and its learning
+images and questions of a step depend only on its number; --minutes ends a stage (and its learning
 rate) early. Prints held-out accuracy measured on the
 stored fp16 weights and writes it to training.json beside them.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from tiny_llava.held_out import evaluate
 from tiny_llava.packed import losses, names_of_patches, on_device
-from tiny_llava.sequences import Batch, Mix, Packer, mix_of_step
+from tiny_llava.sequences import Mix, Packer, SequenceBatch, mix_of_step
 from tiny_llava.shape import VISION_WIDTH, build_model, build_tokenizer, save
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="checkpoints of both stages")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=64, help="sequences a step")
-    parser.add_argument("--workers", type=int, default=14, help="processes that draw pictures")
+    parser.add_argument("--workers", type=int, default=14, help="processes that draw images")
     parser.add_argument("--vision-steps", type=int, default=3000)
     parser.add_argument("--vision-minutes", type=float, default=math.inf)
     parser.add_argument("--steps", type=int, default=10000)
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Batches(Dataset[Batch]):
+class Batches(Dataset[SequenceBatch]):
     """Batch number ``step`` of a stage."""
 
     def __init__(self, packer: Packer, stage: str, size: int, steps: int) -> None:
@@ -73,12 +73,12 @@ class Batches(Dataset[Batch]):
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> SequenceBatch:
         torch.set_num_threads(1)
         if self.stage == "vision":
             return self.packer.batch((1, step), 2 * self.size, Mix((), 1), "train")
         mix = mix_of_step(step)
-        return self.packer.batch((2, step), self.size // mix.pictures, mix, "train")
+        return self.packer.batch((2, step), self.size // mix.images, mix, "train")
 
 
 class Training:
@@ -129,7 +129,7 @@ class Training:
         )
         return optimizer, [1.0] if stage == "vision" else [0.4, 1.0]
 
-    def _batches(self, stage: str, start: int, steps: int) -> Iterator[tuple[int, Batch]]:
+    def _batches(self, stage: str, start: int, steps: int) -> Iterator[tuple[int, SequenceBatch]]:
         loader = DataLoader(
             Batches(self.packer, stage, self.args.batch, steps),
             batch_size=None,
@@ -141,7 +141,7 @@ class Training:
         yield from zip(range(start, steps), loader, strict=True)
 
     def _step(
-        self, stage: str, batch: Batch, optimizer: torch.optim.Optimizer, progress: float
+        self, stage: str, batch: SequenceBatch, optimizer: torch.optim.Optimizer, progress: float
     ) -> dict[str, torch.Tensor]:
         batch = on_device(batch, self.args.device)
         kind = torch.device(self.args.device).type

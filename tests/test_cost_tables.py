@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from cost_tables.intervals import bootstrap, wilson
 from cost_tables.rows import ROWS, Cell, cells
-from cost_tables.tables import Measured, figure, tables
+from cost_tables.tables import MeasuredCell, figure, tables
 
-from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
 from lvlm.calibration.datasets.scenes.drawing import DENSITIES
 from lvlm.calibration.evaluate.records import SampleRecord
 
@@ -25,13 +25,13 @@ NONE = Cell("none", ROWS["none"])
 HALF = Cell("divprune", ROWS["divprune"], 0.5)
 
 
-def measured(cell: Cell, wrong: set[int], nll: float) -> Measured:
+def measured(cell: Cell, wrong: set[int], nll: float) -> MeasuredCell:
     def record(n: int, text: str | None, lost: float | None) -> SampleRecord:
         return SampleRecord(f"k{n}", ASKED[n].id, kept=0.25, text=text, nll=lost, tokens=2)
 
     texts = ["no" if n in wrong else f"Answer {n}." for n in range(12)]
     greedy = [record(n, text, None) for n, text in enumerate(texts)]
-    return Measured(cell, cell.left or 1.0, greedy, [record(n, None, nll) for n in range(12)])
+    return MeasuredCell(cell, cell.left or 1.0, greedy, [record(n, None, nll) for n in range(12)])
 
 
 def test_figures_of_given_answers() -> None:
@@ -47,7 +47,7 @@ def test_figures_of_given_answers() -> None:
     assert figure("rouge", half, none, ASKED, "all").value == pytest.approx(9 / 12)
     perplexity = figure("ppl", half, none, ASKED, "all")
     assert (perplexity.value, *perplexity.interval) == pytest.approx([np.exp(0.5)] * 3)
-    beyond = Measured(Cell("fastv", ROWS["fastv"], 0.11), None, [], [])
+    beyond = MeasuredCell(Cell("fastv", ROWS["fastv"], 0.11), None, [], [])
     text = tables([none, half, beyond], ASKED)
     assert "| divprune | 50 % | 25 % | 50 (15–85) | 50 (15–85) | 100 (51–100) |" in text  # noqa: RUF001
     assert "Out of reach: fastv at 11 %." in text
@@ -94,10 +94,10 @@ def test_bundles_have_room_for_every_cell() -> None:
     assert dataclasses.replace(ROWS["interval"], group="reductions") == ROWS["lightvlm"]
 
 
-def test_the_picture_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plot_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line in each panel by density, and in that by prefill unless prefill computes all."""
     pytest.importorskip("matplotlib")
-    from cost_tables import picture
+    from cost_tables import tables_plot
     from matplotlib.axes import Axes
 
     cache = Cell("snapkv", ROWS["snapkv"], None, 0.5)
@@ -111,7 +111,7 @@ def test_the_picture_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return plot(axes, x, y, *rest, **given)
 
     monkeypatch.setattr(Axes, "plot", noted)
-    picture.draw(tmp_path / "picture.png", rows, ASKED)
+    tables_plot.draw(tmp_path / "picture.png", rows, ASKED)
     names = [label.partition(": ")[2] for label, _ in lines]
     panels = len(DENSITIES)
     assert names.count("divprune") == names.count("lightvlm + snapkv") == panels + 1

@@ -142,8 +142,8 @@ def test_the_scan_sees_the_files() -> None:
     assert expected | {"export/exporter.py", "calibration/datasets/digits.py"} <= names
     assert {"numpy", "lvlm.runtime.kv.budgets"} <= imports(ROOT / "runtime/engine/calls.py")
     assert "lvlm.runtime.kv" in between_rooms()["lvlm.runtime.engine"]
-    assert "lvlm.bench.figures" in files()
-    assert "lvlm.calibration.bench.figures" not in files()
+    assert "lvlm.bench.case_figures" in files()
+    assert "lvlm.calibration.bench.case_figures" not in files()
 
 
 def python(code: str) -> str:

@@ -1,5 +1,5 @@
 """Training tiny-llava on with image tokens missing: what goes, what the rest then says, what is
-stored. On a model of the same pictures that is a hundred times smaller."""
+stored. On a model of the same images that is a hundred times smaller."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 if TYPE_CHECKING:
     import torch
-    from tiny_llava.sequences import Batch, Packer
+    from tiny_llava.sequences import Packer, SequenceBatch
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +81,14 @@ def model(tokenizer: Any) -> Any:
 
 
 @pytest.mark.parametrize("mix", ["ONE", "TWO"])
-def test_only_image_tokens_go_and_as_many_of_every_picture(mix: str, packer: Packer) -> None:
+def test_only_image_tokens_go_and_as_many_of_every_image(mix: str, packer: Packer) -> None:
     import torch
     from tiny_llava import sequences
-    from tiny_llava.thinned import IMAGE_ID, LEAST, draw_cuts
+    from tiny_llava.thinned import IMAGE_ID, MIN_SHARE, draw_cuts
 
     batch = packer.batch((3, 4), 2, getattr(sequences, mix), "train")
-    pictures = 1 if mix == "ONE" else 2
-    picture = ((batch.ids == IMAGE_ID).cumsum(1) - 1) // 576
+    images = 1 if mix == "ONE" else 2
+    image = ((batch.ids == IMAGE_ID).cumsum(1) - 1) // 576
     forms = set()
     for seed in range(30):
         cuts = draw_cuts(batch, torch.Generator().manual_seed(seed))
@@ -105,10 +105,10 @@ def test_only_image_tokens_go_and_as_many_of_every_picture(mix: str, packer: Pac
             for row in range(len(batch.ids)):
                 text = (batch.ids[row] != IMAGE_ID).nonzero()[:, 0]
                 assert torch.equal(here[row][left[row] != IMAGE_ID], text)
-                some = picture[row].gather(0, here[row])[left[row] == IMAGE_ID]
-                counts = some.bincount(minlength=pictures)
+                some = image[row].gather(0, here[row])[left[row] == IMAGE_ID]
+                counts = some.bincount(minlength=images)
                 assert len(set(counts.tolist())) == 1
-                assert counts[0] >= round(576 * LEAST) - 1
+                assert counts[0] >= round(576 * MIN_SHARE) - 1
     assert forms == {(False, False), (True, False), (False, True), (True, True)}
 
 
@@ -146,7 +146,7 @@ def test_what_is_cut_is_what_later_blocks_do_not_see(
     assert (found - whole).abs().max() > 0.1
 
 
-def _rank(random: torch.Tensor, batch: Batch) -> torch.Tensor:
+def _rank(random: torch.Tensor, batch: SequenceBatch) -> torch.Tensor:
     """Of image tokens, in which order they go, from 0 on."""
     import torch
 
@@ -154,7 +154,7 @@ def _rank(random: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def _masked(
-    model: Any, features: torch.Tensor, batch: Batch, gone: dict[int, torch.Tensor]
+    model: Any, features: torch.Tensor, batch: SequenceBatch, gone: dict[int, torch.Tensor]
 ) -> torch.Tensor:
     """Logits before every answer token: all tokens go on, those that are ``gone`` from a block on
     are hidden from then on."""

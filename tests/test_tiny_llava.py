@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 if TYPE_CHECKING:
-    from tiny_llava.sequences import Batch
+    from tiny_llava.sequences import SequenceBatch
 
 
 @pytest.fixture(params=DENSITIES)
@@ -120,7 +120,9 @@ def test_a_packed_question_is_the_prompt_of_the_template(trained: Any, mix: str)
         assert answer
 
 
-def _conversation(processor: Any, batch: Batch, number: int, parent: int) -> tuple[Any, str]:
+def _conversation(
+    processor: Any, batch: SequenceBatch, number: int, parent: int
+) -> tuple[Any, str]:
     """Inputs of turn ``number`` after its parent with its answer at the end, and that answer."""
     from PIL import Image
 
@@ -147,7 +149,7 @@ def _message(role: str, text: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_trained_model_reads_a_held_out_picture(trained: Any, scene: Scene) -> None:
+def test_the_trained_model_reads_a_held_out_image(trained: Any, scene: Scene) -> None:
     from PIL import Image
 
     model, processor = trained

@@ -19,7 +19,7 @@ DURATION = 30.0
 LENGTHS = (32,)  # text tokens of prompts
 COST_LENGTHS = (32, 128, 512)  # those that fit
 COST_REPEATS = 3
-LEAST_STEPS = 4  # new tokens, for the time of a step
+MIN_STEPS = 4  # new tokens, for the time of a step
 COST_SLOTS = 4  # as lvlm-serve's
 SLOTS = 16  # most requests at a time where they arrive by themselves
 
@@ -218,7 +218,7 @@ def _check_costs(args: argparse.Namespace) -> None:
             raise ParameterError(
                 f"--costs times the parts of an engine; leave --{name.replace('_', '-')} out"
             )
-    if args.new_tokens < LEAST_STEPS:
+    if args.new_tokens < MIN_STEPS:
         raise ParameterError(
-            f"--new-tokens is {args.new_tokens}; for --costs give {LEAST_STEPS} or more"
+            f"--new-tokens is {args.new_tokens}; for --costs give {MIN_STEPS} or more"
         )

@@ -26,7 +26,7 @@ from lvlm.core.console import run_main
 if TYPE_CHECKING:
     from lvlm.bench.contenders import Contender
     from lvlm.bench.rounds import BenchPlan
-    from lvlm.bench.workload import Case, PromptWriter
+    from lvlm.bench.workload import Case, WorkloadPrompts
     from lvlm.core.progress import Progress
 
 FAILED = 2  # the status if a contender failed while others were measured
@@ -99,7 +99,7 @@ def _measure(
 def _costs(
     args: argparse.Namespace, arguments: Sequence[str], contenders: Sequence[Contender]
 ) -> int:
-    """What the parts of each bundle's engine take."""
+    """Time that the parts of each bundle's engine take."""
     import tempfile
 
     from lvlm.bench import bench_report
@@ -137,14 +137,14 @@ def _costs(
     return _status([result.error for result in results])
 
 
-def _writer(first: Contender) -> PromptWriter:
+def _writer(first: Contender) -> WorkloadPrompts:
     """Prompts by the tokenizer of a bundle."""
-    from lvlm.bench.workload import PromptWriter, prompt_maker
+    from lvlm.bench.workload import WorkloadPrompts, prompt_maker
 
     assert first.folder is not None
     assert first.manifest is not None
     maker = prompt_maker(first.folder, first.manifest)
-    return PromptWriter(maker, first.manifest.special_tokens.get("bos_token"))
+    return WorkloadPrompts(maker, first.manifest.special_tokens.get("bos_token"))
 
 
 def _circumstances(
@@ -177,7 +177,7 @@ def _status(errors: Sequence[str | None]) -> int:
 def _sources(
     args: argparse.Namespace, contenders: Sequence[Contender], progress: Progress
 ) -> dict[str, Path]:
-    """What each contender loads, by label: a bundle's folder, or what its checkpoint became."""
+    """The folder that each contender loads, by label: a bundle, or what its checkpoint became."""
     from lvlm.bench.contenders import find_checkpoint
     from lvlm.bench.convert import converted, default_cache
 
@@ -244,6 +244,6 @@ def _cases(args: argparse.Namespace) -> list[Case]:
 
 
 def _stages(contenders: Sequence[Contender], plan: BenchPlan) -> int:
-    """Of the progress; conversions come on top."""
+    """Stages of the progress; conversions come on top."""
     rounds = len(plan.cases) * (len(contenders) if plan.apart else 1)
     return len(contenders) + rounds

@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lvlm.bench.case_figures import CaseFigures, RoundSpread
 from lvlm.bench.contenders import BenchError
-from lvlm.bench.figures import Figures, RoundSpread
 from lvlm.bench.rounds import Result
 from lvlm.bench.workload import Case
 
 PANEL = 4.0, 3.0  # inches
-Value = Callable[[Figures], RoundSpread | float | None]
+Value = Callable[[CaseFigures], RoundSpread | float | None]
 LONE: dict[str, Value] = {
     "time to first token, ms": lambda f: f.ttft_ms,
     "decode, tokens/s": lambda f: f.decode_tokens_per_s,

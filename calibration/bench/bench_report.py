@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lvlm.bench.case_figures import CaseFigures, RoundSpread
 from lvlm.bench.contenders import BenchError
-from lvlm.bench.figures import Figures, RoundSpread
 from lvlm.bench.rounds import BenchPlan, Result
 from lvlm.bench.workload import Case
 from lvlm.core.output import whole_file
@@ -49,7 +49,7 @@ def about(plan: BenchPlan, machine: Mapping[str, Any]) -> str:
 
 
 def _table(results: Sequence[Result], case: Case, machine: Mapping[str, Any]) -> list[str]:
-    columns: dict[str, Callable[[Result, Figures], str]] = {
+    columns: dict[str, Callable[[Result, CaseFigures], str]] = {
         "TTFT ms": lambda _, f: _spread(f.ttft_ms, ",.0f" if f.ttft_ms.median >= 100 else ".1f"),
         "TTFT p95": lambda _, f: _number(f.ttft_p95_ms, ",.0f"),
         "ITL ms p50": lambda _, f: _number(f.itl_p50_ms, ".1f"),

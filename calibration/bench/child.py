@@ -19,7 +19,7 @@ from typing import Any
 
 from lvlm.bench.contenders import BUNDLE, Serving, Setup, peers
 from lvlm.bench.resident_memory import forget_peak, peak_bytes
-from lvlm.bench.workload import Work
+from lvlm.bench.workload import RoundWorkload
 from lvlm.core.errors import LvlmError
 from lvlm.core.typed_json import decode
 
@@ -30,7 +30,7 @@ def main() -> None:
     served: list[Serving] = []
     commands: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "open": lambda message: _open(decode(Setup, message["setup"], "setup"), served),
-        "round": lambda message: _round(decode(Work, message["work"], "work"), served[0]),
+        "round": lambda message: _round(decode(RoundWorkload, message["work"], "work"), served[0]),
         "costs": lambda message: _costs(message["work"], served[0]),
     }
     for line in sys.stdin:
@@ -61,7 +61,7 @@ def _open(setup: Setup, served: list[Serving]) -> dict[str, Any]:
     }
 
 
-def _round(work: Work, serving: Serving) -> dict[str, Any]:
+def _round(work: RoundWorkload, serving: Serving) -> dict[str, Any]:
     forget_peak()
     records = serving.serve(work)
     for index, (record, request) in enumerate(zip(records, work.requests, strict=True)):

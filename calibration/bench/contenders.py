@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lvlm.bench.bench_arguments import PEERS
-from lvlm.bench.figures import RequestRecord
-from lvlm.bench.workload import Work
+from lvlm.bench.case_figures import RequestRecord
+from lvlm.bench.workload import RoundWorkload
 from lvlm.core.discovery import discover, nearest
 from lvlm.core.errors import BundleError, LvlmError, ParameterError
 from lvlm.core.installing import install
@@ -59,7 +59,7 @@ class Setup:
 class Serving(Protocol):
     """A contender that is loaded."""
 
-    def serve(self, work: Work) -> list[RequestRecord]:
+    def serve(self, work: RoundWorkload) -> list[RequestRecord]:
         """Answers every request, greedily and to its full length."""
         ...
 

@@ -14,14 +14,14 @@ from lvlm.bench.contenders import BUNDLE, BenchError, Contender, Setup
 from lvlm.bench.costs import Costs, EngineShape, MeasuredCosts, middle
 from lvlm.bench.engine_costs import CostPlan, CostWork, cost_work
 from lvlm.bench.process import Child
-from lvlm.bench.workload import PromptWriter
+from lvlm.bench.workload import WorkloadPrompts
 from lvlm.core.progress import Progress
 from lvlm.core.typed_json import decode
 
 
 @dataclass
 class CostResult:
-    """What was found out about a contender, or the error that ended it."""
+    """Costs of a contender, or the error that ended it."""
 
     contender: Contender
     opened: dict[str, Any] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class CostResult:
 
 def measure_all(
     contenders: Sequence[Contender],
-    writer: PromptWriter,
+    writer: WorkloadPrompts,
     plan: CostPlan,
     logs: Path,
     progress: Progress,
@@ -50,7 +50,7 @@ def measure_all(
 
 
 def _measure(
-    result: CostResult, writer: PromptWriter, plan: CostPlan, log: Path, children: ExitStack
+    result: CostResult, writer: WorkloadPrompts, plan: CostPlan, log: Path, children: ExitStack
 ) -> None:
     contender = result.contender
     assert contender.manifest is not None
@@ -95,7 +95,7 @@ def _at_once(copies: Sequence[Child], work: CostWork) -> Costs:
 
 
 def parted_cores(threads: int, copies: int) -> list[list[int] | None]:
-    """Which cores each copy may use: ``threads`` of its own; None: any, where there is one copy
+    """Cores that each copy may use: ``threads`` of its own; None: any, where there is one copy
     alone."""
     if copies == 1:
         return [None]

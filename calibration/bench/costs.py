@@ -130,7 +130,7 @@ def _check(path: Path, found: MeasuredCosts) -> None:
     times = [t for c in several for t in (c.prepare, *([] if c.image is None else [c.image]))]
     whole = [r.seconds for c in several for r in c.reads]
     whole += [s.seconds for c in several for s in c.steps]
-    least = min(engine.slots, engine.threads, engine.image_tokens + 1, engine.kept_images + 1)
+    smallest = min(engine.slots, engine.threads, engine.image_tokens + 1, engine.kept_images + 1)
     rows = [each.rows for c in several for each in c.steps]
     sizes = [r.tokens for c in several for r in c.reads]
     sizes += [s.tokens for c in several for s in c.steps]
@@ -138,6 +138,6 @@ def _check(path: Path, found: MeasuredCosts) -> None:
         not all(c.reads and c.steps for c in several)
         or not all(math.isfinite(t) and t >= 0 for t in times)
         or not all(math.isfinite(t) and t > 0 for t in whole)
-        or min(least, found.copies, *rows, *sizes) < 1
+        or min(smallest, found.copies, *rows, *sizes) < 1
     ):
         raise ParameterError(f"{path}: its costs are no times of an engine; measure them anew")

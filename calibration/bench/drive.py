@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from lvlm.bench.figures import RequestRecord
-from lvlm.bench.workload import Work, WorkloadRequest
+from lvlm.bench.case_figures import RequestRecord
+from lvlm.bench.workload import RoundWorkload, WorkloadRequest
 
 
 class Pending(Protocol):
@@ -29,7 +29,7 @@ class Mark(Protocol):
 Answer = Callable[[WorkloadRequest, Mark], tuple[int, int | None]]
 
 
-def one_after_another(answer: Answer, work: Work) -> list[RequestRecord]:
+def one_after_another(answer: Answer, work: RoundWorkload) -> list[RequestRecord]:
     """Drive a contender that answers one request at a time: the others queue, first come first
     served, and their waiting counts."""
     began, records, ends = time.perf_counter(), list[RequestRecord](), list[float]()
@@ -51,7 +51,9 @@ def one_after_another(answer: Answer, work: Work) -> list[RequestRecord]:
     return records
 
 
-def at_once(submit: Callable[[WorkloadRequest], Pending], work: Work) -> list[RequestRecord]:
+def at_once(
+    submit: Callable[[WorkloadRequest], Pending], work: RoundWorkload
+) -> list[RequestRecord]:
     """Drive a contender that takes requests while it answers others; ``submit`` is called from many
     threads. The first error of any request is raised."""
     began = time.perf_counter()
@@ -74,7 +76,9 @@ def at_once(submit: Callable[[WorkloadRequest], Pending], work: Work) -> list[Re
     return [record for record in records if record is not None]
 
 
-def _clients(ask: Callable[[int, float], None], work: Work, began: float) -> list[threading.Thread]:
+def _clients(
+    ask: Callable[[int, float], None], work: RoundWorkload, began: float
+) -> list[threading.Thread]:
     """Clients that take the next request when they have their answer."""
     indices, lock = iter(range(len(work.requests))), threading.Lock()
 
@@ -90,7 +94,7 @@ def _clients(ask: Callable[[int, float], None], work: Work, began: float) -> lis
 
 
 def _by_themselves(
-    ask: Callable[[int, float], None], work: Work, began: float
+    ask: Callable[[int, float], None], work: RoundWorkload, began: float
 ) -> list[threading.Thread]:
     """A thread per request, which sleeps until its arrival."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lvlm.bench.costs import Costs, EngineShape, ReadCost, StepCost
-from lvlm.bench.workload import PromptWriter, WorkloadRequest
+from lvlm.bench.workload import WorkloadPrompts, WorkloadRequest
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.generate.answers import Stats
 
@@ -49,7 +49,9 @@ class CostPlan:
     seed: int
 
 
-def cost_work(writer: PromptWriter, plan: CostPlan, *, growing: bool, again: int = 0) -> CostWork:
+def cost_work(
+    writer: WorkloadPrompts, plan: CostPlan, *, growing: bool, again: int = 0
+) -> CostWork:
     """Prompts of each length, with images and without; those that are ``growing`` where anything
     may be shared. ``again``: others, of the same shape.
 
@@ -146,7 +148,7 @@ def _read(reads: dict[tuple[int, int, int], list[float]], stats: Stats, images: 
 
 
 def engine_shape(engine: Engine, threads: int, image_tokens: int) -> EngineShape:
-    """What a simulation needs to know of an engine with its default settings."""
+    """Sizes of an engine that a simulation needs, with its default settings."""
     manifest, memory = engine.manifest, engine.memory()
     in_pieces = manifest.in_place and "extend" in manifest.graphs
     features = 4 * manifest.images.tokens * manifest.feature_width

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from lvlm.bench.case_figures import RequestRecord
 from lvlm.bench.contenders import Serving, Setup
 from lvlm.bench.costs import Costs, EngineShape
 from lvlm.bench.drive import Mark, at_once, one_after_another
 from lvlm.bench.engine_costs import CostWork, measure_costs
-from lvlm.bench.figures import RequestRecord
-from lvlm.bench.workload import Work, WorkloadRequest
+from lvlm.bench.workload import RoundWorkload, WorkloadRequest
 from lvlm.runtime.backends import open_backend
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
@@ -38,7 +38,7 @@ class Alone:
         self._facts = facts(self._model.manifest, device)
         self._images: dict[WorkloadRequest, list[np.ndarray]] = {}
 
-    def serve(self, work: Work) -> list[RequestRecord]:
+    def serve(self, work: RoundWorkload) -> list[RequestRecord]:
         self._images = {request: request.open() for request in work.requests}
         return one_after_another(self._answer, work)
 
@@ -67,7 +67,7 @@ class Alone:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EngineRequest:
     """A request in the engine."""
 
     handle: Any
@@ -98,10 +98,10 @@ class Together:
         # What it plans, in bytes, beside what is seen
         self._facts["engine_memory"] = asdict(self._engine.memory())
 
-    def serve(self, work: Work) -> list[RequestRecord]:
+    def serve(self, work: RoundWorkload) -> list[RequestRecord]:
         images = {request: request.open() for request in work.requests}
 
-        def submit(request: WorkloadRequest) -> Asked:
+        def submit(request: WorkloadRequest) -> EngineRequest:
             handle = self._engine.submit(
                 request.prompt,
                 images=images[request],
@@ -109,7 +109,7 @@ class Together:
                 ignore_eos=True,
                 chat_template=self._template,
             )
-            return Asked(handle)
+            return EngineRequest(handle)
 
         return at_once(submit, work)
 

@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from lvlm.bench.case_figures import RequestRecord, Round
 from lvlm.bench.contenders import BenchError, Setup
-from lvlm.bench.figures import RequestRecord, Round
-from lvlm.bench.workload import Work
+from lvlm.bench.workload import RoundWorkload
 from lvlm.core.typed_json import decode
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Child:
         """``load_s``, ``load_peak_bytes`` and ``facts``."""
         return self._ask({"do": "open", "setup": asdict(setup)})
 
-    def round(self, work: Work) -> Round:
+    def round(self, work: RoundWorkload) -> Round:
         answer = self._ask({"do": "round", "work": asdict(work)})
         records = (decode(RequestRecord, record, "record") for record in answer["records"])
         return Round(tuple(records), answer["peak_bytes"])
@@ -85,7 +85,7 @@ class Child:
         return answer
 
     def _end(self) -> str:
-        """Why the process is no more."""
+        """The reason why the process is no more."""
         status = self._process.wait(PATIENCE)
         lines = [x for x in self._log.read_text(errors="replace").splitlines() if x.strip()]
         last = f" (its last words: {lines[-1].strip()})" if lines else ""

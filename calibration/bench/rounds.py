@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lvlm.bench.case_figures import CaseFigures, Round
 from lvlm.bench.contenders import BUNDLE, BenchError, Contender, Setup
-from lvlm.bench.figures import Figures, Round
 from lvlm.bench.process import Child
-from lvlm.bench.workload import Case, PromptWriter, work
+from lvlm.bench.workload import Case, WorkloadPrompts, work
 from lvlm.core.progress import Progress
 
 WARM_UP_SEEDS = 1_000_000  # rounds that do not count ask other questions
@@ -40,9 +40,9 @@ class Result:
     opened: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
-    def figures(self, case: Case) -> Figures | None:
+    def figures(self, case: Case) -> CaseFigures | None:
         rounds = self.rounds.get(case)
-        return Figures.of(rounds) if rounds and self.error is None else None
+        return CaseFigures.of(rounds) if rounds and self.error is None else None
 
     def bandwidth_share(self, case: Case, read_bytes_per_s: float) -> float | None:
         """Share of the machine's reading speed that a lone stream's decode steps take: weights and
@@ -61,7 +61,7 @@ def measure(
     contenders: Sequence[Contender],
     sources: Mapping[str, Path],
     prompts: Path,
-    writer: PromptWriter,
+    writer: WorkloadPrompts,
     plan: BenchPlan,
     logs: Path,
     progress: Progress,
@@ -120,7 +120,7 @@ def _open(
 def _rounds(
     case: Case,
     running: list[tuple[Result, Child]],
-    writer: PromptWriter,
+    writer: WorkloadPrompts,
     plan: BenchPlan,
     progress: Progress,
 ) -> None:

@@ -103,7 +103,7 @@ class WorkloadRequest:
 
 
 @dataclass(frozen=True)
-class Work:
+class RoundWorkload:
     """The requests of one round and their arrivals in seconds; () where clients wait."""
 
     requests: tuple[WorkloadRequest, ...]
@@ -142,7 +142,7 @@ def arrivals(rate: float, duration: float, seed: int) -> list[float]:
     return times
 
 
-def work(case: Case, writer: PromptWriter, seed: int) -> Work:
+def work(case: Case, writer: WorkloadPrompts, seed: int) -> RoundWorkload:
     """The requests of the round with this seed."""
     times = arrivals(case.rate, case.duration, seed) if case.rate and case.duration else []
     # Text seeds decide images, too
@@ -156,10 +156,10 @@ def work(case: Case, writer: PromptWriter, seed: int) -> Work:
         )
         for s in seeds
     )
-    return Work(requests, tuple(times), case.concurrency)
+    return RoundWorkload(requests, tuple(times), case.concurrency)
 
 
-class PromptWriter:
+class WorkloadPrompts:
     """Questions that make prompts of an exact number of text tokens.
 
     ``bos`` is the token that a tokenizer adds by itself, unless the template has written it.

@@ -1,8 +1,8 @@
-"""The built-in task: pictures of digits, letters, words and shapes, and questions about them.
+"""The built-in task: images of digits, letters, words and shapes, and questions about them.
 
-Pictures are of three densities, from one thing on a large quiet canvas to nine, which decides what
+Images are of three densities, from one thing on a large quiet canvas to nine, which decides what
 dropping or merging image tokens costs. Half of the digits are handwritten, from scikit-learn's
-``load_digits`` (1,797 real scans), split once into ``train`` and ``heldout``: a held-out picture
+``load_digits`` (1,797 real scans), split once into ``train`` and ``heldout``: a held-out image
 contains no scan that training has seen.
 """
 
@@ -15,7 +15,7 @@ from typing import ClassVar, cast
 
 import numpy as np
 
-from lvlm.calibration.datasets.samples import (
+from lvlm.calibration.datasets.evaluation_samples import (
     DataError,
     Dataset,
     EvaluationRequest,
@@ -34,7 +34,7 @@ DEFAULT_SAMPLES = 120  # of an evaluation
 
 @dataclass(frozen=True)
 class AskedScene:
-    """A question of a kind about one picture, or two, and its exact answer."""
+    """A question of a kind about one image, or two, and its exact answer."""
 
     scenes: tuple[Scene, ...]
     kind: Kind
@@ -50,28 +50,28 @@ def samples(
     Args:
         split: ``train`` or ``heldout``.
         count: how many.
-        seed: other pictures and questions.
+        seed: other images and questions.
         kinds: which, of ASKED.
 
     Yields:
-        Questions, with pictures uint8 [336, 336, 3].
+        Questions, with images uint8 [336, 336, 3].
     """
     rng = np.random.default_rng([seed, 0 if split == "train" else 1])
     for number in range(count):
         kind = kinds[number % len(kinds)]
         density = DENSITIES[number // len(kinds) % len(DENSITIES)]
-        pictures = 2 if kind == "pictures" else 1
-        scenes = tuple(draw_scene(rng, split, density) for _ in range(pictures))
+        images = 2 if kind == "pictures" else 1
+        scenes = tuple(draw_scene(rng, split, density) for _ in range(images))
         ((question, answer),) = ask(scenes, kind, rng)
         yield AskedScene(scenes, kind, question, answer)
 
 
 class Digits(Dataset):
-    """Data set ``digits``: questions about held-out pictures, of the kinds that tiny-llava answers
+    """Data set ``digits``: questions about held-out images, of the kinds that tiny-llava answers
     best or of those wanted."""
 
     name: ClassVar[str] = "digits"
-    summary: ClassVar[str] = "built-in: pictures of digits, letters, words and shapes"
+    summary: ClassVar[str] = "built-in: images of digits, letters, words and shapes"
     kinds: ClassVar[tuple[str, ...]] = ASKED
 
     def read(self, request: EvaluationRequest) -> list[EvaluationSample]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lvlm.calibration.datasets.samples import DataError, EvaluationRequest
+from lvlm.calibration.datasets.evaluation_samples import DataError, EvaluationRequest
 
 
 @dataclass(frozen=True)

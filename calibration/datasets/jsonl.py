@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from lvlm.calibration.datasets.evaluation_samples import (
+    Dataset,
+    EvaluationRequest,
+    EvaluationSample,
+)
 from lvlm.calibration.datasets.files import DatasetEntry, first, parse, read_text
-from lvlm.calibration.datasets.samples import Dataset, EvaluationRequest, EvaluationSample
 
 
-class JsonLines(Dataset):
+class JsonLinesDataset(Dataset):
     """Layout ``jsonl``: paths start from the file's folder; other keys are left alone."""
 
     name: ClassVar[str] = "jsonl"
@@ -36,4 +40,4 @@ class JsonLines(Dataset):
         ]
 
 
-DATASET = JsonLines()
+DATASET = JsonLinesDataset()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lvlm.calibration.datasets.files import DatasetEntry, first, parse, read_text
-from lvlm.calibration.datasets.samples import (
+from lvlm.calibration.datasets.evaluation_samples import (
     DataError,
     Dataset,
     EvaluationRequest,
     EvaluationSample,
 )
+from lvlm.calibration.datasets.files import DatasetEntry, first, parse, read_text
 
 
 class LlavaDetail(Dataset):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lvlm.calibration.datasets.files import DatasetEntry, first, parse, read_text
-from lvlm.calibration.datasets.samples import (
+from lvlm.calibration.datasets.evaluation_samples import (
     PLACEHOLDER,
     DataError,
     Dataset,
     EvaluationRequest,
     EvaluationSample,
 )
+from lvlm.calibration.datasets.files import DatasetEntry, first, parse, read_text
 
 
 class MMVet(Dataset):

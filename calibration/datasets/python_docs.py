@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pydoc_data.topics import topics
 from typing import ClassVar
 
-from lvlm.calibration.datasets.samples import (
+from lvlm.calibration.datasets.evaluation_samples import (
     DataError,
     Dataset,
     EvaluationRequest,

@@ -12,8 +12,8 @@ from lvlm.calibration.evaluate.eval_arguments import MAX_NEW_TOKENS, MAX_TEXT_LE
 from lvlm.core.console import run_main
 
 if TYPE_CHECKING:
-    from lvlm.calibration.datasets.samples import EvaluationSample
-    from lvlm.calibration.evaluate.metrics import Metric
+    from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
+    from lvlm.calibration.evaluate.answer_metrics import AnswerMetric
     from lvlm.calibration.evaluate.variants import Bundle
     from lvlm.core.progress import Progress
 
@@ -28,14 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if args.list_data:
-        from lvlm.calibration.datasets.samples import listing
+        from lvlm.calibration.datasets.evaluation_samples import listing
 
         print(listing())
         return 0
     _check(args)
     metrics = _metrics(args)
 
-    from lvlm.calibration.datasets.samples import read_samples
+    from lvlm.calibration.datasets.evaluation_samples import read_samples
     from lvlm.calibration.evaluate.study import Study, write_results
     from lvlm.calibration.evaluate.variant_runner import Conditions
     from lvlm.calibration.evaluate.variants import Bundle, variants
@@ -111,8 +111,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ParameterError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
 
 
-def _metrics(args: argparse.Namespace) -> list[Metric]:
-    from lvlm.calibration.evaluate.metrics import METRICS as KNOWN
+def _metrics(args: argparse.Namespace) -> list[AnswerMetric]:
+    from lvlm.calibration.evaluate.answer_metrics import METRICS as KNOWN
     from lvlm.core.discovery import nearest
     from lvlm.core.errors import ParameterError
     from lvlm.export.packages import check_installed
@@ -132,7 +132,7 @@ def _metrics(args: argparse.Namespace) -> list[Metric]:
 
 
 def _reference(
-    args: argparse.Namespace, metrics: Sequence[Metric], given: Sequence[Bundle]
+    args: argparse.Namespace, metrics: Sequence[AnswerMetric], given: Sequence[Bundle]
 ) -> list[Bundle]:
     """The bundle of --reference, or none; ParameterError if there is no full cache anywhere."""
     from lvlm.calibration.evaluate.variants import Bundle
@@ -189,7 +189,7 @@ def _made(
 
 def _settings(
     args: argparse.Namespace,
-    metrics: Sequence[Metric],
+    metrics: Sequence[AnswerMetric],
     samples: Sequence[EvaluationSample],
     bundles: Sequence[Bundle],
 ) -> dict[str, Any]:

@@ -10,15 +10,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from lvlm.calibration.evaluate.answer_metrics import AnswerMetric
 from lvlm.calibration.evaluate.eval_report import ReportRow
-from lvlm.calibration.evaluate.metrics import Metric
 from lvlm.calibration.evaluate.records import ResultsError
 
 PANEL = 4.2, 3.2  # inches
 WIDE = 20.0  # from this ratio of largest to smallest on, perplexity is drawn on a log scale
 
 
-def draw(path: Path, rows: Sequence[ReportRow], metrics: Sequence[Metric], timings: bool) -> None:
+def draw(
+    path: Path, rows: Sequence[ReportRow], metrics: Sequence[AnswerMetric], timings: bool
+) -> None:
     """A row of panels per metric; a line per bundle and kind of setting. Raises ResultsError."""
     columns = ["kept", "decode_ms"] if timings else ["kept"]
     size = PANEL[0] * len(columns), PANEL[1] * len(metrics) + 0.6
@@ -37,7 +39,7 @@ def draw(path: Path, rows: Sequence[ReportRow], metrics: Sequence[Metric], timin
         raise ResultsError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def _panel(axes: Axes, rows: Sequence[ReportRow], metric: Metric, column: str) -> None:
+def _panel(axes: Axes, rows: Sequence[ReportRow], metric: AnswerMetric, column: str) -> None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         kind = row.variant.setting.partition(" ")[0]

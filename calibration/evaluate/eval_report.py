@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lvlm.calibration.datasets.samples import EvaluationSample
-from lvlm.calibration.evaluate.metrics import Metric
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
+from lvlm.calibration.evaluate.answer_metrics import AnswerMetric
 from lvlm.calibration.evaluate.records import ResultsError, Run, SampleRecord
 from lvlm.calibration.evaluate.variants import Variant
 from lvlm.core.output import whole_file
@@ -44,7 +44,7 @@ def make_row(
     variant: Variant,
     records: Mapping[Run, Sequence[SampleRecord | None]],
     samples: Sequence[EvaluationSample],
-    metrics: Sequence[Metric],
+    metrics: Sequence[AnswerMetric],
     full: Sequence[str] | None,
 ) -> ReportRow:
     """``records`` of each run, in the samples' order (None: not run, as another sample is out of
@@ -101,7 +101,7 @@ def _number(value: float | None) -> float:
 
 
 def markdown(
-    rows: Sequence[ReportRow], metrics: Sequence[Metric], about: str, timings: bool
+    rows: Sequence[ReportRow], metrics: Sequence[AnswerMetric], about: str, timings: bool
 ) -> str:
     """The table, below one line ``about`` it, with the meaning of its columns."""
     texts = ["bundle", "recipe", "setting"]

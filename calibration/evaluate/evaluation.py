@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from itertools import groupby
 
-from lvlm.calibration.datasets.samples import EvaluationSample
-from lvlm.calibration.evaluate.fit import Shape, new_tokens, solve_keep
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
+from lvlm.calibration.evaluate.fit import SampleShape, new_tokens, solve_keep
 from lvlm.calibration.evaluate.records import RecordStore, Run, SampleRecord, key_of
 from lvlm.calibration.evaluate.variant_runner import BundleRunner, Conditions
 from lvlm.calibration.evaluate.variants import Variant
@@ -105,7 +105,7 @@ def evaluate(
 def _keeps(
     job: EvaluationJob,
     samples: Sequence[EvaluationSample],
-    shapes: Sequence[Shape],
+    shapes: Sequence[SampleShape],
     how: Conditions,
 ) -> tuple[float | None, ...] | list[SampleRecord]:
     """The solved ``keep`` of every sample, None where nothing is to be solved; or the records of
@@ -142,7 +142,7 @@ def _run(
     chunk: slice,
     keeps: Sequence[float | None],
     samples: Sequence[EvaluationSample],
-    shapes: Sequence[Shape],
+    shapes: Sequence[SampleShape],
 ) -> list[SampleRecord]:
     """A chunk's records; only prompts of equal ``keep`` can be run together."""
     records = []

@@ -19,7 +19,7 @@ HALVINGS = 64  # past the precision of a float
 
 
 @dataclass(frozen=True)
-class Shape:
+class SampleShape:
     """A sample in numbers: its text tokens, the tokens of each image, the answer's token ids."""
 
     text_tokens: int
@@ -39,7 +39,7 @@ class Reach:
     min_kept: float
 
 
-def solve_keep(manifest: Manifest, shape: Shape, wanted: float) -> Reach:
+def solve_keep(manifest: Manifest, shape: SampleShape, wanted: float) -> Reach:
     """The ``keep`` whose entries, mean over layers, over the prompt's tokens are nearest to
     ``wanted``.
 
@@ -70,7 +70,7 @@ def solve_keep(manifest: Manifest, shape: Shape, wanted: float) -> Reach:
 
 
 def new_tokens(
-    manifest: Manifest, shape: Shape, keep: Keep | None, kv_keep: float | None, wanted: int
+    manifest: Manifest, shape: SampleShape, keep: Keep | None, kv_keep: float | None, wanted: int
 ) -> int:
     """Number of new tokens, up to ``wanted``, that the bundle's capacity has room for; 0: none."""
     budgets = Budgets.of(manifest.cache_policy, manifest.text.layers, kv_keep)
@@ -83,7 +83,7 @@ def new_tokens(
         return 0
 
 
-def entries(manifest: Manifest, shape: Shape, keep: Keep | None) -> np.ndarray:
+def entries(manifest: Manifest, shape: SampleShape, keep: Keep | None) -> np.ndarray:
     """Tokens [L] that enter each block."""
     ratios = keep_ratios(manifest.shortenings, manifest.keep, keep)
     images: Sequence[Sequence[int]] = [shape.image_tokens]

@@ -13,10 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
+from lvlm.calibration.evaluate.answer_metrics import AnswerMetric
 from lvlm.calibration.evaluate.eval_report import ReportRow, make_row, markdown, results, write
 from lvlm.calibration.evaluate.evaluation import evaluate, pending, plan_jobs
-from lvlm.calibration.evaluate.metrics import Metric
 from lvlm.calibration.evaluate.records import RecordStore, ResultsError, Run, SampleRecord
 from lvlm.calibration.evaluate.variant_runner import Conditions
 from lvlm.calibration.evaluate.variants import Bundle, Variant, reference_of
@@ -64,7 +64,7 @@ class Study:
     rows: Sequence[Variant]
     references: Sequence[Bundle]
     samples: Sequence[EvaluationSample]
-    metrics: Sequence[Metric]
+    metrics: Sequence[AnswerMetric]
     how: Conditions
 
     def run(self, output: Path, progress: Progress) -> list[ReportRow]:
@@ -118,7 +118,7 @@ def _distinct(variants: Sequence[Variant]) -> list[Variant]:
 def write_results(
     output: Path,
     rows: Sequence[ReportRow],
-    metrics: Sequence[Metric],
+    metrics: Sequence[AnswerMetric],
     settings: Mapping[str, Any],
     about: str,
     *,

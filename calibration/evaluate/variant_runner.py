@@ -15,8 +15,8 @@ from typing import Self
 
 import numpy as np
 
-from lvlm.calibration.datasets.samples import PLACEHOLDER, DataError, EvaluationSample
-from lvlm.calibration.evaluate.fit import Shape
+from lvlm.calibration.datasets.evaluation_samples import PLACEHOLDER, DataError, EvaluationSample
+from lvlm.calibration.evaluate.fit import SampleShape
 from lvlm.calibration.evaluate.records import Run, SampleRecord
 from lvlm.calibration.evaluate.variants import Bundle, Variant
 from lvlm.core.errors import BundleError, LvlmError
@@ -67,12 +67,12 @@ class BundleRunner:
         del self._model
         self._closing.close()
 
-    def shape(self, sample: EvaluationSample) -> Shape:
+    def shape(self, sample: EvaluationSample) -> SampleShape:
         """Raises LvlmError, naming the sample, if it cannot be prepared for this model."""
         prompt = self._prompt(sample)
         counts = np.unique(prompt.image_id[prompt.image_id > 0], return_counts=True)[1]
         text_tokens = len(prompt.ids) - int(counts.sum())
-        return Shape(text_tokens, tuple(counts.tolist()), tuple(self._answer(sample)))
+        return SampleShape(text_tokens, tuple(counts.tolist()), tuple(self._answer(sample)))
 
     def _text(self, sample: EvaluationSample) -> str:
         """The prompt with this model's placeholders; without a chat template images that have
@@ -106,7 +106,7 @@ class BundleRunner:
         variant: Variant,
         keep: float | None,
         samples: Sequence[EvaluationSample],
-        shapes: Sequence[Shape],
+        shapes: Sequence[SampleShape],
         keys: Sequence[str],
     ) -> list[SampleRecord]:
         """The records of some samples, together in one batch; ``keep`` is the solved option, if

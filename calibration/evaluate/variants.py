@@ -32,7 +32,7 @@ class Bundle:
 
     @property
     def is_full(self) -> bool:
-        """Whether every token keeps its entry in every layer: what others are compared with."""
+        """True where every token keeps its entry in every layer: what others are compared with."""
         return not self.manifest.shortenings and self.manifest.cache_policy is None
 
 

@@ -15,7 +15,7 @@ from lvlm.core.console import Parser, run_main
 if TYPE_CHECKING:
     from lvlm.calibration.profile.measure import CalibrationJob
     from lvlm.export.budgets.calibration_samples import CalibrationSample
-    from lvlm.export.budgets.prefix_profiles import Profile
+    from lvlm.export.budgets.prefix_profiles import PrefixProfile
 
 KEEP = 0.2
 DIGITS_SAMPLES = 64
@@ -198,7 +198,7 @@ def _digits(count: int, seed: int) -> list[CalibrationSample]:
     ]
 
 
-def _data(job: CalibrationJob, profile: Profile) -> dict[str, Any]:
+def _data(job: CalibrationJob, profile: PrefixProfile) -> dict[str, Any]:
     return {
         "output": str(job.output),
         "plot": str(job.plot),
@@ -211,7 +211,9 @@ def _data(job: CalibrationJob, profile: Profile) -> dict[str, Any]:
     }
 
 
-def _table(args: argparse.Namespace, job: CalibrationJob, profile: Profile, seconds: float) -> str:
+def _table(
+    args: argparse.Namespace, job: CalibrationJob, profile: PrefixProfile, seconds: float
+) -> str:
     from lvlm.export.summaries import layout
 
     fractions = profile.row().fractions

@@ -14,7 +14,7 @@ from lvlm.core.errors import ParameterError, PromptError
 from lvlm.core.progress import Progress, Stage
 from lvlm.export.budgets.calibration_samples import CalibrationSample
 from lvlm.export.budgets.measuring import calibrate
-from lvlm.export.budgets.prefix_profiles import Profile, identify
+from lvlm.export.budgets.prefix_profiles import PrefixProfile, identify
 from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.estimates import check_memory, running_memory
@@ -102,7 +102,7 @@ def _job(
     )
 
 
-def measure(job: CalibrationJob, progress: Progress) -> Profile:
+def measure(job: CalibrationJob, progress: Progress) -> PrefixProfile:
     """The profile, written with its plot. What is finished survives an interrupt in ``work``."""
     with progress.stage(f"check {len(job.samples)} samples") as stage:
         _check_samples(job)
@@ -130,7 +130,7 @@ def _check_samples(job: CalibrationJob) -> None:
             )
 
 
-def _read_samples(job: CalibrationJob, reference: Reference, stage: Stage) -> Profile:
+def _read_samples(job: CalibrationJob, reference: Reference, stage: Stage) -> PrefixProfile:
     total, reused = len(job.samples), 0
 
     def on_sample(done: int, remembered: bool) -> None:

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lvlm.core.errors import ExportError
-from lvlm.export.budgets.prefix_profiles import Profile
+from lvlm.export.budgets.prefix_profiles import PrefixProfile
 
 
-def draw_profile(profile: Profile, path: Path) -> None:
+def draw_profile(profile: PrefixProfile, path: Path) -> None:
     """Bars of the budgets at the profile's keep, a dot for every sample's own. ExportError."""
     layers = range(profile.layers)
     figure = Figure(figsize=(max(5.0, 1.5 + 0.28 * profile.layers), 3.4), layout="constrained")

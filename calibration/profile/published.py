@@ -19,7 +19,7 @@ from lvlm.export.budgets.prefix_profiles import (
     SCHEMA,
     DataId,
     LayerSpread,
-    Profile,
+    PrefixProfile,
     RecipeId,
     identify,
 )
@@ -27,7 +27,9 @@ from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.runtime.policies.shares import ProfileRow
 
 
-def published(model: str, revision: str | None, files: Sequence[Path], keep: float) -> Profile:
+def published(
+    model: str, revision: str | None, files: Sequence[Path], keep: float
+) -> PrefixProfile:
     """The profile of a model from one or more files, made for what is nearest to ``keep`` in them.
 
     Raises ParameterError for a file that is none, or for another number of layers.
@@ -41,7 +43,7 @@ def published(model: str, revision: str | None, files: Sequence[Path], keep: flo
         keeps = [row.keep for row in rows]
         if len(set(keeps)) < len(keeps):
             raise ParameterError("two of the files keep the same part of the cache; give one")
-        return Profile(
+        return PrefixProfile(
             kind="prefixkv",
             schema=SCHEMA,
             keep=min(keeps, key=lambda one: abs(one - keep)),

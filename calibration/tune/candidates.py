@@ -29,7 +29,7 @@ class Candidate:
 
     @property
     def bundle(self) -> tuple[str, str | None]:
-        """What decides which bundle serves it: fractions are options of a call."""
+        """The key of the bundle that serves it: fractions are options of a call."""
         return self.recipe, self.kv
 
     @property
@@ -45,7 +45,7 @@ class Candidate:
 
     @property
     def settings(self) -> list[str]:
-        """As ``--set`` takes them."""
+        """The settings as ``--set`` takes them."""
         given = {"keep": self.keep, "kv": self.kv, "kv_keep": self.kv_keep}
         return [
             f"{name}={value if isinstance(value, str) else format(value, 'g')}"
@@ -94,7 +94,7 @@ def candidates(
 
 
 def with_room(some: Sequence[Candidate]) -> Candidate:
-    """What the bundle for ``some`` candidates is exported with: calls can only lower fractions."""
+    """Settings of the bundle for ``some`` candidates: calls can only lower fractions."""
 
     def largest(values: Sequence[float | None]) -> float | None:
         return max((v for v in values if v is not None), default=None)

@@ -17,7 +17,7 @@ from lvlm.calibration.tune.losses import ONE_SIDED, Loss
 PART = 24  # of the samples the first round asks one in so many
 FIRST = 8  # but no fewer: one answer more or less would decide
 STEP = 1.6  # more samples from round to round, and fewer candidates
-LEAST = 5  # candidates that the last round compares, at least
+MIN_CANDIDATES = 5  # candidates that the last round compares, at least
 WEIGHT = 3  # of speed against the probability that the limit is kept
 
 
@@ -31,7 +31,7 @@ def rounds(candidates: int, samples: int, batch: int) -> list[tuple[int, int]]:
         found.append((count, some))
         if count == samples:
             return found
-        count, some = math.ceil(STEP * count), max(LEAST, math.ceil(some / STEP))
+        count, some = math.ceil(STEP * count), max(MIN_CANDIDATES, math.ceil(some / STEP))
 
 
 def left(
@@ -39,15 +39,15 @@ def left(
     losses: Mapping[Candidate, Loss],
     speed: Mapping[Candidate, float],
     max_loss: float | None,
-    most: int,
+    max_candidates: int,
 ) -> list[Candidate]:
-    """At most ``most`` of ``some``, the full model among them in any case; ``speed``: the more the
-    better."""
+    """Choose at most ``max_candidates`` of ``some``, the full model among them in any case;
+    ``speed``: the more the better."""
     others = [one for one in some if one != FULL]
     if max_loss is not None:
-        others = [one for one in others if losses[one].at_least <= max_loss]
+        others = [one for one in others if losses[one].lower_bound <= max_loss]
     others.sort(key=lambda one: promise(losses[one], speed[one], max_loss), reverse=True)
-    stay = {FULL, *others[: most - 1]}
+    stay = {FULL, *others[: max_candidates - 1]}
     return [one for one in some if one in stay]
 
 

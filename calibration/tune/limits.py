@@ -12,7 +12,7 @@ TIMES = {"ms": 1.0, "s": 1000.0, "": 1.0}
 
 
 @dataclass(frozen=True)
-class Limits:
+class TuneLimits:
     """None: no limit.
 
     memory    bytes of weights, caches, workspace and kept images together

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
+from lvlm.calibration.evaluate.answer_metrics import AnswerMetric
 from lvlm.calibration.evaluate.evaluation import EvaluationStep, evaluate, plan_jobs
-from lvlm.calibration.evaluate.metrics import Metric
 from lvlm.calibration.evaluate.records import RecordStore, SampleRecord
 from lvlm.calibration.evaluate.variant_runner import Conditions
 from lvlm.calibration.evaluate.variants import Bundle, Variant
@@ -28,16 +28,16 @@ class Loss:
     margin: float
 
     @property
-    def at_least(self) -> float:
+    def lower_bound(self) -> float:
         return self.part - self.margin
 
 
 @dataclass(frozen=True)
-class Judge:
+class LossMeter:
     """Samples, and how answers to them are scored. ``bundles``: by what they serve."""
 
     samples: Sequence[EvaluationSample]
-    metric: Metric
+    metric: AnswerMetric
     how: Conditions
     store: RecordStore[SampleRecord]
     bundles: Mapping[tuple[str, str | None], Bundle]

@@ -73,7 +73,8 @@ def predict(
     keep: float | None = None,
     kv_keep: float | None = None,
 ) -> Prediction:
-    """What the bundle ``own`` takes with these options, beside ``full``, the bundle of none.
+    """Memory and time of the bundle ``own`` with these options, beside ``full``, the bundle of
+    none.
 
     Raises ParameterError where ``load`` is more than it has room for.
     """

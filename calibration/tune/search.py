@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from lvlm.calibration.datasets.samples import DataError
+from lvlm.calibration.datasets.evaluation_samples import DataError
 from lvlm.calibration.evaluate.evaluation import EvaluationStep
 from lvlm.calibration.evaluate.variants import Bundle
 from lvlm.calibration.tune.candidates import FULL, Candidate
 from lvlm.calibration.tune.halving import left, rounds
-from lvlm.calibration.tune.limits import Limits
-from lvlm.calibration.tune.losses import Judge, Loss
+from lvlm.calibration.tune.limits import TuneLimits
+from lvlm.calibration.tune.losses import Loss, LossMeter
 from lvlm.calibration.tune.predictions import Prediction
 from lvlm.calibration.tune.shelf import Key, Shelf
 from lvlm.calibration.tune.speeds import SpeedRecord, Stopwatch
@@ -49,8 +49,8 @@ class Search:
     """One search. ``judge`` and ``stopwatch`` see the same ``bundles``, those of ``shelf``."""
 
     trials: dict[Candidate, Trial]
-    limits: Limits
-    judge: Judge
+    limits: TuneLimits
+    judge: LossMeter
     stopwatch: Stopwatch
     shelf: Shelf
     bundles: dict[Key, Bundle]
@@ -67,10 +67,10 @@ class Search:
         self._fetch()
         running = self._running()
         plan = rounds(len(running), len(self.judge.samples), self.judge.how.batch)
-        for number, (count, most) in enumerate(plan):
+        for number, (count, max_candidates) in enumerate(plan):
             self._ask(running, count, progress)
             last = number + 1 == len(plan)
-            following = min(most, TIMED) if last else plan[number + 1][1]
+            following = min(max_candidates, TIMED) if last else plan[number + 1][1]
             if last or min(len(running), following) <= TIMED:
                 running = self._thinned(running, max(following, TIMED))
                 self._time(running, progress)
@@ -91,8 +91,8 @@ class Search:
                 self._leave(one, f"needs {size(trial.prediction.memory)}")
 
     def _drop_what_takes_too_long(self) -> None:
-        """By the full model's own times: its vision tower's, and prefill by the work that is
-        left."""
+        """Drop candidates by the full model's own times: its vision tower's, and prefill by the
+        work that is left."""
         if self.limits.ttft_ms is None:
             return
         vision, prefill, _ = self.full_ms
@@ -141,15 +141,15 @@ class Search:
             elif self.limits.ttft_ms is not None and speed.ttft_ms > self.limits.ttft_ms:
                 self._leave(one, f"first token after {speed.ttft_ms:.0f} ms")
 
-    def _thinned(self, some: Sequence[Candidate], most: int) -> list[Candidate]:
-        """At most ``most`` of them; of the others it is noted why they went."""
+    def _thinned(self, some: Sequence[Candidate], max_candidates: int) -> list[Candidate]:
+        """Keep at most ``max_candidates`` of them; of the others it is noted why they went."""
         losses = {one: loss for one in some if (loss := self.trials[one].loss) is not None}
         speed = self._speed(some)
-        stay = left(some, losses, speed, self.limits.max_loss, most)
+        stay = left(some, losses, speed, self.limits.max_loss, max_candidates)
         for one in some:
             if one not in stay:
                 limit, loss = self.limits.max_loss, losses[one]
-                lost = limit is not None and loss.at_least > limit
+                lost = limit is not None and loss.lower_bound > limit
                 why = "loses too much" if lost else "others are better"
                 self._leave(one, f"{why} ({loss.samples} samples)")
         return stay

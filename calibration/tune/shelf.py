@@ -1,4 +1,4 @@
-"""Where the bundles of candidates come from: exported as they are needed, or given."""
+"""Sources of the candidates' bundles: exported as they are needed, or given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lvlm.core.progress import Progress
 Key = tuple[str, str | None]  # Candidate.bundle
 
 
-class Served(NamedTuple):
+class ServedBundles(NamedTuple):
     """Bundles by what they serve, and why there is none for others."""
 
     bundles: dict[Key, Bundle]
@@ -27,7 +27,7 @@ class Served(NamedTuple):
 class Shelf(Protocol):
     """A source of bundles."""
 
-    def serve(self, some: Sequence[Candidate]) -> Served:
+    def serve(self, some: Sequence[Candidate]) -> ServedBundles:
         """The bundles that ``some`` candidates need. Raises LvlmError."""
         ...
 
@@ -38,7 +38,7 @@ class Shelf(Protocol):
 
 @dataclass(frozen=True)
 class Making:
-    """What all bundles of a search are exported with (lvlm-export's flags)."""
+    """Options that all bundles of a search are exported with (lvlm-export's flags)."""
 
     model: str
     dtype: str | None
@@ -60,7 +60,7 @@ class ExportedShelf:
     progress: Progress
     known: dict[Key, Bundle] = field(default_factory=dict)
 
-    def serve(self, some: Sequence[Candidate]) -> Served:
+    def serve(self, some: Sequence[Candidate]) -> ServedBundles:
         refused: dict[Key, str] = {}
         for key in dict.fromkeys(one.bundle for one in some):
             if key in self.known:
@@ -84,7 +84,7 @@ class ExportedShelf:
                 if not self.lenient or key == FULL.bundle:
                     raise
                 refused[key] = str(error)
-        return Served(dict(self.known), refused)
+        return ServedBundles(dict(self.known), refused)
 
     def command(self, one: Candidate) -> str:
         how = self.making
@@ -102,9 +102,9 @@ class GivenShelf:
 
     bundles: Mapping[Key, Bundle]
 
-    def serve(self, some: Sequence[Candidate]) -> Served:
+    def serve(self, some: Sequence[Candidate]) -> ServedBundles:
         del some
-        return Served(dict(self.bundles), {})
+        return ServedBundles(dict(self.bundles), {})
 
     def command(self, one: Candidate) -> str:
         fractions = {"--keep": one.keep, "--kv-keep": one.kv_keep}

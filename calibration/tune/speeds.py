@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lvlm.bench.contenders import Contender
 from lvlm.bench.rounds import BenchPlan, measure
-from lvlm.bench.workload import Case, PromptWriter, prompt_maker, work
+from lvlm.bench.workload import Case, WorkloadPrompts, prompt_maker, work
 from lvlm.calibration.evaluate.records import Record, RecordStore, key_of
 from lvlm.calibration.evaluate.variants import Bundle
 from lvlm.calibration.tune.candidates import FULL, Candidate
@@ -61,10 +61,10 @@ class Stopwatch:
         """Raises ParameterError where no prompt is of that length: known before any work."""
         work(self.case(), self._writer(), SEED)
 
-    def _writer(self) -> PromptWriter:
+    def _writer(self) -> WorkloadPrompts:
         full = self.bundles[FULL.bundle]
         maker = prompt_maker(full.folder, full.manifest)
-        return PromptWriter(maker, full.manifest.special_tokens.get("bos_token"))
+        return WorkloadPrompts(maker, full.manifest.special_tokens.get("bos_token"))
 
     def _measured(self, one: Candidate) -> SpeedRecord:
         bundle, full = self.bundles[one.bundle], self.bundles[FULL.bundle]

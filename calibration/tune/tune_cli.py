@@ -13,9 +13,9 @@ from lvlm.calibration.tune.tune_arguments import KEEPS, KV_KEEPS, RECIPES, parse
 from lvlm.core.console import run_main
 
 if TYPE_CHECKING:
-    from lvlm.calibration.datasets.samples import EvaluationSample
+    from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
     from lvlm.calibration.tune.candidates import Candidate
-    from lvlm.calibration.tune.limits import Limits
+    from lvlm.calibration.tune.limits import TuneLimits
     from lvlm.calibration.tune.predictions import Load
     from lvlm.calibration.tune.search import Choice, Trial
     from lvlm.calibration.tune.shelf import Shelf
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from lvlm.calibration.datasets.samples import listing, read_samples
+    from lvlm.calibration.datasets.evaluation_samples import listing, read_samples
 
     if args.list_data:
         print(listing())
@@ -77,9 +77,9 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _checked(args: argparse.Namespace) -> Limits:
+def _checked(args: argparse.Namespace) -> TuneLimits:
     """Raise for mistakes that are known before anything is read."""
-    from lvlm.calibration.tune.limits import Limits, milliseconds, part
+    from lvlm.calibration.tune.limits import TuneLimits, milliseconds, part
     from lvlm.core.errors import ParameterError
     from lvlm.runtime.engine.memory_plan import byte_size
 
@@ -110,7 +110,7 @@ def _checked(args: argparse.Namespace) -> Limits:
             "within what limits? give --memory 4GB, --ttft 300ms or --max-loss 1%; without any, "
             "recipe none loses the least"
         )
-    return Limits(
+    return TuneLimits(
         None if args.memory is None else byte_size("--memory", args.memory),
         None if args.ttft is None else milliseconds(args.ttft),
         None if args.max_loss is None else part(args.max_loss),
@@ -120,7 +120,7 @@ def _checked(args: argparse.Namespace) -> Limits:
 def _shelf(
     args: argparse.Namespace, samples: Sequence[EvaluationSample], progress: Progress
 ) -> tuple[Shelf, list[Candidate]]:
-    """Where bundles come from, and all that is to be tried."""
+    """The source of bundles, and all that is to be tried."""
     from lvlm.calibration.evaluate.study import BUNDLES
     from lvlm.calibration.evaluate.variants import Bundle
     from lvlm.calibration.tune.candidates import candidates
@@ -150,19 +150,19 @@ def _shelf(
 
 def _searched(
     args: argparse.Namespace,
-    limits: Limits,
+    limits: TuneLimits,
     samples: Sequence[EvaluationSample],
     shelf: Shelf,
     candidates: Sequence[Candidate],
     progress: Progress,
 ) -> Choice:
     from lvlm.bench.machine import cores
-    from lvlm.calibration.evaluate.metrics import METRICS
+    from lvlm.calibration.evaluate.answer_metrics import METRICS
     from lvlm.calibration.evaluate.records import RecordStore, SampleRecord
     from lvlm.calibration.evaluate.study import RECORDS
     from lvlm.calibration.evaluate.variant_runner import Conditions
     from lvlm.calibration.tune.candidates import FULL
-    from lvlm.calibration.tune.losses import Judge
+    from lvlm.calibration.tune.losses import LossMeter
     from lvlm.calibration.tune.search import Search
     from lvlm.calibration.tune.speeds import SpeedRecord, Stopwatch
 
@@ -175,7 +175,7 @@ def _searched(
     search = Search(
         trials=_trials(candidates, shelf, load),
         limits=limits,
-        judge=Judge(samples, METRICS[args.metric], how, store, bundles),
+        judge=LossMeter(samples, METRICS[args.metric], how, store, bundles),
         stopwatch=Stopwatch(load, args.device, threads, times, bundles),
         shelf=shelf,
         bundles=bundles,
@@ -194,7 +194,7 @@ def _images(samples: Sequence[EvaluationSample]) -> int:
 
 
 def _trials(candidates: Sequence[Candidate], shelf: Shelf, load: Load) -> dict[Candidate, Trial]:
-    """What is predicted of each; those that cannot be for this model are out."""
+    """Predictions of each; those that cannot be for this model are out."""
     from lvlm.calibration.tune.candidates import FULL
     from lvlm.calibration.tune.predictions import NOTHING_KNOWN, imagined, predict
     from lvlm.calibration.tune.search import Trial
@@ -242,14 +242,14 @@ def _about(args: argparse.Namespace, samples: Sequence[EvaluationSample]) -> str
     )
 
 
-def _nothing(choice: Choice, limits: Limits) -> str:
-    """What comes nearest to limits that nothing keeps."""
+def _nothing(choice: Choice, limits: TuneLimits) -> str:
+    """The nearest candidates to limits that nothing keeps."""
     from lvlm.core.progress import size
 
     parts = []
     if limits.memory is not None:
-        least = min(trial.prediction.memory for trial in choice.trials)
-        parts.append(f"the least memory is {size(least)}")
+        smallest = min(trial.prediction.memory for trial in choice.trials)
+        parts.append(f"the least memory is {size(smallest)}")
     if limits.ttft_ms is not None:
         times = [t.speed.ttft_ms for t in choice.trials if t.speed and t.speed.error is None]
         parts.append(f"the earliest first token comes after {min(times):.0f} ms" if times else "")

@@ -45,15 +45,15 @@ def write_choice(
 
 
 def pareto(trials: Sequence[Trial]) -> list[Candidate]:
-    """Of those measured on as many samples as any, the candidates that none is better than, by
+    """The candidates, of those measured on as many samples as any, that none is better than, by
     loss and tokens per second."""
     known = {
         t.candidate: (t.loss.samples, t.loss.part, -t.speed.tokens_per_s)
         for t in trials
         if t.loss and t.speed and t.speed.error is None
     }
-    most = max((samples for samples, *_ in known.values()), default=0)
-    last = {one: figures for one, (samples, *figures) in known.items() if samples == most}
+    max_samples = max((samples for samples, *_ in known.values()), default=0)
+    last = {one: figures for one, (samples, *figures) in known.items() if samples == max_samples}
     return [
         one
         for one, own in last.items()

@@ -74,7 +74,7 @@ def samples_of(path: str | Path | None) -> list[CalibrationSample]:
 
 
 def what_of(path: str | Path | None) -> str:
-    """What messages call them."""
+    """The samples' name in messages."""
     return "built-in samples" if path is None else f"samples of {path}"
 
 

@@ -17,16 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from lvlm.core.errors import ExportError, ParameterError
+from lvlm.export.budgets.importance_recording import record_importances
 from lvlm.export.budgets.prefix_profiles import (
     SCHEMA,
     DataId,
     LayerSpread,
     ModelId,
-    Profile,
+    PrefixProfile,
     RecipeId,
 )
 from lvlm.export.budgets.prefix_search import grid, mean_rows, search_fractions
-from lvlm.export.budgets.recording import record_importances
 from lvlm.export.reference.torch_reference import Reference
 from lvlm.runtime.prompt.prompts import Prompt
 
@@ -41,7 +41,7 @@ def calibrate(
     *,
     work: Path | None = None,
     on_sample: Callable[[int, bool], None] | None = None,
-) -> Profile:
+) -> PrefixProfile:
     """The profile of the model that ``reference`` runs, from prompts read one at a time.
 
     ``work``: a file that remembers finished samples, so that a run that was cut short goes on from
@@ -70,7 +70,7 @@ def calibrate(
         raise ParameterError("there are no samples to calibrate on; give at least one")
     measured = np.stack(fractions)
     asked = measured[:, keeps.index(keep)]
-    return Profile(
+    return PrefixProfile(
         kind="prefixkv",
         schema=SCHEMA,
         keep=keep,
@@ -120,7 +120,7 @@ class _Finished:
 
 
 def prompt_hash(prompt: Prompt) -> str:
-    """What the model is given: tokens, places of images, images."""
+    """Hash of what the model is given: tokens, places of images, images."""
     arrays = np.asarray(prompt.ids, np.int64), prompt.image_id
     parts = [part for x in arrays for part in (str(x.shape), x.tobytes())]
     return digest(*parts, *(image.digest() for image in prompt.images))
@@ -135,6 +135,6 @@ def digest(*parts: str | bytes) -> str:
 
 
 def _plain(parameters: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives them back."""
+    """The values as JSON gives them back."""
     plain: dict[str, Any] = json.loads(json.dumps(parameters))
     return plain

@@ -59,7 +59,7 @@ class RecipeId:
 
 
 @dataclass(frozen=True)
-class Profile:
+class PrefixProfile:
     """A profile file. ``rows`` by rising keep, ``keep`` among them."""
 
     kind: Literal["prefixkv"]
@@ -84,7 +84,7 @@ class Profile:
             partial.write_text(text + "\n", encoding="utf-8")
 
 
-def read_profile(path: str | Path) -> Profile:
+def read_profile(path: str | Path) -> PrefixProfile:
     """The checked profile in a file. Raises ParameterError, which names the file."""
     path = Path(path)
     try:
@@ -99,7 +99,7 @@ def read_profile(path: str | Path) -> Profile:
             f"{path} has schema {schema}, this version reads {SCHEMA}; {MAKE_ONE} of this version"
         )
     try:
-        profile = decode(Profile, data, path.name)
+        profile = decode(PrefixProfile, data, path.name)
     except BundleError as error:
         raise _no_profile(path, str(error).removesuffix("; export the bundle again")) from None
     _check_values(profile, path)
@@ -111,8 +111,8 @@ def _no_profile(path: Path, reason: str) -> ParameterError:
     return ParameterError(f"{path} is not a PrefixKV profile ({reason[:200]}); {MAKE_ONE}")
 
 
-def _check_values(profile: Profile, path: Path) -> None:
-    """What types alone cannot say."""
+def _check_values(profile: PrefixProfile, path: Path) -> None:
+    """Check what types alone cannot say."""
     keeps = [row.keep for row in profile.rows]
     if keeps != sorted(set(keeps)) or profile.keep not in keeps:
         raise _no_profile(path, f"rows for the keeps {keeps}, made for {profile.keep}")
@@ -130,7 +130,7 @@ def _check_values(profile: Profile, path: Path) -> None:
         raise _no_profile(path, f"fractions of other samples than its {profile.data.samples}")
 
 
-def check_profile(profile: Profile, layers: int, model_sha256: str) -> None:
+def check_profile(profile: PrefixProfile, layers: int, model_sha256: str) -> None:
     """ParameterError if the profile was made for another model."""
     again = "calibrate for this model with lvlm-calibrate"
     if profile.layers != layers:

@@ -34,7 +34,7 @@ KINDS = r"lora_(?:(A|B)(?:\.default)?\.weight|embedding_(A|B)(?:\.default)?|(mag
 
 @dataclass
 class Change:
-    """What an adapter has of one layer: names of its tensors. ``saved``: a whole parameter."""
+    """An adapter's change of one layer: names of its tensors. ``saved``: a whole parameter."""
 
     down: str = ""  # A [r, K]
     up: str = ""  # B [N, r]
@@ -53,7 +53,7 @@ class Adapter:
     changes: Mapping[str, Change] = field(default_factory=dict)
 
     def scaling(self, module: str, rank: int) -> float:
-        """What B @ A of a layer is multiplied by. CheckpointError if ``rank`` is another than the
+        """The factor of B @ A of a layer. CheckpointError if ``rank`` is another than the
         options say."""
         said = self._of_pattern("rank_pattern", module, self.config.get("r", 8))
         if said != rank:

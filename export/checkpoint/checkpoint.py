@@ -18,8 +18,8 @@ from lvlm.core.discovery import discover, nearest
 from lvlm.core.errors import CheckpointError, LvlmError, ParameterError
 from lvlm.export.checkpoint.adapter import CONFIG as ADAPTER
 from lvlm.export.checkpoint.adapter import base_of
-from lvlm.export.checkpoint.form import Form, MadeTensor
-from lvlm.export.checkpoint.forms import find_forms
+from lvlm.export.checkpoint.checkpoint_form import Form, MadeTensor
+from lvlm.export.checkpoint.form_discovery import find_forms
 from lvlm.export.checkpoint.hub import fetch
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor
 from lvlm.export.checkpoint.weight_files import INDEX, Stored, weight_files
@@ -116,7 +116,7 @@ class Checkpoint:
         return self._read(name, len(self.forms))
 
     def _read(self, name: str, level: int) -> torch.Tensor:
-        """As the first ``level`` forms have it."""
+        """The tensor as the first ``level`` forms have it."""
         for below in reversed(range(level)):
             if (made := self.forms[below].made.get(name)) is not None:
                 return made.make(lambda other, below=below: self._read(other, below))  # type: ignore[misc]
@@ -131,7 +131,7 @@ class Checkpoint:
 
     @cached_property
     def made(self) -> Mapping[str, MadeTensor]:
-        """What no file holds as it is, by name."""
+        """Tensors that no file holds as they are, by name."""
         found: dict[str, MadeTensor] = {}
         for form in self.forms:
             found |= form.made
@@ -146,7 +146,7 @@ class Checkpoint:
 
     @property
     def words(self) -> str:
-        """What the checkpoint is, for a report."""
+        """A description of the checkpoint, for a report."""
         names = {stored.file.name for stored in self.stored.values()}
         kinds = {Path(name).suffix for name in names}
         files = "safetensors" if kinds == {".safetensors"} else "torch's own"
@@ -154,8 +154,8 @@ class Checkpoint:
         return "; ".join([*(form.words for form in self.forms), plain])
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two tensors hold the same values, read a part at a time; of what is not here, or
-        made, it is said that they do not."""
+        """True where two tensors hold the same values, read a part at a time; of what is not here,
+        or made, it is said that they do not."""
         a, b = self.tensors[one], self.tensors[other]
         if a.shape != b.shape or self.absent or one in self.made or other in self.made:
             return False

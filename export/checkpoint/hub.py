@@ -119,7 +119,7 @@ def _silent() -> Any:
 
 
 def _bar(stage: Stage, total: int) -> Any:
-    """What the hub's library takes for a progress bar: bytes go to the stage, nothing is drawn."""
+    """A progress bar for the hub's library: bytes go to the stage, nothing is drawn."""
 
     class Bar(_silent()):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -137,7 +137,7 @@ def _bar(stage: Stage, total: int) -> Any:
 
 @contextmanager
 def _errors(hub_id: str, revision: str | None) -> Iterator[None]:
-    """What the hub and the network raise, in one line."""
+    """Turn what the hub and the network raise into one line."""
     try:
         yield
     except (LvlmError, MemoryError):

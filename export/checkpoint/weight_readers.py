@@ -33,7 +33,7 @@ class WeightReader(Protocol):
     def get_tensor(self, name: str) -> torch.Tensor: ...
 
     def get_slice(self, name: str) -> Any:
-        """What gives rows of a tensor when it is indexed."""
+        """An object that gives rows of a tensor when it is indexed."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Does a bundle answer on this machine's device as it answered elsewhere, token for token?"""
+"""A bundle's answers on this machine's device beside those elsewhere, token for token."""
 
 from __future__ import annotations
 

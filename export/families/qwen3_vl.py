@@ -26,7 +26,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 from lvlm.export.families.parts.leaf_tables import text_leaves
 from lvlm.export.families.parts.llama_text import tiny, tiny_token
 from lvlm.export.families.parts.mrope import taking_turns
-from lvlm.export.families.parts.qwen_vision import Angles, patches, run_block
+from lvlm.export.families.parts.qwen_vision import VisionAngles, patches, run_block
 from lvlm.export.families.parts.qwen_vl_like import ROPES, QwenVL, tiny_preprocessor, tiny_text
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.leaves import Attention, Rotary, Table
@@ -69,7 +69,7 @@ class Qwen3VL(QwenVL):
         return Qwen3Vision(model)
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
-        """GQA and MHA, one and two deep features, patches of two sizes, tied weights."""
+        """GQA and MHA, one and two DeepStack layers, patches of two sizes, tied weights."""
         vision: dict[str, Any] = {"num_heads": 3, "hidden_size": 48, "out_hidden_size": 64}
         yield (
             "gqa",
@@ -129,7 +129,7 @@ class Qwen3Vision(nn.Module):
 
     pixel_values [V,p,3*frames*patch*patch] fp32, position_ids [V,p,2] int64: V tokens of p patches
     learned       [V,p,4] int64: learned positions around each patch; share [V,p,4] fp32 of each
-    -> [V,(1+deep)*D]
+    -> [V,(1+deepstack_layers)*D]
     """
 
     def __init__(self, model: Any) -> None:
@@ -147,7 +147,7 @@ class Qwen3Vision(nn.Module):
         hidden = patches(visual, pixel_values)
         around = nn.functional.embedding(learned, visual.pos_embed.weight)
         hidden = hidden + (around * share[..., None]).sum(2).to(hidden.dtype)
-        angles = Angles.of(visual, hidden, position_ids)
+        angles = VisionAngles.of(visual, hidden, position_ids)
         deepstack = []
         for layer, block in enumerate(visual.blocks):
             hidden = run_block(block, hidden, angles)

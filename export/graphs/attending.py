@@ -1,4 +1,4 @@
-"""What blocks of a language model attend by: angles and masks, computed once for many layers."""
+"""Angles and masks that blocks of a language model attend by, computed once for many layers."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Angles:
 
 
 class Masks:
-    """What a prompt's tokens see where that is not everything up to themselves: in layers with a
-    window, and where the tokens of an image see one another (``bidirectional``). Once for each
-    window while the tokens stay."""
+    """Masks of what a prompt's tokens see, where that is not everything up to themselves: in layers
+    with a window, and where the tokens of an image see one another (``bidirectional``). Once for
+    each window while the tokens stay."""
 
     def __init__(self, *, bidirectional: bool) -> None:
         self.bidirectional = bidirectional

@@ -23,7 +23,7 @@ def after_one(
     *,
     sums: bool,
 ) -> torch.Tensor:
-    """That of all slots with what a token attends to whose entry is the last valid one.
+    """Attention of all slots with what a token attends to whose entry is the last valid one.
 
     Its key comes before those of ``past`` [B,Hkv,C,d], the buffer as it was: what has been written
     is for attention alone to read, which targets rely on that write otherwise.
@@ -41,8 +41,8 @@ def after_one(
 def after_some(
     received: torch.Tensor, past_slots: torch.Tensor, tap: Tap, *, sums: bool
 ) -> torch.Tensor:
-    """That of the entries in ``past_slots`` [P] and of T new tokens behind them, [B,1,P+T,1], with
-    what these attend to: themselves and all before."""
+    """Attention of the entries in ``past_slots`` [P] and of T new tokens behind them, [B,1,P+T,1],
+    with what these attend to: themselves and all before."""
     there, tokens = past_slots.shape[0], tap.query.shape[2]
     rows = torch.zeros_like(received[:, 0, :1, 0], dtype=torch.int64)
     index = rows + there + torch.arange(tokens, device=received.device)

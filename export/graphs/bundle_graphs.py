@@ -66,11 +66,11 @@ def score_width(tower: nn.Module) -> int:
 
 
 def _extends(recipe: Recipe, sessions: bool) -> bool:
-    """Whether entries that lie in no order of places are read behind."""
+    """True where entries that lie in no order of places are read behind."""
     return sessions or recipe.question_free
 
 
 def _compacts(recipe: Recipe) -> bool:
-    """Whether the cache is compacted between decode steps."""
+    """True where the cache is compacted between decode steps."""
     rule = recipe.cache_rule()
     return rule is not None and rule.cache_policy.interval is not None

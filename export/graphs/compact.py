@@ -32,7 +32,7 @@ class Compact(LanguageGraph):
         self.none = nn.Identity()  # no weights: all layers are alike
 
     def counts(self) -> list[LayerPort]:
-        """What each layer takes besides its buffers."""
+        """Inputs of each layer besides its buffers."""
         ring = LayerPort("query_slot", torch.int64, (BATCH, self.queries), stacked=True)
         return [
             LayerPort("valid_length", torch.int64, (BATCH,), stacked=True),
@@ -73,7 +73,7 @@ class Compact(LanguageGraph):
         received: torch.Tensor | None = None,
         **counts: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """How many entries of a layer stay, and its buffers with these first."""
+        """The number of a layer's entries that stay, and its buffers with these first."""
         dtype = next(self.model.norm.parameters()).dtype  # that of what is computed
         queries = None if query is None else query.to(dtype)
         stay = self.compacts.compact_buffers(

@@ -42,7 +42,7 @@ def by_need() -> Iterator[None]:
 
 
 def _stays(node: torch.fx.Node, known: set[Any]) -> bool:
-    """Whether a node has the same ONNX nodes undecomposed, none, or those of ``_decompose``."""
+    """True where a node has the same ONNX nodes undecomposed, none, or those of ``_decompose``."""
     target = node.target
     if node.op != "call_function":
         return node.op != "get_attr"

@@ -1,4 +1,4 @@
-"""What enters the first block: tokens' embeddings, with image features in place of placeholders."""
+"""Inputs of the first block: tokens' embeddings, with image features in place of placeholders."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def new_tokens(model: LanguageModel, features: torch.dtype) -> list[GraphPort]:
 
 class EmbeddedTokens:
     """``hidden`` [B,N,D] of a graph's input_ids [B,N], image_row [B,N] (-1: no placeholder) and
-    image_features [R,(1+deep)*D]; with DeepStack also what the first blocks' outputs get."""
+    image_features [R,(1+deepstack_layers)*D]; with DeepStack also what the first blocks' outputs
+    get."""
 
     def __init__(self, model: LanguageModel, given: Tensors) -> None:
         rows = given["image_row"]

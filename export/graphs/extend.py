@@ -24,8 +24,8 @@ class Extend(LanguageGraph):
     """New tokens to the next logits, writing every layer's cache from each row's own slot on.
 
     input_ids       [B,T] int64, padded on the right
-    image_features  [R,(1+deep)*D]: of the images that new tokens stand for; one row of zeros if
-                    there is none
+    image_features  [R,(1+deepstack_layers)*D]: of the images that new tokens stand for; one row of
+                    zeros if there is none
     image_row       [B,T] int64: the row of these that replaces a placeholder, -1 for text and
                     padding
     position_ids    [B,T] int64, or [3,B,T]

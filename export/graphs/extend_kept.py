@@ -42,8 +42,8 @@ class ExtendKept(LanguageGraph):
     with P entries and T new tokens:
 
     input_ids       [B,T] int64
-    image_features  [R,(1+deep)*D], image_row [B,T], position_ids [B,T] or [3,B,T], last_token [B]:
-                    as in extend.py
+    image_features  [R,(1+deepstack_layers)*D], image_row [B,T], position_ids [B,T] or [3,B,T],
+                    last_token [B]: as in extend.py
     write_index     [L,B] int64: the slot from which on entries are written
     new_until       [L,T] int64: the first new token that does not see the t-th new one's entry any
                     more, because its slot was taken; T: all that follow see it

@@ -1,4 +1,4 @@
-"""What a graph of a bundle is: inputs, outputs and what is computed, all by name, in one class."""
+"""A graph of a bundle: inputs, outputs and what is computed, all by name, in one class."""
 
 from __future__ import annotations
 

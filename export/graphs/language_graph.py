@@ -1,7 +1,7 @@
-"""What the graphs of the language model share: its parts, and the cache buffers of every layer.
+"""Parts that the language model's graphs share, and the cache buffers of every layer.
 
 They write keys and values straight into the buffers they are given, a pair per layer, each layer
-with its own capacity, rounded where the buffers are narrower than the weights.
+with its own capacity, rounded where the buffers are of lower precision than the weights.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LanguageGraph(BundleGraph):
         self.kinds: tuple[Kind, ...] = kinds_of(rule)
 
     def in_all_layers(self, ports: Sequence[LayerPort]) -> list[GraphPort]:
-        """What is declared for one layer, for every layer of the model."""
+        """Ports that are declared for one layer, for every layer of the model."""
         return all_layers(ports, len(self.model.blocks))
 
     def buffer_ports(self, prefix: str, kinds: Sequence[Kind]) -> list[GraphPort]:

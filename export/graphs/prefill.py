@@ -25,7 +25,8 @@ class Prefill(LanguageGraph):
     """Prompt to first logits, writing every layer's cache from slot 0 on.
 
     input_ids       [B,N] int64, padded on the right
-    image_features  [R,(1+deep)*D]: the images of all rows; one row of zeros if there is none
+    image_features  [R,(1+deepstack_layers)*D]: the images of all rows; one row of zeros if there
+                    is none
     image_row       [B,N] int64: the row of these that replaces a placeholder, -1 for text and
                     padding
     image_id        [B,N] int64: -1 padding, 0 text, m the m-th image of the row
@@ -112,7 +113,7 @@ class Prefill(LanguageGraph):
         return outputs | ({"kept": torch.stack(kept)} if kept else {})
 
     def _described(self, taken: Tensors) -> dict[str, Described]:
-        """What ``_block`` gives: a block's tap, its output, with a cache rule how many entries
+        """Outputs of ``_block``: a block's tap, its output, with a cache rule how many entries
         stay, its buffers."""
         model, rule, hidden = self.model, self.rule, taken["hidden"]
         (batch, length, _), dtype = hidden.shape, hidden.dtype

@@ -29,7 +29,7 @@ NUMBERS = ("layer_idx",)  # attributes that say which block a module is in, and 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is traced once: ``body`` with ``module``, the first of its blocks."""
+    """A kind of blocks, traced once: ``body`` with ``module``, the first of its blocks."""
 
     body: Body
     module: nn.Module
@@ -152,7 +152,7 @@ def _patterns(inputs: Mapping[str, torch.Tensor]) -> list[GraphPort]:
 
 
 def _identity(size: torch.SymInt) -> object:
-    """What tells a size from others. Each input has symbols of its own, even for sizes that are
+    """The identity of a size. Each input has symbols of its own, even for sizes that are
     declared to be the same; their example values then are (torch_export.py), and no others."""
     expression = size.node.expr
     return size.node.hint if expression.is_symbol else (size.node.hint, str(expression))
@@ -179,7 +179,7 @@ def _same(a: Kind, b: Kind) -> bool:
 
 
 def _alike(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two modules compute the same from the same weights: classes, sizes, settings."""
+    """True where two modules compute the same from the same weights: classes, sizes, settings."""
     if a is b:
         return True
     if type(a) is not type(b) or a._modules.keys() != b._modules.keys():

@@ -128,7 +128,7 @@ def _to_standard_domain(model: ir.Model) -> None:
 
 
 def _constant_reshapes(model: ir.Model) -> None:
-    """Where a Reshape keeps its dynamic axes in place, its target becomes a constant (0: as is).
+    """Make a Reshape's target a constant where it keeps its dynamic axes in place (0: as is).
 
     torch computes every target from Shape nodes. TensorRT cannot follow that arithmetic once the
     length comes from an index input, and then does not know the number of heads.

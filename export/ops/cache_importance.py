@@ -16,8 +16,8 @@ from onnx.helper import make_attribute
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Attribute, Op, OpSample, Shape, register
-from lvlm.export.ops.parts.checks import check_heads
 from lvlm.export.ops.parts.chunked_attention import importance_function
+from lvlm.export.ops.parts.input_checks import check_heads
 
 CHUNK = 128
 

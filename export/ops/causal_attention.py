@@ -17,8 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops import cache_importance
 from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Attribute, Op, OpSample, Shape, register
-from lvlm.export.ops.parts.checks import check_heads
 from lvlm.export.ops.parts.chunked_attention import PARTS, attention_function, lowered_attention
+from lvlm.export.ops.parts.input_checks import check_heads
 
 CHUNK = 128
 

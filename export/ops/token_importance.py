@@ -16,7 +16,7 @@ from onnx.defs import OpSchema
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Attribute, Op, OpSample, Shape, register
 from lvlm.export.ops.parts.body import Body
-from lvlm.export.ops.parts.checks import check_heads
+from lvlm.export.ops.parts.input_checks import check_heads
 
 SCHEMA = register(
     OpSchema(

@@ -12,7 +12,7 @@ from lvlm.export.recipes.parts.at_encoder import AtEncoder
 
 
 @dataclass(frozen=True)
-class DivPrune(AtEncoder):
+class DivPruneRecipe(AtEncoder):
     """Recipe ``divprune``."""
 
     name: ClassVar[str] = "divprune"
@@ -20,4 +20,4 @@ class DivPrune(AtEncoder):
     source: ClassVar[str] = "DivPrune, arXiv 2503.02175, CVPR 2025"
 
 
-RECIPE = DivPrune
+RECIPE = DivPruneRecipe

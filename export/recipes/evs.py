@@ -1,6 +1,6 @@
 """EVS-like: of a video the tokens that changed since the frame before (after arXiv 2510.14624).
 
-The first frame goes on whole. Written from the description; how a clip's tokens are shared out
+The first frame goes on whole. Written from the description; how a video's tokens are shared out
 among its frames is our own (runtime/reductions/evs.py).
 """
 

@@ -61,7 +61,7 @@ class TokenReduction:
         return []
 
     def reductions(self) -> tuple[Reduction, ...]:
-        """What the runtime must know to fill those inputs."""
+        """Reductions as the runtime must know them to fill those inputs."""
         return ()
 
     def before_block(
@@ -88,23 +88,23 @@ class Recipe:
 
     def for_layers(self, layers: int, deepstack_layers: int = 0) -> Self:
         """The recipe with its defaults worked out and checked for a model of that depth, whose
-        first ``deep`` blocks need all image tokens (DeepStack)."""
+        first ``deepstack_layers`` blocks need all image tokens (DeepStack)."""
         del layers, deepstack_layers
         return self
 
     def encoder_reduction(self) -> EncoderReduction | None:
-        """What happens to image tokens before they get to the language model; by itself nothing."""
+        """The reduction of image tokens before the language model; by itself none."""
         return None
 
     @property
     def scored(self) -> bool:
-        """Whether what happens there asks for the tower's scores."""
+        """True where that reduction asks for the tower's scores."""
         reduction = self.encoder_reduction()
         return reduction is not None and rules()[reduction.rule].scored
 
     @property
     def temporal(self) -> bool:
-        """Whether what happens there looks at the frame before, of videos."""
+        """True where that reduction looks at the frame before, of videos."""
         reduction = self.encoder_reduction()
         return reduction is not None and rules()[reduction.rule].temporal
 
@@ -121,7 +121,7 @@ class Recipe:
         return self.token_reduction().outputs()
 
     def reductions(self) -> tuple[Reduction, ...]:
-        """What the runtime must know to fill those inputs."""
+        """Reductions as the runtime must know them to fill those inputs."""
         return self.token_reduction().reductions()
 
     def shortenings(self) -> tuple[EncoderReduction | Reduction, ...]:
@@ -141,8 +141,8 @@ class Recipe:
 
     @property
     def in_place(self) -> bool:
-        """Whether every token's entry lies at the token's own place in every layer's cache, so that
-        what is near a token can be told by slots."""
+        """True where every token's entry lies at the token's own place in every layer's cache, so
+        that what is near a token can be told by slots."""
         return not self.reductions() and self.cache_policy() is None
 
     def cache_rule(self) -> CacheRule | None:
@@ -218,7 +218,7 @@ def cache_recipes() -> dict[str, type[Recipe]]:
 
 
 def caches_only(recipe: type[Recipe]) -> bool:
-    """Whether it has a cache policy and no token reduction."""
+    """True where it has a cache policy and no token reduction."""
     shortens = (
         recipe.token_reduction is not Recipe.token_reduction
         or recipe.encoder_reduction is not Recipe.encoder_reduction
@@ -264,7 +264,7 @@ def read_settings(recipe: type[Recipe], settings: Sequence[str]) -> dict[str, An
 
 
 def _is_text(hint: Any) -> bool:
-    """Whether a field so annotated holds words: str, str | None or a Literal of them."""
+    """True where a field so annotated holds words: str, str | None or a Literal of them."""
     return hint is str or any(kind is str or isinstance(kind, str) for kind in get_args(hint))
 
 

@@ -9,7 +9,7 @@ from lvlm.export.recipes.parts.at_encoder import AtEncoder
 
 
 @dataclass(frozen=True)
-class Strided(AtEncoder):
+class StridedRecipe(AtEncoder):
     """Recipe ``strided``."""
 
     name: ClassVar[str] = "strided"
@@ -17,4 +17,4 @@ class Strided(AtEncoder):
     source: ClassVar[str] = "-"
 
 
-RECIPE = Strided
+RECIPE = StridedRecipe

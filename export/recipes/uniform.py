@@ -13,7 +13,7 @@ from lvlm.export.recipes.parts.fixed_point import FixedPointRecipe
 
 
 @dataclass(frozen=True)
-class Uniform(FixedPointRecipe):
+class UniformRecipe(FixedPointRecipe):
     """Recipe ``uniform``."""
 
     name: ClassVar[str] = "uniform"
@@ -21,4 +21,4 @@ class Uniform(FixedPointRecipe):
     source: ClassVar[str] = "baseline of arXiv 2407.18121 and 2412.03409"
 
 
-RECIPE = Uniform
+RECIPE = UniformRecipe

@@ -15,7 +15,7 @@ from lvlm.runtime.reductions.visionzip import MERGED
 
 
 @dataclass(frozen=True)
-class VisionZip(AtEncoder):
+class VisionZipRecipe(AtEncoder):
     """Recipe ``visionzip``."""
 
     name: ClassVar[str] = "visionzip"
@@ -30,4 +30,4 @@ class VisionZip(AtEncoder):
         return {"merged": self.merged}
 
 
-RECIPE = VisionZip
+RECIPE = VisionZipRecipe

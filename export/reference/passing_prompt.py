@@ -47,7 +47,7 @@ class PassingPrompt:
 
     @torch.no_grad()
     def through(self, number: int) -> torch.Tensor:
-        """What block ``number`` makes of ``hidden``, which stays."""
+        """The output of block ``number`` for ``hidden``, which stays."""
         layer, hidden = self._language.layers[number], self.hidden
         cos, sin = self._angles.of(layer.rotary, hidden, self._positions)
         mask = self._masks.of(layer.window, self._image_id)
@@ -58,5 +58,5 @@ class PassingPrompt:
         return self._embedded.with_features(number, out)
 
     def pass_block(self, number: int) -> None:
-        """On to the next block."""
+        """Go on to the next block."""
         self.hidden = self.through(number)

@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lvlm.export.checkpoint.form import Read
+from lvlm.export.checkpoint.checkpoint_form import Read
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor, Unpacked
 from lvlm.export.checkpoint.weight_readers import open_weights
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.reference.passing_prompt import PassingPrompt
 from lvlm.export.reference.torch_reference import Reference
-from lvlm.export.weights.gptq import Moments
+from lvlm.export.weights.gptq_rounding import Moments
 from lvlm.export.weights.packed_weights import pack, unpack
 from lvlm.export.weights.quantization import WeightQuantization, linear_weights, linears_of
 from lvlm.export.weights.stored_weights import weight_rows
@@ -107,7 +107,7 @@ class RoundedBlocks:
 
 @contextmanager
 def watched(linears: Sequence[nn.Linear]) -> Iterator[dict[nn.Linear, Moments]]:
-    """What the layers get meanwhile; those that get the very same share their moments."""
+    """Inputs that the layers get meanwhile; those that get the very same share their moments."""
     found: dict[nn.Linear, Moments] = {}
     last: list[Any] = [None, None]  # what the layer before this one got, its moments
 

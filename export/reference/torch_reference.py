@@ -35,7 +35,7 @@ from lvlm.runtime.prompt.shortened import placed, shortened
 
 
 @dataclass
-class Answer:
+class ReferenceAnswer:
     """Greedy tokens, the logits [vocabulary] each was chosen from, and what prefill left.
 
     entries entered each layer, kept of them stayed; caches: key and value [1,Hkv,kept,d] of every
@@ -51,7 +51,7 @@ class Answer:
 
 
 class Reference:
-    """A checkpoint in fp32 with a recipe, run by torch; the cache may be of a narrower dtype."""
+    """A checkpoint in fp32 with a recipe, run by torch; the cache may be of lower precision."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Reference:
         kv_keep: float | None = None,
         eos_ids: Sequence[int] = (),
         forced: Sequence[int] = (),
-    ) -> Answer:
+    ) -> ReferenceAnswer:
         """Greedy answer to one prompt, read at ``keep``; ``forced`` tokens are taken instead of
         the best ones."""
         layers, ids, image_id = len(self.language.blocks), prompt.ids, prompt.image_id
@@ -135,7 +135,7 @@ class Reference:
         )
         budgets = Budgets.of(rule.cache_policy if rule else None, layers, kv_keep)
         kept = budgets.prompt(plan.entries)
-        answer = Answer(entries=plan.entries[:, 0].tolist(), kept=kept[:, 0].tolist())
+        answer = ReferenceAnswer(entries=plan.entries[:, 0].tolist(), kept=kept[:, 0].tolist())
         rows = np.full(len(ids), -1)
         rows[image_id > 0] = np.arange(sum(counts))
         given = plan.inputs | {"kv_budget": kept}
@@ -172,7 +172,7 @@ class Reference:
         return answer
 
     def _empty_buffers(self, kept: Sequence[int], prefill: Prefill) -> Caches:
-        """What prefill writes into: exactly as long as what it keeps."""
+        """Buffers that prefill writes into: exactly as long as what it keeps."""
         forms = prefill.buffer_forms()
 
         def empty(kind: Kind, count: int) -> torch.Tensor:

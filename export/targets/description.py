@@ -62,8 +62,8 @@ class Description:
     plugins       lvlm ops are plugins, which their functions must not stand in for
     static_cache  the length of the cache is fixed in the graph
     topk_limit    largest K of its TopK; None: no limit is known
-    low_precision takes quantized weights as the canonical graphs have them, and a cache narrower
-                  than what is computed in
+    low_precision takes quantized weights as the canonical graphs have them, and a cache of
+                  lower precision than is computed in
     signed        the quantized weights that it takes in another form; None: none
     verified      what was seen; "": nothing, the entry follows the documentation
     """
@@ -101,8 +101,8 @@ class Description:
         return f"weights.{self.name}.bin"
 
     def refusal(self, bits: int, block: int, *, whole: bool) -> str | None:
-        """Why it does not take weights of ``bits`` bits whose scales are of ``block`` inputs, or of
-        all of an output (``whole``), and what to export instead; None: it does."""
+        """The reason why it does not take weights of ``bits`` bits whose scales are of ``block``
+        inputs, or of all of an output (``whole``), and what to export instead; None: it does."""
         taken = {} if self.signed is None else self.signed.blocks
         blocks = taken.get(bits, ())
         if self.low_precision or block in blocks or (whole and None in blocks):

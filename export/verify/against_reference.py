@@ -11,12 +11,12 @@ import torch
 
 from lvlm.export.recipes.parts.cache_rule import CacheRule
 from lvlm.export.recipes.recipe import WithCache
-from lvlm.export.reference.torch_reference import Answer, Reference, load_fp32
-from lvlm.export.verify import prompts
+from lvlm.export.reference.torch_reference import Reference, ReferenceAnswer, load_fp32
+from lvlm.export.verify import model_inputs
 from lvlm.export.verify.checks import TOLERANCE, UNIT, Check, difference, wrong_tokens
-from lvlm.export.verify.forms import CANONICAL, Form, Opened, forms_of
-from lvlm.export.verify.judge import LEAST
-from lvlm.export.verify.outcome import Outcome
+from lvlm.export.verify.graph_forms import CANONICAL, GraphForm, Opened, forms_of
+from lvlm.export.verify.judge import MIN_STEPS
+from lvlm.export.verify.outcome import ValidationOutcome
 from lvlm.export.verify.run import Run, run_form
 from lvlm.export.weights.packed_linears import exchange_linears
 from lvlm.export.weights.quantization import linear_weights, round_linears
@@ -37,7 +37,7 @@ NEAR_TIES = "compared in fp32 alone; fp16 ranks near ties in another order"
 
 
 def low_precision(plan: ExportPlan) -> bool:
-    """Weights or cache are narrower than what is computed in, on purpose."""
+    """Weights or cache are of lower precision than is computed in, on purpose."""
     return plan.options.quantization is not None or plan.cache_dtype != plan.dtype
 
 
@@ -53,10 +53,10 @@ def against_reference(
     prompt: Prompt,
     steps: int,
     opened: Opened,
-) -> Outcome:
+) -> ValidationOutcome:
     """Every form that can be run here, with the recipe as exported, for ``steps`` tokens; half of
     the cache where all of it stays."""
-    outcome, steps = Outcome(), max(LEAST, steps)
+    outcome, steps = ValidationOutcome(), max(MIN_STEPS, steps)
     recipe, rule = plan.recipe, plan.recipe.cache_rule()
     if rule is not None:
         recipe = WithCache(recipe, CacheRule(_shown(rule.cache_policy)))
@@ -67,7 +67,8 @@ def against_reference(
     how = plan.options.quantization
     model = load_fp32(plan.family, plan.config, plan.checkpoint, plan.stored_names, plan.dtype)
     if how is not None and any(isinstance(m, StoredLinear) for m in model.modules()):
-        steps = min(steps, LEAST)  # what stays in its file is quantized anew whenever it is read
+        # What stays in its file is quantized anew whenever it is read
+        steps = min(steps, MIN_STEPS)
     reference = Reference(plan.family, plan.config, model, recipe)
     prompt = reference.read_at(prompt)
     features = reference.encode(prompt.images)
@@ -116,14 +117,19 @@ def _round(plan: ExportPlan, reference: Reference) -> None:
         round_linears(reference.language, how, plan.dtype)
 
 
-def _limit(plan: ExportPlan, form: Form) -> float:
+def _limit(plan: ExportPlan, form: GraphForm) -> float:
     found = TOLERANCE[torch.float32 if form.widened else plan.dtype]
     exact = plan.quantization is None or form.name == CANONICAL
     return found if exact else max(found, QUANTIZED_TOLERANCE)
 
 
 def _compare_form(
-    form: Form, run: Run, answer: Answer, features: torch.Tensor, limit: float, caches: bool
+    form: GraphForm,
+    run: Run,
+    answer: ReferenceAnswer,
+    features: torch.Tensor,
+    limit: float,
+    caches: bool,
 ) -> list[Check]:
     how = ", in fp16" if form.rounds else ""
     logits = [x.numpy() for x in answer.logits]
@@ -140,19 +146,19 @@ def _compare_form(
         pairs = zip(run.caches, answer.caches, strict=True)
         largest = max(difference(ours, theirs.numpy()) for ours, theirs in pairs)
         shown.insert(1, ("prefill", "cache", largest, limit, UNIT))
-    vision = prompts.features(run.features, features)
+    vision = model_inputs.features(run.features, features)
     shown.insert(0, ("vision", "image features", vision, limit, UNIT))
     return [
-        Check(f"{form.files[graph]} {what}{how}", figure, at_most, of)
-        for graph, what, figure, at_most, of in shown
+        Check(f"{form.files[graph]} {what}{how}", figure, bound, of)
+        for graph, what, figure, bound, of in shown
         if form.name == CANONICAL or form.files[graph] != f"{graph}.onnx"
     ]
 
 
-def _extended(plan: ExportPlan, form: Form, run: Run) -> list[Check]:
+def _extended(plan: ExportPlan, form: GraphForm, run: Run) -> list[Check]:
     """The prompt's logits, read in pieces, against those of the same form's prefill, or the
-    answer's, read at once, against those of its decode. Of a narrower cache pieces read what was
-    rounded, prefill what was not."""
+    answer's, read at once, against those of its decode. Of a low-precision cache pieces read
+    what was rounded, prefill what was not."""
     file = form.files.get("extend")
     if not run.extended or (form.name != CANONICAL and file == "extend.onnx"):
         return []
@@ -165,8 +171,8 @@ def _extended(plan: ExportPlan, form: Form, run: Run) -> list[Check]:
     return [Check(f"{file} logits, extended{how}", largest, limit, UNIT)]
 
 
-def _cost(original: Answer, rounded: Answer) -> list[Check]:
-    """What narrower weights and caches change against the checkpoint, on the same tokens."""
+def _cost(original: ReferenceAnswer, rounded: ReferenceAnswer) -> list[Check]:
+    """The loss by low-precision weights and caches against the checkpoint, on the same tokens."""
     pairs = list(zip(rounded.logits, original.logits, strict=True))
     largest = max(difference(a.numpy(), b.numpy()) for a, b in pairs)
     changed = sum(int(a.argmax()) != int(b.argmax()) for a, b in pairs)

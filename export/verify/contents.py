@@ -74,5 +74,5 @@ def embedding(judge: Judge, folder: Path, manifest: Manifest) -> Check | None:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """The value as JSON gives it back."""
     return json.loads(json.dumps(value, default=vars))

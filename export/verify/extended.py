@@ -1,4 +1,4 @@
-"""What the graph extend is for: a prompt in pieces against the same prompt read as a whole, an
+"""Comparisons for the graph extend: a prompt in pieces against the same prompt read as a whole, an
 answer's tokens at once against one after the other."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Beginning(Prompt):
 
 
 def cuts(prompt: Prompt, form: Images) -> list[int]:
-    """Where to cut a prompt: before its images, in the middle of one or, where that cannot be,
+    """Places to cut a prompt: before its images, in the middle of one or, where that cannot be,
     before it, behind them; what of that there is."""
     images = np.flatnonzero(prompt.image_id > 0)
     if not len(images):

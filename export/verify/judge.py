@@ -28,7 +28,7 @@ from lvlm.export.verify.their_processor import (
 from lvlm.export.weights.stored_weights import compute_in_fp32
 from lvlm.runtime.prompt.chat_template import Turn
 
-SECONDS, LEAST = 30.0, 4  # of steps that are compared, and how many at least
+SECONDS, MIN_STEPS = 30.0, 4  # of steps that are compared, and how many at least
 
 
 @dataclass
@@ -145,7 +145,8 @@ class Judge:
         return int(self.config.image_token_index if found is None else found)
 
     def begins(self, text: str) -> bool:
-        """Whether a prompt has the token that begins a text in it: the tokenizer adds no other."""
+        """True where a prompt has the token that begins a text in it: the tokenizer adds no
+        other."""
         bos = self.tokenizer.bos_token
         return bool(bos) and text.startswith(bos)
 
@@ -188,8 +189,8 @@ class Judge:
         max_tokens: int,
         tell: Callable[[str], None],
     ) -> Verdict:
-        """generate as the checkpoint configures it, greedily; at least LEAST tokens, and as many of
-        ``most`` as SECONDS allow."""
+        """generate as the checkpoint configures it, greedily; at least MIN_STEPS tokens, and as
+        many of ``max_tokens`` as SECONDS allow."""
         tokens = torch.tensor([list(ids)])
         is_image = torch.isin(tokens[0], torch.tensor(sorted(image_ids)))
         taken = _taken(self.model, image)
@@ -257,7 +258,7 @@ class _Clock(transformers.StoppingCriteria):  # type: ignore[misc]
         if self.done <= 2:
             step = max(now - self.first, 1e-4)
             if self.done == 2:
-                self.wanted = min(self.max_tokens, max(LEAST, int(SECONDS / step)))
+                self.wanted = min(self.max_tokens, max(MIN_STEPS, int(SECONDS / step)))
             self.estimate = (
                 f"{self.wanted} tokens are compared: {self.first:.1f} s for the prompt"
                 + (f", {step:.2f} s a token" if self.done == 2 else "")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from lvlm.core.errors import ValidationError, shown
 from lvlm.export.verify.checks import Check, table
-from lvlm.export.verify.forms import Form
+from lvlm.export.verify.graph_forms import GraphForm
 from lvlm.runtime.tools.recorded_answers import RecordedAnswer
 
 SOME = 8  # names in a line
@@ -16,7 +16,7 @@ AS_IT_IS = ", and as it is"
 
 
 @dataclass
-class Outcome:
+class ValidationOutcome:
     """The comparisons; ``files``: what was run of the bundle's graphs, by file, and of the rest why
     not; ``unlike``: added tokens that no prompt here has and on which the tokenizers differ;
     ``estimate``: how many tokens were compared and why; ``answers``: what the bundle says, for
@@ -59,7 +59,7 @@ class Outcome:
         error.details = table(self.checks)
         raise error
 
-    def ran(self, form: Form, compacted: bool) -> None:
+    def ran(self, form: GraphForm, compacted: bool) -> None:
         """A form's files were run, or its reason says why not."""
         for graph, file in form.files.items():
             said = f"{NOT_RUN}{form.reason}" if form.reason else "run"
@@ -79,7 +79,7 @@ class Outcome:
         else:
             self.files[file] = more
 
-    def add(self, other: Outcome) -> None:
+    def add(self, other: ValidationOutcome) -> None:
         self.checks += other.checks
         self.notes += other.notes
         self.unlike += other.unlike

@@ -1,12 +1,12 @@
-"""What a bundle says of shipped pictures, as it is exported, for devices to compare with."""
+"""Record of a bundle's answers about shipped images at export, for devices to compare with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from lvlm.export.verify import prompts
-from lvlm.export.verify.forms import Opened, canonical
+from lvlm.export.verify import model_inputs
+from lvlm.export.verify.graph_forms import Opened, canonical
 from lvlm.export.verify.run import run_form
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.generate.call_plan import read_at
@@ -35,7 +35,7 @@ def record(
     run = run_form(folder, form, manifest, read, tokens, opened)
     return RecordedAnswer(
         image,
-        prompts.question(manifest.images.token, template=template),
+        model_inputs.question(manifest.images.token, template=template),
         template,
         tuple(map(int, prompt.ids)),
         tuple(map(int, tokens)),

@@ -10,7 +10,7 @@ import numpy as np
 
 from lvlm.core.errors import LvlmError, ValidationError
 from lvlm.export.verify.extended import at_once, in_pieces
-from lvlm.export.verify.forms import Form, Opened, open_form
+from lvlm.export.verify.graph_forms import GraphForm, Opened, open_form
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.engine.batch import Batch
 from lvlm.runtime.engine.calls import Calls
@@ -37,7 +37,7 @@ class Run:
 
 def run_form(
     folder: Path,
-    form: Form,
+    form: GraphForm,
     manifest: Manifest,
     prompt: Prompt,
     tokens: Sequence[int],

@@ -16,7 +16,7 @@ from lvlm.export.families.parts.side_files import read_json
 
 
 def processor_class(config: Any) -> Any:
-    """That of models of the configuration's type; a vision tower may have one of its own."""
+    """The processor class of the configuration's type; a vision tower may have one of its own."""
     tower = getattr(getattr(config, "vision_config", None), "model_type", "")
     names = PROCESSOR_MAPPING_NAMES
     return getattr(transformers, names[tower if tower in names else config.model_type])
@@ -37,7 +37,7 @@ def load_processor(kind: Any, folder: Path) -> tuple[Any, str]:
 
 
 def image_options(kind: Any, folder: Path) -> dict[str, Any]:
-    """What the processor asks its image processor for: by default, and by its file."""
+    """Options that the processor gives its image processor: by default, and by its file."""
     try:
         kwargs = getattr(getattr(kind, "valid_processor_kwargs", None), "_defaults", {})
         found = dict(kwargs.get("images_kwargs") or getattr(kind, "images_kwargs", None) or {})

@@ -1,9 +1,9 @@
-"""Does the bundle compute what the checkpoint computes? transformers' own loading is the judge.
+"""Validation of a bundle against its checkpoint; transformers' own loading is the judge.
 
 First what goes into the model (pixels, chat template, token ids, end of text), then the canonical
 graphs with nothing merged or dropped against transformers' generate, then every form of the graphs
 that can be run here, with the recipe as exported, against the recipe's torch reference. Where the
-bundle's weights or cache are narrower on purpose, so are the reference's: whether the export is
+bundle's weights or cache are of low precision, so are the reference's: whether the export is
 right is one question, what the rounding costs another, which is answered beside it. In the end the
 bundle's own answers are recorded, for devices that have nothing else to compare with.
 """
@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 
 from lvlm.core.errors import LvlmError, ValidationError
-from lvlm.export.verify import contents, prompts
+from lvlm.export.verify import contents, model_inputs
 from lvlm.export.verify.against_reference import against_reference, chooses, low_precision
 from lvlm.export.verify.checks import TOLERANCE, UNIT, Check, difference, wrong_tokens
-from lvlm.export.verify.forms import Opened, canonical
+from lvlm.export.verify.graph_forms import Opened, canonical
 from lvlm.export.verify.judge import Judge, Verdict
-from lvlm.export.verify.outcome import Outcome
+from lvlm.export.verify.outcome import ValidationOutcome
 from lvlm.export.verify.recording import record
 from lvlm.export.verify.run import run_form, whole
 from lvlm.runtime.bundle.manifest import Manifest
@@ -47,36 +47,36 @@ ROUNDED_TOLERANCE = {torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 def validate(
     plan: ExportPlan, folder: Path, tell: Callable[[str], None] = lambda _: None
-) -> Outcome:
+) -> ValidationOutcome:
     """All checks of a finished bundle; ValidationError with the table if one fails."""
-    manifest, outcome = read_bundle(folder, "none"), Outcome()
+    manifest, outcome = read_bundle(folder, "none"), ValidationOutcome()
     judge = Judge(plan.checkpoint.folder)
     judge.load_model(plan.checkpoint.stored_dtype() or plan.dtype)
     maker = _prompt_maker(folder, manifest)
     image = _image(IMAGE)
     outcome.checks.append(contents.planned(plan, manifest))
-    outcome.checks.append(prompts.eos(judge, manifest.text.eos_ids))
+    outcome.checks.append(model_inputs.eos(judge, manifest.text.eos_ids))
     outcome.checks.append(contents.choosing(judge, manifest))
     if (rows := contents.embedding(judge, folder, manifest)) is not None:
         outcome.checks.append(rows)
     else:
         outcome.notes.append("rows of the embedding: only those of the prompt are compared")
     try:
-        prompt = prompts.prepare(maker, image, TOKENS + 1)
-        most = _room(manifest, prompt)
+        prompt = model_inputs.prepare(maker, image, TOKENS + 1)
+        max_tokens = _room(manifest, prompt)
     except LvlmError as error:
-        outcome.add(prompts.texts(judge, maker))
+        outcome.add(model_inputs.texts(judge, maker))
         outcome.check()
         raise ValidationError(f"the bundle takes no prompt with an image: {error}") from None
     resized = manifest.images.tokens < plan.family.images(plan.config, judge.folder).tokens
     if resized:
         outcome.notes.append("pixels: not compared, --max-image-tokens scales images down")
-    outcome.add(prompts.compare(judge, plan.family, maker, image, prompt, not resized))
+    outcome.add(model_inputs.compare(judge, plan.family, maker, image, prompt, not resized))
     if judge.without:
         outcome.notes.append(f"tokens around images: not compared, {judge.without}")
     outcome.check()  # nothing else can be right
     pixels = plan.family.transformers_inputs(prompt) if resized else judge.pixels(image)
-    verdict = judge.answer(prompt.ids, pixels, {judge.image_id}, most, tell)
+    verdict = judge.answer(prompt.ids, pixels, {judge.image_id}, max_tokens, tell)
     outcome.estimate = verdict.estimate
     del judge
     gc.collect()
@@ -87,7 +87,7 @@ def validate(
     found = against_reference(plan, folder, manifest, prompt, steps, opened)
     if not found.passed and chooses(manifest):
         # Two orders of the same sum may rank near ties differently; hardly so for two images
-        other = prompts.prepare(maker, _image(OTHER), TOKENS + 1)
+        other = model_inputs.prepare(maker, _image(OTHER), TOKENS + 1)
         again = against_reference(plan, folder, manifest, other, steps, opened)
         if again.passed:
             again.notes.append(f"{OTHER} instead of {IMAGE}, in which ranks are near ties")
@@ -95,11 +95,11 @@ def validate(
     outcome.add(found)
     outcome.check()
     # As above, unless steps take long
-    shown = [IMAGE, OTHER] if chooses(manifest) and steps == most else [IMAGE]
+    shown = [IMAGE, OTHER] if chooses(manifest) and steps == max_tokens else [IMAGE]
     # A template that writes today's date asks something else tomorrow
     template = maker.template is not None and not maker.template.dated
     for name in shown:
-        prompt = prompts.prepare(maker, _image(name), TOKENS + 1, template=template)
+        prompt = model_inputs.prepare(maker, _image(name), TOKENS + 1, template=template)
         answer = record(folder, manifest, name, prompt, verdict.tokens, opened, template=template)
         outcome.answers.append(answer)
     return outcome
@@ -135,7 +135,7 @@ def _against_judge(
     prompt: Prompt,
     verdict: Verdict,
     opened: Opened,
-    outcome: Outcome,
+    outcome: ValidationOutcome,
 ) -> None:
     """The canonical graphs with nothing merged and nothing dropped, whatever the recipe."""
     form = canonical(manifest, widened=False)
@@ -153,7 +153,7 @@ def _against_judge(
     outcome.checks.append(
         Check(
             "vision.onnx and transformers",
-            prompts.features(run.features, verdict.features),
+            model_inputs.features(run.features, verdict.features),
             exact,
             UNIT,
         )

@@ -13,7 +13,7 @@ from typing import TypeVar
 from lvlm.core.errors import PromptError
 from lvlm.export.verify.checks import Check
 from lvlm.export.verify.judge import Judge
-from lvlm.export.verify.outcome import Outcome, some
+from lvlm.export.verify.outcome import ValidationOutcome, some
 from lvlm.runtime.prompt.prompts import PromptMaker
 
 TEXTS = (
@@ -27,9 +27,9 @@ TOKENS_A_TEXT, AT_ONCE = 16, 64
 T = TypeVar("T")
 
 
-def compare(judge: Judge, maker: PromptMaker, used: Set[int]) -> Outcome:
+def compare(judge: Judge, maker: PromptMaker, used: Set[int]) -> ValidationOutcome:
     """``used``: ids of tokens on which both must agree, added or not, besides those of TEXTS."""
-    outcome, count = Outcome(), len(judge.tokenizer)
+    outcome, count = ValidationOutcome(), len(judge.tokenizer)
     added = {str(token): number for token, number in judge.tokenizer.get_added_vocab().items()}
     used = used | {number for text in TEXTS for number in judge.encode(text, True)}
     kinds = {_kind(token) for token, number in added.items() if number in used}

@@ -32,7 +32,7 @@ def beside(node: ir.Node, weight: ir.Value) -> ir.Value | None:
 
 
 def _constant(value: ir.Value) -> bool:
-    """Whether it is there from the beginning."""
+    """True where it is there from the beginning."""
     made = value.producer()
     return value.is_initializer() or (made is not None and made.op_type == "Constant")
 

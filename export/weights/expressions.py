@@ -1,4 +1,4 @@
-"""How the bytes of a stored weight come from the checkpoint.
+"""Expressions that make the bytes of a stored weight from the checkpoint.
 
 An expression is a tensor of the checkpoint, or what is made of other expressions. It knows its
 shape and type without reading anything; ``compute`` reads the checkpoint when the weight is
@@ -17,7 +17,7 @@ import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
 
-class Reading:
+class CheckpointReading:
     """The checkpoint while weights are written.
 
     Args:
@@ -46,17 +46,17 @@ class Expression(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As the graphs see it."""
+        """The shape as the graphs see it."""
 
     @property
     def dtype(self) -> ir.DataType:
-        """As the graphs see it."""
+        """The data type as the graphs see it."""
 
     @property
     def operands(self) -> tuple[Expression, ...]:
-        """What it is made of."""
+        """Expressions that it is made of."""
 
-    def compute(self, reading: Reading) -> torch.Tensor:
+    def compute(self, reading: CheckpointReading) -> torch.Tensor:
         """A tensor whose elements, row-major, are the bytes stored: of ``shape`` and ``dtype``,
         or packed as uint8 where torch has no such type."""
 
@@ -85,7 +85,7 @@ class CheckpointTensor:
     def operands(self) -> tuple[Expression, ...]:
         return ()
 
-    def compute(self, reading: Reading) -> torch.Tensor:
+    def compute(self, reading: CheckpointReading) -> torch.Tensor:
         return reading.read(self.name)
 
 
@@ -118,7 +118,7 @@ class Cast(Unary):
     def dtype(self) -> ir.DataType:
         return self.to
 
-    def compute(self, reading: Reading) -> torch.Tensor:
+    def compute(self, reading: CheckpointReading) -> torch.Tensor:
         return self.of.compute(reading).to(to_torch_dtype(self.to))
 
 
@@ -130,7 +130,7 @@ class Transpose(Unary):
     def shape(self) -> tuple[int, ...]:
         return self.of.shape[::-1]
 
-    def compute(self, reading: Reading) -> torch.Tensor:
+    def compute(self, reading: CheckpointReading) -> torch.Tensor:
         return self.of.compute(reading).t()
 
 
@@ -149,7 +149,7 @@ class Concat:
     def dtype(self) -> ir.DataType:
         return self.operands[0].dtype
 
-    def compute(self, reading: Reading) -> torch.Tensor:
+    def compute(self, reading: CheckpointReading) -> torch.Tensor:
         # One after the other into its place: of the parts one at a time is in memory
         found = torch.empty(self.shape, dtype=to_torch_dtype(self.dtype))
         end = 0
@@ -172,5 +172,5 @@ class Fill:
     def operands(self) -> tuple[Expression, ...]:
         return ()
 
-    def compute(self, reading: Reading) -> torch.Tensor:  # noqa: ARG002
+    def compute(self, reading: CheckpointReading) -> torch.Tensor:  # noqa: ARG002
         return torch.full((nbytes(self),), self.byte, dtype=torch.uint8)

@@ -11,7 +11,7 @@ import torch
 from lvlm.core.errors import CheckpointError
 from lvlm.export.checkpoint.adapter import CONFIG, Adapter, Change, read_adapter
 from lvlm.export.checkpoint.checkpoint import DTYPES, Checkpoint
-from lvlm.export.checkpoint.form import DenseTensor, Form, MadeTensor, Read
+from lvlm.export.checkpoint.checkpoint_form import DenseTensor, Form, MadeTensor, Read
 from lvlm.export.checkpoint.weight_readers import open_weights
 from lvlm.export.weights.weight_names import renamed
 

@@ -12,10 +12,10 @@ import torch
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor, Unpacked
 from lvlm.export.weights.expressions import (
     Cast,
+    CheckpointReading,
     CheckpointTensor,
     Concat,
     Expression,
-    Reading,
     Transpose,
 )
 from lvlm.export.weights.quantization import WeightQuantization
@@ -35,19 +35,19 @@ class PackedWeight:
         blocks = [part.block for part in self.parts]
         return WeightQuantization(self.parts[0].bits, min(b for b in blocks if b is not None))
 
-    def compute(self, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
+    def compute(self, reading: CheckpointReading) -> tuple[np.ndarray, np.ndarray]:
         found = self.unpacked(reading)
         return pack(found.numbers, self.how.bits), found.scales.numpy()
 
     def zero_points(self) -> Expression:
         return halfway(self) if all(part.symmetric for part in self.parts) else ZeroPoints(self)
 
-    def unpacked(self, reading: Reading) -> Unpacked:
+    def unpacked(self, reading: CheckpointReading) -> Unpacked:
         """All parts, with a scale and a zero point for every block; once for those who ask."""
         found: Unpacked = reading.once(self, lambda: self._unpacked(reading))
         return found
 
-    def _unpacked(self, reading: Reading) -> Unpacked:
+    def _unpacked(self, reading: CheckpointReading) -> Unpacked:
         parts = [part.unpack(reading.stored) for part in self.parts]
         blocks = scales_shape(self)[1]
 
@@ -83,7 +83,7 @@ class ZeroPoints:
     def operands(self) -> tuple[Expression, ...]:
         return (self.weight.of,)
 
-    def compute(self, reading: Reading) -> torch.Tensor:
+    def compute(self, reading: CheckpointReading) -> torch.Tensor:
         zeros = self.weight.unpacked(reading).zero_points
         assert zeros is not None
         return torch.from_numpy(pack(zeros, self.weight.how.bits))
@@ -97,7 +97,7 @@ def pack(numbers: torch.Tensor, bits: int) -> np.ndarray:
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """What ``pack`` was given."""
+    """Unpack what ``pack`` was given."""
     if bits == 8:
         return packed
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)

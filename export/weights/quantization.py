@@ -75,15 +75,15 @@ def quantize(weight: np.ndarray, how: WeightQuantization) -> tuple[np.ndarray, n
 def _whole_outputs(weight: np.ndarray, how: WeightQuantization) -> tuple[np.ndarray, np.ndarray]:
     """``quantize``, rounded to the nearest of 255 numbers of one scale for each output."""
     rows = np.ascontiguousarray(weight.T, np.float32)
-    most = how.zero_point - 1
-    scales = np.abs(rows).max(axis=1, keepdims=True) / most
+    max_code = how.zero_point - 1
+    scales = np.abs(rows).max(axis=1, keepdims=True) / max_code
     numbers = np.rint(rows / np.where(scales == 0, 1, scales)) + how.zero_point
     return numbers.astype(np.uint8), np.repeat(scales, rows.shape[1] // how.block, axis=1)
 
 
 def _quantizer(bits: int) -> Callable[..., Any]:
-    """What onnxruntime.quantization's MatMulNBitsQuantizer calls: that class itself takes whole
-    models, and weights are streamed here."""
+    """The function that onnxruntime.quantization's MatMulNBitsQuantizer calls: that class itself
+    takes whole models, and weights are streamed here."""
     from onnxruntime.capi import _pybind_state
 
     function: Callable[..., Any] = getattr(_pybind_state, f"quantize_matmul_{bits}bits")
@@ -100,7 +100,7 @@ def dequantize(packed: np.ndarray, scales: np.ndarray, how: WeightQuantization) 
 
 
 def linear_weights(model: nn.Module, language: LanguageModel) -> dict[str, nn.Parameter]:
-    """What is quantized, by name in ``model``: the weights [N,K] of every linear layer of the
+    """Weights to quantize, by name in ``model``: those [N,K] of every linear layer of the
     blocks, and of the head. Embeddings, norms and the vision tower are not."""
     wanted = {id(linear.weight) for linear in linears(language)}
     parameters = model.named_parameters(remove_duplicate=True)

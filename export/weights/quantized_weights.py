@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.tensor_adapters import to_torch_dtype
 
-from lvlm.export.weights.expressions import Expression, Fill, Reading
+from lvlm.export.weights.expressions import CheckpointReading, Expression, Fill
 from lvlm.export.weights.quantization import WeightQuantization, quantize
 
 NUMBERS = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
@@ -26,7 +26,7 @@ class QuantizedWeight(Protocol):
     @property
     def how(self) -> WeightQuantization: ...
 
-    def compute(self, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
+    def compute(self, reading: CheckpointReading) -> tuple[np.ndarray, np.ndarray]:
         """Packed numbers uint8 [N, K * bits / 8] and scales fp32 [N, K / block]."""
 
     def zero_points(self) -> Expression:
@@ -40,7 +40,7 @@ class RoundedWeight:
     of: Expression
     how: WeightQuantization
 
-    def compute(self, reading: Reading) -> tuple[np.ndarray, np.ndarray]:
+    def compute(self, reading: CheckpointReading) -> tuple[np.ndarray, np.ndarray]:
         """``quantize``'s result, once for numbers and scales."""
         found: tuple[np.ndarray, np.ndarray] = reading.once(
             self, lambda: quantize(self.of.compute(reading).float().numpy(), self.how)
@@ -69,7 +69,7 @@ class Numbers:
     def operands(self) -> tuple[Expression, ...]:
         return (self.weight.of,)
 
-    def compute(self, reading: Reading) -> torch.Tensor:
+    def compute(self, reading: CheckpointReading) -> torch.Tensor:
         return torch.from_numpy(self.weight.compute(reading)[0])
 
 
@@ -91,7 +91,7 @@ class Scales:
     def operands(self) -> tuple[Expression, ...]:
         return (self.weight.of,)
 
-    def compute(self, reading: Reading) -> torch.Tensor:
+    def compute(self, reading: CheckpointReading) -> torch.Tensor:
         scales = torch.from_numpy(self.weight.compute(reading)[1])
         return scales.to(to_torch_dtype(self.dtype))
 

@@ -29,7 +29,7 @@ class View:
 
 
 class WeightStore:
-    """How the bytes of every initializer come from the checkpoint, in the file's order.
+    """Store of an expression for every initializer's bytes, in the file's order.
 
     A name means the same bytes in all graphs.
 

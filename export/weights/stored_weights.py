@@ -1,7 +1,7 @@
 """Models whose weights stay as they are stored, mapped from their files, and that compute in fp32.
 
-A product reads a few rows of its weight at a time, so that a model of any size needs little memory
-above the page cache. What is small, and what is no product, is made fp32 once.
+A MatMul reads a few rows of its weight at a time, so that a model of any size needs little memory
+above the page cache. What is small, and what is no linear layer, is made fp32 once.
 """
 
 from __future__ import annotations

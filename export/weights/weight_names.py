@@ -1,4 +1,4 @@
-"""Which stored tensor each parameter takes: names and ties, as transformers has them on loading."""
+"""Stored tensors of the parameters: names and ties, as transformers has them on loading."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _complete(checkpoint: Checkpoint, model: nn.Module, stored: dict[str, str]) 
 
 
 def _differ(checkpoint: Checkpoint, stored: dict[str, str], target: str, source: str) -> bool:
-    """Whether both of a tied pair are stored, with different values."""
+    """True where both of a tied pair are stored, with different values."""
     if target not in stored or source not in stored:
         return False
     return not checkpoint.equal(stored[target], stored[source])

@@ -1,5 +1,5 @@
-"""What is done to the weights between tracing and writing, in order. A step is a file in steps/ and
-a line here; nothing else knows of it."""
+"""List of what is done to the weights between tracing and writing, in order. A step is a file in
+steps/ and a line here; nothing else knows of it."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from lvlm.core.errors import ExportError
 from lvlm.core.integrity import File
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.graphs.tracing import TracedGraph
-from lvlm.export.weights.expressions import Expression, Reading, nbytes
+from lvlm.export.weights.expressions import CheckpointReading, Expression, nbytes
 from lvlm.export.weights.hashed_file import HashedFile
 from lvlm.export.weights.store import View, WeightStore
 from lvlm.runtime.bundle.manifest import Weight
@@ -60,7 +60,7 @@ class WeightsFile:
 
     @property
     def nbytes(self) -> int:
-        """Of what is written, without the gaps."""
+        """Bytes of what is written, without the gaps."""
         return sum(weight.nbytes for weight in self.weights.values() if not weight.shared)
 
     def attach(self, graphs: Sequence[TracedGraph]) -> None:
@@ -88,7 +88,7 @@ class WeightsFile:
         Returns:
             The file's hashes and size.
         """
-        reading = Reading(checkpoint.read, checkpoint.read_stored)
+        reading = CheckpointReading(checkpoint.read, checkpoint.read_stored)
         with HashedFile(folder / WEIGHTS) as file:
             for weight in self.weights.values():
                 if weight.shared:

@@ -52,7 +52,7 @@ def mark_survivors(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,  # a multiple of BLOCK_I
 ) -> None:
-    """Whether fewer than the budget of valid positions go before this one.
+    """Mark positions before which fewer than the budget of valid ones go.
 
     Grid: blocks of positions i, B. A program compares its block with all of the row, by blocks j.
     """

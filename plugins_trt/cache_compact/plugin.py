@@ -13,12 +13,12 @@ from lvlm.plugins_trt.plugins.plugin_plan import (
     DATA,
     HEAD_BLOCKS,
     Attribute,
-    Input,
     Output,
     Plugin,
+    PluginInput,
+    PluginStep,
     Scalar,
     Scratch,
-    Step,
 )
 from lvlm.plugins_trt.plugins.sizes import extent
 
@@ -33,9 +33,9 @@ COPIED = 16
 MERGED, ROWS = 16, 4  # ROWS of each slot at a time
 
 
-def _copy(states: str) -> Step:
+def _copy(states: str) -> PluginStep:
     width = extent(states, 3)
-    return Step(
+    return PluginStep(
         kernel=copy_survivors,
         grid=(SLOTS.ceil_div(COPIED), HEADS, BATCH),
         arguments=(states, "kept_index", f"compact_{states}", POSITIONS, SLOTS, width),
@@ -45,9 +45,9 @@ def _copy(states: str) -> Step:
     )
 
 
-def _merge(states: str) -> Step:
+def _merge(states: str) -> PluginStep:
     width = extent(states, 3)
-    return Step(
+    return PluginStep(
         kernel=merge_into_survivors,
         grid=(SLOTS.ceil_div(MERGED), HEADS, BATCH),
         arguments=(states, "length", "kept_index", f"compact_{states}", POSITIONS, SLOTS, width),
@@ -61,12 +61,12 @@ def _merge(states: str) -> Step:
 PLUGIN = Plugin(
     name="CacheCompact",
     inputs=(
-        Input("key", DATA, (4,)),
-        Input("value", DATA, (4,)),
-        Input("importance", "float32", (2,)),
-        Input("length", "int64", (1,)),
-        Input("budget", "int64", (1,)),
-        Input("slots", "int64", (1,)),
+        PluginInput("key", DATA, (4,)),
+        PluginInput("value", DATA, (4,)),
+        PluginInput("importance", "float32", (2,)),
+        PluginInput("length", "int64", (1,)),
+        PluginInput("budget", "int64", (1,)),
+        PluginInput("slots", "int64", (1,)),
     ),
     outputs=(
         Output("compact_key", DATA, (BATCH, HEADS, SLOTS, extent("key", 3))),
@@ -85,7 +85,7 @@ PLUGIN = Plugin(
         Scratch("stays", "int8", (BATCH, POSITIONS)),
     ),
     steps=(
-        Step(
+        PluginStep(
             kernel=order_scores,
             grid=(POSITIONS.ceil_div(ORDERED), BATCH),
             arguments=(
@@ -94,14 +94,14 @@ PLUGIN = Plugin(
             ),
             constants={"BLOCK": ORDERED},
         ),
-        Step(
+        PluginStep(
             kernel=mark_survivors,
             grid=(POSITIONS.ceil_div(RANKED), BATCH),
             arguments=("order", "length", "budget", "stays", POSITIONS),
             constants={"BLOCK_I": RANKED, "BLOCK_J": COMPARED},
             warps=8,
         ),
-        Step(
+        PluginStep(
             kernel=list_survivors,
             grid=(BATCH,),
             arguments=(

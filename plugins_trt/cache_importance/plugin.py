@@ -11,7 +11,14 @@ from lvlm.plugins_trt.plugins.attention_steps import (
     softmax_scratch,
     softmax_steps,
 )
-from lvlm.plugins_trt.plugins.plugin_plan import DATA, Attribute, Input, Output, Plugin, Step
+from lvlm.plugins_trt.plugins.plugin_plan import (
+    DATA,
+    Attribute,
+    Output,
+    Plugin,
+    PluginInput,
+    PluginStep,
+)
 
 ROWS = 64  # of a tile
 ADDED = 256  # positions of a program
@@ -19,10 +26,10 @@ ADDED = 256  # positions of a program
 PLUGIN = Plugin(
     name="CacheImportance",
     inputs=(
-        Input("query", DATA, (4,)),
-        Input("key", DATA, (4,)),
-        Input("query_slot", "int64", (2,)),
-        Input("length", "int64", (1,)),
+        PluginInput("query", DATA, (4,)),
+        PluginInput("key", DATA, (4,)),
+        PluginInput("query_slot", "int64", (2,)),
+        PluginInput("length", "int64", (1,)),
     ),
     outputs=(Output("importance", "float32", (BATCH, POSITIONS)),),
     attributes=(
@@ -33,7 +40,7 @@ PLUGIN = Plugin(
     scratch=softmax_scratch(ROWS, GROUP),
     steps=(
         *softmax_steps("query_slot", "length", ROWS, GROUP, warps=8),
-        Step(
+        PluginStep(
             kernel=mean_over_heads,
             grid=(POSITIONS.ceil_div(ADDED), BATCH),
             arguments=("sums", "importance", HEADS, POSITIONS),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lvlm.plugins_trt.cache_update.kernel import write_entries
-from lvlm.plugins_trt.plugins.plugin_plan import DATA, Input, Output, Plugin, Step
+from lvlm.plugins_trt.plugins.plugin_plan import DATA, Output, Plugin, PluginInput, PluginStep
 from lvlm.plugins_trt.plugins.sizes import extent
 
 BATCH, HEADS, EXTENT, WIDTH = (extent("cache", axis) for axis in range(4))
@@ -14,13 +14,13 @@ WRITTEN = 1024  # numbers of a program
 PLUGIN = Plugin(
     name="CacheUpdate",
     inputs=(
-        Input("cache", DATA, (4,)),
-        Input("update", DATA, (4,)),
-        Input("index", "int64", (1,)),
+        PluginInput("cache", DATA, (4,)),
+        PluginInput("update", DATA, (4,)),
+        PluginInput("index", "int64", (1,)),
     ),
     outputs=(Output("updated", DATA, (BATCH, HEADS, EXTENT, WIDTH), alias="cache"),),
     steps=(
-        Step(
+        PluginStep(
             kernel=write_entries,
             grid=((HEADS * ENTRIES * WIDTH).ceil_div(WRITTEN), BATCH),
             arguments=("update", "index", "updated", EXTENT, HEADS, ENTRIES, WIDTH),

@@ -1,4 +1,4 @@
-"""What engines answer on this machine, beside what was recorded when their bundle was exported."""
+"""Engines' answers on this machine, beside what was recorded when their bundle was exported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lvlm.core.errors import BuildError, ParameterError
 from lvlm.export.targets.target import Target
-from lvlm.plugins_trt.engines.shape_profiles import Limits
+from lvlm.plugins_trt.engines.shape_profiles import EngineLimits
 from lvlm.runtime.backends import devices
 from lvlm.runtime.backends.trt.engines import TensorRtBackend
 from lvlm.runtime.bundle.manifest import Manifest
@@ -22,7 +22,7 @@ def device_of(target: Target) -> str:
     return next(name for name in names if name in devices())
 
 
-def check_limits(limits: Limits, manifest: Manifest, answers: list[RecordedAnswer]) -> None:
+def check_limits(limits: EngineLimits, manifest: Manifest, answers: list[RecordedAnswer]) -> None:
     """Raises ParameterError for engines that could not be asked what was recorded, one prompt at a
     time, before anything is built."""
     if limits.batch.min > 1:

@@ -25,7 +25,7 @@ from lvlm.plugins_trt.engines.graph_protos import read_proto
 from lvlm.plugins_trt.engines.shape_profiles import shapes
 from lvlm.plugins_trt.engines.tensorrt_builder import (
     NAMESPACE,
-    Settings,
+    BuildSettings,
     TensorRtBuilder,
     open_tensorrt,
 )
@@ -89,7 +89,7 @@ def lower_only(request: BuildRequest, progress: Progress, dry_run: bool) -> str:
 
 
 def lowered(manifest: Manifest, target: Target) -> bool:
-    """Whether the bundle has the graphs of this target."""
+    """True where the bundle has the graphs of this target."""
     return all(target.file(graph.file) in manifest.files for graph in manifest.graphs.values())
 
 
@@ -138,7 +138,7 @@ def _build_graph(
     source = request.target.file(graph.file)
     profile = plan.profiles[name]
     ahead = plan.gpu is None
-    settings = Settings(
+    settings = BuildSettings(
         shapes=shapes(graph, profile, static_capacity(plan.manifest).per_layer),
         weights=plan.shared,
         sms=plan.sms if ahead else (),
@@ -190,7 +190,8 @@ def _plugin_names(plan: EnginePlan) -> list[str]:
 
 
 def _identity(manifest: Manifest, plan: EnginePlan) -> dict[str, str]:
-    """What the engines were built from: the canonical graphs, and the weights they read."""
+    """Identity of what the engines were built from: the canonical graphs, and the weights they
+    read."""
     names = [graph.file for graph in manifest.graphs.values()]
     names += sorted({w.file for weights in plan.stored.values() for w in weights.values()})
     return {name: manifest.files[name].sha256 for name in names}

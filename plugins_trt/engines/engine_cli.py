@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recorded(request: BuildRequest, args: argparse.Namespace) -> int | None:
-    """What can be said of --validate before anything is built; the status, if it is done."""
+    """Say what is known of --validate before anything is built; the status, if it is done."""
     from lvlm.core.errors import ParameterError
     from lvlm.plugins_trt.engines.engine_answers import check_limits
     from lvlm.runtime.bundle.engine_sets import EngineSet, NoEnginesError

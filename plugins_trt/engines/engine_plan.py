@@ -95,9 +95,9 @@ def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where engines are built: TensorRT's ``version``, the GPU, or None to build ahead of time for
-    ``sms``, the plugin library, and why this is not here."""
+class BuildHost:
+    """The machine where engines are built: TensorRT's ``version``, the GPU, or None to build ahead
+    of time for ``sms``, the plugin library, and why this is not here."""
 
     version: str
     gpu: nvidia.Gpu | None
@@ -106,7 +106,7 @@ class Place:
     blocked: str | None = None
 
 
-def _place(request: BuildRequest, *, dry_run: bool) -> Place:
+def _place(request: BuildRequest, *, dry_run: bool) -> BuildHost:
     """This machine; with ``dry_run``, where it is not one to build on, the target's own."""
     target = request.target
     if dry_run and request.plugins is not None:
@@ -116,12 +116,12 @@ def _place(request: BuildRequest, *, dry_run: bool) -> Place:
         tensorrt = open_tensorrt(target.flavour)
         _check_version(target, tensorrt)
         gpu, sms = _gpu(request)
-        return Place(tensorrt.version, gpu, sms, library)
+        return BuildHost(tensorrt.version, gpu, sms, library)
     except BackendError as error:
         if not dry_run:
             raise
         version = ".".join(map(str, target.version))
-        return Place(version, None, request.sm or target.sms, None, str(error))
+        return BuildHost(version, None, request.sm or target.sms, None, str(error))
 
 
 def _gpu(request: BuildRequest) -> tuple[nvidia.Gpu | None, tuple[int, ...]]:
@@ -150,12 +150,12 @@ def _check_dtype(target: Target, dtype: str) -> None:
 
 
 def _check_storage(target: Target, manifest: Manifest) -> None:
-    """Weights and cache that are narrower than what is computed in. Of int8 weights only the data
+    """Weights and cache of lower precision than is computed in. Of int8 weights only the data
     says whether outputs have one scale; lowering looks."""
     if manifest.cache_dtype != manifest.dtype and not target.low_precision:
         raise ParameterError(
-            f"target {target.name} does not take a cache narrower than what it computes in; export "
-            "without --cache"
+            f"target {target.name} does not take a cache of lower precision than it computes in; "
+            "export without --cache"
         )
     if (how := manifest.quantization) is None:
         return
@@ -164,7 +164,7 @@ def _check_storage(target: Target, manifest: Manifest) -> None:
 
 
 def positive_scales(target: Target, manifest: Manifest) -> bool:
-    """Whether its int4 weights get positive scales, as ONNX Runtime's quantizer does not."""
+    """True where its int4 weights get positive scales, as ONNX Runtime's quantizer does not."""
     how = manifest.quantization
     takes_any = target.signed is not None and 4 in target.signed.negative_scales
     return how is not None and how.bits == 4 and not takes_any
@@ -200,6 +200,6 @@ def _slug(text: str) -> str:
 
 
 def _timing_cache(made_for: str) -> Path:
-    """Where what TensorRT measures is kept from one build to the next."""
+    """The file that keeps what TensorRT measures from one build to the next."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "lvlm" / f"timing-{made_for}.cache"

@@ -12,7 +12,7 @@ from lvlm.core.discovery import discover, nearest
 from lvlm.core.errors import BackendError, ParameterError
 from lvlm.core.integrity import Verify
 from lvlm.export.targets.target import Target
-from lvlm.plugins_trt.engines.shape_profiles import Limits, parse_batch
+from lvlm.plugins_trt.engines.shape_profiles import EngineLimits, parse_batch
 from lvlm.runtime.bundle.engine_sets import PLUGINS
 
 Weights = Literal["inputs", "embedded"]
@@ -79,8 +79,8 @@ class BuildRequest:
         return nearest("architecture", str(sm), map(str, self.target.sms))
 
     @property
-    def limits(self) -> Limits:
-        return Limits(parse_batch(self.batch or DEFAULT_BATCH), self.max_prompt)
+    def limits(self) -> EngineLimits:
+        return EngineLimits(parse_batch(self.batch or DEFAULT_BATCH), self.max_prompt)
 
     def library(self) -> Path | None:
         """The plugin library for a target with plugins. Raises BackendError if there is none."""

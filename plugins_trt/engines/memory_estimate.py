@@ -56,7 +56,7 @@ def estimate(
     workspace: int | None,
     positive: bool = False,
 ) -> MemoryEstimate:
-    """What these engines take; ``workspace``: the limit that was given for it, if one was;
+    """Memory that these engines take; ``workspace``: the limit that was given for it, if one was;
     ``positive``: scales of blocks are to be positive, which leaves as much over as they take."""
     inside = {
         graph: sum(w.bytes for name, w in weights.items() if name not in shared)
@@ -107,7 +107,7 @@ def _as_int4(
 
 
 def _are_scales(manifest: Manifest, weight: EngineWeight) -> bool:
-    """Of the bytes that quantized weights are made of, those that are floats."""
+    """True for initializers of quantized weights that are floats."""
     whole = manifest.weights.get(weight.name)
     return weight.dtype == "uint8" and whole is not None and whole.dtype == manifest.dtype
 
@@ -130,7 +130,7 @@ def check_memory(
 
 
 def _mend(manifest: Manifest, needs: MemoryEstimate, room: int) -> str:
-    """What fits into ``room`` bytes for the cache."""
+    """Advice on what fits into ``room`` bytes for the cache."""
     if room >= needs.prompt:
         return f"give --batch 1..{room // needs.prompt}"
     if room > 0:
@@ -151,16 +151,16 @@ def _text_that_fits(manifest: Manifest, room: int) -> str | None:
     def fits(steps: int) -> bool:
         return _fits(manifest, slot_capacity(manifest, steps * ROUND, None, None, None), room)
 
-    most = _largest(manifest.capacity.max_text_len // ROUND, fits)
-    return str(most * ROUND) if most else None
+    largest = _largest(manifest.capacity.max_text_len // ROUND, fits)
+    return str(largest * ROUND) if largest else None
 
 
 def _share_that_fits(manifest: Manifest, room: int) -> str | None:
     def fits(share: int) -> bool:
         return _fits(manifest, slot_capacity(manifest, None, None, None, share / 100), room)
 
-    most = _largest(99, fits) if "kv_keep" in manifest.parameters else 0
-    return f"{most / 100:.2f}" if most else None
+    largest = _largest(99, fits) if "kv_keep" in manifest.parameters else 0
+    return f"{largest / 100:.2f}" if largest else None
 
 
 def _fits(manifest: Manifest, capacity: Capacity, room: int) -> bool:
@@ -168,9 +168,9 @@ def _fits(manifest: Manifest, capacity: Capacity, room: int) -> bool:
     return cache_bytes(manifest, 1, given.per_layer) <= room
 
 
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to ``most`` that fits, of those where every smaller one does; 0."""
-    low, high = 0, most
+def _largest(upper: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to ``upper`` that fits, of those where every smaller one does; 0."""
+    low, high = 0, upper
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -28,7 +28,7 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """batch       prompts at once
     max_prompt  tokens of a prompt, those of its images with them; None: all there is room for
     """
@@ -50,7 +50,7 @@ def parse_batch(text: str) -> Range:
     return Range(numbers[0], numbers[len(numbers) // 2 if len(numbers) == 3 else 0], numbers[-1])
 
 
-def profiles(manifest: Manifest, limits: Limits) -> dict[str, Profile]:
+def profiles(manifest: Manifest, limits: EngineLimits) -> dict[str, Profile]:
     """Profiles by graph: the range of each of its dynamic dimensions; the cache's length is none of
     them. Raises ParameterError for limits that the bundle has no room for."""
     ranges = _ranges(manifest, limits)
@@ -85,7 +85,7 @@ def longest_prompt(manifest: Manifest) -> int:
     return capacity.max_text_len - 1 + capacity.max_images * manifest.images.tokens
 
 
-def _ranges(manifest: Manifest, limits: Limits) -> Profile:
+def _ranges(manifest: Manifest, limits: EngineLimits) -> Profile:
     tokens, batch = manifest.images.tokens, limits.batch
     longest = _longest(manifest, limits)
     usual = min(longest, tokens + QUESTION)
@@ -125,7 +125,7 @@ def _ranges(manifest: Manifest, limits: Limits) -> Profile:
     return ranges
 
 
-def _encoded(manifest: Manifest, limits: Limits) -> Profile:
+def _encoded(manifest: Manifest, limits: EngineLimits) -> Profile:
     """The runtime encodes a few units at a time, however many images there are, or one image
     whose units belong together."""
     dims = manifest.images.max_dims
@@ -135,7 +135,7 @@ def _encoded(manifest: Manifest, limits: Limits) -> Profile:
     return {"units": Range(1, min(limits.batch.opt * dims["units"], units), units)}
 
 
-def _longest(manifest: Manifest, limits: Limits) -> int:
+def _longest(manifest: Manifest, limits: EngineLimits) -> int:
     longest, shortest = longest_prompt(manifest), manifest.images.tokens + 1
     wanted = longest if limits.max_prompt is None else limits.max_prompt
     if wanted > longest:

@@ -4,7 +4,7 @@ An engine that holds a weight uploads a copy of its own. As an input it is a buf
 fills once from the bundle's weights file and binds to every engine. Vectors (norms, biases) stay in
 the engine: they are small, and kernels are fused with them. docs/notes/tensorrt.md has figures.
 
-An input cannot be folded: whatever a graph computes of a weight, other than a product, it computes
+An input cannot be folded: whatever a graph computes of a weight, other than a MatMul, it computes
 at each call, into scratch memory. So columns that a graph takes of a weight are inputs themselves,
 which the runtime uploads from where they lie in the whole.
 """
@@ -75,7 +75,7 @@ def with_inputs(model: onnx.ModelProto, weights: Mapping[str, EngineWeight]) -> 
     """Turn those initializers of ``model`` that are in ``weights`` into inputs, in place, those of
     which parts are taken into inputs for the parts; which they are.
 
-    Raises BuildError where the graph computes anything else of a weight than products and rows.
+    Raises BuildError where the graph computes anything else of a weight than MatMuls and rows.
     """
     graph = model.graph
     taken = {tensor.name: tensor for tensor in graph.initializer if tensor.name in weights}

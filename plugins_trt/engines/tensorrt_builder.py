@@ -53,7 +53,7 @@ NO_MEMORY = re.compile(
 
 
 @dataclass(frozen=True)
-class Settings:
+class BuildSettings:
     """Settings of the build of one engine.
 
     shapes   (min, opt, max) shape of every input with a dynamic axis; others may be left out
@@ -96,7 +96,7 @@ class TensorRtBuilder:
         self.log = _logger(self.trt)
 
     def build(
-        self, model: Path | bytes, settings: Settings | None = None, show: Show | None = None
+        self, model: Path | bytes, settings: BuildSettings | None = None, show: Show | None = None
     ) -> Built:
         """Parse ``model``, require that every input is consumed, and build an engine.
 
@@ -105,7 +105,7 @@ class TensorRtBuilder:
         Raises BackendError with the parser's message, or naming unconsumed inputs; BuildError with
         the builder's.
         """
-        settings = settings or Settings()
+        settings = settings or BuildSettings()
         builder, network, parser, weights = self._parse(model, settings.weights)
         if unused := _unconsumed(network):
             raise BackendError(
@@ -171,7 +171,7 @@ class TensorRtBuilder:
             raise BackendError(f"{self.name} cannot parse this graph: {told or self.log.text()}")
         return builder, network, parser, weights
 
-    def _config(self, builder: Any, settings: Settings) -> Any:
+    def _config(self, builder: Any, settings: BuildSettings) -> Any:
         trt, config = self.trt, builder.create_builder_config()
         if settings.shapes:
             profile = builder.create_optimization_profile()
@@ -262,7 +262,7 @@ def _monitor(trt: Any, show: Show, came: Sequence[int]) -> Any:
 
 
 def _logger(trt: Any) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class BuildLogger(trt.ILogger):  # type: ignore[misc]
         """Prints nothing; remembers errors and how much memory an engine takes, since the builder
         reports them in no other way."""
 
@@ -287,4 +287,4 @@ def _logger(trt: Any) -> Any:
         def text(self) -> str:
             return "; ".join(self.errors) or "no reason given"
 
-    return Logger()
+    return BuildLogger()

@@ -32,12 +32,12 @@ std::string listed(List<char const*> const& words)
 
 int32_t readInt(AttributeTable const& attribute, PluginField const& field)
 {
-    bool const narrow = field.type == PluginFieldType::kINT32;
-    if ((!narrow && field.type != PluginFieldType::kINT64) || field.length != 1)
+    bool const isInt32 = field.type == PluginFieldType::kINT32;
+    if ((!isInt32 && field.type != PluginFieldType::kINT64) || field.length != 1)
     {
         throw Error(std::string{attribute.name} + " must be one integer, int32 or int64");
     }
-    int64_t const value = narrow ? only<int32_t>(field) : only<int64_t>(field);
+    int64_t const value = isInt32 ? only<int32_t>(field) : only<int64_t>(field);
     if (value < attribute.minimum || value > INT32_MAX)
     {
         throw Error(std::string{attribute.name} + " is " + std::to_string(value) + "; "

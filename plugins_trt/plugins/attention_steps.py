@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lvlm.plugins_trt.plugins.attention_tiles import column_sums, join_splits, row_sums
-from lvlm.plugins_trt.plugins.plugin_plan import Scalar, Scratch, Step
+from lvlm.plugins_trt.plugins.plugin_plan import PluginStep, Scalar, Scratch
 from lvlm.plugins_trt.plugins.sizes import Size, const, extent
 
 BATCH, HEADS, INDICES, WIDTH = (extent("query", axis) for axis in range(4))
@@ -20,7 +20,7 @@ JOINED = 64  # rows of a program
 
 def softmax_steps(
     slots: str, valid: str, block: int, shares: Size, warps: int
-) -> tuple[Step, Step, Step]:
+) -> tuple[PluginStep, PluginStep, PluginStep]:
     """Steps that leave in ``sums`` the attention of each key head's rows, in ``shares`` parts.
 
     slots, valid  names of inputs; ``valid`` is "length", or else the ids of the keys
@@ -42,7 +42,7 @@ def softmax_steps(
     # By what a head size leaves over by 8; the second kernel takes any size.
     choice = ("ODD", WIDTH - WIDTH // 8 * 8, (0, 7))
     return (
-        Step(
+        PluginStep(
             kernel=row_sums,
             grid=(blocks, splits, BATCH * KEY_HEADS),
             arguments=(*tensors, *sizes, span, Scalar("scale")),
@@ -51,14 +51,14 @@ def softmax_steps(
             warps=warps,
             stages=3,
         ),
-        Step(
+        PluginStep(
             kernel=join_splits,
             # Nothing to join, no launch.
             grid=(ROWS.ceil_div(JOINED) * (splits - 1).at_most(1), BATCH * KEY_HEADS),
             arguments=("peaks", "totals", ROWS, splits),
             constants={"SPLITS": SPLITS, "BLOCK": JOINED},
         ),
-        Step(
+        PluginStep(
             kernel=column_sums,
             grid=(POSITIONS.ceil_div(KEYS), KEY_HEADS * shares, BATCH),
             arguments=(*tensors, "sums", *sizes, splits, ROWS // shares, Scalar("scale")),

@@ -166,8 +166,8 @@ def _images(kernel: Kernel, arch: int) -> tuple[Image, Image]:
 
 
 def _extras(ptx: str, parameters: Sequence[str]) -> int:
-    """How many pointers Triton added to a function's parameters. Raises BuildError if these are
-    not the expected ones."""
+    """The number of pointers Triton added to a function's parameters. Raises BuildError if these
+    are not the expected ones."""
     entry = re.search(r"\.visible \.entry \w+\(([^)]*)\)", ptx)
     found = re.findall(r"\.param \.[a-z](\d+)", entry[1]) if entry else []
     given = [PTX_TYPES.get(kind, "64") for kind in parameters if kind != CONSTEXPR]

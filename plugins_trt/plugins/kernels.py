@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lvlm.core.errors import BuildError
-from lvlm.plugins_trt.plugins.plugin_plan import DATA, FLOATS, Plugin, Scalar, Step
+from lvlm.plugins_trt.plugins.plugin_plan import DATA, FLOATS, Plugin, PluginStep, Scalar
 from lvlm.plugins_trt.plugins.sizes import Size
 
 POINTERS = {
@@ -62,7 +62,9 @@ class KernelVariant:
     kernel: Kernel
 
 
-def variants(plugin: Plugin, step: Step, floats: Sequence[str] = FLOATS) -> Iterator[KernelVariant]:
+def variants(
+    plugin: Plugin, step: PluginStep, floats: Sequence[str] = FLOATS
+) -> Iterator[KernelVariant]:
     """Kernels that a step may launch; ``floats`` are the data types wanted. Raises BuildError for a
     plan that does not fit its function."""
     tensors = _tensor_types(plugin)
@@ -90,7 +92,7 @@ def _tensor_types(plugin: Plugin) -> dict[str, str]:
 
 
 def _kernel(
-    plugin: Plugin, step: Step, tensors: dict[str, str], data: str | None, block: int | None
+    plugin: Plugin, step: PluginStep, tensors: dict[str, str], data: str | None, block: int | None
 ) -> Kernel:
     function = getattr(step.kernel, "fn", step.kernel)
     where = f"{plugin.name}: {function.__name__}"

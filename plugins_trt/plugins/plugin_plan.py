@@ -24,7 +24,7 @@ HEAD_BLOCKS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
-class Input:
+class PluginInput:
     """``dtype`` is DATA or a fixed one; ``ranks`` those allowed; optional inputs come last."""
 
     name: str
@@ -86,7 +86,7 @@ Argument = str | Size | Scalar  # a tensor by name, a number (int32), an attribu
 
 
 @dataclass(frozen=True)
-class Step:
+class PluginStep:
     """One kernel launch.
 
     kernel     a Triton function; its tl.constexpr parameters are ``constants``, ``choice``'s and
@@ -116,15 +116,15 @@ class Plugin:
     """
 
     name: str
-    inputs: tuple[Input, ...]
+    inputs: tuple[PluginInput, ...]
     outputs: tuple[Output, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[PluginStep, ...]
     attributes: tuple[Attribute, ...] = ()
     scratch: tuple[Scratch, ...] = ()
     variant: str | None = None
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def steps_for(self, word: str | None) -> list[Step]:
+    def steps_for(self, word: str | None) -> list[PluginStep]:
         """The steps of one variant."""
         return [step for step in self.steps if not step.when or word in step.when]
 
@@ -176,7 +176,7 @@ class Plugin:
         ]
 
 
-def chosen(step: Step, shapes: Shapes) -> dict[str, int | bool]:
+def chosen(step: PluginStep, shapes: Shapes) -> dict[str, int | bool]:
     """The constexpr values of a step. Raises ParameterError if no block is large enough."""
     values = dict(step.constants)
     if step.choice is not None:

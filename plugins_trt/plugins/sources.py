@@ -9,7 +9,14 @@ from lvlm.core.errors import BuildError
 from lvlm.plugins_trt.plugins.architectures import ALONE
 from lvlm.plugins_trt.plugins.kernel_compiler import Compiled, Image
 from lvlm.plugins_trt.plugins.kernels import Kernel, variants
-from lvlm.plugins_trt.plugins.plugin_plan import Argument, Attribute, Output, Plugin, Scalar, Step
+from lvlm.plugins_trt.plugins.plugin_plan import (
+    Argument,
+    Attribute,
+    Output,
+    Plugin,
+    PluginStep,
+    Scalar,
+)
 from lvlm.plugins_trt.plugins.sizes import Size, as_size
 
 TYPES = {
@@ -171,7 +178,7 @@ class _Tables:
     def _step(
         self,
         plugin: Plugin,
-        step: Step,
+        step: PluginStep,
         tensors: dict[str, tuple[str, int]],
         inputs: dict[str, int],
         attributes: dict[str, int],

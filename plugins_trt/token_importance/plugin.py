@@ -11,7 +11,14 @@ from lvlm.plugins_trt.plugins.attention_steps import (
     softmax_scratch,
     softmax_steps,
 )
-from lvlm.plugins_trt.plugins.plugin_plan import DATA, Attribute, Input, Output, Plugin, Step
+from lvlm.plugins_trt.plugins.plugin_plan import (
+    DATA,
+    Attribute,
+    Output,
+    Plugin,
+    PluginInput,
+    PluginStep,
+)
 from lvlm.plugins_trt.plugins.sizes import const
 from lvlm.plugins_trt.token_importance.kernel import mean_over_rows
 
@@ -21,17 +28,17 @@ ADDED = 256  # positions of a program
 PLUGIN = Plugin(
     name="TokenImportance",
     inputs=(
-        Input("query", DATA, (4,)),
-        Input("key", DATA, (4,)),
-        Input("query_index", "int64", (2,)),
-        Input("image_id", "int64", (2,)),
+        PluginInput("query", DATA, (4,)),
+        PluginInput("key", DATA, (4,)),
+        PluginInput("query_index", "int64", (2,)),
+        PluginInput("image_id", "int64", (2,)),
     ),
     outputs=(Output("importance", "float32", (BATCH, POSITIONS)),),
     attributes=(Attribute("scale", float),),
     scratch=softmax_scratch(ROWS, const(1)),
     steps=(
         *softmax_steps("query_index", "image_id", ROWS, const(1), warps=4),
-        Step(
+        PluginStep(
             kernel=mean_over_rows,
             grid=(POSITIONS.ceil_div(ADDED), BATCH),
             arguments=(

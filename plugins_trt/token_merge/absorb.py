@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LEAST_NORM = tl.constexpr(1e-12)  # the contract's EPSILON
+MIN_NORM = tl.constexpr(1e-12)  # the contract's EPSILON
 INFINITY = tl.constexpr(float("inf"))
 
 
@@ -29,7 +29,7 @@ def norms(
     BLOCK_D: tl.constexpr,
     ODD: tl.constexpr,
 ) -> None:
-    """norm [B, N] fp32: of the image tokens, at least LEAST_NORM. Grid (N / BLOCK_T, B)."""
+    """norm [B, N] fp32: of the image tokens, at least MIN_NORM. Grid (N / BLOCK_T, B)."""
     row = tl.program_id(1).to(tl.int64)
     if not ODD:
         width = width // 8 * 8
@@ -41,7 +41,7 @@ def norms(
         column = start + tl.arange(0, BLOCK_D)[None]
         state = tl.load(line + column, of_image[:, None] & (column < width), 0.0).to(tl.float32)
         total += tl.sum(state * state, 1)
-    total = tl.maximum(tl.sqrt_rn(total), LEAST_NORM)
+    total = tl.maximum(tl.sqrt_rn(total), MIN_NORM)
     tl.store(norm + row * length + token, total, token < length)
 
 

@@ -86,7 +86,7 @@ def layout(
     new_length: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Where everything goes, by running counts.
+    """Places where everything goes, by running counts.
 
     new_index [B, N] int64: of what stays, else -1; origin [B, Nout] int32: its inverse, -1 where
     the output is padding; centres [B, M K] int32: tokens by number, the last ``centre_count``
@@ -142,7 +142,7 @@ def copy(
     BLOCK_D: tl.constexpr,
     ODD: tl.constexpr,
 ) -> None:
-    """What stays, bit by bit, into its new place; padding.
+    """Copy what stays, bit by bit, into its new place; padding.
 
     positions [leads, B, N] → merged_positions [leads, B, Nout]. Grid (Nout / BLOCK_S, D / BLOCK_D,
     B). ODD, here and below: D is no multiple of 8.

@@ -11,12 +11,12 @@ from __future__ import annotations
 from lvlm.plugins_trt.plugins.plugin_plan import (
     DATA,
     Attribute,
-    Input,
     Output,
     Plugin,
+    PluginInput,
+    PluginStep,
     Scalar,
     Scratch,
-    Step,
 )
 from lvlm.plugins_trt.plugins.sizes import Size, const, extent, numel
 from lvlm.plugins_trt.token_merge import absorb, kernel, share
@@ -38,9 +38,9 @@ def _blocks(number: Size, block: int) -> Size:
     return number.ceil_div(block)
 
 
-def _layout(centre_count: str, *rules: str) -> Step:
+def _layout(centre_count: str, *rules: str) -> PluginStep:
     """``centre_count``: the input that says how many centres each image has."""
-    return Step(
+    return PluginStep(
         kernel.layout,
         (BATCH,),
         ("image_id", "keep", centre_count, "rank", "map", "origin", "centres", "loose",
@@ -52,13 +52,13 @@ def _layout(centre_count: str, *rules: str) -> Step:
 
 def _absorb(
     rule: str, centre_count: str, limit: Size | Scalar, max_centres: Size, tile: dict[str, int]
-) -> tuple[Step, ...]:
+) -> tuple[PluginStep, ...]:
     """The steps of a rule in which a centre absorbs at most ``limit`` tokens.
 
     max_centres  of an image; tile  loose tokens against centres
     """
     return (
-        Step(
+        PluginStep(
             absorb.norms,
             (_blocks(LENGTH, 16), BATCH),
             ("hidden", "image_id", "norm", LENGTH, WIDTH),
@@ -66,7 +66,7 @@ def _absorb(
             choice=ODD,
             when=(rule,),
         ),
-        Step(
+        PluginStep(
             absorb.candidates,
             (_blocks(LENGTH, tile["BLOCK_T"]), const(PARTS), BATCH),
             ("hidden", "image_id", "norm", centre_count, "centres", "loose", "loose_count",
@@ -75,14 +75,14 @@ def _absorb(
             choice=ODD,
             when=(rule,),
         ),
-        Step(
+        PluginStep(
             absorb.closest,
             (_blocks(LENGTH, 256), BATCH),
             ("cosine", "owner", "loose_count", LENGTH),
             {"PARTS": PARTS, "BLOCK": 256},
             when=(rule,),
         ),
-        Step(
+        PluginStep(
             absorb.group,
             (_blocks(LENGTH, COUNTING["BLOCK_I"]), BATCH),
             ("cosine", "owner", "centres", "loose", "loose_count", "grouped", "begin", "absorbed",
@@ -91,7 +91,7 @@ def _absorb(
             warps=16,
             when=(rule,),
         ),
-        Step(
+        PluginStep(
             absorb.means,
             (IMAGES * max_centres, _blocks(WIDTH, 512), BATCH),
             ("hidden", "importance", "centres", "grouped", "begin", "absorbed", "map", "merged",
@@ -103,10 +103,10 @@ def _absorb(
     )  # fmt: skip
 
 
-def _share() -> tuple[Step, ...]:
+def _share() -> tuple[PluginStep, ...]:
     """The steps of merge=illava."""
     return (
-        Step(
+        PluginStep(
             share.products,
             (_blocks(LENGTH, 16), IMAGES, BATCH),
             ("hidden", "image_id", "recycle", "centres", "loose", "loose_count", "product",
@@ -115,26 +115,26 @@ def _share() -> tuple[Step, ...]:
             choice=ODD,
             when=("illava",),
         ),
-        Step(
+        PluginStep(
             share.choose,
             (IMAGES * CENTRES, BATCH),
-            ("recycle", "loose_count", "product", "best", "least", "last", LENGTH, IMAGES, SLOTS,
+            ("recycle", "loose_count", "product", "best", "lowest", "last", LENGTH, IMAGES, SLOTS,
              CENTRES, Scalar("absorb")),
             {"BLOCK": 512},
             when=("illava",),
         ),
-        Step(
+        PluginStep(
             share.claim,
             (_blocks(LENGTH, 128), BATCH),
-            ("image_id", "recycle", "centres", "loose", "loose_count", "product", "least", "last",
+            ("image_id", "recycle", "centres", "loose", "loose_count", "product", "lowest", "last",
              "map", LENGTH, IMAGES, SLOTS, CENTRES),
             {"BLOCK": 128},
             when=("illava",),
         ),
-        Step(
+        PluginStep(
             share.halves,
             (IMAGES * CENTRES, _blocks(WIDTH, 512), BATCH),
-            ("hidden", "recycle", "centres", "loose", "loose_count", "product", "best", "least",
+            ("hidden", "recycle", "centres", "loose", "loose_count", "product", "best", "lowest",
              "last", "map", "merged", LENGTH, IMAGES, SLOTS, NEW_LENGTH, WIDTH, CENTRES),
             {"BLOCK_E": 8, "BLOCK_D": 512},
             choice=ODD,
@@ -146,15 +146,15 @@ def _share() -> tuple[Step, ...]:
 PLUGIN = Plugin(
     name="TokenMerge",
     inputs=(
-        Input("hidden", DATA, (3,)),
-        Input("importance", "float32", (2,)),
-        Input("image_id", "int64", (2,)),
-        Input("positions", "int64", (2, 3)),
-        Input("keep", "int64", (2,)),
-        Input("keep_slots", "int64", (1,)),
-        Input("out_slots", "int64", (1,)),
-        Input("recycle", "int64", (2,), optional=True),
-        Input("recycle_slots", "int64", (1,), optional=True),
+        PluginInput("hidden", DATA, (3,)),
+        PluginInput("importance", "float32", (2,)),
+        PluginInput("image_id", "int64", (2,)),
+        PluginInput("positions", "int64", (2, 3)),
+        PluginInput("keep", "int64", (2,)),
+        PluginInput("keep_slots", "int64", (1,)),
+        PluginInput("out_slots", "int64", (1,)),
+        PluginInput("recycle", "int64", (2,), optional=True),
+        PluginInput("recycle_slots", "int64", (1,), optional=True),
     ),
     outputs=(
         Output("merged", DATA, (BATCH, NEW_LENGTH, WIDTH)),
@@ -185,13 +185,13 @@ PLUGIN = Plugin(
             for name, dtype, line in (
                 ("product", "float32", (LENGTH,)),
                 ("best", "float32", ()),
-                ("least", "float32", ()),
+                ("lowest", "float32", ()),
                 ("last", "int32", ()),
             )
         ),
     ),
     steps=(
-        Step(
+        PluginStep(
             kernel.rank,
             (_blocks(LENGTH, COUNTING["BLOCK_I"]), BATCH),
             ("importance", "image_id", "rank", "centres", "absorbed", LENGTH, NUMBERS),
@@ -200,7 +200,7 @@ PLUGIN = Plugin(
         ),
         _layout("recycle", "recycle", "illava"),
         _layout("keep", "nearest", "drop"),
-        Step(
+        PluginStep(
             kernel.copy,
             (_blocks(NEW_LENGTH, 16), _blocks(WIDTH, 256), BATCH),
             ("hidden", "positions", "image_id", "origin", "merged", "merged_positions",

@@ -80,7 +80,7 @@ def choose(
     loose_count: tl.tensor,
     product: tl.tensor,
     best: tl.tensor,
-    least: tl.tensor,
+    lowest: tl.tensor,
     last: tl.tensor,
     length: tl.tensor,
     images: tl.tensor,
@@ -89,8 +89,8 @@ def choose(
     limit: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """What each centre takes, the ``limit`` largest products, as bounds [B, M C]: the largest
-    (best), the smallest (least) and the last place at which that one is taken (last; -1: nothing).
+    """Bounds of what each centre takes, the ``limit`` largest products, [B, M C]: the largest
+    (best), the smallest (lowest) and the last place at which that one is taken (last; -1: nothing).
 
     Grid (M C, B); reads a line ``limit`` times.
     """
@@ -124,7 +124,7 @@ def choose(
         largest = tl.maximum(largest, top)
         taken += 1
     tl.store(best + number, largest)
-    tl.store(least + number, bound)
+    tl.store(lowest + number, bound)
     tl.store(last + number, at)
 
 
@@ -136,7 +136,7 @@ def claim(
     loose: tl.tensor,
     loose_count: tl.tensor,
     product: tl.tensor,
-    least: tl.tensor,
+    lowest: tl.tensor,
     last: tl.tensor,
     new_index: tl.tensor,
     length: tl.tensor,
@@ -160,7 +160,7 @@ def claim(
             number = (row * images + m) * max_centres + nth
             mine = live & (image == m + 1)
             found = tl.load(product + number * length + place, mine, -INFINITY)
-            bound = tl.load(least + number)
+            bound = tl.load(lowest + number)
             taken = (found > bound) | ((found == bound) & (place <= tl.load(last + number)))
             nearer = mine & taken & (found > top)
             centre = tl.load(centres + (row * images + m) * slots + nth)
@@ -180,7 +180,7 @@ def halves(
     loose_count: tl.tensor,
     product: tl.tensor,
     best: tl.tensor,
-    least: tl.tensor,
+    lowest: tl.tensor,
     last: tl.tensor,
     new_index: tl.tensor,
     merged: tl.tensor,
@@ -214,7 +214,7 @@ def halves(
     hidden += row * length * width
     product += number * length
     largest = tl.load(best + number)
-    bound = tl.load(least + number)
+    bound = tl.load(lowest + number)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     within = column < width
     total = 0.0

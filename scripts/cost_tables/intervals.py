@@ -1,4 +1,4 @@
-"""How sure figures of some hundred questions are: 95 of 100 such intervals hold the true value."""
+"""Confidence intervals of some hundred questions: 95 of 100 hold the true value."""
 
 from __future__ import annotations
 

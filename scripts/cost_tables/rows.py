@@ -24,7 +24,7 @@ SNAPKV = ("kv=snapkv", "kv.window=16")
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A line of the tables: a recipe with its settings."""
 
     group: Group
@@ -38,49 +38,49 @@ class Cell:
     and ``kept`` of what these leave in the cache (None: all, or no cache policy)."""
 
     name: str
-    row: Row
+    row: TableRow
     left: float | None = None
     kept: float | None = None
 
 
-ROWS: dict[str, Row] = {
-    "none": Row("once", "none"),
-    "divprune": Row("reductions", "divprune", WHOLE),
-    "visionzip": Row("reductions", "visionzip", WHOLE),
-    "hybrid": Row("reductions", "hybrid", WHOLE),
-    "lightvlm": Row("reductions", "lightvlm", (*WHOLE, *CACHE, *OWN)),
-    "pyramiddrop": Row("reductions", "pyramiddrop", WHOLE),
-    "fastv": Row("reductions", "fastv", WHOLE),
-    "random": Row("reductions", "random", WHOLE),
-    "strided": Row("reductions", "strided", WHOLE),
-    "interval": Row("caches", "lightvlm", (*WHOLE, *CACHE, *OWN)),
-    "snapkv": Row("caches", "snapkv", (*CACHE, "window=16")),
-    "pyramidkv": Row("caches", "pyramidkv", CACHE),
-    "uniform": Row("caches", "uniform", CACHE),
-    "prefixkv": Row("caches", "prefixkv", CACHE),
-    "elastic-cache": Row("caches", "elastic-cache", CACHE),
-    "streaming-llm": Row("caches", "streaming-llm", CACHE),
-    "tova": Row("caches", "tova", CACHE),
-    "h2o": Row("caches", "h2o", CACHE),
-    "lightvlm + interval": Row("both", "lightvlm", (*WHOLE, *CACHE, *OWN)),
-    "lightvlm + snapkv": Row("both", "lightvlm", (*WHOLE, *CACHE, *SNAPKV)),
-    "divprune + interval": Row("both", "divprune", (*WHOLE, *CACHE, "kv=interval", *OWN)),
-    "divprune + snapkv": Row("both", "divprune", (*WHOLE, *CACHE, *SNAPKV)),
-    "hybrid + interval": Row("both", "hybrid", (*WHOLE, *CACHE, "kv=interval", *OWN)),
-    "at 0.35: whole cache": Row("once", "lightvlm", CACHE),
-    "at 0.35: interval": Row("default", "lightvlm", CACHE),
-    "at 0.35: interval, 64 queries": Row("default", "lightvlm", (*CACHE, "kv_protect=64")),
-    "at 0.35: snapkv": Row("default", "lightvlm", (*CACHE, *SNAPKV)),
-    "at 0.35: prefixkv": Row("default", "lightvlm", (*CACHE, "kv=prefixkv")),
+ROWS: dict[str, TableRow] = {
+    "none": TableRow("once", "none"),
+    "divprune": TableRow("reductions", "divprune", WHOLE),
+    "visionzip": TableRow("reductions", "visionzip", WHOLE),
+    "hybrid": TableRow("reductions", "hybrid", WHOLE),
+    "lightvlm": TableRow("reductions", "lightvlm", (*WHOLE, *CACHE, *OWN)),
+    "pyramiddrop": TableRow("reductions", "pyramiddrop", WHOLE),
+    "fastv": TableRow("reductions", "fastv", WHOLE),
+    "random": TableRow("reductions", "random", WHOLE),
+    "strided": TableRow("reductions", "strided", WHOLE),
+    "interval": TableRow("caches", "lightvlm", (*WHOLE, *CACHE, *OWN)),
+    "snapkv": TableRow("caches", "snapkv", (*CACHE, "window=16")),
+    "pyramidkv": TableRow("caches", "pyramidkv", CACHE),
+    "uniform": TableRow("caches", "uniform", CACHE),
+    "prefixkv": TableRow("caches", "prefixkv", CACHE),
+    "elastic-cache": TableRow("caches", "elastic-cache", CACHE),
+    "streaming-llm": TableRow("caches", "streaming-llm", CACHE),
+    "tova": TableRow("caches", "tova", CACHE),
+    "h2o": TableRow("caches", "h2o", CACHE),
+    "lightvlm + interval": TableRow("both", "lightvlm", (*WHOLE, *CACHE, *OWN)),
+    "lightvlm + snapkv": TableRow("both", "lightvlm", (*WHOLE, *CACHE, *SNAPKV)),
+    "divprune + interval": TableRow("both", "divprune", (*WHOLE, *CACHE, "kv=interval", *OWN)),
+    "divprune + snapkv": TableRow("both", "divprune", (*WHOLE, *CACHE, *SNAPKV)),
+    "hybrid + interval": TableRow("both", "hybrid", (*WHOLE, *CACHE, "kv=interval", *OWN)),
+    "at 0.35: whole cache": TableRow("once", "lightvlm", CACHE),
+    "at 0.35: interval": TableRow("default", "lightvlm", CACHE),
+    "at 0.35: interval, 64 queries": TableRow("default", "lightvlm", (*CACHE, "kv_protect=64")),
+    "at 0.35: snapkv": TableRow("default", "lightvlm", (*CACHE, *SNAPKV)),
+    "at 0.35: prefixkv": TableRow("default", "lightvlm", (*CACHE, "kv=prefixkv")),
     # What was tried beside: run where it is named
-    "divprune, closed up": Row("more", "divprune", (*WHOLE, "places=closed")),
-    "hybrid of visionzip": Row("more", "hybrid", (*WHOLE, "encoder=visionzip")),
-    "lightvlm, drop": Row("more", "lightvlm", (*WHOLE, "kv=none", "merge=drop")),
-    "lightvlm, nearest": Row("more", "lightvlm", (*WHOLE, "kv=none", "merge=nearest")),
-    "lightvlm, last": Row("more", "lightvlm", (*WHOLE, "kv=none", "importance=last")),
-    "lightvlm, both": Row("more", "lightvlm", (*WHOLE, "kv=none", "importance=both")),
-    "lightvlm at 2, 4": Row("more", "lightvlm", (*WHOLE, "kv=none", "stages=[2,4]")),
-    "lightvlm at 2, 4, 6": Row("more", "lightvlm", (*WHOLE, "kv=none", "stages=[2,4,6]")),
+    "divprune, closed up": TableRow("more", "divprune", (*WHOLE, "places=closed")),
+    "hybrid of visionzip": TableRow("more", "hybrid", (*WHOLE, "encoder=visionzip")),
+    "lightvlm, drop": TableRow("more", "lightvlm", (*WHOLE, "kv=none", "merge=drop")),
+    "lightvlm, nearest": TableRow("more", "lightvlm", (*WHOLE, "kv=none", "merge=nearest")),
+    "lightvlm, last": TableRow("more", "lightvlm", (*WHOLE, "kv=none", "importance=last")),
+    "lightvlm, both": TableRow("more", "lightvlm", (*WHOLE, "kv=none", "importance=both")),
+    "lightvlm at 2, 4": TableRow("more", "lightvlm", (*WHOLE, "kv=none", "stages=[2,4]")),
+    "lightvlm at 2, 4, 6": TableRow("more", "lightvlm", (*WHOLE, "kv=none", "stages=[2,4,6]")),
 }
 USUAL = tuple(name for name, row in ROWS.items() if row.group != "more")
 

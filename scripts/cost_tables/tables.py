@@ -9,9 +9,9 @@ import numpy as np
 
 from cost_tables.intervals import Interval, bootstrap, wilson
 from cost_tables.rows import Cell
-from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
 from lvlm.calibration.datasets.scenes.drawing import DENSITIES
-from lvlm.calibration.evaluate.metrics import METRICS
+from lvlm.calibration.evaluate.answer_metrics import METRICS
 from lvlm.calibration.evaluate.records import SampleRecord
 
 ALL = "all"
@@ -19,7 +19,7 @@ COLUMNS = (*DENSITIES, ALL)
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCell:
     """A cell, the part of image tokens that enter its blocks (None: it cannot be reached), and its
     records, in the order of the questions."""
 
@@ -30,7 +30,8 @@ class Measured:
 
     @property
     def cache(self) -> float:
-        """Of the prompt's entries, those in the cache after prefill: mean over layers, prompts."""
+        """The fraction of the prompt's entries in the cache after prefill: mean over layers,
+        prompts."""
         return float(np.mean([record.kept for record in self.greedy]))
 
 
@@ -40,7 +41,7 @@ class Figure:
     interval: Interval
 
 
-def tables(found: Sequence[Measured], asked: Sequence[EvaluationSample]) -> str:
+def tables(found: Sequence[MeasuredCell], asked: Sequence[EvaluationSample]) -> str:
     """One for each metric, in Markdown."""
     parts = [_table(title, name, found, asked) for name, title in TITLES.items()]
     missed = [f"{m.cell.name} at {100 * (m.cell.left or 0):.0f} %" for m in found if m.left is None]
@@ -57,7 +58,7 @@ TITLES = {
 
 
 def _table(
-    title: str, name: str, found: Sequence[Measured], asked: Sequence[EvaluationSample]
+    title: str, name: str, found: Sequence[MeasuredCell], asked: Sequence[EvaluationSample]
 ) -> str:
     lost = ["lost"] if name == "exact" else []
     heads = ["recipe", "prefill", "cache", *COLUMNS, *lost]
@@ -86,7 +87,7 @@ def _written(name: str, found: Figure) -> str:
 
 
 def figure(
-    name: str, one: Measured, none: Measured, asked: Sequence[EvaluationSample], column: str
+    name: str, one: MeasuredCell, none: MeasuredCell, asked: Sequence[EvaluationSample], column: str
 ) -> Figure:
     """A metric (exact, lost, rouge, ppl) over the questions of a density."""
     chosen = [n for n, s in enumerate(asked) if column in (ALL, s.id.rpartition("-")[2])]
@@ -104,7 +105,7 @@ def _bootstrapped(scores: np.ndarray, value: Callable[[np.ndarray], np.ndarray])
 
 
 def _score(
-    name: str, one: Measured, none: Measured, asked: Sequence[EvaluationSample], number: int
+    name: str, one: MeasuredCell, none: MeasuredCell, asked: Sequence[EvaluationSample], number: int
 ) -> tuple[float, float]:
     """Sum and weight of one question."""
     sample, full = asked[number], none.greedy[number].text

@@ -1,4 +1,4 @@
-"""How often ``tiny-llava`` is right about held-out pictures."""
+"""Accuracy of ``tiny-llava`` on held-out images."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 from lvlm.calibration.datasets.scenes.drawing import DENSITIES
 from lvlm.calibration.datasets.scenes.questions import KINDS
 from tiny_llava.packed import answer_logits, on_device
-from tiny_llava.sequences import ONE, TWO, Batch, Mix, Packer
+from tiny_llava.sequences import ONE, TWO, Mix, Packer, SequenceBatch
 from tiny_llava.shape import patch_features
 
 SIZE = 16
 EVERY = "every kind"
 
 
-class HeldOut(Dataset[Batch]):
-    """Batches of held-out pictures, every fourth of sequences with two."""
+class HeldOut(Dataset[SequenceBatch]):
+    """Batches of held-out images, every fourth of sequences with two."""
 
     def __init__(self, packer: Packer, batches: int) -> None:
         self.packer, self.batches = packer, batches
@@ -28,7 +28,7 @@ class HeldOut(Dataset[Batch]):
     def __len__(self) -> int:
         return self.batches
 
-    def __getitem__(self, number: int) -> Batch:
+    def __getitem__(self, number: int) -> SequenceBatch:
         mix: Mix = TWO if number % 4 == 3 else ONE
         return self.packer.batch((9, number), SIZE, mix, "heldout")
 

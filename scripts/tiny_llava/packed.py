@@ -1,4 +1,4 @@
-"""What the model says to a batch of packed sequences, and how wrong it is."""
+"""The model's answers to a batch of packed sequences, and how wrong they are."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch.nn import functional as F  # noqa: N812  (the field's own name)
 from transformers import LlavaForConditionalGeneration
 
 from lvlm.calibration.datasets.scenes.drawing import NAMES
-from tiny_llava.sequences import PAD, PREFIX, Batch
+from tiny_llava.sequences import PAD, PREFIX, SequenceBatch
 from tiny_llava.shape import patch_features
 from tiny_llava.thinned import IMAGE_ID, Cut, at
 
 Said = dict[str, torch.Tensor]
 
 
-def on_device(batch: Batch, device: str) -> Batch:
-    return Batch(*(x.to(device, non_blocking=True) for x in batch))
+def on_device(batch: SequenceBatch, device: str) -> SequenceBatch:
+    return SequenceBatch(*(x.to(device, non_blocking=True) for x in batch))
 
 
 def names_of_patches(
-    model: LlavaForConditionalGeneration, head: torch.nn.Linear, batch: Batch
+    model: LlavaForConditionalGeneration, head: torch.nn.Linear, batch: SequenceBatch
 ) -> tuple[torch.Tensor, Said]:
     """Loss of naming what is at every patch."""
     return _patch_loss(head, patch_features(model, batch.images), batch)
 
 
 def losses(
-    model: LlavaForConditionalGeneration, head: torch.nn.Linear, batch: Batch, share: float
+    model: LlavaForConditionalGeneration, head: torch.nn.Linear, batch: SequenceBatch, share: float
 ) -> tuple[torch.Tensor, Said]:
     """Loss of the answers plus a share of that of the patches."""
     features = patch_features(model, batch.images)
@@ -40,7 +40,7 @@ def losses(
 def answer_loss(
     model: LlavaForConditionalGeneration,
     features: torch.Tensor,
-    batch: Batch,
+    batch: SequenceBatch,
     cuts: Sequence[Cut] = (),
 ) -> tuple[torch.Tensor, Said]:
     """Loss of the answers, with what is missing of the image tokens."""
@@ -52,7 +52,7 @@ def answer_loss(
 
 
 def _patch_loss(
-    head: torch.nn.Linear, features: torch.Tensor, batch: Batch
+    head: torch.nn.Linear, features: torch.Tensor, batch: SequenceBatch
 ) -> tuple[torch.Tensor, Said]:
     scores = head(features).flatten(0, 1).float()
     name, colour = batch.patch_name.flatten(), batch.patch_colour.flatten()
@@ -68,7 +68,7 @@ def _patch_loss(
 def answer_logits(
     model: LlavaForConditionalGeneration,
     features: torch.Tensor,
-    batch: Batch,
+    batch: SequenceBatch,
     cuts: Sequence[Cut] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits [answer tokens of the batch, vocabulary], the ids they should name, their weights."""
@@ -91,9 +91,9 @@ def answer_logits(
     return logits, batch.ids[answered], batch.answer[answered]
 
 
-def mask(batch: Batch) -> torch.Tensor:
+def mask(batch: SequenceBatch) -> torch.Tensor:
     """[B, 1, queries, keys]: 0 where a token may look, else very negative. It may look at what came
-    before it of its own turn, of the turn before in a conversation, and of the pictures."""
+    before it of its own turn, of the turn before in a conversation, and of the images."""
     turn, parent = batch.turn, batch.parent
     key, query = turn[:, None, :], turn[:, :, None]
     sees = (key == query) | (key == parent[:, :, None]) | (key == PREFIX)

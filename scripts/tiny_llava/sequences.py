@@ -1,6 +1,6 @@
-"""Pictures and many questions about them as one training sequence.
+"""Images and many questions about them as one training sequence.
 
-The questions cannot see each other (block mask, positions that begin again), so that the pictures'
+The questions cannot see each other (block mask, positions that begin again), so that the images'
 tokens are paid for once; the second turn of a conversation sees the first.
 """
 
@@ -31,8 +31,8 @@ PREFIX, PAD = -1, -2  # instead of the number of a turn
 TEXT = 376  # tokens of questions and answers in a sequence, at most
 
 
-class Batch(NamedTuple):
-    """Sequences of S tokens, each with P pictures."""
+class SequenceBatch(NamedTuple):
+    """Sequences of S tokens, each with P images."""
 
     images: torch.Tensor  # uint8 [B * P, SIDE, SIDE, 3]
     patch_name: torch.Tensor  # [B * P, IMAGE_TOKENS]: number of the thing's name, 0 for none
@@ -43,20 +43,20 @@ class Batch(NamedTuple):
     parent: torch.Tensor  # [B, S]: the turn that it also sees, PREFIX if none
     position: torch.Tensor  # [B, S]
     kind: torch.Tensor  # [B, S]: number of the kind whose answer the token belongs to, else -1
-    density: torch.Tensor  # [B]: of the first picture
+    density: torch.Tensor  # [B]: of the first image
     answer: torch.Tensor  # [B, S]: 1 / root of the length of the token's answer, else 0
 
 
 @dataclass(frozen=True)
 class Mix:
-    """What a sequence asks."""
+    """A mix of questions of a sequence."""
 
     kinds: tuple[Kind, ...]
-    pictures: int = 1
+    images: int = 1
 
 
 ONE = Mix(tuple(k for k in KINDS if k != "pictures"))
-TWO = Mix(("pictures",), pictures=2)
+TWO = Mix(("pictures",), images=2)
 # What was learned least well after so many steps is asked more often from then on.
 LATER_FROM = 4618
 LATER = Mix((*ONE.kinds, "where", "where", "count", "colour"))
@@ -65,7 +65,7 @@ FEWER = Mix((*ONE.kinds, "where", "where", "where", "colour", "colour", "colour"
 
 
 def mix_of_step(step: int) -> Mix:
-    """Every sixth step has two pictures a prompt, later every fourth."""
+    """Every sixth step has two images a prompt, later every fourth."""
     later = step >= LATER_FROM
     every = 4 if later else 6
     if step % every == every - 1:
@@ -79,15 +79,15 @@ class Packer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         self.start = [1, *self.encode("USER: ")]
-        self.picture = [*[3] * IMAGE_TOKENS, *self.encode("\n")]
+        self.image = [*[3] * IMAGE_TOKENS, *self.encode("\n")]
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def batch(self, seed: Sequence[int], size: int, mix: Mix, split: Split) -> Batch:
+    def batch(self, seed: Sequence[int], size: int, mix: Mix, split: Split) -> SequenceBatch:
         rng = np.random.default_rng(list(seed))
         scenes = [
-            tuple(draw_scene(rng, split, _density(rng)) for _ in range(mix.pictures))
+            tuple(draw_scene(rng, split, _density(rng)) for _ in range(mix.images))
             for _ in range(size)
         ]
         rows = [self._sequence(s, mix, rng) for s in scenes]
@@ -96,7 +96,7 @@ class Packer:
         ids, turn, parent, position, kind, answer = (
             torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)
         )
-        return Batch(
+        return SequenceBatch(
             images=torch.from_numpy(np.stack([scene.image for scene in flat])),
             patch_name=torch.from_numpy(np.stack([name for name, _, _ in labels])),
             patch_colour=torch.from_numpy(np.stack([colour for _, colour, _ in labels])),
@@ -113,7 +113,7 @@ class Packer:
     def _sequence(
         self, scenes: tuple[Scene, ...], mix: Mix, rng: np.random.Generator
     ) -> tuple[np.ndarray, ...]:
-        prefix = self.start + self.picture * len(scenes)
+        prefix = self.start + self.image * len(scenes)
         size = -(-(len(prefix) + TEXT) // 8) * 8
         ids, kind = np.zeros(size, np.int64), np.full(size, -1, np.int64)
         turn, parent = np.full(size, PAD, np.int64), np.full(size, PREFIX, np.int64)
@@ -141,7 +141,7 @@ class Packer:
 
     def _tokens(self, turns: list[Turn]) -> Iterator[tuple[list[int], list[int]]]:
         for number, (question, answer) in enumerate(turns):
-            start = "USER: " if number else ""  # the first one's is before the pictures
+            start = "USER: " if number else ""  # the first one's is before the images
             yield self.encode(f"{start}{question} ASSISTANT:"), [*self.encode(f" {answer}"), 2]
 
 

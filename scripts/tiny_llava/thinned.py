@@ -11,23 +11,24 @@ from dataclasses import dataclass
 
 import torch
 
-from tiny_llava.sequences import Batch
+from tiny_llava.sequences import SequenceBatch
 
 IMAGE_ID = 3
-LEAST = 0.05  # part of the image tokens
+MIN_SHARE = 0.05  # part of the image tokens
 DEPTHS = 6  # tokens go before one of so many blocks, if not before the first
 
 
 @dataclass(frozen=True)
 class Cut:
-    """From block ``block`` on only these columns [B, S'] are there, of those that were."""
+    """A cut: from block ``block`` on only these columns [B, S'] are there, of those that were."""
 
     block: int
     columns: torch.Tensor
 
 
-def draw_cuts(batch: Batch, generator: torch.Generator) -> list[Cut]:
-    """What a batch loses: nothing, tokens before the first block, from later blocks on, or both."""
+def draw_cuts(batch: SequenceBatch, generator: torch.Generator) -> list[Cut]:
+    """Draw what a batch loses: nothing, tokens before the first block, from later blocks on, or
+    both."""
     form = _uniform(generator)
     blocks: list[int] = []
     if form > 0.25:
@@ -38,7 +39,7 @@ def draw_cuts(batch: Batch, generator: torch.Generator) -> list[Cut]:
     part, cuts = 1.0, []
     here = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
     for block in blocks:
-        least = LEAST if len(blocks) == 1 else max(LEAST, part / 3)
+        least = MIN_SHARE if len(blocks) == 1 else max(MIN_SHARE, part / 3)
         part *= (least / part) ** (_uniform(generator) if block else _uniform(generator) ** 0.8)
         stay = (order < part) | (batch.ids != IMAGE_ID)
         columns = _columns(stay.gather(1, here))
@@ -51,11 +52,11 @@ def _uniform(generator: torch.Generator) -> float:
     return float(torch.rand((), generator=generator))
 
 
-def _order(batch: Batch, generator: torch.Generator) -> torch.Tensor:
-    """[B, S]: of image tokens their rank within their picture, 0 to 1, in which they stay: by
+def _order(batch: SequenceBatch, generator: torch.Generator) -> torch.Tensor:
+    """[B, S]: of image tokens their rank within their image, 0 to 1, in which they stay: by
     chance, more or less often those that show something, and one of every thing at the front."""
-    rows, pictures = len(batch.ids), len(batch.images) // len(batch.ids)
-    place = batch.patch_place.reshape(rows * pictures, -1)
+    rows, images = len(batch.ids), len(batch.images) // len(batch.ids)
+    place = batch.patch_place.reshape(rows * images, -1)
     chance = torch.rand(place.shape, generator=generator)
     likely = 10 ** (1.2 * _uniform(generator) - 0.2)
     key = torch.where(place > 0, chance ** (1 / likely), chance)
@@ -78,7 +79,7 @@ def _columns(stay: torch.Tensor) -> torch.Tensor:
     return stay.nonzero()[:, 1].reshape(len(stay), -1)
 
 
-def at(batch: Batch, columns: torch.Tensor) -> Batch:
+def at(batch: SequenceBatch, columns: torch.Tensor) -> SequenceBatch:
     """The batch's columns."""
     parts = ("ids", "turn", "parent", "position", "kind", "answer")
     return batch._replace(**{part: getattr(batch, part).gather(1, columns) for part in parts})

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lvlm.bench.case_figures import CaseFigures, RequestRecord, Round, RoundSpread, percentile
 from lvlm.bench.drive import at_once, one_after_another
-from lvlm.bench.figures import Figures, RequestRecord, Round, RoundSpread, percentile
 from lvlm.bench.machine import read_bandwidth
 from lvlm.bench.own import decode_weight_bytes, ratios
 from lvlm.bench.resident_memory import forget_peak, peak_bytes
 from lvlm.bench.workload import (
     Case,
-    PromptWriter,
-    Work,
+    RoundWorkload,
+    WorkloadPrompts,
     WorkloadRequest,
     arrivals,
     noise,
@@ -59,7 +59,7 @@ def test_figures_of_two_rounds() -> None:
     assert first.requests_per_s == pytest.approx(2 / 1.4)
     assert first.decode_tokens_per_s == pytest.approx((2 / 0.3 + 2 / 0.2) / 2)
 
-    figures = Figures.of([first, second])
+    figures = CaseFigures.of([first, second])
     assert figures.ttft_ms.median == pytest.approx((350 + 500) / 2)
     assert figures.itl_p50_ms == pytest.approx(100)
     assert figures.itl_p99_ms == pytest.approx(200)
@@ -68,7 +68,7 @@ def test_figures_of_two_rounds() -> None:
 
 
 def test_answers_of_one_token_have_no_gaps() -> None:
-    figures = Figures.of([Round((RequestRecord(0.0, (0.25,), 9),), None)])
+    figures = CaseFigures.of([Round((RequestRecord(0.0, (0.25,), 9),), None)])
     assert figures.ttft_ms.median == 250
     assert figures.itl_p50_ms is figures.decode_tokens_per_s is figures.peak_bytes is None
 
@@ -91,27 +91,27 @@ def test_arrivals_are_a_poisson_process() -> None:
 
 
 @pytest.fixture(scope="module")
-def writer(bundle: Callable[..., Path]) -> PromptWriter:
+def writer(bundle: Callable[..., Path]) -> WorkloadPrompts:
     folder = bundle("digits-llava", max_images=2)
     manifest = read_bundle(folder)
-    return PromptWriter(prompt_maker(folder, manifest), manifest.special_tokens.get("bos_token"))
+    return WorkloadPrompts(prompt_maker(folder, manifest), manifest.special_tokens.get("bos_token"))
 
 
 @given(tokens=st.integers(16, 400), images=st.integers(0, 2), seed=st.integers(0, 9))
 def test_prompts_have_the_wanted_length(
-    writer: PromptWriter, tokens: int, images: int, seed: int
+    writer: WorkloadPrompts, tokens: int, images: int, seed: int
 ) -> None:
     text = writer.write(tokens, images, seed)
     assert writer.count(text, images) == tokens
     assert text == writer.write(tokens, images, seed)
 
 
-def test_a_prompt_shorter_than_its_template(writer: PromptWriter) -> None:
+def test_a_prompt_shorter_than_its_template(writer: WorkloadPrompts) -> None:
     with pytest.raises(ParameterError, match="the chat template and one word take"):
         writer.write(2, 1, 0)
 
 
-def test_work_repeats_and_nothing_in_it_is_asked_twice(writer: PromptWriter) -> None:
+def test_work_repeats_and_nothing_in_it_is_asked_twice(writer: WorkloadPrompts) -> None:
     case = Case(text_tokens=24, images=1, new_tokens=4, requests=3, concurrency=2)
     first, second = work(case, writer, 1), work(case, writer, 2)
     assert first == work(case, writer, 1)
@@ -137,7 +137,7 @@ def test_clients_of_a_serial_contender_queue() -> None:
         mark()
         return 5, None
 
-    records = one_after_another(answer, Work(requests(5), (), concurrency=2))
+    records = one_after_another(answer, RoundWorkload(requests(5), (), concurrency=2))
     assert asked == list("01234")
     assert [r.arrival for r in records[:2]] == [0.0, 0.0]
     for index in range(2, 5):  # asked when its client's last answer ended, begun after the others
@@ -152,7 +152,7 @@ def test_a_late_serial_contender_does_not_move_arrivals() -> None:
         mark()
         return 5, None
 
-    records = one_after_another(answer, Work(requests(3), (0.0, 0.001, 0.02), 0))
+    records = one_after_another(answer, RoundWorkload(requests(3), (0.0, 0.001, 0.02), 0))
     assert [r.arrival for r in records] == [0.0, 0.001, 0.02]
     assert all(r.tokens[0] > r.arrival for r in records)
 
@@ -181,7 +181,7 @@ def test_many_at_once(times: tuple[float, ...]) -> None:
                 running -= 1
             return super().wait()
 
-    records = at_once(lambda _: Counted(), Work(requests(4), times, concurrency=2))
+    records = at_once(lambda _: Counted(), RoundWorkload(requests(4), times, concurrency=2))
     assert len(records) == 4
     assert times or most <= 2
     assert all(r.arrival <= r.tokens[0] and r.prompt_tokens == 5 for r in records)
@@ -194,7 +194,7 @@ def test_an_error_of_one_request_is_raised() -> None:
         return Answered(PromptError("no") if request.prompt == "2" else None)
 
     with pytest.raises(PromptError, match="no"):
-        at_once(submit, Work(requests(4), (), concurrency=2))
+        at_once(submit, RoundWorkload(requests(4), (), concurrency=2))
 
 
 def test_bytes_that_a_step_reads(bundle: Callable[..., Path]) -> None:

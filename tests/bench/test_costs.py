@@ -109,13 +109,13 @@ def given(tmp_path: Path) -> Path:
     zero = costs()["results"][0]["alone"] | {"steps": [{"rows": 1, "tokens": 1, "seconds": 0}]}
     (tmp_path / "zero.json").write_text(json.dumps(costs(alone=zero)))
     (tmp_path / "odd.json").write_text(json.dumps(costs(copies="many")))
-    line = '{"seconds": 1.0, "text_tokens": 32, "new_tokens": 4, "images": 1, "picture": "x"}\n'
+    line = '{"seconds": 1.0, "text_tokens": 32, "new_tokens": 4, "images": 1, "image": "x"}\n'
     (tmp_path / "good.jsonl").write_text(line * 3)
     (tmp_path / "early.jsonl").write_text(line + line.replace("1.0", "0.5"))
     (tmp_path / "word.jsonl").write_text(line + "word\n")
     (tmp_path / "negative.jsonl").write_text(line.replace("1.0", "-1"))
     (tmp_path / "zero.jsonl").write_text(line.replace("32", "0"))
-    (tmp_path / "more.jsonl").write_text(line.replace('"picture"', '"image"'))
+    (tmp_path / "more.jsonl").write_text(line.replace('"image"', '"picture"'))
     (tmp_path / "empty.jsonl").write_text("")
     return tmp_path
 
@@ -144,7 +144,10 @@ RATE = ("--rate", "1", "--replicas", "1")
         (("costs.json", *RATE, "--requests", "9999999"), "--requests is 9999999"),
         (("costs.json", *RATE, "--prompt-tokens", "9-3"), "write a number, or two as 16-128"),
         (("costs.json", *RATE, "--new-tokens", "few"), "--new-tokens few"),
-        (("costs.json", *RATE, "--images", "0", "--pictures", "3"), "--pictures has no effect"),
+        (
+            ("costs.json", *RATE, "--images", "0", "--distinct-images", "3"),
+            "--distinct-images has no effect",
+        ),
         (("costs.json", *RATE, "--images", "2"), "measure them with --images 2"),
         (("costs.json", *RATE, "--slots", "3", "--requests", "99"), "measure them with --slots 2"),
         (("costs.json", *RATE, "--per-machine", "2"), "measure them with --copies 2"),
@@ -178,10 +181,10 @@ def test_mistakes(simulated: Run, given: Path, argv: tuple[str, ...], message: s
 
 def test_a_trace_and_a_target_that_nothing_holds(simulated: Run, given: Path) -> None:
     asked = (given / "costs.json", "--trace", given / "good.jsonl")
-    code, out, err = simulated(*asked, "--target-ttft-p95", 0.1, "--most", 3)
+    code, out, err = simulated(*asked, "--target-ttft-p95", 0.1, "--max-replicas", 3)
     assert (code, err) == (1, "\nNot even 3 replicas hold the target.\n")
     assert [line.split()[1] for line in out.splitlines()[2:]] == ["1", "2", "3"]
-    code, out, _ = simulated(*asked, "--target-e2e-p95", 2, "--most", 5)
+    code, out, _ = simulated(*asked, "--target-e2e-p95", 2, "--max-replicas", 5)
     assert code == 0
     assert out.endswith("\n3 replicas hold the target.\n")
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvlm.bench.costs import Costs, EngineShape, MeasuredCosts, ReadCost, StepCost
-from lvlm.bench.fleet.arrivals import Arrival, Chance, Lengths
-from lvlm.bench.fleet.outcome import Target, figures, search
+from lvlm.bench.fleet.arrivals import Arrival, Lengths, PoissonArrivals
+from lvlm.bench.fleet.fleet_outcome import LatencyTarget, figures, search
 from lvlm.bench.fleet.service_times import ServiceTimes
 from lvlm.bench.fleet.simulation import ROUTES, Fleet, Ran, simulate
 from lvlm.core.errors import ParameterError
@@ -51,8 +51,10 @@ def fleet(replicas: int = 1, *, beside: Costs | None = None, **changes: object) 
     return Fleet(measured, replicas, copies, **own)  # type: ignore[arg-type]
 
 
-def chance(rate: float, requests: int, **changes: object) -> Chance:
-    fixed = Chance(rate, requests, Lengths(100, 100), Lengths(1, 1), images=0, pictures=0)
+def chance(rate: float, requests: int, **changes: object) -> PoissonArrivals:
+    fixed = PoissonArrivals(
+        rate, requests, Lengths(100, 100), Lengths(1, 1), images=0, distinct_images=0
+    )
     return replace(fixed, **changes)  # type: ignore[arg-type]
 
 
@@ -145,7 +147,7 @@ def test_a_long_prompt_beside_a_stream_is_read_in_chunks() -> None:
     assert max(b - a for a, b in pairwise(whole.tokens)) > 40
 
 
-def test_the_same_picture_again() -> None:
+def test_the_same_image_again() -> None:
     """Features are kept by every engine, prompts behind them only where these may be shared."""
     arrivals = [Arrival(10.0 * n, 20, 2, 1, "same") for n in range(3)]
     ran = simulate(fleet(), arrivals)
@@ -170,7 +172,7 @@ def test_the_same_picture_again() -> None:
 def test_a_row_before_the_last_is_kept_where_another_is_free(slots: int, reused: int) -> None:
     """Else the last running request takes it."""
     shapes = [(0.0, 12, "a"), (0.0, 120, "b"), (9.0, 2, "a")]
-    asked = [Arrival(at, 20, new, 1, picture) for at, new, picture in shapes]
+    asked = [Arrival(at, 20, new, 1, image) for at, new, image in shapes]
     reads = (ReadCost(100, 0, 1, 1.0), ReadCost(500, 0, 1, 5.0))
     chunked = replace(costs(), reads=reads)
     ran = simulate(fleet(slots=slots, chunked=True, shares=True, alone=chunked), asked)
@@ -180,14 +182,14 @@ def test_a_row_before_the_last_is_kept_where_another_is_free(slots: int, reused:
     assert ran.jobs[2].known
 
 
-def test_pictures_find_their_replica() -> None:
-    arrivals = chance(0.5, 400, images=1, pictures=8).arrivals(seed=1)
+def test_images_find_their_replica() -> None:
+    arrivals = chance(0.5, 400, images=1, distinct_images=8).arrivals(seed=1)
     known = {
         route: figures(simulate(fleet(4, route=route), arrivals)).known_images for route in ROUTES
     }
-    assert known["picture"] > 0.8 > 0.5 > known["round-robin"]
-    mixed = [replace(each, images=0, picture=None) for each in arrivals]
-    assert len({job.replica for job in simulate(fleet(4, route="picture"), mixed).jobs}) == 4
+    assert known["image"] > 0.8 > 0.5 > known["round-robin"]
+    mixed = [replace(each, images=0, image=None) for each in arrivals]
+    assert len({job.replica for job in simulate(fleet(4, route="image"), mixed).jobs}) == 4
 
 
 def test_more_replicas_answer_sooner() -> None:
@@ -204,16 +206,18 @@ def test_more_replicas_answer_sooner() -> None:
 
 def test_the_fewest_that_hold_a_target() -> None:
     arrivals = chance(3.0, 600).arrivals(seed=5)
-    one, target = fleet(queue_limit=1000), Target(ttft=2.0)
-    outcomes, fewest = search(one, arrivals, target, most=20)
+    one, target = fleet(queue_limit=1000), LatencyTarget(ttft=2.0)
+    outcomes, fewest = search(one, arrivals, target, max_replicas=20)
     assert fewest is not None
     held = {each.replicas: target.held(each) for each in outcomes}
     assert held[fewest]
     assert not held[fewest - 1]
-    assert search(one, arrivals, Target(ttft=0.5), most=6)[1] is None  # reading takes a second
-    assert search(one, arrivals, Target(e2e=1000.0), most=1)[1] == 1
+    assert (
+        search(one, arrivals, LatencyTarget(ttft=0.5), max_replicas=6)[1] is None
+    )  # reading takes a second
+    assert search(one, arrivals, LatencyTarget(e2e=1000.0), max_replicas=1)[1] == 1
     full = replace(fleet(), queue_limit=1)
-    _, more = search(full, arrivals, Target(ttft=100.0), most=20)
+    _, more = search(full, arrivals, LatencyTarget(ttft=100.0), max_replicas=20)
     assert more is not None  # nothing may be refused
     assert figures(simulate(replace(full, replicas=more - 1), arrivals)).refused > 0
 

@@ -14,7 +14,7 @@ WEIGHT = 8
 WARM = (
     "lvlm.runtime.model",
     "lvlm.calibration.evaluate.study",
-    "lvlm.calibration.datasets.samples",
+    "lvlm.calibration.datasets.evaluation_samples",
 )
 
 

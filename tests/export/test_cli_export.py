@@ -15,9 +15,9 @@ from settings import SMALL
 from lvlm.core.errors import ValidationError
 from lvlm.export import exporter
 from lvlm.export.export_cli import main
-from lvlm.export.verify import forms, validation
+from lvlm.export.verify import graph_forms, validation
 from lvlm.export.verify.checks import Check, table
-from lvlm.export.verify.outcome import Outcome
+from lvlm.export.verify.outcome import ValidationOutcome
 from lvlm.export.weights.weights_file import WEIGHTS, WeightsFile
 from lvlm.plugins_trt.engines.engine_answers import check_answers
 from lvlm.runtime.bundle.reader import read_bundle
@@ -40,7 +40,7 @@ def test_export_validates_and_reports(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Also what was not run; the answers that are recorded are those of the bundle."""
-    monkeypatch.setattr(forms, "LARGE", 0)
+    monkeypatch.setattr(graph_forms, "LARGE", 0)
     code, _, err = run(
         "-m",
         checkpoint(NAME),
@@ -174,7 +174,7 @@ def test_table_marks_what_failed() -> None:
 def test_a_failed_comparison_says_what_failed_and_that_nothing_was_written(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcome = Outcome([Check("prefill.onnx logits", 2, 1, "x")])
+    outcome = ValidationOutcome([Check("prefill.onnx logits", 2, 1, "x")])
     with pytest.raises(ValidationError) as caught:
         outcome.check()
     assert "written" not in str(caught.value)  # that is the exporter's to say

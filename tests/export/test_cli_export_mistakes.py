@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import Run
 
-from lvlm.export import estimates, exporter, machine
+from lvlm.export import estimates, exporter, machine_check
 from lvlm.export.export_cli import main
 
 NAME = "llava:llama-mha-bias-rope3-siglip"
@@ -94,7 +94,9 @@ def test_disk_too_small(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(
+        machine_check.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1)
+    )
     code, _, err = run("-m", checkpoint(NAME), "-o", tmp_path / "out")
     assert code == 2
     assert "the disk has 1 B free" in err

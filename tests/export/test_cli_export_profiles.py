@@ -16,7 +16,7 @@ from lvlm.export.budgets.prefix_profiles import (
     DataId,
     LayerSpread,
     ModelId,
-    Profile,
+    PrefixProfile,
     RecipeId,
     model_hash,
 )
@@ -30,12 +30,12 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
     return Run(capfd, main)
 
 
-def profile(folder: Path, layers: int) -> Profile:
+def profile(folder: Path, layers: int) -> PrefixProfile:
     row = ProfileRow(0.5, tuple([0.4, 0.6] * (layers // 2)))
     spread = LayerSpread((0.0,) * layers, (row.fractions,))
     model = ModelId("a", "b", model_hash(Checkpoint(folder, "a", None)))
     data, recipe = DataId("", 1), RecipeId("none", {})
-    return Profile("prefixkv", 1, 0.5, (row,), spread, layers, model, data, recipe, {})
+    return PrefixProfile("prefixkv", 1, 0.5, (row,), spread, layers, model, data, recipe, {})
 
 
 @pytest.mark.parametrize(

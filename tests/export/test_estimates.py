@@ -45,11 +45,11 @@ def test_measuring_a_profile_grows_with_the_largest_parameter_alone() -> None:
 
 def test_time_is_that_of_the_figures_it_comes_from() -> None:
     """LLaVA-1.5-7B with lightvlm: 127 s without a comparison, of 459 s; tiny-llava: 26 s."""
-    large = estimates.Work(4, 32, int(14.1e9), copied=False, quantized=False, runs=0)
+    large = estimates.ExportWork(4, 32, int(14.1e9), copied=False, quantized=False, runs=0)
     assert large.seconds == pytest.approx(127, rel=0.2)
     checked = replace(large, runs=1).seconds - large.seconds
     assert checked == pytest.approx(459, rel=0.2)
-    tiny = estimates.Work(4, 6, int(7.4e6), copied=True, quantized=False, runs=1)
+    tiny = estimates.ExportWork(4, 6, int(7.4e6), copied=True, quantized=False, runs=1)
     assert tiny.seconds == pytest.approx(26, rel=0.2)
     assert replace(large, copied=True).seconds == replace(large, quantized=True).seconds
     assert replace(large, copied=True).seconds > 1.5 * large.seconds

@@ -11,7 +11,13 @@ from settings import ASSETS
 from lvlm.core.discovery import discover
 from lvlm.core.progress import Progress
 from lvlm.export import self_calibration
-from lvlm.export.budgets.prefix_profiles import DataId, LayerSpread, ModelId, Profile, RecipeId
+from lvlm.export.budgets.prefix_profiles import (
+    DataId,
+    LayerSpread,
+    ModelId,
+    PrefixProfile,
+    RecipeId,
+)
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.recipe import parse_settings
@@ -21,7 +27,7 @@ from lvlm.runtime.policies.shares import ProfileRow
 def test_the_cache_is_counted_in_its_own_type(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp16 of an fp32 bundle: half of what fp32 takes."""
     row = ProfileRow(0.5, (0.5,) * 6)
-    made = Profile(
+    made = PrefixProfile(
         *("prefixkv", 1, 0.5, (row,), LayerSpread((0.0,) * 6, (row.fractions,)), 6),
         *(ModelId("a", "b", "0"), DataId("", 1), RecipeId("none", {}), {}),
     )

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lvlm.export.budgets.prefix_profiles import DataId, LayerSpread, Profile, RecipeId, identify
+from lvlm.export.budgets.prefix_profiles import (
+    DataId,
+    LayerSpread,
+    PrefixProfile,
+    RecipeId,
+    identify,
+)
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.runtime.policies.shares import ProfileRow
 
@@ -14,7 +20,7 @@ KEEPS = (0.2, 0.5, 0.8, 1.0)
 def write_profile(path: Path, checkpoint: Path, layers: int, keep: float) -> Path:
     """Write one for a checkpoint, made for ``keep`` of ``KEEPS``; always the same bytes."""
     rows = tuple(ProfileRow(each, _shares(each, layers)) for each in KEEPS)
-    profile = Profile(
+    profile = PrefixProfile(
         kind="prefixkv",
         schema=1,
         keep=keep,

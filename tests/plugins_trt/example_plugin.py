@@ -17,12 +17,12 @@ import triton.language as tl
 from lvlm.plugins_trt.plugins.plugin_plan import (
     DATA,
     Attribute,
-    Input,
     Output,
     Plugin,
+    PluginInput,
+    PluginStep,
     Scalar,
     Scratch,
-    Step,
 )
 from lvlm.plugins_trt.plugins.sizes import const, extent, numel
 
@@ -81,10 +81,10 @@ NUMBERS = numel("bias")
 EXAMPLE = Plugin(
     name="Example",
     inputs=(
-        Input("source", DATA, (2,)),
-        Input("index", "int64", (1,)),
-        Input("bias", "float32", (1, 2, 3)),
-        Input("weight", "float32", (1,), optional=True),
+        PluginInput("source", DATA, (2,)),
+        PluginInput("index", "int64", (1,)),
+        PluginInput("bias", "float32", (1, 2, 3)),
+        PluginInput("weight", "float32", (1,), optional=True),
     ),
     outputs=(
         Output("rows", DATA, (COUNT, WIDTH)),
@@ -104,13 +104,13 @@ EXAMPLE = Plugin(
         Scratch("copy", DATA, (COUNT.ceil_div(2), WIDTH // 3)),
     ),
     steps=(
-        Step(
+        PluginStep(
             kernel=gather,
             grid=(COUNT,),
             arguments=("source", "index", "rows", WIDTH, Scalar("factor")),
             choice=("BLOCK_D", WIDTH, (16, 64)),
         ),
-        Step(
+        PluginStep(
             kernel=scale,
             grid=(COUNT, const(1)),
             arguments=("rows", "weight", WIDTH),
@@ -118,13 +118,13 @@ EXAMPLE = Plugin(
             when=("weighted",),
             warps=1,
         ),
-        Step(
+        PluginStep(
             kernel=count_up,
             grid=(NUMBERS.ceil_div(BLOCK),),
             arguments=("bias", "counted", NUMBERS),
             constants={"BLOCK": BLOCK},
         ),
-        Step(
+        PluginStep(
             kernel=add,
             grid=(NUMBERS.ceil_div(BLOCK),),
             arguments=("counted", "total", NUMBERS, Scalar("times")),

@@ -24,7 +24,7 @@ from lvlm.plugins_trt.plugins import library_build
 from lvlm.plugins_trt.plugins.kernel_compiler import Compiled, compile_kernels
 from lvlm.plugins_trt.plugins.kernels import Kernel, all_kernels
 from lvlm.plugins_trt.plugins.library_harness import Harness, fields_of, inputs_of, write_case
-from lvlm.plugins_trt.plugins.plugin_plan import DATA, Input, Output, Plugin, Step
+from lvlm.plugins_trt.plugins.plugin_plan import DATA, Output, Plugin, PluginInput, PluginStep
 from lvlm.plugins_trt.plugins.registry import plugins
 from lvlm.plugins_trt.plugins.sizes import Size, const, extent, numel
 from lvlm.plugins_trt.plugins.sources import write_sources
@@ -61,10 +61,10 @@ SIZES = [random_size(seed) for seed in range(40)]
 # which numbers do.
 SIZES_PLUGIN = Plugin(
     name="Sizes",
-    inputs=(Input("left", "float32", (2, 3)), Input("right", "float32", (2,))),
+    inputs=(PluginInput("left", "float32", (2, 3)), PluginInput("right", "float32", (2,))),
     outputs=tuple(Output(f"out{i}", "float32", (size,)) for i, size in enumerate(SIZES)),
     steps=tuple(
-        Step(
+        PluginStep(
             kernel=count_up,
             grid=(const(1),),
             arguments=("right", "out0", size),

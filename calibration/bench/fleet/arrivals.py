@@ -13,24 +13,24 @@ from typing import Any
 from lvlm.core.errors import BundleError, ParameterError
 from lvlm.core.typed_json import decode
 
-MOST = 1_000_000  # of anything that is counted
+MAX_COUNT = 1_000_000  # of anything that is counted
 
 
 @dataclass(frozen=True)
 class Arrival:
     """A request. ``seconds`` from the start; ``text_tokens`` of its prompt, template included;
-    ``picture`` names what its ``images`` show: the same name, the same images."""
+    ``image`` names what its ``images`` show: the same name, the same images."""
 
     seconds: float
     text_tokens: int
     new_tokens: int
     images: int = 0
-    picture: str | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """From ``low`` to ``high``, each as likely."""
+    """A range of lengths from ``low`` to ``high``, each as likely."""
 
     low: int
     high: int
@@ -40,15 +40,15 @@ class Lengths:
 
 
 @dataclass(frozen=True)
-class Chance:
-    """Poisson arrivals. ``pictures`` there are, each as likely; 0: every request has its own."""
+class PoissonArrivals:
+    """Poisson arrivals. ``distinct_images`` are equally likely; 0: every request has its own."""
 
     rate: float
     requests: int
     text_tokens: Lengths
     new_tokens: Lengths
     images: int
-    pictures: int
+    distinct_images: int
 
     def arrivals(self, seed: int) -> list[Arrival]:
         return list(self._drawn(random.Random(f"fleet {seed}")))
@@ -58,15 +58,15 @@ class Chance:
         for number in range(self.requests):
             now += by.expovariate(self.rate)
             text, new = self.text_tokens.draw(by), self.new_tokens.draw(by)
-            picture = by.randrange(self.pictures) if self.pictures else number
-            yield Arrival(now, text, new, self.images, str(picture) if self.images else None)
+            image = by.randrange(self.distinct_images) if self.distinct_images else number
+            yield Arrival(now, text, new, self.images, str(image) if self.images else None)
 
 
 def read_lengths(text: str) -> Lengths:
     """``64``, or ``16-128``. Raises ValueError."""
     low, dash, high = text.partition("-")
     found = Lengths(int(low), int(high) if dash else int(low))
-    if not 1 <= found.low <= found.high <= MOST:
+    if not 1 <= found.low <= found.high <= MAX_COUNT:
         raise ValueError
     return found
 
@@ -91,8 +91,10 @@ def read_trace(path: Path) -> list[Arrival]:
         except BundleError as error:
             raise ParameterError(f"{where}: {error}") from None
         counts = (arrival.text_tokens, arrival.new_tokens)
-        if not all(1 <= n <= MOST for n in counts) or not 0 <= arrival.images <= MOST:
-            raise ParameterError(f"{where}: give from 1 to {MOST:,} tokens, and images from 0 on")
+        if not all(1 <= n <= MAX_COUNT for n in counts) or not 0 <= arrival.images <= MAX_COUNT:
+            raise ParameterError(
+                f"{where}: give from 1 to {MAX_COUNT:,} tokens, and images from 0 on"
+            )
         if not math.isfinite(arrival.seconds) or arrival.seconds < 0:
             raise ParameterError(f"{where}: give seconds from 0 on")
         if found and arrival.seconds < found[-1].seconds:

@@ -1,4 +1,4 @@
-"""lvlm-fleet: how many replicas of lvlm-serve hold a target, by a simulation of discrete events.
+"""lvlm-fleet: number of replicas of lvlm-serve that hold a target, from a discrete-event simulation.
 
 Each replica is an engine with the slots, queue and order of work of lvlm-serve's (docs/engine.md);
 how long images, prompts and decode steps take is what lvlm-bench measured. docs/scaling.md says how
@@ -16,13 +16,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from lvlm.bench.costs import read_costs
-from lvlm.bench.fleet.arrivals import MOST, Arrival, Chance, Lengths, read_lengths, read_trace
-from lvlm.bench.fleet.outcome import Outcome, Target, figures, search, table
+from lvlm.bench.fleet.arrivals import (
+    MAX_COUNT,
+    Arrival,
+    Lengths,
+    PoissonArrivals,
+    read_lengths,
+    read_trace,
+)
+from lvlm.bench.fleet.fleet_outcome import FleetOutcome, LatencyTarget, figures, search, table
 from lvlm.bench.fleet.simulation import ROUTES, Fleet, simulate
 from lvlm.core.console import Parser, run_main
 from lvlm.core.errors import ParameterError
 
-NONE_HOLDS = 1  # the status if not even --most replicas hold the target
+NONE_HOLDS = 1  # the status if not even --max-replicas replicas hold the target
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,14 +50,19 @@ def make_parser() -> argparse.ArgumentParser:
     add("--prompt-tokens", metavar="N", help="of text: 64, or 16-128 for any between (default 32)")
     add("--new-tokens", metavar="N", help="of an answer, likewise (default 64)")
     add("--images", type=int, metavar="N", help="of a prompt (default 1)")
-    add("--pictures", type=int, metavar="N", help="prompts show one of so many (default: its own)")
+    add(
+        "--distinct-images",
+        type=int,
+        metavar="N",
+        help="of all prompts (default: its own each)",
+    )
     add("--seed", type=int, metavar="N", help="of chance (default 0)")
     add(
         "--trace",
         type=Path,
         metavar="FILE",
         help="requests from a file instead, a JSON object a "
-        'line: {"seconds": 0.5, "text_tokens": 32, "new_tokens": 64, "images": 1, "picture": "a"}',
+        'line: {"seconds": 0.5, "text_tokens": 32, "new_tokens": 64, "images": 1, "image": "a"}',
     )
     fleet = parser.add_argument_group("the fleet")
     add = fleet.add_argument
@@ -69,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = wanted.add_argument
     add("--target-ttft-p95", type=float, metavar="S", help="seconds to the first token")
     add("--target-e2e-p95", type=float, metavar="S", help="seconds to the last token")
-    add("--most", type=int, default=64, metavar="N", help="replicas to try (64)")
+    add("--max-replicas", type=int, default=64, metavar="N", help="replicas to try (64)")
     add("--json", action="store_true", help="print figures as JSON")
     return parser
 
@@ -94,15 +106,15 @@ def _run(args: argparse.Namespace) -> int:
     if target is None:
         outcomes, fewest = [figures(simulate(fleet, arrivals))], None
     else:
-        outcomes, fewest = search(fleet, arrivals, target, args.most)
+        outcomes, fewest = search(fleet, arrivals, target, args.max_replicas)
     _show(args, outcomes, target, fewest)
     return NONE_HOLDS if target is not None and fewest is None else 0
 
 
 def _show(
     args: argparse.Namespace,
-    outcomes: Sequence[Outcome],
-    target: Target | None,
+    outcomes: Sequence[FleetOutcome],
+    target: LatencyTarget | None,
     fewest: int | None,
 ) -> None:
     if args.json:
@@ -113,25 +125,34 @@ def _show(
     if target is None:
         return
     if fewest is None:
-        print(f"\nNot even {args.most} replicas hold the target.", file=sys.stderr)
+        print(f"\nNot even {args.max_replicas} replicas hold the target.", file=sys.stderr)
     else:
         print(f"\n{fewest} replica{'s hold' if fewest > 1 else ' holds'} the target.")
 
 
-def _target(args: argparse.Namespace) -> Target | None:
+def _target(args: argparse.Namespace) -> LatencyTarget | None:
     """None: so many --replicas are simulated."""
-    least = {"requests": 1, "images": 0, "pictures": 1, "replicas": 1, "slots": 1, "queue": 1}
-    least |= {"per_machine": 1, "most": 1, "seed": 0}
-    for name, low in least.items():
+    minimums = {
+        "requests": 1,
+        "images": 0,
+        "distinct_images": 1,
+        "replicas": 1,
+        "slots": 1,
+        "queue": 1,
+    }
+    minimums |= {"per_machine": 1, "max_replicas": 1, "seed": 0}
+    for name, low in minimums.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= MOST:
-            raise ParameterError(f"--{name.replace('_', '-')} is {value}; give {low} to {MOST:,}")
+        if value is not None and not low <= value <= MAX_COUNT:
+            raise ParameterError(
+                f"--{name.replace('_', '-')} is {value}; give {low} to {MAX_COUNT:,}"
+            )
     for name in ("rate", "target_ttft_p95", "target_e2e_p95"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise ParameterError(f"--{name.replace('_', '-')} is {value}; give one above 0")
-    target = Target(args.target_ttft_p95, args.target_e2e_p95)
-    asked = target != Target()
+    target = LatencyTarget(args.target_ttft_p95, args.target_e2e_p95)
+    asked = target != LatencyTarget()
     if asked == (args.replicas is not None):
         raise ParameterError(
             "give either --replicas, to see what they do, or --target-ttft-p95 or "
@@ -141,7 +162,7 @@ def _target(args: argparse.Namespace) -> Target | None:
 
 
 def _arrivals(args: argparse.Namespace) -> list[Arrival]:
-    drawn = ("rate", "requests", "prompt_tokens", "new_tokens", "images", "pictures", "seed")
+    drawn = ("rate", "requests", "prompt_tokens", "new_tokens", "images", "distinct_images", "seed")
     if (args.rate is None) == (args.trace is None):
         raise ParameterError("what comes? give either --rate or --trace")
     if args.trace is not None:
@@ -152,15 +173,15 @@ def _arrivals(args: argparse.Namespace) -> list[Arrival]:
                 )
         return read_trace(args.trace)
     images = 1 if args.images is None else args.images
-    if args.pictures and not images:
-        raise ParameterError("--pictures has no effect without images; leave it out")
-    chance = Chance(
+    if args.distinct_images and not images:
+        raise ParameterError("--distinct-images has no effect without images; leave it out")
+    chance = PoissonArrivals(
         rate=args.rate,
         requests=args.requests or 2000,
         text_tokens=_lengths("--prompt-tokens", args.prompt_tokens or "32"),
         new_tokens=_lengths("--new-tokens", args.new_tokens or "64"),
         images=images,
-        pictures=args.pictures or 0,
+        distinct_images=args.distinct_images or 0,
     )
     return chance.arrivals(args.seed or 0)
 

@@ -37,7 +37,7 @@ class Job:
 
 @dataclass
 class Piece:
-    """What an engine does at once: an image or more and ``tokens`` of a prompt, or a step."""
+    """A unit of an engine's work: an image or more and ``tokens`` of a prompt, or a step."""
 
     kind: Literal["read", "step"]
     seconds: Callable[[ServiceTimes], float]
@@ -45,7 +45,7 @@ class Piece:
     tokens: int = 0
 
 
-class Replica:
+class SimulatedReplica:
     """``begin`` says what it does next, ``finish`` that this is done. ``preparing``: requests that
     are on their way into its queue."""
 
@@ -59,17 +59,17 @@ class Replica:
         self._pace, self._owed = ChunkPace(None), 0
         self._stepping = False  # the prompt has had its turn of this round
         self._features: OrderedDict[str, int] = OrderedDict()
-        self._kept: list[str] = []  # pictures that rows hold which nobody runs in, used last last
+        self._kept: list[str] = []  # images that rows hold which nobody runs in, used last last
 
     @property
     def requests(self) -> int:
-        """Of whatever kind that are here."""
+        """Number of requests here, of any kind."""
         there = len(self.waiting) + len(self.running) + (self._reading is not None)
         return self.preparing + there
 
     @property
     def full(self) -> bool:
-        """Whether it refuses what comes."""
+        """True where it refuses what comes."""
         return len(self.waiting) + self.preparing >= self.queue_limit
 
     def begin(self) -> Piece | None:
@@ -118,10 +118,10 @@ class Replica:
         if not self.waiting:
             return
         job = self._reading = self.waiting.popleft()
-        name, shown = job.asked.picture, job.asked.images
+        name, shown = job.asked.image, job.asked.images
         shared = shown * self.engine.image_tokens
         if self.engine.shares and name is not None and SHARED * shared >= self._length(job):
-            if any(other.asked.picture == name for other in self.running):
+            if any(other.asked.image == name for other in self.running):
                 job.reused = shared
             elif name in self._kept:
                 job.reused = shared
@@ -159,7 +159,7 @@ class Replica:
             job, last = self.running[place], self.running[-1]
             if not job.done:
                 continue
-            name = job.asked.picture or f"number {job.number}"
+            name = job.asked.image or f"number {job.number}"
             if job is last:
                 self._kept.append(name)
             elif self._free() > len(self._kept) or self._kept:
@@ -173,12 +173,12 @@ class Replica:
         return self.engine.slots - len(self.running) - (self._reading is not None)
 
     def _trim(self) -> None:
-        """What was used longest ago gives way."""
+        """Drop what was used longest ago."""
         del self._kept[: max(0, len(self._kept) - self._free())]
 
     def _remember(self, job: Job) -> None:
         """Features of its images."""
-        if job.asked.picture is not None and not self._images_left:
-            self._features[job.asked.picture] = job.asked.images
+        if job.asked.image is not None and not self._images_left:
+            self._features[job.asked.image] = job.asked.images
             while sum(self._features.values()) > self.engine.kept_images:
                 self._features.popitem(last=False)

@@ -16,7 +16,7 @@ Points = Sequence[tuple[float, float]]  # rising
 
 
 class ServiceTimes:
-    """What an engine takes, from ``costs`` that were measured on it."""
+    """Seconds that an engine takes, from ``costs`` that were measured on it."""
 
     def __init__(self, engine: EngineShape, costs: Costs) -> None:
         self._costs = costs
@@ -41,7 +41,7 @@ class ServiceTimes:
         return self._costs.prepare
 
     def image(self, count: int) -> float:
-        """Of the vision graph. Raises ParameterError where that was not measured."""
+        """Seconds of the vision graph. Raises ParameterError where that was not measured."""
         if count and self._costs.image is None:
             raise ParameterError(
                 "these costs were measured without images; measure them with --images 1"
@@ -49,12 +49,12 @@ class ServiceTimes:
         return count * (self._costs.image or 0.0)
 
     def chunk(self, tokens: int, behind: int) -> float:
-        """Of a chunk of a prompt."""
+        """Seconds of a chunk of a prompt."""
         assert self._chunk is not None
         return max(float(_features([(tokens, behind)]) @ self._chunk), 1e-6)
 
     def whole(self, tokens: int, images: int) -> float:
-        """Of a prompt that is read at once. Raises ParameterError for other images than there
+        """Seconds of a prompt read at once. Raises ParameterError for other images than there
         were."""
         points = self._whole.get(images)
         if not points:
@@ -67,7 +67,7 @@ class ServiceTimes:
         return _along(points, tokens)
 
     def step(self, rows: int, tokens: float) -> float:
-        """Of a decode step of ``rows`` with ``tokens`` in the cache each."""
+        """Seconds of a decode step of ``rows`` with ``tokens`` in the cache each."""
         place = bisect_left(self._rows, rows)
         if place == len(self._rows):  # no engine has more rows than were measured
             raise ParameterError(

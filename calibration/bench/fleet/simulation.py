@@ -10,37 +10,37 @@ from hashlib import blake2b
 
 from lvlm.bench.costs import MeasuredCosts
 from lvlm.bench.fleet.arrivals import Arrival
-from lvlm.bench.fleet.replica import Job, Piece, Replica
+from lvlm.bench.fleet.replica import Job, Piece, SimulatedReplica
 from lvlm.bench.fleet.service_times import ServiceTimes
 from lvlm.core.errors import ParameterError
 
 # Which of the replicas a request is sent to; ``turn``: how many were before it.
-Route = Callable[[Sequence[Replica], Arrival, int], int]
+Route = Callable[[Sequence[SimulatedReplica], Arrival, int], int]
 
 
-def round_robin(replicas: Sequence[Replica], _: Arrival, turn: int) -> int:
+def round_robin(replicas: Sequence[SimulatedReplica], _: Arrival, turn: int) -> int:
     """One after the other."""
     return turn % len(replicas)
 
 
-def least_requests(replicas: Sequence[Replica], _: Arrival, turn: int) -> int:
+def least_requests(replicas: Sequence[SimulatedReplica], _: Arrival, turn: int) -> int:
     """Whoever has the fewest; of several the next one in turn."""
     count = len(replicas)
     return min(range(count), key=lambda n: (replicas[n].requests, (n - turn) % count))
 
 
-def by_picture(replicas: Sequence[Replica], asked: Arrival, turn: int) -> int:
-    """The same one for the same picture."""
-    if asked.picture is None:
+def by_image(replicas: Sequence[SimulatedReplica], asked: Arrival, turn: int) -> int:
+    """The same one for the same image."""
+    if asked.image is None:
         return least_requests(replicas, asked, turn)
-    digest = blake2b(asked.picture.encode(), digest_size=8).digest()
+    digest = blake2b(asked.image.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % len(replicas)
 
 
 ROUTES: dict[str, Route] = {
     "round-robin": round_robin,
     "least-requests": least_requests,
-    "picture": by_picture,
+    "image": by_image,
 }
 
 
@@ -99,7 +99,9 @@ class _Simulation:
         self.alone = ServiceTimes(measured.engine, measured.alone)
         self.beside = ServiceTimes(measured.engine, measured.beside or measured.alone)
         limit = self.fleet.queue_limit
-        self.replicas = [Replica(measured.engine, limit) for _ in range(self.fleet.replicas)]
+        self.replicas = [
+            SimulatedReplica(measured.engine, limit) for _ in range(self.fleet.replicas)
+        ]
         self.doing: list[_Doing | None] = [None] * self.fleet.replicas
         self.busy = [0.0] * self.fleet.replicas
 

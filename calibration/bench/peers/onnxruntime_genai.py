@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from lvlm.bench.case_figures import RequestRecord
 from lvlm.bench.contenders import Conversion, Serving, Setup
 from lvlm.bench.drive import one_after_another
-from lvlm.bench.figures import RequestRecord
 from lvlm.bench.peers.parts.peer_prompts import Prompts
-from lvlm.bench.workload import Work, WorkloadRequest
+from lvlm.bench.workload import RoundWorkload, WorkloadRequest
 from lvlm.core.installing import install
 
 ADVICE = (
@@ -35,7 +35,7 @@ class ONNXRuntimeGenAI:
 
     def conversion(self, settings: Sequence[str]) -> Conversion | None:
         precision = "int4" if "int4" in settings else "fp32"
-        split = "lvlm.bench.peers.parts.language_model"
+        split = "lvlm.bench.peers.parts.save_language_model"
         builder = (
             *("{python}", "-m", "onnxruntime_genai.models.builder", "-i", "{work}/text"),
             *("-o", "{out}", "-p", precision, "-e", "cpu", "-c", "{work}/cache"),
@@ -61,7 +61,7 @@ class GenaiAnswers:
         self._model = genai.Model(config)
         self._prompts = Prompts(Path(setup.prompts))
 
-    def serve(self, work: Work) -> list[RequestRecord]:
+    def serve(self, work: RoundWorkload) -> list[RequestRecord]:
         return one_after_another(self._answer, self._prompts.opened(work))
 
     def _answer(self, request: WorkloadRequest, mark: Callable[[], None]) -> tuple[int, int | None]:

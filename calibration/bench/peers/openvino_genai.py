@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lvlm.bench.case_figures import RequestRecord
 from lvlm.bench.contenders import Conversion, Serving, Setup
 from lvlm.bench.drive import at_once, one_after_another
-from lvlm.bench.figures import RequestRecord
 from lvlm.bench.peers.parts.peer_prompts import Prompts
-from lvlm.bench.workload import Work, WorkloadRequest
+from lvlm.bench.workload import RoundWorkload, WorkloadRequest
 from lvlm.core.errors import BackendError
 
 ADVICE = (
@@ -68,7 +68,7 @@ class Inputs:
     def __init__(self, bundle: Path) -> None:
         self._prompts = Prompts(bundle)
 
-    def opened(self, work: Work) -> Work:
+    def opened(self, work: RoundWorkload) -> RoundWorkload:
         return self._prompts.opened(work)
 
     def of(self, request: WorkloadRequest) -> tuple[str, list[Any]]:
@@ -100,7 +100,7 @@ class Single:
         self._pipeline = genai.VLMPipeline(setup.source, "CPU", **properties)
         self._inputs = Inputs(Path(setup.prompts))
 
-    def serve(self, work: Work) -> list[RequestRecord]:
+    def serve(self, work: RoundWorkload) -> list[RequestRecord]:
         return one_after_another(self._answer, self._inputs.opened(work))
 
     def _answer(self, request: WorkloadRequest, mark: Callable[[], None]) -> tuple[int, int | None]:
@@ -154,7 +154,7 @@ class Batching:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def serve(self, work: Work) -> list[RequestRecord]:
+    def serve(self, work: RoundWorkload) -> list[RequestRecord]:
         return at_once(self._submit, self._inputs.opened(work))
 
     def _submit(self, request: WorkloadRequest) -> Taken:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lvlm.bench.case_figures import RequestRecord
 from lvlm.bench.contenders import Conversion, Serving, Setup
 from lvlm.bench.drive import one_after_another
-from lvlm.bench.figures import RequestRecord
 from lvlm.bench.peers.parts.peer_prompts import Prompts
-from lvlm.bench.workload import Work, WorkloadRequest
+from lvlm.bench.workload import RoundWorkload, WorkloadRequest
 
 
 class Transformers:
@@ -44,7 +44,7 @@ class TransformersAnswers:
         self._model.generation_config.eos_token_id = None  # answers go on to their full length
         self._prompts = Prompts(Path(setup.prompts))
 
-    def serve(self, work: Work) -> list[RequestRecord]:
+    def serve(self, work: RoundWorkload) -> list[RequestRecord]:
         return one_after_another(self._answer, self._prompts.opened(work))
 
     def _answer(self, request: WorkloadRequest, mark: Callable[[], None]) -> tuple[int, int | None]:

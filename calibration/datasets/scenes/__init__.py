@@ -1,1 +1,1 @@
-"""Pictures of things and questions about them: what tiny-llava was trained on."""
+"""Images of things and questions about them: what tiny-llava was trained on."""

@@ -1,7 +1,7 @@
-"""Pictures of things on a dark canvas, from one on a large quiet one to a full grid of nine.
+"""Images of things on a dark canvas, from one on a large quiet one to a full grid of nine.
 
 A thing is a digit (handwritten or of a font), a letter, a word or a shape, in one of seven colours,
-somewhere in its cell of a 3 x 3 grid. How much of a picture matters is its density: that is what
+somewhere in its cell of a 3 x 3 grid. How much of an image matters is its density: that is what
 decides what dropping or merging image tokens costs.
 """
 

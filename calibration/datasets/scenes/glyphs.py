@@ -1,4 +1,4 @@
-"""What things look like: letters and digits of several fonts, handwritten digits, shapes, words."""
+"""Glyphs of things: letters and digits of several fonts, handwritten digits, shapes, words."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HELDOUT_FRACTION = 0.2
 
 
 def mask(name: str, rng: np.random.Generator, split: Split) -> Image.Image:
-    """How much of each pixel a thing covers, 0 to 255, before it is enlarged and turned."""
+    """Coverage of each pixel by a thing, 0 to 255, before it is enlarged and turned."""
     if name in SHAPES:
         return _shape(name)
     font = int(rng.integers(len(FONTS)))

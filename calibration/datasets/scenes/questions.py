@@ -19,7 +19,7 @@ Turn = tuple[str, str]  # a question and its answer
 
 
 def ask(scenes: tuple[Scene, ...], kind: Kind, rng: np.random.Generator) -> list[Turn]:
-    """A question of a kind about the pictures of a prompt; of kind ``turns`` two, else one."""
+    """A question of a kind about the images of a prompt; of kind ``turns`` two, else one."""
     if kind == "pictures":
         return [_of_two(scenes, rng)]
     scene = scenes[0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from lvlm.core.errors import CheckpointError
-from lvlm.export.checkpoint.form import Form, Source
+from lvlm.export.checkpoint.checkpoint_form import Form, Source
 
 # The end that the twin's name has on the hub, by version
 ENDS = {"InternVL3": "-hf", "InternVL3_5": "-HF"}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lvlm.core.errors import CheckpointError
-from lvlm.export.checkpoint.form import Form, Source
+from lvlm.export.checkpoint.checkpoint_form import Form, Source
 
 
 class LlavaOriginal:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lvlm.export.checkpoint.form import Form, Read, Source
+from lvlm.export.checkpoint.checkpoint_form import Form, Read, Source
 from lvlm.export.checkpoint.quantized.parts.bit_fields import fields_of
 from lvlm.export.checkpoint.quantized.parts.module_tensors import (
     make_form,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lvlm.export.checkpoint.form import Form, Source
+from lvlm.export.checkpoint.checkpoint_form import Form, Source
 from lvlm.export.checkpoint.quantized.parts.module_tensors import refuse
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lvlm.core.errors import CheckpointError
-from lvlm.export.checkpoint.form import DenseTensor, Form, Read, Source
+from lvlm.export.checkpoint.checkpoint_form import DenseTensor, Form, Read, Source
 from lvlm.export.checkpoint.quantized.fp8 import scaled
 from lvlm.export.checkpoint.quantized.parts.bit_fields import fields_of
 from lvlm.export.checkpoint.quantized.parts.module_tensors import (

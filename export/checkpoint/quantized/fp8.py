@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lvlm.export.checkpoint.form import DenseTensor, Form, Read, Source
+from lvlm.export.checkpoint.checkpoint_form import DenseTensor, Form, Read, Source
 from lvlm.export.checkpoint.quantized.parts.module_tensors import (
     make_form,
     misshapen,
@@ -75,7 +75,7 @@ def _runs(inputs: int, shape: tuple[int, ...]) -> bool:
 
 
 def _blocks(shape: tuple[int, int], block: tuple[int, ...]) -> tuple[int, int]:
-    """How many blocks a weight has along each axis."""
+    """Numbers of a weight's blocks along each axis."""
     rows, columns = (-(-size // max(1, step)) for size, step in zip(shape, block, strict=True))
     return rows, columns
 

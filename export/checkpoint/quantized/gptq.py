@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lvlm.core.errors import CheckpointError
-from lvlm.export.checkpoint.form import DenseTensor, Form, Read, Source
+from lvlm.export.checkpoint.checkpoint_form import DenseTensor, Form, Read, Source
 from lvlm.export.checkpoint.quantized.parts.bit_fields import fields_of
 from lvlm.export.checkpoint.quantized.parts.module_tensors import (
     make_form,
@@ -40,7 +40,8 @@ class Gptq:
             raise refuse("GPTQ", f"checkpoint_format {str(form)[:40]}", f"{known} are supported")
         how = bits, bool(settings.get("sym", True)), FORMATS[form]
         layers = {
-            module: Layer(found, module, *how) for module in modules_with(found, "qweight", "gptq")
+            module: GptqLayer(found, module, *how)
+            for module in modules_with(found, "qweight", "gptq")
         }
         if not settings.get("desc_act") or not any(x.act_order() for x in layers.values()):
             packed = {module: layer.packed() for module, layer in layers.items()}
@@ -51,7 +52,7 @@ class Gptq:
 
 
 @dataclass(frozen=True)
-class Layer:
+class GptqLayer:
     """A linear layer's tensors; ``add``: what is missing in its stored zero points."""
 
     found: Source
@@ -84,7 +85,7 @@ class Layer:
         return f"{self.module}.g_idx" in self.found.tensors
 
     def act_order(self) -> bool:
-        """Whether groups are not runs of inputs; what is not here is taken at its word."""
+        """True where groups are not runs of inputs; what is not here is taken at its word."""
         if not self.has_order or self.found.absent:
             return self.has_order
         return not self._in_order(self.found.read(f"{self.module}.g_idx"))

@@ -46,7 +46,7 @@ TEXTS: Kinds = {
 
 
 def gemma3_text(family: HasLeaves, parts: Any, head: nn.Module, text: Any) -> LanguageModel:
-    """As language_model, each layer with the angles of its type."""
+    """The language model, each layer with the angles of its type."""
     found = language_model(family, parts, head, text)
     rotaries = {kind: OfLayers(parts.rotary_emb, kind) for kind in dict.fromkeys(text.layer_types)}
     layers = [

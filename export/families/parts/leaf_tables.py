@@ -41,7 +41,7 @@ def text_leaves(
 
 
 def layer_window(attention: Any) -> int | None:
-    """Where transformers' configuration says which layers have a window (``layer_types``)."""
+    """The window of a layer; transformers' configuration says which have one (``layer_types``)."""
     found: int | None = attention.sliding_window
     return found
 

@@ -146,7 +146,8 @@ def language_model(family: HasLeaves, parts: Any, head: nn.Module, text: Any) ->
 
 
 def _positions(text: Any) -> int:
-    """With rotary angles that are scaled, some configurations have the length before that."""
+    """The longest position; where rotary angles are scaled, some configurations have the length
+    before scaling."""
     own, rope = int(text.max_position_embeddings), text.rope_parameters
     before = rope.get("original_max_position_embeddings") or own
     return max(own, int(before * (rope.get("factor") or 1)))

@@ -46,8 +46,8 @@ def one_after_another(section: Sequence[int]) -> torch.Tensor:
 
 
 def taking_turns(section: Sequence[int], angles: int) -> torch.Tensor:
-    """That of angles by time, row and column in turns, as long as there are any of these; the rest
-    by time (Qwen3-VL)."""
+    """The axis of angles by time, row and column in turns, as long as there are any of these; the
+    rest by time (Qwen3-VL)."""
     axis = torch.zeros(angles, dtype=torch.int64)
     for which in (1, 2):
         axis[which : 3 * section[which] : 3] = which

@@ -1,4 +1,4 @@
-"""What families share whose vision tower takes tiles, or whole images, of pixels only."""
+"""Common parts of families whose vision tower takes tiles, or whole images, of pixels only."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ class PixtralLike:
         return prompt_files(folder, config.text_config)
 
     def tiny_files(self, config: Any) -> dict[str, str]:
-        """For images of up to 36 tokens."""
+        """Preprocessor files for images of up to 36 tokens."""
         patch, merge = config.vision_config.patch_size, self.merge(config)
         images = {
             "image_processor_type": "PixtralImageProcessor",
@@ -196,7 +196,7 @@ class PixtralLike:
 
 
 def _processor_class(folder: Path, default: str) -> str:
-    """That of transformers' AutoProcessor."""
+    """The processor class of transformers' AutoProcessor."""
     names = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
     found = (read_json(folder / name).get("processor_class") for name in names)
     return str(next((name for name in found if name), default))

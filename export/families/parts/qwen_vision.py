@@ -38,7 +38,7 @@ class QwenVision(nn.Module):
         place: torch.Tensor | None = None,
     ) -> torch.Tensor:
         hidden = patches(self.visual, pixel_values)
-        everywhere = Angles.of(self.visual, hidden, position_ids)
+        everywhere = VisionAngles.of(self.visual, hidden, position_ids)
         inside = None if window is None else everywhere.gathered(window, hidden.shape[1])
         for layer, block in enumerate(self.visual.blocks):
             angles = everywhere if layer in self.full or inside is None else inside
@@ -56,7 +56,7 @@ def patches(visual: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def run_block(
-    block: Any, hidden: torch.Tensor, angles: Angles, place: torch.Tensor | None = None
+    block: Any, hidden: torch.Tensor, angles: VisionAngles, place: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A vision block on [V,p,D]."""
     given = {"hidden": hidden, "cos": angles.cos, "sin": angles.sin}
@@ -76,12 +76,12 @@ def _block(
     mask: torch.Tensor | None = None,
     place: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    angles = Angles(cos, sin, window, mask)
+    angles = VisionAngles(cos, sin, window, mask)
     hidden = hidden + _attend(block.attn, block.norm1(hidden), angles, place)
     return {"hidden": hidden + block.mlp(block.norm2(hidden))}
 
 
-class Angles:
+class VisionAngles:
     """cos and sin [W,N,d] of the patches that attend to one another, W windows of N or one of all;
     in windows also ``window`` [W,n] and ``mask`` [W,1,N,N]."""
 
@@ -96,10 +96,10 @@ class Angles:
         self.window, self.mask = window, mask
 
     @classmethod
-    def of(cls, visual: Any, hidden: torch.Tensor, position_ids: torch.Tensor) -> Angles:
+    def of(cls, visual: Any, hidden: torch.Tensor, position_ids: torch.Tensor) -> VisionAngles:
         return cls(*visual.rotary_pos_emb(hidden, position_ids.flatten(0, 1)))
 
-    def gathered(self, window: torch.Tensor, patches: int) -> Angles:
+    def gathered(self, window: torch.Tensor, patches: int) -> VisionAngles:
         size = self.cos.shape[-1]
         index = window.clamp(min=0)
         cos, sin = (
@@ -110,11 +110,11 @@ class Angles:
         )
         seen = (window >= 0)[..., None].expand(-1, -1, patches).flatten(1)
         mask = seen[:, None, None].expand(-1, 1, seen.shape[1], -1)
-        return Angles(cos, sin, index, mask)
+        return VisionAngles(cos, sin, index, mask)
 
 
 def _attend(
-    module: Any, hidden: torch.Tensor, angles: Angles, place: torch.Tensor | None
+    module: Any, hidden: torch.Tensor, angles: VisionAngles, place: torch.Tensor | None
 ) -> torch.Tensor:
     """The attention ``module`` of a vision block on [V,p,D]."""
     tokens, patches, width = hidden.shape

@@ -113,7 +113,8 @@ class QwenVL:
         return replace(found, position_rows=3)
 
     def axis(self, rotary: Any, shares: Sequence[int]) -> torch.Tensor:
-        """Which of a token's three positions turns each angle of ``rotary``, [d / 2] int64."""
+        """The one of a token's three positions that turns each angle of ``rotary``, [d / 2]
+        int64."""
         del rotary
         return one_after_another(shares)
 

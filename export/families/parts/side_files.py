@@ -100,7 +100,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _asked(folder: Path, what: str, load: Callable[[], Any]) -> Any:
-    """What transformers says, quietly, or one line of why it cannot."""
+    """The answer of transformers, quietly, or one line of why it cannot."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -122,7 +122,7 @@ def _check_tokenizer(path: Path) -> None:
 
 
 def _check_loaded(folder: Path, tokenizer: Any) -> None:
-    """What the runtime, which has no transformers, does not do."""
+    """Refuse what the runtime, which has no transformers, does not do."""
     if not hasattr(tokenizer, "backend_tokenizer"):
         kind = type(tokenizer).__name__
         raise CheckpointError(f"{folder}: {kind} has no fast form; save one with save_pretrained")
@@ -158,8 +158,8 @@ def _default(folder: Path, template: object) -> str | None:
 
 
 def _eos_ids(folder: Path, config: Any, text_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """What ends a text for transformers' generate; where nothing does, what the tokenizer and the
-    text model call the end."""
+    """Ids that end a text for transformers' generate; where nothing does, what the tokenizer and
+    the text model call the end."""
     found: list[object] = [config.eos_token_id]
     raw = read_json(folder / "config.json")
     inner = raw.get("text_config")

@@ -23,7 +23,7 @@ from lvlm.core.errors import ParameterError
 from lvlm.export.ops.cache_compact.function import compact_function
 from lvlm.export.ops.cache_compact.samples import samples
 from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Op, Shape, register
-from lvlm.export.ops.parts.checks import check_ranks
+from lvlm.export.ops.parts.input_checks import check_ranks
 
 MODES = ("evict", "merge", "merge-reference")
 

@@ -27,7 +27,7 @@ BLOCK = 32  # positions; 64 is as fast
 
 
 @dataclass(frozen=True)
-class Chosen:
+class KeptEntries:
     """Entries that stay, and who absorbs what: the slots from ``first`` to before ``end`` share the
     positions marked in ``source`` by the distance to their own."""
 
@@ -66,7 +66,7 @@ def compact_function(
         rank = g.Where(valid, rank, g.const(-np.inf, np.float32))
         order = g.node("TopK", rank, g.dim("slots", 0), count=2, axis=1, largest=1)[1]
         index = _rising(g, g.Where(used, order, extent))
-        chosen = Chosen(index, 0, budget, valid, own=True)
+        chosen = KeptEntries(index, 0, budget, valid, own=True)
 
     if attributes["mode"] == "evict":
         states = [_placed(g, name, chosen.index) for name in STATES]
@@ -101,7 +101,7 @@ def _placed(g: Body, data: Value, index: Value, *more: Value) -> Value:
 
 def _as_released(
     g: Body, score: Value, positions: Value, length: Value, budget: Value, sinks: int
-) -> Chosen:
+) -> KeptEntries:
     """See ``_as_released`` of the reference."""
     extent, one, first = g.dim("key", 2), g.const(1), g.const(sinks)
     forget = g.Sub(g.Sub(length, one), budget)
@@ -122,7 +122,7 @@ def _as_released(
     anchors = g.And(merges, g.Greater(budget, g.Add(first, one)))
     thrown = g.And(inside, g.LessOrEqual(order, forget))
     end = g.Sub(budget, one)
-    return Chosen(index, sinks, end, g.And(thrown, anchors), own=False)
+    return KeptEntries(index, sinks, end, g.And(thrown, anchors), own=False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Buckets:
     own: bool
 
 
-def _buckets(g: Body, chosen: Chosen, extent: Value, length: Value) -> Buckets:
+def _buckets(g: Body, chosen: KeptEntries, extent: Value, length: Value) -> Buckets:
     size, one = g.const([BLOCK]), g.const(1)
     blocks = g.Div(g.Add(extent, g.const([BLOCK - 1])), size)
     padded = g.Mul(blocks, size)

@@ -102,8 +102,8 @@ def _split(g: Body, count: Value, size: Value, slots: Value) -> Chunks:
 
 
 def _at_once(g: Body, slots: Value) -> Value:
-    """What each key received of all queries, without a loop: the turned keys stay a flag of the
-    product."""
+    """Attention that each key received of all queries, without a loop: the turned keys stay a flag
+    of the product."""
     batch, width = g.dim("query", 0), g.dim("query", 3)
     size, end = g.dim("query", 2), g.dim("key", 2)
     keys = g.Transpose(g.Cast("key", to=F32), perm=[0, 1, 3, 2])

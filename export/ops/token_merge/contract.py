@@ -29,7 +29,7 @@ from onnx.helper import make_attribute
 from lvlm.core.discovery import nearest
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Op, Shape, register
-from lvlm.export.ops.parts.checks import check_ranks
+from lvlm.export.ops.parts.input_checks import check_ranks
 from lvlm.export.ops.token_merge.function import EPSILON, token_merge_function
 from lvlm.export.ops.token_merge.samples import samples
 

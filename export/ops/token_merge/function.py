@@ -238,7 +238,7 @@ def _products(
 def _similarity(
     g: Body, ranked: Ranked, centre: Value, real: Value, new_index: Value
 ) -> tuple[Value, Value, Value]:
-    """As ``_products``, but cosines, NO_PAIR where a pair may not merge."""
+    """Similarities as ``_products`` has them, but cosines, NO_PAIR where a pair may not merge."""
     centre, dot, pair = _products(g, ranked, centre, real, new_index)
     norm = g.ReduceL2(g.Cast("hidden", to=F32), g.const([2]), keepdims=0)
     norm = g.Max(norm, g.const(EPSILON, np.float32))  # [B, N]

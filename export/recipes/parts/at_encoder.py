@@ -1,6 +1,6 @@
 """Image tokens dropped at the encoder's output: the language model never sees them.
 
-What goes on is chosen from the image alone (runtime/reductions), so that a picture's tokens, and
+What goes on is chosen from the image alone (runtime/reductions), so that an image's tokens, and
 without a cache policy its entries, serve every question about it.
 """
 
@@ -35,7 +35,7 @@ class AtEncoder(Composed):
         rules()[reduction.rule].check(reduction.settings)
 
     def settings(self) -> dict[str, Any]:
-        """What the rule is told besides the number of tokens."""
+        """Settings of the rule besides the number of tokens."""
         return {}
 
     def encoder_reduction(self) -> EncoderReduction:

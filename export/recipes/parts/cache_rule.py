@@ -41,7 +41,7 @@ Semantics = Literal["paper", "reference"]
 
 @dataclass(frozen=True)
 class Compacted:
-    """What a layer keeps.
+    """Entries that a layer keeps.
 
     key, value  [B,Hkv,K,d]
     kept        [B] int64: how many entries that is of each row; -1: an importance was not finite
@@ -55,7 +55,7 @@ class Compacted:
 
 
 @dataclass(frozen=True)
-class Layer:
+class RankedLayer:
     """One layer's entries when they are ranked.
 
     key      [B,Hkv,N,d]
@@ -75,7 +75,7 @@ class Layer:
 
 
 @singledispatch
-def importance(score: Score, layer: Layer, recent: int) -> torch.Tensor:
+def importance(score: Score, layer: RankedLayer, recent: int) -> torch.Tensor:
     """The importance [B,N] fp32 of a layer's entries, or [B,Hkv,N] where each key head ranks its
     own; the last ``recent`` entries stay whatever it says."""
     raise NotImplementedError(score)
@@ -83,14 +83,14 @@ def importance(score: Score, layer: Layer, recent: int) -> torch.Tensor:
 
 @importance.register(AllQueries)
 @importance.register(Accumulated)
-def _(score: AllQueries | Accumulated, layer: Layer, recent: int) -> torch.Tensor:
+def _(score: AllQueries | Accumulated, layer: RankedLayer, recent: int) -> torch.Tensor:
     del score, recent
     assert layer.received is not None
     return layer.received
 
 
 @importance.register
-def _(score: Latest, layer: Layer, recent: int) -> torch.Tensor:
+def _(score: Latest, layer: RankedLayer, recent: int) -> torch.Tensor:
     del score
     if layer.received is not None:
         return layer.received
@@ -98,7 +98,7 @@ def _(score: Latest, layer: Layer, recent: int) -> torch.Tensor:
 
 
 @importance.register
-def _(score: Window, layer: Layer, recent: int) -> torch.Tensor:
+def _(score: Window, layer: RankedLayer, recent: int) -> torch.Tensor:
     assert layer.queries is not None
     assert layer.index is not None
     queries, key, index, length = layer.queries, layer.key, layer.index, layer.length
@@ -114,7 +114,7 @@ def _(score: Window, layer: Layer, recent: int) -> torch.Tensor:
 
 
 @importance.register
-def _(score: Recency, layer: Layer, recent: int) -> torch.Tensor:
+def _(score: Recency, layer: RankedLayer, recent: int) -> torch.Tensor:
     del score, recent
     batch, _, entries, _ = layer.key.shape
     ages = torch.arange(entries, device=layer.key.device).float()  # exact up to 2**24 entries
@@ -154,23 +154,23 @@ class CacheRule:
 
     @property
     def remembers_prompts(self) -> bool:
-        """Whether queries of the prompt are still in the ring when the cache is compacted."""
+        """True where queries of the prompt are still in the ring when the cache is compacted."""
         interval = self.cache_policy.interval
         return interval is not None and interval < self.queries
 
     @property
     def scores_all(self) -> bool:
-        """Whether the importance is taken from all prompt queries."""
+        """True where the importance is taken from all prompt queries."""
         return isinstance(self.cache_policy.score, AllQueries | Accumulated)
 
     @property
     def received(self) -> bool:
-        """Whether the attention that each entry got lies beside it [B,1,C,1]."""
+        """True where the attention that each entry got lies beside it [B,1,C,1]."""
         return self.cache_policy.received
 
     @property
     def sums(self) -> bool:
-        """Whether that is a sum over all queries so far."""
+        """True where that is a sum over all queries so far."""
         return self.cache_policy.sums
 
     def inputs(self) -> list[LayerPort]:
@@ -216,7 +216,7 @@ class CacheRule:
             count = score.queries if isinstance(score, Window) else 1
             queries, index = self.window(state, tap, count)
         received = tap.importance if self.scores_all else None
-        entries = Layer(key, state.length(), queries, index, tap.scale, received)
+        entries = RankedLayer(key, state.length(), queries, index, tap.scale, received)
         select = self.cache_policy.select
         within = isinstance(select, Merge) and select.within_modality
         return self._compact(entries, value, inputs, state.borders() if within else None)
@@ -234,11 +234,11 @@ class CacheRule:
         queries, or the attention its entries got [B,1,C,1]."""
         length, index = inputs["valid_length"], inputs.get("query_slot")
         scores = None if received is None else received[:, 0, :, 0]
-        return self._compact(Layer(key, length, queries, index, scale, scores), value, inputs)
+        return self._compact(RankedLayer(key, length, queries, index, scale, scores), value, inputs)
 
     def _compact(
         self,
-        entries: Layer,
+        entries: RankedLayer,
         value: torch.Tensor,
         inputs: Mapping[str, torch.Tensor],
         first: torch.Tensor | None = None,

@@ -51,8 +51,8 @@ class Composed(Recipe):
 
     @property
     def usual_keep(self) -> float:
-        """What stays by ``kv=interval`` where nothing is said: half, but all where nobody asked for
-        compression, ``kv`` being the recipe's own; calls may ask for less."""
+        """The fraction that stays by ``kv=interval`` where nothing is said: half, but all where
+        nobody asked for compression, ``kv`` being the recipe's own; calls may ask for less."""
         return 1.0 if self.kv == type(self).kv else KEEP
 
     def cache_defaults(self) -> dict[str, Any]:

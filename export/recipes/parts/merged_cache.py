@@ -149,7 +149,7 @@ def _parameters(kind: type[Recipe]) -> set[str]:
 
 
 def _other(recipe: Merging) -> Recipe:
-    """That recipe, with the parameters it shares with this one and those of ``kv_set``."""
+    """The recipe ``kv``, with the parameters it shares with this one and those of ``kv_set``."""
     kind = _kind(recipe)
     values = read_settings(kind, recipe.kv_set or ())
     for name, theirs in SHARED.items():

@@ -124,8 +124,8 @@ class Pyramid(TokenReduction):
     def scores(
         self, state: TokenSequence, tap: Tap, inputs: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """What ranks the image tokens [B,N] fp32: attention, of the last token, the text, or the
-        mean of both."""
+        """Scores that rank the image tokens [B,N] fp32: attention, of the last token, the text, or
+        the mean of both."""
         asking, found = list[torch.Tensor](), list[torch.Tensor]()
         if self.importance in ("last", "both"):
             asking.append(state.last()[:, None])

@@ -1,4 +1,4 @@
-"""What becomes of cache entries that do not stay: a parameter of recipes that compact once."""
+"""Selection of cache entries, dropped or merged: a parameter of recipes that compact once."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ class Site:
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """Of decode. None where the attention is of another kind, or hides entries that are valid (a
-    window)."""
+    """The attention of decode. None where the attention is of another kind, or hides entries that
+    are valid (a window)."""
     if not _masked(node) or not _sees_all_valid(node.inputs[3]):
         return None
     wrote = [_producer(before_cast(x), "TensorScatter") for x in node.inputs[1:3]]
@@ -34,8 +34,8 @@ def find_site(node: ir.Node) -> Site | None:
 
 
 def find_site_behind(node: ir.Node) -> tuple[Site, ir.Value] | None:
-    """Of extend: over entries gathered from the cache and the new ones behind them, whatever the
-    mask; and the slots of the former. None where the attention is of another kind."""
+    """The attention of extend: over entries gathered from the cache and the new ones behind them,
+    whatever the mask; and the slots of the former. None where the attention is of another kind."""
     if not _masked(node):
         return None
     found = [_behind(x) for x in node.inputs[1:3]]
@@ -92,7 +92,7 @@ def _site(node: ir.Node, writes: tuple[ir.Node, ir.Node]) -> Site | None:
 
 
 def _sees_all_valid(mask: ir.Value | None) -> bool:
-    """Whether a mask is made of one comparison: slots before the number of valid ones."""
+    """True where a mask is made of one comparison: slots before the number of valid ones."""
     while (node := _producer(mask, "Unsqueeze") or _producer(mask, "Slice")) is not None:
         mask = node.inputs[0]
     return _producer(mask, "Less") is not None
@@ -104,8 +104,8 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 
 def before_cast(value: ir.Value | None) -> ir.Value | None:
-    """The value before a cast to or from the type of a narrower cache; without a Cast ``value``
-    itself."""
+    """The value before a cast to or from the type of a low-precision cache; without a Cast
+    ``value`` itself."""
     cast = _producer(value, "Cast")
     return value if cast is None else cast.inputs[0]
 

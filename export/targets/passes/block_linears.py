@@ -46,19 +46,19 @@ def use_block_linears(model: ir.Model) -> int:
         given = [node.inputs[0], _as_bytes(model, numbers, dims), scales]
         if zeros is not None and str(zeros.name).endswith(ZERO_POINTS_SUFFIX):
             given.append(_as_bytes(model, zeros, [outputs, inputs // block * bits // 8]))
-        product = ir.node(
+        matmul = ir.node(
             "MatMulNBits",
             given,
             attributes=attributes | {"accuracy_level": INT8 if few else FP32},
             domain=MICROSOFT,
         )
-        _replace(model, node, product)
+        _replace(model, node, matmul)
         replaced += 1
     return replaced
 
 
 def _few_rows(x: ir.Value) -> bool:
-    """Whether each sequence of the batch has one row: [B,K] or [B,1,K]."""
+    """True where each sequence of the batch has one row: [B,K] or [B,1,K]."""
     if x.shape is None:
         raise ExportError(f"the shape of {x.name} is unknown")
     return len(x.shape) == 2 or x.shape[-2] == 1
@@ -79,14 +79,14 @@ def _as_bytes(model: ir.Model, value: ir.Value, dims: list[int]) -> ir.Value:
     return made
 
 
-def _replace(model: ir.Model, node: ir.Node, product: ir.Node) -> None:
-    """``product`` in ``node``'s place, with an Add where that is a Gemm with a bias."""
-    nodes, old = [product], node.outputs[0]
+def _replace(model: ir.Model, node: ir.Node, matmul: ir.Node) -> None:
+    """``matmul`` in ``node``'s place, with an Add where that is a Gemm with a bias."""
+    nodes, old = [matmul], node.outputs[0]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
-        wide = product.outputs[0]
-        wide.name, wide.shape, wide.type = f"{old.name}_product", old.shape, old.type
-        nodes.append(ir.node("Add", [wide, bias]))
+        linear = matmul.outputs[0]
+        linear.name, linear.shape, linear.type = f"{old.name}_matmul", old.shape, old.type
+        nodes.append(ir.node("Add", [linear, bias]))
     model.graph.insert_before(node, nodes)
     take_place(old, nodes[-1].outputs[0])
     model.graph.remove(node, safe=True)

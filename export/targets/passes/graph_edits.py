@@ -35,15 +35,14 @@ def fix_dimensions(model: ir.Model, sizes: Mapping[str, int]) -> None:
 
 
 def refuse_low_precision(model: ir.Model, target: str, *, weights: bool) -> None:
-    """ExportError for a cache narrower than what is computed in and, if ``weights``, for quantized
-    weights."""
+    """ExportError for a low-precision cache and, if ``weights``, for quantized weights."""
     for node in model.graph:
         if weights and node.op_type == "DequantizeLinear":
             what, flag = "quantized weights", "--weights"
         elif node.op_type == "TensorScatter" and any(
             use.node.op_type == "Cast" for use in node.outputs[0].uses()
         ):
-            what, flag = "a cache narrower than what it computes in", "--cache"
+            what, flag = "a cache of lower precision than it computes in", "--cache"
         else:
             continue
         raise ExportError(f"target {target} does not take {what}; export without {flag}")
@@ -181,28 +180,28 @@ def decompose_attention(model: ir.Model, kept: Collection[str] = (), row_heads: 
             raise ExportError(f"{node.name} does more than attention; it cannot be decomposed")
         causal = node.attributes.get_int("is_causal", 0) == 1
         scale = node.attributes.get_float("scale", head_dim**-0.5)
-        wide = query.dtype == ir.DataType.FLOAT
+        fp32 = query.dtype == ir.DataType.FLOAT
         masked = len(node.inputs) == 4
-        call(model, node, _attention(heads, kv_heads, head_dim, causal, scale, masked, wide))
+        call(model, node, _attention(heads, kv_heads, head_dim, causal, scale, masked, fp32))
         replaced += 1
     return replaced
 
 
 def _attention(
-    heads: int, kv_heads: int, head_dim: int, causal: bool, scale: float, masked: bool, wide: bool
+    heads: int, kv_heads: int, head_dim: int, causal: bool, scale: float, masked: bool, fp32: bool
 ) -> onnx.FunctionProto:
     """Attention over q [B,heads,N,d], k and v [B,kv_heads,S,d] in ops every version knows; where
-    ``masked`` a boolean mask [B,1,1,S] says which keys are seen. Data that is not fp32 (``wide``)
-    is so for the softmax."""
+    ``masked`` a boolean mask [B,1,1,S] says which keys are seen. Without ``fp32`` data is in
+    half precision, but for the softmax."""
     g = Body()
     axis = g.const([2])
     # [B,kv,G,N,d] x [B,kv,1,d,S]: the heads of a group share keys without copying them.
     grouped = g.Reshape("q", g.const([0, kv_heads, heads // kv_heads, -1, head_dim]))
     keys, values = g.Unsqueeze("k", axis), g.Unsqueeze("v", axis)
     factor = g.const(scale, np.float32)
-    scaled = g.Mul(grouped, factor if wide else g.CastLike(factor, "q"))
+    scaled = g.Mul(grouped, factor if fp32 else g.CastLike(factor, "q"))
     scores = g.MatMul(scaled, g.Transpose(keys, perm=[0, 1, 2, 4, 3]))
-    scores = scores if wide else g.Cast(scores, to=onnx.TensorProto.FLOAT)
+    scores = scores if fp32 else g.Cast(scores, to=onnx.TensorProto.FLOAT)
     hidden = g.const(-3.0e38, np.float32)
     if masked:
         scores = g.Where(g.Unsqueeze("mask", axis), scores, hidden)
@@ -211,9 +210,9 @@ def _attention(
         sees = g.GreaterOrEqual(g.Unsqueeze(at, g.const([1])), at)
         scores = g.Where(sees, scores, hidden)
     weights = g.Softmax(scores, axis=-1)
-    mixed = g.MatMul(weights if wide else g.CastLike(weights, "q"), values)
+    mixed = g.MatMul(weights if fp32 else g.CastLike(weights, "q"), values)
     result = g.Reshape(mixed, g.const([0, heads, -1, head_dim]))
     inputs = ["q", "k", "v", *(["mask"] if masked else [])]
-    marks = {"causal": causal, "masked": masked, "narrow": not wide}
+    marks = {"causal": causal, "masked": masked, "low_precision": not fp32}
     parts = [heads, kv_heads, head_dim, f"{scale:.9g}", *filter(marks.get, marks)]
     return lowered_function(identifier("Attention", *parts), inputs, g.nodes, result)

@@ -92,7 +92,8 @@ def _emit(graph: ir.Graph, op: str, *inputs: ir.Value, **attributes: int | list[
 
 
 def _before_cast(value: ir.Value | None) -> ir.Value:
-    """What was cast from the type of a narrower cache; without a Cast ``value`` itself."""
+    """The value that was cast from the type of a low-precision cache; without a Cast ``value``
+    itself."""
     assert value is not None
     cast = value.producer()
     if cast is None or cast.op_type != "Cast" or cast.inputs[0] is None:
@@ -111,8 +112,8 @@ def _attend_beside(model: ir.Model, node: ir.Node, keys: Write, values: Write) -
     if not all(isinstance(size, int) for size in sizes) or sizes[3:] != (1, 1):
         raise ExportError(f"{node.name} is not attention of one query per row, of static heads")
     scale = node.attributes.get_float("scale", float(sizes[2]) ** -0.5)  # type: ignore[arg-type]
-    wide = query.dtype == ir.DataType.FLOAT
-    proto = _attention(heads, kv_heads, width, scale, wide)  # type: ignore[arg-type]
+    fp32 = query.dtype == ir.DataType.FLOAT
+    proto = _attention(heads, kv_heads, width, scale, fp32)  # type: ignore[arg-type]
     function = ir.serde.deserialize_function(proto)
     model.functions.setdefault(function.identifier(), function)
     model.opset_imports[LOWERED_DOMAIN] = 1
@@ -124,7 +125,7 @@ def _attend_beside(model: ir.Model, node: ir.Node, keys: Write, values: Write) -
 
 
 def _attention(
-    heads: int, kv_heads: int, width: int, scale: float, wide: bool
+    heads: int, kv_heads: int, width: int, scale: float, fp32: bool
 ) -> onnx.FunctionProto:
     """Attention of one query q [B,heads,1,d] over k and v [B,kv_heads,C,d] where ``mask``
     [B,1,1,C] allows it, but in slot index[b] over ``key`` and ``value`` [B,kv_heads,1,d].
@@ -135,22 +136,22 @@ def _attention(
     # [B,kv,G,d] x [B,kv,d,C]: the heads of a group share keys without copying them.
     query = g.Reshape("q", g.const([0, kv_heads, heads // kv_heads, width]))
     factor = g.const(scale, np.float32)
-    query = g.Mul(query, factor if wide else g.CastLike(factor, "q"))
+    query = g.Mul(query, factor if fp32 else g.CastLike(factor, "q"))
     slots = g.dim("k", 2)
     stale = g.Equal(g.arange(slots), g.Unsqueeze("index", g.const([1, 2, 3])))
     # The cache is the product's first operand: as the second it would be transposed each time.
     scores = g.Transpose(g.MatMul(k, g.Transpose(query, perm=[0, 1, 3, 2])), perm=[0, 1, 3, 2])
     own = g.MatMul(query, g.Transpose(key, perm=[0, 1, 3, 2]))
-    if not wide:
+    if not fp32:
         scores, own = (g.Cast(s, to=onnx.TensorProto.FLOAT) for s in (scores, own))
     seen = g.And("mask", g.Not(stale))
     scores = g.Where(seen, scores, g.const(-3.0e38, np.float32))
     weights = g.Softmax(g.Concat(scores, own, axis=-1), axis=-1)
-    weights = weights if wide else g.CastLike(weights, "q")
+    weights = weights if fp32 else g.CastLike(weights, "q")
     past = g.Slice(weights, g.const([0]), slots, g.const([3]))
     last = g.Slice(weights, slots, g.const([2**31 - 1]), g.const([3]))
     mixed = g.Add(g.MatMul(past, v), g.Mul(last, value))
     result = g.Reshape(mixed, g.const([0, heads, 1, width]))
-    name = identifier("AttentionBeside", heads, kv_heads, width, f"{scale:.9g}", wide)
+    name = identifier("AttentionBeside", heads, kv_heads, width, f"{scale:.9g}", fp32)
     given = ["q", "k", "v", "key", "value", "index", "mask"]
     return lowered_function(name, given, g.nodes, result)

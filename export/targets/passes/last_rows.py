@@ -63,7 +63,7 @@ def _fewer(graph: ir.Graph, pick: ir.Node) -> dict[ir.Node, None]:
 
 
 def _by_rows(node: ir.Node) -> bool:
-    """Of states [B,N,D], not along N, constants without rows."""
+    """True for states [B,N,D], not along N, constants without rows."""
     if not all(_has_rows(output) for output in node.outputs):
         return False
     if node.op_type in ("Split", "RMSNormalization") and _axis(node) != -1:

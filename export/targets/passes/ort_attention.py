@@ -63,14 +63,14 @@ def _lengths(model: ir.Model, before: ir.Node, valid: ir.Value) -> tuple[ir.Valu
     one = _constant(model, "one_entry", np.array(1, np.int64))
     axis = _constant(model, "row_axis", np.array([1], np.int64))
     last = ir.node("Sub", [valid, one])
-    narrow = ir.node("Cast", [last.outputs[0]], attributes={"to": int(ir.DataType.INT32)})
+    last_int32 = ir.node("Cast", [last.outputs[0]], attributes={"to": int(ir.DataType.INT32)})
     longest = ir.node("ReduceMax", [valid, axis], attributes={"keepdims": 0})
     total = ir.node("Cast", [longest.outputs[0]], attributes={"to": int(ir.DataType.INT32)})
-    for node, name in ((last, "last_slot"), (narrow, "last_slots"), (longest, "longest"),
+    for node, name in ((last, "last_slot"), (last_int32, "last_slots"), (longest, "longest"),
                        (total, "longest_rows")):  # fmt: skip
         node.outputs[0].name = name
-    model.graph.insert_before(before, [last, narrow, longest, total])
-    return last.outputs[0], narrow.outputs[0], total.outputs[0]
+    model.graph.insert_before(before, [last, last_int32, longest, total])
+    return last.outputs[0], last_int32.outputs[0], total.outputs[0]
 
 
 def _slots(model: ir.Model, before: ir.Node, last: ir.Value, heads: int) -> ir.Value:
@@ -79,12 +79,12 @@ def _slots(model: ir.Model, before: ir.Node, last: ir.Value, heads: int) -> ir.V
     ones = _constant(model, "each_head", np.ones((1, 1, heads, 1), np.int64))
     numbers = _constant(model, "head_numbers", np.arange(heads)[None, None, :, None])
     zero = _constant(model, "no_slot", np.array(0, np.int64))
-    wide = ir.node("Unsqueeze", [last, axes])
-    slots = ir.node("Mul", [wide.outputs[0], ones])
+    unsqueezed = ir.node("Unsqueeze", [last, axes])
+    slots = ir.node("Mul", [unsqueezed.outputs[0], ones])
     none = ir.node("Mul", [slots.outputs[0], zero])
     head = ir.node("Add", [none.outputs[0], numbers])
     pairs = ir.node("Concat", [head.outputs[0], slots.outputs[0]], attributes={"axis": -1})
-    nodes = [wide, slots, none, head, pairs]
+    nodes = [unsqueezed, slots, none, head, pairs]
     for node in nodes:
         node.outputs[0].name = f"newest_{node.op_type}_{nodes.index(node)}"
     model.graph.insert_before(before, nodes)
@@ -198,7 +198,7 @@ def _node(model: ir.Model, site: Site, given: Sequence[ir.Value | None], name: s
     model.opset_imports[LOWERED_DOMAIN] = 1
     node = ir.node(
         name,
-        # The kernel takes one type for everything: a narrower cache's.
+        # The kernel takes one type for everything: that of a low-precision cache.
         [None if x is None else _cast(model, site.node, x, cache.dtype) for x in given],
         attributes={
             "num_heads": site.heads,

@@ -1,6 +1,6 @@
-"""Matrix products with quantized weights, as canonical graphs hold them: DequantizeLinear of
-numbers [N,K] with scales and zero points [N, K / block], then Transpose and MatMul, or Gemm
-(export/weights/steps/products.py)."""
+"""MatMuls with quantized weights, as canonical graphs hold them: DequantizeLinear of numbers [N,K]
+with scales and zero points [N, K / block], then Transpose and MatMul, or Gemm
+(export/weights/steps/matmul_weights.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def spread_of(node: ir.Node) -> ir.Node | None:
 
 
 def stored(value: ir.Value | None) -> ir.ExternalTensor:
-    """Where an initializer lies in the weights file."""
+    """The place of an initializer in the weights file."""
     tensor = None if value is None else value.const_value
     if not isinstance(tensor, ir.ExternalTensor):
         raise ExportError(f"{'' if value is None else value.name} does not lie in the weights file")

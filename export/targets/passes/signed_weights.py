@@ -7,7 +7,7 @@ zero and the target takes no such scale, a constant is left over for every block
     (u - z) * s = q * |s| + c     with q = u - 8 and c = (8 - z) * s,
                                   for s < 0 with q = 7 - u and c = (z - 7) * |s|
 
-and a product has c times the sums of its rows' blocks added: a small product with [K / block, N].
+and a MatMul has c times the sums of its rows' blocks added: a small MatMul with [K / block, N].
 """
 
 from __future__ import annotations
@@ -82,29 +82,29 @@ class QuantizedLinear:
 
 
 def use_signed_weights(model: ir.Model, target: Description) -> int:
-    """Give every product with a quantized weight a signed one; how many weights.
+    """Give every MatMul with a quantized weight a signed one; how many weights.
 
     Raises ExportError for what the target does not take, by its name.
     """
-    products: dict[ir.Node, list[ir.Node]] = {}
+    matmuls: dict[ir.Node, list[ir.Node]] = {}
     for node in model.graph:
         if (spread := spread_of(node)) is not None:
-            products.setdefault(spread, []).append(node)
+            matmuls.setdefault(spread, []).append(node)
     sums: dict[tuple[ir.Value, int], ir.Value] = {}
-    for spread, nodes in products.items():
+    for spread, nodes in matmuls.items():
         linear = _taken(spread, target)
         left_over = _exchange(model, spread, linear)
         for node in nodes if left_over is not None else ():
             assert left_over is not None
             _add(model, node, left_over, sums)
     for name, value in list(model.graph.initializers.items()):
-        if products and not list(value.uses()):  # parsers read them, and know no unsigned ones
+        if matmuls and not list(value.uses()):  # parsers read them, and know no unsigned ones
             del model.graph.initializers[name]
-    return len(products)
+    return len(matmuls)
 
 
 def _taken(spread: ir.Node, target: Description) -> QuantizedLinear:
-    """What ``spread`` reads, as ``target`` takes it."""
+    """The inputs of ``spread``, as ``target`` takes them."""
     numbers, scales, zeros = (readable(stored(value)) for value in spread.inputs[:3])
     bits, block = numbers.dtype.bitwidth, extents(numbers)[1] // extents(scales)[1]
     blocks = {} if target.signed is None else target.signed.blocks
@@ -165,14 +165,14 @@ def _initializer(
 
 def _add(
     model: ir.Model,
-    product: ir.Node,
+    matmul: ir.Node,
     constants: ir.Value,
     sums: dict[tuple[ir.Value, int], ir.Value],
 ) -> None:
-    """Add the sums of blocks of a product's rows, times ``constants``, to it."""
-    rows, result = product.inputs[0], product.outputs[0]
+    """Add the sums of blocks of a MatMul's rows, times ``constants``, to it."""
+    rows, result = matmul.inputs[0], matmul.outputs[0]
     if rows is None or rows.shape is None or constants.shape is None:
-        raise ExportError(f"the rows that {product.name} multiplies have no known shape")
+        raise ExportError(f"the rows that {matmul.name} multiplies have no known shape")
     groups = int(constants.shape[0])  # type: ignore[arg-type]
     if (rows, groups) not in sums:
         rank = len(rows.shape)
@@ -185,13 +185,13 @@ def _add(
         _name(rows, groups, form=form, axis=axis, blocks=blocks, sums=total)
         total.outputs[0].shape = ir.Shape([*rows.shape[:-1], groups])
         total.outputs[0].type = rows.type
-        model.graph.insert_before(product, [form, axis, blocks, total])
+        model.graph.insert_before(matmul, [form, axis, blocks, total])
         sums[rows, groups] = total.outputs[0]
     small = ir.node("MatMul", [sums[rows, groups], constants])
     small.outputs[0].name = f"{result.name}_left_over"
     small.outputs[0].shape, small.outputs[0].type = result.shape, result.type
     whole = ir.node("Add", [result, small.outputs[0]])
-    model.graph.insert_after(product, [small, whole])
+    model.graph.insert_after(matmul, [small, whole])
     take_place(result, whole.outputs[0])
     whole.replace_input_with(0, result)
     result.shape, result.type = whole.outputs[0].shape, whole.outputs[0].type

@@ -23,8 +23,8 @@ def split_linears(model: ir.Model) -> None:
         bias = None
         if last is not None and last.op_type == "Add":
             bias = next((v for v in last.inputs if v is not None and v.is_initializer()), None)
-            product = next((v for v in last.inputs if v is not bias), None)
-            last = product.producer() if product is not None else None
+            matmul = next((v for v in last.inputs if v is not bias), None)
+            last = matmul.producer() if matmul is not None else None
         if last is None or last.op_type != "MatMul":
             continue
         rows, weight = last.inputs

@@ -18,7 +18,7 @@ from lvlm.export.weights.store import WeightStore
 
 
 @dataclass(frozen=True)
-class Product:
+class LinearNodes:
     """x @ weight, or x @ weight + bias; ``result`` is the last of its nodes."""
 
     node: ir.Node
@@ -52,7 +52,7 @@ class FuseLinears:
                     _fuse(graph, members, store)
 
 
-def _names(members: Sequence[Product]) -> list[tuple[str, ...]]:
+def _names(members: Sequence[LinearNodes]) -> list[tuple[str, ...]]:
     """The members' weights and, where there are, their biases."""
     return [
         tuple(m.weight for m in members),
@@ -62,19 +62,19 @@ def _names(members: Sequence[Product]) -> list[tuple[str, ...]]:
 
 def _groups(
     graph: TracedGraph, store: WeightStore, kinds: Mapping[str, int]
-) -> list[list[Product]]:
+) -> list[list[LinearNodes]]:
     """Two and more MatMuls of one input, in the graph's order."""
-    readers: dict[tuple[object, ...], list[Product]] = {}
+    readers: dict[tuple[object, ...], list[LinearNodes]] = {}
     for node in graph.model.graph:
-        product = _product(graph, node)
-        if product is not None:
-            kind = frozenset(kinds.get(name) for name in sources(store[product.weight]))
-            key = (id(node.inputs[0]), product.bias is None, kind)
-            readers.setdefault(key, []).append(product)
+        linear = _linear(graph, node)
+        if linear is not None:
+            kind = frozenset(kinds.get(name) for name in sources(store[linear.weight]))
+            key = (id(node.inputs[0]), linear.bias is None, kind)
+            readers.setdefault(key, []).append(linear)
     return [members for members in readers.values() if len(members) > 1]
 
 
-def _product(graph: TracedGraph, node: ir.Node) -> Product | None:
+def _linear(graph: TracedGraph, node: ir.Node) -> LinearNodes | None:
     weight = _parameter(graph, node.inputs[1]) if node.op_type == "MatMul" else None
     if weight is None or node.domain != "" or len(graph.parameters[weight].shape or ()) != 2:
         return None
@@ -83,8 +83,8 @@ def _product(graph: TracedGraph, node: ir.Node) -> Product | None:
         add = uses[0].node
         bias = _parameter(graph, add.inputs[1 - uses[0].idx])
         if bias is not None and len(graph.parameters[bias].shape or ()) == 1:
-            return Product(node, weight, bias, add)
-    return Product(node, weight, None, node)
+            return LinearNodes(node, weight, bias, add)
+    return LinearNodes(node, weight, None, node)
 
 
 def _parameter(graph: TracedGraph, value: ir.Value | None) -> str | None:
@@ -94,8 +94,8 @@ def _parameter(graph: TracedGraph, value: ir.Value | None) -> str | None:
     return name if known and value is not None and len(list(value.uses())) == 1 else None
 
 
-def _fuse(graph: TracedGraph, members: Sequence[Product], store: WeightStore) -> None:
-    """One product in the members' place."""
+def _fuse(graph: TracedGraph, members: Sequence[LinearNodes], store: WeightStore) -> None:
+    """One MatMul in the members' place."""
     widths = [store[m.weight].shape[-1] for m in members]
     fused = [
         store.add(graph, joined_name(names), Concat(tuple(store[name] for name in names)))
@@ -115,10 +115,10 @@ def _fuse(graph: TracedGraph, members: Sequence[Product], store: WeightStore) ->
     )
     sizes.outputs[0].name = f"{name}_sizes"
     for node in nodes:
-        wide, narrow = node.outputs[0], first.result.outputs[0]
-        wide.name = f"{name}_{node.op_type.lower()}"
-        wide.type = narrow.type
-        wide.shape = ir.Shape([*(narrow.shape or ())[:-1], sum(widths)])
+        fused_output, member_output = node.outputs[0], first.result.outputs[0]
+        fused_output.name = f"{name}_{node.op_type.lower()}"
+        fused_output.type = member_output.type
+        fused_output.shape = ir.Shape([*(member_output.shape or ())[:-1], sum(widths)])
     graph.model.graph.insert_before(first.node, [*nodes, sizes, split])
     for member, output in zip(members, split.outputs, strict=True):
         old = member.result.outputs[0]

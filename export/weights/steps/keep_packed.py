@@ -11,7 +11,7 @@ from lvlm.export.graphs.tracing import TracedGraph
 from lvlm.export.weights.expressions import Expression
 from lvlm.export.weights.packed_weights import PackedWeight, parts_of
 from lvlm.export.weights.quantized_weights import QuantizedWeight
-from lvlm.export.weights.steps.products import exchange_weights
+from lvlm.export.weights.steps.matmul_weights import exchange_weights
 from lvlm.export.weights.store import WeightStore
 
 
@@ -27,7 +27,7 @@ class KeepPacked:
     def apply(self, graphs: Sequence[TracedGraph], store: WeightStore) -> None:
         kept = exchange_weights(graphs, store, self._packed)
         if left := sorted(set(self.packed) - kept):
-            raise ExportError(f"{left[0]} is no plain matrix product; give --dequantize")
+            raise ExportError(f"{left[0]} is no plain MatMul; give --dequantize")
 
     def _packed(self, _: str, weight: Expression) -> QuantizedWeight | None:
         parts = parts_of(weight, self.packed)

@@ -1,7 +1,7 @@
 """MatMuls with quantized weights: DequantizeLinear, Transpose and MatMul in a MatMul's place, or
 DequantizeLinear and Gemm in a Gemm's.
 
-Standard ops on purpose: every reader of ONNX runs them. Targets exchange them for a product of
+Standard ops on purpose: every reader of ONNX runs them. Targets exchange them for a MatMul of
 their own that reads the quantized weight directly.
 """
 
@@ -17,7 +17,7 @@ from lvlm.export.weights.expressions import Expression, sources
 from lvlm.export.weights.packed_weights import PackedWeight, parts_of
 from lvlm.export.weights.quantization import WeightQuantization
 from lvlm.export.weights.quantized_weights import QuantizedWeight, RoundedWeight
-from lvlm.export.weights.steps.products import exchange_weights
+from lvlm.export.weights.steps.matmul_weights import exchange_weights
 from lvlm.export.weights.store import WeightStore
 
 
@@ -38,10 +38,10 @@ class QuantizeLinears:
     def apply(self, graphs: Sequence[TracedGraph], store: WeightStore) -> None:
         quantized = exchange_weights(graphs, store, self._quantized)
         if left := sorted(self.wanted - quantized):
-            raise ExportError(f"{left[0]} is no plain matrix product; leave --weights out")
+            raise ExportError(f"{left[0]} is no plain MatMul; leave --weights out")
 
     def _quantized(self, name: str, weight: Expression) -> QuantizedWeight | None:
-        """Of a weight [K,N]."""
+        """The quantized form of a weight [K,N]."""
         if not sources(weight) <= self.wanted:
             return None
         self.how.check(name, weight.shape[0])

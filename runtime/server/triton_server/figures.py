@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from lvlm.runtime.engine.stats import EngineStats
 from lvlm.runtime.server.engine_figures import COUNTERS, GAUGES
-from lvlm.runtime.server.triton_server.python_api import Family, Metric, PythonApi
+from lvlm.runtime.server.triton_server.python_api import Metric, MetricFamily, PythonApi
 
 
 class Figures:
     """Metrics of one model; none where Triton has none."""
 
     def __init__(self, api: PythonApi, labels: Mapping[str, str]) -> None:
-        self._families: list[Family] = []  # a metric goes with its family
+        self._families: list[MetricFamily] = []  # a metric goes with its family
         self._metrics: dict[str, Metric] = {}
         self._told: dict[str, float] = {}
         kinds = api.MetricFamily

@@ -75,7 +75,7 @@ class Metric(Protocol):
     def increment(self, value: float) -> None: ...
 
 
-class Family(Protocol):
+class MetricFamily(Protocol):
     """A metric's name and kind."""
 
     def Metric(self, labels: Mapping[str, str]) -> Metric: ...  # noqa: N802
@@ -85,7 +85,7 @@ class MakeFamily(Protocol):
     GAUGE: Any
     COUNTER: Any
 
-    def __call__(self, name: str, description: str, kind: Any) -> Family: ...
+    def __call__(self, name: str, description: str, kind: Any) -> MetricFamily: ...
 
 
 class PythonApi(Protocol):

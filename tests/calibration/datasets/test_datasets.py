@@ -14,7 +14,12 @@ import pytest
 from PIL import Image
 
 from lvlm.calibration.datasets import digits
-from lvlm.calibration.datasets.samples import DataError, Dataset, EvaluationSample, read_samples
+from lvlm.calibration.datasets.evaluation_samples import (
+    DataError,
+    Dataset,
+    EvaluationSample,
+    read_samples,
+)
 from lvlm.core.discovery import discover
 from lvlm.core.errors import LvlmError, ParameterError
 

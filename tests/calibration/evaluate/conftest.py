@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from settings import CACHED
 
-from lvlm.calibration.datasets.samples import EvaluationSample, read_samples
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample, read_samples
 from lvlm.calibration.evaluate.variants import Bundle
 
 

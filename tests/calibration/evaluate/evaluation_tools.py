@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
+from lvlm.calibration.evaluate.answer_metrics import METRICS
 from lvlm.calibration.evaluate.evaluation import evaluate, plan_jobs
-from lvlm.calibration.evaluate.metrics import METRICS
 from lvlm.calibration.evaluate.records import RecordStore, Run, SampleRecord
 from lvlm.calibration.evaluate.variant_runner import Conditions
 from lvlm.calibration.evaluate.variants import Bundle, Variant

@@ -309,7 +309,7 @@ def test_data_sets_are_listed(run: Run) -> None:
 
 
 def test_defaults_in_help_are_those_of_the_code() -> None:
-    from lvlm.calibration.evaluate.metrics import METRICS
+    from lvlm.calibration.evaluate.answer_metrics import METRICS
     from lvlm.calibration.evaluate.variant_runner import Conditions
 
     assert eval_arguments.METRICS.split(",") == list(METRICS)

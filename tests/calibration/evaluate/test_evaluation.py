@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from evaluation_tools import HOW
 
-from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
 from lvlm.calibration.evaluate import evaluation
 from lvlm.calibration.evaluate.evaluation import evaluate, plan_jobs
 from lvlm.calibration.evaluate.records import RecordStore, ResultsError, Run, SampleRecord

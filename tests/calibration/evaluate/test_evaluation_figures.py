@@ -15,7 +15,7 @@ from evaluation_tools import HOW, IMAGE_TOKENS, perplexity, records
 from settings import SHIPPED
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from lvlm.calibration.datasets.samples import EvaluationSample, read_samples
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample, read_samples
 from lvlm.calibration.evaluate.variant_runner import BundleRunner, answer_ids
 from lvlm.calibration.evaluate.variants import Bundle, Variant
 from lvlm.runtime.model import Model

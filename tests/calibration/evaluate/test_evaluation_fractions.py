@@ -14,8 +14,8 @@ from evaluation_tools import HOW, IMAGE_TOKENS, LAYERS, records
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lvlm.calibration.datasets.samples import EvaluationSample
-from lvlm.calibration.evaluate.fit import Shape, new_tokens, solve_keep
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
+from lvlm.calibration.evaluate.fit import SampleShape, new_tokens, solve_keep
 from lvlm.calibration.evaluate.variant_runner import BundleRunner
 from lvlm.calibration.evaluate.variants import Bundle, Variant, variants
 from lvlm.core.errors import CapacityError
@@ -81,7 +81,7 @@ def test_solved_keep_gives_the_fraction_within_one_token(
     manifest: Any = SimpleNamespace(
         shortenings=reductions, keep=0.35, text=SimpleNamespace(layers=12)
     )
-    reach = solve_keep(manifest, Shape(text, (image,), (1,)), wanted)
+    reach = solve_keep(manifest, SampleShape(text, (image,), (1,)), wanted)
     length = text + image
     first = min(stages)
     assert reach.min_kept == pytest.approx((12 * text + first * image + 12 - first) / 12 / length)

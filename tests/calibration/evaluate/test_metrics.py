@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from lvlm.calibration.datasets.samples import EvaluationSample
-from lvlm.calibration.evaluate.metrics import METRICS, normalised, rouge_l
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
+from lvlm.calibration.evaluate.answer_metrics import METRICS, normalised, rouge_l
 from lvlm.calibration.evaluate.records import SampleRecord
 
 SAMPLE = EvaluationSample("1", (), "Which animal?", "A cat.", "here")

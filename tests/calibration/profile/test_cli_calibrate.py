@@ -20,7 +20,7 @@ from lvlm.calibration.profile.calibrate_cli import main
 from lvlm.core.installing import install
 from lvlm.core.progress import Progress, Stage, duration
 from lvlm.export import estimates
-from lvlm.export.budgets import measuring, recording
+from lvlm.export.budgets import importance_recording, measuring
 from lvlm.export.budgets.prefix_profiles import check_profile, model_hash, read_profile
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.main import main as lvlm_main
@@ -118,7 +118,7 @@ def test_the_same_command_goes_on_after_an_interrupt(
         if len(read) == 2:
             raise KeyboardInterrupt
         read.append(len(prompt.ids))
-        return recording.record_importances(reference, prompt)
+        return importance_recording.record_importances(reference, prompt)
 
     whole = tmp_path / "whole.json"
     assert run(capsys, "-m", MODEL, "--data", data, "-o", whole, "-q")[0] == 0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lvlm.calibration.tune.candidates import FULL, Candidate
-from lvlm.calibration.tune.halving import FIRST, LEAST, left, rounds
+from lvlm.calibration.tune.halving import FIRST, MIN_CANDIDATES, left, rounds
 from lvlm.calibration.tune.losses import Loss, compared
 
 
@@ -31,7 +31,7 @@ def test_rounds(candidates: int, samples: int, batch: int) -> None:
     assert list(counts) == sorted(set(counts))
     assert all(count % batch == 0 for count in counts[:-1])
     assert parts[0] == candidates
-    assert all(b >= min(LEAST, a) for a, b in pairwise(parts))
+    assert all(b >= min(MIN_CANDIDATES, a) for a, b in pairwise(parts))
 
 
 def test_what_it_costs() -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lvlm.calibration.datasets.samples import DataError
+from lvlm.calibration.datasets.evaluation_samples import DataError
 from lvlm.calibration.tune.candidates import FULL, Candidate
-from lvlm.calibration.tune.limits import Limits
+from lvlm.calibration.tune.limits import TuneLimits
 from lvlm.calibration.tune.losses import Loss, compared
 from lvlm.calibration.tune.predictions import Load, Prediction
 from lvlm.calibration.tune.search import TIMED, Choice, Search, Trial
-from lvlm.calibration.tune.shelf import Served
+from lvlm.calibration.tune.shelf import ServedBundles
 from lvlm.calibration.tune.speeds import SpeedRecord
 from lvlm.core.progress import Progress
 
@@ -65,13 +65,13 @@ class World:
             for one in some
         }
 
-    def serve(self, some: Sequence[Candidate]) -> Served:
+    def serve(self, some: Sequence[Candidate]) -> ServedBundles:
         """There is no bundle of recipe3."""
         self.served |= {one.bundle for one in some if one.recipe != "recipe3"}
         bundles: Any = dict.fromkeys(self.served)
-        return Served(bundles, {("recipe3", "none"): "not for this model"})
+        return ServedBundles(bundles, {("recipe3", "none"): "not for this model"})
 
-    def search(self, limits: Limits) -> Choice:
+    def search(self, limits: TuneLimits) -> Choice:
         trials = {
             one: Trial(one, Prediction(int(MEMORY * (one.keep or 1)), one.keep or 1, 1.0))
             for one in self.some
@@ -92,7 +92,7 @@ class World:
 
 def test_the_fastest_within_a_loss() -> None:
     world = World()
-    choice = world.search(Limits(max_loss=0.03))
+    choice = world.search(TuneLimits(max_loss=0.03))
     assert choice.chosen is not None
     assert choice.chosen.loss is not None
     assert choice.chosen.loss.samples == SAMPLES
@@ -110,7 +110,7 @@ def test_the_fastest_within_a_loss() -> None:
 
 
 def test_why_each_of_the_others_went() -> None:
-    choice = World().search(Limits(max_loss=0.03))
+    choice = World().search(TuneLimits(max_loss=0.03))
     reasons = {t.candidate: t.out for t in choice.trials}
     assert reasons[FULL] is None
     for one, why in reasons.items():
@@ -123,7 +123,7 @@ def test_why_each_of_the_others_went() -> None:
 def test_without_a_limit_on_losses_the_least() -> None:
     """Of those whose first token comes early enough, by measurement."""
     world = World()
-    choice = world.search(Limits(ttft_ms=700))
+    choice = world.search(TuneLimits(ttft_ms=700))
     assert choice.chosen is not None
     assert choice.chosen.speed is not None
     assert choice.chosen.speed.ttft_ms <= 700
@@ -136,7 +136,7 @@ def test_without_a_limit_on_losses_the_least() -> None:
 
 def test_what_cannot_fit_is_neither_exported_nor_asked() -> None:
     world = World()
-    choice = world.search(Limits(memory=MEMORY // 2))
+    choice = world.search(TuneLimits(memory=MEMORY // 2))
     for trial in choice.trials:
         if trial.prediction.memory > MEMORY // 2 and trial.candidate != FULL:
             assert trial.out == f"needs {trial.prediction.memory} B"
@@ -146,8 +146,8 @@ def test_what_cannot_fit_is_neither_exported_nor_asked() -> None:
 
 
 def test_nothing_fits() -> None:
-    assert World().search(Limits(memory=1)).chosen is None
+    assert World().search(TuneLimits(memory=1)).chosen is None
     world = World()
     world.right = dict.fromkeys(world.right, np.zeros(SAMPLES))
     with pytest.raises(DataError, match="answers none of the 320 samples"):
-        world.search(Limits(max_loss=0.01))
+        world.search(TuneLimits(max_loss=0.01))

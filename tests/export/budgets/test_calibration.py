@@ -18,12 +18,12 @@ from transformers import AutoModelForImageTextToText
 import lvlm
 from lvlm.core.discovery import discover
 from lvlm.core.errors import CheckpointError, ImageError, ParameterError, PromptError
-from lvlm.export.budgets import measuring, recording, sample_prompts
+from lvlm.export.budgets import importance_recording, measuring, sample_prompts
 from lvlm.export.budgets.calibration_samples import CalibrationSample, builtin_samples
+from lvlm.export.budgets.importance_recording import record_importances
 from lvlm.export.budgets.measuring import calibrate
-from lvlm.export.budgets.prefix_profiles import ModelId, Profile, RecipeId
+from lvlm.export.budgets.prefix_profiles import ModelId, PrefixProfile, RecipeId
 from lvlm.export.budgets.prefix_search import grid
-from lvlm.export.budgets.recording import record_importances
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.recipes.recipe import Recipe, parse_settings
 from lvlm.export.reference.torch_reference import Reference
@@ -211,12 +211,12 @@ def ready() -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def whole(reference: Reference, ready: list[Prompt]) -> Profile:
+def whole(reference: Reference, ready: list[Prompt]) -> PrefixProfile:
     return calibrate(reference, MODEL, ready, 0.2)
 
 
 def test_profile_holds_what_was_measured(
-    reference: Reference, ready: list[Prompt], whole: Profile
+    reference: Reference, ready: list[Prompt], whole: PrefixProfile
 ) -> None:
     measured = [record_importances(reference, prompt) for prompt in ready]
     assert whole.rows == profile_rows(measured, grid(0.2))
@@ -244,7 +244,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, limit: int = 99) -> list[int]:
         if len(read) == limit:
             raise StoppedError
         read.append(len(prompt.ids))
-        return recording.record_importances(reference, prompt)
+        return importance_recording.record_importances(reference, prompt)
 
     monkeypatch.setattr(measuring, "record_importances", record)
     return read
@@ -253,7 +253,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, limit: int = 99) -> list[int]:
 def test_a_run_cut_short_goes_on_where_it_stopped(
     reference: Reference,
     ready: list[Prompt],
-    whole: Profile,
+    whole: PrefixProfile,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

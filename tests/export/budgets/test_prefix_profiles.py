@@ -20,7 +20,7 @@ from lvlm.export.budgets.prefix_profiles import (
     DataId,
     LayerSpread,
     ModelId,
-    Profile,
+    PrefixProfile,
     RecipeId,
     check_profile,
     identify,
@@ -31,12 +31,12 @@ from lvlm.export.budgets.prefix_search import grid, mean_rows, search_fractions
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 
 
-def profile(**changes: Any) -> Profile:
+def profile(**changes: Any) -> PrefixProfile:
     rng = np.random.default_rng(3)
     samples = [[rng.pareto(1, 30) for _ in range(3)] for _ in range(2)]
     found = np.stack([search_fractions(s, grid(0.2)) for s in samples])
     asked = found[:, 3]
-    plain = Profile(
+    plain = PrefixProfile(
         kind="prefixkv",
         schema=1,
         keep=0.2,

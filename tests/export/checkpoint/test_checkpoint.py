@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from lvlm.core.errors import CheckpointError, LvlmError, ParameterError
 from lvlm.export.checkpoint import checkpoint as checkpoints
-from lvlm.export.checkpoint.forms import find_forms
-from lvlm.export.recipes.uniform import Uniform
+from lvlm.export.checkpoint.form_discovery import find_forms
+from lvlm.export.recipes.uniform import UniformRecipe
 
 
 def test_an_adapter_beside_a_model_is_refused(folder: Path) -> None:
@@ -85,12 +85,12 @@ def test_an_attention_window_bounds_the_length_with_other_recipes_than_none(
     change_config(copy, **changes)
     said = rf"recipe uniform cannot .* \(sliding_window 100: layers {layers}\)"
     with pytest.raises(ParameterError, match=said):
-        plan(copy, recipe=Uniform())
+        plan(copy, recipe=UniformRecipe())
     assert plan(copy).skeleton.language.windowed(2048)
     images = plan(copy).images.tokens
     with pytest.raises(ParameterError, match=f"lower --max-text-len to {100 - images} or less"):
-        plan(copy, recipe=Uniform(), max_text_len=101 - images)
-    whole = plan(copy, recipe=Uniform(), max_text_len=100 - images)
+        plan(copy, recipe=UniformRecipe(), max_text_len=101 - images)
+    whole = plan(copy, recipe=UniformRecipe(), max_text_len=100 - images)
     assert not whole.skeleton.language.windowed(2048)  # the windows hide nothing
 
 

@@ -24,7 +24,7 @@ from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, OpSample
 from lvlm.export.targets import trt_rtx, trt_rtx_turing
 from lvlm.export.targets.passes.graph_edits import decompose_attention, lower_ops
 from lvlm.export.targets.target import Target
-from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
+from lvlm.plugins_trt.engines.tensorrt_builder import BuildSettings, open_tensorrt
 from lvlm.runtime.bundle.manifest import Capacity
 
 ENGINES = ("torch", "onnx")
@@ -250,7 +250,7 @@ def test_layers_that_score_build_for_tensorrt_rtx(target: Target) -> None:
     }
     built = open_tensorrt("tensorrt-rtx").build(
         ir.to_proto(model).SerializeToString(),
-        Settings({**shapes, "length": ((1,), (1,), (2,))}, sms=(target.sms[0],)),
+        BuildSettings({**shapes, "length": ((1,), (1,), (2,))}, sms=(target.sms[0],)),
     )
     assert built.engine.nbytes > 0
 

@@ -26,7 +26,7 @@ from lvlm.core.discovery import discover
 from lvlm.core.errors import BackendError
 from lvlm.export.ops.op import DOMAIN, VERSION, Op, OpSample
 from lvlm.export.targets import trt_rtx
-from lvlm.plugins_trt.engines.tensorrt_builder import Settings, TensorRtBuilder, open_tensorrt
+from lvlm.plugins_trt.engines.tensorrt_builder import BuildSettings, TensorRtBuilder, open_tensorrt
 from lvlm.runtime.bundle.manifest import Capacity
 
 OPS = discover("lvlm.export.ops", "OP")
@@ -136,7 +136,7 @@ def test_checker_takes_node_and_body(op: Op, sample: OpSample, dynamic: bool) ->
 @pytest.mark.slow
 def test_tensorrt_builds_it_and_reads_every_input(built: Op, sample: OpSample) -> None:
     model = for_tensorrt(built, sample).SerializeToString()
-    assert rtx().build(model, Settings(profiles(built, sample))).engine.nbytes > 0
+    assert rtx().build(model, BuildSettings(profiles(built, sample))).engine.nbytes > 0
 
 
 LOWERED = [(op, sample) for op, sample in ALL if op.lowered is not None]
@@ -162,7 +162,7 @@ def test_gate_refuses_a_profile_that_contradicts_itself() -> None:
     text = '<ir_version: 10, opset_import: ["" : 20]> g (float[n] x) => (float[n] z) '
     model = onnx.parser.parse_model(text + "{ z = Relu(x) }").SerializeToString()
     with pytest.raises(BackendError, match=r"shape profile: .*MIN<=OPT<=MAX"):
-        rtx().build(model, Settings({"x": ([4], [2], [3])}))
+        rtx().build(model, BuildSettings({"x": ([4], [2], [3])}))
 
 
 def test_gate_repeats_the_parsers_message(tmp_path: Path) -> None:

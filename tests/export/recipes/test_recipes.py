@@ -9,7 +9,7 @@ from lvlm.core.errors import ParameterError
 from lvlm.export.recipes.lightvlm import LightVLM
 from lvlm.export.recipes.prefixkv import PrefixKV
 from lvlm.export.recipes.recipe import Recipe, cache_recipes, parse_settings, settable
-from lvlm.export.recipes.uniform import Uniform as UniformRecipe
+from lvlm.export.recipes.uniform import UniformRecipe
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
 from lvlm.runtime.policies.evictions import Append, Interval, Oldest
 from lvlm.runtime.policies.policy import Accumulated, CachePolicy, Evict, Latest, Recency, Window

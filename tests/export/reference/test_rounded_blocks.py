@@ -16,7 +16,7 @@ from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
 from lvlm.export.checkpoint.checkpoint import Checkpoint, find_family
 from lvlm.export.reference.passing_prompt import PassingPrompt
 from lvlm.export.reference.rounded_blocks import RoundedBlocks
-from lvlm.export.weights.gptq import Moments
+from lvlm.export.weights.gptq_rounding import Moments
 from lvlm.export.weights.packed_linears import dense
 from lvlm.export.weights.quantization import WeightQuantization, linear_weights, linears_of
 from lvlm.runtime.prompt.prompts import Prompt

@@ -17,7 +17,7 @@ from lvlm.core.discovery import discover
 from lvlm.core.integrity import describe
 from lvlm.export.ops.op import Op
 from lvlm.export.targets.target import Target
-from lvlm.export.verify.forms import put_functions_back
+from lvlm.export.verify.graph_forms import put_functions_back
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.options.generation_options import GenerationOptions

@@ -17,7 +17,7 @@ from single_node import feeds, session, single_node_model
 
 from lvlm.export.ops.op import OPSET, Op, OpSample
 from lvlm.export.targets.target import Target
-from lvlm.plugins_trt.engines.tensorrt_builder import Settings, open_tensorrt
+from lvlm.plugins_trt.engines.tensorrt_builder import BuildSettings, open_tensorrt
 from lvlm.runtime.bundle.manifest import Capacity
 from lvlm.runtime.engine import calls
 
@@ -98,6 +98,6 @@ def test_rtx_has_a_kernel_for_the_attention_that_is_left_to_it(
     pytest.importorskip("tensorrt_rtx")
     shapes = {i.name: [(n, *list(i.shape)[1:]) for n in (1, 1, 2)] for i in model.graph.inputs}
     built = open_tensorrt("tensorrt-rtx").build(
-        ir.to_proto(model).SerializeToString(), Settings(shapes, sms=(86,))
+        ir.to_proto(model).SerializeToString(), BuildSettings(shapes, sms=(86,))
     )
     assert built.engine.nbytes > 0

@@ -17,7 +17,7 @@ from PIL import Image
 from lvlm.core.errors import ValidationError
 from lvlm.export.budgets.sample_prompts import prompt_maker
 from lvlm.export.checkpoint.checkpoint import Checkpoint
-from lvlm.export.verify import prompts
+from lvlm.export.verify import model_inputs
 from lvlm.export.verify.judge import Judge
 
 ONE_OF_EACH = [name for name in USUAL if name.split(":")[0] != "llava"]
@@ -32,7 +32,9 @@ def test_the_inputs_of_every_family_are_transformers_own(
     maker = prompt_maker(Checkpoint(folder, "", None), family, config)
     image, judge = Image.fromarray(IMAGES[0]), Judge(folder)
     judge.load_model(torch.float32)
-    outcome = prompts.compare(judge, family, maker, image, prompts.prepare(maker, image), True)
+    outcome = model_inputs.compare(
+        judge, family, maker, image, model_inputs.prepare(maker, image), True
+    )
     assert {"pixels of an image", "pixels of one of another shape"} < {
         c.name for c in outcome.checks
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lvlm
-from lvlm.export.verify import prompts, validation
+from lvlm.export.verify import model_inputs, validation
 from lvlm.export.verify.recording import record
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.tools.recorded_answers import compare
@@ -22,7 +22,7 @@ def test_the_bundle_answers_so(recipe: str, bundle: Callable[..., Path]) -> None
     manifest = read_bundle(folder)
     maker = validation._prompt_maker(folder, manifest)
     name = validation.IMAGE
-    prompt = prompts.prepare(maker, validation._image(name), 4, template=False)
+    prompt = model_inputs.prepare(maker, validation._image(name), 4, template=False)
     answer = record(folder, manifest, name, prompt, (9, 10, 11), {}, template=False)
     assert answer.ids.count(manifest.images.token_id) == manifest.images.tokens
     with lvlm.load(folder) as model:

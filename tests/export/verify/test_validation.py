@@ -24,9 +24,9 @@ from lvlm.export.export_options import ExportOptions
 from lvlm.export.recipes.recipe import parse_settings
 from lvlm.export.verify import contents, validation, vocabulary
 from lvlm.export.verify.checks import Check
-from lvlm.export.verify.forms import Mapped
+from lvlm.export.verify.graph_forms import Mapped
 from lvlm.export.verify.judge import Judge, Verdict
-from lvlm.export.verify.outcome import Outcome
+from lvlm.export.verify.outcome import ValidationOutcome
 from lvlm.runtime.backends import Session
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 from lvlm.runtime.bundle.reader import read_bundle
@@ -374,10 +374,12 @@ def test_near_ties_in_one_image_are_settled_by_another(
     """Only what both images show is a fault."""
     compare, seen = validation.against_reference, []
 
-    def apart(plan: Any, folder: Path, manifest: Manifest, prompt: Any, *rest: Any) -> Outcome:
+    def apart(
+        plan: Any, folder: Path, manifest: Manifest, prompt: Any, *rest: Any
+    ) -> ValidationOutcome:
         seen.append(prompt)
         if len(seen) == 1:
-            return Outcome([Check("prefill.onnx cache", 1.5, 1e-3, "x")])
+            return ValidationOutcome([Check("prefill.onnx cache", 1.5, 1e-3, "x")])
         return compare(plan, folder, manifest, prompt, *rest)
 
     monkeypatch.setattr(validation, "against_reference", apart)
@@ -387,7 +389,9 @@ def test_near_ties_in_one_image_are_settled_by_another(
     assert not np.array_equal(*(p.images[0].arrays["pixel_values"] for p in seen))
     assert any("near ties" in note for note in outcome.notes)
     monkeypatch.setattr(
-        validation, "against_reference", lambda *_: Outcome([Check("one", 1.5, 1e-3, "x")])
+        validation,
+        "against_reference",
+        lambda *_: ValidationOutcome([Check("one", 1.5, 1e-3, "x")]),
     )
     noticed(*half, "✗ one")
 

@@ -8,7 +8,7 @@ import torch
 
 from lvlm.core.errors import ExportError
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import Unpacked
-from lvlm.export.weights.gptq import DAMPING, SHRINKS, Moments
+from lvlm.export.weights.gptq_rounding import DAMPING, SHRINKS, Moments
 from lvlm.export.weights.quantization import WeightQuantization, dequantize, quantize
 
 HOW = WeightQuantization(4, 16)

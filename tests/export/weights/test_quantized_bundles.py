@@ -29,7 +29,7 @@ from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.none import NoCompression
 from lvlm.export.reference.rounded_blocks import RoundedBlocks
-from lvlm.export.reference.torch_reference import Answer, Reference
+from lvlm.export.reference.torch_reference import Reference, ReferenceAnswer
 from lvlm.export.targets.target import Target
 from lvlm.export.weights.packed_linears import exchange_linears
 from lvlm.export.weights.quantization import BLOCKS_SUFFIX, WeightQuantization, round_linears
@@ -97,7 +97,7 @@ def rounded_on_samples(
     return RoundedBlocks(how, torch.float32, files).of(make_reference(folder, "none"), prompts)
 
 
-def follow(model: Model, answers: Sequence[Answer]) -> list[np.ndarray]:
+def follow(model: Model, answers: Sequence[ReferenceAnswer]) -> list[np.ndarray]:
     """Logits [B,vocabulary] of every step when the tokens are those of ``answers``."""
     options = GenerationOptions(chat_template=False, max_new_tokens=STEPS)
     batch = model.calls.start([model.prepare(0, *row, options) for row in ROWS])
@@ -188,7 +188,7 @@ def test_everything_is_stored_once(bundle: Callable[..., Path]) -> None:
 
 
 def test_planned_bytes_are_those_written(bundle: Callable[..., Path], tmp_path: Path) -> None:
-    """What narrower weights save; plans also count the parameters that no graph uses."""
+    """What low-precision weights save; plans also count the parameters that no graph uses."""
     given = ExportOptions(
         str(ASSETS / "digits-llava"), NoCompression(), tmp_path / "x", "fp32", max_images=2
     )
@@ -200,7 +200,7 @@ def test_planned_bytes_are_those_written(bundle: Callable[..., Path], tmp_path: 
     assert full.cache.bytes == 2 * narrow.cache.bytes
 
 
-def test_a_narrower_cache_takes_half(bundle: Callable[..., Path]) -> None:
+def test_a_low_precision_cache_takes_half(bundle: Callable[..., Path]) -> None:
     text, images = ROWS[0]
     options: dict[str, Any] = {"max_new_tokens": 2, "chat_template": False}
     with lvlm.load(bundle("digits-llava", max_images=2)) as model:
@@ -217,9 +217,9 @@ def test_a_narrower_cache_takes_half(bundle: Callable[..., Path]) -> None:
     "name", [t.name for t in TARGETS.values() if not t.low_precision and t.built]
 )
 def test_engines_are_refused_by_name(name: str, bundle: Callable[..., Path]) -> None:
-    """Of a narrower cache; also where a bundle without the target's graphs comes to lvlm-build."""
+    """A low-precision cache; also where a bundle lacks the target's graphs."""
     folder = export(bundle, "trained")
-    with pytest.raises(ExportError, match=f"target {name} does not take a cache narrower than wh"):
+    with pytest.raises(ExportError, match=f"target {name} does not take a cache of lower prec"):
         TARGETS[name].lower(ir.load(folder / "decode.onnx"), CAPACITY)
 
 

@@ -15,7 +15,7 @@ from linear_graphs import make_store, random_values, run, save_checkpoint, trace
 
 from lvlm.core.errors import ExportError
 from lvlm.export.graphs.tracing import TracedGraph
-from lvlm.export.weights.expressions import Expression, Fill, Reading, Transpose, Unary
+from lvlm.export.weights.expressions import CheckpointReading, Expression, Fill, Transpose, Unary
 from lvlm.export.weights.quantization import WeightQuantization, quantize
 from lvlm.export.weights.store import WeightStore
 from lvlm.export.weights.weight_steps import WeightStep, weight_steps
@@ -39,7 +39,7 @@ class Scaled(Unary):
     def operands(self) -> tuple[Expression, ...]:
         return (self.of, self.by)
 
-    def compute(self, reading: Reading) -> torch.Tensor:
+    def compute(self, reading: CheckpointReading) -> torch.Tensor:
         return self.of.compute(reading) * self.by.compute(reading)
 
 

@@ -16,7 +16,7 @@ from settings import CACHED
 from lvlm.core.errors import CapacityError, ParameterError
 from lvlm.plugins_trt.engines.engine_request import parse_architectures, parse_size
 from lvlm.plugins_trt.engines.shape_profiles import (
-    Limits,
+    EngineLimits,
     longest_prompt,
     parse_batch,
     profiles,
@@ -47,7 +47,7 @@ def test_ranges_are_in_order_and_usual_lengths_are_those_of_one_call(
     recipe: str, max_prompt: int | None, manifests: dict[str, Manifest]
 ) -> None:
     manifest = manifests[recipe]
-    found = profiles(manifest, Limits(Range(1, 2, 4), max_prompt))
+    found = profiles(manifest, EngineLimits(Range(1, 2, 4), max_prompt))
     assert set(found) == set(manifest.graphs)
     for name, profile in found.items():
         for extent in profile.values():
@@ -74,17 +74,17 @@ def test_units_of_images_that_are_one_whole_or_many_tiles(
     ports = Port("pixel_values", "float32", ("units", 4, 12)), Port("window", "int64", ("windows",))
     graphs = {**manifest.graphs, "vision": replace(manifest.graphs["vision"], inputs=ports)}
     images = replace(manifest.images, independent_units=False, max_dims={"units": 30, "windows": 8})
-    whole = profiles(replace(manifest, images=images, graphs=graphs), Limits(Range(1, 2, 4)))
+    whole = profiles(replace(manifest, images=images, graphs=graphs), EngineLimits(Range(1, 2, 4)))
     assert whole["vision"] == {"units": Range(1, 30, 30), "windows": Range(1, 8, 8)}
     for units, most in ((1, 2), (5, 4)):
         tiled = replace(manifest, images=replace(manifest.images, max_dims={"units": units}))
-        assert profiles(tiled, Limits(Range(1, 1, 1)))["vision"]["units"].max == most
+        assert profiles(tiled, EngineLimits(Range(1, 1, 1)))["vision"]["units"].max == most
 
 
 def test_an_image_that_is_read_at_once_has_room(manifests: dict[str, Manifest]) -> None:
     for bidirectional, most in ((False, 512), (True, 700)):
         images = replace(manifests["none"].images, tokens=700, bidirectional=bidirectional)
-        found = profiles(replace(manifests["none"], images=images), Limits(Range(1, 1, 1)))
+        found = profiles(replace(manifests["none"], images=images), EngineLimits(Range(1, 1, 1)))
         assert found["extend"]["tokens"].max == most
 
 
@@ -128,7 +128,7 @@ def test_every_call_that_fits_the_bundle_fits_the_profile(
     given["image_features"] = np.zeros((max(1, sum(images) * tokens), 1))
     for layer, most in enumerate(budgets.prompt(plan.entries).max(1)):
         given[f"kv_slots_{layer}"] = np.arange(most)
-    profile = profiles(manifest, Limits(Range(1, 1, ROWS)))["prefill"]
+    profile = profiles(manifest, EngineLimits(Range(1, 1, ROWS)))["prefill"]
     for port in manifest.graphs["prefill"].inputs:
         for dim, extent in zip(port.dims, getattr(given.get(port.name), "shape", ()), strict=False):
             if isinstance(dim, str):
@@ -144,7 +144,7 @@ def test_every_call_that_fits_the_bundle_fits_the_profile(
 )
 def test_prompts_that_cannot_be(max_prompt: int, why: str, manifests: dict[str, Manifest]) -> None:
     with pytest.raises(ParameterError, match=why):
-        profiles(manifests["none"], Limits(Range(1, 1, 1), max_prompt))
+        profiles(manifests["none"], EngineLimits(Range(1, 1, 1), max_prompt))
 
 
 def test_words_of_the_command_line() -> None:

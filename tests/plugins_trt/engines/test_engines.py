@@ -24,11 +24,11 @@ from lvlm.plugins_trt.engines import engine_builder, tensorrt_builder
 from lvlm.plugins_trt.engines.engine_builder import lower_bundle
 from lvlm.plugins_trt.engines.engine_plan import make_plan
 from lvlm.plugins_trt.engines.engine_request import BuildRequest
-from lvlm.plugins_trt.engines.shape_profiles import Limits, parse_batch, profiles, shapes
+from lvlm.plugins_trt.engines.shape_profiles import EngineLimits, parse_batch, profiles, shapes
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
 from lvlm.plugins_trt.engines.tensorrt_builder import (
+    BuildSettings,
     Built,
-    Settings,
     TensorRtBuilder,
     open_tensorrt,
 )
@@ -76,7 +76,7 @@ def built_once(made: dict[str, Built], monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that are the same under several recipes (vision, often decode) are built once."""
     build = TensorRtBuilder.build
 
-    def remembered(self: TensorRtBuilder, model: Any, settings: Settings, show: Any) -> Built:
+    def remembered(self: TensorRtBuilder, model: Any, settings: BuildSettings, show: Any) -> Built:
         key = hashlib.sha256(Path(model).read_bytes() + repr(settings).encode()).hexdigest()
         if key not in made:
             made[key] = build(self, model, settings, show)
@@ -162,12 +162,12 @@ def test_what_sessions_read_by_builds(
 def graphs_of(folder: Path, *names: str) -> Iterator[Built]:
     """The engines of some graphs of a bundle."""
     manifest = lower_bundle(folder, read_bundle(folder), trt_rtx.TARGET, Progress(0, quiet=True))
-    profile = profiles(manifest, Limits(parse_batch("1..2")))
+    profile = profiles(manifest, EngineLimits(parse_batch("1..2")))
     for name in names:
         graph = manifest.graphs[name]
         extents = shapes(graph, profile[name], static_capacity(manifest).per_layer)
         file = folder / trt_rtx.TARGET.file(graph.file)
-        yield open_tensorrt("tensorrt-rtx").build(file, Settings(extents, {}, sms=(86,)))
+        yield open_tensorrt("tensorrt-rtx").build(file, BuildSettings(extents, {}, sms=(86,)))
 
 
 def test_matrices_as_inputs_are_not_in_the_engine(
@@ -176,11 +176,11 @@ def test_matrices_as_inputs_are_not_in_the_engine(
     folder = copied(bundle("digits-llava", dtype="fp16", max_images=2), tmp_path / "bundle")
     manifest = lower_bundle(folder, read_bundle(folder), trt_rtx.TARGET, Progress(0, quiet=True))
     shared = shared_matrices(stored_weights(folder, manifest))
-    graph, profile = manifest.graphs["decode"], profiles(manifest, Limits(parse_batch("1")))
+    graph, profile = manifest.graphs["decode"], profiles(manifest, EngineLimits(parse_batch("1")))
     extents = shapes(graph, profile["decode"], static_capacity(manifest).per_layer)
     built = [
         open_tensorrt("tensorrt-rtx").build(
-            folder / trt_rtx.TARGET.file(graph.file), Settings(extents, weights, sms=(86,))
+            folder / trt_rtx.TARGET.file(graph.file), BuildSettings(extents, weights, sms=(86,))
         )
         for weights in (shared, {})
     ]

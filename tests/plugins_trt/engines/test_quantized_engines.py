@@ -23,9 +23,9 @@ from lvlm.plugins_trt.engines import engine_builder
 from lvlm.plugins_trt.engines.engine_builder import lower_bundle
 from lvlm.plugins_trt.engines.engine_plan import make_plan
 from lvlm.plugins_trt.engines.engine_request import BuildRequest
-from lvlm.plugins_trt.engines.shape_profiles import Limits, parse_batch, profiles, shapes
+from lvlm.plugins_trt.engines.shape_profiles import EngineLimits, parse_batch, profiles, shapes
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
-from lvlm.plugins_trt.engines.tensorrt_builder import Built, Settings, open_tensorrt
+from lvlm.plugins_trt.engines.tensorrt_builder import BuildSettings, Built, open_tensorrt
 from lvlm.runtime.bundle.manifest import Capacity
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.kv.static_capacity import static_capacity
@@ -116,7 +116,7 @@ def test_weights_stay_packed(
     packed = numbers * bits // 8 + scales * (2 if over else 1)
     assert (tmp_path / own).stat().st_size < packed + 4096 * 6 * LAYERS
     extents = {"x": ((1, 1, HIDDEN), (1, 1, HIDDEN), (4, 1, HIDDEN))}
-    built = open_tensorrt("tensorrt-rtx").build(tmp_path / file, Settings(extents, sms=(86,)))
+    built = open_tensorrt("tensorrt-rtx").build(tmp_path / file, BuildSettings(extents, sms=(86,)))
     assert numbers * bits // 8 < built.engine.nbytes < packed + CODE
     assert built.activations is not None
     assert built.activations < ROOM
@@ -139,9 +139,12 @@ def test_decode_of_a_bundle_builds(which: str, bundle: Callable[..., Path], tmp_
 def decode_of(folder: Path) -> Built:
     manifest = lower_bundle(folder, read_bundle(folder), RTX, Progress(0, quiet=True))
     shared = shared_matrices(stored_weights(folder, manifest))
-    graph, profile = manifest.graphs["decode"], profiles(manifest, Limits(parse_batch("1..2")))
+    graph, profile = (
+        manifest.graphs["decode"],
+        profiles(manifest, EngineLimits(parse_batch("1..2"))),
+    )
     extents = shapes(graph, profile["decode"], static_capacity(manifest).per_layer)
-    settings = Settings(extents, shared, sms=(86,))
+    settings = BuildSettings(extents, shared, sms=(86,))
     return open_tensorrt("tensorrt-rtx").build(folder / RTX.file(graph.file), settings)
 
 

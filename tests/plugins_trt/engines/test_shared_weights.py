@@ -15,7 +15,7 @@ from lvlm.core.errors import BuildError, BundleError
 from lvlm.export.targets.passes.split_linears import split_linears
 from lvlm.plugins_trt.engines.graph_protos import read_proto
 from lvlm.plugins_trt.engines.shared_weights import with_inputs
-from lvlm.plugins_trt.engines.tensorrt_builder import Built, Settings, open_tensorrt
+from lvlm.plugins_trt.engines.tensorrt_builder import BuildSettings, Built, open_tensorrt
 from lvlm.runtime.bundle.engine_sets import EngineWeight
 
 HALF = TensorProto.FLOAT16
@@ -85,7 +85,7 @@ class Stack:
         shapes = {"x": ((1, hidden), (1, hidden), (batch, hidden))}
         assert sum(w.nbytes for w in weights) == sum(w.bytes for w in self.stored.values())
         trt = open_tensorrt("tensorrt-rtx")
-        return trt.build(self.model.SerializeToString(), Settings(shapes, sms=(86,)))
+        return trt.build(self.model.SerializeToString(), BuildSettings(shapes, sms=(86,)))
 
 
 def test_a_file_that_holds_no_graph_is_one_line(tmp_path: Path) -> None:

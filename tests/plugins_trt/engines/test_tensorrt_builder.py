@@ -12,7 +12,7 @@ import pytest
 from lvlm.core import nvidia
 from lvlm.core.errors import BackendError
 from lvlm.core.nvidia import Gpu, NvidiaDriver
-from lvlm.plugins_trt.engines.tensorrt_builder import Settings, TensorRtBuilder, failure
+from lvlm.plugins_trt.engines.tensorrt_builder import BuildSettings, TensorRtBuilder, failure
 from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.reader import read_bundle
 
@@ -39,7 +39,7 @@ def test_features_that_are_no_default() -> None:
     every call takes the memory of the longest one."""
     tensorrt = TensorRtBuilder("tensorrt-rtx")
     builder = rtx.Builder(tensorrt.log)
-    config = tensorrt._config(builder, Settings())
+    config = tensorrt._config(builder, BuildSettings())
     for name in ("ALIASED_PLUGIN_IO_10_03", "RUNTIME_ACTIVATION_RESIZE_10_10"):
         assert config.get_preview_feature(getattr(rtx.PreviewFeature, name))
 

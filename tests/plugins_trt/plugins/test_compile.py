@@ -27,7 +27,14 @@ from lvlm.plugins_trt.plugins.kernel_compiler import (
     compile_kernels,
 )
 from lvlm.plugins_trt.plugins.kernels import all_kernels, variants
-from lvlm.plugins_trt.plugins.plugin_plan import FLOATS, Attribute, Plugin, Scalar, Scratch, Step
+from lvlm.plugins_trt.plugins.plugin_plan import (
+    FLOATS,
+    Attribute,
+    Plugin,
+    PluginStep,
+    Scalar,
+    Scratch,
+)
 from lvlm.plugins_trt.plugins.sizes import extent
 from lvlm.plugins_trt.plugins.sources import write_sources
 
@@ -35,7 +42,7 @@ QUIET = Progress(1, quiet=True)
 COUNT = [k for k in all_kernels([EXAMPLE]) if k.function == "count_up"]
 
 
-def with_step(step: Step, **changes: Any) -> Plugin:
+def with_step(step: PluginStep, **changes: Any) -> Plugin:
     return replace(EXAMPLE, steps=(step,), **changes)
 
 

@@ -20,7 +20,7 @@ from lvlm.export.ops.token_merge.function import EPSILON
 from lvlm.export.ops.token_merge.samples import inputs
 from lvlm.plugins_trt.plugins.plan_runner import run
 from lvlm.plugins_trt.plugins.registry import plugins
-from lvlm.plugins_trt.token_merge.absorb import LEAST_NORM
+from lvlm.plugins_trt.token_merge.absorb import MIN_NORM
 
 PLUGIN = plugins()["TokenMerge"]
 NEAR_TIE = 1e-6
@@ -215,4 +215,4 @@ def test_counts_that_do_not_fit_do_no_harm(rule: str, gpu: torch.device) -> None
 
 
 def test_the_least_norm_is_the_contracts() -> None:
-    assert LEAST_NORM.value == EPSILON
+    assert MIN_NORM.value == EPSILON

@@ -13,7 +13,7 @@ from fake_tensorrt import VERSION
 from settings import CACHED, LIGHTVLM
 
 from lvlm.core.integrity import sha256_of
-from lvlm.plugins_trt.engines.shape_profiles import Limits, profiles
+from lvlm.plugins_trt.engines.shape_profiles import EngineLimits, profiles
 from lvlm.runtime.bundle.engine_sets import (
     SCHEMA,
     EngineGraph,
@@ -63,7 +63,7 @@ def build_engines(
         (where / "liblvlm_plugins.so").write_text(plugins)
         library = PluginLibrary("liblvlm_plugins.so", sha256_of(where / "liblvlm_plugins.so"))
     graphs = {}
-    for name, ranges in profiles(manifest, Limits(Range(1, 1, batch), max_prompt)).items():
+    for name, ranges in profiles(manifest, EngineLimits(Range(1, 1, batch), max_prompt)).items():
         file = folder / manifest.graphs[name].file
         listed: tuple[EngineWeight, ...] = ()
         if weights == "inputs":

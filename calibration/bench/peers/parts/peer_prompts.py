@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lvlm.bench.workload import PromptWriter, Work, WorkloadRequest, prompt_maker
+from lvlm.bench.workload import RoundWorkload, WorkloadPrompts, WorkloadRequest, prompt_maker
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.prompts import Prompt
@@ -19,10 +19,10 @@ class Prompts:
     def __init__(self, bundle: Path) -> None:
         manifest = read_bundle(bundle)
         self.maker = prompt_maker(bundle, manifest)
-        self.writer = PromptWriter(self.maker, manifest.special_tokens.get("bos_token"))
+        self.writer = WorkloadPrompts(self.maker, manifest.special_tokens.get("bos_token"))
         self._images: dict[WorkloadRequest, list[np.ndarray]] = {}
 
-    def opened(self, work: Work) -> Work:
+    def opened(self, work: RoundWorkload) -> RoundWorkload:
         """The same work, its images made: that is not the contenders' task, nor timed."""
         self._images = {request: request.open() for request in work.requests}
         return work

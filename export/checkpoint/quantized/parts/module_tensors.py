@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lvlm.core.errors import CheckpointError
-from lvlm.export.checkpoint.form import DenseTensor, Form, MadeTensor, Source
+from lvlm.export.checkpoint.checkpoint_form import DenseTensor, Form, MadeTensor, Source
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor
 from lvlm.export.checkpoint.weight_files import Stored
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lvlm.export.checkpoint.form import Read
+from lvlm.export.checkpoint.checkpoint_form import Read
 
 BLOCKS = (16, 32, 64, 128, 256)  # what MatMulNBits takes
 

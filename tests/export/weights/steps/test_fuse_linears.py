@@ -12,7 +12,7 @@ import pytest
 from linear_graphs import make_store, random_values, run, save_checkpoint, traced
 
 from lvlm.export.graphs.tracing import TracedGraph
-from lvlm.export.weights.expressions import Reading
+from lvlm.export.weights.expressions import CheckpointReading
 from lvlm.export.weights.steps.fuse_linears import FuseLinears, joined_name
 from lvlm.export.weights.store import WeightStore
 
@@ -35,11 +35,11 @@ def fuse(folder: Path, graphs: Sequence[TracedGraph]) -> list[list[str]]:
     checkpoint = save_checkpoint(folder, VALUES)
     store = make_store(graphs, checkpoint)
     FuseLinears().apply(graphs, store)
-    fill(graphs, store, Reading(checkpoint.read))
+    fill(graphs, store, CheckpointReading(checkpoint.read))
     return [list(graph.parameters) for graph in graphs]
 
 
-def fill(graphs: Sequence[TracedGraph], store: WeightStore, reading: Reading) -> None:
+def fill(graphs: Sequence[TracedGraph], store: WeightStore, reading: CheckpointReading) -> None:
     for graph in graphs:
         for name, value in graph.parameters.items():
             value.const_value = ir.tensor(store[name].compute(reading).numpy(), name=name)

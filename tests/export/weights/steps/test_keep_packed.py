@@ -12,7 +12,7 @@ import torch
 from linear_graphs import make_store, random_values, run, save_checkpoint, traced
 
 from lvlm.core.errors import ExportError
-from lvlm.export.checkpoint.form import Read
+from lvlm.export.checkpoint.checkpoint_form import Read
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor, Unpacked
 from lvlm.export.graphs.tracing import TracedGraph
 from lvlm.export.targets.passes.block_linears import use_block_linears
@@ -126,5 +126,5 @@ def test_what_is_no_product_is_named(tmp_path: Path) -> None:
     body = body.replace("v = Add(x, vt)", "v = ReduceSum(vt)")
     outputs = OUTPUTS.replace("float[2, n, 3] v", "float[1, 1] v")
     graph = traced(body, outputs, random_values(SHAPES), width=INPUTS)
-    with pytest.raises(ExportError, match=r"v\.weight is no plain matrix product; give --dequan"):
+    with pytest.raises(ExportError, match=r"v\.weight is no plain MatMul; give --dequan"):
         write(tmp_path, graph, packed(Kind())[0])

@@ -1,4 +1,4 @@
-"""Matrix products with a stored weight, found and given a quantized one instead."""
+"""MatMuls with a stored weight, found and given a quantized one instead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def exchange_weights(
     store: WeightStore,
     choose: Callable[[str, Expression], QuantizedWeight | None],
 ) -> set[str]:
-    """Give products a quantized weight instead of their own.
+    """Give MatMuls a quantized weight instead of their own.
 
     Args:
         choose: of a weight's name and its expression [K,N] what to take for it; None: it stays.
@@ -28,7 +28,7 @@ def exchange_weights(
     """
     quantized: set[str] = set()
     for graph in graphs:
-        done: dict[tuple[str, str], ir.Value] = {}  # weight and kind of product -> its input
+        done: dict[tuple[str, str], ir.Value] = {}  # weight and kind of op -> its input
         for node in list(graph.model.graph):
             if (found := weight_of(graph, node)) is None:
                 continue
@@ -46,7 +46,7 @@ def exchange_weights(
 
 
 def weight_of(graph: TracedGraph, node: ir.Node) -> tuple[str, bool] | None:
-    """The parameter that a product multiplies with, and whether it lies [N,K]: as Gemm reads it
+    """The parameter that a MatMul multiplies with, and whether it lies [N,K]: as Gemm reads it
     here, or before a Transpose."""
     if node.domain != "" or node.op_type not in ("MatMul", "Gemm"):
         return None
@@ -62,8 +62,8 @@ def weight_of(graph: TracedGraph, node: ir.Node) -> tuple[str, bool] | None:
 
 
 def _is_plain_gemm(node: ir.Node) -> bool:
-    """Whether a Gemm multiplies with the transpose of what it is given, and does nothing else but
-    add a bias."""
+    """True where a Gemm multiplies with the transpose of what it is given, and does nothing else
+    but add a bias."""
     given = node.attributes
     scaled = given.get_float("alpha", 1.0) != 1 or given.get_float("beta", 1.0) != 1
     return not scaled and given.get_int("transB", 0) == 1 and given.get_int("transA", 0) == 0

@@ -1,4 +1,4 @@
-"""The picture of the tables: exact answers by what is left, of the best rows of each kind."""
+"""The plot of the tables: exact answers by what is left, of the best rows of each kind."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
 
-from cost_tables.tables import ALL, Measured, figure
-from lvlm.calibration.datasets.samples import EvaluationSample
+from cost_tables.tables import ALL, MeasuredCell, figure
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
 from lvlm.calibration.datasets.scenes.drawing import DENSITIES
 
 BEST = 3  # rows of a group that have a colour; the others are grey
@@ -26,7 +26,7 @@ COLOURS = {
 TICKS = (0.06, 0.1, 0.2, 0.35, 0.5, 1.0)
 
 
-def draw(path: Path, found: Sequence[Measured], asked: Sequence[EvaluationSample]) -> None:
+def draw(path: Path, found: Sequence[MeasuredCell], asked: Sequence[EvaluationSample]) -> None:
     """A panel for each density by the cache that is left, and one of all by what prefill
     computes."""
     none, rows = found[0], _rows(found)
@@ -43,7 +43,7 @@ def draw(path: Path, found: Sequence[Measured], asked: Sequence[EvaluationSample
         axes.set_title(
             f"{column}: by the cache that is left"
             if column != ALL
-            else "all pictures: by the tokens that prefill computes"
+            else "all images: by the tokens that prefill computes"
         )
         axes.set_xscale("log")
         axes.set_xticks(TICKS, minor=False)
@@ -60,8 +60,8 @@ def draw(path: Path, found: Sequence[Measured], asked: Sequence[EvaluationSample
     canvas.savefig(path, format="png", dpi=110, metadata={"Software": None})
 
 
-def _rows(found: Sequence[Measured]) -> dict[str, list[Measured]]:
-    rows: dict[str, list[Measured]] = defaultdict(list)
+def _rows(found: Sequence[MeasuredCell]) -> dict[str, list[MeasuredCell]]:
+    rows: dict[str, list[MeasuredCell]] = defaultdict(list)
     for one in found:
         if one.left is not None and one.cell.row.group in STYLES:
             rows[one.cell.name].append(one)
@@ -69,7 +69,7 @@ def _rows(found: Sequence[Measured]) -> dict[str, list[Measured]]:
 
 
 def _colours(
-    rows: dict[str, list[Measured]], none: Measured, asked: Sequence[EvaluationSample]
+    rows: dict[str, list[MeasuredCell]], none: MeasuredCell, asked: Sequence[EvaluationSample]
 ) -> dict[str, str]:
     """Those of the best rows of each group, by the mean of their exact answers at the fractions
     that all of them reach."""
@@ -89,8 +89,8 @@ def _colours(
 def _line(
     axes: Axes,
     name: str,
-    points: Sequence[Measured],
-    none: Measured,
+    points: Sequence[MeasuredCell],
+    none: MeasuredCell,
     asked: Sequence[EvaluationSample],
     column: str,
     colours: dict[str, str],

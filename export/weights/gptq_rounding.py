@@ -37,8 +37,8 @@ class Moments:
         self.sum.addmm_(flat.t(), flat)
 
     def weighing(self) -> Weighing:
-        """What these inputs, damped, mean for rounding. The sum is used up. Raises ExportError
-        where it is not finite, or too near to singular."""
+        """The weighing of these inputs, damped, for rounding. The sum is used up. Raises
+        ExportError where it is not finite, or too near to singular."""
         damped, self.sum = self.sum, torch.empty(0)
         mean = damped.diagonal().mean().item()
         damped.diagonal().add_(DAMPING * mean if mean else 1)  # of layers that never got anything
@@ -63,8 +63,8 @@ class Moments:
 
 @dataclass(frozen=True)
 class Weighing:
-    """How much inputs matter: ``important`` [K], their own moments, and ``factor`` [K,K], the upper
-    Cholesky factor of the inverse of all."""
+    """Weights of inputs in rounding: ``important`` [K], their own moments, and ``factor`` [K,K],
+    the upper Cholesky factor of the inverse of all."""
 
     important: torch.Tensor
     factor: torch.Tensor
@@ -107,13 +107,13 @@ def block_scale(
     """
     farthest = columns.gather(1, columns.abs().argmax(1, keepdim=True))[:, 0]
     widest = farthest / -how.zero_point
-    best, least = widest, torch.full_like(widest, torch.inf)
+    best, min_error = widest, torch.full_like(widest, torch.inf)
     for shrink in SHRINKS:
         scale = widest * shrink
         off = columns - nearest(columns, scale[:, None], how) * scale[:, None]
         error = off.square_() @ important
-        best = torch.where(error < least, scale, best)
-        least = torch.minimum(error, least)
+        best = torch.where(error < min_error, scale, best)
+        min_error = torch.minimum(error, min_error)
     return best
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
-from lvlm.calibration.datasets.samples import EvaluationSample
+from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
 from lvlm.calibration.evaluate.records import Run, SampleRecord
 
 
@@ -22,7 +22,7 @@ class Score(NamedTuple):
     weight: float
 
 
-class Metric:
+class AnswerMetric:
     """``run`` says which run it is taken from, ``against_full`` whether it needs the text that the
     full cache gives."""
 
@@ -43,7 +43,7 @@ class Metric:
         return math.fsum(totals) / math.fsum(weights)
 
 
-class Perplexity(Metric):
+class Perplexity(AnswerMetric):
     """exp of the mean negative log-likelihood over all answer tokens of all samples."""
 
     name: ClassVar[str] = "ppl"
@@ -62,7 +62,7 @@ class Perplexity(Metric):
         return math.exp(min(700.0, super().value(scores)))  # what a float and JSON can hold
 
 
-class RougeL(Metric):
+class RougeL(AnswerMetric):
     """ROUGE-L F1, mean over samples, against the full cache's text, not the data set's answer."""
 
     name: ClassVar[str] = "rouge"
@@ -79,7 +79,7 @@ class RougeL(Metric):
         return Score(rouge_l(full, record.text), 1)
 
 
-class Accuracy(Metric):
+class Accuracy(AnswerMetric):
     """Share of greedy texts that equal the answer but for case, spaces and a final full stop."""
 
     name: ClassVar[str] = "accuracy"
@@ -94,7 +94,7 @@ class Accuracy(Metric):
         return Score(float(normalised(record.text) == normalised(sample.answer)), 1)
 
 
-METRICS: dict[str, Metric] = {m.name: m for m in (Perplexity(), RougeL(), Accuracy())}
+METRICS: dict[str, AnswerMetric] = {m.name: m for m in (Perplexity(), RougeL(), Accuracy())}
 
 
 def rouge_l(target: str, text: str) -> float:

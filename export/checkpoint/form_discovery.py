@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import CheckpointError
-from lvlm.export.checkpoint.form import Form, Layout, Scheme, Source
+from lvlm.export.checkpoint.checkpoint_form import Form, Layout, Scheme, Source
 
 SETTINGS = ("quantization_config", "compression_config")  # the name of the latter is older
 
 
 def find_forms(found: Source) -> tuple[Form, ...]:
-    """What makes a plain checkpoint of ``found``; () where it is one. Raises CheckpointError."""
+    """Find what makes a plain checkpoint of ``found``; () where it is one. Raises
+    CheckpointError."""
     layouts: dict[str, Layout] = discover("lvlm.export.checkpoint.layouts", "LAYOUT")
     for layout in layouts.values():
         if (form := layout.read(found)) is not None:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from lvlm.bench.figures import percentile
+from lvlm.bench.case_figures import percentile
 from lvlm.bench.fleet.arrivals import Arrival
 from lvlm.bench.fleet.simulation import Fleet, Ran, simulate
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FleetOutcome:
     """Seconds, and parts of 1; times are of requests that were answered, None where none was.
 
     ``utilisation``: of the time from the first arrival to the last token that replicas worked.
@@ -36,21 +36,21 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Target:
-    """Most seconds at p95, with no request refused; None: any."""
+class LatencyTarget:
+    """Maximal seconds at p95, with no request refused; None: any."""
 
     ttft: float | None = None
     e2e: float | None = None
 
-    def held(self, outcome: Outcome) -> bool:
+    def held(self, outcome: FleetOutcome) -> bool:
         found = ((outcome.ttft_p95, self.ttft), (outcome.e2e_p95, self.e2e))
         return not outcome.refused and all(
-            most is None or (value is not None and value <= most) for value, most in found
+            limit is None or (value is not None and value <= limit) for value, limit in found
         )
 
 
-def figures(ran: Ran) -> Outcome:
-    """What became of all requests, in figures."""
+def figures(ran: Ran) -> FleetOutcome:
+    """Figures of all requests after a simulation."""
     answered = [job for job in ran.jobs if not job.refused]
     first = [job.tokens[0] - job.asked.seconds for job in answered]
     whole = [job.tokens[-1] - job.asked.seconds for job in answered]
@@ -58,7 +58,7 @@ def figures(ran: Ran) -> Outcome:
     ends = max((job.tokens[-1] for job in answered), default=0.0)
     seconds = ends - min(job.asked.seconds for job in ran.jobs)
     shown = [job for job in answered if job.asked.images]
-    return Outcome(
+    return FleetOutcome(
         replicas=len(ran.busy),
         requests=len(ran.jobs),
         refused=len(ran.jobs) - len(answered),
@@ -84,24 +84,24 @@ def _part(of: float, all_: float) -> float:
 
 
 def search(
-    fleet: Fleet, arrivals: Sequence[Arrival], target: Target, most: int
-) -> tuple[list[Outcome], int | None]:
-    """The fewest replicas up to ``most`` that hold the target (None: not even those), and the
-    outcomes that were looked at: doubled until it is held, then halved between."""
-    found: dict[int, Outcome] = {}
+    fleet: Fleet, arrivals: Sequence[Arrival], target: LatencyTarget, max_replicas: int
+) -> tuple[list[FleetOutcome], int | None]:
+    """The fewest replicas up to ``max_replicas`` that hold the target (None: not even those), and
+    the outcomes that were looked at: doubled until it is held, then halved between."""
+    found: dict[int, FleetOutcome] = {}
 
     def holds(count: int) -> bool:
         found[count] = figures(simulate(replace(fleet, replicas=count), arrivals))
         return target.held(found[count])
 
-    fewest = _first(holds, most)
+    fewest = _first(holds, max_replicas)
     return [found[count] for count in sorted(found)], fewest
 
 
-def _first(holds: Callable[[int], bool], most: int) -> int | None:
-    """The smallest number from 1 to ``most`` that holds, where all above one that does do."""
+def _first(holds: Callable[[int], bool], max_replicas: int) -> int | None:
+    """The smallest number that holds, of those from 1 on; all above one that does do."""
     low = 0
-    for high in _doubled(most):
+    for high in _doubled(max_replicas):
         if holds(high):
             break
         low = high
@@ -113,15 +113,15 @@ def _first(holds: Callable[[int], bool], most: int) -> int | None:
     return high
 
 
-def _doubled(most: int) -> Iterator[int]:
+def _doubled(max_replicas: int) -> Iterator[int]:
     number = 1
-    while number < most:
+    while number < max_replicas:
         yield number
         number *= 2
-    yield most
+    yield max_replicas
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[FleetOutcome]) -> str:
     """A Markdown table: seconds, inter-token times in milliseconds."""
     names = ["replicas", "requests/s", "tokens/s", "TTFT p50", "p95", "ITL ms p95", "answer p50"]
     names += ["p95", "refused", "busy", "images known", "prompts reused"]

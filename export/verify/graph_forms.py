@@ -36,7 +36,7 @@ PLUGIN = ("plugin_namespace", "plugin_version")  # attributes that only TensorRT
 
 
 @dataclass(frozen=True)
-class Form:
+class GraphForm:
     """One form of the graphs: graph -> file. ``widened``: the manifest's dtype if that is made fp32
     in memory, or ""; ``functions``: the lvlm ops' functions are put back; ``rounds``: computes in
     fp16; ``reason``: why it cannot be run here, or ""."""
@@ -52,20 +52,20 @@ class Form:
     @property
     def how(self) -> str:
         """The change to the files that runs them."""
-        wide = f"{SHORT[self.widened]} widened to fp32" if self.widened else ""
+        widened = f"{SHORT[self.widened]} widened to fp32" if self.widened else ""
         functions = "the lvlm ops' functions put back" if self.functions else ""
-        return ", ".join(x for x in (wide, functions) if x)
+        return ", ".join(x for x in (widened, functions) if x)
 
 
-def canonical(manifest: Manifest, *, widened: bool) -> Form:
+def canonical(manifest: Manifest, *, widened: bool) -> GraphForm:
     """The canonical graphs; in fp32 if asked for, and where nothing else computes their dtype."""
     files = {n: g.file for n, g in manifest.graphs.items()}
     if manifest.dtype == "bfloat16" or (widened and manifest.dtype in SHORT):
-        return Form(CANONICAL, files, manifest.dtype)
-    return Form(CANONICAL, files, rounds=manifest.dtype in SHORT)
+        return GraphForm(CANONICAL, files, manifest.dtype)
+    return GraphForm(CANONICAL, files, rounds=manifest.dtype in SHORT)
 
 
-def forms_of(manifest: Manifest) -> list[Form]:
+def forms_of(manifest: Manifest) -> list[GraphForm]:
     """The canonical graphs first, then those of every target in the bundle; graphs in fp16 that
     device cpu runs come twice."""
     known: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
@@ -75,9 +75,9 @@ def forms_of(manifest: Manifest) -> list[Form]:
         files = {n: g.lowered.get(name, g.file) for n, g in manifest.graphs.items()}
         target = known[name]
         if target.flavour == "openvino":  # computes in fp32 whatever the graphs are in
-            found.append(Form(name, files, reason=_without_openvino(manifest)))
+            found.append(GraphForm(name, files, reason=_without_openvino(manifest)))
             continue
-        form = Form(name, files, widened, target.plugins, static=target.static_cache)
+        form = GraphForm(name, files, widened, target.plugins, static=target.static_cache)
         found.append(form)
         if target.flavour == "onnxruntime" and widened == "float16":
             found.append(replace(form, widened="", rounds=True))
@@ -96,7 +96,7 @@ def _without_openvino(manifest: Manifest) -> str:
 Opened = dict[tuple[str, str], Session]
 
 
-def open_form(form: Form, manifest: Manifest, opened: Opened) -> tuple[Backend, Manifest]:
+def open_form(form: GraphForm, manifest: Manifest, opened: Opened) -> tuple[Backend, Manifest]:
     """A backend that runs the form's files, and the manifest as it is to be read with it."""
     if form.name == "openvino":
         return open_backend("openvino"), manifest
@@ -105,17 +105,17 @@ def open_form(form: Form, manifest: Manifest, opened: Opened) -> tuple[Backend, 
 
 def as_float32(manifest: Manifest) -> Manifest:
     """A bundle's manifest for graphs that are widened."""
-    narrow = manifest.dtype
+    low = manifest.dtype
 
-    def wide(graph: Graph) -> Graph:
+    def as_fp32(graph: Graph) -> Graph:
         inputs, outputs = (
-            tuple(replace(p, dtype="float32") if p.dtype == narrow else p for p in ports)
+            tuple(replace(p, dtype="float32") if p.dtype == low else p for p in ports)
             for ports in (graph.inputs, graph.outputs)
         )
         return replace(graph, inputs=inputs, outputs=outputs)
 
-    graphs = {name: wide(graph) for name, graph in manifest.graphs.items()}
-    cache = "float32" if manifest.cache_dtype == narrow else manifest.cache_dtype
+    graphs = {name: as_fp32(graph) for name, graph in manifest.graphs.items()}
+    cache = "float32" if manifest.cache_dtype == low else manifest.cache_dtype
     return replace(manifest, dtype="float32", cache_dtype=cache, graphs=graphs)
 
 
@@ -124,7 +124,7 @@ class Mapped(OnnxRuntime):
 
     name = "cpu"
 
-    def __init__(self, form: Form, opened: Opened) -> None:
+    def __init__(self, form: GraphForm, opened: Opened) -> None:
         import onnxruntime
 
         super().__init__(onnxruntime, ["CPUExecutionProvider"], None)
@@ -163,7 +163,7 @@ class Mapped(OnnxRuntime):
         return OrtSession(session, graph, given, self.device, self.ort.RunOptions)
 
 
-def runnable(path: Path, form: Form) -> bytes:
+def runnable(path: Path, form: GraphForm) -> bytes:
     """The graph in a file, with what ONNX Runtime needs beside it; its weights stay outside."""
     model = onnx.load(path, load_external_data=False)
     quantized = any(node.op_type == "DequantizeLinear" for node in model.graph.node)

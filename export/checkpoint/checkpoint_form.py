@@ -22,7 +22,7 @@ class MadeTensor(Protocol):
 
     @property
     def dtype(self) -> str:
-        """As safetensors writes it."""
+        """The data type as safetensors writes it."""
 
     def make(self, read: Read) -> torch.Tensor:
         """Its values, of what ``read`` gives. Raises CheckpointError."""
@@ -42,7 +42,7 @@ class DenseTensor:
 
 @dataclass(frozen=True)
 class Form:
-    """What a checkpoint is read as.
+    """A form that a checkpoint is read as.
 
     Attributes:
         words: what it is, for a report.
@@ -64,14 +64,14 @@ class Form:
 
 
 class Source(Protocol):
-    """What a form is found in: a checkpoint as its files have it."""
+    """The source that a form is found in: a checkpoint as its files have it."""
 
     @property
     def folder(self) -> Path: ...
 
     @property
     def source(self) -> str:
-        """What the user may look it up by."""
+        """The name that the user may look it up by."""
 
     @property
     def absent(self) -> Mapping[str, Mapping[str, Stored]]:

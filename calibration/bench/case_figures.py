@@ -85,7 +85,7 @@ class RoundSpread:
 
 
 @dataclass(frozen=True)
-class Figures:
+class CaseFigures:
     """A contender on a case, over its rounds. Milliseconds; percentiles pool all rounds."""
 
     ttft_ms: RoundSpread
@@ -101,7 +101,7 @@ class Figures:
     prompt_tokens: int
 
     @classmethod
-    def of(cls, rounds: Sequence[Round]) -> Figures:
+    def of(cls, rounds: Sequence[Round]) -> CaseFigures:
         gaps = [1e3 * g for r in rounds for g in r.gaps]
         decode = [r.decode_tokens_per_s for r in rounds]
         records = [record for r in rounds for record in r.records]
@@ -116,8 +116,8 @@ class Figures:
             else None,
             tokens_per_s=RoundSpread.of([r.tokens_per_s for r in rounds]),
             requests_per_s=RoundSpread.of([r.requests_per_s for r in rounds]),
-            peak_bytes=_most(r.peak_bytes for r in rounds),
-            cache_bytes=_most(r.cache_bytes for r in records),
+            peak_bytes=_max(r.peak_bytes for r in rounds),
+            cache_bytes=_max(r.cache_bytes for r in records),
             prompt_tokens=max(r.prompt_tokens for r in records),
         )
 
@@ -142,5 +142,5 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _most(values: Iterable[int | None]) -> int | None:
+def _max(values: Iterable[int | None]) -> int | None:
     return max((v for v in values if v is not None), default=None)

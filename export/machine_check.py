@@ -1,4 +1,4 @@
-"""Has this machine what an export needs?"""
+"""Check of memory and disk for an export on this machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from lvlm.core.errors import ExportError
 from lvlm.core.progress import size
 from lvlm.export.checkpoint.plain_copy import copied_bytes
-from lvlm.export.estimates import Work, check_memory
+from lvlm.export.estimates import ExportWork, check_memory
 from lvlm.export.export_plan import ExportPlan
 from lvlm.export.graphs.bundle_graphs import graph_names
 from lvlm.export.weights.quantization import linear_weights
@@ -22,15 +22,15 @@ def disk(plan: ExportPlan) -> int:
 
 
 def plain_bytes(plan: ExportPlan) -> int:
-    """Of the copy that the bundle is compared, a profile measured and weights rounded with; 0 where
-    the checkpoint itself does."""
+    """Bytes of the copy that the bundle is compared, a profile measured and weights rounded with; 0
+    where the checkpoint itself does."""
     if not (plan.options.validate or plan.runs_first):
         return 0
     return copied_bytes(plan.checkpoint, plan.dtype)
 
 
 def calibrated_bytes(plan: ExportPlan) -> int:
-    """Of the files that hold weights rounded on samples until the bundle does."""
+    """Bytes of the files that hold weights rounded on samples until the bundle does."""
     how = plan.options.quantization
     if how is None or plan.options.calibrate is None:
         return 0
@@ -41,7 +41,7 @@ def calibrated_bytes(plan: ExportPlan) -> int:
 def seconds(plan: ExportPlan) -> float:
     """About how long the export takes, the download aside."""
     unique = {id(p): p for p in plan.skeleton.model.parameters()}.values()
-    return Work(
+    return ExportWork(
         graphs=len(graph_names(plan.recipe, sessions=plan.options.sessions)),
         blocks=len(plan.skeleton.language.blocks),
         dense_bytes=sum(p.numel() for p in unique) * plan.dtype.itemsize,

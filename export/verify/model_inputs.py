@@ -14,7 +14,7 @@ from lvlm.core.errors import LvlmError
 from lvlm.export.verify import vocabulary
 from lvlm.export.verify.checks import Check, difference
 from lvlm.export.verify.judge import Judge
-from lvlm.export.verify.outcome import Outcome
+from lvlm.export.verify.outcome import ValidationOutcome
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.chat_template import Turn
 from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
@@ -51,10 +51,10 @@ def compare(
     image: Image.Image,
     prompt: Prompt,
     pixels: bool,
-) -> Outcome:
+) -> ValidationOutcome:
     """A bundle's ``maker`` against the checkpoint's own; ``prompt`` is QUESTION about the
     image, as the bundle has it. ``pixels``: whether the bundle is to scale images alike."""
-    outcome, odd = Outcome(), image.resize((image.width // 2 + 7, image.height))
+    outcome, odd = ValidationOutcome(), image.resize((image.width // 2 + 7, image.height))
     if pixels:
         outcome.checks += [
             _pixels(judge, family, prompt, image, "an image"),
@@ -65,9 +65,9 @@ def compare(
     return outcome
 
 
-def texts(judge: Judge, maker: PromptMaker, ids: Iterable[int] = ()) -> Outcome:
+def texts(judge: Judge, maker: PromptMaker, ids: Iterable[int] = ()) -> ValidationOutcome:
     """The chat template and the tokenizer; ``ids``: of a prompt with an image."""
-    outcome, used = Outcome(), {*map(int, ids), *judge.eos_ids, *maker.tokenizer.eos_ids}
+    outcome, used = ValidationOutcome(), {*map(int, ids), *judge.eos_ids, *maker.tokenizer.eos_ids}
     if maker.template is not None or judge.template():
         used |= _roles(judge, maker, outcome)
     outcome.add(vocabulary.compare(judge, maker, used))
@@ -101,7 +101,7 @@ def _pixels(judge: Judge, family: Family, prompt: Prompt, image: Image.Image, wh
     return Check(f"pixels of {what}", worst, PIXELS, "apart")
 
 
-def _roles(judge: Judge, maker: PromptMaker, outcome: Outcome) -> set[int]:
+def _roles(judge: Judge, maker: PromptMaker, outcome: ValidationOutcome) -> set[int]:
     """Conversations as the chat template writes them, and their token ids, which it returns."""
     wrong = compared = 0
     used: set[int] = set()
@@ -125,7 +125,7 @@ def _roles(judge: Judge, maker: PromptMaker, outcome: Outcome) -> set[int]:
 
 
 def _ids(judge: Judge, maker: PromptMaker, image: Image.Image, prompt: Prompt) -> Check:
-    """Of the whole prompt; without transformers' processor with every image's tokens as one."""
+    """Ids of the whole prompt; without transformers' processor with every image's tokens as one."""
     token = maker.images.token
     text = (
         judge.render([Turn("user", QUESTION, 1)])
