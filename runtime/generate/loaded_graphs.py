@@ -11,7 +11,7 @@ import numpy as np
 
 from lvlm.core.errors import BackendError
 from lvlm.core.forks import keep_in_children
-from lvlm.runtime.backends import Backend, Buffer, Call, Session, host_dtype
+from lvlm.runtime.backends import Backend, Buffer, Call, GraphSession, host_dtype
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.generate.call_plan import PromptCounts
 from lvlm.runtime.generate.frames_before import FramesBefore
@@ -34,7 +34,7 @@ class Graphs:
         self, folder: Path, manifest: Manifest, backend: Backend, on_demand: Collection[str] = ()
     ) -> None:
         self.folder, self.manifest, self.backend = folder, manifest, backend
-        self.sessions: dict[str, Session] = {
+        self.sessions: dict[str, GraphSession] = {
             name: backend.load(folder, manifest, name)
             for name in manifest.graphs
             if name not in on_demand

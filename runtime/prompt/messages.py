@@ -10,7 +10,7 @@ from lvlm.core.discovery import nearest
 from lvlm.core.errors import PromptError, shown
 from lvlm.runtime.media.images import ImageSource
 from lvlm.runtime.media.video import VideoSource
-from lvlm.runtime.prompt.tools.calls import ToolCall, all_texts, read_calls
+from lvlm.runtime.prompt.tools.tool_calls import ToolCall, all_texts, read_calls
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """One conversation: messages of a role and a content, in order."""

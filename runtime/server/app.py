@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from lvlm.core.errors import LvlmError
 from lvlm.core.version import version
-from lvlm.runtime.server import chat, completions, operations, page, responses
+from lvlm.runtime.server import chat_completions, completions, operations, page, responses
 from lvlm.runtime.server.access import Access
 from lvlm.runtime.server.answered import compact
 from lvlm.runtime.server.refusals import LONGEST, Refusal, misfit, refusal
@@ -57,7 +57,7 @@ def make_app(service: Service, limits: Limits | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    for part in (chat, completions, responses, operations, page):
+    for part in (chat_completions, completions, responses, operations, page):
         app.include_router(part.router)
     for kind in (LvlmError, Refusal):
         app.add_exception_handler(kind, _refused)

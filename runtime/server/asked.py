@@ -9,7 +9,7 @@ from typing import Any
 from lvlm.core.errors import CapacityError, ParameterError
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.messages import OWN_KEYS
-from lvlm.runtime.prompt.tools.calls import all_texts
+from lvlm.runtime.prompt.tools.tool_calls import all_texts
 from lvlm.runtime.server.fields import (
     MOST_ITEMS,
     ChatFields,

@@ -16,10 +16,10 @@ from lvlm.runtime.options.option_kinds import read_value
 from lvlm.runtime.options.structure_kinds import KINDS, LONGEST_TEXT
 from lvlm.runtime.options.tool_kinds import TOOLS, read_tools
 from lvlm.runtime.prompt.text import Tokenizer
-from lvlm.runtime.prompt.tools.calls import ToolCall
 from lvlm.runtime.prompt.tools.forced import calls_grammar
 from lvlm.runtime.prompt.tools.form import ToolForm
-from lvlm.runtime.prompt.tools.reader import ToolReader
+from lvlm.runtime.prompt.tools.tool_calls import ToolCall
+from lvlm.runtime.prompt.tools.tool_reader import ToolReader
 from lvlm.runtime.server.answered import new_id
 from lvlm.runtime.server.refusals import Refusal
 

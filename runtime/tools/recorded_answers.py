@@ -30,7 +30,7 @@ QUANTIZED = 1e-1  # what multiplies int4 and int8 weights rounds on the way, eac
 
 
 @dataclass(frozen=True)
-class Step:
+class RecordedStep:
     """The highest logits of a step, falling: ``ids`` of the vocabulary, ``logits`` of these."""
 
     ids: tuple[int, ...]
@@ -51,7 +51,7 @@ class RecordedAnswer:
     chat_template: bool
     ids: tuple[int, ...]
     tokens: tuple[int, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[RecordedStep, ...]
 
 
 @dataclass
@@ -81,10 +81,10 @@ class Comparison:
         )
 
 
-def highest(logits: np.ndarray) -> Step:
+def highest(logits: np.ndarray) -> RecordedStep:
     """The record of a step's ``logits`` [vocabulary]."""
     ids = np.argsort(logits, kind="stable")[::-1][:HIGHEST]
-    return Step(tuple(map(int, ids)), tuple(float(x) for x in logits[ids]))
+    return RecordedStep(tuple(map(int, ids)), tuple(float(x) for x in logits[ids]))
 
 
 def recorded_answers(folder: Path, manifest: Manifest) -> list[RecordedAnswer]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lvlm.runtime.prompt.text import Tokenizer
-from lvlm.runtime.prompt.tools.calls import ToolCall
+from lvlm.runtime.prompt.tools.tool_calls import ToolCall
 
 Messages = list[dict[str, Any]]
 Run = Callable[[Messages, Sequence[Any], bool], str]

@@ -14,13 +14,13 @@ from lvlm.runtime.server.answered import chat_logprobs, compact, usage
 from lvlm.runtime.server.following import follow
 from lvlm.runtime.server.refusals import GONE, Refusal
 from lvlm.runtime.server.triton_server.python_api import PythonApi, Sender
-from lvlm.runtime.server.triton_server.reading import Question
+from lvlm.runtime.server.triton_server.request_reader import Question
 
 PADDING = -1  # of rows of token ids that are shorter than others
 NOTHING = News([], "", [])
 
 
-class Answer:
+class AnswerSender:
     """The answers to one request, on their way to its sender."""
 
     def __init__(

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from server_tools import Running, asking
 
-from lvlm.runtime.server import chat, replies
+from lvlm.runtime.server import chat_completions, replies
 
 CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
@@ -157,7 +157,7 @@ def test_nor_does_one_in_a_stream_but_the_log(
     def broken(*_: Any) -> Any:
         raise RuntimeError("secret /srv/models")
 
-    monkeypatch.setattr(chat, "follow", broken)
+    monkeypatch.setattr(chat_completions, "follow", broken)
     monkeypatch.setattr(replies.log, "error", lambda _, **given: logged.append(given))
     headers = {"X-Request-Id": "mine-7"}
     answer = httpx.post(server.url + CHAT, json=HELLO | {"stream": True}, headers=headers)

@@ -6,8 +6,8 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from lvlm.runtime.prompt.tools.calls import ToolCall
 from lvlm.runtime.prompt.tools.form import ToolForm
+from lvlm.runtime.prompt.tools.tool_calls import ToolCall
 
 ARGUMENTS = ("arguments", "parameters")  # models use either, whatever their template writes
 DECODER = json.JSONDecoder()
