@@ -52,7 +52,7 @@ class Stats:
 class SeenImage(NamedTuple):
     """What the language model was given of an image: ``rows`` int64 [K], rising, are the numbers of
     its tokens that went on from the encoder, all where none is dropped there. ``box`` and ``grid``
-    tell where its tokens lie in the picture (PreparedImage)."""
+    tell where its tokens lie in the image (PreparedImage)."""
 
     rows: np.ndarray
     box: Box

@@ -34,7 +34,7 @@ def border_behind(image_id: np.ndarray, place: int) -> int:
     return place
 
 
-def most_at_once(images: Images, tokens: int) -> int:
+def max_at_once(images: Images, tokens: int) -> int:
     """The most tokens of a piece, where so many are asked for."""
     return max(tokens, images.tokens) if images.bidirectional else tokens
 

@@ -39,7 +39,7 @@ class PreparedImage:
     size    height and width before it was prepared, where the family's model in transformers asks
     choice  which of the V tokens go on to the language model; None: all
     before  the frame before it of the same video
-    box     left, top, right and bottom of what was prepared, in widths and heights of the picture:
+    box     left, top, right and bottom of what was prepared, in widths and heights of the image:
             0, 0, 1, 1 is all of it; less where it was cropped, more where it was padded
     grid    int [R,C]: of a grid over the box, the token at each place, -1: none; None: that of
             Images.grid, or none is known

@@ -112,7 +112,7 @@ class LlavaProcessor:
         high, wide = (rows, columns) if self._resize is None else self._resized(rows, columns)
         tall, broad = self._crop or (high, wide)
         over, before = (high - tall) // 2, (wide - broad) // 2
-        across, down = columns / wide, rows / high  # pixels of the picture per pixel
+        across, down = columns / wide, rows / high  # pixels of the image per pixel
         return (
             (before * across - left) / width,
             (over * down - top) / height,

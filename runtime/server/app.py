@@ -31,7 +31,7 @@ class Limits:
     browser."""
 
     keys: Sequence[str] = ()
-    most_bytes: int = 64 << 20
+    max_bytes: int = 64 << 20
     body_seconds: float = 60.0
     origins: Sequence[str] = ()
 
@@ -67,7 +67,7 @@ def make_app(service: Service, limits: Limits | None = None) -> FastAPI:
     app.add_middleware(
         Access,
         keys=limits.keys,
-        most_bytes=limits.most_bytes,
+        max_bytes=limits.max_bytes,
         body_seconds=limits.body_seconds,
         refused=lambda status: service.metrics.refused("", status),
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-MOST_ITEMS = 10_000  # of a list or an object: pydantic checks each one on the event loop
+MAX_ITEMS = 10_000  # of a list or an object: pydantic checks each one on the event loop
 
 
 def _json_number(value: object) -> object:
@@ -30,8 +30,8 @@ class Fields(BaseModel):
     @classmethod
     def _few(cls, value: object) -> object:
         """Before pydantic looks at the items, and makes an error of kilobytes for each."""
-        if isinstance(value, list | dict) and len(value) > MOST_ITEMS:
-            raise ValueError(f"it has {len(value):,} items; give {MOST_ITEMS:,} at most")
+        if isinstance(value, list | dict) and len(value) > MAX_ITEMS:
+            raise ValueError(f"it has {len(value):,} items; give {MAX_ITEMS:,} at most")
         return value
 
 

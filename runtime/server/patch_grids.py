@@ -18,7 +18,7 @@ MERGE = ("visionzip",)  # rules that mix tokens into those that go on, and tell 
 def patches(manifest: Manifest, answer: Generation) -> list[dict[str, Any]]:
     """Of each image the grid of its patches, row by row: KEPT, DROPPED, or the number of the token
     that several of them became; and the ``box`` that the grid covers: left, top, right and bottom
-    in widths and heights of the picture, beyond 0 and 1 where it was padded.
+    in widths and heights of the image, beyond 0 and 1 where it was padded.
 
     A patch is KEPT as the last block had it. What is mixed into tokens that go on from the encoder
     counts as DROPPED, which ``encoder_merges`` tells, and so does a patch of a tile that is left

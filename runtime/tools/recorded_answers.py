@@ -1,7 +1,7 @@
 """Answers recorded when a bundle was made, and whether a device gives them too.
 
 An export that is compared with its checkpoint leaves in validation.json what the bundle itself says
-of a shipped picture, in fp32 over its weights: a machine without torch, and without ONNX Runtime,
+of a shipped image, in fp32 over its weights: a machine without torch, and without ONNX Runtime,
 can tell in a minute whether its engines compute that.
 """
 
@@ -108,7 +108,7 @@ def _wrong(answer: RecordedAnswer, vocab: int) -> str:
     """What no export writes, in words; nobody vouches for the file."""
     shipped = [f"{SAMPLES}/{f.name}" for f in (resources.files("lvlm.assets") / SAMPLES).iterdir()]
     if answer.image not in shipped:
-        return f"is of {shown(answer.image)}, which is no shipped picture"
+        return f"is of {shown(answer.image)}, which is no shipped image"
     steps, tokens = answer.steps, answer.tokens
     if not steps or len(steps) != len(tokens):
         return f"has {len(tokens)} tokens and {len(steps)} steps"
@@ -145,7 +145,7 @@ def agree(manifest: Manifest, found: list[Comparison]) -> bool:
     """Whether a device computes what was recorded.
 
     Where a recipe ranks tokens or entries another order of the same sum ranks near ties otherwise,
-    hardly so in two pictures: one that agrees is enough.
+    hardly so in two images: one that agrees is enough.
     """
     chooses = bool(manifest.shortenings) or manifest.cache_policy is not None
     return (any if chooses else all)(comparison.passed for comparison in found)

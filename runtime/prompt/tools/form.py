@@ -26,7 +26,7 @@ TOOL = {
     },
 }
 CALL = ToolCall(NAME, ARGUMENTS, "lvlmcall0").written(str)  # nine letters: Mistral's ids
-MOST_CALLS = 16  # of an answer that has to call
+MAX_CALLS = 16  # of an answer that has to call
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ class ToolReader:
 
     def _held(self) -> int:
         """Characters at the end that may yet turn out to belong to a mark."""
-        text, most = self._text, min(len(self._text), len(self._start) - 1)
-        mark = next((n for n in range(most, 0, -1) if text.endswith(self._start[:n])), 0)
+        text, longest = self._text, min(len(self._text), len(self._start) - 1)
+        mark = next((n for n in range(longest, 0, -1) if text.endswith(self._start[:n])), 0)
         before = text[: len(text) - mark]
         return mark + len(before) - len(before.rstrip())
 

@@ -23,7 +23,7 @@ from lvlm.runtime.server.triton_server.python_api import InferenceRequest, Pytho
 if TYPE_CHECKING:
     from lvlm.runtime.server.triton_server.request_reader import Question
 
-MOST_COMPILED = 2  # requests with a structure that are prepared at once
+MAX_COMPILED = 2  # requests with a structure that are prepared at once
 LOOK = 0.1  # seconds between two looks at who has cancelled
 
 
@@ -45,7 +45,7 @@ class TritonBackend:
         labels = {"model_name": args["model_name"], "version": args["model_version"]}
         self._figures = Figures(api, labels)
         self._going: dict[asyncio.Task[None], Sender] = {}
-        self._compiling = asyncio.Semaphore(MOST_COMPILED)
+        self._compiling = asyncio.Semaphore(MAX_COMPILED)
         self._loop = asyncio.new_event_loop()
         self._watching = self._loop.create_task(self._watch())
         self._thread = threading.Thread(target=self._loop.run_forever, name="lvlm-triton")
@@ -94,7 +94,7 @@ class TritonBackend:
         assert task is not None
         self._going[task] = sender
         try:
-            self.engine.engine.check_room()  # before pictures are read
+            self.engine.engine.check_room()  # before images are read
             question = await self._reader.read(request)
             del request  # its inputs lie in memory that Triton shares with this process
             await self._ask(question, sender)

@@ -31,7 +31,7 @@ def run_main(program: str, body: Callable[[], int]) -> int:
     """The exit status of ``body``, which reads the command line and does the work, with what a user
     can mend turned into a message.
 
-    What a user or the machine can mend (an ``LvlmError``, want of memory, what the system refuses)
+    What a user or the machine can mend (an ``LvlmError``, out of memory, what the system refuses)
     is ``program: error: …`` on stderr and status 2. Ctrl-C is 130, SIGTERM 143, an output pipe that
     is closed (``… | head``) the end of the work and 0, all without a word. Anything else is a bug
     and keeps its traceback.

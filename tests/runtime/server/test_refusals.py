@@ -107,7 +107,7 @@ def test_mistakes(path: str, body: dict[str, Any], status: int, says: str, serve
     ), "a path"
 
 
-def test_pictures_are_bounded(server: Running) -> None:
+def test_images_are_bounded(server: Running) -> None:
     """Before any is read: how many; before any is decoded: of how many pixels."""
     buffer = io.BytesIO()
     Image.new("1", (9000, 9000)).save(buffer, "PNG")
@@ -119,7 +119,7 @@ def test_pictures_are_bounded(server: Running) -> None:
     many = {"messages": [{"role": "user", "content": [part] * 9}]}
     answer = httpx.post(server.url + CHAT, json=HELLO | many)
     assert answer.status_code == 400
-    assert "have 9 pictures and videos" in answer.json()["error"]["message"]
+    assert "have 9 images and videos" in answer.json()["error"]["message"]
 
 
 def test_what_is_no_request(server: Running) -> None:

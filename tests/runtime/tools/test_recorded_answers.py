@@ -65,7 +65,7 @@ def test_a_device_that_answers_otherwise_is_told(bundle: Callable[..., Path]) ->
     assert good.limit == 1e-2
 
 
-def test_of_a_recipe_that_ranks_one_picture_is_enough(bundle: Callable[..., Path]) -> None:
+def test_of_a_recipe_that_ranks_one_image_is_enough(bundle: Callable[..., Path]) -> None:
     folder = bundle("digits-llava", "elastic-cache", "kv_keep=1.0", max_images=2)
     right = record(folder)
     wrong = dataclasses.replace(right, ids=(2, *right.ids[1:]))
@@ -97,9 +97,9 @@ def test_a_bundle_without_any(bundle: Callable[..., Path], tmp_path: Path) -> No
         ({"steps": (RecordedStep((5, 6), (1.0,)),) * 4}, "ids and logits are not as many"),
         ({"steps": (RecordedStep((), ()),) * 4}, "ids and logits are not as many, or none"),
         ({"steps": (RecordedStep((5,), (float("nan"),)),) * 4}, "not finite"),
-        ({"image": "../../lvlm.json"}, "no shipped picture"),
-        ({"image": "/etc/passwd"}, "no shipped picture"),
-        ({"image": "samples"}, "no shipped picture"),
+        ({"image": "../../lvlm.json"}, "no shipped image"),
+        ({"image": "/etc/passwd"}, "no shipped image"),
+        ({"image": "samples"}, "no shipped image"),
     ],
 )
 def test_records_that_no_export_writes(

@@ -20,7 +20,7 @@ from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.server.triton_server.backend import TritonBackend
 from lvlm.runtime.server.triton_server.python_api import PythonApi
 
-PICTURE = SAMPLES[0].read_bytes()
+IMAGE = SAMPLES[0].read_bytes()
 SHORT = {"max_tokens": 12, "ignore_eos": True}
 SAID = (
     '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
@@ -54,7 +54,7 @@ def backend(api: Api, repository: str) -> Iterator[TritonBackend]:
 def lone(folder: Path) -> Generation:
     """The answer of an engine of its own."""
     with Engine(folder, slots=1, threads=1) as engine:
-        return engine.generate(QUESTION, [PICTURE], max_new_tokens=12, ignore_eos=True)
+        return engine.generate(QUESTION, [IMAGE], max_new_tokens=12, ignore_eos=True)
 
 
 def answer(backend: TritonBackend, request: Request) -> Any:
@@ -76,7 +76,7 @@ def whole(request: Request) -> tuple[str, list[int], str]:
 
 
 def test_a_whole_answer(backend: TritonBackend, lone: Generation) -> None:
-    response = answer(backend, asks(QUESTION, PICTURE, **SHORT))
+    response = answer(backend, asks(QUESTION, IMAGE, **SHORT))
     assert response["text_output"] == [lone.text.encode()]
     assert response["token_ids"] == [list(lone.token_ids)]
     assert response["finish_reason"] == [lone.finish_reason.encode()]
@@ -90,7 +90,7 @@ def test_several_streams_at_once_are_each_as_alone(
     backend: TritonBackend, lone: Generation
 ) -> None:
     """In one call of execute and in several."""
-    first, second, third = (asks(QUESTION, PICTURE, stream=True, **SHORT) for _ in range(3))
+    first, second, third = (asks(QUESTION, IMAGE, stream=True, **SHORT) for _ in range(3))
     backend.execute([first, second])
     backend.execute([third])
     for request in (first, second, third):
@@ -100,12 +100,12 @@ def test_several_streams_at_once_are_each_as_alone(
 @pytest.mark.parametrize(
     "image",
     [
-        base64.b64encode(PICTURE),
-        base64.encodebytes(PICTURE),  # in lines
-        b"data:image/png;base64," + base64.b64encode(PICTURE),
+        base64.b64encode(IMAGE),
+        base64.encodebytes(IMAGE),  # in lines
+        b"data:image/png;base64," + base64.b64encode(IMAGE),
     ],
 )
-def test_forms_of_a_picture(backend: TritonBackend, lone: Generation, image: bytes) -> None:
+def test_forms_of_an_image(backend: TritonBackend, lone: Generation, image: bytes) -> None:
     response = answer(backend, asks(QUESTION, image, **SHORT))
     assert response["text_output"] == [lone.text.encode()]
 
@@ -118,10 +118,10 @@ def test_messages(backend: TritonBackend, lone: Generation) -> None:
 def test_parameters_of_the_request_are_fields_too(backend: TritonBackend) -> None:
     """Those of sampling_parameters come first."""
     given = {"max_tokens": 3, "stream": True, "id": "one"}
-    request = asks(QUESTION, PICTURE, given=given)
+    request = asks(QUESTION, IMAGE, given=given)
     backend.execute([request])
     assert len(whole(request)[1]) == 3
-    response = answer(backend, asks(QUESTION, PICTURE, given={"max_tokens": 3}, max_tokens=2))
+    response = answer(backend, asks(QUESTION, IMAGE, given={"max_tokens": 3}, max_tokens=2))
     assert len(response["token_ids"][0]) == 2
 
 
@@ -135,7 +135,7 @@ def test_a_text_as_it_stands(backend: TritonBackend, folder: Path) -> None:
 
 
 def test_the_question_before_the_answer(backend: TritonBackend, lone: Generation) -> None:
-    response = answer(backend, asks(QUESTION, PICTURE, alone=False, **SHORT))
+    response = answer(backend, asks(QUESTION, IMAGE, alone=False, **SHORT))
     assert response["text_output"] == [(QUESTION + lone.text).encode()]
 
 
@@ -168,12 +168,12 @@ def test_several_answers(backend: TritonBackend) -> None:
     """A row each, of a stream, too."""
     fields = {"n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 6, "logprobs": 1}
     fields["ignore_eos"] = True
-    response = answer(backend, asks(QUESTION, PICTURE, **fields))
+    response = answer(backend, asks(QUESTION, IMAGE, **fields))
     assert response["finish_reason"] == [b"length"] * 2
     assert [len(row) for row in response["token_ids"]] == [6, 6]
     assert [len(row) for row in response["logprobs"]] == [6, 6]
     assert {len(one["top_logprobs"]) for row in response["logprobs"] for one in row} == {1}
-    streamed = asks(QUESTION, PICTURE, stream=True, **fields)
+    streamed = asks(QUESTION, IMAGE, stream=True, **fields)
     backend.execute([streamed])
     rows: list[list[int]] = [[], []]
     ends: list[list[bytes]] = [[], []]
@@ -205,18 +205,18 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"
         (asks("x" * 10_000_000), "the prompt has 10,000,000 characters"),
         (asks("x", given={"stream": "yes"}), "stream is 'yes'; give true or false"),
         (asks("x", stream=True, alone=False), "exclude_input_in_output is false"),
-        (asks("x", PICTURE, PICTURE, PICTURE), "there are 3 images, and there is room for 2"),
+        (asks("x", IMAGE, IMAGE, IMAGE), "there are 3 images, and there is room for 2"),
         (asks("x", b"QUJ"), "image 1 is no valid base64"),
         (asks("x", b"data:image/png;base64,QQ=,"), "no valid base64"),
         (asks("x", b"\x89PNG?"), "5 bytes is not an image"),
         (asks("x", b""), "0 bytes is not an image"),
-        (asks("x", PICTURE, bytes(100_001)), "image 2' is too large"),
+        (asks("x", IMAGE, bytes(100_001)), "image 2' is too large"),
         (asks(messages=b"{"), "messages is no JSON"),
         (asks(messages=DEEP), "messages is no JSON"),
         (asks(messages={"role": "user"}), "messages: "),
         (asks(messages=[]), "messages is empty"),
         (asks(messages=asking("x"), tools=[WEATHER]), "template has no place for tools"),
-        (asks(PICTURE, messages=b"[]"), "text_input"),
+        (asks(IMAGE, messages=b"[]"), "text_input"),
         (asks(messages=[{"role": "user", "content": [IMAGE_PART]}]), "not fetched here"),
     ],
 )
@@ -242,11 +242,11 @@ def test_who_cancels_leaves_a_slot(
 ) -> None:
     """In the middle of an answer, and in the queue."""
     before = backend.engine.stats()
-    requests = [asks(QUESTION, PICTURE, stream=True, **LONG) for _ in range(2)]
+    requests = [asks(QUESTION, IMAGE, stream=True, **LONG) for _ in range(2)]
     backend.execute(requests)
     for request in requests:
         request.begun()
-    waiting = asks(QUESTION, PICTURE, **LONG)
+    waiting = asks(QUESTION, IMAGE, **LONG)
     backend.execute([waiting])
     wait_for(lambda: backend.engine.stats().waiting == 1)
     for request in (*requests, waiting):
@@ -299,7 +299,7 @@ def test_a_defect_is_logged_and_not_told(
 def test_figures(
     backend: TritonBackend, api: Api, wait_for: Callable[[Callable[[], bool]], None]
 ) -> None:
-    answer(backend, asks(QUESTION, PICTURE, max_tokens=2))
+    answer(backend, asks(QUESTION, IMAGE, max_tokens=2))
     metrics = api.MetricFamily.metrics
     assert api.MetricFamily.labels == {"model_name": "tiny", "version": "1"}
     wait_for(
