@@ -44,7 +44,7 @@ class ChunkPace:
         return min(max(1, math.ceil(owed)), STEPS_BETWEEN)
 
     def tokens(self, *, beside: bool) -> int:
-        """Of the next chunk; ``beside``: while others wait for their next tokens."""
+        """Tokens of the next chunk; ``beside``: while others wait for their next tokens."""
         if self._fixed is not None:
             return self._fixed
         if not beside:

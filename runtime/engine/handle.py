@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class News:
-    """What came of an answer since it was asked last; ``scores`` of its tokens where logprobs were
-    asked for."""
+    """Part of an answer that came since it was asked last; ``scores`` of its tokens where logprobs
+    were asked for."""
 
     tokens: list[int]
     text: str
@@ -231,4 +231,4 @@ class Handle:
 
 
 def _nothing() -> None:
-    """What there is to do for a request that has ended."""
+    """Do nothing, all that there is to do for a request that has ended."""

@@ -44,7 +44,7 @@ class Graphs:
 
     @property
     def extends(self) -> bool:
-        """Whether there is a graph that reads several tokens behind what lies in the cache."""
+        """True where there is a graph that reads several tokens behind what lies in the cache."""
         return "extend" in self.manifest.graphs
 
     def bind(self, name: str, buffers: Mapping[str, Buffer]) -> Call:
@@ -63,7 +63,7 @@ class Graphs:
         return [features for features, _ in self._encoded(images)]
 
     def tokens(self, images: Sequence[PreparedImage]) -> list[ImageTokens]:
-        """Of each image, what goes on to the language model."""
+        """Image tokens of each image that go on to the language model."""
         found = self._encoded(images)
         before = self._frames.of(images, [features for features, _ in found], self.encode)
         return [

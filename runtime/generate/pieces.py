@@ -1,4 +1,4 @@
-"""Where a prompt may be cut that is read in pieces.
+"""Places where a prompt that is read in pieces may be cut.
 
 Where the tokens of an image see one another, those that follow too, a piece has all tokens of an
 image, or none: what is read later would not be seen.
@@ -40,5 +40,5 @@ def max_at_once(images: Images, tokens: int) -> int:
 
 
 def _within(image_id: np.ndarray, place: int) -> bool:
-    """Whether a cut before ``place`` goes through an image."""
+    """True where a cut before ``place`` goes through an image."""
     return bool(image_id[place] > 0 and image_id[place] == image_id[place - 1])

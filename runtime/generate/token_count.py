@@ -30,7 +30,7 @@ class TokenCount:
 
 
 class TokenCounting(ABC):
-    """What prepares prompts, and so can count them."""
+    """Preparer of prompts, which can count them."""
 
     @overload
     def count_tokens(  # type: ignore[overload-overlap]

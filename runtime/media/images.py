@@ -83,7 +83,7 @@ def _described(source: object) -> str:
 
 
 def _whole(file: Any) -> BinaryIO:
-    """What an opened file holds from where it stands: Pillow would read it later, and close it."""
+    """Content of an opened file from where it stands: Pillow would read it later, and close it."""
     try:
         data = file.read()
     except Exception as error:  # whatever such an object raises

@@ -91,8 +91,9 @@ class PreparedImage:
         scores: np.ndarray | None = None,
         before: np.ndarray | None = None,
     ) -> ImageTokens:
-        """What goes on to the language model, of the ``features`` [V,D] and, where its choice asks
-        for them, the tower's ``scores`` [V,S], or the features of the frame ``before``."""
+        """Image tokens that go on to the language model, of the ``features`` [V,D] and, where its
+        choice asks for them, the tower's ``scores`` [V,S], or the features of the frame
+        ``before``."""
         if self.choice is None:
             return ImageTokens(features, np.arange(self.tokens))
         if before is not None:

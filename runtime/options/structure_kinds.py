@@ -72,7 +72,7 @@ def _schema(value: object) -> SchemaText:
 
 
 def loaded_json(text: str) -> object:
-    """What JSON text says. Raises ValueError."""
+    """Value of JSON text. Raises ValueError."""
     try:
         return json.loads(text, parse_constant=_no_json)
     except RecursionError:
@@ -102,7 +102,7 @@ def _choice(value: object) -> tuple[str, ...]:
 
 
 def writes(text: str) -> bool:
-    """Whether it is Unicode: half a surrogate pair is none."""
+    """True where it is Unicode: half a surrogate pair is none."""
     try:
         text.encode()
     except UnicodeEncodeError:

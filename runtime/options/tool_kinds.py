@@ -30,7 +30,7 @@ def read_tools(text: object) -> list[dict[str, Any]]:
 
 
 def too_deep(value: object) -> bool:
-    """Whether values of JSON lie deeper within one another than tools and calls may have them."""
+    """True where values of JSON lie deeper within one another than those of tools may."""
     within = [value]
     for _ in range(DEEPEST):
         inner: list[object] = []

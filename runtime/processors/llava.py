@@ -106,7 +106,7 @@ class LlavaProcessor:
         return pil_image
 
     def box(self, height: int, width: int) -> Box:
-        """What ``fit`` leaves of such an image (PreparedImage.box)."""
+        """Part of such an image that ``fit`` leaves (PreparedImage.box)."""
         rows, columns = (max(height, width),) * 2 if self._pad is not None else (height, width)
         top, left = (rows - height) // 2, (columns - width) // 2
         high, wide = (rows, columns) if self._resize is None else self._resized(rows, columns)

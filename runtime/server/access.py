@@ -1,4 +1,4 @@
-"""Who may ask, and how much: keys, sizes, ids and the log, around all that answers."""
+"""Access control around all that answers: keys, sizes, ids and the log."""
 
 from __future__ import annotations
 

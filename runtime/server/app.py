@@ -27,8 +27,8 @@ log = logging.getLogger("lvlm.server")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may send, and who may. ``origins``: pages of other servers that may ask from a
-    browser."""
+    """Limits on what a client may send, and on who may. ``origins``: pages of other servers that
+    may ask from a browser."""
 
     keys: Sequence[str] = ()
     max_bytes: int = 64 << 20

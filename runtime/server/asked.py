@@ -46,7 +46,7 @@ TEXTS = ("text", "input_text", "output_text")
 
 @dataclass(frozen=True)
 class Usual:
-    """What counts where a request says nothing, and what no request may exceed.
+    """Options where a request says nothing, and bounds that no request may exceed.
 
     options  of GenerationOptions; their max_new_tokens are the most there is room for
     media    images and videos of a request
@@ -58,7 +58,7 @@ class Usual:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of an engine: ``prompt`` is text as it stands, or messages; ``tools`` what the
+    """Request to an engine: ``prompt`` is text as it stands, or messages; ``tools`` what the
     answers may call."""
 
     prompt: str | list[dict[str, Any]]
@@ -68,7 +68,7 @@ class Wanted:
 
 
 async def of_chat(body: ChatFields, read: Read, usual: Usual, skill: ToolSkill) -> Wanted:
-    """Of POST /v1/chat/completions.
+    """Read the body of POST /v1/chat/completions.
 
     Raises Refusal, and what ``read`` raises.
     """
@@ -87,7 +87,7 @@ async def of_chat(body: ChatFields, read: Read, usual: Usual, skill: ToolSkill) 
 
 
 def of_completion(body: CompletionFields, usual: Usual) -> list[Wanted]:
-    """Of POST /v1/completions: a prompt each."""
+    """Read the body of POST /v1/completions: a prompt each."""
     for name in ("echo", "suffix"):
         if getattr(body, name):
             raise Refusal(400, f"{name} is not supported; leave it out", param=name)
@@ -106,7 +106,7 @@ def of_completion(body: CompletionFields, usual: Usual) -> list[Wanted]:
 
 
 async def of_response(body: ResponseFields, read: Read, usual: Usual, skill: ToolSkill) -> Wanted:
-    """Of POST /v1/responses."""
+    """Read the body of POST /v1/responses."""
     if body.previous_response_id is not None:
         raise Refusal(
             400,

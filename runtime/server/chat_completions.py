@@ -77,7 +77,7 @@ class ChatReply(Reply):
         return Response(compact(data), media_type="application/json")
 
     def stream(self) -> AsyncGenerator[bytes]:
-        """As they come. What goes wrong on the way is an event of its own."""
+        """The answers as they come. What goes wrong on the way is an event of its own."""
         return self._told(self._chunks(), lambda refused: event(refused.body))
 
     async def _chunks(self) -> AsyncGenerator[bytes]:
@@ -103,7 +103,7 @@ class ChatReply(Reply):
         yield DONE
 
     def _deltas(self, step: AnswerUpdate) -> list[dict[str, Any]]:
-        """What is new of an answer: text, and calls that are complete."""
+        """Deltas of an answer: text, and calls that are complete."""
         if (reader := self._readers[step.index]) is None:
             return [{"content": step.news.text}] if step.news.text else []
         before = len(reader.calls)

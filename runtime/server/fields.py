@@ -36,7 +36,7 @@ class Fields(BaseModel):
 
 
 class StreamOptions(Fields):
-    """What a stream tells besides text."""
+    """Facts that a stream tells besides text."""
 
     include_usage: bool = False
 
@@ -51,7 +51,7 @@ class JsonSchema(Fields):
 
 
 class ResponseFormat(Fields):
-    """What an answer has to look like."""
+    """Form that an answer has to have."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
@@ -67,7 +67,7 @@ class Structured(Fields):
 
 
 class Sampled(Fields):
-    """How the tokens of an answer are chosen, and how many; what is left out is as the server was
+    """Choice of the tokens of an answer, and how many; what is left out is as the server was
     started, temperature 0 unless it says otherwise."""
 
     model: str | None = None

@@ -12,7 +12,7 @@ from lvlm.runtime.engine.handle import Handle, News
 
 @dataclass(frozen=True)
 class AnswerUpdate:
-    """What is new of answer ``index``; ``ended``: nothing more follows."""
+    """News of answer ``index``; ``ended``: nothing more follows."""
 
     index: int
     news: News
@@ -20,8 +20,8 @@ class AnswerUpdate:
 
 
 async def follow(handles: Sequence[Handle]) -> AsyncGenerator[AnswerUpdate]:
-    """What is new, of whichever answer, until all have ended; those that failed raise at the end of
-    theirs. All are cancelled where the consumer leaves."""
+    """Yield what is new, of whichever answer, until all have ended; those that failed raise at the
+    end of theirs. All are cancelled where the consumer leaves."""
     changed, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def tell() -> None:

@@ -228,7 +228,7 @@ def listen(host: str, port: int) -> socket.socket:
 def configuration(
     app: FastAPI, certificate: str | None = None, key: str | None = None
 ) -> uvicorn.Config:
-    """How uvicorn serves."""
+    """Configuration of uvicorn."""
     return uvicorn.Config(
         app,
         http=Connection,

@@ -1,4 +1,4 @@
-"""What a server serves: engines by name, and whether it takes requests."""
+"""Engines of a server by name, and whether it takes requests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Served:
 
     @property
     def skill(self) -> ToolSkill:
-        """What its model can do with tools. Raises ParameterError for a chat template that is not
+        """Skill of its model with tools. Raises ParameterError for a chat template that is not
         valid."""
         form = self.engine.engine.tool_form(self.usual.get("chat_template", True))
         return ToolSkill(form, self.tokenizer)

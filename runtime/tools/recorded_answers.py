@@ -39,7 +39,7 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class RecordedAnswer:
-    """What a bundle says of ``image``, a file of lvlm.assets, and ``text``.
+    """Answer of a bundle about ``image``, a file of lvlm.assets, and ``text``.
 
     ids      token ids of the whole prompt
     tokens   what is fed, a token a step, whatever is chosen
@@ -105,7 +105,7 @@ def recorded_answers(folder: Path, manifest: Manifest) -> list[RecordedAnswer]:
 
 
 def _wrong(answer: RecordedAnswer, vocab: int) -> str:
-    """What no export writes, in words; nobody vouches for the file."""
+    """Fault that no export writes, in words; nobody vouches for the file."""
     shipped = [f"{SAMPLES}/{f.name}" for f in (resources.files("lvlm.assets") / SAMPLES).iterdir()]
     if answer.image not in shipped:
         return f"is of {shown(answer.image)}, which is no shipped image"
@@ -122,7 +122,7 @@ def _wrong(answer: RecordedAnswer, vocab: int) -> str:
 
 
 def limit_of(manifest: Manifest) -> float:
-    """How far logits may be from the record."""
+    """Limit on how far logits may be from the record."""
     found = LIMITS[manifest.dtype]
     return found if manifest.quantization is None else max(found, QUANTIZED)
 
@@ -142,7 +142,7 @@ def compare(model: Model, answers: list[RecordedAnswer]) -> list[Comparison]:
 
 
 def agree(manifest: Manifest, found: list[Comparison]) -> bool:
-    """Whether a device computes what was recorded.
+    """True where a device computes what was recorded.
 
     Where a recipe ranks tokens or entries another order of the same sum ranks near ties otherwise,
     hardly so in two images: one that agrees is enough.

@@ -31,12 +31,12 @@ class ToolReader:
         self.calls = 0
 
     def feed(self, text: str) -> list[str | ToolCall]:
-        """What is known to be text or a call now that ``text`` has come."""
+        """Parts that are known to be text or a call now that ``text`` has come."""
         self._text += text
         return self._read(last=False) if text else []
 
     def finish(self) -> list[str | ToolCall]:
-        """What is left at the end of the answer."""
+        """Parts that are left at the end of the answer."""
         return self._read(last=True)
 
     def _read(self, last: bool) -> list[str | ToolCall]:
@@ -79,7 +79,7 @@ class ToolReader:
         return found
 
     def _said(self, at: int) -> str:
-        """What is before a mark, which goes on waiting; the space between is no part of it."""
+        """Text before a mark, which goes on waiting; the space between is no part of it."""
         said = self._text[:at].rstrip()
         self._text = self._text[at:]
         return said

@@ -1,4 +1,4 @@
-"""What the application is built with: ``serve run lvlm.runtime.server.ray:app bundle=out/ …``."""
+"""Arguments of the application: ``serve run lvlm.runtime.server.ray:app bundle=out/ …``."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Arguments(BaseModel):
 
     @property
     def max_slots(self) -> int:
-        """What routing and scaling count with; where memory decides, nobody knows it before."""
+        """Slots that routing and scaling count with: a guess where memory decides."""
         return self.slots or 4
 
     @property

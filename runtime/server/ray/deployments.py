@@ -89,7 +89,7 @@ class Replica:
                 yield batch
 
     async def ready(self) -> bool:
-        """Whether requests are taken."""
+        """True where requests are taken."""
         return self._service.ready
 
     async def metrics(self) -> tuple[str, list[Metric]]:
@@ -117,7 +117,7 @@ class Replica:
 
 
 class Ingress:
-    """Who asks, and which replica answers."""
+    """Ingress: checks who asks, and chooses the replica that answers."""
 
     def __init__(self, replicas: Any, given: Arguments) -> None:
         set_logging(given.log_level)
@@ -149,7 +149,7 @@ class Ingress:
             raise Refusal(503, "there are no replicas; ask again later") from None
 
     async def _ready(self) -> bool:
-        """Whether any replica takes requests."""
+        """True where any replica takes requests."""
         try:
             async with asyncio.timeout(READY_SECONDS):
                 return bool(await self._replicas.ready.remote())
@@ -157,7 +157,7 @@ class Ingress:
             return False
 
     async def _metrics(self) -> dict[str, Sequence[Metric]]:
-        """Of all replicas; none where one does not answer in time."""
+        """Metrics of all replicas; none where one does not answer in time."""
         try:
             asked = self._replicas.broadcast("metrics")
             told = await asked.results_async(timeout_s=METRICS_SECONDS, return_exceptions=True)

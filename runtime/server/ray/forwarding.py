@@ -99,7 +99,7 @@ def _last_event(path: str, refused: Refusal) -> bytes:
 
 
 def _plain(scope: Scope) -> Scope:
-    """What of a scope can go to another process; the request keeps its id."""
+    """Part of a scope that can go to another process; the request keeps its id."""
     made = {name: scope[name] for name in KEPT if name in scope}
     made["headers"] = list(made["headers"])
     MutableHeaders(scope=made)["X-Request-Id"] = scope["state"]["request_id"]

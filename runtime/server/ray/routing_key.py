@@ -1,4 +1,4 @@
-"""What a request is routed by: its first image, else how its conversation begins."""
+"""Key that a request is routed by: its first image, else how its conversation begins."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def routing_key(path: str, body: bytes) -> str:
 
 
 def _beginning(body: bytes) -> str:
-    """Of all up to the user's first message, which later turns begin with, too."""
+    """Key of all up to the user's first message, which later turns begin with, too."""
     try:
         asked = json.loads(body)
         given = asked.get("messages", asked.get("input")) if isinstance(asked, dict) else None

@@ -48,7 +48,7 @@ class AnswerSender:
             self._send({n: self._handles[n].since(0) for n in every}, every, True)
 
     def _send(self, told: Mapping[int, News], ended: Collection[int], last: bool) -> None:
-        """What is new of answers, and which have ended; ``last``: nothing follows."""
+        """Send what is new of answers, and which have ended; ``last``: nothing follows."""
         news = [told.get(n, NOTHING) for n in range(len(self._handles))]
         texts = [self._question.lead + one.text for one in news]
         ends = [
@@ -81,7 +81,7 @@ class AnswerSender:
         return self._api.Tensor(name, np.array(values, dtype=np.object_))
 
     def _logprobs(self, news: News) -> bytes:
-        """As OpenAI's chat completions have them."""
+        """Log-probabilities as OpenAI's chat completions have them."""
         scored = chat_logprobs(self._tokenizer, news.tokens, news.scores)
         return json.dumps(scored["content"]).encode()
 

@@ -28,7 +28,7 @@ LOOK = 0.1  # seconds between two looks at who has cancelled
 
 
 class TritonBackend:
-    """What TritonPythonModel hands its calls to.
+    """Backend that TritonPythonModel hands its calls to.
 
     Requests are answered on an event loop in a thread of its own: ``execute`` returns at once, and
     so the engine has as many of them at a time as clients ask.
@@ -89,7 +89,7 @@ class TritonBackend:
         self._loop.close()
 
     async def _answer(self, request: InferenceRequest, sender: Sender) -> None:
-        """One request, whatever becomes of it: its sender gets one last response."""
+        """One request, however it ends: its sender gets one last response."""
         task = asyncio.current_task()
         assert task is not None
         self._going[task] = sender

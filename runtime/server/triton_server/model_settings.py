@@ -27,7 +27,7 @@ def setting(default: Any, kind: type, help: str, metavar: str = "N") -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model is opened with. None: as the engine, or the bundle, has it.
+    """Settings that a model is opened with. None: as the engine, or the bundle, has it.
 
     Raises ParameterError.
     """

@@ -28,7 +28,7 @@ BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456
 
 @dataclass(frozen=True)
 class Question:
-    """What a request asks. ``images`` are those of a text, messages have theirs in them; ``lead``
+    """Question of a request. ``images`` are those of a text, messages have theirs in them; ``lead``
     is what the answer begins with."""
 
     wanted: Wanted
@@ -137,7 +137,7 @@ class Reader:
         return given
 
     async def _data(self, url: str) -> bytes:
-        """Of a part of messages."""
+        """Bytes of a part of messages."""
         if url[:5].lower() != "data:":
             raise Refusal(400, "messages: images are not fetched here; give a data: URL")
         return await self._media.read(url)

@@ -115,7 +115,7 @@ def _one_of(options: tuple[Any, ...], data: Any, where: str) -> Any:
 
 
 def _variant(options: list[Any], data: Any, where: str) -> Any:
-    """Of dataclasses, the one whose ``kind`` it is."""
+    """The one of several dataclasses whose ``kind`` it is."""
     if not isinstance(data, Mapping):
         raise BundleError(f"{where} is not an object; export the bundle again")
     kinds = {f.default: o for o in options for f in dataclasses.fields(o) if f.name == "kind"}
