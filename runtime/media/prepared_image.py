@@ -83,7 +83,7 @@ class PreparedImage:
         mixed = np.zeros((self.tokens, rows.shape[1]), np.float32)
         for part in range(self.index.shape[1]):
             mixed += self.weight[:, part : part + 1] * wide[self.index[:, part]]
-        return _narrowed(mixed, rows.dtype)
+        return _rounded_to(mixed, rows.dtype)
 
     def chosen(
         self,
@@ -99,7 +99,7 @@ class PreparedImage:
         if before is not None:
             scores = _widened(before)
         rows, made = self.choice.reduce(_widened(features), scores)
-        return ImageTokens(_narrowed(made, features.dtype), rows)
+        return ImageTokens(_rounded_to(made, features.dtype), rows)
 
     def digest(self) -> bytes:
         """Names the image by its content as the language model sees it."""
@@ -123,7 +123,7 @@ def _widened(rows: np.ndarray) -> np.ndarray:
     return rows.astype(np.float32)
 
 
-def _narrowed(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _rounded_to(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if dtype != np.uint16:
         return rows.astype(dtype)
     bits = rows.view(np.uint32)
