@@ -1,4 +1,4 @@
-"""What routing by image saves: replicas in Ray, asked several questions about each image, with
+"""Savings of routing by image: replicas in Ray, asked several questions about each image, with
 questions about an image sent to one replica, and with Ray's own choice.
 
     lvlm-export --model tiny-llava --recipe none -o /tmp/bench/tiny
