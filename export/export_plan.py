@@ -33,7 +33,7 @@ from lvlm.export.weights.merge_adapter import with_adapter
 from lvlm.export.weights.weight_names import open_skeleton
 from lvlm.runtime.bundle.manifest import Capacity, EncoderReduction, Images, Quantization
 from lvlm.runtime.kv.budgets import Budgets
-from lvlm.runtime.kv.image_tokens import keep_ratios, most_entering, tokens_per_layer
+from lvlm.runtime.kv.image_tokens import keep_ratios, max_entering, tokens_per_layer
 from lvlm.runtime.processors import load_processor
 
 LONGEST = 2**20  # tokens of a prompt, images and all, that a bundle has room for
@@ -266,7 +266,7 @@ def plan_cache(
     reductions, rule = recipe.shortenings(), recipe.cache_rule()
     ratios = keep_ratios(reductions, float(recipe.parameters().get("keep", 1.0)), None)
     entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
-    of_images = most_entering(reductions, ratios, images.tokens, layers, options.max_images)
+    of_images = max_entering(reductions, ratios, images.tokens, layers, options.max_images)
     seen = np.array([options.max_text_len + n for n in of_images])
     budgets = Budgets.of(rule.cache_policy if rule else None, layers, None)
     per_layer = tuple(budgets.limit(seen, options.max_text_len - 1).tolist())

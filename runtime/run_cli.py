@@ -223,7 +223,7 @@ def _describe(model: Model | Engine, args: argparse.Namespace, seconds: float) -
 
 
 def _cut_short(model: Model, answer: Generation) -> str | None:
-    """Why the answer ended neither by itself nor at --max-new-tokens; None if it did."""
+    """Reason why the answer ended neither by itself nor at --max-new-tokens; None if it did."""
     if not answer.capacity_reached:
         return None
     stats, limit = answer.stats, model.manifest.capacity.max_text_len
@@ -267,7 +267,7 @@ def _ending(answer: Generation) -> str:
 
 
 def _kept(stats: Stats) -> str:
-    """How much of the prompt each layer's cache keeps, of what entered its block."""
+    """Part of the prompt that each layer's cache keeps, of what entered its block."""
     low, high = min(stats.kept_per_layer), max(stats.kept_per_layer)
     layers = f"{low} to {high} per layer" if low < high else f"{low} in each layer"
     share = sum(stats.kept_per_layer) / sum(stats.tokens_per_layer)

@@ -1,11 +1,11 @@
-"""What routing by picture saves: replicas in Ray, asked several questions about each picture, with
-questions about a picture sent to one replica, and with Ray's own choice.
+"""Savings of routing by image: replicas in Ray, asked several questions about each image, with
+questions about an image sent to one replica, and with Ray's own choice.
 
     lvlm-export --model tiny-llava --recipe none -o /tmp/bench/tiny
     python scripts/bench_ray_routing.py /tmp/bench/tiny --image-cache 2MB
 
-Pictures are drawn at random, questions come in a random order that is the same for both. Prints a
-table: requests, pictures that were encoded, the part of requests that needed no encoding, and time
+Images are drawn at random, questions come in a random order that is the same for both. Prints a
+table: requests, images that were encoded, the part of requests that needed no encoding, and time
 to the first token.
 """
 
@@ -43,17 +43,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("bundle")
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--pictures", type=int, default=60)
-    parser.add_argument("--questions", type=int, default=8, help="about each picture")
+    parser.add_argument("--images", type=int, default=60)
+    parser.add_argument("--questions", type=int, default=8, help="about each image")
     parser.add_argument("--concurrency", type=int, default=4)
     parser.add_argument("--image-cache", default="64MB", help="of each replica")
     args = parser.parse_args()
     chance = random.Random(3)
-    asked = [(p, q) for p in range(args.pictures) for q in range(args.questions)]
+    asked = [(p, q) for p in range(args.images) for q in range(args.questions)]
     chance.shuffle(asked)
     print("| routing | requests | encoded | without encoding | TTFT ms p50 | p95 |")
     print("| --- | --: | --: | --: | --: | --: |", flush=True)
-    for routing in ("picture", "load"):
+    for routing in ("image", "load"):
         with serving(args, routing) as url:
             before = encoded(url)
             first = asyncio.run(ask(url, asked, args))
@@ -94,10 +94,10 @@ async def ask(url: str, asked: list[tuple[int, int]], args: argparse.Namespace) 
     """Seconds to the first token of each request."""
     limit, first = asyncio.Semaphore(args.concurrency), []
 
-    async def one(client: httpx.AsyncClient, picture: int, question: int) -> None:
+    async def one(client: httpx.AsyncClient, image: int, question: int) -> None:
         async with limit:
             began = time.perf_counter()
-            body = {"messages": messages(picture, question), "max_tokens": 8, "stream": True}
+            body = {"messages": messages(image, question), "max_tokens": 8, "stream": True}
             async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as stream:
                 stream.raise_for_status()
                 events = 0
@@ -108,13 +108,13 @@ async def ask(url: str, asked: list[tuple[int, int]], args: argparse.Namespace) 
                         events += 1
 
     async with httpx.AsyncClient(timeout=300) as client, asyncio.TaskGroup() as group:
-        for picture, question in asked:
-            group.create_task(one(client, picture, question))
+        for image, question in asked:
+            group.create_task(one(client, image, question))
     return first
 
 
-def messages(picture: int, question: int) -> list[dict[str, Any]]:
-    pixels = np.random.default_rng(picture).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+def messages(number: int, question: int) -> list[dict[str, Any]]:
+    pixels = np.random.default_rng(number).integers(0, 256, (96, 96, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()

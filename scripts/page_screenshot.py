@@ -1,4 +1,4 @@
-"""Take docs/page.png: the page of lvlm-serve with an answer, and what became of the picture.
+"""Take docs/page.png: the page of lvlm-serve with an answer, and what became of the image.
 
     lvlm-export -m tiny-llava -r lightvlm -o out/
     python scripts/page_screenshot.py out/ docs/page.png
@@ -17,14 +17,14 @@ from pathlib import Path
 
 from PIL import Image
 
-PICTURE = Path(__file__).parents[1] / "assets/samples/digits-1.png"
+IMAGE = Path(__file__).parents[1] / "assets/samples/digits-1.png"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("bundle", help="a folder made by lvlm-export")
     parser.add_argument("png", type=Path, help="the file to write")
-    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--image", type=Path, default=IMAGE)
     parser.add_argument("--question", default="Read the top row.")
     parser.add_argument("--keep", type=int, default=25, help="image tokens, in percent")
     parser.add_argument("--dark", action="store_true", help="the dark scheme")
@@ -62,8 +62,8 @@ def shoot(url: str, args: argparse.Namespace) -> None:
         )
         page.goto(url)
         page.wait_for_selector("#model option", state="attached")
-        page.set_input_files("#file", args.picture)
-        page.wait_for_selector("#picture:visible")
+        page.set_input_files("#file", args.image)
+        page.wait_for_selector("#image:visible")
         page.fill("#question", args.question)
         if page.is_visible("#keep"):
             page.fill("#keep", str(args.keep))

@@ -33,9 +33,7 @@ RUNTIME_NEEDS = {"numpy", "PIL", "tokenizers", "jinja2"}
 # Of lvlm-serve alone, which asks for them before it imports what is in there
 SERVER_NEEDS = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}
 # The files that know Ray, which only its own processes import
-RAY_FILES = {
-    f"lvlm.runtime.server.ray.{name}" for name in ("by_picture", "deployments", "mistakes")
-}
+RAY_FILES = {f"lvlm.runtime.server.ray.{name}" for name in ("by_image", "deployments", "mistakes")}
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "sklearn")
 
 

@@ -33,11 +33,7 @@ def repeated(named: Iterable[tuple[str, Path]]) -> dict[str, list[str]]:
     places: dict[str, list[str]] = defaultdict(list)
     for name, path in named:
         places[name].append(path.relative_to(ROOT).as_posix())
-    return {
-        name: found
-        for name, found in places.items()
-        if len(found) > 1 and not all(place.startswith(("runtime/", "src/")) for place in found)
-    }
+    return {name: found for name, found in places.items() if len(found) > 1}
 
 
 def test_a_class_name_is_defined_once() -> None:

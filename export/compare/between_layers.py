@@ -26,7 +26,7 @@ from lvlm.core.errors import BackendError, ParameterError
 from lvlm.core.installing import require
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Op
 from lvlm.export.targets.description import target_file
-from lvlm.runtime.backends import Call, Session
+from lvlm.runtime.backends import Call, GraphSession
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.model import load
@@ -84,7 +84,7 @@ def record(args: argparse.Namespace) -> dict[str, Arrays]:
             self.call(inputs, outputs)
 
     class Recorder:
-        def __init__(self, name: str, session: Session) -> None:
+        def __init__(self, name: str, session: GraphSession) -> None:
             self.name, self.session = name, session
 
         def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:

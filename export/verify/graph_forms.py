@@ -23,7 +23,7 @@ from lvlm.export.targets.description import LARGE
 from lvlm.export.targets.target import Target
 from lvlm.export.verify.waiting import let_quantized_wait
 from lvlm.export.verify.widened import widen
-from lvlm.runtime.backends import Session, open_backend
+from lvlm.runtime.backends import GraphSession, open_backend
 from lvlm.runtime.backends.ort.sessions import OnnxRuntime, OrtSession, check_ports, failure
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 
@@ -93,7 +93,7 @@ def _without_openvino(manifest: Manifest) -> str:
 
 
 # What is loaded already, by file and what was put into it: forms share files, and so do runs
-Opened = dict[tuple[str, str], Session]
+Opened = dict[tuple[str, str], GraphSession]
 
 
 def open_form(form: GraphForm, manifest: Manifest, opened: Opened) -> tuple[Backend, Manifest]:
@@ -130,13 +130,13 @@ class Mapped(OnnxRuntime):
         super().__init__(onnxruntime, ["CPUExecutionProvider"], None)
         self.form, self.static_capacity, self.opened = form, form.static, opened
 
-    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
+    def load(self, folder: Path, manifest: Manifest, name: str) -> GraphSession:
         key = self.form.files[name], self.form.how
         if key not in self.opened:
             self.opened[key] = self._open(folder, manifest.graphs[name], key[0])
         return self.opened[key]
 
-    def _open(self, folder: Path, graph: Graph, file: str) -> Session:
+    def _open(self, folder: Path, graph: Graph, file: str) -> GraphSession:
         options = self.options()
         options.enable_mem_pattern = False
         # Beyond basic, casts of weights are folded into copies; the arena would keep every cast

@@ -17,7 +17,7 @@ from lvlm.core.errors import ParameterError
 from lvlm.runtime.bundle.engine_sets import Range
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, UNITS_AT_ONCE
-from lvlm.runtime.generate.pieces import most_at_once
+from lvlm.runtime.generate.pieces import max_at_once
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.image_tokens import ASKING, keep_ratios, kept, recycled, tokens_per_layer
 from lvlm.runtime.kv.static_capacity import static_capacity
@@ -98,7 +98,7 @@ def _ranges(manifest: Manifest, limits: EngineLimits) -> Profile:
     stays = Budgets.of(manifest.cache_policy, layers, None).prompt(entering[:, None])[:, 0]
     max_images = batch.max * manifest.capacity.max_images
     capacities = static_capacity(manifest).per_layer
-    at_once = most_at_once(manifest.images, TOKENS_AT_ONCE)
+    at_once = max_at_once(manifest.images, TOKENS_AT_ONCE)
     ranges = {
         "batch": batch,
         "sequence": Range(1, usual, longest),

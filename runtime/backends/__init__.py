@@ -42,7 +42,7 @@ class Call(Protocol):
         Where the device cannot be stopped nothing happens."""
 
 
-class Session(Protocol):
+class GraphSession(Protocol):
     """A loaded graph."""
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
@@ -60,7 +60,7 @@ class Backend(Protocol):
     name: str
     static_capacity: bool
 
-    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
+    def load(self, folder: Path, manifest: Manifest, name: str) -> GraphSession:
         """The graph ``name`` of the bundle in ``folder``."""
 
     def room(self) -> int | None:

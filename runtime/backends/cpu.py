@@ -7,7 +7,7 @@ from typing import Any
 
 from lvlm.core.errors import BackendError
 from lvlm.core.installing import install, require
-from lvlm.runtime.backends import Session
+from lvlm.runtime.backends import GraphSession
 from lvlm.runtime.backends.ort.c_library import OrtError, find_library
 from lvlm.runtime.backends.ort.kernels.kernel_library import kernel_library
 from lvlm.runtime.backends.ort.sessions import OnnxRuntime, failure
@@ -38,7 +38,7 @@ class Backend(OnnxRuntime):
             reason = str(error).partition("\n")[0]
             raise BackendError(f"onnxruntime cannot be loaded ({reason}); {_mend()}") from None
 
-    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
+    def load(self, folder: Path, manifest: Manifest, name: str) -> GraphSession:
         if manifest.dtype == "bfloat16":
             raise BackendError(
                 "this bundle is in bf16, which is for GPU targets; for the CPU export it with "

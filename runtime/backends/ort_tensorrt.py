@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lvlm.core.errors import BackendError
-from lvlm.runtime.backends import Session, cuda
+from lvlm.runtime.backends import GraphSession, cuda
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 
 TENSORRT = "TensorrtExecutionProvider"
@@ -26,7 +26,7 @@ class Backend(cuda.Backend):
     def __init__(self, threads: int | None = None) -> None:
         super().__init__(threads, (TENSORRT, *cuda.PROVIDERS))
 
-    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
+    def load(self, folder: Path, manifest: Manifest, name: str) -> GraphSession:
         place = str(folder / "engines" / TARGET)
         cache = {"trt_engine_cache_enable": True, "trt_engine_cache_path": place}
         cache |= {"trt_timing_cache_enable": True, "trt_timing_cache_path": place}

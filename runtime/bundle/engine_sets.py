@@ -203,7 +203,7 @@ class EngineSet:
         plugin_hash: str | None,
         manifest: Manifest,
     ) -> None:
-        """Do these engines fit this machine and this bundle?
+        """Check that these engines fit this machine and this bundle.
 
         gpu_sm       10 · major + minor of the compute capability
         version      of the TensorRT package that is to run them
@@ -277,7 +277,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _upgraded(data: Any) -> Any:
-    """What schema 1 says, in the words of this one."""
+    """Data of schema 1 in the words of this one."""
     if isinstance(data, dict):
         renamed = {BOUNDS.get(name, name): _upgraded(value) for name, value in data.items()}
         return renamed | ({"schema": SCHEMA} if "schema" in data else {})

@@ -200,8 +200,8 @@ class Manifest:
 
     @property
     def in_place(self) -> bool:
-        """Whether every token's entries lie at its own place and depend on nothing but the tokens
-        before it: no reductions, no cache policy."""
+        """True where every token's entries lie at its own place and depend on nothing but the
+        tokens before it: no reductions, no cache policy."""
         return not self.reductions and self.cache_policy is None
 
     @property

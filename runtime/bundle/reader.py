@@ -30,7 +30,7 @@ def bundle_path(bundle: object) -> Path:
 
 
 def _no_bundle(folder: Path) -> str:
-    """What is there instead, and what to do."""
+    """Message that says what is there instead, and what to do."""
     name = str(folder) if str(folder).isprintable() else shown(str(folder))
     if folder.is_dir():
         if (folder / "config.json").is_file():

@@ -120,8 +120,8 @@ class Batch:
         return WholeReading(requests, rows, self.graphs, self.encode, call)
 
     def _goes_on(self, request: Request, prefix: Prefix) -> bool:
-        """Whether a prompt is read from the end of a prefix on: where that pays, or where that is
-        what its session is for."""
+        """True where a prompt is read from the end of a prefix on: where that pays, or where that
+        is what its session is for."""
         if self.graphs.manifest.in_place:
             return worthwhile(request.prompt, prefix.length, extends=self.graphs.extends)
         assert prefix.read is not None
@@ -138,7 +138,7 @@ class Batch:
         return request.goes_on(prefix.read, fed, self.cache.capacities)
 
     def _read(self, prefix: Prefix) -> Read | None:
-        """How the first entries of a prompt came to be, of which a prefix is copied."""
+        """History of a prompt's first entries, of which a prefix is copied."""
         if prefix.read is None or prefix.whole or self.graphs.manifest.in_place:
             return prefix.read
         return prefix.read.of(prefix.length)

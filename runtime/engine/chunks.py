@@ -9,7 +9,7 @@ from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE
 CHUNK_STEPS = 20  # decode steps that take about as long as a chunk, of whatever runs beside it
 STEPS_BETWEEN = 3  # decode steps from one such chunk to the next, at most
 FIRST = 64  # tokens, before anything was measured
-LEAST = 16  # fewer cost as much
+MIN_TOKENS = 16  # fewer cost as much
 NEWEST = 0.3  # weight of the newest time in the mean
 
 
@@ -31,7 +31,7 @@ class ChunkPace:
 
     def read(self, tokens: int, seconds: float) -> None:
         """A chunk of so many tokens took so long."""
-        if tokens >= LEAST:
+        if tokens >= MIN_TOKENS:
             self._token = _mean(self._token, seconds / tokens)
 
     def steps_after(self, seconds: float) -> int:
@@ -44,7 +44,7 @@ class ChunkPace:
         return min(max(1, math.ceil(owed)), STEPS_BETWEEN)
 
     def tokens(self, *, beside: bool) -> int:
-        """Of the next chunk; ``beside``: while others wait for their next tokens."""
+        """Tokens of the next chunk; ``beside``: while others wait for their next tokens."""
         if self._fixed is not None:
             return self._fixed
         if not beside:
@@ -52,7 +52,7 @@ class ChunkPace:
         if self._step is None or not self._token:
             return FIRST
         wanted = int(CHUNK_STEPS * self._step / self._token)
-        return min(max(LEAST, wanted), TOKENS_AT_ONCE)
+        return min(max(MIN_TOKENS, wanted), TOKENS_AT_ONCE)
 
 
 def _mean(before: float | None, newest: float) -> float:

@@ -61,7 +61,7 @@ class Encoding:
         return found
 
     def rows(self, prompts: Sequence[Prompt]) -> list[list[np.ndarray]]:
-        """Which tokens of each image were chosen, prompt by prompt."""
+        """Numbers of the tokens of each image that were chosen, prompt by prompt."""
         found, rest, first = [], [tokens.indices for tokens in self.tokens], self.first
         for prompt in prompts:
             count = len(prompt.images) - first + 1

@@ -318,4 +318,4 @@ class Handle:
 
 
 def _nothing() -> None:
-    """What there is to do for a request that has ended."""
+    """Do nothing, all that there is to do for a request that has ended."""

@@ -11,10 +11,10 @@ import numpy as np
 from lvlm.core.errors import ParameterError
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE, UNITS_AT_ONCE
-from lvlm.runtime.generate.pieces import most_at_once
+from lvlm.runtime.generate.pieces import max_at_once
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import cache_bytes
-from lvlm.runtime.kv.image_tokens import keep_ratios, most_entering
+from lvlm.runtime.kv.image_tokens import keep_ratios, max_entering
 from lvlm.runtime.options.generation_options import Keep
 from lvlm.runtime.options.option_kinds import Option, integer, read_value
 
@@ -69,7 +69,7 @@ def slot_capacity(
     layers = manifest.text.layers
     shortenings = manifest.shortenings
     ratios = keep_ratios(shortenings, manifest.keep, keep)
-    entering = most_entering(shortenings, ratios, manifest.images.tokens, layers, images)
+    entering = max_entering(shortenings, ratios, manifest.images.tokens, layers, images)
     seen = np.array([text + n for n in entering])
     budgets = Budgets.of(manifest.cache_policy, layers, kv_keep)
     slots = np.minimum(budgets.limit(seen, text - 1), given.per_layer)
@@ -151,7 +151,7 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int, chunk: int | N
     under_mask = 4 * text.heads * tokens if images.bidirectional else 0
     read = tokens * (row("prefill") + under_mask) if chunk is None else 0
     if "extend" in manifest.graphs:
-        at_most = most_at_once(images, TOKENS_AT_ONCE if chunk is None else chunk)
+        at_most = max_at_once(images, TOKENS_AT_ONCE if chunk is None else chunk)
         read += min(tokens, at_most) * (row("extend") + attention)
     return read + at_once * row("vision") + seen + features + step
 

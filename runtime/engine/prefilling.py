@@ -27,11 +27,11 @@ class Prefilling:
 
     @property
     def unwanted(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """True once nobody waits for it any more."""
         return all(request.caller.done for request in self.request.group)
 
     def go_on(self, pace: ChunkPace, *, beside: bool) -> np.ndarray | None:
-        """As Reading.go_on; BackendError once it has been stopped."""
+        """Read on, by Reading.go_on. Raises BackendError once it has been stopped."""
         if self.stopped:
             raise BackendError("nobody waits for the answer any more; the prompt is left")
         return self.reading.go_on(pace, beside=beside)

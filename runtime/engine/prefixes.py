@@ -35,8 +35,8 @@ def prompt_keys(prompt: Prompt, digests: Sequence[bytes]) -> np.ndarray:
 
 
 def worthwhile(prompt: Prompt, length: int, *, extends: bool) -> bool:
-    """Whether to read only what follows the first ``length`` tokens: by the graph extend, which
-    ``extends`` says there is, or else by decode, which reads text alone."""
+    """True where reading only what follows the first ``length`` tokens pays: by the graph extend,
+    which ``extends`` says there is, or else by decode, which reads text alone."""
     rest = len(prompt.ids) - length
     if extends:
         return length * WORTH_A_COPY >= len(prompt.ids)

@@ -88,8 +88,8 @@ class WholeReading:
 
 @dataclass
 class ReadingInPieces:
-    """What follows the first ``start`` tokens of one prompt, whose entries lie in its row, by
-    ``call``: extend, a piece after the other."""
+    """Reading of what follows the first ``start`` tokens of one prompt, whose entries lie in its
+    row, by ``call``: extend, a piece after the other."""
 
     request: Request
     rows: slice
@@ -164,8 +164,8 @@ class ReadingInPieces:
 
 @dataclass
 class TurnReading:
-    """What follows the first ``start`` tokens of a session's turn, whose compressed entries lie in
-    its row, ``behind`` them."""
+    """Reading of what follows the first ``start`` tokens of a session's turn, whose compressed
+    entries lie in its row, ``behind`` them."""
 
     request: Request
     rows: slice
@@ -209,7 +209,7 @@ class TurnReading:
 
 
 def _encoding(encode: Encode, request: Request, start: int) -> Encoding:
-    """Of a prompt's images, but for those whose tokens are all among the first ``start``."""
+    """Encoding of a prompt's images, but for those with all tokens among the first ``start``."""
     numbers = request.prompt.image_id[start:]
     shown = numbers[numbers > 0]
     first = int(shown.min()) - 1 if len(shown) else len(request.prompt.images)
@@ -217,7 +217,7 @@ def _encoding(encode: Encode, request: Request, start: int) -> Encoding:
 
 
 def _note(request: Request, images: Encoding) -> None:
-    """Which tokens of the images went on, behind those of the beginning that was there."""
+    """Note which tokens of the images went on, behind those of the beginning that was there."""
     request.note(images.first - 1, images.rows([request.prompt])[0])
 
 

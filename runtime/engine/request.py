@@ -28,7 +28,7 @@ class Caller(Protocol):
 
     @property
     def done(self) -> bool:
-        """Whether nobody waits any more: answered, failed, or ended by its caller."""
+        """True once nobody waits any more: answered, failed, or ended by its caller."""
 
     @property
     def text(self) -> str:
@@ -104,8 +104,8 @@ class Request:
     def note(
         self, before: int, rows: Sequence[np.ndarray], maps: Sequence[np.ndarray] | None = None
     ) -> None:
-        """What became of the images behind the first ``before``, and of all tokens that are read as
-        a whole."""
+        """Note the outcome of the images behind the first ``before``, and of all tokens that are
+        read as a whole."""
         assert self.read is not None
         told = self.read.maps if maps is None else tuple(maps)
         self.read = replace(self.read, rows=(*self.read.rows[:before], *rows), maps=told)
@@ -122,7 +122,7 @@ class Request:
 
     @property
     def ended(self) -> bool:
-        """Whether there is nothing more to choose."""
+        """True once there is nothing more to choose."""
         return self.row.finish_reason is not None or self.caller.done
 
     @property
@@ -131,8 +131,8 @@ class Request:
         return self.feed[0] if self.feed else self.row.tokens[-1]
 
     def goes_on(self, read: Read, fed: int, capacities: np.ndarray) -> bool:
-        """Whether entries that were ``read`` so, with all that decode has been and will be ``fed``
-        until the answer is as long as it may be, are what was asked for, and have room."""
+        """True where entries that were ``read`` so, with all that decode has been and will be
+        ``fed`` until the answer is as long as it may be, are what was asked for, and have room."""
         if (read.keep, read.kv_keep) != self.asked_ratios:
             return False
         needed = self.counts.budgets.capacity(read.entries, np.array([fed]))

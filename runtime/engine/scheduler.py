@@ -230,8 +230,7 @@ def _members(requests: Iterable[Request]) -> list[Request]:
 
 
 def _wanted(request: Request) -> Request | None:
-    """What is left of a request that waits when answers that nobody waits for are gone; None:
-    nothing."""
+    """Rest of a request that waits when answers that nobody waits for are gone; None: nothing."""
     left = [member for member in request.group if not member.caller.done]
     if not left:
         return None

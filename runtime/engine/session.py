@@ -97,7 +97,7 @@ def check_one_turn(session: Session | None, many: bool) -> None:
 
 @dataclass(frozen=True)
 class Read:
-    """How a row's entries came to be, but for what decode did: ``entries`` [L,1] entered each layer
+    """History of a row's entries, but for what decode did: ``entries`` [L,1] entered each layer
     with the tokens that were read as a whole, at the ratios ``keep`` and ``kv_keep``; behind
     ``images`` of these are no more image tokens. Layer 0 gets all tokens. ``maps`` and ``rows`` are
     those of Generation and SeenImage, once they are read."""

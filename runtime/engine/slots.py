@@ -20,7 +20,7 @@ from lvlm.runtime.kv.cache import CompactCache
 
 @dataclass(frozen=True)
 class Kept:
-    """What a row holds: ``keys`` of its tokens, how they were ``read``, whose turns go on there."""
+    """Content of a row: ``keys`` of its tokens, how they were ``read``, whose turns go on there."""
 
     keys: np.ndarray
     read: Read | None = None
@@ -28,7 +28,7 @@ class Kept:
 
     @property
     def waits(self) -> bool:
-        """Whether a session's next turn may come."""
+        """True where a session's next turn may come."""
         return self.session is not None and not self.session.closed
 
 
@@ -60,7 +60,7 @@ class Slots:
         cache.active = 0
 
     def room(self, count: int) -> bool:
-        """Whether as many rows can be reserved: one group at a time is being filled."""
+        """True where as many rows can be reserved: one group at a time is being filled."""
         return not self.filling and len(self.running) + count <= self.count
 
     def reserve(
@@ -170,7 +170,7 @@ class Slots:
         return Prefix(best, shared[best], held[best].read, best in whole)
 
     def _beyond_images(self, shared: int, kept: Kept) -> bool:
-        """Whether it ends behind the images of what was read as a whole."""
+        """True where it ends behind the images of what was read as a whole."""
         return self.keeps_prefixes and kept.read is not None and shared >= kept.read.images
 
     def _remember(self, row: int, request: Request) -> None:
@@ -180,7 +180,7 @@ class Slots:
         self.kept[row] = self._entries(row, request)
 
     def _entries(self, row: int, request: Request) -> Kept:
-        """What lies in a row: less than its tokens while decode reads a prompt's rest."""
+        """Content of a row: less than its tokens while decode reads a prompt's rest."""
         keys = request.held_keys()[: int(self.cache.seen[0, row])]
         return Kept(keys, request.read, request.session)
 
@@ -211,7 +211,7 @@ class Slots:
 
 
 def _shared(held: np.ndarray, wanted: np.ndarray) -> int:
-    """How many of the first keys are the same."""
+    """Number of the first keys that are the same."""
     both = min(len(held), len(wanted))
     unlike = np.flatnonzero(held[:both] != wanted[:both])
     return int(unlike[0]) if len(unlike) else both

@@ -35,10 +35,10 @@ class Steps:
         return failed | self._compact()
 
     def _decode(self, count: int) -> dict[int, Exception]:
-        """If it fails for all at once it is tried row by row, so that one request's fault is not
-        the others': a step writes the same slots again, and nothing is counted before it is done.
-        But for sums of attention: some layers' may have gone on already, and would twice.
-        """
+        """Decode a step of all rows. If it fails it is tried row by row, so that one request's
+        fault is not the others': a step writes the same slots again, and nothing is counted before
+        it is done. But for sums of attention: some layers' may have gone on already, and would
+        twice."""
         tokens = np.array([r.next_token for r in self.slots.running], np.int64)
         positions = np.array([r.row.position for r in self.slots.running], np.int64)
 

@@ -1,4 +1,4 @@
-"""What a call asks: questions or conversations, one or many, with their images and videos."""
+"""Questions or conversations of a call, one or many, with their images and videos."""
 
 from __future__ import annotations
 

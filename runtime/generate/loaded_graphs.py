@@ -11,7 +11,7 @@ import numpy as np
 
 from lvlm.core.errors import BackendError
 from lvlm.core.forks import keep_in_children
-from lvlm.runtime.backends import Backend, Buffer, Call, Session, host_dtype
+from lvlm.runtime.backends import Backend, Buffer, Call, GraphSession, host_dtype
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.generate.call_plan import PromptCounts
 from lvlm.runtime.generate.frames_before import FramesBefore
@@ -34,7 +34,7 @@ class Graphs:
         self, folder: Path, manifest: Manifest, backend: Backend, on_demand: Collection[str] = ()
     ) -> None:
         self.folder, self.manifest, self.backend = folder, manifest, backend
-        self.sessions: dict[str, Session] = {
+        self.sessions: dict[str, GraphSession] = {
             name: backend.load(folder, manifest, name)
             for name in manifest.graphs
             if name not in on_demand
@@ -44,7 +44,7 @@ class Graphs:
 
     @property
     def extends(self) -> bool:
-        """Whether there is a graph that reads several tokens behind what lies in the cache."""
+        """True where there is a graph that reads several tokens behind what lies in the cache."""
         return "extend" in self.manifest.graphs
 
     def bind(self, name: str, buffers: Mapping[str, Buffer]) -> Call:
@@ -63,7 +63,7 @@ class Graphs:
         return [features for features, _ in self._encoded(images)]
 
     def tokens(self, images: Sequence[PreparedImage]) -> list[ImageTokens]:
-        """Of each image, what goes on to the language model."""
+        """Image tokens of each image that go on to the language model."""
         found = self._encoded(images)
         before = self._frames.of(images, [features for features, _ in found], self.encode)
         return [

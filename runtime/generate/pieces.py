@@ -1,4 +1,4 @@
-"""Where a prompt may be cut that is read in pieces.
+"""Places where a prompt that is read in pieces may be cut.
 
 Where the tokens of an image see one another, those that follow too, a piece has all tokens of an
 image, or none: what is read later would not be seen.
@@ -34,11 +34,11 @@ def border_behind(image_id: np.ndarray, place: int) -> int:
     return place
 
 
-def most_at_once(images: Images, tokens: int) -> int:
+def max_at_once(images: Images, tokens: int) -> int:
     """The most tokens of a piece, where so many are asked for."""
     return max(tokens, images.tokens) if images.bidirectional else tokens
 
 
 def _within(image_id: np.ndarray, place: int) -> bool:
-    """Whether a cut before ``place`` goes through an image."""
+    """True where a cut before ``place`` goes through an image."""
     return bool(image_id[place] > 0 and image_id[place] == image_id[place - 1])

@@ -60,6 +60,6 @@ class Row:
 
     @property
     def cut_short(self) -> bool:
-        """Whether the cache's capacity ended it before its max_new_tokens."""
+        """True where the cache's capacity ended it before its max_new_tokens."""
         short = len(self.tokens) < self.prompt.max_new_tokens
         return self.finish_reason == "length" and short

@@ -31,8 +31,8 @@ class TokensBehind:
         while start < len(prompt.ids):
             if self._stopped:
                 raise BackendError("nobody waits for the answer any more; the prompt is left")
-            most = self.counts.until_compaction or TOKENS_AT_ONCE
-            span = range(start, min(start + min(most, TOKENS_AT_ONCE), len(prompt.ids)))
+            count = self.counts.until_compaction or TOKENS_AT_ONCE
+            span = range(start, min(start + min(count, TOKENS_AT_ONCE), len(prompt.ids)))
             logits = self.graphs.extend_kept(prompt, span, features, self.counts, self._extend)
             self._compacted()
             start = span.stop

@@ -78,7 +78,7 @@ def tokens_per_layer(
     return counts
 
 
-def most_entering(
+def max_entering(
     reductions: Sequence[Shortening],
     ratios: Sequence[float],
     image_tokens: int,

@@ -1,4 +1,4 @@
-"""What lies in a cache's slots, by counting: which are in use, which one is written next.
+"""Counts of a cache's slots: which are in use, which one is written next.
 
 Elimination one by one is Elastic Cache's fixed point (arXiv 2407.18121); compaction by the latest
 queries is this project's reading of LightVLM (arXiv 2509.00419).
@@ -16,7 +16,7 @@ from lvlm.runtime.policies.evictions import OneByOne
 
 
 class SlotCounts:
-    """Which slots each row of each layer has in use, of ``capacities`` [L].
+    """Counts of the slots that each row of each layer has in use, of ``capacities`` [L].
 
     A row's entries lie in slots 0 up to its ``lengths`` [L,B]; ``seen`` [L,B] counts all that the
     layer ever cached for it. What happens to the surplus depends on the manifest's compression:

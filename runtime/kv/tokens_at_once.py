@@ -1,4 +1,4 @@
-"""Tokens read at once as decode would read them one by one: what becomes of which entry.
+"""Tokens read at once as decode would read them one by one: which entries stay, leave and come.
 
 Which token takes whose slot is a matter of counting, so decode's own steps are counted here before
 anything is run. The graph extend then does what they would have done (extend_kept.py).

@@ -1,4 +1,4 @@
-"""What a data: URL holds."""
+"""Content of a data: URL."""
 
 from __future__ import annotations
 

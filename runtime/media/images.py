@@ -29,10 +29,10 @@ ImageSource: TypeAlias = (
 )
 
 MAX_PIXELS = 64_000_000  # of an image, unless a call says otherwise: 450 MB while it is decoded
-MOST_PIXELS = 178_956_970  # that a call may say: Pillow opens no larger files
+PILLOW_MAX_PIXELS = 178_956_970  # that a call may say: Pillow opens no larger files
 MAX_SIDE = 32_768
 
-# Not all that Pillow knows: its EPS reader starts Ghostscript, and its icon readers decode a
+# Not all that Pillow knows: its EPS reader starts Ghostscript, and its icon readers decode an
 # image of another size than they announce. The first five need no other plugins to be imported.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "AVIF")
 _TAKEN = (
@@ -83,7 +83,7 @@ def _described(source: object) -> str:
 
 
 def _whole(file: Any) -> BinaryIO:
-    """What an opened file holds from where it stands: Pillow would read it later, and close it."""
+    """Content of an opened file from where it stands: Pillow would read it later, and close it."""
     try:
         data = file.read()
     except Exception as error:  # whatever such an object raises

@@ -68,7 +68,7 @@ def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
 
 
 def _factor(image: Image.Image) -> float | None:
-    """What samples wider than 8 bits are multiplied by; None: they are taken as they are."""
+    """Factor that samples wider than 8 bits are multiplied by; None: they are taken as they are."""
     if image.mode not in WIDE:
         return None
     low, high = (float(x) for x in image.getextrema())  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ class PreparedImage:
     size    height and width before it was prepared, where the family's model in transformers asks
     choice  which of the V tokens go on to the language model; None: all
     before  the frame before it of the same video
-    box     left, top, right and bottom of what was prepared, in widths and heights of the picture:
+    box     left, top, right and bottom of what was prepared, in widths and heights of the image:
             0, 0, 1, 1 is all of it; less where it was cropped, more where it was padded
     grid    int [R,C]: of a grid over the box, the token at each place, -1: none; None: that of
             Images.grid, or none is known
@@ -83,7 +83,7 @@ class PreparedImage:
         mixed = np.zeros((self.tokens, rows.shape[1]), np.float32)
         for part in range(self.index.shape[1]):
             mixed += self.weight[:, part : part + 1] * wide[self.index[:, part]]
-        return _narrowed(mixed, rows.dtype)
+        return _rounded_to(mixed, rows.dtype)
 
     def chosen(
         self,
@@ -91,14 +91,15 @@ class PreparedImage:
         scores: np.ndarray | None = None,
         before: np.ndarray | None = None,
     ) -> ImageTokens:
-        """What goes on to the language model, of the ``features`` [V,D] and, where its choice asks
-        for them, the tower's ``scores`` [V,S], or the features of the frame ``before``."""
+        """Image tokens that go on to the language model, of the ``features`` [V,D] and, where its
+        choice asks for them, the tower's ``scores`` [V,S], or the features of the frame
+        ``before``."""
         if self.choice is None:
             return ImageTokens(features, np.arange(self.tokens))
         if before is not None:
             scores = _widened(before)
         rows, made = self.choice.reduce(_widened(features), scores)
-        return ImageTokens(_narrowed(made, features.dtype), rows)
+        return ImageTokens(_rounded_to(made, features.dtype), rows)
 
     def digest(self) -> bytes:
         """Names the image by its content as the language model sees it."""
@@ -122,7 +123,7 @@ def _widened(rows: np.ndarray) -> np.ndarray:
     return rows.astype(np.float32)
 
 
-def _narrowed(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _rounded_to(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if dtype != np.uint16:
         return rows.astype(dtype)
     bits = rows.view(np.uint32)

@@ -17,7 +17,7 @@ from lvlm.runtime.options.option_kinds import Option
 
 LONGEST_SCHEMA = 1_000_000  # characters
 LONGEST_TEXT = 100_000  # of a regular expression, a grammar, or all choices together
-MOST_CHOICES = 10_000
+MAX_CHOICES = 10_000
 
 Kind: TypeAlias = Literal["schema", "regex", "choice", "grammar"]
 KINDS: tuple[Kind, ...] = ("schema", "regex", "choice", "grammar")
@@ -72,7 +72,7 @@ def _schema(value: object) -> SchemaText:
 
 
 def loaded_json(text: str) -> object:
-    """What JSON text says. Raises ValueError."""
+    """Value of JSON text. Raises ValueError."""
     try:
         return json.loads(text, parse_constant=_no_json)
     except RecursionError:
@@ -96,13 +96,13 @@ def _choice(value: object) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise TypeError
     texts = tuple(_text(text) for text in value)
-    if not 0 < len(texts) <= MOST_CHOICES or sum(map(len, texts)) > LONGEST_TEXT:
+    if not 0 < len(texts) <= MAX_CHOICES or sum(map(len, texts)) > LONGEST_TEXT:
         raise ValueError
     return tuple(dict.fromkeys(texts))
 
 
 def writes(text: str) -> bool:
-    """Whether it is Unicode: half a surrogate pair is none."""
+    """True where it is Unicode: half a surrogate pair is none."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -125,7 +125,7 @@ REGEX = Option(
     "answer with a text that all of this regular expression matches",
 )
 CHOICE = Option(
-    f"a list of texts, up to {MOST_CHOICES:,}, none empty, {LONGEST_TEXT:,} characters together",
+    f"a list of texts, up to {MAX_CHOICES:,}, none empty, {LONGEST_TEXT:,} characters together",
     _choice,
     "texts",
     "TEXT",

@@ -15,7 +15,7 @@ from lvlm.runtime.options.option_kinds import Option
 from lvlm.runtime.options.structure_kinds import loaded_json, writes
 
 LONGEST_TOOLS = 100_000  # characters of JSON
-MOST_TOOLS = 128
+MAX_TOOLS = 128
 DEEPEST = 60  # values within one another, in tools and calls
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -30,7 +30,7 @@ def read_tools(text: object) -> list[dict[str, Any]]:
 
 
 def too_deep(value: object) -> bool:
-    """Whether values of JSON lie deeper within one another than tools and calls may have them."""
+    """True where values of JSON lie deeper within one another than those of tools may."""
     within = [value]
     for _ in range(DEEPEST):
         inner: list[object] = []
@@ -54,7 +54,7 @@ def _tools(value: object) -> ToolsText:
         value = loaded_json(value)
     if not isinstance(value, list | tuple):
         raise TypeError
-    if not 0 < len(value) <= MOST_TOOLS or not all(map(_is_tool, value)) or too_deep(value):
+    if not 0 < len(value) <= MAX_TOOLS or not all(map(_is_tool, value)) or too_deep(value):
         raise ValueError
     if len({tool["function"]["name"] for tool in value}) < len(value):
         raise ValueError
@@ -78,7 +78,7 @@ def _is_tool(value: object) -> bool:
 
 
 TOOLS = Option(
-    f"a list of 1 to {MOST_TOOLS} tools of different names, or its JSON text of up to "
+    f"a list of 1 to {MAX_TOOLS} tools of different names, or its JSON text of up to "
     f'{LONGEST_TOOLS:,} characters, each as {{"type": "function", "function": {{"name": …, '
     '"description": …, "parameters": a JSON schema}} with a name of 1 to 64 letters, digits, _, . '
     "and -",

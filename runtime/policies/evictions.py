@@ -109,7 +109,8 @@ class FixedPoint(OneByOne):
         integer("distance", self.distance, 0)
 
     def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
-        """Where only sinks are left of the prompt, the answer loses its oldest."""
+        """Index of the entry that leaves. Where only sinks are left of the prompt, the answer's
+        oldest."""
         point = np.maximum(_before_the_end(kept, self.distance), sinks)
         return np.asarray(np.minimum(point, kept), np.int64)
 

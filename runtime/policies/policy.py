@@ -207,12 +207,12 @@ class CachePolicy:
 
     @property
     def received(self) -> bool:
-        """Whether each entry has the attention that it got beside it, which goes on in decode."""
+        """True where each entry has beside it the attention that it got, also in decode."""
         return isinstance(self.score, Accumulated | Latest)
 
     @property
     def sums(self) -> bool:
-        """Whether that is a sum over all queries so far."""
+        """True where that is a sum over all queries so far."""
         return isinstance(self.score, Accumulated)
 
     @property

@@ -106,13 +106,13 @@ class LlavaProcessor:
         return pil_image
 
     def box(self, height: int, width: int) -> Box:
-        """What ``fit`` leaves of such an image (PreparedImage.box)."""
+        """Part of such an image that ``fit`` leaves (PreparedImage.box)."""
         rows, columns = (max(height, width),) * 2 if self._pad is not None else (height, width)
         top, left = (rows - height) // 2, (columns - width) // 2
         high, wide = (rows, columns) if self._resize is None else self._resized(rows, columns)
         tall, broad = self._crop or (high, wide)
         over, before = (high - tall) // 2, (wide - broad) // 2
-        across, down = columns / wide, rows / high  # pixels of the picture per pixel
+        across, down = columns / wide, rows / high  # pixels of the image per pixel
         return (
             (before * across - left) / width,
             (over * down - top) / height,

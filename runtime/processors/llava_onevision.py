@@ -123,7 +123,7 @@ class LlavaOnevisionProcessor:
         )
 
     def _frame(self, tile: npt.NDArray[np.float32], last: bool) -> PreparedImage:
-        """Of a video: patches pooled two by two; the newline after the last frame only."""
+        """Frame of a video: patches pooled two by two; the newline after the last frame only."""
         patches = self.tiles.patches
         half = math.ceil(patches / 2)
         index, weight = shrink(self.tiles.whole().reshape(patches, patches), half, half)

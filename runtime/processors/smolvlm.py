@@ -85,7 +85,7 @@ class SmolVLMProcessor:
         )
 
     def _expansion(self, rows: int, columns: int) -> str:
-        """What stands for an image in the prompt: 0 rows where there is one tile."""
+        """Text that stands for an image in the prompt: 0 rows where there is one tile."""
         tile = self._token * self._tokens
         places = [
             "".join(

@@ -13,7 +13,7 @@ from lvlm.runtime.prompt.literal_text import Literals, hiding
 from lvlm.runtime.prompt.messages import Conversation, ImagePart, Message, Role, TextPart
 from lvlm.runtime.prompt.template_budget import Budget, TemplateLimitError, spending
 from lvlm.runtime.prompt.template_kind import TemplateKind, Tools, line_of
-from lvlm.runtime.prompt.tools.calls import all_texts, each_text
+from lvlm.runtime.prompt.tools.tool_calls import all_texts, each_text
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Literals:
         return text.translate(self._shown) if _MAYBE.search(text) else text
 
     def marks(self, text: str) -> list[bool]:
-        """Of every character whether it came from a message."""
+        """Marks of the characters that came from a message."""
         return [ord(c) in self._shown for c in text]
 
     def runs(self, text: str) -> list[tuple[str, bool]]:
@@ -95,7 +95,7 @@ def hiding(literals: Literals) -> Generator[None]:
 
 
 def has_hidden(value: Any) -> bool:
-    """Whether there is hidden text in it, at any depth."""
+    """True where there is hidden text in it, at any depth."""
     if _current.get() is None:
         return False
     if isinstance(value, str):
@@ -119,8 +119,8 @@ def shown(value: Any) -> Any:
 
 
 def hidden(value: Any, of: Any = None) -> Any:
-    """What was made of shown values, its texts hidden; ``of``: the hidden one that it was made of,
-    if that was a text."""
+    """Value that was made of shown ones, its texts hidden; ``of``: the hidden one that it was made
+    of, if that was a text."""
     literals = _current.get()
     if literals is None:
         return value

@@ -154,7 +154,7 @@ def _joined(runs: Iterable[tuple[str, bool]]) -> tuple[str, bytes]:
 
 
 def _same(text: str, token: str) -> bool:
-    """Whether the text is the token's name, as any normalizer may see it."""
+    """True where the text is the token's name, as any normalizer may see it."""
     return _plain(token) in _plain(text)
 
 

@@ -10,7 +10,7 @@ from lvlm.core.discovery import nearest
 from lvlm.core.errors import PromptError, shown
 from lvlm.runtime.media.images import ImageSource
 from lvlm.runtime.media.video import VideoSource
-from lvlm.runtime.prompt.tools.calls import ToolCall, all_texts, read_calls
+from lvlm.runtime.prompt.tools.tool_calls import ToolCall, all_texts, read_calls
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 """One conversation: messages of a role and a content, in order."""
@@ -74,17 +74,17 @@ class Conversation:
 
     @property
     def images(self) -> list[ImageSource]:
-        """Of all messages, in order."""
+        """Images of all messages, in order."""
         return [part.image for part in self._parts() if isinstance(part, ImagePart)]
 
     @property
     def videos(self) -> list[VideoSource]:
-        """Of all messages, in order."""
+        """Videos of all messages, in order."""
         return [part.video for part in self._parts() if isinstance(part, VideoPart)]
 
     @property
     def blank(self) -> bool:
-        """Whether nothing is said, shown or called."""
+        """True where nothing is said, shown or called."""
         called = any(message.calls for message in self.messages)
         return not called and not any(
             not isinstance(p, TextPart) or p.text.strip() for p in self._parts()
@@ -102,7 +102,7 @@ class Conversation:
 
 
 def is_messages(value: object) -> bool:
-    """Whether it is meant as one conversation: a list that begins with a message."""
+    """True where it is meant as one conversation: a list that begins with a message."""
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
 
 

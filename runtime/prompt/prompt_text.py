@@ -100,11 +100,11 @@ class PromptWriter:
         return self._encode_literal(prompt.text, prompt.literals, not prompt.begun)
 
     def begins(self, text: str) -> bool:
-        """Whether a template has written the token that begins a text: no other is added."""
+        """True where a template has written the token that begins a text: no other is added."""
         return bool(self._bos) and text.startswith(str(self._bos))
 
     def advice(self, what: str, prompt: str | Conversation, options: GenerationOptions) -> str:
-        """What helps where there are more or fewer placeholders than images or videos."""
+        """Advice where there are more or fewer placeholders than images or videos."""
         token = (self._image_token if what == "image" else self._video_token) or ""
         if isinstance(prompt, Conversation):
             return (

@@ -122,8 +122,8 @@ class PromptMaker:
         )
 
     def tool_form(self, chat_template: bool | str = True) -> ToolForm | None:
-        """How a chat template, as the option says which, writes calls of tools; None if it has no
-        place for tools, or that form is not read here. Raises ParameterError."""
+        """Form in which a chat template, as the option says which, writes calls of tools; None if
+        it has no place for tools, or that form is not read here. Raises ParameterError."""
         template = self._writer.given(chat_template)
         return None if template is None else template.tool_form
 

@@ -48,18 +48,18 @@ def tokens_left(
     rule = rules()[reduction.rule]
     if not rule.temporal:
         return [kept(image.tokens, ratio) for image in images]
-    clips: list[list[PreparedImage]] = []
+    videos: list[list[PreparedImage]] = []
     for image in images:
         before = image.before
-        if clips and before is not None and before.arrays is clips[-1][-1].arrays:
-            clips[-1].append(image)
+        if videos and before is not None and before.arrays is videos[-1][-1].arrays:
+            videos[-1].append(image)
         else:
-            clips.append([image])
+            videos.append([image])
     found: list[int] = []
-    for clip in clips:
-        tokens = [image.tokens for image in clip]
+    for video in videos:
+        tokens = [image.tokens for image in video]
         total = sum(kept(count, ratio) for count in tokens)
-        pixels = [image.arrays["pixel_values"] for image in clip]
+        pixels = [image.arrays["pixel_values"] for image in video]
         found += cast(TemporalRule, rule).shared(pixels, tokens, total)
     return found
 

@@ -73,7 +73,7 @@ def _looking(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _added(function: Callable[..., Any]) -> int:
-    """How many arguments Jinja puts before a filter's own."""
+    """Number of arguments that Jinja puts before a filter's own."""
     return 1 if getattr(function, "jinja_pass_arg", None) is not None else 0
 
 

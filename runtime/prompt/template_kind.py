@@ -1,4 +1,4 @@
-"""What kind of chat template it is: found out by running it on messages that are made up."""
+"""Kind of a chat template, found out by running it on messages that are made up."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TemplateKind:
             self._turn, self.lead = self._assistant_turn()
 
     def run(self, messages: list[dict[str, Any]], answer: bool = True, tools: Tools = ()) -> str:
-        """What the template writes, within the budget that is being spent. Raises whatever it
+        """Text that the template writes, within the budget that is being spent. Raises whatever it
         raises."""
         variables = {
             **self._special_tokens,
@@ -100,7 +100,7 @@ class TemplateKind:
         return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
 
     def takes(self, role: Role) -> frozenset[Content]:
-        """How content may be given in messages of that role; nothing: it writes none of them."""
+        """Ways to give content in messages of that role; none: it writes none of them."""
         if role not in self._ways:
             with spending(Budget()):
                 ways: tuple[Content, ...] = ("parts", "text")
@@ -113,31 +113,31 @@ class TemplateKind:
 
     @property
     def dated(self) -> bool:
-        """Whether it may write another text on another day."""
+        """True where it may write another text on another day."""
         return "strftime_now" in self._source
 
     @cached_property
     def takes_tools(self) -> bool:
-        """Whether it has a place for tools."""
+        """True where it has a place for tools."""
         with spending(Budget()):
             return takes_tools(self._try_tools)
 
     @cached_property
     def writes_calls(self) -> bool:
-        """Whether it writes the tool_calls of an assistant's message."""
+        """True where it writes the tool_calls of an assistant's message."""
         with spending(Budget()):
             return writes_calls(self._try_tools)
 
     @cached_property
     def tool_form(self) -> ToolForm | None:
-        """How it writes calls, if it does so in a form that can be read back."""
+        """Form in which it writes calls, if it does so in a form that can be read back."""
         if not self.takes_tools:
             return None
         with spending(Budget()):
             return find_form(self._try_tools)
 
     def _try_tools(self, messages: list[dict[str, Any]], tools: Tools, answer: bool) -> str:
-        """What it makes of messages whose contents are texts, given as it takes them."""
+        """Text that it makes of messages whose contents are texts, given as it takes them."""
         given = [
             message | self.message(message["role"], message["content"]) for message in messages
         ]
@@ -146,8 +146,8 @@ class TemplateKind:
     def _tried(
         self, role: str, content: Content, images: int = 0, called: bool = False
     ) -> str | None:
-        """What it makes of a message of that role; None if it cannot take it that way. ``called``:
-        one of role tool answers a call."""
+        """Text that it makes of a message of that role; None if it cannot take it that way.
+        ``called``: one of role tool answers a call."""
         message = self.message(role, PROBE, images, content=content)
         user = self.message("user", "x")
         before = {"user": [], "system": [], "assistant": [user], "tool": [user]}[role]
@@ -171,7 +171,7 @@ class TemplateKind:
         return text if PROBE in text and not shows else None
 
     def _find_way(self, role: str) -> str | None:
-        """How content is given in messages of that role; what is made of a probe, if anything."""
+        """Find how content is given in messages of that role; the text made of a probe, if any."""
         ways: tuple[tuple[Content, int], ...] = (("parts", 1), ("parts", 0), ("text", 0))
         for content, images in ways:
             if (text := self._tried(role, content, images)) is not None:
@@ -180,8 +180,8 @@ class TemplateKind:
         return None
 
     def _assistant_turn(self) -> tuple[str, str]:
-        """How a prompt ends that is ready for the answer, and what the template writes between
-        that and an assistant's message, where it is white space alone."""
+        """End of a prompt that is ready for the answer, and the text that the template writes
+        between that and an assistant's message, where it is white space alone."""
         user, answer = self.message("user", "x" + PROBE), self.message("assistant", PROBE)
         try:
             start = self.run([user])

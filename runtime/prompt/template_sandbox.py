@@ -177,12 +177,12 @@ _COMPARED = "compared()"
 
 
 def _output(value: object) -> object:
-    """What ``{{ }}`` prints."""
+    """Value that ``{{ }}`` prints."""
     return template_functions.printed(value)
 
 
 def _each(value: Any, cost: int) -> Any:
-    """What a loop goes through: every item is work, also one that the loop's ``if`` skips."""
+    """Items that a loop goes through: every item is work, also one that the loop's ``if`` skips."""
     if hasattr(value, "__len__"):
         budget().work(1 + cost * len(value))
         return value
@@ -200,7 +200,7 @@ def _step(cost: int) -> None:
 
 
 def _looked(value: Any) -> Any:
-    """What is hashed."""
+    """Value that is hashed."""
     budget().weigh(value)
     return value
 
@@ -211,7 +211,7 @@ def _compared(value: Any) -> Any:
 
 
 def _taken(value: Any) -> Any:
-    """What a slice made."""
+    """Value that a slice made."""
     return template_functions.checked(value)
 
 
@@ -220,7 +220,7 @@ def _joined(values: tuple[Any, ...]) -> str:
 
 
 def _at_run_time(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As a filter that Jinja does not evaluate while it compiles."""
+    """The filter as one that Jinja does not evaluate while it compiles."""
 
     @jinja2.pass_context
     def called(_: Context, *args: Any) -> Any:

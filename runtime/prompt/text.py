@@ -138,7 +138,7 @@ def _no_tokenizer(name: str, reason: object) -> BundleError:
 
 
 def _check_post_processor(processor: dict[str, Any], name: str) -> None:
-    """What would make the library panic, which is no Exception, at the first prompt."""
+    """Refuse what would make the library panic, which is no Exception, at the first prompt."""
     for inner in processor.get("processors", ()):
         _check_post_processor(inner, name)
     for piece in processor.get("single", ()):

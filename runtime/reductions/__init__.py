@@ -25,11 +25,11 @@ class Rule(Protocol):
 
     @property
     def scored(self) -> bool:
-        """Whether it asks for scores of the vision tower's."""
+        """True where it asks for scores of the vision tower's."""
 
     @property
     def temporal(self) -> bool:
-        """Whether it looks at the frame before, of videos: it is a TemporalRule."""
+        """True where it looks at the frame before, of videos: it is a TemporalRule."""
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raise ParameterError for settings that ``reduce`` does not take."""
@@ -55,7 +55,7 @@ class TemporalRule(Rule, Protocol):
     def shared(
         self, frames: Sequence[np.ndarray], tokens: Sequence[int], total: int
     ) -> Sequence[int]:
-        """How many tokens of each frame go on, known before any is encoded.
+        """Number of tokens of each frame that go on, known before any is encoded.
 
         Args:
             frames: the pixels of every frame of a video, as the vision graph takes them.

@@ -12,10 +12,10 @@ from lvlm.runtime.reductions import no_others
 
 
 class Evs:
-    """Rule ``evs``: a clip's first frame whole, of every other the tokens least like those at the
-    same place of the frame before, by cosine; of equal ones the first. Stills stay whole.
+    """Rule ``evs``: a video's first frame whole, of every other the tokens least like those at
+    the same place of the frame before, by cosine; of equal ones the first. Stills stay whole.
 
-    How a clip's tokens are shared out among its frames is known before they are encoded: by how
+    How a video's tokens are shared out among its frames is known before they are encoded: by how
     much their pixels changed since the frame before.
     """
 
@@ -38,18 +38,18 @@ class Evs:
             total: of all frames, at most their sum.
         """
         change = [_change(before, now) for before, now in pairwise(frames)]
-        most = np.array(tokens[1:])
-        left = max(0, total - tokens[0] - len(most))  # beyond one of each
-        stay, weight = np.ones(len(most), np.int64), np.array(change)
+        limits = np.array(tokens[1:])
+        left = max(0, total - tokens[0] - len(limits))  # beyond one of each
+        stay, weight = np.ones(len(limits), np.int64), np.array(change)
         if weight.sum() == 0:
-            weight = np.ones(len(most))
+            weight = np.ones(len(limits))
         while left > 0:
-            open_ = (stay < most) & (weight > 0)
+            open_ = (stay < limits) & (weight > 0)
             if not open_.any():
-                weight = np.where(stay < most, 1.0, 0.0)  # nothing else changed
+                weight = np.where(stay < limits, 1.0, 0.0)  # nothing else changed
                 continue
             share = np.where(open_, weight, 0) * (left / weight[open_].sum())
-            more = np.minimum(np.floor(share).astype(np.int64), most - stay)
+            more = np.minimum(np.floor(share).astype(np.int64), limits - stay)
             if not more.any():  # less than one each: the largest shares first, of equal ones too
                 first = np.argsort(-share, kind="stable")[: min(left, int(open_.sum()))]
                 more[first] = 1

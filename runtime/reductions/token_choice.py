@@ -1,4 +1,4 @@
-"""Which tokens of an image go on, of each run of them in the prompt."""
+"""Choice of the tokens of an image that go on, of each run of them in the prompt."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TokenChoice:
 
     @property
     def temporal(self) -> bool:
-        """Whether it asks for the features of the frame before."""
+        """True where it asks for the features of the frame before."""
         return rules()[self.rule].temporal
 
     def reduce(

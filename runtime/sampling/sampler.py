@@ -86,7 +86,7 @@ class Sampler:
 
     @property
     def complete(self) -> bool:
-        """Whether the structure is complete, and nothing may follow."""
+        """True once the structure is complete, and nothing may follow."""
         return self._place is not None and self._place.complete
 
     def _draw(self, scores: npt.NDArray[np.float32]) -> int:

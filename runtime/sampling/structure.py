@@ -32,7 +32,7 @@ class Structure:
 
 
 class Place:
-    """How far one answer has come in its structure. For one thread at a time.
+    """Place that one answer has reached in its structure. For one thread at a time.
 
     ``complete``: it may end, and nothing else may follow.
     """

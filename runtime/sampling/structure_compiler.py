@@ -128,7 +128,7 @@ def check(name: str, error: str) -> None:
 
 
 def _grammars(library: Any, asked: Asked, lead: str) -> list[dict[str, Any]]:
-    """What llguidance takes: the structure, within a rule of its own where a lead may come."""
+    """Grammars for llguidance: the structure, within a rule of its own where a lead may come."""
     body = _body(library, asked)
     if not lead:
         return [body]

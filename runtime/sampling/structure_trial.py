@@ -35,13 +35,13 @@ def limit() -> None:
         import resource
     except ImportError:  # not on Windows: the parent's patience is the limit there
         return
-    for what, most in (
+    for what, limit in (
         (resource.RLIMIT_CPU, SECONDS),
         (resource.RLIMIT_AS, MEMORY),
         (resource.RLIMIT_CORE, 0),
     ):
         soft, hard = resource.getrlimit(what)
-        allowed = [most, *(n for n in (soft, hard) if n != resource.RLIM_INFINITY)]
+        allowed = [limit, *(n for n in (soft, hard) if n != resource.RLIM_INFINITY)]
         resource.setrlimit(what, (min(allowed), hard))
 
 

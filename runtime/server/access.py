@@ -1,4 +1,4 @@
-"""Who may ask, and how much: keys, sizes, ids and the log, around all that answers."""
+"""Access control around all that answers: keys, sizes, ids and the log."""
 
 from __future__ import annotations
 
@@ -40,12 +40,17 @@ class Access:
         app: ASGIApp,
         *,
         keys: Sequence[str],
-        most_bytes: int,
+        max_bytes: int,
         body_seconds: float,
         refused: Callable[[int], None],
     ) -> None:
         """``refused`` is told the status of what ends here."""
-        self._app, self._most, self._seconds, self._refused = app, most_bytes, body_seconds, refused
+        self._app, self._max_bytes, self._seconds, self._refused = (
+            app,
+            max_bytes,
+            body_seconds,
+            refused,
+        )
         self._keys = [_hash(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,9 +103,11 @@ class Access:
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body. Raises Refusal where it is too large, or too slow."""
-        too_large = Refusal(413, f"the body is larger than {self._most:,} bytes", code="too_large")
+        too_large = Refusal(
+            413, f"the body is larger than {self._max_bytes:,} bytes", code="too_large"
+        )
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > self._most:
+        if length.isdecimal() and int(length[:20]) > self._max_bytes:
             raise too_large
         chunks, size = [], 0
         try:
@@ -111,7 +118,7 @@ class Access:
                         raise Refusal(499, "the client is gone")
                     chunks.append(message.get("body", b""))
                     size += len(chunks[-1])
-                    if size > self._most:
+                    if size > self._max_bytes:
                         raise too_large
                     if not message.get("more_body"):
                         return b"".join(chunks)

@@ -100,7 +100,8 @@ def _scored(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
 
 
 def details(answer: Generation, first_token_ms: float, full_cache_bytes: int) -> dict[str, Any]:
-    """What ``lvlm_details`` asks for: what an answer took, and what became of each image token."""
+    """Details that ``lvlm_details`` asks for: what an answer took, and the fate of each image
+    token."""
     stats = answer.stats
     return {
         "queued_ms": round(stats.queued_ms, 2),

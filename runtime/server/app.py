@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from lvlm.core.errors import LvlmError
 from lvlm.core.version import version
-from lvlm.runtime.server import chat, completions, operations, page, responses
+from lvlm.runtime.server import chat_completions, completions, operations, page, responses
 from lvlm.runtime.server.access import Access
 from lvlm.runtime.server.answered import compact
 from lvlm.runtime.server.refusals import LONGEST, Refusal, misfit, refusal
@@ -27,11 +27,11 @@ log = logging.getLogger("lvlm.server")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may send, and who may. ``origins``: pages of other servers that may ask from a
-    browser."""
+    """Limits on what a client may send, and on who may. ``origins``: pages of other servers that
+    may ask from a browser."""
 
     keys: Sequence[str] = ()
-    most_bytes: int = 64 << 20
+    max_bytes: int = 64 << 20
     body_seconds: float = 60.0
     origins: Sequence[str] = ()
 
@@ -57,7 +57,7 @@ def make_app(service: Service, limits: Limits | None = None) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.service = service
-    for part in (chat, completions, responses, operations, page):
+    for part in (chat_completions, completions, responses, operations, page):
         app.include_router(part.router)
     for kind in (LvlmError, Refusal):
         app.add_exception_handler(kind, _refused)
@@ -67,7 +67,7 @@ def make_app(service: Service, limits: Limits | None = None) -> FastAPI:
     app.add_middleware(
         Access,
         keys=limits.keys,
-        most_bytes=limits.most_bytes,
+        max_bytes=limits.max_bytes,
         body_seconds=limits.body_seconds,
         refused=lambda status: service.metrics.refused("", status),
     )

@@ -1,4 +1,4 @@
-"""From a body to what an engine takes: messages with their pictures read, and options."""
+"""From a body to what an engine takes: messages with their images read, and options."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from lvlm.core.errors import CapacityError, ParameterError
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.messages import OWN_KEYS
-from lvlm.runtime.prompt.tools.calls import all_texts
+from lvlm.runtime.prompt.tools.tool_calls import all_texts
 from lvlm.runtime.server.fields import (
-    MOST_ITEMS,
+    MAX_ITEMS,
     ChatFields,
     CompletionFields,
     ResponseFields,
@@ -27,10 +27,10 @@ from lvlm.runtime.server.tools import (
     of_responses,
 )
 
-Read = Callable[[str], Awaitable[bytes]]  # of the URL of a picture or a video
+Read = Callable[[str], Awaitable[bytes]]  # of the URL of an image or a video
 
-MOST_LOGPROBS = 20  # as in OpenAI's API
-MOST_STOPS = 64
+MAX_LOGPROBS = 20  # as in OpenAI's API
+MAX_STOPS = 64
 LONGEST_TOKEN = 128  # characters: so many spaces in a row are one of some vocabularies
 # Field -> option, where the names differ
 OPTION_NAMES = {"min_tokens": "min_new_tokens"}
@@ -46,10 +46,10 @@ TEXTS = ("text", "input_text", "output_text")
 
 @dataclass(frozen=True)
 class Usual:
-    """What counts where a request says nothing, and what no request may exceed.
+    """Options where a request says nothing, and bounds that no request may exceed.
 
     options  of GenerationOptions; their max_new_tokens are the most there is room for
-    media    pictures and videos of a request
+    media    images and videos of a request
     """
 
     options: Mapping[str, Any]
@@ -58,7 +58,7 @@ class Usual:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked of an engine: ``prompt`` is text as it stands, or messages; ``tools`` what the
+    """Request to an engine: ``prompt`` is text as it stands, or messages; ``tools`` what the
     answers may call."""
 
     prompt: str | list[dict[str, Any]]
@@ -68,7 +68,7 @@ class Wanted:
 
 
 async def of_chat(body: ChatFields, read: Read, usual: Usual, skill: ToolSkill) -> Wanted:
-    """Of POST /v1/chat/completions.
+    """Read the body of POST /v1/chat/completions.
 
     Raises Refusal, and what ``read`` raises.
     """
@@ -87,7 +87,7 @@ async def of_chat(body: ChatFields, read: Read, usual: Usual, skill: ToolSkill) 
 
 
 def of_completion(body: CompletionFields, usual: Usual) -> list[Wanted]:
-    """Of POST /v1/completions: a prompt each."""
+    """Read the body of POST /v1/completions: a prompt each."""
     for name in ("echo", "suffix"):
         if getattr(body, name):
             raise Refusal(400, f"{name} is not supported; leave it out", param=name)
@@ -106,7 +106,7 @@ def of_completion(body: CompletionFields, usual: Usual) -> list[Wanted]:
 
 
 async def of_response(body: ResponseFields, read: Read, usual: Usual, skill: ToolSkill) -> Wanted:
-    """Of POST /v1/responses."""
+    """Read the body of POST /v1/responses."""
     if body.previous_response_id is not None:
         raise Refusal(
             400,
@@ -129,20 +129,20 @@ async def of_response(body: ResponseFields, read: Read, usual: Usual, skill: Too
     return Wanted(await _messages(messages, read, usual), options, body.timeout, tools)
 
 
-def _options(body: Sampled, most: int | None, name: str, usual: Usual) -> dict[str, Any]:
+def _options(body: Sampled, max_tokens: int | None, name: str, usual: Usual) -> dict[str, Any]:
     given = dict(usual.options) | {
         OPTION_NAMES.get(field, field): value
         for field in SAME
         if (value := getattr(body, field)) is not None
     }
-    tokens = most if most is not None else body.max_tokens
+    tokens = body.max_tokens if max_tokens is None else max_tokens
     if tokens is not None and tokens < 1:
-        field = name if most is not None else "max_tokens"
+        field = "max_tokens" if max_tokens is None else name
         raise Refusal(400, f"{field} is {tokens}; give 1 or more", param=field)
     room = usual.options["max_new_tokens"]
     given["max_new_tokens"] = min(tokens or room, room)
-    if isinstance(body.stop, list) and len(body.stop) > MOST_STOPS:  # looked for at every token
-        raise Refusal(400, f"stop has more than {MOST_STOPS} texts; give fewer", param="stop")
+    if isinstance(body.stop, list) and len(body.stop) > MAX_STOPS:  # looked for at every token
+        raise Refusal(400, f"stop has more than {MAX_STOPS} texts; give fewer", param="stop")
     if body.logit_bias:
         given["logit_bias"] = _biases(body.logit_bias)
     if body.structured_outputs is not None:
@@ -177,8 +177,8 @@ def _shape(given: dict[str, Any], kind: str, schema: dict[str, Any] | None, wher
 
 
 def _top(count: int | None, name: str) -> int:
-    if not 0 <= (count or 0) <= MOST_LOGPROBS:
-        raise Refusal(400, f"{name} is {count}; give 0 to {MOST_LOGPROBS}", param=name)
+    if not 0 <= (count or 0) <= MAX_LOGPROBS:
+        raise Refusal(400, f"{name} is {count}; give 0 to {MAX_LOGPROBS}", param=name)
     return count or 0
 
 
@@ -204,14 +204,14 @@ async def _messages(
     if media > usual.media:  # before any is read
         raise Refusal(
             400,
-            f"the messages have {media} pictures and videos, and there is room for {usual.media}; "
+            f"the messages have {media} images and videos, and there is room for {usual.media}; "
             "send fewer",
             param="messages",
             code="context_length_exceeded",
         )
-    if len(parts) > MOST_ITEMS:
+    if len(parts) > MAX_ITEMS:
         raise Refusal(
-            400, f"the messages have more than {MOST_ITEMS:,} parts; send fewer", param="messages"
+            400, f"the messages have more than {MAX_ITEMS:,} parts; send fewer", param="messages"
         )
     texts = [x.get("text") for x in parts if isinstance(x, Mapping)]
     called = all_texts([one.get("tool_calls") for one in given])

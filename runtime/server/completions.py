@@ -70,7 +70,7 @@ class Continued(Reply):
         return Response(compact(data), media_type="application/json")
 
     def stream(self) -> AsyncGenerator[bytes]:
-        """As they come. What goes wrong on the way is an event of its own."""
+        """The answers as they come. What goes wrong on the way is an event of its own."""
         return self._told(self._chunks(), lambda refused: event(refused.body))
 
     async def _chunks(self) -> AsyncGenerator[bytes]:
@@ -92,7 +92,7 @@ class Continued(Reply):
         yield DONE
 
     def _usage(self) -> dict[str, Any]:
-        """Of all prompts."""
+        """Usage of all prompts."""
         return added(usage([handle.own_result() for handle in one]) for one in self._prompts)
 
     def _choice(self, index: int, text: str, ended: str | None) -> dict[str, Any]:

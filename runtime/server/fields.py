@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-MOST_ITEMS = 10_000  # of a list or an object: pydantic checks each one on the event loop
+MAX_ITEMS = 10_000  # of a list or an object: pydantic checks each one on the event loop
 
 
 def _json_number(value: object) -> object:
@@ -30,13 +30,13 @@ class Fields(BaseModel):
     @classmethod
     def _few(cls, value: object) -> object:
         """Before pydantic looks at the items, and makes an error of kilobytes for each."""
-        if isinstance(value, list | dict) and len(value) > MOST_ITEMS:
-            raise ValueError(f"it has {len(value):,} items; give {MOST_ITEMS:,} at most")
+        if isinstance(value, list | dict) and len(value) > MAX_ITEMS:
+            raise ValueError(f"it has {len(value):,} items; give {MAX_ITEMS:,} at most")
         return value
 
 
 class StreamOptions(Fields):
-    """What a stream tells besides text."""
+    """Facts that a stream tells besides text."""
 
     include_usage: bool = False
 
@@ -51,7 +51,7 @@ class JsonSchema(Fields):
 
 
 class ResponseFormat(Fields):
-    """What an answer has to look like."""
+    """Form that an answer has to have."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
@@ -67,7 +67,7 @@ class Structured(Fields):
 
 
 class Sampled(Fields):
-    """How the tokens of an answer are chosen, and how many; what is left out is as the server was
+    """Choice of the tokens of an answer, and how many; what is left out is as the server was
     started, temperature 0 unless it says otherwise."""
 
     model: str | None = None

@@ -11,17 +11,17 @@ from lvlm.runtime.engine.handle import Handle, News
 
 
 @dataclass(frozen=True)
-class Step:
-    """What is new of answer ``index``; ``ended``: nothing more follows."""
+class AnswerUpdate:
+    """News of answer ``index``; ``ended``: nothing more follows."""
 
     index: int
     news: News
     ended: bool
 
 
-async def follow(handles: Sequence[Handle]) -> AsyncGenerator[Step]:
-    """What is new, of whichever answer, until all have ended; those that failed raise at the end of
-    theirs. All are cancelled where the consumer leaves."""
+async def follow(handles: Sequence[Handle]) -> AsyncGenerator[AnswerUpdate]:
+    """Yield what is new, of whichever answer, until all have ended; those that failed raise at the
+    end of theirs. All are cancelled where the consumer leaves."""
     changed, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def tell() -> None:
@@ -43,7 +43,7 @@ async def follow(handles: Sequence[Handle]) -> AsyncGenerator[Step]:
                     handles[index].check()
                     going.remove(index)
                 if news.tokens or ended:
-                    yield Step(index, news, ended)
+                    yield AnswerUpdate(index, news, ended)
     finally:
         for handle in handles:
             handle.cancel()

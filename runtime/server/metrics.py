@@ -92,10 +92,10 @@ class Metrics:
         self._refused.labels(model, str(status)).inc()
 
     def families(self) -> list[Metric]:
-        """As they are now, for another process to tell."""
+        """Metrics as they are now, for another process to tell."""
         return list(self._registry.collect())
 
     def text(self) -> bytes:
-        """As Prometheus reads it."""
+        """The metrics as Prometheus reads them."""
         made: Any = generate_latest(self._registry)
         return bytes(made)

@@ -12,7 +12,7 @@ Event = tuple[str, dict[str, Any]]
 
 
 class OutputItems:
-    """What an answer has so far. ``reader`` tells calls from text, where there are tools."""
+    """Output items of an answer so far. ``reader`` tells calls from text, where there are tools."""
 
     def __init__(self, reader: AnswerReader | None) -> None:
         self._reader = reader

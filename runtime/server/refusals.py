@@ -70,7 +70,8 @@ class Refusal(Exception):  # noqa: N818 - an answer, too
 
 
 def refusal(error: Exception) -> Refusal:
-    """What a client is told of an error. Nothing of one that is not its own: the log has it."""
+    """Refusal for an error. It tells nothing of one that is not the client's own: the log has
+    it."""
     if isinstance(error, Refusal):
         return error
     for kind, status, code in STATUS:

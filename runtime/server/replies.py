@@ -1,4 +1,4 @@
-"""What replies of every kind have in common: the handles, and how they end."""
+"""Base of replies of every kind: the handles, and how they end."""
 
 from __future__ import annotations
 

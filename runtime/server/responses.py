@@ -67,7 +67,7 @@ class Answering(Reply):
         return Response(compact(self._response(answer)), media_type="application/json")
 
     def stream(self) -> AsyncGenerator[bytes]:
-        """As it comes, by the events of OpenAI's API."""
+        """The answer as it comes, by the events of OpenAI's API."""
         return self._told(self._chunks(), self._failed)
 
     async def _chunks(self) -> AsyncGenerator[bytes]:

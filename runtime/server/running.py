@@ -28,7 +28,7 @@ log = logging.getLogger("lvlm.server")
 HEAD_SECONDS = 10  # that the head of a request may take
 HEAD_BYTES = 64 << 10  # of it, as far as it has come without its end
 UPGRADE = re.compile(rb"(\r\n)upgrade:", re.IGNORECASE)
-MOST_PIPELINED = 16  # requests that a client may send before the answer to another
+MAX_PIPELINED = 16  # requests that a client may send before the answer to another
 LOOK = 0.05  # seconds between two looks at what is still going on
 LEFT = 2.0  # seconds for the last words to those whose answers were given up
 
@@ -83,7 +83,7 @@ class Connection(HttpToolsProtocol):
         if earlier is not None and not earlier.response_complete:
             going = (one for one in self._earlier if not one.response_complete)
             self._earlier = (*going, earlier)
-            if len(self.pipeline) <= MOST_PIPELINED:
+            if len(self.pipeline) <= MAX_PIPELINED:
                 self.flow.resume_reading()  # else nobody sees that the client leaves
 
     def on_response_complete(self) -> None:
@@ -209,10 +209,10 @@ def set_logging(level: str) -> None:
     """Log records of the server, and of mistakes below it, on standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, least in (("lvlm", level.upper()), ("uvicorn", "WARNING"), ("asyncio", "WARNING")):
+    for name, lowest in (("lvlm", level.upper()), ("uvicorn", "WARNING"), ("asyncio", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(least)
+        logger.setLevel(lowest)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -228,7 +228,7 @@ def listen(host: str, port: int) -> socket.socket:
 def configuration(
     app: FastAPI, certificate: str | None = None, key: str | None = None
 ) -> uvicorn.Config:
-    """How uvicorn serves."""
+    """Configuration of uvicorn."""
     return uvicorn.Config(
         app,
         http=Connection,

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="lvlm-serve",
         description="Serve bundles over HTTP, as OpenAI's clients ask: chat completions with "
-        "pictures, streams, JSON by a schema; a page to try it at /, metrics at /metrics.",
+        "images, streams, JSON by a schema; a page to try it at /, metrics at /metrics.",
         epilog="example: lvlm-serve out/ --port 8000",
     )
     add = parser.add_argument
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="HOST",
-        help="get pictures by http from this host; repeatable (default: from nowhere)",
+        help="get images by http from this host; repeatable (default: from nowhere)",
     )
     add(
         "--allow-media-path",
@@ -101,11 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     media = parser.add_argument_group("limits")
     limit = media.add_argument
     limit("--media-bytes", type=int, default=32 << 20, metavar="N",
-          help="bytes of a picture or a video (default 32 MiB)")  # fmt: skip
+          help="bytes of an image or a video (default 32 MiB)")  # fmt: skip
     limit("--media-pixels", type=int, default=32_000_000, metavar="N",
-          help="pixels of a picture (default 32 million)")  # fmt: skip
+          help="pixels of an image (default 32 million)")  # fmt: skip
     limit("--media-seconds", type=float, default=10, metavar="S",
-          help="seconds to get a picture from its host in (default 10)")  # fmt: skip
+          help="seconds to get an image from its host in (default 10)")  # fmt: skip
     limit("--body-bytes", type=int, default=64 << 20, metavar="N",
           help="bytes of a request (default 64 MiB)")  # fmt: skip
     limit("--body-seconds", type=float, default=60, metavar="S",

@@ -1,4 +1,4 @@
-"""What a server serves: engines by name, and whether it takes requests."""
+"""Engines of a server by name, and whether it takes requests."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from lvlm.runtime.server.refusals import Refusal
 from lvlm.runtime.server.tools import ToolSkill, by_its_name
 
 log = logging.getLogger("lvlm.server")
-MOST_READ = 16  # pictures and videos that are read at once
-MOST_COMPILED = 2  # requests with a structure that are prepared at once
+MAX_READ = 16  # images and videos that are read at once
+MAX_COMPILED = 2  # requests with a structure that are prepared at once
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Served:
 
     @property
     def skill(self) -> ToolSkill:
-        """What its model can do with tools. Raises ParameterError for a chat template that is not
+        """Skill of its model with tools. Raises ParameterError for a chat template that is not
         valid."""
         form = self.engine.engine.tool_form(self.usual.get("chat_template", True))
         return ToolSkill(form, self.tokenizer)
@@ -64,14 +64,14 @@ class Served:
 class Service:
     """The models of a server, what it counts, and whether it takes requests.
 
-    ``read`` gets pictures and videos by their URLs. ``ready``: warmed up; ``draining``: only what
+    ``read`` gets images and videos by their URLs. ``ready``: warmed up; ``draining``: only what
     was begun is finished.
     """
 
     def __init__(self, models: Sequence[Served], read: Read) -> None:
         self.models = {served.name: served for served in models}
-        self._read, self._reading = read, asyncio.Semaphore(MOST_READ)
-        self._compiling = asyncio.Semaphore(MOST_COMPILED)
+        self._read, self._reading = read, asyncio.Semaphore(MAX_READ)
+        self._compiling = asyncio.Semaphore(MAX_COMPILED)
         self.metrics = Metrics({name: one.engine.stats for name, one in self.models.items()})
         self.ready = self.draining = False
 
@@ -94,12 +94,12 @@ class Service:
         return ", ".join(self.models)
 
     async def read(self, url: str) -> bytes:
-        """A picture or a video by its URL; so many at a time. Raises what its reader raises."""
+        """An image or a video by its URL; so many at a time. Raises what its reader raises."""
         async with self._reading:
             return await self._read(url)
 
     def check(self, served: Served) -> None:
-        """Before pictures are read: raises EngineClosedError or QueueFullError where no request is
+        """Before images are read: raises EngineClosedError or QueueFullError where no request is
         taken."""
         if self.draining:
             raise EngineClosedError("this server is shutting down; ask another one")

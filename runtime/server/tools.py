@@ -16,10 +16,10 @@ from lvlm.runtime.options.option_kinds import read_value
 from lvlm.runtime.options.structure_kinds import KINDS, LONGEST_TEXT
 from lvlm.runtime.options.tool_kinds import TOOLS, read_tools
 from lvlm.runtime.prompt.text import Tokenizer
-from lvlm.runtime.prompt.tools.calls import ToolCall
 from lvlm.runtime.prompt.tools.forced import calls_grammar
 from lvlm.runtime.prompt.tools.form import ToolForm
-from lvlm.runtime.prompt.tools.reader import ToolReader
+from lvlm.runtime.prompt.tools.tool_calls import ToolCall
+from lvlm.runtime.prompt.tools.tool_reader import ToolReader
 from lvlm.runtime.server.answered import new_id
 from lvlm.runtime.server.refusals import Refusal
 
@@ -28,7 +28,7 @@ CHOICES = ("auto", "none", "required")
 
 @dataclass(frozen=True)
 class ToolSkill:
-    """What a model can do with tools: the form of its calls, None where its template has none."""
+    """Skill of a model with tools: the form of its calls, None where its template has none."""
 
     form: ToolForm | None
     tokenizer: Tokenizer
@@ -44,25 +44,25 @@ class AskedTools:
     several: bool = True
 
     def reader(self) -> AnswerReader:
-        """Of one answer."""
+        """Reader of one answer."""
         names = {tool["function"]["name"] for tool in self.tools}
         return AnswerReader(ToolReader(self.form.shown(self.tokenizer), names), self.several)
 
     def grammar(self, name: str | None) -> str:
-        """Of an answer that has to call: the function of that name, or any of them."""
+        """Grammar of an answer that has to call: the function of that name, or any of them."""
         wanted = [tool for tool in self.tools if name in (None, tool["function"]["name"])]
         return calls_grammar(self.form, wanted, self.several and name is None, self.tokenizer)
 
 
 class AnswerReader:
-    """What of an answer is said, and what calls, in the form of OpenAI's API."""
+    """Reader of an answer that tells what is said from what calls, in the form of OpenAI's API."""
 
     def __init__(self, reader: ToolReader, several: bool) -> None:
         self._reader, self._several = reader, several
         self.calls: list[dict[str, Any]] = []
 
     def read(self, text: str, ended: bool) -> list[str | dict[str, Any]]:
-        """What is new, in order; a call when it is complete."""
+        """Parts that are new, in order; a call when it is complete."""
         found = self._reader.feed(text)
         found += self._reader.finish() if ended else []
         return [told for one in found if (told := self._told(one))]

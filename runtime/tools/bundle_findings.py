@@ -1,4 +1,4 @@
-"""Which devices can run a bundle, and which of its engines fit."""
+"""Findings on a bundle: the devices that can run it, and which of its engines fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLAVOURS = ("tensorrt", "tensorrt-rtx")
 def bundle_findings(
     folder: Path, manifest: Manifest, seen: NvidiaDriver | None, looked: Mapping[str, Finding]
 ) -> Iterator[Finding]:
-    """Which devices can run this bundle, and which of its engines fit."""
+    """Findings on this bundle: the devices that can run it, and which of its engines fit."""
     says = f"{manifest.family}, recipe {manifest.recipe}, {manifest.dtype}"
     yield Finding("bundle", True, f"{says}; every file as its manifest has it")
     for device in ("cpu", "cuda"):

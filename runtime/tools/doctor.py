@@ -114,7 +114,7 @@ def _onnxruntime(machine: Machine, seen: NvidiaDriver | None) -> Iterator[Findin
 
 
 def _cpu_kernels(machine: Machine) -> Finding:
-    """What device cpu takes for our own ops."""
+    """Finding on what device cpu takes for our own ops."""
     try:
         found = machine.kernels()
     except BackendError as error:

@@ -35,7 +35,7 @@ class EngineMemory:
 
 
 def engine_memory(engines: EngineSet, manifest: Manifest) -> EngineMemory:
-    """Of the set when all of its engines are loaded, which share one workspace."""
+    """Memory of the set when all of its engines are loaded, which share one workspace."""
     graphs = engines.graphs.values()
     shared = {weight.name: weight.nbytes for graph in graphs for weight in graph.weights}
     batch = engines.graphs["decode"].profile.get("batch") if "decode" in engines.graphs else None

@@ -1,4 +1,4 @@
-"""What the doctor finds: a line each, and how it looks at the machine."""
+"""Findings of the doctor: a line each, and how it looks at the machine."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Machine:
 
 
 def unusable(subject: str, error: LvlmError, fix: str = "") -> Finding:
-    """What is there and does not work."""
+    """Finding that something is there and does not work."""
     what, _, mend = str(error).partition("; ")
     return Finding(subject, False, what, fix or mend or "see the message", broken=True)
 
@@ -66,7 +66,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _attempt(code: str) -> str:
-    """What a fresh Python prints for this code. Raises BackendError with its last line."""
+    """Text that a fresh Python prints for this code. Raises BackendError with its last line."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
     )
@@ -81,8 +81,8 @@ def as_json(findings: list[Finding]) -> str:
 
 
 def can_run(findings: list[Finding]) -> bool:
-    """Whether one device at least can be used (for the bundle, if one was looked at), and nothing
-    that is there is broken."""
+    """True where one device at least can be used (for the bundle, if one was looked at), and
+    nothing that is there is broken."""
     kind = "bundle on " if any(f.subject == "bundle" for f in findings) else "device "
     usable = any(f.ok and f.subject.startswith(kind) for f in findings)
     return usable and not any(f.broken for f in findings)

@@ -37,7 +37,7 @@ RELEASE = re.compile(r"R(\d+) \(release\), REVISION: (\d+)((?:\.\d+)*)")
 
 
 def jetpack_finding(release: str) -> Finding:
-    """Which JetPack the text of ``/etc/nv_tegra_release`` is of, and what it means for engines."""
+    """JetPack of the text of ``/etc/nv_tegra_release``, and what it means for engines."""
     found = RELEASE.search(release)
     if found is None:
         says = "/etc/nv_tegra_release says nothing of a release of Jetson Linux"

@@ -1,7 +1,7 @@
 """Answers recorded when a bundle was made, and whether a device gives them too.
 
 An export that is compared with its checkpoint leaves in validation.json what the bundle itself says
-of a shipped picture, in fp32 over its weights: a machine without torch, and without ONNX Runtime,
+of a shipped image, in fp32 over its weights: a machine without torch, and without ONNX Runtime,
 can tell in a minute whether its engines compute that.
 """
 
@@ -30,7 +30,7 @@ QUANTIZED = 1e-1  # what multiplies int4 and int8 weights rounds on the way, eac
 
 
 @dataclass(frozen=True)
-class Step:
+class RecordedStep:
     """The highest logits of a step, falling: ``ids`` of the vocabulary, ``logits`` of these."""
 
     ids: tuple[int, ...]
@@ -39,7 +39,7 @@ class Step:
 
 @dataclass(frozen=True)
 class RecordedAnswer:
-    """What a bundle says of ``image``, a file of lvlm.assets, and ``text``.
+    """Answer of a bundle about ``image``, a file of lvlm.assets, and ``text``.
 
     ids      token ids of the whole prompt
     tokens   what is fed, a token a step, whatever is chosen
@@ -51,7 +51,7 @@ class RecordedAnswer:
     chat_template: bool
     ids: tuple[int, ...]
     tokens: tuple[int, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[RecordedStep, ...]
 
 
 @dataclass
@@ -81,10 +81,10 @@ class Comparison:
         )
 
 
-def highest(logits: np.ndarray) -> Step:
+def highest(logits: np.ndarray) -> RecordedStep:
     """The record of a step's ``logits`` [vocabulary]."""
     ids = np.argsort(logits, kind="stable")[::-1][:HIGHEST]
-    return Step(tuple(map(int, ids)), tuple(float(x) for x in logits[ids]))
+    return RecordedStep(tuple(map(int, ids)), tuple(float(x) for x in logits[ids]))
 
 
 def recorded_answers(folder: Path, manifest: Manifest) -> list[RecordedAnswer]:
@@ -105,10 +105,10 @@ def recorded_answers(folder: Path, manifest: Manifest) -> list[RecordedAnswer]:
 
 
 def _wrong(answer: RecordedAnswer, vocab: int) -> str:
-    """What no export writes, in words; nobody vouches for the file."""
+    """Fault that no export writes, in words; nobody vouches for the file."""
     shipped = [f"{SAMPLES}/{f.name}" for f in (resources.files("lvlm.assets") / SAMPLES).iterdir()]
     if answer.image not in shipped:
-        return f"is of {shown(answer.image)}, which is no shipped picture"
+        return f"is of {shown(answer.image)}, which is no shipped image"
     steps, tokens = answer.steps, answer.tokens
     if not steps or len(steps) != len(tokens):
         return f"has {len(tokens)} tokens and {len(steps)} steps"
@@ -122,7 +122,7 @@ def _wrong(answer: RecordedAnswer, vocab: int) -> str:
 
 
 def limit_of(manifest: Manifest) -> float:
-    """How far logits may be from the record."""
+    """Limit on how far logits may be from the record."""
     found = LIMITS[manifest.dtype]
     return found if manifest.quantization is None else max(found, QUANTIZED)
 
@@ -142,10 +142,10 @@ def compare(model: Model, answers: list[RecordedAnswer]) -> list[Comparison]:
 
 
 def agree(manifest: Manifest, found: list[Comparison]) -> bool:
-    """Whether a device computes what was recorded.
+    """True where a device computes what was recorded.
 
     Where a recipe ranks tokens or entries another order of the same sum ranks near ties otherwise,
-    hardly so in two pictures: one that agrees is enough.
+    hardly so in two images: one that agrees is enough.
     """
     chooses = bool(manifest.shortenings) or manifest.cache_policy is not None
     return (any if chooses else all)(comparison.passed for comparison in found)

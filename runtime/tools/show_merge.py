@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from lvlm.core.errors import ParameterError
 from lvlm.runtime.bundle.manifest import Images, Manifest
 from lvlm.runtime.generate.answers import Generation
-from lvlm.runtime.media.images import MOST_PIXELS, ImageSource, open_image
+from lvlm.runtime.media.images import PILLOW_MAX_PIXELS, ImageSource, open_image
 from lvlm.runtime.model import Model
 from lvlm.runtime.processors import SquareProcessor
 
@@ -62,7 +62,7 @@ def merge_image(model: Model, images: Sequence[ImageSource], generation: Generat
     layers = [r.layer for r in model.manifest.reductions]
     rows = []
     for number, source in enumerate(images, 1):
-        seen = processor.fit(open_image(source, MOST_PIXELS))
+        seen = processor.fit(open_image(source, PILLOW_MAX_PIXELS))
         scale = -(-PANEL // min(seen.size))
         large = seen.resize((seen.width * scale, seen.height * scale), Image.Resampling.BICUBIC)
         places = np.flatnonzero(generation.image_id == number)

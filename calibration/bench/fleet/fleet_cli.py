@@ -1,4 +1,4 @@
-"""lvlm-fleet: number of replicas of lvlm-serve that hold a target, from a discrete-event simulation.
+"""lvlm-fleet: number of replicas of lvlm-serve that hold a target, by discrete-event simulation.
 
 Each replica is an engine with the slots, queue and order of work of lvlm-serve's (docs/engine.md);
 how long images, prompts and decode steps take is what lvlm-bench measured. docs/scaling.md says how

@@ -204,7 +204,7 @@ class OrtLibrary:
 
 
 def _path(file: Path) -> bytes:
-    """As the library takes it: UTF-16 on Windows."""
+    """The path in the library's characters: UTF-16 on Windows."""
     import os
 
     return f"{file}\0".encode("utf-16-le") if os.name == "nt" else os.fsencode(file)

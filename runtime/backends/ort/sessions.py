@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lvlm.core.errors import BackendError
-from lvlm.runtime.backends import Buffer, Session
+from lvlm.runtime.backends import Buffer, GraphSession
 from lvlm.runtime.backends.host import buffers
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 
@@ -35,7 +35,7 @@ class OnnxRuntime(buffers.HostMemory):
     def __init__(self, ort: Any, providers: Sequence[Provider], threads: int | None) -> None:
         self.ort, self.providers, self.threads = ort, providers, threads
 
-    def load(self, folder: Path, manifest: Manifest, name: str) -> Session:
+    def load(self, folder: Path, manifest: Manifest, name: str) -> GraphSession:
         graph = manifest.graphs[name]
         try:
             session = self.ort.InferenceSession(

@@ -81,7 +81,7 @@ class KeptGraph:
 
 
 class EngineSession:
-    """See backends.Session. ``weights`` are the engine's inputs that never change.
+    """See backends.GraphSession. ``weights`` are the engine's inputs that never change.
 
     All lengths are known before a call, from the host's plan: outputs are allocated beforehand and
     the engine's own shapes are compared with them. Not thread-safe; one call at a time among all

@@ -73,7 +73,7 @@ class Weights:
 
 
 def _lies_there(weight: EngineWeight, length: int) -> bool:
-    """Whether a file of ``length`` bytes has what is said of a weight."""
+    """True where a file of ``length`` bytes has what is said of a weight."""
     start, end = weight.offset, weight.offset + weight.bytes
     if not 0 <= start < end <= length or min(weight.dims, default=1) < 1:
         return False
@@ -93,16 +93,16 @@ def _room(weight: EngineWeight) -> int:
     return max(min(CHUNK, weight.nbytes), row)
 
 
-def _pieces(weight: EngineWeight, most: int) -> Iterator[tuple[int, int, int]]:
-    """Where in the file pieces of a weight begin, how many rows each has, of how many bytes, that
-    make no more than ``most`` together."""
+def _pieces(weight: EngineWeight, max_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """Pieces of a weight: the offset of each in the file, how many rows it has, of how many bytes,
+    that make no more than ``max_bytes`` together."""
     if weight.columns is None:
-        for done in range(0, weight.bytes, most):
-            yield weight.offset + done, 1, min(most, weight.bytes - done)
+        for done in range(0, weight.bytes, max_bytes):
+            yield weight.offset + done, 1, min(max_bytes, weight.bytes - done)
         return
     rows, width = weight.dims[0], weight.nbytes // weight.dims[0]
     step, first = weight.bytes // rows, weight.columns[0] * (width // weight.dims[1])
-    count = max(1, most // width)
+    count = max(1, max_bytes // width)
     for row in range(0, rows, count):
         yield weight.offset + row * step + first, min(count, rows - row), width
 

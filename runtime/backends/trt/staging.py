@@ -76,7 +76,7 @@ class Staging:
 
     @property
     def addresses(self) -> tuple[int, int]:
-        """Where the host's memory and the device's begin."""
+        """Addresses where the host's memory and the device's begin."""
         return (
             0 if self.host is None else self.host.address,
             0 if self.device is None else self.device.address,

@@ -122,8 +122,8 @@ class Tiles:
         return 1 + np.arange(self.patches * self.patches)
 
     def box(self, height: int, width: int) -> Box:
-        """What ``kept`` leaves of a prepared image (PreparedImage.box): more than all of it where
-        patches are padding in part."""
+        """Part of a prepared image that ``kept`` leaves (PreparedImage.box): more than all of it
+        where patches are padding in part."""
         size = self.resolution(height, width)
         shown = _fitted((width, height), size[::-1])[::-1]
         edges = []
@@ -135,8 +135,8 @@ class Tiles:
         return left, top, right, low
 
     def token_grid(self, lines: int, columns: int) -> npt.NDArray[np.int32]:
-        """Which token each of the tiles' patches is (PreparedImage.grid): behind the whole image's,
-        a newline after every line."""
+        """Number of the token that each of the tiles' patches is (PreparedImage.grid): behind the
+        whole image's, a newline after every line."""
         grid = np.arange(lines * (columns + 1), dtype=np.int32).reshape(lines, columns + 1)
         return self.patches**2 + grid[:, :-1]
 

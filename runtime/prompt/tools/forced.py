@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lvlm.runtime.prompt.text import Tokenizer
-from lvlm.runtime.prompt.tools.form import MOST_CALLS, ToolForm
+from lvlm.runtime.prompt.tools.form import MAX_CALLS, ToolForm
 
 # As templates write JSON (some models would fill it with spaces)
 SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -27,10 +27,10 @@ def calls_grammar(
     start, end = _mark(form.start, tokenizer), _mark(form.end, tokenizer)
     more = several and bool(form.start)
     if form.listed:
-        rest = f'(", " call){{0,{MOST_CALLS - 1}}}' if more else ""
+        rest = f'(", " call){{0,{MAX_CALLS - 1}}}' if more else ""
         rules = [f'start: {start} "[" call {rest} "]" {end}', "call: one"]
     else:
-        rest = f'("\\n" call){{0,{MOST_CALLS - 1}}}' if more else ""
+        rest = f'("\\n" call){{0,{MAX_CALLS - 1}}}' if more else ""
         rules = [f"start: call {rest}", f"call: {start} one {end}"]
     rules.append("one: " + " | ".join(f"f{n}" for n in range(len(tools))))
     for number, tool in enumerate(tools):

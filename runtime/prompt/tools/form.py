@@ -1,4 +1,4 @@
-"""How a model writes calls of tools: found out from what its chat template makes of one."""
+"""Form of a model's calls of tools, found out from what its chat template makes of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lvlm.runtime.prompt.text import Tokenizer
-from lvlm.runtime.prompt.tools.calls import ToolCall
+from lvlm.runtime.prompt.tools.tool_calls import ToolCall
 
 Messages = list[dict[str, Any]]
 Run = Callable[[Messages, Sequence[Any], bool], str]
@@ -26,7 +26,7 @@ TOOL = {
     },
 }
 CALL = ToolCall(NAME, ARGUMENTS, "lvlmcall0").written(str)  # nine letters: Mistral's ids
-MOST_CALLS = 16  # of an answer that has to call
+MAX_CALLS = 16  # of an answer that has to call
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ToolForm:
 
 
 def takes_tools(run: Run) -> bool:
-    """Whether a template writes what tools there are."""
+    """True where a template writes what tools there are."""
     try:
         return DESCRIPTION in run([_user()], [TOOL], True)
     except Exception:  # a template can raise whatever its expressions can
@@ -64,7 +64,7 @@ def takes_tools(run: Run) -> bool:
 
 
 def writes_calls(run: Run) -> bool:
-    """Whether a template writes the calls of an assistant's message."""
+    """True where a template writes the calls of an assistant's message."""
     try:
         text = run([_user(), _assistant("", calls=True)], [TOOL], False)
     except Exception:

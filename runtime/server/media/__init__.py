@@ -1,4 +1,4 @@
-"""What the URL of an image or video leads to, as bytes: from data: URLs, chosen hosts and folders.
+"""Bytes that the URL of an image or video leads to: from data: URLs, chosen hosts and folders.
 
 Whoever sends a request chooses its URLs, and the server stands where they do not: in a network with
 machines and metadata services that only it can reach, on a disk with files that only it may read.

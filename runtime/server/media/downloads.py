@@ -120,7 +120,7 @@ class Downloads:
         raise MediaError(f"{url.origin} cannot be reached; check the URL, or try again")
 
     async def _addresses(self, url: WebUrl) -> list[str]:
-        """Of its host, all of them public."""
+        """Addresses of its host, all of them public."""
         try:
             given = await self._resolve(url.host, url.port)
         except (OSError, ValueError):
@@ -167,7 +167,7 @@ class Downloads:
                 return bytes(body)
 
     def _check_response(self, url: WebUrl, response: Any) -> str | None:
-        """Where a response redirects to; None if its body is what was asked for."""
+        """URL that a response redirects to; None if its body is what was asked for."""
         named = [(bytes(name).lower(), bytes(value)) for name, value in response.headers]
         if response.status_code in _REDIRECTS:
             places = {value for name, value in named if name == b"location"}

@@ -27,7 +27,7 @@ class LocalFiles:
         self._starts = [*map(os.path.abspath, rules.allow_paths), *self._roots]
 
     def read(self, text: str) -> bytes:
-        """What a file holds, by its absolute path or ``file://`` URL. Raises MediaError.
+        """Content of a file, by its absolute path or ``file://`` URL. Raises MediaError.
 
         It blocks while the disk does; it does not wait for writers of named pipes.
         """

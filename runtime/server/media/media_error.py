@@ -1,4 +1,4 @@
-"""Why the media of a request are refused."""
+"""Refusals of the media of a request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MediaError(ImageError):
 
 
 def too_large(url: str, max_bytes: int) -> MediaError:
-    """Of an image or video of more than ``max_bytes``."""
+    """Refusal of an image or video of more than ``max_bytes``."""
     what = "the image or video in the data: URL" if url[:5].lower() == "data:" else shown(url, 300)
     return MediaError(
         f"{what} is too large; this server takes at most {max_bytes:,} bytes each, send a smaller "

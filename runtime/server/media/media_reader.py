@@ -38,7 +38,7 @@ class MediaReader:
         )
 
     async def read(self, url: str) -> bytes:
-        """What the URL leads to, at most ``max_bytes``. Raises MediaError."""
+        """Bytes that the URL leads to, at most ``max_bytes``. Raises MediaError."""
         scheme = url.partition(":")[0].lower() if isinstance(url, str) else None
         if scheme == "data":
             return await asyncio.to_thread(self._in_url, url)

@@ -1,4 +1,4 @@
-"""What a server fetches for its clients, and how much of it."""
+"""Rules of what a server fetches for its clients, and how much of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lvlm.runtime.server.media.web_url import Domain
 
 @dataclass(frozen=True)
 class MediaRules:
-    """What a server fetches. As it is made without arguments: nothing, ``data:`` URLs alone.
+    """Rules of what a server fetches. Made without arguments: nothing, ``data:`` URLs alone.
 
     Args:
         allow_domains: hosts to download from. ``example.com`` is that host alone and

@@ -1,4 +1,4 @@
-"""Which addresses are public: of no network that only the server can reach.
+"""Public addresses: those of no network that only the server can reach.
 
 Tables of ``ipaddress`` differ between versions of Python and leave out what no host should have:
 they are asked, and those of IANA's special-purpose registries that some of them lack stand here.

@@ -69,7 +69,7 @@ class WebUrl:
         return cls(scheme, host, int(port) if colon else PORTS[scheme], quoted)
 
     def redirected(self, location: str) -> Self:
-        """Where a redirect leads. Raises MediaError."""
+        """URL where a redirect leads. Raises MediaError."""
         try:
             url = self.of(urljoin(str(self), location))
         except (MediaError, ValueError) as error:
@@ -104,7 +104,7 @@ class Domain:
 
     @classmethod
     def of(cls, text: str) -> Self:
-        """As it is written for --allow-media-domain. Raises ParameterError."""
+        """Host as it is written for --allow-media-domain. Raises ParameterError."""
         match = _DOMAIN.fullmatch(text) if isinstance(text, str) else None
         if match is None or (match[3] and not 0 < int(match[3]) < 65_536):
             raise ParameterError(
@@ -114,7 +114,7 @@ class Domain:
         return cls(match[2].lower(), bool(match[1]), int(match[3]) if match[3] else None)
 
     def has(self, url: WebUrl) -> bool:
-        """Whether the URL may be downloaded."""
+        """True where the URL may be downloaded."""
         named = url.host.endswith(f".{self.host}") if self.below else url.host == self.host
         return named and url.port in (PORTS.values() if self.port is None else (self.port,))
 

@@ -1,7 +1,7 @@
 """``lvlm.runtime.server.ray:app``: replicas of an engine behind one address, by Ray Serve.
 
 Each replica has an engine and the whole application of lvlm-serve; the ingress checks who asks,
-chooses the replica and hands its ASGI messages on. Only ``deployments``, ``by_picture`` and
+chooses the replica and hands its ASGI messages on. Only ``deployments``, ``by_image`` and
 ``mistakes`` know Ray or its command line.
 """
 

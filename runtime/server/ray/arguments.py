@@ -1,4 +1,4 @@
-"""What the application is built with: ``serve run lvlm.runtime.server.ray:app bundle=out/ …``."""
+"""Arguments of the application: ``serve run lvlm.runtime.server.ray:app bundle=out/ …``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Arguments(BaseModel):
         max_replicas: more are started as requests come, up to so many; None: no autoscaling.
         cpus: that a replica takes, and threads of its engine.
         gpus: that a replica takes, as a part of one, too.
-        routing: picture: questions about a picture go to the replica that has its features;
+        routing: image: questions about an image go to the replica that has its features;
             load: Ray's own, to the less loaded of two.
         drain: seconds for running answers when a replica is stopped.
     """
@@ -47,7 +47,7 @@ class Arguments(BaseModel):
     max_replicas: int | None = Field(default=None, ge=1)
     cpus: int = Field(default=1, ge=1)
     gpus: float = Field(default=0, ge=0)
-    routing: Literal["picture", "load"] = "picture"
+    routing: Literal["image", "load"] = "image"
     drain: float = Field(default=30, gt=0)
 
     device: str = "cpu"
@@ -79,14 +79,14 @@ class Arguments(BaseModel):
         return self.name or Path(self.bundle).resolve().name
 
     @property
-    def most_slots(self) -> int:
-        """What routing and scaling count with; where memory decides, nobody knows it before."""
+    def max_slots(self) -> int:
+        """Slots that routing and scaling count with: a guess where memory decides."""
         return self.slots or 4
 
     @property
-    def most_ongoing(self) -> int:
+    def max_ongoing(self) -> int:
         """Requests that Ray sends to a replica: its own queue says when it is full."""
-        return self.most_slots + self.queue + ROOM
+        return self.max_slots + self.queue + ROOM
 
 
 def read_arguments(given: Mapping[str, Any]) -> Arguments:

@@ -12,7 +12,7 @@ LAST_SECONDS = 10.0  # for an application to end when its client is gone
 
 
 async def messages(app: ASGIApp, scope: Scope, body: bytes) -> AsyncGenerator[list[Message]]:
-    """What ``app`` sends, as many messages at a time as have come. When the generator is closed, or
+    """Messages that ``app`` sends, as many at a time as have come. When the generator is closed, or
     the task that reads it is cancelled, the application is told that its client is gone."""
     came: deque[Message] = deque()
     more, gone = asyncio.Event(), asyncio.Event()

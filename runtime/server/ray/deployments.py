@@ -26,7 +26,7 @@ from lvlm.runtime.server.media.media_reader import MediaReader
 from lvlm.runtime.server.media.media_rules import MediaRules
 from lvlm.runtime.server.ray.arguments import ENGINE, INGRESS, Arguments
 from lvlm.runtime.server.ray.asgi_calls import messages
-from lvlm.runtime.server.ray.by_picture import ByPicture
+from lvlm.runtime.server.ray.by_image import ByImage
 from lvlm.runtime.server.ray.forwarding import Forward, ReplicaLost
 from lvlm.runtime.server.ray.ingress import make_ingress
 from lvlm.runtime.server.refusals import Refusal
@@ -35,7 +35,7 @@ from lvlm.runtime.server.serve_cli import read_keys
 from lvlm.runtime.server.service import Served, Service
 
 LOST = (RayActorError, ObjectLostError)
-MOST_AT_INGRESS = 10_000  # requests; their bodies are bounded, and replicas say when they are full
+MAX_AT_INGRESS = 10_000  # requests; their bodies are bounded, and replicas say when they are full
 CHECK_SECONDS = 2.0  # between two looks at a replica's engine
 READY_SECONDS = 2.0
 METRICS_SECONDS = 5.0
@@ -68,7 +68,7 @@ class Replica:
         served = Served(given.served_name, AsyncEngine(self._engine), usual)
         self._service = Service([served], reader.read)
         # Keys are the ingress's; bodies have passed there
-        self._app = make_app(self._service, Limits(most_bytes=given.body_bytes))
+        self._app = make_app(self._service, Limits(max_bytes=given.body_bytes))
         await self._service.warm_up()
         if not self._service.ready:
             raise BackendError(f"{given.bundle} cannot answer; the replica's log says why")
@@ -89,7 +89,7 @@ class Replica:
                 yield batch
 
     async def ready(self) -> bool:
-        """Whether requests are taken."""
+        """True where requests are taken."""
         return self._service.ready
 
     async def metrics(self) -> tuple[str, list[Metric]]:
@@ -117,7 +117,7 @@ class Replica:
 
 
 class Ingress:
-    """Who asks, and which replica answers."""
+    """Ingress: checks who asks, and chooses the replica that answers."""
 
     def __init__(self, replicas: Any, given: Arguments) -> None:
         set_logging(given.log_level)
@@ -149,7 +149,7 @@ class Ingress:
             raise Refusal(503, "there are no replicas; ask again later") from None
 
     async def _ready(self) -> bool:
-        """Whether any replica takes requests."""
+        """True where any replica takes requests."""
         try:
             async with asyncio.timeout(READY_SECONDS):
                 return bool(await self._replicas.ready.remote())
@@ -157,7 +157,7 @@ class Ingress:
             return False
 
     async def _metrics(self) -> dict[str, Sequence[Metric]]:
-        """Of all replicas; none where one does not answer in time."""
+        """Metrics of all replicas; none where one does not answer in time."""
         try:
             asked = self._replicas.broadcast("metrics")
             told = await asked.results_async(timeout_s=METRICS_SECONDS, return_exceptions=True)
@@ -197,20 +197,20 @@ def application(given: Arguments) -> Any:
             "autoscaling_config": {
                 "min_replicas": given.replicas,
                 "max_replicas": given.max_replicas,
-                "target_ongoing_requests": given.most_slots,
+                "target_ongoing_requests": given.max_slots,
             }
         }
-    if given.routing == "picture":
-        path = f"{ByPicture.__module__}:{ByPicture.__name__}"
-        kwargs = {"spare": given.most_slots}
+    if given.routing == "image":
+        path = f"{ByImage.__module__}:{ByImage.__name__}"
+        kwargs = {"spare": given.max_slots}
         scaled["request_router_config"] = RequestRouterConfig(
             request_router_class=path, request_router_kwargs=kwargs
         )
     engine = serve.deployment(
         Replica,
         name=ENGINE,
-        max_ongoing_requests=given.most_ongoing,
-        max_queued_requests=given.most_ongoing,  # while there is no replica
+        max_ongoing_requests=given.max_ongoing,
+        max_queued_requests=given.max_ongoing,  # while there is no replica
         health_check_period_s=CHECK_SECONDS,
         graceful_shutdown_timeout_s=given.drain + BEHIND_DRAIN,
         graceful_shutdown_wait_loop_s=0.5,
@@ -221,7 +221,7 @@ def application(given: Arguments) -> Any:
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name=INGRESS,
-        max_ongoing_requests=MOST_AT_INGRESS,
+        max_ongoing_requests=MAX_AT_INGRESS,
         # Where both are stopped it tells, or asks again, what replicas did not finish
         graceful_shutdown_timeout_s=2 * (given.drain + BEHIND_DRAIN),
         graceful_shutdown_wait_loop_s=0.5,

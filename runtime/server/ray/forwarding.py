@@ -31,7 +31,7 @@ class ReplicaLost(Exception):  # noqa: N818 - of a replica, not of a request
         self.replica = replica
 
 
-class Call(Protocol):
+class ReplicaCall(Protocol):
     """Asks a replica. ``routed``: ``key``, and the replica to ``avoid``, for whoever chooses it.
 
     Raises ReplicaLost where it goes, before or in the middle of its answer, and Refusal.
@@ -49,7 +49,7 @@ class Forward:
     the answer ends with an error.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ReplicaCall) -> None:
         self._call = call
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,7 +99,7 @@ def _last_event(path: str, refused: Refusal) -> bytes:
 
 
 def _plain(scope: Scope) -> Scope:
-    """What of a scope can go to another process; the request keeps its id."""
+    """Part of a scope that can go to another process; the request keeps its id."""
     made = {name: scope[name] for name in KEPT if name in scope}
     made["headers"] = list(made["headers"])
     MutableHeaders(scope=made)["X-Request-Id"] = scope["state"]["request_id"]

@@ -31,7 +31,7 @@ class Gathered(Collector):
 
 
 def text(replicas: Mapping[str, Sequence[Metric]]) -> bytes:
-    """As Prometheus reads it."""
+    """The metrics as Prometheus reads them."""
     registry = CollectorRegistry()
     registry.register(Gathered(replicas))
     made: Any = generate_latest(registry)

@@ -47,7 +47,7 @@ def make_ingress(
     app: ASGIApp = Access(
         router,
         keys=limits.keys,
-        most_bytes=limits.most_bytes,
+        max_bytes=limits.max_bytes,
         body_seconds=limits.body_seconds,
         refused=lambda status: own.refused("", status),
     )

@@ -1,4 +1,4 @@
-"""Which replica a request goes to."""
+"""Choice of the replica that a request goes to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def ranked(key: str, loads: Mapping[str, int], spare: int, avoid: str = "") -> l
     """Replicas, the best first, by the requests that each one has.
 
     With a key: the first one of the key's own order (rendezvous hashing) that has less than
-    ``spare`` requests more than the idlest, so that a picture stays where its features are and no
+    ``spare`` requests more than the idlest, so that an image stays where its features are and no
     replica is overrun; when one comes or goes, only the keys that it is first for move. Without:
     the idlest. ``avoid`` comes last.
     """

@@ -1,4 +1,4 @@
-"""What a request is routed by: its first picture, else how its conversation begins."""
+"""Key that a request is routed by: its first image, else how its conversation begins."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 PATHS = ("/v1/chat/completions", "/v1/responses")
 # Not within a text, where quotes are escaped
 URL = re.compile(rb'"(?:url|image_url)"\s*:\s*"')
-MOST_READ = 256 << 10  # bytes of a body that is read as JSON: all requests pass through here
+MAX_READ = 256 << 10  # bytes of a body that is read as JSON: all requests pass through here
 
 
 def routing_key(path: str, body: bytes) -> str:
-    """A hash that is the same for all requests with the same first picture, by its URL as it is
+    """A hash that is the same for all requests with the same first image, by its URL as it is
     written, and for all that continue a conversation without one. "" where nothing is kept for the
     next request.
 
@@ -25,12 +25,12 @@ def routing_key(path: str, body: bytes) -> str:
     found = URL.search(body)
     if found is not None:
         end = body.find(b'"', found.end())
-        return _hash("picture", memoryview(body)[found.end() : end])
-    return _beginning(body) if len(body) <= MOST_READ else ""
+        return _hash("image", memoryview(body)[found.end() : end])
+    return _beginning(body) if len(body) <= MAX_READ else ""
 
 
 def _beginning(body: bytes) -> str:
-    """Of all up to the user's first message, which later turns begin with, too."""
+    """Key of all up to the user's first message, which later turns begin with, too."""
     try:
         asked = json.loads(body)
         given = asked.get("messages", asked.get("input")) if isinstance(asked, dict) else None

@@ -2,7 +2,7 @@
 // Asks the server this page came from, by the API that any client uses.
 const $ = (id) => document.getElementById(id);
 const models = new Map();
-let picture = null, running = null, grid = null;
+let image = null, running = null, grid = null;
 
 const headers = () => {
   const key = $("key").value.trim();
@@ -69,16 +69,16 @@ const chosen = () => Object.fromEntries(Object.entries(ratios)
 function take(file) {
   if (!file?.type.startsWith("image/")) return;
   const reader = new FileReader();
-  reader.onload = () => { $("picture").src = picture = reader.result; shownPicture(); };
+  reader.onload = () => { $("image").src = image = reader.result; shownImage(); };
   reader.readAsDataURL(file);
 }
 
-function shownPicture() {
+function shownImage() {
   mistake("");
   erase();
-  $("hint").hidden = Boolean(picture);
-  $("frame").hidden = $("tools").hidden = !picture;
-  $("drop").classList.toggle("full", Boolean(picture));
+  $("hint").hidden = Boolean(image);
+  $("frame").hidden = $("tools").hidden = !image;
+  $("drop").classList.toggle("full", Boolean(image));
 }
 
 // The overlay: what became of each patch
@@ -111,7 +111,7 @@ const colour = (group) => `hsl(${(group * 137.5) % 360} 90% 55% / .5)`;
 
 function draw() {
   const canvas = $("overlay"), context = canvas.getContext("2d");
-  // As many pixels as the screen shows, however large the picture is
+  // As many pixels as the screen shows, however large the image is
   const wide = canvas.width = Math.round(canvas.clientWidth * devicePixelRatio);
   const high = canvas.height = Math.round(canvas.clientHeight * devicePixelRatio);
   delete canvas.dataset.drawn;
@@ -208,11 +208,11 @@ async function ask(event) {
   const text = $("question").value.trim();
   if (running || !text) return;
   const content = [{ type: "text", text }];
-  if (picture) content.unshift({ type: "image_url", image_url: { url: picture } });
+  if (image) content.unshift({ type: "image_url", image_url: { url: image } });
   const body = {
     model: $("model").value, stream: true, lvlm_details: true, messages: [{ role: "user", content }], ...chosen(),
   };
-  const asked = picture;
+  const asked = image;
   busy(new AbortController());
   $("answer").textContent = "";
   $("told").hidden = true;
@@ -236,7 +236,7 @@ async function ask(event) {
       if (!chunk.lvlm) continue;
       if (!$("answer").textContent) status = "The answer is empty.";
       figures(chunk.lvlm);
-      if (chunk.lvlm.images.length && picture === asked) overlay(chunk.lvlm.images[0]);
+      if (chunk.lvlm.images.length && image === asked) overlay(chunk.lvlm.images[0]);
     }
   } catch (error) {
     if (error.name === "AbortError") status = "Stopped.";
@@ -248,23 +248,23 @@ async function ask(event) {
 }
 
 const over = (event) => $("drop").classList.toggle("over", event.type === "dragover");
-// Anywhere: beside the field a browser would leave this page for the picture
+// Anywhere: beside the field a browser would leave this page for the image
 document.addEventListener("dragover", (e) => { e.preventDefault(); over(e); });
 document.addEventListener("dragleave", over);
 document.addEventListener("drop", (e) => { e.preventDefault(); over(e); take(e.dataTransfer.files[0]); });
 document.addEventListener("paste", (e) => take([...e.clipboardData.files][0]));
 $("file").addEventListener("change", (e) => { take(e.target.files[0]); e.target.value = ""; });
-$("picture").addEventListener("load", (e) => {
+$("image").addEventListener("load", (e) => {
   $("frame").style.setProperty("--ratio", e.target.naturalWidth / e.target.naturalHeight);
 });
-$("picture").addEventListener("error", () => {
-  picture = null;
-  shownPicture();
-  mistake("This browser cannot show that picture; give a PNG, a JPEG or a WebP.");
+$("image").addEventListener("error", () => {
+  image = null;
+  shownImage();
+  mistake("This browser cannot show that image; give a PNG, a JPEG or a WebP.");
 });
 new ResizeObserver(draw).observe($("frame"));
 $("show").addEventListener("change", draw);
-$("clear").addEventListener("click", () => { picture = null; shownPicture(); $("file").focus(); });
+$("clear").addEventListener("click", () => { image = null; shownImage(); $("file").focus(); });
 $("ask").addEventListener("submit", ask);
 $("question").addEventListener("keydown", (e) => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing) ask(e); });
 $("stop").addEventListener("click", () => running?.abort());

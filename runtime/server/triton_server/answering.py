@@ -14,13 +14,13 @@ from lvlm.runtime.server.answered import chat_logprobs, compact, usage
 from lvlm.runtime.server.following import follow
 from lvlm.runtime.server.refusals import GONE, Refusal
 from lvlm.runtime.server.triton_server.python_api import PythonApi, Sender
-from lvlm.runtime.server.triton_server.reading import Question
+from lvlm.runtime.server.triton_server.request_reader import Question
 
 PADDING = -1  # of rows of token ids that are shorter than others
 NOTHING = News([], "", [])
 
 
-class Answer:
+class AnswerSender:
     """The answers to one request, on their way to its sender."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Answer:
             self._send({n: self._handles[n].since(0) for n in every}, every, True)
 
     def _send(self, told: Mapping[int, News], ended: Collection[int], last: bool) -> None:
-        """What is new of answers, and which have ended; ``last``: nothing follows."""
+        """Send what is new of answers, and which have ended; ``last``: nothing follows."""
         news = [told.get(n, NOTHING) for n in range(len(self._handles))]
         texts = [self._question.lead + one.text for one in news]
         ends = [
@@ -81,7 +81,7 @@ class Answer:
         return self._api.Tensor(name, np.array(values, dtype=np.object_))
 
     def _logprobs(self, news: News) -> bytes:
-        """As OpenAI's chat completions have them."""
+        """Log-probabilities as OpenAI's chat completions have them."""
         scored = chat_logprobs(self._tokenizer, news.tokens, news.scores)
         return json.dumps(scored["content"]).encode()
 

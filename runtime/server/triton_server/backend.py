@@ -17,18 +17,18 @@ from lvlm.runtime.engine.aio import AsyncEngine
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.server.refusals import GONE, Refusal, refusal
 from lvlm.runtime.server.triton_server.figures import Figures
+from lvlm.runtime.server.triton_server.model_settings import Settings
 from lvlm.runtime.server.triton_server.python_api import InferenceRequest, PythonApi, Sender
-from lvlm.runtime.server.triton_server.settings import Settings
 
 if TYPE_CHECKING:
-    from lvlm.runtime.server.triton_server.reading import Question
+    from lvlm.runtime.server.triton_server.request_reader import Question
 
-MOST_COMPILED = 2  # requests with a structure that are prepared at once
+MAX_COMPILED = 2  # requests with a structure that are prepared at once
 LOOK = 0.1  # seconds between two looks at who has cancelled
 
 
-class Backend:
-    """What TritonPythonModel hands its calls to.
+class TritonBackend:
+    """Backend that TritonPythonModel hands its calls to.
 
     Requests are answered on an event loop in a thread of its own: ``execute`` returns at once, and
     so the engine has as many of them at a time as clients ask.
@@ -45,7 +45,7 @@ class Backend:
         labels = {"model_name": args["model_name"], "version": args["model_version"]}
         self._figures = Figures(api, labels)
         self._going: dict[asyncio.Task[None], Sender] = {}
-        self._compiling = asyncio.Semaphore(MOST_COMPILED)
+        self._compiling = asyncio.Semaphore(MAX_COMPILED)
         self._loop = asyncio.new_event_loop()
         self._watching = self._loop.create_task(self._watch())
         self._thread = threading.Thread(target=self._loop.run_forever, name="lvlm-triton")
@@ -55,7 +55,7 @@ class Backend:
         require("pydantic", install("serve"))
         from lvlm.runtime.server.asked import Usual
         from lvlm.runtime.server.tools import ToolSkill
-        from lvlm.runtime.server.triton_server.reading import Reader
+        from lvlm.runtime.server.triton_server.request_reader import Reader
 
         given = json.loads(args["model_config"]).get("parameters", {})
         settings = Settings.of({name: one["string_value"] for name, one in given.items()})
@@ -89,12 +89,12 @@ class Backend:
         self._loop.close()
 
     async def _answer(self, request: InferenceRequest, sender: Sender) -> None:
-        """One request, whatever becomes of it: its sender gets one last response."""
+        """One request, however it ends: its sender gets one last response."""
         task = asyncio.current_task()
         assert task is not None
         self._going[task] = sender
         try:
-            self.engine.engine.check_room()  # before pictures are read
+            self.engine.engine.check_room()  # before images are read
             question = await self._reader.read(request)
             del request  # its inputs lie in memory that Triton shares with this process
             await self._ask(question, sender)
@@ -111,7 +111,7 @@ class Backend:
 
     async def _ask(self, question: Question, sender: Sender) -> None:
         from lvlm.runtime.server.tools import by_its_name
-        from lvlm.runtime.server.triton_server.answering import Answer
+        from lvlm.runtime.server.triton_server.answering import AnswerSender
 
         wanted = question.wanted
         # Structures are compiled by threads that all others need, too
@@ -124,7 +124,7 @@ class Backend:
                 raise by_its_name(error, wanted.tools) from None
         handles = [handle.handle, *handle.handle.others]
         tokenizer = self.engine.engine.tokenizer
-        await Answer(self._api, sender, tokenizer, question, handles).send()
+        await AnswerSender(self._api, sender, tokenizer, question, handles).send()
 
     def _refuse(self, sender: Sender, refused: Refusal) -> None:
         from lvlm.runtime.server.triton_server.answering import send_error

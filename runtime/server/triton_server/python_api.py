@@ -16,12 +16,12 @@ class Input(Protocol):
 
 
 class Sender(Protocol):
-    """Where the responses to one request go, from any thread."""
+    """Sender of the responses to one request, from any thread."""
 
     def send(self, response: Any = None, flags: int = 0) -> None: ...
 
     def is_cancelled(self) -> bool:
-        """Whether the client is gone, or has cancelled."""
+        """True where the client is gone, or has cancelled."""
 
 
 class InferenceRequest(Protocol):

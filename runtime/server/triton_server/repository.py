@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lvlm.core.errors import BuildError, ParameterError, shown
 from lvlm.core.output import check_place, temporary_sibling
-from lvlm.runtime.server.triton_server.settings import Settings
+from lvlm.runtime.server.triton_server.model_settings import Settings
 
 VERSION = "1"
 TEMPLATE = "chat_template.jinja"
@@ -21,12 +21,12 @@ MODEL = '''\
 
 import triton_python_backend_utils as triton
 
-from lvlm.runtime.server.triton_server.backend import Backend
+from lvlm.runtime.server.triton_server.backend import TritonBackend
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.backend = Backend(triton, args)
+        self.backend = TritonBackend(triton, args)
 
     def execute(self, requests):
         self.backend.execute(requests)
@@ -40,7 +40,7 @@ HEAD = """\
 
 
 @dataclass(frozen=True)
-class Port:
+class TritonPort:
     """An input or an output; ``dims`` -1: any number."""
 
     name: str
@@ -50,20 +50,20 @@ class Port:
 
 # Names of the vLLM backend where they mean the same
 INPUTS = (
-    Port("text_input", "TYPE_STRING"),
-    Port("image", "TYPE_STRING", (-1,)),
-    Port("messages", "TYPE_STRING"),
-    Port("stream", "TYPE_BOOL"),
-    Port("sampling_parameters", "TYPE_STRING"),
-    Port("exclude_input_in_output", "TYPE_BOOL"),
+    TritonPort("text_input", "TYPE_STRING"),
+    TritonPort("image", "TYPE_STRING", (-1,)),
+    TritonPort("messages", "TYPE_STRING"),
+    TritonPort("stream", "TYPE_BOOL"),
+    TritonPort("sampling_parameters", "TYPE_STRING"),
+    TritonPort("exclude_input_in_output", "TYPE_BOOL"),
 )
 OUTPUTS = (
-    Port("text_output", "TYPE_STRING", (-1,)),
-    Port("finish_reason", "TYPE_STRING", (-1,)),
-    Port("token_ids", "TYPE_INT32", (-1, -1)),
-    Port("logprobs", "TYPE_STRING", (-1,)),
-    Port("tool_calls", "TYPE_STRING", (-1,)),
-    Port("usage", "TYPE_STRING"),
+    TritonPort("text_output", "TYPE_STRING", (-1,)),
+    TritonPort("finish_reason", "TYPE_STRING", (-1,)),
+    TritonPort("token_ids", "TYPE_INT32", (-1, -1)),
+    TritonPort("logprobs", "TYPE_STRING", (-1,)),
+    TritonPort("tool_calls", "TYPE_STRING", (-1,)),
+    TritonPort("usage", "TYPE_STRING"),
 )
 
 
@@ -127,7 +127,7 @@ def config(name: str, settings: Settings) -> str:
     return HEAD + "\n".join(lines) + "\n"
 
 
-def _port(port: Port) -> str:
+def _port(port: TritonPort) -> str:
     return f"name: {_text(port.name)} data_type: {port.kind} dims: {list(port.dims)}"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lvlm.core.console import add_verify
-from lvlm.runtime.server.triton_server.settings import Settings
+from lvlm.runtime.server.triton_server.model_settings import Settings
 
 
 def add_parser(subparsers: Any) -> None:

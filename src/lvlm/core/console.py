@@ -31,7 +31,7 @@ def run_main(program: str, body: Callable[[], int]) -> int:
     """The exit status of ``body``, which reads the command line and does the work, with what a user
     can mend turned into a message.
 
-    What a user or the machine can mend (an ``LvlmError``, want of memory, what the system refuses)
+    What a user or the machine can mend (an ``LvlmError``, out of memory, what the system refuses)
     is ``program: error: …`` on stderr and status 2. Ctrl-C is 130, SIGTERM 143, an output pipe that
     is closed (``… | head``) the end of the work and 0, all without a word. Anything else is a bug
     and keeps its traceback.
@@ -111,7 +111,7 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _discard(stream: TextIO) -> None:
-    """What is still to be flushed at the exit would fail again."""
+    """Send what is still to be flushed at the exit nowhere: it would fail again."""
     with contextlib.suppress(OSError, ValueError):  # not a real file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -179,7 +179,7 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {' or '.join(close)}?" if close else ""
 
     def _is_text(self, argument: str) -> bool:
-        """Whether it begins as a flag does and is none, nor a number: -5+3?"""
+        """True where it begins as a flag does and is none, nor a number: -5+3?"""
         if argument.partition("=")[0] in self._flags():
             return False
         with contextlib.suppress(ValueError):

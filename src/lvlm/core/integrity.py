@@ -1,4 +1,4 @@
-"""Are the files of a bundle the ones that were exported?
+"""Check that the files of a bundle are the ones that were exported.
 
 A large file is hashed as a whole the first time it is met; a stamp outside the bundle remembers
 that, by path, size and modification time. From then on some of its blocks are read at each load,
@@ -140,7 +140,7 @@ def _check_file(
 
 
 def _sampled(path: Path, file: File) -> bool:
-    """Whether some blocks are as they were; bundles of earlier versions list none."""
+    """True where some blocks are as they were; bundles of earlier versions list none."""
     last = len(file.blocks) // DIGITS - 1
     chosen = {0, last, *random.Random().sample(range(1, last), SAMPLES - 2)} if last > 0 else ()
     with path.open("rb") as data:

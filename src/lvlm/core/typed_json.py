@@ -17,16 +17,16 @@ from lvlm.core.errors import BundleError, ParameterError, shown
 T = TypeVar("T")
 LEVELS = 20  # of lists and objects in one another, in a field of any type
 LARGEST = 2**63 - 1  # what arrays of integers hold
-MOST_BYTES = 64 << 20  # of a file; the manifest of a 7B model has 1 MB
+MAX_BYTES = 64 << 20  # of a file; the manifest of a 7B model has 1 MB
 
 
 def read_json(path: Path) -> Any:
     """The JSON of a file. Raises BundleError if it is not JSON, or far too large for it."""
     try:
         with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES >> 20} MiB")
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
         return json.loads(content.decode("utf-8"))
     except RecursionError:
         reason: object = "it is nested too deeply"
@@ -115,7 +115,7 @@ def _one_of(options: tuple[Any, ...], data: Any, where: str) -> Any:
 
 
 def _variant(options: list[Any], data: Any, where: str) -> Any:
-    """Of dataclasses, the one whose ``kind`` it is."""
+    """The one of several dataclasses whose ``kind`` it is."""
     if not isinstance(data, Mapping):
         raise BundleError(f"{where} is not an object; export the bundle again")
     kinds = {f.default: o for o in options for f in dataclasses.fields(o) if f.name == "kind"}

@@ -27,7 +27,7 @@ from lvlm.export.verify.checks import Check
 from lvlm.export.verify.graph_forms import Mapped
 from lvlm.export.verify.judge import Judge, Verdict
 from lvlm.export.verify.outcome import ValidationOutcome
-from lvlm.runtime.backends import Session
+from lvlm.runtime.backends import GraphSession
 from lvlm.runtime.bundle.manifest import Graph, Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.tools.recorded_answers import compare
@@ -120,7 +120,7 @@ def test_a_good_bundle_passes_and_says_what_was_run(
     loaded: list[str] = []
     open_file = Mapped._open
 
-    def noted(self: Mapped, folder: Path, graph: Graph, file: str) -> Session:
+    def noted(self: Mapped, folder: Path, graph: Graph, file: str) -> GraphSession:
         loaded.append(file)
         return open_file(self, folder, graph, file)
 

@@ -18,7 +18,7 @@ import lvlm
 from lvlm.core.errors import ParameterError
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import Engine
-from lvlm.runtime.engine.chunks import CHUNK_STEPS, FIRST, LEAST, STEPS_BETWEEN, ChunkPace
+from lvlm.runtime.engine.chunks import CHUNK_STEPS, FIRST, MIN_TOKENS, STEPS_BETWEEN, ChunkPace
 from lvlm.runtime.engine.memory_plan import plan_memory
 from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE
@@ -182,9 +182,9 @@ def test_a_chunk_takes_as_long_as_some_steps() -> None:
         pace.read(50, 0.004 * 50)
     assert pace.tokens(beside=True) == pytest.approx(CHUNK_STEPS * 0.02 / 0.004, abs=1)
     for _ in range(40):
-        pace.read(LEAST - 1, 99.0)  # so few say nothing of a token
+        pace.read(MIN_TOKENS - 1, 99.0)  # so few say nothing of a token
         pace.stepped(1e-9)
-    assert pace.tokens(beside=True) == LEAST
+    assert pace.tokens(beside=True) == MIN_TOKENS
     for _ in range(40):
         pace.stepped(60.0)
     assert pace.tokens(beside=True) == TOKENS_AT_ONCE

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvlm.runtime.bundle.manifest import Images
-from lvlm.runtime.generate.pieces import border_before, border_behind, most_at_once, next_piece
+from lvlm.runtime.generate.pieces import border_before, border_behind, max_at_once, next_piece
 
 CAUSAL = Images("<image>", 3, 7, (), (), {})
 BOTH = replace(CAUSAL, bidirectional=True)
@@ -28,7 +28,7 @@ def test_pieces_are_all_of_a_prompt_and_no_image_is_cut(runs: list[int], tokens:
             read.append(next_piece(image_id, start, tokens, images))
             start = read[-1].stop
         assert [place for piece in read for place in piece] == list(range(len(image_id)))
-        assert max(map(len, read)) <= most_at_once(images, tokens)
+        assert max(map(len, read)) <= max_at_once(images, tokens)
         if images is CAUSAL:
             assert {len(piece) for piece in read[:-1]} <= {tokens}
         for cut in [piece.stop for piece in read[:-1]] if images is BOTH else []:
@@ -40,5 +40,5 @@ def test_borders() -> None:
     places = range(len(image_id) + 1)
     assert [border_before(image_id, place) for place in places] == [0, 1, 1, 1, 4, 4, 6, 7]
     assert [border_behind(image_id, place) for place in places] == [0, 1, 4, 4, 4, 6, 6, 7]
-    assert most_at_once(CAUSAL, 3) == 3
-    assert [most_at_once(BOTH, n) for n in (3, 9)] == [7, 9]
+    assert max_at_once(CAUSAL, 3) == 3
+    assert [max_at_once(BOTH, n) for n in (3, 9)] == [7, 9]

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lvlm.core.errors import ImageError, ParameterError
-from lvlm.runtime.media.images import MAX_PIXELS, MOST_PIXELS, open_image
+from lvlm.runtime.media.images import MAX_PIXELS, PILLOW_MAX_PIXELS, open_image
 from lvlm.runtime.options.generation_options import GenerationOptions
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 11, 3), np.uint8)
@@ -270,6 +270,6 @@ def test_the_limit_is_an_option() -> None:
     assert open_image(image, 600).shape == image.shape
     with pytest.raises(ImageError, match=r"at most 599 pixels in all .* max_image_pixels"):
         open_image(image, 599)
-    assert GenerationOptions(max_image_pixels=MOST_PIXELS).max_image_pixels > MAX_PIXELS
+    assert GenerationOptions(max_image_pixels=PILLOW_MAX_PIXELS).max_image_pixels > MAX_PIXELS
     with pytest.raises(ParameterError, match="from 1 to 178,956,970"):
-        GenerationOptions(max_image_pixels=MOST_PIXELS + 1)
+        GenerationOptions(max_image_pixels=PILLOW_MAX_PIXELS + 1)

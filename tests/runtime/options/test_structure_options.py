@@ -17,7 +17,7 @@ from lvlm.runtime.options.option_flags import add_option_flags, given_options
 from lvlm.runtime.options.structure_kinds import (
     LONGEST_SCHEMA,
     LONGEST_TEXT,
-    MOST_CHOICES,
+    MAX_CHOICES,
     Asked,
 )
 
@@ -68,7 +68,7 @@ def test_a_schema_is_kept_as_its_text_in_its_own_order() -> None:
         ("choice", {"a"}),
         ("choice", ["\ud800"]),
         ("choice", ["a" * LONGEST_TEXT, "b"]),
-        ("choice", [str(i) for i in range(MOST_CHOICES + 1)]),
+        ("choice", [str(i) for i in range(MAX_CHOICES + 1)]),
     ],
 )
 def test_what_is_no_structure_is_refused(name: str, value: Any) -> None:

@@ -17,9 +17,9 @@ from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.options.tool_kinds import read_tools
 from lvlm.runtime.prompt.chat_template import ChatTemplate
 from lvlm.runtime.prompt.messages import read_messages
-from lvlm.runtime.prompt.tools.calls import ToolCall
 from lvlm.runtime.prompt.tools.form import ToolForm
-from lvlm.runtime.prompt.tools.reader import ToolReader
+from lvlm.runtime.prompt.tools.tool_calls import ToolCall
+from lvlm.runtime.prompt.tools.tool_reader import ToolReader
 
 TALK: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},

@@ -1,4 +1,4 @@
-"""Which image tokens go on: by every rule, and shared out over the runs of a picture."""
+"""Which image tokens go on: by every rule, and shared out over the runs of an image."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_evs_by_hand() -> None:
 def test_evs_shares_a_clip_out() -> None:
     rule: Any = rules()["evs"]
     still, little, much = (np.full((2, 2), x, np.float32) for x in (0.0, 0.1, 0.4))
-    assert rule.shared([still], [9], 3) == (9,)  # a picture is no clip
+    assert rule.shared([still], [9], 3) == (9,)  # an image is no video
     assert rule.shared([still, still, still], [9, 9, 9], 9) == (9, 1, 1)
     assert rule.shared([still, still, still], [9, 9, 9], 17) == (9, 4, 4)
     assert rule.shared([still, little, much], [9, 9, 9], 15) == (9, 2, 4)  # 1 + 1, 1 + 3

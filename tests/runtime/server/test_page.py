@@ -134,14 +134,14 @@ def opened(browser: Any, url: str) -> Iterator[Opened]:
     page.close()
 
 
-def test_a_picture_is_asked_about(opened: Opened) -> None:
+def test_an_image_is_asked_about(opened: Opened) -> None:
     page = opened.page
     assert page.inner_text("#model option") == "tiny (lightvlm)"
     assert [page.inner_text(f"label:has({name}) output") for name in ("#keep", "#kv")] == [
         *("35 %", "50 %")
     ]
     page.set_input_files("#file", SAMPLES[0])
-    page.wait_for_selector("#picture:visible")
+    page.wait_for_selector("#image:visible")
     sent = opened.ask()
     assert not {"keep", "kv_keep"} & sent.keys()
     image, text = sent["messages"][0]["content"]
@@ -186,11 +186,11 @@ def test_a_picture_is_asked_about(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("kind", ["drop", "paste"])
-def test_a_picture_comes_by_other_ways(opened: Opened, kind: str) -> None:
+def test_an_image_comes_by_other_ways(opened: Opened, kind: str) -> None:
     data = base64.b64encode(SAMPLES[1].read_bytes()).decode()
     opened.page.evaluate(GIVE, [kind, data])
-    opened.page.wait_for_selector("#picture:visible")
-    assert opened.page.get_attribute("#picture", "src") == f"data:image/png;base64,{data}"
+    opened.page.wait_for_selector("#image:visible")
+    assert opened.page.get_attribute("#image", "src") == f"data:image/png;base64,{data}"
 
 
 def test_an_answer_is_stopped(opened: Opened) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lvlm.runtime.bundle.manifest import Images
 from lvlm.runtime.generate.answers import Generation, SeenImage, Stats
 from lvlm.runtime.media.prepared_image import WHOLE
-from lvlm.runtime.server.patches import DROPPED, KEPT, patches
+from lvlm.runtime.server.patch_grids import DROPPED, KEPT, patches
 
 STATS = Stats(0, 0, 0, (), (), (), 0, 0, 0, 0, 0, 0)
 

@@ -37,7 +37,7 @@ def test_mistakes_in_arguments(given: dict[str, str], says: str) -> None:
 def test_arguments_from_a_command_line() -> None:
     made = read_arguments({"bundle": "a/tiny", "slots": "2", "api_key": "@keys", "keep": "0.5"})
     assert (made.served_name, made.slots, made.api_key, made.keep) == ("tiny", 2, ["@keys"], 0.5)
-    assert made.most_ongoing > made.slots + made.queue
+    assert made.max_ongoing > made.slots + made.queue
 
 
 def test_without_ray_the_application_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_the_example_of_a_configuration_names_what_there_is() -> None:
     by_name = {one["name"]: one for one in application["deployments"]}
     assert by_name.keys() == {ENGINE, INGRESS}
     scaling = by_name[ENGINE]["autoscaling_config"]
-    assert scaling["target_ongoing_requests"] == given.most_slots
+    assert scaling["target_ongoing_requests"] == given.max_slots
     assert (scaling["min_replicas"], scaling["max_replicas"]) == (
         given.replicas,
         given.max_replicas,

@@ -18,9 +18,9 @@ def key(body: Any, path: str = CHAT) -> str:
     return routing_key(path, body if isinstance(body, bytes) else json.dumps(body).encode())
 
 
-def test_questions_about_a_picture_have_its_key() -> None:
+def test_questions_about_an_image_have_its_key() -> None:
     first = key({"messages": asking("Why?", SAMPLES[0])})
-    assert first.startswith("picture:")
+    assert first.startswith("image:")
     later = [*asking("What?", SAMPLES[0]), *asking("And here?", SAMPLES[1])]
     assert key({"model": "x", "stream": True, "messages": later}) == first
     assert key({"messages": asking("Why?", SAMPLES[1])}) != first
@@ -29,8 +29,8 @@ def test_questions_about_a_picture_have_its_key() -> None:
     assert key({"input": spoken}, "/v1/responses") == first
 
 
-def test_a_text_that_looks_like_a_picture_is_none() -> None:
-    text = asking('Is {"image_url": {"url": "data:image/png;base64,AA"}} a picture?')
+def test_a_text_that_looks_like_an_image_is_none() -> None:
+    text = asking('Is {"image_url": {"url": "data:image/png;base64,AA"}} an image?')
     assert key({"messages": text}).startswith("text:")
 
 
@@ -62,13 +62,13 @@ def test_bodies_that_replicas_refuse_have_no_key(body: Any) -> None:
     assert key(body) == ""
 
 
-def test_what_has_no_picture_and_no_conversation_has_no_key() -> None:
+def test_what_has_no_image_and_no_conversation_has_no_key() -> None:
     assert key({"prompt": "Why?"}, "/v1/completions") == ""
     assert key({"messages": asking("Why?")}, "/v1/models") == ""
 
 
 def test_a_key_stays_with_its_replica() -> None:
-    keys = [f"picture:{n}" for n in range(300)]
+    keys = [f"image:{n}" for n in range(300)]
     three = {name: ranked(name, dict.fromkeys("abc", 0), 4)[0] for name in keys}
     assert all(60 < list(three.values()).count(name) < 140 for name in "abc")
     two = {name: ranked(name, dict.fromkeys("ab", 0), 4)[0] for name in keys}

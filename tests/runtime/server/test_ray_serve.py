@@ -169,7 +169,7 @@ def test_a_client_that_leaves_ends_the_call() -> None:
 
 
 def test_the_ingress_checks_before_replicas_are_asked() -> None:
-    asgi = ingress(Replicas(), Limits(keys=["secret"], most_bytes=10))
+    asgi = ingress(Replicas(), Limits(keys=["secret"], max_bytes=10))
     assert ask(asgi, "GET", "/health").json() == {"status": "ok"}
     assert ask(asgi, "POST", CHAT, json={}).status_code == 401
     with_key = {"Authorization": "Bearer secret"}

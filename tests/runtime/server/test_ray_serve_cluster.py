@@ -165,7 +165,7 @@ def test_a_slot_is_free_when_its_client_is_gone(url: str) -> None:
     assert 0 < tokens() - before < 2 * LONG["max_tokens"]
 
 
-def test_questions_about_a_picture_go_to_one_replica(url: str) -> None:
+def test_questions_about_an_image_go_to_one_replica(url: str) -> None:
     def known() -> dict[str, float]:
         return {name: one["lvlm:image_cache_misses_total"] for name, one in metrics(url).items()}
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from server_tools import Running, asking
 
-from lvlm.runtime.server import chat, replies
+from lvlm.runtime.server import chat_completions, replies
 
 CHAT, TEXT, RESPONSE = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
@@ -107,7 +107,7 @@ def test_mistakes(path: str, body: dict[str, Any], status: int, says: str, serve
     ), "a path"
 
 
-def test_pictures_are_bounded(server: Running) -> None:
+def test_images_are_bounded(server: Running) -> None:
     """Before any is read: how many; before any is decoded: of how many pixels."""
     buffer = io.BytesIO()
     Image.new("1", (9000, 9000)).save(buffer, "PNG")
@@ -119,7 +119,7 @@ def test_pictures_are_bounded(server: Running) -> None:
     many = {"messages": [{"role": "user", "content": [part] * 9}]}
     answer = httpx.post(server.url + CHAT, json=HELLO | many)
     assert answer.status_code == 400
-    assert "have 9 pictures and videos" in answer.json()["error"]["message"]
+    assert "have 9 images and videos" in answer.json()["error"]["message"]
 
 
 def test_what_is_no_request(server: Running) -> None:
@@ -157,7 +157,7 @@ def test_nor_does_one_in_a_stream_but_the_log(
     def broken(*_: Any) -> Any:
         raise RuntimeError("secret /srv/models")
 
-    monkeypatch.setattr(chat, "follow", broken)
+    monkeypatch.setattr(chat_completions, "follow", broken)
     monkeypatch.setattr(replies.log, "error", lambda _, **given: logged.append(given))
     headers = {"X-Request-Id": "mine-7"}
     answer = httpx.post(server.url + CHAT, json=HELLO | {"stream": True}, headers=headers)

@@ -26,7 +26,7 @@ from starlette.types import Message
 from lvlm.core.errors import RequestCancelled
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.server.asked import Wanted
-from lvlm.runtime.server.chat import Chat
+from lvlm.runtime.server.chat_completions import ChatReply
 from lvlm.runtime.server.events import EventStream
 from lvlm.runtime.server.fields import ChatFields
 
@@ -105,7 +105,7 @@ def test_a_stream_that_was_never_begun_ends_its_request(server: Running) -> None
         served = server.service.models["tiny"]
         handle = (await served.engine.submit("Hello", max_new_tokens=1500, ignore_eos=True)).handle
         body = ChatFields(messages=[])
-        reply = Chat(server.service, served, body, Wanted([], GenerationOptions()), handle)
+        reply = ChatReply(server.service, served, body, Wanted([], GenerationOptions()), handle)
 
         async def gone() -> Message:
             return {"type": "http.disconnect"}

@@ -18,7 +18,7 @@ from lvlm.core.errors import BundleError
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.tools.recorded_answers import (
     RecordedAnswer,
-    Step,
+    RecordedStep,
     agree,
     compare,
     highest,
@@ -38,9 +38,11 @@ def test_a_device_that_answers_otherwise_is_told(bundle: Callable[..., Path]) ->
     right = record(folder)
     first = right.steps[0]
     scale = max(map(abs, first.logits))
-    moved = Step(first.ids, tuple(x + 2 * scale for x in first.logits))
-    other = Step((*first.ids[1:], first.ids[0]), first.logits)
-    unclear = Step(other.ids, tuple(first.logits[0] - 1e-4 * i for i in range(len(first.ids))))
+    moved = RecordedStep(first.ids, tuple(x + 2 * scale for x in first.logits))
+    other = RecordedStep((*first.ids[1:], first.ids[0]), first.logits)
+    unclear = RecordedStep(
+        other.ids, tuple(first.logits[0] - 1e-4 * i for i in range(len(first.ids)))
+    )
     wrong = [
         dataclasses.replace(right, steps=(step, *right.steps[1:]))
         for step in (moved, other, unclear)
@@ -63,7 +65,7 @@ def test_a_device_that_answers_otherwise_is_told(bundle: Callable[..., Path]) ->
     assert good.limit == 1e-2
 
 
-def test_of_a_recipe_that_ranks_one_picture_is_enough(bundle: Callable[..., Path]) -> None:
+def test_of_a_recipe_that_ranks_one_image_is_enough(bundle: Callable[..., Path]) -> None:
     folder = bundle("digits-llava", "elastic-cache", "kv_keep=1.0", max_images=2)
     right = record(folder)
     wrong = dataclasses.replace(right, ids=(2, *right.ids[1:]))
@@ -91,13 +93,13 @@ def test_a_bundle_without_any(bundle: Callable[..., Path], tmp_path: Path) -> No
         ({"steps": ()}, "has 4 tokens and 0 steps"),
         ({"tokens": ()}, "has 0 tokens and 4 steps"),
         ({"tokens": (9, 10, 11, 2**40)}, "outside of the vocabulary"),
-        ({"steps": (Step((5, -1), (2.0, 1.0)),) * 4}, "outside of the vocabulary"),
-        ({"steps": (Step((5, 6), (1.0,)),) * 4}, "ids and logits are not as many"),
-        ({"steps": (Step((), ()),) * 4}, "ids and logits are not as many, or none"),
-        ({"steps": (Step((5,), (float("nan"),)),) * 4}, "not finite"),
-        ({"image": "../../lvlm.json"}, "no shipped picture"),
-        ({"image": "/etc/passwd"}, "no shipped picture"),
-        ({"image": "samples"}, "no shipped picture"),
+        ({"steps": (RecordedStep((5, -1), (2.0, 1.0)),) * 4}, "outside of the vocabulary"),
+        ({"steps": (RecordedStep((5, 6), (1.0,)),) * 4}, "ids and logits are not as many"),
+        ({"steps": (RecordedStep((), ()),) * 4}, "ids and logits are not as many, or none"),
+        ({"steps": (RecordedStep((5,), (float("nan"),)),) * 4}, "not finite"),
+        ({"image": "../../lvlm.json"}, "no shipped image"),
+        ({"image": "/etc/passwd"}, "no shipped image"),
+        ({"image": "samples"}, "no shipped image"),
     ],
 )
 def test_records_that_no_export_writes(
@@ -105,7 +107,7 @@ def test_records_that_no_export_writes(
 ) -> None:
     """Whoever wrote them gave their hash as well."""
     manifest = read_bundle(bundle("digits-llava", max_images=2))
-    step = Step((5, 6), (2.0, 1.0))
+    step = RecordedStep((5, 6), (2.0, 1.0))
     right = RecordedAnswer(
         "samples/digits-1.png", "Hi", False, (1, 2), (9, 10, 11, 12), (step,) * 4
     )

@@ -25,8 +25,8 @@ notes = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """What became of the search: a library to use and the CPU's ``instructions`` that its kernels
-    will use, or ``why`` there is none and what would ``mend`` that. ``unfit``: one is there."""
+    """Outcome of the search: a library to use and the CPU's ``instructions`` that its kernels will
+    use, or ``why`` there is none and what would ``mend`` that. ``unfit``: one is there."""
 
     path: Path | None
     instructions: str = ""
@@ -57,8 +57,8 @@ def find_kernels() -> Found:
 
 
 def default_folder() -> Path:
-    """Where ``lvlm-build cpu`` puts it: a folder for each state of the sources, so that no older
-    library is loaded after an upgrade."""
+    """Folder into which ``lvlm-build cpu`` puts it: one for each state of the sources, so that no
+    older library is loaded after an upgrade."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "lvlm" / "cpu-kernels" / _sources_digest()
 

@@ -17,10 +17,10 @@ from triton_fake import Api, Request, TritonError, TritonModelException, argumen
 
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.generate.answers import Generation
-from lvlm.runtime.server.triton_server.backend import Backend
+from lvlm.runtime.server.triton_server.backend import TritonBackend
 from lvlm.runtime.server.triton_server.python_api import PythonApi
 
-PICTURE = SAMPLES[0].read_bytes()
+IMAGE = SAMPLES[0].read_bytes()
 SHORT = {"max_tokens": 12, "ignore_eos": True}
 SAID = (
     '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
@@ -43,9 +43,9 @@ def repository(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def backend(api: Api, repository: str) -> Iterator[Backend]:
+def backend(api: Api, repository: str) -> Iterator[TritonBackend]:
     given = {"slots": "2", "threads": "1", "queue": "3", "media_bytes": "100000"}
-    made = Backend(cast(PythonApi, api), arguments(repository, given))
+    made = TritonBackend(cast(PythonApi, api), arguments(repository, given))
     yield made
     made.close()
 
@@ -54,10 +54,10 @@ def backend(api: Api, repository: str) -> Iterator[Backend]:
 def lone(folder: Path) -> Generation:
     """The answer of an engine of its own."""
     with Engine(folder, slots=1, threads=1) as engine:
-        return engine.generate(QUESTION, [PICTURE], max_new_tokens=12, ignore_eos=True)
+        return engine.generate(QUESTION, [IMAGE], max_new_tokens=12, ignore_eos=True)
 
 
-def answer(backend: Backend, request: Request) -> Any:
+def answer(backend: TritonBackend, request: Request) -> Any:
     """The one response."""
     backend.execute([request])
     (response,) = request.wait()
@@ -75,8 +75,8 @@ def whole(request: Request) -> tuple[str, list[int], str]:
     return text, tokens, responses[-1]["finish_reason"][0].decode()
 
 
-def test_a_whole_answer(backend: Backend, lone: Generation) -> None:
-    response = answer(backend, asks(QUESTION, PICTURE, **SHORT))
+def test_a_whole_answer(backend: TritonBackend, lone: Generation) -> None:
+    response = answer(backend, asks(QUESTION, IMAGE, **SHORT))
     assert response["text_output"] == [lone.text.encode()]
     assert response["token_ids"] == [list(lone.token_ids)]
     assert response["finish_reason"] == [lone.finish_reason.encode()]
@@ -86,9 +86,11 @@ def test_a_whole_answer(backend: Backend, lone: Generation) -> None:
     assert usage["prompt_tokens_details"]["image_tokens"] == 144
 
 
-def test_several_streams_at_once_are_each_as_alone(backend: Backend, lone: Generation) -> None:
+def test_several_streams_at_once_are_each_as_alone(
+    backend: TritonBackend, lone: Generation
+) -> None:
     """In one call of execute and in several."""
-    first, second, third = (asks(QUESTION, PICTURE, stream=True, **SHORT) for _ in range(3))
+    first, second, third = (asks(QUESTION, IMAGE, stream=True, **SHORT) for _ in range(3))
     backend.execute([first, second])
     backend.execute([third])
     for request in (first, second, third):
@@ -98,32 +100,32 @@ def test_several_streams_at_once_are_each_as_alone(backend: Backend, lone: Gener
 @pytest.mark.parametrize(
     "image",
     [
-        base64.b64encode(PICTURE),
-        base64.encodebytes(PICTURE),  # in lines
-        b"data:image/png;base64," + base64.b64encode(PICTURE),
+        base64.b64encode(IMAGE),
+        base64.encodebytes(IMAGE),  # in lines
+        b"data:image/png;base64," + base64.b64encode(IMAGE),
     ],
 )
-def test_forms_of_a_picture(backend: Backend, lone: Generation, image: bytes) -> None:
+def test_forms_of_an_image(backend: TritonBackend, lone: Generation, image: bytes) -> None:
     response = answer(backend, asks(QUESTION, image, **SHORT))
     assert response["text_output"] == [lone.text.encode()]
 
 
-def test_messages(backend: Backend, lone: Generation) -> None:
+def test_messages(backend: TritonBackend, lone: Generation) -> None:
     response = answer(backend, asks(messages=asking(QUESTION, SAMPLES[0]), **SHORT))
     assert response["text_output"] == [lone.text.encode()]
 
 
-def test_parameters_of_the_request_are_fields_too(backend: Backend) -> None:
+def test_parameters_of_the_request_are_fields_too(backend: TritonBackend) -> None:
     """Those of sampling_parameters come first."""
     given = {"max_tokens": 3, "stream": True, "id": "one"}
-    request = asks(QUESTION, PICTURE, given=given)
+    request = asks(QUESTION, IMAGE, given=given)
     backend.execute([request])
     assert len(whole(request)[1]) == 3
-    response = answer(backend, asks(QUESTION, PICTURE, given={"max_tokens": 3}, max_tokens=2))
+    response = answer(backend, asks(QUESTION, IMAGE, given={"max_tokens": 3}, max_tokens=2))
     assert len(response["token_ids"][0]) == 2
 
 
-def test_a_text_as_it_stands(backend: Backend, folder: Path) -> None:
+def test_a_text_as_it_stands(backend: TritonBackend, folder: Path) -> None:
     prompt = "USER: Hello ASSISTANT:"
     with Engine(folder, slots=1, threads=1) as engine:
         expected = engine.generate(prompt, chat_template=False, max_new_tokens=4)
@@ -132,8 +134,8 @@ def test_a_text_as_it_stands(backend: Backend, folder: Path) -> None:
     assert response["usage"][0]["prompt_tokens"] == expected.stats.prompt_tokens
 
 
-def test_the_question_before_the_answer(backend: Backend, lone: Generation) -> None:
-    response = answer(backend, asks(QUESTION, PICTURE, alone=False, **SHORT))
+def test_the_question_before_the_answer(backend: TritonBackend, lone: Generation) -> None:
+    response = answer(backend, asks(QUESTION, IMAGE, alone=False, **SHORT))
     assert response["text_output"] == [(QUESTION + lone.text).encode()]
 
 
@@ -143,7 +145,7 @@ def test_calls_of_tools(repository: str, stream: bool) -> None:
     pytest.importorskip("llguidance")
     Path(repository, "1/tools.jinja").write_text(HERMES)
     given = {"slots": "1", "threads": "1", "chat_template": "tools.jinja"}
-    backend = Backend(cast(PythonApi, Api()), arguments(repository, given))
+    backend = TritonBackend(cast(PythonApi, Api()), arguments(repository, given))
     said = f"I look.\n{SAID}"
     fields = {"tools": [WEATHER], "structured_outputs": {"choice": [said]}, "max_tokens": 200}
     messages = [{"role": "user", "content": "Rome?"}]
@@ -162,16 +164,16 @@ def test_calls_of_tools(repository: str, stream: bool) -> None:
     assert refused.error.message.startswith("tool_choice is none of auto")
 
 
-def test_several_answers(backend: Backend) -> None:
+def test_several_answers(backend: TritonBackend) -> None:
     """A row each, of a stream, too."""
     fields = {"n": 2, "temperature": 1.0, "seed": 3, "max_tokens": 6, "logprobs": 1}
     fields["ignore_eos"] = True
-    response = answer(backend, asks(QUESTION, PICTURE, **fields))
+    response = answer(backend, asks(QUESTION, IMAGE, **fields))
     assert response["finish_reason"] == [b"length"] * 2
     assert [len(row) for row in response["token_ids"]] == [6, 6]
     assert [len(row) for row in response["logprobs"]] == [6, 6]
     assert {len(one["top_logprobs"]) for row in response["logprobs"] for one in row} == {1}
-    streamed = asks(QUESTION, PICTURE, stream=True, **fields)
+    streamed = asks(QUESTION, IMAGE, stream=True, **fields)
     backend.execute([streamed])
     rows: list[list[int]] = [[], []]
     ends: list[list[bytes]] = [[], []]
@@ -203,29 +205,29 @@ IMAGE_PART = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/a.png"
         (asks("x" * 10_000_000), "the prompt has 10,000,000 characters"),
         (asks("x", given={"stream": "yes"}), "stream is 'yes'; give true or false"),
         (asks("x", stream=True, alone=False), "exclude_input_in_output is false"),
-        (asks("x", PICTURE, PICTURE, PICTURE), "there are 3 images, and there is room for 2"),
+        (asks("x", IMAGE, IMAGE, IMAGE), "there are 3 images, and there is room for 2"),
         (asks("x", b"QUJ"), "image 1 is no valid base64"),
         (asks("x", b"data:image/png;base64,QQ=,"), "no valid base64"),
         (asks("x", b"\x89PNG?"), "5 bytes is not an image"),
         (asks("x", b""), "0 bytes is not an image"),
-        (asks("x", PICTURE, bytes(100_001)), "image 2' is too large"),
+        (asks("x", IMAGE, bytes(100_001)), "image 2' is too large"),
         (asks(messages=b"{"), "messages is no JSON"),
         (asks(messages=DEEP), "messages is no JSON"),
         (asks(messages={"role": "user"}), "messages: "),
         (asks(messages=[]), "messages is empty"),
         (asks(messages=asking("x"), tools=[WEATHER]), "template has no place for tools"),
-        (asks(PICTURE, messages=b"[]"), "text_input"),
+        (asks(IMAGE, messages=b"[]"), "text_input"),
         (asks(messages=[{"role": "user", "content": [IMAGE_PART]}]), "not fetched here"),
     ],
 )
-def test_mistakes_end_with_a_line(backend: Backend, request_: Request, says: str) -> None:
+def test_mistakes_end_with_a_line(backend: TritonBackend, request_: Request, says: str) -> None:
     error = answer(backend, request_).error
     assert says in error.message
     assert len(error.message.splitlines()) == 1
     assert error.code == TritonError.INVALID_ARG
 
 
-def test_fields_that_are_no_object(backend: Backend) -> None:
+def test_fields_that_are_no_object(backend: TritonBackend) -> None:
     for text in (b"[1]", b"{", b"\xff", b"7"):
         request = asks("x")
         request.inputs = {**request.inputs, **asks(text).inputs}
@@ -236,15 +238,15 @@ def test_fields_that_are_no_object(backend: Backend) -> None:
 
 
 def test_who_cancels_leaves_a_slot(
-    backend: Backend, wait_for: Callable[[Callable[[], bool]], None]
+    backend: TritonBackend, wait_for: Callable[[Callable[[], bool]], None]
 ) -> None:
     """In the middle of an answer, and in the queue."""
     before = backend.engine.stats()
-    requests = [asks(QUESTION, PICTURE, stream=True, **LONG) for _ in range(2)]
+    requests = [asks(QUESTION, IMAGE, stream=True, **LONG) for _ in range(2)]
     backend.execute(requests)
     for request in requests:
         request.begun()
-    waiting = asks(QUESTION, PICTURE, **LONG)
+    waiting = asks(QUESTION, IMAGE, **LONG)
     backend.execute([waiting])
     wait_for(lambda: backend.engine.stats().waiting == 1)
     for request in (*requests, waiting):
@@ -258,7 +260,7 @@ def test_who_cancels_leaves_a_slot(
 
 
 def test_a_full_queue_and_a_time_that_has_passed(
-    backend: Backend, wait_for: Callable[[Callable[[], bool]], None]
+    backend: TritonBackend, wait_for: Callable[[Callable[[], bool]], None]
 ) -> None:
     requests = [asks(QUESTION, stream=True, **LONG) for _ in range(2)]
     backend.execute(requests)
@@ -281,7 +283,7 @@ def test_a_full_queue_and_a_time_that_has_passed(
 
 
 def test_a_defect_is_logged_and_not_told(
-    backend: Backend, api: Api, monkeypatch: pytest.MonkeyPatch
+    backend: TritonBackend, api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> str:
         raise RuntimeError("/secret/path")
@@ -295,9 +297,9 @@ def test_a_defect_is_logged_and_not_told(
 
 
 def test_figures(
-    backend: Backend, api: Api, wait_for: Callable[[Callable[[], bool]], None]
+    backend: TritonBackend, api: Api, wait_for: Callable[[Callable[[], bool]], None]
 ) -> None:
-    answer(backend, asks(QUESTION, PICTURE, max_tokens=2))
+    answer(backend, asks(QUESTION, IMAGE, max_tokens=2))
     metrics = api.MetricFamily.metrics
     assert api.MetricFamily.labels == {"model_name": "tiny", "version": "1"}
     wait_for(
@@ -311,7 +313,9 @@ def test_what_was_begun_is_finished_before_it_ends(repository: str) -> None:
     """And without metrics it does without."""
     api = Api()
     api.MetricFamily.off = True
-    backend = Backend(cast(PythonApi, api), arguments(repository, {"slots": "1", "threads": "1"}))
+    backend = TritonBackend(
+        cast(PythonApi, api), arguments(repository, {"slots": "1", "threads": "1"})
+    )
     request = asks(QUESTION, stream=True, max_tokens=40, ignore_eos=True)
     backend.execute([request])
     backend.close()
@@ -336,7 +340,7 @@ def test_what_config_pbtxt_may_have_wrong(
     repository: str, given: dict[str, str], says: str
 ) -> None:
     with pytest.raises(TritonModelException) as told:
-        Backend(cast(PythonApi, Api()), arguments(repository, given))
+        TritonBackend(cast(PythonApi, Api()), arguments(repository, given))
     assert says in str(told.value)
     assert len(str(told.value).splitlines()) == 1
 
@@ -344,7 +348,7 @@ def test_what_config_pbtxt_may_have_wrong(
 def test_a_host_of_triton_needs_no_server_of_ours() -> None:
     code = """
 import sys
-import lvlm.runtime.server.triton_server.answering, lvlm.runtime.server.triton_server.reading
+import lvlm.runtime.server.triton_server.answering, lvlm.runtime.server.triton_server.request_reader
 import lvlm.runtime.server.triton_server.backend
 print(sorted({"fastapi", "starlette", "uvicorn", "prometheus_client"} & set(sys.modules)))
 """

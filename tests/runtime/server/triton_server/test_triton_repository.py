@@ -12,8 +12,8 @@ import pytest
 
 from lvlm.plugins_trt.build_cli import main
 from lvlm.runtime.server.engine_figures import COUNTERS, GAUGES
+from lvlm.runtime.server.triton_server.model_settings import Settings
 from lvlm.runtime.server.triton_server.repository import INPUTS, OUTPUTS, config
-from lvlm.runtime.server.triton_server.settings import Settings
 
 TOKEN = re.compile(r'\s*(?:#.*\n)*\s*("(?:[^"\\]|\\.)*"|[\w.+-]+|[{}\[\]:,])')
 

@@ -40,7 +40,7 @@ triton = pytest.importorskip("tritonclient.grpc", reason="tritonclient[grpc] is 
 LONG = {"max_tokens": 1500, "ignore_eos": True}
 SHORT = {"max_tokens": 24, "ignore_eos": True}
 STUB = "triton_python_backend_stub"
-PICTURES = [path.read_bytes() for path in SAMPLES]
+IMAGES = [path.read_bytes() for path in SAMPLES]
 
 
 def found() -> Path:
@@ -151,11 +151,11 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 @pytest.fixture(scope="module")
 def lone(folder: Path) -> list[Generation]:
-    """Answers of an engine of its own: a picture each."""
+    """Answers of an engine of its own: an image each."""
     with Engine(folder, slots=1, threads=1) as engine:
         return [
-            engine.generate(QUESTION, [picture], max_new_tokens=24, ignore_eos=True)
-            for picture in PICTURES
+            engine.generate(QUESTION, [image], max_new_tokens=24, ignore_eos=True)
+            for image in IMAGES
         ]
 
 
@@ -194,7 +194,7 @@ def tensor(name: str, *values: object) -> Any:
 def question(number: int, stream: bool, **fields: Any) -> list[Any]:
     return [
         tensor("text_input", QUESTION.encode()),
-        tensor("image", PICTURES[number]),
+        tensor("image", IMAGES[number]),
         tensor("stream", stream),
         tensor("sampling_parameters", json.dumps(fields).encode()),
     ]
@@ -234,8 +234,8 @@ def test_answers_are_those_of_a_lone_engine(server: Server, lone: list[Generatio
 
 
 def test_the_generate_endpoints(server: Server, lone: list[Generation]) -> None:
-    picture = base64.b64encode(PICTURES[0]).decode()
-    response = server.post("generate", text_input=QUESTION, image=picture, parameters=SHORT)
+    image = base64.b64encode(IMAGES[0]).decode()
+    response = server.post("generate", text_input=QUESTION, image=image, parameters=SHORT)
     assert response.json()["text_output"] == lone[0].text
     assert response.json()["token_ids"] == list(lone[0].token_ids)
     asked = json.dumps(asking(QUESTION, SAMPLES[0]))

@@ -14,7 +14,7 @@
 #define LVLM_CACHE_COMPACT_ONCE
 namespace lvlm {
 
-// What becomes of one row's entries.
+// The entries of one row that stay, move and merge.
 struct Compaction {
     std::vector<int64_t> stay;     // positions, rising
     std::vector<int64_t> anchors;  // those of them that absorb

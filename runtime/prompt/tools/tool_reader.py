@@ -6,8 +6,8 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from lvlm.runtime.prompt.tools.calls import ToolCall
 from lvlm.runtime.prompt.tools.form import ToolForm
+from lvlm.runtime.prompt.tools.tool_calls import ToolCall
 
 ARGUMENTS = ("arguments", "parameters")  # models use either, whatever their template writes
 DECODER = json.JSONDecoder()
@@ -31,12 +31,12 @@ class ToolReader:
         self.calls = 0
 
     def feed(self, text: str) -> list[str | ToolCall]:
-        """What is known to be text or a call now that ``text`` has come."""
+        """Parts that are known to be text or a call now that ``text`` has come."""
         self._text += text
         return self._read(last=False) if text else []
 
     def finish(self) -> list[str | ToolCall]:
-        """What is left at the end of the answer."""
+        """Parts that are left at the end of the answer."""
         return self._read(last=True)
 
     def _read(self, last: bool) -> list[str | ToolCall]:
@@ -79,15 +79,15 @@ class ToolReader:
         return found
 
     def _said(self, at: int) -> str:
-        """What is before a mark, which goes on waiting; the space between is no part of it."""
+        """Text before a mark, which goes on waiting; the space between is no part of it."""
         said = self._text[:at].rstrip()
         self._text = self._text[at:]
         return said
 
     def _held(self) -> int:
         """Characters at the end that may yet turn out to belong to a mark."""
-        text, most = self._text, min(len(self._text), len(self._start) - 1)
-        mark = next((n for n in range(most, 0, -1) if text.endswith(self._start[:n])), 0)
+        text, longest = self._text, min(len(self._text), len(self._start) - 1)
+        mark = next((n for n in range(longest, 0, -1) if text.endswith(self._start[:n])), 0)
         before = text[: len(text) - mark]
         return mark + len(before) - len(before.rstrip())
 

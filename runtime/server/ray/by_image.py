@@ -9,8 +9,8 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from lvlm.runtime.server.ray.preference import ranked
 
 
-class ByPicture(RequestRouter):  # type: ignore[misc]
-    """Sends what is asked about a picture to the replica that has it (``ranked``)."""
+class ByImage(RequestRouter):  # type: ignore[misc]
+    """Sends what is asked about an image to the replica that has it (``ranked``)."""
 
     def initialize_state(self, **given: Any) -> None:
         """Take what RequestRouterConfig says: ``spare`` requests."""

@@ -1,4 +1,4 @@
-"""What became of each patch of an answer's images, for a client that draws it."""
+"""Grids of the patches of an answer's images, for a client that draws which were kept."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MERGE = ("visionzip",)  # rules that mix tokens into those that go on, and tell 
 
 
 def patches(manifest: Manifest, answer: Generation) -> list[dict[str, Any]]:
-    """Of each image the grid of its patches, row by row: KEPT, DROPPED, or the number of the token
-    that several of them became; and the ``box`` that the grid covers: left, top, right and bottom
-    in widths and heights of the picture, beyond 0 and 1 where it was padded.
+    """Grid of each image's patches, row by row: KEPT, DROPPED, or the number of the token that
+    several of them became; and the ``box`` that the grid covers: left, top, right and bottom in
+    widths and heights of the image, beyond 0 and 1 where it was padded.
 
     A patch is KEPT as the last block had it. What is mixed into tokens that go on from the encoder
     counts as DROPPED, which ``encoder_merges`` tells, and so does a patch of a tile that is left
@@ -63,7 +63,7 @@ def _fixed(images: Images, box: Box) -> tuple[np.ndarray | None, Box]:
 
 
 def _fates(answer: Generation) -> np.ndarray:
-    """Of each prompt token, after the last reduction."""
+    """Fate of each prompt token, after the last reduction."""
     if not answer.merge_maps:
         return np.full(len(answer.image_id), KEPT)
     fate, group = np.full(len(answer.image_id), DROPPED), 0

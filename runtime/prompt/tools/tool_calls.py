@@ -24,7 +24,7 @@ class ToolCall:
     id: str | None = None
 
     def written(self, text: Callable[[str], str]) -> dict[str, Any]:
-        """As templates take it, ``text`` put in place of each of its texts."""
+        """The call as templates take it, ``text`` put in place of each of its texts."""
         function = {"name": text(self.name), "arguments": each_text(self.arguments, text)}
         made: dict[str, Any] = {"type": "function", "function": function}
         return made if self.id is None else made | {"id": text(self.id)}

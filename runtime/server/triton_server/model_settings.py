@@ -27,7 +27,7 @@ def setting(default: Any, kind: type, help: str, metavar: str = "N") -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a model is opened with. None: as the engine, or the bundle, has it.
+    """Settings that a model is opened with. None: as the engine, or the bundle, has it.
 
     Raises ParameterError.
     """
@@ -53,8 +53,8 @@ class Settings:
     chat_template: str | None = field(default=None, metadata={"kind": str})  # beside the bundle
     queue: int = setting(256, int, "requests that may wait")
     image_cache: str = setting("64MB", str, "features of images that are kept", "SIZE")
-    media_bytes: int = setting(32 << 20, int, "bytes of a picture or a video")
-    media_pixels: int = setting(32_000_000, int, "pixels of a picture")
+    media_bytes: int = setting(32 << 20, int, "bytes of an image or a video")
+    media_pixels: int = setting(32_000_000, int, "pixels of an image")
 
     def __post_init__(self) -> None:
         if self.device not in devices():

@@ -28,7 +28,7 @@ BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456
 
 @dataclass(frozen=True)
 class Question:
-    """What a request asks. ``images`` are those of a text, messages have theirs in them; ``lead``
+    """Question of a request. ``images`` are those of a text, messages have theirs in them; ``lead``
     is what the answer begins with."""
 
     wanted: Wanted
@@ -47,7 +47,7 @@ class Reader:
     """
 
     def __init__(self, api: PythonApi, usual: Usual, skill: ToolSkill, media_bytes: int) -> None:
-        self._api, self._usual, self._skill, self._most = api, usual, skill, media_bytes
+        self._api, self._usual, self._skill, self._max_bytes = api, usual, skill, media_bytes
         self._media = MediaReader(MediaRules(max_bytes=media_bytes))
 
     async def read(self, request: InferenceRequest) -> Question:
@@ -66,7 +66,7 @@ class Reader:
         if text is not None:
             wanted, read = self._of_text(text, given), await self._images(images)
         elif images:
-            raise Refusal(400, "image goes with text_input; messages have pictures as parts")
+            raise Refusal(400, "image goes with text_input; messages have images as parts")
         else:
             body = _body(ChatFields, given | {"messages": _json("messages", str(messages))})
             wanted, read = await asked.of_chat(body, self._data, self._usual, self._skill), []
@@ -132,14 +132,14 @@ class Reader:
                 given = base64.b64decode(b"".join(given.split()), validate=True)
             except binascii.Error:
                 raise Refusal(400, f"image {number} is no valid base64") from None
-        if len(given) > self._most:
-            raise too_large(f"image {number}", self._most)
+        if len(given) > self._max_bytes:
+            raise too_large(f"image {number}", self._max_bytes)
         return given
 
     async def _data(self, url: str) -> bytes:
-        """Of a part of messages."""
+        """Bytes of a part of messages."""
         if url[:5].lower() != "data:":
-            raise Refusal(400, "messages: pictures are not fetched here; give a data: URL")
+            raise Refusal(400, "messages: images are not fetched here; give a data: URL")
         return await self._media.read(url)
 
 

@@ -15,8 +15,8 @@ from lvlm.runtime.server import asked
 from lvlm.runtime.server.answered import chat_logprobs, compact, details, usage
 from lvlm.runtime.server.events import DONE, EventStream, event, unless_gone
 from lvlm.runtime.server.fields import ChatFields
-from lvlm.runtime.server.following import Step, follow
-from lvlm.runtime.server.patches import patches
+from lvlm.runtime.server.following import AnswerUpdate, follow
+from lvlm.runtime.server.patch_grids import patches
 from lvlm.runtime.server.replies import Reply
 from lvlm.runtime.server.service import Served, Service
 
@@ -35,13 +35,13 @@ async def chat(request: Request, body: ChatFields) -> Response:
         return wanted, (await service.submit(served, wanted)).handle
 
     wanted, handle = await unless_gone(request.receive, begin)
-    reply = Chat(service, served, body, wanted, handle)
+    reply = ChatReply(service, served, body, wanted, handle)
     if body.stream:
         return EventStream(reply.stream(), reply.left)
     return await unless_gone(request.receive, reply.whole)
 
 
-class Chat(Reply):
+class ChatReply(Reply):
     """The answers to one request."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Chat(Reply):
         return Response(compact(data), media_type="application/json")
 
     def stream(self) -> AsyncGenerator[bytes]:
-        """As they come. What goes wrong on the way is an event of its own."""
+        """The answers as they come. What goes wrong on the way is an event of its own."""
         return self._told(self._chunks(), lambda refused: event(refused.body))
 
     async def _chunks(self) -> AsyncGenerator[bytes]:
@@ -102,8 +102,8 @@ class Chat(Reply):
             yield event(head | {"lvlm": self._details(answers)})
         yield DONE
 
-    def _deltas(self, step: Step) -> list[dict[str, Any]]:
-        """What is new of an answer: text, and calls that are complete."""
+    def _deltas(self, step: AnswerUpdate) -> list[dict[str, Any]]:
+        """Deltas of an answer: text, and calls that are complete."""
         if (reader := self._readers[step.index]) is None:
             return [{"content": step.news.text}] if step.news.text else []
         before = len(reader.calls)
