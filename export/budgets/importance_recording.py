@@ -21,7 +21,9 @@ from lvlm.export.recipes.recipe import WithCache
 from lvlm.export.reference.torch_reference import Reference
 from lvlm.export.standard_ops import Tap
 from lvlm.runtime.policies.evictions import Append
-from lvlm.runtime.policies.policy import AllQueries, CachePolicy, Evict
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.scores import AllQueries
+from lvlm.runtime.policies.selections import Evict
 from lvlm.runtime.policies.shares import Uniform
 from lvlm.runtime.prompt.prompts import Prompt
 

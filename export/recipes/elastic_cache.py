@@ -15,7 +15,8 @@ from lvlm.export.recipes.parts.cache_rule import Semantics
 from lvlm.export.recipes.parts.fixed_point import KEEP, FixedPointRecipe
 from lvlm.export.recipes.recipe import choice, parameter
 from lvlm.runtime.policies.evictions import ReleasedFixedPoint
-from lvlm.runtime.policies.policy import CachePolicy, Merge, ReleasedMerge
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.selections import Merge, ReleasedMerge
 from lvlm.runtime.policies.shares import ReleasedUniform, Uniform
 
 

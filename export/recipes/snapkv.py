@@ -13,7 +13,8 @@ from typing import ClassVar, Literal
 from lvlm.export.recipes.parts.selection import SELECT, Selection, selection
 from lvlm.export.recipes.recipe import Recipe, choice, parameter
 from lvlm.runtime.policies.evictions import Append
-from lvlm.runtime.policies.policy import CachePolicy, Window
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.scores import Window
 from lvlm.runtime.policies.shares import Uniform
 
 Pool = Literal["mean", "max"]

@@ -13,7 +13,8 @@ from typing import ClassVar
 from lvlm.export.recipes.parts.selection import SELECT, Selection, selection
 from lvlm.export.recipes.recipe import Recipe, parameter
 from lvlm.runtime.policies.evictions import Oldest
-from lvlm.runtime.policies.policy import CachePolicy, Recency
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.scores import Recency
 from lvlm.runtime.policies.shares import Uniform
 
 

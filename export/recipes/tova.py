@@ -12,7 +12,9 @@ from typing import ClassVar
 
 from lvlm.export.recipes.recipe import Recipe, parameter
 from lvlm.runtime.policies.evictions import Interval
-from lvlm.runtime.policies.policy import CachePolicy, Evict, Latest
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.scores import Latest
+from lvlm.runtime.policies.selections import Evict
 from lvlm.runtime.policies.shares import Uniform
 
 

@@ -18,17 +18,9 @@ from typing import Any, Literal
 from lvlm.core.errors import BundleError, ParameterError
 from lvlm.core.typed_json import decode
 from lvlm.runtime.policies.evictions import FixedPoint, Interval, ReleasedFixedPoint
-from lvlm.runtime.policies.policy import (
-    AllQueries,
-    Budget,
-    CachePolicy,
-    Decode,
-    Evict,
-    Merge,
-    ReleasedMerge,
-    Select,
-    Window,
-)
+from lvlm.runtime.policies.policy import Budget, CachePolicy, Decode
+from lvlm.runtime.policies.scores import AllQueries, Window
+from lvlm.runtime.policies.selections import Evict, Merge, ReleasedMerge, Select
 from lvlm.runtime.policies.shares import (
     Profile,
     ProfileRow,

@@ -2,7 +2,7 @@
 
     CachePolicy = score x select x decode x budget      (and what is protected, and positions)
 
-score    what ranks a layer's entries after prefill, and before each run of compact.onnx
+score    what ranks a layer's entries after prefill, and before each run of compact.onnx (scores.py)
            AllQueries  the attention of all prompt queries
            Accumulated  that of all queries so far: the sums go on in decode
            Latest      that of the newest query alone, as decode finds it
@@ -10,6 +10,7 @@ score    what ranks a layer's entries after prefill, and before each run of comp
                        positions, of all heads together or of each key head on its own
            Recency     nothing is read: the newer, the better
 select   how the entries that do not stay are treated: Evict, or Merge into their neighbours
+         (selections.py)
 decode   when an entry leaves while an answer is written (evictions.py)
            Append      never
            FixedPoint, Oldest    one by one, as soon as there is one too many
@@ -17,11 +18,11 @@ decode   when an entry leaves while an answer is written (evictions.py)
 budget   how many entries a layer keeps (shares.py): Uniform, Slope, Profile, Mixed
 
 A variant is a frozen dataclass, and all there is to know about it stands in one place: its numbers
-are checked where it is made (a recipe makes it while the command line is parsed), its counts are
-its methods, its graph code is a function of export/recipes/parts/cache_rule.py for its type. What
-does not go together, ``CachePolicy`` refuses when it is put together. The manifest holds a policy
-as it is, every part with its ``kind``; a reader decodes it to the same objects, with the same
-checks. Nothing of this needs torch.
+are checked where it is made (a recipe makes it while the command line is parsed), its counts and
+what it needs of a graph are its methods; the graph code of a score is the function for its type in
+export/recipes/parts/score_graphs.py. What does not go together, ``CachePolicy`` refuses when it is
+put together. The manifest holds a policy as it is, every part with its ``kind``; a reader decodes
+it to the same objects, with the same checks. Nothing of this needs torch.
 
 The released code of two papers deviates from the papers. What it does are variants of their own
 (Released...), which exist for parity tests only.
@@ -41,6 +42,8 @@ from lvlm.runtime.policies.evictions import (
     Oldest,
     ReleasedFixedPoint,
 )
+from lvlm.runtime.policies.scores import Score
+from lvlm.runtime.policies.selections import Select
 from lvlm.runtime.policies.shares import (
     Mixed,
     Profile,
@@ -50,95 +53,6 @@ from lvlm.runtime.policies.shares import (
     Uniform,
 )
 
-
-@dataclass(frozen=True)
-class AllQueries:
-    """Entries rank by the attention of all prompt queries, mean over the heads."""
-
-    kind: Literal["all-queries"] = "all-queries"
-
-
-@dataclass(frozen=True)
-class Accumulated:
-    """Entries rank by the attention of all queries so far, mean over the heads: the prompt's, and
-    as an answer is written each new token's. The sums lie beside the cache, one per entry."""
-
-    kind: Literal["accumulated"] = "accumulated"
-
-
-@dataclass(frozen=True)
-class Latest:
-    """Entries rank by the attention of the newest query, mean over the heads. What decode finds
-    lies beside the cache, one number per entry, until the next token's takes its place."""
-
-    kind: Literal["latest"] = "latest"
-
-
-@dataclass(frozen=True)
-class Window:
-    """Entries rank by the attention of the ``queries`` most recent tokens.
-
-    kernel    above 1, an odd number: scores of the entries before the protected last ones are
-              pooled over that many neighbouring positions, so that what surrounds an important
-              entry stays, too; beyond the ends are zeros
-    pool      the mean over these, or the max
-    per_head  each key head ranks its entries by its own query heads and keeps its own; else all
-              heads keep the same, by their mean
-    """
-
-    queries: int
-    kernel: int = 1
-    pool: Literal["mean", "max"] = "mean"
-    per_head: bool = False
-    kind: Literal["window"] = "window"
-
-    def __post_init__(self) -> None:
-        integer("window", self.queries, 1)
-        integer("kernel", self.kernel, 1)
-        if self.kernel % 2 == 0:
-            raise ParameterError(
-                f"kernel is {self.kernel}; give an odd number, so that it has a middle"
-            )
-        if self.pool not in ("mean", "max"):
-            raise ParameterError(f"pool is {self.pool!r}; give mean or max")
-
-
-@dataclass(frozen=True)
-class Recency:
-    """Entries rank by their position, whatever attends to them: the last ones stay."""
-
-    kind: Literal["recency"] = "recency"
-
-
-@dataclass(frozen=True)
-class Evict:
-    """Entries that do not stay are gone."""
-
-    kind: Literal["evict"] = "evict"
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Each goes into the nearest one that stays, by index; that becomes the plain mean of all it
-    took over, itself included (Elastic Cache).
-
-    within_modality  the entries on both sides of every border between text and image stay before
-                     any others, so that none merges across it (EffiVLM-Bench, arXiv 2506.00479)
-    """
-
-    within_modality: bool = False
-    kind: Literal["merge"] = "merge"
-
-
-@dataclass(frozen=True)
-class ReleasedMerge:
-    """Merging as in Elastic Cache's released code."""
-
-    kind: Literal["released-merge"] = "released-merge"
-
-
-Score = AllQueries | Accumulated | Latest | Window | Recency
-Select = Evict | Merge | ReleasedMerge
 Decode = Append | FixedPoint | Oldest | Interval | ReleasedFixedPoint
 Budget = Uniform | Slope | Profile | Mixed | ReleasedUniform | ReleasedProfile
 
@@ -168,7 +82,7 @@ class CachePolicy:
         if self.protected == 0:
             raise ParameterError("no entry is protected; keep at least one sink or recent one")
         self.budget.check_cap(self.protected)
-        window = self.score.queries if isinstance(self.score, Window) else 0
+        window = self.score.window
         if window > self.recent:
             raise ParameterError(
                 f"{window} queries rank the entries, but only the last {self.recent} entries are "
@@ -179,13 +93,11 @@ class CachePolicy:
                 "compaction at intervals is ranked by the latest queries or by sums over all; give "
                 "a window, or a score that goes on"
             )
-        evicted = isinstance(self.decode, Interval) and isinstance(self.select, Evict)
-        if self.received and not evicted:
+        if self.received and not (isinstance(self.decode, Interval) and self.select.evicts):
             raise ParameterError(
                 "scores that go on in decode are for entries that are evicted at intervals"
             )
-        within = isinstance(self.select, Merge) and self.select.within_modality
-        if within and isinstance(self.decode, Interval):
+        if self.select.within_modality and isinstance(self.decode, Interval):
             raise ParameterError(
                 "within_modality is for a prompt that is compacted once; at intervals nobody knows "
                 "any more what is an image's"
@@ -202,18 +114,17 @@ class CachePolicy:
     @property
     def queries(self) -> int:
         """Most recent queries that each layer remembers in a ring, for what is ranked later."""
-        later = isinstance(self.decode, Interval) and isinstance(self.score, Window)
-        return self.score.queries if later else 0  # type: ignore[union-attr]
+        return self.score.window if isinstance(self.decode, Interval) else 0
 
     @property
     def received(self) -> bool:
         """True where each entry has beside it the attention that it got, also in decode."""
-        return isinstance(self.score, Accumulated | Latest)
+        return self.score.received
 
     @property
     def sums(self) -> bool:
         """True where that is a sum over all queries so far."""
-        return isinstance(self.score, Accumulated)
+        return self.score.sums
 
     @property
     def interval(self) -> int | None:

@@ -285,7 +285,7 @@ FAULTS = {
         "tests/naive/test_naive_twins.py::test_compositions",
     ),
     "scores of snapkv pooled with its own window's": Fault(
-        "export/recipes/parts/cache_rule.py",
+        "export/recipes/parts/score_graphs.py",
         "before = torch.where(places < end[:, None], found, 0)",
         "before = torch.where(places < places.shape[0], found, 0)",
         "tests/naive/test_naive_twins.py::test_compositions",

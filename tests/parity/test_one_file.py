@@ -14,7 +14,9 @@ from lvlm.core import discovery
 from lvlm.export import export_cli, listings, recipes
 from lvlm.export.recipes.recipe import parse_settings
 from lvlm.runtime.policies.evictions import Oldest
-from lvlm.runtime.policies.policy import CachePolicy, Merge, Window
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.scores import Window
+from lvlm.runtime.policies.selections import Merge
 from lvlm.runtime.policies.shares import Uniform
 
 SOURCE = """
@@ -23,7 +25,9 @@ from typing import ClassVar
 
 from lvlm.export.recipes.recipe import Recipe, parameter
 from lvlm.runtime.policies.evictions import Oldest
-from lvlm.runtime.policies.policy import CachePolicy, Merge, Window
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.scores import Window
+from lvlm.runtime.policies.selections import Merge
 from lvlm.runtime.policies.shares import Uniform
 
 

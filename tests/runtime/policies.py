@@ -13,14 +13,9 @@ from lvlm.runtime.policies.evictions import (
     OneByOne,
     ReleasedFixedPoint,
 )
-from lvlm.runtime.policies.policy import (
-    Accumulated,
-    AllQueries,
-    CachePolicy,
-    Evict,
-    Recency,
-    Window,
-)
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.scores import Accumulated, AllQueries, Recency, Window
+from lvlm.runtime.policies.selections import Evict
 from lvlm.runtime.policies.shares import Profile, ReleasedProfile, ReleasedUniform, Uniform
 
 UNIFORM = CachePolicy(AllQueries(), Evict(), FixedPoint(25), Uniform(0.2), sinks=1)

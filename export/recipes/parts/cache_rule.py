@@ -1,38 +1,25 @@
 """A cache policy in a graph: one layer at a time, right after the layer.
 
-The policy itself is data (runtime/policies/policy.py); here is the graph code of its scores and
-selections. Both the prefill graph and, where a policy compacts at intervals, compact.onnx are
-traced from it.
+The policy itself is data (runtime/policies/policy.py), its score ranks a layer's entries
+(score_graphs.py), and CacheCompact selects among them. Both the prefill graph and, where a policy
+compacts at intervals, compact.onnx are traced from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce, singledispatch
 from typing import Literal
 
 import torch
-from torch.nn import functional
 
 from lvlm.export.ops.cache_compact.contract import OP as CACHE_COMPACT
-from lvlm.export.ops.cache_importance import OP as CACHE_IMPORTANCE
 from lvlm.export.ports import BATCH, LayerPort
+from lvlm.export.recipes.parts.head_rows import by_heads, each_head, heads_as_rows
+from lvlm.export.recipes.parts.score_graphs import RankedLayer, importance
 from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.standard_ops import Tap
-from lvlm.runtime.policies.policy import (
-    Accumulated,
-    AllQueries,
-    CachePolicy,
-    Evict,
-    Latest,
-    Merge,
-    Recency,
-    ReleasedMerge,
-    Score,
-    Select,
-    Window,
-)
+from lvlm.runtime.policies.policy import CachePolicy
 
 ABOVE_ALL = 1e30  # finite, and more than any sum of attention
 Positions = Literal["true", "layer0"]
@@ -55,93 +42,6 @@ class Compacted:
 
 
 @dataclass(frozen=True)
-class RankedLayer:
-    """One layer's entries when they are ranked.
-
-    key      [B,Hkv,N,d]
-    length   [B] int64: how many of them are valid
-    queries  [B,Hq,R,d]: the most recent ones, where the score is a window of these
-    index    [B,R] int64: of each query's own entry, -1: there is none
-    scale    of query · key
-    received [B,N] fp32: the attention they got, where the score asks for it and that is known
-    """
-
-    key: torch.Tensor
-    length: torch.Tensor
-    queries: torch.Tensor | None
-    index: torch.Tensor | None
-    scale: float
-    received: torch.Tensor | None = None
-
-
-@singledispatch
-def importance(score: Score, layer: RankedLayer, recent: int) -> torch.Tensor:
-    """The importance [B,N] fp32 of a layer's entries, or [B,Hkv,N] where each key head ranks its
-    own; the last ``recent`` entries stay whatever it says."""
-    raise NotImplementedError(score)
-
-
-@importance.register(AllQueries)
-@importance.register(Accumulated)
-def _(score: AllQueries | Accumulated, layer: RankedLayer, recent: int) -> torch.Tensor:
-    del score, recent
-    assert layer.received is not None
-    return layer.received
-
-
-@importance.register
-def _(score: Latest, layer: RankedLayer, recent: int) -> torch.Tensor:
-    del score
-    if layer.received is not None:
-        return layer.received
-    return importance(Window(1), layer, recent)
-
-
-@importance.register
-def _(score: Window, layer: RankedLayer, recent: int) -> torch.Tensor:
-    assert layer.queries is not None
-    assert layer.index is not None
-    queries, key, index, length = layer.queries, layer.key, layer.index, layer.length
-    heads = key.shape[1]
-    if score.per_head:  # each key head with its own queries is a row to the op
-        key, queries = _heads_as_rows(key), _grouped(queries, heads)
-        index, length = _repeated(index, heads), _repeated(length, heads)
-    # So few queries need no loop.
-    (found,) = CACHE_IMPORTANCE(queries, key, index, length, scale=layer.scale, parts=1)
-    if score.kernel > 1:
-        found = _pooled(score, found, length - recent)
-    return _rows(found, heads) if score.per_head else found
-
-
-@importance.register
-def _(score: Recency, layer: RankedLayer, recent: int) -> torch.Tensor:
-    del score, recent
-    batch, _, entries, _ = layer.key.shape
-    ages = torch.arange(entries, device=layer.key.device).float()  # exact up to 2**24 entries
-    return ages[None].expand(batch, -1)
-
-
-def _pooled(score: Window, found: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-    """Scores [B,N] over ``kernel`` neighbouring positions, those from ``end`` [B] on left out."""
-    places = torch.arange(found.shape[1], device=found.device)
-    before = torch.where(places < end[:, None], found, 0)
-    half = score.kernel // 2
-    # Written out: torch's exporter takes the length as a constant where it sees a pooling.
-    padded = functional.pad(before, (half, half))
-    shifted = [padded[:, start : start + found.shape[1]] for start in range(score.kernel)]
-    if score.pool == "max":
-        return reduce(torch.maximum, shifted)
-    return reduce(torch.add, shifted) / score.kernel
-
-
-MODES: dict[type[Select], str] = {
-    Evict: "evict",
-    Merge: "merge",
-    ReleasedMerge: "merge-reference",
-}  # of CacheCompact
-
-
-@dataclass(frozen=True)
 class CacheRule:
     """A policy as graph code."""
 
@@ -161,7 +61,7 @@ class CacheRule:
     @property
     def scores_all(self) -> bool:
         """True where the importance is taken from all prompt queries."""
-        return isinstance(self.cache_policy.score, AllQueries | Accumulated)
+        return self.cache_policy.score.over_prompt
 
     @property
     def received(self) -> bool:
@@ -212,13 +112,11 @@ class CacheRule:
         """Keys and values [B,Hkv,N,d] of one layer to what it keeps. ``inputs`` are the layer's."""
         score = self.cache_policy.score
         queries, index = None, None
-        if isinstance(score, Window | Latest):
-            count = score.queries if isinstance(score, Window) else 1
-            queries, index = self.window(state, tap, count)
+        if score.prompt_window:
+            queries, index = self.window(state, tap, score.prompt_window)
         received = tap.importance if self.scores_all else None
         entries = RankedLayer(key, state.length(), queries, index, tap.scale, received)
-        select = self.cache_policy.select
-        within = isinstance(select, Merge) and select.within_modality
+        within = self.cache_policy.select.within_modality
         return self._compact(entries, value, inputs, state.borders() if within else None)
 
     def compact_buffers(
@@ -253,8 +151,8 @@ class CacheRule:
         heads = key.shape[1]
         own = scores.dim() == 3
         if own:
-            key, value, scores = _heads_as_rows(key), _heads_as_rows(value), scores.flatten(0, 1)
-            length, budget = _repeated(length, heads), _repeated(budget, heads)
+            key, value, scores = heads_as_rows(key), heads_as_rows(value), scores.flatten(0, 1)
+            length, budget = each_head(length, heads), each_head(budget, heads)
         new_key, new_value, stay, kept = CACHE_COMPACT(
             key,
             value,
@@ -262,36 +160,15 @@ class CacheRule:
             length,
             budget,
             inputs["kv_slots"],
-            mode=MODES[type(policy.select)],
+            mode=policy.select.mode,
             sinks=policy.sinks,
             recent=policy.recent,
         )
         if own:
-            new_key, new_value = (_rows(x[:, 0], heads) for x in (new_key, new_value))
-            kept = _rows(kept, heads).amin(1)
+            new_key, new_value = (by_heads(x[:, 0], heads) for x in (new_key, new_value))
+            kept = by_heads(kept, heads).amin(1)
         received = None
         if self.received:
             theirs = scores.gather(1, stay.clamp(min=0))
             received = torch.where(stay >= 0, theirs, 0)[:, None, :, None]
         return Compacted(new_key, new_value, kept, received)
-
-
-def _heads_as_rows(states: torch.Tensor) -> torch.Tensor:
-    """[B,H,N,d] as [B*H,1,N,d]."""
-    return states.flatten(0, 1)[:, None]
-
-
-def _rows(states: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B*heads,...] as [B,heads,...]."""
-    return states.reshape(-1, heads, *states.shape[1:])
-
-
-def _grouped(queries: torch.Tensor, key_heads: int) -> torch.Tensor:
-    """[B,Hq,R,d] as [B*Hkv,Hq/Hkv,R,d]: query heads beside those that read the same keys."""
-    heads, count, width = queries.shape[1:]
-    return queries.reshape(-1, heads // key_heads, count, width)
-
-
-def _repeated(counts: torch.Tensor, heads: int) -> torch.Tensor:
-    """Counts [B,...] of each row for each of its heads, [B*heads,...]."""
-    return counts.repeat_interleave(heads, dim=0)

@@ -12,7 +12,9 @@ from lvlm.core.ranges import fraction, integer
 from lvlm.export.recipes.parts.cache_rule import Positions
 from lvlm.export.recipes.recipe import Recipe, choice, parameter
 from lvlm.runtime.policies.evictions import FixedPoint, ReleasedFixedPoint
-from lvlm.runtime.policies.policy import AllQueries, Budget, CachePolicy, Evict, Select
+from lvlm.runtime.policies.policy import Budget, CachePolicy
+from lvlm.runtime.policies.scores import AllQueries
+from lvlm.runtime.policies.selections import Evict, Select
 from lvlm.runtime.policies.shares import ReleasedProfile, ReleasedUniform, Uniform
 
 KEEP = 0.5

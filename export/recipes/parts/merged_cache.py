@@ -25,7 +25,9 @@ from lvlm.export.recipes.recipe import (
     settable,
 )
 from lvlm.runtime.policies.evictions import Interval
-from lvlm.runtime.policies.policy import CachePolicy, Evict, Window
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.scores import Window
+from lvlm.runtime.policies.selections import Evict
 from lvlm.runtime.policies.shares import Profile, ProfileRow, Uniform
 
 INTERVAL = {"kv_floor": 128, "kv_protect": 32, "kv_interval": 64}

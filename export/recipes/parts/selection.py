@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lvlm.export.recipes.recipe import choice
-from lvlm.runtime.policies.policy import Evict, Merge, Select
+from lvlm.runtime.policies.selections import Evict, Merge, Select
 
 Selection = Literal["evict", "merge"]
 SELECT = "evict, or merge: each goes into the nearest that stays, as with elastic-cache"

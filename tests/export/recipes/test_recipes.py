@@ -12,7 +12,9 @@ from lvlm.export.recipes.recipe import Recipe, cache_recipes, parse_settings, se
 from lvlm.export.recipes.uniform import UniformRecipe
 from lvlm.runtime.kv.image_tokens import keep_ratios, tokens_per_layer
 from lvlm.runtime.policies.evictions import Append, Interval, Oldest
-from lvlm.runtime.policies.policy import Accumulated, CachePolicy, Evict, Latest, Recency, Window
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.scores import Accumulated, Latest, Recency, Window
+from lvlm.runtime.policies.selections import Evict
 from lvlm.runtime.policies.shares import Mixed, Profile, ProfileRow, Slope, Uniform
 
 RECIPES: dict[str, type[Recipe]] = discover("lvlm.export.recipes", "RECIPE")

@@ -16,7 +16,7 @@ from lvlm.runtime.backends.host.buffers import HostMemory
 from lvlm.runtime.bundle.manifest import Text
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
-from lvlm.runtime.policies.policy import Evict, ReleasedMerge
+from lvlm.runtime.policies.selections import Evict, ReleasedMerge
 from lvlm.runtime.policies.shares import ProfileRow
 
 VECTORS = sorted((Path(__file__).parents[2] / "data/caches").glob("*.npz"))

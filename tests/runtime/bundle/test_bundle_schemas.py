@@ -17,14 +17,9 @@ from lvlm.runtime.bundle.manifest import SCHEMA
 from lvlm.runtime.bundle.old_schemas import upgraded
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.policies.evictions import FixedPoint, Interval, ReleasedFixedPoint
-from lvlm.runtime.policies.policy import (
-    AllQueries,
-    CachePolicy,
-    Evict,
-    Merge,
-    ReleasedMerge,
-    Window,
-)
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.scores import AllQueries, Window
+from lvlm.runtime.policies.selections import Evict, Merge, ReleasedMerge
 from lvlm.runtime.policies.shares import ReleasedUniform, Uniform
 from lvlm.runtime.tools.recorded_answers import recorded_answers
 

@@ -16,7 +16,9 @@ from lvlm.runtime.bundle.manifest import Manifest, Text
 from lvlm.runtime.kv.budgets import Budgets
 from lvlm.runtime.kv.cache import CompactCache
 from lvlm.runtime.policies.evictions import FixedPoint, Interval
-from lvlm.runtime.policies.policy import CachePolicy, Evict, Window
+from lvlm.runtime.policies.policy import CachePolicy
+from lvlm.runtime.policies.scores import Window
+from lvlm.runtime.policies.selections import Evict
 from lvlm.runtime.policies.shares import ProfileRow, Uniform
 
 TEXT = Text(layers=3, heads=4, kv_heads=2, head_dim=3, hidden=12, vocab=10, eos_ids=(2,))
