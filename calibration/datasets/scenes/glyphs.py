@@ -1,4 +1,7 @@
-"""Glyphs of things: letters and digits of several fonts, handwritten digits, shapes, words."""
+"""Glyphs of things: letters and digits of several fonts, handwritten digits, shapes, words.
+
+scripts/draw_glyphs.py makes glyphs.png anew.
+"""
 
 from __future__ import annotations
 
