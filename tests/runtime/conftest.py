@@ -1,17 +1,14 @@
-"""A GPU that is not there, for a test, bundles with engines for it, and a loaded model."""
+"""ONNX Runtime with a GPU that is not there, and a loaded model."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from fake_driver import FakeDriver
-from fake_engines import RECIPES, Make, build_engines
+from fake_gpu import built, driver, full, trt
 from fake_onnxruntime import FakeOrt
-from fake_tensorrt import FakeTensorRt
 from settings import LIGHTVLM
 
 import lvlm
@@ -19,29 +16,7 @@ from lvlm.core import nvidia
 from lvlm.runtime.model import Model
 from lvlm.runtime.sampling.sampler import Sampler
 
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    driver = FakeDriver()
-    monkeypatch.setattr("lvlm.runtime.backends.trt.driver.open_driver", lambda: driver)
-    return driver
-
-
-@pytest.fixture
-def trt(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
-    """TensorRT-RTX."""
-    trt = FakeTensorRt(driver)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)  # type: ignore[arg-type]
-    return trt
-
-
-@pytest.fixture
-def full(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> FakeTensorRt:
-    """TensorRT."""
-    trt = FakeTensorRt(driver, rtx=False)
-    monkeypatch.setitem(sys.modules, "tensorrt", trt)  # type: ignore[arg-type]
-    monkeypatch.delenv("LVLM_PLUGINS", raising=False)
-    return trt
+__all__ = ["built", "driver", "full", "trt"]  # fixtures of all of the runtime's tests
 
 
 @pytest.fixture
@@ -52,19 +27,6 @@ def ort(monkeypatch: pytest.MonkeyPatch) -> FakeOrt:
     monkeypatch.setattr(nvidia, "copy_on_device", fake.copy)
     monkeypatch.setattr(nvidia, "clear_on_device", fake.clear)
     return fake
-
-
-@pytest.fixture
-def built(bundle: Make, tmp_path: Path) -> Make:
-    """A bundle with engines: built("prefixkv", weights="inputs")."""
-
-    def make(recipe: str = "none", dtype: str = "fp32", **options: Any) -> Path:
-        source = bundle("digits-llava", *RECIPES[recipe], dtype=dtype, max_images=2)
-        folder = tmp_path / "bundle"
-        build_engines(source, folder, **options)
-        return folder
-
-    return make
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_rows_that_are_looked_up_are_cast_and_not_the_table(head: str, tmp_path:
     model, weights = embedding_and_head(tmp_path, head)
     wide = ir.to_proto(widen(ir.from_proto(model), "float16"))
     casts = Counter(n.input[0] for n in wide.graph.node if n.op_type == "Cast")
-    assert casts == {"rows": 1, f"{head}_wide_0_waits": 1}
+    assert casts == {"rows": 1, f"{head}_fp32_0_waits": 1}
     onnx.save(wide, tmp_path / "wide.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "wide.onnx")
     ids = np.array([3, 49, 0], np.int64)

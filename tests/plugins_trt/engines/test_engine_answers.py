@@ -53,8 +53,8 @@ def leave(folder: Path, *answers: RecordedAnswer) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["none", "prefixkv"])
-def test_engines_that_answer_as_recorded(recipe: str, built: Make, run: Any) -> None:
-    folder = built(recipe, weights="inputs")
+def test_engines_that_answer_as_recorded(recipe: str, with_engines: Make, run: Any) -> None:
+    folder = with_engines(recipe, weights="inputs")
     leave(folder, record(folder))
     code, out, err = run(folder, *VALIDATE)
     assert (code, err) == (0, "")
@@ -62,8 +62,8 @@ def test_engines_that_answer_as_recorded(recipe: str, built: Make, run: Any) -> 
     assert "✓ samples/digits-1.png: 4 of 4 tokens" in out
 
 
-def test_engines_that_do_not(built: Make, run: Any) -> None:
-    folder = built()
+def test_engines_that_do_not(with_engines: Make, run: Any) -> None:
+    folder = with_engines()
     answer = record(folder)
     steps = tuple(
         dataclasses.replace(step, ids=(*step.ids[1:], step.ids[0])) for step in answer.steps
@@ -77,9 +77,9 @@ def test_engines_that_do_not(built: Make, run: Any) -> None:
     assert err.count("\n") == 1
 
 
-def test_engines_that_cannot_be_asked(built: Make, run: Any) -> None:
+def test_engines_that_cannot_be_asked(with_engines: Make, run: Any) -> None:
     """Built for other calls than one short prompt: nothing says that they answer wrongly."""
-    folder = built(max_prompt=145)
+    folder = with_engines(max_prompt=145)
     leave(folder, record(folder))
     code, _, err = run(folder, *VALIDATE)
     assert code == 2
@@ -94,9 +94,9 @@ def test_engines_that_cannot_be_asked(built: Make, run: Any) -> None:
         assert said in err
 
 
-def test_engines_for_another_target_are_not_what_is_asked(built: Make, run: Any) -> None:
+def test_engines_for_another_target_are_not_what_is_asked(with_engines: Make, run: Any) -> None:
     """Those for this one are to be built."""
-    folder = built(target="trt-rtx-turing")
+    folder = with_engines(target="trt-rtx-turing")
     leave(folder, record(folder))
     code, out, err = run(folder, *VALIDATE)
     assert (code, out) == (2, "")
@@ -111,8 +111,8 @@ def test_engines_for_another_target_are_not_what_is_asked(built: Make, run: Any)
         ((), "holds no recorded answers: it was exported with --no-validate"),
     ],
 )
-def test_mistakes(given: tuple[str, ...], said: str, built: Make, run: Any) -> None:
-    folder = built()
+def test_mistakes(given: tuple[str, ...], said: str, with_engines: Make, run: Any) -> None:
+    folder = with_engines()
     files = dict(read_bundle(folder).files)
     files.pop(FILE, None)
     dataclasses.replace(read_bundle(folder), files=files).write(folder)
