@@ -289,6 +289,9 @@ def test_the_architecture_page_names_every_room() -> None:
         f.parent.name for top in ("export", "runtime") for f in ROOT.glob(f"{top}/*/__init__.py")
     ]
     assert [room for room in rooms if f"`{room}`" not in page] == []
+    loose = {f.name for f in (ROOT / "export").glob("*.py")} - {"__init__.py"}
+    rows = re.findall(r"^\| (`\w+\.py`.*?) \|", page, re.MULTILINE)
+    assert set(re.findall(r"`(\w+\.py)`", " ".join(rows))) == loose
 
 
 def test_the_stability_page_names_what_is_public() -> None:
