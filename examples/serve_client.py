@@ -39,10 +39,10 @@ def served(bundle: str) -> Iterator[str]:
 def ask(client: OpenAI, image: str) -> None:
     kind = mimetypes.guess_type(image)[0]
     url = f"data:{kind};base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
-    picture = {"type": "image_url", "image_url": {"url": url}}
+    image_part = {"type": "image_url", "image_url": {"url": url}}
 
     def messages(question: str) -> Any:
-        return [{"role": "user", "content": [picture, {"type": "text", "text": question}]}]
+        return [{"role": "user", "content": [image_part, {"type": "text", "text": question}]}]
 
     answer = client.chat.completions.create(
         model="model",

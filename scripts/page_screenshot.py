@@ -1,4 +1,4 @@
-"""Take docs/page.png: the page of lvlm-serve with an answer, and what became of the image.
+"""Take docs/page.png: the page of lvlm-serve with an answer and the overlay of its image's patches.
 
     lvlm-export -m tiny-llava -r lightvlm -o out/
     python scripts/page_screenshot.py out/ docs/page.png
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def shoot(url: str, args: argparse.Namespace) -> None:
-    """Ask by the page at ``url``, and take its picture."""
+    """Ask by the page at ``url``, and take a screenshot of it."""
     from playwright.sync_api import sync_playwright
 
     wide, high = args.size

@@ -40,9 +40,9 @@ EXAMPLES = sorted(file for file in (ROOT / "examples").rglob("*") if file.is_fil
 FOLDERS = "assets|calibration|docs|examples|export|plugins_trt|runtime|scripts|src|tests"
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w*./-]*\w\.\w+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
-COMMAND = re.compile(
-    r"\blvlm[- ](?:bench|build|calibrate|compare|doctor|eval|export|run|serve|tune)(?=\s|$)"
-)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VERBS = sorted(name.removeprefix("lvlm-") for name in PROJECT["scripts"] if name != "lvlm")
+COMMAND = re.compile(rf"\blvlm[- ](?:{'|'.join(VERBS)})(?=\s|$)")
 NAMED = re.compile(r"\blvlm-([a-z]+)\b")
 # Flags of other programs: pip, venv, pytest (tests/conftest.py), gunicorn, docker, tritonserver.
 FOREIGN = {
@@ -114,9 +114,10 @@ def declared(script: Path) -> set[str]:
 def commands(page: str) -> Iterator[str]:
     """Lines of indented or fenced blocks, and code within lines, that call a command of ours."""
     joined = page.replace("\\\n", " ")
+    fenced = "\n".join(re.findall(r"^```.*\n((?:.*\n)*?)```$", joined, re.MULTILINE))
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"^ {4}.*$", "", joined, flags=re.MULTILINE))
     blocks = re.findall(r"^ {4}(.+)$", joined, re.MULTILINE)
-    for text in [*inline, *blocks]:
+    for text in [*inline, *blocks, *fenced.splitlines()]:
         for each in re.split(r"[;&|]+| # ", text):
             if COMMAND.match(each.strip()):
                 yield each.strip()
@@ -219,6 +220,24 @@ def test_tables_of_recipes_are_what_the_recipes_say() -> None:
         assert page.read_text() == script["rewritten"](page), "run python scripts/recipe_tables.py"
 
 
+def test_commands_of_a_page_are_found() -> None:
+    page = """
+Say `lvlm-fleet costs.json --rate 3` or `lvlm-none`.
+
+    lvlm-run out/ --chat && lvlm serve \\
+        out/
+
+```python
+engine = Engine("out/")  # lvlm-export --sessions
+```
+"""
+    assert [" ".join(command.split()) for command in commands(page)] == [
+        *("lvlm-fleet costs.json --rate 3", "lvlm-run out/ --chat", "lvlm serve out/"),
+        "lvlm-export --sessions",
+    ]
+    assert set(VERBS) == set(MODULES)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_take_the_flags_they_are_shown_with(page: Path) -> None:
     for command in commands(page.read_text()):
@@ -261,9 +280,7 @@ def test_messages_name_commands_and_flags_that_exist() -> None:
 
 
 def test_extras_that_are_named_exist() -> None:
-    extras = set(
-        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    )
+    extras = set(PROJECT["optional-dependencies"])
     for file in [*PAGES, *CODE]:
         for names in re.findall(r"(?:\.|\.whl)\[([a-z,-]+)\]\"", file.read_text()):
             assert set(names.split(",")) <= extras, f"{file.name}: {names}"
@@ -289,6 +306,9 @@ def test_the_architecture_page_names_every_room() -> None:
         f.parent.name for top in ("export", "runtime") for f in ROOT.glob(f"{top}/*/__init__.py")
     ]
     assert [room for room in rooms if f"`{room}`" not in page] == []
+    loose = {f.name for f in (ROOT / "export").glob("*.py")} - {"__init__.py"}
+    rows = re.findall(r"^\| (`\w+\.py`.*?) \|", page, re.MULTILINE)
+    assert set(re.findall(r"`(\w+\.py)`", " ".join(rows))) == loose
 
 
 def test_the_stability_page_names_what_is_public() -> None:

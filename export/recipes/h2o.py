@@ -28,7 +28,7 @@ class H2O(Recipe):
     small: ClassVar[tuple[str, ...]] = ("recent=8",)
 
     kv_keep: float = parameter(0.5, "fraction of the cache entries that stays, in (0, 1]")
-    kv_cap: int | None = parameter(None, "most entries a layer keeps")
+    kv_cap: int | None = parameter(None, "max entries a layer keeps")
     kv_sinks: int = parameter(0, "first tokens, which always stay")
     recent: int = parameter(32, "last entries, which stay")
     kv_interval: int = parameter(1, "steps from one eviction to the next; 1: the paper's")

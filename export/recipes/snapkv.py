@@ -30,7 +30,7 @@ class SnapKV(Recipe):
     small: ClassVar[tuple[str, ...]] = ("window=8",)
 
     kv_keep: float = parameter(0.5, "fraction of the prompt's entries that stays, in (0, 1]")
-    kv_cap: int | None = parameter(None, "most entries of a prompt that a layer keeps")
+    kv_cap: int | None = parameter(None, "max entries of a prompt that a layer keeps")
     kv_sinks: int = parameter(0, "first tokens, which always stay")
     window: int = parameter(64, "last prompt tokens, which stay and whose queries rank the others")
     kernel: int = parameter(5, "neighbouring positions that scores are pooled over; 1: none")

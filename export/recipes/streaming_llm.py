@@ -27,7 +27,7 @@ class StreamingLLM(Recipe):
     source: ClassVar[str] = "StreamingLLM, arXiv 2309.17453, ICLR 2024"
 
     kv_keep: float = parameter(0.5, "fraction of the cache entries that stays, in (0, 1]")
-    kv_cap: int | None = parameter(None, "most entries a layer keeps, sinks and window together")
+    kv_cap: int | None = parameter(None, "max entries a layer keeps, sinks and window together")
     kv_sinks: int = parameter(4, "first tokens, which always stay")
     select: Selection = parameter("evict", f"of the prompt: {SELECT}")
 

@@ -2,7 +2,7 @@
 
 They run after those of kernel.py, whose words and lists they use, and write over its copies of the
 centres. Lists of tokens keep each to the work there is; nothing is added atomically, so two runs
-give the same bits. Arithmetic is fp32, products too (no TF32).
+give the same bits. Arithmetic is fp32, dot products too (no TF32).
 """
 
 # Triton reads upper case as compile-time constants, and mypy nothing of its types.

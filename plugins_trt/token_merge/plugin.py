@@ -107,7 +107,7 @@ def _share() -> tuple[PluginStep, ...]:
     """The steps of merge=illava."""
     return (
         PluginStep(
-            share.products,
+            share.dot_products,
             (_blocks(LENGTH, 16), IMAGES, BATCH),
             ("hidden", "image_id", "recycle", "centres", "loose", "loose_count", "product",
              LENGTH, IMAGES, SLOTS, WIDTH, CENTRES),

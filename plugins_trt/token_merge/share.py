@@ -2,7 +2,7 @@
 
 They run after those of kernel.py, whose words and lists they use, and write over its copies of the
 centres. ``product`` [B, M C, N] fp32 has a line for each centre of each image (C the most that one
-has), by the place in ``loose``. Arithmetic is fp32, products too (no TF32); nothing is added
+has), by the place in ``loose``. Arithmetic is fp32, dot products too (no TF32); nothing is added
 atomically, so two runs give the same bits.
 """
 
@@ -19,7 +19,7 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def products(
+def dot_products(
     hidden: tl.tensor,
     image_id: tl.tensor,
     centre_count: tl.tensor,
@@ -89,7 +89,7 @@ def choose(
     limit: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Bounds of what each centre takes, the ``limit`` largest products, [B, M C]: the largest
+    """Bounds of what each centre takes, the ``limit`` largest dot products, [B, M C]: the largest
     (best), the smallest (lowest) and the last place at which that one is taken (last; -1: nothing).
 
     Grid (M C, B); reads a line ``limit`` times.
@@ -195,7 +195,7 @@ def halves(
     ODD: tl.constexpr,
 ) -> None:
     """Over the copies of centres that take something: half of them, and half of the mean of what
-    they take, weighted by the softmax of the products over the root of the width.
+    they take, weighted by the softmax of the dot products over the root of the width.
 
     Grid (M C, D / BLOCK_D, B). Reads the states of what is taken alone.
     """

@@ -148,7 +148,8 @@ def _panel(
     first: int,
     palette: dict[int, Colour],
 ) -> Image.Image:
-    """``image`` with what became of each patch; ``first`` is its first token in the prompt."""
+    """``image`` with its patches as kept, merged or dropped; ``first``: its first token in
+    the prompt."""
     rows, columns = images.grid
     # Pixels beyond the last whole patch reach no token
     high, wide = (

@@ -226,7 +226,7 @@ FAULTS = {
         "runtime/engine/session.py",
         "(tokens - int(self.entries[0, 0]))",
         "(tokens - int(self.entries[-1, 0]))",
-        "tests/parity/test_question_free.py::test_a_picture_is_read_once_for_many_questions",
+        "tests/parity/test_question_free.py::test_an_image_is_read_once_for_many_questions",
     ),
     "output projection transposed": Fault(
         "export/weights/expressions.py",

@@ -46,7 +46,7 @@ def by_chance(features: list[list[float]], count: int) -> list[int]:
 def visionzip(
     features: list[list[float]], scores: list[list[float]], count: int
 ) -> dict[int, list[float]]:
-    """The tokens that stay, and what becomes of them."""
+    """The tokens that stay, with the others merged into them."""
     merged = min(round(round(count * 10 / 64, 9)), count - 1)
     paid = {token: score[0] for token, score in enumerate(scores)}
     dominant = sorted(paid, key=lambda token: (-paid[token], token))[: count - merged]

@@ -1,5 +1,5 @@
 """Bundles that drop image tokens at the encoder's output against the torch reference, token for
-token; what a picture leaves serves other questions."""
+token; what an image leaves serves other questions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_bundles_equal_their_torch_reference(
     assert [a.token_ids for a in all_of_them] == [a.token_ids for a in none]
 
 
-def test_a_picture_is_read_once_for_many_questions(
+def test_an_image_is_read_once_for_many_questions(
     bundle: Callable[..., Path],
 ) -> None:
     folder = bundle("digits-llava", "divprune", max_images=2)

@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def moving(frames: int) -> Video:
-    """A square that jumps over a still picture, farther and farther."""
+    """A square that jumps over a still image, farther and farther."""
     rng = np.random.default_rng(1)
     still = rng.integers(0, 256, (64, 96, 3), np.uint8)
     images = [still.copy() for _ in range(frames)]
@@ -119,14 +119,14 @@ def test_videos(name: str, checkpoint: Callable[[str], Path], bundle: Callable[.
             assert ours.stats.image_tokens == pytest.approx(max(least, keep * tokens), abs=2)
         shortest = model.generate(text, [], [source], keep=1e-6, **how, **OPTIONS)
         assert shortest.stats.image_tokens == least
-        picture = next(moving(1).read([0]))
+        still_image = next(moving(1).read([0]))
         everything = model.generate(text, [], [source], keep=1.0, **how, **OPTIONS)
-        still = model.generate("USER: <image>\nHi", [picture], **OPTIONS)
+        still = model.generate("USER: <image>\nHi", [still_image], **OPTIONS)
     with lvlm.load(bundle(name, max_images=IMAGES)) as model:
         assert (
             everything.token_ids == model.generate(text, [], [source], **how, **OPTIONS).token_ids
         )
-        none = model.generate("USER: <image>\nHi", [picture], **OPTIONS)
+        none = model.generate("USER: <image>\nHi", [still_image], **OPTIONS)
     assert still.token_ids == none.token_ids
 
 

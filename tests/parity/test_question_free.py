@@ -1,4 +1,4 @@
-"""A recipe whose entries do not depend on the question: those of a picture serve the next one.
+"""A recipe whose entries do not depend on the question: those of an image serve the next one.
 
 The recipe is one file, this one; nothing else knows of it.
 """
@@ -99,7 +99,7 @@ def equal(ours: Generation, theirs: Generation) -> None:
     same_images(ours, theirs)
 
 
-def test_a_picture_is_read_once_for_many_questions(model: Model) -> None:
+def test_an_image_is_read_once_for_many_questions(model: Model) -> None:
     tokens = model.manifest.images.tokens
     with Engine(model.folder, slots=3) as engine:
         assert answer(engine, FIRST, 0).stats.reused_tokens == 0
@@ -116,7 +116,7 @@ def test_a_picture_is_read_once_for_many_questions(model: Model) -> None:
 
 
 def test_what_is_read_as_a_whole(model: Model) -> None:
-    """Another picture; one more, which would be merged, too; another ratio."""
+    """Another image; one more, which would be merged, too; another ratio."""
     with Engine(model.folder, slots=3) as engine:
         answer(engine, FIRST, 0)
         for text, images, options in (
@@ -133,7 +133,7 @@ def test_what_is_read_as_a_whole(model: Model) -> None:
 
 
 def test_a_conversation_goes_on(model: Model) -> None:
-    """A session's turn, and another question about its picture beside it."""
+    """A session's turn, and another question about its image beside it."""
     with Engine(model.folder, slots=4) as engine, engine.session() as session:
         said = answer(engine, FIRST, 0, session=session)
         text = f"{FIRST}{said.text}</s>USER: Why? ASSISTANT:"

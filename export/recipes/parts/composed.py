@@ -27,7 +27,7 @@ class Composed(Recipe):
         "profile's own",
     )
     kv_profile: str | None = parameter(None, "file that lvlm-calibrate wrote: a share per layer")
-    kv_cap: int | None = parameter(None, "most entries a layer keeps, whatever the fraction")
+    kv_cap: int | None = parameter(None, "max entries a layer keeps, whatever the fraction")
     kv_sinks: int | None = parameter(None, "first tokens, which always stay; default 4")
     kv_floor: int | None = parameter(None, "entries that always stay; default 128 (kv=interval)")
     kv_protect: int | None = parameter(

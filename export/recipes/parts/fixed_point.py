@@ -26,7 +26,7 @@ class FixedPointRecipe(Recipe):
     """The parameters of fixed-point elimination."""
 
     kv_keep: float | None = parameter(KEEP, "fraction of the cache entries that stays, in (0, 1]")
-    kv_cap: int | None = parameter(None, "most entries a layer keeps, whatever the fraction")
+    kv_cap: int | None = parameter(None, "max entries a layer keeps, whatever the fraction")
     kv_sinks: int = parameter(1, "first tokens, which always stay")
     distance: int = parameter(25, "decode evicts this far before the end of the kept prompt")
     positions: Positions = parameter("true", "of new tokens: true, or layer0 (released code)")

@@ -81,7 +81,7 @@ function shownImage() {
   $("drop").classList.toggle("full", Boolean(image));
 }
 
-// The overlay: what became of each patch
+// The overlay: patches kept, merged and dropped
 
 function erase() {
   grid = null;

@@ -1,5 +1,5 @@
 """Gemma 3: what is refused; prompts as its processor writes them, newlines joined; prompts in
-pieces, and what follows a picture that was read before."""
+pieces, and what follows an image that was read before."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_placeholders(prompt: str, said: str, checkpoint: Callable[[str], Path])
 
 def test_prompts_in_pieces(bundle: Callable[..., Path]) -> None:
     """Chunks of any length give the answers of a prompt that is read as a whole, though an image is
-    longer than the window, and a chunk shorter than both; the next question about a picture goes on
+    longer than the window, and a chunk shorter than both; the next question about an image goes on
     behind it."""
     folder = bundle(NARROW, max_images=2)
     texts, images = [r[0] for r in ROWS], [r[1] for r in ROWS]
@@ -127,7 +127,7 @@ def test_prompts_in_pieces(bundle: Callable[..., Path]) -> None:
             assert [handle.result().token_ids for handle in handles] == expected
             answer = engine.generate(*again, **options)
             assert answer.token_ids == followed
-            assert answer.stats.reused_tokens > 16  # all of the picture
+            assert answer.stats.reused_tokens > 16  # all of the image
 
 
 @pytest.mark.skipif(not whole(), reason="exports one more bundle: --whole")

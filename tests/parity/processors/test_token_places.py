@@ -1,4 +1,4 @@
-"""Where in the picture a token lies: on one whose colours are its coordinates, each place of the
+"""Where in the image a token lies: on one whose colours are its coordinates, each place of the
 grid has the colours that the pixels of its token have, whatever was cut, padded or moved."""
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def colours(image: PreparedImage, shared: int, patches: int) -> np.ndarray:
 
 @pytest.mark.parametrize("several", [False, True], ids=["", "two"])
 @pytest.mark.parametrize("case", CASES)
-def test_the_grid_lies_on_the_picture(case: str, several: bool) -> None:
+def test_the_grid_lies_on_the_image(case: str, several: bool) -> None:
     config = CASES[case]
     processor, looked_at = load_processor(config), 0
     for height, width in SIZES:

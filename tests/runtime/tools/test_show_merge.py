@@ -1,4 +1,4 @@
-"""The image of merging: what became of each patch, and how it is drawn."""
+"""The image of merging: patches kept, merged and dropped, and how it is drawn."""
 
 from __future__ import annotations
 

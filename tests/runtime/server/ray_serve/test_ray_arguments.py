@@ -13,7 +13,7 @@ from lvlm.core.errors import BackendError, ParameterError
 from lvlm.runtime.server.ray import app
 from lvlm.runtime.server.ray.arguments import ENGINE, INGRESS, Arguments, read_arguments
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.mark.parametrize(
