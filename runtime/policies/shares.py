@@ -34,11 +34,13 @@ class Share:
     """Base of all budgets: a fraction ``keep`` of the entries stays (a call may ask for
     less), and a layer never keeps more than ``cap``, if that is given.
 
+    profiled  True where each layer's share comes from a profile of the model
     released  True where it counts as the released code of a paper; goes with such a decode only
     """
 
     keep: float
     cap: int | None = None
+    profiled: ClassVar[bool] = False
     released: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -131,6 +133,7 @@ class Profiled(PerLayer):
     """Shares by a profile: ``rows`` by rising keep, interpolated between."""
 
     rows: tuple[ProfileRow, ...] = ()
+    profiled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
