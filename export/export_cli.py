@@ -21,10 +21,10 @@ CACHES = ("fp16",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_main("lvlm-export", lambda: _run(_parser().parse_args(argv)))
+    return run_main("lvlm-export", lambda: _run(make_parser().parse_args(argv)))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="lvlm-export",
         description="Export a vision-language model with token merging built into its graphs.",

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from lvlm.core.errors import ParameterError
@@ -19,34 +18,20 @@ from lvlm.export.budgets.prefix_profiles import (
     read_profile,
 )
 from lvlm.export.budgets.sample_prompts import prompt_maker
+from lvlm.export.cache_plan import CachePlan, check_length, plan_cache
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor
 from lvlm.export.export_options import CACHES, DTYPES, ExportOptions
 from lvlm.export.families.family import Family, PromptFiles
 from lvlm.export.graphs.bundle_graphs import score_width
-from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.skeleton import Skeleton
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.reference.rounded_blocks import rounding_memory
 from lvlm.export.weight_plan import added_bytes, check_packed, check_storage, packed_linears
 from lvlm.export.weights.merge_adapter import with_adapter
 from lvlm.export.weights.weight_names import open_skeleton
-from lvlm.runtime.bundle.manifest import Capacity, EncoderReduction, Images, Quantization
-from lvlm.runtime.kv.budgets import Budgets
-from lvlm.runtime.kv.image_tokens import keep_ratios, max_entering, tokens_per_layer
+from lvlm.runtime.bundle.manifest import EncoderReduction, Images, Quantization
 from lvlm.runtime.processors import load_processor
-
-LONGEST = 2**20  # tokens of a prompt, images and all, that a bundle has room for
-
-
-@dataclass(frozen=True)
-class CachePlan:
-    """Tokens of one image that enter each layer, the capacities, and their bytes for one
-    sequence."""
-
-    image_tokens: list[int]
-    capacity: Capacity
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -179,7 +164,7 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
         images = family.bounded(images, options.max_image_tokens)
     prompt = family.prompt(config, checkpoint.folder)
     prompt_maker(checkpoint, family, config, images, prompt)  # raises what a load would
-    _check_length(options, images, language, recipe)
+    check_length(options, images, language, recipe)
     tokens = options.max_text_len + options.max_images * images.tokens
     skeleton = replace(skeleton, language=language.within(tokens))
     unique = {id(p): p for p in skeleton.model.parameters()}.values()
@@ -212,70 +197,6 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
         peak_bytes=peak,
         unvalidated_bytes=unvalidated,
         packed=packed,
-    )
-
-
-def _check_length(
-    options: ExportOptions, images: Images, language: LanguageModel, recipe: Recipe
-) -> None:
-    """ParameterError where prompts could be longer than the model is made for (images may go
-    beyond: few prompts have as many, and as large ones, as there is room for), or than graphs with
-    the recipe can do."""
-    text, image_tokens = options.max_text_len, options.max_images * images.tokens
-    if text > language.positions:
-        raise ParameterError(
-            f"--max-text-len {text}: this model is made for {language.positions:,} tokens; "
-            f"give {language.positions} or less"
-        )
-    if language.longest is not None and language.longest < text + image_tokens:
-        raise ParameterError(
-            f"this model attends over {language.longest} tokens only; lower "
-            f"{_lower(language.longest - image_tokens)}"
-        )
-    hiding = language.windowed(text + image_tokens)
-    if hiding and not recipe.in_place:
-        window = min(one.window for one in language.layers if one.window is not None)
-        more = f" and {len(hiding) - 3} more" if len(hiding) > 3 else ""
-        raise ParameterError(
-            f"recipe {recipe.name} cannot do layers with a window (sliding_window {window}: layers "
-            f"{', '.join(map(str, hiding[:3]))}{more}); take recipe none, or divprune "
-            f"with kv=none, or lower {_lower(window - image_tokens)}"
-        )
-    max_images = (LONGEST - text) // images.tokens
-    if options.max_images > max(1, max_images):
-        raise ParameterError(
-            f"--max-images {options.max_images}: with up to {images.tokens} tokens each, a bundle "
-            f"has room for {max_images:,}; lower it, or --max-image-tokens"
-        )
-
-
-def _lower(room: int) -> str:
-    """The flag to lower where ``room`` tokens of text are possible."""
-    return f"--max-text-len to {room} or less" if room > 0 else "--max-images"
-
-
-def plan_cache(
-    options: ExportOptions,
-    recipe: Recipe,
-    images: Images,
-    language: LanguageModel,
-    dtype: torch.dtype,
-) -> CachePlan:
-    """Entries per layer that the longest prompt and answer can ever occupy."""
-    layers = len(language.blocks)
-    reductions, rule = recipe.shortenings(), recipe.cache_rule()
-    ratios = keep_ratios(reductions, float(recipe.parameters().get("keep", 1.0)), None)
-    entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
-    of_images = max_entering(reductions, ratios, images.tokens, layers, options.max_images)
-    seen = np.array([options.max_text_len + n for n in of_images])
-    budgets = Budgets.of(rule.cache_policy if rule else None, layers, None)
-    per_layer = tuple(budgets.limit(seen, options.max_text_len - 1).tolist())
-    entries = 2 * language.kv_heads * sum(per_layer)
-    rings = language.heads * (rule.queries if rule else 0) * layers
-    return CachePlan(
-        entering,
-        Capacity(options.max_text_len, options.max_images, per_layer),
-        (entries + rings) * language.head_dim * dtype.itemsize,
     )
 
 

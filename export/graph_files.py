@@ -15,7 +15,6 @@ from lvlm.export.targets.target import Target
 from lvlm.export.weights.weights_file import WeightsFile
 from lvlm.runtime.bundle.manifest import Capacity, Graph
 from lvlm.runtime.kv.static_capacity import aligned_capacity
-from lvlm.runtime.policies.evictions import OneByOne
 
 
 def write_graphs(
@@ -58,5 +57,5 @@ def _facts(plan: ExportPlan) -> dict[str, str]:
     """Facts that targets ask of a decode graph and its nodes do not say."""
     rule, capacity = plan.recipe.cache_rule(), plan.cache.capacity
     positions = capacity.max_text_len + capacity.max_images * plan.images.tokens
-    appends = rule is None or not isinstance(rule.cache_policy.decode, OneByOne)
+    appends = rule is None or not rule.cache_policy.decode.one_by_one
     return {POSITIONS: str(positions)} | ({CACHE_WRITES: AT_THE_END} if appends else {})

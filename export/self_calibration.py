@@ -11,8 +11,9 @@ from lvlm.export.budgets.calibration_samples import samples_of, what_of
 from lvlm.export.budgets.measuring import calibrate
 from lvlm.export.budgets.prefix_profiles import identify
 from lvlm.export.budgets.sample_prompts import prepare, prompt_maker
+from lvlm.export.cache_plan import plan_cache
 from lvlm.export.checkpoint.checkpoint import Checkpoint
-from lvlm.export.export_plan import ExportPlan, plan_cache
+from lvlm.export.export_plan import ExportPlan
 from lvlm.export.reference.torch_reference import Reference, load_fp32
 
 

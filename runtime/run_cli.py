@@ -30,10 +30,10 @@ DRAWING = ("top_k", "top_p", "min_p", "n", "seed")  # without effect at temperat
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
-    return run_main("lvlm-run", lambda: _run(_parser("--chat" in given).parse_args(argv)))
+    return run_main("lvlm-run", lambda: _run(make_parser("--chat" in given).parse_args(argv)))
 
 
-def _parser(chat: bool = False) -> argparse.ArgumentParser:
+def make_parser(chat: bool = False) -> argparse.ArgumentParser:
     parser = Parser(
         prog="lvlm-run",
         description="Ask a bundle a question about images; the answer is printed as it comes.",

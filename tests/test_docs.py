@@ -31,6 +31,12 @@ CODE = [
     for file in sorted((ROOT / folder).rglob("*"))
     if file.suffix in (".py", ".sh")
 ]
+NATIVE = [
+    file
+    for folder in ("runtime", "plugins_trt")
+    for file in sorted((ROOT / folder).rglob("*"))
+    if file.suffix in (".h", ".cpp")
+]
 PARTS = {
     "build": ("plugins", "engine", "cpu", "triton"),
     "compare": ("checkpoint", "devices", "layers"),
@@ -39,6 +45,8 @@ PACKAGES = {"bench", "calibration", "core", "export", "plugins_trt", "runtime"}
 EXAMPLES = sorted(file for file in (ROOT / "examples").rglob("*") if file.is_file())
 FOLDERS = "assets|calibration|docs|examples|export|plugins_trt|runtime|scripts|src|tests"
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w*./-]*\w\.\w+")
+BARE_FILE = re.compile(r"(?<![\w./-])[A-Za-z_]\w*\.py\b")
+MADE_UP = {"try_family.py"}  # files that a reader of a worked example writes
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 VERBS = sorted(name.removeprefix("lvlm-") for name in PROJECT["scripts"] if name != "lvlm")
@@ -212,6 +220,14 @@ def test_files_that_are_named_exist() -> None:
     for file in [*PAGES, *CODE, *EXAMPLES]:
         for name in FILE.findall(file.read_text()):
             assert list(ROOT.glob(name)), f"{file.relative_to(ROOT)} names {name}"
+
+
+def test_modules_that_are_named_without_a_folder_exist() -> None:
+    there = {file.name for folder in FOLDERS.split("|") for file in (ROOT / folder).rglob("*.py")}
+    there |= {file.name for file in ROOT.glob("*.py")} | MADE_UP
+    for file in [*PAGES, *CODE, *NATIVE, *EXAMPLES]:
+        unknown = set(BARE_FILE.findall(file.read_text())) - there
+        assert not unknown, f"{file.relative_to(ROOT)} names {unknown}"
 
 
 def test_tables_of_recipes_are_what_the_recipes_say() -> None:

@@ -222,3 +222,15 @@ before = set(sys.modules)
 import lvlm.commands
 print(sorted({"typing", "re", "argparse", "lvlm.verbs"} & set(sys.modules) - before))"""
     assert python(code).strip() == "[]"
+
+
+def test_tests_import_public_names_only() -> None:
+    private = [
+        f"{path.relative_to(ROOT)}: {name.name}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lvlm")
+        for name in node.names
+        if name.name.startswith("_")
+    ]
+    assert private == []

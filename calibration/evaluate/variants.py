@@ -41,7 +41,7 @@ class Variant:
     """One row of the results: a bundle and the options of its calls (None: as exported).
 
     With ``wanted`` set, ``keep`` is solved for each prompt so that this fraction of the cache is
-    left after prefill (reach.py).
+    left after prefill (fit.py).
     """
 
     bundle: Bundle

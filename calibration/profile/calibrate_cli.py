@@ -22,10 +22,10 @@ DIGITS_SAMPLES = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_main("lvlm-calibrate", lambda: _run(_parser().parse_args(argv)))
+    return run_main("lvlm-calibrate", lambda: _run(make_parser().parse_args(argv)))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="lvlm-calibrate",
         description="Measure how much of its cache each layer needs (PrefixKV) and write a profile "

@@ -17,16 +17,15 @@ from lvlm.export.verify import validation
 from lvlm.export.verify.checks import table
 from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
-from lvlm.runtime.policies.shares import Profiled
 
 
 def compare(bundle: Path, model: str) -> int:
     """The exit status of ``lvlm-compare checkpoint``. Raises ValidationError if they differ, and
     ParameterError for a bundle whose weights an export alone can compare."""
     manifest = read_bundle(bundle, "none")
-    budget = None if manifest.cache_policy is None else manifest.cache_policy.budget
+    policy = manifest.cache_policy
     made = manifest.quantization is not None or manifest.model.get("forms")
-    if made or isinstance(budget, Profiled):
+    if made or (policy is not None and policy.budget.profiled):
         raise ParameterError(
             "bundles with quantized, dequantized or merged weights, or with a profile, are "
             "compared by lvlm-export alone"

@@ -69,7 +69,7 @@ class Extend(LanguageGraph):
         hidden, angles = embedded.hidden, Angles()
         index, slots = given["write_index"], given["past_slots"]
         masks = {
-            window: _seen(index, slots, hidden.shape[1], window, given.get("image_id"))
+            window: seen_behind(index, slots, hidden.shape[1], window, given.get("image_id"))
             for window in dict.fromkeys(one.window for one in model.layers)
         }
         outputs: dict[str, torch.Tensor] = {}
@@ -86,7 +86,7 @@ class Extend(LanguageGraph):
         return outputs
 
 
-def _seen(
+def seen_behind(
     index: torch.Tensor,
     slots: torch.Tensor,
     new: int,

@@ -83,7 +83,7 @@ class Prefill(LanguageGraph):
         for layer, one in enumerate(model.layers):
             state = recipe.before_block(layer, state, tap, given)
             cos, sin = angles.of(one.rotary, state.hidden, state.positions)
-            # Elsewhere no layer's window hides anything (export_plan.py)
+            # Elsewhere no layer's window hides anything (cache_plan.py)
             mask = masks.of(one.window if self.in_place else None, state.image_id)
             ends = masks.ends(state.image_id) if rule is not None else None
             taken = {

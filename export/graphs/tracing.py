@@ -1,7 +1,7 @@
 """Tracing of a torch module to an ONNX graph: torch.export, torch.onnx, then a few passes.
 
 The graph's large initializers stay fake: each keeps the name of the checkpoint's parameter, and
-weights.py writes the values once for all graphs.
+weights_file.py writes the values once for all graphs.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from lvlm.export.graphs.language_graph import Caches, Kind, past_inputs
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.recipes.parts.cache_rule import CacheRule
 from lvlm.runtime.kv.budgets import Budgets
-from lvlm.runtime.policies.evictions import OneByOne
 
 
 class NaiveCache:
@@ -40,7 +39,7 @@ class NaiveCache:
         self.known = np.minimum(seen, rule.queries if rule else 0)
         self.steps = 0
         kept = np.array([key.shape[2] for key in caches["key"]])
-        fixed = rule is not None and isinstance(rule.cache_policy.decode, OneByOne)
+        fixed = rule is not None and rule.cache_policy.decode.one_by_one
         self.fixed_point = budgets.fixed_point(kept[:, None])[:, 0] if fixed else None
 
     def entries(self) -> list[torch.Tensor]:

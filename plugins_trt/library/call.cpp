@@ -1,5 +1,6 @@
 #include "call.h"
 
+#include "data_types.h"
 #include "launch.h"
 #include "log.h"
 
@@ -10,21 +11,6 @@ namespace
 
 constexpr size_t kALIGNMENT = 256;
 constexpr uintptr_t kPOINTERS = 16; // what Triton takes of every pointer as given
-
-size_t elementBytes(Type type)
-{
-    switch (type)
-    {
-    case Type::kInt64: return 8;
-    case Type::kFloat32:
-    case Type::kInt32: return 4;
-    case Type::kFloat16:
-    case Type::kBFloat16: return 2;
-    case Type::kInt8: return 1;
-    case Type::kData: break;
-    }
-    throw Error("the type of the data is not known");
-}
 
 std::array<int64_t, 3> gridOf(StepTable const& step, Shapes const& shapes)
 {

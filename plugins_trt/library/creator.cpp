@@ -1,4 +1,4 @@
-// What TensorRT sees of the library: a creator for every table.
+// Creators, by which TensorRT finds the plugins: one for every table.
 
 #include "log.h"
 #include "plugin.h"

@@ -1,5 +1,6 @@
 #include "plugin.h"
 
+#include "data_types.h"
 #include "log.h"
 
 #include <algorithm>
@@ -15,39 +16,6 @@ using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
 
 constexpr int32_t kFAILED = 1;
-
-DataType translated(Type type)
-{
-    switch (type)
-    {
-    case Type::kFloat32: return DataType::kFLOAT;
-    case Type::kFloat16: return DataType::kHALF;
-    case Type::kBFloat16: return DataType::kBF16;
-    case Type::kInt64: return DataType::kINT64;
-    case Type::kInt32: return DataType::kINT32;
-    case Type::kInt8: return DataType::kINT8;
-    case Type::kData: break;
-    }
-    throw Error("the type of the data is not known");
-}
-
-// kData for a type that data cannot be.
-Type dataTypeOf(DataType type)
-{
-    for (Type known : {Type::kFloat32, Type::kFloat16, Type::kBFloat16})
-    {
-        if (translated(known) == type)
-        {
-            return known;
-        }
-    }
-    return Type::kData;
-}
-
-DataType resolved(Type type, Type data)
-{
-    return translated(type == Type::kData ? data : type);
-}
 
 } // namespace
 

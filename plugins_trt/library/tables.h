@@ -1,4 +1,4 @@
-// What the plugins are, as data: plan.py's types in C++. Generated: tables.cpp, kernels.bin.
+// The plugins' tables: plugin_plan.py's types in C++. Generated: tables.cpp, kernels.bin.
 #pragma once
 
 #include <cstdint>

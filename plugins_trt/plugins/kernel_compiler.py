@@ -73,7 +73,7 @@ def compile_kernels(
         try:
             for done, future in enumerate(as_completed(running), 1):
                 kernel, arch = running[future]
-                found[kernel][arch] = _checked(future.result(), kernel, arch)
+                found[kernel][arch] = within_shared_memory(future.result(), kernel, arch)
                 stage.add_item(done, len(tasks), skipped=0)
         except BrokenProcessPool:
             raise BuildError("a compiling process died; is memory left? try --jobs 1") from None
@@ -95,7 +95,11 @@ def _names(archs: Sequence[int]) -> str:
     return ", ".join(f"sm_{arch}" for arch in archs)
 
 
-def _checked(result: tuple[Image, Image] | str, kernel: Kernel, arch: int) -> tuple[Image, Image]:
+def within_shared_memory(
+    result: tuple[Image, Image] | str, kernel: Kernel, arch: int
+) -> tuple[Image, Image]:
+    """A compiled kernel's images. Raises BuildError if it was not compiled, or if one needs more
+    shared memory than its GPU has."""
     if isinstance(result, str):
         raise BuildError(f"{kernel} for sm_{arch}: {result}")
     for image in result:
@@ -157,7 +161,7 @@ def _images(kernel: Kernel, arch: int) -> tuple[Image, Image]:
         "entry": metadata.name,
         "threads": 32 * metadata.num_warps,
         "shared": metadata.shared,
-        "extras": _extras(ptx, kernel.parameters),
+        "extras": added_pointers(ptx, kernel.parameters),
     }
     return (
         Image(ptx=False, code=compiled.asm["cubin"], **rest),
@@ -165,7 +169,7 @@ def _images(kernel: Kernel, arch: int) -> tuple[Image, Image]:
     )
 
 
-def _extras(ptx: str, parameters: Sequence[str]) -> int:
+def added_pointers(ptx: str, parameters: Sequence[str]) -> int:
     """The number of pointers Triton added to a function's parameters. Raises BuildError if these
     are not the expected ones."""
     entry = re.search(r"\.visible \.entry \w+\(([^)]*)\)", ptx)

@@ -1,5 +1,5 @@
-"""Drive a built plugin library as TensorRT would (library/harness.cpp), on torch tensors; for tests
-and for measurements on a GPU."""
+"""Drive a built plugin library as TensorRT would (library/test/harness.cpp), on torch tensors; for
+tests and for measurements on a GPU."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The plan of a plugin, as data: which kernels run, in which order, on what, over which grid.
 
-The same plan is run by Python (runner.py: the tests, in Triton's interpreter or on a GPU) and, as
-tables compiled into the plugin library, by one C++ plugin class that serves every op. A new op is a
-folder with a ``kernel.py`` (Triton) and a ``plugin.py`` whose ``PLUGIN`` is a ``Plugin``.
+The same plan is run by Python (plan_runner.py: the tests, in Triton's interpreter or on a GPU) and,
+as tables compiled into the plugin library, by one C++ plugin class that serves every op. A new op
+is a folder with a ``kernel.py`` (Triton) and a ``plugin.py`` whose ``PLUGIN`` is a ``Plugin``.
 """
 
 from __future__ import annotations

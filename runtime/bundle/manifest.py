@@ -112,7 +112,8 @@ class Reduction:
     """One shortening of the image tokens, at the input of block ``layer``.
 
     Of V image tokens of an image, max(1, round(V * ratio)) stay, where the ratio is ``ratio`` or
-    keep ** ``exponent``. ``recycle`` is the part of those that absorb discarded ones (schedule.py).
+    keep ** ``exponent``. ``recycle`` is the part of those that absorb discarded ones
+    (image_tokens.py).
     """
 
     layer: int

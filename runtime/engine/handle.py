@@ -318,4 +318,4 @@ class Handle:
 
 
 def _nothing() -> None:
-    """Do nothing, all that there is to do for a request that has ended."""
+    """Nothing: there is no engine to wake for a request that has ended."""

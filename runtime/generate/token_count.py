@@ -88,8 +88,8 @@ def count_asks(
     asks: Sequence[Ask],
     options: GenerationOptions,
 ) -> list[TokenCount]:
-    """Of each prompt alone, at the ratios of ``options``. Raises what generate raises of a prompt
-    before it is run; CapacityError if there is no room for one token of an answer."""
+    """Counts of each prompt alone, at the ratios of ``options``. Raises what generate raises of
+    a prompt before it is run; CapacityError if there is no room for one token of an answer."""
     found = []
     for ask in asks:
         prompt = prompts.prepare(0, ask.prompt, ask.images, options, ask.videos)

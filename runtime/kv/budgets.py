@@ -14,7 +14,6 @@ import numpy as np
 
 from lvlm.core.errors import ParameterError
 from lvlm.core.ranges import fraction
-from lvlm.runtime.policies.evictions import OneByOne
 from lvlm.runtime.policies.policy import CachePolicy
 
 
@@ -73,9 +72,7 @@ class Budgets:
         """Index [L,B] by age of the entry that elimination one by one removes; ``kept`` [L,B] of
         the prompt."""
         assert self.cache_policy is not None
-        decode = self.cache_policy.decode
-        assert isinstance(decode, OneByOne)
-        return decode.point(kept, self.cache_policy.sinks)
+        return self.cache_policy.decode.point(kept, self.cache_policy.sinks)
 
     def capacity(self, entries: np.ndarray, new_tokens: np.ndarray) -> np.ndarray:
         """Slots per layer [L] that rows of ``entries`` [L,B] ever occupy, the largest row's.

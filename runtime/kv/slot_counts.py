@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 
 from lvlm.runtime.kv.budgets import Budgets
-from lvlm.runtime.policies.evictions import OneByOne
 
 
 class SlotCounts:
@@ -45,7 +44,7 @@ class SlotCounts:
         self.seen = np.zeros(shape, np.int64)
         self.steps = np.zeros(batch, np.int64)  # tokens decoded since the prompt
         self.victims = np.full(shape, -1, np.int64)  # slots to be overwritten next, -1: none
-        one_by_one = cache_policy is not None and isinstance(cache_policy.decode, OneByOne)
+        one_by_one = cache_policy is not None and cache_policy.decode.one_by_one
         self._queues = SlotQueues(*shape, int(self.capacities.max())) if one_by_one else None
         self._advanced = np.zeros(batch, bool)
         self._compacted: np.ndarray | None = None

@@ -7,8 +7,8 @@ rows; counts are int64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
@@ -34,14 +34,31 @@ class Counts(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Append:
-    """None leaves: the prompt was compacted once, and each new entry goes behind the others."""
+class EntryEviction:
+    """Base of all evictions: what one says of itself, and its counts.
 
-    kind: Literal["append"] = "append"
-    floor: ClassVar[int] = 0
+    one_by_one  True where an entry leaves as soon as there is one too many; else new entries only
+                go behind the others
+    released    True for what released code of a paper does; goes with such a budget only
+    floor       entries that a layer never has less than
+    """
+
+    one_by_one: ClassVar[bool] = False
+    released: ClassVar[bool] = False
+    floor: int = 0
+
+    @property
+    def interval(self) -> int | None:
+        """Steps from one run of compact.onnx to the next; None: it has no use."""
+        return None
+
+    def at_most_every(self, steps: int) -> Self:
+        """The same with at most so many ``steps`` to the first run of compact.onnx."""
+        del steps
+        return self
 
     def prompt(self, counts: Counts, entries: np.ndarray) -> np.ndarray:
+        """Entries [L,B] that prefill leaves of a prompt's ``entries`` [L,B]."""
         return counts.share(entries)
 
     def min_entries(self, sinks: int, protected: int) -> int:
@@ -52,11 +69,29 @@ class Append:
     def capacity(self, counts: Counts, entries: np.ndarray, new_tokens: np.ndarray) -> np.ndarray:
         """Slots [L,B] that rows of ``entries`` [L,B] occupy with ``new_tokens`` [B] fed to
         decode."""
-        return np.asarray(counts.prompt(entries) + new_tokens)
+        raise NotImplementedError
 
     def limit(self, counts: Counts, seen: np.ndarray, new_tokens: int) -> np.ndarray:
         """Slots [L] that ``seen`` [L] entries ever occupy, of which up to ``new_tokens`` are fed to
         decode and the others are the prompt's."""
+        raise NotImplementedError
+
+    def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
+        """Index [L,B] by age of the entry that leaves where they leave ``one_by_one``; ``kept``
+        [L,B] of the prompt. From ``kept`` on entries are of the answer."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Append(EntryEviction):
+    """None leaves: the prompt was compacted once, and each new entry goes behind the others."""
+
+    kind: Literal["append"] = "append"
+
+    def capacity(self, counts: Counts, entries: np.ndarray, new_tokens: np.ndarray) -> np.ndarray:
+        return np.asarray(counts.prompt(entries) + new_tokens)
+
+    def limit(self, counts: Counts, seen: np.ndarray, new_tokens: int) -> np.ndarray:
         # The shorter the prompt, the less of it is dropped; by a profile, for some layers, the
         # longer. One layer may get a remainder more.
         shortest = np.maximum(seen - new_tokens, 1)
@@ -65,14 +100,11 @@ class Append:
         return np.asarray(np.minimum(seen, highest + 1))
 
 
-class OneByOne:
+class OneByOne(EntryEviction):
     """Eviction one by one: as soon as a step leaves one entry too many, the next token overwrites
     one."""
 
-    floor: ClassVar[int] = 0
-
-    def prompt(self, counts: Counts, entries: np.ndarray) -> np.ndarray:
-        return counts.share(entries)
+    one_by_one: ClassVar[bool] = True
 
     def min_entries(self, sinks: int, protected: int) -> int:
         """At the fixed point only the sinks are protected."""
@@ -90,11 +122,6 @@ class OneByOne:
         step, prompt = counts.step(seen[:, None])[:, 0], counts.prompt(seen[:, None])[:, 0]
         highest = np.maximum(np.maximum(step, prompt), counts.protected)
         return np.asarray(np.minimum(seen, highest + 1))
-
-    def point(self, kept: np.ndarray, sinks: int) -> np.ndarray:
-        """Index [L,B] by age of the entry that leaves; ``kept`` [L,B] of the prompt. From ``kept``
-        on entries are of the answer."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -137,6 +164,7 @@ class ReleasedFixedPoint(OneByOne):
 
     distance: int
     kind: Literal["released-fixed-point"] = "released-fixed-point"
+    released: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         integer("distance", self.distance, 0)
@@ -151,7 +179,7 @@ class ReleasedFixedPoint(OneByOne):
 
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(EntryEviction):
     """Every ``steps`` steps compact.onnx drops all that are too many; a layer never has less than
     ``floor``."""
 
@@ -163,12 +191,15 @@ class Interval:
         integer("kv_interval", self.steps, 1)
         integer("kv_floor", self.floor, 0)
 
+    @property
+    def interval(self) -> int:
+        return self.steps
+
+    def at_most_every(self, steps: int) -> Interval:
+        return replace(self, steps=min(self.steps, steps))
+
     def prompt(self, counts: Counts, entries: np.ndarray) -> np.ndarray:
         return counts.step(entries)
-
-    def min_entries(self, sinks: int, protected: int) -> int:
-        del sinks
-        return protected
 
     def capacity(self, counts: Counts, entries: np.ndarray, new_tokens: np.ndarray) -> np.ndarray:
         # Every run of compact.onnx ends at the budget, where prefill ended too.

@@ -88,22 +88,21 @@ class CachePolicy:
                 f"{window} queries rank the entries, but only the last {self.recent} entries are "
                 "protected; a query's own entry must stay"
             )
-        if isinstance(self.decode, Interval) and window == 0 and not self.received:
+        if self.interval is not None and window == 0 and not self.received:
             raise ParameterError(
                 "compaction at intervals is ranked by the latest queries or by sums over all; give "
                 "a window, or a score that goes on"
             )
-        if self.received and not (isinstance(self.decode, Interval) and self.select.evicts):
+        if self.received and (self.interval is None or not self.select.evicts):
             raise ParameterError(
                 "scores that go on in decode are for entries that are evicted at intervals"
             )
-        if self.select.within_modality and isinstance(self.decode, Interval):
+        if self.select.within_modality and self.interval is not None:
             raise ParameterError(
                 "within_modality is for a prompt that is compacted once; at intervals nobody knows "
                 "any more what is an image's"
             )
-        released = isinstance(self.budget, ReleasedUniform | ReleasedProfile)
-        if released != isinstance(self.decode, ReleasedFixedPoint):
+        if self.budget.released != self.decode.released:
             raise ParameterError("the released code's budget goes with its own elimination only")
 
     @property
@@ -114,7 +113,7 @@ class CachePolicy:
     @property
     def queries(self) -> int:
         """Most recent queries that each layer remembers in a ring, for what is ranked later."""
-        return self.score.window if isinstance(self.decode, Interval) else 0
+        return self.score.window if self.interval is not None else 0
 
     @property
     def received(self) -> bool:
@@ -129,7 +128,7 @@ class CachePolicy:
     @property
     def interval(self) -> int | None:
         """Steps from one run of compact.onnx to the next; None: it has no use."""
-        return self.decode.steps if isinstance(self.decode, Interval) else None
+        return self.decode.interval
 
     def check_layers(self, layers: int) -> None:
         """ParameterError unless it is for a model of so many ``layers``."""
@@ -147,7 +146,4 @@ class CachePolicy:
 
     def at_most_every(self, steps: int) -> CachePolicy:
         """The same with at most so many ``steps`` to the first run of compact.onnx."""
-        if not isinstance(self.decode, Interval):
-            return self
-        decode = replace(self.decode, steps=min(self.decode.steps, steps))
-        return replace(self, decode=decode)
+        return replace(self, decode=self.decode.at_most_every(steps))

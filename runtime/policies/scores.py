@@ -14,7 +14,7 @@ from lvlm.core.ranges import integer
 
 
 class EntryScore:
-    """What a score needs; the variants below say what is different.
+    """Base of all scores: what one needs of a graph; the variants say what is different.
 
     over_prompt  True where all of the prompt's queries score
     received     True where each entry has beside it the attention that it got, also in decode
@@ -32,7 +32,7 @@ class EntryScore:
 
     @property
     def prompt_window(self) -> int:
-        """How many of a prompt's last queries rank its entries."""
+        """Number of a prompt's last queries that rank its entries."""
         return self.window
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 
 class EntrySelection:
-    """What all selections have.
+    """Base of all selections.
 
     mode             CacheCompact's name for it (export/ops/cache_compact)
     evicts           True where entries that do not stay are gone

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -32,10 +32,16 @@ class ProfileRow:
 @dataclass(frozen=True)
 class Share:
     """Base of all budgets: a fraction ``keep`` of the entries stays (a call may ask for
-    less), and a layer never keeps more than ``cap``, if that is given."""
+    less), and a layer never keeps more than ``cap``, if that is given.
+
+    profiled  True where each layer's share comes from a profile of the model
+    released  True where it counts as the released code of a paper; goes with such a decode only
+    """
 
     keep: float
     cap: int | None = None
+    profiled: ClassVar[bool] = False
+    released: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         fraction("kv_keep", self.keep)
@@ -127,6 +133,7 @@ class Profiled(PerLayer):
     """Shares by a profile: ``rows`` by rising keep, interpolated between."""
 
     rows: tuple[ProfileRow, ...] = ()
+    profiled: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,6 +174,7 @@ class ReleasedUniform(Share):
     """Uniform budget as Elastic Cache's released code counts, float noise included."""
 
     kind: Literal["released-uniform"] = "released-uniform"
+    released: ClassVar[bool] = True
 
     def prompt(
         self, fractions: np.ndarray, keep: float, entries: np.ndarray, protected: int
@@ -187,6 +195,7 @@ class ReleasedProfile(Profiled):
     """Profile as PrefixKV's released code counts: every layer rounds on its own."""
 
     kind: Literal["released-profile"] = "released-profile"
+    released: ClassVar[bool] = True
 
     def prompt(
         self, fractions: np.ndarray, keep: float, entries: np.ndarray, protected: int

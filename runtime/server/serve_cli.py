@@ -28,10 +28,10 @@ LONGEST_KEYS = 1_000_000  # characters of a file of keys
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_main("lvlm-serve", lambda: _run(_parser().parse_args(argv)))
+    return run_main("lvlm-serve", lambda: _run(make_parser().parse_args(argv)))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="lvlm-serve",
         description="Serve bundles over HTTP, as OpenAI's clients ask: chat completions with "

@@ -12,10 +12,10 @@ UNUSABLE = 2  # exit status where something is broken, or nothing can run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_main("lvlm-doctor", lambda: _run(_parser().parse_args(argv)))
+    return run_main("lvlm-doctor", lambda: _run(make_parser().parse_args(argv)))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="lvlm-doctor",
         description="Look at the driver, the GPUs, ONNX Runtime, TensorRT and, if given, a bundle "

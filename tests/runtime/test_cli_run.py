@@ -20,7 +20,7 @@ import lvlm
 from lvlm import main as dispatcher
 from lvlm.runtime.generate.answers import Generation
 from lvlm.runtime.options.generation_options import GenerationOptions
-from lvlm.runtime.run_cli import _parser, main
+from lvlm.runtime.run_cli import main, make_parser
 from lvlm.runtime.sampling.sampler import Sampler
 
 
@@ -163,7 +163,7 @@ def test_flags_reach_the_model(run: Run, light: Path, monkeypatch: pytest.Monkey
 
 
 def test_every_option_of_the_api_has_a_flag() -> None:
-    text = " ".join(_parser().format_help().split())
+    text = " ".join(make_parser().format_help().split())
     for each in dataclasses.fields(GenerationOptions):
         assert f" --{each.name.replace('_', '-')}" in text
     assert "default 256" in text

@@ -15,7 +15,7 @@ from lvlm.runtime.policies.evictions import FixedPoint, ReleasedFixedPoint
 from lvlm.runtime.policies.policy import Budget, CachePolicy
 from lvlm.runtime.policies.scores import AllQueries
 from lvlm.runtime.policies.selections import Evict, Select
-from lvlm.runtime.policies.shares import ReleasedProfile, ReleasedUniform, Uniform
+from lvlm.runtime.policies.shares import Uniform
 
 KEEP = 0.5
 EVICT = Evict()
@@ -43,11 +43,11 @@ class FixedPointRecipe(Recipe):
     def compacted_once(self, budget: Budget, select: Select = EVICT) -> CachePolicy:
         """Compaction by the attention of all prompt queries, then elimination at the fixed
         point."""
-        released = isinstance(budget, ReleasedUniform | ReleasedProfile)
+        eviction = ReleasedFixedPoint if budget.released else FixedPoint
         return CachePolicy(
             score=AllQueries(),
             select=select,
-            decode=ReleasedFixedPoint(self.distance) if released else FixedPoint(self.distance),
+            decode=eviction(self.distance),
             budget=budget,
             sinks=self.kv_sinks,
             positions=self.positions,

@@ -1,4 +1,4 @@
-// What the harness is asked to do: a text file, a line for each thing.
+// The case that the harness is asked to run: a text file, a line for each thing.
 //
 //   op CacheCompact
 //   field mode char evict            types char, int32, int64, float32, float64 (several: 1,2), null

@@ -1,4 +1,4 @@
-// What a plugin answers when TensorRT builds an engine with it.
+// A plugin as TensorRT asks it when an engine is built.
 #pragma once
 
 #include "harness_case.h"

@@ -227,8 +227,6 @@ _KEYS = {"token", "token_id", "image_token", "sample", "timed", "before", "after
     *("resample", "rescale_factor", "mean", "std"),
 }
 
-# What the exporter uses
-
 _COMMON: Mapping[str, object] = {
     "do_resize": True,
     "resample": 3,

@@ -17,6 +17,7 @@ from settings import ASSETS, LIGHTVLM, SMALL
 from lvlm.core.errors import ParameterError
 from lvlm.export.compare import compare_cli, with_checkpoint
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.policies.shares import Profile, ProfileRow
 
 DATA = Path(__file__).parents[2] / "data/bundles"
 
@@ -91,6 +92,23 @@ def test_an_old_bundle_keeps_the_cache_it_was_exported_with(name: str, tmp_path:
     assert manifest.cache_policy.budget.keep == 0.5
     recipe = with_checkpoint.recorded(manifest).for_layers(manifest.text.layers)
     assert recipe.cache_policy() == manifest.cache_policy
+
+
+def test_a_bundle_with_a_profile_is_not_compared_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The profile is not in the recipe that is recorded."""
+    with zipfile.ZipFile(DATA / "schema-3.zip") as archive:
+        archive.extractall(tmp_path)
+    (folder,) = tmp_path.iterdir()
+    manifest = read_bundle(folder, "none")
+    assert manifest.cache_policy is not None
+    row = ProfileRow(0.5, (0.5,) * manifest.text.layers)
+    policy = dataclasses.replace(manifest.cache_policy, budget=Profile(0.5, None, (row,)))
+    given = dataclasses.replace(manifest, cache_policy=policy)
+    monkeypatch.setattr(with_checkpoint, "read_bundle", lambda *_: given)
+    with pytest.raises(ParameterError, match="compared by lvlm-export alone"):
+        with_checkpoint.compare(folder, "nothing")
 
 
 def test_a_finished_bundle_is_planned_as_its_export_was(

@@ -12,7 +12,7 @@ from transformers.models.gemma3.modeling_gemma3 import (
 )
 
 from lvlm.export.graphs.attending import Masks
-from lvlm.export.graphs.extend import _seen
+from lvlm.export.graphs.extend import seen_behind
 from lvlm.export.recipes.parts.cache_rule import CacheRule
 from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.recipes.snapkv import SnapKV
@@ -65,7 +65,7 @@ def test_a_chunk_sees_what_it_sees_of_the_whole() -> None:
         assert whole is not None
         for cut in (1, 2, 6, 7, 9, 11):
             index, slots = torch.tensor([cut]), torch.arange(cut)
-            found = _seen(index, slots, len(ROWS[0]) - cut, window, image_id[:, cut:])
+            found = seen_behind(index, slots, len(ROWS[0]) - cut, window, image_id[:, cut:])
             assert torch.equal(found, whole[:, :, cut:])
 
 

@@ -21,10 +21,10 @@ from lvlm.plugins_trt.plugins import library_build
 from lvlm.plugins_trt.plugins.architectures import ALONE, SHARED_LIMIT, parse_architectures
 from lvlm.plugins_trt.plugins.kernel_compiler import (
     Image,
-    _checked,
-    _extras,
+    added_pointers,
     cache_folder,
     compile_kernels,
+    within_shared_memory,
 )
 from lvlm.plugins_trt.plugins.kernels import all_kernels, variants
 from lvlm.plugins_trt.plugins.plugin_plan import (
@@ -136,18 +136,18 @@ def test_a_kernel_that_does_not_compile() -> None:
 def test_too_much_shared_memory(arch: int, ptx: bool, shared: int, message: str) -> None:
     image = Image(arch, ptx, b"", "count_up", 128, shared, 2)
     fitting = replace(image, shared=shared - 1)
-    assert _checked((fitting, fitting), COUNT[0], arch) == (fitting, fitting)
+    assert within_shared_memory((fitting, fitting), COUNT[0], arch) == (fitting, fitting)
     with pytest.raises(BuildError, match=f"count_up BLOCK=64 needs .* shared memory; {message}"):
-        _checked((image, image), COUNT[0], arch)
+        within_shared_memory((image, image), COUNT[0], arch)
 
 
 def test_parameters_are_read_from_the_code() -> None:
     entry = ".visible .entry k(\n\t.param .u64 .ptr .global k_0,\n\t.param .{}32 k_1{}\n)\n"
-    assert _extras(entry.format("f", ""), ["*fp16", "fp32"]) == 0
-    assert _extras(entry.format("u", ",\n\t.param .u64 k_2"), ["*fp16", "i32"]) == 1
+    assert added_pointers(entry.format("f", ""), ["*fp16", "fp32"]) == 0
+    assert added_pointers(entry.format("u", ",\n\t.param .u64 k_2"), ["*fp16", "i32"]) == 1
     for given in (["*fp16"], ["*fp16", "i32", "i32"], ["i32", "*fp16"]):
         with pytest.raises(BuildError, match="its parameters have"):
-            _extras(entry.format("u", ""), given)
+            added_pointers(entry.format("u", ""), given)
 
 
 @pytest.mark.parametrize(

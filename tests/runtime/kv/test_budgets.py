@@ -12,7 +12,7 @@ import pytest
 from budget_cases import array, keeps, profile_of, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policies import INTERVAL, SLIDING, UNIFORM, changed
+from policies import APPENDED, INTERVAL, SLIDING, UNIFORM, changed
 
 from lvlm.core.errors import ParameterError
 from lvlm.runtime.kv.budgets import Budgets
@@ -44,6 +44,16 @@ def test_without_compression_everything_stays() -> None:
         assert budgets.room(np.array([7, 5]), np.array([20, 11]), 50) == 6
     with pytest.raises(ParameterError, match=r"kv_keep=0\.5 needs a bundle with cache compression"):
         Budgets.of(None, 2, 0.5)
+
+
+def test_an_interval_is_shortened_and_nothing_else() -> None:
+    sooner = INTERVAL.at_most_every(8)
+    assert (INTERVAL.interval, sooner.interval) == (64, 8)
+    assert sooner == changed(INTERVAL, interval=8)
+    assert INTERVAL.at_most_every(65) == INTERVAL
+    for policy in (UNIFORM, SLIDING, APPENDED):
+        assert policy.interval is None
+        assert policy.at_most_every(8) == policy
 
 
 @pytest.mark.parametrize("cache_policy", [None, UNIFORM, INTERVAL])

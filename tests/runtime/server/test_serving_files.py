@@ -26,7 +26,7 @@ from lvlm.runtime.engine import Engine
 from lvlm.runtime.server import fields, refusals
 from lvlm.runtime.server.app import make_app
 from lvlm.runtime.server.metrics import Metrics
-from lvlm.runtime.server.serve_cli import _parser
+from lvlm.runtime.server.serve_cli import make_parser
 from lvlm.runtime.server.service import Service
 from lvlm.runtime.server.triton_server import triton_cli
 
@@ -56,7 +56,7 @@ def paths() -> set[str]:
 
 def parsed(words: Sequence[str]) -> Namespace:
     """The arguments of lvlm-serve; those that do not exist end it."""
-    return _parser().parse_args(words)
+    return make_parser().parse_args(words)
 
 
 def test_the_folder_has_what_is_looked_at_here() -> None:

@@ -1,4 +1,4 @@
-// What attention is made of, for the instructions that are being compiled for (Highway's foreach_target):
+// The parts of attention, for the instructions that are being compiled for (Highway's foreach_target):
 // matrices packed into panels, one product of a few rows with a panel, softmax of rows, their column sums.
 #if defined(LVLM_ATTENTION_INL_H) == defined(HWY_TARGET_TOGGLE)
 #ifdef LVLM_ATTENTION_INL_H

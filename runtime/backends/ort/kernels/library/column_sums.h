@@ -1,4 +1,4 @@
-// What two ops compute: the attention that keys receive from chosen queries, summed.
+// Column sums, for two ops: the attention that keys receive from chosen queries, summed.
 #pragma once
 
 #include <cstddef>

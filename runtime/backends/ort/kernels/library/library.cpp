@@ -1,4 +1,4 @@
-// What the library offers: RegisterCustomOps, ONNX Runtime's convention, and whether this CPU will do.
+// The library's functions: RegisterCustomOps, ONNX Runtime's convention, and whether this CPU will do.
 #include <hwy/targets.h>
 
 #include "op.h"
