@@ -8,11 +8,14 @@ rows; counts are int64.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from lvlm.core.ranges import integer
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 
 class Counts(Protocol):
