@@ -38,6 +38,7 @@ class OrtCpu(Target):
             fuse_silu,
             fuse_skip_normalization,
         )
+        from lvlm.export.targets.passes.ort_linears import use_linears
         from lvlm.export.targets.passes.ort_prefill import chunk_attention
 
         keep_last_rows(model)
@@ -46,6 +47,7 @@ class OrtCpu(Target):
         done += fuse_skip_normalization(model) + fuse_silu(model) + use_block_linears(model)
         common.RemoveUnusedNodesPass()(model)  # drops outputs that nobody reads, too: before this
         chunk_attention(model)
+        use_linears(model)
         common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
         if done:
             model.opset_imports[MICROSOFT] = 1

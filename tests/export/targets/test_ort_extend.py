@@ -146,7 +146,7 @@ def test_lowered_extend_attends_with_one_node(bundle: Callable[..., Path]) -> No
     model = onnx.load(folder / "extend.ort-cpu.onnx", load_external_data=False)
     kinds = Counter(node.op_type for node in model.graph.node)
     assert (kinds[NAME], kinds["Attention"], kinds["TensorScatter"]) == (layers, 0, 0)
-    assert [function.name for function in model.functions] == [NAME]
+    assert NAME in {function.name for function in model.functions}
 
 
 def test_what_keeps_chosen_entries_is_left_as_it_is(bundle: Callable[..., Path]) -> None:

@@ -54,6 +54,9 @@ inline void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);
 }
 
+template <class T>
+struct Tensor;
+
 // A node's attributes; of a name that it has not, the default.
 class Attributes {
 public:
@@ -72,6 +75,10 @@ public:
         int64_t value = 0;
         return had(api_.int_attribute(info_, name, &value)) ? value : otherwise;
     }
+    // Input ``index``, if the same tensor comes with every call.
+    template <class T>
+    Tensor<const T> constant(size_t index) const;
+
     std::string text(const char* name, const char* otherwise) const {
         size_t size = 0;
         if (!had(api_.string_attribute(info_, name, nullptr, &size))) return otherwise;
@@ -100,6 +107,33 @@ struct Tensor {
     explicit operator bool() const { return data != nullptr; }
 };
 
+inline Shape shape_of(const OrtApi& api, const OrtValue* value) {
+    OrtTensorInfo* info = nullptr;
+    check(api, api.tensor_info(value, &info));
+    const std::unique_ptr<OrtTensorInfo, void (*)(OrtTensorInfo*)> held(info, api.release_info);
+    size_t rank = 0;
+    check(api, api.rank(info, &rank));
+    Shape shape(rank);
+    check(api, api.dims(info, shape.data(), rank));
+    return shape;
+}
+
+template <class T>
+Tensor<const T> tensor_of(const OrtApi& api, const OrtValue* value) {
+    void* data = nullptr;
+    check(api, api.tensor_data(const_cast<OrtValue*>(value), &data));
+    return {static_cast<const T*>(data), shape_of(api, value)};
+}
+
+template <class T>
+Tensor<const T> Attributes::constant(size_t index) const {
+    int constant = 0;
+    const OrtValue* value = nullptr;
+    check(api_, api_.constant_input(info_, index, &constant, &value));
+    if (!constant || value == nullptr) return {};
+    return tensor_of<T>(api_, value);
+}
+
 // One run of a kernel: its tensors, and ONNX Runtime's threads.
 class Call {
 public:
@@ -108,18 +142,20 @@ public:
         check(api_, api_.output_count(context_, &outputs_));
     }
 
-    // A required input must have ``rank`` axes.
     template <class T>
-    Tensor<const T> input(size_t index, size_t rank) const {
+    Tensor<const T> input(size_t index) const {
         const OrtValue* value = nullptr;
         if (index < inputs_) check(api_, api_.input(context_, index, &value));
         if (value == nullptr) return {};
-        Tensor<const T> found;
-        found.shape = shape_of(value);
-        require(found.shape.size() == rank, "an input has another number of axes than the op takes");
-        void* data = nullptr;
-        check(api_, api_.tensor_data(const_cast<OrtValue*>(value), &data));
-        found.data = static_cast<const T*>(data);
+        return tensor_of<T>(api_, value);
+    }
+
+    // One that has ``rank`` axes where it is given.
+    template <class T>
+    Tensor<const T> input(size_t index, size_t rank) const {
+        auto found = input<T>(index);
+        require((!found && found.shape.empty()) || found.shape.size() == rank,
+                "an input has another number of axes than the op takes");
         return found;
     }
 
@@ -161,17 +197,6 @@ private:
             }
         }
     };
-
-    Shape shape_of(const OrtValue* value) const {
-        OrtTensorInfo* info = nullptr;
-        check(api_, api_.tensor_info(value, &info));
-        const std::unique_ptr<OrtTensorInfo, void (*)(OrtTensorInfo*)> held(info, api_.release_info);
-        size_t rank = 0;
-        check(api_, api_.rank(info, &rank));
-        Shape shape(rank);
-        check(api_, api_.dims(info, shape.data(), rank));
-        return shape;
-    }
 
     const OrtApi& api_;
     OrtKernelContext* context_;

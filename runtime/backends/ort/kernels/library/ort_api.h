@@ -74,6 +74,8 @@ public:
               table, 91)),
           release_status(at<void(OrtStatus*)>(table, 93)),
           release_info(at<void(OrtTensorInfo*)>(table, 99)),
+          constant_input(
+              at<OrtStatus*(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(table, 249)),
           parallel_for(
               at<OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(
                   table, 274)) {}
@@ -103,6 +105,7 @@ public:
     OrtStatus* (*output)(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**);
     void (*release_status)(OrtStatus*);
     void (*release_info)(OrtTensorInfo*);
+    OrtStatus* (*constant_input)(const OrtKernelInfo*, size_t, int*, const OrtValue**);
     OrtStatus* (*parallel_for)(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*);
 };
 

@@ -10,6 +10,7 @@ namespace lvlm {
 
 constexpr size_t kPanelMultiple = 32;  // floats: two vectors of the widest instructions
 constexpr size_t kLine = 16;           // floats
+constexpr size_t kLineBytes = 64;
 
 inline size_t padded_extent(size_t extent) {
     return (extent + kPanelMultiple - 1) / kPanelMultiple * kPanelMultiple;
