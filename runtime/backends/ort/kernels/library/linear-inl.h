@@ -87,10 +87,10 @@ HWY_INLINE void MultiplyPanels(const float* x, size_t rows, size_t depth, const 
         for (size_t done = 0; done < depth; done += kDepth) {
             const size_t some = std::min(kDepth, depth - done);
             const float* b = panels + start * depth + done * panel;
-            const bool more = start + panel < last || done + some < depth;
+            // Each of the first blocks fetches a part of what comes next, while it computes: after the last
+            // panel another task's, or the weights that were packed next. No address is read by that.
             const char* next = reinterpret_cast<const char*>(b + some * panel);
-            // Each of the first blocks fetches a part of what comes next, while it computes.
-            size_t step = rows < kFetchedRows || !more ? 0 : std::max(kLineBytes, bytes / blocks);
+            size_t step = rows < kFetchedRows ? 0 : std::max(kLineBytes, bytes / blocks);
             size_t left = some * bytes;
             for (size_t block = 0; block < blocks; ++block) {
                 const size_t row = rows * block / blocks, count = rows * (block + 1) / blocks - row;
