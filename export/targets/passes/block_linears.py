@@ -3,21 +3,26 @@
 The canonical graph spreads a weight with DequantizeLinear at every run. MatMulNBits saves that; how
 it computes (``accuracy_level``) follows trials on a CPU without VNNI (docs/notes/quantization.md):
 rounding the few rows of decode to 8 bits makes them up to four times faster; for the many rows of
-prefill fp32 is as fast, and exact.
+prefill fp32 is as fast, and exact. Many rows by weights of 8 bits are a function of it, for which
+there is a kernel of our own.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
+from onnx import helper
 
 from lvlm.core.errors import ExportError
+from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
 from lvlm.export.targets.passes.quantized_linears import spread_of, stored
 from lvlm.export.weights.quantization import BLOCKS_SUFFIX, ZERO_POINTS_SUFFIX
 
 FP32, INT8 = 1, 4  # accuracy levels
+ATTRIBUTES = ("K", "N", "bits", "block_size", "accuracy_level")
 
 
 def has_quantized_weights(path: Path) -> bool:
@@ -46,15 +51,40 @@ def use_block_linears(model: ir.Model) -> int:
         given = [node.inputs[0], _as_bytes(model, numbers, dims), scales]
         if zeros is not None and str(zeros.name).endswith(ZERO_POINTS_SUFFIX):
             given.append(_as_bytes(model, zeros, [outputs, inputs // block * bits // 8]))
+        # Of 8 bits MatMulNBits spreads all weights in fp32 at every run; of 4 it has kernels
+        kernel = bits == 8 and not few and node.inputs[0].dtype == ir.DataType.FLOAT
+        name = _function(model, len(given) > 3) if kernel else "MatMulNBits"
         matmul = ir.node(
-            "MatMulNBits",
+            name,
             given,
             attributes=attributes | {"accuracy_level": INT8 if few else FP32},
-            domain=MICROSOFT,
+            domain=LOWERED_DOMAIN if kernel else MICROSOFT,
         )
         _replace(model, node, matmul)
         replaced += 1
     return replaced
+
+
+def block_linear(zeroed: bool) -> onnx.FunctionProto:
+    """MatMulNBits as a function, so that a kernel of our own can do it."""
+    inputs = ["x", "numbers", "scales", *(["zeros"] if zeroed else [])]
+    node = helper.make_node("MatMulNBits", inputs, ["y"], domain=MICROSOFT)
+    for name in ATTRIBUTES:
+        kind = onnx.AttributeProto.INT
+        node.attribute.append(onnx.AttributeProto(name=name, ref_attr_name=name, type=kind))
+    opsets = [helper.make_opsetid(MICROSOFT, 1)]
+    name = "ZeroedBlockLinear" if zeroed else "BlockLinear"
+    return helper.make_function(
+        LOWERED_DOMAIN, name, inputs, ["y"], [node], opsets, attributes=list(ATTRIBUTES)
+    )
+
+
+def _function(model: ir.Model, zeroed: bool) -> str:
+    """Its name, with the function in the model."""
+    function = ir.serde.deserialize_function(block_linear(zeroed))
+    model.functions.setdefault(function.identifier(), function)
+    model.opset_imports[LOWERED_DOMAIN] = 1
+    return function.name
 
 
 def _few_rows(x: ir.Value) -> bool:

@@ -75,6 +75,18 @@ HWY_INLINE void SomeRows(size_t rows, const float* a, size_t a_row, const float*
     }
 }
 
+// The same where only ``valid`` columns of the panel are; ``edge``: room for kRows rows of a panel.
+HWY_INLINE void TileRows(const float* a, size_t rows, size_t a_row, const float* b, size_t depth, float* c,
+                         size_t c_row, size_t valid, bool add, float* edge, const char* next, size_t step) {
+    const size_t panel = PanelWidth();
+    if (valid == panel) return SomeRows(rows, a, a_row, b, depth, c, c_row, add, next, step);
+    for (size_t r = 0; r < rows && add; ++r)
+        std::copy(c + r * c_row, c + r * c_row + valid, edge + r * panel);
+    SomeRows(rows, a, a_row, b, depth, edge, panel, add, next, step);
+    for (size_t r = 0; r < rows; ++r)
+        std::copy(edge + r * panel, edge + r * panel + valid, c + r * c_row);
+}
+
 // y [rows, columns] = x [rows, depth] · the columns [first, last) of packed weights; rows of y are
 // ``columns`` apart. ``first`` is a multiple of the panel's width, ``last`` too or ``columns``.
 HWY_INLINE void MultiplyPanels(const float* x, size_t rows, size_t depth, const float* panels, size_t columns,
@@ -97,15 +109,7 @@ HWY_INLINE void MultiplyPanels(const float* x, size_t rows, size_t depth, const 
                 const float* a = x + row * depth + done;
                 float* c = y + row * columns + start;
                 if (left < some * step) step = 0;
-                if (valid == panel) {
-                    SomeRows(count, a, depth, b, some, c, columns, done > 0, next, step);
-                } else {
-                    for (size_t r = 0; r < count && done > 0; ++r)
-                        std::copy(c + r * columns, c + r * columns + valid, edge + r * panel);
-                    SomeRows(count, a, depth, b, some, edge, panel, done > 0, next, step);
-                    for (size_t r = 0; r < count; ++r)
-                        std::copy(edge + r * panel, edge + r * panel + valid, c + r * columns);
-                }
+                TileRows(a, count, depth, b, some, c, columns, valid, done > 0, edge, next, step);
                 next += some * step, left -= some * step;
             }
         }

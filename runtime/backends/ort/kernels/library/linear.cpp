@@ -10,7 +10,7 @@
 #include <hwy/highway.h>
 
 #include "linear-inl.h"
-#include "op.h"
+#include "linear_tasks.h"
 #include "packed_weights.h"
 #include "padded.h"
 
@@ -26,8 +26,8 @@ void LinearPackTransposed(const float* weights, size_t depth, size_t columns, si
                           float* panels) {
     PackKeys(weights, nullptr, columns, depth, first, last, panels);
 }
-void LinearMultiply(const float* x, size_t rows, size_t depth, const float* panels, size_t columns, size_t first,
-              size_t last, float* y) {
+void LinearMultiply(const float* x, size_t rows, size_t depth, const float* panels, size_t columns,
+                    size_t first, size_t last, float* y) {
     MultiplyPanels(x, rows, depth, panels, columns, first, last, y);
 }
 
@@ -44,10 +44,6 @@ HWY_EXPORT(LinearPack);
 HWY_EXPORT(LinearPackTransposed);
 HWY_EXPORT(LinearMultiply);
 
-constexpr size_t kBlock = 96;      // rows at a time, which stay in the second-level cache
-constexpr size_t kTasks = 32;      // about, for threads to share
-constexpr size_t kLeast = 1 << 16;  // multiply-adds of a task, for its start to be little beside it
-
 template <bool transposed>
 class Linear {
 public:
@@ -58,61 +54,47 @@ public:
 
     explicit Linear(const Attributes& attributes) {
         const auto weights = attributes.constant<float>(1);
-        if (weights && weights.shape.size() == 2)
-            packed_ = packed_weights(weights.data, Sizes(weights).padded(), [&](float* to) { pack(weights, to); });
+        if (!weights || weights.shape.size() != 2) return;
+        const PackedKey key{weights.data, Sizes(weights).floats(), kName};
+        packed_ = packed_weights(key, [&](float* to) { pack(weights, to); });
     }
 
     void operator()(Call& call) const {
-        const auto x = call.input<float>(0);
         const auto weights = call.input<float>(1, 2);
-        const auto [depth, columns] = Sizes(weights);
-        require(!x.shape.empty() && x.shape.back() == int64_t(depth), "input and weights do not fit");
-        Shape shape = x.shape;
-        shape.back() = columns;
-        const auto y = call.output<float>(0, shape);
-        size_t rows = 1;
-        for (size_t axis = 0; axis + 1 < shape.size(); ++axis) rows *= shape[axis];
-        if (rows == 0 || columns == 0) return;
-
+        const Sizes sizes(weights);
+        const LinearInput input(call, sizes.depth);
+        const auto y = input.output(call, sizes.columns);
         PackedWeights panels = packed_;
         if (panels == nullptr) {
-            auto own = std::make_shared<Padded>(Sizes(weights).padded().floats());
+            auto own = std::make_shared<Padded>(sizes.floats());
             pack(weights, own->data());
             panels = PackedWeights(own, own->data());
         }
-        const size_t panel = HWY_DYNAMIC_DISPATCH(LinearPanel)();
-        const size_t all = (columns + panel - 1) / panel, blocks = (rows + kBlock - 1) / kBlock;
-        const size_t worth = std::max<size_t>(1, std::min(rows, kBlock) * depth * columns / kLeast);
-        const size_t parts = std::min({all, worth, std::max<size_t>(1, kTasks / blocks)});
-        call.parallel(blocks * parts, [&](size_t task) {
-            const size_t row = rows * (task / parts) / blocks, part = task % parts;
-            const size_t count = rows * (task / parts + 1) / blocks - row;
-            const size_t first = all * part / parts * panel;
-            const size_t last = std::min(columns, all * (part + 1) / parts * panel);
-            HWY_DYNAMIC_DISPATCH(LinearMultiply)
-            (x.data + row * depth, count, depth, panels.get(), columns, first, last, y.data + row * columns);
-        });
+        share_linear(call, input.rows, sizes.depth, sizes.columns, sizes.panel,
+                     [&](size_t row, size_t rows, size_t first, size_t last) {
+                         HWY_DYNAMIC_DISPATCH(LinearMultiply)
+                         (input.x.data + row * sizes.depth, rows, sizes.depth, panels.get(), sizes.columns,
+                          first, last, y.data + row * sizes.columns);
+                     });
     }
 
 private:
     struct Sizes {
-        size_t depth, columns;
+        size_t depth, columns, panel = HWY_DYNAMIC_DISPATCH(LinearPanel)();
 
         explicit Sizes(const Tensor<const float>& weights)
             : depth(weights.dim(transposed ? 1 : 0)), columns(weights.dim(transposed ? 0 : 1)) {}
-        PackedSizes padded() const {
-            const size_t panel = HWY_DYNAMIC_DISPATCH(LinearPanel)();
-            return {depth, (columns + panel - 1) / panel * panel, transposed};
-        }
+        size_t padded() const { return (columns + panel - 1) / panel * panel; }
+        size_t floats() const { return depth * padded(); }
     };
     static void pack(const Tensor<const float>& weights, float* to) {
         const Sizes sizes(weights);
-        const size_t columns = sizes.padded().columns;
         if constexpr (transposed)
             HWY_DYNAMIC_DISPATCH(LinearPackTransposed)
-            (weights.data, sizes.depth, sizes.columns, 0, columns, to);
+            (weights.data, sizes.depth, sizes.columns, 0, sizes.padded(), to);
         else
-            HWY_DYNAMIC_DISPATCH(LinearPack)(weights.data, sizes.depth, sizes.columns, 0, columns, to);
+            HWY_DYNAMIC_DISPATCH(LinearPack)
+            (weights.data, sizes.depth, sizes.columns, 0, sizes.padded(), to);
     }
 
     PackedWeights packed_;

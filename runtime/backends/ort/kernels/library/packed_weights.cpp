@@ -8,6 +8,8 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <string>
+#include <tuple>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -62,14 +64,11 @@ private:
 #endif
 };
 
-struct Entry {
-    PackedSizes sizes;
-    std::weak_ptr<const float> packed;
-};
+using Entries = std::map<std::tuple<const void*, size_t, std::string>, std::weak_ptr<const float>>;
 
 std::mutex mutex;
-std::map<const float*, Entry>& entries() {
-    static std::map<const float*, Entry> found;
+Entries& entries() {
+    static Entries found;
     return found;
 }
 std::weak_ptr<Chunk>& newest() {
@@ -79,25 +78,24 @@ std::weak_ptr<Chunk>& newest() {
 
 }  // namespace
 
-PackedWeights packed_weights(const float* weights, PackedSizes sizes,
-                             const std::function<void(float*)>& pack) {
+PackedWeights packed_weights(const PackedKey& key, const std::function<void(float*)>& pack) {
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto known = entries().find(weights);
-    if (known != entries().end() && known->second.sizes == sizes)
-        if (PackedWeights packed = known->second.packed.lock()) return packed;
+    const Entries::key_type name{key.weights, key.floats, key.purpose};
+    const auto known = entries().find(name);
+    if (known != entries().end())
+        if (PackedWeights packed = known->second.lock()) return packed;
     for (auto it = entries().begin(); it != entries().end();)
-        it = it->second.packed.expired() ? entries().erase(it) : std::next(it);
-    const size_t floats = sizes.floats();
+        it = it->second.expired() ? entries().erase(it) : std::next(it);
     std::shared_ptr<Chunk> chunk = newest().lock();
-    float* to = chunk ? chunk->take(floats) : nullptr;
+    float* to = chunk ? chunk->take(key.floats) : nullptr;
     if (to == nullptr) {
-        chunk = std::make_shared<Chunk>(floats);
+        chunk = std::make_shared<Chunk>(key.floats);
         newest() = chunk;
-        to = chunk->take(floats);
+        to = chunk->take(key.floats);
     }
     pack(to);
     PackedWeights packed(chunk, to);
-    entries()[weights] = {sizes, packed};
+    entries()[name] = packed;
     return packed;
 }
 

@@ -9,18 +9,15 @@ namespace lvlm {
 
 using PackedWeights = std::shared_ptr<const float>;
 
-struct PackedSizes {
-    size_t depth, columns;  // padded
-    bool transposed;
-    size_t floats() const { return depth * columns; }
-    bool operator==(const PackedSizes& other) const {
-        return depth == other.depth && columns == other.columns && transposed == other.transposed;
-    }
+// What is packed: where it lies, into how many floats, and for what.
+struct PackedKey {
+    const void* weights;
+    size_t floats;
+    const char* purpose;
 };
 
-// What ``pack`` makes of ``weights``: made for the first to ask, shared by all others. The weights must stay
+// What ``pack`` makes of weights: made for the first to ask, shared by all others. The weights must stay
 // where they are as long as anybody holds it.
-PackedWeights packed_weights(const float* weights, PackedSizes sizes,
-                             const std::function<void(float*)>& pack);
+PackedWeights packed_weights(const PackedKey& key, const std::function<void(float*)>& pack);
 
 }  // namespace lvlm

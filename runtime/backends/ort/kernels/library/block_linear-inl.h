@@ -1,0 +1,194 @@
+// A linear layer by packed weights of 8 or 4 bits in blocks, for the instructions that are being compiled for
+// (Highway's foreach_target).
+#if defined(LVLM_BLOCK_LINEAR_INL_H) == defined(HWY_TARGET_TOGGLE)
+#ifdef LVLM_BLOCK_LINEAR_INL_H
+#undef LVLM_BLOCK_LINEAR_INL_H
+#else
+#define LVLM_BLOCK_LINEAR_INL_H
+#endif
+
+#include <algorithm>
+
+#include "block_weights.h"
+#include "linear-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace lvlm {
+namespace HWY_NAMESPACE {
+
+// Rows of a panel that bytes hold together: what is in the low and in the high half of each.
+template <size_t bits>
+constexpr size_t kTogether = 8 / bits;
+
+// Numbers [columns, depth * bits / 8], scales and zeros [columns, blocks] into panels (BlockPanels).
+template <size_t bits>
+HWY_INLINE void PackBlocks(const BlockWeights& from, const BlockPanels& to) {
+    const size_t panel = PanelWidth(), blocks = from.depth / from.block;
+    const size_t lines = from.depth / kTogether<bits>;
+    const size_t zero_bytes = (blocks * bits + 7) / 8;
+    for (size_t column = 0; column < to.columns; ++column) {
+        const bool valid = column < from.columns;
+        const size_t start = column / panel * panel, at = column - start;
+        for (size_t line = 0; line < lines; ++line)
+            to.numbers[start * lines + line * panel + at] = valid ? from.numbers[column * lines + line] : 0;
+        for (size_t b = 0; b < blocks; ++b) {
+            const size_t place = start * blocks + b * panel + at;
+            to.scales[place] = valid ? from.scales[column * blocks + b] : 0;
+            if (to.zeros == nullptr) continue;
+            const size_t bit = b * bits;
+            const uint8_t byte = valid ? from.zeros[column * zero_bytes + bit / 8] : 0;
+            to.zeros[place] = float(byte >> bit % 8 & ((1 << bits) - 1));
+        }
+    }
+}
+
+// The lanes at ``from``: numbers of the high half of each byte, of the low half, or whole bytes.
+template <size_t bits, bool high>
+HWY_INLINE Vec Numbers(const uint8_t* from) {
+    const F32 d;
+    const hn::Rebind<uint8_t, F32> bytes;
+    const hn::Rebind<int32_t, F32> whole;
+    auto found = hn::LoadU(bytes, from);
+    if constexpr (bits == 4 && high) found = hn::ShiftRight<4>(found);
+    if constexpr (bits == 4 && !high) found = hn::And(found, hn::Set(bytes, uint8_t{15}));
+    return hn::ConvertTo(d, hn::PromoteTo(whole, found));
+}
+
+// Calls ``each(k, left, right)`` for the numbers, less their zeros, of rows [first, last) of a panel, which
+// lie in one block; both are multiples of kTogether.
+template <size_t bits, class Each>
+HWY_INLINE void EachNumber(const uint8_t* numbers, Vec left_zero, Vec right_zero, size_t first, size_t last,
+                           Each&& each) {
+    const size_t panel = PanelWidth(), lanes = panel / 2;
+    const uint8_t* from = numbers + first / kTogether<bits> * panel;
+    for (size_t k = first; k < last; k += kTogether<bits>, from += panel) {
+        each(k, hn::Sub(Numbers<bits, false>(from), left_zero),
+             hn::Sub(Numbers<bits, false>(from + lanes), right_zero));
+        if constexpr (bits == 4)
+            each(k + 1, hn::Sub(Numbers<bits, true>(from), left_zero),
+                 hn::Sub(Numbers<bits, true>(from + lanes), right_zero));
+    }
+}
+
+// One panel, and the zeros and scales of one of its blocks.
+struct OnePanel {
+    const uint8_t* numbers;
+    const float *scales, *zeros;  // zeros: null for ``usual``
+    float usual;
+
+    OnePanel(const BlockPanels& all, size_t start, size_t depth, size_t together)
+        : numbers(all.numbers + start * (depth / together)),
+          scales(all.scales + start * (depth / all.block)),
+          zeros(all.zeros ? all.zeros + start * (depth / all.block) : nullptr), usual(all.usual_zero) {}
+
+    HWY_INLINE Vec scale(size_t block, size_t half) const { return at(scales, block, half); }
+    HWY_INLINE Vec zero(size_t block, size_t half) const {
+        return zeros ? at(zeros, block, half) : hn::Set(F32(), usual);
+    }
+
+private:
+    static HWY_INLINE Vec at(const float* from, size_t block, size_t half) {
+        return hn::LoadU(F32(), from + block * PanelWidth() + half * hn::Lanes(F32()));
+    }
+};
+
+// to [last - first, panel] = rows [first, last) of a panel
+template <size_t bits>
+HWY_INLINE void Dequantize(const OnePanel& panel, size_t block, size_t first, size_t last, float* to) {
+    const F32 d;
+    const size_t lanes = hn::Lanes(d);
+    for (size_t k = first; k < last;) {
+        const size_t which = k / block, end = std::min(last, (which + 1) * block);
+        const Vec left_scale = panel.scale(which, 0), right_scale = panel.scale(which, 1);
+        EachNumber<bits>(panel.numbers, panel.zero(which, 0), panel.zero(which, 1), k, end,
+                         [&](size_t, Vec left, Vec right) HWY_ATTR {
+                             hn::StoreU(hn::Mul(left, left_scale), d, to);
+                             hn::StoreU(hn::Mul(right, right_scale), d, to + lanes);
+                             to += 2 * lanes;
+                         });
+        k = end;
+    }
+}
+
+// c [R, panel] = a [R, depth] · a panel
+template <size_t bits, size_t R>
+HWY_INLINE void BlockRows(const float* a, size_t depth, const OnePanel& panel, size_t block, float* c,
+                          size_t c_row) {
+    const F32 d;
+    const size_t lanes = hn::Lanes(d);
+    Vec left[R], right[R];
+    for (size_t r = 0; r < R; ++r) left[r] = right[r] = hn::Zero(d);
+    for (size_t which = 0; which < depth / block; ++which) {
+        Vec some_left[R], some_right[R];
+        for (size_t r = 0; r < R; ++r) some_left[r] = some_right[r] = hn::Zero(d);
+        EachNumber<bits>(panel.numbers, panel.zero(which, 0), panel.zero(which, 1), which * block,
+                         (which + 1) * block, [&](size_t k, Vec one, Vec other) HWY_ATTR {
+#pragma GCC unroll 12
+                             for (size_t r = 0; r < R; ++r) {
+                                 const Vec x = hn::Set(d, a[r * depth + k]);
+                                 some_left[r] = hn::MulAdd(x, one, some_left[r]);
+                                 some_right[r] = hn::MulAdd(x, other, some_right[r]);
+                             }
+                         });
+        for (size_t r = 0; r < R; ++r) {
+            left[r] = hn::MulAdd(some_left[r], panel.scale(which, 0), left[r]);
+            right[r] = hn::MulAdd(some_right[r], panel.scale(which, 1), right[r]);
+        }
+    }
+    for (size_t r = 0; r < R; ++r) {
+        hn::StoreU(left[r], d, c + r * c_row);
+        hn::StoreU(right[r], d, c + r * c_row + lanes);
+    }
+}
+
+// Rows that are multiplied as the numbers come; more of them by what the numbers stand for, made once.
+#if HWY_TARGET == HWY_AVX2
+constexpr size_t kDirect = 3;
+#else
+constexpr size_t kDirect = 6;
+#endif
+
+template <size_t bits, size_t R = kDirect>
+HWY_INLINE void SomeBlockRows(size_t rows, const float* a, size_t depth, const OnePanel& panel, size_t block,
+                              float* c, size_t c_row) {
+    if constexpr (R > 0) {
+        if (rows == R)
+            BlockRows<bits, R>(a, depth, panel, block, c, c_row);
+        else
+            SomeBlockRows<bits, R - 1>(rows, a, depth, panel, block, c, c_row);
+    }
+}
+
+// y [rows, columns] = x [rows, depth] · the columns [first, last) of the panels; rows of y are ``columns``
+// apart. ``room``: kDepth rows of a panel.
+template <size_t bits>
+HWY_INLINE void MultiplyBlocks(const float* x, size_t rows, size_t depth, const BlockPanels& panels,
+                               size_t columns, size_t first, size_t last, float* room, float* y) {
+    const size_t width = PanelWidth(), tiles = (rows + kRows - 1) / kRows;
+    HWY_ALIGN float edge[kRows * kPanelMultiple];  // of a panel beyond the last column
+    for (size_t start = first; start < last; start += width) {
+        const OnePanel panel(panels, start, depth, kTogether<bits>);
+        const size_t valid = std::min(width, columns - start);
+        if (rows <= kDirect) {
+            float* c = valid == width ? y + start : edge;
+            SomeBlockRows<bits>(rows, x, depth, panel, panels.block, c, valid == width ? columns : width);
+            for (size_t r = 0; r < rows && valid < width; ++r)
+                std::copy(edge + r * width, edge + r * width + valid, y + r * columns + start);
+            continue;
+        }
+        for (size_t done = 0; done < depth; done += kDepth) {
+            const size_t some = std::min(kDepth, depth - done);
+            Dequantize<bits>(panel, panels.block, done, done + some, room);
+            for (size_t tile = 0; tile < tiles; ++tile) {
+                const size_t row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
+                TileRows(x + row * depth + done, count, depth, room, some, y + row * columns + start, columns,
+                         valid, done > 0, edge, nullptr, 0);
+            }
+        }
+    }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace lvlm
+HWY_AFTER_NAMESPACE();
+#endif
