@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,17 @@ def make_kernels(folder: Path, flags: str = FLAGS) -> Path:
                     raise
                 pytest.skip(str(error))
     return folder / LIBRARY
+
+
+# Compiler's flags of what users have, and of AVX2 alone. GCC's haswell is without AES, which
+# Highway's AVX2 asks for.
+BUILDS = {"all": "", "haswell": "-O1 -march=haswell -maes -DHWY_COMPILE_ONLY_STATIC"}
+
+
+def make_build(build: str, shared: Path, config: pytest.Config) -> Path:
+    """The library of BUILDS, made once a run; skips without --whole."""
+    if not config.getoption("--whole"):
+        pytest.skip("compiles for minutes: --whole")
+    if build == "haswell" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("AVX2 is x86's")
+    return make_kernels(shared / f"cpu-kernels-{build}", BUILDS[build])

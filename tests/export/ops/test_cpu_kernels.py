@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +10,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from cpu_kernels import make_kernels
+from cpu_kernels import BUILDS, make_build
 from single_node import assert_close, feeds, single_node_model
 
 from lvlm.core.discovery import discover
 from lvlm.export.ops.op import Op, OpSample
 from lvlm.runtime.backends.ort.kernels.kernel_library import SOURCES
 
-# Compiler's flags by what is built
-BUILDS = {"all": "", "haswell": "-O1 -march=haswell -DHWY_COMPILE_ONLY_STATIC"}
 OPS: dict[str, Op] = discover("lvlm.export.ops", "OP")
 
 
@@ -85,12 +82,7 @@ def test_long_prompts_whatever_the_threads(
 @pytest.mark.parametrize("op", list(kernel_ops()), ids=lambda op: op.name)
 @pytest.mark.parametrize("build", BUILDS)
 def test_every_build(op: Op, build: str, shared: Path, pytestconfig: pytest.Config) -> None:
-    """As users have it, and for older CPUs alone."""
-    if not pytestconfig.getoption("--whole"):
-        pytest.skip("compiles for minutes: --whole")
-    if build == "haswell" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("AVX2 is x86's")
-    library = make_kernels(shared / f"cpu-kernels-{build}", BUILDS[build])
+    library = make_build(build, shared, pytestconfig)
     for sample in op.samples():
         assert_close(op, sample, run(library, op, sample))
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from cpu_kernels import BUILDS, make_build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
@@ -118,6 +119,17 @@ def test_kernel_multiplies(
     assert found.shape == (rows, columns)
     assert (np.abs(found - x.astype(float) @ weights) <= 3e-6 * terms + 1e-30).all()
     np.testing.assert_array_equal(found, run(3))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_build(build: str, shared: Path, pytestconfig: pytest.Config) -> None:
+    library = make_build(build, shared, pytestconfig)
+    for rows, bits, zeroed in [(1, 8, False), (2, 4, True), (40, 8, True), (40, 4, False)]:
+        inputs, weights = quantized(96, 50, 32, bits, zeroed)
+        attributes = {"K": 96, "N": 50, "bits": bits, "block_size": 32}
+        x = np.random.default_rng(rows).normal(size=(rows, 96)).astype(np.float32)
+        (found,) = session(inputs, attributes, library).run(None, {"x": x})
+        np.testing.assert_allclose(found, x @ weights, rtol=0, atol=0.02)  # sums of some thousands
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from cpu_kernels import BUILDS, make_build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -98,6 +99,14 @@ def test_kernel_multiplies(
     found = run(1)
     check(x, weight, found)
     np.testing.assert_array_equal(found, run(3))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_every_build(build: str, shared: Path, pytestconfig: pytest.Config) -> None:
+    library = make_build(build, shared, pytestconfig)
+    for rows, depth, columns in [(1, 64, 33), (7, 1025, 100), (200, 64, 300)]:
+        x, weight = values(rows, rows, depth), values(columns, depth, columns)
+        check(x, weight, session(weight, library).run(None, {"x": x})[0])
 
 
 def test_rows_may_have_any_number_of_axes(kernels: Path) -> None:
