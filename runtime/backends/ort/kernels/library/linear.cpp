@@ -19,12 +19,11 @@ namespace lvlm {
 namespace HWY_NAMESPACE {
 
 size_t LinearPanel() { return PanelWidth(); }
-void LinearPack(const float* weights, size_t depth, size_t columns, size_t first, size_t last, float* panels) {
-    PackWeights(weights, depth, columns, first, last, panels);
+void LinearPack(const float* weights, size_t depth, size_t columns, size_t start, float* panel) {
+    PackWeights(weights, depth, columns, start, panel);
 }
-void LinearPackTransposed(const float* weights, size_t depth, size_t columns, size_t first, size_t last,
-                          float* panels) {
-    PackKeys(weights, nullptr, columns, depth, first, last, panels);
+void LinearPackTransposed(const float* weights, size_t depth, size_t columns, size_t start, float* panel) {
+    PackKeys(weights + start * depth, nullptr, columns - start, depth, 0, PanelWidth(), panel);
 }
 void LinearMultiply(const float* x, size_t rows, size_t depth, const float* panels, size_t columns, size_t first,
               size_t last, float* y) {
@@ -59,7 +58,8 @@ public:
     explicit Linear(const Attributes& attributes) {
         const auto weights = attributes.constant<float>(1);
         if (weights && weights.shape.size() == 2)
-            packed_ = packed_weights(weights.data, Sizes(weights).padded(), [&](float* to) { pack(weights, to); });
+            packed_ = packed_weights(weights.data, Sizes(weights).packed(),
+                                     [&](size_t index, float* panel) { pack(weights, index, panel); });
     }
 
     void operator()(Call& call) const {
@@ -73,11 +73,17 @@ public:
         size_t rows = 1;
         for (size_t axis = 0; axis + 1 < shape.size(); ++axis) rows *= shape[axis];
         if (rows == 0 || columns == 0) return;
+        if (depth == 0) {
+            std::fill(y.data, y.data + rows * columns, 0.0f);
+            return;
+        }
 
         PackedWeights panels = packed_;
         if (panels == nullptr) {
-            auto own = std::make_shared<Padded>(Sizes(weights).padded().floats());
-            pack(weights, own->data());
+            const PackedSizes sizes = Sizes(weights).packed();
+            auto own = std::make_shared<Padded>(sizes.panels * sizes.panel);
+            for (size_t index = 0; index < sizes.panels; ++index)
+                pack(weights, index, own->data() + index * sizes.panel);
             panels = PackedWeights(own, own->data());
         }
         const size_t panel = HWY_DYNAMIC_DISPATCH(LinearPanel)();
@@ -100,19 +106,19 @@ private:
 
         explicit Sizes(const Tensor<const float>& weights)
             : depth(weights.dim(transposed ? 1 : 0)), columns(weights.dim(transposed ? 0 : 1)) {}
-        PackedSizes padded() const {
+        PackedSizes packed() const {
             const size_t panel = HWY_DYNAMIC_DISPATCH(LinearPanel)();
-            return {depth, (columns + panel - 1) / panel * panel, transposed};
+            return {(columns + panel - 1) / panel, panel * depth, transposed};
         }
     };
-    static void pack(const Tensor<const float>& weights, float* to) {
+    static void pack(const Tensor<const float>& weights, size_t index, float* panel) {
         const Sizes sizes(weights);
-        const size_t columns = sizes.padded().columns;
+        const size_t start = index * HWY_DYNAMIC_DISPATCH(LinearPanel)();
         if constexpr (transposed)
             HWY_DYNAMIC_DISPATCH(LinearPackTransposed)
-            (weights.data, sizes.depth, sizes.columns, 0, columns, to);
+            (weights.data, sizes.depth, sizes.columns, start, panel);
         else
-            HWY_DYNAMIC_DISPATCH(LinearPack)(weights.data, sizes.depth, sizes.columns, 0, columns, to);
+            HWY_DYNAMIC_DISPATCH(LinearPack)(weights.data, sizes.depth, sizes.columns, start, panel);
     }
 
     PackedWeights packed_;

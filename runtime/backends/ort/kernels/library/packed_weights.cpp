@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
+#include <tuple>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -62,14 +65,12 @@ private:
 #endif
 };
 
-struct Entry {
-    PackedSizes sizes;
-    std::weak_ptr<const float> packed;
-};
+using Pack = std::function<void(size_t, float*)>;
+using Key = std::tuple<const float*, size_t, size_t, bool>;
 
 std::mutex mutex;
-std::map<const float*, Entry>& entries() {
-    static std::map<const float*, Entry> found;
+std::map<Key, std::weak_ptr<const float>>& entries() {
+    static std::map<Key, std::weak_ptr<const float>> found;
     return found;
 }
 std::weak_ptr<Chunk>& newest() {
@@ -77,17 +78,28 @@ std::weak_ptr<Chunk>& newest() {
     return chunk;
 }
 
+bool is_packed(const float* packed, PackedSizes sizes, const Pack& pack) {
+    std::vector<float> panel(sizes.panel);
+    for (size_t index = 0; index < sizes.panels; ++index, packed += sizes.panel) {
+        pack(index, panel.data());
+        if (std::memcmp(panel.data(), packed, sizes.panel * sizeof(float)) != 0) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
-PackedWeights packed_weights(const float* weights, PackedSizes sizes,
-                             const std::function<void(float*)>& pack) {
+PackedWeights packed_weights(const float* weights, PackedSizes sizes, const Pack& pack) {
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto known = entries().find(weights);
-    if (known != entries().end() && known->second.sizes == sizes)
-        if (PackedWeights packed = known->second.packed.lock()) return packed;
+    const Key key{weights, sizes.panels, sizes.panel, sizes.transposed};
+    const auto known = entries().find(key);
+    if (known != entries().end()) {
+        PackedWeights packed = known->second.lock();
+        if (packed && is_packed(packed.get(), sizes, pack)) return packed;
+    }
     for (auto it = entries().begin(); it != entries().end();)
-        it = it->second.packed.expired() ? entries().erase(it) : std::next(it);
-    const size_t floats = sizes.floats();
+        it = it->second.expired() ? entries().erase(it) : std::next(it);
+    const size_t floats = sizes.panels * sizes.panel;
     std::shared_ptr<Chunk> chunk = newest().lock();
     float* to = chunk ? chunk->take(floats) : nullptr;
     if (to == nullptr) {
@@ -95,9 +107,9 @@ PackedWeights packed_weights(const float* weights, PackedSizes sizes,
         newest() = chunk;
         to = chunk->take(floats);
     }
-    pack(to);
+    for (size_t index = 0; index < sizes.panels; ++index) pack(index, to + index * sizes.panel);
     PackedWeights packed(chunk, to);
-    entries()[weights] = {sizes, packed};
+    entries()[key] = packed;
     return packed;
 }
 

@@ -9,18 +9,16 @@ namespace lvlm {
 
 using PackedWeights = std::shared_ptr<const float>;
 
+// Weights in panels: all of one are as many floats as ``panel``.
 struct PackedSizes {
-    size_t depth, columns;  // padded
+    size_t panels, panel;
     bool transposed;
-    size_t floats() const { return depth * columns; }
-    bool operator==(const PackedSizes& other) const {
-        return depth == other.depth && columns == other.columns && transposed == other.transposed;
-    }
 };
 
-// What ``pack`` makes of ``weights``: made for the first to ask, shared by all others. The weights must stay
-// where they are as long as anybody holds it.
+// What ``pack`` makes of ``weights``, one panel at a time: made for the first to ask and shared by all others
+// who have the same weights at the same address. They are compared, since those of a session that is being
+// destroyed may be gone before what is packed is, and others have come to lie there.
 PackedWeights packed_weights(const float* weights, PackedSizes sizes,
-                             const std::function<void(float*)>& pack);
+                             const std::function<void(size_t index, float* panel)>& pack);
 
 }  // namespace lvlm
