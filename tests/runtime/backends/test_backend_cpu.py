@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from settings import ASSETS
 
 import lvlm
 from lvlm.core.errors import BackendError
+from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN
 from lvlm.runtime.backends import cpu
+from lvlm.runtime.backends.ort.kernels.kernel_library import KERNELS
 from lvlm.runtime.backends.ort.mapped_weights import MappedWeights
 from lvlm.runtime.bundle.manifest import Graph, Port, Weight
 from lvlm.runtime.bundle.reader import read_bundle
@@ -31,21 +34,25 @@ IMAGE = ASSETS / "samples/digits-1.png"
 
 
 class Listed:
-    """As much of a manifest as a backend asks for: two graphs that multiply with all weights."""
+    """As much of a manifest as a backend asks for: two graphs that multiply with all weights, by
+    ``ops``."""
 
     dtype = "float32"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ops: tuple[str, str] = ("MatMul", "MatMul")) -> None:
         self.weights = {
             f"w{i}": Weight("weights.bin", i * SIZE, SIZE, "float32", (WIDE, WIDE))
             for i in range(DEEP)
         }
-        self.graphs = {name: self.graph(folder, name) for name in ("first", "second")}
+        self.graphs = {
+            name: self.graph(folder, name, op)
+            for name, op in zip(("first", "second"), ops, strict=True)
+        }
         random = np.random.default_rng(0)
         self.values = random.normal(0, WIDE**-0.5, (DEEP, WIDE, WIDE)).astype(np.float32)
         (folder / "weights.bin").write_bytes(self.values.tobytes())
 
-    def graph(self, folder: Path, name: str) -> Graph:
+    def graph(self, folder: Path, name: str, op: str) -> Graph:
         stored = []
         for weight, place in self.weights.items():
             w = TensorProto(name=weight, dims=place.dims, data_type=TensorProto.FLOAT)
@@ -56,13 +63,19 @@ class Listed:
             stored.append(w)
         values = ["x", *(f"t{i}" for i in range(1, DEEP)), "y"]
         nodes = [
-            helper.make_node("MatMul", [values[i], f"w{i}"], [values[i + 1]]) for i in range(DEEP)
+            helper.make_node(
+                op,
+                [values[i], f"w{i}"],
+                [values[i + 1]],
+                domain="" if op == "MatMul" else LOWERED_DOMAIN,
+            )
+            for i in range(DEEP)
         ]
         x, y = (
             helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", WIDE]) for n in ("x", "y")
         )
         body = helper.make_graph(nodes, name, [x], [y], stored)
-        opsets = [helper.make_opsetid("", 24)]
+        opsets = [helper.make_opsetid("", 24), helper.make_opsetid(LOWERED_DOMAIN, 1)]
         model = helper.make_model(body, opset_imports=opsets, ir_version=10)
         onnx.save(model, folder / f"{name}.onnx")
         given, found = [(Port(n, "float32", ("rows", WIDE)),) for n in ("x", "y")]
@@ -75,21 +88,57 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory: Linux only")
-def test_sessions_share_one_packed_copy_of_a_weight(tmp_path: Path) -> None:
-    listed: Any = Listed(tmp_path)
+@pytest.mark.parametrize("ops", [("MatMul", "MatMul"), ("Linear", "TransposedLinear")])
+def test_sessions_share_one_packed_copy_of_a_weight(
+    ops: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Of kernels of our own, for each layout one copy."""
+    if "Linear" in ops:
+        monkeypatch.setenv(KERNELS, str(request.getfixturevalue("kernels")))
+    listed: Any = Listed(tmp_path, ops)
     backend = cpu.Backend(threads=1)
     # What the second packs in vain may stay with the allocator, where a third finds it.
-    sessions = [backend.load(tmp_path, listed, name) for name in ("first", "second")]
+    names = ["first", "second", "first"]
+    sessions = [backend.load(tmp_path, listed, name) for name in names[:2]]
     before = resident()
-    sessions.append(backend.load(tmp_path, listed, "second"))
+    sessions.append(backend.load(tmp_path, listed, names[2]))
     grown = resident() - before
     # Pages of the file that were read again count, too, until they are dropped.
     assert grown < 0.9 * DEEP * SIZE, f"{grown / MEGABYTE:.0f} MB"
     x = np.random.default_rng(1).normal(size=(3, WIDE)).astype(np.float32)
-    for session in sessions:
+    for name, session in zip(names, sessions, strict=True):
+        transposed = dict(zip(listed.graphs, ops, strict=True))[name] == "TransposedLinear"
+        values = [value.T if transposed else value for value in listed.values]
         y = np.zeros((3, WIDE), np.float32)
         session.bind({"x": x}, {})({}, {"y": y})
-        np.testing.assert_allclose(y, np.linalg.multi_dot([x, *listed.values]), atol=1e-3)
+        np.testing.assert_allclose(y, np.linalg.multi_dot([x, *values]), atol=1e-3)
+
+
+def test_a_session_is_released_before_what_it_reads(tmp_path: Path) -> None:
+    """Whatever its owner drops first: the container's and the weights' memory is ONNX Runtime's."""
+    listed: Any = Listed(tmp_path)
+    backend = cpu.Backend(threads=1)
+    assert backend.shared is not None
+    released: list[str] = []
+    functions = backend.shared.library.functions
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda pointer: (released.append(name), function(pointer))
+
+    for name in ("ReleaseSession", "ReleaseValue", "ReleasePrepackedWeightsContainer"):
+        functions[name] = recorded(name, functions[name])
+    backend.shared.container = backend.shared.library.container()
+    session = backend.load(tmp_path, listed, "first")
+    (mapping,) = backend.shared.mapped._files.values()
+    weakref.finalize(mapping, released.append, "mapping")
+    del mapping, backend
+    assert released == []
+    del session
+    assert released[0] == "ReleaseSession"
+    assert len(released) == DEEP + 3
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory: Linux only")
