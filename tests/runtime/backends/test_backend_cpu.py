@@ -18,7 +18,6 @@ from settings import ASSETS
 
 import lvlm
 from lvlm.core.errors import BackendError
-from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN
 from lvlm.runtime.backends import cpu
 from lvlm.runtime.backends.ort.kernels.kernel_library import KERNELS
 from lvlm.runtime.backends.ort.mapped_weights import MappedWeights
@@ -28,6 +27,7 @@ from lvlm.runtime.bundle.reader import read_bundle
 pytestmark = pytest.mark.usefixtures("own_sessions")
 
 MEGABYTE = 1 << 20
+LOWERED = "lvlm.lowered"  # domain of the nodes that have kernels of our own only
 WIDE, DEEP = 1024, 8  # weights [WIDE,WIDE] fp32 of 4 MB each
 SIZE = 4 * WIDE * WIDE
 IMAGE = ASSETS / "samples/digits-1.png"
@@ -67,7 +67,7 @@ class Listed:
                 op,
                 [values[i], f"w{i}"],
                 [values[i + 1]],
-                domain="" if op == "MatMul" else LOWERED_DOMAIN,
+                domain="" if op == "MatMul" else LOWERED,
             )
             for i in range(DEEP)
         ]
@@ -75,7 +75,7 @@ class Listed:
             helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", WIDE]) for n in ("x", "y")
         )
         body = helper.make_graph(nodes, name, [x], [y], stored)
-        opsets = [helper.make_opsetid("", 24), helper.make_opsetid(LOWERED_DOMAIN, 1)]
+        opsets = [helper.make_opsetid("", 24), helper.make_opsetid(LOWERED, 1)]
         model = helper.make_model(body, opset_imports=opsets, ir_version=10)
         onnx.save(model, folder / f"{name}.onnx")
         given, found = [(Port(n, "float32", ("rows", WIDE)),) for n in ("x", "y")]
@@ -128,17 +128,18 @@ def test_a_session_is_released_before_what_it_reads(tmp_path: Path) -> None:
     def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda pointer: (released.append(name), function(pointer))
 
-    for name in ("ReleaseSession", "ReleaseValue", "ReleasePrepackedWeightsContainer"):
-        functions[name] = recorded(name, functions[name])
+    for what in ("IoBinding", "Session", "Value", "PrepackedWeightsContainer"):
+        functions[f"Release{what}"] = recorded(what, functions[f"Release{what}"])
     backend.shared.container = backend.shared.library.container()
     session = backend.load(tmp_path, listed, "first")
+    call = session.bind({}, {})
     (mapping,) = backend.shared.mapped._files.values()
     weakref.finalize(mapping, released.append, "mapping")
-    del mapping, backend
+    del mapping, backend, session
     assert released == []
-    del session
-    assert released[0] == "ReleaseSession"
-    assert len(released) == DEEP + 3
+    del call
+    assert released[:2] == ["IoBinding", "Session"]
+    assert sorted(released[2:]) == ["PrepackedWeightsContainer", *["Value"] * DEEP, "mapping"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory: Linux only")
