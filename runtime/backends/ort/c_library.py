@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,14 @@ def find_library() -> Path | None:
 
 
 class LibraryHandle:
-    """An object of the library, released with this one."""
+    """An object of the library, released with this one, and before anything that it ``uses``."""
 
-    def __init__(self, library: OrtLibrary, pointer: c_void_p, release: str) -> None:
+    def __init__(
+        self, library: OrtLibrary, pointer: c_void_p, release: str, uses: Sequence[object] = ()
+    ) -> None:
         self.pointer = pointer
-        weakref.finalize(self, library.functions[release], pointer).atexit = False
+        function = library.functions[release]
+        weakref.finalize(self, _release, function, pointer, uses).atexit = False
 
 
 class OrtLibrary:
@@ -160,7 +163,7 @@ class OrtLibrary:
         self,
         file: Path,
         threads: int | None,
-        weights: Mapping[str, c_void_p],
+        weights: Mapping[str, LibraryHandle],
         container: LibraryHandle,
         kernels: Path | None = None,
     ) -> LibraryHandle:
@@ -178,7 +181,7 @@ class OrtLibrary:
         if kernels is not None:
             self.call("RegisterCustomOpsLibrary_V2", options.pointer, _path(kernels))
         for name, value in weights.items():
-            self.call("AddInitializer", options.pointer, name.encode(), value)
+            self.call("AddInitializer", options.pointer, name.encode(), value.pointer)
         made = self.create(
             "CreateSessionWithPrepackedWeightsContainer",
             self.environment,
@@ -186,7 +189,7 @@ class OrtLibrary:
             options.pointer,
             container.pointer,
         )
-        return LibraryHandle(self, made, "ReleaseSession")
+        return LibraryHandle(self, made, "ReleaseSession", (container, *weights.values()))
 
     def ports(self, session: LibraryHandle) -> tuple[list[str], list[str]]:
         """Names of a session's inputs and outputs."""
@@ -201,6 +204,11 @@ class OrtLibrary:
             names.append(ctypes.string_at(made.value or 0).decode())
             self.call("AllocatorFree", self.allocator, made)
         return names
+
+
+def _release(function: Callable[..., Any], pointer: c_void_p, _uses: Sequence[object]) -> None:
+    """Called with what the object uses, which lives until then for that."""
+    function(pointer)
 
 
 def _path(file: Path) -> bytes:

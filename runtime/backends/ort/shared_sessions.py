@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ctypes import c_void_p
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ class SharedWeights:
 
     def session(self, folder: Path, manifest: Manifest, graph: Graph, file: Path) -> SharedSession:
         """Raises OrtError."""
-        given: dict[str, c_void_p] = {}
+        given: dict[str, LibraryHandle] = {}
         for name in graph.weights:
             weight, key = manifest.weights[name], (folder, name)
             if len(weight.dims) < 2:
@@ -34,8 +33,8 @@ class SharedWeights:
             if key not in self._values:
                 data = self.mapped.bytes_of(folder, name, weight)
                 value = self.library.tensor(data, weight.dtype, weight.dims)
-                self._values[key] = LibraryHandle(self.library, value, "ReleaseValue")
-            given[name] = self._values[key].pointer
+                self._values[key] = LibraryHandle(self.library, value, "ReleaseValue", [data])
+            given[name] = self._values[key]
         with self.mapped.dropped_when_read():
             handle = self.library.session(file, self.threads, given, self.container, self.kernels)
         inputs, outputs = self.library.ports(handle)
@@ -64,7 +63,7 @@ class SharedCall:
     ) -> None:
         self.session, self.library = session, session.library
         made = self.library.create("CreateIoBinding", session.handle.pointer)
-        self.binding = LibraryHandle(self.library, made, "ReleaseIoBinding")
+        self.binding = LibraryHandle(self.library, made, "ReleaseIoBinding", [session.handle])
         made = self.library.create("CreateRunOptions")
         self.options = LibraryHandle(self.library, made, "ReleaseRunOptions")
         self.lasting = (dict(inputs), dict(outputs))  # keeps the memory alive

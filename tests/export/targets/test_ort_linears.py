@@ -127,7 +127,7 @@ def test_what_is_not_finite_stays_in_its_row_or_column(kernels: Path) -> None:
     assert odd.sum() == 40 + 40 - 1
 
 
-def test_sessions_share_what_is_packed_and_no_longer_than_they_live(kernels: Path) -> None:
+def test_what_is_packed_lives_no_longer_than_its_sessions(kernels: Path) -> None:
     """By address: other weights that come to lie there later are packed anew."""
     weight, x = values(5, 64, 32), values(6, 2, 64)
     first = session(weight, kernels)
@@ -147,6 +147,32 @@ def test_the_other_layout_at_the_same_place_is_another(kernels: Path) -> None:
     made = [session(weight, kernels, transposed=transposed) for transposed in (False, True)]
     check(x, weight, made[0].run(None, {"x": x})[0])
     check(x, weight.T, made[1].run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_other_weights_at_the_same_place_are_packed_anew(transposed: bool, kernels: Path) -> None:
+    """Though what was packed is still held: by a session whose weights are gone before it is, when
+    another thread loads a model."""
+    weight, x = values(7, 48, 48), values(8, 3, 48)
+    first = session(weight, kernels, transposed=transposed)
+    expected = first.run(None, {"x": x})[0]
+    weight[47, 47] += 1
+    second = session(weight, kernels, transposed=transposed)
+    check(x, weight.T if transposed else weight, second.run(None, {"x": x})[0])
+    np.testing.assert_array_equal(first.run(None, {"x": x})[0], expected)
+
+
+def test_sums_of_nothing_are_zero(kernels: Path) -> None:
+    for transposed in (False, True):
+        made = session(
+            np.zeros((5, 0) if transposed else (0, 5), np.float32), kernels, transposed=transposed
+        )
+        y = np.full((3, 5), np.nan, np.float32)
+        binding = made.io_binding()
+        binding.bind_cpu_input("x", np.zeros((3, 0), np.float32))
+        binding.bind_output("y", "cpu", 0, np.float32, y.shape, y.ctypes.data)
+        made.run_with_iobinding(binding)
+        np.testing.assert_array_equal(y, 0)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(kernels: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from settings import ASSETS
 import lvlm
 from lvlm.core.errors import BackendError
 from lvlm.runtime.backends import cpu
+from lvlm.runtime.backends.ort.kernels.kernel_library import KERNELS
 from lvlm.runtime.backends.ort.mapped_weights import MappedWeights
 from lvlm.runtime.bundle.manifest import Graph, Port, Weight
 from lvlm.runtime.bundle.reader import read_bundle
@@ -25,27 +27,32 @@ from lvlm.runtime.bundle.reader import read_bundle
 pytestmark = pytest.mark.usefixtures("own_sessions")
 
 MEGABYTE = 1 << 20
+LOWERED = "lvlm.lowered"  # domain of the nodes that have kernels of our own only
 WIDE, DEEP = 1024, 8  # weights [WIDE,WIDE] fp32 of 4 MB each
 SIZE = 4 * WIDE * WIDE
 IMAGE = ASSETS / "samples/digits-1.png"
 
 
 class Listed:
-    """As much of a manifest as a backend asks for: two graphs that multiply with all weights."""
+    """As much of a manifest as a backend asks for: two graphs that multiply with all weights, by
+    ``ops``."""
 
     dtype = "float32"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ops: tuple[str, str] = ("MatMul", "MatMul")) -> None:
         self.weights = {
             f"w{i}": Weight("weights.bin", i * SIZE, SIZE, "float32", (WIDE, WIDE))
             for i in range(DEEP)
         }
-        self.graphs = {name: self.graph(folder, name) for name in ("first", "second")}
+        self.graphs = {
+            name: self.graph(folder, name, op)
+            for name, op in zip(("first", "second"), ops, strict=True)
+        }
         random = np.random.default_rng(0)
         self.values = random.normal(0, WIDE**-0.5, (DEEP, WIDE, WIDE)).astype(np.float32)
         (folder / "weights.bin").write_bytes(self.values.tobytes())
 
-    def graph(self, folder: Path, name: str) -> Graph:
+    def graph(self, folder: Path, name: str, op: str) -> Graph:
         stored = []
         for weight, place in self.weights.items():
             w = TensorProto(name=weight, dims=place.dims, data_type=TensorProto.FLOAT)
@@ -56,13 +63,19 @@ class Listed:
             stored.append(w)
         values = ["x", *(f"t{i}" for i in range(1, DEEP)), "y"]
         nodes = [
-            helper.make_node("MatMul", [values[i], f"w{i}"], [values[i + 1]]) for i in range(DEEP)
+            helper.make_node(
+                op,
+                [values[i], f"w{i}"],
+                [values[i + 1]],
+                domain="" if op == "MatMul" else LOWERED,
+            )
+            for i in range(DEEP)
         ]
         x, y = (
             helper.make_tensor_value_info(n, TensorProto.FLOAT, ["rows", WIDE]) for n in ("x", "y")
         )
         body = helper.make_graph(nodes, name, [x], [y], stored)
-        opsets = [helper.make_opsetid("", 24)]
+        opsets = [helper.make_opsetid("", 24), helper.make_opsetid(LOWERED, 1)]
         model = helper.make_model(body, opset_imports=opsets, ir_version=10)
         onnx.save(model, folder / f"{name}.onnx")
         given, found = [(Port(n, "float32", ("rows", WIDE)),) for n in ("x", "y")]
@@ -75,21 +88,61 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory: Linux only")
-def test_sessions_share_one_packed_copy_of_a_weight(tmp_path: Path) -> None:
-    listed: Any = Listed(tmp_path)
+@pytest.mark.parametrize(
+    ("ops", "more"), [(("MatMul", "MatMul"), 1), (("Linear", "TransposedLinear"), 4)]
+)
+def test_sessions_share_one_packed_copy_of_a_weight(
+    ops: tuple[str, str],
+    more: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Of kernels of our own, for each layout one copy; which leave nothing with the allocator."""
+    if "Linear" in ops:
+        monkeypatch.setenv(KERNELS, str(request.getfixturevalue("kernels")))
+    listed: Any = Listed(tmp_path, ops)
     backend = cpu.Backend(threads=1)
     # What the second packs in vain may stay with the allocator, where a third finds it.
-    sessions = [backend.load(tmp_path, listed, name) for name in ("first", "second")]
+    names = (["first", "second"] * 3)[: 2 + more]
+    sessions = [backend.load(tmp_path, listed, name) for name in names[:2]]
     before = resident()
-    sessions.append(backend.load(tmp_path, listed, "second"))
+    sessions += [backend.load(tmp_path, listed, name) for name in names[2:]]
     grown = resident() - before
     # Pages of the file that were read again count, too, until they are dropped.
     assert grown < 0.9 * DEEP * SIZE, f"{grown / MEGABYTE:.0f} MB"
     x = np.random.default_rng(1).normal(size=(3, WIDE)).astype(np.float32)
-    for session in sessions:
+    for name, session in zip(names, sessions, strict=True):
+        transposed = dict(zip(listed.graphs, ops, strict=True))[name] == "TransposedLinear"
+        values = [value.T if transposed else value for value in listed.values]
         y = np.zeros((3, WIDE), np.float32)
         session.bind({"x": x}, {})({}, {"y": y})
-        np.testing.assert_allclose(y, np.linalg.multi_dot([x, *listed.values]), atol=1e-3)
+        np.testing.assert_allclose(y, np.linalg.multi_dot([x, *values]), atol=1e-3)
+
+
+def test_a_session_is_released_before_what_it_reads(tmp_path: Path) -> None:
+    """Whatever its owner drops first: the container's and the weights' memory is ONNX Runtime's."""
+    listed: Any = Listed(tmp_path)
+    backend = cpu.Backend(threads=1)
+    assert backend.shared is not None
+    released: list[str] = []
+    functions = backend.shared.library.functions
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda pointer: (released.append(name), function(pointer))
+
+    for what in ("IoBinding", "Session", "Value", "PrepackedWeightsContainer"):
+        functions[f"Release{what}"] = recorded(what, functions[f"Release{what}"])
+    backend.shared.container = backend.shared.library.container()
+    session = backend.load(tmp_path, listed, "first")
+    call = session.bind({}, {})
+    (mapping,) = backend.shared.mapped._files.values()
+    weakref.finalize(mapping, released.append, "mapping")
+    del mapping, backend, session
+    assert released == []
+    del call
+    assert released[:2] == ["IoBinding", "Session"]
+    assert sorted(released[2:]) == ["PrepackedWeightsContainer", *["Value"] * DEEP, "mapping"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory: Linux only")

@@ -20,24 +20,24 @@ namespace HWY_NAMESPACE {
 template <size_t bits>
 constexpr size_t kTogether = 8 / bits;
 
-// Numbers [columns, depth * bits / 8], scales and zeros [columns, blocks] into panels (BlockPanels).
+// Of weights the panel that begins in column ``start`` (BlockPanels), of ``floats`` floats in all. What lies
+// beyond the columns is 0.
 template <size_t bits>
-HWY_INLINE void PackBlocks(const BlockWeights& from, const BlockPanels& to) {
+HWY_INLINE void PackBlocks(const BlockWeights& from, size_t start, float* to, size_t floats) {
     const size_t panel = PanelWidth(), blocks = from.depth / from.block;
-    const size_t lines = from.depth / kTogether<bits>;
-    const size_t zero_bytes = (blocks * bits + 7) / 8;
-    for (size_t column = 0; column < to.columns; ++column) {
-        const bool valid = column < from.columns;
-        const size_t start = column / panel * panel, at = column - start;
+    const size_t lines = from.depth / kTogether<bits>, zero_bytes = (blocks * bits + 7) / 8;
+    std::fill(to, to + floats, 0.0f);
+    float* zeros = to + blocks * panel;
+    auto* numbers = reinterpret_cast<uint8_t*>(from.zeros ? zeros + blocks * panel : zeros);
+    for (size_t at = 0; at < panel && start + at < from.columns; ++at) {
+        const size_t column = start + at;
         for (size_t line = 0; line < lines; ++line)
-            to.numbers[start * lines + line * panel + at] = valid ? from.numbers[column * lines + line] : 0;
+            numbers[line * panel + at] = from.numbers[column * lines + line];
         for (size_t b = 0; b < blocks; ++b) {
-            const size_t place = start * blocks + b * panel + at;
-            to.scales[place] = valid ? from.scales[column * blocks + b] : 0;
-            if (to.zeros == nullptr) continue;
-            const size_t bit = b * bits;
-            const uint8_t byte = valid ? from.zeros[column * zero_bytes + bit / 8] : 0;
-            to.zeros[place] = float(byte >> bit % 8 & ((1 << bits) - 1));
+            to[b * panel + at] = from.scales[column * blocks + b];
+            if (from.zeros == nullptr) continue;
+            const uint8_t byte = from.zeros[column * zero_bytes + b * bits / 8];
+            zeros[b * panel + at] = float(byte >> b * bits % 8 & ((1 << bits) - 1));
         }
     }
 }
@@ -72,14 +72,16 @@ HWY_INLINE void EachNumber(const uint8_t* numbers, Vec left_zero, Vec right_zero
 
 // One panel, and the zeros and scales of one of its blocks.
 struct OnePanel {
-    const uint8_t* numbers;
     const float *scales, *zeros;  // zeros: null for ``usual``
+    const uint8_t* numbers;
     float usual;
 
-    OnePanel(const BlockPanels& all, size_t start, size_t depth, size_t together)
-        : numbers(all.numbers + start * (depth / together)),
-          scales(all.scales + start * (depth / all.block)),
-          zeros(all.zeros ? all.zeros + start * (depth / all.block) : nullptr), usual(all.usual_zero) {}
+    OnePanel(const BlockPanels& all, size_t index) : usual(all.usual_zero) {
+        const size_t some = all.depth / all.block * PanelWidth();
+        scales = all.memory + index * all.floats;
+        zeros = all.zeroed ? scales + some : nullptr;
+        numbers = reinterpret_cast<const uint8_t*>(scales + some * (all.zeroed ? 2 : 1));
+    }
 
     HWY_INLINE Vec scale(size_t block, size_t half) const { return at(scales, block, half); }
     HWY_INLINE Vec zero(size_t block, size_t half) const {
@@ -162,12 +164,12 @@ HWY_INLINE void SomeBlockRows(size_t rows, const float* a, size_t depth, const O
 // y [rows, columns] = x [rows, depth] · the columns [first, last) of the panels; rows of y are ``columns``
 // apart. ``room``: kDepth rows of a panel.
 template <size_t bits>
-HWY_INLINE void MultiplyBlocks(const float* x, size_t rows, size_t depth, const BlockPanels& panels,
-                               size_t columns, size_t first, size_t last, float* room, float* y) {
-    const size_t width = PanelWidth(), tiles = (rows + kRows - 1) / kRows;
+HWY_INLINE void MultiplyBlocks(const float* x, size_t rows, const BlockPanels& panels, size_t columns,
+                               size_t first, size_t last, float* room, float* y) {
+    const size_t depth = panels.depth, width = PanelWidth(), tiles = (rows + kRows - 1) / kRows;
     HWY_ALIGN float edge[kRows * kPanelMultiple];  // of a panel beyond the last column
     for (size_t start = first; start < last; start += width) {
-        const OnePanel panel(panels, start, depth, kTogether<bits>);
+        const OnePanel panel(panels, start / width);
         const size_t valid = std::min(width, columns - start);
         if (rows <= kDirect) {
             float* c = valid == width ? y + start : edge;

@@ -19,15 +19,15 @@ namespace HWY_NAMESPACE {
 
 size_t BlockPanel() { return PanelWidth(); }
 size_t BlockRoom() { return kDepth * PanelWidth(); }
-void BlockPack(size_t bits, const BlockWeights& from, const BlockPanels& to) {
-    bits == 8 ? PackBlocks<8>(from, to) : PackBlocks<4>(from, to);
+void BlockPack(size_t bits, const BlockWeights& from, size_t start, float* panel, size_t floats) {
+    bits == 8 ? PackBlocks<8>(from, start, panel, floats) : PackBlocks<4>(from, start, panel, floats);
 }
-void BlockMultiply(size_t bits, const float* x, size_t rows, size_t depth, const BlockPanels& panels,
-                   size_t columns, size_t first, size_t last, float* room, float* y) {
+void BlockMultiply(size_t bits, const float* x, size_t rows, const BlockPanels& panels, size_t columns,
+                   size_t first, size_t last, float* room, float* y) {
     if (bits == 8)
-        MultiplyBlocks<8>(x, rows, depth, panels, columns, first, last, room, y);
+        MultiplyBlocks<8>(x, rows, panels, columns, first, last, room, y);
     else
-        MultiplyBlocks<4>(x, rows, depth, panels, columns, first, last, room, y);
+        MultiplyBlocks<4>(x, rows, panels, columns, first, last, room, y);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -62,8 +62,7 @@ public:
                                                                             : Tensor<const uint8_t>();
         const auto scales = attributes.constant<float>(2);
         if (!numbers || !scales || (zeroed && !zeros)) return;
-        const PackedKey key{numbers.data, floats(), kName};
-        packed_ = packed_weights(key, [&](float* to) { pack(numbers, scales, zeros, to); });
+        packed_ = packed_weights(key_of(numbers), packing(numbers, scales, zeros));
     }
 
     void operator()(Call& call) const {
@@ -71,42 +70,39 @@ public:
         const auto y = input.output(call, columns_);
         PackedWeights packed = packed_;
         if (packed == nullptr) {
-            auto own = std::make_shared<Padded>(floats());
-            pack(call.input<uint8_t>(1), call.input<float>(2),
-                 zeroed ? call.input<uint8_t>(3) : Tensor<const uint8_t>(), own->data());
-            packed = PackedWeights(own, own->data());
+            const auto numbers = call.input<uint8_t>(1);
+            const auto zeros = zeroed ? call.input<uint8_t>(3) : Tensor<const uint8_t>();
+            packed = packed_for_now(key_of(numbers), packing(numbers, call.input<float>(2), zeros));
         }
-        const BlockPanels panels = panels_in(const_cast<float*>(packed.get()));
+        const float usual = bits_ == 8 ? 128 : 8;
+        const BlockPanels panels{packed.get(), floats(), depth_, block_, zeroed, usual};
         const size_t room = HWY_DYNAMIC_DISPATCH(BlockRoom)();
         share_linear(call, input.rows, depth_, columns_, panel_,
                      [&](size_t row, size_t rows, size_t first, size_t last) {
                          Padded own(room);
                          HWY_DYNAMIC_DISPATCH(BlockMultiply)
-                         (bits_, input.x.data + row * depth_, rows, depth_, panels, columns_, first, last,
-                          own.data(), y.data + row * columns_);
+                         (bits_, input.x.data + row * depth_, rows, panels, columns_, first, last, own.data(),
+                          y.data + row * columns_);
                      });
     }
 
 private:
-    size_t padded() const { return (columns_ + panel_ - 1) / panel_ * panel_; }
     size_t blocks() const { return depth_ / block_; }
-    // Scales and zeros come first, then numbers, of which four take the room of a float.
-    size_t floats() const {
-        return padded() * blocks() * (1 + zeroed) + (padded() * depth_ * bits_ / 8 + 3) / 4;
+    // Of a panel; four numbers of 8 bits take the room of one.
+    size_t floats() const { return panel_ * (blocks() * (1 + zeroed) + (depth_ * bits_ / 8 + 3) / 4); }
+    PackedKey key_of(const Tensor<const uint8_t>& numbers) const {
+        return {numbers.data, (columns_ + panel_ - 1) / panel_, floats(), kName};
     }
-    BlockPanels panels_in(float* memory) const {
-        const size_t all = padded() * blocks();
-        auto* numbers = reinterpret_cast<uint8_t*>(memory + all * (1 + zeroed));
-        return {padded(), block_, numbers, memory, zeroed ? memory + all : nullptr, bits_ == 8 ? 128.0f : 8.0f};
-    }
-    void pack(const Tensor<const uint8_t>& numbers, const Tensor<const float>& scales,
-              const Tensor<const uint8_t>& zeros, float* to) const {
+    PackPanel packing(const Tensor<const uint8_t>& numbers, const Tensor<const float>& scales,
+                      const Tensor<const uint8_t>& zeros) const {
         const size_t zero_bytes = (blocks() * bits_ + 7) / 8;
         require(count(numbers) == columns_ * depth_ * bits_ / 8 && count(scales) == columns_ * blocks() &&
                     (!zeroed || count(zeros) == columns_ * zero_bytes),
                 "numbers, scales and zero points do not fit");
         const BlockWeights from{depth_, columns_, block_, numbers.data, zeros.data, scales.data};
-        HWY_DYNAMIC_DISPATCH(BlockPack)(bits_, from, panels_in(to));
+        return [from, bits = bits_, panel = panel_, floats = floats()](size_t index, float* to) {
+            HWY_DYNAMIC_DISPATCH(BlockPack)(bits, from, index * panel, to, floats);
+        };
     }
     template <class T>
     static size_t count(const Tensor<T>& tensor) {

@@ -14,12 +14,13 @@ struct BlockWeights {
     const float* scales;
 };
 
-// Panels of numbers [depth * bits / 8, panel], scales and zeros [depth / block, panel], one after the other.
+// Panels one after the other, ``floats`` each: scales [depth / block, width], zeros likewise where the weights
+// have them, numbers [depth * bits / 8, width] bytes.
 struct BlockPanels {
-    size_t columns, block;  // columns: padded
-    uint8_t* numbers;
-    float *scales, *zeros;  // zeros: null for ``usual_zero``
-    float usual_zero;
+    const float* memory;
+    size_t floats, depth, block;
+    bool zeroed;
+    float usual_zero;  // where they have none
 };
 
 }  // namespace lvlm

@@ -19,18 +19,13 @@ namespace HWY_NAMESPACE {
 constexpr size_t kDepth = 1024;     // rows of weights at a time: a panel of them stays in the second-level cache
 constexpr size_t kFetchedRows = 8;  // from so many rows on a panel takes longer to compute with than to fetch
 
-// Weights [depth, columns] into panels [padded columns / PanelWidth(), depth, PanelWidth()]: those that
-// begin in columns [first, last). What lies beyond the columns is 0.
-HWY_INLINE void PackWeights(const float* weights, size_t depth, size_t columns, size_t first, size_t last,
-                            float* panels) {
-    const size_t panel = PanelWidth();
-    for (size_t start = first; start < last; start += panel) {
-        const size_t valid = start < columns ? std::min(panel, columns - start) : 0;
-        float* to = panels + start * depth;
-        for (size_t k = 0; k < depth; ++k, to += panel) {
-            std::copy(weights + k * columns + start, weights + k * columns + start + valid, to);
-            std::fill(to + valid, to + panel, 0.0f);
-        }
+// Of weights [depth, columns] the panel [depth, PanelWidth()] that begins in column ``start``. What lies
+// beyond the columns is 0.
+HWY_INLINE void PackWeights(const float* weights, size_t depth, size_t columns, size_t start, float* to) {
+    const size_t panel = PanelWidth(), valid = std::min(panel, columns - start);
+    for (size_t k = 0; k < depth; ++k, to += panel) {
+        std::copy(weights + k * columns + start, weights + k * columns + start + valid, to);
+        std::fill(to + valid, to + panel, 0.0f);
     }
 }
 

@@ -19,12 +19,11 @@ namespace lvlm {
 namespace HWY_NAMESPACE {
 
 size_t LinearPanel() { return PanelWidth(); }
-void LinearPack(const float* weights, size_t depth, size_t columns, size_t first, size_t last, float* panels) {
-    PackWeights(weights, depth, columns, first, last, panels);
+void LinearPack(const float* weights, size_t depth, size_t columns, size_t start, float* panel) {
+    PackWeights(weights, depth, columns, start, panel);
 }
-void LinearPackTransposed(const float* weights, size_t depth, size_t columns, size_t first, size_t last,
-                          float* panels) {
-    PackKeys(weights, nullptr, columns, depth, first, last, panels);
+void LinearPackTransposed(const float* weights, size_t depth, size_t columns, size_t start, float* panel) {
+    PackKeys(weights + start * depth, nullptr, columns - start, depth, 0, PanelWidth(), panel);
 }
 void LinearMultiply(const float* x, size_t rows, size_t depth, const float* panels, size_t columns,
                     size_t first, size_t last, float* y) {
@@ -55,8 +54,7 @@ public:
     explicit Linear(const Attributes& attributes) {
         const auto weights = attributes.constant<float>(1);
         if (!weights || weights.shape.size() != 2) return;
-        const PackedKey key{weights.data, Sizes(weights).floats(), kName};
-        packed_ = packed_weights(key, [&](float* to) { pack(weights, to); });
+        packed_ = packed_weights(key_of(weights), packing(weights));
     }
 
     void operator()(Call& call) const {
@@ -64,12 +62,9 @@ public:
         const Sizes sizes(weights);
         const LinearInput input(call, sizes.depth);
         const auto y = input.output(call, sizes.columns);
-        PackedWeights panels = packed_;
-        if (panels == nullptr) {
-            auto own = std::make_shared<Padded>(sizes.floats());
-            pack(weights, own->data());
-            panels = PackedWeights(own, own->data());
-        }
+        if (sizes.depth == 0) std::fill(y.data, y.data + input.rows * sizes.columns, 0.0f);
+        if (input.rows == 0 || sizes.columns == 0 || sizes.depth == 0) return;
+        const PackedWeights panels = packed_ ? packed_ : packed_for_now(key_of(weights), packing(weights));
         share_linear(call, input.rows, sizes.depth, sizes.columns, sizes.panel,
                      [&](size_t row, size_t rows, size_t first, size_t last) {
                          HWY_DYNAMIC_DISPATCH(LinearMultiply)
@@ -84,17 +79,20 @@ private:
 
         explicit Sizes(const Tensor<const float>& weights)
             : depth(weights.dim(transposed ? 1 : 0)), columns(weights.dim(transposed ? 0 : 1)) {}
-        size_t padded() const { return (columns + panel - 1) / panel * panel; }
-        size_t floats() const { return depth * padded(); }
     };
-    static void pack(const Tensor<const float>& weights, float* to) {
+    static PackedKey key_of(const Tensor<const float>& weights) {
         const Sizes sizes(weights);
-        if constexpr (transposed)
-            HWY_DYNAMIC_DISPATCH(LinearPackTransposed)
-            (weights.data, sizes.depth, sizes.columns, 0, sizes.padded(), to);
-        else
-            HWY_DYNAMIC_DISPATCH(LinearPack)
-            (weights.data, sizes.depth, sizes.columns, 0, sizes.padded(), to);
+        const size_t panels = (sizes.columns + sizes.panel - 1) / sizes.panel;
+        return {weights.data, panels, sizes.panel * sizes.depth, kName};
+    }
+    static PackPanel packing(const Tensor<const float>& weights) {
+        return [data = weights.data, sizes = Sizes(weights)](size_t index, float* panel) {
+            const size_t start = index * sizes.panel;
+            if constexpr (transposed)
+                HWY_DYNAMIC_DISPATCH(LinearPackTransposed)(data, sizes.depth, sizes.columns, start, panel);
+            else
+                HWY_DYNAMIC_DISPATCH(LinearPack)(data, sizes.depth, sizes.columns, start, panel);
+        };
     }
 
     PackedWeights packed_;

@@ -4,12 +4,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -64,7 +66,8 @@ private:
 #endif
 };
 
-using Entries = std::map<std::tuple<const void*, size_t, std::string>, std::weak_ptr<const float>>;
+using Key = std::tuple<const void*, size_t, size_t, std::string>;
+using Entries = std::map<Key, std::weak_ptr<const float>>;
 
 std::mutex mutex;
 Entries& entries() {
@@ -76,27 +79,46 @@ std::weak_ptr<Chunk>& newest() {
     return chunk;
 }
 
+// True where ``packed`` is what would be packed; as bits, since a NaN equals nothing.
+bool is_packed(const float* packed, const PackedKey& key, const PackPanel& pack) {
+    std::vector<float> panel(key.panel);
+    for (size_t index = 0; index < key.panels; ++index, packed += key.panel) {
+        pack(index, panel.data());
+        if (std::memcmp(panel.data(), packed, key.panel * sizeof(float)) != 0) return false;
+    }
+    return true;
+}
+
 }  // namespace
 
-PackedWeights packed_weights(const PackedKey& key, const std::function<void(float*)>& pack) {
+PackedWeights packed_weights(const PackedKey& key, const PackPanel& pack) {
     const std::lock_guard<std::mutex> lock(mutex);
-    const Entries::key_type name{key.weights, key.floats, key.purpose};
+    const Key name{key.weights, key.panels, key.panel, key.purpose};
     const auto known = entries().find(name);
-    if (known != entries().end())
-        if (PackedWeights packed = known->second.lock()) return packed;
+    if (known != entries().end()) {
+        PackedWeights packed = known->second.lock();
+        if (packed && is_packed(packed.get(), key, pack)) return packed;
+    }
     for (auto it = entries().begin(); it != entries().end();)
         it = it->second.expired() ? entries().erase(it) : std::next(it);
+    const size_t floats = key.panels * key.panel;
     std::shared_ptr<Chunk> chunk = newest().lock();
-    float* to = chunk ? chunk->take(key.floats) : nullptr;
+    float* to = chunk ? chunk->take(floats) : nullptr;
     if (to == nullptr) {
-        chunk = std::make_shared<Chunk>(key.floats);
+        chunk = std::make_shared<Chunk>(floats);
         newest() = chunk;
-        to = chunk->take(key.floats);
+        to = chunk->take(floats);
     }
-    pack(to);
+    for (size_t index = 0; index < key.panels; ++index) pack(index, to + index * key.panel);
     PackedWeights packed(chunk, to);
     entries()[name] = packed;
     return packed;
+}
+
+PackedWeights packed_for_now(const PackedKey& key, const PackPanel& pack) {
+    const auto own = std::make_shared<Padded>(key.panels * key.panel);
+    for (size_t index = 0; index < key.panels; ++index) pack(index, own->data() + index * key.panel);
+    return {own, own->data()};
 }
 
 }  // namespace lvlm

@@ -5,19 +5,28 @@
 #include <functional>
 #include <memory>
 
+#include "padded.h"
+
 namespace lvlm {
 
 using PackedWeights = std::shared_ptr<const float>;
 
-// What is packed: where it lies, into how many floats, and for what.
+// What is packed: where it lies, into how many panels of so many floats each, and for what.
 struct PackedKey {
     const void* weights;
-    size_t floats;
+    size_t panels, panel;
     const char* purpose;
 };
 
-// What ``pack`` makes of weights: made for the first to ask, shared by all others. The weights must stay
-// where they are as long as anybody holds it.
-PackedWeights packed_weights(const PackedKey& key, const std::function<void(float*)>& pack);
+// Writes the panel ``index``, every float of it.
+using PackPanel = std::function<void(size_t index, float* panel)>;
+
+// What ``pack`` makes of weights, one panel at a time: made for the first to ask and shared by all others
+// who have the same weights at the same address. They are compared, since those of a session that is being
+// destroyed may be gone before what is packed is, and others have come to lie there.
+PackedWeights packed_weights(const PackedKey& key, const PackPanel& pack);
+
+// The same for one call alone.
+PackedWeights packed_for_now(const PackedKey& key, const PackPanel& pack);
 
 }  // namespace lvlm
