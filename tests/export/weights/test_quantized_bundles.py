@@ -161,7 +161,9 @@ def test_graphs_hold_quantized_products_only(which: str, bundle: Callable[..., P
         assert kinds["DequantizeLinear"] == sum(w.endswith(f".{bits}") for w in weights) > 0
         assert not any(w.endswith("_proj.weight") for w in weights)
         lowered, _ = _contents(folder / graph.lowered["ort-cpu"])
-        assert lowered["MatMulNBits"] == kinds["DequantizeLinear"]
+        own = lowered["BlockLinear"] + lowered["ZeroedBlockLinear"]  # functions of it
+        assert lowered["MatMulNBits"] + own == kinds["DequantizeLinear"]
+        assert (own > 0) == (bits == "int8" and name == "prefill")
         assert lowered["DequantizeLinear"] == 0
     assert "ort-cpu" not in manifest.graphs["vision"].lowered
 
