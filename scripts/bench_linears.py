@@ -4,7 +4,7 @@
     python scripts/bench_linears.py --rows 1 2 4 8 16 32 64 128 608 --threads 1
 
 All weights of a language model's blocks in one graph, 135 M parameters' by themselves, so that they
-come from memory as they do in a model; with --bits in blocks of 32, beside MatMulNBits as decode
+come from memory as they do in a model; with --bits 8 in blocks of 32, beside MatMulNBits as decode
 has it (accuracy level 4) and as prefill has it (1). All take turns, round by round; GFLOP/s of the
 processor time of all threads, medians.
 """
@@ -102,7 +102,7 @@ def main() -> None:
     add("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 608])
     add("--shapes", nargs="+", default=SHAPES, metavar="KxN", help="weights of a block")
     add("--layers", type=int, default=30, help="how many blocks")
-    add("--bits", type=int, choices=[0, 4, 8], default=0, help="of weights; 0: fp32")
+    add("--bits", type=int, choices=[0, 8], default=0, help="of weights; 0: fp32")
     add("--threads", type=int, default=1)
     add("--rounds", type=int, default=7)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-// A linear layer by packed weights of 8 or 4 bits in blocks, for the instructions that are being compiled for
+// A linear layer by packed weights of 8 bits in blocks, for the instructions that are being compiled for
 // (Highway's foreach_target).
 #if defined(LVLM_BLOCK_LINEAR_INL_H) == defined(HWY_TARGET_TOGGLE)
 #ifdef LVLM_BLOCK_LINEAR_INL_H
@@ -16,67 +16,47 @@ HWY_BEFORE_NAMESPACE();
 namespace lvlm {
 namespace HWY_NAMESPACE {
 
-// Rows of a panel that bytes hold together: what is in the low and in the high half of each.
-template <size_t bits>
-constexpr size_t kTogether = 8 / bits;
-
 // Of weights the panel that begins in column ``start`` (BlockPanels), of ``floats`` floats in all. What lies
 // beyond the columns is 0.
-template <size_t bits>
 HWY_INLINE void PackBlocks(const BlockWeights& from, size_t start, float* to, size_t floats) {
-    const size_t panel = PanelWidth(), blocks = from.depth / from.block;
-    const size_t lines = from.depth / kTogether<bits>, zero_bytes = (blocks * bits + 7) / 8;
+    const size_t panel = PanelWidth(), depth = from.depth, blocks = depth / from.block;
     std::fill(to, to + floats, 0.0f);
     float* zeros = to + blocks * panel;
     auto* numbers = reinterpret_cast<uint8_t*>(from.zeros ? zeros + blocks * panel : zeros);
     for (size_t at = 0; at < panel && start + at < from.columns; ++at) {
         const size_t column = start + at;
-        for (size_t line = 0; line < lines; ++line)
-            numbers[line * panel + at] = from.numbers[column * lines + line];
+        for (size_t k = 0; k < depth; ++k) numbers[k * panel + at] = from.numbers[column * depth + k];
         for (size_t b = 0; b < blocks; ++b) {
             to[b * panel + at] = from.scales[column * blocks + b];
-            if (from.zeros == nullptr) continue;
-            const uint8_t byte = from.zeros[column * zero_bytes + b * bits / 8];
-            zeros[b * panel + at] = float(byte >> b * bits % 8 & ((1 << bits) - 1));
+            if (from.zeros) zeros[b * panel + at] = from.zeros[column * blocks + b];
         }
     }
 }
 
-// The lanes at ``from``: numbers of the high half of each byte, of the low half, or whole bytes.
-template <size_t bits, bool high>
 HWY_INLINE Vec Numbers(const uint8_t* from) {
     const F32 d;
     const hn::Rebind<uint8_t, F32> bytes;
     const hn::Rebind<int32_t, F32> whole;
-    auto found = hn::LoadU(bytes, from);
-    if constexpr (bits == 4 && high) found = hn::ShiftRight<4>(found);
-    if constexpr (bits == 4 && !high) found = hn::And(found, hn::Set(bytes, uint8_t{15}));
-    return hn::ConvertTo(d, hn::PromoteTo(whole, found));
+    return hn::ConvertTo(d, hn::PromoteTo(whole, hn::LoadU(bytes, from)));
 }
 
 // Calls ``each(k, left, right)`` for the numbers, less their zeros, of rows [first, last) of a panel, which
-// lie in one block; both are multiples of kTogether.
-template <size_t bits, class Each>
+// lie in one block.
+template <class Each>
 HWY_INLINE void EachNumber(const uint8_t* numbers, Vec left_zero, Vec right_zero, size_t first, size_t last,
                            Each&& each) {
     const size_t panel = PanelWidth(), lanes = panel / 2;
-    const uint8_t* from = numbers + first / kTogether<bits> * panel;
-    for (size_t k = first; k < last; k += kTogether<bits>, from += panel) {
-        each(k, hn::Sub(Numbers<bits, false>(from), left_zero),
-             hn::Sub(Numbers<bits, false>(from + lanes), right_zero));
-        if constexpr (bits == 4)
-            each(k + 1, hn::Sub(Numbers<bits, true>(from), left_zero),
-                 hn::Sub(Numbers<bits, true>(from + lanes), right_zero));
-    }
+    const uint8_t* from = numbers + first * panel;
+    for (size_t k = first; k < last; ++k, from += panel)
+        each(k, hn::Sub(Numbers(from), left_zero), hn::Sub(Numbers(from + lanes), right_zero));
 }
 
 // One panel, and the zeros and scales of one of its blocks.
 struct OnePanel {
-    const float *scales, *zeros;  // zeros: null for ``usual``
+    const float *scales, *zeros;  // zeros: null where all are kUsualZero
     const uint8_t* numbers;
-    float usual;
 
-    OnePanel(const BlockPanels& all, size_t index) : usual(all.usual_zero) {
+    OnePanel(const BlockPanels& all, size_t index) {
         const size_t some = all.depth / all.block * PanelWidth();
         scales = all.memory + index * all.floats;
         zeros = all.zeroed ? scales + some : nullptr;
@@ -85,7 +65,7 @@ struct OnePanel {
 
     HWY_INLINE Vec scale(size_t block, size_t half) const { return at(scales, block, half); }
     HWY_INLINE Vec zero(size_t block, size_t half) const {
-        return zeros ? at(zeros, block, half) : hn::Set(F32(), usual);
+        return zeros ? at(zeros, block, half) : hn::Set(F32(), kUsualZero);
     }
 
 private:
@@ -95,14 +75,13 @@ private:
 };
 
 // to [last - first, panel] = rows [first, last) of a panel
-template <size_t bits>
 HWY_INLINE void Dequantize(const OnePanel& panel, size_t block, size_t first, size_t last, float* to) {
     const F32 d;
     const size_t lanes = hn::Lanes(d);
     for (size_t k = first; k < last;) {
         const size_t which = k / block, end = std::min(last, (which + 1) * block);
         const Vec left_scale = panel.scale(which, 0), right_scale = panel.scale(which, 1);
-        EachNumber<bits>(panel.numbers, panel.zero(which, 0), panel.zero(which, 1), k, end,
+        EachNumber(panel.numbers, panel.zero(which, 0), panel.zero(which, 1), k, end,
                          [&](size_t, Vec left, Vec right) HWY_ATTR {
                              hn::StoreU(hn::Mul(left, left_scale), d, to);
                              hn::StoreU(hn::Mul(right, right_scale), d, to + lanes);
@@ -113,7 +92,7 @@ HWY_INLINE void Dequantize(const OnePanel& panel, size_t block, size_t first, si
 }
 
 // c [R, panel] = a [R, depth] · a panel
-template <size_t bits, size_t R>
+template <size_t R>
 HWY_INLINE void BlockRows(const float* a, size_t depth, const OnePanel& panel, size_t block, float* c,
                           size_t c_row) {
     const F32 d;
@@ -123,7 +102,7 @@ HWY_INLINE void BlockRows(const float* a, size_t depth, const OnePanel& panel, s
     for (size_t which = 0; which < depth / block; ++which) {
         Vec some_left[R], some_right[R];
         for (size_t r = 0; r < R; ++r) some_left[r] = some_right[r] = hn::Zero(d);
-        EachNumber<bits>(panel.numbers, panel.zero(which, 0), panel.zero(which, 1), which * block,
+        EachNumber(panel.numbers, panel.zero(which, 0), panel.zero(which, 1), which * block,
                          (which + 1) * block, [&](size_t k, Vec one, Vec other) HWY_ATTR {
 #pragma GCC unroll 12
                              for (size_t r = 0; r < R; ++r) {
@@ -150,20 +129,19 @@ constexpr size_t kDirect = 3;
 constexpr size_t kDirect = 6;
 #endif
 
-template <size_t bits, size_t R = kDirect>
+template <size_t R = kDirect>
 HWY_INLINE void SomeBlockRows(size_t rows, const float* a, size_t depth, const OnePanel& panel, size_t block,
                               float* c, size_t c_row) {
     if constexpr (R > 0) {
         if (rows == R)
-            BlockRows<bits, R>(a, depth, panel, block, c, c_row);
+            BlockRows<R>(a, depth, panel, block, c, c_row);
         else
-            SomeBlockRows<bits, R - 1>(rows, a, depth, panel, block, c, c_row);
+            SomeBlockRows<R - 1>(rows, a, depth, panel, block, c, c_row);
     }
 }
 
 // y [rows, columns] = x [rows, depth] · the columns [first, last) of the panels; rows of y are ``columns``
-// apart. ``room``: kDepth rows of a panel.
-template <size_t bits>
+// apart. ``room``: kDepth rows of a panel, where there are more rows than kDirect.
 HWY_INLINE void MultiplyBlocks(const float* x, size_t rows, const BlockPanels& panels, size_t columns,
                                size_t first, size_t last, float* room, float* y) {
     const size_t depth = panels.depth, width = PanelWidth(), tiles = (rows + kRows - 1) / kRows;
@@ -173,14 +151,14 @@ HWY_INLINE void MultiplyBlocks(const float* x, size_t rows, const BlockPanels& p
         const size_t valid = std::min(width, columns - start);
         if (rows <= kDirect) {
             float* c = valid == width ? y + start : edge;
-            SomeBlockRows<bits>(rows, x, depth, panel, panels.block, c, valid == width ? columns : width);
+            SomeBlockRows(rows, x, depth, panel, panels.block, c, valid == width ? columns : width);
             for (size_t r = 0; r < rows && valid < width; ++r)
                 std::copy(edge + r * width, edge + r * width + valid, y + r * columns + start);
             continue;
         }
         for (size_t done = 0; done < depth; done += kDepth) {
             const size_t some = std::min(kDepth, depth - done);
-            Dequantize<bits>(panel, panels.block, done, done + some, room);
+            Dequantize(panel, panels.block, done, done + some, room);
             for (size_t tile = 0; tile < tiles; ++tile) {
                 const size_t row = rows * tile / tiles, count = rows * (tile + 1) / tiles - row;
                 TileRows(x + row * depth + done, count, depth, room, some, y + row * columns + start, columns,

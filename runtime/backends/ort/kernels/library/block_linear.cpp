@@ -1,4 +1,4 @@
-// lvlm.lowered::BlockLinear and ZeroedBlockLinear: a linear layer in fp32 by weights of 8 or 4 bits in blocks,
+// lvlm.lowered::BlockLinear and ZeroedBlockLinear: a linear layer in fp32 by weights of 8 bits in blocks,
 // without and with zero points. Inputs are those of MatMulNBits, whose place it takes; nothing is rounded.
 //
 // Weights are packed as linear.cpp has them. A few rows are multiplied by the numbers as they come, and each
@@ -18,16 +18,13 @@ namespace lvlm {
 namespace HWY_NAMESPACE {
 
 size_t BlockPanel() { return PanelWidth(); }
-size_t BlockRoom() { return kDepth * PanelWidth(); }
-void BlockPack(size_t bits, const BlockWeights& from, size_t start, float* panel, size_t floats) {
-    bits == 8 ? PackBlocks<8>(from, start, panel, floats) : PackBlocks<4>(from, start, panel, floats);
+size_t BlockRoom(size_t rows) { return rows > kDirect ? kDepth * PanelWidth() : 0; }
+void BlockPack(const BlockWeights& from, size_t start, float* panel, size_t floats) {
+    PackBlocks(from, start, panel, floats);
 }
-void BlockMultiply(size_t bits, const float* x, size_t rows, const BlockPanels& panels, size_t columns,
-                   size_t first, size_t last, float* room, float* y) {
-    if (bits == 8)
-        MultiplyBlocks<8>(x, rows, panels, columns, first, last, room, y);
-    else
-        MultiplyBlocks<4>(x, rows, panels, columns, first, last, room, y);
+void BlockMultiply(const float* x, size_t rows, const BlockPanels& panels, size_t columns, size_t first,
+                   size_t last, float* room, float* y) {
+    MultiplyBlocks(x, rows, panels, columns, first, last, room, y);
 }
 
 }  // namespace HWY_NAMESPACE
@@ -52,12 +49,11 @@ public:
     static constexpr Port kOutputs[] = {{Element::kFloat}};
 
     explicit BlockLinear(const Attributes& attributes)
-        : bits_(attributes.integer("bits", 4)), depth_(attributes.integer("K", 0)),
-          columns_(attributes.integer("N", 0)), block_(attributes.integer("block_size", 0)),
-          panel_(HWY_DYNAMIC_DISPATCH(BlockPanel)()) {
-        require((bits_ == 4 || bits_ == 8) && block_ > 0 && depth_ > 0 && columns_ > 0 &&
-                    depth_ % block_ == 0 && block_ % 2 == 0,
-                "weights are of 4 or 8 bits in blocks of an even size that divides their depth");
+        : depth_(attributes.integer("K", 0)), columns_(attributes.integer("N", 0)),
+          block_(attributes.integer("block_size", 0)), panel_(HWY_DYNAMIC_DISPATCH(BlockPanel)()) {
+        require(attributes.integer("bits", 0) == 8 && block_ > 0 && depth_ > 0 && columns_ > 0 &&
+                    depth_ % block_ == 0,
+                "weights are of 8 bits in blocks of a size that divides their depth");
         const auto numbers = attributes.constant<uint8_t>(1), zeros = zeroed ? attributes.constant<uint8_t>(3)
                                                                             : Tensor<const uint8_t>();
         const auto scales = attributes.constant<float>(2);
@@ -74,34 +70,31 @@ public:
             const auto zeros = zeroed ? call.input<uint8_t>(3) : Tensor<const uint8_t>();
             packed = packed_for_now(key_of(numbers), packing(numbers, call.input<float>(2), zeros));
         }
-        const float usual = bits_ == 8 ? 128 : 8;
-        const BlockPanels panels{packed.get(), floats(), depth_, block_, zeroed, usual};
-        const size_t room = HWY_DYNAMIC_DISPATCH(BlockRoom)();
+        const BlockPanels panels{packed.get(), floats(), depth_, block_, zeroed};
         share_linear(call, input.rows, depth_, columns_, panel_,
                      [&](size_t row, size_t rows, size_t first, size_t last) {
-                         Padded own(room);
+                         Padded room(HWY_DYNAMIC_DISPATCH(BlockRoom)(rows));
                          HWY_DYNAMIC_DISPATCH(BlockMultiply)
-                         (bits_, input.x.data + row * depth_, rows, panels, columns_, first, last, own.data(),
+                         (input.x.data + row * depth_, rows, panels, columns_, first, last, room.data(),
                           y.data + row * columns_);
                      });
     }
 
 private:
     size_t blocks() const { return depth_ / block_; }
-    // Of a panel; four numbers of 8 bits take the room of one.
-    size_t floats() const { return panel_ * (blocks() * (1 + zeroed) + (depth_ * bits_ / 8 + 3) / 4); }
+    // Of a panel; four numbers take the room of one.
+    size_t floats() const { return panel_ * (blocks() * (1 + zeroed) + (depth_ + 3) / 4); }
     PackedKey key_of(const Tensor<const uint8_t>& numbers) const {
         return {numbers.data, (columns_ + panel_ - 1) / panel_, floats(), kName};
     }
     PackPanel packing(const Tensor<const uint8_t>& numbers, const Tensor<const float>& scales,
                       const Tensor<const uint8_t>& zeros) const {
-        const size_t zero_bytes = (blocks() * bits_ + 7) / 8;
-        require(count(numbers) == columns_ * depth_ * bits_ / 8 && count(scales) == columns_ * blocks() &&
-                    (!zeroed || count(zeros) == columns_ * zero_bytes),
+        require(count(numbers) == columns_ * depth_ && count(scales) == columns_ * blocks() &&
+                    (!zeroed || count(zeros) == columns_ * blocks()),
                 "numbers, scales and zero points do not fit");
         const BlockWeights from{depth_, columns_, block_, numbers.data, zeros.data, scales.data};
-        return [from, bits = bits_, panel = panel_, floats = floats()](size_t index, float* to) {
-            HWY_DYNAMIC_DISPATCH(BlockPack)(bits, from, index * panel, to, floats);
+        return [from, panel = panel_, floats = floats()](size_t index, float* to) {
+            HWY_DYNAMIC_DISPATCH(BlockPack)(from, index * panel, to, floats);
         };
     }
     template <class T>
@@ -111,7 +104,7 @@ private:
         return found;
     }
 
-    size_t bits_, depth_, columns_, block_, panel_;
+    size_t depth_, columns_, block_, panel_;
     PackedWeights packed_;
 };
 

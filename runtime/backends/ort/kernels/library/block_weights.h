@@ -1,4 +1,4 @@
-// Weights of 8 or 4 bits in blocks: as a graph has them, and packed.
+// Weights of 8 bits in blocks: as a graph has them, and packed.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,10 @@
 
 namespace lvlm {
 
-// Numbers [columns, depth * bits / 8], scales [columns, depth / block] and, packed like numbers, zeros [columns,
-// depth / block] or null: MatMulNBits of ONNX Runtime.
+constexpr float kUsualZero = 128;  // of weights that say none
+
+// Numbers [columns, depth], scales [columns, depth / block] and zeros likewise or null: those of ONNX Runtime's
+// MatMulNBits.
 struct BlockWeights {
     size_t depth, columns, block;
     const uint8_t *numbers, *zeros;
@@ -15,12 +17,11 @@ struct BlockWeights {
 };
 
 // Panels one after the other, ``floats`` each: scales [depth / block, width], zeros likewise where the weights
-// have them, numbers [depth * bits / 8, width] bytes.
+// have them, numbers [depth, width] bytes.
 struct BlockPanels {
     const float* memory;
     size_t floats, depth, block;
     bool zeroed;
-    float usual_zero;  // where they have none
 };
 
 }  // namespace lvlm
