@@ -52,7 +52,8 @@ class EngineShape:
 
     ``chunked``: prompts are read in chunks between steps; ``shares``: a prompt that begins like
     another one, images included, is read from there on. ``image_tokens``: of one image;
-    ``kept_images``: how many the cache of images holds.
+    ``kept_images``: how many the cache of images holds. ``sliced``: prompts are read in slices of
+    time, whatever their chunks.
     """
 
     slots: int
@@ -61,6 +62,7 @@ class EngineShape:
     shares: bool
     image_tokens: int
     kept_images: int
+    sliced: bool = False
 
 
 @dataclass(frozen=True)

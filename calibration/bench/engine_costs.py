@@ -159,4 +159,5 @@ def engine_shape(engine: Engine, threads: int, image_tokens: int) -> EngineShape
         shares=in_pieces,
         image_tokens=image_tokens,
         kept_images=memory.images // features,
+        sliced=engine.reads_in_slices,
     )

@@ -13,6 +13,8 @@ from lvlm.core.discovery import added, loaded, names, nearest
 from lvlm.runtime.options.option_kinds import integer, read_value
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import numpy as np
 
     from lvlm.runtime.bundle.manifest import Manifest  # whose policies count with numpy
@@ -49,6 +51,20 @@ class GraphSession(Protocol):
         """Bind buffers that stay the same over many calls; an output may be its input's buffer."""
 
 
+class Gate(Protocol):
+    """A place where the graphs of one thread are held between two of their nodes while another
+    thread's have the device; open at first."""
+
+    def within(self) -> AbstractContextManager[None]:
+        """A block whose graphs, which this thread runs, can be held."""
+
+    def open(self) -> None:
+        """Let it go on."""
+
+    def shut(self) -> None:
+        """Hold it; returns when it waits, or is no longer within."""
+
+
 class Backend(Protocol):
     """One device.
 
@@ -62,6 +78,9 @@ class Backend(Protocol):
 
     def load(self, folder: Path, manifest: Manifest, name: str) -> GraphSession:
         """The graph ``name`` of the bundle in ``folder``."""
+
+    def gate(self) -> Gate | None:
+        """A new gate for the graphs of this backend; None where they cannot be held."""
 
     def room(self) -> int | None:
         """Bytes that buffers can never exceed; None where ``allocate`` tells it in time."""

@@ -7,8 +7,9 @@ from typing import Any
 
 from lvlm.core.errors import BackendError
 from lvlm.core.installing import install, require
-from lvlm.runtime.backends import GraphSession
+from lvlm.runtime.backends import Gate, GraphSession
 from lvlm.runtime.backends.ort.c_library import OrtError, find_library
+from lvlm.runtime.backends.ort.kernels.gates import KernelGate
 from lvlm.runtime.backends.ort.kernels.kernel_library import kernel_library
 from lvlm.runtime.backends.ort.sessions import OnnxRuntime, failure
 from lvlm.runtime.backends.ort.shared_sessions import SharedWeights
@@ -51,6 +52,9 @@ class Backend(OnnxRuntime):
             return self.shared.session(folder, manifest, graph, self.file(folder, graph))
         except OrtError as error:
             raise failure(error, f"{graph.file} cannot be loaded on device {self.name}") from None
+
+    def gate(self) -> Gate | None:
+        return None if self.kernels is None else KernelGate(self.kernels)
 
     def options(self) -> Any:
         options = super().options()

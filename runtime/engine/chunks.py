@@ -7,6 +7,8 @@ import math
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE
 
 CHUNK_STEPS = 20  # decode steps that take about as long as a chunk, of whatever runs beside it
+# The same where more prompts wait to be read: gaps come for long, so each is to be short
+QUEUE_STEPS = 4
 STEPS_BETWEEN = 3  # decode steps from one such chunk to the next, at most
 FIRST = 64  # tokens, before anything was measured
 MIN_TOKENS = 16  # fewer cost as much
@@ -24,6 +26,22 @@ class ChunkPace:
         self._fixed = tokens
         self._step: float | None = None  # seconds, of one decode step
         self._token: float | None = None  # of a token in a chunk
+
+    @property
+    def free(self) -> bool:
+        """True where measured time says how long to read."""
+        return self._fixed is None
+
+    @property
+    def measured(self) -> bool:
+        """True once it can: there was a step."""
+        return self.free and self._step is not None
+
+    def slice_seconds(self, *, queue: bool) -> float:
+        """Time in which more of a prompt is read, once there was a step; ``queue``: others wait to
+        be read after it."""
+        assert self._step is not None
+        return self._step * (QUEUE_STEPS if queue else CHUNK_STEPS)
 
     def stepped(self, seconds: float) -> None:
         """A decode step took so long."""

@@ -120,7 +120,7 @@ class Engine(TokenCounting):
             in_pieces=chunked,
         )
         pace = ChunkPace(chunk_tokens or None)
-        self._scheduler = Scheduler(batch, self.images, queue_limit, pace)
+        self._scheduler = Scheduler(batch, self.images, queue_limit, pace, backend.gate())
         # For AsyncEngine, too
         self.admission = Admission(
             manifest, prompts, self._scheduler, capacity, self._memory.slots, keep, kv_keep
@@ -128,6 +128,11 @@ class Engine(TokenCounting):
         # Without waiting: it may run on any thread, the scheduler's own ones too.
         self._closer = weakref.finalize(self, self._scheduler.stop)
         self._closer.atexit = False  # the scheduler sees to that
+
+    @property
+    def reads_in_slices(self) -> bool:
+        """True where any prompt is read in slices of time beside what runs."""
+        return self._scheduler.gate is not None and self._scheduler.pace.free
 
     def session(self) -> Session:
         """A conversation that keeps its cache from turn to turn.

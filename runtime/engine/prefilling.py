@@ -10,16 +10,24 @@ from contextlib import contextmanager
 import numpy as np
 
 from lvlm.core.errors import BackendError, RequestTimeout
+from lvlm.runtime.backends import Gate
 from lvlm.runtime.engine.chunks import ChunkPace
 from lvlm.runtime.engine.reading import Reading
 from lvlm.runtime.engine.request import Request
+from lvlm.runtime.engine.slices import Slices
 
 
 class Prefilling:
-    """A request whose prompt is read by the engine's thread; ``stop`` is for any."""
+    """A request whose prompt is read by the engine's thread; ``stop`` is for any.
 
-    def __init__(self, reading: Reading) -> None:
-        self.reading, self.stopped = reading, False
+    ``gate``: what its graphs are held at while those that run have their steps, so that it can be
+    read at once, in slices of time; None: it is read in such pieces as it can be.
+    """
+
+    def __init__(self, reading: Reading, gate: Gate | None) -> None:
+        self.reading, self.gate, self.stopped = reading, gate, False
+        self._slices: Slices[np.ndarray] | None = None
+        self._before: list[float] = []  # milliseconds of reading without it
 
     @property
     def request(self) -> Request:
@@ -30,17 +38,38 @@ class Prefilling:
         """True once nobody waits for it any more."""
         return all(request.caller.done for request in self.request.group)
 
-    def go_on(self, pace: ChunkPace, *, beside: bool) -> np.ndarray | None:
-        """Read on, by Reading.go_on. Raises BackendError once it has been stopped."""
+    def go_on(self, pace: ChunkPace, *, beside: bool, queue: bool) -> np.ndarray | None:
+        """Read on ``beside`` others that wait for their next tokens, with a ``queue`` of those
+        that wait to be read: the logits after the prompt, None before. Raises BackendError once it
+        has been stopped."""
         if self.stopped:
+            self.end()
             raise BackendError("nobody waits for the answer any more; the prompt is left")
-        return self.reading.go_on(pace, beside=beside)
+        if self._slices is None:
+            if self.gate is None or not beside or not pace.measured or self.reading.images_left:
+                return self.reading.go_on(pace, beside=beside)
+            self._before = [request.prefill_ms for request in self.reading.requests]
+            self._slices = Slices(self.reading.run, self.gate)
+        if not self._slices.go_on(pace.slice_seconds(queue=queue) if beside else None):
+            return None
+        logits = self._slices.result()
+        for request, before in zip(self.reading.requests, self._before, strict=True):
+            request.prefill_ms = before + self._slices.seconds * 1e3  # less the steps between
+        return logits
 
     def stop(self) -> None:
         """Leave it: at the next node of the graph that is run, where the backend can."""
         if not self.stopped:
             self.stopped = True  # first: a run that has not begun may not know yet
             self.reading.stop()
+        if (slices := self._slices) is not None:
+            slices.release()
+
+    def end(self) -> None:
+        """Return when nothing of it runs any more, after ``stop``."""
+        if self._slices is not None:
+            self._slices.release()
+            self._slices.go_on(None)
 
 
 def end_overdue(requests: Iterable[Request]) -> float | None:

@@ -30,6 +30,10 @@ class Reading(Protocol):
     def requests(self) -> Sequence[Request]:
         """The group."""
 
+    @property
+    def images_left(self) -> bool:
+        """True while images are still to be encoded."""
+
     def run(self) -> np.ndarray:
         """Logits [B,vocabulary] after the prompts, all of what is left read at once."""
 
@@ -58,6 +62,10 @@ class WholeReading:
         images = [image for request in self.requests for image in request.prompt.images]
         digests = [digest for request in self.requests for digest in request.digests]
         self._images = Encoding(self.encode, images, digests)
+
+    @property
+    def images_left(self) -> bool:
+        return self._images.left > 0
 
     def run(self) -> np.ndarray:
         self._images.go_on()
@@ -110,6 +118,10 @@ class ReadingInPieces:
     def left(self) -> int:
         """Tokens that are still to be read."""
         return len(self.request.prompt.ids) - self.start
+
+    @property
+    def images_left(self) -> bool:
+        return self._images.left > 0
 
     def run(self) -> np.ndarray:
         while True:
@@ -179,6 +191,10 @@ class TurnReading:
     @property
     def requests(self) -> Sequence[Request]:
         return (self.request,)
+
+    @property
+    def images_left(self) -> bool:
+        return self._images.left > 0
 
     def run(self) -> np.ndarray:
         self._images.go_on()

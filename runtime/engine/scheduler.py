@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from lvlm.core.errors import BackendError, EngineClosedError, LvlmError, QueueFullError
 from lvlm.core.forks import Home, orphan_in_children
+from lvlm.runtime.backends import Gate
 from lvlm.runtime.engine.batch import Batch
 from lvlm.runtime.engine.chunks import ChunkPace
 from lvlm.runtime.engine.faults import described
@@ -27,14 +28,26 @@ class Scheduler:
     """First come, first served: the oldest request takes the next free slot, all have slots alike,
     and every running one gets a token a step; so none starves.
 
-    Prompts are read between decode steps, a piece after the other: a chunk whose length ``pace``
-    says, or a whole prompt where the recipe decides with all of it.
+    Prompts are read between decode steps: where the backend has a ``gate``, in slices of time that
+    ``pace`` says; else a piece after the other, a chunk whose length it says, or a whole prompt
+    where the recipe decides with all of it.
     ``submit``, ``wake`` and ``close`` are for any thread, all else is for the engine's own.
     """
 
-    def __init__(self, batch: Batch, images: ImageCache, queue_limit: int, pace: ChunkPace) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        images: ImageCache,
+        queue_limit: int,
+        pace: ChunkPace,
+        gate: Gate | None,
+    ) -> None:
         self.batch, self.images, self.queue_limit = batch, images, queue_limit
-        self.pace, self._owed = pace, 0  # decode steps before more of a prompt is read
+        self.pace, self.gate, self._owed = (
+            pace,
+            gate,
+            0,
+        )  # decode steps before more of a prompt is read
         self.waiting: deque[Request] = deque()
         self._prefilling: Prefilling | None = None
         self._changed = threading.Condition()
@@ -140,6 +153,8 @@ class Scheduler:
                 self.waiting.clear()
             if self._prefilling is not None:
                 left.extend(self._prefilling.request.group)
+                self._prefilling.stop()
+                self._prefilling.end()
             for request in left:
                 request.caller.fail(error)
             self._free()
@@ -188,7 +203,7 @@ class Scheduler:
             reading = self.batch.admit([request])
             with self._changed:  # only now: whatever goes wrong in between, it is told
                 if reading is not None:
-                    self._prefilling = Prefilling(reading)
+                    self._prefilling = Prefilling(reading, self.gate)
                 self.waiting.popleft()
 
     def _read(self) -> None:
@@ -203,7 +218,8 @@ class Scheduler:
         try:
             with deadlines_watched(self._all, self._stop_unwanted):
                 self._stop_unwanted()  # ended since the sweep
-                logits = prefilling.go_on(self.pace, beside=beside)
+                queue = bool(self.waiting)
+                logits = prefilling.go_on(self.pace, beside=beside, queue=queue)
         except Exception as error:
             if self._closing != "now":  # else it is told so, with all others
                 self.batch.lose(prefilling.reading.requests, error)

@@ -147,6 +147,25 @@ def test_a_long_prompt_beside_a_stream_is_read_in_chunks() -> None:
     assert max(b - a for a, b in pairwise(whole.tokens)) > 40
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+def test_prompts_in_slices_make_short_gaps_while_others_wait(chunked: bool) -> None:
+    """Slices of four steps and a step with a queue, of twenty and three at its end."""
+    arrivals = [Arrival(0.0, 100, 200), *[Arrival(1.5, 400, 1)] * 3]
+    reads = tuple(ReadCost(t, b, 0, t / 100) for t, b in ((100, 0), (900, 0), (100, 500)))
+    asked = fleet(chunked=chunked, sliced=True, alone=replace(costs(step=0.05), reads=reads))
+    stream, *others = simulate(asked, arrivals).jobs
+    gaps = list(zip(stream.tokens[1:], [b - a for a, b in pairwise(stream.tokens)], strict=True))
+    second = others[1].tokens[0]
+    queued = [gap for end, gap in gaps if 2 < end < second]
+    assert queued == pytest.approx([0.25] * len(queued))
+    assert len(queued) > 30  # 8 s in slices of 0.2
+    last = [gap for end, gap in gaps if second + 0.1 < end < others[2].tokens[0]]
+    assert {round(gap, 3) for gap in last} == {0.05, 1.05}
+    # All of it was read, and no more
+    worked = sum(gap - 0.05 for end, gap in gaps if end < others[2].tokens[0] + 0.1)
+    assert worked == pytest.approx(12.0, abs=0.01)
+
+
 def test_the_same_image_again() -> None:
     """Features are kept by every engine, prompts behind them only where these may be shared."""
     arrivals = [Arrival(10.0 * n, 20, 2, 1, "same") for n in range(3)]
@@ -243,6 +262,7 @@ ARRIVALS = st.lists(
     slots=st.integers(1, 6),
     queue_limit=st.integers(1, 6),
     chunked=st.booleans(),
+    sliced=st.booleans(),
     route=st.sampled_from(list(ROUTES)),
     paired=st.booleans(),
     prepare=st.sampled_from([0.0, 0.3]),
@@ -254,6 +274,7 @@ def test_what_holds_of_every_run(
     slots: int,
     queue_limit: int,
     chunked: bool,
+    sliced: bool,
     route: str,
     paired: bool,
     prepare: float,
@@ -263,6 +284,7 @@ def test_what_holds_of_every_run(
         slots=slots,
         queue_limit=queue_limit,
         chunked=chunked,
+        sliced=sliced,
         shares=chunked,
         route=route,
         alone=costs(prepare=prepare, more=0.02),

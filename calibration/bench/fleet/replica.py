@@ -1,6 +1,7 @@
 """One engine of a simulated fleet: its queue, its slots, and the order in which it works.
 
-The order is that of runtime/engine/scheduler.py, the lengths of chunks are its ChunkPace's.
+The order is that of runtime/engine/scheduler.py, the lengths of chunks and slices are its
+ChunkPace's.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from lvlm.bench.costs import EngineShape
 from lvlm.bench.fleet.arrivals import Arrival
 from lvlm.bench.fleet.service_times import ServiceTimes
 from lvlm.runtime.engine.chunks import ChunkPace
+from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE
 
 SHARED = 8  # of a prompt's tokens one, at least, for its beginning to be used again
 
@@ -37,12 +40,14 @@ class Job:
 
 @dataclass
 class Piece:
-    """A unit of an engine's work: an image or more and ``tokens`` of a prompt, or a step."""
+    """A unit of an engine's work: an image or more and ``tokens`` of a prompt, a slice of the time
+    that its rest takes (seconds), or a step."""
 
     kind: Literal["read", "step"]
     seconds: Callable[[ServiceTimes], float]
     images: int = 0
     tokens: int = 0
+    slice_of: Callable[[ServiceTimes], float] | None = None
 
 
 class SimulatedReplica:
@@ -56,6 +61,7 @@ class SimulatedReplica:
         self.preparing = 0
         self._reading: Job | None = None
         self._images_left = self._read = 0
+        self._worked = 0.0  # part of the rest that slices have read
         self._pace, self._owed = ChunkPace(None), 0
         self._stepping = False  # the prompt has had its turn of this round
         self._features: OrderedDict[str, int] = OrderedDict()
@@ -102,6 +108,10 @@ class SimulatedReplica:
         if piece.tokens and self.engine.chunked:
             share = own.chunk(piece.tokens, self._read - piece.tokens) / piece.seconds(own)
             self._pace.read(piece.tokens, took * share)
+        if piece.slice_of is not None:
+            self._worked += piece.seconds(own) / piece.slice_of(own)
+            if self._worked > 1 - 1e-9:
+                self._read = self._length(job)
         self._owed = self._pace.steps_after(took)
         if self._read == self._length(job):
             self._reading = None
@@ -131,7 +141,7 @@ class SimulatedReplica:
         if job.known and name is not None:
             self._features.move_to_end(name)
         self._images_left = 0 if job.known or job.reused else shown
-        self._read = job.reused
+        self._read, self._worked = job.reused, 0.0
         self._trim()
 
     def _piece(self, job: Job) -> Piece:
@@ -139,6 +149,8 @@ class SimulatedReplica:
         if beside and self._images_left:
             return Piece("read", lambda times: times.image(1), images=1)
         images, behind = self._images_left, self._read
+        if self.engine.sliced and beside and self._pace.measured:
+            return self._slice(partial(self._rest, job), self._worked)
         if not self.engine.chunked:
             shown = job.asked.images
             return Piece(
@@ -146,6 +158,18 @@ class SimulatedReplica:
             )
         tokens = min(self._pace.tokens(beside=beside), left)
         return Piece("read", lambda t: t.image(images) + t.chunk(tokens, behind), images, tokens)
+
+    def _slice(self, rest: Callable[[ServiceTimes], float], worked: float) -> Piece:
+        at_most = self._pace.slice_seconds(queue=bool(self.waiting))
+        return Piece("read", lambda t: min(at_most, (1 - worked) * rest(t)), slice_of=rest)
+
+    def _rest(self, job: Job, times: ServiceTimes) -> float:
+        """Seconds of what slices read of a prompt."""
+        length = self._length(job)
+        if not self.engine.chunked:
+            return times.whole(length - self._read, job.asked.images)
+        starts = range(self._read, length, TOKENS_AT_ONCE)
+        return sum(times.chunk(min(TOKENS_AT_ONCE, length - s), s) for s in starts)
 
     def _step(self) -> Piece:
         rows = len(self.running)

@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from lvlm.core.errors import BackendError, DeviceMemoryError
-from lvlm.runtime.backends import Buffer, host_dtype
+from lvlm.runtime.backends import Buffer, Gate, host_dtype
 
 # How libraries say that they got no memory, beside Python's own MemoryError
 SHORT = ("out of memory", "failed to allocate", "bad_alloc", "bad allocation", "than requested")
@@ -16,6 +16,9 @@ SHORT = ("out of memory", "failed to allocate", "bad_alloc", "bad allocation", "
 
 class HostMemory:
     """Base of backends whose buffers are numpy arrays."""
+
+    def gate(self) -> Gate | None:
+        return None
 
     def room(self) -> int | None:
         """The machine's memory: the system gives it when it is first written, and ends a program

@@ -13,7 +13,7 @@ import numpy as np
 from lvlm.core.errors import BackendError, DeviceMemoryError, ParameterError
 from lvlm.core.installing import install, require
 from lvlm.core.integrity import sha256_of
-from lvlm.runtime.backends import host_dtype
+from lvlm.runtime.backends import Gate, host_dtype
 from lvlm.runtime.backends.trt import driver
 from lvlm.runtime.backends.trt.driver import DeviceArray, DeviceBuffer
 from lvlm.runtime.backends.trt.engine_session import EngineSession, Shared, Workspace
@@ -58,6 +58,9 @@ class TensorRtBackend:
         if folder not in self._engines:
             self._engines[folder] = self._choose(folder, manifest)
         return self._engines[folder]
+
+    def gate(self) -> Gate | None:
+        return None
 
     def room(self) -> int | None:
         return None

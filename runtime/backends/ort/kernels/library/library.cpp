@@ -1,13 +1,8 @@
 // The library's functions: RegisterCustomOps, ONNX Runtime's convention, and whether this CPU will do.
 #include <hwy/targets.h>
 
+#include "exported.h"
 #include "op.h"
-
-#if defined(_WIN32)
-#define LVLM_EXPORT extern "C" __declspec(dllexport)
-#else
-#define LVLM_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace lvlm {
 

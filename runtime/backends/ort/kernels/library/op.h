@@ -23,6 +23,7 @@
 
 #include <hwy/base.h>
 
+#include "gate.h"
 #include "ort_api.h"
 
 namespace lvlm {
@@ -253,6 +254,8 @@ private:
         const auto& kernel = *static_cast<Kernel*>(self);
         return guarded(kernel.api, [&] {
             Call call(kernel.api, context);
+            if (Gate* gate = Gate::here())
+                gate->pass([&](size_t count, const auto& task) { call.parallel(count, task); });
             kernel.compute(call);
         });
     }
