@@ -22,6 +22,8 @@ if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg")):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Small models: more threads only wait for one another. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Functions run unless a test asks for kernels, whatever was built on this machine.
+os.environ.setdefault("LVLM_CPU_KERNELS", "off")
 
 import example_counts
 from hypothesis import settings
