@@ -8,7 +8,7 @@ from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE
 
 CHUNK_STEPS = 20  # decode steps that take about as long as a chunk, of whatever runs beside it
 # The same where more prompts wait to be read: gaps come for long, so each is to be short
-QUEUE_STEPS = 4
+QUEUE_STEPS = 3
 STEPS_BETWEEN = 3  # decode steps from one such chunk to the next, at most
 FIRST = 64  # tokens, before anything was measured
 MIN_TOKENS = 16  # fewer cost as much
