@@ -15,6 +15,7 @@ from lvlm.bench.workload import Case, WorkloadPrompts, work
 from lvlm.core.progress import Progress
 
 WARM_UP_SEEDS = 1_000_000  # rounds that do not count ask other questions
+CASE_SEEDS = 10_000  # and so do cases: an engine knows what it was asked before
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,7 @@ def _rounds(
     with progress.stage(f"{case.text_tokens} text tokens, {case.load}") as stage:
         done = 0
         for number in range(-plan.warmup, plan.repeats):
-            seed = plan.seed + number + (WARM_UP_SEEDS if number < 0 else 0)
-            asked = work(case, writer, seed)
+            asked = work(case, writer, round_seed(plan, case, number))
             first = number % max(1, len(running))
             for result, child in running[first:] + running[:first]:
                 done += 1
@@ -144,3 +144,9 @@ def _rounds(
                 stage.add_item(done, total, skipped=0)
                 if number >= 0:
                     result.rounds.setdefault(case, []).append(found)
+
+
+def round_seed(plan: BenchPlan, case: Case, number: int) -> int:
+    """Seed of what a case's round asks, below 0 of one before those that count."""
+    others = CASE_SEEDS * plan.cases.index(case)
+    return plan.seed + number + others + (WARM_UP_SEEDS if number < 0 else 0)

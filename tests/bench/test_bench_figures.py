@@ -18,6 +18,7 @@ from lvlm.bench.drive import at_once, one_after_another
 from lvlm.bench.machine import read_bandwidth
 from lvlm.bench.own import decode_weight_bytes, ratios
 from lvlm.bench.resident_memory import forget_peak, peak_bytes
+from lvlm.bench.rounds import BenchPlan, round_seed
 from lvlm.bench.workload import (
     Case,
     RoundWorkload,
@@ -236,3 +237,14 @@ def test_memory_and_its_speed() -> None:
     del held
     forget_peak()
     assert (peak_bytes() or 0) <= grown
+
+
+def test_no_two_rounds_ask_the_same() -> None:
+    """An engine would know the prompts of the case before."""
+    cases = tuple(
+        Case(text_tokens=24, images=1, new_tokens=4, requests=3, concurrency=n) for n in (1, 4, 16)
+    )
+    plan = BenchPlan(cases, warmup=2, repeats=5, seed=3, threads=1, slots=16, apart=False)
+    seeds = [round_seed(plan, case, number) for case in cases for number in range(-2, 5)]
+    assert len(set(seeds)) == len(seeds) == 21
+    assert round_seed(plan, cases[0], 0) == 3
