@@ -12,6 +12,7 @@ from lvlm.core import nvidia
 from lvlm.core.errors import BackendError, BuildError, ParameterError
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines.engine_request import BuildRequest
+from lvlm.plugins_trt.engines.lowered_graphs import check_graphs
 from lvlm.plugins_trt.engines.memory_estimate import MemoryEstimate, check_memory, estimate
 from lvlm.plugins_trt.engines.shape_profiles import Profile, profiles
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
@@ -56,6 +57,7 @@ def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
     manifest = read_bundle(request.bundle, request.verify)
     _check_dtype(request.target, manifest.dtype)
     _check_storage(request.target, manifest)
+    unlowered = _check_graphs(request, manifest, dry_run=dry_run)
     found = profiles(manifest, request.limits)
     _check_topk(request.target, found)
     place = _place(request, dry_run=dry_run)
@@ -90,7 +92,7 @@ def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
         stored=stored,
         shared=shared,
         memory=memory,
-        blocked=place.blocked,
+        blocked=place.blocked or unlowered,
     )
 
 
@@ -150,8 +152,8 @@ def _check_dtype(target: Target, dtype: str) -> None:
 
 
 def _check_storage(target: Target, manifest: Manifest) -> None:
-    """Weights and cache of lower precision than is computed in. Of int8 weights only the data
-    says whether outputs have one scale; lowering looks."""
+    """Weights and cache of lower precision than is computed in, as far as the manifest says: what
+    scales are like is in the graphs."""
     if manifest.cache_dtype != manifest.dtype and not target.low_precision:
         raise ParameterError(
             f"target {target.name} does not take a cache of lower precision than it computes in; "
@@ -161,6 +163,17 @@ def _check_storage(target: Target, manifest: Manifest) -> None:
         return
     if (refusal := target.refusal(how.bits, how.block, whole=True)) is not None:
         raise ParameterError(refusal)
+
+
+def _check_graphs(request: BuildRequest, manifest: Manifest, *, dry_run: bool) -> str | None:
+    """Raise what lowering would raise; with ``dry_run`` the reason why it cannot be done here."""
+    try:
+        check_graphs(request.bundle, manifest, request.target)
+    except BuildError as error:
+        if not dry_run:
+            raise
+        return str(error)
+    return None
 
 
 def positive_scales(target: Target, manifest: Manifest) -> bool:

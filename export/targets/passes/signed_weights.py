@@ -81,6 +81,12 @@ class QuantizedLinear:
         return bool(self.left_over().any())
 
 
+def check_quantized_weights(model: ir.Model, target: Description) -> None:
+    """Raise ExportError for a quantized weight that ``target`` does not take, by its name."""
+    for spread in {spread: None for node in model.graph if (spread := spread_of(node)) is not None}:
+        _taken(spread, target)
+
+
 def use_signed_weights(model: ir.Model, target: Description) -> int:
     """Give every MatMul with a quantized weight a signed one; how many weights.
 
