@@ -94,6 +94,7 @@ def _build_graph(
     settings = BuildSettings(
         shapes=shapes(graph, profile, static_capacity(plan.manifest).per_layer),
         weights=plan.shared,
+        greedy=name == "decode",
         sms=plan.sms if ahead else (),
         workspace=request.workspace,
         flags=("VERSION_COMPATIBLE",) if request.version_compatible else (),

@@ -76,6 +76,8 @@ def test_what_is_built_and_where(folder: Path, run: Any) -> None:
     assert (engines.gpu, engines.sms) == (None, (86, 89))
     assert engines.options == ("--batch", "2", "--max-prompt", "100")
     assert engines.graphs["prefill"].profile["sequence"].max == 100
+    made = {graph: (where / f"{graph}.engine").read_bytes() for graph in engines.graphs}
+    assert [graph for graph, data in made.items() if b"best.lowest" in data] == ["decode"]
     assert read_bundle(folder).files["decode.trt-rtx.onnx"]
 
     assert "exists; give --force" in run(*argv)[2]
