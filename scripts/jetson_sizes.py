@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 
@@ -30,7 +31,6 @@ from lvlm.export.graphs.bundle_graphs import graph_names
 from lvlm.export.recipes.recipe import known_recipe, parse_settings
 from lvlm.export.targets.target import Target
 from lvlm.export.weights.quantization import linear_weights
-from lvlm.plugins_trt.engines.engine_plan import positive_scales
 from lvlm.plugins_trt.engines.memory_estimate import MemoryEstimate, estimate
 from lvlm.plugins_trt.engines.shape_profiles import longest_prompt
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices
@@ -82,17 +82,25 @@ def sizes(
     )
     stored = {graph: of_graph(plan, graph) for graph in graph_names(plan.recipe, sessions=False)}
     text = plan.config.get_text_config()
-    # Of a manifest's weights the widest is looked at, which is gate and up, and which are floats
+    # Of a manifest's weights the widest is looked at, which is gate and up
     widest = Weight("weights.bin", 0, 0, "float16", (2 * text.intermediate_size,))
-    held = {name: widest for graph in stored.values() for name in graph if name.endswith(SCALES)}
     graphs = {name: Graph(f"{name}.onnx", (), (), ("gate+up",)) for name in stored}
-    manifest = manifest_of(plan, graphs, held | {"gate+up": widest}, {})
+    manifest = manifest_of(plan, graphs, {"gate+up": widest}, {})
     profiles = {
         "decode": {"batch": Range(1, 1, 1)},
         "prefill": {"sequence": Range(1, 1, longest_prompt(manifest))},
     }
     shared = shared_matrices(stored)
-    return estimate(manifest, profiles, stored, shared, None, positive_scales(target, manifest))
+    inside = {graph: held(names, shared, target) for graph, names in stored.items()}
+    return estimate(manifest, profiles, stored, shared, inside, None)
+
+
+def held(stored: dict[str, EngineWeight], shared: Collection[str], target: Target) -> int:
+    """Bytes of weights in an engine; scales of int4, where rounded to the nearest, may be below
+    zero."""
+    over = target.signed is not None and target.signed.positive(4)
+    own = [weight for name, weight in stored.items() if name not in shared]
+    return sum(w.bytes * (1 + (over and w.name.endswith(SCALES))) for w in own)
 
 
 def of_graph(plan: ExportPlan, graph: str) -> dict[str, EngineWeight]:

@@ -16,7 +16,7 @@ from lvlm.core.console import Parser, run_main
 from lvlm.core.errors import BuildError
 from lvlm.core.progress import Progress
 from lvlm.export.targets.trt_rtx import TARGET
-from lvlm.plugins_trt.engines.engine_builder import lower_bundle
+from lvlm.plugins_trt.engines.lowered_graphs import lower_bundle
 from lvlm.plugins_trt.engines.shape_profiles import EngineLimits, parse_batch, profiles, shapes
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
 from lvlm.plugins_trt.engines.tensorrt_builder import BuildSettings, open_tensorrt

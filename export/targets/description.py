@@ -40,6 +40,14 @@ class SignedWeights:
     blocks: Mapping[int, tuple[int | None, ...]] = field(hash=False)
     negative_scales: tuple[int, ...] = ()
 
+    def whole(self, bits: int, block: int) -> bool:
+        """True where scales of blocks must be alike for all of an output, and become one."""
+        return block not in self.blocks.get(bits, ())
+
+    def positive(self, bits: int) -> bool:
+        """True where no scale may be below zero, or zero."""
+        return bits not in self.negative_scales
+
 
 # Seen on TensorRT-RTX's builder: blocks of int8 are spread in memory, those of all layers at once
 PACKED: Mapping[int, tuple[int | None, ...]] = {4: (16, 32, 64, 128, 256), 8: (None,)}

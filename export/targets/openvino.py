@@ -26,7 +26,9 @@ class OpenVino(Target):
         from onnx_ir.passes import common
 
         from lvlm.export.targets.passes import graph_edits, host_writes, loops
+        from lvlm.export.targets.passes.lowering import check
 
+        check(model, self)
         host_writes.leave_writes_to_host(model)
         graph_edits.decompose_attention(model)
         common.InlinePass()(model)

@@ -16,9 +16,18 @@ if TYPE_CHECKING:
 class Target(Description):
     """One entry of ``--target``; found by discovery as ``TARGET``."""
 
+    def check(self, graph: Path) -> None:
+        """Raise ExportError where ``lower`` would, for what it does not take of a canonical graph
+        in a file."""
+        # Imported here: to list targets needs no onnx.
+        import onnx_ir as ir
+
+        from lvlm.export.targets.passes.lowering import check
+
+        check(ir.load(graph), self)
+
     def lower(self, model: ir.Model, capacity: Capacity) -> None:
         """Change a canonical graph into one for this target."""
-        # Imported here: to list targets needs no onnx.
         from lvlm.export.targets.passes.lowering import lower
 
         lower(model, self, capacity)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from lvlm.core.errors import BackendError, BuildError
-from lvlm.core.installing import install
-from lvlm.core.integrity import describe, sha256_of
+from lvlm.core.integrity import sha256_of
 from lvlm.core.output import temporary_sibling, whole_file
 from lvlm.core.progress import Progress, Stage, size
-from lvlm.core.typed_json import read_json
-from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines.engine_listing import PEOPLE
 from lvlm.plugins_trt.engines.engine_plan import EnginePlan
 from lvlm.plugins_trt.engines.engine_request import BuildRequest
 from lvlm.plugins_trt.engines.graph_protos import read_proto
+from lvlm.plugins_trt.engines.lowered_graphs import check_graphs, lower_bundle, lowered
 from lvlm.plugins_trt.engines.shape_profiles import shapes
 from lvlm.plugins_trt.engines.tensorrt_builder import (
     NAMESPACE,
@@ -30,7 +25,7 @@ from lvlm.plugins_trt.engines.tensorrt_builder import (
     open_tensorrt,
 )
 from lvlm.runtime.bundle.engine_sets import SCHEMA, EngineGraph, EngineSet, PluginLibrary
-from lvlm.runtime.bundle.manifest import MANIFEST, Manifest
+from lvlm.runtime.bundle.manifest import Manifest
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.kv.static_capacity import static_capacity
 
@@ -82,53 +77,11 @@ def lower_only(request: BuildRequest, progress: Progress, dry_run: bool) -> str:
     files = ", ".join(target.file(graph.file) for graph in manifest.graphs.values())
     done = "there already" if lowered(manifest, target) else "written"
     if dry_run:
+        check_graphs(request.bundle, manifest, target)
         return f"{target.name}: nothing to build; would write {files}"
     lower_bundle(request.bundle, manifest, target, progress)
     engine = PEOPLE[target.flavour]
     return f"{target.name}: {engine} builds nothing beforehand; {done}: {files}"
-
-
-def lowered(manifest: Manifest, target: Target) -> bool:
-    """True where the bundle has the graphs of this target."""
-    return all(target.file(graph.file) in manifest.files for graph in manifest.graphs.values())
-
-
-def lower_bundle(bundle: Path, manifest: Manifest, target: Target, progress: Progress) -> Manifest:
-    """The manifest of a bundle that has the graphs of this target, made now where it had none."""
-    if lowered(manifest, target):
-        return manifest
-    # On a Jetson these may be missing: such a bundle is exported with its target.
-    if missing := [name for name in ("torch", "onnx_ir", "onnxscript") if find_spec(name) is None]:
-        raise BuildError(
-            f"{bundle} has no graphs for {target.name}, and to make them here needs "
-            f"{', '.join(missing)}; {install('export')}, or export it with --target "
-            f"{target.name}"
-        )
-    with progress.stage(f"lower for {target.name}") as stage:
-        graphs = {name: graph.file for name, graph in manifest.graphs.items()}
-        files = dict(manifest.files)
-        names = [*map(target.file, graphs.values()), target.weights_file]
-        with _listed_or_removed(bundle, names):
-            for name in target.write(bundle, graphs, static_capacity(manifest)):
-                files[name] = describe(bundle / name)
-            manifest = dataclasses.replace(manifest, files=files)
-            with whole_file(bundle / MANIFEST, BuildError) as partial:
-                partial.write_text(manifest.text_form(), encoding="utf-8")
-        stage.result = f"*.{target.name}.onnx"
-    return manifest
-
-
-@contextlib.contextmanager
-def _listed_or_removed(bundle: Path, names: Sequence[str]) -> Iterator[None]:
-    """Files whose making is cut short go again, unless the manifest lists them by then."""
-    try:
-        yield
-    except BaseException:
-        listed = read_json(bundle / MANIFEST)["files"]
-        for name in names:
-            if name not in listed:
-                (bundle / name).unlink(missing_ok=True)
-        raise
 
 
 def _build_graph(
@@ -141,6 +94,7 @@ def _build_graph(
     settings = BuildSettings(
         shapes=shapes(graph, profile, static_capacity(plan.manifest).per_layer),
         weights=plan.shared,
+        greedy=name == "decode",
         sms=plan.sms if ahead else (),
         workspace=request.workspace,
         flags=("VERSION_COMPATIBLE",) if request.version_compatible else (),

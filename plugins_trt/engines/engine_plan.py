@@ -12,6 +12,8 @@ from lvlm.core import nvidia
 from lvlm.core.errors import BackendError, BuildError, ParameterError
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines.engine_request import BuildRequest
+from lvlm.plugins_trt.engines.held_weights import held_weights
+from lvlm.plugins_trt.engines.lowered_graphs import check_graphs
 from lvlm.plugins_trt.engines.memory_estimate import MemoryEstimate, check_memory, estimate
 from lvlm.plugins_trt.engines.shape_profiles import Profile, profiles
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
@@ -56,6 +58,7 @@ def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
     manifest = read_bundle(request.bundle, request.verify)
     _check_dtype(request.target, manifest.dtype)
     _check_storage(request.target, manifest)
+    unlowered = _check_graphs(request, manifest, dry_run=dry_run)
     found = profiles(manifest, request.limits)
     _check_topk(request.target, found)
     place = _place(request, dry_run=dry_run)
@@ -69,10 +72,13 @@ def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
         raise BuildError(f"{folder} is no folder of engines; give another -o or remove it")
     stored = stored_weights(request.bundle, manifest)
     shared = {} if request.weights == "embedded" else shared_matrices(stored)
-    positive = positive_scales(request.target, manifest)
-    memory = estimate(manifest, found, stored, shared, request.workspace, positive)
-    signed = request.target.signed
-    int4 = signed is not None and 4 in signed.blocks
+    signed = request.target.signed if manifest.quantization is not None else None
+    inside = {
+        name: held_weights(request.bundle / graph.file, stored[name], shared, signed)
+        for name, graph in manifest.graphs.items()
+    }
+    memory = estimate(manifest, found, stored, shared, inside, request.workspace)
+    int4 = request.target.signed is not None and 4 in request.target.signed.blocks
     if request.memory is not None:
         check_memory(manifest, memory, request.memory, "a device", int4=int4)
     elif place.gpu is not None:
@@ -90,7 +96,7 @@ def make_plan(request: BuildRequest, *, dry_run: bool = False) -> EnginePlan:
         stored=stored,
         shared=shared,
         memory=memory,
-        blocked=place.blocked,
+        blocked=place.blocked or unlowered,
     )
 
 
@@ -150,8 +156,8 @@ def _check_dtype(target: Target, dtype: str) -> None:
 
 
 def _check_storage(target: Target, manifest: Manifest) -> None:
-    """Weights and cache of lower precision than is computed in. Of int8 weights only the data
-    says whether outputs have one scale; lowering looks."""
+    """Weights and cache of lower precision than is computed in, as far as the manifest says: what
+    scales are like is in the graphs."""
     if manifest.cache_dtype != manifest.dtype and not target.low_precision:
         raise ParameterError(
             f"target {target.name} does not take a cache of lower precision than it computes in; "
@@ -163,11 +169,15 @@ def _check_storage(target: Target, manifest: Manifest) -> None:
         raise ParameterError(refusal)
 
 
-def positive_scales(target: Target, manifest: Manifest) -> bool:
-    """True where its int4 weights get positive scales, as ONNX Runtime's quantizer does not."""
-    how = manifest.quantization
-    takes_any = target.signed is not None and 4 in target.signed.negative_scales
-    return how is not None and how.bits == 4 and not takes_any
+def _check_graphs(request: BuildRequest, manifest: Manifest, *, dry_run: bool) -> str | None:
+    """Raise what lowering would raise; with ``dry_run`` the reason why it cannot be done here."""
+    try:
+        check_graphs(request.bundle, manifest, request.target)
+    except BuildError as error:
+        if not dry_run:
+            raise
+        return str(error)
+    return None
 
 
 def _check_version(target: Target, tensorrt: TensorRtBuilder) -> None:

@@ -53,18 +53,11 @@ def estimate(
     profiles: Mapping[str, Profile],
     stored: Mapping[str, Mapping[str, EngineWeight]],
     shared: Mapping[str, EngineWeight],
+    inside: dict[str, int],
     workspace: int | None,
-    positive: bool = False,
 ) -> MemoryEstimate:
-    """Memory that these engines take; ``workspace``: the limit that was given for it, if one was;
-    ``positive``: scales of blocks are to be positive, which leaves as much over as they take."""
-    inside = {
-        graph: sum(w.bytes for name, w in weights.items() if name not in shared)
-        for graph, weights in stored.items()
-    }
-    if positive:
-        for graph, weights in stored.items():
-            inside[graph] += sum(w.bytes for w in weights.values() if _are_scales(manifest, w))
+    """Memory that these engines take; ``inside``: bytes of weights that each holds for itself;
+    ``workspace``: the limit that was given for it, if one was."""
     batch = profiles["decode"]["batch"].max
     rows = batch * profiles["prefill"]["sequence"].max
     widths = [
@@ -104,12 +97,6 @@ def _as_int4(
         )
     kept = sum(w.bytes for w in shared.values()) - sum(w.bytes for w in linear.values())
     return kept + int(copies * INT4_BITS / bits)
-
-
-def _are_scales(manifest: Manifest, weight: EngineWeight) -> bool:
-    """True for initializers of quantized weights that are floats."""
-    whole = manifest.weights.get(weight.name)
-    return weight.dtype == "uint8" and whole is not None and whole.dtype == manifest.dtype
 
 
 def check_memory(

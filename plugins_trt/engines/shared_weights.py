@@ -50,7 +50,7 @@ def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, dict[str, Engi
             for name in node.input
         }
         found[name] = {
-            tensor.name: _bytes(tensor) if tensor.name in packed else _weight(tensor)
+            tensor.name: bytes_of(tensor) if tensor.name in packed else _weight(tensor)
             for tensor in model.graph.initializer
             if tensor.data_location == TensorProto.EXTERNAL
         }
@@ -133,11 +133,12 @@ def _whole(part: EngineWeight) -> str:
 
 
 def _weight(tensor: TensorProto) -> EngineWeight:
-    weight = _bytes(tensor)
+    weight = bytes_of(tensor)
     return dataclasses.replace(weight, dtype=DTYPES[tensor.data_type], dims=tuple(tensor.dims))
 
 
-def _bytes(tensor: TensorProto) -> EngineWeight:
+def bytes_of(tensor: TensorProto) -> EngineWeight:
+    """An initializer that lies in a file, as the bytes there."""
     place = {entry.key: entry.value for entry in tensor.external_data}
     length = int(place["length"])
     return EngineWeight(

@@ -16,12 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from lvlm.core.errors import BackendError, BuildError
 from lvlm.core.held_signals import held_signals
 from lvlm.core.installing import install
 from lvlm.core.progress import size
+from lvlm.plugins_trt.engines.graph_protos import read_proto
+from lvlm.plugins_trt.engines.greedy_choice import add_best
 from lvlm.plugins_trt.engines.shared_weights import with_inputs
 from lvlm.runtime.bundle.engine_sets import EngineWeight
 
@@ -58,6 +58,7 @@ class BuildSettings:
 
     shapes   (min, opt, max) shape of every input with a dynamic axis; others may be left out
     weights  initializers that become inputs
+    greedy   give logits' greedy choice as an output of its own
     sms      architectures to build for ahead of time; (): the GPU of this machine
     workspace  most bytes of scratch memory; None: all there is
     flags    of the builder, by name
@@ -65,6 +66,7 @@ class BuildSettings:
 
     shapes: Shapes = field(default_factory=dict)
     weights: Mapping[str, EngineWeight] = field(default_factory=dict)
+    greedy: bool = False
     sms: tuple[int, ...] = ()
     workspace: int | None = None
     flags: tuple[str, ...] = ()
@@ -106,7 +108,7 @@ class TensorRtBuilder:
         the builder's.
         """
         settings = settings or BuildSettings()
-        builder, network, parser, weights = self._parse(model, settings.weights)
+        builder, network, parser, weights = self._parse(model, settings)
         if unused := _unconsumed(network):
             raise BackendError(
                 f"{self.name} leaves {', '.join(unused)} of the graph unused: it would compute "
@@ -142,7 +144,7 @@ class TensorRtBuilder:
             )
 
     def _parse(
-        self, model: Path | bytes, inputs: Mapping[str, EngineWeight]
+        self, model: Path | bytes, settings: BuildSettings
     ) -> tuple[Any, Any, Any, list[EngineWeight]]:
         trt = self.trt
         self.log.clear()
@@ -159,9 +161,11 @@ class TensorRtBuilder:
         weights: list[EngineWeight] = []
         if isinstance(model, bytes):
             parsed = parser.parse(model)
-        elif inputs:
-            proto = onnx.load(model, load_external_data=False)
-            weights = with_inputs(proto, inputs)
+        elif settings.weights or settings.greedy:
+            proto = read_proto(model)
+            if settings.greedy:
+                add_best(proto)
+            weights = with_inputs(proto, settings.weights)
             parsed = parser.parse(proto.SerializeToString(), path=str(model))
         else:
             parsed = parser.parse_from_file(str(model))

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 Buffer = Any  # what a backend allocates: memory on its device
 
+# Output int64 [B] that a decode graph may give besides the manifest's: of every row the index of
+# the largest logit, the lowest where several are as large; -1 where not all are finite
+BEST = "best"
+
 # What people call devices
 MEANT = {
     **dict.fromkeys(("gpu", "nvidia", "cuda:0"), "cuda"),
@@ -45,7 +49,7 @@ class Call(Protocol):
 
 
 class GraphSession(Protocol):
-    """A loaded graph."""
+    """A loaded graph. One that gives BEST has an attribute ``gives_best`` that is true."""
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         """Bind buffers that stay the same over many calls; an output may be its input's buffer."""

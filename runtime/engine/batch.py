@@ -75,9 +75,14 @@ class Batch:
 
     @property
     def logits(self) -> np.ndarray:
-        """[B,vocabulary] float32 of the running requests: what their next tokens are chosen from;
-        overwritten by the next step."""
+        """[B,vocabulary] float32 of the running requests, after ``begin``, ``feed`` and
+        ``decode_step``: what their next tokens are chosen from; overwritten by the next step."""
         return self._steps.logits[: len(self.running)]
+
+    @property
+    def best(self) -> np.ndarray:
+        """[B] int64: what the last step gave as BEST, where ``graphs.chooses``."""
+        return self._steps.best[: len(self.running)]
 
     def free(self) -> None:
         """Give back the memory, even if someone keeps the batch."""
@@ -169,6 +174,7 @@ class Batch:
         everyone, sources = self._fork(reading.requests)
         places = self.slots.start(everyone)
         self._steps.logits[places.start : places.stop] = logits[sources]
+        self._steps.greedy = False
         return places
 
     def lose(self, requests: Sequence[Request], error: Exception) -> None:
@@ -181,7 +187,8 @@ class Batch:
 
     def step(self) -> None:
         """One more token of every running request."""
-        self.decode_step()
+        going = (request.row for request in self.running if request.row.finish_reason is None)
+        self.decode_step(greedy=all(row.greedy for row in going))
         self.choose(range(len(self.running)))
 
     def feed(self, tokens: Sequence[int]) -> None:
@@ -190,11 +197,12 @@ class Batch:
             request.row.tokens.append(int(token))
         self.decode_step()
 
-    def decode_step(self) -> None:
+    def decode_step(self, *, greedy: bool = False) -> None:
         """Feed every row its newest token, or the next one of its prompt; afterwards ``logits`` are
-        the next ones. A row whose step fails is released by ``settle``."""
+        the next ones. A row whose step fails is released by ``settle``. ``greedy``: nothing but
+        ``choose`` follows, and no row needs more than its likeliest token."""
         began = time.perf_counter()
-        failed = self._steps.run()
+        failed = self._steps.run(greedy=greedy)
         took = (time.perf_counter() - began) * 1e3
         for place, request in enumerate(self.running):
             if place in failed:
@@ -215,7 +223,8 @@ class Batch:
             if request.row.finish_reason is not None or request.feed or request.spoiled:
                 continue
             try:  # for a caller that has gone, too: whether its entries are finite shows here
-                request.choose(self.logits[place], self.graphs.manifest.text.eos_ids)
+                given = self.best if self._steps.greedy else self.logits
+                request.choose(given[place], self.graphs.manifest.text.eos_ids)
             except Exception as error:
                 request.spoiled = True
                 request.caller.fail(error)
@@ -232,7 +241,7 @@ class Batch:
             if len(ended) < len(running):
                 return
             # Nobody looked at the logits of rows that had their answers before the last step
-            finite = bool(np.isfinite(self.logits).all())
+            finite = self._steps.finite
         allocated = cache.bytes_allocated // (1 if self.together else self.slots.count)
         for place in reversed(ended):  # a release moves only later places
             request = running[place]

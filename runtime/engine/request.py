@@ -143,7 +143,8 @@ class Request:
         return np.concatenate([self.keys, np.array(self.row.tokens, np.int64)])
 
     def choose(self, logits: np.ndarray, eos_ids: tuple[int, ...]) -> None:
-        """The next token of the answer, from logits [vocabulary], handed to the caller."""
+        """The next token of the answer, from logits [vocabulary] or the likeliest token [] int64,
+        handed to the caller."""
         row, stream = self.row, self.stream
         token, piece = row.choose(logits, eos_ids), ""
         if stream is not None:

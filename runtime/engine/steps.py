@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lvlm.core.errors import BackendError
-from lvlm.runtime.backends import Call
+from lvlm.runtime.backends import BEST, Call
 from lvlm.runtime.engine.slots import Slots
 from lvlm.runtime.generate.loaded_graphs import Graphs, check_kept
 
@@ -15,17 +15,22 @@ from lvlm.runtime.generate.loaded_graphs import Graphs, check_kept
 class Steps:
     """Decode and compact over the running rows. For one thread.
 
-    ``logits`` [slots,vocabulary] float32 are those of the last decode. ``together``: every graph is
-    run over all of the rows, and a fault is that of all (see Batch).
+    ``logits`` [slots,vocabulary] float32 are those of the last decode that was not ``greedy``,
+    ``best`` [slots] int64 what the last one chose, of a graph that does (BEST). ``together``: every
+    graph is run over all of the rows, and a fault is that of all (see Batch).
     """
 
     def __init__(self, graphs: Graphs, slots: Slots, *, together: bool = False) -> None:
         self.graphs, self.slots, self.together = graphs, slots, together
         self.logits = np.empty((slots.count, graphs.manifest.text.vocab), np.float32)
+        self.best = np.empty(slots.count, np.int64)
+        self.greedy = False
         self.calls: dict[tuple[str, int, int], Call] = {}
 
-    def run(self) -> dict[int, Exception]:
-        """One decode step of every running request; places of those that failed, and why."""
+    def run(self, *, greedy: bool = False) -> dict[int, Exception]:
+        """One decode step of every running request; places of those that failed, and why.
+        ``greedy``: logits are for nothing but the likeliest token, which a graph may choose."""
+        self.greedy = greedy and self.graphs.chooses
         running = self.slots.running
         failed = self._decode(len(running))
         advanced = np.zeros(self.slots.count, bool)
@@ -34,6 +39,13 @@ class Steps:
         self.slots.cache.advance(advanced)
         return failed | self._compact()
 
+    @property
+    def finite(self) -> bool:
+        """True where the last logits of all rows are finite."""
+        if self.greedy:
+            return bool((self.best >= 0).all())
+        return bool(np.isfinite(self.logits).all())
+
     def _decode(self, count: int) -> dict[int, Exception]:
         """Decode a step of all rows. If it fails it is tried row by row, so that one request's
         fault is not the others': a step writes the same slots again, and nothing is counted before
@@ -41,11 +53,15 @@ class Steps:
         twice."""
         tokens = np.array([r.next_token for r in self.slots.running], np.int64)
         positions = np.array([r.row.position for r in self.slots.running], np.int64)
+        wanted: dict[str, np.ndarray] = {BEST: self.best} if self.graphs.chooses else {}
+        if not self.greedy:
+            wanted["logits"] = self.logits
 
         def decode(rows: slice) -> dict[int, Exception]:
             try:
                 inputs = self.slots.cache.decode_inputs(tokens[rows], positions[rows], rows)
-                self._call("decode", rows.start, rows.stop)(inputs, {"logits": self.logits[rows]})
+                given = {name: array[rows] for name, array in wanted.items()}
+                self._call("decode", rows.start, rows.stop)(inputs, given)
             except Exception as error:
                 return dict.fromkeys(range(rows.start, rows.stop), error)
             return {}

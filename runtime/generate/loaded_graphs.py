@@ -47,6 +47,11 @@ class Graphs:
         """True where there is a graph that reads several tokens behind what lies in the cache."""
         return "extend" in self.manifest.graphs
 
+    @property
+    def chooses(self) -> bool:
+        """True where decode gives BEST, so that greedy rows need no logits."""
+        return bool(getattr(self.sessions.get("decode"), "gives_best", False))
+
     def bind(self, name: str, buffers: Mapping[str, Buffer]) -> Call:
         """A graph with those of the cache's ``buffers`` that it takes and gives."""
         graph = self.manifest.graphs[name]

@@ -39,9 +39,15 @@ class Row:
         else:
             self.sampler = Forced(self.prompt.forced)
 
+    @property
+    def greedy(self) -> bool:
+        """True where the likeliest token is all that is asked of logits."""
+        return self.sampler.greedy and self.prompt.logprobs is None
+
     def choose(self, logits: np.ndarray, eos_ids: Collection[int]) -> int:
-        """The next token, from logits [vocabulary]. Raises as Sampler.choose."""
-        token = self.sampler.choose(logits)
+        """The next token, from logits [vocabulary], or, of a greedy row, the likeliest token [].
+        Raises as Sampler.choose."""
+        token = self.sampler.choose(logits) if logits.ndim else self.sampler.take(int(logits))
         if self.prompt.logprobs is not None:
             self.scores.append(TokenScore.of(logits, token, self.prompt.logprobs))
         self.tokens.append(token)

@@ -14,6 +14,8 @@ from lvlm.runtime.sampling.logits_processors import LogitsProcessors
 from lvlm.runtime.sampling.settings import Sampling
 from lvlm.runtime.sampling.structure import Structure
 
+OVERFLOW = "logits contain NaN or infinity; the model overflows: use a bundle in float32"
+
 
 @dataclass(frozen=True)
 class TokenScore:
@@ -79,6 +81,21 @@ class Sampler:
         if self._place is not None:
             scores = self._place.masked(scores, given)
         token = int(scores.argmax()) if self._params.temperature == 0 else self._draw(scores)
+        return self._chosen(token)
+
+    @property
+    def greedy(self) -> bool:
+        """True where ``choose`` is no more than the index of the largest logit: ``take`` does it
+        then, too."""
+        return self._params.temperature == 0 and self._processors.idle and self._place is None
+
+    def take(self, best: int) -> int:
+        """The next token where a graph has chosen it: -1 where its logits are not all finite.
+        Raises as ``choose``."""
+        check_chosen(best)
+        return self._chosen(best)
+
+    def _chosen(self, token: int) -> int:
         self._processors.chosen(token)
         if self._place is not None:
             self._place.chosen(token)
@@ -105,6 +122,7 @@ class Forced:
     """A sampler's stand-in: the tokens of an answer that is given."""
 
     complete = False
+    greedy = True
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = iter(tokens)
@@ -114,13 +132,22 @@ class Forced:
         check_finite(logits)
         return next(self._tokens)
 
+    def take(self, best: int) -> int:
+        """The next one, likewise. Raises as Sampler.take."""
+        check_chosen(best)
+        return next(self._tokens)
+
 
 def check_finite(logits: npt.NDArray[np.floating]) -> None:
     """Raises ``BackendError`` if there is NaN or infinity among logits [vocab]."""
     if not np.isfinite(logits).all():
-        raise BackendError(
-            "logits contain NaN or infinity; the model overflows: use a bundle in float32"
-        )
+        raise BackendError(OVERFLOW)
+
+
+def check_chosen(best: int) -> None:
+    """Raises ``BackendError`` as ``check_finite`` if a graph that chooses has found no token."""
+    if best < 0:
+        raise BackendError(OVERFLOW)
 
 
 def candidates(

@@ -171,7 +171,8 @@ def _follow(model: Model, found: Comparison) -> None:
         scale = max(float(np.abs(expected).max()), 1e-6)
         apart = float(np.abs(logits[ids] - expected).max()) / scale
         found.apart.append(apart if np.isfinite(apart) else float("inf"))
-        chosen = int(np.argmax(logits))
+        own = number > 0 and model.calls.graphs.chooses  # what a greedy answer would have
+        chosen = int(batch.best[0] if own else np.argmax(logits))
         # Of a token that is not among the highest no more is known than of the last of these
         theirs = dict(zip(step.ids, step.logits, strict=True)).get(chosen, step.logits[-1])
         found.unlike += step.logits[0] - theirs > found.limit * scale

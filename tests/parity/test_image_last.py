@@ -22,7 +22,7 @@ from video_tools import noise_video
 import lvlm
 from lvlm.core.progress import Progress
 from lvlm.export.targets.openvino import TARGET as OPENVINO
-from lvlm.plugins_trt.engines.engine_builder import lower_bundle
+from lvlm.plugins_trt.engines.lowered_graphs import lower_bundle
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.model import Model

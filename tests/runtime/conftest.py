@@ -33,6 +33,7 @@ def ort(monkeypatch: pytest.MonkeyPatch) -> FakeOrt:
 def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model never ends an answer by itself."""
     monkeypatch.setattr(Sampler, "choose", lambda self, logits: 20)  # noqa: ARG005
+    monkeypatch.setattr(Sampler, "take", lambda self, best: 20)  # noqa: ARG005
 
 
 @pytest.fixture(scope="module")

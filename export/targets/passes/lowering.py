@@ -13,9 +13,17 @@ from lvlm.export.targets.description import Description
 from lvlm.export.targets.passes import decomposed, graph_edits
 from lvlm.export.targets.passes.fp16_matmuls import fp16_matmuls
 from lvlm.export.targets.passes.own_weights import OwnWeights
-from lvlm.export.targets.passes.signed_weights import use_signed_weights
+from lvlm.export.targets.passes.signed_weights import check_quantized_weights, use_signed_weights
 from lvlm.export.targets.passes.split_linears import split_linears
 from lvlm.runtime.bundle.manifest import Capacity
+
+
+def check(model: ir.Model, target: Description) -> None:
+    """Raise ExportError for what ``target`` does not take of a canonical graph."""
+    if not target.low_precision:
+        graph_edits.refuse_low_precision(model, target.name, weights=target.signed is None)
+    if target.signed is not None:
+        check_quantized_weights(model, target)
 
 
 def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
@@ -24,9 +32,7 @@ def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
     With plugins every lvlm op is left without a function, and nothing else is a function, either:
     parsers before TensorRT 10.6 confuse the names inside functions with those around them.
     """
-    signs = target.signed is not None
-    if not target.low_precision:
-        graph_edits.refuse_low_precision(model, target.name, weights=not signs)
+    check(model, target)
     if target.static_cache:
         lengths = {f"capacity_{i}": c for i, c in enumerate(capacity.per_layer)}
         graph_edits.fix_dimensions(model, lengths)
@@ -34,7 +40,7 @@ def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
         split_linears(model)
     if target.flavour != "onnxruntime":
         graph_edits.lower_ops(model, target.plugins)
-    if signs:
+    if target.signed is not None:
         use_signed_weights(model, target)
     graph_edits.decompose_attention(model, target.attention, target.row_heads)
     if "float32" not in target.matmul_types:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lvlm.core.errors import ExportError
-from lvlm.export.targets.description import Description
+from lvlm.export.targets.description import Description, SignedWeights
 from lvlm.export.targets.passes.ort_fusions import take_place
 from lvlm.export.targets.passes.quantized_linears import extents, readable, spread_of, stored
 
@@ -81,6 +81,12 @@ class QuantizedLinear:
         return bool(self.left_over().any())
 
 
+def check_quantized_weights(model: ir.Model, target: Description) -> None:
+    """Raise ExportError for a quantized weight that ``target`` does not take, by its name."""
+    for spread in {spread: None for node in model.graph if (spread := spread_of(node)) is not None}:
+        _taken(spread, target)
+
+
 def use_signed_weights(model: ir.Model, target: Description) -> int:
     """Give every MatMul with a quantized weight a signed one; how many weights.
 
@@ -107,10 +113,9 @@ def _taken(spread: ir.Node, target: Description) -> QuantizedLinear:
     """The inputs of ``spread``, as ``target`` takes them."""
     numbers, scales, zeros = (readable(stored(value)) for value in spread.inputs[:3])
     bits, block = numbers.dtype.bitwidth, extents(numbers)[1] // extents(scales)[1]
-    blocks = {} if target.signed is None else target.signed.blocks
-    positive = target.signed is None or bits not in target.signed.negative_scales
-    whole = block not in blocks.get(bits, ())
-    linear = QuantizedLinear(numbers, scales, zeros, positive, whole)
+    signed = target.signed or SignedWeights({})
+    whole = signed.whole(bits, block)
+    linear = QuantizedLinear(numbers, scales, zeros, signed.positive(bits), whole)
     alike = whole and all((x == x[:, :1]).all() for x in linear.read())
     if (refusal := target.refusal(bits, block, whole=alike)) is not None:
         raise ExportError(f"{refusal} ({numbers.name})")

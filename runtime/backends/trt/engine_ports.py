@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lvlm.core.errors import BackendError, CapacityError
+from lvlm.runtime.backends import BEST
 from lvlm.runtime.backends.trt.driver import DeviceArray
 from lvlm.runtime.bundle.manifest import Graph, Port
 
@@ -17,6 +18,7 @@ TYPES = {  # TensorRT's names
     "int32": "INT32",
     "bool": "BOOL",
 }
+GREEDY = Port(BEST, "int64", ("batch",))
 # What bounds a dimension of an engine's profile: the tokens of a prompt, unless it is one of these.
 LIMITS = {
     "batch": ("prompts at once", "--batch"),
@@ -29,8 +31,8 @@ TOKENS = ("tokens of a prompt", "--max-prompt")
 def check_ports(
     trt: Any, engine: Any, name: str, graph: Graph, weights: Mapping[str, DeviceArray]
 ) -> None:
-    """BackendError unless the engine's inputs and outputs are the manifest's and the weights, all
-    of them in the device's memory."""
+    """BackendError unless the engine's inputs and outputs are the manifest's, the weights and
+    maybe BEST, all of them in the device's memory."""
     again = "build the engines of this bundle again"
     wanted = {(port.name, port.dtype, True) for port in graph.inputs}
     wanted |= {(weight, array.dtype, True) for weight, array in weights.items()}
@@ -45,7 +47,7 @@ def check_ports(
             raise BackendError(f"the {name} engine reads {tensor} on the host; {again}")
         if tensor in weights and tuple(engine.get_tensor_shape(tensor)) != weights[tensor].shape:
             raise BackendError(f"the {name} engine takes {tensor} of another shape; {again}")
-    if odd := real ^ wanted:
+    if odd := (real - {(BEST, GREEDY.dtype, False)}) ^ wanted:
         raise BackendError(f"the {name} engine and the manifest differ in {min(odd)[0]}; {again}")
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from lvlm.core.errors import BackendError, DeviceMemoryError
-from lvlm.runtime.backends import host_dtype
+from lvlm.runtime.backends import BEST, host_dtype
 from lvlm.runtime.backends.trt.driver import CapturedGraph, DeviceArray, DeviceBuffer, Driver
-from lvlm.runtime.backends.trt.engine_ports import check_ports, check_shape
+from lvlm.runtime.backends.trt.engine_ports import GREEDY, check_ports, check_shape
 from lvlm.runtime.backends.trt.staging import Staging
 from lvlm.runtime.bundle.engine_sets import ALIGNMENT
 from lvlm.runtime.bundle.manifest import Graph, Port
@@ -88,6 +88,10 @@ class EngineSession:
         self.outputs = {port.name: port for port in graph.outputs}
         self.weights = dict(weights)
         check_ports(trt, engine, name, graph, weights)
+        names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+        self.gives_best = BEST in names
+        if self.gives_best:
+            self.outputs[BEST] = GREEDY
         managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         self.context = engine.create_execution_context(managed)
         if self.context is None:

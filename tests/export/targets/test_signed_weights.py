@@ -26,7 +26,7 @@ from lvlm.export.checkpoint.quantized.parts.packed_tensor import PackedTensor, U
 from lvlm.export.weights.quantization import WeightQuantization
 from lvlm.export.weights.weight_steps import weight_steps
 from lvlm.export.weights.weights_file import WeightsFile
-from lvlm.plugins_trt.engines.engine_builder import lower_bundle
+from lvlm.plugins_trt.engines.lowered_graphs import lower_bundle
 from lvlm.runtime.bundle.manifest import Capacity
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import calls

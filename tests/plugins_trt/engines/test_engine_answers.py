@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_engines import Make
 from recording import record
@@ -17,6 +18,7 @@ from lvlm.core import own_process
 from lvlm.core.integrity import describe
 from lvlm.plugins_trt.build_cli import main
 from lvlm.runtime.bundle.reader import read_bundle
+from lvlm.runtime.engine.batch import Batch
 from lvlm.runtime.tools.recorded_answers import FIELD, FILE, RecordedAnswer
 
 pytestmark = pytest.mark.usefixtures("trt")
@@ -75,6 +77,18 @@ def test_engines_that_do_not(with_engines: Make, run: Any) -> None:
     assert "✗ samples/digits-1.png: 0 of 4 tokens" in out
     assert "does not answer as the bundle did when it was exported" in err
     assert err.count("\n") == 1
+
+
+def test_a_decode_engine_that_chooses_wrongly(
+    with_engines: Make, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its logits are right."""
+    folder = with_engines()
+    leave(folder, record(folder))
+    monkeypatch.setattr(Batch, "best", np.array([0]))
+    code, out, _ = run(folder, *VALIDATE)
+    assert code == 2
+    assert "✗ samples/digits-1.png: 1 of 4 tokens, logits at most" in out
 
 
 def test_engines_that_cannot_be_asked(with_engines: Make, run: Any) -> None:

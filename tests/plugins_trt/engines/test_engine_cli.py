@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import signal
 import sys
 import zipfile
@@ -13,17 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from settings import SMALL
 
 from lvlm.core import own_process
 from lvlm.core.discovery import discover
-from lvlm.core.errors import BuildError
+from lvlm.core.errors import BuildError, ExportError
 from lvlm.core.installing import install
-from lvlm.core.progress import size
+from lvlm.core.progress import Progress, size
 from lvlm.export.targets import trt_rtx
+from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.build_cli import main
-from lvlm.plugins_trt.engines import engine_builder
+from lvlm.plugins_trt.engines import lowered_graphs
 from lvlm.plugins_trt.engines.engine_plan import EnginePlan, make_plan
 from lvlm.plugins_trt.engines.engine_request import BuildRequest
+from lvlm.plugins_trt.engines.lowered_graphs import lower_bundle
 from lvlm.plugins_trt.engines.memory_estimate import check_memory
 from lvlm.runtime.bundle.engine_sets import EngineSet
 from lvlm.runtime.bundle.reader import read_bundle
@@ -32,6 +36,7 @@ from lvlm.runtime.kv.cache import cache_bytes
 from lvlm.runtime.kv.static_capacity import static_capacity
 
 rtx = pytest.importorskip("tensorrt_rtx")
+TARGETS: dict[str, Target] = discover("lvlm.export.targets", "TARGET")
 pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
@@ -71,6 +76,8 @@ def test_what_is_built_and_where(folder: Path, run: Any) -> None:
     assert (engines.gpu, engines.sms) == (None, (86, 89))
     assert engines.options == ("--batch", "2", "--max-prompt", "100")
     assert engines.graphs["prefill"].profile["sequence"].max == 100
+    made = {graph: (where / f"{graph}.engine").read_bytes() for graph in engines.graphs}
+    assert [graph for graph, data in made.items() if b"best.lowest" in data] == ["decode"]
     assert read_bundle(folder).files["decode.trt-rtx.onnx"]
 
     assert "exists; give --force" in run(*argv)[2]
@@ -269,12 +276,34 @@ def test_missing_package(
 def test_a_jetson_without_torch_takes_what_was_exported_for_it(
     folder: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lvlm.plugins_trt.engines import engine_builder
-
-    monkeypatch.setattr(engine_builder, "find_spec", lambda name: None if name == "torch" else 1)
+    monkeypatch.setattr(lowered_graphs, "find_spec", lambda name: None if name == "torch" else 1)
     err = refused(folder, "--target", "trt-rtx", "--sm", "86")
     assert "has no graphs for trt-rtx" in err
     assert f"torch; {install('export')}, or export it with --target trt-rtx" in err
+
+
+@pytest.mark.parametrize("target", ["trt-rtx", "ort-cuda", "openvino"])
+def test_a_dry_run_refuses_what_lowering_does(
+    target: str, bundle: Callable[..., Path], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """Blocks of int8, whose scales only the data shows, in the line that a build ends with."""
+    original = bundle(SMALL, max_images=2, weights="int8", block_size=16)
+    folder = Path(shutil.copytree(original, tmp_path / "bundle"))
+    before = sorted(folder.iterdir())
+    with pytest.raises(ExportError) as lowering:
+        lower_bundle(folder, read_bundle(folder), TARGETS[target], Progress(0, quiet=True))
+    for argv in (("--dry-run",), ()):
+        assert str(lowering.value) in refused(folder, "--target", target, *argv)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_dry_run_says_that_graphs_cannot_be_lowered_here(
+    folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowered_graphs, "find_spec", lambda name: None if name == "torch" else 1)
+    code, out, _ = run(folder, "--target", "trt-rtx", "--dry-run")
+    assert code == 0
+    assert f"not here: {folder} has no graphs for trt-rtx" in out
 
 
 def test_a_changed_lowered_graph_is_noticed(folder: Path, refused: Callable[..., str]) -> None:
@@ -300,7 +329,7 @@ def test_lowering_that_is_cut_short_leaves_nothing(
         assert path.is_file()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine_builder, "describe", stop)
+    monkeypatch.setattr(lowered_graphs, "describe", stop)
     assert main(["engine", str(folder), "--target", "openvino", "-q"]) == 130
     assert sorted(path.name for path in folder.iterdir()) == before
     monkeypatch.undo()

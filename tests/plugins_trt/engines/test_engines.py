@@ -21,9 +21,9 @@ from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.targets import trt_rtx, trt_rtx_turing
 from lvlm.export.targets.target import Target
 from lvlm.plugins_trt.engines import engine_builder, tensorrt_builder
-from lvlm.plugins_trt.engines.engine_builder import lower_bundle
 from lvlm.plugins_trt.engines.engine_plan import make_plan
 from lvlm.plugins_trt.engines.engine_request import BuildRequest
+from lvlm.plugins_trt.engines.lowered_graphs import lower_bundle
 from lvlm.plugins_trt.engines.shape_profiles import EngineLimits, parse_batch, profiles, shapes
 from lvlm.plugins_trt.engines.shared_weights import shared_matrices, stored_weights
 from lvlm.plugins_trt.engines.tensorrt_builder import (

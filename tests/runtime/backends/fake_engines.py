@@ -13,6 +13,7 @@ from fake_tensorrt import VERSION
 from settings import CACHED, LIGHTVLM
 
 from lvlm.core.integrity import sha256_of
+from lvlm.plugins_trt.engines.greedy_choice import add_best
 from lvlm.plugins_trt.engines.shape_profiles import EngineLimits, profiles
 from lvlm.runtime.bundle.engine_sets import (
     SCHEMA,
@@ -50,9 +51,10 @@ def build_engines(
     batch: int = 4,
     max_prompt: int | None = None,
     plugins: str | None = None,
+    greedy: bool = True,
     **changes: Any,
 ) -> EngineSet:
-    """A copy of the bundle ``source`` in ``folder``, with engines."""
+    """A copy of the bundle ``source`` in ``folder``, with engines; ``greedy``: decode chooses."""
     shutil.copytree(source, folder)
     manifest = read_bundle(folder)
     where = folder / "engines" / "sm89-fake"
@@ -65,6 +67,8 @@ def build_engines(
     graphs = {}
     for name, ranges in profiles(manifest, EngineLimits(Range(1, 1, batch), max_prompt)).items():
         file = folder / manifest.graphs[name].file
+        if name == "decode" and greedy:
+            file = _choosing(file)
         listed: tuple[EngineWeight, ...] = ()
         if weights == "inputs":
             file, listed = _with_weights_as_inputs(file)
@@ -102,6 +106,15 @@ def build_engines(
     engines = EngineSet(**(fields | changes))
     engines.write()
     return engines
+
+
+def _choosing(file: Path) -> Path:
+    """The graph of decode as it is built, beside the bundle's."""
+    model = onnx.load(file, load_external_data=False)
+    add_best(model)
+    path = file.with_suffix(".greedy.onnx")
+    onnx.save(model, path)
+    return path
 
 
 def _with_weights_as_inputs(file: Path) -> tuple[Path, tuple[EngineWeight, ...]]:

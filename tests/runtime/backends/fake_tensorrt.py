@@ -208,7 +208,8 @@ class FakeContext:
                 bind(name, "cpu", 0, kind, shapes[name], memory.ctypes.data)
             self.engine.session.run_with_iobinding(binding)
 
-        self.driver.put(work, "run", Path(self.engine.built["onnx"]).stem, addresses)
+        graph = Path(self.engine.built["onnx"]).name.partition(".")[0]
+        self.driver.put(work, "run", graph, addresses)
         return True
 
     def _size(self, name: str, shape: Sequence[int] | None = None) -> int:

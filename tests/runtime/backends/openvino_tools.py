@@ -12,7 +12,7 @@ from settings import ASSETS, AT_ENCODER, CACHED
 
 from lvlm.core.progress import Progress
 from lvlm.export.targets.openvino import TARGET
-from lvlm.plugins_trt.engines.engine_builder import lower_bundle
+from lvlm.plugins_trt.engines.lowered_graphs import lower_bundle
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions

@@ -14,9 +14,11 @@ from fake_tensorrt import FakeTensorRt
 from settings import ASSETS
 
 import lvlm
+from lvlm.core.errors import BackendError
 from lvlm.runtime.backends import devices, open_backend
 from lvlm.runtime.backends.trt import engine_weights
 from lvlm.runtime.bundle.engine_sets import EngineSet
+from lvlm.runtime.engine import Engine
 from lvlm.runtime.kv.static_capacity import static_capacity
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
@@ -108,6 +110,90 @@ def test_the_command_line(built: Make, capsys: pytest.CaptureFixture[str]) -> No
         main(["--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert f"what to run on: {', '.join(devices())} (default cpu)" in told
+
+
+# What comes back to the host
+
+
+def downloaded(driver: FakeDriver) -> list[int]:
+    """Bytes of every call's copy to the host, since the last time."""
+    found = [event[1] for event in driver.events if event[0] == "download"]
+    driver.events.clear()
+    return found
+
+
+def test_greedy_steps_bring_one_number_for_each_row(built: Make, driver: FakeDriver) -> None:
+    """Of whatever needs more, the logits come."""
+    folder = built()
+    with lvlm.load(folder) as cpu, lvlm.load(folder, device="tensorrt-rtx") as model:
+        logits = 4 * model.manifest.text.vocab
+        assert logits > 256
+        for rows in (1, 3):
+            answers = model.generate(PROMPTS[:rows], IMAGES[:rows], max_new_tokens=8)
+            expected = cpu.generate(PROMPTS[:rows], IMAGES[:rows], max_new_tokens=8)
+            assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
+            steps = max(len(a.token_ids) for a in answers) - 1
+            assert downloaded(driver)[-steps:] == [256] * steps  # 8 bytes a row
+        for asks in ({"temperature": 0.7, "seed": 1}, {"logprobs": 2}):
+            options: dict[str, Any] = {"max_new_tokens": 4, "ignore_eos": True} | asks
+            answer, expected = (who.generate("Hi", **options) for who in (model, cpu))
+            assert answer.token_ids == expected.token_ids
+            assert min(downloaded(driver)[-3:]) >= logits, asks
+
+
+def test_engines_without_a_choice_of_their_own(built: Make, driver: FakeDriver) -> None:
+    """As they were built before decode chose."""
+    folder = built(greedy=False)
+    with lvlm.load(folder) as cpu, lvlm.load(folder, device="tensorrt-rtx") as model:
+        ours = model.generate(PROMPTS[0], IMAGES[0], max_new_tokens=8)
+        theirs = cpu.generate(PROMPTS[0], IMAGES[0], max_new_tokens=8)
+        assert ours.token_ids == theirs.token_ids
+        assert downloaded(driver)[-1] >= 4 * model.manifest.text.vocab
+
+
+def test_one_that_samples_beside_a_greedy_one(built: Make, driver: FakeDriver) -> None:
+    """While it runs logits come of both; then no more."""
+    folder = built()
+    options: dict[str, Any] = {"ignore_eos": True}
+    with lvlm.load(folder) as cpu, Engine(folder, device="tensorrt-rtx", slots=2) as engine:
+        long = engine.submit("Hi", max_new_tokens=40, **options)
+        short = engine.submit("Hi", max_new_tokens=4, temperature=0.7, seed=1, **options)
+        for handle, asks in ((long, {}), (short, {"temperature": 0.7, "seed": 1})):
+            count = 40 if handle is long else 4
+            expected = cpu.generate("Hi", max_new_tokens=count, **asks, **options)
+            assert handle.result().token_ids == expected.token_ids
+        sizes = downloaded(driver)
+        assert sizes[-30:] == [256] * 30
+        assert max(sizes) >= 4 * cpu.manifest.text.vocab
+
+
+def test_a_greedy_answer_that_overflows_is_refused(built: Make, driver: FakeDriver) -> None:
+    with lvlm.load(built(), device="tensorrt-rtx") as model:
+        good = model.generate("Hi", max_new_tokens=8, ignore_eos=True).token_ids
+        with model.stream("Hi", max_new_tokens=8, ignore_eos=True) as stream:
+            next(stream)
+            assert model.calls._cache is not None
+            for array in model.calls._cache.buffers.values():
+                driver.memory(array.address, array.buffer.nbytes)[:] = 0xFF
+            with pytest.raises(BackendError, match="logits contain NaN or infinity"):
+                list(stream)
+        assert model.generate("Hi", max_new_tokens=8, ignore_eos=True).token_ids == good
+
+
+def test_what_nobody_looks_at_is_looked_at_in_the_end(built: Make, driver: FakeDriver) -> None:
+    """A row that has its answer is decoded beside the others: where it overflows then, the next
+    call does not find that."""
+    with lvlm.load(built(), device="tensorrt-rtx") as model:
+        options = {"max_new_tokens": 5, "ignore_eos": True}
+        good = model.generate(["Hi", "Hi"], **options)[0].token_ids
+        prompts = [model.prepare(0, "Hi", [], GenerationOptions(max_new_tokens=n)) for n in (1, 5)]
+        with model.calls.run(prompts) as batch:
+            batch.choose(range(2))
+            for array in batch.cache.buffers.values():
+                driver.memory(array.address, array.buffer.nbytes // 2)[:] = 0xFF  # row 0
+            while batch.running:
+                batch.step()
+        assert [a.token_ids for a in model.generate(["Hi", "Hi"], **options)] == [good, good]
 
 
 # Buffers, copies, graphs

@@ -24,7 +24,7 @@ from settings import CACHED
 import lvlm
 from lvlm.core.progress import Progress
 from lvlm.export.targets.openvino import TARGET
-from lvlm.plugins_trt.engines.engine_builder import lower_bundle
+from lvlm.plugins_trt.engines.lowered_graphs import lower_bundle
 from lvlm.runtime.backends.trt.driver import DeviceArray
 from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import Engine, Handle

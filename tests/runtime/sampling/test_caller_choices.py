@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +13,11 @@ from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lvlm.core.errors import BackendError
 from lvlm.runtime.options.generation_config import GenerationConfig
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.sampling.logits_processors import LogitsProcessors
-from lvlm.runtime.sampling.sampler import Sampler, candidates
+from lvlm.runtime.sampling.sampler import Forced, Sampler, candidates
 from lvlm.runtime.sampling.settings import Sampling
 
 VOCAB = 10
@@ -110,6 +112,37 @@ def greedy(options: GenerationOptions, logits: Sequence[float], steps: int) -> l
 )
 def test_at_temperature_0_too(options: dict[str, Any], tokens: list[int]) -> None:
     assert greedy(GenerationOptions(**options), [2.0, 1.5, 1.0, 0.0], 5) == tokens
+
+
+NOT_GREEDY: tuple[dict[str, Any], ...] = (
+    *({"temperature": 0.5}, {"repetition_penalty": 1.3}, {"frequency_penalty": 0.5}),
+    *({"presence_penalty": -0.5}, {"logit_bias": ((3, 1.0),)}, {"min_new_tokens": 2}),
+    *({"no_repeat_ngram_size": 2}, {"bad_words_ids": ((4,),)}, {"min_length": 4}),
+    *({"suppress_tokens": (4,)}, {"begin_suppress_tokens": (4,)}),
+)
+
+
+@pytest.mark.parametrize("asks", NOT_GREEDY)
+def test_what_changes_a_choice_is_not_greedy(asks: dict[str, Any]) -> None:
+    """A graph's own choice of the largest logit would not do."""
+    known = {field.name for field in dataclasses.fields(Sampling)}
+    params = Sampling(**{name: value for name, value in asks.items() if name in known})
+    config = GenerationConfig(**{name: value for name, value in asks.items() if name not in known})
+    assert not Sampler(params, [1], config).greedy
+
+
+def test_a_greedy_choice_may_be_a_graphs_own() -> None:
+    """Whatever is said of drawing."""
+    params = Sampling(top_k=3, top_p=0.5, min_p=0.2, seed=1, stop_token_ids=(4,))
+    random, samplers = np.random.default_rng(0), [Sampler(params, [1]) for _ in range(2)]
+    assert samplers[0].greedy
+    for _ in range(5):
+        logits = random.normal(0, 2, VOCAB).astype(np.float32)
+        assert samplers[0].choose(logits) == samplers[1].take(int(logits.argmax()))
+    for sampler in (samplers[0], Forced([1])):
+        with pytest.raises(BackendError, match="logits contain NaN or infinity"):
+            sampler.take(-1)
+    assert Forced([7]).take(3) == 7
 
 
 def test_a_bias_is_scaled_as_the_logit_it_is_added_to() -> None:
