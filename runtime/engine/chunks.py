@@ -7,8 +7,10 @@ import math
 from lvlm.runtime.generate.loaded_graphs import TOKENS_AT_ONCE
 
 CHUNK_STEPS = 20  # decode steps that take about as long as a chunk, of whatever runs beside it
-# The same where more prompts wait to be read: gaps come for long, so each is to be short
+# The same while more prompts wait to be read, where gaps come for long: short ones for many
+# streams, longer ones for few, whose steps take nearly as long as those of many
 QUEUE_STEPS = 3
+HELD_STEPS = 48  # times the streams that are held up
 STEPS_BETWEEN = 3  # decode steps from one such chunk to the next, at most
 FIRST = 64  # tokens, before anything was measured
 MIN_TOKENS = 16  # fewer cost as much
@@ -37,11 +39,12 @@ class ChunkPace:
         """True once it can: there was a step."""
         return self.free and self._step is not None
 
-    def slice_seconds(self, *, queue: bool) -> float:
-        """Time in which more of a prompt is read, once there was a step; ``queue``: others wait to
-        be read after it."""
+    def slice_seconds(self, streams: int, *, queue: bool) -> float:
+        """Time in which more of a prompt is read, once there was a step, while so many ``streams``
+        are held up; ``queue``: others wait to be read after it."""
         assert self._step is not None
-        return self._step * (QUEUE_STEPS if queue else CHUNK_STEPS)
+        steps = max(QUEUE_STEPS, HELD_STEPS / streams) if queue else CHUNK_STEPS
+        return self._step * min(steps, CHUNK_STEPS)
 
     def stepped(self, seconds: float) -> None:
         """A decode step took so long."""
@@ -52,10 +55,13 @@ class ChunkPace:
         if tokens >= MIN_TOKENS:
             self._token = _mean(self._token, seconds / tokens)
 
-    def steps_after(self, seconds: float) -> int:
+    def steps_after(self, seconds: float, *, queue: bool = False) -> int:
         """Decode steps that come after what was read in so many seconds, before more is read: from
         one on as many as keep their share beside chunks of measured length, so that what waits is
-        not held up for what was read quickly, as a small image is."""
+        not held up for what was read quickly, as a small image is. ``queue``: a slice, with others
+        that wait to be read after it."""
+        if queue:
+            return 1
         if self._fixed or self._step is None:
             return STEPS_BETWEEN
         owed = STEPS_BETWEEN * seconds / (CHUNK_STEPS * self._step)

@@ -38,10 +38,16 @@ class Prefilling:
         """True once nobody waits for it any more."""
         return all(request.caller.done for request in self.request.group)
 
-    def go_on(self, pace: ChunkPace, *, beside: bool, queue: bool) -> np.ndarray | None:
-        """Read on ``beside`` others that wait for their next tokens, with a ``queue`` of those
+    @property
+    def in_slices(self) -> bool:
+        """True once it is read in slices of time."""
+        return self._slices is not None
+
+    def go_on(self, pace: ChunkPace, streams: int, *, queue: bool) -> np.ndarray | None:
+        """Read on beside ``streams`` that wait for their next tokens, with a ``queue`` of those
         that wait to be read: the logits after the prompt, None before. Raises BackendError once it
         has been stopped."""
+        beside = streams > 0
         if self.stopped:
             self.end()
             raise BackendError("nobody waits for the answer any more; the prompt is left")
@@ -50,7 +56,8 @@ class Prefilling:
                 return self.reading.go_on(pace, beside=beside)
             self._before = [request.prefill_ms for request in self.reading.requests]
             self._slices = Slices(self.reading.run, self.gate)
-        if not self._slices.go_on(pace.slice_seconds(queue=queue) if beside else None):
+        seconds = pace.slice_seconds(streams, queue=queue) if beside else None
+        if not self._slices.go_on(seconds):
             return None
         logits = self._slices.result()
         for request, before in zip(self.reading.requests, self._before, strict=True):

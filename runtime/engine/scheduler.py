@@ -43,11 +43,8 @@ class Scheduler:
         gate: Gate | None,
     ) -> None:
         self.batch, self.images, self.queue_limit = batch, images, queue_limit
-        self.pace, self.gate, self._owed = (
-            pace,
-            gate,
-            0,
-        )  # decode steps before more of a prompt is read
+        self.pace, self.gate = pace, gate
+        self._owed = 0  # decode steps before more of a prompt is read
         self.waiting: deque[Request] = deque()
         self._prefilling: Prefilling | None = None
         self._changed = threading.Condition()
@@ -209,23 +206,24 @@ class Scheduler:
     def _read(self) -> None:
         """The next piece of the prompt that is being read, if those that run had their steps. With
         the last one it becomes a running request, which has its first token."""
-        prefilling, beside = self._prefilling, bool(self.batch.running)
+        prefilling, streams = self._prefilling, len(self.batch.running)
         if prefilling is None:
             return
-        if beside and self._owed > 0 and not prefilling.stopped:
+        if streams and self._owed > 0 and not prefilling.stopped:
             return
         began = time.perf_counter()
         try:
             with deadlines_watched(self._all, self._stop_unwanted):
                 self._stop_unwanted()  # ended since the sweep
                 queue = bool(self.waiting)
-                logits = prefilling.go_on(self.pace, beside=beside, queue=queue)
+                logits = prefilling.go_on(self.pace, streams, queue=queue)
         except Exception as error:
             if self._closing != "now":  # else it is told so, with all others
                 self.batch.lose(prefilling.reading.requests, error)
                 self._prefilling = None
             return
-        self._owed = self.pace.steps_after(time.perf_counter() - began)
+        took = time.perf_counter() - began
+        self._owed = self.pace.steps_after(took, queue=queue and prefilling.in_slices)
         if logits is not None:
             places = self.batch.begin(prefilling.reading, logits)
             self._prefilling = None

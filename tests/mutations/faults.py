@@ -54,7 +54,7 @@ FAULTS = {
     ),
     "no decode steps between two whole prompts": Fault(
         "runtime/engine/scheduler.py",
-        "        self._owed = self.pace.steps_after(time.perf_counter() - began)\n",
+        "        self._owed = self.pace.steps_after(took, queue=queue and prefilling.in_slices)\n",
         "",
         "tests/runtime/engine/test_engine_chunks.py::test_and_between_whole_prompts",
     ),

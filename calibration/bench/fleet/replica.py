@@ -48,6 +48,7 @@ class Piece:
     images: int = 0
     tokens: int = 0
     slice_of: Callable[[ServiceTimes], float] | None = None
+    queue: bool = False  # others waited when the slice began
 
 
 class SimulatedReplica:
@@ -112,7 +113,7 @@ class SimulatedReplica:
             self._worked += piece.seconds(own) / piece.slice_of(own)
             if self._worked > 1 - 1e-9:
                 self._read = self._length(job)
-        self._owed = self._pace.steps_after(took)
+        self._owed = self._pace.steps_after(took, queue=piece.queue)
         if self._read == self._length(job):
             self._reading = None
             job.tokens.append(now)
@@ -160,8 +161,11 @@ class SimulatedReplica:
         return Piece("read", lambda t: t.image(images) + t.chunk(tokens, behind), images, tokens)
 
     def _slice(self, rest: Callable[[ServiceTimes], float], worked: float) -> Piece:
-        at_most = self._pace.slice_seconds(queue=bool(self.waiting))
-        return Piece("read", lambda t: min(at_most, (1 - worked) * rest(t)), slice_of=rest)
+        queue = bool(self.waiting)
+        at_most = self._pace.slice_seconds(len(self.running), queue=queue)
+        return Piece(
+            "read", lambda t: min(at_most, (1 - worked) * rest(t)), slice_of=rest, queue=queue
+        )
 
     def _rest(self, job: Job, times: ServiceTimes) -> float:
         """Seconds of what slices read of a prompt."""

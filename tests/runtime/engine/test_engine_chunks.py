@@ -107,7 +107,7 @@ def test_those_that_run_have_their_steps_between_two_chunks(
 @pytest.fixture
 def all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it took to read."""
-    monkeypatch.setattr(ChunkPace, "steps_after", lambda *_: STEPS_BETWEEN)
+    monkeypatch.setattr(ChunkPace, "steps_after", lambda *_, **__: STEPS_BETWEEN)
 
 
 @pytest.mark.usefixtures("all_steps")

@@ -153,7 +153,7 @@ def test_cancelled_between_two_slices(busy: Engine) -> None:
 
 def test_out_of_time_between_two_slices(busy: Engine) -> None:
     beside = running(busy)
-    busy._scheduler.pace.slice_seconds = lambda **_: 0.0  # type: ignore[method-assign]
+    busy._scheduler.pace.slice_seconds = lambda *_, **__: 0.0  # type: ignore[method-assign]
     held = intercept(busy, "prefill")
     held.before = lambda *_: threading.Event().wait(0.3)  # longer than it has
     read = busy.submit(*ASKS[0].arguments, timeout=0.1, **LONG)

@@ -16,7 +16,13 @@ from lvlm.runtime.backends.cpu import Backend
 from lvlm.runtime.backends.ort.kernels import gates
 from lvlm.runtime.backends.ort.kernels.gates import KernelGate
 from lvlm.runtime.backends.ort.kernels.kernel_library import KERNELS
-from lvlm.runtime.engine.chunks import CHUNK_STEPS, QUEUE_STEPS, STEPS_BETWEEN, ChunkPace
+from lvlm.runtime.engine.chunks import (
+    CHUNK_STEPS,
+    HELD_STEPS,
+    QUEUE_STEPS,
+    STEPS_BETWEEN,
+    ChunkPace,
+)
 from lvlm.runtime.engine.slices import Slices
 from lvlm.runtime.model import Model
 
@@ -25,9 +31,14 @@ def test_a_slice_takes_as_long_as_some_steps() -> None:
     pace = ChunkPace(None)
     assert not pace.measured
     pace.stepped(0.02)
-    assert pace.slice_seconds(queue=False) == pytest.approx(CHUNK_STEPS * 0.02)
-    assert pace.slice_seconds(queue=True) == pytest.approx(QUEUE_STEPS * 0.02)
+    assert pace.slice_seconds(16, queue=False) == pytest.approx(CHUNK_STEPS * 0.02)
+    # Short for many streams, as long as alone for one
+    few, several, many = (pace.slice_seconds(n, queue=True) for n in (1, 6, 64))
+    assert few == pytest.approx(CHUNK_STEPS * 0.02)
+    assert several == pytest.approx(HELD_STEPS / 6 * 0.02)
+    assert many == pytest.approx(QUEUE_STEPS * 0.02)
     assert pace.steps_after(CHUNK_STEPS * 0.02) == STEPS_BETWEEN
+    assert pace.steps_after(CHUNK_STEPS * 0.02, queue=True) == 1
     assert pace.steps_after(QUEUE_STEPS * 0.02) == 1
     fixed = ChunkPace(16)
     fixed.stepped(0.02)
