@@ -23,10 +23,9 @@ from lvlm.calibration.datasets.evaluation_samples import (
 )
 from lvlm.calibration.datasets.scenes.drawing import DENSITIES, Scene, draw_scene
 from lvlm.calibration.datasets.scenes.glyphs import Split
-from lvlm.calibration.datasets.scenes.questions import KINDS, Kind, ask
+from lvlm.calibration.datasets.scenes.questions import KINDS, Kind, Turn, ask
 from lvlm.core.installing import install
 
-ASKED: tuple[Kind, ...] = tuple(kind for kind in KINDS if kind != "turns")  # one question each
 # Those of which tiny-llava knows more than nine in ten; the others are asked by name
 REACHED: tuple[Kind, ...] = ("read", "row", "list", "describe")
 DEFAULT_SAMPLES = 120  # of an evaluation
@@ -34,16 +33,18 @@ DEFAULT_SAMPLES = 120  # of an evaluation
 
 @dataclass(frozen=True)
 class AskedScene:
-    """A question of a kind about one image, or two, and its exact answer."""
+    """A question of a kind about one image, or two, and its exact answer; ``before``: the first
+    question of a conversation, and its answer."""
 
     scenes: tuple[Scene, ...]
     kind: Kind
     question: str
     answer: str
+    before: tuple[Turn, ...] = ()
 
 
 def samples(
-    split: Split, count: int, *, seed: int = 0, kinds: Sequence[Kind] = ASKED
+    split: Split, count: int, *, seed: int = 0, kinds: Sequence[Kind] = KINDS
 ) -> Iterator[AskedScene]:
     """``count`` reproducible questions, kinds and, more slowly, densities in turn.
 
@@ -51,7 +52,7 @@ def samples(
         split: ``train`` or ``heldout``.
         count: how many.
         seed: other images and questions.
-        kinds: which, of ASKED.
+        kinds: which.
 
     Yields:
         Questions, with images uint8 [336, 336, 3].
@@ -62,8 +63,8 @@ def samples(
         density = DENSITIES[number // len(kinds) % len(DENSITIES)]
         images = 2 if kind == "pictures" else 1
         scenes = tuple(draw_scene(rng, split, density) for _ in range(images))
-        ((question, answer),) = ask(scenes, kind, rng)
-        yield AskedScene(scenes, kind, question, answer)
+        *before, (question, answer) = ask(scenes, kind, rng)
+        yield AskedScene(scenes, kind, question, answer, tuple(before))
 
 
 class Digits(Dataset):
@@ -72,7 +73,7 @@ class Digits(Dataset):
 
     name: ClassVar[str] = "digits"
     summary: ClassVar[str] = "built-in: images of digits, letters, words and shapes"
-    kinds: ClassVar[tuple[str, ...]] = ASKED
+    kinds: ClassVar[tuple[str, ...]] = KINDS
 
     def read(self, request: EvaluationRequest) -> list[EvaluationSample]:
         if find_spec("sklearn") is None:
@@ -86,6 +87,7 @@ class Digits(Dataset):
                 asked.question,
                 asked.answer,
                 f"digits sample {n}",
+                asked.before,
             )
             for n, asked in enumerate(drawn, 1)
         ]

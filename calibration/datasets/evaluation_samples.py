@@ -33,6 +33,7 @@ class EvaluationSample:
     images  paths, or uint8 arrays [H,W,3]
     prompt  may have ``<image>`` once per image where it belongs; otherwise they come first
     where   names the sample in messages: file and line or entry
+    before  questions of the same conversation, and their answers, which images come first in then
     """
 
     id: str
@@ -40,6 +41,7 @@ class EvaluationSample:
     prompt: str
     answer: str
     where: str
+    before: tuple[tuple[str, str], ...] = ()
 
     def check(self) -> None:
         """Raises DataError if a text is empty, placeholders do not match the images, or one of
@@ -47,6 +49,14 @@ class EvaluationSample:
         for name in ("prompt", "answer"):
             if not getattr(self, name).strip():
                 raise DataError(f"{self.where}: the {name} is empty; give it text")
+        said = [text for turn in self.before for text in turn]
+        if not all(text.strip() for text in said):
+            raise DataError(f"{self.where}: an earlier question or answer is empty; give it text")
+        if self.before and any(PLACEHOLDER in text for text in (*said, self.prompt)):
+            raise DataError(
+                f"{self.where}: {PLACEHOLDER} in a conversation, whose images come first; leave it "
+                "out"
+            )
         places = self.prompt.count(PLACEHOLDER)
         if places not in (0, len(self.images)):
             raise DataError(
@@ -62,7 +72,7 @@ class EvaluationSample:
     def digest(self) -> str:
         """sha256 of what the sample holds, wherever its files are."""
         found = hashlib.sha256()
-        for text in (self.prompt, self.answer):
+        for text in (self.prompt, self.answer, *(text for turn in self.before for text in turn)):
             found.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
         for image in self.images:
             if isinstance(image, np.ndarray):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,8 +20,10 @@ from lvlm.calibration.evaluate.fit import SampleShape
 from lvlm.calibration.evaluate.records import Run, SampleRecord
 from lvlm.calibration.evaluate.variants import Bundle, Variant
 from lvlm.core.errors import BundleError, LvlmError
+from lvlm.runtime.generate.asks import Images, Question, one_ask
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
+from lvlm.runtime.prompt.chat_template import Turn
 from lvlm.runtime.prompt.prompts import Prompt, PromptMaker
 from lvlm.runtime.prompt.text import Tokenizer
 
@@ -83,16 +85,41 @@ class BundleRunner:
             text = f"{image}\n" * len(sample.images) + text
         return text
 
+    def _turns(self, sample: EvaluationSample) -> list[Turn]:
+        """Its conversation, with the images in the first question."""
+        turns: list[Turn] = []
+        for question, answer in sample.before:
+            turns += [Turn("user", question), Turn("assistant", answer)]
+        turns.append(Turn("user", sample.prompt))
+        turns[0] = replace(turns[0], images=len(sample.images))
+        return turns
+
+    def _asked(self, sample: EvaluationSample) -> tuple[Question, Images]:
+        """What a model is given: a text and its images, or messages, which have them."""
+        if not sample.before:
+            return self._text(sample), sample.images
+        first, *others = self._turns(sample)
+        parts: list[dict[str, Any]] = [{"type": "image", "image": i} for i in sample.images]
+        parts.append({"type": "text", "text": first.text})
+        messages = [{"role": turn.role, "content": turn.text} for turn in others]
+        return [{"role": first.role, "content": parts}, *messages], ()
+
     def _prompt(self, sample: EvaluationSample) -> Prompt:
         try:
-            return self._maker.prepare(0, self._text(sample), sample.images, self._options)
+            ask = one_ask(*self._asked(sample))
+            return self._maker.prepare(0, ask.prompt, ask.images, self._options)
         except LvlmError as error:
             raise type(error)(f"{sample.where}: {error}") from None
 
     def _answer(self, sample: EvaluationSample) -> list[int]:
-        text = self._text(sample)
-        if self._maker.template is not None:
-            text = self._maker.template.render(text, len(sample.images), self.how.system)
+        template = self._maker.template
+        if template is None:
+            text = self._text(sample)
+        elif sample.before:
+            system = [] if self.how.system is None else [Turn("system", self.how.system)]
+            text = template.render_turns([*system, *self._turns(sample)])
+        else:
+            text = template.render(self._text(sample), len(sample.images), self.how.system)
         ids = answer_ids(self._tokenizer, text, sample.answer)
         if not ids:
             raise DataError(f"{sample.where}: the answer has no tokens; give it text")
@@ -111,8 +138,8 @@ class BundleRunner:
     ) -> list[SampleRecord]:
         """The records of some samples, together in one batch; ``keep`` is the solved option, if
         the variant has one to solve."""
-        texts = [self._text(sample) for sample in samples]
-        images = [sample.images for sample in samples]
+        asked = [self._asked(sample) for sample in samples]
+        texts, images = [prompt for prompt, _ in asked], [given for _, given in asked]
         ratios = {"keep": variant.keep if keep is None else keep, "kv_keep": variant.kv_keep}
         options = GenerationOptions.of(self._options, ratios)
         if run == "forced":

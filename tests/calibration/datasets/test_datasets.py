@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -171,6 +172,34 @@ def test_digits_are_held_out_and_of_the_kinds_asked_for() -> None:
         *("1-describe-sparse", "2-pictures-sparse", "3-describe-middle", "4-pictures-middle")
     ]
     assert [len(sample.images) for sample in samples] == [1, 2, 1, 2]
+
+
+def test_a_second_question_has_the_first_one_before_it() -> None:
+    (sample,) = read_samples("digits", samples=1, kinds=["turns"])
+    (drawn,) = digits.samples("heldout", 1, kinds=("turns",))
+    assert (sample.prompt, sample.answer, sample.before) == (
+        *(drawn.question, drawn.answer, drawn.before),
+    )
+    assert len(sample.before) == 1
+    alone = replace(sample, before=())
+    assert alone.digest() != sample.digest()
+    assert len(sample.images) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "prompt", "said"),
+    [
+        ((("", "5"),), "And then?", "an earlier question or answer is empty"),
+        ((("Which digit?", " "),), "And then?", "an earlier question or answer is empty"),
+        ((("Which digit?", "5"),), "<image> And then?", "whose images come first; leave it out"),
+    ],
+)
+def test_conversations_that_cannot_be(
+    before: tuple[tuple[str, str], ...], prompt: str, said: str
+) -> None:
+    image = np.zeros((2, 3, 3), np.uint8)
+    with pytest.raises(DataError, match=f"line 7: .*{said}"):
+        EvaluationSample("", (image,), prompt, "a", "line 7", before).check()
 
 
 def test_mistakes_about_digits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -66,6 +66,34 @@ def test_greedy_text_is_that_of_generate(
             assert record.cache_bytes_allocated == answer.stats.cache_bytes_allocated
 
 
+def test_the_second_question_of_a_conversation(
+    uniform: Bundle, samples: list[EvaluationSample], tmp_path: Path
+) -> None:
+    """Beside questions of one turn, in one batch."""
+    turn = ("What is there?", "A few digits.")
+    second = dataclasses.replace(samples[0], id="second", before=(turn,))
+    both, variant = [samples[0], second], Variant(uniform, "", kv_keep=0.4)
+    how = dataclasses.replace(HOW, batch=2)
+    texts = [r.text for r in records(variant, "greedy", both, tmp_path, how)]
+    forced = records(variant, "forced", both, tmp_path, how)
+    content = [*({"type": "image", "image": i} for i in second.images)]
+    messages = [
+        {"role": "user", "content": [*content, {"type": "text", "text": turn[0]}]},
+        {"role": "assistant", "content": turn[1]},
+        {"role": "user", "content": second.prompt},
+    ]
+    with Model(uniform.folder) as model:
+        answers = [
+            model.generate(samples[0].prompt, samples[0].images, max_new_tokens=8, kv_keep=0.4),
+            model.generate(messages, max_new_tokens=8, kv_keep=0.4),
+        ]
+        ids = answer_ids(model.tokenizer, "Q", second.answer)
+        scored = model.score(messages, ids, kv_keep=0.4)
+    assert texts == [answer.text.strip() for answer in answers]
+    assert forced[1].nll == pytest.approx(-sum(s.logprob for s in scored.scores), rel=1e-3)
+    assert forced[1].nll != pytest.approx(forced[0].nll, rel=1e-3)
+
+
 def test_forced_tokens_meet_the_same_cache_as_generated_ones(
     uniform: Bundle, samples: list[EvaluationSample]
 ) -> None:
