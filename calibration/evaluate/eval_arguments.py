@@ -55,6 +55,13 @@ def parser() -> argparse.ArgumentParser:
     add = make.add_argument
     add("-m", "--model", help="alias, local folder or hub id")
     add("--recipes", type=names, default=[], metavar="A,B", help="a bundle for each")
+    add_set(add)
+    add_export(add)
+    return made
+
+
+def add_set(add: Callable[..., object]) -> None:
+    """The flag with recipes' parameters."""
     add(
         "--set",
         action="append",
@@ -62,8 +69,6 @@ def parser() -> argparse.ArgumentParser:
         help="a parameter of one recipe, or of all that have it; lvlm-export --help-recipe lists "
         "them",
     )
-    add_export(add)
-    return made
 
 
 def add_data(add: Callable[..., object]) -> None:

@@ -47,15 +47,21 @@ def parse_recipes(
     A setting ``recipe.name=value`` is for one recipe, ``name=value`` for all that have it. Raises
     ParameterError.
     """
+    given = settings_of(names, settings)
+    return [
+        parse_settings(kind, [*given[kind.name], *_room(kind, given[kind.name], keeps, kv_keeps)])
+        for kind in map(known_recipe, names)
+    ]
+
+
+def settings_of(names: Sequence[str], settings: Sequence[str]) -> dict[str, list[str]]:
+    """The settings ``name=value`` that are for each recipe. Raises ParameterError."""
     chosen = [known_recipe(name) for name in names]
     given: dict[str, list[str]] = {name: [] for name in names}
     for setting in settings:
         for name in _meant(setting, chosen):
             given[name].append(setting.removeprefix(f"{name}."))
-    return [
-        parse_settings(kind, [*given[kind.name], *_room(kind, given[kind.name], keeps, kv_keeps)])
-        for kind in chosen
-    ]
+    return given
 
 
 def _meant(setting: str, chosen: Sequence[type[Recipe]]) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from lvlm.calibration.evaluate.recipe_bundles import settings_of
 from lvlm.core.errors import ParameterError
 from lvlm.export.recipes.recipe import (
     Recipe,
@@ -20,12 +21,14 @@ OWN_CACHE = "interval"  # lightvlm's own, which is no recipe by itself
 @dataclass(frozen=True)
 class Candidate:
     """One setting to try. ``kv``: the cache policy of a recipe that shortens images; None: that is
-    no such recipe. The fractions are None where nothing has them."""
+    no such recipe. The fractions are None where nothing has them. ``fixed``: further settings,
+    which no other candidate of the same recipe and policy has otherwise."""
 
     recipe: str
     kv: str | None = None
     keep: float | None = None
     kv_keep: float | None = None
+    fixed: tuple[str, ...] = ()
 
     @property
     def bundle(self) -> tuple[str, str | None]:
@@ -47,11 +50,12 @@ class Candidate:
     def settings(self) -> list[str]:
         """The settings as ``--set`` takes them."""
         given = {"keep": self.keep, "kv": self.kv, "kv_keep": self.kv_keep}
-        return [
+        own = [
             f"{name}={value if isinstance(value, str) else format(value, 'g')}"
             for name, value in given.items()
             if value is not None
         ]
+        return [*own, *self.fixed]
 
     def made(self) -> Recipe:
         """The recipe itself. Raises ParameterError."""
@@ -61,11 +65,18 @@ class Candidate:
 FULL = Candidate("none")
 
 
+TRIED = ("keep", "kv", "kv_keep")  # parameters that candidates differ in
+
+
 def candidates(
-    names: Sequence[str], keeps: Sequence[float], kv_keeps: Sequence[float]
+    names: Sequence[str],
+    keeps: Sequence[float],
+    kv_keeps: Sequence[float],
+    settings: Sequence[str] = (),
 ) -> list[Candidate]:
     """``none``, and every recipe of ``names`` at every fraction: those that shorten images alone
-    and with each that compresses the cache, and the latter alone.
+    and with each that compresses the cache, and the latter alone. ``settings``: ``name=value`` or
+    ``recipe.name=value``, for all candidates that have it.
 
     Raises ParameterError for a name that is neither.
     """
@@ -88,9 +99,28 @@ def candidates(
         for k in keeps
         for g in kv_keeps
     ]
+    fixed = settings_of([n for n in (*shortening, *caches) if n != OWN_CACHE], settings)
+    found = [replace(one, fixed=_fixed(one, fixed)) for one in found]
     for one in found:
         one.made()  # whatever is wrong with the fractions is said now
     return found
+
+
+def _fixed(one: Candidate, settings: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Of the ``settings`` of each recipe those that a candidate has: its recipe's, those of a cache
+    of its own where it has that, and its policy's."""
+    own = settings.get(one.recipe, ())
+    for setting in own:
+        name = setting.partition("=")[0]
+        if name in TRIED:
+            raise ParameterError(
+                f"--set {one.recipe}.{name} is what candidates differ in; give its values by "
+                f"--{'recipes' if name == 'kv' else name.replace('_', '-')}"
+            )
+    if one.kv not in (None, OWN_CACHE):
+        own = [setting for setting in own if not setting.startswith(("kv_", "kv."))]
+    policy = settings.get(one.kv or "", ())
+    return (*own, *(f"kv.{setting}" for setting in policy))
 
 
 def with_room(some: Sequence[Candidate]) -> Candidate:

@@ -9,6 +9,7 @@ from lvlm.calibration.evaluate.eval_arguments import (
     MAX_NEW_TOKENS,
     add_data,
     add_export,
+    add_set,
     fractions,
     names,
 )
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         help="those that shorten images are tried alone and with those that compress the cache "
         f"(interval: lightvlm's own way); default {','.join(RECIPES)}",
     )
+    add_set(add)
     add("--keep", type=fractions, default=[], metavar="R,…", help=_default("image tokens", KEEPS))
     add("--kv-keep", type=fractions, default=[], metavar="R,…", help=_default("cache", KV_KEEPS))
     add = made.add_argument_group("what they run on, and how they are exported").add_argument

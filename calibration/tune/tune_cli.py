@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lvlm.core.progress import Progress
 
 NOTHING = 2  # the status where nothing keeps within the limits
-EXPORT_FLAGS = ("recipes", "dtype", "revision", "max_text_len", "no_validate")
+EXPORT_FLAGS = ("recipes", "set", "dtype", "revision", "max_text_len", "no_validate")
 SPEEDS = "speeds.jsonl"
 IMAGE_CACHE = "64MB"  # what an engine keeps of images unless it is told otherwise
 
@@ -135,7 +135,7 @@ def _shelf(
     if args.bundles:
         given = given_shelf([Bundle.read(path) for path in args.bundles])
         return given, given_candidates(given, keeps, kv_keeps)
-    found = candidates(args.recipes or RECIPES, keeps, kv_keeps)
+    found = candidates(args.recipes or RECIPES, keeps, kv_keeps, args.set or [])
     making = Making(
         args.model,
         args.dtype,
@@ -221,7 +221,7 @@ def _settings(args: argparse.Namespace, samples: Sequence[EvaluationSample]) -> 
 
     plain = (
         *("model", "memory", "ttft", "max_loss", "concurrency", "prompt_tokens", "new_tokens"),
-        *("metric", "batch", "recipes", "keep", "kv_keep", "device", "threads", "dtype"),
+        *("metric", "batch", "recipes", "set", "keep", "kv_keep", "device", "threads", "dtype"),
         *("revision", "max_text_len", "max_new_tokens"),
     )
     return {

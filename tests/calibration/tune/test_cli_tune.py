@@ -184,6 +184,7 @@ def test_recipes_that_are_not_for_a_model(
         (["-m", "tiny-llava", "--new-tokens", 2040, *SAMPLES, "-o", "OUT", "--ttft", "1s"],
          "more than --max-text-len 2048"),
         (["nowhere", *SAMPLES, "-o", "OUT", "--ttft", "1s"], "nowhere"),
+        (["FULL", "--set", "x.y=1", *SAMPLES, "-o", "OUT", "--ttft", "1s"], "--set is for"),
     ],
 )  # fmt: skip
 def test_mistakes(
