@@ -22,6 +22,8 @@ COST_REPEATS = 3
 MIN_STEPS = 4  # new tokens, for the time of a step
 COST_SLOTS = 4  # as lvlm-serve's
 SLOTS = 16  # most requests at a time where they arrive by themselves
+REPORT_TOKENS = (608, 2000, 4000)  # of prompts, images' too; those that fit
+REPORT_CLIENTS = (1, 4, 16, 32)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -98,6 +100,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--apart",
         action="store_true",
         help="contenders one after another, each loaded alone, where memory cannot hold them all",
+    )
+    add(
+        "--report",
+        action="store_true",
+        help="one request at a time, of 608, 2,000 and 4,000 tokens as far as they fit, and 1, 4, "
+        "16 and 32 clients, in one run: all contenders in each table, and ratios to the best of "
+        "the other runtimes",
     )
     parts = parser.add_argument_group("parts of an engine, for lvlm-fleet")
     add = parts.add_argument
@@ -183,12 +192,14 @@ def check_arguments(args: argparse.Namespace) -> None:
                 "--memory-budget decides how many slots there are under load: give --concurrency "
                 "or --rate, and no --slots"
             )
+    if args.report:
+        _check_report(args)
     if args.costs:
         _check_costs(args)
     elif args.copies > 1:
         raise ParameterError("--copies has no effect without --costs; add it")
     for name, wants in (("requests", "concurrency"), ("duration", "rate")):
-        if getattr(args, name) is not None and not getattr(args, wants):
+        if getattr(args, name) is not None and not getattr(args, wants) and not args.report:
             raise ParameterError(f"--{name} has no effect without --{wants}; add it")
     for name in ("checkpoint", "cache", "converter_python"):
         if getattr(args, name) and not args.against:
@@ -207,6 +218,17 @@ def check_arguments(args: argparse.Namespace) -> None:
             check_place(f"--{name}", path, ParameterError)
     if args.quiet and args.json is None and args.plot is None:
         raise ParameterError("-q prints no table; add --json FILE or --plot FILE")
+
+
+def _check_report(args: argparse.Namespace) -> None:
+    """Raise for what a report has no table of."""
+    from lvlm.core.errors import ParameterError
+
+    for name in ("rate", "duration", "memory_budget", "costs", "plot"):
+        if getattr(args, name):
+            raise ParameterError(
+                f"--report has lone requests and clients; leave --{name.replace('_', '-')} out"
+            )
 
 
 def _check_costs(args: argparse.Namespace) -> None:

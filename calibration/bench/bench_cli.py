@@ -16,6 +16,8 @@ from lvlm.bench.bench_arguments import (
     DURATION,
     LENGTHS,
     REPEATS,
+    REPORT_CLIENTS,
+    REPORT_TOKENS,
     REQUESTS,
     SLOTS,
     check_arguments,
@@ -53,38 +55,45 @@ def _run(args: argparse.Namespace, arguments: Sequence[str]) -> int:
     _check_labels(contenders)
     if args.costs:
         return _costs(args, arguments, contenders)
-    plan = _plan(args)
+    plans = _report_plans(args, contenders) if args.report else [_plan(args)]
+    cases = [case for plan in plans for case in plan.cases]
     check_fit(
         contenders,
-        max(case.text_tokens + case.new_tokens for case in plan.cases),
-        max(case.images for case in plan.cases),
+        max(case.text_tokens + case.new_tokens for case in cases),
+        max(case.images for case in cases),
     )
-    progress = Progress(_stages(contenders, plan), quiet=args.quiet)
-    return _measure(args, arguments, contenders, plan, progress)
+    progress = Progress(sum(_stages(contenders, plan) for plan in plans), quiet=args.quiet)
+    return _measure(args, arguments, contenders, plans, progress)
 
 
 def _measure(
     args: argparse.Namespace,
     arguments: Sequence[str],
     contenders: Sequence[Contender],
-    plan: BenchPlan,
+    plans: Sequence[BenchPlan],
     progress: Progress,
 ) -> int:
+    """Measure plan after plan, each with contenders loaded anew, and print all as one."""
     import tempfile
+    from dataclasses import replace
 
-    from lvlm.bench import bench_report
-    from lvlm.bench.rounds import measure
+    from lvlm.bench import bench_report, speed_report
+    from lvlm.bench.rounds import joined, measure
     from lvlm.bench.workload import work
 
     first = contenders[0]
     assert first.folder is not None
     writer = _writer(first)
+    plan = replace(plans[0], cases=tuple(case for each in plans for case in each.cases))
     for case in plan.cases:
         work(case, writer, plan.seed)  # what cannot be asked is known before anything is loaded
     sources = _sources(args, contenders, progress)
     about, run = _circumstances(args, arguments, plan.threads)
     with tempfile.TemporaryDirectory(prefix="lvlm-bench-") as logs:
-        results = measure(contenders, sources, first.folder, writer, plan, Path(logs), progress)
+        where = (first.folder, writer)
+        results = joined(
+            [measure(contenders, sources, *where, each, Path(logs), progress) for each in plans]
+        )
     if args.json:
         bench_report.write(args.json, bench_report.as_json(results, plan, about, run))
     if args.plot:
@@ -92,7 +101,8 @@ def _measure(
 
         draw(args.plot, results, plan.cases)
     if not args.quiet:
-        print(bench_report.markdown(results, plan, about), end="")
+        tables = speed_report.report if args.report else bench_report.markdown
+        print(tables(results, plan, about), end="")
     return _status([result.error for result in results])
 
 
@@ -220,6 +230,40 @@ def _plan(args: argparse.Namespace) -> BenchPlan:
         apart=args.apart,
         memory_budget=args.memory_budget,
     )
+
+
+def _report_plans(
+    args: argparse.Namespace, contenders: Sequence[Contender]
+) -> tuple[BenchPlan, ...]:
+    """Lone requests of each length, then clients with the shortest prompts."""
+    from dataclasses import replace
+
+    from lvlm.bench.machine import cores
+    from lvlm.bench.rounds import BenchPlan
+    from lvlm.bench.workload import Case
+
+    manifest = contenders[0].manifest
+    assert manifest is not None
+    images = args.images * manifest.images.tokens
+    rooms = [c.manifest.capacity.max_text_len for c in contenders if c.manifest is not None]
+    room = min(rooms) - args.new_tokens
+    fitting = [n - images for n in REPORT_TOKENS if 0 < n - images <= room]
+    lengths = args.prompt_tokens or fitting or LENGTHS
+    lone = BenchPlan(
+        cases=tuple(Case(n, args.images, args.new_tokens, 1, 1) for n in lengths),
+        warmup=args.warmup,
+        repeats=args.repeats or REPEATS,
+        seed=args.seed,
+        threads=args.threads or cores(),
+        slots=args.slots or 1,
+        apart=args.apart,
+    )
+    clients = args.concurrency or REPORT_CLIENTS
+    load = tuple(
+        Case(lengths[0], args.images, args.new_tokens, args.requests or max(n, REQUESTS), n)
+        for n in clients
+    )
+    return lone, replace(lone, cases=load, slots=args.slots or max(clients))
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:

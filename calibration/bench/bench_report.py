@@ -33,7 +33,7 @@ def markdown(results: Sequence[Result], plan: BenchPlan, machine: Mapping[str, A
     lines += [f"- {meaning}" for meaning in MEANINGS]
     if any(case.is_lone for case in plan.cases):
         lines.append(f"- {LONE}")
-    lines += [f"- {note}" for note in _notes(results, plan)]
+    lines += [f"- {note}" for note in notes(results, plan)]
     return "\n".join(lines) + "\n"
 
 
@@ -93,7 +93,7 @@ def title(case: Case, results: Sequence[Result]) -> str:
     )
 
 
-def _notes(results: Sequence[Result], plan: BenchPlan) -> list[str]:
+def notes(results: Sequence[Result], plan: BenchPlan) -> list[str]:
     """Notes under the tables: errors, unequal prompts, noise."""
     notes = [f"{result.error}." for result in results if result.error is not None]
     for case in plan.cases:

@@ -150,3 +150,13 @@ def round_seed(plan: BenchPlan, case: Case, number: int) -> int:
     """Seed of what a case's round asks, below 0 of one before those that count."""
     others = CASE_SEEDS * plan.cases.index(case)
     return plan.seed + number + others + (WARM_UP_SEEDS if number < 0 else 0)
+
+
+def joined(measured: Sequence[Sequence[Result]]) -> list[Result]:
+    """Results of the same contenders on several plans as those of one; an error of any is its."""
+    first, *others = measured
+    for more in others:
+        for result, further in zip(first, more, strict=True):
+            result.rounds |= further.rounds
+            result.error = result.error or further.error
+    return list(first)
