@@ -95,7 +95,7 @@ class BundleRunner:
         return turns
 
     def _asked(self, sample: EvaluationSample) -> tuple[Question, Images]:
-        """What a model is given: a text and its images, or messages, which have them."""
+        """A text and its images, or messages, which have them: the input of a model."""
         if not sample.before:
             return self._text(sample), sample.images
         first, *others = self._turns(sample)

@@ -107,7 +107,7 @@ def candidates(
 
 
 def _fixed(one: Candidate, settings: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Of the ``settings`` of each recipe those that a candidate has: its recipe's, those of a cache
+    """The ``settings`` that a candidate has: its recipe's, those of a cache
     of its own where it has that, and its policy's."""
     own = settings.get(one.recipe, ())
     for setting in own:
