@@ -41,7 +41,8 @@ def keep_sessions(patch: pytest.MonkeyPatch) -> None:
         there = kept[key]
         inputs, outputs = there.library.ports(there.handle)
         check_ports(graph, inputs, outputs)
-        return SharedSession(there.owner, there.handle, types(graph, outputs), outputs)
+        kinds = types(graph, outputs)
+        return SharedSession(there.owner, there.handle, kinds, outputs, there.gated)
 
     patch.setattr(SharedWeights, "session", session)
 

@@ -229,6 +229,8 @@ def _check_report(args: argparse.Namespace) -> None:
             raise ParameterError(
                 f"--report has lone requests and clients; leave --{name.replace('_', '-')} out"
             )
+    if args.requests == 1:
+        raise ParameterError("--requests is 1; for the clients of --report give 2 or more")
 
 
 def _check_costs(args: argparse.Namespace) -> None:

@@ -235,7 +235,7 @@ def _plan(args: argparse.Namespace) -> BenchPlan:
 def _report_plans(
     args: argparse.Namespace, contenders: Sequence[Contender]
 ) -> tuple[BenchPlan, ...]:
-    """Lone requests of each length, then clients with the shortest prompts."""
+    """Lone requests of each length, then clients with prompts of the first one."""
     from dataclasses import replace
 
     from lvlm.bench.machine import cores

@@ -56,12 +56,13 @@ def report(results: Sequence[Result], plan: BenchPlan, machine: Mapping[str, Any
         columns = [_column(case, results) for case in cases]
         lines += [f"{head}, {asked}: {names}.", "", *_head(columns)]
         lines += [_row(r, [_cell(r, case, figures) for case in cases]) for r in results]
-        lines += ["", f"{_beside(results)}: the same figures as ratios, round by round.", ""]
-        lines += _head(columns)
-        lines += [
-            _row(r, [_ratios(r, _others(results), case, figures) for case in cases])
-            for r in _compared(results)
-        ]
+        if compared := _compared(results):
+            lines += ["", f"{_beside(results)}: the same figures as ratios, round by round.", ""]
+            lines += _head(columns)
+            lines += [
+                _row(r, [_ratios(r, _others(results), case, figures) for case in cases])
+                for r in compared
+            ]
         lines.append("")
     lines += [f"- {meaning}" for meaning in MEANINGS]
     lines.append(

@@ -12,6 +12,7 @@ from lvlm.export.recipes.recipe import (
     cache_recipes,
     known_recipe,
     parse_settings,
+    read_settings,
     settable,
 )
 
@@ -100,7 +101,10 @@ def candidates(
         for g in kv_keeps
     ]
     fixed = settings_of([n for n in (*shortening, *caches) if n != OWN_CACHE], settings)
+    for name, own in fixed.items():
+        _check(name, own)
     found = [replace(one, fixed=_fixed(one, fixed)) for one in found]
+    _check_used(fixed, found)
     for one in found:
         one.made()  # whatever is wrong with the fractions is said now
     return found
@@ -110,17 +114,33 @@ def _fixed(one: Candidate, settings: Mapping[str, Sequence[str]]) -> tuple[str, 
     """The ``settings`` that a candidate has: its recipe's, those of a cache
     of its own where it has that, and its policy's."""
     own = settings.get(one.recipe, ())
-    for setting in own:
-        name = setting.partition("=")[0]
-        if name in TRIED:
-            raise ParameterError(
-                f"--set {one.recipe}.{name} is what candidates differ in; give its values by "
-                f"--{'recipes' if name == 'kv' else name.replace('_', '-')}"
-            )
     if one.kv not in (None, OWN_CACHE):
         own = [setting for setting in own if not setting.startswith(("kv_", "kv."))]
     policy = settings.get(one.kv or "", ())
     return (*own, *(f"kv.{setting}" for setting in policy))
+
+
+def _check(recipe: str, settings: Sequence[str]) -> None:
+    """Raise ParameterError for a setting that a recipe does not know or that candidates try."""
+    for name in read_settings(known_recipe(recipe), settings):
+        if name in TRIED:
+            raise ParameterError(
+                f"--set {recipe}.{name} is what candidates differ in; give its values by "
+                f"--{'recipes' if name == 'kv' else name.replace('_', '-')}"
+            )
+
+
+def _check_used(settings: Mapping[str, Sequence[str]], found: Sequence[Candidate]) -> None:
+    """Raise ParameterError for a setting that none of the candidates has."""
+    for recipe, own in settings.items():
+        having = [one for one in found if recipe in (one.recipe, one.kv)]
+        used = {setting.removeprefix("kv.") for one in having for setting in one.fixed}
+        for setting in own:
+            if setting.removeprefix("kv.") not in used:
+                raise ParameterError(
+                    f"--set {recipe}.{setting} is for its own way with the cache, which no "
+                    f"candidate has; add {OWN_CACHE} to --recipes"
+                )
 
 
 def with_room(some: Sequence[Candidate]) -> Candidate:

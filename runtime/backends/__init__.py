@@ -49,7 +49,8 @@ class Call(Protocol):
 
 
 class GraphSession(Protocol):
-    """A loaded graph. One that gives BEST has an attribute ``gives_best`` that is true."""
+    """A loaded graph. One that gives BEST has an attribute ``gives_best`` that is true, one that
+    can be held at a gate ``gated``: the number of its nodes before which it waits."""
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Call:
         """Bind buffers that stay the same over many calls; an output may be its input's buffer."""
@@ -65,8 +66,8 @@ class Gate(Protocol):
     def open(self) -> None:
         """Let it go on."""
 
-    def shut(self) -> None:
-        """Hold it; returns when it waits, or is no longer within."""
+    def shut(self) -> bool:
+        """Hold it; returns when it waits, True then, or is no longer within."""
 
 
 class Backend(Protocol):
@@ -84,7 +85,7 @@ class Backend(Protocol):
         """The graph ``name`` of the bundle in ``folder``."""
 
     def gate(self) -> Gate | None:
-        """A new gate for the graphs of this backend; None where they cannot be held."""
+        """A new gate for the graphs of this backend; None where none can be held."""
 
     def room(self) -> int | None:
         """Bytes that buffers can never exceed; None where ``allocate`` tells it in time."""

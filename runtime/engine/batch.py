@@ -84,6 +84,11 @@ class Batch:
         """[B] int64: what the last step gave as BEST, where ``graphs.chooses``."""
         return self._steps.best[: len(self.running)]
 
+    @property
+    def gated(self) -> bool:
+        """True where the graph that reads prompts can be held at a gate."""
+        return self.graphs.gated("extend" if self.in_pieces else "prefill")
+
     def free(self) -> None:
         """Give back the memory, even if someone keeps the batch."""
         self._steps.calls.clear()

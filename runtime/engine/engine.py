@@ -60,8 +60,8 @@ class Engine(TokenCounting):
         reuse_prefixes: read a prompt that begins like an earlier one, images included, from there
             on only, where the recipe allows it (docs/engine.md).
         chunk_tokens: tokens of a prompt that are read at once between decode steps, up to 512; 0:
-            all. None: as many as are read in the time of twenty steps. Recipes that decide with a
-            whole prompt read it at once.
+            all. None: as many as are read in the time of twenty steps, or slices of that time
+            where a device can hold graphs. Recipes that decide with a whole prompt read it at once.
 
     Raises:
         ParameterError: a value cannot be used, or the budget has no room for the slots.
@@ -132,7 +132,8 @@ class Engine(TokenCounting):
     @property
     def reads_in_slices(self) -> bool:
         """True where any prompt is read in slices of time beside what runs."""
-        return self._scheduler.gate is not None and self._scheduler.pace.free
+        scheduler = self._scheduler
+        return scheduler.gate is not None and scheduler.pace.free and scheduler.batch.gated
 
     def session(self) -> Session:
         """A conversation that keeps its cache from turn to turn.

@@ -76,7 +76,7 @@ class Prefilling:
         """Return when nothing of it runs any more, after ``stop``."""
         if self._slices is not None:
             self._slices.release()
-            self._slices.go_on(None)
+            self._slices.join()
 
 
 def end_overdue(requests: Iterable[Request]) -> float | None:

@@ -34,6 +34,10 @@ class Reading(Protocol):
     def images_left(self) -> bool:
         """True while images are still to be encoded."""
 
+    @property
+    def gated(self) -> bool:
+        """True where what reads the tokens can be held at a gate."""
+
     def run(self) -> np.ndarray:
         """Logits [B,vocabulary] after the prompts, all of what is left read at once."""
 
@@ -66,6 +70,10 @@ class WholeReading:
     @property
     def images_left(self) -> bool:
         return self._images.left > 0
+
+    @property
+    def gated(self) -> bool:
+        return self.graphs.gated("prefill")
 
     def run(self) -> np.ndarray:
         self._images.go_on()
@@ -122,6 +130,10 @@ class ReadingInPieces:
     @property
     def images_left(self) -> bool:
         return self._images.left > 0
+
+    @property
+    def gated(self) -> bool:
+        return self.graphs.gated("extend")
 
     def run(self) -> np.ndarray:
         while True:
@@ -195,6 +207,10 @@ class TurnReading:
     @property
     def images_left(self) -> bool:
         return self._images.left > 0
+
+    @property
+    def gated(self) -> bool:
+        return self.behind.graphs.gated("extend")
 
     def run(self) -> np.ndarray:
         self._images.go_on()

@@ -200,7 +200,8 @@ class Scheduler:
             reading = self.batch.admit([request])
             with self._changed:  # only now: whatever goes wrong in between, it is told
                 if reading is not None:
-                    self._prefilling = Prefilling(reading, self.gate)
+                    gate = self.gate if reading.gated else None
+                    self._prefilling = Prefilling(reading, gate)
                 self.waiting.popleft()
 
     def _read(self) -> None:

@@ -42,9 +42,13 @@ class Slices(Generic[T]):
         self.seconds += time.perf_counter() - began
         return self._done.is_set()
 
+    def join(self) -> None:
+        """Return when its thread has ended, after ``release`` or its end."""
+        self._thread.join()
+
     def result(self) -> T:
         """The outcome of the work, once it is done; raises what that raised."""
-        self._thread.join()
+        self.join()
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]

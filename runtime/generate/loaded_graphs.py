@@ -52,6 +52,10 @@ class Graphs:
         """True where decode gives BEST, so that greedy rows need no logits."""
         return bool(getattr(self.sessions.get("decode"), "gives_best", False))
 
+    def gated(self, name: str) -> bool:
+        """True where a graph can be held at a gate, once a layer at least."""
+        return getattr(self.sessions[name], "gated", 0) >= self.manifest.text.layers
+
     def bind(self, name: str, buffers: Mapping[str, Buffer]) -> Call:
         """A graph with those of the cache's ``buffers`` that it takes and gives."""
         graph = self.manifest.graphs[name]

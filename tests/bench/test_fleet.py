@@ -173,6 +173,17 @@ def test_prompts_in_slices_make_short_gaps_while_others_wait(chunked: bool, stre
     assert worked == pytest.approx(12.0, abs=0.1)
 
 
+def test_a_prompt_goes_on_where_its_slices_ended() -> None:
+    """When the last of those that run ends in the middle of it, none of it is read again."""
+    reads = tuple(ReadCost(t, 0, 0, t / 100) for t in (100, 400))
+    asked = fleet(sliced=True, alone=replace(costs(step=0.05), reads=reads))
+    stream, long = simulate(asked, [Arrival(0.0, 100, 18), Arrival(1.6, 400, 1)]).jobs
+    assert stream.tokens[-1] < long.tokens[0]  # it ended meanwhile
+    steps = sum(token > 1.65 for token in stream.tokens)
+    assert steps > 3
+    assert long.tokens[0] == pytest.approx(1.65 + 4.0 + steps * 0.05, abs=0.06)
+
+
 def test_the_same_image_again() -> None:
     """Features are kept by every engine, prompts behind them only where these may be shared."""
     arrivals = [Arrival(10.0 * n, 20, 2, 1, "same") for n in range(3)]

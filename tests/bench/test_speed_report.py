@@ -127,6 +127,18 @@ def test_a_run(run: Run, bundle: Callable[..., Path], tmp_path: Path) -> None:
     assert [r["case"]["requests"] for r in found] == [1, 1, 2, 2]
 
 
+def test_a_bundle_alone_has_no_ratios() -> None:
+    text = report([OURS], PLAN, MACHINE)
+    assert len(cells(text, "ours")) == 2
+    assert "as ratios" not in text
+
+
+def test_clients_that_would_be_a_lone_request(run: Run, tmp_path: Path) -> None:
+    code, _, err = run(tmp_path, "--report", "--requests", 1)
+    assert code == 2
+    assert "give 2 or more" in one_line(err, "lvlm-bench")
+
+
 @pytest.mark.parametrize("flag", [("--rate", 2), ("--costs",), ("--plot", "a.png")])
 def test_what_a_report_has_no_table_of(run: Run, tmp_path: Path, flag: tuple[Any, ...]) -> None:
     code, _, err = run(tmp_path, "--report", *flag)

@@ -6,6 +6,7 @@ ChunkPace's.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -150,7 +151,7 @@ class SimulatedReplica:
         if beside and self._images_left:
             return Piece("read", lambda times: times.image(1), images=1)
         images, behind = self._images_left, self._read
-        if self.engine.sliced and beside and self._pace.measured:
+        if self._worked or (self.engine.sliced and beside and self._pace.measured):
             return self._slice(partial(self._rest, job), self._worked)
         if not self.engine.chunked:
             shown = job.asked.images
@@ -162,7 +163,9 @@ class SimulatedReplica:
 
     def _slice(self, rest: Callable[[ServiceTimes], float], worked: float) -> Piece:
         queue = bool(self.waiting)
-        at_most = self._pace.slice_seconds(len(self.running), queue=queue)
+        at_most = math.inf  # of what nobody runs beside
+        if self.running:
+            at_most = self._pace.slice_seconds(len(self.running), queue=queue)
         return Piece(
             "read", lambda t: min(at_most, (1 - worked) * rest(t)), slice_of=rest, queue=queue
         )

@@ -9,6 +9,7 @@ import numpy as np
 
 from lvlm.runtime.backends import Buffer
 from lvlm.runtime.backends.ort.c_library import LibraryHandle, OrtError, OrtLibrary
+from lvlm.runtime.backends.ort.kernels.gates import kernels_made
 from lvlm.runtime.backends.ort.mapped_weights import MappedWeights
 from lvlm.runtime.backends.ort.sessions import check_ports, failure, types, with_repeats
 from lvlm.runtime.bundle.manifest import Graph, Manifest
@@ -35,21 +36,28 @@ class SharedWeights:
                 value = self.library.tensor(data, weight.dtype, weight.dims)
                 self._values[key] = LibraryHandle(self.library, value, "ReleaseValue", [data])
             given[name] = self._values[key]
+        before = kernels_made(self.kernels)
         with self.mapped.dropped_when_read():
             handle = self.library.session(file, self.threads, given, self.container, self.kernels)
         inputs, outputs = self.library.ports(handle)
         check_ports(graph, inputs, outputs)
-        return SharedSession(self, handle, types(graph, outputs), outputs)
+        gated = kernels_made(self.kernels) - before
+        return SharedSession(self, handle, types(graph, outputs), outputs, gated)
 
 
 class SharedSession:
     """A loaded graph. Safe to run from several threads, each with a call of its own."""
 
     def __init__(
-        self, owner: SharedWeights, handle: LibraryHandle, types: dict[str, str], outputs: list[str]
+        self,
+        owner: SharedWeights,
+        handle: LibraryHandle,
+        types: dict[str, str],
+        outputs: list[str],
+        gated: int,
     ) -> None:
         self.owner, self.handle, self.library = owner, handle, owner.library
-        self.types, self.outputs = types, outputs
+        self.types, self.outputs, self.gated = types, outputs, gated
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> SharedCall:
         return SharedCall(self, inputs, with_repeats(outputs, self.outputs))

@@ -77,6 +77,8 @@ def test_settings_are_those_of_the_recipe_and_of_its_policy() -> None:
         ("lightvlm.keep=0.3", "give its values by --keep"),
         ("snapkv.kv_keep=0.3", "give its values by --kv-keep"),
         ("lightvlm.kv=tova", "give its values by --recipes"),
+        ("lightvlm.kv_interval=8", "add interval to --recipes"),
+        ("lightvlm.kv_windw=8", "parameter of recipe 'lightvlm'"),
     ],
 )
 def test_settings_that_no_candidate_can_have(setting: str, message: str) -> None:

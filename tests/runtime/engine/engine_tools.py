@@ -111,6 +111,7 @@ class Faulty:
 
     def __init__(self, session: Any) -> None:
         self.session = session
+        self.gated = getattr(session, "gated", 0)
         self.before: Callable[[Any, Any], None] = lambda inputs, outputs: None  # noqa: ARG005
         self.after = self.before
         self.calls = 0

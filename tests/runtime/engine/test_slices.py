@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,9 +69,10 @@ class SlowGate:
         self._waits.clear()
         self._open.set()
 
-    def shut(self) -> None:
+    def shut(self) -> bool:
         self._open.clear()
         assert self._waits.wait(WAIT)
+        return self.inside
 
     def come(self) -> None:
         if not self._open.is_set():
@@ -158,3 +161,45 @@ def test_what_is_within_waits_and_others_do_not(
         thread.join(WAIT)
         assert ended.is_set()
         assert answers == [expected] * 2
+
+
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_how_many_nodes_of_a_graph_can_be_held(
+    name: str, kernels: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KERNELS, str(kernels))
+    with lvlm.load(folder) as model:
+        assert model.graphs.gated(name)
+        model.graphs.sessions[name].gated = model.manifest.text.layers - 1  # type: ignore[attr-defined]
+        assert not model.graphs.gated(name)
+    monkeypatch.setenv(KERNELS, "off")
+    with lvlm.load(folder) as model:
+        assert not model.graphs.gated(name)
+
+
+FORKS = """
+import os, sys, threading, time
+from pathlib import Path
+from lvlm.runtime.backends.ort.kernels.gates import KernelGate
+
+gate, inside = KernelGate(Path(sys.argv[1])), threading.Event()
+
+def within():
+    with gate.within():
+        inside.set()
+        threading.Event().wait()
+
+for target in (within, gate.shut):  # the second waits for the first
+    threading.Thread(target=target, daemon=True).start()
+    inside.wait()
+time.sleep(0.2)
+child = os.fork()
+if not child:
+    sys.exit(0)
+os._exit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_child_ends_though_somebody_waits_at_a_gate(kernels: Path) -> None:
+    argv = [sys.executable, "-c", FORKS, str(kernels)]
+    assert subprocess.run(argv, timeout=WAIT, check=False).returncode == 0

@@ -6,6 +6,7 @@ import ctypes
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from lvlm.core.errors import BackendError
@@ -19,15 +20,10 @@ class KernelGate:
     """
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
-        try:
-            self._library.lvlm_gate_new.restype = ctypes.c_void_p
-        except AttributeError:
-            raise BackendError(
-                f"the CPU kernels in {path} are older than this lvlm; build them again ({BUILD})"
-            ) from None
+        self._library = _library(path)
         self._gate = ctypes.c_void_p(self._library.lvlm_gate_new())
-        weakref.finalize(self, self._library.lvlm_gate_free, self._gate)
+        # At the interpreter's end it is left: in a forked child who waits at it is not there
+        weakref.finalize(self, self._library.lvlm_gate_free, self._gate).atexit = False
 
     @contextmanager
     def within(self) -> Iterator[None]:
@@ -40,5 +36,25 @@ class KernelGate:
     def open(self) -> None:
         self._library.lvlm_gate_open(self._gate)
 
-    def shut(self) -> None:
-        self._library.lvlm_gate_shut(self._gate)
+    def shut(self) -> bool:
+        return bool(self._library.lvlm_gate_shut(self._gate))
+
+
+def kernels_made(path: Path | None) -> int:
+    """Nodes that this thread has made kernels for; None: there are no kernels. Raises as
+    KernelGate."""
+    return 0 if path is None else int(_library(path).lvlm_kernels_made())
+
+
+@cache
+def _library(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    try:
+        library.lvlm_gate_new.restype = ctypes.c_void_p
+        library.lvlm_gate_shut.restype = ctypes.c_bool
+        library.lvlm_kernels_made.restype = ctypes.c_size_t
+    except AttributeError:
+        raise BackendError(
+            f"the CPU kernels in {path} are older than this lvlm; build them again ({BUILD})"
+        ) from None
+    return library

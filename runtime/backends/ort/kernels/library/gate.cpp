@@ -9,7 +9,11 @@
 namespace lvlm {
 namespace {
 thread_local Gate* here_ = nullptr;
-}
+thread_local size_t made_ = 0;
+}  // namespace
+
+void count_kernel() { ++made_; }
+size_t kernels_made() { return made_; }
 
 Gate* Gate::here() { return here_; }
 
@@ -33,27 +37,26 @@ void Gate::open() {
     changed_.notify_all();
 }
 
-void Gate::shut() {
+bool Gate::shut() {
     std::unique_lock<std::mutex> lock(mutex_);
     shut_ = true;
     changed_.wait(lock, [&] { return !shut_ || !within_ || waits_; });
+    return waits_;
 }
 
 void Gate::pass(const std::function<void(size_t, const std::function<void(size_t)>&)>& parallel) {
     std::unique_lock<std::mutex> lock(mutex_);
-    while (shut_) {
-        waits_ = true;
-        changed_.notify_all();
-        const size_t before = opened_;
-        lock.unlock();
-        // By the times it was opened: one that wakes late goes on even if it is shut again, as the
-        // others, which have woken, wait for it.
-        parallel(std::max(1u, std::thread::hardware_concurrency()), [&](size_t) {
-            std::unique_lock<std::mutex> held(mutex_);
-            changed_.wait(held, [&] { return opened_ != before; });
-        });
-        lock.lock();
-    }
+    if (!shut_) return;
+    waits_ = true;
+    changed_.notify_all();
+    const size_t before = opened_;
+    lock.unlock();
+    // By the times it was opened: one that wakes when it is shut again goes on to the next kernel, as
+    // the others, which have woken, wait for it, and as each opening is to bring a run further.
+    parallel(std::max(1u, std::thread::hardware_concurrency()), [&](size_t) {
+        std::unique_lock<std::mutex> held(mutex_);
+        changed_.wait(held, [&] { return opened_ != before; });
+    });
 }
 
 }  // namespace lvlm
@@ -63,4 +66,6 @@ LVLM_EXPORT void lvlm_gate_free(lvlm::Gate* gate) { delete gate; }
 LVLM_EXPORT void lvlm_gate_enter(lvlm::Gate* gate) { gate->enter(); }
 LVLM_EXPORT void lvlm_gate_leave(lvlm::Gate* gate) { gate->leave(); }
 LVLM_EXPORT void lvlm_gate_open(lvlm::Gate* gate) { gate->open(); }
-LVLM_EXPORT void lvlm_gate_shut(lvlm::Gate* gate) { gate->shut(); }
+LVLM_EXPORT bool lvlm_gate_shut(lvlm::Gate* gate) { return gate->shut(); }
+// Kernels that this thread has made so far: those of a session are the difference to before it.
+LVLM_EXPORT size_t lvlm_kernels_made() { return lvlm::kernels_made(); }

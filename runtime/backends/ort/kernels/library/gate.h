@@ -9,6 +9,10 @@
 
 namespace lvlm {
 
+// Of this thread: a node with a kernel was made; how many there were.
+void count_kernel();
+size_t kernels_made();
+
 class Gate {
 public:
     // The one that this thread is within; null: none.
@@ -17,9 +21,9 @@ public:
     void enter();
     void leave();
     void open();
-    // Returns when who is within waits, or has left.
-    void shut();
-    // Waits while it is shut. ``parallel``(count, task) runs tasks on the threads of the graph: they wait
+    // Returns when who is within waits, true then, or has left.
+    bool shut();
+    // Waits where it is shut, until it is opened. ``parallel``(count, task) runs tasks on the threads of the graph: they wait
     // as well, where they would look for work and take the time of others.
     void pass(const std::function<void(size_t, const std::function<void(size_t)>&)>& parallel);
 

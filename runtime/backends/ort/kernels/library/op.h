@@ -248,7 +248,10 @@ private:
     static OrtStatus* create(const OrtCustomOp*, const void* const* table, const OrtKernelInfo* info,
                              void** made) {
         const OrtApi api(table);
-        return guarded(api, [&] { *made = new Kernel{api, K(Attributes(api, info))}; });
+        return guarded(api, [&] {
+            *made = new Kernel{api, K(Attributes(api, info))};
+            count_kernel();
+        });
     }
     static OrtStatus* compute(void* self, OrtKernelContext* context) {
         const auto& kernel = *static_cast<Kernel*>(self);
