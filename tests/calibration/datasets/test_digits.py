@@ -5,7 +5,7 @@ from __future__ import annotations
 from lvlm.calibration.datasets import digits
 from lvlm.calibration.datasets.scenes import glyphs
 from lvlm.calibration.datasets.scenes.drawing import DENSITIES
-from lvlm.calibration.datasets.scenes.questions import said
+from lvlm.calibration.datasets.scenes.questions import KINDS, said
 
 
 def test_splits_share_no_scan() -> None:
@@ -17,13 +17,14 @@ def test_splits_share_no_scan() -> None:
 
 
 def test_every_kind_is_asked_of_every_density() -> None:
-    count = len(digits.ASKED) * len(DENSITIES)
+    count = len(KINDS) * len(DENSITIES)
     drawn = list(digits.samples("heldout", count, seed=3))
     assert {(a.kind, a.scenes[0].density) for a in drawn} == {
-        (kind, density) for kind in digits.ASKED for density in DENSITIES
+        (kind, density) for kind in KINDS for density in DENSITIES
     }
     for asked in drawn:
         assert len(asked.scenes) == (2 if asked.kind == "pictures" else 1)
+        assert len(asked.before) == (asked.kind == "turns")
         if asked.kind == "list":
             assert asked.answer == ", ".join(said(t) for t in asked.scenes[0].things)
 
