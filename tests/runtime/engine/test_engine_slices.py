@@ -191,3 +191,15 @@ def test_a_fixed_length_of_chunks_is_kept(folder: Path) -> None:
         submit(engine, ASKS[0]).result(WAIT)
         beside.cancel()
         assert not gate.held
+
+
+@pytest.mark.usefixtures("shortest")
+def test_a_graph_with_few_kernels_is_not_held(folder: Path) -> None:
+    with Engine(folder, slots=2, image_cache=0, reuse_prefixes=False) as engine:
+        gate, graph = counted(engine), intercept(engine, "extend")
+        graph.gated = engine.manifest.text.layers - 1
+        beside = running(engine)
+        submit(engine, ASKS[0]).result(WAIT)
+        beside.cancel()
+        assert not engine.reads_in_slices
+        assert not gate.held
