@@ -40,8 +40,8 @@ from lvlm.export.packages import set_logging
 from lvlm.runtime.engine.memory_plan import byte_size
 
 HEAD = (
-    *("limit", "best of all", "chosen", "worse by", "samples asked", "their time"),
-    *("speeds measured", "other orders: worse by, mean", "most", "by 1 % at most", "samples asked"),
+    *("limit", "best of all", "chosen", "worse by", "answers asked", "speeds", "time"),
+    *("other orders: worse by, mean", "most", "by 1 % at most", "time, mean", "most"),
 )
 
 
@@ -83,6 +83,11 @@ class Everything:
     search: Search
     trials: Mapping[Candidate, Trial]
     ms: Mapping[Candidate, float]
+
+    def seconds(self, asked: Mapping[Candidate, int], timed: Sequence[Candidate]) -> float:
+        """What so many answers and the speeds of these took."""
+        speeds = [speed.seconds for one in timed if (speed := self.trials[one].speed)]
+        return sum(n * self.ms[one] for one, n in asked.items()) / 1000 + sum(speeds)
 
 
 def made(
@@ -144,13 +149,14 @@ def _ms(judge: LossMeter, one: Candidate) -> float:
 @dataclass(frozen=True)
 class Replay:
     """One search: its choice (None: nothing keeps within the limits), by how much that is worse
-    than the best of all, and what it asked for as parts of the exhaustive search's."""
+    than the best of all, and what it asked for as parts of the exhaustive search's: answers,
+    speeds, and the time of both."""
 
     chosen: Trial | None
     worse: float
     answers: float
-    ms: float
     speeds: float
+    time: float
 
 
 def replay(
@@ -164,13 +170,14 @@ def replay(
     found = search.run(Progress(0, quiet=True))
     chosen = None if found.chosen is None else all_trials[found.chosen.candidate]
     asked = {t.candidate: t.loss.samples if t.loss else 0 for t in found.trials}
-    ms = sum(n * everything.ms[one] for one, n in asked.items())
+    timed = [t.candidate for t in found.trials if t.speed]
     return Replay(
         chosen,
         worse(chosen, best_of(list(all_trials.values()), limits), limits),
         sum(asked.values()) / (len(samples) * len(asked)),
-        ms / (len(samples) * sum(everything.ms.values())),
-        sum(t.speed is not None for t in found.trials) / len(asked),
+        len(timed) / len(asked),
+        everything.seconds(asked, timed)
+        / everything.seconds(dict.fromkeys(asked, len(samples)), list(asked)),
     )
 
 
@@ -211,9 +218,11 @@ def tokens_per_s(trial: Trial) -> float:
 def table(everything: Everything, limits: Mapping[str, TuneLimits], orders: int) -> str:
     """A line for each limit."""
     samples, some = everything.search.judge.samples, everything.trials
-    seconds = len(samples) * sum(everything.ms.values()) / 1000
+    answers = everything.seconds(dict.fromkeys(some, len(samples)), [])
+    speeds = everything.seconds({}, list(some))
     lines = [
-        f"{len(some)} candidates, {len(samples)} samples: {seconds:.0f} s of answers in all.",
+        f"{len(some)} candidates, {len(samples)} samples: {answers:.0f} s of answers in all, "
+        f"{speeds:.0f} s of speeds.",
         "",
         f"| {' | '.join(HEAD)} |",
         "| --- | --- | --- |" + " --: |" * (len(HEAD) - 3),
@@ -223,15 +232,15 @@ def table(everything: Everything, limits: Mapping[str, TuneLimits], orders: int)
     for name, limit in limits.items():
         own = replay(everything, limit, samples)
         others = [replay(everything, limit, order) for order in shuffled]
-        regrets = [one.worse for one in others]
+        regrets, times = [one.worse for one in others], [one.time for one in others]
         cells = [
             name,
             said(best_of(list(some.values()), limit)),
             said(own.chosen),
-            *(f"{part:.1%}" for part in (own.worse, own.answers, own.ms, own.speeds)),
+            *(f"{part:.1%}" for part in (own.worse, own.answers, own.speeds, own.time)),
             *((f"{np.mean(regrets):.1%}", f"{max(regrets):.1%}") if others else ("", "")),
             f"{sum(r <= 0.01 for r in regrets)} of {orders}",
-            f"{np.mean([one.answers for one in others]):.1%}" if others else "",
+            *((f"{np.mean(times):.1%}", f"{max(times):.1%}") if others else ("", "")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
         print(lines[-1], flush=True)

@@ -17,7 +17,7 @@ def trial(keep: float, lost: float, speed: float, memory: int) -> Trial:
     return Trial(
         Candidate("divprune", "none", keep=keep),
         Prediction(memory, keep, 1.0),
-        Loss(100, 1 - lost, lost, 0.0),
+        Loss(100, 1 - lost, 100 * lost, lost, 0.0),
         SpeedRecord("", 1.0, speed),
     )
 

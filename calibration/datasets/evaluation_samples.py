@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -70,7 +71,12 @@ class EvaluationSample:
                 raise DataError(f"{self.where}: {error}") from None
 
     def digest(self) -> str:
-        """sha256 of what the sample holds, wherever its files are."""
+        """sha256 of what the sample holds, wherever its files are; of these as they were when it
+        was first asked for."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         found = hashlib.sha256()
         for text in (self.prompt, self.answer, *(text for turn in self.before for text in turn)):
             found.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lvlm.calibration.datasets.evaluation_samples import EvaluationSample
 from lvlm.calibration.evaluate.answer_metrics import AnswerMetric
@@ -19,17 +20,25 @@ ONE_SIDED = 1.645  # standard errors: 95 of 100 are not beyond it
 
 @dataclass(frozen=True)
 class Loss:
-    """``quality`` by the metric, on ``samples`` samples; ``part`` of the full model's that is lost
-    (below 0: none is); what it really is lies, in 95 of 100 cases, above ``part - margin``."""
+    """``quality`` by the metric, on ``samples`` samples, where ``lost`` is what the full model's
+    are worth more, all together; ``part`` of the full model's that is lost (below 0: none is);
+    what it really is lies, in 95 of 100 cases, above ``part - margin``."""
 
     samples: int
     quality: float
+    lost: float
     part: float
     margin: float
 
-    @property
-    def lower_bound(self) -> float:
-        return self.part - self.margin
+
+class FullTimes(NamedTuple):
+    """What the full model takes: milliseconds of the vision tower and of prefill per prompt, of a
+    decode step, and of an answer to a sample in all."""
+
+    vision: float
+    prefill: float
+    step: float
+    answer: float
 
 
 @dataclass(frozen=True)
@@ -73,18 +82,21 @@ class LossMeter:
         }
         return {one: compared(scores[FULL], scores[one]) for one in wanted}
 
-    def full_ms(self, count: int) -> tuple[float, float, float]:
-        """Milliseconds of the vision tower and of prefill, per prompt of the full model, and of a
-        decode step: means over its first ``count`` samples, which ``losses`` has run."""
-        samples = self.samples[:count]
-        (job,) = plan_jobs([(self._variant(FULL), self.metric.run)], samples, self.how)
+    def full_times(self) -> FullTimes:
+        """Means over all samples, which ``losses`` has run."""
+        (job,) = plan_jobs([(self._variant(FULL), self.metric.run)], self.samples, self.how)
         records = [record for key in job.keys if (record := self.store.get(key)) is not None]
         prompts = len(records) * self.how.batch  # times are of those run together
-        return (
-            math.fsum(record.vision_ms for record in records) / prompts,
-            math.fsum(record.prefill_ms for record in records) / prompts,
-            math.fsum(record.decode_ms for record in records)
-            / max(1, sum(record.decode_steps for record in records)),
+        vision, prefill, decode = (
+            math.fsum(getattr(record, name) for record in records)
+            for name in ("vision_ms", "prefill_ms", "decode_ms")
+        )
+        steps = max(1, sum(record.decode_steps for record in records))
+        return FullTimes(
+            vision / prompts,
+            prefill / prompts,
+            decode / steps,
+            (vision + prefill + decode) / prompts,
         )
 
     def _variant(self, one: Candidate) -> Variant:
@@ -99,9 +111,9 @@ def compared(full: Sequence[float], own: Sequence[float]) -> Loss:
     """
     count, reference = len(full), math.fsum(full) / len(full)
     if reference <= 0:
-        return Loss(count, math.fsum(own) / count, 0.0, 1.0)
+        return Loss(count, math.fsum(own) / count, 0.0, 0.0, 1.0)
     differences = [a - b for a, b in zip(full, own, strict=True)]
     lost = math.fsum(differences) / count
     spread = math.fsum((d - lost) ** 2 for d in [*differences, 0.0, 1.0]) / count
     margin = ONE_SIDED * math.sqrt(spread / count)
-    return Loss(count, math.fsum(own) / count, lost / reference, margin / reference)
+    return Loss(count, math.fsum(own) / count, lost * count, lost / reference, margin / reference)

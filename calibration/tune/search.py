@@ -1,4 +1,4 @@
-"""The search: predictions first, then samples and times for ever fewer candidates, then a choice.
+"""The search: predictions first, then more samples for whoever promises most, then a choice.
 
 With a limit on what may be lost, the fastest of those within it is chosen; without one, that of
 least loss within the others, and of equal ones the fastest.
@@ -6,35 +6,49 @@ least loss within the others, and of equal ones the fastest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from lvlm.calibration.datasets.evaluation_samples import DataError
 from lvlm.calibration.evaluate.evaluation import EvaluationStep
 from lvlm.calibration.evaluate.variants import Bundle
 from lvlm.calibration.tune.candidates import FULL, Candidate
-from lvlm.calibration.tune.halving import left, rounds
 from lvlm.calibration.tune.limits import TuneLimits
-from lvlm.calibration.tune.losses import Loss, LossMeter
+from lvlm.calibration.tune.losses import FullTimes, Loss, LossMeter
 from lvlm.calibration.tune.predictions import Prediction
+from lvlm.calibration.tune.promise import (
+    LITTLE,
+    OPTIMISM,
+    TIE,
+    TIMED,
+    Outlook,
+    budget,
+    compresses_less,
+    next_count,
+)
 from lvlm.calibration.tune.shelf import Key, Shelf
 from lvlm.calibration.tune.speeds import SpeedRecord, Stopwatch
 from lvlm.core.progress import Progress, duration, size
 
-TIMED = 12  # candidates whose speed is measured; that of more is predicted
 DOUBT = 1.5  # times as fast as predicted: what a prediction may be wrong by
+ROUNDING = 1e-6  # answers that no limit is about
+HOPELESS = 0.05  # the probability of keeping the limit that is none
 
 
 @dataclass(frozen=True)
 class Trial:
-    """All that is known of a candidate; ``out`` is why it was left behind, None of the last few."""
+    """All that is known of a candidate; ``out`` is why it was left behind, None of those that could
+    be chosen."""
 
     candidate: Candidate
     prediction: Prediction
     loss: Loss | None = None
     speed: SpeedRecord | None = None
     out: str | None = None
+
+    @property
+    def asked(self) -> int:
+        return 0 if self.loss is None else self.loss.samples
 
 
 class Choice(NamedTuple):
@@ -54,35 +68,45 @@ class Search:
     stopwatch: Stopwatch
     shelf: Shelf
     bundles: dict[Key, Bundle]
-    full_ms: tuple[float, float, float] = (0.0, 0.0, 0.0)  # losses.Judge.full_ms
+    times: FullTimes = field(default=FullTimes(0.0, 0.0, 0.0, 0.0), init=False)
+    left: float = field(default=0.0, init=False)  # of the budget, in answers of the full model
 
     def run(self, progress: Progress) -> Choice:
         """Raises LvlmError; what was measured stays in the stores."""
         self.stopwatch.check()
         self._drop_what_cannot_fit()
-        count = rounds(len(self.trials), len(self.judge.samples), self.judge.how.batch)[0][0]
-        self._ask([FULL], count, progress)
-        self.full_ms = self.judge.full_ms(count)
+        samples = len(self.judge.samples)
+        self._ask(FULL, samples, progress)
+        self.times = self.judge.full_times()
         self._drop_what_takes_too_long()
-        self._fetch()
-        running = self._running()
-        plan = rounds(len(running), len(self.judge.samples), self.judge.how.batch)
-        for number, (count, max_candidates) in enumerate(plan):
-            self._ask(running, count, progress)
-            last = number + 1 == len(plan)
-            following = min(max_candidates, TIMED) if last else plan[number + 1][1]
-            if last or min(len(running), following) <= TIMED:
-                running = self._thinned(running, max(following, TIMED))
-                self._time(running, progress)
-                running = self._running()
-            running = self._thinned(running, following)
-        return Choice(list(self.trials.values()), self._choice(running))
+        self._time(FULL, progress)
+        everything = samples + self._timing()
+        self.left = budget(len(self._running()), everything) - everything
+        while (one := self._next()) is not None:
+            trial = self.trials[one]
+            count = next_count(trial.asked, samples, self.judge.how.batch)
+            if not self._fetch(one):
+                continue
+            if trial.speed is None and (trial.asked >= TIMED or count == samples):
+                self._time(one, progress)
+                self.left -= self._timing()
+            else:
+                self.left -= count - trial.asked
+                self._ask(one, count, progress)
+        self._say_why()
+        return Choice(list(self.trials.values()), self._best())
 
     def _running(self) -> list[Candidate]:
         return [one for one, trial in self.trials.items() if trial.out is None]
 
     def _leave(self, one: Candidate, why: str) -> None:
         self.trials[one] = replace(self.trials[one], out=why)
+
+    def _timing(self) -> float:
+        """What measuring a speed takes, in answers, by the full model's."""
+        speed = self.trials[FULL].speed
+        assert speed is not None
+        return 1000 * speed.seconds / max(self.times.answer, 1e-9)
 
     def _drop_what_cannot_fit(self) -> None:
         limit = self.limits.memory
@@ -95,100 +119,155 @@ class Search:
         work that is left."""
         if self.limits.ttft_ms is None:
             return
-        vision, prefill, _ = self.full_ms
         for one in self._running():
-            predicted = vision + prefill * self.trials[one].prediction.prefill
+            work = self.trials[one].prediction.prefill
+            predicted = self.times.vision + self.times.prefill * work
             if predicted > DOUBT * self.limits.ttft_ms and one != FULL:
                 self._leave(one, f"first token after some {predicted:.0f} ms by its work")
 
-    def _fetch(self) -> None:
-        """The bundles of those that are left; a recipe that is not for this model leaves, too."""
-        served = self.shelf.serve(self._running())
+    def _fetch(self, one: Candidate) -> bool:
+        """The bundle that serves it; False for a recipe that is not for this model, which leaves
+        with all of its candidates."""
+        if one.bundle in self.bundles:
+            return True
+        served = self.shelf.serve([one])
         self.bundles |= served.bundles
-        for one in self._running():
-            if one.bundle in served.refused:
-                self._leave(one, served.refused[one.bundle])
+        for other in self._running():
+            if other.bundle in served.refused:
+                self._leave(other, served.refused[other.bundle])
+        return one.bundle not in served.refused
 
-    def _ask(self, some: Sequence[Candidate], count: int, progress: Progress) -> None:
+    def _ask(self, one: Candidate, count: int, progress: Progress) -> None:
         total = len(self.judge.samples)
         progress.stages += 1
-        with progress.stage(f"{len(some)} candidates, {count} of {total} samples") as stage:
+        with progress.stage(f"{one.label}, {count} of {total} samples") as stage:
 
             def show(step: EvaluationStep) -> None:
                 if step.seconds_left is not None:
-                    stage.show(f"{step.job.variant.setting}, {duration(step.seconds_left)} left")
+                    stage.show(f"{duration(step.seconds_left)} left")
 
-            losses = self.judge.losses(some, count, show)
-            best = max(loss.quality for loss in losses.values())
-            stage.result = f"the best: {best:.1%}"
-        for one in some:
-            self.trials[one] = replace(self.trials[one], loss=losses[one])
+            loss = self.judge.losses([one], count, show)[one]
+            stage.result = f"{loss.part:.1%} lost" if one != FULL else f"{loss.quality:.1%}"
+            if self.left > 0:
+                most = duration(self.left * self.times.answer / 1000)
+                stage.result += f"; the search may take {most} more"
+        self.trials[one] = replace(self.trials[one], loss=loss)
 
-    def _time(self, some: Sequence[Candidate], progress: Progress) -> None:
+    def _time(self, one: Candidate, progress: Progress) -> None:
         progress.stages += 1
         load = self.stopwatch.load
-        with progress.stage(f"{len(some)} candidates, {load.concurrency} at a time") as stage:
-            speeds = self.stopwatch.speeds(some, stage)
-            best = max((s.tokens_per_s for s in speeds.values()), default=0.0)
-            stage.result = f"up to {best:.1f} tokens/s"
-        for one in some:
-            speed = speeds[one]
-            self.trials[one] = replace(self.trials[one], speed=speed)
-            if one == FULL:
+        with progress.stage(f"{one.label}, {load.concurrency} at a time") as stage:
+            speed = self.stopwatch.speeds([one], stage)[one]
+            stage.result = speed.error or f"{speed.tokens_per_s:.1f} tokens/s"
+        self.trials[one] = replace(self.trials[one], speed=speed)
+        limit = self.limits.ttft_ms
+        if one == FULL:
+            return
+        if speed.error is not None:
+            self._leave(one, speed.error)
+        elif limit is not None and speed.ttft_ms > limit:
+            self._leave(one, f"first token after {speed.ttft_ms:.0f} ms")
+
+    def _next(self) -> Candidate | None:
+        """The candidate that promises most, of those whose answers to all samples can be had."""
+        samples, best = len(self.judge.samples), self._best()
+        chances = {one: self._chance(trial, best) for one, trial in self.trials.items()}
+        found, most = None, LITTLE
+        for one in self._running():
+            trial = self.trials[one]
+            takes = samples - trial.asked + (self._timing() if trial.speed is None else 0)
+            if trial.asked == samples or takes > self.left:
                 continue
-            if speed.error is not None:
-                self._leave(one, speed.error)
-            elif self.limits.ttft_ms is not None and speed.ttft_ms > self.limits.ttft_ms:
-                self._leave(one, f"first token after {speed.ttft_ms:.0f} ms")
+            alike = [
+                chances[other]
+                for other, theirs in self.trials.items()
+                if theirs.asked and compresses_less(other, one)
+            ]
+            promise = self._worth(min([chances[one], *alike]), trial, best)
+            if promise > most:
+                found, most = one, promise
+        return found
 
-    def _thinned(self, some: Sequence[Candidate], max_candidates: int) -> list[Candidate]:
-        """Keep at most ``max_candidates`` of them; of the others it is noted why they went."""
-        losses = {one: loss for one in some if (loss := self.trials[one].loss) is not None}
-        speed = self._speed(some)
-        stay = left(some, losses, speed, self.limits.max_loss, max_candidates)
-        for one in some:
-            if one not in stay:
-                limit, loss = self.limits.max_loss, losses[one]
-                lost = limit is not None and loss.lower_bound > limit
-                why = "loses too much" if lost else "others are better"
-                self._leave(one, f"{why} ({loss.samples} samples)")
-        return stay
+    def _outlook(self, trial: Trial) -> Outlook:
+        lost = 0.0 if trial.loss is None else trial.loss.lost
+        return Outlook.of(lost, trial.asked, len(self.judge.samples))
 
-    def _speed(self, some: Sequence[Candidate]) -> dict[Candidate, float]:
-        """Tokens per second where all are measured; else by the work, from the full model's own
-        times, its steps shared by all requests at a time."""
-        measured = {one: s.tokens_per_s for one in some if (s := self.trials[one].speed)}
-        if len(measured) == len(some):
-            return measured
-        load = self.stopwatch.load
-        vision, prefill, step = self.full_ms
-        answer = load.new_tokens * step / load.concurrency
-        works = {one: self.trials[one].prediction for one in some}
-        return {
-            one: 1 / (vision + prefill * work.prefill + answer * work.decode)
-            for one, work in works.items()
-        }
+    def _allowed(self) -> float | None:
+        """Answers that may be lost on all samples; None: as many as must be."""
+        full, part = self.trials[FULL].loss, self.limits.max_loss
+        assert full is not None
+        return None if part is None else part * full.quality * full.samples + ROUNDING
 
-    def _choice(self, some: Sequence[Candidate]) -> Trial | None:
+    def _chance(self, trial: Trial, best: Trial | None) -> tuple[float, float]:
+        """How probable it is that the limit is kept; without one, answers by which it loses less
+        than the best, and how probable it is that it loses no more."""
+        outlook, allowed = self._outlook(trial), self._allowed()
+        if allowed is not None:
+            return outlook.at_most(allowed), 0.0
+        everything = float(len(self.judge.samples))
+        least = everything if best is None or best.loss is None else best.loss.lost
+        return outlook.improvement(least), outlook.at_most(least)
+
+    def _worth(self, chance: tuple[float, float], trial: Trial, best: Trial | None) -> float:
+        """The improvement over the best that is to be expected: tokens per second, as parts of the
+        full model's; without a limit on losses, answers."""
+        fastest = 0.0 if best is None else self._speed(best)
+        faster = max(0.0, self._speed(trial) - fastest) / self._speed(self.trials[FULL])
+        if self.limits.max_loss is not None:
+            return chance[0] * faster
+        return chance[0] + TIE * chance[1] * faster
+
+    def _speed(self, trial: Trial) -> float:
+        """Tokens per second; where they are not measured, by the work, as far as may be hoped."""
+        if trial.speed is not None and trial.speed.error is None:
+            return trial.speed.tokens_per_s
+        full = self.trials[FULL]
+        predicted = self._predicted(trial)
+        if full.speed is not None and full.speed.error is None:
+            predicted *= full.speed.tokens_per_s / self._predicted(full)
+        return predicted if trial is full else OPTIMISM * predicted
+
+    def _predicted(self, trial: Trial) -> float:
+        """From the full model's own times, its steps shared by all requests at a time."""
+        load, work, times = self.stopwatch.load, trial.prediction, self.times
+        steps = load.new_tokens * times.step * work.decode / load.concurrency
+        return 1000 * load.new_tokens / (times.vision + times.prefill * work.prefill + steps)
+
+    def _say_why(self) -> None:
+        """Why those that nothing more was asked of will not be chosen."""
+        allowed, samples = self._allowed(), len(self.judge.samples)
+        for one in self._running():
+            trial = self.trials[one]
+            if one == FULL or (
+                trial.asked == samples and (allowed is None or _lost(trial) <= allowed)
+            ):
+                continue
+            hopeless = allowed is not None and self._outlook(trial).at_most(allowed) < HOPELESS
+            why = "loses too much" if hopeless else "others promise more"
+            self._leave(one, f"{why} ({trial.asked or 'no'} samples)")
+
+    def _best(self) -> Trial | None:
+        """Of those with all answers and within all limits."""
         full = self.trials[FULL].loss
         if full is not None and full.quality == 0:
             raise DataError(
                 f"the full model answers none of the {full.samples} samples as they say, so that "
                 "nothing can be lost; give other samples, or --metric rouge"
             )
-        fitting = [t for one in some if self._fits(t := self.trials[one])]
+        fitting = [trial for trial in self.trials.values() if self._fits(trial)]
         if self.limits.max_loss is not None:
             return max(fitting, key=_tokens_per_s, default=None)
         return min(fitting, key=lambda t: (_lost(t), -_tokens_per_s(t)), default=None)
 
     def _fits(self, trial: Trial) -> bool:
-        limits, speed = self.limits, trial.speed
+        limits, speed, allowed = self.limits, trial.speed, self._allowed()
         if trial.out is not None or speed is None or speed.error is not None:
             return False
         return (
-            (limits.memory is None or trial.prediction.memory <= limits.memory)
+            trial.asked == len(self.judge.samples)
+            and (limits.memory is None or trial.prediction.memory <= limits.memory)
             and (limits.ttft_ms is None or speed.ttft_ms <= limits.ttft_ms)
-            and (limits.max_loss is None or _lost(trial) <= limits.max_loss)
+            and (allowed is None or _lost(trial) <= allowed)
         )
 
 
@@ -197,4 +276,4 @@ def _tokens_per_s(trial: Trial) -> float:
 
 
 def _lost(trial: Trial) -> float:
-    return 1.0 if trial.loss is None else trial.loss.part
+    return 0.0 if trial.loss is None else trial.loss.lost

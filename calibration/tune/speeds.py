@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,14 @@ SEED = 0
 @dataclass(frozen=True)
 class SpeedRecord(Record):
     """A candidate under load: milliseconds to the first token, median; tokens of all answers per
-    second; most resident memory of its process and the cache of one request, in bytes. With
-    ``error`` it could not be measured, and there are no figures."""
+    second; most resident memory of its process and the cache of one request, in bytes; what
+    measuring took. With ``error`` it could not be measured, and there are no figures."""
 
     ttft_ms: float = 0.0
     tokens_per_s: float = 0.0
     peak_bytes: int | None = None
     cache_bytes: int | None = None
+    seconds: float = 0.0
     error: str | None = None
 
 
@@ -79,6 +81,7 @@ class Stopwatch:
             slots=self.load.concurrency,
             apart=True,
         )
+        began = time.monotonic()
         sources = {one.label: bundle.folder}
         with tempfile.TemporaryDirectory(prefix="lvlm-tune-") as logs:
             (result,) = measure(
@@ -93,6 +96,7 @@ class Stopwatch:
             figures.tokens_per_s.median,
             figures.peak_bytes,
             figures.cache_bytes,
+            time.monotonic() - began,
         )
 
     def case(self) -> Case:
