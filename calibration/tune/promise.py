@@ -16,11 +16,12 @@ import numpy as np
 
 from lvlm.calibration.tune.candidates import FULL, OWN_CACHE, Candidate
 
-FIRST = 8  # samples at first: one answer more or less would decide otherwise
+FIRST = 4  # samples at first: enough to see who loses most
 STEP = 1.6  # more samples from time to time
 PART = 0.2  # of what asking all candidates everything would take, at most
 MIN_CANDIDATES = 4  # but so many can answer everything, however few there are
 THOUGHT_OF, THOUGHT_LOST = 2.0, 0.1  # samples thought of before the first, and their part lost
+LEAST = 0.01  # that is thought to be lost, and to be kept
 OPTIMISM = 1.2  # times as fast as predicted, a candidate may be before its speed is measured
 TIMED = 20  # samples answered before a speed is measured, which takes as long as many answers
 TIE = 0.1  # answers that twice the speed is worth where the least loss is wanted
@@ -49,12 +50,13 @@ class Outlook:
 
     @staticmethod
     @lru_cache(4096)  # of most candidates nothing new is known from step to step
-    def of(lost: float, asked: int, samples: int) -> Outlook:
-        """After ``lost`` answers (below 0: there are more right ones) of those ``asked``."""
+    def of(lost: float, asked: int, samples: int, thought: float = THOUGHT_LOST) -> Outlook:
+        """After ``lost`` answers (below 0: there are more right ones) of those ``asked``;
+        ``thought``: the part that was thought to be lost before."""
         left = samples - asked
         known = min(max(lost, 0.0), asked)
-        a = THOUGHT_OF * THOUGHT_LOST + known
-        b = THOUGHT_OF * (1 - THOUGHT_LOST) + asked - known
+        thought = min(max(thought, LEAST), 1 - LEAST)
+        a, b = THOUGHT_OF * thought + known, THOUGHT_OF * (1 - thought) + asked - known
         k = np.arange(left)
         steps = (left - k) * (a + k) / ((k + 1) * (b + left - k - 1))
         none = math.lgamma(b + left) - math.lgamma(b) - math.lgamma(a + b + left)

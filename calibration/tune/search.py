@@ -19,6 +19,7 @@ from lvlm.calibration.tune.predictions import Prediction
 from lvlm.calibration.tune.promise import (
     LITTLE,
     OPTIMISM,
+    THOUGHT_LOST,
     TIE,
     TIMED,
     Outlook,
@@ -189,8 +190,22 @@ class Search:
         return found
 
     def _outlook(self, trial: Trial) -> Outlook:
-        lost = 0.0 if trial.loss is None else trial.loss.lost
-        return Outlook.of(lost, trial.asked, len(self.judge.samples))
+        samples = len(self.judge.samples)
+        return Outlook.of(_lost(trial), trial.asked, samples, self._thought(trial))
+
+    def _thought(self, trial: Trial) -> float:
+        """The part that may be lost, by those that compress more: as much less as this one saves
+        less time."""
+        parts = [
+            other.loss.part * self._saved(trial) / self._saved(other)
+            for one, other in self.trials.items()
+            if other.loss is not None and compresses_less(trial.candidate, one)
+        ]
+        return min(parts, default=THOUGHT_LOST)
+
+    def _saved(self, trial: Trial) -> float:
+        """The part of the full model's time that is not taken, by the work."""
+        return max(1 - self._predicted(self.trials[FULL]) / self._predicted(trial), 0.01)
 
     def _allowed(self) -> float | None:
         """Answers that may be lost on all samples; None: as many as must be."""
@@ -234,17 +249,20 @@ class Search:
         return 1000 * load.new_tokens / (times.vision + times.prefill * work.prefill + steps)
 
     def _say_why(self) -> None:
-        """Why those that nothing more was asked of will not be chosen."""
+        """Why those that cannot be chosen now were asked no more, or not at all."""
         allowed, samples = self._allowed(), len(self.judge.samples)
         for one in self._running():
             trial = self.trials[one]
-            if one == FULL or (
-                trial.asked == samples and (allowed is None or _lost(trial) <= allowed)
-            ):
+            within = allowed is None or _lost(trial) <= allowed
+            if one == FULL or (trial.asked == samples and within):
                 continue
             hopeless = allowed is not None and self._outlook(trial).at_most(allowed) < HOPELESS
-            why = "loses too much" if hopeless else "others promise more"
-            self._leave(one, f"{why} ({trial.asked or 'no'} samples)")
+            if not trial.asked:
+                self._leave(one, "others promise more (not asked)")
+            elif hopeless:
+                self._leave(one, f"loses too much ({trial.asked} samples)")
+            else:
+                self._leave(one, f"others promise more ({trial.asked} samples)")
 
     def _best(self) -> Trial | None:
         """Of those with all answers and within all limits."""
