@@ -21,6 +21,7 @@ STEP = 1.6  # more samples from time to time
 PART = 0.2  # of what asking all candidates everything would take, at most
 MIN_CANDIDATES = 4  # but so many can answer everything, however few there are
 THOUGHT_OF, THOUGHT_LOST = 2.0, 0.1  # samples thought of before the first, and their part lost
+STEEP = 2  # power of the time saved that losses grow with
 LEAST = 0.01  # that is thought to be lost, and to be kept
 OPTIMISM = 1.2  # times as fast as predicted, a candidate may be before its speed is measured
 TIMED = 20  # samples answered before a speed is measured, which takes as long as many answers

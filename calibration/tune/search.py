@@ -19,6 +19,7 @@ from lvlm.calibration.tune.predictions import Prediction
 from lvlm.calibration.tune.promise import (
     LITTLE,
     OPTIMISM,
+    STEEP,
     THOUGHT_LOST,
     TIE,
     TIMED,
@@ -71,6 +72,11 @@ class Search:
     bundles: dict[Key, Bundle]
     times: FullTimes = field(default=FullTimes(0.0, 0.0, 0.0, 0.0), init=False)
     left: float = field(default=0.0, init=False)  # of the budget, in answers of the full model
+
+    def __post_init__(self) -> None:
+        some = list(self.trials)
+        self.less = {a: [b for b in some if compresses_less(b, a)] for a in some}
+        self.more = {a: [b for b in some if compresses_less(a, b)] for a in some}
 
     def run(self, progress: Progress) -> Choice:
         """Raises LvlmError; what was measured stays in the stores."""
@@ -179,11 +185,7 @@ class Search:
             takes = samples - trial.asked + (self._timing() if trial.speed is None else 0)
             if trial.asked == samples or takes > self.left:
                 continue
-            alike = [
-                chances[other]
-                for other, theirs in self.trials.items()
-                if theirs.asked and compresses_less(other, one)
-            ]
+            alike = [chances[other] for other in self.less[one] if self.trials[other].asked]
             promise = self._worth(min([chances[one], *alike]), trial, best)
             if promise > most:
                 found, most = one, promise
@@ -194,12 +196,13 @@ class Search:
         return Outlook.of(_lost(trial), trial.asked, samples, self._thought(trial))
 
     def _thought(self, trial: Trial) -> float:
-        """The part that may be lost, by those that compress more: as much less as this one saves
-        less time."""
+        """The part that may be lost, by those that compress more: it grows with the time that is
+        saved, ever faster."""
+        others = [self.trials[other] for other in self.more[trial.candidate]]
         parts = [
-            other.loss.part * self._saved(trial) / self._saved(other)
-            for one, other in self.trials.items()
-            if other.loss is not None and compresses_less(trial.candidate, one)
+            other.loss.part * (self._saved(trial) / self._saved(other)) ** STEEP
+            for other in others
+            if other.loss is not None
         ]
         return min(parts, default=THOUGHT_LOST)
 

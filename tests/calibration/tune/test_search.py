@@ -46,7 +46,8 @@ class World:
         self.served: set[Any] = {FULL.bundle}
 
     def speed(self, one: Candidate) -> float:
-        return self.unforeseen[one] * 10 / (0.2 + (1.0 if one.keep is None else one.keep))
+        work = 1.0 if one.keep is None else one.keep
+        return self.unforeseen[one] * 64_000 / (100 + 900 * work + 64 * 10 / 2)
 
     def losses(
         self, some: Sequence[Candidate], count: int, show: object = None
@@ -129,17 +130,21 @@ def test_the_fastest_within_a_loss() -> None:
     assert cost(world) <= PART
 
 
-@pytest.mark.parametrize("limit", [0.02, 0.1])
-def test_its_choice_is_about_that_of_an_exhaustive_search(limit: float) -> None:
-    """In eight of ten worlds within a hundredth of the speed, for a fifth of what that takes."""
+@pytest.mark.parametrize("limit", [0.02, 0.05, 0.1, 0.2])
+def test_its_choice_is_about_that_of_an_exhaustive_search(
+    limit: float, pytestconfig: pytest.Config
+) -> None:
+    """In two of three worlds at least within a hundredth of the speed, for a fifth of what that
+    takes."""
+    worlds = 30 if pytestconfig.getoption("--whole") else 3
     worse = []
-    for seed in range(10):
+    for seed in range(worlds):
         world = World(seed)
         chosen = world.search(TuneLimits(max_loss=limit)).chosen
         assert chosen is not None
         worse.append(1 - world.speed(chosen.candidate) / fastest(world, limit))
         assert cost(world) <= PART
-    assert sum(part <= 0.01 for part in worse) >= 8
+    assert sum(part <= 0.01 for part in worse) >= 2 * worlds / 3
     assert min(worse) >= 0
 
 
