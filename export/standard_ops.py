@@ -18,10 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from lvlm.core.errors import CheckpointError
 from lvlm.export.ops.cache_importance import OP as CACHE_IMPORTANCE
 from lvlm.export.ops.causal_attention import OP as CAUSAL_ATTENTION
 
 PLACEHOLDER_DOMAIN = "lvlm.std"
+OTHER_LOGITS = (
+    "softcap",
+    "s_aux",
+    "position_bias",
+)  # what attentions may add and no graph here has
 
 
 @dataclass
@@ -72,14 +78,20 @@ def attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     tap: Tap | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: q [B,Hq,N,d], k and v [B,Hkv,S,d] -> [B,N,Hq,d].
 
     A mask is boolean [B,1,N or 1,S], True where a key may be seen. Without one a language model's
     block, which gives a tap, is causal (rows are padded on the right, so a valid query never sees
-    padding), and others see everything.
+    padding), and others see everything. Raises CheckpointError where logits are not products alone.
     """
+    for name in OTHER_LOGITS:
+        if others.get(name) is not None:
+            raise CheckpointError(
+                f"{type(module).__name__} attends with {name}, which graphs here do not have; "
+                "only models whose attention is softmax of scaled products are supported"
+            )
     if (check := _check.get()) is not None:
         check(module)
     causal = attention_mask is None and tap is not None

@@ -5,18 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3TextConfig
+from transformers import Gemma2Config, Gemma3TextConfig
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 from transformers.models.gemma3.modeling_gemma3 import (
     create_masks_for_vision_model,
     get_block_sequence_ids_for_mask,
 )
 
+from lvlm.core.errors import CheckpointError
 from lvlm.export.graphs.attending import Masks
 from lvlm.export.graphs.extend import seen_behind
+from lvlm.export.leaves import ATTENTION
 from lvlm.export.recipes.parts.cache_rule import CacheRule
 from lvlm.export.recipes.parts.sequence import TokenSequence
 from lvlm.export.recipes.snapkv import SnapKV
-from lvlm.export.standard_ops import Tap
+from lvlm.export.standard_ops import OTHER_LOGITS, Tap, attention
 
 # Text, images of several lengths with text between, padding
 ROWS = [
@@ -85,3 +88,26 @@ def test_queries_of_images_that_rank_entries_see_what_follows() -> None:
         queries, seen = rule.window(state, tap, 4)
         assert seen.tolist() == expected
         assert queries[0, 0, :, 0].tolist() == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", OTHER_LOGITS)
+def test_attention_of_other_logits_is_refused(name: str) -> None:
+    x = torch.zeros(1, 1, 2, 4)
+    assert attention(torch.nn.Identity(), x, x, x, None, **{name: None})[0].shape == (1, 2, 1, 4)
+    with pytest.raises(CheckpointError, match=f"Identity attends with {name}, which"):
+        attention(torch.nn.Identity(), x, x, x, None, **{name: 50.0})
+
+
+def test_gemma_2_would_give_its_cap_to_attention() -> None:
+    """By the name that is refused."""
+    config = Gemma2Config(
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        attn_implementation=ATTENTION,
+    )
+    layer = Gemma2Attention(config, 0)
+    angles = torch.ones(1, 3, 8), torch.zeros(1, 3, 8)
+    with pytest.raises(CheckpointError, match="Gemma2Attention attends with softcap"):
+        layer(torch.zeros(1, 3, 16), angles, None)
