@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lvlm.export.families.family import fixed_tokens
+from lvlm.export.families.parts.feature_layers import feature_layers
 from lvlm.export.families.parts.leaf_tables import TEXTS
 from lvlm.export.families.parts.llama_text import (
     heads,
@@ -50,7 +51,11 @@ class Llava(PixelValues):
     model_class = LlavaForConditionalGeneration
 
     def read_config(self, raw: Mapping[str, Any]) -> Any:
-        return read_common(self.name, LlavaConfig, raw, TEXTS, "llama", TOWERS, "clip_vision_model")
+        config = read_common(
+            self.name, LlavaConfig, raw, TEXTS, "llama", TOWERS, "clip_vision_model"
+        )
+        feature_layers(config)
+        return config
 
     def language(self, model: Any, config: LlavaConfig) -> LanguageModel:
         return language_model(self, model.model.language_model, model.lm_head, config.text_config)

@@ -54,7 +54,7 @@ class Mistral3(PixtralLike):
         return config
 
     def vision(self, model: Any, config: Mistral3Config) -> nn.Module:
-        return Mistral3Vision(model, config.vision_feature_layer)
+        return Mistral3Vision(model, config)
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
         """GQA and MHA, heads wider than the hidden size's share, merges and patches of two sizes,

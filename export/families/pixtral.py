@@ -48,7 +48,7 @@ class Pixtral(PixtralLike):
         return config
 
     def vision(self, model: Any, config: LlavaConfig) -> nn.Module:
-        return PlainVision(model, config.vision_feature_layer)
+        return PlainVision(model, config)
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
         """GQA and MHA, heads wider than the hidden size's share, one feature layer and several,

@@ -16,6 +16,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipVi
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.family import too_few_tokens
+from lvlm.export.families.parts.feature_layers import feature_layers
 from lvlm.export.families.parts.leaf_tables import TEXTS, Kinds, leaves
 from lvlm.export.families.parts.llama_text import language_model, read_common, token_text
 from lvlm.export.families.parts.pixel_values import PixelValues
@@ -66,6 +67,7 @@ class AnyResolution(PixelValues):
         config = read_common(
             self.name, self.config_class, raw, TEXTS, self.text_type, TOWERS, self.tower_type
         )
+        feature_layers(config)
         vision = config.vision_config
         side = vision.image_size // vision.patch_size
         if tile_tokens(config) != side * side:
@@ -129,10 +131,7 @@ class LlavaVision(nn.Module):
         super().__init__()
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
-        layers = config.vision_feature_layer
-        depth = config.vision_config.num_hidden_layers + 1
-        wanted: Sequence[int] = [layers] if isinstance(layers, int) else layers
-        self.wanted = [i % depth for i in wanted]
+        self.wanted = feature_layers(config)
         self.first = int(config.vision_feature_select_strategy == "default")
 
     @property

@@ -4,7 +4,7 @@ in the prompt in rows, Mistral text."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from math import isqrt
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers.models.pixtral.modeling_pixtral import (
 
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.family import PromptFiles
+from lvlm.export.families.parts.feature_layers import feature_layers
 from lvlm.export.families.parts.leaf_tables import TEXTS, Kinds, rope_types
 from lvlm.export.families.parts.llama_text import (
     build_model,
@@ -87,13 +88,7 @@ class PixtralLike:
         one_of(self.name, "num_channels", vision.num_channels, (3,))
         rope_type = vision.rope_parameters["rope_type"]
         one_of(self.name, "vision rope_type", rope_type, rope_types(OWN_TOWERS["pixtral"]))
-        layers, depth = config.vision_feature_layer, vision.num_hidden_layers + 1
-        for layer in [layers] if isinstance(layers, int) else layers:
-            if not -depth <= layer < depth:
-                raise CheckpointError(
-                    f"vision_feature_layer {layer} is not there: the vision tower has "
-                    f"{depth - 1} layers"
-                )
+        feature_layers(config)
         return config
 
     def build(self, config: Any) -> nn.Module:
@@ -222,12 +217,11 @@ class PixtralVision(nn.Module):
     several of them apart.
     """
 
-    def __init__(self, model: Any, layers: int | Sequence[int]) -> None:
+    def __init__(self, model: Any, config: Any) -> None:
         super().__init__()
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
-        depth = len(self.tower.transformer.layers) + 1
-        self.wanted = [i % depth for i in ([layers] if isinstance(layers, int) else layers)]
+        self.wanted = feature_layers(config)
 
     def forward(self, pixel_values: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         tower, shape = self.tower, position_ids.shape[:2]

@@ -160,6 +160,8 @@ def test_what_transformers_cannot_convert_is_told_how(folder: Path) -> None:
         ("config.json", {"vision_config__patch_size": 0}),
         ("config.json", {"vision_config__image_size": 10**6, "vision_config__patch_size": 1}),
         ("config.json", {"vision_feature_layer": "last"}),
+        ("config.json", {"vision_feature_layer": 40}),
+        ("config.json", {"vision_feature_layer": [-2, -40]}),
         ("config.json", {"dtype": "auto"}),
         ("preprocessor_config.json", {"size": "big"}),
         ("preprocessor_config.json", {"size": {"height": -1, "width": 1}}),
