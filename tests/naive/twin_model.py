@@ -142,7 +142,7 @@ class Twin:
         found, layers, before = Answer(), [], None
         for index, block in enumerate(self.text.layers):
             sequence = rule.shorten(index, sequence, before)
-            hidden, before, entries = self._run(block, sequence.hidden, sequence.positions, None)
+            hidden, before, entries = self._run(block, sequence, None)
             sequence = Sequence(hidden, sequence.positions, sequence.image)
             layer = Layer(entries.key, entries.value, before.query, len(hidden))
             found.entered.append(layer.seen)
@@ -162,7 +162,8 @@ class Twin:
                 here = torch.full_like(following, layers[0].key.shape[1])
             for index, block in enumerate(self.text.layers):
                 layer = layers[index]
-                hidden, attention, entries = self._run(block, hidden, here, layer)
+                token = Sequence(hidden, here, [0])
+                hidden, attention, entries = self._run(block, token, layer)
                 layer.key, layer.value = entries.key, entries.value
                 layer.queries = torch.cat((layer.queries, attention.query), 1)
                 layer.seen += 1
@@ -199,23 +200,32 @@ class Twin:
         return torch.arange(len(ids))[None]
 
     def _run(
-        self, block: Any, hidden: torch.Tensor, positions: torch.Tensor, layer: Layer | None
+        self, block: Any, entering: Sequence, layer: Layer | None
     ) -> tuple[torch.Tensor, Seen, _Entries]:
+        hidden, positions = entering.hidden[None], entering.positions
         place = positions if len(positions) == 1 else positions[:, None]
         entries, note = _Entries(layer), []
-        mask = None
-        if layer is None:
-            mask = torch.full((len(hidden), len(hidden)), float("-inf")).triu(1)
         out = block(
-            hidden[None],
-            attention_mask=mask,
+            hidden,
+            attention_mask=self._mask(block, entering.image, layer),
             position_ids=place,
-            position_embeddings=self.text.rotary_emb(hidden[None], position_ids=place),
+            position_embeddings=self._angles(block, hidden, place),
             past_key_values=entries,
             note=note,
         )
         out = out[0] if isinstance(out, tuple) else out
         return out[0], note[0], entries
+
+    def _angles(self, block: Any, hidden: torch.Tensor, place: torch.Tensor) -> Any:
+        del block
+        return self.text.rotary_emb(hidden, position_ids=place)
+
+    def _mask(self, block: Any, image: list[int], layer: Layer | None) -> torch.Tensor | None:
+        """What is added to logits, [n,m], where not everything is seen."""
+        del block
+        if layer is not None:
+            return None
+        return torch.full((len(image), len(image)), float("-inf")).triu(1)
 
 
 class QwenTwin(Twin):

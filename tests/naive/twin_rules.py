@@ -149,14 +149,13 @@ class Interval(NoRule):
     shares: list[float] | None = None
 
     def after_prompt(self, block: int, layer: Layer, attention: Seen) -> None:
-        del attention
-        self._compact(block, layer)
+        self._compact(block, layer, attention)
 
     def after_step(self, block: int, layer: Layer, step: int) -> None:
         if step % self.interval == 0:
-            self._compact(block, layer)
+            self._compact(block, layer, None)
 
-    def _compact(self, block: int, layer: Layer) -> None:
+    def _compact(self, block: int, layer: Layer, attention: Seen | None) -> None:
         there = layer.key.shape[1]
         share = self.keep if self.shares is None else self.shares[block]
         budget = min(layer.seen, max(self.floor, up(share * layer.seen)))
@@ -164,20 +163,27 @@ class Interval(NoRule):
         budget = budget if self.cap is None else min(budget, self.cap)
         if there <= budget:
             return
-        heads, width = layer.queries.shape[0], layer.key.shape[2]
-        groups = heads // layer.key.shape[0]
-        scores = torch.zeros(there, dtype=torch.float64)
         recent = min(self.protect, layer.queries.shape[1], there)
+        scores = torch.zeros(there, dtype=torch.float64)
         for back in range(1, recent + 1):  # the query of the entry that lies ``back`` from the end
-            visible = there - back + 1
-            for head in range(heads):
-                keys = layer.key[head // groups, :visible]
-                logits = keys @ layer.queries[head, -back] * width**-0.5
-                scores[:visible] += logits.softmax(0).double() / heads
+            if attention is not None:  # which may see what follows, within an image
+                scores += attention.weights[:, -back].double().mean(0)
+            else:
+                self._attend(layer, back, scores)
         protected = {*range(self.sinks), *range(there - self.protect, there)}
         best = [p for p in ranked(scores.tolist()) if p not in protected]
         stay = sorted(protected | set(best[: budget - len(protected)]))
         layer.key, layer.value = layer.key[:, stay], layer.value[:, stay]
+
+    @staticmethod
+    def _attend(layer: Layer, back: int, scores: torch.Tensor) -> None:
+        """Add what a query pays, the mean over heads."""
+        heads, width = layer.queries.shape[0], layer.key.shape[2]
+        visible = layer.key.shape[1] - back + 1
+        for head in range(heads):
+            keys = layer.key[head // (heads // layer.key.shape[0]), :visible]
+            logits = keys @ layer.queries[head, -back] * width**-0.5
+            scores[:visible] += logits.softmax(0).double() / heads
 
 
 @dataclass
