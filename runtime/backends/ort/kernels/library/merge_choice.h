@@ -1,4 +1,4 @@
-// Which tokens of one row TokenMerge keeps, and who may absorb the others.
+// The choice of one row in TokenMerge: which tokens stay, and who may absorb the others.
 #pragma once
 
 #include <algorithm>
