@@ -34,6 +34,7 @@ from lvlm.runtime.backends.ort.kernels.kernel_library import find_kernels
 HEADS, KEY_HEADS, WIDTH = 9, 3, 64
 RECENT = 64  # queries that rank a cache
 NEW = 32  # tokens read at once behind a cache
+BEFORE, IMAGE, KEPT = 5, 576, 406  # tokens before an image's, of it, and of those after merging
 
 
 @dataclass
@@ -127,6 +128,7 @@ def cases(n: int) -> Iterator[NodeCase]:
             {"mode": mode},
             ops["CacheCompact"].function({"mode": mode}),
         )
+    yield from merges(ops["TokenMerge"], n, random)
     angles = random.uniform(0, 6, (n, WIDTH // 2))
     given = [
         values(1, 1, (HEADS + 2 * KEY_HEADS) * WIDTH),
@@ -154,6 +156,35 @@ def cases(n: int) -> Iterator[NodeCase]:
         {**heads, "head_size": WIDTH},
         attention_behind(),
     )
+
+
+def merges(op: Op, n: int, random: np.random.Generator) -> Iterator[NodeCase]:
+    """The first reduction of recipe lightvlm, by the rules that absorb."""
+    image = (np.arange(n) >= BEFORE) & (np.arange(n) < BEFORE + IMAGE)
+    counts = {"keep": KEPT, "keep_slots": KEPT, "out_slots": n - IMAGE + KEPT}
+    inputs: dict[str, np.ndarray] = {
+        "hidden": random.normal(size=(1, n, HEADS * WIDTH)).astype(np.float32),
+        "importance": random.random((1, n)).astype(np.float32),
+        "image_id": image[None].astype(np.int64),
+        "positions": np.arange(n)[None],
+    }
+    for rule, centres in (("recycle", KEPT // 10), ("nearest", None), ("illava", KEPT // 20)):
+        given = (
+            counts if centres is None else {**counts, "recycle": centres, "recycle_slots": centres}
+        )
+        attributes: dict[str, Attribute] = {"merge": rule}
+        yield NodeCase(
+            f"TokenMerge, {rule}",
+            "TokenMerge",
+            {**inputs, **{k: slots(k, count) for k, count in given.items()}},
+            [output.name for output in op.schema.outputs],
+            attributes,
+            op.function(attributes),
+        )
+
+
+def slots(name: str, count: int) -> np.ndarray:
+    return np.arange(count) if name.endswith("slots") else np.array([[count]])
 
 
 class Runner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -52,10 +53,15 @@ def single_node_model(op: Op, sample: OpSample, dynamic: bool = True) -> onnx.Mo
     )
 
 
-def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    """The model in ONNX Runtime on one CPU thread: small graphs only wait for more."""
+def session(
+    model: onnx.ModelProto, kernels: Path | None = None, threads: int = 1
+) -> onnxruntime.InferenceSession:
+    """The model in ONNX Runtime, on one CPU thread: small graphs only wait for more. ``kernels``:
+    the library of CPU kernels, which then run in the functions' place."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
+    if kernels is not None:
+        options.register_custom_ops_library(str(kernels))
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from cpu_kernels import BUILDS, make_build
-from single_node import assert_close, feeds, single_node_model
+from single_node import assert_close, feeds, session, single_node_model
 
 from lvlm.core.discovery import discover
 from lvlm.export.ops.op import Op, OpSample
@@ -35,18 +36,15 @@ SAMPLES = [
 
 @functools.cache
 def native(library: Path, model: bytes, threads: int) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(library))
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return session(onnx.load_from_string(model), library, threads)
 
 
 def run(library: Path, op: Op, sample: OpSample, threads: int = 1) -> list[np.ndarray]:
     """Without the function: only a kernel can do it."""
     model = single_node_model(op, sample)
     del model.functions[:]
-    session = native(library, model.SerializeToString(), threads)
-    found: list[np.ndarray] = session.run(None, feeds(op, sample))
+    runner = native(library, model.SerializeToString(), threads)
+    found: list[np.ndarray] = runner.run(None, feeds(op, sample))
     return found
 
 
@@ -92,6 +90,6 @@ def test_a_kernel_refuses_what_does_not_fit_in_one_line(kernels: Path) -> None:
     given = feeds(OPS["CacheUpdate"], sample)
     given["index"] = given["index"] + 100
     model = single_node_model(OPS["CacheUpdate"], sample)
-    session = native(kernels, model.SerializeToString(), 1)
+    runner = native(kernels, model.SerializeToString(), 1)
     with pytest.raises(Exception, match="lvlm::CacheUpdate: entries go beyond the cache"):
-        session.run(None, given)
+        runner.run(None, given)

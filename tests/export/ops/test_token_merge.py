@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -12,7 +13,7 @@ import torch
 from example_counts import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from single_node import feeds, session, single_node_model
+from single_node import assert_close, feeds, session, single_node_model
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.op import OpSample
@@ -165,13 +166,13 @@ def cases(draw: st.DrawFn) -> Case:
 
 @functools.cache
 def case_session(
-    rule: str, absorb: int, dtype: torch.dtype, rank: int
+    rule: str, absorb: int, dtype: torch.dtype, rank: int, kernels: Path | None = None
 ) -> onnxruntime.InferenceSession:
     one = torch.ones(1, 4, dtype=torch.int64)
     positions = one.expand(3, 1, 4) if rank == 3 else one
     hidden = torch.zeros(1, 4, 3, dtype=dtype)
     case = Case(hidden, one.float(), one, positions, [[2]], [[1]], rule, absorb)
-    return session(single_node_model(OP, case.sample()))
+    return session(single_node_model(OP, case.sample()), kernels)
 
 
 @settings(max_examples=examples(200), deadline=None)
@@ -185,6 +186,51 @@ def test_reference_matches_loops(case: Case) -> None:
 def test_onnx_function_matches_loops(case: Case) -> None:
     runner = case_session(case.rule, case.absorb, case.hidden.dtype, case.positions.dim())
     assert_matches_loops(case, runner.run(None, feeds(OP, case.sample())))
+
+
+@settings(max_examples=examples(200), deadline=None)
+@given(case=cases())
+def test_kernel_matches_loops(kernels: Path, case: Case) -> None:
+    shape = case.hidden.dtype, case.positions.dim()
+    runner = case_session(case.rule, case.absorb, *shape, kernels)
+    assert_matches_loops(case, runner.run(None, feeds(OP, case.sample())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rule", RULES)
+def test_kernel_of_many_tokens_whatever_the_threads(
+    rule: str, dtype: torch.dtype, kernels: Path
+) -> None:
+    """Many tasks, more centres than a panel has, a width that vectors do not divide."""
+    image_id = torch.tensor([[0] * 5 + [1] * 400 + [0] * 9 + [2] * 290, [1] * 210 + [0] * 494])
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 704, 43, generator=random).to(dtype)
+    importance, positions = torch.rand(2, 704, generator=random), torch.arange(704).expand(2, -1)
+    counts = [[90, 33], [70, 0]], [[70, 3], [40, 0]]
+    sample = Case(hidden, importance, image_id, positions, *counts, rule, 5).sample()
+    one, three = (
+        session(single_node_model(OP, sample), kernels, threads).run(None, feeds(OP, sample))
+        for threads in (1, 3)
+    )
+    assert_close(OP, sample, one)
+    for a, b in zip(one, three, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_kernel_refuses_what_does_not_fit(kernels: Path) -> None:
+    ids = torch.tensor([[0, 1, 1, 1]])
+    case = Case(torch.ones(1, 4, 2), torch.ones(1, 4), ids, ids, [[2]], [[1]], "recycle", 5)
+    runner = session(single_node_model(OP, case.sample()), kernels)
+    given = feeds(OP, case.sample())
+    for name, value, said in (
+        ("keep", [[4]], "keep exceeds the image tokens"),
+        ("recycle", [[3]], "recycle exceeds keep"),
+        ("out_slots", [0, 1], "out_slots are fewer"),
+        ("importance", [[1.0]], "do not fit"),
+    ):
+        wrong = np.array(value, given[name].dtype)
+        with pytest.raises(Exception, match=f"lvlm::TokenMerge: .*{said}"):
+            runner.run(None, {**given, name: wrong})
 
 
 @settings(max_examples=examples(100), deadline=None)
@@ -243,14 +289,41 @@ def test_a_last_token_of_an_image_stays() -> None:
     np.testing.assert_array_equal(merged[0, 2], hidden[0, 3].numpy())
 
 
-def test_equal_similarity_prefers_the_important_centre_and_the_lower_index() -> None:
+def equal_centres() -> tuple[Case, list[int]]:
+    """Everything is equally similar: the more important centre, and the lower index."""
     importance = torch.tensor([[0.8, 0.1, 0.9, 0.2, 0.3, 0.4, 0.0]])
     image_id = torch.tensor([[1] * 6 + [0]])
     hidden = torch.ones(1, 7, 3)
     case = Case(hidden, importance, image_id, image_id, [[2]], [[2]], "recycle", 3)
-    runner = case_session("recycle", 3, torch.float32, 2)
+    return case, [0, 1, 1, 1, 1, -1, 2]
+
+
+def equal_tokens(rule: str) -> tuple[Case, list[int]]:
+    """Two tokens are equally similar, then one is more so: of the two the lower index."""
+    axes = torch.eye(3)
+    hidden = torch.stack([axes[0], axes[1], axes[1], axes[0], axes[2]])[None]
+    importance = torch.tensor([[0.9, 0.1, 0.1, 0.1, 0.0]])
+    image_id = torch.tensor([[1, 1, 1, 1, 0]])
+    case = Case(hidden, importance, image_id, image_id, [[1]], [[1]], rule, 2)
+    return case, [0, 0, -1, 0, 1]
+
+
+TIES = pytest.mark.parametrize(
+    ("case", "expected"), [equal_centres(), equal_tokens("recycle"), equal_tokens("illava")]
+)
+
+
+@TIES
+def test_equally_similar(case: Case, expected: list[int]) -> None:
+    runner = case_session(case.rule, case.absorb, torch.float32, 2)
     for found in (case.run(), runner.run(None, feeds(OP, case.sample()))):
-        assert found[3].tolist() == [[0, 1, 1, 1, 1, -1, 2]]
+        assert found[3].tolist() == [expected]
+
+
+@TIES
+def test_kernel_of_equally_similar(case: Case, expected: list[int], kernels: Path) -> None:
+    runner = case_session(case.rule, case.absorb, torch.float32, 2, kernels)
+    assert runner.run(None, feeds(OP, case.sample()))[3].tolist() == [expected]
 
 
 def test_what_does_not_fit_is_refused() -> None:
