@@ -67,6 +67,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--stress-steps", type=int, default=90, help="random operations on the engine (90)"
     )
+    parser.addoption(
+        "--sanitize",
+        metavar="WHICH",
+        help="compile CPU kernels with these sanitizers and run their tests alone, less those that "
+        "export; the sanitizer's library is preloaded (tests/export/ops/test_kernel_builds.py)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -79,9 +85,11 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return OptionalModule.from_parent(parent, path=module_path)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Markers: ``parity`` by folder, ``slow`` and ``gpu`` by what a test needs or its own mark,
     ``unit`` on all others."""
+    if config.getoption("--sanitize"):
+        items[:] = [item for item in items if _needs(item) == {"kernels"}]
     for item in items:
         if any(part in item.path.parts for part in PARITY):
             item.add_marker("parity")
@@ -91,6 +99,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("gpu")
         if not {"parity", "slow", "gpu"} & {mark.name for mark in item.iter_markers()}:
             item.add_marker("unit")
+
+
+def _needs(item: pytest.Item) -> set[str]:
+    return {"kernels", "bundle"} & set(getattr(item, "fixturenames", ()))
 
 
 def pytest_collection_finish() -> None:
@@ -210,8 +222,10 @@ def bundle(shared: Path, checkpoint: Callable[[str], Path]) -> Callable[..., Pat
 
 
 @pytest.fixture(scope="session")
-def kernels(shared: Path) -> Path:
+def kernels(shared: Path, pytestconfig: pytest.Config) -> Path:
     """The library of CPU kernels, for this CPU's instructions alone."""
-    from cpu_kernels import make_kernels
+    from cpu_kernels import FLAGS, make_kernels
 
-    return make_kernels(shared / "cpu-kernels")
+    which = pytestconfig.getoption("--sanitize")
+    sanitizer = f" -g -fsanitize={which} -fno-sanitize-recover=all" if which else ""
+    return make_kernels(shared / "cpu-kernels", FLAGS + sanitizer)

@@ -60,6 +60,7 @@ FOREIGN = {
     "--numprocesses",
     "--dist",
     "--stress-steps",
+    "--sanitize",
     "--preload",
     "--gpus",
     "--shm-size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -22,8 +23,11 @@ ELEMENT = {
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def single_node_model(op: Op, sample: OpSample, dynamic: bool = True) -> onnx.ModelProto:
-    """One node of ``op`` with its function, inputs and outputs under the schema's formal names.
+def single_node_model(
+    op: Op, sample: OpSample, dynamic: bool = True, *, function: bool = True
+) -> onnx.ModelProto:
+    """One node of ``op``, with its ``function`` or without, inputs and outputs under the schema's
+    formal names.
 
     ``dynamic``: axes that vary at run time (capital in ``Op.axes``) are symbolic; outputs then
     state their rank only. Otherwise every extent is the sample's.
@@ -47,21 +51,26 @@ def single_node_model(op: Op, sample: OpSample, dynamic: bool = True) -> onnx.Mo
     node.attribute.extend(helper.make_attribute(k, v) for k, v in sample.attributes.items())
     return helper.make_model(
         helper.make_graph([node], op.name, inputs, outputs),
-        functions=[op.function(sample.attributes)],
+        functions=[op.function(sample.attributes)] if function else [],
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
         ir_version=11,  # opset 24 came with 11; newer ones are refused by released runtimes
     )
 
 
 def session(
-    model: onnx.ModelProto, kernels: Path | None = None, threads: int = 1
+    model: onnx.ModelProto,
+    library: Path | None = None,
+    threads: int = 1,
+    initializers: Mapping[str, onnxruntime.OrtValue] = MappingProxyType({}),
 ) -> onnxruntime.InferenceSession:
-    """The model in ONNX Runtime, on one CPU thread: small graphs only wait for more. ``kernels``:
-    the library of CPU kernels, which then run in the functions' place."""
+    """The model in ONNX Runtime on CPU threads, one since small graphs only wait for more; with the
+    kernels of ``library``, and with ``initializers`` for its own."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    if kernels is not None:
-        options.register_custom_ops_library(str(kernels))
+    for name, value in initializers.items():
+        options.add_initializer(name, value)
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from cpu_kernels import BUILDS, make_build
+from kernel_cases import LONG, OPS, kernel_ops, long_prompts
 from single_node import assert_close, feeds, session, single_node_model
 
-from lvlm.core.discovery import discover
 from lvlm.export.ops.op import Op, OpSample
-from lvlm.runtime.backends.ort.kernels.kernel_library import SOURCES
-
-OPS: dict[str, Op] = discover("lvlm.export.ops", "OP")
-
-
-def kernel_ops() -> Iterator[Op]:
-    """Those of which the library has a kernel: a file each."""
-    for name, op in OPS.items():
-        snake = "".join(f"_{c.lower()}" if c.isupper() else c for c in name).strip("_")
-        if (SOURCES / f"{snake}.cpp").exists():
-            yield op
-
 
 SAMPLES = [
     pytest.param(op, s, id=f"{op.name}: {s.name}") for op in kernel_ops() for s in op.samples()
@@ -36,15 +22,14 @@ SAMPLES = [
 
 @functools.cache
 def native(library: Path, model: bytes, threads: int) -> onnxruntime.InferenceSession:
-    return session(onnx.load_from_string(model), library, threads)
+    return session(onnx.load_model_from_string(model), library, threads)
 
 
 def run(library: Path, op: Op, sample: OpSample, threads: int = 1) -> list[np.ndarray]:
     """Without the function: only a kernel can do it."""
-    model = single_node_model(op, sample)
-    del model.functions[:]
-    runner = native(library, model.SerializeToString(), threads)
-    found: list[np.ndarray] = runner.run(None, feeds(op, sample))
+    model = single_node_model(op, sample, function=False)
+    made = native(library, model.SerializeToString(), threads)
+    found: list[np.ndarray] = made.run(None, feeds(op, sample))
     return found
 
 
@@ -57,19 +42,11 @@ def test_kernel_computes_the_reference(op: Op, sample: OpSample, kernels: Path) 
     assert_close(op, sample, run(kernels, op, sample))
 
 
-@pytest.mark.parametrize(("heads", "key_heads", "width"), [(3, 1, 64), (4, 4, 40), (7, 1, 32)])
+@pytest.mark.parametrize(("heads", "key_heads", "width"), LONG)
 def test_long_prompts_whatever_the_threads(
     heads: int, key_heads: int, width: int, kernels: Path
 ) -> None:
-    """Many blocks, and more keys than one product takes."""
-    random = torch.Generator().manual_seed(heads)
-    query = torch.randn(2, heads, 530, width, generator=random)
-    key, value = torch.randn(2, 2, key_heads, 530, width, generator=random)
-    length = torch.tensor([530, 201])
-    padding = (torch.arange(530) >= length[:, None])[:, None, :, None]
-    attributes = {"scale": 0.2, "importance": 1}
-    given = (query, key, value, length)
-    sample = OpSample("long", given, attributes, {"output": padding})
+    sample = long_prompts(heads, key_heads, width)
     op = OPS["CausalAttention"]
     found = run(kernels, op, sample)
     assert_close(op, sample, found)
@@ -90,6 +67,6 @@ def test_a_kernel_refuses_what_does_not_fit_in_one_line(kernels: Path) -> None:
     given = feeds(OPS["CacheUpdate"], sample)
     given["index"] = given["index"] + 100
     model = single_node_model(OPS["CacheUpdate"], sample)
-    runner = native(kernels, model.SerializeToString(), 1)
+    made = native(kernels, model.SerializeToString(), 1)
     with pytest.raises(Exception, match="lvlm::CacheUpdate: entries go beyond the cache"):
-        runner.run(None, given)
+        made.run(None, given)

@@ -14,20 +14,18 @@ import pytest
 from cpu_kernels import BUILDS, make_build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import helper
+from lowered_nodes import linear_model
+from single_node import session
 
-from lvlm.export.ops.op import OPSET
 from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN
-from lvlm.export.targets.passes.ort_linears import LINEAR, TRANSPOSED, use_linears
-
-FLOAT = onnx.TensorProto.FLOAT
+from lvlm.export.targets.passes.ort_linears import use_linears
 
 
 def values(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def session(
+def loaded(
     weight: np.ndarray,
     library: Path,
     *,
@@ -37,33 +35,11 @@ def session(
     rank: int = 2,
 ) -> onnxruntime.InferenceSession:
     """Without the function: only the kernel can do it. Constant weights stay where they are."""
-    function = TRANSPOSED if transposed else LINEAR
-    node = helper.make_node(function.name, ["x", "weight"], ["y"], domain=LOWERED_DOMAIN)
-    described = [helper.make_tensor_value_info("x", FLOAT, [None] * rank)]
-    initializers = []
-    if constant:
-        # Other values: those of ``weight`` take their place
-        initializers.append(onnx.numpy_helper.from_array(np.zeros_like(weight), "weight"))
-    else:
-        described.append(helper.make_tensor_value_info("weight", FLOAT, weight.shape))
-    graph = helper.make_graph(
-        [node],
-        "g",
-        described,
-        [helper.make_tensor_value_info("y", FLOAT, None)],
-        initializers,
-    )
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(LOWERED_DOMAIN, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=11)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(library))
+    # Other values: those of ``weight`` take their place
+    stored = np.zeros_like(weight) if constant else weight
+    model = linear_model(stored, transposed=transposed, constant=constant, rank=rank)
     held = onnxruntime.OrtValue.ortvalue_from_numpy(weight)  # of the array's own memory
-    if constant:
-        options.add_initializer("weight", held)
-    made = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    made = session(model, library, threads, {"weight": held} if constant else {})
     made.held = held  # as long as the session
     return made
 
@@ -92,7 +68,7 @@ def test_kernel_multiplies(
     feeds = {"x": x} | ({} if constant else {"weight": stored})
 
     def run(threads: int) -> np.ndarray:
-        made = session(stored, kernels, transposed=transposed, constant=constant, threads=threads)
+        made = loaded(stored, kernels, transposed=transposed, constant=constant, threads=threads)
         (found,) = made.run(None, feeds)
         return np.asarray(found)
 
@@ -106,21 +82,21 @@ def test_every_build(build: str, shared: Path, pytestconfig: pytest.Config) -> N
     library = make_build(build, shared, pytestconfig)
     for rows, depth, columns in [(1, 64, 33), (7, 1025, 100), (200, 64, 300)]:
         x, weight = values(rows, rows, depth), values(columns, depth, columns)
-        check(x, weight, session(weight, library).run(None, {"x": x})[0])
+        check(x, weight, loaded(weight, library).run(None, {"x": x})[0])
 
 
 def test_rows_may_have_any_number_of_axes(kernels: Path) -> None:
     weight = values(1, 40, 50)
     for shape in [(40,), (3, 40), (2, 3, 40), (2, 1, 3, 40), (2, 0, 40)]:
         x = values(2, *shape)
-        (found,) = session(weight, kernels, rank=len(shape)).run(None, {"x": x})
+        (found,) = loaded(weight, kernels, rank=len(shape)).run(None, {"x": x})
         check(x, weight, found)
 
 
 def test_what_is_not_finite_stays_in_its_row_or_column(kernels: Path) -> None:
     x, weight = values(3, 40, 64), values(4, 64, 40)
     x[5, 7], weight[9, 11] = np.nan, np.inf
-    (found,) = session(weight, kernels).run(None, {"x": x})
+    (found,) = loaded(weight, kernels).run(None, {"x": x})
     odd = ~np.isfinite(found)
     assert odd[5].all()
     assert odd[:, 11].all()
@@ -130,21 +106,21 @@ def test_what_is_not_finite_stays_in_its_row_or_column(kernels: Path) -> None:
 def test_what_is_packed_lives_no_longer_than_its_sessions(kernels: Path) -> None:
     """By address: other weights that come to lie there later are packed anew."""
     weight, x = values(5, 64, 32), values(6, 2, 64)
-    first = session(weight, kernels)
-    second = session(weight, kernels)
+    first = loaded(weight, kernels)
+    second = loaded(weight, kernels)
     (one,), (other,) = first.run(None, {"x": x}), second.run(None, {"x": x})
     del first
     np.testing.assert_array_equal(one, other)
     check(x, weight, second.run(None, {"x": x})[0])
     del second
     weight += 1
-    (found,) = session(weight, kernels).run(None, {"x": x})
+    (found,) = loaded(weight, kernels).run(None, {"x": x})
     check(x, weight, found)
 
 
 def test_the_other_layout_at_the_same_place_is_another(kernels: Path) -> None:
     weight, x = values(7, 48, 48), values(8, 3, 48)
-    made = [session(weight, kernels, transposed=transposed) for transposed in (False, True)]
+    made = [loaded(weight, kernels, transposed=transposed) for transposed in (False, True)]
     check(x, weight, made[0].run(None, {"x": x})[0])
     check(x, weight.T, made[1].run(None, {"x": x})[0])
 
@@ -154,17 +130,17 @@ def test_other_weights_at_the_same_place_are_packed_anew(transposed: bool, kerne
     """Though what was packed is still held: by a session whose weights are gone before it is, when
     another thread loads a model."""
     weight, x = values(7, 48, 48), values(8, 3, 48)
-    first = session(weight, kernels, transposed=transposed)
+    first = loaded(weight, kernels, transposed=transposed)
     expected = first.run(None, {"x": x})[0]
     weight[47, 47] += 1
-    second = session(weight, kernels, transposed=transposed)
+    second = loaded(weight, kernels, transposed=transposed)
     check(x, weight.T if transposed else weight, second.run(None, {"x": x})[0])
     np.testing.assert_array_equal(first.run(None, {"x": x})[0], expected)
 
 
 def test_sums_of_nothing_are_zero(kernels: Path) -> None:
     for transposed in (False, True):
-        made = session(
+        made = loaded(
             np.zeros((5, 0) if transposed else (0, 5), np.float32), kernels, transposed=transposed
         )
         y = np.full((3, 5), np.nan, np.float32)
@@ -177,7 +153,7 @@ def test_sums_of_nothing_are_zero(kernels: Path) -> None:
 
 def test_what_does_not_fit_is_refused_in_one_line(kernels: Path) -> None:
     with pytest.raises(Exception, match=r"lvlm\.lowered::Linear: input and weights do not fit"):
-        session(values(1, 40, 50), kernels).run(None, {"x": values(2, 3, 41)})
+        loaded(values(1, 40, 50), kernels).run(None, {"x": values(2, 3, 41)})
 
 
 def lowered(body: str, dtype: str = "float") -> Counter[str]:

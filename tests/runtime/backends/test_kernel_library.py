@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from command_line import Run, one_line
+from cpu_kernels import make_build
 
 from lvlm.core.errors import BackendError, BuildError
 from lvlm.core.progress import Progress
@@ -63,6 +68,27 @@ def test_an_old_cpu_runs_functions_and_says_so_once(
         "lvlm: this CPU has neither AVX2 nor NEON, which the CPU kernels need; standard operators "
         "run in their place"
     ]
+
+
+@pytest.mark.parametrize(("cpu", "instructions"), [("Nehalem", "no"), ("Haswell", "AVX2")])
+def test_the_library_knows_an_old_cpu(
+    cpu: str, instructions: str, shared: Path, pytestconfig: pytest.Config
+) -> None:
+    """Python and all under an emulator of that CPU."""
+    library = make_build("all", shared, pytestconfig)
+    if platform.machine() not in ("x86_64", "AMD64") or shutil.which("qemu-x86_64") is None:
+        pytest.skip("qemu-x86_64 is not installed, or this is no x86")
+    ask = (
+        f"from {kernel_library.__name__} import find_kernels as f; print(f().instructions or 'no')"
+    )
+    done = subprocess.run(
+        ["qemu-x86_64", "-cpu", cpu, sys.executable, "-c", ask],
+        env=os.environ | {KERNELS: str(library)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == instructions, done.stderr
 
 
 def test_what_is_missing_to_build_is_one_line(

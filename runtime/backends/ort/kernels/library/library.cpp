@@ -13,9 +13,11 @@ std::map<std::string, std::vector<const OrtCustomOp*>>& custom_ops() {
 
 namespace {
 
-// The best that this CPU has, which is Highway's lowest bit; null: less than the kernels are worth.
+// The best that this CPU has and kernels are compiled for, which is Highway's lowest bit; null: less than the
+// kernels are worth.
 const char* instructions() {
-    const int64_t has = hwy::SupportedTargets(), best = has & -has;
+    const int64_t has = hwy::SupportedTargets() & HWY_TARGETS, best = has & -has;
+    if (best == 0) return nullptr;
 #if HWY_ARCH_X86
     if (best > HWY_AVX2) return nullptr;
 #else

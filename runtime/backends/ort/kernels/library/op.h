@@ -280,7 +280,14 @@ std::map<std::string, std::vector<const OrtCustomOp*>>& custom_ops();
 // Adds custom ops to it.
 template <class... K>
 struct Registered {
-    Registered() { (custom_ops()[DomainOf<K>::kName].push_back(new CustomOp<K>), ...); }
+    Registered() { (custom_ops()[DomainOf<K>::kName].push_back(op<K>()), ...); }
+
+private:
+    template <class Kernel>
+    static const OrtCustomOp* op() {
+        static const CustomOp<Kernel> only;
+        return &only;
+    }
 };
 
 }  // namespace lvlm

@@ -3,6 +3,7 @@
 
 #include <hwy/aligned_allocator.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <new>
 
@@ -19,7 +20,8 @@ inline size_t padded_extent(size_t extent) {
 // Floats, not initialized.
 class Padded {
 public:
-    explicit Padded(size_t size) : size_(size), held_(hwy::AllocateAligned<float>(size + kLine)) {
+    explicit Padded(size_t size)
+        : size_(size), held_(hwy::AllocateAligned<float>(std::max<size_t>(size, 1))) {
         if (!held_) throw std::bad_alloc();
     }
     float* data() { return held_.get(); }
