@@ -93,8 +93,8 @@ class EntriesKept:
 
 
 class StateBehind:
-    """Stands in for transformers' cache in layers that convolve: gives a block's inputs [B,D,N]
-    with those of the tokens before them in front [B,D,n+N], and keeps the last n.
+    """Stands in for transformers' cache in layers that convolve: gives a block's inputs with those
+    of the tokens before them in front, and keeps the last n.
 
     Args:
         past: [B,1,n,D], the state before these tokens; None: there are none before them.
@@ -109,21 +109,26 @@ class StateBehind:
     ) -> None:
         self.past, self.size, self.last = past, size, last
 
+    def behind(self, new: torch.Tensor) -> torch.Tensor:
+        """[B,n+N,D] of the inputs ``new`` [B,N,D]."""
+        if self.past is None:
+            whole = nn.functional.pad(new, (0, 0, self.size, 0))
+        else:
+            whole = torch.cat([self.past[:, 0].to(new.dtype), new], dim=1)
+        if self.last is None:
+            kept = whole[:, -self.size :]
+        else:
+            at = self.last[:, None] + 1 + torch.arange(self.size, device=new.device)
+            kept = whole.gather(1, at[..., None].expand(-1, -1, new.shape[2]))
+        self.state = kept[:, None]
+        return whole
+
     def get_conv_state(self, *_: Any, **__: Any) -> None:
         """None: the way of transformers' blocks that is for any number of tokens is taken."""
 
     def update_conv_state(self, new: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        if self.past is None:
-            whole = nn.functional.pad(new, (self.size, 0))
-        else:
-            whole = torch.cat([self.past[:, 0].transpose(1, 2).to(new.dtype), new], dim=2)
-        if self.last is None:
-            kept = whole[:, :, -self.size :]
-        else:
-            at = self.last[:, None] + 1 + torch.arange(self.size, device=new.device)
-            kept = whole.gather(2, at[:, None].expand(-1, new.shape[1], -1))
-        self.state = kept.transpose(1, 2)[:, None]
-        return whole
+        """``behind`` as transformers asks for it, channels before tokens."""
+        return self.behind(new.transpose(1, 2)).transpose(1, 2)
 
 
 def store(buffer: torch.Tensor, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -152,7 +157,9 @@ def convolve(
     """
     past = None if first else state
     if past is not None and before is not None:
-        past = torch.where(before[:, None, None, None] > 0, past, torch.zeros_like(past))
+        # In fp32: of a choice in fp16 TensorRT-RTX 1.7's builder finds "uses before defs"
+        there = before[:, None, None, None] > 0
+        past = torch.where(there, past.float(), torch.zeros((), device=past.device)).to(past.dtype)
     cache = StateBehind(past, state.shape[2], last)
     out = block(hidden, past_key_values=cache)
     return {"hidden": out, "state": store(state, cache.state, start)}

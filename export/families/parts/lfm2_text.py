@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import types
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,32 +17,37 @@ from transformers.models.lfm2.modeling_lfm2 import (
 
 from lvlm.export.families.parts.leaf_tables import Kinds, text_leaves
 from lvlm.export.families.parts.llama_text import model_positions
+from lvlm.export.graphs.blocks import StateBehind
 from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel
 from lvlm.export.leaves import Leaf
 
-CONVOLUTION = "causal_conv1d_fn"  # the function of transformers' file that all of them go through
-
-
-def convolution(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **_: Any
-) -> torch.Tensor:
-    """Each channel of ``hidden`` [B,D,K-1+N] with its own ``weight`` [D,K], [B,D,N]: a sum of K
-    products, for which engines need no kernels of small convolutions."""
-    taps = weight.shape[1]
-    count = hidden.shape[2] - taps + 1
-    parts = [hidden[:, :, i : i + count] * weight[:, i : i + 1] for i in range(taps)]
-    mixed = sum(parts[1:], parts[0])
-    return mixed if bias is None else mixed + bias[:, None]
-
 
 class ShortConvolution(Leaf):
-    """A layer's convolution: what goes through it has the tokens before it in front."""
+    """A layer's convolution between two gates."""
 
     def exchanged(self, module: Any, undo: ExitStack) -> None:
-        home = sys.modules[type(module).__module__]
-        if getattr(home, CONVOLUTION) is not convolution:
-            undo.callback(setattr, home, CONVOLUTION, getattr(home, CONVOLUTION))
-            setattr(home, CONVOLUTION, convolution)
+        module.forward = types.MethodType(short_convolution, module)
+        undo.callback(module.__dict__.pop, "forward")
+
+
+def short_convolution(
+    module: Any, hidden_states: torch.Tensor, past_key_values: StateBehind, **_: Any
+) -> torch.Tensor:
+    """What Lfm2ShortConv computes of ``hidden_states`` [B,N,D], its channels last.
+
+    transformers turns them to the front and back, which TensorRT-RTX 1.7 cannot build beside a
+    state in fp16. A sum of K products needs no kernel for small convolutions.
+    """
+    before, after, new = module.in_proj(hidden_states).chunk(3, dim=-1)
+    whole = past_key_values.behind(before * new)
+    weight, count = module.conv.weight[:, 0], hidden_states.shape[1]
+    parts = [whole[:, i : i + count] * weight[:, i] for i in range(weight.shape[1])]
+    mixed = sum(parts[1:], parts[0])
+    if module.conv.bias is not None:
+        mixed = mixed + module.conv.bias
+    out = module.out_proj(after * mixed)
+    assert isinstance(out, torch.Tensor)
+    return out
 
 
 TEXTS: Kinds = {
