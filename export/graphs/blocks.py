@@ -140,7 +140,6 @@ def convolve(
     block: nn.Module,
     hidden: torch.Tensor,
     state: torch.Tensor,
-    start: torch.Tensor,
     last: torch.Tensor | None = None,
     before: torch.Tensor | None = None,
     *,
@@ -150,7 +149,6 @@ def convolve(
 
     Args:
         state: [B,1,n,D] before these tokens; ``first``: there are none before them, whatever it is.
-        start: [B] int64, zeros: a state is written from its first slot on, as every buffer is.
         last: see StateBehind.
         before: [B] int64, how many tokens there are before these; of a row with none the state is
             not looked at.
@@ -162,7 +160,7 @@ def convolve(
         past = torch.where(there, past.float(), torch.zeros((), device=past.device)).to(past.dtype)
     cache = StateBehind(past, state.shape[2], last)
     out = block(hidden, past_key_values=cache)
-    return {"hidden": out, "state": store(state, cache.state, start)}
+    return {"hidden": out, "state": cache.state.to(state.dtype)}
 
 
 def run_block(

@@ -67,11 +67,11 @@ class Decode(LanguageGraph):
         bodies = {one.window: partial(_block, window=one.window, sums=sums) for one in model.layers}
         ring = {"query_index": given["query_index"]} if self.queries else {}
         outputs: dict[str, torch.Tensor] = {}
-        start = torch.zeros_like(given["input_ids"][:, 0])
+        states: list[torch.Tensor] = []
         for layer, one in model.numbered():
             if one.state is not None:
-                hidden, state = self.convolved(layer, one, hidden, given, start)
-                outputs |= state
+                hidden, state = self.convolved(layer, one, hidden, given)
+                states.append(state)
                 continue
             cos, sin = angles.of(one.rotary, hidden, positions)
             turned = {"positions": positions, "cos": cos, "sin": sin}
@@ -81,6 +81,7 @@ class Decode(LanguageGraph):
             written = repeated(bodies[one.window], one.block, taken, described)
             hidden = written.pop("hidden")
             outputs |= self.present(layer, written)
+        outputs |= self.stored(given, states, torch.zeros_like(given["input_ids"][:, 0]))
         outputs["logits"] = model.head(model.norm(hidden[:, 0])).float()
         return outputs
 

@@ -75,13 +75,12 @@ class Extend(LanguageGraph):
             for window in dict.fromkeys(one.window for one in model.layers)
         }
         outputs: dict[str, torch.Tensor] = {}
-        start, last = torch.zeros_like(index), given["last_token"]
+        states: list[torch.Tensor] = []
+        last = given["last_token"]
         for layer, one in model.numbered():
             if one.state is not None:
-                hidden, state = self.convolved(
-                    layer, one, hidden, given, start, last=last, before=index
-                )
-                outputs |= state
+                hidden, state = self.convolved(layer, one, hidden, given, last=last, before=index)
+                states.append(state)
                 continue
             cos, sin = angles.of(one.rotary, hidden, positions)
             turned = {"positions": positions, "cos": cos, "sin": sin, "mask": masks[one.window]}
@@ -91,6 +90,7 @@ class Extend(LanguageGraph):
             written = repeated(_block, one.block, taken, described)
             hidden = embedded.with_features(layer, written.pop("hidden"))
             outputs |= self.present(layer, written)
+        outputs |= self.stored(given, states, torch.zeros_like(index))
         outputs["logits"] = logits_at(model, hidden, given["last_token"])
         return outputs
 

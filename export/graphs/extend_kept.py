@@ -93,11 +93,11 @@ class ExtendKept(LanguageGraph):
         ring = {"ring_slots": given["ring_slots"]} if self.queries else {}
         body = partial(_block, sums=self.rule is not None and self.rule.sums)
         outputs: dict[str, torch.Tensor] = {}
-        start = torch.zeros_like(given["last_token"])
+        states: list[torch.Tensor] = []
         for layer, one in model.numbered():
             if one.state is not None:
-                hidden, state = self.convolved(layer, one, hidden, given, start)
-                outputs |= state
+                hidden, state = self.convolved(layer, one, hidden, given)
+                states.append(state)
                 continue
             cos, sin = angles.of(one.rotary, hidden, positions)
             turned = {"positions": positions, "cos": cos, "sin": sin}
@@ -108,6 +108,7 @@ class ExtendKept(LanguageGraph):
             written = repeated(body, one.block, taken, described)
             hidden = embedded.with_features(layer, written.pop("hidden"))
             outputs |= self.present(layer, written)
+        outputs |= self.stored(given, states, torch.zeros_like(given["last_token"]))
         outputs["logits"] = logits_at(model, hidden, given["last_token"])
         return outputs
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lvlm.export.graphs.blocks import convolve
+from lvlm.export.graphs.blocks import convolve, store
 from lvlm.export.graphs.graph import BundleGraph, Tensors
 from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel
 from lvlm.export.graphs.repeats import like, repeated
@@ -33,7 +33,7 @@ class LanguageGraph(BundleGraph):
     """A graph that takes past_key_l and past_value_l [B,Hkv,C_l,d] of every layer, whose capacity
     C_l is a dynamic dimension per layer, with a ring of queries past_query_l [B,Hq,queries,d], and
     with scores that go on past_received_l [B,1,C_l,1] fp32; l counts the layers that attend. Those
-    that convolve have past_state_s [B,1,n,D], s-th of them. What it writes of them is
+    that convolve, s of them, have past_state_0 [B,s,n,D]. What it writes of them is
     present_KIND_l."""
 
     def __init__(
@@ -54,7 +54,8 @@ class LanguageGraph(BundleGraph):
         return self.in_all_layers([LayerPort(f"{prefix}_{kind}", *forms[kind]) for kind in kinds])
 
     def state_ports(self, prefix: str) -> list[GraphPort]:
-        """The ports of the layers' states, behind the buffers."""
+        """The port of the layers' states, behind the buffers: one for all of them, since
+        TensorRT-RTX 1.7 crashes on writes of several."""
         return [
             GraphPort(f"{prefix}_state_{number}", self.cache_dtype, (BATCH, *sizes))
             for number, sizes in enumerate(self.model.states)
@@ -92,17 +93,24 @@ class LanguageGraph(BundleGraph):
         one: LanguageLayer,
         hidden: torch.Tensor,
         given: Tensors,
-        start: torch.Tensor,
         first: bool = False,
         **more: torch.Tensor,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output [B,N,D] of the layer ``one``, of those that convolve the one of that number,
-        and its state as an output of the graph; the others are those of ``convolve``."""
-        state = given[f"past_state_{number}"]
-        taken = {"hidden": hidden, "state": state, "start": start, **more}
+        and its state [B,1,n,D] afterwards; the others are those of ``convolve``."""
+        state = given["past_state_0"][:, number : number + 1]
+        taken = {"hidden": hidden, "state": state, **more}
         described = {"hidden": like(hidden), "state": like(state)}
         new = repeated(BODIES[first], one.block, taken, described)
-        return new["hidden"], {f"present_state_{number}": new["state"]}
+        return new["hidden"], new["state"]
+
+    def stored(
+        self, given: Tensors, states: Sequence[torch.Tensor], start: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The layers' states, written from slot ``start`` [B] on as every buffer is: 0."""
+        if not states:
+            return {}
+        return {"present_state_0": store(given["past_state_0"], torch.cat([*states], 1), start)}
 
 
 def kinds_of(rule: CacheRule | None) -> tuple[Kind, ...]:

@@ -17,14 +17,14 @@ class LanguageLayer:
     block   transformers' module, whatever its class
     rotary  (hidden, position_ids) -> cos and sin [B,N,d]: the angles that turn queries and keys
     window  how many positions a token sees, itself and those before it; None: all of them
-    state   sizes of what a row keeps of all tokens so far in place of their entries, (1,n,D) of a
+    state   sizes of what a row keeps of all tokens so far in place of their entries, (n,D) of a
             convolution: its inputs for the last n tokens; None: the block attends
     """
 
     block: nn.Module
     rotary: nn.Module
     window: int | None = None
-    state: tuple[int, int, int] | None = None
+    state: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class LanguageModel:
 
     @property
     def states(self) -> tuple[tuple[int, int, int], ...]:
-        """Sizes of the state of each layer that does not."""
-        return tuple(layer.state for layer in self.layers if layer.state is not None)
+        """Sizes of the buffers of states: of all layers that have one, (layers,n,D)."""
+        found = [layer.state for layer in self.layers if layer.state is not None]
+        assert len(set(found)) <= 1  # else a buffer for each size
+        return tuple((len(found), *sizes) for sizes in dict.fromkeys(found))
 
     def numbered(self) -> list[tuple[int, LanguageLayer]]:
         """Every layer, with its number among those that attend, or among those that do not."""

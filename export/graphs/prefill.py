@@ -84,12 +84,13 @@ class Prefill(LanguageGraph):
         angles, masks = Angles(), Masks(bidirectional=model.bidirectional)
         # No recipe merges where layers convolve (export_plan.py): rows stay as long as they are
         last = {"last": state.last()} if model.states else {}
+        states: list[torch.Tensor] = []
         for layer, one in model.numbered():
             if one.state is not None:
                 state.hidden, own = self.convolved(
-                    layer, one, state.hidden, given, start, first=True, **last
+                    layer, one, state.hidden, given, first=True, **last
                 )
-                outputs |= own
+                states.append(own)
                 continue
             state = recipe.before_block(layer, state, tap, given)
             cos, sin = angles.of(one.rotary, state.hidden, state.positions)
@@ -119,6 +120,7 @@ class Prefill(LanguageGraph):
             outputs |= self.present(layer, new)
             # No recipe merges before the last block with features (export_plan.py)
             state.hidden = embedded.with_features(layer, state.hidden)
+        outputs |= self.stored(given, states, start)
         outputs |= {"logits": logits_at(model, state.hidden, state.last()), **state.outputs}
         return outputs | ({"kept": torch.stack(kept)} if kept else {})
 

@@ -50,7 +50,7 @@ class PassingPrompt:
         """The output of block ``number`` for ``hidden``, which stays."""
         layer, hidden = self._language.layers[number], self.hidden
         if layer.state is not None:
-            out = layer.block(hidden, past_key_values=StateBehind(None, layer.state[1]))
+            out = layer.block(hidden, past_key_values=StateBehind(None, layer.state[0]))
             return self._embedded.with_features(number, out)
         cos, sin = self._angles.of(layer.rotary, hidden, self._positions)
         mask = self._masks.of(layer.window, self._image_id)

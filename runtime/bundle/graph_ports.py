@@ -195,7 +195,7 @@ def _caches(manifest: Manifest) -> Forms:
 
 
 def _states(manifest: Manifest) -> Forms:
-    """States of the layers that have no cache."""
+    """States of the layers that have no cache of entries."""
     return {
         f"state_{number}": (manifest.cache_dtype, (None, *sizes))
         for number, sizes in enumerate(manifest.text.states)

@@ -55,7 +55,7 @@ class Text:
     """The language model, as far as the runtime must know it.
 
     ``layers`` are those that attend, each with a cache of entries. ``states``: sizes of what a row
-    keeps in each other layer whatever its length, (1,n,D) of a convolution: n inputs.
+    keeps for the others whatever its length, (layers,n,D) of those that convolve: n inputs each.
     """
 
     layers: int

@@ -21,8 +21,8 @@ Form = tuple[tuple[int, ...], str]  # a buffer's shape and dtype
 
 class CompactCache(SlotCounts):
     """Buffers key and value [B,Hkv,C_l,d] per layer, with a ring of queries also query
-    [B,Hq,queries,d], with scores that go on received [B,1,C_l,1]; a state [B,1,n,D] for each layer
-    that keeps one in place of entries; and the counts of what lies in them.
+    [B,Hq,queries,d], with scores that go on received [B,1,C_l,1]; state [B,s,n,D] for s layers that
+    keep states in place of entries; and the counts of what lies in them.
 
     A row can be filled on its own (``views``, ``begin``) and copied to another place.
 

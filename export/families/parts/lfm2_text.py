@@ -60,7 +60,7 @@ TEXTS: Kinds = {
 
 def lfm2_text(parts: Any, head: nn.Module, text: Any) -> LanguageModel:
     """The language model; the last inputs of a convolution are its layer's state."""
-    state = 1, text.conv_L_cache - 1, text.hidden_size
+    state = text.conv_L_cache - 1, text.hidden_size
     attention = next(layer.self_attn for layer in parts.layers if layer.is_attention_layer)
     return LanguageModel(
         embed=parts.embed_tokens,

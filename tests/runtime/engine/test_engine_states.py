@@ -113,6 +113,6 @@ def test_a_step_that_failed_is_not_run_again(model: Model) -> None:
 def test_states_are_counted(model: Model) -> None:
     manifest = model.manifest
     assert manifest.text.layers == 2
-    assert manifest.text.states == ((1, 2, 64),) * 3
+    assert manifest.text.states == ((3, 2, 64),)
     entries = 2 * manifest.text.kv_heads * manifest.text.head_dim * np.array([10, 10])
     assert cache_bytes(manifest, 3, [10, 10]) == 3 * 4 * (entries.sum() + 3 * 2 * 64)
