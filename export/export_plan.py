@@ -137,11 +137,11 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
             f"image features up to block {deepstack - 1}; merge from block {deepstack} on "
             "(--help-recipe)"
         )
-    if language.states and recipe.reductions():
+    if (apart := len(language.layers) - layers) and recipe.reductions():
         raise ParameterError(
             f"recipe {recipe.name} merges or drops image tokens inside the language model, but "
-            f"{len(language.states)} of its {len(language.layers)} layers convolve over all tokens "
-            "side by side; take divprune, or a recipe that compresses the cache"
+            f"{apart} of its {len(language.layers)} layers convolve over all tokens side by side; "
+            "take divprune, or a recipe that compresses the cache"
         )
     rule = recipe.cache_rule()
     if language.bidirectional and rule is not None and rule.remembers_prompts:
