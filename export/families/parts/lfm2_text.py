@@ -33,7 +33,7 @@ class ShortConvolution(Leaf):
 def short_convolution(
     module: Any, hidden_states: torch.Tensor, past_key_values: StateBehind, **_: Any
 ) -> torch.Tensor:
-    """What Lfm2ShortConv computes of ``hidden_states`` [B,N,D], its channels last.
+    """The output of Lfm2ShortConv for ``hidden_states`` [B,N,D], its channels last.
 
     transformers turns them to the front and back, which TensorRT-RTX 1.7 cannot build beside a
     state in fp16. A sum of K products needs no kernel for small convolutions.
