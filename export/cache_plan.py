@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,7 @@ def plan_cache(
     dtype: torch.dtype,
 ) -> CachePlan:
     """Entries per layer that the longest prompt and answer can ever occupy."""
-    layers = len(language.blocks)
+    layers = len(language.attending)
     reductions, rule = recipe.shortenings(), recipe.cache_rule()
     ratios = keep_ratios(reductions, float(recipe.parameters().get("keep", 1.0)), None)
     entering = tokens_per_layer(reductions, ratios, images.tokens, layers)
@@ -45,11 +46,12 @@ def plan_cache(
     budgets = Budgets.of(rule.cache_policy if rule else None, layers, None)
     per_layer = tuple(budgets.limit(seen, options.max_text_len - 1).tolist())
     entries = 2 * language.kv_heads * sum(per_layer)
+    states = sum(map(math.prod, language.states))
     rings = language.heads * (rule.queries if rule else 0) * layers
     return CachePlan(
         entering,
         Capacity(options.max_text_len, options.max_images, per_layer),
-        (entries + rings) * language.head_dim * dtype.itemsize,
+        ((entries + rings) * language.head_dim + states) * dtype.itemsize,
     )
 
 

@@ -127,7 +127,7 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
     packed = packed_linears(options, checkpoint, skeleton, stored_names)
     check_packed(options.targets, list(packed.values()))
     language = skeleton.language
-    layers = len(language.blocks)
+    layers = len(language.attending)
     recipe = options.recipe.for_layers(layers, language.deepstack_layers)
     recipe = _with_profile_file(recipe, layers, checkpoint)
     deepstack = language.deepstack_layers
@@ -136,6 +136,12 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
             f"recipe {recipe.name} merges image tokens at block {early[0]}, but this model adds "
             f"image features up to block {deepstack - 1}; merge from block {deepstack} on "
             "(--help-recipe)"
+        )
+    if (apart := len(language.layers) - layers) and recipe.reductions():
+        raise ParameterError(
+            f"recipe {recipe.name} merges or drops image tokens inside the language model, but "
+            f"{apart} of its {len(language.layers)} layers convolve over all tokens side by side; "
+            "take divprune, or a recipe that compresses the cache"
         )
     rule = recipe.cache_rule()
     if language.bidirectional and rule is not None and rule.remembers_prompts:

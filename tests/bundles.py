@@ -18,6 +18,7 @@ from settings import CACHED
 from lvlm.core.discovery import discover
 from lvlm.export.checkpoint.checkpoint import find_family
 from lvlm.export.families.family import Family
+from lvlm.export.recipes.recipe import cache_recipes
 from lvlm.runtime.prompt.prompts import Prompt
 
 FAMILIES: dict[str, Family] = discover("lvlm.export.families", "FAMILY")
@@ -52,10 +53,19 @@ OTHERS = [
 
 def moves(name: str) -> bool:
     """Whether recipes may drop a model's tokens or entries inside the language model: not where
-    layers have a window that hides something of a prompt of tests."""
-    text = TINY[name][1].text_config
-    windowed = "sliding_attention" in (getattr(text, "layer_types", None) or ())
-    return not windowed or text.sliding_window > 2_500
+    layers have a window that hides something of a prompt of tests, or convolve."""
+    windowed = "sliding_attention" in layer_types(name)
+    hides = windowed and TINY[name][1].text_config.sliding_window <= 2_500
+    return not hides and not convolves(name)
+
+
+def convolves(name: str) -> bool:
+    """Whether some of a model's layers have a state in place of a cache."""
+    return "conv" in layer_types(name)
+
+
+def layer_types(name: str) -> Sequence[str]:
+    return getattr(TINY[name][1].text_config, "layer_types", None) or ()
 
 
 # With lightvlm in a normal run: one of every family, whose text models are all there are.
@@ -72,6 +82,13 @@ CACHED_USUAL = [
         cycle(cached for cached in CACHED if "(cached)" in cached),
         strict=False,
     ),
+]
+# Where layers have states: those that leave tokens as they are; in a normal run the one whose
+# scores go on, at intervals
+BESIDE_STATES = [
+    (name, f"{cached} (cached)")
+    for name in filter(convolves, EXPORTED)
+    for cached in (cache_recipes() if whole() else ["h2o"])
 ]
 
 

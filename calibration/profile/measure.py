@@ -79,7 +79,7 @@ def _job(
     skeleton, names = open_skeleton(checkpoint, family, config, torch.float32)
     checkpoint = with_adapter(checkpoint, skeleton.model, names)
     language = skeleton.language
-    recipe = recipe.for_layers(len(language.blocks), language.deepstack_layers)
+    recipe = recipe.for_layers(len(language.attending), language.deepstack_layers)
     if recipe.name != "none" and not recipe.shortenings():
         raise ParameterError(
             f"recipe '{recipe.name}' merges no tokens, so it changes nothing here; leave --recipe "

@@ -53,7 +53,7 @@ def calibrate(
     keeps = grid(keep)
     recipe = RecipeId(reference.recipe.name, _plain(reference.recipe.parameters()))
     setup = digest(json.dumps([SCHEMA, model.sha256, recipe.name, recipe.parameters, keeps]))
-    shape = len(keeps), len(reference.language.blocks)
+    shape = len(keeps), len(reference.language.attending)
     finished = _Finished(work, setup, shape)
     fractions, hashes = [], []
     for prompt in prompts:

@@ -92,9 +92,75 @@ class EntriesKept:
         return keys.to(key.dtype), values.to(value.dtype)
 
 
+class StateBehind:
+    """Stands in for transformers' cache in layers that convolve: gives a block's inputs with those
+    of the tokens before them in front, and keeps the last n.
+
+    Args:
+        past: [B,1,n,D], the state before these tokens; None: there are none before them.
+        size: n.
+        last: [B] int64, index of each row's last token that is no padding; None: the last of all.
+    """
+
+    state: torch.Tensor  # [B,1,n,D] after these tokens
+
+    def __init__(
+        self, past: torch.Tensor | None, size: int, last: torch.Tensor | None = None
+    ) -> None:
+        self.past, self.size, self.last = past, size, last
+
+    def behind(self, new: torch.Tensor) -> torch.Tensor:
+        """[B,n+N,D] of the inputs ``new`` [B,N,D]."""
+        if self.past is None:
+            whole = nn.functional.pad(new, (0, 0, self.size, 0))
+        else:
+            whole = torch.cat([self.past[:, 0].to(new.dtype), new], dim=1)
+        if self.last is None:
+            kept = whole[:, -self.size :]
+        else:
+            at = self.last[:, None] + 1 + torch.arange(self.size, device=new.device)
+            kept = whole.gather(1, at[..., None].expand(-1, -1, new.shape[2]))
+        self.state = kept[:, None]
+        return whole
+
+    def get_conv_state(self, *_: Any, **__: Any) -> None:
+        """None: the way of transformers' blocks that is for any number of tokens is taken."""
+
+    def update_conv_state(self, new: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """``behind`` as transformers asks for it, channels before tokens."""
+        return self.behind(new.transpose(1, 2)).transpose(1, 2)
+
+
 def store(buffer: torch.Tensor, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """``x`` [B,H,n,d], in the buffer's dtype, into ``buffer`` [B,H,C,d] from slot ``index`` on."""
     return scatter(buffer, x.to(buffer.dtype), index)
+
+
+def convolve(
+    block: nn.Module,
+    hidden: torch.Tensor,
+    state: torch.Tensor,
+    last: torch.Tensor | None = None,
+    before: torch.Tensor | None = None,
+    *,
+    first: bool = False,
+) -> dict[str, torch.Tensor]:
+    """A block that convolves: its output ``hidden`` [B,N,D] and the ``state`` after it.
+
+    Args:
+        state: [B,1,n,D] before these tokens; ``first``: there are none before them, whatever it is.
+        last: see StateBehind.
+        before: [B] int64, how many tokens there are before these; of a row with none the state is
+            not looked at.
+    """
+    past = None if first else state
+    if past is not None and before is not None:
+        # In fp32: of a choice in fp16 TensorRT-RTX 1.7's builder finds "uses before defs"
+        there = before[:, None, None, None] > 0
+        past = torch.where(there, past.float(), torch.zeros((), device=past.device)).to(past.dtype)
+    cache = StateBehind(past, state.shape[2], last)
+    out = block(hidden, past_key_values=cache)
+    return {"hidden": out, "state": cache.state.to(state.dtype)}
 
 
 def run_block(

@@ -53,7 +53,7 @@ class Compact(LanguageGraph):
         start = torch.zeros_like(given["valid_length"][0])
         outputs: dict[str, torch.Tensor] = {}
         kept: list[torch.Tensor] = []
-        for layer in range(len(self.model.blocks)):
+        for layer in range(len(self.model.attending)):
             own = self.past(layer, given)
             taken = {"start": start, **own, **one_layer(self.counts(), layer, given)}
             described = {"kept": like(start)} | {kind: like(own[kind]) for kind in self.written}

@@ -30,8 +30,8 @@ class Decode(LanguageGraph):
     input_ids, position_ids [B,1] int64; write_index, valid_length [L,B] int64: the slot that takes
     the new entry and how many slots are valid with it; with a ring of queries query_index [B]
     int64, the slot of the ring that takes the new query; then the buffers. Scores that go on do
-    so with what the token attends to.
-    -> logits [B,vocabulary] fp32, the buffers
+    so with what the token attends to. Then the states.
+    -> logits [B,vocabulary] fp32, the buffers, the states
     """
 
     name = "decode"
@@ -49,12 +49,14 @@ class Decode(LanguageGraph):
             *self.in_all_layers(SLOTS),
             *([GraphPort("query_index", torch.int64, (BATCH,))] if self.queries else []),
             *self.buffer_ports("past", self.kinds),
+            *self.state_ports("past"),
         ]
 
     def outputs(self) -> list[GraphPort]:
         return [
             GraphPort("logits", torch.float32, (BATCH, self.model.vocab)),
             *self.buffer_ports("present", self.kinds),
+            *self.state_ports("present"),
         ]
 
     def compute(self, given: Tensors) -> dict[str, torch.Tensor]:
@@ -65,7 +67,12 @@ class Decode(LanguageGraph):
         bodies = {one.window: partial(_block, window=one.window, sums=sums) for one in model.layers}
         ring = {"query_index": given["query_index"]} if self.queries else {}
         outputs: dict[str, torch.Tensor] = {}
-        for layer, one in enumerate(model.layers):
+        states: list[torch.Tensor] = []
+        for layer, one in model.numbered():
+            if one.state is not None:
+                hidden, state = self.convolved(layer, one, hidden, given)
+                states.append(state)
+                continue
             cos, sin = angles.of(one.rotary, hidden, positions)
             turned = {"positions": positions, "cos": cos, "sin": sin}
             own = self.past(layer, given)
@@ -74,6 +81,7 @@ class Decode(LanguageGraph):
             written = repeated(bodies[one.window], one.block, taken, described)
             hidden = written.pop("hidden")
             outputs |= self.present(layer, written)
+        outputs |= self.stored(given, states, torch.zeros_like(given["input_ids"][:, 0]))
         outputs["logits"] = model.head(model.norm(hidden[:, 0])).float()
         return outputs
 

@@ -36,8 +36,8 @@ class Extend(LanguageGraph):
                     slots up to write_index + T are written, those of padding, too
     past_slots      [P] int64: the slots before that are attended to, 0 up to the largest
                     write_index; of a row with fewer entries those only. Slot 0, if no row has any
-    and the buffers.
-    -> logits [B,vocabulary] fp32 after each row's last token, the buffers
+    and the buffers, and the states, of rows with entries those after the last of these.
+    -> logits [B,vocabulary] fp32 after each row's last token, the buffers, the states
     """
 
     name = "extend"
@@ -55,12 +55,14 @@ class Extend(LanguageGraph):
             GraphPort("write_index", torch.int64, (BATCH,)),
             GraphPort("past_slots", torch.int64, ("entries",)),
             *self.buffer_ports("past", self.kinds),
+            *self.state_ports("past"),
         ]
 
     def outputs(self) -> list[GraphPort]:
         return [
             GraphPort("logits", torch.float32, (BATCH, self.model.vocab)),
             *self.buffer_ports("present", self.kinds),
+            *self.state_ports("present"),
         ]
 
     def compute(self, given: Tensors) -> dict[str, torch.Tensor]:
@@ -73,7 +75,13 @@ class Extend(LanguageGraph):
             for window in dict.fromkeys(one.window for one in model.layers)
         }
         outputs: dict[str, torch.Tensor] = {}
-        for layer, one in enumerate(model.layers):
+        states: list[torch.Tensor] = []
+        last = given["last_token"]
+        for layer, one in model.numbered():
+            if one.state is not None:
+                hidden, state = self.convolved(layer, one, hidden, given, last=last, before=index)
+                states.append(state)
+                continue
             cos, sin = angles.of(one.rotary, hidden, positions)
             turned = {"positions": positions, "cos": cos, "sin": sin, "mask": masks[one.window]}
             own = self.past(layer, given)
@@ -82,6 +90,7 @@ class Extend(LanguageGraph):
             written = repeated(_block, one.block, taken, described)
             hidden = embedded.with_features(layer, written.pop("hidden"))
             outputs |= self.present(layer, written)
+        outputs |= self.stored(given, states, torch.zeros_like(index))
         outputs["logits"] = logits_at(model, hidden, given["last_token"])
         return outputs
 

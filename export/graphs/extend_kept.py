@@ -53,8 +53,8 @@ class ExtendKept(LanguageGraph):
                     into these P entries and the T new ones behind them
     ring_slots      [queries] int64, with a ring of queries: what lies in its slots afterwards, as
                     an index into the ring and the T new queries behind it
-    and the buffers.
-    -> logits [B,vocabulary] fp32 after each row's last token, the buffers
+    and the buffers, the states.
+    -> logits [B,vocabulary] fp32 after each row's last token, the buffers, the states
     """
 
     name = "extend"
@@ -76,12 +76,14 @@ class ExtendKept(LanguageGraph):
             *self.in_all_layers(COUNTS),
             *([GraphPort("ring_slots", torch.int64, (self.queries,))] if self.queries else []),
             *self.buffer_ports("past", self.kinds),
+            *self.state_ports("past"),
         ]
 
     def outputs(self) -> list[GraphPort]:
         return [
             GraphPort("logits", torch.float32, (BATCH, self.model.vocab)),
             *self.buffer_ports("present", self.kinds),
+            *self.state_ports("present"),
         ]
 
     def compute(self, given: Tensors) -> dict[str, torch.Tensor]:
@@ -91,7 +93,12 @@ class ExtendKept(LanguageGraph):
         ring = {"ring_slots": given["ring_slots"]} if self.queries else {}
         body = partial(_block, sums=self.rule is not None and self.rule.sums)
         outputs: dict[str, torch.Tensor] = {}
-        for layer, one in enumerate(model.layers):
+        states: list[torch.Tensor] = []
+        for layer, one in model.numbered():
+            if one.state is not None:
+                hidden, state = self.convolved(layer, one, hidden, given)
+                states.append(state)
+                continue
             cos, sin = angles.of(one.rotary, hidden, positions)
             turned = {"positions": positions, "cos": cos, "sin": sin}
             own = self.past(layer, given)
@@ -101,6 +108,7 @@ class ExtendKept(LanguageGraph):
             written = repeated(body, one.block, taken, described)
             hidden = embedded.with_features(layer, written.pop("hidden"))
             outputs |= self.present(layer, written)
+        outputs |= self.stored(given, states, torch.zeros_like(given["last_token"]))
         outputs["logits"] = logits_at(model, hidden, given["last_token"])
         return outputs
 

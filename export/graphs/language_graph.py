@@ -7,20 +7,24 @@ with its own capacity, rounded where the buffers are of lower precision than the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
 
+from lvlm.export.graphs.blocks import convolve, store
 from lvlm.export.graphs.graph import BundleGraph, Tensors
-from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel
+from lvlm.export.graphs.repeats import like, repeated
 from lvlm.export.ports import BATCH, GraphPort, LayerPort, all_layers
 from lvlm.export.recipes.parts.cache_rule import CacheRule
 
 # Of a layer's buffers; query: the ring of recent queries; received: the attention that each entry
-# got, of all queries so far or of the newest
-Kind = Literal["key", "value", "query", "received"]
+# got, of all queries so far or of the newest; state: of layers that convolve, which have no others
+Kind = Literal["key", "value", "query", "received", "state"]
 CAPACITY = "capacity"  # slots of a layer's buffers, a dimension of its own
+BODIES = {first: partial(convolve, first=first) for first in (False, True)}
 ENTRIES: tuple[Kind, ...] = ("key", "value")
 Caches = Mapping[Kind, Sequence[torch.Tensor]]  # the buffers of every layer
 
@@ -28,7 +32,8 @@ Caches = Mapping[Kind, Sequence[torch.Tensor]]  # the buffers of every layer
 class LanguageGraph(BundleGraph):
     """A graph that takes past_key_l and past_value_l [B,Hkv,C_l,d] of every layer, whose capacity
     C_l is a dynamic dimension per layer, with a ring of queries past_query_l [B,Hq,queries,d], and
-    with scores that go on past_received_l [B,1,C_l,1] fp32. What it writes of them is
+    with scores that go on past_received_l [B,1,C_l,1] fp32; l counts the layers that attend. Those
+    that convolve, s of them, have past_state_0 [B,s,n,D]. What it writes of them is
     present_KIND_l."""
 
     def __init__(
@@ -40,13 +45,21 @@ class LanguageGraph(BundleGraph):
         self.kinds: tuple[Kind, ...] = kinds_of(rule)
 
     def in_all_layers(self, ports: Sequence[LayerPort]) -> list[GraphPort]:
-        """Ports that are declared for one layer, for every layer of the model."""
-        return all_layers(ports, len(self.model.blocks))
+        """Ports that are declared for one layer, for every layer of the model that attends."""
+        return all_layers(ports, len(self.model.attending))
 
     def buffer_ports(self, prefix: str, kinds: Sequence[Kind]) -> list[GraphPort]:
         """The ports of every layer's buffers, in the order that all graphs have them in."""
         forms = self.buffer_forms()
         return self.in_all_layers([LayerPort(f"{prefix}_{kind}", *forms[kind]) for kind in kinds])
+
+    def state_ports(self, prefix: str) -> list[GraphPort]:
+        """The port of the layers' states, behind the buffers: one for all of them, since
+        TensorRT-RTX 1.7 crashes on writes of several."""
+        return [
+            GraphPort(f"{prefix}_state_{number}", self.cache_dtype, (BATCH, *sizes))
+            for number, sizes in enumerate(self.model.states)
+        ]
 
     def buffer_forms(self) -> dict[Kind, tuple[torch.dtype, tuple[int | str, ...]]]:
         """Dtype and dimensions of one layer's buffers of each kind."""
@@ -68,9 +81,36 @@ class LanguageGraph(BundleGraph):
         return {f"present_{kind}_{layer}": x for kind, x in written.items()}
 
     def caches(self, outputs: Tensors) -> dict[Kind, list[torch.Tensor]]:
-        """The buffers of every layer in what the graph gives, all kinds."""
-        layers = range(len(self.model.blocks))
-        return {k: [outputs[f"present_{k}_{layer}"] for layer in layers] for k in self.kinds}
+        """The buffers of every layer in what the graph gives, all kinds, and the states."""
+        layers = range(len(self.model.attending))
+        found = {k: [outputs[f"present_{k}_{layer}"] for layer in layers] for k in self.kinds}
+        states = range(len(self.model.states))
+        return found | {"state": [outputs[f"present_state_{number}"] for number in states]}
+
+    def convolved(
+        self,
+        number: int,
+        one: LanguageLayer,
+        hidden: torch.Tensor,
+        given: Tensors,
+        first: bool = False,
+        **more: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output [B,N,D] of the layer ``one``, of those that convolve the one of that number,
+        and its state [B,1,n,D] afterwards; the others are those of ``convolve``."""
+        state = given["past_state_0"][:, number : number + 1]
+        taken = {"hidden": hidden, "state": state, **more}
+        described = {"hidden": like(hidden), "state": like(state)}
+        new = repeated(BODIES[first], one.block, taken, described)
+        return new["hidden"], new["state"]
+
+    def stored(
+        self, given: Tensors, states: Sequence[torch.Tensor], start: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The layers' states, written from slot ``start`` [B] on as every buffer is: 0."""
+        if not states:
+            return {}
+        return {"present_state_0": store(given["past_state_0"], torch.cat([*states], 1), start)}
 
 
 def kinds_of(rule: CacheRule | None) -> tuple[Kind, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Self
 
 from torch import nn
@@ -16,16 +17,23 @@ class LanguageLayer:
     block   transformers' module, whatever its class
     rotary  (hidden, position_ids) -> cos and sin [B,N,d]: the angles that turn queries and keys
     window  how many positions a token sees, itself and those before it; None: all of them
+    state   sizes of what a row keeps of all tokens so far in place of their entries, (n,D) of a
+            convolution: its inputs for the last n tokens; None: the block attends
     """
 
     block: nn.Module
     rotary: nn.Module
     window: int | None = None
+    state: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """The parts of a decoder-only language model, whatever their class."""
+    """The parts of a decoder-only language model, whatever their class.
+
+    Its blocks attend, each over a cache of entries, or convolve, each with a state of fixed size.
+    Wherever caches are counted, layer l is the l-th of those that attend.
+    """
 
     embed: nn.Module
     layers: Sequence[LanguageLayer]
@@ -47,6 +55,23 @@ class LanguageModel:
     def blocks(self) -> list[nn.Module]:
         """Every layer's block."""
         return [layer.block for layer in self.layers]
+
+    @property
+    def attending(self) -> list[LanguageLayer]:
+        """The layers that attend, each with a cache of its own."""
+        return [layer for layer in self.layers if layer.state is None]
+
+    @property
+    def states(self) -> tuple[tuple[int, int, int], ...]:
+        """Sizes of the buffers of states: of all layers that have one, (layers,n,D)."""
+        found = [layer.state for layer in self.layers if layer.state is not None]
+        assert len(set(found)) <= 1  # else a buffer for each size
+        return tuple((len(found), *sizes) for sizes in dict.fromkeys(found))
+
+    def numbered(self) -> list[tuple[int, LanguageLayer]]:
+        """Every layer, with its number among those that attend, or among those that do not."""
+        attend, convolve = count(), count()
+        return [(next(convolve if one.state else attend), one) for one in self.layers]
 
     @property
     def rotaries(self) -> list[nn.Module]:

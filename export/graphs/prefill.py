@@ -31,9 +31,9 @@ class Prefill(LanguageGraph):
                     padding
     image_id        [B,N] int64: -1 padding, 0 text, m the m-th image of the row
     position_ids    [B,N] int64, or [3,B,N]
-    and the recipe's inputs, and the buffers.
+    and the recipe's inputs, and the buffers, and the states, which are not read.
     -> logits [B,vocabulary] fp32 after each row's last token, the reductions' maps, with a cache
-    rule kept [L,B] int64 (-1: an importance was not finite), the buffers
+    rule kept [L,B] int64 (-1: an importance was not finite), the buffers, the states
     """
 
     name = "prefill"
@@ -61,6 +61,7 @@ class Prefill(LanguageGraph):
             *self.recipe.inputs(),
             *(self.in_all_layers(self.rule.inputs()) if self.rule else []),
             *self.buffer_ports("past", self.kinds),
+            *self.state_ports("past"),
         ]
 
     def outputs(self) -> list[GraphPort]:
@@ -69,6 +70,7 @@ class Prefill(LanguageGraph):
             *self.recipe.outputs(),
             *(self.in_all_layers(self.rule.outputs()) if self.rule else []),
             *self.buffer_ports("present", self.kinds),
+            *self.state_ports("present"),
         ]
 
     def compute(self, given: Tensors) -> dict[str, torch.Tensor]:
@@ -80,7 +82,16 @@ class Prefill(LanguageGraph):
         kept: list[torch.Tensor] = []
         tap: Tap | None = None
         angles, masks = Angles(), Masks(bidirectional=model.bidirectional)
-        for layer, one in enumerate(model.layers):
+        # No recipe merges where layers convolve (export_plan.py): rows stay as long as they are
+        last = {"last": state.last()} if model.states else {}
+        states: list[torch.Tensor] = []
+        for layer, one in model.numbered():
+            if one.state is not None:
+                state.hidden, own = self.convolved(
+                    layer, one, state.hidden, given, first=True, **last
+                )
+                states.append(own)
+                continue
             state = recipe.before_block(layer, state, tap, given)
             cos, sin = angles.of(one.rotary, state.hidden, state.positions)
             # Elsewhere no layer's window hides anything (cache_plan.py)
@@ -109,6 +120,7 @@ class Prefill(LanguageGraph):
             outputs |= self.present(layer, new)
             # No recipe merges before the last block with features (export_plan.py)
             state.hidden = embedded.with_features(layer, state.hidden)
+        outputs |= self.stored(given, states, start)
         outputs |= {"logits": logits_at(model, state.hidden, state.last()), **state.outputs}
         return outputs | ({"kept": torch.stack(kept)} if kept else {})
 

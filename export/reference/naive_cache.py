@@ -108,6 +108,9 @@ class NaiveCache:
 
 
 def _longer(kind: Kind, buffer: torch.Tensor) -> torch.Tensor:
-    """The cache with a slot of zeros at the end; the ring without its first query instead."""
+    """The cache with a slot of zeros at the end; the ring without its first query instead; a state
+    as it is."""
+    if kind == "state":
+        return buffer
     before = buffer[:, :, 1:] if kind == "query" else buffer
     return torch.cat((before, torch.zeros_like(buffer[:, :, :1])), dim=2)

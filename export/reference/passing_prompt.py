@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lvlm.export.graphs.attending import Angles, Masks
-from lvlm.export.graphs.blocks import PromptEntries, run_block
+from lvlm.export.graphs.blocks import PromptEntries, StateBehind, run_block
 from lvlm.export.graphs.embedded import EmbeddedTokens
 from lvlm.export.reference.torch_reference import Reference
 from lvlm.export.standard_ops import Tap
@@ -49,6 +49,9 @@ class PassingPrompt:
     def through(self, number: int) -> torch.Tensor:
         """The output of block ``number`` for ``hidden``, which stays."""
         layer, hidden = self._language.layers[number], self.hidden
+        if layer.state is not None:
+            out = layer.block(hidden, past_key_values=StateBehind(None, layer.state[0]))
+            return self._embedded.with_features(number, out)
         cos, sin = self._angles.of(layer.rotary, hidden, self._positions)
         mask = self._masks.of(layer.window, self._image_id)
         tap = Tap(scale=self._language.scale)

@@ -130,8 +130,8 @@ def watched(linears: Sequence[nn.Linear]) -> Iterator[dict[nn.Linear, Moments]]:
 def rounding_memory(language: LanguageModel) -> int:
     """Bytes in memory beside the running model, the samples' ``hidden`` aside: moments of a block's
     layers and the factor of one, counted as if no two layers got the same."""
-    inside = [linear.in_features**2 for linear in linears_of(language.blocks[0])]
-    return 4 * (sum(inside) + FACTORS * max(inside))
+    blocks = ([m.in_features**2 for m in linears_of(block)] for block in language.blocks)
+    return 4 * max(sum(inside) + FACTORS * max(inside) for inside in blocks)
 
 
 def _read(path: Path, name: str, bits: int, _: Read) -> Unpacked:

@@ -63,7 +63,9 @@ class Reference:
     ) -> None:
         self.model, self.cache_dtype = model.eval(), cache_dtype
         self.language: LanguageModel = family.language(model, config)
-        self.recipe = recipe.for_layers(len(self.language.blocks), self.language.deepstack_layers)
+        self.recipe = recipe.for_layers(
+            len(self.language.attending), self.language.deepstack_layers
+        )
         self.vision = family.vision(model, config)
 
     def read_at(self, prompt: Prompt, keep: Keep | None = None) -> Prompt:
@@ -119,7 +121,7 @@ class Reference:
     ) -> ReferenceAnswer:
         """Greedy answer to one prompt, read at ``keep``; ``forced`` tokens are taken instead of
         the best ones."""
-        layers, ids, image_id = len(self.language.blocks), prompt.ids, prompt.image_id
+        layers, ids, image_id = len(self.language.attending), prompt.ids, prompt.image_id
         counts = np.unique(image_id[image_id > 0], return_counts=True)[1].tolist()
         reductions, rule = self.recipe.shortenings(), self.recipe.cache_rule()
         after = np.flatnonzero(image_id > 0)
@@ -181,7 +183,9 @@ class Reference:
             sizes = [size if isinstance(size, int) else dynamic[size] for size in dims]
             return torch.zeros(sizes, dtype=dtype)
 
-        return {kind: [empty(kind, count) for count in kept] for kind in prefill.kinds}
+        found = {kind: [empty(kind, count) for count in kept] for kind in prefill.kinds}
+        states = [torch.zeros(1, *sizes, dtype=self.cache_dtype) for sizes in self.language.states]
+        return {**found, "state": states}
 
 
 def load_fp32(

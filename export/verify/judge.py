@@ -7,6 +7,7 @@ model of any size needs little memory.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
+from transformers.image_processing_backends import TorchvisionBackend
 
 from lvlm.core.errors import ValidationError
 from lvlm.export.verify.their_processor import (
@@ -54,8 +56,7 @@ class Judge:
         self.folder = folder
         with quiet():
             self.tokenizer = self._load(transformers.AutoTokenizer, mistral_format=False)
-            # Where torchvision is installed another would be taken, whose scaling rounds otherwise
-            self.images = self._load(transformers.AutoImageProcessor, backend="pil")
+            self.images, self.no_images = self._load_images()
             self.config = self._load(transformers.AutoConfig)
         kind = processor_class(self.config)
         self.image_options = image_options(kind, folder)
@@ -65,11 +66,33 @@ class Judge:
         try:
             return kind.from_pretrained(self.folder, local_files_only=True, **options)
         except Exception as error:  # whatever a file of the checkpoint may cause there
-            reason = " ".join(str(error).split())[:200]
-            raise ValidationError(
-                f"transformers' {kind.__name__} cannot load {self.folder}: {reason}; "
-                "mend the checkpoint, or export with --no-validate"
-            ) from None
+            raise self._unloaded(kind.__name__, error) from None
+
+    def _unloaded(self, kind: str, error: Exception) -> ValidationError:
+        reason = " ".join(str(error).split())[:200]
+        return ValidationError(
+            f"transformers' {kind} cannot load {self.folder}: {reason}; mend the checkpoint, or "
+            "export with --no-validate"
+        )
+
+    def _load_images(self) -> tuple[Any, str]:
+        """The image processor; None, and the reason, where it needs what is not installed."""
+        try:
+            # Where torchvision is installed another would be taken, whose scaling rounds otherwise
+            kind = transformers.AutoImageProcessor
+            return kind.from_pretrained(self.folder, local_files_only=True, backend="pil"), ""
+        except ImportError as error:
+            needed = re.search(r"requires the (\w+) library", str(error))
+            what = needed[1].lower() if needed else str(error).split(maxsplit=1)[0]
+            return None, f"transformers' image processor of this model needs {what}"
+        except Exception as error:
+            raise self._unloaded("AutoImageProcessor", error) from None
+
+    @property
+    def exact(self) -> bool:
+        """True where the image processor scales images as Pillow does; torch's is up to a level of
+        256 apart."""
+        return self.images is not None and not isinstance(self.images, TorchvisionBackend)
 
     def load_model(self, dtype: torch.dtype) -> None:
         """The model, its weights left in their files where they are of ``dtype``."""

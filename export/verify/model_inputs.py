@@ -55,12 +55,13 @@ def compare(
     """A bundle's ``maker`` against the checkpoint's own; ``prompt`` is QUESTION about the
     image, as the bundle has it. ``pixels``: whether the bundle is to scale images alike."""
     outcome, odd = ValidationOutcome(), image.resize((image.width // 2 + 7, image.height))
-    if pixels:
+    if pixels and judge.images is not None:
         outcome.checks += [
             _pixels(judge, family, prompt, image, "an image"),
             _pixels(judge, family, prepare(maker, odd), odd, "one of another shape"),
-            _ids(judge, maker, image, prompt),
         ]
+    if pixels:
+        outcome.checks.append(_ids(judge, maker, image, prompt))
     outcome.add(texts(judge, maker, prompt.ids))
     return outcome
 
@@ -98,7 +99,8 @@ def _pixels(judge: Judge, family: Family, prompt: Prompt, image: Image.Image, wh
         worst = max(worst, float((a.double() - b.double()).abs().max()) if same else np.inf)
     if "pixel_values" not in theirs or "pixel_values" not in ours:
         worst = np.inf
-    return Check(f"pixels of {what}", worst, PIXELS, "apart")
+    level = 0.0 if judge.exact else 1.01 / 255 / min(judge.images.image_std)
+    return Check(f"pixels of {what}", worst, PIXELS + level, "apart")
 
 
 def _roles(judge: Judge, maker: PromptMaker, outcome: ValidationOutcome) -> set[int]:

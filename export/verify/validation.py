@@ -72,10 +72,13 @@ def validate(
     if resized:
         outcome.notes.append("pixels: not compared, --max-image-tokens scales images down")
     outcome.add(model_inputs.compare(judge, plan.family, maker, image, prompt, not resized))
+    if judge.images is None:
+        outcome.notes.append(f"pixels: not compared, {judge.no_images}")
     if judge.without:
         outcome.notes.append(f"tokens around images: not compared, {judge.without}")
     outcome.check()  # nothing else can be right
-    pixels = plan.family.transformers_inputs(prompt) if resized else judge.pixels(image)
+    alike = judge.exact and not resized
+    pixels = judge.pixels(image) if alike else plan.family.transformers_inputs(prompt)
     verdict = judge.answer(prompt.ids, pixels, {judge.image_id}, max_tokens, tell)
     outcome.estimate = verdict.estimate
     del judge

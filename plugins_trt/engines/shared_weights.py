@@ -1,8 +1,9 @@
 """Weights once on the device: matrices that several engines use become inputs of them all.
 
 An engine that holds a weight uploads a copy of its own. As an input it is a buffer that the runtime
-fills once from the bundle's weights file and binds to every engine. Vectors (norms, biases) stay in
-the engine: they are small, and kernels are fused with them. docs/notes/tensorrt.md has figures.
+fills once from the bundle's weights file and binds to every engine. Vectors (norms, biases) and the
+weights [D,1,K] of convolutions of single channels stay in the engine: they are small, and kernels
+are fused with them. docs/notes/tensorrt.md has figures.
 
 An input cannot be folded: whatever a graph computes of a weight, other than a MatMul, it computes
 at each call, into scratch memory. So columns that a graph takes of a weight are inputs themselves,
@@ -61,13 +62,13 @@ def stored_weights(bundle: Path, manifest: Manifest) -> dict[str, dict[str, Engi
 
 
 def shared_matrices(stored: Mapping[str, Mapping[str, EngineWeight]]) -> dict[str, EngineWeight]:
-    """The weights of two and more dimensions that more than one graph uses, by name."""
+    """The matrices that more than one graph uses, by name."""
     uses = Counter(name for weights in stored.values() for name in weights)
     return {
         name: weight
         for weights in stored.values()
         for name, weight in weights.items()
-        if uses[name] > 1 and len(weight.dims) > 1
+        if uses[name] > 1 and len(weight.dims) == 2
     }
 
 

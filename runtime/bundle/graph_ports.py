@@ -91,7 +91,7 @@ def _prefill(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
     if manifest.cache_policy is not None:
         takes |= _budget(manifest)
         gives |= {"kept": ("int64", (manifest.text.layers, None))}
-    caches = _caches(manifest)
+    caches = _caches(manifest) | _states(manifest)
     return (
         takes | {f"past_{name}": form for name, form in caches.items()},
         optional,
@@ -109,7 +109,7 @@ def _decode(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
     }
     if _queries(manifest):
         takes["query_index"] = ("int64", (None,))
-    caches = _caches(manifest)
+    caches = _caches(manifest) | _states(manifest)
     return (
         takes | {f"past_{name}": form for name, form in caches.items()},
         {},
@@ -130,7 +130,7 @@ def _extend(manifest: Manifest) -> tuple[Forms, Forms, Forms]:
         takes |= {f"{n}_{layer}": ("int64", (None,)) for layer in range(layers) for n in names}
         if queries:
             takes["ring_slots"] = ("int64", (queries,))
-    caches = _caches(manifest)
+    caches = _caches(manifest) | _states(manifest)
     return (
         takes | {f"past_{name}": form for name, form in caches.items()},
         {},
@@ -192,6 +192,14 @@ def _caches(manifest: Manifest) -> Forms:
         if manifest.cache_policy is not None and manifest.cache_policy.received:
             forms[f"received_{layer}"] = ("float32", (None, 1, None, 1))
     return forms
+
+
+def _states(manifest: Manifest) -> Forms:
+    """States of the layers that have no cache of entries."""
+    return {
+        f"state_{number}": (manifest.cache_dtype, (None, *sizes))
+        for number, sizes in enumerate(manifest.text.states)
+    }
 
 
 def _queries(manifest: Manifest) -> int:

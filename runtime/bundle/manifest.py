@@ -52,7 +52,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Text:
-    """The language model, as far as the runtime must know it."""
+    """The language model, as far as the runtime must know it.
+
+    ``layers`` are those that attend, each with a cache of entries. ``states``: sizes of what a row
+    keeps for the others whatever its length, (layers,n,D) of those that convolve: n inputs each.
+    """
 
     layers: int
     heads: int
@@ -61,6 +65,7 @@ class Text:
     hidden: int
     vocab: int
     eos_ids: tuple[int, ...]
+    states: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ def _check_sizes(manifest: Manifest, path: Path) -> None:
     )
     if not 1 <= min(sizes) <= max(sizes) <= LARGEST or not 0 < manifest.keep <= 1:
         raise BundleError(f"{path} has a size or keep ratio out of range; export again")
+    if any(
+        len(state) != 3 or not 1 <= min(state) <= max(state) <= LARGEST for state in text.states
+    ):
+        raise BundleError(f"{path} has a state that is not of three sizes; export again")
     tokens = (images.token_id, *text.eos_ids)
     if not 0 <= min(tokens) <= max(tokens) < text.vocab:
         raise BundleError(f"{path} names a token that is none of {text.vocab}; export again")

@@ -47,8 +47,9 @@ class Slots:
     """The rows of one cache. For one thread; ``check`` states what always holds.
 
     ``in_place``: the entries of tokens depend on nothing but the tokens before them, so that any
-    beginning may be shared. Else a session's next turn begins with all that its row holds, and
-    others, with ``keeps_prefixes``, with what goes as far as the images do (question-free recipes).
+    beginning may be shared, or, where layers have states, all that a row holds. Else a session's
+    next turn begins with all that its row holds, and others, with ``keeps_prefixes``, with what
+    goes as far as the images do (question-free recipes).
     """
 
     def __init__(self, cache: CompactCache, *, keeps_prefixes: bool, in_place: bool = True) -> None:
@@ -158,6 +159,8 @@ class Slots:
             theirs = self.kept.items() if session is not None else ()
             held = {row: kept for row, kept in theirs if kept.session is session}
         shared = {row: _shared(other.keys, keys[:-1]) for row, other in held.items()}
+        if self.cache.states:  # they are those after all tokens of a row, not after fewer
+            shared = {row: n for row, n in shared.items() if n == len(held[row].keys)}
         whole: set[int] = set()
         if not self.in_place:
             own = [r for r, k in self.kept.items() if session is not None and k.session is session]

@@ -49,8 +49,8 @@ class Steps:
     def _decode(self, count: int) -> dict[int, Exception]:
         """Decode a step of all rows. If it fails it is tried row by row, so that one request's
         fault is not the others': a step writes the same slots again, and nothing is counted before
-        it is done. But for sums of attention: some layers' may have gone on already, and would
-        twice."""
+        it is done. But for sums of attention and for states: some layers' may have gone on
+        already, and would twice."""
         tokens = np.array([r.next_token for r in self.slots.running], np.int64)
         positions = np.array([r.row.position for r in self.slots.running], np.int64)
         wanted: dict[str, np.ndarray] = {BEST: self.best} if self.graphs.chooses else {}
@@ -67,7 +67,7 @@ class Steps:
             return {}
 
         failed = decode(slice(0, count))
-        if not failed or count == 1 or self.together or self.slots.cache.sums:
+        if not failed or count == 1 or self.together or self.slots.cache.goes_on:
             return failed
         failed = {}
         for place in range(count):

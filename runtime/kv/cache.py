@@ -21,8 +21,8 @@ Form = tuple[tuple[int, ...], str]  # a buffer's shape and dtype
 
 class CompactCache(SlotCounts):
     """Buffers key and value [B,Hkv,C_l,d] per layer, with a ring of queries also query
-    [B,Hq,queries,d], with scores that go on received [B,1,C_l,1], and the counts of what lies in
-    them.
+    [B,Hq,queries,d], with scores that go on received [B,1,C_l,1]; state [B,s,n,D] for s layers that
+    keep states in place of entries; and the counts of what lies in them.
 
     A row can be filled on its own (``views``, ``begin``) and copied to another place.
 
@@ -40,7 +40,7 @@ class CompactCache(SlotCounts):
         capacities: Sequence[int],
         budgets: Budgets,
     ) -> None:
-        self.backend = backend
+        self.backend, self.states = backend, text.states
         policy = budgets.cache_policy
         forms = _forms(text, policy, dtype, batch, capacities)
         self.bytes_allocated = sum(_bytes(form) for form in forms.values())
@@ -62,7 +62,8 @@ class CompactCache(SlotCounts):
             raise self._no_room(batch, "") from None
         scores = ITEM_BYTES[SCORES] if policy is not None and policy.received else 0
         self._entry_bytes = 2 * text.kv_heads * text.head_dim * item + scores
-        self._ring_bytes = len(capacities) * self.queries * text.heads * text.head_dim * item
+        rings = len(capacities) * self.queries * text.heads * text.head_dim
+        self._fixed_bytes = (rings + sum(map(math.prod, text.states))) * item
 
     def _no_room(self, batch: int, there: str) -> DeviceMemoryError:
         return DeviceMemoryError(
@@ -70,6 +71,12 @@ class CompactCache(SlotCounts):
             "ask for fewer prompts (slots) or new tokens at once, or export with a smaller "
             "--max-text-len or kv_keep"
         )
+
+    @property
+    def goes_on(self) -> bool:
+        """True where a decode step goes on from what the last one left, so that it cannot be run
+        again: with sums of attention, and with states."""
+        return self.sums or bool(self.states)
 
     def views(self, rows: slice) -> dict[str, Buffer]:
         """The buffers' rows from ``rows.start`` up to before ``rows.stop``: the same memory."""
@@ -79,7 +86,12 @@ class CompactCache(SlotCounts):
         """Everything of one row to another place; what was there is gone."""
         for name, buffer in self.buffers.items():
             which, _, layer = name.partition("_")
-            used = self.queries if which == "query" else int(self.lengths[int(layer), source])
+            if which == "query":
+                used = self.queries
+            elif which == "state":
+                used = self.states[int(layer)][1]
+            else:
+                used = int(self.lengths[int(layer), source])
             self.backend.copy_row(buffer, source, target, used)
         self.put(target, self, source)
 
@@ -107,8 +119,8 @@ class CompactCache(SlotCounts):
         return inputs
 
     def bytes_used(self, row: int) -> int:
-        """Bytes of the entries of one row, with their scores, and of its ring of queries."""
-        return int(self.entries[:, row].sum() * self._entry_bytes + self._ring_bytes)
+        """Bytes of the entries of one row, with their scores, of its ring of queries and states."""
+        return int(self.entries[:, row].sum() * self._entry_bytes + self._fixed_bytes)
 
 
 def cache_bytes(manifest: Manifest, batch: int, capacities: Sequence[int]) -> int:
@@ -130,6 +142,8 @@ def _forms(
             forms[f"query_{layer}"] = (batch, text.heads, policy.queries, text.head_dim), dtype
         if policy is not None and policy.received and capacity:
             forms[f"received_{layer}"] = (batch, 1, capacity, 1), SCORES
+    for number, sizes in enumerate(text.states):
+        forms[f"state_{number}"] = (batch, *sizes), dtype
     return forms
 
 

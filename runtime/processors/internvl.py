@@ -31,7 +31,7 @@ from lvlm.runtime.processors.parts.config_values import (
     text,
     with_defaults,
 )
-from lvlm.runtime.processors.parts.tiles import cut, scaled, tile_grid
+from lvlm.runtime.processors.parts.tiles import closest_grid, cut, scaled, tile_grid
 
 
 class InternVLProcessor:
@@ -97,13 +97,7 @@ class InternVLProcessor:
             ),
             key=lambda shape: shape[0] * shape[1],
         )
-        best, closest = (1, 1), float("inf")
-        for columns, rows in known:
-            away = abs(width / height - columns / rows)
-            filled = height * width > 0.5 * self._size[0] * self._size[1] * columns * rows
-            if away < closest or (away == closest and filled):
-                best, closest = (rows, columns), away
-        return best
+        return closest_grid(height, width, self._size[0] * self._size[1], known)
 
 
 PROCESSOR = InternVLProcessor

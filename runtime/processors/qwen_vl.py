@@ -31,8 +31,8 @@ from lvlm.runtime.processors.parts.config_values import (
     with_defaults,
 )
 from lvlm.runtime.processors.parts.frames import opened
-from lvlm.runtime.processors.parts.patches import patch_places, patch_values
-from lvlm.runtime.processors.parts.qwen_video import MAX_RATIO, QwenVideo, whole_tokens
+from lvlm.runtime.processors.parts.patches import patch_places, patch_values, whole_tokens
+from lvlm.runtime.processors.parts.qwen_video import MAX_RATIO, QwenVideo
 
 
 class QwenProcessor:

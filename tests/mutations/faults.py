@@ -333,6 +333,43 @@ FAULTS = {
         "_orphans: set[Orphan] = set()",
         "tests/runtime/engine/test_engine_memory.py::test_nothing_grows",
     ),
+    "a state is that after a row's padding": Fault(
+        "export/graphs/blocks.py",
+        "            at = self.last[:, None] + 1 + torch",
+        "            at = (0 * self.last + new.shape[1])[:, None] + torch",
+        f"{PARITY}[lfm2-vl:gqa-conv-first]",
+    ),
+    "extend: a row with no entries goes on from another's state": Fault(
+        "export/graphs/blocks.py",
+        "there = before[:, None, None, None] > 0",
+        "there = before[:, None, None, None] >= 0",
+        "tests/runtime/engine/test_engine_states.py"
+        "::test_answers_beside_others_are_those_alone[17]",
+    ),
+    "a row's states used for a shorter beginning": Fault(
+        "runtime/engine/slots.py",
+        "if n == len(held[row].keys)}",
+        "if n}",
+        "tests/runtime/engine/test_engine_slots.py::TestRowsWithStates::runTest",
+    ),
+    "a step with states run again": Fault(
+        "runtime/kv/cache.py",
+        "return self.sums or bool(self.states)",
+        "return self.sums",
+        "tests/runtime/engine/test_engine_states.py::test_a_step_that_failed_is_not_run_again",
+    ),
+    "learned positions shrunk without antialiasing": Fault(
+        "export/families/parts/lfm2_vision.py",
+        "reach = step.clamp(min=1.0)[..., None]",
+        "reach = torch.ones_like(step)[..., None]",
+        f"{PARITY}[lfm2-vl:gqa-conv-first]",
+    ),
+    "patches of a tile's padding seen": Fault(
+        "export/families/parts/lfm2_vision.py",
+        "seen = (places[..., 0] >= 0)",
+        "seen = (places[..., 0] >= -1)",
+        f"{PARITY}[lfm2-vl:gqa-conv-first]",
+    ),
     "last stage of the pyramid too late": Fault(
         "export/recipes/lightvlm.py",
         "(1 / 14, 2 / 7, 1 / 2)",

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import CACHED_USUAL, TINY, moves
+from bundles import BESIDE_STATES, CACHED_USUAL, TINY, moves
 from near_ties import NEAR, lead_of_what_stays
 from parity_tools import ROWS, make_reference
 from settings import CACHED
@@ -40,7 +40,9 @@ WHOLE = [
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"name", "cached"} <= set(metafunc.fixturenames):
         whole = metafunc.config.getoption("--whole")
-        metafunc.parametrize(("name", "cached"), (WHOLE if whole else CACHED_USUAL) + ALSO)
+        metafunc.parametrize(
+            ("name", "cached"), (WHOLE if whole else CACHED_USUAL) + ALSO + BESIDE_STATES
+        )
 
 
 @pytest.fixture

@@ -141,11 +141,11 @@ def language_model(family: HasLeaves, parts: Any, head: nn.Module, text: Any) ->
         hidden=text.hidden_size,
         vocab=text.vocab_size,
         scale=float(parts.layers[0].self_attn.scaling),
-        positions=_positions(text),
+        positions=model_positions(text),
     )
 
 
-def _positions(text: Any) -> int:
+def model_positions(text: Any) -> int:
     """The longest position; where rotary angles are scaled, some configurations have the length
     before scaling."""
     own, rope = int(text.max_position_embeddings), text.rope_parameters

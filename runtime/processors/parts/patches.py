@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,3 +36,28 @@ def patch_places(rows: int, columns: int, merge: int) -> npt.NDArray[np.int64]:
     grid = np.moveaxis(np.indices((rows * merge, columns * merge)), 0, -1)
     grid = grid.reshape(rows, merge, columns, merge, 2).transpose(0, 2, 1, 3, 4)
     return np.asarray(grid.reshape(rows * columns, merge**2, 2), np.int64)
+
+
+def whole_tokens(
+    height: int,
+    width: int,
+    side: int,
+    min_pixels: float,
+    max_pixels: float,
+    frames: int = 1,
+    bar: int = 1,
+    least: int = 0,
+) -> tuple[int, int]:
+    """Rows and columns of tokens, ``side`` pixels long, in proportion to an image's sides, so that
+    their pixels are within bounds: those of ``bar`` frames where there are ``frames``. Before that
+    each is ``least`` or more."""
+    rows, columns = (max(least, round(length / side)) for length in (height, width))
+    if bar * rows * columns * side**2 > max_pixels:
+        shrink = math.sqrt((frames * height * width) / max_pixels)
+        rows = max(1, math.floor(height / shrink / side))
+        columns = max(1, math.floor(width / shrink / side))
+    elif bar * rows * columns * side**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
+        rows = math.ceil(height * grow / side)
+        columns = math.ceil(width * grow / side)
+    return rows, columns

@@ -30,6 +30,7 @@ from lvlm.runtime.processors.parts.config_values import (
     text,
 )
 from lvlm.runtime.processors.parts.frames import check_enough, sampling, video_options
+from lvlm.runtime.processors.parts.patches import whole_tokens
 from lvlm.runtime.processors.parts.tiles import scaled_frame
 
 MAX_RATIO = 200  # of an image's sides: transformers refuses a longer one, too
@@ -48,29 +49,6 @@ class Patches(Protocol):
         self, pixels: Sequence[npt.NDArray[np.float32]], time: int, span: int | None
     ) -> PreparedImage:
         """Frames [3,H,W] of whole tokens -> a PreparedImage, ``time`` after it begins."""
-
-
-def whole_tokens(
-    height: int,
-    width: int,
-    side: int,
-    min_pixels: float,
-    max_pixels: float,
-    frames: int = 1,
-    bar: int = 1,
-) -> tuple[int, int]:
-    """Rows and columns of tokens, ``side`` pixels long, in proportion to an image's sides, so that
-    their pixels are within bounds: those of ``bar`` frames where there are ``frames``."""
-    rows, columns = round(height / side), round(width / side)
-    if bar * rows * columns * side**2 > max_pixels:
-        shrink = math.sqrt((frames * height * width) / max_pixels)
-        rows = max(1, math.floor(height / shrink / side))
-        columns = max(1, math.floor(width / shrink / side))
-    elif bar * rows * columns * side**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (frames * height * width))
-        rows = math.ceil(height * grow / side)
-        columns = math.ceil(width * grow / side)
-    return rows, columns
 
 
 class QwenVideo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -41,3 +42,18 @@ def tile_grid(rows: int, columns: int, tokens: int) -> npt.NDArray[np.int32] | N
         return None
     grid = np.arange(rows * columns * tokens, dtype=np.int32).reshape(rows, columns, side, side)
     return grid.swapaxes(1, 2).reshape(rows * side, columns * side)
+
+
+def closest_grid(
+    height: int, width: int, pixels: int, grids: Iterable[tuple[int, int]]
+) -> tuple[int, int]:
+    """Rows and columns of tiles of so many pixels: of the ``grids`` of columns and rows that with
+    the closest ratio, of equal ones the first, or a later one unless the image has too few pixels
+    for it."""
+    best, closest = (1, 1), float("inf")
+    for columns, rows in grids:
+        away = abs(width / height - columns / rows)
+        filled = height * width > 0.5 * pixels * columns * rows
+        if away < closest or (away == closest and filled):
+            best, closest = (rows, columns), away
+    return best

@@ -35,9 +35,12 @@ def test_the_inputs_of_every_family_are_transformers_own(
     outcome = model_inputs.compare(
         judge, family, maker, image, model_inputs.prepare(maker, image), True
     )
-    assert {"pixels of an image", "pixels of one of another shape"} < {
-        c.name for c in outcome.checks
-    }
+    pixels = {"pixels of an image", "pixels of one of another shape"}
+    if judge.images is None:  # some are there for torchvision alone
+        assert judge.no_images.endswith("needs torchvision")
+        assert name.startswith("lfm2-vl")
+        pixels = {"prompt's ids, image aside"}
+    assert pixels <= {c.name for c in outcome.checks}
     assert [check.name for check in outcome.checks if not check.passed] == []
 
 

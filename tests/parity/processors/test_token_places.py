@@ -63,6 +63,23 @@ CASES: dict[str, dict[str, Any]] = {
         "whole": "",
         "video": None,
     },
+    "lfm2_vl": PIXELS
+    | {
+        "name": "lfm2_vl",
+        "patch": 3,
+        "merge": 2,
+        "tile": 24,
+        "min_tiles": 2,
+        "max_tiles": 4,
+        "thumbnail": True,
+        "min_tokens": 4,
+        "max_tokens": 60,
+        "tolerance": 1.5,
+        "image_token": "<i>",
+        "begin": "",
+        "end": "",
+        "whole": "",
+    },
     "pixtral": PIXELS
     | {
         "name": "pixtral",
@@ -101,7 +118,9 @@ def coordinates(height: int, width: int) -> np.ndarray:
 def colours(image: PreparedImage, shared: int, patches: int) -> np.ndarray:
     """The mean colour [V,3] of what each token is made of, of the vision graph's inputs."""
     pixels = image.arrays["pixel_values"]
-    if "position_ids" in image.arrays:  # a token's patches lie together
+    if "sides" in image.arrays:  # of a patch the channels of each pixel lie together
+        rows = pixels.reshape(-1, pixels.shape[2], pixels.shape[3] // 3, 3).mean((1, 2))
+    elif "position_ids" in image.arrays:  # a token's patches lie together
         rows = pixels.reshape(len(pixels), pixels.shape[1], 3, -1).mean((1, 3))
     else:
         tiles, _, height, width = pixels.shape

@@ -52,22 +52,32 @@ def content(keys: np.ndarray, layer: int) -> np.ndarray:
     return np.array(known, np.float32)
 
 
+def state(keys: np.ndarray, number: int) -> float:
+    """What stands for a state after these tokens."""
+    return float(content(keys, 100 + number)[-1])
+
+
 KEYS = st.lists(st.integers(0, 1), min_size=2, max_size=5).map(np.array)
 
 
 class Rows(RuleBasedStateMachine):
     """Requests come and go in every order that the scheduler can bring about."""
 
+    states: tuple[tuple[int, ...], ...] = ()
+
     def __init__(self) -> None:
         super().__init__()
-        self.cache = new_cache([12, 12, 12], FULL, batch=3, dtype="float32")
+        self.cache = new_cache([12, 12, 12], FULL, batch=3, dtype="float32", states=self.states)
         self.slots: Any = Slots(self.cache, keeps_prefixes=True)
         self.coming: list[Asked] = []
 
     def write(self, row: int, start: int, keys: np.ndarray) -> None:
         for name, buffer in self.cache.buffers.items():
             layer = int(name.partition("_")[2])
-            buffer[row, :, start : len(keys)] = content(keys, layer)[None, start:, None]
+            if name.startswith("state"):
+                buffer[row] = state(keys, layer)  # of all, whatever was written before
+            else:
+                buffer[row, :, start : len(keys)] = content(keys, layer)[None, start:, None]
 
     @precondition(lambda self: not self.coming)
     @rule(keys=st.lists(KEYS, min_size=2, max_size=3))
@@ -95,6 +105,9 @@ class Rows(RuleBasedStateMachine):
             assert 0 < prefix.length < len(keys)
         if prefix is not None and reuse:
             self.slots.fill_from(prefix)
+            for number in range(len(self.states)):  # with which what follows is read
+                there = self.cache.buffers[f"state_{number}"][row]
+                assert (there == state(keys[: prefix.length], number)).all()
             self.write(row, prefix.length, keys)  # as decode would, bit by bit
         else:
             for buffer in self.cache.buffers.values():
@@ -142,14 +155,25 @@ class Rows(RuleBasedStateMachine):
         for row, keys in held.items():
             assert (self.cache.lengths[:, row] == len(keys)).all()
             for name, buffer in self.cache.buffers.items():
-                expected = content(keys, int(name.partition("_")[2]))
+                layer = int(name.partition("_")[2])
+                if name.startswith("state"):
+                    assert (buffer[row] == state(keys, layer)).all()
+                    continue
+                expected = content(keys, layer)
                 assert (buffer[row, :, : len(keys)] == expected[None, :, None]).all()
 
 
+class RowsWithStates(Rows):
+    """Where layers have states, too: of a row with all of its tokens."""
+
+    states = ((1, 2, 3), (2, 1, 4))
+
+
+OFTEN = settings(deadline=None, max_examples=examples(60), stateful_step_count=30, derandomize=True)
 TestRows = Rows.TestCase
-TestRows.settings = settings(
-    deadline=None, max_examples=examples(60), stateful_step_count=30, derandomize=True
-)
+TestRows.settings = OFTEN
+TestRowsWithStates = RowsWithStates.TestCase
+TestRowsWithStates.settings = OFTEN
 
 
 def test_the_longest_prefix_wins_and_the_least_used_goes() -> None:

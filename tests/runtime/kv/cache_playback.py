@@ -4,7 +4,7 @@ beside them lists from which entries are really deleted."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,9 +40,14 @@ class UnreadMemory(HostMemory):
 
 
 def new_cache(
-    capacities: list[int], budgets: Budgets = FULL, batch: int = 2, dtype: str = "float16"
+    capacities: list[int],
+    budgets: Budgets = FULL,
+    batch: int = 2,
+    dtype: str = "float16",
+    states: tuple[tuple[int, ...], ...] = (),
 ) -> CompactCache:
-    return CompactCache(UnreadMemory(), TEXT, dtype, batch, capacities, budgets)
+    text = replace(TEXT, states=states)
+    return CompactCache(UnreadMemory(), text, dtype, batch, capacities, budgets)
 
 
 @dataclass(frozen=True)
