@@ -85,7 +85,7 @@ class Everything:
     ms: Mapping[Candidate, float]
 
     def seconds(self, asked: Mapping[Candidate, int], timed: Sequence[Candidate]) -> float:
-        """What so many answers and the speeds of these took."""
+        """Seconds that so many answers and the speeds of these took."""
         speeds = [speed.seconds for one in timed if (speed := self.trials[one].speed)]
         return sum(n * self.ms[one] for one, n in asked.items()) / 1000 + sum(speeds)
 

@@ -32,7 +32,7 @@ class Loss:
 
 
 class FullTimes(NamedTuple):
-    """What the full model takes: milliseconds of the vision tower and of prefill per prompt, of a
+    """Times of the full model: milliseconds of the vision tower and of prefill per prompt, of a
     decode step, and of an answer to a sample in all."""
 
     vision: float

@@ -1,9 +1,9 @@
-"""Which candidate to ask next: the one of most expected improvement over the best that is known.
+"""Promises of candidates: the improvement over the best so far that is to be expected.
 
 (Jones, Schonlau and Welch, Efficient Global Optimization, J. Global Optimization 13, 1998, for
 answers of a fixed set of samples.) The samples not asked yet are lost with a probability of which
 little is known but what those asked say: beta-binomial. The figures below were chosen in simulated
-worlds, which tests/calibration/tune/test_promise.py has, and on answers of tiny-llava.
+worlds, which tests/calibration/tune/test_search.py has, and on answers of tiny-llava.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ LITTLE = 1e-5  # promises that are none
 
 
 def budget(candidates: int, answers: float) -> float:
-    """What a search may take; ``answers``: what one candidate takes in all."""
+    """Answers that a search may take in all; ``answers``: those that one candidate takes."""
     return max(PART * candidates, min(MIN_CANDIDATES, candidates)) * answers
 
 
 def next_count(asked: int, samples: int, batch: int) -> int:
-    """How many samples the next time, of ``samples``; a multiple of ``batch`` but for all of them,
-    so that a prompt is always answered together with the same ones."""
+    """Count of samples to ask the next time, of ``samples``; a multiple of ``batch`` but for all
+    of them, so that a prompt is always answered together with the same ones."""
     count = max(FIRST, math.ceil(STEP * asked))
     return min(samples, math.ceil(count / batch) * batch)
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What may be lost on all samples: ``lost`` answers now, and k more with probability
+    """Answers that may be lost on all samples: ``lost`` now, and k more with probability
     ``chances[k]``."""
 
     lost: float
@@ -70,13 +70,13 @@ class Outlook:
         return float(self.chances[: more + 1].sum()) if more >= 0 else 0.0
 
     def improvement(self, best: float) -> float:
-        """By how many fewer than ``best`` are lost, on the mean, more counting as none fewer."""
+        """Mean of the answers by which fewer than ``best`` are lost; more count as none fewer."""
         fewer = best - self.lost - np.arange(len(self.chances))
         return float((self.chances * fewer.clip(0)).sum())
 
 
 def compresses_less(one: Candidate, other: Candidate) -> bool:
-    """Whether ``other`` does what ``one`` does, and more of it, so that it probably loses no less.
+    """True where ``other`` does what ``one`` does, and more of it, so that it may lose no less.
     The full model does nothing."""
     if FULL in (one, other) or one == other:
         return False

@@ -110,7 +110,7 @@ class Search:
         self.trials[one] = replace(self.trials[one], out=why)
 
     def _timing(self) -> float:
-        """What measuring a speed takes, in answers, by the full model's."""
+        """Time of measuring a speed, in answers, by the full model's."""
         speed = self.trials[FULL].speed
         assert speed is not None
         return 1000 * speed.seconds / max(self.times.answer, 1e-9)
@@ -217,8 +217,8 @@ class Search:
         return None if part is None else part * full.quality * full.samples + ROUNDING
 
     def _chance(self, trial: Trial, best: Trial | None) -> tuple[float, float]:
-        """How probable it is that the limit is kept; without one, answers by which it loses less
-        than the best, and how probable it is that it loses no more."""
+        """Probability that the limit is kept; without one, answers by which it loses less than the
+        best, and the probability that it loses no more."""
         outlook, allowed = self._outlook(trial), self._allowed()
         if allowed is not None:
             return outlook.at_most(allowed), 0.0
@@ -252,7 +252,7 @@ class Search:
         return 1000 * load.new_tokens / (times.vision + times.prefill * work.prefill + steps)
 
     def _say_why(self) -> None:
-        """Why those that cannot be chosen now were asked no more, or not at all."""
+        """Note why those that cannot be chosen now were asked no more, or not at all."""
         allowed, samples = self._allowed(), len(self.judge.samples)
         for one in self._running():
             trial = self.trials[one]
@@ -268,7 +268,7 @@ class Search:
                 self._leave(one, f"others promise more ({trial.asked} samples)")
 
     def _best(self) -> Trial | None:
-        """Of those with all answers and within all limits."""
+        """Best of those with all answers and within all limits."""
         full = self.trials[FULL].loss
         if full is not None and full.quality == 0:
             raise DataError(

@@ -1,4 +1,4 @@
-"""Which layers of a vision tower give an image's features."""
+"""Layers of a vision tower that give an image's features."""
 
 from __future__ import annotations
 
