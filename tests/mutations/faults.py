@@ -140,9 +140,9 @@ FAULTS = {
         BIASED,
     ),
     "features of the layer before": Fault(
-        "export/families/parts/llava_like.py",
-        "[i % depth for i in wanted]",
-        "[(i - 1) % depth for i in wanted]",
+        "export/families/parts/feature_layers.py",
+        "[layer % (depth + 1)",
+        "[(layer - 1) % (depth + 1)",
         BIASED,
     ),
     "wrong epsilon of norms": Fault(
