@@ -18,7 +18,9 @@ from lvlm.calibration.tune.candidates import FULL, OWN_CACHE, Candidate
 
 FIRST = 4  # samples at first: enough to see who loses most
 STEP = 1.6  # more samples from time to time
-PART = 0.2  # of what asking all candidates everything would take, at most
+PART = (
+    0.18  # of what asking all everything would take: a fifth, if answers take longer than expected
+)
 MIN_CANDIDATES = 4  # but so many can answer everything, however few there are
 THOUGHT_OF, THOUGHT_LOST = 2.0, 0.1  # samples thought of before the first, and their part lost
 STEEP = 2  # power of the time saved that losses grow with
