@@ -183,7 +183,7 @@ class Search:
         for one in self._running():
             trial = self.trials[one]
             takes = samples - trial.asked + (self._timing() if trial.speed is None else 0)
-            if trial.asked == samples or takes > self.left:
+            if trial.asked == samples or takes > self.left + ROUNDING:
                 continue
             alike = [chances[other] for other in self.less[one] if self.trials[other].asked]
             promise = self._worth(min([chances[one], *alike]), trial, best)
