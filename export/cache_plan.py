@@ -10,6 +10,7 @@ import torch
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.export_options import ExportOptions
+from lvlm.export.graphs.cache_entries import dtype_beside, held_width
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.recipes.recipe import Recipe
 from lvlm.runtime.bundle.manifest import Capacity, Images
@@ -45,13 +46,14 @@ def plan_cache(
     seen = np.array([options.max_text_len + n for n in of_images])
     budgets = Budgets.of(rule.cache_policy if rule else None, layers, None)
     per_layer = tuple(budgets.limit(seen, options.max_text_len - 1).tolist())
-    entries = 2 * language.kv_heads * sum(per_layer)
+    width = held_width(language.head_dim, dtype)
+    entries = 2 * language.kv_heads * sum(per_layer) * width
     states = sum(map(math.prod, language.states))
-    rings = language.heads * (rule.queries if rule else 0) * layers
+    rings = language.heads * (rule.queries if rule else 0) * layers * language.head_dim
     return CachePlan(
         entering,
         Capacity(options.max_text_len, options.max_images, per_layer),
-        ((entries + rings) * language.head_dim + states) * dtype.itemsize,
+        entries * dtype.itemsize + (rings + states) * dtype_beside(dtype).itemsize,
     )
 
 

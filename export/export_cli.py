@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lvlm.export.export_options import ExportOptions
 
 WEIGHTS = ("int8", "int4")
-CACHES = ("fp16",)
+CACHES = ("fp16", "int8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache",
         choices=CACHES,
-        help="keep keys and values in fp16: half the cache of an fp32 bundle (default: --dtype)",
+        help="keep keys and values in fp16, or in 8 bits with a scale each: half or a quarter of "
+        "the cache of an fp32 bundle (default: --dtype)",
     )
     parser.add_argument(
         "--max-text-len",

@@ -15,7 +15,7 @@ from lvlm.export.targets.target import Target
 from lvlm.export.weights.quantization import KINDS, WeightQuantization
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CACHES = {"fp16": torch.float16}  # of lower precision than is computed in
+CACHES = {"fp16": torch.float16, "int8": torch.int8}  # of lower precision than is computed in
 BLOCK = 32  # of quantized weights; docs/notes/quantization.md: what was tried
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from lvlm.export.export_plan import ExportPlan
+from lvlm.export.graphs.cache_entries import held_width
 from lvlm.export.graphs.tracing import TracedGraph
 from lvlm.export.targets.description import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets.target import Target
@@ -48,7 +49,8 @@ def lower(
 
 def _static_capacity(plan: ExportPlan) -> Capacity:
     language, rule = plan.skeleton.language, plan.recipe.cache_rule()
-    entry = language.kv_heads * language.head_dim * plan.cache_dtype.itemsize
+    dtype = plan.cache_dtype
+    entry = language.kv_heads * held_width(language.head_dim, dtype) * dtype.itemsize
     scored = rule is not None and rule.cache_policy.received
     return aligned_capacity(plan.cache.capacity, entry, scored=scored)
 

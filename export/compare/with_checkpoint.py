@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lvlm.core.discovery import discover
 from lvlm.core.errors import ParameterError
-from lvlm.export.export_options import DTYPES, ExportOptions
+from lvlm.export.export_options import CACHES, DTYPES, ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.recipe import Recipe, parse_settings
 from lvlm.export.verify import validation
@@ -30,6 +30,7 @@ def compare(bundle: Path, model: str) -> int:
             "bundles with quantized, dequantized or merged weights, or with a profile, are "
             "compared by lvlm-export alone"
         )
+    held = manifest.cache_dtype if manifest.cache_dtype != manifest.dtype else None
     dtype = next(k for k, v in DTYPES.items() if str(v) == f"torch.{manifest.dtype}")
     plan = make_plan(
         ExportOptions(
@@ -37,7 +38,7 @@ def compare(bundle: Path, model: str) -> int:
             recorded(manifest),
             bundle,
             dtype,
-            cache="fp16" if manifest.cache_dtype != manifest.dtype else None,
+            cache=next((k for k, v in CACHES.items() if str(v) == f"torch.{held}"), None),
             max_text_len=manifest.capacity.max_text_len,
             max_images=manifest.capacity.max_images,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from lvlm.export.graphs.blocks import CacheWriter
+from lvlm.export.graphs.cache_entries import as_computed, as_held
 from lvlm.export.ops.cache_importance import OP as CACHE_IMPORTANCE
 from lvlm.export.standard_ops import Tap
 
@@ -29,7 +30,7 @@ def after_one(
     is for attention alone to read, which targets rely on that write otherwise.
     """
     dtype = tap.query.dtype
-    keys = torch.cat([cache.new_key.to(past.dtype), past], dim=2).to(dtype)
+    keys = as_computed(torch.cat([as_held(cache.new_key, past.dtype), past], dim=2), dtype)
     index = valid_length - 1
     found = _received(tap.query, keys, index[:, None], valid_length, tap.scale)
     slots = torch.arange(past.shape[2], device=past.device)

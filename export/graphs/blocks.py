@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lvlm.export.standard_ops import Tap, scatter
+from lvlm.export.graphs.cache_entries import as_computed, as_held, store
+from lvlm.export.standard_ops import Tap
 
 
 class PromptEntries:
@@ -38,7 +39,7 @@ class CacheWriter:
         self.new_key = key
         self.key = store(self.key, key, self.index)
         self.value = store(self.value, value, self.index)
-        return self.key.to(key.dtype), self.value.to(key.dtype)
+        return as_computed(self.key, key.dtype), as_computed(self.value, key.dtype)
 
 
 class EntriesBehind:
@@ -58,7 +59,7 @@ class EntriesBehind:
         self.key = store(self.key, key, self.index)
         self.value = store(self.value, value, self.index)
         keys, values = (
-            torch.cat([old.to(new.dtype), new], dim=2)
+            torch.cat([as_computed(old, new.dtype), new], dim=2)
             for old, new in zip(past, (key, value), strict=True)
         )
         return keys, values
@@ -84,12 +85,12 @@ class EntriesKept:
         self, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = (
-            torch.cat([buffer.index_select(2, self.slots), new.to(buffer.dtype)], dim=2)
+            torch.cat([buffer.index_select(2, self.slots), as_held(new, buffer.dtype)], dim=2)
             for buffer, new in ((self.key, key), (self.value, value))
         )
         self.key = store(self.key, keys.index_select(2, self.written), self.index)
         self.value = store(self.value, values.index_select(2, self.written), self.index)
-        return keys.to(key.dtype), values.to(value.dtype)
+        return as_computed(keys, key.dtype), as_computed(values, value.dtype)
 
 
 class StateBehind:
@@ -129,11 +130,6 @@ class StateBehind:
     def update_conv_state(self, new: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """``behind`` as transformers asks for it, channels before tokens."""
         return self.behind(new.transpose(1, 2)).transpose(1, 2)
-
-
-def store(buffer: torch.Tensor, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """``x`` [B,H,n,d], in the buffer's dtype, into ``buffer`` [B,H,C,d] from slot ``index`` on."""
-    return scatter(buffer, x.to(buffer.dtype), index)
 
 
 def convolve(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lvlm.export.graphs.blocks import store
+from lvlm.export.graphs.cache_entries import as_computed, store
 from lvlm.export.graphs.graph import Tensors
 from lvlm.export.graphs.language_graph import LanguageGraph
 from lvlm.export.graphs.language_model import LanguageModel
@@ -77,7 +77,12 @@ class Compact(LanguageGraph):
         dtype = next(self.model.norm.parameters()).dtype  # that of what is computed
         queries = None if query is None else query.to(dtype)
         stay = self.compacts.compact_buffers(
-            key.to(dtype), value.to(dtype), queries, received, self.model.scale, counts
+            as_computed(key, dtype),
+            as_computed(value, dtype),
+            queries,
+            received,
+            self.model.scale,
+            counts,
         )
         written = {
             "kept": stay.kept,

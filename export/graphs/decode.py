@@ -9,7 +9,8 @@ from torch import nn
 
 from lvlm.export.graphs.attending import Angles
 from lvlm.export.graphs.attention_received import after_one
-from lvlm.export.graphs.blocks import CacheWriter, run_block, store
+from lvlm.export.graphs.blocks import CacheWriter, run_block
+from lvlm.export.graphs.cache_entries import store
 from lvlm.export.graphs.graph import Tensors
 from lvlm.export.graphs.language_graph import LanguageGraph, parts_of
 from lvlm.export.graphs.language_model import LanguageModel

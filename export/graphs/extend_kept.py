@@ -16,7 +16,8 @@ from torch import nn
 
 from lvlm.export.graphs.attending import Angles
 from lvlm.export.graphs.attention_received import after_some
-from lvlm.export.graphs.blocks import EntriesKept, run_block, store
+from lvlm.export.graphs.blocks import EntriesKept, run_block
+from lvlm.export.graphs.cache_entries import store
 from lvlm.export.graphs.embedded import EmbeddedTokens, new_tokens
 from lvlm.export.graphs.graph import Tensors
 from lvlm.export.graphs.language_graph import LanguageGraph, logits_at, parts_of

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lvlm.export.graphs.blocks import convolve, store
+from lvlm.export.graphs.blocks import convolve
+from lvlm.export.graphs.cache_entries import dtype_beside, held_width, store
 from lvlm.export.graphs.graph import BundleGraph, Tensors
 from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel
 from lvlm.export.graphs.repeats import like, repeated
@@ -30,11 +31,11 @@ Caches = Mapping[Kind, Sequence[torch.Tensor]]  # the buffers of every layer
 
 
 class LanguageGraph(BundleGraph):
-    """A graph that takes past_key_l and past_value_l [B,Hkv,C_l,d] of every layer, whose capacity
-    C_l is a dynamic dimension per layer, with a ring of queries past_query_l [B,Hq,queries,d], and
-    with scores that go on past_received_l [B,1,C_l,1] fp32; l counts the layers that attend. Those
-    that convolve, s of them, have past_state_0 [B,s,n,D]. What it writes of them is
-    present_KIND_l."""
+    """A graph that takes past_key_l and past_value_l [B,Hkv,C_l,d] (int8: d + 1) of every layer,
+    whose capacity C_l is a dynamic dimension per layer, with a ring of queries past_query_l
+    [B,Hq,queries,d], and with scores that go on past_received_l [B,1,C_l,1] fp32; l counts the
+    layers that attend. Those that convolve, s of them, have past_state_0 [B,s,n,D]. What it writes
+    of them is present_KIND_l."""
 
     def __init__(
         self, model: LanguageModel, rule: CacheRule | None, cache_dtype: torch.dtype
@@ -57,18 +58,18 @@ class LanguageGraph(BundleGraph):
         """The port of the layers' states, behind the buffers: one for all of them, since
         TensorRT-RTX 1.7 crashes on writes of several."""
         return [
-            GraphPort(f"{prefix}_state_{number}", self.cache_dtype, (BATCH, *sizes))
+            GraphPort(f"{prefix}_state_{number}", dtype_beside(self.cache_dtype), (BATCH, *sizes))
             for number, sizes in enumerate(self.model.states)
         ]
 
     def buffer_forms(self) -> dict[Kind, tuple[torch.dtype, tuple[int | str, ...]]]:
         """Dtype and dimensions of one layer's buffers of each kind."""
         model, dtype = self.model, self.cache_dtype
-        entries = (BATCH, model.kv_heads, CAPACITY, model.head_dim)
+        entries = (BATCH, model.kv_heads, CAPACITY, held_width(model.head_dim, dtype))
         return {
             "key": (dtype, entries),
             "value": (dtype, entries),
-            "query": (dtype, (BATCH, model.heads, self.queries, model.head_dim)),
+            "query": (dtype_beside(dtype), (BATCH, model.heads, self.queries, model.head_dim)),
             "received": (torch.float32, (BATCH, 1, CAPACITY, 1)),
         }
 

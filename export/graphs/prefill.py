@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lvlm.export.graphs.attending import Angles, Masks
-from lvlm.export.graphs.blocks import PromptEntries, run_block, store
+from lvlm.export.graphs.blocks import PromptEntries, run_block
+from lvlm.export.graphs.cache_entries import store
 from lvlm.export.graphs.embedded import EmbeddedTokens
 from lvlm.export.graphs.graph import Tensors
 from lvlm.export.graphs.language_graph import LanguageGraph, logits_at, parts_of

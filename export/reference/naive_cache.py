@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lvlm.export.graphs.cache_entries import as_computed
 from lvlm.export.graphs.compact import Compact
 from lvlm.export.graphs.decode import Decode
 from lvlm.export.graphs.language_graph import Caches, Kind, past_inputs
@@ -43,9 +44,10 @@ class NaiveCache:
         self.fixed_point = budgets.fixed_point(kept[:, None])[:, 0] if fixed else None
 
     def entries(self) -> list[torch.Tensor]:
-        """Key and value of every layer in turn."""
+        """Key and value of every layer in turn; in fp32 where they are held in 8 bits."""
         pairs = zip(self.caches["key"], self.caches["value"], strict=True)
-        return [x for pair in pairs for x in pair]
+        held = [x for pair in pairs for x in pair]
+        return [as_computed(x, torch.float32) if x.dtype == torch.int8 else x for x in held]
 
     def decode(self, token: int, position: np.ndarray) -> torch.Tensor:
         """Logits [1,vocabulary] after one more token at ``position`` [] int64, or [3]; evicts what

@@ -87,7 +87,8 @@ def against_reference(
             fed = answer.tokens if whole_answer else answer.tokens[:FEW]
             run = run_form(folder, form, manifest, prompt, fed, opened, pieces=True)
             caches = not (form.rounds and choosing)
-            outcome.checks += _compare_form(form, run, answer, features, _limit(plan, form), caches)
+            limits = _limit(plan, form), _held_limit(plan, form)
+            outcome.checks += _compare_form(form, run, answer, features, limits, caches)
             outcome.checks += _extended(plan, form, run)
             outcome.ran(form, run.compacted)
             if not caches:
@@ -123,29 +124,36 @@ def _limit(plan: ExportPlan, form: GraphForm) -> float:
     return found if exact else max(found, QUANTIZED_TOLERANCE)
 
 
+def _held_limit(plan: ExportPlan, form: GraphForm) -> float:
+    """Of what is read of the cache: in 8 bits a number may be rounded the other way."""
+    found = _limit(plan, form)
+    return max(found, TOLERANCE[torch.int8]) if plan.cache_dtype == torch.int8 else found
+
+
 def _compare_form(
     form: GraphForm,
     run: Run,
     answer: ReferenceAnswer,
     features: torch.Tensor,
-    limit: float,
+    limits: tuple[float, float],
     caches: bool,
 ) -> list[Check]:
-    how = ", in fp16" if form.rounds else ""
+    """``limits``: of what comes before the cache, and of what is read of it."""
+    how, (limit, held) = ", in fp16" if form.rounds else "", limits
     logits = [x.numpy() for x in answer.logits]
     apart = [difference(a, b) for a, b in zip(run.logits, logits, strict=False)]
     best = [int(scores.argmax()) for scores in answer.logits[: len(run.logits)]]
     own = [int(scores.argmax()) for scores in run.logits]
-    wrong = wrong_tokens(own, best, answer.logits, limit)
+    wrong = wrong_tokens(own, best, answer.logits, held)
     shown = [
         ("prefill", "logits", apart[0], limit, UNIT),
-        ("decode", "logits", max(apart), limit, UNIT),
+        ("decode", "logits", max(apart), held, UNIT),
         ("decode", f"tokens that differ, of {len(own)}", wrong, 0, "tokens"),
     ]
     if caches:
         pairs = zip(run.caches, answer.caches, strict=True)
         largest = max(difference(ours, theirs.numpy()) for ours, theirs in pairs)
-        shown.insert(1, ("prefill", "cache", largest, limit, UNIT))
+        shown.insert(1, ("prefill", "cache", largest, held, UNIT))
     vision = model_inputs.features(run.features, features)
     shown.insert(0, ("vision", "image features", vision, limit, UNIT))
     return [

@@ -9,8 +9,14 @@ import numpy as np
 import torch
 
 UNIT = "of the largest value"
-# Largest |difference| over the largest |reference|, by the dtype that was run.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+# Largest |difference| over the largest |reference|, by the dtype that was run; int8: of caches, a
+# number that was rounded the other way.
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.float16: 5e-2,
+    torch.bfloat16: 5e-2,
+    torch.int8: 2e-2,
+}
 
 
 @dataclass(frozen=True)

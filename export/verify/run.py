@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from lvlm.core.errors import LvlmError, ValidationError
+from lvlm.export.ops.parts.int8_entries import dequantized
 from lvlm.export.verify.extended import at_once, in_pieces
 from lvlm.export.verify.graph_forms import GraphForm, Opened, open_form
 from lvlm.runtime.bundle.manifest import Manifest
@@ -126,7 +128,9 @@ def _roomy(manifest: Manifest, entries: int) -> Manifest:
 
 
 def _floats(array: np.ndarray) -> np.ndarray:
-    """numpy has no bf16, whose bits travel as uint16."""
+    """numpy has no bf16, whose bits travel as uint16; entries in 8 bits are spread."""
+    if array.dtype == np.int8:
+        return dequantized(torch.from_numpy(array), torch.float32).numpy()
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array

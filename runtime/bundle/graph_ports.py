@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lvlm.core.errors import BundleError, shown
 from lvlm.runtime.bundle.manifest import Manifest, Port
+from lvlm.runtime.kv.entry_form import entry_width, side_dtype
 
 # Bits of a number, by the types that ports and weights may have
 BITS = {
@@ -182,8 +183,9 @@ def _budget(manifest: Manifest) -> Forms:
 def _caches(manifest: Manifest) -> Forms:
     """Keys and values of every layer; its ring of queries, its scores, where it has them."""
     text, queries = manifest.text, _queries(manifest)
-    entry = (manifest.cache_dtype, (None, text.kv_heads, None, text.head_dim))
-    ring = (manifest.cache_dtype, (None, text.heads, queries, text.head_dim))
+    dtype = manifest.cache_dtype
+    entry = (dtype, (None, text.kv_heads, None, entry_width(text.head_dim, dtype)))
+    ring = (side_dtype(dtype), (None, text.heads, queries, text.head_dim))
     forms: Forms = {}
     for layer in range(text.layers):
         forms |= {f"key_{layer}": entry, f"value_{layer}": entry}
@@ -197,7 +199,7 @@ def _caches(manifest: Manifest) -> Forms:
 def _states(manifest: Manifest) -> Forms:
     """States of the layers that have no cache of entries."""
     return {
-        f"state_{number}": (manifest.cache_dtype, (None, *sizes))
+        f"state_{number}": (side_dtype(manifest.cache_dtype), (None, *sizes))
         for number, sizes in enumerate(manifest.text.states)
     }
 

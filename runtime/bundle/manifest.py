@@ -180,7 +180,7 @@ class Manifest:
     recipe: str
     parameters: dict[str, Any]
     dtype: Literal["float32", "float16", "bfloat16"]
-    cache_dtype: Literal["float32", "float16", "bfloat16"]
+    cache_dtype: Literal["float32", "float16", "bfloat16", "int8"]
     quantization: Quantization | None
     graphs: dict[str, Graph]
     weights: dict[str, Weight]

@@ -11,18 +11,18 @@ from lvlm.core.errors import DeviceMemoryError
 from lvlm.runtime.backends import Backend, Buffer
 from lvlm.runtime.bundle.manifest import Manifest, Text
 from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.kv.entry_form import ITEM_BYTES, entry_width, side_dtype
 from lvlm.runtime.kv.slot_counts import SlotCounts
 from lvlm.runtime.policies.policy import CachePolicy
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 SCORES = "float32"  # attention received: sums add small numbers to large ones
 Form = tuple[tuple[int, ...], str]  # a buffer's shape and dtype
 
 
 class CompactCache(SlotCounts):
-    """Buffers key and value [B,Hkv,C_l,d] per layer, with a ring of queries also query
-    [B,Hq,queries,d], with scores that go on received [B,1,C_l,1]; state [B,s,n,D] for s layers that
-    keep states in place of entries; and the counts of what lies in them.
+    """Buffers key and value [B,Hkv,C_l,d] per layer (int8: d + 1, entry_form.py); with a ring of
+    queries also query [B,Hq,queries,d], with scores that go on received [B,1,C_l,1]; state
+    [B,s,n,D] for s layers that keep states in place of entries; and the counts of what lies in them.
 
     A row can be filled on its own (``views``, ``begin``) and copied to another place.
 
@@ -55,15 +55,16 @@ class CompactCache(SlotCounts):
             there = sum(_bytes(forms[name]) for name in self.buffers)
             free = "" if error.free is None else f", {there + error.free:,} are free"
             raise self._no_room(batch, free) from None
-        item = ITEM_BYTES[dtype]
         try:
             super().__init__(budgets, batch, capacities)
         except MemoryError:
             raise self._no_room(batch, "") from None
         scores = ITEM_BYTES[SCORES] if policy is not None and policy.received else 0
-        self._entry_bytes = 2 * text.kv_heads * text.head_dim * item + scores
+        entry = entry_width(text.head_dim, dtype) * ITEM_BYTES[dtype]
+        self._entry_bytes = 2 * text.kv_heads * entry + scores
         rings = len(capacities) * self.queries * text.heads * text.head_dim
-        self._fixed_bytes = (rings + sum(map(math.prod, text.states))) * item
+        states = sum(map(math.prod, text.states))
+        self._fixed_bytes = (rings + states) * ITEM_BYTES[side_dtype(dtype)]
 
     def _no_room(self, batch: int, there: str) -> DeviceMemoryError:
         return DeviceMemoryError(
@@ -134,16 +135,18 @@ def _forms(
 ) -> dict[str, Form]:
     """Shape and dtype of every buffer, by name."""
     forms: dict[str, Form] = {}
+    width, beside = entry_width(text.head_dim, dtype), side_dtype(dtype)
     for layer, capacity in enumerate(map(int, capacities)):
         if capacity:
-            entries = (batch, text.kv_heads, capacity, text.head_dim), dtype
+            entries = (batch, text.kv_heads, capacity, width), dtype
             forms |= {f"key_{layer}": entries, f"value_{layer}": entries}
         if policy is not None and policy.queries:
-            forms[f"query_{layer}"] = (batch, text.heads, policy.queries, text.head_dim), dtype
+            shape = batch, text.heads, policy.queries, text.head_dim
+            forms[f"query_{layer}"] = shape, beside
         if policy is not None and policy.received and capacity:
             forms[f"received_{layer}"] = (batch, 1, capacity, 1), SCORES
     for number, sizes in enumerate(text.states):
-        forms[f"state_{number}"] = (batch, *sizes), dtype
+        forms[f"state_{number}"] = (batch, *sizes), beside
     return forms
 
 

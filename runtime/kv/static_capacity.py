@@ -7,14 +7,17 @@ from dataclasses import replace
 
 from lvlm.runtime.bundle.engine_sets import ALIGNMENT
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
-from lvlm.runtime.kv.cache import ITEM_BYTES, SCORES
+from lvlm.runtime.kv.cache import SCORES
+from lvlm.runtime.kv.entry_form import ITEM_BYTES, entry_width
 
 STEP = 16  # entries: tiles of kernels
 
 
 def static_capacity(manifest: Manifest) -> Capacity:
     """The capacity of a backend whose graphs fix it (``Backend.static_capacity``)."""
-    entry = manifest.text.kv_heads * manifest.text.head_dim * ITEM_BYTES[manifest.cache_dtype]
+    dtype = manifest.cache_dtype
+    width = entry_width(manifest.text.head_dim, dtype)
+    entry = manifest.text.kv_heads * width * ITEM_BYTES[dtype]
     scored = manifest.cache_policy is not None and manifest.cache_policy.received
     return aligned_capacity(manifest.capacity, entry, scored=scored)
 

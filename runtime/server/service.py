@@ -13,7 +13,7 @@ from typing import Any
 from lvlm.core.errors import EngineClosedError, LvlmError, ParameterError
 from lvlm.runtime.engine.aio import AsyncEngine
 from lvlm.runtime.engine.async_handle import AsyncHandle
-from lvlm.runtime.kv.cache import ITEM_BYTES
+from lvlm.runtime.kv.entry_form import ITEM_BYTES, entry_width
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.text import Tokenizer
 from lvlm.runtime.server.asked import Read, Usual, Wanted
@@ -57,7 +57,8 @@ class Served:
         """Bytes of so many tokens in a cache that drops nothing."""
         manifest = self.engine.engine.manifest
         text = manifest.text
-        entry = 2 * text.kv_heads * text.head_dim * ITEM_BYTES[manifest.cache_dtype]
+        dtype = manifest.cache_dtype
+        entry = 2 * text.kv_heads * entry_width(text.head_dim, dtype) * ITEM_BYTES[dtype]
         return tokens * text.layers * entry
 
 

@@ -40,7 +40,7 @@ def refuse_low_precision(model: ir.Model, target: str, *, weights: bool) -> None
         if weights and node.op_type == "DequantizeLinear":
             what, flag = "quantized weights", "--weights"
         elif node.op_type == "TensorScatter" and any(
-            use.node.op_type == "Cast" for use in node.outputs[0].uses()
+            use.node.op_type in ("Cast", "CacheDequantize") for use in node.outputs[0].uses()
         ):
             what, flag = "a cache of lower precision than it computes in", "--cache"
         else:

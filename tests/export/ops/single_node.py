@@ -19,6 +19,7 @@ ELEMENT = {
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
     torch.int64: onnx.TensorProto.INT64,
+    torch.int8: onnx.TensorProto.INT8,
 }
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -83,7 +84,8 @@ def feeds(op: Op, sample: OpSample) -> dict[str, np.ndarray]:
 
 def assert_close(op: Op, sample: OpSample, got: Iterable[np.ndarray]) -> None:
     """What an implementation gave for a sample is what the reference gives, within tolerance."""
-    dtype = next(t.dtype for t in sample.inputs if t is not None and t.dtype in FLOATS)
+    floats = [t.dtype for t in sample.inputs if t is not None and t.dtype in FLOATS]
+    dtype = floats[0] if floats else torch.float32
     expected = op(*sample.inputs, **sample.attributes)
     names = [formal.name for formal in op.schema.outputs[: len(expected)]]
     for name, want, have in zip(names, expected, got, strict=True):
