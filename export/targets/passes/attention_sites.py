@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from lvlm.export.ops.op import DOMAIN
+
+HELD = ("CacheQuantize", "CacheDequantize")  # casts to and from a cache of 8 bits
+
 
 @dataclass(frozen=True)
 class Site:
@@ -104,9 +108,12 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 
 def before_cast(value: ir.Value | None) -> ir.Value | None:
-    """The value before a cast to or from the type of a low-precision cache; without a Cast
-    ``value`` itself."""
+    """The value before a cast to or from the type of a low-precision cache; without one ``value``
+    itself."""
     cast = _producer(value, "Cast")
+    node = None if value is None else value.producer()
+    if node is not None and node.domain == DOMAIN and node.op_type in HELD:
+        cast = node
     return value if cast is None else cast.inputs[0]
 
 

@@ -5,7 +5,8 @@ It appends: the new entry goes to slot valid_length - 1. Where a graph says of i
 there, and nowhere else (``CACHE_WRITES``), the node does all of it. Where it may overwrite a victim
 anywhere, TensorScatter still writes, and the node appends what lies in the last slot once more.
 
-Each is a function of that one node, so that a kernel of our own can take its place.
+Each is a function of that one node, so that a kernel of our own can take its place. Of a cache in 8
+bits the functions are others (ort_int8_cache.py).
 """
 
 from __future__ import annotations
@@ -20,19 +21,23 @@ from onnx.reference import ReferenceEvaluator
 
 from lvlm.export.ops.op import OPSET
 from lvlm.export.targets.description import AT_THE_END, CACHE_WRITES, POSITIONS
+from lvlm.export.targets.passes import ort_int8_cache
 from lvlm.export.targets.passes.attention_sites import Site, find_site
 from lvlm.export.targets.passes.graph_edits import DTYPES, LOWERED_DOMAIN
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
 from lvlm.runtime.backends.ort.sessions import AGAIN
 
 # Functions, and their inputs. Appended: rotary embedding, write to slot ``last``, attention;
-# written: attention over what is there already. ``last`` [B] and ``longest`` are int32.
-APPENDED, WRITTEN = "AppendedAttention", "WrittenAttention"
+# written: attention over what is there already; read: the same of 8 bits, which gives no cache.
+# ``last`` [B] and ``longest`` are int32.
+APPENDED, WRITTEN, READ = "AppendedAttention", "WrittenAttention", "ReadAttention"
 CACHE = ["past_key", "past_value", "last", "longest"]
 FUNCTIONS = {
     APPENDED: ["qkv", *CACHE, "cos", "sin", "position_ids"],
     WRITTEN: ["query", "key", "value", *CACHE],
+    READ: ["query", "key", "value", "last", "longest"],
 }
+OUTPUTS = ["output", "present_key", "present_value"]
 
 
 def group_attention(model: ir.Model) -> int:
@@ -174,6 +179,9 @@ def _group_again(
     query = site.node.inputs[0]
     assert query is not None
     caches = [write.outputs[0] for write in site.writes]
+    if caches[0].dtype == ir.DataType.INT8:
+        _node(model, site, [_rows(model, site.node, query), *caches, last, total], READ)
+        return
     newest = []
     for cache in caches:
         entry = ir.node("GatherND", [cache, slot], attributes={"batch_dims": 1})
@@ -193,24 +201,25 @@ def _node(model: ir.Model, site: Site, given: Sequence[ir.Value | None], name: s
     cache = site.writes[0].inputs[0]
     assert cache is not None
     assert cache.dtype is not None
-    function = ir.serde.deserialize_function(cached_attention(name))
+    held = cache.dtype == ir.DataType.INT8
+    function = ir.serde.deserialize_function(cached_attention(name, int8=held))
     model.functions.setdefault(function.identifier(), function)
     model.opset_imports[LOWERED_DOMAIN] = 1
     node = ir.node(
         name,
-        # The kernel takes one type for everything: that of a low-precision cache.
-        [None if x is None else _cast(model, site.node, x, cache.dtype) for x in given],
+        # GroupQueryAttention takes one type for everything: that of a low-precision cache.
+        [x if x is None or held else _cast(model, site.node, x, cache.dtype) for x in given],
         attributes={
             "num_heads": site.heads,
             "kv_num_heads": site.kv_heads,
             "scale": site.node.attributes["scale"].as_float(),
         },
         domain=LOWERED_DOMAIN,
-        num_outputs=3,
+        num_outputs=1 if name == READ else 3,
     )
     model.graph.insert_before(site.node, node)
     result = node.outputs[0]
-    result.type = cache.type
+    result.type = site.result.type if held else cache.type
     for output in node.outputs:
         output.name = f"attention_{site.layer}_{output.index()}"
     take_place(site.result, _cast(model, site.node, result, site.result.dtype))
@@ -252,10 +261,13 @@ def packed(model: ir.Model, site: Site) -> ir.Value:
     return joined.outputs[0]
 
 
-def cached_attention(name: str) -> onnx.FunctionProto:
-    """GroupQueryAttention with the given inputs; its heads and scale are the node's."""
-    inputs = FUNCTIONS[name]
-    outputs = ["output", "present_key", "present_value"]
+def cached_attention(name: str, *, int8: bool = False) -> onnx.FunctionProto:
+    """GroupQueryAttention with the given inputs, or standard nodes over a cache of 8 bits; its
+    heads and scale are the node's."""
+    inputs, outputs = FUNCTIONS[name], OUTPUTS[:1] if name == READ else OUTPUTS
+    if int8:
+        build = ort_int8_cache.read if name == READ else ort_int8_cache.appended
+        return build(name, inputs, outputs)
     given = inputs if name == WRITTEN else [inputs[0], "", "", *inputs[1:]]
     node = helper.make_node(
         *("GroupQueryAttention", given, outputs),

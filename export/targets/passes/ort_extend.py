@@ -12,6 +12,7 @@ from onnx import helper
 
 from lvlm.export.ops.op import OPSET
 from lvlm.export.ops.parts.body import Body, Value
+from lvlm.export.ops.parts.int8_entries import dequantize, quantize
 from lvlm.export.targets.passes.attention_sites import find_site_behind
 from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN
 from lvlm.export.targets.passes.ort_attention import packed
@@ -54,14 +55,16 @@ def extend_attention(model: ir.Model) -> int:
         for old, new in zip(replaced, node.outputs, strict=True):
             take_place(old, new)
     if sites:
-        function = ir.serde.deserialize_function(attention_behind())
+        cache = sites[0][0].writes[0].inputs[0]
+        int8 = cache is not None and cache.dtype == ir.DataType.INT8
+        function = ir.serde.deserialize_function(attention_behind(int8=int8))
         model.functions[function.identifier()] = function
         model.opset_imports[LOWERED_DOMAIN] = 1
     return len(sites)
 
 
-def attention_behind() -> onnx.FunctionProto:
-    """The function; its heads and scale are the node's."""
+def attention_behind(*, int8: bool = False) -> onnx.FunctionProto:
+    """The function, over a cache of floats or of 8 bits; its heads and scale are the node's."""
     g = Body()
     heads, key_heads, width = (
         g.Unsqueeze(g.attribute(name, "value_int", kind), g.const([0]))
@@ -75,7 +78,7 @@ def attention_behind() -> onnx.FunctionProto:
         for x, n in zip(parts, (heads, key_heads, key_heads), strict=True)
     )
     query, key = (g.RotaryEmbedding(x, "cos", "sin") for x in (query, key))
-    seen = [_behind(g, "key", key), _behind(g, "value", value)]
+    seen = [_behind(g, "key", key, int8), _behind(g, "value", value, int8)]
     mixed = g.Attention(query, *seen, "mask")
     g.read_attribute("scale", "scale", onnx.AttributeProto.FLOAT)
     joined = g.Transpose(mixed, perm=[0, 2, 1, 3])
@@ -86,8 +89,12 @@ def attention_behind() -> onnx.FunctionProto:
     )
 
 
-def _behind(g: Body, name: str, new: Value) -> Value:
+def _behind(g: Body, name: str, new: Value, int8: bool) -> Value:
     """New entries behind those of the past; and written."""
-    past, written = f"past_{name}", [f"past_{name}", g.CastLike(new, f"past_{name}"), "write_index"]
+    past = f"past_{name}"
+    held = quantize(g, new) if int8 else g.CastLike(new, past)
+    written = [past, held, "write_index"]
     g.nodes.append(helper.make_node("TensorScatter", written, [f"present_{name}"], axis=-2))
-    return g.Concat(g.CastLike(g.Gather(past, "past_slots", axis=2), new), new, axis=2)
+    before = g.Gather(past, "past_slots", axis=2)
+    before = dequantize(g, before) if int8 else before
+    return g.Concat(g.CastLike(before, new), new, axis=2)
