@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 
-from lvlm.export.ops.cache_dequantize import NUMBERS
 from lvlm.export.ops.cache_dequantize import OP as CACHE_DEQUANTIZE
 from lvlm.export.ops.cache_quantize import OP as CACHE_QUANTIZE
 from lvlm.export.standard_ops import scatter
@@ -39,8 +38,7 @@ def as_held(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def as_computed(held: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What a buffer holds, in the ``dtype`` that is computed in."""
     if held.dtype == torch.int8:
-        (states,) = CACHE_DEQUANTIZE(held, to=NUMBERS[dtype])
-        return states
+        (held,) = CACHE_DEQUANTIZE(held)
     return held.to(dtype)
 
 

@@ -130,7 +130,7 @@ def _roomy(manifest: Manifest, entries: int) -> Manifest:
 def _floats(array: np.ndarray) -> np.ndarray:
     """numpy has no bf16, whose bits travel as uint16; entries in 8 bits are spread."""
     if array.dtype == np.int8:
-        return dequantized(torch.from_numpy(array), torch.float32).numpy()
+        return dequantized(torch.from_numpy(array)).numpy()
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array

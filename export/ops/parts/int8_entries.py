@@ -31,10 +31,10 @@ def quantized(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([numbers, place + LOWEST], dim=-1).to(torch.int8)
 
 
-def dequantized(entries: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Int8 entries [..., d + 1] as floats [..., d]."""
+def dequantized(entries: torch.Tensor) -> torch.Tensor:
+    """Int8 entries [..., d + 1] as floats [..., d], in fp32."""
     place = entries[..., -1:].long() - LOWEST
-    return (entries[..., :-1].float() * _table(STEPS, entries)[place]).to(dtype)
+    return entries[..., :-1].float() * _table(STEPS, entries)[place]
 
 
 def _table(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 from lvlm.export.ops.op import DOMAIN
 
-HELD = ("CacheQuantize", "CacheDequantize")  # casts to and from a cache of 8 bits
+# To and from a low-precision cache
+CASTS = {("", "Cast"), (DOMAIN, "CacheQuantize"), (DOMAIN, "CacheDequantize")}
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,11 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
 def before_cast(value: ir.Value | None) -> ir.Value | None:
     """The value before a cast to or from the type of a low-precision cache; without one ``value``
     itself."""
-    cast = _producer(value, "Cast")
-    node = None if value is None else value.producer()
-    if node is not None and node.domain == DOMAIN and node.op_type in HELD:
-        cast = node
-    return value if cast is None else cast.inputs[0]
+    while value is not None and (node := value.producer()) is not None:
+        if (node.domain, node.op_type) not in CASTS:
+            break
+        value = node.inputs[0]
+    return value
 
 
 def _flat(value: ir.Value | None) -> ir.Value | None:

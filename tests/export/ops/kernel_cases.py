@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from kernel_driver import Run
 from lowered_nodes import (
-    CACHED,
+    CACHED_NODES,
     EXTENDED,
     IN_PLACE,
+    assert_entries,
     block_linear_model,
     cached_inputs,
     cached_model,
@@ -20,12 +21,12 @@ from lowered_nodes import (
     extended_model,
     linear_model,
     quantized,
+    tolerance_of,
 )
 from single_node import assert_close, feeds, session, single_node_model
 
 from lvlm.core.discovery import discover
 from lvlm.export.ops.op import Op, OpSample
-from lvlm.export.targets.passes.ort_attention import APPENDED, WRITTEN
 from lvlm.runtime.backends.ort.kernels.kernel_library import SOURCES
 
 OPS: dict[str, Op] = discover("lvlm.export.ops", "OP")
@@ -80,9 +81,8 @@ def kernel_cases() -> Iterator[KernelCase]:
             for zeroed in (True, False):
                 yield _block_linear(rows, blocks * 32, columns, zeroed, constant)
     for in_place in (NOWHERE, IN_PLACE):
-        for name in (APPENDED, WRITTEN):
-            for case in CACHED:
-                yield _cached(name, case, in_place)
+        for name, case in CACHED_NODES:
+            yield _cached(name, case, in_place)
         for case in EXTENDED:
             for slots in ("in order", "anywhere"):
                 yield _extended(case, slots, in_place)
@@ -125,15 +125,13 @@ def _cached(name: str, case: tuple[object, ...], in_place: Mapping[str, str]) ->
     given = cached_inputs(name, case)
     expected = session(cached_model(name, given, case, function=True)).run(None, given)
     valid = given["last"] + 1
-    tolerance = 3e-6 if case[3] == "float32" else 2e-3
+    tolerance = tolerance_of(case, 2e-3)
 
     def check(got: Sequence[np.ndarray]) -> None:
         np.testing.assert_allclose(got[0], expected[0], rtol=0, atol=tolerance)
         for have, want in zip(got[1:], expected[1:], strict=True):
             for row, count in enumerate(valid):  # what lies beyond the valid means nothing
-                np.testing.assert_allclose(
-                    have[row, :, :count], want[row, :, :count], rtol=0, atol=tolerance
-                )
+                assert_entries(have[row, :, :count], want[row, :, :count], tolerance)
 
     run = Run(cached_model(name, given, case), given, in_place)
     return KernelCase(f"{name}: {case}", run, check)
@@ -142,11 +140,11 @@ def _cached(name: str, case: tuple[object, ...], in_place: Mapping[str, str]) ->
 def _extended(case: tuple[object, ...], slots: str, in_place: Mapping[str, str]) -> KernelCase:
     given = extended_inputs(case, slots)
     expected = session(extended_model(given, case, function=True)).run(None, given)
-    atol = 3e-6 if case[3:5] == ("float32", "float32") else 4e-3
+    atol = 4e-3 if case[4] == "float16" else tolerance_of(case, 4e-3)
 
     def check(got: Sequence[np.ndarray]) -> None:
         for have, want in zip(got, expected, strict=True):
-            np.testing.assert_allclose(have, want, rtol=0, atol=atol)
+            assert_entries(have, want, atol)
 
     run = Run(extended_model(given, case), given, in_place)
     return KernelCase(f"ExtendAttention: {case}, slots {slots}", run, check)

@@ -12,21 +12,37 @@ from onnx import helper, numpy_helper
 from lvlm.export.ops.op import OPSET
 from lvlm.export.targets.passes.block_linears import block_linear
 from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN
-from lvlm.export.targets.passes.ort_attention import APPENDED, FUNCTIONS, cached_attention
+from lvlm.export.targets.passes.ort_attention import (
+    APPENDED,
+    FUNCTIONS,
+    READ,
+    WRITTEN,
+    cached_attention,
+)
 from lvlm.export.targets.passes.ort_extend import INPUTS, NAME, OUTPUTS, attention_behind
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT
 from lvlm.export.targets.passes.ort_linears import LINEAR, TRANSPOSED
 
 FLOAT = onnx.TensorProto.FLOAT
 SLOTS = 600  # of decode's cache: several runs of entries
-# query heads, key heads, head size, type, valid entries of each row with the new one
+# query heads, key heads, head size, type, the cache's, valid entries of each row with the new one
 CACHED = [
-    (9, 3, 64, "float32", [1, 600, 257]),
-    (4, 4, 32, "float32", [256]),
-    (8, 1, 80, "float32", [300, 16]),
-    (5, 1, 128, "float16", [511, 2]),
-    (9, 3, 64, "float16", [100]),
-    (2, 1, 16, "float32", [1, 600]),  # to the last byte of the cache
+    (9, 3, 64, "float32", "float32", [1, 600, 257]),
+    (4, 4, 32, "float32", "float32", [256]),
+    (8, 1, 80, "float32", "float32", [300, 16]),
+    (5, 1, 128, "float16", "float16", [511, 2]),
+    (9, 3, 64, "float16", "float16", [100]),
+    (2, 1, 16, "float32", "float32", [1, 600]),  # to the last byte of the cache
+    (9, 3, 64, "float32", "int8", [1, 600, 257]),
+    (4, 4, 32, "float16", "int8", [256]),
+    (5, 1, 80, "float32", "int8", [300, 16]),
+    (2, 1, 16, "float32", "int8", [1, 600]),
+]
+# Each with the nodes that such a cache has
+CACHED_NODES = [
+    (name, case)
+    for case in CACHED
+    for name in ((APPENDED, READ) if case[4] == "int8" else (APPENDED, WRITTEN))
 ]
 EXTENDED_SLOTS = 420  # several runs of keys
 # query heads, key heads, head size, type, the cache's, new tokens, entries of each row before them
@@ -38,6 +54,9 @@ EXTENDED = [
     (2, 2, 16, "float32", "float32", 1, [0]),
     (200, 2, 16, "float32", "float32", 2, [20]),  # a group larger than a block
     (2, 1, 16, "float32", "float32", 20, [400]),  # to the last byte of the cache
+    (9, 3, 64, "float32", "int8", 37, [300, 290]),
+    (3, 1, 128, "float16", "int8", 33, [288, 1]),
+    (2, 1, 16, "float32", "int8", 20, [400]),
 ]
 # Where attention may write into the cache that it reads
 IN_PLACE = {"present_key": "past_key", "present_value": "past_value"}
@@ -80,14 +99,42 @@ def block_linear_model(
     return _model(node, described, weights, {"y": FLOAT}, functions, constant=constant)
 
 
+def entries(random: np.random.Generator, held: str, *sizes: int) -> np.ndarray:
+    """Some of a cache [B,Hkv,C,d], as it holds them."""
+    if held != "int8":
+        return random.normal(size=sizes).astype(held)
+    numbers = random.integers(-127, 128, sizes)
+    scales = random.integers(-56, -44, (*sizes[:3], 1))  # steps of a hundredth or two
+    return np.concatenate([numbers, scales], axis=3).astype(np.int8)
+
+
+def tolerance_of(case: tuple[Any, ...], half: float) -> float:
+    """Of attention's output: ``half`` in fp16; entries in 8 bits are larger than others here."""
+    if case[3] == "float16":
+        return half
+    return 1e-5 if case[4] == "int8" else 3e-6
+
+
+def assert_entries(have: np.ndarray, want: np.ndarray, atol: float) -> None:
+    """Entries of a cache are as they should be; of 8 bits a few numbers may be rounded the other
+    way."""
+    if want.dtype != np.int8:
+        np.testing.assert_allclose(have, want, rtol=0, atol=atol)
+        return
+    steps = [2.0 ** (x[..., -1:] / 8.0) for x in (have, want)]
+    apart = np.abs(have[..., :-1] * steps[0] - want[..., :-1] * steps[1])
+    assert (apart <= 1.01 * np.maximum(*steps)).all()
+    assert (have != want).mean() < 0.01
+
+
 def cached_inputs(name: str, case: tuple[Any, ...]) -> dict[str, np.ndarray]:
-    heads, key_heads, width, dtype, valid = case
+    heads, key_heads, width, dtype, held, valid = case
     random, batch = np.random.default_rng(width), len(valid)
 
     def values(*shape: int) -> np.ndarray:
         return random.normal(size=shape).astype(dtype)
 
-    cache = [values(batch, key_heads, SLOTS, width) for _ in range(2)]
+    cache = [entries(random, held, batch, key_heads, SLOTS, width) for _ in range(2)]
     last = np.array(valid, np.int32) - 1
     common = {
         "past_key": cache[0],
@@ -101,16 +148,24 @@ def cached_inputs(name: str, case: tuple[Any, ...]) -> dict[str, np.ndarray]:
         packed = values(batch, 1, (heads + 2 * key_heads) * width)
         positions = (last[:, None] // 2).astype(np.int64)  # not the slot: some entries have gone
         return {"qkv": packed, **common, **rotary, "position_ids": positions}
-    rows = [x[np.arange(batch), :, last].reshape(batch, 1, -1) for x in cache]
     query = values(batch, 1, heads * width)
+    if name == READ:
+        return {
+            "query": query,
+            "key": common.pop("past_key"),
+            "value": common.pop("past_value"),
+        } | common
+    rows = [x[np.arange(batch), :, last].reshape(batch, 1, -1) for x in cache]
     return {"query": query, "key": rows[0], "value": rows[1], **common}
 
 
 def cached_model(
     name: str, feeds: Mapping[str, np.ndarray], case: tuple[Any, ...], *, function: bool = False
 ) -> onnx.ModelProto:
-    kind = helper.np_dtype_to_tensor_dtype(feeds["past_key"].dtype)
-    outputs = dict.fromkeys(["output", "present_key", "present_value"], kind)
+    kind, held = (helper.np_dtype_to_tensor_dtype(np.dtype(dtype)) for dtype in case[3:5])
+    outputs = {"output": kind}
+    if name != READ:
+        outputs |= {"present_key": held, "present_value": held}
     node = helper.make_node(
         *(name, FUNCTIONS[name], list(outputs)),
         domain=LOWERED_DOMAIN,
@@ -118,7 +173,7 @@ def cached_model(
         kv_num_heads=case[1],
         scale=0.2,
     )
-    functions = [cached_attention(name)] if function else []
+    functions = [cached_attention(name, int8=case[4] == "int8")] if function else []
     return _model(node, [], feeds, outputs, functions)
 
 
@@ -142,8 +197,8 @@ def extended_inputs(case: tuple[Any, ...], slots: str = "in order") -> dict[str,
 
     given = (
         values(dtype, batch, new, (heads + 2 * key_heads) * width),
-        values(cache, batch, key_heads, EXTENDED_SLOTS, width),
-        values(cache, batch, key_heads, EXTENDED_SLOTS, width),
+        entries(random, cache, batch, key_heads, EXTENDED_SLOTS, width),
+        entries(random, cache, batch, key_heads, EXTENDED_SLOTS, width),
         index,
         used,
         np.cos(angles).astype(dtype),
@@ -160,7 +215,8 @@ def extended_model(
     outputs = dict(zip(OUTPUTS, map(helper.np_dtype_to_tensor_dtype, types), strict=True))
     sizes = dict(zip(("num_heads", "kv_num_heads", "head_size"), case[:3], strict=True))
     node = helper.make_node(NAME, INPUTS, OUTPUTS, domain=LOWERED_DOMAIN, scale=0.2, **sizes)
-    return _model(node, [], feeds, outputs, [attention_behind()] if function else [])
+    functions = [attention_behind(int8=case[4] == "int8")] if function else []
+    return _model(node, [], feeds, outputs, functions)
 
 
 def _model(

@@ -11,7 +11,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from lowered_nodes import EXTENDED, EXTENDED_SLOTS, extended_inputs, extended_model
+from lowered_nodes import (
+    EXTENDED,
+    EXTENDED_SLOTS,
+    assert_entries,
+    extended_inputs,
+    extended_model,
+    tolerance_of,
+)
 from settings import CACHED
 from single_node import session
 
@@ -26,10 +33,9 @@ def test_kernel_computes_the_function(case: tuple[Any, ...], slots: str, kernels
     expected = session(extended_model(feeds, case, function=True)).run(None, feeds)
     model = extended_model(feeds, case)
     found = session(model, kernels).run(None, feeds)
-    tolerance = 3e-6 if case[3] == "float32" else 4e-3
-    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=tolerance_of(case, 4e-3))
     for have, want in zip(found[1:], expected[1:], strict=True):
-        np.testing.assert_allclose(have, want, rtol=0, atol=3e-6 if case[4] == "float32" else 4e-3)
+        assert_entries(have, want, 3e-6 if case[4] == "float32" else 4e-3)
     for have, more in zip(found, session(model, kernels, 3).run(None, feeds), strict=True):
         np.testing.assert_array_equal(have, more)
 

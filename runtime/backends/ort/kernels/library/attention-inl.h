@@ -36,6 +36,7 @@ HWY_INLINE float Widened(hwy::float16_t x) {
     const hn::Rebind<hwy::float16_t, decltype(d)> half;
     return hn::GetLane(hn::PromoteTo(d, hn::LoadU(half, &x)));
 }
+HWY_INLINE float Widened(int8_t x) { return x; }
 HWY_INLINE void Narrow(float from, float* to) { *to = from; }
 HWY_INLINE void Narrow(float from, hwy::float16_t* to) {
     const hn::CappedTag<float, 1> d;
@@ -49,6 +50,11 @@ HWY_INLINE Vec Load(const hwy::float16_t* from) {
     const F32 d;
     const hn::Rebind<hwy::float16_t, F32> half;
     return hn::PromoteTo(d, hn::LoadU(half, from));
+}
+HWY_INLINE Vec Load(const int8_t* from) {
+    const F32 d;
+    const hn::Rebind<int8_t, F32> bytes;
+    return hn::ConvertTo(d, hn::PromoteTo(hn::RebindToSigned<F32>(), hn::LoadU(bytes, from)));
 }
 HWY_INLINE void Store(Vec x, float* to) { hn::StoreU(x, F32(), to); }
 HWY_INLINE void Store(Vec x, hwy::float16_t* to) {

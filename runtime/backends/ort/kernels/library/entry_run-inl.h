@@ -12,7 +12,7 @@ template <class T>
 struct EntryRun {
     size_t group, width, count;
     const float* query;  // [group, width], scaled
-    const T* keys;       // [count, width]
+    const T* keys;       // [count, entry_width<T>(width)]
     const T* values;
     float* output;       // [group, width]: sums of values, weighted by exp(logit - max)
     float* max;          // [group]
@@ -29,7 +29,7 @@ struct EntryRun {
 #define LVLM_ENTRY_RUN_INL_H
 #endif
 
-#include "attention-inl.h"
+#include "entries-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace lvlm {
@@ -45,10 +45,10 @@ constexpr size_t kHeads = 4;
 template <size_t kCount, class T>
 HWY_INLINE void Logits(const EntryRun<T>& run, size_t first, float* logits) {
     const F32 d;
-    const size_t lanes = hn::Lanes(d), width = run.width;
+    const size_t lanes = hn::Lanes(d), width = run.width, row = entry_width<T>(width);
     const float* query = run.query + first * width;
     for (size_t j = 0; j < run.count; ++j) {
-        const T* key = run.keys + j * width;
+        const T* key = run.keys + j * row;
         Vec sum[kCount];
         for (size_t g = 0; g < kCount; ++g) sum[g] = hn::Zero(d);
         for (size_t i = 0; i < width; i += lanes) {
@@ -58,6 +58,10 @@ HWY_INLINE void Logits(const EntryRun<T>& run, size_t first, float* logits) {
         }
         for (size_t g = 0; g < kCount; ++g)
             logits[g * kRun + j] = hn::GetLane(hn::SumOfLanes(d, sum[g]));
+        if constexpr (kScaled<T>) {
+            const float step = step_of(key, width);
+            for (size_t g = 0; g < kCount; ++g) logits[g * kRun + j] *= step;
+        }
     }
 }
 
@@ -65,12 +69,12 @@ HWY_INLINE void Logits(const EntryRun<T>& run, size_t first, float* logits) {
 template <size_t kCount, size_t kVectors, class T>
 HWY_INLINE void Mix(const EntryRun<T>& run, size_t first, const float* weights, size_t column) {
     const F32 d;
-    const size_t lanes = hn::Lanes(d), width = run.width;
+    const size_t lanes = hn::Lanes(d), width = run.width, row = entry_width<T>(width);
     Vec sum[kCount][kVectors];
     for (auto& head : sum)
         for (Vec& x : head) x = hn::Zero(d);
     for (size_t j = 0; j < run.count; ++j) {
-        const T* value = run.values + j * width + column;
+        const T* value = run.values + j * row + column;
         Vec v[kVectors];
         for (size_t i = 0; i < kVectors; ++i) v[i] = Load(value + i * lanes);
         for (size_t g = 0; g < kCount; ++g) {
@@ -92,6 +96,11 @@ void AttendHeads(const EntryRun<T>& run, size_t first) {
         run.sum[first + g] =
             Exponentials(weights + g * kRun, run.count, (run.count + lanes - 1) / lanes * lanes,
                          run.max + first + g);
+    if constexpr (kScaled<T>)
+        for (size_t j = 0; j < run.count; ++j) {
+            const float step = step_of(run.values + j * entry_width<T>(run.width), run.width);
+            for (size_t g = 0; g < kCount; ++g) weights[g * kRun + j] *= step;
+        }
     size_t column = 0;
     for (; column + 4 * lanes <= run.width; column += 4 * lanes)
         Mix<kCount, 4>(run, first, weights, column);

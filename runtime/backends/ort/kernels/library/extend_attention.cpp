@@ -19,6 +19,8 @@ namespace HWY_NAMESPACE {
 void RunFloat(const Block<float, float>& b, Stage stage, size_t part) { RunStage(b, stage, part); }
 void RunMixed(const Block<float, Half>& b, Stage stage, size_t part) { RunStage(b, stage, part); }
 void RunHalf(const Block<Half, Half>& b, Stage stage, size_t part) { RunStage(b, stage, part); }
+void RunBytes(const Block<float, int8_t>& b, Stage stage, size_t part) { RunStage(b, stage, part); }
+void RunHalfBytes(const Block<Half, int8_t>& b, Stage stage, size_t part) { RunStage(b, stage, part); }
 
 }  // namespace HWY_NAMESPACE
 }  // namespace lvlm
@@ -33,10 +35,14 @@ namespace {
 HWY_EXPORT(RunFloat);
 HWY_EXPORT(RunMixed);
 HWY_EXPORT(RunHalf);
+HWY_EXPORT(RunBytes);
+HWY_EXPORT(RunHalfBytes);
 
 void run(const Block<float, float>& b, Stage s, size_t part = 0) { HWY_DYNAMIC_DISPATCH(RunFloat)(b, s, part); }
 void run(const Block<float, Half>& b, Stage s, size_t part = 0) { HWY_DYNAMIC_DISPATCH(RunMixed)(b, s, part); }
 void run(const Block<Half, Half>& b, Stage s, size_t part = 0) { HWY_DYNAMIC_DISPATCH(RunHalf)(b, s, part); }
+void run(const Block<float, int8_t>& b, Stage s, size_t part = 0) { HWY_DYNAMIC_DISPATCH(RunBytes)(b, s, part); }
+void run(const Block<Half, int8_t>& b, Stage s, size_t part = 0) { HWY_DYNAMIC_DISPATCH(RunHalfBytes)(b, s, part); }
 
 constexpr size_t kTasks = 8;  // at least, if there are as many runs of keys
 
@@ -72,6 +78,7 @@ struct Given {
     Tensor<const int64_t> index, slots;
     Tensor<const uint8_t> mask;
     size_t batch, tokens, past, seen, capacity, width;
+    size_t entry;  // numbers of one
     bool in_order = true;  // the slots are, one after the other
 
     Given(const Call& call, size_t heads, size_t key_heads)
@@ -80,11 +87,11 @@ struct Given {
           index(call.input<int64_t>(3, 1)), slots(call.input<int64_t>(4, 1)),
           mask(call.input<uint8_t>(7, 4)),
           batch(packed.dim(0)), tokens(packed.dim(1)), past(slots.dim(0)), seen(past + tokens),
-          capacity(past_key.dim(2)), width(past_key.dim(3)) {
+          capacity(past_key.dim(2)), width(past_key.dim(3) - kScaled<C>), entry(past_key.dim(3)) {
         const Shape angles = shape(batch, tokens, width / 2);
         const Shape masked = shape(mask.dim(0), 1, tokens, seen);
         require(packed.shape == shape(batch, tokens, (heads + 2 * key_heads) * width) &&
-                    past_key.shape == shape(batch, key_heads, capacity, width) &&
+                    past_key.shape == shape(batch, key_heads, capacity, entry) &&
                     past_value.shape == past_key.shape && cos.shape == angles && sin.shape == angles &&
                     index.dim(0) == int64_t(batch) && mask.shape == masked &&
                     (masked[0] == 1 || masked[0] == int64_t(batch)) && width % kLine == 0,
@@ -145,8 +152,8 @@ public:
                 block.parts = std::max<size_t>(1, block.parts);
                 for (size_t head = 0; head < key_heads_; ++head) {
                     const size_t fresh = (row * key_heads_ + head) * tokens * width;
-                    const size_t cache = (row * key_heads_ + head) * given.capacity * width;
-                    const size_t to = cache + (given.index.data[row] + start) * width;
+                    const size_t cache = (row * key_heads_ + head) * given.capacity * given.entry;
+                    const size_t to = cache + (given.index.data[row] + start) * given.entry;
                     block.queries = queries.data() + each.size() * columns * width;
                     block.new_keys = new_keys.data() + fresh;
                     block.new_values = new_values.data() + fresh;
@@ -159,7 +166,8 @@ public:
                         tasks.emplace_back(each.size(), part);
                     each.push_back(block);
                     block.query += group * width, block.key += width, block.value += width;
-                    block.past_keys += given.capacity * width, block.past_values += given.capacity * width;
+                    block.past_keys += given.capacity * given.entry;
+                    block.past_values += given.capacity * given.entry;
                 }
             }
         const size_t room = step * group * width;
@@ -181,9 +189,9 @@ private:
     Block<T, C> block_of(const Given<T, C>& given, size_t row, size_t start, size_t tokens) const {
         const size_t width = given.width, line = (heads_ + 2 * key_heads_) * width;
         const size_t at = row * given.tokens + start;
-        const size_t cache = row * key_heads_ * given.capacity * width;
+        const size_t cache = row * key_heads_ * given.capacity * given.entry;
         const bool together = given.in_order && given.past > 0;
-        const size_t from = cache + (together ? given.slots.data[0] * width : 0);
+        const size_t from = cache + (together ? given.slots.data[0] * given.entry : 0);
         Block<T, C> block{};
         block.group = heads_ / key_heads_;
         block.width = width;
@@ -218,7 +226,8 @@ private:
     float scale_;
 };
 
-const Registered<ExtendAttention<float, float>, ExtendAttention<float, Half>, ExtendAttention<Half, Half>>
+const Registered<ExtendAttention<float, float>, ExtendAttention<float, Half>, ExtendAttention<Half, Half>,
+                 ExtendAttention<float, int8_t>, ExtendAttention<Half, int8_t>>
     registered;
 
 }  // namespace

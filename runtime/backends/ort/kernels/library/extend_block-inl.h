@@ -61,7 +61,7 @@ enum class Stage { kEnter, kAttend, kJoin };
 #define LVLM_EXTEND_BLOCK_INL_H
 #endif
 
-#include "attention-inl.h"
+#include "entries-inl.h"
 #include "rotary-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -70,7 +70,7 @@ namespace HWY_NAMESPACE {
 
 template <class T, class C>
 void Enter(const Block<T, C>& block) {
-    const size_t panel = PanelWidth(), width = block.width;
+    const size_t panel = PanelWidth(), width = block.width, entry = entry_width<C>(width);
     Padded turned(width);
     std::fill(block.queries, block.queries + block.columns * width, 0.0f);
     for (size_t t = 0; t < block.tokens; ++t) {
@@ -78,8 +78,8 @@ void Enter(const Block<T, C>& block) {
         float *key = block.own_keys + t * width, *value = block.own_values + t * width;
         Turn(Turned<T>{block.key + t * block.stride, cos, sin, width, 1}, key);
         CopyScaled(block.value + t * block.stride, width, 1, value);
-        CopyScaledOut(key, width, 1, block.key_slots + t * width);
-        CopyScaledOut(value, width, 1, block.value_slots + t * width);
+        StoreEntry(key, width, block.key_slots + t * entry);
+        StoreEntry(value, width, block.value_slots + t * entry);
         for (size_t g = 0; g < block.group; ++g) {
             const T* query = block.query + t * block.stride + g * width;
             Turn(Turned<T>{query, cos, sin, width, block.scale}, turned.data());
@@ -129,8 +129,8 @@ const float* Past(const C* from, const int64_t* slots, size_t width, const Piece
     if constexpr (std::is_same_v<C, float>)
         if (slots == nullptr) return from + piece.first * width;
     for (size_t j = piece.first; j < piece.last; ++j)
-        CopyScaled(from + (slots == nullptr ? j : slots[j]) * width, width, 1,
-                   to + (j - piece.first) * width);
+        LoadEntry(from + (slots == nullptr ? j : slots[j]) * entry_width<C>(width), width,
+                  to + (j - piece.first) * width);
     return to;
 }
 

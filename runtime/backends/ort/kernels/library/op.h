@@ -39,7 +39,7 @@ struct Port {
 template <class T>
 constexpr Element element() {
     if constexpr (sizeof(T) == 8) return Element::kInt64;
-    if constexpr (sizeof(T) == 1) return Element::kBool;
+    if constexpr (sizeof(T) == 1) return Element::kInt8;
     return sizeof(T) == 2 ? Element::kHalf : Element::kFloat;
 }
 

@@ -17,7 +17,9 @@ struct OrtSessionOptions;
 struct OrtCustomOpDomain;
 struct OrtTensorInfo;
 
-enum class Element : int { kFloat = 1, kByte = 2, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10 };
+enum class Element : int {
+    kFloat = 1, kByte = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kBool = 9, kHalf = 10
+};
 
 struct OrtApiBase {
     const void* const* (*get_api)(uint32_t version);

@@ -1,0 +1,64 @@
+// Entries of a cache to and from floats.
+#if defined(LVLM_ENTRIES_INL_H) == defined(HWY_TARGET_TOGGLE)
+#ifdef LVLM_ENTRIES_INL_H
+#undef LVLM_ENTRIES_INL_H
+#else
+#define LVLM_ENTRIES_INL_H
+#endif
+
+#include "attention-inl.h"
+#include "entries.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace lvlm {
+namespace HWY_NAMESPACE {
+
+template <class C>
+HWY_INLINE void LoadEntry(const C* from, size_t width, float* to) {
+    if constexpr (kScaled<C>)
+        CopyScaled(from, width, step_of(from, width), to);
+    else
+        CopyScaled(from, width, 1, to);
+}
+
+// The largest magnitude.
+HWY_INLINE float Largest(const float* from, size_t width) {
+    const F32 d;
+    const size_t lanes = hn::Lanes(d);
+    Vec most = hn::Zero(d);
+    size_t i = 0;
+    for (; i + lanes <= width; i += lanes) most = hn::Max(most, hn::Abs(Load(from + i)));
+    float largest = hn::GetLane(hn::MaxOfLanes(d, most));
+    for (; i < width; ++i) largest = std::max(largest, std::abs(from[i]));
+    return largest;
+}
+
+HWY_INLINE void StoreEntry(const float* from, size_t width, int8_t* to) {
+    const Steps& all = steps();
+    const float* found = std::lower_bound(all.step, all.step + kScales, Largest(from, width) * kOfLargest);
+    const size_t place = std::min<size_t>(found - all.step, kScales - 1);
+    const float per_step = all.per_step[place], bound = 127;
+    const F32 d;
+    const hn::Rebind<int8_t, F32> bytes;
+    const size_t lanes = hn::Lanes(d);
+    const Vec by = hn::Set(d, per_step), most = hn::Set(d, bound), least = hn::Set(d, -bound);
+    size_t i = 0;
+    for (; i + lanes <= width; i += lanes) {
+        const Vec scaled = hn::Min(hn::Max(hn::Mul(Load(from + i), by), least), most);
+        hn::StoreU(hn::DemoteTo(bytes, hn::NearestInt(scaled)), bytes, to + i);
+    }
+    for (; i < width; ++i) {
+        const float scaled = std::min(std::max(from[i] * per_step, -bound), bound);
+        to[i] = static_cast<int8_t>(std::nearbyint(scaled != scaled ? 0 : scaled));
+    }
+    to[width] = static_cast<int8_t>(static_cast<int>(place) + kLowestScale);
+}
+template <class C>
+HWY_INLINE void StoreEntry(const float* from, size_t width, C* to) {
+    CopyScaledOut(from, width, 1, to);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace lvlm
+HWY_AFTER_NAMESPACE();
+#endif
