@@ -158,8 +158,10 @@ def _check_known(node: ir.Node, opset: int) -> None:
 
 
 def decompose_attention(model: ir.Model, kept: Collection[str] = (), row_heads: int = 1) -> int:
-    """Replace Attention by MatMuls and a softmax in fp32, but for data types in ``kept``;
-    of one query row also there, with fewer heads than ``row_heads``. Returns how many there were.
+    """Replace Attention by MatMuls and a softmax in fp32, but for data types in ``kept``; also
+    there where its one query row has fewer heads than ``row_heads``, or a mask meets heads of a
+    size that 8 does not divide, which TensorRT-RTX 1.7 does not build in half precision. Returns
+    how many there were.
 
     Precondition: 4-D inputs with static head counts, no cache inputs.
     """
@@ -172,7 +174,8 @@ def decompose_attention(model: ir.Model, kept: Collection[str] = (), row_heads: 
             raise ExportError(f"the shape of {node.name} is unknown; it cannot be decomposed")
         heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
         few = query.shape[2] == 1 and isinstance(heads, int) and heads < row_heads
-        if query.dtype is None or (DTYPES[query.dtype] in kept and not few):
+        odd = len(node.inputs) == 4 and isinstance(head_dim, int) and head_dim % 8 != 0
+        if query.dtype is None or (DTYPES[query.dtype] in kept and not few and not odd):
             continue
         if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)):
             raise ExportError(f"the heads of {node.name} are not static; it cannot be decomposed")
