@@ -80,9 +80,10 @@ def test_any_cut_gives_the_logits_and_the_cache_of_prefill(
     [
         ("digits-llava", {"dtype": "fp16"}),
         ("digits-llava", {"weights": "int4", "cache": "fp16"}),
+        ("digits-llava", {"cache": "int8"}),
         ("llava:qwen2-tied-siglip", {"weights": "int8", "block_size": 16}),
     ],
-    ids=["fp16", "int4", "int8"],
+    ids=["fp16", "int4", "int8 cache", "int8"],
 )
 def test_low_precision(name: str, how: dict[str, Any], bundle: Callable[..., Path]) -> None:
     with lvlm.load(bundle(name, max_images=2, **how)) as model:

@@ -68,7 +68,7 @@ def test_unknown_schema_is_told_before_unknown_fields(folder: Path, text: str) -
         (put("keep", value="0.5"), "keep holds '0.5'"),
         (put("keep", value=True), "keep holds True"),
         (put("dtype", value="int8"), "dtype holds 'int8'"),
-        (put("cache_dtype", value="int8"), "cache_dtype holds 'int8'"),
+        (put("cache_dtype", value="int4"), "cache_dtype holds 'int4'"),
         (put("quantization", "bits", value="4"), "quantization.bits holds '4'"),
         (put("quantization", "bits", value=3), "weights of 3 bits in blocks of 32"),
         (put("quantization", "block", value=0), "weights of 4 bits in blocks of 0"),

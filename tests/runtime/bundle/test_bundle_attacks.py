@@ -296,6 +296,7 @@ ATTACKS: dict[str, Edit] = {
     "another dtype": put("dtype", value="float16"),
     "another cache dtype": put("cache_dtype", value="float16"),
     "a cache in bf16": put("cache_dtype", value="bfloat16"),
+    "a cache in 8 bits": put("cache_dtype", value="int8"),
     "a field of 100,000 characters": put("family", value=LONG),
     "a dtype of 100,000 characters": put("dtype", value=LONG),
     "a huge number for text": put("family", value=HUGE),
