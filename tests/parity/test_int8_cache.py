@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 from collections.abc import Callable
@@ -26,20 +27,22 @@ RECIPES = {
     "none": ("none",),
     **{n: CACHED[f"{n} (cached)"] for n in ("lightvlm", "elastic-cache", "h2o", "snapkv")},
 }
-USUAL = ("none", "lightvlm", "h2o")
+FORMS = ("canonical", "lowered", "kernels")
+# In a normal run each recipe and each form once
+USUAL = [("none", "kernels"), ("lightvlm", "canonical"), ("h2o", "lowered")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "recipe" in metafunc.fixturenames:
-        every = metafunc.config.getoption("--whole")
-        metafunc.parametrize("recipe", RECIPES if every else USUAL)
+        every = list(itertools.product(RECIPES, FORMS))
+        whole = metafunc.config.getoption("--whole")
+        metafunc.parametrize(("recipe", "form"), every if whole else USUAL)
 
 
 def export(bundle: Callable[..., Path], recipe: str) -> Path:
     return bundle("digits-llava", *RECIPES[recipe], max_images=2, cache="int8")
 
 
-@pytest.mark.parametrize("form", ["canonical", "lowered", "kernels"])
 def test_logits_are_those_of_torch_with_a_rounded_cache(
     recipe: str,
     form: str,

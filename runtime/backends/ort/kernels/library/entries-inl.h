@@ -16,7 +16,7 @@ namespace HWY_NAMESPACE {
 template <class C>
 HWY_INLINE void LoadEntry(const C* from, size_t width, float* to) {
     if constexpr (kScaled<C>)
-        CopyScaled(from, width, step_of(from, width), to);
+        CopyScaled(from, width, step_of(from, width, steps().step), to);
     else
         CopyScaled(from, width, 1, to);
 }

@@ -40,9 +40,9 @@ inline const Steps& steps() {
     return only;
 }
 
-// The step of the numbers of an entry in 8 bits.
-inline float step_of(const int8_t* entry, size_t width) {
-    return steps().step[entry[width] - kLowestScale];
+// The step of the numbers of an entry in 8 bits; ``table``: that of all steps.
+inline float step_of(const int8_t* entry, size_t width, const float* table) {
+    return table[entry[width] - kLowestScale];
 }
 
 }  // namespace lvlm
