@@ -13,6 +13,7 @@ from engine_tools import IMAGES, OTHERS, ask, idle, intercept, same, submit
 
 from lvlm.core.errors import BackendError
 from lvlm.runtime.engine import Engine
+from lvlm.runtime.engine.handle import Handle
 from lvlm.runtime.kv.cache import cache_bytes
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
@@ -88,6 +89,15 @@ def text(words: str) -> dict[str, str]:
     return {"type": "text", "text": words}
 
 
+def failure(handle: Handle) -> str:
+    """What a request failed with; "" if it did not."""
+    try:
+        handle.result(60)
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
 def test_a_step_that_failed_is_not_run_again(model: Model) -> None:
     """States have gone on already: the requests of that step fail, later ones do not."""
     with Engine(model.folder, slots=3) as engine:
@@ -101,9 +111,7 @@ def test_a_step_that_failed_is_not_run_again(model: Model) -> None:
                 raise BackendError("made to fail")
 
         decode.after = fail
-        for handle in handles:
-            with pytest.raises(BackendError, match="made to fail"):
-                handle.result(60)
+        assert all("made to fail" in failure(handle) for handle in handles)
         assert rows.count(2) == 1
         assert rows[-1] == 2  # no row on its own afterwards
         decode.after = lambda *_: None
