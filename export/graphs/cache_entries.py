@@ -8,7 +8,7 @@ import torch
 from lvlm.export.ops.cache_dequantize import OP as CACHE_DEQUANTIZE
 from lvlm.export.ops.cache_quantize import OP as CACHE_QUANTIZE
 from lvlm.export.standard_ops import scatter
-from lvlm.runtime.kv.entry_form import entry_width, side_dtype
+from lvlm.runtime.bundle.entry_form import entry_width, side_dtype
 
 
 def held_width(head_dim: int, dtype: torch.dtype) -> int:
@@ -36,7 +36,7 @@ def as_held(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def as_computed(held: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What a buffer holds, in the ``dtype`` that is computed in."""
+    """A buffer's content in the ``dtype`` that is computed in."""
     if held.dtype == torch.int8:
         (held,) = CACHE_DEQUANTIZE(held)
     return held.to(dtype)

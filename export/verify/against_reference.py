@@ -125,7 +125,7 @@ def _limit(plan: ExportPlan, form: GraphForm) -> float:
 
 
 def _held_limit(plan: ExportPlan, form: GraphForm) -> float:
-    """Of what is read of the cache: in 8 bits a number may be rounded the other way."""
+    """The limit for what is read of the cache: in 8 bits a number may be rounded the other way."""
     found = _limit(plan, form)
     return max(found, TOLERANCE[torch.int8]) if plan.cache_dtype == torch.int8 else found
 

@@ -10,10 +10,10 @@ from lvlm.core.errors import BuildError
 from lvlm.core.progress import size
 from lvlm.plugins_trt.engines.shape_profiles import Profile
 from lvlm.runtime.bundle.engine_sets import EngineWeight
+from lvlm.runtime.bundle.entry_form import ITEM_BYTES
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.engine.memory_plan import slot_capacity
 from lvlm.runtime.kv.cache import cache_bytes
-from lvlm.runtime.kv.entry_form import ITEM_BYTES
 from lvlm.runtime.kv.static_capacity import static_capacity
 
 WIDEST_ROWS = (

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lvlm.core.errors import BundleError, shown
+from lvlm.runtime.bundle.entry_form import entry_width, side_dtype
 from lvlm.runtime.bundle.manifest import Manifest, Port
-from lvlm.runtime.kv.entry_form import entry_width, side_dtype
 
 # Bits of a number, by the types that ports and weights may have
 BITS = {

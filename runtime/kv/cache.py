@@ -9,9 +9,9 @@ import numpy as np
 
 from lvlm.core.errors import DeviceMemoryError
 from lvlm.runtime.backends import Backend, Buffer
+from lvlm.runtime.bundle.entry_form import ITEM_BYTES, entry_width, side_dtype
 from lvlm.runtime.bundle.manifest import Manifest, Text
 from lvlm.runtime.kv.budgets import Budgets
-from lvlm.runtime.kv.entry_form import ITEM_BYTES, entry_width, side_dtype
 from lvlm.runtime.kv.slot_counts import SlotCounts
 from lvlm.runtime.policies.policy import CachePolicy
 
@@ -22,7 +22,8 @@ Form = tuple[tuple[int, ...], str]  # a buffer's shape and dtype
 class CompactCache(SlotCounts):
     """Buffers key and value [B,Hkv,C_l,d] per layer (int8: d + 1, entry_form.py); with a ring of
     queries also query [B,Hq,queries,d], with scores that go on received [B,1,C_l,1]; state
-    [B,s,n,D] for s layers that keep states in place of entries; and the counts of what lies in them.
+    [B,s,n,D] for s layers that keep states in place of entries; and the counts of what lies in
+    them.
 
     A row can be filled on its own (``views``, ``begin``) and copied to another place.
 

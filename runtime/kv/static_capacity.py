@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 
 from lvlm.runtime.bundle.engine_sets import ALIGNMENT
+from lvlm.runtime.bundle.entry_form import ITEM_BYTES, entry_width
 from lvlm.runtime.bundle.manifest import Capacity, Manifest
 from lvlm.runtime.kv.cache import SCORES
-from lvlm.runtime.kv.entry_form import ITEM_BYTES, entry_width
 
 STEP = 16  # entries: tiles of kernels
 

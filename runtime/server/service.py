@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lvlm.core.errors import EngineClosedError, LvlmError, ParameterError
+from lvlm.runtime.bundle.entry_form import ITEM_BYTES, entry_width
 from lvlm.runtime.engine.aio import AsyncEngine
 from lvlm.runtime.engine.async_handle import AsyncHandle
-from lvlm.runtime.kv.entry_form import ITEM_BYTES, entry_width
 from lvlm.runtime.options.generation_options import GenerationOptions
 from lvlm.runtime.prompt.text import Tokenizer
 from lvlm.runtime.server.asked import Read, Usual, Wanted

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lvlm.export.ops.parts.int8_entries import RANGE, dequantized, quantized
-from lvlm.runtime.kv.entry_form import entry_width, side_dtype
+from lvlm.runtime.bundle.entry_form import entry_width, side_dtype
 
 # From what the smallest step still tells apart to what the largest holds
 NUMBERS = st.floats(-1e6, 1e6, width=32)
