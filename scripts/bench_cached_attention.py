@@ -40,11 +40,12 @@ def inputs(
     dtype, held = TYPES[kind]
     random = np.random.default_rng(0)
     angles = random.uniform(0, 6, (entries, width // 2))
-    cache = random.integers(-100, 100, (1, key_heads, entries, entry_width(width, held)))
+    sizes = 1, key_heads, entries, entry_width(width, held)
+    cache: np.ndarray = random.integers(-100, 100, sizes)
     if held == "int8":
         cache[..., -1] = -48  # steps of a sixty-fourth
     else:
-        cache = cache / 64
+        cache = (cache / 64).astype(held)
     values = (
         random.normal(size=(1, 1, (heads + 2 * key_heads) * width)).astype(dtype),
         cache.astype(held),
