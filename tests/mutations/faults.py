@@ -358,6 +358,20 @@ FAULTS = {
         "return self.sums",
         "tests/runtime/engine/test_engine_states.py::test_a_step_that_failed_is_not_run_again",
     ),
+    "scales of int8 entries by their largest number, not magnitude": Fault(
+        "export/ops/parts/int8_entries.py",
+        "least = x.abs().amax(-1, keepdim=True)",
+        "least = x.amax(-1, keepdim=True)",
+        "tests/export/ops/test_int8_entries.py"
+        "::test_numbers_are_rounded_to_half_a_step_and_then_stay",
+    ),
+    "newest entry of an int8 cache not seen": Fault(
+        "export/targets/passes/ort_int8_cache.py",
+        "g.LessOrEqual(g.arange(longest), last)",
+        "g.Less(g.arange(longest), last)",
+        "tests/parity/test_int8_cache.py::test_logits_are_those_of_torch_with_a_rounded_cache"
+        "[h2o-lowered]",
+    ),
     "learned positions shrunk without antialiasing": Fault(
         "export/families/parts/lfm2_vision.py",
         "reach = step.clamp(min=1.0)[..., None]",
