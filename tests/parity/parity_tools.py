@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from lvlm.core.discovery import discover
 from lvlm.export.checkpoint.checkpoint import Checkpoint, find_family
 from lvlm.export.recipes.recipe import parse_settings
 from lvlm.export.reference.torch_reference import Reference
+from lvlm.runtime.bundle.reader import read_bundle
 
 IMAGE = "<image>\n"
 IMAGES = [np.asarray(Image.open(ASSETS / f"samples/digits-{i}.png")) for i in (1, 2)]
@@ -29,6 +32,15 @@ ROWS: list[tuple[str, list[np.ndarray]]] = [
 
 def load_torch(folder: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def canonical(folder: Path, copy: Path) -> Path:
+    """The bundle as it runs where nothing is lowered."""
+    shutil.copytree(folder, copy)
+    manifest = read_bundle(copy, verify="none")
+    graphs = {n: dataclasses.replace(g, lowered={}) for n, g in manifest.graphs.items()}
+    dataclasses.replace(manifest, graphs=graphs).write(copy)
+    return copy
 
 
 def make_reference(folder: Path, recipe: str, *settings: str) -> Reference:

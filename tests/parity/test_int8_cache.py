@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from parity_tools import ROWS, make_reference
+from parity_tools import ROWS, canonical, make_reference
 from settings import CACHED
 
 import lvlm
 from lvlm.runtime.backends.ort.kernels.kernel_library import KERNELS
-from lvlm.runtime.bundle.reader import read_bundle
 from lvlm.runtime.engine import Engine
 from lvlm.runtime.options.generation_options import GenerationOptions
 
@@ -81,15 +78,6 @@ def test_logits_are_those_of_torch_with_a_rounded_cache(
             if step + 1 < STEPS:
                 batch.feed([answer.tokens[step] for answer in answers])
     assert len({tuple(answer.tokens) for answer in answers}) == len(ROWS)
-
-
-def canonical(folder: Path, copy: Path) -> Path:
-    """The bundle as it runs where nothing is lowered."""
-    shutil.copytree(folder, copy)
-    manifest = read_bundle(copy, verify="none")
-    graphs = {n: dataclasses.replace(g, lowered={}) for n, g in manifest.graphs.items()}
-    dataclasses.replace(manifest, graphs=graphs).write(copy)
-    return copy
 
 
 def test_entries_are_those_of_a_full_cache_rounded_by_hand(bundle: Callable[..., Path]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from parity_tools import ROWS, make_reference
+from parity_tools import ROWS, canonical, make_reference
 from settings import ASSETS
 
 import lvlm
@@ -59,15 +58,6 @@ INTERVAL, STEPS = 16, 40
 def export(bundle: Callable[..., Path], which: str) -> Path:
     name, (recipe, *settings_), options = BUNDLES[which]
     return bundle(name, recipe, *settings_, max_images=2, **options)
-
-
-def canonical(folder: Path, copy: Path) -> Path:
-    """The bundle as it runs where nothing is lowered."""
-    shutil.copytree(folder, copy)
-    manifest = read_bundle(copy, verify="none")
-    graphs = {n: dataclasses.replace(g, lowered={}) for n, g in manifest.graphs.items()}
-    dataclasses.replace(manifest, graphs=graphs).write(copy)
-    return copy
 
 
 def rounded_reference(which: str, folder: Path, files: Path) -> Reference:
