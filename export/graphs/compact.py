@@ -77,7 +77,7 @@ class Compact(LanguageGraph):
         dtype = next(self.model.norm.parameters()).dtype  # that of what is computed
         queries = None if query is None else query.to(dtype)
         stay = self.compacts.compact_buffers(
-            key.to(dtype), value.to(dtype), queries, received, self.model.scale, counts
+            key.to(dtype), value.to(dtype), queries, received, self.model.logits, counts
         )
         written = {
             "kept": stay.kept,

@@ -96,7 +96,8 @@ class Prefill(LanguageGraph):
             cos, sin = angles.of(one.rotary, state.hidden, state.positions)
             # Elsewhere no layer's window hides anything (cache_plan.py)
             mask = masks.of(one.window if self.in_place else None, state.image_id)
-            ends = masks.ends(state.image_id) if rule is not None else None
+            ranks = rule is not None or recipe.reductions()
+            ends = state.ends = masks.ends(state.image_id) if ranks else None
             taken = {
                 "hidden": state.hidden,
                 "positions": state.positions,
@@ -110,7 +111,7 @@ class Prefill(LanguageGraph):
                 **(one_layer(rule.inputs(), layer, given) if rule else {}),
             }
             new = repeated(self._block, one.block, taken, self._described(taken))
-            tap = Tap(scale=model.scale)
+            tap = Tap(**model.logits)
             tap.query, tap.key = new.pop("tap_query"), new.pop("tap_key")
             if rule is not None and rule.scores_all:
                 tap.importance = new.pop("importance")

@@ -61,6 +61,7 @@ class Judge:
         kind = processor_class(self.config)
         self.image_options = image_options(kind, folder)
         self.processor, self.without = load_processor(kind, folder)
+        self._types: dict[tuple[int, ...], torch.Tensor] = {}  # of prompts that it has written
 
     def _load(self, kind: Any, **options: str | bool) -> Any:
         try:
@@ -96,7 +97,7 @@ class Judge:
 
     def load_model(self, dtype: torch.dtype) -> None:
         """The model, its weights left in their files where they are of ``dtype``."""
-        options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+        options = {"dtype": dtype, "output_loading_info": True}
         with quiet():
             try:
                 model, info = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -201,7 +202,10 @@ class Judge:
             found = self.processor(
                 images=[image], text=[text], add_special_tokens=special, return_tensors="pt"
             )
-        return [int(x) for x in found["input_ids"][0]]
+        ids = [int(x) for x in found["input_ids"][0]]
+        if "token_type_ids" in found:
+            self._types[tuple(ids)] = found["token_type_ids"]
+        return ids
 
     @torch.no_grad()
     def answer(
@@ -218,7 +222,7 @@ class Judge:
         is_image = torch.isin(tokens[0], torch.tensor(sorted(image_ids)))
         taken = _taken(self.model, image)
         for name in {"mm_token_type_ids", "token_type_ids"} & _parameters(self.model):
-            taken[name] = is_image.int()[None]
+            taken.setdefault(name, self._types.get(tuple(ids), is_image.int()[None]))
         seen: list[torch.Tensor] = []
 
         def watch(_: Any, args: Any, given: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def test_masks_are_those_of_transformers(window: int) -> None:
             places,
             get_block_sequence_ids_for_mask((image_id > 0).long()),
         )
-        masks = Masks(bidirectional=True)
+        masks = Masks(bidirectional="image")
         valid = image_id[0] >= 0
         for kind, own in (("sliding_attention", window), ("full_attention", None)):
             ours = masks.of(own, image_id)
@@ -64,7 +64,7 @@ def test_a_chunk_sees_what_it_sees_of_the_whole() -> None:
     """Cut anywhere but in an image, behind entries that are there."""
     image_id = torch.tensor([ROWS[0]])
     for window in (None, 3):
-        whole = Masks(bidirectional=True).of(window, image_id)
+        whole = Masks(bidirectional="image").of(window, image_id)
         assert whole is not None
         for cut in (1, 2, 6, 7, 9, 11):
             index, slots = torch.tensor([cut]), torch.arange(cut)
@@ -75,7 +75,7 @@ def test_a_chunk_sees_what_it_sees_of_the_whole() -> None:
 def test_queries_of_images_that_rank_entries_see_what_follows() -> None:
     """The last queries of a prompt: of no image, of one in its middle; of one that is shorter."""
     image_id = torch.tensor([[0, 1, 1, 1, 0, 0, -1], [2, 2, -1, -1, -1, -1, -1]])
-    hidden, masks = torch.zeros(2, 7, 4), Masks(bidirectional=True)
+    hidden, masks = torch.zeros(2, 7, 4), Masks(bidirectional="image")
     rule = SnapKV().cache_rule()
     assert isinstance(rule, CacheRule)
     tap = Tap()
