@@ -148,7 +148,8 @@ def _capped_attention(
     softcap: float,
 ) -> torch.Tensor:
     """[B,Hq,N,d]: Attention of ONNX with ``softcap``, which caps logits before it masks them."""
-    grouped = query.unflatten(1, (key.shape[1], -1))  # heads that share a key head
+    batch, _, rows, width = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, rows, width)  # heads that share a key head
     logits = grouped @ key[:, :, None].transpose(3, 4) * scale
     logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~mask[:, :, None], torch.finfo(logits.dtype).min)

@@ -135,18 +135,17 @@ class PaliGemma(PixelValues):
         raise fixed_tokens(images, tokens)
 
     def tiny_configs(self) -> Iterator[tuple[str, Any]]:
-        """Both text models; GQA and MHA, windows shorter than a prompt and longer than any, caps
-        of both kinds and none, biases, tied weights and not."""
+        """Both text models; GQA and MHA, windows longer than any prompt and shorter, caps of both
+        kinds and none, biases, tied weights and not."""
         size: dict[str, Any] = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 112}
         yield (
-            "gemma2-gqa-window",
+            "gemma2-gqa",
             _tiny(
                 Gemma2Config(
                     **size,
                     num_hidden_layers=4,
                     **heads(4, 2, 32),
                     query_pre_attn_scalar=24,
-                    sliding_window=11,
                     attn_logit_softcapping=2.0,
                     final_logit_softcapping=10.0,
                 ),
@@ -155,13 +154,14 @@ class PaliGemma(PixelValues):
             ),
         )
         yield (
-            "gemma2-mha-bias",
+            "gemma2-mha-bias-window",
             _tiny(
                 Gemma2Config(
                     **size,
-                    num_hidden_layers=4,
+                    num_hidden_layers=3,
                     **heads(2, 2, 48),
                     query_pre_attn_scalar=48,
+                    sliding_window=11,
                     attention_bias=True,
                     attn_logit_softcapping=1.5,
                 ),

@@ -111,7 +111,7 @@ class Prefill(LanguageGraph):
                 **(one_layer(rule.inputs(), layer, given) if rule else {}),
             }
             new = repeated(self._block, one.block, taken, self._described(taken))
-            tap = Tap(**model.logits)
+            tap = Tap(scale=model.scale, softcap=model.softcap)
             tap.query, tap.key = new.pop("tap_query"), new.pop("tap_key")
             if rule is not None and rule.scores_all:
                 tap.importance = new.pop("importance")

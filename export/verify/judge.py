@@ -30,6 +30,7 @@ from lvlm.export.verify.their_processor import (
 from lvlm.export.weights.stored_weights import compute_in_fp32
 from lvlm.runtime.prompt.chat_template import Turn
 
+TYPES = ("mm_token_type_ids", "token_type_ids")  # what a token is of, by the model's own words
 SECONDS, MIN_STEPS = 30.0, 4  # of steps that are compared, and how many at least
 
 
@@ -61,7 +62,7 @@ class Judge:
         kind = processor_class(self.config)
         self.image_options = image_options(kind, folder)
         self.processor, self.without = load_processor(kind, folder)
-        self._types: dict[tuple[int, ...], torch.Tensor] = {}  # of prompts that it has written
+        self._types: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}  # of prompts it has made
 
     def _load(self, kind: Any, **options: str | bool) -> Any:
         try:
@@ -203,8 +204,7 @@ class Judge:
                 images=[image], text=[text], add_special_tokens=special, return_tensors="pt"
             )
         ids = [int(x) for x in found["input_ids"][0]]
-        if "token_type_ids" in found:
-            self._types[tuple(ids)] = found["token_type_ids"]
+        self._types[tuple(ids)] = {name: found[name] for name in TYPES if name in found}
         return ids
 
     @torch.no_grad()
@@ -221,8 +221,9 @@ class Judge:
         tokens = torch.tensor([list(ids)])
         is_image = torch.isin(tokens[0], torch.tensor(sorted(image_ids)))
         taken = _taken(self.model, image)
-        for name in {"mm_token_type_ids", "token_type_ids"} & _parameters(self.model):
-            taken.setdefault(name, self._types.get(tuple(ids), is_image.int()[None]))
+        types = self._types.get(tuple(ids), {})
+        for name in set(TYPES) & _parameters(self.model):
+            taken.setdefault(name, types.get(name, is_image.int()[None]))
         seen: list[torch.Tensor] = []
 
         def watch(_: Any, args: Any, given: dict[str, Any]) -> None:
