@@ -132,8 +132,6 @@ class Batch:
     def _goes_on(self, request: Request, prefix: Prefix) -> bool:
         """True where a prompt is read from the end of a prefix on: where that pays, or where that
         is what its session is for."""
-        if self.graphs.manifest.text.bidirectional:
-            return False  # its first entries depend on what follows
         if self.graphs.manifest.in_place:
             return worthwhile(request.prompt, prefix.length, extends=self.graphs.extends)
         assert prefix.read is not None
