@@ -51,7 +51,7 @@ class Tap:
 
     @property
     def logits(self) -> dict[str, float]:
-        """How the attention made its logits, as attributes of ops."""
+        """Attributes of ops that make logits as the attention has made them."""
         return logit_attributes(self.scale, self.softcap)
 
     def queries_at(self, index: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ class LanguageModel:
 
     @property
     def logits(self) -> dict[str, float]:
-        """How every block's attention makes its logits, as attributes of ops."""
+        """Attributes of ops that make logits as every block's attention does."""
         return logit_attributes(self.scale, self.softcap)
 
     @property

@@ -106,7 +106,7 @@ class Prefill(LanguageGraph):
                 "sin": sin,
                 "start": start,
                 **({} if mask is None else {"mask": mask}),
-                **({} if ends is None else {"ends": ends}),
+                **({} if ends is None or rule is None else {"ends": ends}),
                 **self.past(layer, given),
                 **(one_layer(rule.inputs(), layer, given) if rule else {}),
             }

@@ -22,7 +22,7 @@ class RankedLayer:
     length   [B] int64: how many of them are valid
     queries  [B,Hq,R,d]: the most recent ones, where the score is a window of these
     index    [B,R] int64: of each query's own entry, -1: there is none
-    logits   how attention makes them, as attributes of ops
+    logits   attributes of ops that make them as attention does
     received [B,N] fp32: the attention they got, where the score asks for it and that is known
     """
 
