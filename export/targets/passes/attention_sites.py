@@ -23,8 +23,8 @@ class Site:
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """The attention of decode. None where the attention is of another kind, caps its logits, or
-    hides entries that are valid (a window)."""
+    """The attention of decode. None where the attention is of another kind, or hides entries that
+    are valid (a window)."""
     if not _masked(node) or not _sees_all_valid(node.inputs[3]):
         return None
     wrote = [_producer(before_cast(x), "TensorScatter") for x in node.inputs[1:3]]
@@ -37,7 +37,7 @@ def find_site_behind(node: ir.Node) -> tuple[Site, ir.Value] | None:
     """The attention of extend: over entries gathered from the cache and the new ones behind them,
     whatever the mask; and the slots of the former. None where the attention is of another kind, or
     caps its logits."""
-    if not _masked(node):
+    if not _masked(node) or softcap_of(node):
         return None
     found = [_behind(x) for x in node.inputs[1:3]]
     if found[0] is None or found[1] is None or found[0][1] is not found[1][1]:
@@ -47,9 +47,12 @@ def find_site_behind(node: ir.Node) -> tuple[Site, ir.Value] | None:
 
 
 def _masked(node: ir.Node) -> bool:
-    """Attention under a mask, of nothing but scaled products: no kernel takes more."""
-    masked = node.op_type == "Attention" and node.domain == "" and len(node.inputs) == 4
-    return masked and not node.attributes.get_float("softcap", 0.0)
+    return node.op_type == "Attention" and node.domain == "" and len(node.inputs) == 4
+
+
+def softcap_of(node: ir.Node) -> float:
+    """The cap of an Attention's logits; 0: none."""
+    return float(node.attributes.get_float("softcap", 0.0))
 
 
 def _behind(value: ir.Value | None) -> tuple[ir.Node, ir.Value] | None:

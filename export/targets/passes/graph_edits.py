@@ -16,6 +16,7 @@ from lvlm.core.errors import ExportError
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Attribute, Op
 from lvlm.export.ops.parts.body import Body
 from lvlm.export.ops.parts.chunked_attention import capped
+from lvlm.export.targets.passes.attention_sites import softcap_of
 
 LOWERED_DOMAIN = "lvlm.lowered"
 # As the manifest names them
@@ -174,7 +175,7 @@ def decompose_attention(model: ir.Model, kept: Collection[str] = (), row_heads: 
             raise ExportError(f"the shape of {node.name} is unknown; it cannot be decomposed")
         heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
         few = query.shape[2] == 1 and isinstance(heads, int) and heads < row_heads
-        softcap = node.attributes.get_float("softcap", 0.0)
+        softcap = softcap_of(node)
         if query.dtype is None or (DTYPES[query.dtype] in kept and not few and not softcap):
             continue
         if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)):

@@ -16,6 +16,7 @@ from onnx_ir.passes import common
 from lvlm.core.errors import ExportError
 from lvlm.export.ops.parts.body import Body
 from lvlm.export.ops.parts.chunked_attention import capped
+from lvlm.export.targets.passes.attention_sites import softcap_of
 from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN, identifier, lowered_function
 from lvlm.export.targets.passes.ort_fusions import take_place
 from lvlm.runtime.backends.openvino import SLOTS
@@ -113,7 +114,7 @@ def _attend_beside(model: ir.Model, node: ir.Node, keys: Write, values: Write) -
     if not all(isinstance(size, int) for size in sizes) or sizes[3:] != (1, 1):
         raise ExportError(f"{node.name} is not attention of one query per row, of static heads")
     scale = node.attributes.get_float("scale", float(sizes[2]) ** -0.5)  # type: ignore[arg-type]
-    softcap, fp32 = node.attributes.get_float("softcap", 0.0), query.dtype == ir.DataType.FLOAT
+    softcap, fp32 = softcap_of(node), query.dtype == ir.DataType.FLOAT
     proto = _attention(heads, kv_heads, width, scale, softcap, fp32)  # type: ignore[arg-type]
     function = ir.serde.deserialize_function(proto)
     model.functions.setdefault(function.identifier(), function)

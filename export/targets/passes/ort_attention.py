@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 
 from lvlm.export.ops.op import OPSET
 from lvlm.export.targets.description import AT_THE_END, CACHE_WRITES, POSITIONS
-from lvlm.export.targets.passes.attention_sites import Site, find_site
+from lvlm.export.targets.passes.attention_sites import Site, find_site, softcap_of
 from lvlm.export.targets.passes.graph_edits import DTYPES, LOWERED_DOMAIN
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
 from lvlm.runtime.backends.ort.sessions import AGAIN
@@ -33,6 +33,7 @@ FUNCTIONS = {
     APPENDED: ["qkv", *CACHE, "cos", "sin", "position_ids"],
     WRITTEN: ["query", "key", "value", *CACHE],
 }
+CAPPED = "Capped"  # before the name where logits are capped, which no kernel of our own does
 
 
 def group_attention(model: ir.Model) -> int:
@@ -193,17 +194,19 @@ def _node(model: ir.Model, site: Site, given: Sequence[ir.Value | None], name: s
     cache = site.writes[0].inputs[0]
     assert cache is not None
     assert cache.dtype is not None
-    function = ir.serde.deserialize_function(cached_attention(name))
+    softcap = softcap_of(site.node)
+    function = ir.serde.deserialize_function(cached_attention(name, capped=softcap != 0))
     model.functions.setdefault(function.identifier(), function)
     model.opset_imports[LOWERED_DOMAIN] = 1
     node = ir.node(
-        name,
+        function.name,
         # The kernel takes one type for everything: that of a low-precision cache.
         [None if x is None else _cast(model, site.node, x, cache.dtype) for x in given],
         attributes={
             "num_heads": site.heads,
             "kv_num_heads": site.kv_heads,
             "scale": site.node.attributes["scale"].as_float(),
+            **({"softcap": softcap} if softcap else {}),
         },
         domain=LOWERED_DOMAIN,
         num_outputs=3,
@@ -252,8 +255,9 @@ def packed(model: ir.Model, site: Site) -> ir.Value:
     return joined.outputs[0]
 
 
-def cached_attention(name: str) -> onnx.FunctionProto:
-    """GroupQueryAttention with the given inputs; its heads and scale are the node's."""
+def cached_attention(name: str, *, capped: bool = False) -> onnx.FunctionProto:
+    """GroupQueryAttention with the given inputs; its heads and scale are the node's, and its cap of
+    logits, if ``capped``."""
     inputs = FUNCTIONS[name]
     outputs = ["output", "present_key", "present_value"]
     given = inputs if name == WRITTEN else [inputs[0], "", "", *inputs[1:]]
@@ -266,11 +270,13 @@ def cached_attention(name: str) -> onnx.FunctionProto:
         "num_heads": onnx.AttributeProto.INT,
         "kv_num_heads": onnx.AttributeProto.INT,
         "scale": onnx.AttributeProto.FLOAT,
+        **({"softcap": onnx.AttributeProto.FLOAT} if capped else {}),
     }
     for attribute, kind in kinds.items():
         reference = onnx.AttributeProto(name=attribute, ref_attr_name=attribute, type=kind)  # type: ignore[arg-type]
         node.attribute.append(reference)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    name = f"{CAPPED}{name}" if capped else name
     return helper.make_function(
         LOWERED_DOMAIN, name, inputs, outputs, [node], opsets, attributes=list(kinds)
     )

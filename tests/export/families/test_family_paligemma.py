@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from bundles import FAMILIES, TINY
@@ -17,7 +19,7 @@ from parity_tools import IMAGES, ROWS, make_reference
 from transformers import AutoProcessor
 
 import lvlm
-from lvlm.core.errors import CheckpointError, ParameterError, PromptError
+from lvlm.core.errors import BundleError, CheckpointError, ParameterError, PromptError
 from lvlm.export.budgets.sample_prompts import prompt_maker
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.export_options import ExportOptions
@@ -107,6 +109,22 @@ def test_what_was_read_before_is_read_again(bundle: Callable[..., Path]) -> None
         assert not engine.manifest.graphs.keys() & {"extend"}
         with pytest.raises(ParameterError, match="every turn is read as a whole; give each turn"):
             engine.session()
+
+
+def test_decode_attends_by_the_engine_s_own_kernel(bundle: Callable[..., Path]) -> None:
+    """On device cpu, though logits are capped; not by ours, which do not cap."""
+    model = onnx.load(bundle(WIDE, max_images=2) / "decode.ort-cpu.onnx", load_external_data=False)
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert (kinds["CappedAppendedAttention"], kinds["Attention"]) == (4, 0)
+
+
+def test_a_graph_that_reads_on_is_refused(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle(WIDE, max_images=2), tmp_path / "bundle"))
+    data = json.loads((folder / "lvlm.json").read_text())
+    data["graphs"]["extend"] = data["graphs"]["decode"]
+    (folder / "lvlm.json").write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="lists a graph 'extend', which has no use"):
+        lvlm.load(folder)
 
 
 def plan(folder: Path, name: str = "none", *settings: str, **options: Any) -> ExportPlan:
