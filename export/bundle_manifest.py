@@ -51,7 +51,7 @@ def manifest_of(
     """The manifest of a bundle with these graphs, weights and files."""
     source = plan.checkpoint.source
     language, prompt = plan.skeleton.language, plan.prompt
-    rule = plan.recipe.cache_rule()
+    rule, prefix_lm = plan.recipe.cache_rule(), language.bidirectional == "prompt"
     return Manifest(
         schema=SCHEMA,
         family=plan.family.name,
@@ -78,12 +78,13 @@ def manifest_of(
             vocab=language.vocab,
             eos_ids=prompt.eos_ids,
             states=language.states,
+            bidirectional=prefix_lm,
         ),
         images=plan.images,
         keep=float(plan.recipe.parameters().get("keep", 1.0)),
         reductions=plan.recipe.reductions(),
         cache_policy=rule.cache_policy if rule else None,
-        question_free=plan.recipe.question_free,
+        question_free=plan.recipe.question_free and not prefix_lm,
         encoder=plan.encoder,
         capacity=plan.cache.capacity,
         chat_template=prompt.chat_template,

@@ -146,9 +146,14 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
     rule = recipe.cache_rule()
     if language.bidirectional and rule is not None and rule.remembers_prompts:
         raise ParameterError(
-            f"recipe {recipe.name} would rank entries by queries of image tokens as if these did "
-            f"not see what follows, which those of {family.name} do; compact after as many steps "
-            f"as there are queries ({rule.queries}) or more"
+            f"recipe {recipe.name} would rank entries by queries of {language.bidirectional} "
+            f"tokens as if these did not see what follows, which those of {family.name} do; "
+            f"compact after as many steps as there are queries ({rule.queries}) or more"
+        )
+    if language.bidirectional == "prompt" and options.sessions:
+        raise ParameterError(
+            f"--sessions: tokens of a prompt of {family.name} see those that follow, so that every "
+            "turn is read as a whole; leave it out"
         )
     images = family.images(config, checkpoint.folder)
     if recipe.scored and not score_width(skeleton.vision):

@@ -112,7 +112,7 @@ def _calibrated(plan: ExportPlan, plain: Checkpoint, progress: Progress) -> Iter
 def stages(plan: ExportPlan) -> int:
     """Number of steps of an export's progress."""
     options = plan.options
-    graphs = len(graph_names(plan.recipe, sessions=options.sessions))
+    graphs = len(graph_names(plan.recipe, plan.skeleton.language, sessions=options.sessions))
     copied = plain_bytes(plan) > 0
     before = plan.measured + (options.calibrate is not None) + copied
     return graphs + 2 + len(options.targets) + options.validate + before

@@ -40,10 +40,11 @@ def calibrated_bytes(plan: ExportPlan) -> int:
 
 def seconds(plan: ExportPlan) -> float:
     """About how long the export takes, the download aside."""
+    language = plan.skeleton.language
     unique = {id(p): p for p in plan.skeleton.model.parameters()}.values()
     return ExportWork(
-        graphs=len(graph_names(plan.recipe, sessions=plan.options.sessions)),
-        blocks=len(plan.skeleton.language.blocks),
+        graphs=len(graph_names(plan.recipe, language, sessions=plan.options.sessions)),
+        blocks=len(language.blocks),
         dense_bytes=sum(p.numel() for p in unique) * plan.dtype.itemsize,
         copied=plain_bytes(plan) > 0,
         quantized=plan.options.quantization is not None,

@@ -23,11 +23,13 @@ from lvlm.export.ops.cache_importance import OP as CACHE_IMPORTANCE
 from lvlm.export.ops.causal_attention import OP as CAUSAL_ATTENTION
 
 PLACEHOLDER_DOMAIN = "lvlm.std"
-OTHER_LOGITS = (
-    "softcap",
-    "s_aux",
-    "position_bias",
-)  # what attentions may add and no graph here has
+OTHER_LOGITS = ("s_aux", "position_bias")  # what attentions may add and no graph here has
+
+
+def logit_attributes(scale: float, softcap: float) -> dict[str, float]:
+    """Attributes of ops that make logits of attention: query · key times ``scale``, then, if
+    ``softcap`` is not 0, softcap · tanh(x / softcap)."""
+    return {"scale": scale} | ({"softcap": softcap} if softcap else {})
 
 
 @dataclass
@@ -42,9 +44,15 @@ class Tap:
     length: torch.Tensor | None = None
     ends: torch.Tensor | None = None
     scale: float = 1.0
+    softcap: float = 0.0
     query: torch.Tensor = field(init=False)
     key: torch.Tensor = field(init=False)
     importance: torch.Tensor = field(init=False)
+
+    @property
+    def logits(self) -> dict[str, float]:
+        """Attributes of ops that make logits as the attention has made them."""
+        return logit_attributes(self.scale, self.softcap)
 
     def queries_at(self, index: torch.Tensor) -> torch.Tensor:
         """The queries [B,Hq,R,d] at ``index`` [B,R] int64; below 0: any.
@@ -78,13 +86,16 @@ def attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     tap: Tap | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: q [B,Hq,N,d], k and v [B,Hkv,S,d] -> [B,N,Hq,d].
 
     A mask is boolean [B,1,N or 1,S], True where a key may be seen. Without one a language model's
     block, which gives a tap, is causal (rows are padded on the right, so a valid query never sees
-    padding), and others see everything. Raises CheckpointError where logits are not products alone.
+    padding), and others see everything. Logits may be capped (``softcap``), under a mask.
+
+    Raises CheckpointError for logits of another kind, and for capped ones without a mask.
     """
     for name in OTHER_LOGITS:
         if others.get(name) is not None:
@@ -92,12 +103,17 @@ def attention(
                 f"{type(module).__name__} attends with {name}, which graphs here do not have; "
                 "only models whose attention is softmax of scaled products are supported"
             )
+    if softcap and attention_mask is None:
+        raise CheckpointError(
+            f"{type(module).__name__} attends with softcap without a mask, which graphs here do "
+            "not have; only models whose prompts' tokens see one another may have it"
+        )
     if (check := _check.get()) is not None:
         check(module)
     causal = attention_mask is None and tap is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     if tap is not None:
-        tap.query, tap.key, tap.scale = query, key, scale
+        tap.query, tap.key, tap.scale, tap.softcap = query, key, scale, float(softcap or 0)
     if causal:
         length = None if tap is None else tap.length
         out, *scores = CAUSAL_ATTENTION(
@@ -107,15 +123,38 @@ def attention(
             tap.importance = scores[0]
     elif torch.compiler.is_exporting():
         mask = [] if attention_mask is None else [attention_mask]
-        out = _node("Attention", [query, key, value, *mask], {"scale": scale}, query)
+        logits = logit_attributes(scale, float(softcap or 0))
+        out = _node("Attention", [query, key, value, *mask], logits, query)
+    elif softcap and attention_mask is not None:
+        out = _capped_attention(query, key, value, attention_mask, scale, softcap)
     else:
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attention_mask, scale=scale, enable_gqa=True
         )
     if not causal and tap is not None and tap.length is not None and tap.ends is not None:
         # All logits at once: under a mask the attention itself has them, too
-        (tap.importance,) = CACHE_IMPORTANCE(query, key, tap.ends, tap.length, scale=scale, parts=1)
+        (tap.importance,) = CACHE_IMPORTANCE(
+            query, key, tap.ends, tap.length, **tap.logits, parts=1
+        )
     return out.transpose(1, 2), None
+
+
+def _capped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """[B,Hq,N,d]: Attention of ONNX with ``softcap``, which caps logits before it masks them."""
+    batch, _, rows, width = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, rows, width)  # heads that share a key head
+    logits = grouped @ key[:, :, None].transpose(3, 4) * scale
+    logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~mask[:, :, None], torch.finfo(logits.dtype).min)
+    weights = logits.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value[:, :, None]).flatten(1, 2)
 
 
 _check: ContextVar[Callable[[nn.Module], object] | None] = ContextVar("check", default=None)

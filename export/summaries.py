@@ -46,7 +46,7 @@ def plan_data(plan: ExportPlan) -> dict[str, Any]:
 
 
 def _graphs(plan: ExportPlan) -> tuple[str, ...]:
-    return graph_names(plan.recipe, sessions=plan.options.sessions)
+    return graph_names(plan.recipe, plan.skeleton.language, sessions=plan.options.sessions)
 
 
 def bundle_files(plan: ExportPlan) -> list[str]:

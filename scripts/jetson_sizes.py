@@ -80,7 +80,9 @@ def sizes(
             targets=(target,),
         )
     )
-    stored = {graph: of_graph(plan, graph) for graph in graph_names(plan.recipe, sessions=False)}
+    stored = {
+        graph: of_graph(plan, graph) for graph in graph_names(plan.recipe, plan.skeleton.language)
+    }
     text = plan.config.get_text_config()
     # Of a manifest's weights the widest is looked at, which is gate and up
     widest = Weight("weights.bin", 0, 0, "float16", (2 * text.intermediate_size,))

@@ -91,7 +91,7 @@ class Gemma3(PixelValues):
 
     def language(self, model: Any, config: Gemma3Config) -> LanguageModel:
         parts, text = model.model.language_model, config.text_config
-        return replace(gemma3_text(self, parts, model.lm_head, text), bidirectional=True)
+        return replace(gemma3_text(self, parts, model.lm_head, text), bidirectional="image")
 
     def vision(self, model: Any, config: Gemma3Config) -> nn.Module:
         del config

@@ -29,7 +29,13 @@ from lvlm.export.families.parts.llama_text import (
     tiny,
     token_text,
 )
-from lvlm.export.families.parts.llava_like import LEAVES, TOWERS, LlavaVision, tile_tokens
+from lvlm.export.families.parts.llava_like import (
+    LEAVES,
+    TOWERS,
+    LlavaVision,
+    rows_dropped,
+    tile_tokens,
+)
 from lvlm.export.families.parts.pixel_values import PixelValues
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.runtime.bundle.manifest import Images
@@ -61,7 +67,7 @@ class Llava(PixelValues):
         return language_model(self, model.model.language_model, model.lm_head, config.text_config)
 
     def vision(self, model: Any, config: LlavaConfig) -> nn.Module:
-        return LlavaVision(model, config)
+        return LlavaVision(model, feature_layers(config), rows_dropped(config))
 
     def images(self, config: LlavaConfig, folder: Path) -> Images:
         vision = config.vision_config

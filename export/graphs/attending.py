@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -24,10 +26,10 @@ class Angles:
 
 class Masks:
     """Masks of what a prompt's tokens see, where that is not everything up to themselves: in layers
-    with a window, and where the tokens of an image see one another (``bidirectional``). Once for
-    each window while the tokens stay."""
+    with a window, and where the tokens of an image, or of the prompt, see one another
+    (``bidirectional``). Once for each window while the tokens stay."""
 
-    def __init__(self, *, bidirectional: bool) -> None:
+    def __init__(self, *, bidirectional: Literal["", "image", "prompt"]) -> None:
         self.bidirectional = bidirectional
         self._image_id: Tensor | None = None
         self._known: dict[int | None, Tensor] = {}
@@ -35,13 +37,19 @@ class Masks:
 
     def of(self, window: int | None, image_id: Tensor) -> Tensor | None:
         """Boolean [B or 1,1,N,N] for tokens of images [B,N]; None: everything up to itself."""
+        if self.bidirectional == "prompt":
+            window = None  # hides nothing of a prompt, see seen_in_prompt
         if window is None and not self.bidirectional:
             return None
         if image_id is not self._image_id:
             self._image_id, self._known, self._ends = image_id, {}, None
         if window not in self._known:
-            images = image_id if self.bidirectional else None
-            self._known[window] = seen_among(image_id.shape[1], window, images, image_id)[:, None]
+            if self.bidirectional == "prompt":
+                among = seen_in_prompt(image_id)
+            else:
+                images = image_id if self.bidirectional else None
+                among = seen_among(image_id.shape[1], window, images, image_id)
+            self._known[window] = among[:, None]
         return self._known[window]
 
     def ends(self, image_id: Tensor) -> Tensor | None:
@@ -51,8 +59,18 @@ class Masks:
             return None
         seen = self.of(None, image_id)
         if self._ends is None and seen is not None:
-            self._ends = seen[:, 0].sum(-1) - 1
+            last = seen[:, 0].sum(-1) - 1
+            self._ends = torch.where(image_id >= 0, last, -1)
         return self._ends
+
+
+def seen_in_prompt(image_id: Tensor) -> Tensor:
+    """Boolean [B,N,N]: which of a prompt's tokens each sees where all see one another.
+
+    Source: transformers' PaliGemma, whose prompts are one block, over which windows hide nothing:
+    they are for what follows.
+    """
+    return (image_id >= 0)[:, None].expand(-1, image_id.shape[1], -1)
 
 
 def seen_among(count: int, window: int | None, image_id: Tensor | None, like: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def after_one(
     dtype = tap.query.dtype
     keys = as_computed(torch.cat([as_held(cache.new_key, past.dtype), past], dim=2), dtype)
     index = valid_length - 1
-    found = _received(tap.query, keys, index[:, None], valid_length, tap.scale)
+    found = _received(tap.query, keys, index[:, None], valid_length, tap)
     slots = torch.arange(past.shape[2], device=past.device)
     before = received[:, 0, :, 0] + found[:, 1:] if sums else found[:, 1:]
     own = torch.where(slots == index[:, None], found[:, :1], 0)
@@ -50,7 +50,7 @@ def after_some(
     query, length = tap.query, rows[:, 0] + there + tokens
     if not sums:
         query, index = query[:, :, -1:], index[:, -1:]
-    found = _received(query, tap.key, index, length, tap.scale)
+    found = _received(query, tap.key, index, length, tap)
     if sums:
         before = received[:, 0, :, 0].index_select(1, past_slots)
         found = torch.cat([before + found[:, :there], found[:, there:]], dim=1)
@@ -58,8 +58,8 @@ def after_some(
 
 
 def _received(
-    query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, length: torch.Tensor, scale: float
+    query: torch.Tensor, key: torch.Tensor, index: torch.Tensor, length: torch.Tensor, tap: Tap
 ) -> torch.Tensor:
     # So few queries need no loop.
-    (found,) = CACHE_IMPORTANCE(query, key, index, length, scale=scale, parts=1)
+    (found,) = CACHE_IMPORTANCE(query, key, index, length, **tap.logits, parts=1)
     return found

@@ -12,6 +12,7 @@ from lvlm.export.graphs.decode import Decode
 from lvlm.export.graphs.extend import Extend
 from lvlm.export.graphs.extend_kept import ExtendKept
 from lvlm.export.graphs.graph import BundleGraph
+from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.prefill import Prefill
 from lvlm.export.graphs.skeleton import Skeleton
 from lvlm.export.graphs.vision import Vision
@@ -19,10 +20,12 @@ from lvlm.export.ports import GraphPort
 from lvlm.export.recipes.recipe import Recipe
 
 
-def graph_names(recipe: Recipe, *, sessions: bool = False) -> tuple[str, ...]:
+def graph_names(
+    recipe: Recipe, language: LanguageModel, *, sessions: bool = False
+) -> tuple[str, ...]:
     """The graphs of a bundle with this recipe. ``sessions``: conversations keep their cache,
     whatever the recipe."""
-    extends, compacts = recipe.in_place or _extends(recipe, sessions), _compacts(recipe)
+    extends, compacts = _extends(recipe, language, sessions), _compacts(recipe)
     return (
         *(Vision.name, Prefill.name),
         *((Extend.name,) if extends else ()),
@@ -50,10 +53,11 @@ def bundle_graphs(
         Vision(skeleton.vision, arrays, language.feature_width, dtype, scores),
         Prefill(language, recipe, dtype, cache_dtype),
     ]
-    if recipe.in_place:
-        graphs.append(Extend(language, dtype, cache_dtype))
-    elif _extends(recipe, sessions):
-        graphs.append(ExtendKept(language, rule, dtype, cache_dtype))
+    if _extends(recipe, language, sessions):
+        if recipe.in_place:
+            graphs.append(Extend(language, dtype, cache_dtype))
+        else:
+            graphs.append(ExtendKept(language, rule, dtype, cache_dtype))
     graphs.append(Decode(language, rule, cache_dtype))
     if rule is not None and _compacts(recipe):
         graphs.append(Compact(language, rule, cache_dtype))
@@ -65,9 +69,10 @@ def score_width(tower: nn.Module) -> int:
     return int(getattr(tower, "score_width", 0))
 
 
-def _extends(recipe: Recipe, sessions: bool) -> bool:
-    """True where entries that lie in no order of places are read behind."""
-    return sessions or recipe.question_free
+def _extends(recipe: Recipe, language: LanguageModel, sessions: bool) -> bool:
+    """True where tokens are read behind entries that are there: these must not have seen them."""
+    wanted = recipe.in_place or sessions or recipe.question_free
+    return wanted and language.bidirectional != "prompt"
 
 
 def _compacts(recipe: Recipe) -> bool:

@@ -81,7 +81,7 @@ class Compact(LanguageGraph):
             as_computed(value, dtype),
             queries,
             received,
-            self.model.scale,
+            self.model.logits,
             counts,
         )
         written = {

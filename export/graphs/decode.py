@@ -12,7 +12,7 @@ from lvlm.export.graphs.attention_received import after_one
 from lvlm.export.graphs.blocks import CacheWriter, run_block
 from lvlm.export.graphs.cache_entries import store
 from lvlm.export.graphs.graph import Tensors
-from lvlm.export.graphs.language_graph import LanguageGraph, parts_of
+from lvlm.export.graphs.language_graph import LanguageGraph, logits_of, parts_of
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.repeats import like, repeated
 from lvlm.export.ports import BATCH, GraphPort, LayerPort, one_layer
@@ -83,7 +83,7 @@ class Decode(LanguageGraph):
             hidden = written.pop("hidden")
             outputs |= self.present(layer, written)
         outputs |= self.stored(given, states, torch.zeros_like(given["input_ids"][:, 0]))
-        outputs["logits"] = model.head(model.norm(hidden[:, 0])).float()
+        outputs["logits"] = logits_of(model, hidden[:, 0])
         return outputs
 
 

@@ -131,7 +131,14 @@ def logits_at(model: LanguageModel, hidden: torch.Tensor, index: torch.Tensor) -
     """Logits [B,vocabulary] fp32 after the token ``index`` [B] of each row of ``hidden`` [B,N,D],
     the last block's output."""
     rows = index[:, None, None].expand(-1, 1, hidden.shape[-1])
-    logits: torch.Tensor = model.head(model.norm(hidden.gather(1, rows)[:, 0])).float()
+    return logits_of(model, hidden.gather(1, rows)[:, 0])
+
+
+def logits_of(model: LanguageModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [B,vocabulary] fp32 of the last block's output [B,D] for a token of each row."""
+    logits: torch.Tensor = model.head(model.norm(hidden)).float()
+    if model.head_softcap:
+        logits = model.head_softcap * torch.tanh(logits / model.head_softcap)
     return logits
 
 

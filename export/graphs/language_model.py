@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Self
+from typing import Literal, Self
 
 from torch import nn
+
+from lvlm.export.standard_ops import logit_attributes
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,20 @@ class LanguageModel:
     longest: int | None = None  # positions that the rotary angles hold for, None: any number
     position_rows: int = 1  # rotary positions per token: 3 with M-RoPE
     deepstack_layers: int = 0  # first blocks whose output gets image features of its own added
-    bidirectional: bool = False  # tokens of an image see those of it that follow, too
+    # Whose tokens see those that follow, too: each image's, or the whole prompt's
+    bidirectional: Literal["", "image", "prompt"] = ""
+    softcap: float = 0.0  # if not 0, attention's logits x become softcap · tanh(x / softcap)
+    head_softcap: float = 0.0  # likewise the head's
 
     @property
     def blocks(self) -> list[nn.Module]:
         """Every layer's block."""
         return [layer.block for layer in self.layers]
+
+    @property
+    def logits(self) -> dict[str, float]:
+        """Attributes of ops that make logits as every block's attention does."""
+        return logit_attributes(self.scale, self.softcap)
 
     @property
     def attending(self) -> list[LanguageLayer]:

@@ -97,7 +97,8 @@ class Prefill(LanguageGraph):
             cos, sin = angles.of(one.rotary, state.hidden, state.positions)
             # Elsewhere no layer's window hides anything (cache_plan.py)
             mask = masks.of(one.window if self.in_place else None, state.image_id)
-            ends = masks.ends(state.image_id) if rule is not None else None
+            ranks = rule is not None or recipe.reductions()
+            ends = state.ends = masks.ends(state.image_id) if ranks else None
             taken = {
                 "hidden": state.hidden,
                 "positions": state.positions,
@@ -106,12 +107,12 @@ class Prefill(LanguageGraph):
                 "sin": sin,
                 "start": start,
                 **({} if mask is None else {"mask": mask}),
-                **({} if ends is None else {"ends": ends}),
+                **({} if ends is None or rule is None else {"ends": ends}),
                 **self.past(layer, given),
                 **(one_layer(rule.inputs(), layer, given) if rule else {}),
             }
             new = repeated(self._block, one.block, taken, self._described(taken))
-            tap = Tap(scale=model.scale)
+            tap = Tap(scale=model.scale, softcap=model.softcap)
             tap.query, tap.key = new.pop("tap_query"), new.pop("tap_key")
             if rule is not None and rule.scores_all:
                 tap.importance = new.pop("importance")

@@ -17,7 +17,7 @@ from onnx.helper import make_attribute
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Attribute, Op, OpSample, Shape, register
 from lvlm.export.ops.parts.chunked_attention import importance_function
-from lvlm.export.ops.parts.input_checks import check_heads
+from lvlm.export.ops.parts.input_checks import check_heads, check_softcap
 
 CHUNK = 128
 
@@ -44,6 +44,7 @@ SCHEMA = register(
         attributes=[
             OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT, "factor of query · key"),
             OpSchema.Attribute("chunk", make_attribute("chunk", CHUNK), "queries at a time"),
+            OpSchema.Attribute("softcap", make_attribute("softcap", 0.0), "cap of logits, 0: none"),
             OpSchema.Attribute("parts", make_attribute("parts", 0), "if not 0, chunks instead"),
         ],
     )
@@ -57,6 +58,7 @@ def reference(
     length: torch.Tensor,
     *,
     scale: float,
+    softcap: float = 0.0,
     chunk: int = CHUNK,
     parts: int = 0,
 ) -> tuple[torch.Tensor]:
@@ -67,6 +69,7 @@ def reference(
                 keys: an unused row, whatever it holds
     length      [B] int64; keys from there on are padding, whatever they hold
     scale       of the logits, usually d ** -0.5
+    softcap     if not 0: logits x become softcap · tanh(x / softcap)
     chunk       most queries whose attention exists at a time
     parts       if not 0: the queries go in that many chunks instead, whatever their size, for an
                 engine that has to know how many turns a loop takes
@@ -82,16 +85,21 @@ def reference(
     importance = torch.zeros(key.shape[0], key.shape[2], device=key.device)
     for start in range(0, rows, chunk):
         some = slice(start, start + chunk)
-        importance += _received(query[:, :, some].float() * scale, keys, slots[:, some])
+        scaled = query[:, :, some].float() * scale
+        importance += _received(scaled, keys, slots[:, some], softcap)
     return (importance / query.shape[1],)
 
 
-def _received(query: torch.Tensor, keys: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+def _received(
+    query: torch.Tensor, keys: torch.Tensor, slots: torch.Tensor, softcap: float
+) -> torch.Tensor:
     """[B, N] attention of these queries [B, Hq, c, d] to the keys [B, Hkv, d, N], summed."""
     batch, heads, rows, width = query.shape
     # Heads of a group go under each other: one product per key head, no repeated keys.
     logits = query.reshape(batch, keys.shape[1], -1, width) @ keys
     logits = logits.view(batch, heads, rows, -1)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     hidden = torch.arange(keys.shape[3], device=keys.device) > slots[:, None, :, None]
     attention = logits.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
     # A row that sees nothing is all NaN until here.
@@ -105,11 +113,13 @@ def outputs(
     length: torch.Tensor,
     *,
     scale: float,  # noqa: ARG001  (shapes do not depend on it)
+    softcap: float = 0.0,
     chunk: int = CHUNK,
     parts: int = 0,
 ) -> Sequence[tuple[torch.dtype, Shape]]:
     """(dtype, shape) of the output. Raises ParameterError as ``reference`` does."""
     check_heads(SCHEMA.name, query, key)
+    check_softcap(SCHEMA.name, softcap)
     if query_slot.dim() != 2 or length.dim() != 1:
         raise ParameterError("CacheImportance: query_slot is [B, R] and length [B]")
     if chunk < 1 or parts < 0:
@@ -120,9 +130,9 @@ def outputs(
 
 
 def function(attributes: Mapping[str, Attribute]) -> onnx.FunctionProto:
-    """The op as standard ops for these chunks; ``scale`` is read from the node."""
+    """The op as standard ops for these chunks and this cap; ``scale`` is read from the node."""
     chunk, parts = int(attributes.get("chunk", CHUNK)), int(attributes.get("parts", 0))
-    return importance_function(SCHEMA, chunk, parts)
+    return importance_function(SCHEMA, chunk, parts, float(attributes.get("softcap", 0)))
 
 
 def samples() -> Iterator[OpSample]:
@@ -139,6 +149,8 @@ def samples() -> Iterator[OpSample]:
         "at once": ([11, 7], [[8, 9, 10], [-1, 5, 6]], 6, 2, 64, -1),
         "no used row": ([5, 4], [[-1, -1], [3, 4]], 2, 2, 128, 2),
         "one query": ([1], [[0]], 2, 1, 32, 128),
+        "capped": ([9, 6], [[*range(9)]] * 2, 4, 2, 32, 4),
+        "capped, at once": ([11, 7], [[10, 8, 10], [-1, 5, 6]], 6, 2, 64, -1),
     }
     for seed, (name, (lengths, slots, heads, key_heads, width, chunk)) in enumerate(
         layouts.items()
@@ -156,7 +168,11 @@ def samples() -> Iterator[OpSample]:
             yield OpSample(
                 f"{name}, {str(dtype)[6:]}",
                 (query.to(dtype), key.to(dtype), query_slot, length),
-                {"scale": width**-0.5, **({"chunk": chunk} if chunk > 0 else {"parts": -chunk})},
+                {
+                    "scale": width**-0.5,
+                    **({"chunk": chunk} if chunk > 0 else {"parts": -chunk}),
+                    **({"softcap": 2.0} if "capped" in name else {}),
+                },
             )
 
 

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import onnx
 import torch
 from onnx.defs import OpSchema
+from onnx.helper import make_attribute
 
 from lvlm.core.errors import ParameterError
 from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Attribute, Op, OpSample, Shape, register
 from lvlm.export.ops.parts.body import Body
-from lvlm.export.ops.parts.input_checks import check_heads
+from lvlm.export.ops.parts.chunked_attention import capped
+from lvlm.export.ops.parts.input_checks import check_heads, check_softcap
 
 SCHEMA = register(
     OpSchema(
@@ -40,7 +42,10 @@ SCHEMA = register(
             ("I", ["tensor(int64)"], "indices"),
             ("F", ["tensor(float)"], "importance"),
         ],
-        attributes=[OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT, "factor of query · key")],
+        attributes=[
+            OpSchema.Attribute("scale", OpSchema.AttrType.FLOAT, "factor of query · key"),
+            OpSchema.Attribute("softcap", make_attribute("softcap", 0.0), "cap of logits, 0: none"),
+        ],
     )
 )
 
@@ -52,6 +57,7 @@ def reference(
     image_id: torch.Tensor,
     *,
     scale: float,
+    softcap: float = 0.0,
 ) -> tuple[torch.Tensor]:
     """Importance [B, N] fp32 of every position.
 
@@ -59,14 +65,17 @@ def reference(
     query_index  [B, R] int64; row r attends to positions up to its index; -1: not used
     image_id     [B, N] int64; negative: padding, which nothing attends to
     scale        of the logits, usually d ** -0.5
+    softcap      if not 0: logits x become softcap · tanh(x / softcap)
 
     A batch row without a used query gets zeros. Query head h reads key head h // (Hq / Hkv).
     Raises ParameterError if shapes do not fit together.
     """
-    _check(query, key, query_index, image_id)
+    _check(query, key, query_index, image_id, softcap)
     heads, positions = query.shape[1], torch.arange(key.shape[2], device=key.device)
     key = key.float().repeat_interleave(heads // key.shape[1], dim=1)
     logits = (query.float() @ key.transpose(2, 3)) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     seen = (positions <= query_index[:, :, None]) & (image_id >= 0)[:, None]  # [B, R, N]
     logits = logits.masked_fill(~seen[:, None], float("-inf"))
     attention = logits.softmax(dim=-1).masked_fill(~seen[:, None], 0)  # rows that see nothing: 0
@@ -75,9 +84,14 @@ def reference(
 
 
 def _check(
-    query: torch.Tensor, key: torch.Tensor, query_index: torch.Tensor, image_id: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_index: torch.Tensor,
+    image_id: torch.Tensor,
+    softcap: float,
 ) -> None:
     check_heads(SCHEMA.name, query, key)
+    check_softcap(SCHEMA.name, softcap)
     if query_index.dim() != 2 or image_id.dim() != 2:
         raise ParameterError("TokenImportance: query_index is [B, R] and image_id [B, N]")
 
@@ -89,14 +103,16 @@ def outputs(
     image_id: torch.Tensor,
     *,
     scale: float,  # noqa: ARG001  (shapes do not depend on it)
+    softcap: float = 0.0,
 ) -> Sequence[tuple[torch.dtype, Shape]]:
     """(dtype, shape) of the output."""
-    _check(query, key, query_index, image_id)
+    _check(query, key, query_index, image_id, softcap)
     return [(torch.float32, (key.shape[0], key.shape[2]))]
 
 
-def function(attributes: Mapping[str, Attribute]) -> onnx.FunctionProto:  # noqa: ARG001
-    """The op as standard ops; ``scale`` is read from the node, so one function serves them all."""
+def function(attributes: Mapping[str, Attribute]) -> onnx.FunctionProto:
+    """The op as standard ops for this cap; ``scale`` is read from the node."""
+    softcap = float(attributes.get("softcap", 0))
     g = Body()
     f32 = onnx.TensorProto.FLOAT
     batch, heads, rows = (g.dim("query", i) for i in range(3))
@@ -108,6 +124,7 @@ def function(attributes: Mapping[str, Attribute]) -> onnx.FunctionProto:  # noqa
     query = g.Reshape(query, g.Concat(batch, key_heads, g.const([-1]), width, axis=0))
     logits = g.MatMul(query, g.Transpose(g.Cast("key", to=f32), perm=[0, 1, 3, 2]))
     logits = g.Reshape(logits, g.Concat(batch, heads, rows, positions, axis=0))
+    logits = capped(g, logits, softcap)
 
     index = g.Unsqueeze("query_index", g.const([2]))
     valid = g.Unsqueeze(g.GreaterOrEqual("image_id", g.const(0)), g.const([1]))
@@ -121,7 +138,8 @@ def function(attributes: Mapping[str, Attribute]) -> onnx.FunctionProto:  # noqa
     used = g.Max(g.ReduceSum(used, g.const([1]), keepdims=1), g.const(1, "float32"))
     total = g.ReduceSum(attention, g.const([1, 2]), keepdims=0)
     mean = g.Div(total, g.Mul(used, g.Cast(heads, to=f32)))
-    return g.function(SCHEMA, [mean], {}, required=["scale"])
+    built_for = {"softcap": softcap} if softcap else {}
+    return g.function(SCHEMA, [mean], built_for, required=["scale"])
 
 
 def samples() -> Iterator[OpSample]:
@@ -138,6 +156,7 @@ def samples() -> Iterator[OpSample]:
         "several rows, one unused": (ragged, [[10, 11, -1], [8, -1, 13]], 4, 2, 96),
         "no used row": (ragged, [[-1, -1], [13, -1]], 2, 2, 32),
         "sees only padding": (left, [[1, 2], [0, 1]], 2, 1, 32),
+        "capped": (ragged, [[10, 11, -1], [8, -1, 13]], 4, 2, 32),
     }
     for seed, (name, (ids, index, heads, key_heads, width)) in enumerate(layouts.items()):
         random = torch.Generator().manual_seed(seed)
@@ -149,7 +168,7 @@ def samples() -> Iterator[OpSample]:
             yield OpSample(
                 f"{name}, {str(dtype)[6:]}",
                 (query.to(dtype), key.to(dtype), query_index, image_id),
-                {"scale": width**-0.5},
+                {"scale": width**-0.5} | ({"softcap": 2.0} if name == "capped" else {}),
             )
 
 

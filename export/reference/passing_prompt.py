@@ -54,7 +54,7 @@ class PassingPrompt:
             return self._embedded.with_features(number, out)
         cos, sin = self._angles.of(layer.rotary, hidden, self._positions)
         mask = self._masks.of(layer.window, self._image_id)
-        tap = Tap(scale=self._language.scale)
+        tap = Tap(scale=self._language.scale, softcap=self._language.softcap)
         out = run_block(
             layer.block, hidden, self._positions, (cos, sin), PromptEntries(), tap, mask
         )

@@ -30,6 +30,7 @@ from lvlm.export.verify.their_processor import (
 from lvlm.export.weights.stored_weights import compute_in_fp32
 from lvlm.runtime.prompt.chat_template import Turn
 
+TYPES = ("mm_token_type_ids", "token_type_ids")  # what a token is of, by the model's own words
 SECONDS, MIN_STEPS = 30.0, 4  # of steps that are compared, and how many at least
 
 
@@ -61,6 +62,7 @@ class Judge:
         kind = processor_class(self.config)
         self.image_options = image_options(kind, folder)
         self.processor, self.without = load_processor(kind, folder)
+        self._types: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}  # of prompts it has made
 
     def _load(self, kind: Any, **options: str | bool) -> Any:
         try:
@@ -96,7 +98,7 @@ class Judge:
 
     def load_model(self, dtype: torch.dtype) -> None:
         """The model, its weights left in their files where they are of ``dtype``."""
-        options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+        options = {"dtype": dtype, "output_loading_info": True}
         with quiet():
             try:
                 model, info = transformers.AutoModelForImageTextToText.from_pretrained(
@@ -201,7 +203,9 @@ class Judge:
             found = self.processor(
                 images=[image], text=[text], add_special_tokens=special, return_tensors="pt"
             )
-        return [int(x) for x in found["input_ids"][0]]
+        ids = [int(x) for x in found["input_ids"][0]]
+        self._types[tuple(ids)] = {name: found[name] for name in TYPES if name in found}
+        return ids
 
     @torch.no_grad()
     def answer(
@@ -217,8 +221,9 @@ class Judge:
         tokens = torch.tensor([list(ids)])
         is_image = torch.isin(tokens[0], torch.tensor(sorted(image_ids)))
         taken = _taken(self.model, image)
-        for name in {"mm_token_type_ids", "token_type_ids"} & _parameters(self.model):
-            taken[name] = is_image.int()[None]
+        types = self._types.get(tuple(ids), {})
+        for name in set(TYPES) & _parameters(self.model):
+            taken.setdefault(name, types.get(name, is_image.int()[None]))
         seen: list[torch.Tensor] = []
 
         def watch(_: Any, args: Any, given: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ PLUGIN = Plugin(
     outputs=(Output("importance", "float32", (BATCH, POSITIONS)),),
     attributes=(
         Attribute("scale", float),
+        Attribute("softcap", float, 0.0),
         Attribute("chunk", int, 128, unused=True, minimum=1),
         Attribute("parts", int, 0, unused=True, minimum=0),
     ),

@@ -33,6 +33,7 @@ def softmax_steps(
 
     tensors = ("query", "key", slots, valid, "peaks", "totals")
     sizes = (KEY_HEADS, ROWS, INDICES, POSITIONS, WIDTH)
+    logits = Scalar("scale"), Scalar("softcap")
     constants = {
         "LENGTHS": valid == "length",
         "BLOCK_R": block,
@@ -45,7 +46,7 @@ def softmax_steps(
         PluginStep(
             kernel=row_sums,
             grid=(blocks, splits, BATCH * KEY_HEADS),
-            arguments=(*tensors, *sizes, span, Scalar("scale")),
+            arguments=(*tensors, *sizes, span, *logits),
             constants=constants,
             choice=choice,
             warps=warps,
@@ -61,7 +62,7 @@ def softmax_steps(
         PluginStep(
             kernel=column_sums,
             grid=(POSITIONS.ceil_div(KEYS), KEY_HEADS * shares, BATCH),
-            arguments=(*tensors, "sums", *sizes, splits, ROWS // shares, Scalar("scale")),
+            arguments=(*tensors, "sums", *sizes, splits, ROWS // shares, *logits),
             constants=constants,
             choice=choice,
             warps=warps,

@@ -48,6 +48,7 @@ def row_sums(
     width: tl.tensor,  # d
     span: tl.tensor,  # keys of a split, a multiple of BLOCK_N
     scale: tl.tensor,
+    softcap: tl.tensor,
     LENGTHS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -69,7 +70,8 @@ def row_sums(
     end = tl.minimum(begin + span, tl.max(slot) + 1)
     for first in range(begin, end, BLOCK_N):
         logits, seen = tile(query, key, valid, head, batch, slot, first, rows - first_row,
-                            positions, width, scale, LENGTHS, BLOCK_R, BLOCK_N, DEPTH)  # fmt: skip
+                            positions, width, scale, softcap, LENGTHS, BLOCK_R, BLOCK_N,
+                            DEPTH)  # fmt: skip
         logits = tl.where(seen, logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: no inf - inf
@@ -123,6 +125,7 @@ def column_sums(
     splits: tl.tensor,
     share: tl.tensor,  # rows of a share; shares * share = M
     scale: tl.tensor,
+    softcap: tl.tensor,
     LENGTHS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -144,8 +147,8 @@ def column_sums(
             peak = tl.load(peaks + head * splits * rows + row, row < rows, other=0.0)
             total = tl.load(totals + head * splits * rows + row, row < rows, other=1.0)
             logits, seen = tile(query + (head * rows + first_row) * width, key, valid, head, batch,
-                                slot, first, rows - first_row, positions, width, scale, LENGTHS,
-                                BLOCK_R, BLOCK_N, DEPTH)  # fmt: skip
+                                slot, first, rows - first_row, positions, width, scale, softcap,
+                                LENGTHS, BLOCK_R, BLOCK_N, DEPTH)  # fmt: skip
             attention = tl.exp(logits - peak[:, None]) / total[:, None]
             received += tl.sum(tl.where(seen, attention, 0.0), 0)
     column = first + tl.arange(0, BLOCK_N)
@@ -184,6 +187,7 @@ def tile(
     positions: tl.tensor,
     width: tl.tensor,
     scale: tl.tensor,
+    softcap: tl.tensor,
     LENGTHS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -203,6 +207,9 @@ def tile(
                     other=0.0)  # fmt: skip
         part = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision=precision)
         logits += part * scale  # scaled here, or the compiler would join the sums
+    if softcap > 0:  # tanh x = sign x (1 - 2 / (exp 2|x| + 1)), in which nothing overflows to NaN
+        less = 2 / (tl.exp(2 * tl.abs(logits) / softcap) + 1)
+        logits = tl.where(logits < 0, less - 1, 1 - less) * softcap
     seen = (first + column)[None, :] <= slot[:, None]
     if not LENGTHS:
         ids = tl.load(valid + batch * positions + first + column, first + column < positions,

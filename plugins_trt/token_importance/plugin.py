@@ -34,7 +34,7 @@ PLUGIN = Plugin(
         PluginInput("image_id", "int64", (2,)),
     ),
     outputs=(Output("importance", "float32", (BATCH, POSITIONS)),),
-    attributes=(Attribute("scale", float),),
+    attributes=(Attribute("scale", float), Attribute("softcap", float, 0.0)),
     scratch=softmax_scratch(ROWS, const(1)),
     steps=(
         *softmax_steps("query_index", "image_id", ROWS, const(1), warps=4),

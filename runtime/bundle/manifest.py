@@ -56,6 +56,8 @@ class Text:
 
     ``layers`` are those that attend, each with a cache of entries. ``states``: sizes of what a row
     keeps for the others whatever its length, (layers,n,D) of those that convolve: n inputs each.
+    ``bidirectional``: a prompt's tokens see those of it that follow, so that none is read before
+    all are there.
     """
 
     layers: int
@@ -66,6 +68,7 @@ class Text:
     vocab: int
     eos_ids: tuple[int, ...]
     states: tuple[tuple[int, ...], ...] = ()
+    bidirectional: bool = False
 
 
 @dataclass(frozen=True)

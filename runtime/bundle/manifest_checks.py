@@ -78,7 +78,14 @@ def _check_graphs(manifest: Manifest, path: Path) -> None:
         raise BundleError(f"{path} lists no {', '.join(sorted(missing))} graph; export again")
     if manifest.question_free and (manifest.cache_policy is not None or manifest.in_place):
         raise BundleError(f"{path} is question_free, which goes with merging alone; export again")
-    known = wanted | {"extend"}  # not in schemas before 6; with most recipes on request alone
+    whole = manifest.text.bidirectional
+    if manifest.question_free and whole:
+        raise BundleError(
+            f"{path} is question_free, with prompts whose tokens see those that follow; export "
+            "again"
+        )
+    # Not in schemas before 6; with most recipes on request alone
+    known = wanted | (set() if whole else {"extend"})
     if more := set(manifest.graphs) - known:
         raise BundleError(
             f"{path} lists a graph {shown(min(more))}, which has no use; export again"

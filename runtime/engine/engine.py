@@ -142,10 +142,16 @@ class Engine(TokenCounting):
             Session for the calls of this engine.
 
         Raises:
-            ParameterError: the bundle lacks the graph that reads further turns.
+            ParameterError: the bundle lacks the graph that reads further turns, or its model reads
+                none behind what it has read.
             BackendError: this process was forked from the engine's.
         """
         self._scheduler.check_process()
+        if self.manifest.text.bidirectional:
+            raise ParameterError(
+                "a session has no use here: tokens of this model's prompts see those that follow, "
+                "so that every turn is read as a whole; give each turn without one"
+            )
         if "extend" not in self.manifest.graphs:
             flag = "" if self.manifest.in_place else " with lvlm-export --sessions"
             raise ParameterError(

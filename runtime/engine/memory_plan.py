@@ -148,7 +148,7 @@ def workspace(manifest: Manifest, capacity: Capacity, slots: int, chunk: int | N
     attention = 4 * text.heads * max(capacity.per_layer)
     step = slots * (row("decode") + attention + 8 * text.vocab)
     # Under a mask every layer holds all logits of a prompt over itself
-    under_mask = 4 * text.heads * tokens if images.bidirectional else 0
+    under_mask = 4 * text.heads * tokens if images.bidirectional or text.bidirectional else 0
     read = tokens * (row("prefill") + under_mask) if chunk is None else 0
     if "extend" in manifest.graphs:
         at_most = max_at_once(images, TOKENS_AT_ONCE if chunk is None else chunk)

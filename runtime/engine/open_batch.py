@@ -42,9 +42,10 @@ def open_batch(
         capacity.per_layer,
         Budgets.of(manifest.cache_policy, manifest.text.layers, kv_keep),
     )
+    shared = (manifest.in_place or manifest.question_free) and not manifest.text.bidirectional
     rows = Slots(
         cache,
-        keeps_prefixes=reuse_prefixes and (manifest.in_place or manifest.question_free),
+        keeps_prefixes=reuse_prefixes and shared,
         in_place=manifest.in_place,
     )
     return Batch(graphs, rows, partial(images.tokens, graphs.tokens), in_pieces=in_pieces)

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 class Processor(Protocol):
-    """An image processor. Without state: any thread may call it."""
+    """An image processor. Without state: any thread may call it.
+
+    Where the model's processor in transformers adds to a prompt's text, it has a method
+    ``prompt_text`` (prompt, images: how many) that gives the whole, the token that begins a text in
+    it.
+    """
 
     name: ClassVar[str]
 

@@ -147,6 +147,9 @@ class PromptMaker:
         prepared_videos = self.videos.prepare(videos, len(images), options.frames)
         arrays = [open_image(image, options.max_image_pixels) for image in images]
         written = self._writer.write(prompt, len(arrays), len(prepared_videos), options)
+        if (own := getattr(self.processor, "prompt_text", None)) is not None:
+            text = own(written.text, len(arrays))
+            written = replace(written, text=text, begun=True, lead="")
         stills = self.processor.prepare(arrays)
         advice = self._writer.advice("video", prompt, options)
         text, prepared_images, token_ids = self.videos.placed(

@@ -1,5 +1,5 @@
-"""Bundles of Gemma 3, Mistral 3 and Pixtral against their twins: windows, images whose tokens see
-one another, images of several sizes with text between their rows."""
+"""Bundles of Gemma 3, PaliGemma, Mistral 3 and Pixtral against their twins: windows, images and
+prompts whose tokens see one another, images of several sizes with text between their rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from against import Row, compare_steps
 from example_counts import whole
-from twin_families import GemmaTwin, PixtralTwin, WrittenTwin
+from twin_families import GemmaTwin, PaliGemmaTwin, PixtralTwin, WrittenTwin
 from twin_recipes import Settings, arguments, rule_of
 
 COUNT = 24
@@ -22,6 +22,7 @@ ROWS: list[Row] = [
 ]
 TWINS: dict[str, type[WrittenTwin]] = {
     "gemma3": GemmaTwin,
+    "paligemma": PaliGemmaTwin,
     "mistral3": PixtralTwin,
     "pixtral": PixtralTwin,
 }
@@ -30,9 +31,15 @@ NONE: tuple[str, Settings, list[dict[str, Any]]] = ("none", {}, [{}])
 LIGHT: Settings = {
     "kv": "interval", "kv_keep": 1.0, "kv_floor": 6, "kv_protect": 5, "kv_interval": 9,
 }  # fmt: skip
+# Ranked by capped attention, of queries that see what follows them
+CAPPED: tuple[str, Settings, list[dict[str, Any]]] = (
+    *("lightvlm", {"kv": "elastic-cache", "importance": "both", "kv_keep": 1.0}),
+    [{"keep": 0.35, "kv_keep": 0.5}],
+)
 USUAL: list[Case] = [
     ("gemma3:gqa-window", *NONE),
     ("mistral3:gqa", "lightvlm", {"kv_keep": 0.5}, [{"keep": 0.35}]),
+    ("paligemma:gemma2-gqa", *CAPPED),
 ]
 WHOLE: list[Case] = [
     *USUAL,
@@ -40,6 +47,12 @@ WHOLE: list[Case] = [
     ("gemma3:wide-window", "lightvlm", {"kv_keep": 0.5}, [{"keep": 0.35}, {"keep": 1e-6}]),
     ("gemma3:wide-window", "elastic-cache", {"kv_keep": 1.0}, [{"kv_keep": 0.5}]),
     ("gemma3:wide-window", "snapkv", {"kv_keep": 1.0}, [{"kv_keep": 0.3}]),
+    ("paligemma:gemma2-gqa", *NONE),
+    ("paligemma:gemma2-gqa", "h2o", {"kv_keep": 1.0}, [{"kv_keep": 0.5}]),
+    ("paligemma:gemma2-gqa", "snapkv", {"kv_keep": 1.0}, [{"kv_keep": 0.3}]),
+    ("paligemma:gemma2-mha-bias-window", *NONE),
+    ("paligemma:gemma-mqa", *NONE),
+    ("paligemma:gemma-mqa", *CAPPED),
     ("mistral3:gqa", *NONE),
     ("mistral3:gqa", "lightvlm", LIGHT, [{"keep": 0.5, "kv_keep": 0.4}]),
     ("pixtral:mha-layers-tied", *NONE),

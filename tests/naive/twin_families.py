@@ -102,3 +102,38 @@ class GemmaTwin(WrittenTwin):
                 if behind < window and (behind >= 0 or of_one):
                     mask[row, column] = 0
         return mask
+
+
+class PaliGemmaTwin(GemmaTwin):
+    """PaliGemma: all tokens of a prompt see one another, whatever the window, which is for what
+    follows; positions from 1 on, capped logits. Its processor takes no prompt without an image."""
+
+    def _inputs(self, prompt: str, images: list[Any]) -> Mapping[str, Any]:
+        if images:
+            return super()._inputs(prompt, images)
+        text = f"{self.tokenizer.bos_token}{prompt}\n"
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        return {"input_ids": ids}
+
+    def _embed(self, prompt: str, images: list[Any]) -> Sequence:
+        found = super()._embed(prompt, images)
+        return Sequence(found.hidden, found.positions + 1, found.image)
+
+    def _rows(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        return list(self.model.get_image_features(inputs["pixel_values"]).pooler_output)
+
+    def _angles(self, block: Any, hidden: torch.Tensor, place: torch.Tensor) -> Any:
+        del block
+        return self.text.rotary_emb(hidden, place)
+
+    def _kind(self, block: Any) -> str:
+        kinds = getattr(self.text.config, "layer_types", None)
+        return str(kinds[block.self_attn.layer_idx]) if kinds else "full_attention"
+
+    def _mask(self, block: Any, image: list[int], layer: Layer | None) -> torch.Tensor | None:
+        return None if layer is None else super()._mask(block, image, layer)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        found = super()._logits(hidden)
+        cap = getattr(self.text.config, "final_logit_softcapping", None)
+        return found if cap is None else cap * torch.tanh(found / cap)

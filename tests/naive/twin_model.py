@@ -89,6 +89,7 @@ def _attention(
     attention_mask: torch.Tensor | None,
     scaling: float,
     note: list[Seen] | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     del module
@@ -97,6 +98,8 @@ def _attention(
     weights = torch.empty(query.shape[1], query.shape[2], key.shape[2])
     for head in range(query.shape[1]):
         logits = query[0, head] @ key[0, head // groups].T * scaling
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
         if attention_mask is not None:
             logits = logits + attention_mask
         weights[head] = logits.softmax(-1)
@@ -152,7 +155,7 @@ class Twin:
             layers.append(layer)
         hidden = sequence.hidden[-1:]
         for step in range(count):
-            found.logits.append(self.model.lm_head(self.text.norm(hidden))[0])
+            found.logits.append(self._logits(hidden)[0])
             found.tokens.append(int(found.logits[-1].argmax()))
             if step + 1 == count:
                 break
@@ -170,6 +173,11 @@ class Twin:
                 rule.after_step(index, layer, step + 1)
         found.lengths = [layer.key.shape[1] for layer in layers]
         return found
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[1,vocabulary] of the last block's output."""
+        logits: torch.Tensor = self.model.lm_head(self.text.norm(hidden))
+        return logits
 
     def _embed(self, prompt: str, images: list[Any]) -> Sequence:
         """What enters the first block."""

@@ -82,6 +82,8 @@ def prepare(model: Model, talk: Sequence[tuple[str, Content]], **options: Any) -
 def expanded(model: Model, text: str, images: Sequence[Any]) -> str:
     """Each placeholder as the processor has the image, which is compared elsewhere."""
     token = model.manifest.images.token
+    if (own := getattr(model.processor, "prompt_text", None)) is not None:
+        text = own(text, len(images))
     made = [image.text or token * image.tokens for image in model.processor.prepare(images)]
     first, *parts = text.split(token)
     return first + "".join(image + part for image, part in zip(made, parts, strict=True))
@@ -105,6 +107,7 @@ def test_conversations_equal_transformers(
                 )
                 # As the processors of these models add it
                 begins = text.startswith(tokenizer.bos_token)
+                begins = begins or hasattr(model.processor, "prompt_text")
                 text = expanded(model, text, images)
                 ids = tokenizer(text, add_special_tokens=not begins)["input_ids"]
                 assert list(prompt.ids) == ids

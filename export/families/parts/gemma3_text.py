@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,25 +14,11 @@ from transformers.models.gemma3.modeling_gemma3 import (
     Gemma3TextScaledWordEmbedding,
 )
 
+from lvlm.export.families.parts.gemma_text import ScaledEmbedding, norm
 from lvlm.export.families.parts.leaf_tables import Kinds, layer_window
 from lvlm.export.families.parts.llama_text import language_model
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.leaves import Attention, HasLeaves, Leaf, Norm, Rotary
-from lvlm.export.standard_ops import rms_normalization
-
-
-class ScaledEmbedding(Leaf):
-    """Embeddings of words times a constant, which those of images are not."""
-
-    def buffers(self, module: Any) -> Mapping[str, torch.Tensor]:
-        return {"embed_scale": torch.tensor(module.scalar_embed_scale)}
-
-
-def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """A weight of 0 scales by 1; all of it in fp32."""
-    scale = 1.0 + module.weight.float()
-    return rms_normalization(hidden.float(), scale, module.eps).to(hidden.dtype)
-
+from lvlm.export.leaves import Attention, HasLeaves, Norm, Rotary
 
 TEXTS: Kinds = {
     "gemma3_text": {

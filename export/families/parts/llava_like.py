@@ -44,7 +44,12 @@ def tile_tokens(config: Any) -> int:
     side = vision.image_size // vision.patch_size
     # "default" drops the first token; only CLIP has a class token there.
     extra = int(vision.model_type == "clip_vision_model")
-    return int(side * side) + extra - int(config.vision_feature_select_strategy == "default")
+    return int(side * side) + extra - rows_dropped(config)
+
+
+def rows_dropped(config: Any) -> int:
+    """Rows of a tower that are left out, before those of an image."""
+    return int(config.vision_feature_select_strategy == "default")
 
 
 class AnyResolution(PixelValues):
@@ -82,7 +87,7 @@ class AnyResolution(PixelValues):
         return language_model(self, model.model.language_model, model.lm_head, config.text_config)
 
     def vision(self, model: Any, config: Any) -> nn.Module:
-        return TilesVision(model, config)
+        return TilesVision(model, feature_layers(config), rows_dropped(config))
 
     def transformers_inputs(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         found = super().transformers_inputs(prompt)
@@ -127,12 +132,12 @@ def _tiles(processor: Mapping[str, Any]) -> Tiles:
 class LlavaVision(nn.Module):
     """Tower up to the feature layer(s), then the projector: [units,3,H,W] -> [rows,D]."""
 
-    def __init__(self, model: Any, config: Any) -> None:
+    def __init__(self, model: Any, layers: Sequence[int], first: int = 0) -> None:
+        """``layers``: 0 is what enters the first; ``first``: rows of an image before its own."""
         super().__init__()
         self.tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
-        self.wanted = feature_layers(config)
-        self.first = int(config.vision_feature_select_strategy == "default")
+        self.wanted, self.first = layers, first
 
     @property
     def score_width(self) -> int:
@@ -183,8 +188,8 @@ class LlavaVision(nn.Module):
 class TilesVision(LlavaVision):
     """The newline that ends a line of patches, then the rows of all tiles: [1 + rows,D]."""
 
-    def __init__(self, model: Any, config: Any) -> None:
-        super().__init__(model, config)
+    def __init__(self, model: Any, layers: Sequence[int], first: int = 0) -> None:
+        super().__init__(model, layers, first)
         self.newline = model.model.image_newline
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -23,20 +23,22 @@ PARTS = 16
 LOWEST = -3.4e38  # finite: a row that sees nothing gives no NaN
 
 
-def importance_function(schema: onnx.defs.OpSchema, chunk: int, parts: int) -> onnx.FunctionProto:
+def importance_function(
+    schema: onnx.defs.OpSchema, chunk: int, parts: int, softcap: float
+) -> onnx.FunctionProto:
     """CacheImportance; ``parts``: that many chunks, as large as it takes, instead of ``chunk``."""
     g = Body()
     length = g.Unsqueeze("length", g.const([1]))
     slots = g.Where(g.Less("query_slot", length), "query_slot", g.const(-1))
     if parts == 1:
-        total = _at_once(g, slots)
+        total = _at_once(g, slots, softcap)
     elif parts:
         count = g.const([parts])
         chunks = _split(g, count, _share(g, g.dim("query", 2), count), slots)
-        total = _scan(g, chunks, scored=True)[0]
+        total = _scan(g, chunks, scored=True, softcap=softcap)[0]
     else:
-        total = _scan(g, _split_by(g, chunk, slots), scored=True)[0]
-    built_for = {"chunk": chunk, "parts": parts}
+        total = _scan(g, _split_by(g, chunk, slots), scored=True, softcap=softcap)[0]
+    built_for = {"chunk": chunk, "parts": parts, **({"softcap": softcap} if softcap else {})}
     return g.function(schema, [_finish(g, total, length)], built_for, required=["scale"])
 
 
@@ -101,7 +103,7 @@ def _split(g: Body, count: Value, size: Value, slots: Value) -> Chunks:
     return Chunks(count, size, query, g.Transpose(slots, perm=[1, 0, 2]))
 
 
-def _at_once(g: Body, slots: Value) -> Value:
+def _at_once(g: Body, slots: Value, softcap: float) -> Value:
     """Attention that each key received of all queries, without a loop: the turned keys stay a flag
     of the product."""
     batch, width = g.dim("query", 0), g.dim("query", 3)
@@ -111,7 +113,16 @@ def _at_once(g: Body, slots: Value) -> Value:
     scale = g.attribute("scale", "value_float", onnx.AttributeProto.FLOAT)
     query = g.Mul(g.Cast(g.Reshape("query", grouped), to=F32), scale)
     shape = [batch, g.dim("query", 1), size, end]
-    return _received(g, _attention(g, g.MatMul(query, keys), slots, shape), slots, shape)
+    logits = capped(g, g.MatMul(query, keys), softcap)
+    return _received(g, _attention(g, logits, slots, shape), slots, shape)
+
+
+def capped(b: Body, logits: Value, softcap: float) -> Value:
+    """softcap · tanh(logits / softcap), fp32; the logits themselves where it is 0."""
+    if not softcap:
+        return logits
+    cap = b.const(softcap, np.float32)
+    return b.Mul(b.Tanh(b.Div(logits, cap)), cap)
 
 
 def _attention(b: Body, logits: Value, slots: Value, shape: list[Value]) -> Value:
@@ -135,7 +146,12 @@ def _received(b: Body, attention: Value, slots: Value, shape: list[Value]) -> Va
 
 
 def _scan(
-    g: Body, chunks: Chunks, scored: bool, value: Value | None = None, sliced: bool = False
+    g: Body,
+    chunks: Chunks,
+    scored: bool,
+    value: Value | None = None,
+    sliced: bool = False,
+    softcap: float = 0,
 ) -> list[Value]:
     """Sum of attention [B, N] over heads and used rows, if ``scored``; attention over ``value``
     [n, B, Hkv, G * extent, d], if given. ``sliced``: each chunk reads the keys and values up to its
@@ -159,7 +175,7 @@ def _scan(
         inputs.append(_port("chunk_end", onnx.TensorProto.INT64))
         end = b.Min(b.Unsqueeze("chunk_end", b.const([0])), positions)
         keys = b.Slice(keys, b.const([0]), end, b.const([3]))
-    logits = b.MatMul(b.Mul(b.Cast("chunk_query", to=F32), scale), keys)
+    logits = capped(b, b.MatMul(b.Mul(b.Cast("chunk_query", to=F32), scale), keys), softcap)
     grouped = b.Shape(logits)
     shape = [batch, heads, size, end]
     attention = _attention(b, logits, "chunk_slots", shape)

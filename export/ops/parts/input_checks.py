@@ -29,3 +29,9 @@ def check_heads(op: str, query: torch.Tensor, key: torch.Tensor) -> None:
         raise ParameterError(
             f"{op}: {query.shape[1]} query heads are no multiple of {key.shape[1]} key heads"
         )
+
+
+def check_softcap(op: str, softcap: float) -> None:
+    """A cap of attention's logits; 0: none."""
+    if softcap < 0:
+        raise ParameterError(f"{op}: softcap is {softcap}, at least 0 is needed")

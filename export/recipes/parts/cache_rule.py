@@ -92,10 +92,7 @@ class CacheRule:
         last place [B,count] that each sees; -1: the prompt is shorter."""
         back = torch.arange(count - 1, -1, -1, device=state.hidden.device)
         index = state.last()[:, None] - back
-        ends = index.clamp(min=-1)
-        if state.ends is not None:
-            ends = torch.where(index < 0, -1, state.ends.gather(1, index.clamp(min=0)))
-        return tap.queries_at(index), ends
+        return tap.queries_at(index), state.seen_at(index)
 
     def ring(self, state: TokenSequence, tap: Tap) -> torch.Tensor:
         """The prompt's queries that each layer remembers, [B,Hq,queries,d]."""
@@ -115,7 +112,7 @@ class CacheRule:
         if score.prompt_window:
             queries, index = self.window(state, tap, score.prompt_window)
         received = tap.importance if self.scores_all else None
-        entries = RankedLayer(key, state.length(), queries, index, tap.scale, received)
+        entries = RankedLayer(key, state.length(), queries, index, tap.logits, received)
         within = self.cache_policy.select.within_modality
         return self._compact(entries, value, inputs, state.borders() if within else None)
 
@@ -125,14 +122,15 @@ class CacheRule:
         value: torch.Tensor,
         queries: torch.Tensor | None,
         received: torch.Tensor | None,
-        scale: float,
+        logits: Mapping[str, float],
         inputs: Mapping[str, torch.Tensor],
     ) -> Compacted:
         """The same for a layer's buffers [B,Hkv,C,d] between two decode steps; with its ring of
         queries, or the attention its entries got [B,1,C,1]."""
         length, index = inputs["valid_length"], inputs.get("query_slot")
         scores = None if received is None else received[:, 0, :, 0]
-        return self._compact(RankedLayer(key, length, queries, index, scale, scores), value, inputs)
+        entries = RankedLayer(key, length, queries, index, logits, scores)
+        return self._compact(entries, value, inputs)
 
     def _compact(
         self,

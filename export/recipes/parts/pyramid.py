@@ -132,8 +132,8 @@ class Pyramid(TokenReduction):
         if self.importance in ("text", "both"):
             asking.append(_text_rows(state, inputs))
         for rows in asking:
-            queries = tap.queries_at(rows)
-            found += TOKEN_IMPORTANCE(queries, tap.key, rows, state.image_id, scale=tap.scale)
+            seen, of = state.seen_at(rows), state.image_id
+            found += TOKEN_IMPORTANCE(tap.queries_at(rows), tap.key, seen, of, **tap.logits)
         return sum(found[1:], start=found[0]) / len(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce, singledispatch
 
@@ -21,7 +22,7 @@ class RankedLayer:
     length   [B] int64: how many of them are valid
     queries  [B,Hq,R,d]: the most recent ones, where the score is a window of these
     index    [B,R] int64: of each query's own entry, -1: there is none
-    scale    of query · key
+    logits   attributes of ops that make them as attention does
     received [B,N] fp32: the attention they got, where the score asks for it and that is known
     """
 
@@ -29,7 +30,7 @@ class RankedLayer:
     length: torch.Tensor
     queries: torch.Tensor | None
     index: torch.Tensor | None
-    scale: float
+    logits: Mapping[str, float]
     received: torch.Tensor | None = None
 
 
@@ -66,7 +67,7 @@ def _(score: Window, layer: RankedLayer, recent: int) -> torch.Tensor:
         key, queries = heads_as_rows(key), grouped_queries(queries, heads)
         index, length = each_head(index, heads), each_head(length, heads)
     # So few queries need no loop.
-    (found,) = CACHE_IMPORTANCE(queries, key, index, length, scale=layer.scale, parts=1)
+    (found,) = CACHE_IMPORTANCE(queries, key, index, length, **layer.logits, parts=1)
     if score.kernel > 1:
         found = _pooled(score, found, length - recent)
     return by_heads(found, heads) if score.per_head else found

@@ -41,6 +41,13 @@ class TokenSequence:
         behind = (image != beside[:, 2 : 2 + count]) & (place < count - 1)
         return before | behind
 
+    def seen_at(self, index: torch.Tensor) -> torch.Tensor:
+        """The last place that each of the tokens at ``index`` [B,R] sees, int64; -1 where that is
+        below 0."""
+        if self.ends is None:
+            return index.clamp(min=-1)
+        return torch.where(index < 0, -1, self.ends.gather(1, index.clamp(min=0)))
+
     def length(self) -> torch.Tensor:
         """Tokens of each row, [B] int64."""
         return (self.image_id >= 0).sum(1)

@@ -28,20 +28,24 @@ class Site:
 
 
 def find_site(node: ir.Node) -> Site | None:
-    """The attention of decode. None where the attention is of another kind, or hides entries that
-    are valid (a window)."""
+    """The attention of decode. None where the attention is of another kind, hides entries that are
+    valid (a window), or caps its logits over a cache of 8 bits."""
     if not _masked(node) or not _sees_all_valid(node.inputs[3]):
         return None
     wrote = [_producer(before_cast(x), "TensorScatter") for x in node.inputs[1:3]]
     if wrote[0] is None or wrote[1] is None:
         return None
+    cache = wrote[0].inputs[0]
+    if softcap_of(node) and cache is not None and cache.dtype == ir.DataType.INT8:
+        return None  # no function for both
     return _site(node, (wrote[0], wrote[1]))
 
 
 def find_site_behind(node: ir.Node) -> tuple[Site, ir.Value] | None:
     """The attention of extend: over entries gathered from the cache and the new ones behind them,
-    whatever the mask; and the slots of the former. None where the attention is of another kind."""
-    if not _masked(node):
+    whatever the mask; and the slots of the former. None where the attention is of another kind, or
+    caps its logits."""
+    if not _masked(node) or softcap_of(node):
         return None
     found = [_behind(x) for x in node.inputs[1:3]]
     if found[0] is None or found[1] is None or found[0][1] is not found[1][1]:
@@ -52,6 +56,11 @@ def find_site_behind(node: ir.Node) -> tuple[Site, ir.Value] | None:
 
 def _masked(node: ir.Node) -> bool:
     return node.op_type == "Attention" and node.domain == "" and len(node.inputs) == 4
+
+
+def softcap_of(node: ir.Node) -> float:
+    """The cap of an Attention's logits; 0: none."""
+    return float(node.attributes.get_float("softcap", 0.0))
 
 
 def _behind(value: ir.Value | None) -> tuple[ir.Node, ir.Value] | None:

@@ -15,6 +15,8 @@ from lvlm.core.discovery import discover
 from lvlm.core.errors import ExportError
 from lvlm.export.ops.op import DOMAIN, OPSET, VERSION, Attribute, Op
 from lvlm.export.ops.parts.body import Body
+from lvlm.export.ops.parts.chunked_attention import capped
+from lvlm.export.targets.passes.attention_sites import softcap_of
 
 LOWERED_DOMAIN = "lvlm.lowered"
 # As the manifest names them
@@ -159,9 +161,9 @@ def _check_known(node: ir.Node, opset: int) -> None:
 
 def decompose_attention(model: ir.Model, kept: Collection[str] = (), row_heads: int = 1) -> int:
     """Replace Attention by MatMuls and a softmax in fp32, but for data types in ``kept``; also
-    there where its one query row has fewer heads than ``row_heads``, or a mask meets heads of a
-    size that 8 does not divide, which TensorRT-RTX 1.7 does not build in half precision. Returns
-    how many there were.
+    there where its one query row has fewer heads than ``row_heads``, logits are capped, or a mask
+    meets heads of a size that 8 does not divide, which TensorRT-RTX 1.7 does not build in half
+    precision. Returns how many there were.
 
     Precondition: 4-D inputs with static head counts, no cache inputs.
     """
@@ -174,28 +176,39 @@ def decompose_attention(model: ir.Model, kept: Collection[str] = (), row_heads: 
             raise ExportError(f"the shape of {node.name} is unknown; it cannot be decomposed")
         heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
         few = query.shape[2] == 1 and isinstance(heads, int) and heads < row_heads
+        softcap = softcap_of(node)
         odd = len(node.inputs) == 4 and isinstance(head_dim, int) and head_dim % 8 != 0
-        if query.dtype is None or (DTYPES[query.dtype] in kept and not few and not odd):
+        if query.dtype is None or (
+            DTYPES[query.dtype] in kept and not few and not odd and not softcap
+        ):
             continue
         if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(head_dim, int)):
             raise ExportError(f"the heads of {node.name} are not static; it cannot be decomposed")
-        if set(node.attributes) - {"is_causal", "scale"} or len(node.outputs) > 1:
+        if set(node.attributes) - {"is_causal", "scale", "softcap"} or len(node.outputs) > 1:
             raise ExportError(f"{node.name} does more than attention; it cannot be decomposed")
         causal = node.attributes.get_int("is_causal", 0) == 1
         scale = node.attributes.get_float("scale", head_dim**-0.5)
         fp32 = query.dtype == ir.DataType.FLOAT
         masked = len(node.inputs) == 4
-        call(model, node, _attention(heads, kv_heads, head_dim, causal, scale, masked, fp32))
+        form = (heads, kv_heads, head_dim, causal, scale, softcap, masked, fp32)
+        call(model, node, _attention(*form))
         replaced += 1
     return replaced
 
 
 def _attention(
-    heads: int, kv_heads: int, head_dim: int, causal: bool, scale: float, masked: bool, fp32: bool
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    masked: bool,
+    fp32: bool,
 ) -> onnx.FunctionProto:
     """Attention over q [B,heads,N,d], k and v [B,kv_heads,S,d] in ops every version knows; where
     ``masked`` a boolean mask [B,1,1,S] says which keys are seen. Without ``fp32`` data is in
-    half precision, but for the softmax."""
+    half precision, but for the cap of logits and the softmax."""
     g = Body()
     axis = g.const([2])
     # [B,kv,G,N,d] x [B,kv,1,d,S]: the heads of a group share keys without copying them.
@@ -205,6 +218,7 @@ def _attention(
     scaled = g.Mul(grouped, factor if fp32 else g.CastLike(factor, "q"))
     scores = g.MatMul(scaled, g.Transpose(keys, perm=[0, 1, 2, 4, 3]))
     scores = scores if fp32 else g.Cast(scores, to=onnx.TensorProto.FLOAT)
+    scores = capped(g, scores, softcap)
     hidden = g.const(-3.0e38, np.float32)
     if masked:
         scores = g.Where(g.Unsqueeze("mask", axis), scores, hidden)
@@ -217,5 +231,6 @@ def _attention(
     result = g.Reshape(mixed, g.const([0, heads, -1, head_dim]))
     inputs = ["q", "k", "v", *(["mask"] if masked else [])]
     marks = {"causal": causal, "masked": masked, "low_precision": not fp32}
-    parts = [heads, kv_heads, head_dim, f"{scale:.9g}", *filter(marks.get, marks)]
+    caps = [f"capped_{softcap:.9g}"] if softcap else []
+    parts = [heads, kv_heads, head_dim, f"{scale:.9g}", *caps, *filter(marks.get, marks)]
     return lowered_function(identifier("Attention", *parts), inputs, g.nodes, result)

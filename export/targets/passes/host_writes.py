@@ -15,6 +15,8 @@ from onnx_ir.passes import common
 
 from lvlm.core.errors import ExportError
 from lvlm.export.ops.parts.body import Body
+from lvlm.export.ops.parts.chunked_attention import capped
+from lvlm.export.targets.passes.attention_sites import softcap_of
 from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN, identifier, lowered_function
 from lvlm.export.targets.passes.ort_fusions import take_place
 from lvlm.runtime.backends.openvino import SLOTS
@@ -112,8 +114,8 @@ def _attend_beside(model: ir.Model, node: ir.Node, keys: Write, values: Write) -
     if not all(isinstance(size, int) for size in sizes) or sizes[3:] != (1, 1):
         raise ExportError(f"{node.name} is not attention of one query per row, of static heads")
     scale = node.attributes.get_float("scale", float(sizes[2]) ** -0.5)  # type: ignore[arg-type]
-    fp32 = query.dtype == ir.DataType.FLOAT
-    proto = _attention(heads, kv_heads, width, scale, fp32)  # type: ignore[arg-type]
+    softcap, fp32 = softcap_of(node), query.dtype == ir.DataType.FLOAT
+    proto = _attention(heads, kv_heads, width, scale, softcap, fp32)  # type: ignore[arg-type]
     function = ir.serde.deserialize_function(proto)
     model.functions.setdefault(function.identifier(), function)
     model.opset_imports[LOWERED_DOMAIN] = 1
@@ -125,7 +127,7 @@ def _attend_beside(model: ir.Model, node: ir.Node, keys: Write, values: Write) -
 
 
 def _attention(
-    heads: int, kv_heads: int, width: int, scale: float, fp32: bool
+    heads: int, kv_heads: int, width: int, scale: float, softcap: float, fp32: bool
 ) -> onnx.FunctionProto:
     """Attention of one query q [B,heads,1,d] over k and v [B,kv_heads,C,d] where ``mask``
     [B,1,1,C] allows it, but in slot index[b] over ``key`` and ``value`` [B,kv_heads,1,d].
@@ -144,6 +146,7 @@ def _attention(
     own = g.MatMul(query, g.Transpose(key, perm=[0, 1, 3, 2]))
     if not fp32:
         scores, own = (g.Cast(s, to=onnx.TensorProto.FLOAT) for s in (scores, own))
+    scores, own = capped(g, scores, softcap), capped(g, own, softcap)
     seen = g.And("mask", g.Not(stale))
     scores = g.Where(seen, scores, g.const(-3.0e38, np.float32))
     weights = g.Softmax(g.Concat(scores, own, axis=-1), axis=-1)
@@ -152,6 +155,6 @@ def _attention(
     last = g.Slice(weights, slots, g.const([2**31 - 1]), g.const([3]))
     mixed = g.Add(g.MatMul(past, v), g.Mul(last, value))
     result = g.Reshape(mixed, g.const([0, heads, 1, width]))
-    name = identifier("AttentionBeside", heads, kv_heads, width, f"{scale:.9g}", fp32)
+    name = identifier("AttentionBeside", heads, kv_heads, width, f"{scale:.9g}", softcap, fp32)
     given = ["q", "k", "v", "key", "value", "index", "mask"]
     return lowered_function(name, given, g.nodes, result)

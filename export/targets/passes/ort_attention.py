@@ -22,7 +22,7 @@ from onnx.reference import ReferenceEvaluator
 from lvlm.export.ops.op import OPSET
 from lvlm.export.targets.description import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets.passes import ort_int8_cache
-from lvlm.export.targets.passes.attention_sites import Site, find_site
+from lvlm.export.targets.passes.attention_sites import Site, find_site, softcap_of
 from lvlm.export.targets.passes.graph_edits import DTYPES, LOWERED_DOMAIN
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
 from lvlm.runtime.backends.ort.sessions import AGAIN
@@ -38,6 +38,7 @@ FUNCTIONS = {
     READ: ["query", "key", "value", "last", "longest"],
 }
 OUTPUTS = ["output", "present_key", "present_value"]
+CAPPED = "Capped"  # before the name where logits are capped, which no kernel of our own does
 
 
 def group_attention(model: ir.Model) -> int:
@@ -201,18 +202,19 @@ def _node(model: ir.Model, site: Site, given: Sequence[ir.Value | None], name: s
     cache = site.writes[0].inputs[0]
     assert cache is not None
     assert cache.dtype is not None
-    held = cache.dtype == ir.DataType.INT8
-    function = ir.serde.deserialize_function(cached_attention(name, int8=held))
+    softcap, held = softcap_of(site.node), cache.dtype == ir.DataType.INT8
+    function = ir.serde.deserialize_function(cached_attention(name, int8=held, capped=softcap != 0))
     model.functions.setdefault(function.identifier(), function)
     model.opset_imports[LOWERED_DOMAIN] = 1
     node = ir.node(
-        name,
+        function.name,
         # GroupQueryAttention takes one type for everything: that of a low-precision cache.
         [x if x is None or held else _cast(model, site.node, x, cache.dtype) for x in given],
         attributes={
             "num_heads": site.heads,
             "kv_num_heads": site.kv_heads,
             "scale": site.node.attributes["scale"].as_float(),
+            **({"softcap": softcap} if softcap else {}),
         },
         domain=LOWERED_DOMAIN,
         num_outputs=1 if name == READ else 3,
@@ -261,9 +263,9 @@ def packed(model: ir.Model, site: Site) -> ir.Value:
     return joined.outputs[0]
 
 
-def cached_attention(name: str, *, int8: bool = False) -> onnx.FunctionProto:
+def cached_attention(name: str, *, int8: bool = False, capped: bool = False) -> onnx.FunctionProto:
     """GroupQueryAttention with the given inputs, or standard nodes over a cache of 8 bits; its
-    heads and scale are the node's."""
+    heads and scale are the node's, and its cap of logits, if ``capped``."""
     inputs, outputs = FUNCTIONS[name], OUTPUTS[:1] if name == READ else OUTPUTS
     if int8:
         build = ort_int8_cache.read if name == READ else ort_int8_cache.appended
@@ -278,11 +280,13 @@ def cached_attention(name: str, *, int8: bool = False) -> onnx.FunctionProto:
         "num_heads": onnx.AttributeProto.INT,
         "kv_num_heads": onnx.AttributeProto.INT,
         "scale": onnx.AttributeProto.FLOAT,
+        **({"softcap": onnx.AttributeProto.FLOAT} if capped else {}),
     }
     for attribute, kind in kinds.items():
         reference = onnx.AttributeProto(name=attribute, ref_attr_name=attribute, type=kind)  # type: ignore[arg-type]
         node.attribute.append(reference)
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    name = f"{CAPPED}{name}" if capped else name
     return helper.make_function(
         LOWERED_DOMAIN, name, inputs, outputs, [node], opsets, attributes=list(kinds)
     )

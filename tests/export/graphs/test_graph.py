@@ -151,7 +151,11 @@ def test_the_manifest_and_the_files_have_the_ports_of_the_declaration(
     arrays = plan.family.vision_inputs(plan.images)
     graphs = bundle_graphs(plan.skeleton, plan.recipe, arrays, plan.cache_dtype)
     manifest = read_bundle(folder)
-    assert list(manifest.graphs) == [g.name for g in graphs] == list(graph_names(plan.recipe))
+    assert (
+        list(manifest.graphs)
+        == [g.name for g in graphs]
+        == list(graph_names(plan.recipe, plan.skeleton.language))
+    )
     for graph in graphs:
         told = manifest.graphs[graph.name]
         assert told.inputs == tuple(p.for_manifest() for p in graph.inputs())

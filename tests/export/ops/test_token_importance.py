@@ -16,7 +16,12 @@ from lvlm.export.ops.token_importance import OP
 
 
 def by_loops(
-    query: np.ndarray, key: np.ndarray, index: np.ndarray, ids: np.ndarray, scale: float
+    query: np.ndarray,
+    key: np.ndarray,
+    index: np.ndarray,
+    ids: np.ndarray,
+    scale: float,
+    softcap: float,
 ) -> np.ndarray:
     batch, heads, rows, _ = query.shape
     group = heads // key.shape[1]
@@ -27,6 +32,8 @@ def by_loops(
             seen = [j for j in range(ids.shape[1]) if j <= index[b, r] and ids[b, j] >= 0]
             for h in range(heads):
                 logits = [float(query[b, h, r] @ key[b, h // group, j]) * scale for j in seen]
+                if softcap:
+                    logits = [softcap * math.tanh(x / softcap) for x in logits]
                 weights = [math.exp(x - max(logits)) for x in logits]
                 for j, weight in zip(seen, weights, strict=True):
                     importance[b, j] += weight / sum(weights) / (len(used) * heads)
@@ -47,11 +54,11 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, ...]:
 
 
 @settings(max_examples=examples(100), deadline=None)
-@given(cases())
-def test_matches_loops(case: tuple[torch.Tensor, ...]) -> None:
-    (found,) = OP(*case, scale=0.7)
+@given(cases(), st.sampled_from([0.0, 0.6]))
+def test_matches_loops(case: tuple[torch.Tensor, ...], softcap: float) -> None:
+    (found,) = OP(*case, scale=0.7, softcap=softcap)
     query, key, index, ids = (t.numpy() for t in case)
-    expected = by_loops(query.astype(np.float64), key.astype(np.float64), index, ids, 0.7)
+    expected = by_loops(query.astype(np.float64), key.astype(np.float64), index, ids, 0.7, softcap)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
 
 

@@ -14,7 +14,11 @@ from single_node import session
 from lvlm.core.errors import ExportError
 from lvlm.export.targets.passes.decomposed import decompose_normalization, decompose_rotary
 from lvlm.export.targets.passes.fp16_matmuls import fp16_matmuls
-from lvlm.export.targets.passes.graph_edits import LOWERED_DOMAIN, lower_opset
+from lvlm.export.targets.passes.graph_edits import (
+    LOWERED_DOMAIN,
+    decompose_attention,
+    lower_opset,
+)
 
 
 def test_narrow_products_do_not_overflow_and_keep_what_is_not_finite_in_its_place() -> None:
@@ -63,6 +67,33 @@ def test_what_is_written_out_computes_the_same(
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     (found,) = session(proto).run(None, feed)
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_that_caps_is_written_out_everywhere(kind: str) -> None:
+    """Also where attention that does not stays as it is; logits are capped before they are
+    masked."""
+    dtype, tolerance = KINDS[kind]
+    body = "y = Attention <scale = 0.5, softcap = 0.7> (q, k, v, mask)"
+    given = (
+        f"{kind}[B, 4, N, 8] q, {kind}[B, 2, S, 8] k, {kind}[B, 2, S, 8] v, bool[B, 1, N, S] mask"
+    )
+    model, plain = (
+        graph_of(text, given, f"{kind}[B, 4, N, 8] y")
+        for text in (body, body.replace(", softcap = 0.7", ""))
+    )
+    random = np.random.default_rng(0)
+    shapes = {"q": (2, 4, 3, 8), "k": (2, 2, 5, 8), "v": (2, 2, 5, 8)}
+    feed = {name: (2 * random.normal(size=x)).astype(dtype) for name, x in shapes.items()}
+    feed["mask"] = random.random((2, 1, 3, 5)) < 0.7
+    feed["mask"][..., 0] = True
+    (expected,), (uncapped,) = (session(ir.to_proto(m)).run(None, feed) for m in (model, plain))
+    assert np.abs(uncapped - expected).max() > 0.1
+    every = {"float32", "float16"}
+    assert decompose_attention(plain, every) == 0
+    assert decompose_attention(model, every) == 1
+    (found,) = session(ir.to_proto(model)).run(None, feed)
     np.testing.assert_allclose(found, expected, atol=tolerance)
 
 

@@ -112,16 +112,18 @@ WRITES = """
 
 @pytest.mark.parametrize("kind", ["float", "float16"])
 @pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 0.5])
 def test_attention_beside_a_new_entry_is_attention_over_the_written_cache(
-    kind: str, narrow: bool
+    kind: str, narrow: bool, softcap: float
 ) -> None:
     """Of grouped heads; slots in use and not, the new entry among them, at the end and beyond;
     ``narrow``: the cache may be in fp16 where the rest is not."""
-    body = f"{WRITES} y = Attention (q, present_k, present_v, mask)"
+    attend = f"y = Attention <softcap = {softcap}>"
+    body = f"{WRITES} {attend} (q, present_k, present_v, mask)"
     if narrow:
         to = {"float": 1, "float16": 10}[kind]
         cast = f"kk = Cast <to = {to}> (present_k) vv = Cast <to = {to}> (present_v)"
-        body = f"{WRITES} {cast} y = Attention (q, kk, vv, mask)"
+        body = f"{WRITES} {cast} {attend} (q, kk, vv, mask)"
     given = f"float[B, 6, 1, 4] q, {ENTRY}, bool[B, 1, 1, C] mask, {CACHE}"
     outputs = "float[B, 6, 1, 4] y, float[B, 2, C, 4] present_k, float[B, 2, C, 4] present_v"
     given, outputs = (t.replace("float[", f"{kind}[") for t in (given, outputs))

@@ -169,6 +169,7 @@ ATTACKS: dict[str, Edit] = {
         for name in ("layers", "heads", "kv_heads", "head_dim", "hidden", "vocab")
         for value in (1, 10**9, HUGE)
     },
+    "a prompt's tokens see those that follow": put("text", "bidirectional", value=True),
     "ends by no token": put("text", "eos_ids", value=[]),
     "ends by a token that is none": put("text", "eos_ids", value=[HUGE]),
     "ends by a negative token": put("text", "eos_ids", value=[-1]),

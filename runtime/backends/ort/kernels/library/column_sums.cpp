@@ -19,6 +19,16 @@ void PackScored(const Scored<T>& scored, size_t head, float* panels) {
              0, padded_extent(n), panels);
 }
 
+// row[i] = cap * tanh(row[i] / cap), i below ``end``, a multiple of a vector; NaN stays NaN
+HWY_INLINE void Cap(float* row, size_t end, float cap) {
+    const F32 d;
+    for (size_t i = 0; i < end; i += hn::Lanes(d)) {
+        const Vec x = hn::LoadU(d, row + i);
+        const Vec y = hn::Mul(hn::Tanh(d, hn::Div(x, hn::Set(d, cap))), hn::Set(d, cap));
+        hn::StoreU(hn::IfThenElse(hn::IsNaN(x), x, y), d, row + i);
+    }
+}
+
 // Every ``shards``-th block of used rows of one key head; ``sums`` [padded keys].
 template <class T>
 void SumShard(const Scored<T>& scored, size_t head, const float* panels, size_t shard, size_t shards,
@@ -44,6 +54,8 @@ void SumShard(const Scored<T>& scored, size_t head, const float* panels, size_t 
             for (size_t r = 0; r < whole; r += kRows)
                 Product(query.data() + r * width, width, panels + k * width, width,
                         logits.data() + r * stride + k, stride, false);
+        for (size_t r = 0; scored.softcap > 0 && r < count; ++r)
+            Cap(logits.data() + r * stride, end, scored.softcap);
         for (size_t r = 0; r < count; ++r)
             weight.data()[r] = 1 / Exponentials(logits.data() + r * stride,
                                                 scored.used[(start + r) / group].visible, end);

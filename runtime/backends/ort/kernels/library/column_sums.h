@@ -19,6 +19,7 @@ template <class T>
 struct Scored {
     size_t heads, key_heads, rows, width, positions;
     float scale;
+    float softcap;   // of logits, 0: none
     const T* query;  // [heads, rows, width]
     const T* key;    // [key heads, positions, width]
     std::vector<int64_t> keys;      // positions of those that may be seen, rising

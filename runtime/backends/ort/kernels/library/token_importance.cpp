@@ -14,7 +14,8 @@ public:
         {element<T>()}, {element<T>()}, {Element::kInt64}, {Element::kInt64}};
     static constexpr Port kOutputs[] = {{Element::kFloat}};
 
-    explicit TokenImportance(const Attributes& attributes) : scale_(attributes.number("scale")) {}
+    explicit TokenImportance(const Attributes& attributes)
+        : scale_(attributes.number("scale")), softcap_(attributes.number("softcap", 0)) {}
 
     void operator()(Call& call) const {
         const auto query = call.input<T>(0, 4), key = call.input<T>(1, 4);
@@ -30,7 +31,7 @@ public:
         std::vector<size_t> asked(batch.size(), 0);
         for (size_t b = 0; b < batch.size(); ++b) {
             Scored<T>& scored = batch[b];
-            scored = {heads, key_heads, rows, width, positions, scale_,
+            scored = {heads, key_heads, rows, width, positions, scale_, softcap_,
                       query.data + b * heads * rows * width,
                       key.data + b * key_heads * positions * width, {}, {}, {}};
             for (size_t i = 0; i < positions; ++i)  // padding, on either side, is seen by none
@@ -54,7 +55,7 @@ public:
     }
 
 private:
-    float scale_;
+    float scale_, softcap_;
 };
 
 const Registered<TokenImportance<float>, TokenImportance<Half>> registered;
