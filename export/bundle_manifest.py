@@ -77,7 +77,11 @@ def manifest_of(
             hidden=language.hidden,
             vocab=language.vocab,
             eos_ids=prompt.eos_ids,
-            states=language.states,
+            states=language.state_sizes,
+            state_dtypes=tuple(
+                "float32" if state.exact else dtype_name(plan.cache_dtype)
+                for state in language.states
+            ),
         ),
         images=plan.images,
         keep=float(plan.recipe.parameters().get("keep", 1.0)),

@@ -46,12 +46,15 @@ def plan_cache(
     budgets = Budgets.of(rule.cache_policy if rule else None, layers, None)
     per_layer = tuple(budgets.limit(seen, options.max_text_len - 1).tolist())
     entries = 2 * language.kv_heads * sum(per_layer)
-    states = sum(map(math.prod, language.states))
+    states = sum(
+        math.prod(sizes) * (4 if state.exact else dtype.itemsize)
+        for state, sizes in zip(language.states, language.state_sizes, strict=True)
+    )
     rings = language.heads * (rule.queries if rule else 0) * layers
     return CachePlan(
         entering,
         Capacity(options.max_text_len, options.max_images, per_layer),
-        ((entries + rings) * language.head_dim + states) * dtype.itemsize,
+        (entries + rings) * language.head_dim * dtype.itemsize + states,
     )
 
 

@@ -184,7 +184,9 @@ class Reference:
             return torch.zeros(sizes, dtype=dtype)
 
         found = {kind: [empty(kind, count) for count in kept] for kind in prefill.kinds}
-        states = [torch.zeros(1, *sizes, dtype=self.cache_dtype) for sizes in self.language.states]
+        states = [
+            torch.zeros(1, *port.dims[1:], dtype=port.dtype) for port in prefill.state_ports("past")
+        ]
         return {**found, "state": states}
 
 

@@ -56,6 +56,8 @@ class Text:
 
     ``layers`` are those that attend, each with a cache of entries. ``states``: sizes of what a row
     keeps for the others whatever its length, (layers,n,D) of those that convolve: n inputs each.
+    With linear attention a second one: (layers,heads * key size,value size). ``state_dtypes``: of
+    each; bundles without them have states of the cache's.
     """
 
     layers: int
@@ -66,6 +68,12 @@ class Text:
     vocab: int
     eos_ids: tuple[int, ...]
     states: tuple[tuple[int, ...], ...] = ()
+    state_dtypes: tuple[str, ...] = ()
+
+    def state_forms(self, cache_dtype: str) -> list[tuple[tuple[int, ...], str]]:
+        """Sizes and type of each state."""
+        types = self.state_dtypes or (cache_dtype,) * len(self.states)
+        return list(zip(self.states, types, strict=True))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ Form = tuple[tuple[int, ...], str]  # a buffer's shape and dtype
 
 class CompactCache(SlotCounts):
     """Buffers key and value [B,Hkv,C_l,d] per layer, with a ring of queries also query
-    [B,Hq,queries,d], with scores that go on received [B,1,C_l,1]; state [B,s,n,D] for s layers that
-    keep states in place of entries; and the counts of what lies in them.
+    [B,Hq,queries,d], with scores that go on received [B,1,C_l,1]; one or two of state [B,s,n,D] for
+    s layers that keep these in place of entries; and the counts of what lies in them.
 
     A row can be filled on its own (``views``, ``begin``) and copied to another place.
 
@@ -63,7 +63,8 @@ class CompactCache(SlotCounts):
         scores = ITEM_BYTES[SCORES] if policy is not None and policy.received else 0
         self._entry_bytes = 2 * text.kv_heads * text.head_dim * item + scores
         rings = len(capacities) * self.queries * text.heads * text.head_dim
-        self._fixed_bytes = (rings + sum(map(math.prod, text.states))) * item
+        states = (_bytes(form) for form in text.state_forms(dtype))
+        self._fixed_bytes = rings * item + sum(states)
 
     def _no_room(self, batch: int, there: str) -> DeviceMemoryError:
         return DeviceMemoryError(
@@ -142,8 +143,8 @@ def _forms(
             forms[f"query_{layer}"] = (batch, text.heads, policy.queries, text.head_dim), dtype
         if policy is not None and policy.received and capacity:
             forms[f"received_{layer}"] = (batch, 1, capacity, 1), SCORES
-    for number, sizes in enumerate(text.states):
-        forms[f"state_{number}"] = (batch, *sizes), dtype
+    for number, (sizes, its_dtype) in enumerate(text.state_forms(dtype)):
+        forms[f"state_{number}"] = (batch, *sizes), its_dtype
     return forms
 
 

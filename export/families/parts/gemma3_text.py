@@ -18,8 +18,7 @@ from transformers.models.gemma3.modeling_gemma3 import (
 from lvlm.export.families.parts.leaf_tables import Kinds, layer_window
 from lvlm.export.families.parts.llama_text import language_model
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.leaves import Attention, HasLeaves, Leaf, Norm, Rotary
-from lvlm.export.standard_ops import rms_normalization
+from lvlm.export.leaves import ZERO_CENTRED, Attention, HasLeaves, Leaf, Rotary
 
 
 class ScaledEmbedding(Leaf):
@@ -29,16 +28,10 @@ class ScaledEmbedding(Leaf):
         return {"embed_scale": torch.tensor(module.scalar_embed_scale)}
 
 
-def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """A weight of 0 scales by 1; all of it in fp32."""
-    scale = 1.0 + module.weight.float()
-    return rms_normalization(hidden.float(), scale, module.eps).to(hidden.dtype)
-
-
 TEXTS: Kinds = {
     "gemma3_text": {
         Gemma3TextScaledWordEmbedding: ScaledEmbedding(),
-        Gemma3RMSNorm: Norm(norm),
+        Gemma3RMSNorm: ZERO_CENTRED,
         Gemma3RotaryEmbedding: Rotary(),
         Gemma3Attention: Attention(layer_window),
     }
