@@ -177,7 +177,10 @@ class StateBehind:
 
     def get_recurrent_state(self, *_: Any, **__: Any) -> torch.Tensor | None:
         """The matrices [B,Hv,dk,dv]; None: there are none."""
-        return None if self.past is None else self.past[1][:, 0].unflatten(1, (self.heads, -1))
+        if self.past is None:
+            return None
+        found = self.past[1][:, 0]
+        return found.reshape(found.shape[0], self.heads, -1, found.shape[2])
 
     def update_recurrent_state(self, matrices: torch.Tensor, *_: Any, **__: Any) -> None:
         """Keep the matrices [B,Hv,dk,dv]."""

@@ -185,7 +185,8 @@ class Reference:
 
         found = {kind: [empty(kind, count) for count in kept] for kind in prefill.kinds}
         states = [
-            torch.zeros(1, *port.dims[1:], dtype=port.dtype) for port in prefill.state_ports("past")
+            torch.zeros(*map(int, (1, *port.dims[1:])), dtype=port.dtype)
+            for port in prefill.state_ports("past")
         ]
         return {**found, "state": states}
 

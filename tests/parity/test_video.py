@@ -257,7 +257,8 @@ def test_pixels_equal_the_video_processors(
     """Frames that theirs scales by torch's kernels, ours by Pillow: a level of 256 apart."""
     pytest.importorskip("torchvision", reason="transformers' video processors need torchvision")
     family = TINY[name][0].name
-    kind = {"smolvlm": "SmolVLM", "llava-onevision": "LlavaOnevision", "qwen3-vl": "Qwen3VL"}
+    kind = {"smolvlm": "SmolVLM", "llava-onevision": "LlavaOnevision"}
+    kind |= dict.fromkeys(("qwen3-vl", "qwen3.5"), "Qwen3VL")
     processors: Any = transformers
     theirs = getattr(processors, f"{kind.get(family, 'Qwen2VL')}VideoProcessor").from_pretrained(
         checkpoint(name)

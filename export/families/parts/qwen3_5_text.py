@@ -55,7 +55,7 @@ def gated_delta_net(
     parts = [whole[:, i : i + count] * weight[:, i] for i in range(weight.shape[1])]
     mixed = nn.functional.silu(sum(parts[1:], parts[0]))
     query, key, value = (
-        part.unflatten(-1, (-1, width)).float()
+        part.reshape(*part.shape[:2], -1, width).float()
         for part, width in (
             (mixed[..., :keys], module.head_k_dim),
             (mixed[..., keys : 2 * keys], module.head_k_dim),
@@ -67,7 +67,7 @@ def gated_delta_net(
     decay = -module.A_log.float().exp() * nn.functional.softplus(time)
     query = _normalised(query) * module.head_k_dim**-0.5
     found = cache_params.delta_rule(query, _normalised(key), value, decay, beta)
-    gate = module.in_proj_z(hidden_states).unflatten(-1, (-1, module.head_v_dim))
+    gate = module.in_proj_z(hidden_states).reshape(found.shape)
     found = module.norm(found.to(hidden_states.dtype), gate)
     out = module.out_proj(found.flatten(2))
     assert isinstance(out, torch.Tensor)
