@@ -148,7 +148,8 @@ class StateBehind:
         decay: torch.Tensor,
         beta: torch.Tensor,
     ) -> torch.Tensor:
-        """What queries read [B,N,Hv,dv]; all are fp32, as ``lvlm::GatedDeltaRule`` takes them."""
+        """Values [B,N,Hv,dv] that the queries read; all in fp32, as ``lvlm::GatedDeltaRule`` takes
+        them."""
         (batch, count, heads, size), width = value.shape, key.shape[3]
         before = self.get_recurrent_state()
         if before is None:

@@ -93,8 +93,8 @@ FAULTS = {
     ),
     "sine and cosine swapped": Fault(
         "export/standard_ops.py",
-        "[cos[..., :half], sin[..., :half]]",
-        "[sin[..., :half], cos[..., :half]]",
+        "[cos[..., : size // 2], sin[..., : size // 2]]",
+        "[sin[..., : size // 2], cos[..., : size // 2]]",
         GROUPED,
     ),
     "attention without its scale": Fault(

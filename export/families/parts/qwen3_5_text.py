@@ -75,7 +75,7 @@ def gated_delta_net(
 
 
 def _normalised(x: torch.Tensor) -> torch.Tensor:
-    """Of length 1 along the last axis, or less where it is next to nothing."""
+    """Vectors along the last axis, of length 1, or less where there is next to nothing."""
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
@@ -94,8 +94,8 @@ TEXT: Table = {
 
 
 def qwen3_5_states(text: Any) -> tuple[LayerState, LayerState]:
-    """What a layer of linear attention keeps: the last inputs of its convolution, and a matrix for
-    each value head."""
+    """The states of a layer of linear attention: its convolution's last inputs, a matrix for each
+    value head."""
     keys = text.linear_num_key_heads * text.linear_key_head_dim
     heads, width = text.linear_num_value_heads, text.linear_value_head_dim
     return (

@@ -73,7 +73,7 @@ class QwenVL:
         return None
 
     def states(self, text: Any) -> tuple[LayerState, ...]:
-        """What layers keep that do not attend; (): all do."""
+        """The states of layers that do not attend; (): all do."""
         del text
         return ()
 

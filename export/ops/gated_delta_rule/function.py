@@ -29,7 +29,7 @@ LEVELS = 12  # of maps put together: 2 ** 12 chunks, the 262,144 tokens models a
 
 
 @dataclass(frozen=True)
-class Chunks:
+class TokenChunks:
     """n chunks of c tokens, ready to meet the state [B, Hk, G, dk, dv] before each; G = Hv / Hk.
 
     What a chunk writes is ``values`` less ``keys`` times the state; then the state is its former
@@ -51,7 +51,7 @@ def function(schema: onnx.defs.OpSchema, attributes: Mapping[str, Attribute]) ->
     chunks = _chunks(g, size)
     b = Body("chunk_")
     names = ("values", "keys", "decay", "spread", "queries", "within")
-    new, read = _meet(b, Chunks(*(f"chunk_{name}" for name in names)), "chunk_state")
+    new, read = _meet(b, TokenChunks(*(f"chunk_{name}" for name in names)), "chunk_state")
     inputs = [_port(f"chunk_{name}") for name in ("state", *names)]
     body = helper.make_graph(b.nodes, "chunk", inputs, [_port(new), _port(read)])
     final, found = g.node(
@@ -93,7 +93,7 @@ def lowered(schema: onnx.defs.OpSchema, attributes: Mapping[str, Attribute]) -> 
     return g.function(schema, [_in_order(g, found), _whole(g, final)], {"chunk": size})
 
 
-def _chunks(g: Body, size: int) -> Chunks:
+def _chunks(g: Body, size: int) -> TokenChunks:
     """The inputs in chunks of ``size`` tokens; padding lets nothing decay and writes nothing."""
     rows = g.dim("key", 1)
     one = g.const([1])
@@ -121,20 +121,20 @@ def _chunks(g: Body, size: int) -> Chunks:
     level = g.const(
         [[(i ^ j).bit_length() if i >= j else -1 for j in places] for i in places], np.int32
     )
-    total = g.CumSum(decay, g.const(4))  # [n, B, Hk, G, c]
-    column = g.Unsqueeze(total, g.const([5]))
-    apart = g.Sub(column, g.Unsqueeze(total, g.const([4])))
     seen = g.GreaterOrEqual(level, g.const(0, np.int32))
+    # Sums up to each token, [n, B, Hk, G, c, 1]; not CumSum, which TensorRT takes of late only
+    column = g.Where(seen, g.Unsqueeze(decay, g.const([4])), zero)
+    column = g.ReduceSum(column, g.const([5]), keepdims=1)
+    apart = g.Sub(column, g.Transpose(column, perm=[0, 1, 2, 3, 5, 4]))
     apart = g.Where(seen, g.Exp(g.Where(seen, apart, zero)), zero)
     turned = g.Transpose(key, perm=[0, 1, 2, 3, 5, 4])
     beta = g.Unsqueeze(beta, g.const([5]))
     system = g.Mul(g.Mul(g.MatMul(key, turned), apart), beta)
     inverse = _inverse(g, system, level, size)
     faded = g.Exp(column)
-    last = g.Slice(total, g.const([size - 1]), g.const([size]), g.const([4]))
-    last = g.Unsqueeze(last, g.const([5]))
+    last = g.Slice(column, g.const([size - 1]), g.const([size]), g.const([4]))
     spread = g.Mul(key, g.Exp(g.Sub(last, column)))
-    return Chunks(
+    return TokenChunks(
         values=g.MatMul(inverse, g.Mul(value, beta)),
         keys=g.MatMul(inverse, g.Mul(key, g.Mul(beta, faded))),
         decay=g.Exp(last),
@@ -156,7 +156,7 @@ def _inverse(g: Body, system: Value, level: Value, size: int) -> Value:
     return inverse
 
 
-def _meet(g: Body, chunks: Chunks, state: Value) -> tuple[Value, Value]:
+def _meet(g: Body, chunks: TokenChunks, state: Value) -> tuple[Value, Value]:
     """The state after chunks, and what their tokens read, from the state before each."""
     written = g.Sub(chunks.values, g.MatMul(chunks.keys, state))
     read = g.Add(g.MatMul(chunks.queries, state), g.MatMul(chunks.within, written))

@@ -98,4 +98,4 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], match: str) -> Non
     names = [formal.name for formal in OP.schema.inputs]
     given = {**dict(zip(names, LARGE.inputs, strict=True)), **LARGE.attributes, **change}
     with pytest.raises(ParameterError, match=match):
-        OP(*(given.pop(name) for name in names), **given)
+        OP(*[given[name] for name in names], chunk=given["chunk"])
