@@ -64,6 +64,12 @@ def has_states(name: str) -> bool:
     return bool({"conv", "linear_attention"}.intersection(layer_types(name)))
 
 
+def tried(name: str) -> bool:
+    """Whether a model's images and videos are tried: in a normal run not those of a second
+    configuration with states, whose tower is another family's."""
+    return name in EXPORTED or not has_states(name)
+
+
 def layer_types(name: str) -> Sequence[str]:
     return getattr(TINY[name][1].text_config, "layer_types", None) or ()
 
