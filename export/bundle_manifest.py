@@ -14,6 +14,7 @@ import torch
 from lvlm.core.integrity import File, describe
 from lvlm.export.checkpoint import checkpoint as checkpoints
 from lvlm.export.export_plan import ExportPlan
+from lvlm.export.graphs.cache_entries import dtype_beside
 from lvlm.runtime.bundle.manifest import (
     SCHEMA,
     Graph,
@@ -77,7 +78,11 @@ def manifest_of(
             hidden=language.hidden,
             vocab=language.vocab,
             eos_ids=prompt.eos_ids,
-            states=language.states,
+            states=language.state_sizes,
+            state_dtypes=tuple(
+                "float32" if state.exact else dtype_name(dtype_beside(plan.cache_dtype))
+                for state in language.states
+            ),
             bidirectional=prefix_lm,
         ),
         images=plan.images,

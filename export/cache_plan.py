@@ -48,12 +48,16 @@ def plan_cache(
     per_layer = tuple(budgets.limit(seen, options.max_text_len - 1).tolist())
     width = held_width(language.head_dim, dtype)
     entries = 2 * language.kv_heads * sum(per_layer) * width
-    states = sum(map(math.prod, language.states))
+    beside = dtype_beside(dtype).itemsize
+    states = sum(
+        math.prod(sizes) * (4 if state.exact else beside)
+        for state, sizes in zip(language.states, language.state_sizes, strict=True)
+    )
     rings = language.heads * (rule.queries if rule else 0) * layers * language.head_dim
     return CachePlan(
         entering,
         Capacity(options.max_text_len, options.max_images, per_layer),
-        entries * dtype.itemsize + (rings + states) * dtype_beside(dtype).itemsize,
+        entries * dtype.itemsize + rings * beside + states,
     )
 
 

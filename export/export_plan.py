@@ -140,8 +140,8 @@ def _plan_of(checkpoint: checkpoints.Checkpoint, options: ExportOptions) -> Expo
     if (apart := len(language.layers) - layers) and recipe.reductions():
         raise ParameterError(
             f"recipe {recipe.name} merges or drops image tokens inside the language model, but "
-            f"{apart} of its {len(language.layers)} layers convolve over all tokens side by side; "
-            "take divprune, or a recipe that compresses the cache"
+            f"{apart} of its {len(language.layers)} layers take all tokens side by side into a "
+            "state; take divprune, or a recipe that compresses the cache"
         )
     rule = recipe.cache_rule()
     if language.bidirectional and rule is not None and rule.remembers_prompts:

@@ -107,7 +107,13 @@ def rms_norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
     return rms_normalization(hidden, module.weight, module.variance_epsilon)
 
 
-RMS_NORM = Norm(rms_norm)
+def zero_centred(module: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Gemma's and Qwen3.5's: a weight of 0 scales by 1; all of it in fp32."""
+    scale = 1.0 + module.weight.float()
+    return rms_normalization(hidden.float(), scale, module.eps).to(hidden.dtype)
+
+
+RMS_NORM, ZERO_CENTRED = Norm(rms_norm), Norm(zero_centred)
 Table = Mapping[type[nn.Module], Leaf]  # class -> what tracing makes of it
 
 

@@ -193,12 +193,16 @@ def rotary_embedding(
     sin: torch.Tensor,
     unsqueeze_dim: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query and key [B,H,N,d] turned by angles [B,N,d]; while tracing only."""
+    """Query and key [B,H,N,d] turned by angles [B,N,r], the first r of d; while tracing only."""
     # transformers repeats the angles for both halves of the head; the op wants them once.
     del unsqueeze_dim
-    half = cos.shape[-1] // 2
-    angles = [cos[..., :half], sin[..., :half]]
-    return (
-        _node("RotaryEmbedding", [query, *angles], {}, query),
-        _node("RotaryEmbedding", [key, *angles], {}, key),
-    )
+    size = cos.shape[-1]
+    angles = [cos[..., : size // 2], sin[..., : size // 2]]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] == size:
+            return _node("RotaryEmbedding", [x, *angles], {}, x)
+        first = x[..., :size]
+        return torch.cat([_node("RotaryEmbedding", [first, *angles], {}, first), x[..., size:]], -1)
+
+    return turned(query), turned(key)

@@ -53,15 +53,21 @@ OTHERS = [
 
 def moves(name: str) -> bool:
     """Whether recipes may drop a model's tokens or entries inside the language model: not where
-    layers have a window that hides something of a prompt of tests, or convolve."""
+    layers have a window that hides something of a prompt of tests, or keep states."""
     windowed = "sliding_attention" in layer_types(name)
     hides = windowed and TINY[name][1].text_config.sliding_window <= 2_500
-    return not hides and not convolves(name)
+    return not hides and not has_states(name)
 
 
-def convolves(name: str) -> bool:
+def has_states(name: str) -> bool:
     """Whether some of a model's layers have a state in place of a cache."""
-    return "conv" in layer_types(name)
+    return bool({"conv", "linear_attention"}.intersection(layer_types(name)))
+
+
+def tried(name: str) -> bool:
+    """Whether a model's images and videos are tried: in a normal run not those of a second
+    configuration with states, whose tower is another family's."""
+    return name in EXPORTED or not has_states(name)
 
 
 def layer_types(name: str) -> Sequence[str]:
@@ -87,7 +93,7 @@ CACHED_USUAL = [
 # scores go on, at intervals
 BESIDE_STATES = [
     (name, f"{cached} (cached)")
-    for name in filter(convolves, EXPORTED)
+    for name in filter(has_states, EXPORTED)
     for cached in (cache_recipes() if whole() else ["h2o"])
 ]
 

@@ -68,10 +68,10 @@ class Decode(LanguageGraph):
         bodies = {one.window: partial(_block, window=one.window, sums=sums) for one in model.layers}
         ring = {"query_index": given["query_index"]} if self.queries else {}
         outputs: dict[str, torch.Tensor] = {}
-        states: list[torch.Tensor] = []
+        states: list[Tensors] = []
         for layer, one in model.numbered():
-            if one.state is not None:
-                hidden, state = self.convolved(layer, one, hidden, given)
+            if one.states:
+                hidden, state = self.stateful(layer, one, hidden, given)
                 states.append(state)
                 continue
             cos, sin = angles.of(one.rotary, hidden, positions)

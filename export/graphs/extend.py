@@ -75,11 +75,11 @@ class Extend(LanguageGraph):
             for window in dict.fromkeys(one.window for one in model.layers)
         }
         outputs: dict[str, torch.Tensor] = {}
-        states: list[torch.Tensor] = []
+        states: list[Tensors] = []
         last = given["last_token"]
         for layer, one in model.numbered():
-            if one.state is not None:
-                hidden, state = self.convolved(layer, one, hidden, given, last=last, before=index)
+            if one.states:
+                hidden, state = self.stateful(layer, one, hidden, given, last=last, before=index)
                 states.append(state)
                 continue
             cos, sin = angles.of(one.rotary, hidden, positions)

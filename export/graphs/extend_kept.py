@@ -94,10 +94,10 @@ class ExtendKept(LanguageGraph):
         ring = {"ring_slots": given["ring_slots"]} if self.queries else {}
         body = partial(_block, sums=self.rule is not None and self.rule.sums)
         outputs: dict[str, torch.Tensor] = {}
-        states: list[torch.Tensor] = []
+        states: list[Tensors] = []
         for layer, one in model.numbered():
-            if one.state is not None:
-                hidden, state = self.convolved(layer, one, hidden, given)
+            if one.states:
+                hidden, state = self.stateful(layer, one, hidden, given)
                 states.append(state)
                 continue
             cos, sin = angles.of(one.rotary, hidden, positions)

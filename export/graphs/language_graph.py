@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lvlm.export.graphs.blocks import convolve
+from lvlm.export.graphs.blocks import run_stateful
 from lvlm.export.graphs.cache_entries import dtype_beside, held_width, store
 from lvlm.export.graphs.graph import BundleGraph, Tensors
 from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel
@@ -22,10 +22,9 @@ from lvlm.export.ports import BATCH, GraphPort, LayerPort, all_layers
 from lvlm.export.recipes.parts.cache_rule import CacheRule
 
 # Of a layer's buffers; query: the ring of recent queries; received: the attention that each entry
-# got, of all queries so far or of the newest; state: of layers that convolve, which have no others
+# got, of all queries so far or of the newest; state: of layers that have no others
 Kind = Literal["key", "value", "query", "received", "state"]
 CAPACITY = "capacity"  # slots of a layer's buffers, a dimension of its own
-BODIES = {first: partial(convolve, first=first) for first in (False, True)}
 ENTRIES: tuple[Kind, ...] = ("key", "value")
 Caches = Mapping[Kind, Sequence[torch.Tensor]]  # the buffers of every layer
 
@@ -34,8 +33,8 @@ class LanguageGraph(BundleGraph):
     """A graph that takes past_key_l and past_value_l [B,Hkv,C_l,d] (int8: d + 1) of every layer,
     whose capacity C_l is a dynamic dimension per layer, with a ring of queries past_query_l
     [B,Hq,queries,d], and with scores that go on past_received_l [B,1,C_l,1] fp32; l counts the
-    layers that attend. Those that convolve, s of them, have past_state_0 [B,s,n,D]. What it writes
-    of them is present_KIND_l."""
+    layers that attend. Those that keep states, s of them, have past_state_0 [B,s,n,D], and
+    past_state_1 where each has two. What it writes of them is present_KIND_l."""
 
     def __init__(
         self, model: LanguageModel, rule: CacheRule | None, cache_dtype: torch.dtype
@@ -44,6 +43,10 @@ class LanguageGraph(BundleGraph):
         self.model, self.rule, self.cache_dtype = model, rule, cache_dtype
         self.queries = rule.queries if rule is not None else 0
         self.kinds: tuple[Kind, ...] = kinds_of(rule)
+        heads = max((state.heads for state in model.states), default=0)
+        self.bodies = {
+            first: partial(run_stateful, first=first, heads=heads) for first in (False, True)
+        }
 
     def in_all_layers(self, ports: Sequence[LayerPort]) -> list[GraphPort]:
         """Ports that are declared for one layer, for every layer of the model that attends."""
@@ -55,11 +58,16 @@ class LanguageGraph(BundleGraph):
         return self.in_all_layers([LayerPort(f"{prefix}_{kind}", *forms[kind]) for kind in kinds])
 
     def state_ports(self, prefix: str) -> list[GraphPort]:
-        """The port of the layers' states, behind the buffers: one for all of them, since
+        """The ports of the layers' states, behind the buffers: one for those of all layers, since
         TensorRT-RTX 1.7 crashes on writes of several."""
+        found = zip(self.model.states, self.model.state_sizes, strict=True)
         return [
-            GraphPort(f"{prefix}_state_{number}", dtype_beside(self.cache_dtype), (BATCH, *sizes))
-            for number, sizes in enumerate(self.model.states)
+            GraphPort(
+                f"{prefix}_state_{number}",
+                torch.float32 if state.exact else dtype_beside(self.cache_dtype),
+                (BATCH, *sizes),
+            )
+            for number, (state, sizes) in enumerate(found)
         ]
 
     def buffer_forms(self) -> dict[Kind, tuple[torch.dtype, tuple[int | str, ...]]]:
@@ -88,7 +96,7 @@ class LanguageGraph(BundleGraph):
         states = range(len(self.model.states))
         return found | {"state": [outputs[f"present_state_{number}"] for number in states]}
 
-    def convolved(
+    def stateful(
         self,
         number: int,
         one: LanguageLayer,
@@ -96,22 +104,26 @@ class LanguageGraph(BundleGraph):
         given: Tensors,
         first: bool = False,
         **more: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The output [B,N,D] of the layer ``one``, of those that convolve the one of that number,
-        and its state [B,1,n,D] afterwards; the others are those of ``convolve``."""
-        state = given["past_state_0"][:, number : number + 1]
-        taken = {"hidden": hidden, "state": state, **more}
-        described = {"hidden": like(hidden), "state": like(state)}
-        new = repeated(BODIES[first], one.block, taken, described)
-        return new["hidden"], new["state"]
+    ) -> tuple[torch.Tensor, Tensors]:
+        """The output [B,N,D] of the layer ``one``, of those that keep states the one of that
+        number, and its states afterwards; the others are those of ``run_stateful``."""
+        names = [f"state_{which}" for which, _ in enumerate(one.states)]
+        states = {name: given[f"past_{name}"][:, number : number + 1] for name in names}
+        taken = {"hidden": hidden, **more, **states}
+        described = {name: like(taken[name]) for name in ("hidden", *names)}
+        new = repeated(self.bodies[first], one.block, taken, described)
+        return new.pop("hidden"), new
 
     def stored(
-        self, given: Tensors, states: Sequence[torch.Tensor], start: torch.Tensor
+        self, given: Tensors, states: Sequence[Tensors], start: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """The layers' states, written from slot ``start`` [B] on as every buffer is: 0."""
-        if not states:
-            return {}
-        return {"present_state_0": store(given["past_state_0"], torch.cat([*states], 1), start)}
+        return {
+            f"present_{name}": store(
+                given[f"past_{name}"], torch.cat([one[name] for one in states], 1), start
+            )
+            for name in (states[0] if states else ())
+        }
 
 
 def kinds_of(rule: CacheRule | None) -> tuple[Kind, ...]:

@@ -13,28 +13,45 @@ from lvlm.export.standard_ops import logit_attributes
 
 
 @dataclass(frozen=True)
+class LayerState:
+    """Something of fixed size that a layer keeps of a row's tokens so far: [rows,width].
+
+    heads  whose matrices lie under each other in it; 0: it is the inputs of a convolution
+    """
+
+    rows: int
+    width: int
+    heads: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """It is kept in fp32, whatever the type of the cache: sums go on in it."""
+        return self.heads > 0
+
+
+@dataclass(frozen=True)
 class LanguageLayer:
     """A block of a language model, and how it tells positions from one another.
 
     block   transformers' module, whatever its class
     rotary  (hidden, position_ids) -> cos and sin [B,N,d]: the angles that turn queries and keys
     window  how many positions a token sees, itself and those before it; None: all of them
-    state   sizes of what a row keeps of all tokens so far in place of their entries, (n,D) of a
-            convolution: its inputs for the last n tokens; None: the block attends
+    states  what the block keeps in place of entries; (): it attends. First the inputs of its
+            convolution for the last tokens, then the matrices of linear attention, if it has these
     """
 
     block: nn.Module
     rotary: nn.Module
     window: int | None = None
-    state: tuple[int, int] | None = None
+    states: tuple[LayerState, ...] = ()
 
 
 @dataclass(frozen=True)
 class LanguageModel:
     """The parts of a decoder-only language model, whatever their class.
 
-    Its blocks attend, each over a cache of entries, or convolve, each with a state of fixed size.
-    Wherever caches are counted, layer l is the l-th of those that attend.
+    Its blocks attend, each over a cache of entries, or keep states of fixed size, all the same
+    ones. Wherever caches are counted, layer l is the l-th of those that attend.
     """
 
     embed: nn.Module
@@ -69,19 +86,25 @@ class LanguageModel:
     @property
     def attending(self) -> list[LanguageLayer]:
         """The layers that attend, each with a cache of its own."""
-        return [layer for layer in self.layers if layer.state is None]
+        return [layer for layer in self.layers if not layer.states]
 
     @property
-    def states(self) -> tuple[tuple[int, int, int], ...]:
-        """Sizes of the buffers of states: of all layers that have one, (layers,n,D)."""
-        found = [layer.state for layer in self.layers if layer.state is not None]
-        assert len(set(found)) <= 1  # else a buffer for each size
-        return tuple((len(found), *sizes) for sizes in dict.fromkeys(found))
+    def states(self) -> tuple[LayerState, ...]:
+        """The states of every layer that has some."""
+        found = {layer.states for layer in self.layers if layer.states}
+        assert len(found) <= 1  # else buffers for each form
+        return next(iter(found), ())
+
+    @property
+    def state_sizes(self) -> tuple[tuple[int, int, int], ...]:
+        """Sizes of the buffers of states, each of all layers: (layers,rows,width)."""
+        count = len(self.layers) - len(self.attending)
+        return tuple((count, state.rows, state.width) for state in self.states)
 
     def numbered(self) -> list[tuple[int, LanguageLayer]]:
         """Every layer, with its number among those that attend, or among those that do not."""
-        attend, convolve = count(), count()
-        return [(next(convolve if one.state else attend), one) for one in self.layers]
+        attend, others = count(), count()
+        return [(next(others if one.states else attend), one) for one in self.layers]
 
     @property
     def rotaries(self) -> list[nn.Module]:

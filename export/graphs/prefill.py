@@ -83,12 +83,12 @@ class Prefill(LanguageGraph):
         kept: list[torch.Tensor] = []
         tap: Tap | None = None
         angles, masks = Angles(), Masks(bidirectional=model.bidirectional)
-        # No recipe merges where layers convolve (export_plan.py): rows stay as long as they are
+        # No recipe merges where layers keep states (export_plan.py): rows stay as long as they are
         last = {"last": state.last()} if model.states else {}
-        states: list[torch.Tensor] = []
+        states: list[Tensors] = []
         for layer, one in model.numbered():
-            if one.state is not None:
-                state.hidden, own = self.convolved(
+            if one.states:
+                state.hidden, own = self.stateful(
                     layer, one, state.hidden, given, first=True, **last
                 )
                 states.append(own)

@@ -49,8 +49,9 @@ class PassingPrompt:
     def through(self, number: int) -> torch.Tensor:
         """The output of block ``number`` for ``hidden``, which stays."""
         layer, hidden = self._language.layers[number], self.hidden
-        if layer.state is not None:
-            out = layer.block(hidden, past_key_values=StateBehind(None, layer.state[0]))
+        if layer.states:
+            cache = StateBehind(layer.states[0].rows)
+            out = layer.block(hidden, position_embeddings=None, past_key_values=cache)
             return self._embedded.with_features(number, out)
         cos, sin = self._angles.of(layer.rotary, hidden, self._positions)
         mask = self._masks.of(layer.window, self._image_id)

@@ -18,7 +18,6 @@ from lvlm.core.errors import ValidationError
 from lvlm.export.checkpoint.checkpoint import Checkpoint
 from lvlm.export.checkpoint.model_shape import build_shape, with_parameters
 from lvlm.export.families.family import Family
-from lvlm.export.graphs.cache_entries import dtype_beside
 from lvlm.export.graphs.language_graph import CAPACITY, Caches, Kind, past_inputs
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.graphs.prefill import Prefill
@@ -185,8 +184,10 @@ class Reference:
             return torch.zeros(sizes, dtype=dtype)
 
         found = {kind: [empty(kind, count) for count in kept] for kind in prefill.kinds}
-        beside = dtype_beside(self.cache_dtype)
-        states = [torch.zeros(1, *sizes, dtype=beside) for sizes in self.language.states]
+        states = [
+            torch.zeros(*map(int, (1, *port.dims[1:])), dtype=port.dtype)
+            for port in prefill.state_ports("past")
+        ]
         return {**found, "state": states}
 
 

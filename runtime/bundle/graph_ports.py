@@ -199,8 +199,8 @@ def _caches(manifest: Manifest) -> Forms:
 def _states(manifest: Manifest) -> Forms:
     """States of the layers that have no cache of entries."""
     return {
-        f"state_{number}": (side_dtype(manifest.cache_dtype), (None, *sizes))
-        for number, sizes in enumerate(manifest.text.states)
+        f"state_{number}": (dtype, (None, *sizes))
+        for number, (sizes, dtype) in enumerate(manifest.text.state_forms(manifest.cache_dtype))
     }
 
 

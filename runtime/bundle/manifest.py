@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from lvlm.core.integrity import File
+from lvlm.runtime.bundle.entry_form import side_dtype
 from lvlm.runtime.policies.policy import CachePolicy
 
 SCHEMA = 8
@@ -56,8 +57,9 @@ class Text:
 
     ``layers`` are those that attend, each with a cache of entries. ``states``: sizes of what a row
     keeps for the others whatever its length, (layers,n,D) of those that convolve: n inputs each.
-    ``bidirectional``: a prompt's tokens see those of it that follow, so that none is read before
-    all are there.
+    With linear attention a second one: (layers,heads * key size,value size). ``state_dtypes``: of
+    each; bundles without them have states of the cache's. ``bidirectional``: a prompt's tokens see
+    those of it that follow, so that none is read before all are there.
     """
 
     layers: int
@@ -68,7 +70,13 @@ class Text:
     vocab: int
     eos_ids: tuple[int, ...]
     states: tuple[tuple[int, ...], ...] = ()
+    state_dtypes: tuple[str, ...] = ()
     bidirectional: bool = False
+
+    def state_forms(self, cache_dtype: str) -> list[tuple[tuple[int, ...], str]]:
+        """Sizes and type of each state."""
+        types = self.state_dtypes or (side_dtype(cache_dtype),) * len(self.states)
+        return list(zip(self.states, types, strict=True))
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,11 @@ def _check_sizes(manifest: Manifest, path: Path) -> None:
         len(state) != 3 or not 1 <= min(state) <= max(state) <= LARGEST for state in text.states
     ):
         raise BundleError(f"{path} has a state that is not of three sizes; export again")
+    if text.state_dtypes and (
+        len(text.state_dtypes) != len(text.states)
+        or not {"float32", manifest.cache_dtype}.issuperset(text.state_dtypes)
+    ):
+        raise BundleError(f"{path} has states of other types than the cache's; export again")
     tokens = (images.token_id, *text.eos_ids)
     if not 0 <= min(tokens) <= max(tokens) < text.vocab:
         raise BundleError(f"{path} names a token that is none of {text.vocab}; export again")

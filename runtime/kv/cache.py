@@ -21,8 +21,8 @@ Form = tuple[tuple[int, ...], str]  # a buffer's shape and dtype
 
 class CompactCache(SlotCounts):
     """Buffers key and value [B,Hkv,C_l,d] per layer (int8: d + 1, entry_form.py); with a ring of
-    queries also query [B,Hq,queries,d], with scores that go on received [B,1,C_l,1]; state
-    [B,s,n,D] for s layers that keep states in place of entries; and the counts of what lies in
+    queries also query [B,Hq,queries,d], with scores that go on received [B,1,C_l,1]; one or two of
+    state [B,s,n,D] for s layers that keep these in place of entries; and the counts of what lies in
     them.
 
     A row can be filled on its own (``views``, ``begin``) and copied to another place.
@@ -64,8 +64,8 @@ class CompactCache(SlotCounts):
         entry = entry_width(text.head_dim, dtype) * ITEM_BYTES[dtype]
         self._entry_bytes = 2 * text.kv_heads * entry + scores
         rings = len(capacities) * self.queries * text.heads * text.head_dim
-        states = sum(map(math.prod, text.states))
-        self._fixed_bytes = (rings + states) * ITEM_BYTES[side_dtype(dtype)]
+        states = (_bytes(form) for form in text.state_forms(dtype))
+        self._fixed_bytes = rings * ITEM_BYTES[side_dtype(dtype)] + sum(states)
 
     def _no_room(self, batch: int, there: str) -> DeviceMemoryError:
         return DeviceMemoryError(
@@ -146,8 +146,8 @@ def _forms(
             forms[f"query_{layer}"] = shape, beside
         if policy is not None and policy.received and capacity:
             forms[f"received_{layer}"] = (batch, 1, capacity, 1), SCORES
-    for number, sizes in enumerate(text.states):
-        forms[f"state_{number}"] = (batch, *sizes), beside
+    for number, (sizes, its_dtype) in enumerate(text.state_forms(dtype)):
+        forms[f"state_{number}"] = (batch, *sizes), its_dtype
     return forms
 
 

@@ -93,8 +93,8 @@ FAULTS = {
     ),
     "sine and cosine swapped": Fault(
         "export/standard_ops.py",
-        "[cos[..., :half], sin[..., :half]]",
-        "[sin[..., :half], cos[..., :half]]",
+        "[cos[..., : size // 2], sin[..., : size // 2]]",
+        "[sin[..., : size // 2], cos[..., : size // 2]]",
         GROUPED,
     ),
     "attention without its scale": Fault(
@@ -410,6 +410,24 @@ FAULTS = {
         "seen = (places[..., 0] >= 0)",
         "seen = (places[..., 0] >= -1)",
         f"{PARITY}[lfm2-vl:gqa-conv-first]",
+    ),
+    "padding is written into the matrices of linear attention": Fault(
+        "export/ops/gated_delta_rule/function.py",
+        "split(g.Where(valid, x, zero), groups, 3)",
+        "split(x, groups, 3)",
+        "tests/export/ops/test_gated_delta_rule.py::test_padding_changes_nothing",
+    ),
+    "halves of a chunk's system taken for independent": Fault(
+        "export/ops/gated_delta_rule/function.py",
+        "for number in range(1, size.bit_length()):",
+        "for number in range(1, size.bit_length() - 1):",
+        "tests/export/ops/test_gated_delta_rule.py::test_pieces_go_on_from_the_state[1]",
+    ),
+    "matrices not faded before they are corrected": Fault(
+        "export/ops/gated_delta_rule/contract.py",
+        "wrong = value.float() - (state * key).sum(-2)",
+        "wrong = value.float() - (state / decay.exp()[..., None, None] * key).sum(-2)",
+        "tests/export/ops/test_gated_delta_rule.py::test_the_reference_is_transformers_rule",
     ),
     "last stage of the pyramid too late": Fault(
         "export/recipes/lightvlm.py",

@@ -1,5 +1,6 @@
-"""Bundles of Gemma 3, PaliGemma, Mistral 3 and Pixtral against their twins: windows, images and
-prompts whose tokens see one another, images of several sizes with text between their rows."""
+"""Bundles of Gemma 3, PaliGemma, Mistral 3, Pixtral and Qwen3.5 against their twins: windows, images
+and prompts whose tokens see one another, images of several sizes with text between their rows,
+linear attention."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from against import Row, compare_steps
 from example_counts import whole
-from twin_families import GemmaTwin, PaliGemmaTwin, PixtralTwin, WrittenTwin
+from twin_families import DeltaTwin, GemmaTwin, PaliGemmaTwin, PixtralTwin
+from twin_model import Twin
 from twin_recipes import Settings, arguments, rule_of
 
 COUNT = 24
@@ -20,11 +22,12 @@ ROWS: list[Row] = [
     ("USER: How often does 7 appear? ASSISTANT:", []),
     ("<image> and <image> Which? ASSISTANT:", [(20, 70), (60, 60)]),
 ]
-TWINS: dict[str, type[WrittenTwin]] = {
+TWINS: dict[str, type[Twin]] = {
     "gemma3": GemmaTwin,
     "paligemma": PaliGemmaTwin,
     "mistral3": PixtralTwin,
     "pixtral": PixtralTwin,
+    "qwen3.5": DeltaTwin,
 }
 Case = tuple[str, str, Settings, list[dict[str, Any]]]
 NONE: tuple[str, Settings, list[dict[str, Any]]] = ("none", {}, [{}])
@@ -40,6 +43,7 @@ USUAL: list[Case] = [
     ("gemma3:gqa-window", *NONE),
     ("mistral3:gqa", "lightvlm", {"kv_keep": 0.5}, [{"keep": 0.35}]),
     ("paligemma:gemma2-gqa", *CAPPED),
+    ("qwen3.5:gqa-linear-first", *NONE),
 ]
 WHOLE: list[Case] = [
     *USUAL,
@@ -58,6 +62,8 @@ WHOLE: list[Case] = [
     ("pixtral:mha-layers-tied", *NONE),
     ("pixtral:mha-layers-tied", "elastic-cache", {"kv_keep": 1.0}, [{"kv_keep": 0.5}]),
     ("pixtral:mha-layers-tied", "snapkv", {"kv_keep": 1.0}, [{"kv_keep": 0.3}]),
+    ("qwen3.5:mha-linear-last-tied", *NONE),
+    ("qwen3.5:gqa-linear-first", "snapkv", {"kv_keep": 1.0}, [{"kv_keep": 0.3}]),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoProcessor
-from twin_model import Layer, Sequence, Twin
+from twin_model import Layer, QwenTwin, Sequence, Twin
 
 IMAGE = "<image>"  # of tiny checkpoints
 
@@ -137,3 +137,46 @@ class PaliGemmaTwin(GemmaTwin):
         found = super()._logits(hidden)
         cap = getattr(self.text.config, "final_logit_softcapping", None)
         return found if cap is None else cap * torch.tanh(found / cap)
+
+
+class DeltaTwin(QwenTwin):
+    """Qwen3.5: most layers remember by a matrix for each head, written to token by token."""
+
+    def _remember(
+        self, block: Any, hidden: torch.Tensor, memory: Any | None
+    ) -> tuple[torch.Tensor, Any]:
+        net, rows = block.linear_attn, []
+        keys, values = net.num_k_heads, net.num_v_heads
+        inputs, matrices = memory or (
+            [torch.zeros(net.conv_dim)] * (net.conv_kernel_size - 1),
+            [torch.zeros(net.head_v_dim, net.head_k_dim) for _ in range(values)],
+        )
+        for token in block.input_layernorm(hidden):
+            inputs = [*inputs, net.in_proj_qkv(token)]
+            mixed = torch.zeros(net.conv_dim)
+            for back, one in enumerate(reversed(inputs)):
+                mixed += one * net.conv1d.weight[:, 0, -1 - back]
+            inputs = inputs[1:]
+            mixed = mixed / (1 + (-mixed).exp())
+            query, key, value = mixed.split([net.key_dim, net.key_dim, net.value_dim])
+            fades = torch.log1p((net.in_proj_a(token) + net.dt_bias).exp()) * net.A_log.exp()
+            rates = 1 / (1 + (-net.in_proj_b(token)).exp())
+            read = []
+            for head in range(values):
+                own = head // (values // keys)
+                asked, found = (x.view(keys, -1)[own] for x in (query, key))
+                asked, found = (x / (x.square().sum() + 1e-6).sqrt() for x in (asked, found))
+                held = matrices[head] * (-fades[head]).exp()
+                wrong = value.view(values, -1)[head] - held @ found
+                matrices[head] = held + rates[head] * torch.outer(wrong, found)
+                read.append(matrices[head] @ asked / net.head_k_dim**0.5)
+            spread = torch.stack(read)
+            spread = (
+                spread / (spread.square().mean(1, keepdim=True) + net.norm.variance_epsilon).sqrt()
+            )
+            gate = net.in_proj_z(token)
+            rows.append(
+                net.out_proj((net.norm.weight * spread).flatten() * gate / (1 + (-gate).exp()))
+            )
+        hidden = hidden + torch.stack(rows)
+        return hidden + block.mlp(block.post_attention_layernorm(hidden)), (inputs, matrices)

@@ -143,7 +143,13 @@ class Twin:
         # Behind an image these are not one number; each counts on, as in transformers' generate.
         following = sequence.positions[:, -1:] + 1
         found, layers, before = Answer(), [], None
-        for index, block in enumerate(self.text.layers):
+        memories: dict[Any, Any] = {}  # of blocks that do not attend
+        for block in self.text.layers:
+            if not hasattr(block, "self_attn"):
+                hidden, memories[block] = self._remember(block, sequence.hidden, None)
+                sequence = Sequence(hidden, sequence.positions, sequence.image)
+                continue
+            index = len(layers)
             sequence = rule.shorten(index, sequence, before)
             hidden, before, entries = self._run(block, sequence, None)
             sequence = Sequence(hidden, sequence.positions, sequence.image)
@@ -163,8 +169,12 @@ class Twin:
             here = following + step
             if rule.layer0:
                 here = torch.full_like(following, layers[0].key.shape[1])
-            for index, block in enumerate(self.text.layers):
-                layer = layers[index]
+            attending = iter(enumerate(layers))
+            for block in self.text.layers:
+                if block in memories:
+                    hidden, memories[block] = self._remember(block, hidden, memories[block])
+                    continue
+                index, layer = next(attending)
                 token = Sequence(hidden, here, [0])
                 hidden, attention, entries = self._run(block, token, layer)
                 layer.key, layer.value = entries.key, entries.value
@@ -223,6 +233,12 @@ class Twin:
         )
         out = out[0] if isinstance(out, tuple) else out
         return out[0], note[0], entries
+
+    def _remember(
+        self, block: Any, hidden: torch.Tensor, memory: Any | None
+    ) -> tuple[torch.Tensor, Any]:
+        """The output [n,D] of a block that does not attend, and what it remembers afterwards."""
+        raise NotImplementedError
 
     def _angles(self, block: Any, hidden: torch.Tensor, place: torch.Tensor) -> Any:
         del block

@@ -14,16 +14,16 @@ from transformers.models.gemma3.modeling_gemma3 import (
     Gemma3TextScaledWordEmbedding,
 )
 
-from lvlm.export.families.parts.gemma_text import ScaledEmbedding, norm
+from lvlm.export.families.parts.gemma_text import ScaledEmbedding
 from lvlm.export.families.parts.leaf_tables import Kinds, layer_window
 from lvlm.export.families.parts.llama_text import language_model
 from lvlm.export.graphs.language_model import LanguageModel
-from lvlm.export.leaves import Attention, HasLeaves, Norm, Rotary
+from lvlm.export.leaves import ZERO_CENTRED, Attention, HasLeaves, Rotary
 
 TEXTS: Kinds = {
     "gemma3_text": {
         Gemma3TextScaledWordEmbedding: ScaledEmbedding(),
-        Gemma3RMSNorm: Norm(norm),
+        Gemma3RMSNorm: ZERO_CENTRED,
         Gemma3RotaryEmbedding: Rotary(),
         Gemma3Attention: Attention(layer_window),
     }

@@ -21,8 +21,7 @@ from transformers.models.gemma2.modeling_gemma2 import (
 )
 
 from lvlm.export.families.parts.leaf_tables import Kinds, layer_window
-from lvlm.export.leaves import Attention, Leaf, Norm, Rotary
-from lvlm.export.standard_ops import rms_normalization
+from lvlm.export.leaves import ZERO_CENTRED, Attention, Leaf, Rotary
 
 
 class ScaledEmbedding(Leaf):
@@ -32,22 +31,16 @@ class ScaledEmbedding(Leaf):
         return {"embed_scale": torch.tensor(module.scalar_embed_scale)}
 
 
-def norm(module: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """A weight of 0 scales by 1; all of it in fp32."""
-    scale = 1.0 + module.weight.float()
-    return rms_normalization(hidden.float(), scale, module.eps).to(hidden.dtype)
-
-
 TEXTS: Kinds = {
     "gemma": {
         GemmaTextScaledWordEmbedding: ScaledEmbedding(),
-        GemmaRMSNorm: Norm(norm),
+        GemmaRMSNorm: ZERO_CENTRED,
         GemmaRotaryEmbedding: Rotary(),
         GemmaAttention: Attention(),
     },
     "gemma2": {
         Gemma2TextScaledWordEmbedding: ScaledEmbedding(),
-        Gemma2RMSNorm: Norm(norm),
+        Gemma2RMSNorm: ZERO_CENTRED,
         Gemma2RotaryEmbedding: Rotary(),
         Gemma2Attention: Attention(layer_window),
     },

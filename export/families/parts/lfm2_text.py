@@ -18,7 +18,7 @@ from transformers.models.lfm2.modeling_lfm2 import (
 from lvlm.export.families.parts.leaf_tables import Kinds, text_leaves
 from lvlm.export.families.parts.llama_text import model_positions
 from lvlm.export.graphs.blocks import StateBehind
-from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel
+from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel, LayerState
 from lvlm.export.leaves import Leaf
 
 
@@ -60,13 +60,13 @@ TEXTS: Kinds = {
 
 def lfm2_text(parts: Any, head: nn.Module, text: Any) -> LanguageModel:
     """The language model; the last inputs of a convolution are its layer's state."""
-    state = text.conv_L_cache - 1, text.hidden_size
+    state = LayerState(text.conv_L_cache - 1, text.hidden_size)
     attention = next(layer.self_attn for layer in parts.layers if layer.is_attention_layer)
     return LanguageModel(
         embed=parts.embed_tokens,
         layers=[
             LanguageLayer(
-                layer, parts.rotary_emb, state=None if layer.is_attention_layer else state
+                layer, parts.rotary_emb, states=() if layer.is_attention_layer else (state,)
             )
             for layer in parts.layers
         ],

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from lvlm.core.errors import CheckpointError
 from lvlm.export.families.parts.leaf_tables import Kinds, rope_types
 from lvlm.export.families.parts.side_files import load_tokenizer, read_json
-from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel
+from lvlm.export.graphs.language_model import LanguageLayer, LanguageModel, LayerState
 from lvlm.export.leaves import ATTENTION, HasLeaves, leaves_of
 
 # Of a text model's and a vision tower's configuration
@@ -123,15 +123,25 @@ def build_model(kind: Any, config: Any) -> nn.Module:
     return model
 
 
-def language_model(family: HasLeaves, parts: Any, head: nn.Module, text: Any) -> LanguageModel:
+def language_model(
+    family: HasLeaves,
+    parts: Any,
+    head: nn.Module,
+    text: Any,
+    states: tuple[LayerState, ...] = (),
+) -> LanguageModel:
     """A Llama-like text model of a family from transformers' module ``parts`` and its
-    configuration. CheckpointError names an attention that is not among the family's leaves."""
+    configuration; ``states`` are those of layers that have no attention. CheckpointError names an
+    attention that is not among the family's leaves."""
     leaves = leaves_of(family)
+    attends = [hasattr(layer, "self_attn") for layer in parts.layers]
     return LanguageModel(
         embed=parts.embed_tokens,
         layers=[
             LanguageLayer(layer, parts.rotary_emb, leaves.window(layer.self_attn))
-            for layer in parts.layers
+            if here
+            else LanguageLayer(layer, parts.rotary_emb, states=states)
+            for layer, here in zip(parts.layers, attends, strict=True)
         ],
         norm=parts.norm,
         head=head,
@@ -140,7 +150,7 @@ def language_model(family: HasLeaves, parts: Any, head: nn.Module, text: Any) ->
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         hidden=text.hidden_size,
         vocab=text.vocab_size,
-        scale=float(parts.layers[0].self_attn.scaling),
+        scale=float(parts.layers[attends.index(True)].self_attn.scaling),
         positions=model_positions(text),
     )
 

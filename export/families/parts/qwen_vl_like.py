@@ -29,7 +29,7 @@ from lvlm.export.families.parts.llama_text import (
 from lvlm.export.families.parts.mrope import MropeRotary, one_after_another
 from lvlm.export.families.parts.qwen_vision import QwenVision
 from lvlm.export.families.parts.side_files import prompt_files
-from lvlm.export.graphs.language_model import LanguageModel
+from lvlm.export.graphs.language_model import LanguageModel, LayerState
 from lvlm.export.leaves import FIXED_TABLES, Table
 from lvlm.export.ports import GraphPort
 from lvlm.runtime.bundle.manifest import Images
@@ -72,6 +72,11 @@ class QwenVL:
         del vision
         return None
 
+    def states(self, text: Any) -> tuple[LayerState, ...]:
+        """The states of layers that do not attend; (): all do."""
+        del text
+        return ()
+
     def second(self, vision: Any) -> int | None:
         """Rotary positions that a second of video lasts, None: each image of it lasts one."""
         del vision
@@ -87,7 +92,7 @@ class QwenVL:
         config = read_common(self.name, self.config_class, raw, texts, own)
         text, vision = config.text_config, config.vision_config
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        half = size // 2
+        half = int(size * text.rope_parameters.get("partial_rotary_factor", 1.0)) // 2
         shares = text.rope_parameters.get("mrope_section", self.default_section)
         if len(shares) != 3 or sum(shares) != half:
             raise CheckpointError(
@@ -106,8 +111,9 @@ class QwenVL:
         return build_model(self.model_class, config)
 
     def language(self, model: Any, config: Any) -> LanguageModel:
-        found = language_model(self, model.model.language_model, model.lm_head, config.text_config)
-        shares = config.text_config.rope_parameters.get("mrope_section", self.default_section)
+        parts, text = model.model.language_model, config.text_config
+        found = language_model(self, parts, model.lm_head, text, self.states(text))
+        shares = text.rope_parameters.get("mrope_section", self.default_section)
         (rotary,) = found.rotaries
         found = found.with_rotary(MropeRotary(rotary, self.axis(rotary, shares)))
         return replace(found, position_rows=3)

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from bundles import TINY, transformers_inputs
+from bundles import TINY, transformers_inputs, tried
 from parity_tools import load_torch
 
 from lvlm.export.export_options import ExportOptions as ExportOptions
 from lvlm.runtime.prompt.prompts import Prompt
 
-MODELS = [name for name, (family, _) in TINY.items() if "qwen" in family.name]
+MODELS = [name for name, (family, _) in TINY.items() if "qwen" in family.name and tried(name)]
 LIGHT = [name for name in MODELS if name.endswith(":gqa")]
 
 

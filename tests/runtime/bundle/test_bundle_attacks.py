@@ -173,6 +173,12 @@ ATTACKS: dict[str, Edit] = {
     "ends by no token": put("text", "eos_ids", value=[]),
     "ends by a token that is none": put("text", "eos_ids", value=[HUGE]),
     "ends by a negative token": put("text", "eos_ids", value=[-1]),
+    **{
+        f"states of {types}": lambda d, types=types: (  # type: ignore[misc]
+            d["text"].update(states=[[1, 2, 3]] * 2, state_dtypes=types)
+        )
+        for types in ([], ["float32"], ["float32", "float64"], ["float32"] * 3)
+    },
     "images of 1 token": put("images", "tokens", value=1),
     **{
         f"images.{name} is {value!r:.16}": put("images", name, value=value)

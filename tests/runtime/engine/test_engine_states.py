@@ -3,6 +3,7 @@ before, answers are those alone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_tools import IMAGES, OTHERS, ask, idle, intercept, same, submit
+from example_counts import whole
 
 from lvlm.core.errors import BackendError
 from lvlm.runtime.engine import Engine
@@ -18,7 +20,8 @@ from lvlm.runtime.kv.cache import cache_bytes
 from lvlm.runtime.model import Model
 from lvlm.runtime.options.generation_options import GenerationOptions
 
-MODEL = "lfm2-vl:gqa-conv-first"  # three of five layers convolve over three tokens
+# Three of five layers convolve over three tokens; or have matrices besides
+MODELS = ["lfm2-vl:gqa-conv-first", "qwen3.5:gqa-linear-first"]
 ASKS = [
     *OTHERS,
     ask("How often does 7 appear?", (), max_new_tokens=9),
@@ -27,9 +30,9 @@ ASKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model(bundle: Callable[..., Path]) -> Iterator[Model]:
-    with Model(bundle(MODEL, max_images=2)) as found:
+@pytest.fixture(scope="module", params=MODELS if whole() else MODELS[:1])
+def model(request: pytest.FixtureRequest, bundle: Callable[..., Path]) -> Iterator[Model]:
+    with Model(bundle(request.param, max_images=2)) as found:
         yield found
 
 
@@ -121,6 +124,9 @@ def test_a_step_that_failed_is_not_run_again(model: Model) -> None:
 def test_states_are_counted(model: Model) -> None:
     manifest = model.manifest
     assert manifest.text.layers == 2
-    assert manifest.text.states == ((3, 2, 64),)
+    states = {"lfm2-vl": ((3, 2, 64),), "qwen3.5": ((3, 3, 160), (3, 64, 24))}[manifest.family]
+    assert manifest.text.states == states
+    assert manifest.text.state_dtypes == ("float32",) * len(states)
     entries = 2 * manifest.text.kv_heads * manifest.text.head_dim * np.array([10, 10])
-    assert cache_bytes(manifest, 3, [10, 10]) == 3 * 4 * (entries.sum() + 3 * 2 * 64)
+    held = sum(map(math.prod, states))
+    assert cache_bytes(manifest, 3, [10, 10]) == 3 * 4 * (entries.sum() + held)

@@ -45,8 +45,9 @@ def new_cache(
     batch: int = 2,
     dtype: str = "float16",
     states: tuple[tuple[int, ...], ...] = (),
+    state_dtypes: tuple[str, ...] = (),
 ) -> CompactCache:
-    text = replace(TEXT, states=states)
+    text = replace(TEXT, states=states, state_dtypes=state_dtypes)
     return CompactCache(UnreadMemory(), text, dtype, batch, capacities, budgets)
 
 

@@ -44,6 +44,23 @@ def test_bytes_allocated_are_those_of_the_buffers(
     assert cache.bytes_allocated == sum(b.nbytes for b in cache.buffers.values())
 
 
+def test_states_are_of_their_own_types() -> None:
+    """Of the cache's where a bundle does not say, as those made before there were others."""
+    sizes = (3, 2, 7), (3, 8, 4)
+    for types, second in (((), np.float16), (("float16", "float32"), np.float32)):
+        cache = new_cache([4, 4, 4], states=sizes, state_dtypes=types)
+        first, other = cache.buffers["state_0"], cache.buffers["state_1"]
+        assert (first.shape, first.dtype) == ((2, 3, 2, 7), np.float16)
+        assert (other.shape, other.dtype) == ((2, 3, 8, 4), second)
+        assert cache.bytes_allocated == sum(b.nbytes for b in cache.buffers.values())
+        first[0], other[0] = 1.5, 2.5
+        cache.begin(np.full((3, 2), 1), np.full((3, 2), 1))
+        cache.copy_row(0, 1)
+        assert (first[1] == 1.5).all()
+        assert (other[1] == 2.5).all()
+        assert cache.bytes_used(0) == 3 * cache._entry_bytes + (first.nbytes + other.nbytes) / 2
+
+
 @pytest.mark.parametrize("cache_policy", [None, INTERVAL])
 def test_views_are_the_same_memory(cache_policy: CachePolicy | None) -> None:
     cache = new_cache([10, 6, 4], Budgets.of(cache_policy, 3, None), batch=3)
