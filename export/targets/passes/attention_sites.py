@@ -38,7 +38,7 @@ def find_site_behind(node: ir.Node) -> tuple[Site, ir.Value] | None:
     whatever the mask; and the slots of the former. None where the attention is of another kind."""
     if not _masked(node):
         return None
-    found = [_behind(x) for x in node.inputs[1:3]]
+    found = [entries_behind(x) for x in node.inputs[1:3]]
     if found[0] is None or found[1] is None or found[0][1] is not found[1][1]:
         return None
     site = _site(node, (found[0][0], found[1][0]))
@@ -49,7 +49,7 @@ def _masked(node: ir.Node) -> bool:
     return node.op_type == "Attention" and node.domain == "" and len(node.inputs) == 4
 
 
-def _behind(value: ir.Value | None) -> tuple[ir.Node, ir.Value] | None:
+def entries_behind(value: ir.Value | None) -> tuple[ir.Node, ir.Value] | None:
     """The TensorScatter of new entries that ``value`` has behind those of some slots of the same
     cache; and these slots."""
     joined = producer(value, "Concat")

@@ -17,8 +17,8 @@ from onnx_ir.passes import common
 
 from lvlm.export.ops.cache_attention import HEAD_MULTIPLE, LARGEST_HEAD, SCHEMA
 from lvlm.export.ops.op import DOMAIN, VERSION
-from lvlm.export.targets.passes.attention_sites import producer
-from lvlm.export.targets.passes.graph_edits import DTYPES
+from lvlm.export.targets.passes.attention_sites import entries_behind, producer
+from lvlm.export.targets.passes.graph_edits import DTYPES, constant
 from lvlm.export.targets.passes.ort_fusions import take_place
 
 SHAPED = ("Unsqueeze", "Slice", "Expand", "Reshape", "Cast")
@@ -99,7 +99,6 @@ def _extend(node: ir.Node) -> CausalSite | None:
     """Rows over entries of a cache and themselves, with a mask for each beside the other."""
     if len(node.inputs) != 4:
         return None
-    caches = [_behind(value) for value in node.inputs[1:3]]
     joined = _condition(node.inputs[3])
     if joined is None or joined.op_type != "Concat" or len(joined.inputs) != 2:
         return None
@@ -109,12 +108,13 @@ def _extend(node: ir.Node) -> CausalSite | None:
     if window != _own_window(_condition(joined.inputs[1])):
         return None
     slots, index = (_stripped(value) for value in past.inputs)
-    written = [found for found in caches if found is not None]
-    if len(written) != 2 or index is None:
-        return None
-    if any((taken, at) != (slots, index) for _, taken, at in written):
-        return None
-    return CausalSite(written[0][0], written[1][0], index, 1, slots, window)
+    writes = []
+    for value in node.inputs[1:3]:
+        found = entries_behind(value)
+        if found is None or (_stripped(found[1]), found[0].inputs[2]) != (slots, index):
+            return None
+        writes.append(found[0].outputs[0])
+    return CausalSite(*writes, index, 1, slots, window)
 
 
 def _prompt(node: ir.Node) -> CausalSite | None:
@@ -126,21 +126,6 @@ def _prompt(node: ir.Node) -> CausalSite | None:
         return CausalSite(key, value)
     window = _own_window(_condition(node.inputs[3])) if len(node.inputs) == 4 else None
     return None if window is None else CausalSite(key, value, window=window)
-
-
-def _behind(value: ir.Value | None) -> tuple[ir.Value, ir.Value | None, ir.Value | None] | None:
-    """The cache that the new entries of ``value`` are written into, where it has them behind those
-    of some slots of the same cache; these slots; and the slot of the first new one."""
-    joined = producer(value, "Concat")
-    gather = None if joined is None else producer(joined.inputs[0], "Gather")
-    if joined is None or gather is None or len(joined.inputs) != 2:
-        return None
-    past, slots = gather.inputs[:2]
-    for use in () if past is None else past.uses():
-        write = use.node
-        if write.op_type == "TensorScatter" and write.inputs[:2] == (past, joined.inputs[1]):
-            return write.outputs[0], _stripped(slots), write.inputs[2]
-    return None
 
 
 def _own_window(node: ir.Node | None) -> int | None:
@@ -209,30 +194,19 @@ def _count(
         made.name, made.dtype = f"{name}_{len(nodes)}", ir.DataType.INT64
         return made
 
+    def number(n: int) -> ir.Value:
+        return constant(model, f"keys_{n}", np.array([n], np.int64))
+
     if site.past is None:
-        rows = add("Shape", query, start=0, end=1)
-        counted = add("Expand", _constant(model, "one_key", [1]), rows)
+        counted = add("Expand", number(1), add("Shape", query, start=0, end=1))
     else:
         counted = site.past
         if site.most is not None:
             counted = add("Min", counted, add("Shape", site.most))
         if site.plus:
-            counted = add("Add", counted, _constant(model, "one_key", [site.plus]))
+            counted = add("Add", counted, number(site.plus))
     model.graph.insert_before(node, nodes)
     return counted
-
-
-def _constant(model: ir.Model, name: str, numbers: list[int]) -> ir.Value:
-    known = model.graph.initializers
-    if name not in known:
-        tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-        known[name] = ir.Value(
-            name=name,
-            shape=ir.Shape([len(numbers)]),
-            type=ir.TensorType(ir.DataType.INT64),
-            const_value=tensor,
-        )
-    return known[name]
 
 
 def _replace(model: ir.Model, node: ir.Node, site: CausalSite, seen: ir.Value) -> None:
