@@ -108,13 +108,12 @@ def _extend(node: ir.Node) -> CausalSite | None:
     if window != _own_window(_condition(joined.inputs[1])):
         return None
     slots, index = (_stripped(value) for value in past.inputs)
-    writes = []
-    for value in node.inputs[1:3]:
-        found = entries_behind(value)
-        if found is None or (_stripped(found[1]), found[0].inputs[2]) != (slots, index):
-            return None
-        writes.append(found[0].outputs[0])
-    return CausalSite(*writes, index, 1, slots, window)
+    key, value = (entries_behind(joined) for joined in node.inputs[1:3])
+    if key is None or value is None:
+        return None
+    if any((_stripped(at), to.inputs[2]) != (slots, index) for to, at in (key, value)):
+        return None
+    return CausalSite(key[0].outputs[0], value[0].outputs[0], index, 1, slots, window)
 
 
 def _prompt(node: ir.Node) -> CausalSite | None:
