@@ -154,6 +154,21 @@ def _cache_attention(model: ModelShape, length: int, device: torch.device) -> It
         )
 
 
+def _scored_attention(model: ModelShape, length: int, device: torch.device) -> Iterator[KernelCase]:
+    """A prompt over itself: what CacheImportance and attention do apart."""
+    key, value = (_random(device, 1, model.key_heads, length, model.head) for _ in range(2))
+    query = _random(device, 1, model.heads, length, model.head)
+    slots = torch.arange(length, device=device)[None]
+    yield KernelCase(
+        "ScoredAttention",
+        f"{model.name}, a prompt of {length:,}",
+        (query, key, value, slots, torch.tensor([length], device=device)),
+        {"scale": model.head**-0.5},
+        traffic=2 * (key.numel() + query.numel()) * HALF,
+        attended=length,
+    )
+
+
 def _cache_compact(model: ModelShape, length: int, device: torch.device) -> Iterator[KernelCase]:
     key, value = (_random(device, 1, model.key_heads, length, model.head) for _ in range(2))
     budget = length // 5
@@ -200,6 +215,7 @@ MAKERS = {
     "CacheCompact": _cache_compact,
     "CacheImportance": _cache_importance,
     "CacheUpdate": _cache_update,
+    "ScoredAttention": _scored_attention,
     "TokenImportance": _token_importance,
     "TokenMerge": _token_merge,
 }

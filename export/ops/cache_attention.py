@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 import onnx
 import torch
 from onnx.defs import OpSchema
@@ -19,10 +18,8 @@ from lvlm.core.errors import ParameterError
 from lvlm.export.ops.op import DOMAIN, FLOATS, VERSION, Attribute, Op, OpSample, Shape, register
 from lvlm.export.ops.parts.body import Body
 from lvlm.export.ops.parts.input_checks import check_heads
+from lvlm.export.ops.parts.row_attention import attend_rows, attention_body
 
-F32 = onnx.TensorProto.FLOAT
-LOWEST = -3.4e38  # finite: a row that sees nothing gives no NaN
-CHUNK = 128  # rows whose attention the reference holds at a time
 # Of a head: what kernels come for
 LARGEST_HEAD, HEAD_MULTIPLE = 128, 8
 
@@ -70,25 +67,9 @@ def reference(
     Query head h reads key head h // (Hq / Hkv). Raises ParameterError if shapes do not fit.
     """
     outputs(query, key, value, seen, scale=scale, window=window)
-    rows, slots = query.shape[2], torch.arange(key.shape[2], device=key.device)
-    unused = slots >= (seen + rows - 1)[:, None]
-    keys, values = key.float().transpose(2, 3), value.float()
-    values = values.masked_fill(unused[:, None, :, None], 0)
-    mixed = []
-    for start in range(0, rows, CHUNK):
-        some = query[:, :, start : start + CHUNK].float() * scale
-        at = torch.arange(start, start + some.shape[2], device=key.device)
-        ends = (seen[:, None] + at)[:, None, :, None]
-        hidden = slots >= ends
-        if window:
-            hidden = hidden | (slots < ends - window)
-        # Heads of a group go under each other: one product per key head, no repeated keys.
-        logits = some.reshape(key.shape[0], key.shape[1], -1, key.shape[3]) @ keys
-        logits = logits.view(*some.shape[:3], -1).masked_fill(hidden, float("-inf"))
-        attention = logits.softmax(dim=-1).masked_fill(hidden, 0)
-        attention = attention.view(key.shape[0], key.shape[1], -1, key.shape[2])
-        mixed.append((attention @ values).view_as(some))
-    return (torch.cat(mixed, dim=2).to(query.dtype),)
+    ends = seen[:, None] + torch.arange(query.shape[2], device=seen.device)
+    output = attend_rows(query, key, value, ends, scale=scale, window=window)
+    return (output.to(query.dtype),)
 
 
 def outputs(
@@ -115,26 +96,15 @@ def outputs(
 def function(attributes: Mapping[str, Attribute]) -> onnx.FunctionProto:  # noqa: ARG001
     """The op as standard ops; ``scale`` and ``window`` are read from the node."""
     g = Body()
-    batch, heads, rows, width = (g.dim("query", axis) for axis in range(4))
-    positions, nothing = g.dim("key", 2), g.const(0, np.float32)
-    slots, first = g.arange(positions), g.Unsqueeze("seen", g.const([1]))
+    rows, slots = g.dim("query", 2), g.arange(g.dim("key", 2))
+    first = g.Unsqueeze("seen", g.const([1]))
     ends = g.Unsqueeze(g.Add(first, g.arange(rows)), g.const([1, 3]))
     window = g.attribute("window", "value_int", onnx.AttributeProto.INT)
     within = g.GreaterOrEqual(slots, g.Sub(ends, window))
     within = g.Or(g.Equal(window, g.const(0)), within)
     visible = g.And(g.Less(slots, ends), within)
-    scale = g.attribute("scale", "value_float", onnx.AttributeProto.FLOAT)
-    grouped = g.Concat(batch, g.dim("key", 1), g.const([-1]), width, axis=0)
-    query = g.Mul(g.Cast(g.Reshape("query", grouped), to=F32), scale)
-    products = g.MatMul(query, g.Transpose(g.Cast("key", to=F32), perm=[0, 1, 3, 2]))
-    logits = g.Reshape(products, g.Concat(batch, heads, rows, positions, axis=0))
-    # Before the softmax: whatever unused slots hold is gone, even NaN.
-    attention = g.Softmax(g.Where(visible, logits, g.const(LOWEST, np.float32)), axis=-1)
-    attention = g.Reshape(g.Where(visible, attention, nothing), g.Shape(products))
     used = g.Less(slots, g.Add(first, g.Sub(rows, g.const([1]))))
-    used = g.Unsqueeze(used, g.const([1, 3]))
-    mixed = g.MatMul(attention, g.Where(used, g.Cast("value", to=F32), nothing))
-    output = g.CastLike(g.Reshape(mixed, g.Shape("query")), "query")
+    _, output = attention_body(g, visible, used)
     return g.function(SCHEMA, [output], {}, required=["scale", "window"])
 
 

@@ -1,4 +1,4 @@
-"""The kernels of ``CacheAttention``: what is valid is read, once for all query heads of a group.
+"""Kernels of attention, for two ops: what is valid is read, once for all query heads of a group.
 
 Query heads of one key head stand under each other in memory, so they are ONE block of
 M = Hq / Hkv * R rows: in decode a tile of keys and values serves them all. ``attend`` goes over the
@@ -22,13 +22,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lvlm.plugins_trt.plugins.attention_tiles import last_seen
+
 
 @triton.jit
 def attend(
     query: tl.tensor,  # T [B, Hkv, M, d]
     key: tl.tensor,  # T [B, Hkv, N, d]
     value: tl.tensor,  # T [B, Hkv, N, d]
-    seen: tl.tensor,  # int64 [B]
+    seen: tl.tensor,  # int64 [B], or slots [B, R]
+    valid: tl.tensor,  # int64 [B], read with SLOTS
     output: tl.tensor,  # T [B, Hkv, M, d], written where there is one split
     mixed: tl.tensor,  # fp32 [B, Hkv, splits, M, d], written where there are several
     peaks: tl.tensor,  # fp32 [B, Hkv, splits, M]: largest logit seen in the split; -inf: none
@@ -43,8 +46,12 @@ def attend(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SHORTEST: tl.constexpr,  # keys of a split, a multiple of 64
+    SLOTS: tl.constexpr,
 ) -> None:
-    """Grid: blocks of rows times splits, Hkv, B."""
+    """Row r sees as many keys as ``seen`` of its batch row says and r more; with SLOTS those up to
+    its own slot, if that is below ``valid``, and there is one split, of which peaks and totals are
+    written, too. Grid: blocks of rows times splits, Hkv, B.
+    """
     precision: tl.constexpr = "ieee" if query.dtype.element_ty == tl.float32 else "tf32"
     tile: tl.constexpr = 32 if query.dtype.element_ty == tl.float32 else 64  # keys
     width = width // 8 * 8  # tells the compiler that rows are aligned
@@ -56,7 +63,11 @@ def attend(
     row = block * BLOCK_R + tl.arange(0, BLOCK_R)
     there = row < rows
 
-    begins, ends = row_span(seen, batch, row, rows, indices, positions, window)
+    if SLOTS:
+        ends = last_seen(seen, valid, batch, row, rows, indices, positions, True) + 1
+        begins = ends * 0
+    else:
+        begins, ends = row_span(seen, batch, row, rows, indices, positions, window)
     end = tl.max(ends)
     begin = tl.min(tl.where(there, begins, positions)) // tile * tile
     share = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), splits), tile) * tile
@@ -93,8 +104,11 @@ def attend(
         peak = higher
 
     if splits == 1:
-        total = tl.where(total == 0, 1.0, total)  # saw nothing
-        tl.store(output + at, (sums / total[:, None]).to(q.dtype), mask)
+        divisor = tl.where(total == 0, 1.0, total)  # 0: saw nothing
+        tl.store(output + at, (sums / divisor[:, None]).to(q.dtype), mask)
+        if SLOTS:
+            tl.store(peaks + head * rows + row, peak, there)
+            tl.store(totals + head * rows + row, total, there)
     else:
         part = (head * splits + split) * rows + row
         tl.store(mixed + part[:, None] * width + depth[None, :], sums, mask)

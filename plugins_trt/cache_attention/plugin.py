@@ -30,9 +30,13 @@ FEW, MANY = 16, 64  # rows of a tile
 PROGRAMS = {FEW: 512, MANY: 256}  # from so many on keys are not shared out
 SPLITS = 64  # of a row's keys at most
 SHORTEST = 128  # keys of a split
-HEAD_SIZES = (LARGEST_HEAD // 2, LARGEST_HEAD)  # that kernels come in
-# What a head size leaves over by 8 makes it larger than any: rows would not be aligned.
-FITS = WIDTH + (WIDTH - WIDTH // 8 * 8) * LARGEST_HEAD
+# Head sizes that kernels come in. What one leaves over by 8 makes it larger than any: its rows
+# would not be aligned.
+HEAD_CHOICE = (
+    "BLOCK_D",
+    WIDTH + (WIDTH - WIDTH // 8 * 8) * LARGEST_HEAD,
+    (LARGEST_HEAD // 2, LARGEST_HEAD),
+)
 
 IS_MANY = (ROWS.ceil_div(FEW) - 1).at_most(1)
 IS_FEW = const(1) - IS_MANY
@@ -48,14 +52,14 @@ def splits_of(block: int) -> Size:
 def attention_step(block: int, here: Size, warps: int, stages: int) -> PluginStep:
     """The launch with tiles of ``block`` rows, where ``here`` is 1."""
     splits = splits_of(block)
-    tensors = ("query", "key", "value", "seen", "output", "mixed", "peaks", "totals")
+    tensors = ("query", "key", "value", "seen", "seen", "output", "mixed", "peaks", "totals")
     return PluginStep(
         kernel=attend,
         grid=(ROWS.ceil_div(block) * splits * here, KEY_HEADS, BATCH),
         arguments=(*tensors, ROWS, INDICES, POSITIONS, WIDTH, splits, Scalar("window"),
                    Scalar("scale")),
-        constants={"BLOCK_R": block, "SHORTEST": SHORTEST},
-        choice=("BLOCK_D", FITS, HEAD_SIZES),
+        constants={"BLOCK_R": block, "SHORTEST": SHORTEST, "SLOTS": False},
+        choice=HEAD_CHOICE,
         warps=warps,
         stages=stages,
     )  # fmt: skip
@@ -89,7 +93,7 @@ PLUGIN = Plugin(
             grid=(ROWS * (SPLIT - 1).at_most(1), KEY_HEADS, BATCH),
             arguments=("mixed", "peaks", "totals", "output", ROWS, WIDTH, SPLIT),
             constants={"SPLITS": SPLITS},
-            choice=("BLOCK_D", FITS, HEAD_SIZES),
+            choice=HEAD_CHOICE,
         ),
     ),
 )

@@ -1,4 +1,5 @@
-"""Causal attention as ``lvlm::CacheAttention``, the plugin that reads valid entries only.
+"""Causal attention as ``lvlm::CacheAttention``, the plugin that reads valid entries only; that of a
+prompt whose CacheImportance is beside it as ``lvlm::ScoredAttention``, one plugin for both.
 
 Three kinds are found in a graph: decode, one row over a cache under a mask of its valid slots;
 extend, new rows over gathered entries and themselves, which then attend to the cache that they are
@@ -15,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from lvlm.export.ops import cache_importance, scored_attention
 from lvlm.export.ops.cache_attention import HEAD_MULTIPLE, LARGEST_HEAD, SCHEMA
 from lvlm.export.ops.op import DOMAIN, VERSION
 from lvlm.export.targets.passes.attention_sites import entries_behind, producer
@@ -56,6 +58,10 @@ def use_cache_attention(model: ir.Model, kept: Collection[str] = (), *, cache: b
         if site is None or query is None or query.dtype is None:
             continue
         if DTYPES[query.dtype] in kept and not (cache and site.past is not None):
+            continue
+        if (scores := _scores(node)) is not None and site.past is None and not site.window:
+            _replace_scored(model, node, scores)
+            done += 1
             continue
         key = (site.past, site.plus, site.most)
         if key not in counts:
@@ -128,8 +134,8 @@ def _prompt(node: ir.Node) -> CausalSite | None:
 
 
 def _own_window(node: ir.Node | None) -> int | None:
-    """Of a mask of rows over themselves: 0 where each sees all up to itself, w where it sees the
-    last w of these; None: another."""
+    """The window in a mask of rows over themselves: 0 where each sees all up to itself, w where it
+    sees the last w of these; None: another mask."""
     node, window = _without_window(node, _distance)
     if node is None or node.op_type != "GreaterOrEqual" or _number(node.inputs[1]) != 0:
         return None
@@ -206,6 +212,34 @@ def _count(
             counted = add("Add", counted, number(site.plus))
     model.graph.insert_before(node, nodes)
     return counted
+
+
+def _scores(node: ir.Node) -> ir.Node | None:
+    """The CacheImportance of the same queries and keys, each query seeing what it does here."""
+    query, key = node.inputs[:2]
+    for use in () if query is None else query.uses():
+        other = use.node
+        if other.op_type == cache_importance.SCHEMA.name and other.inputs[:2] == (query, key):
+            slots = producer(other.inputs[2], "Expand")
+            if slots is not None and producer(slots.inputs[0], "Range") is not None:
+                return other
+    return None
+
+
+def _replace_scored(model: ir.Model, node: ir.Node, scores: ir.Node) -> None:
+    new = ir.node(
+        scored_attention.SCHEMA.name,
+        [*node.inputs[:3], *scores.inputs[2:4]],
+        attributes={"scale": scores.attributes["scale"].as_float()},
+        domain=DOMAIN,
+        name=node.name,
+        num_outputs=2,
+    )
+    # Behind the later one of the two: the lengths are computed before the scores
+    model.graph.insert_after(scores, [new])
+    for old, made in zip((node, scores), new.outputs, strict=True):
+        take_place(old.outputs[0], made)
+        model.graph.remove(old, safe=True)
 
 
 def _replace(model: ir.Model, node: ir.Node, site: CausalSite, seen: ir.Value) -> None:

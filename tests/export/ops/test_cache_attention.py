@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from single_node import feeds, session, single_node_model
 
 from lvlm.core.errors import ParameterError
-from lvlm.export.ops import cache_attention
 from lvlm.export.ops.cache_attention import OP
 from lvlm.export.ops.op import OpSample
+from lvlm.export.ops.parts import row_attention
 
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 RUNNER = session(single_node_model(OP, next(OP.samples())))  # of 6 heads on 2, of 64 numbers
@@ -55,7 +55,7 @@ def test_matches_rows_one_by_one(call: tuple[Inputs, int], chunk: int) -> None:
     given, window = call
     right = one_by_one(given, 0.2, window)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_attention, "CHUNK", chunk)
+        patch.setattr(row_attention, "CHUNK", chunk)
         (found,) = OP(*given, scale=0.2, window=window)
     torch.testing.assert_close(found.double(), right, rtol=0, atol=2e-6)
 

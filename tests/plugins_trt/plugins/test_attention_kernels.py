@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scratch import scratch_bytes
 
 from lvlm.core.errors import ParameterError
+from lvlm.export.ops import cache_importance, scored_attention
 from lvlm.export.ops.cache_attention import HEAD_MULTIPLE, LARGEST_HEAD, OP
 from lvlm.plugins_trt.cache_attention.plugin import FEW, MANY, SPLIT, SPLITS, splits_of
 from lvlm.plugins_trt.plugins.plan_runner import run
@@ -19,7 +20,7 @@ from lvlm.plugins_trt.plugins.registry import plugins
 NAN = float("nan")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = [32, 64, 72, 80, 96, 128]
-PLUGIN = plugins()["CacheAttention"]
+PLUGIN, SCORED = plugins()["CacheAttention"], plugins()["ScoredAttention"]
 Inputs = tuple[torch.Tensor, ...]
 
 
@@ -74,7 +75,7 @@ def cases(draw: st.DrawFn) -> tuple[Inputs, int]:
     return typed(inputs, draw(st.sampled_from(DTYPES))), window
 
 
-@settings(max_examples=examples(12), deadline=None)
+@settings(max_examples=examples(8), deadline=None)
 @given(case=cases())
 def test_attention_is_the_reference(case: tuple[Inputs, int], gpu: torch.device) -> None:
     inputs, window = case
@@ -169,3 +170,39 @@ def test_a_gpu_is_kept_busy() -> None:
     assert programs == [32, 4, 1]
     full = [size(shapes_of((48, 32, 1, 1, 4096))) for size in grid]
     assert full[0] == 1  # rows enough
+
+
+@st.composite
+def prompts(draw: st.DrawFn) -> Inputs:
+    """Rows in no order, some unused and NaN, as are keys and values beyond the lengths."""
+    batch, key_heads, group = draw(st.sampled_from([(3, 1, 1), (1, 2, 3), (2, 1, 2)]))
+    rows, positions = draw(st.integers(1, 5) | st.integers(62, 66)), draw(st.integers(1, 70))
+    width, seed = draw(st.sampled_from(WIDTHS)), draw(st.integers(0, 1000))
+    query, key, value, _ = states(
+        [positions] * batch, key_heads, group, rows, positions, width, seed
+    )
+    random = torch.Generator().manual_seed(seed)
+    slots = torch.randint(-1, positions + 1, (batch, rows), generator=random)
+    if rows == positions and draw(st.booleans()):
+        slots = torch.arange(rows).expand(batch, -1)
+    length = torch.randint(1, positions + 1, (batch,), generator=random)
+    unused = (slots < 0) | (slots >= length[:, None])
+    padding = torch.arange(positions) >= length[:, None]
+    query = query.masked_fill(unused[:, None, :, None], NAN)
+    key, value = (t.masked_fill(padding[:, None, :, None], NAN) for t in (key, value))
+    dtype = draw(st.sampled_from(DTYPES))
+    return query.to(dtype), key.to(dtype), value.to(dtype), slots, length
+
+
+@settings(max_examples=examples(5), deadline=None)
+@given(inputs=prompts())
+def test_scored_attention_is_the_reference(inputs: Inputs, gpu: torch.device) -> None:
+    """Importance within the tolerance of CacheImportance."""
+    scale = {"scale": inputs[0].shape[3] ** -0.5}
+    expected = scored_attention.OP(*inputs, **scale)
+    found = run(SCORED, [tensor.to(gpu) for tensor in inputs], scale)
+    tolerances = (OP.tolerance[inputs[0].dtype], cache_importance.OP.tolerance[inputs[0].dtype])
+    for have, want, tolerance in zip(found, expected, tolerances, strict=True):
+        largest = max(1.0, float(want.double().abs().max()))
+        error = (have.cpu().double() - want.double()).abs().max()
+        assert float(error) <= tolerance * largest
