@@ -149,5 +149,5 @@ OP = Op(
     function=function,
     samples=samples,
     # Half precision: kernels multiply probabilities as the data's type, as fused attention does.
-    tolerance={torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    tolerance={torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2},
 )

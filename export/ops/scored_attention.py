@@ -146,5 +146,5 @@ OP = Op(
     function=function,
     samples=samples,
     # As of CacheAttention; importance alone is nearer
-    tolerance={torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2},
+    tolerance={torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2},
 )

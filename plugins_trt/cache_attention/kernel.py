@@ -24,6 +24,9 @@ import triton.language as tl
 
 from lvlm.plugins_trt.plugins.attention_tiles import last_seen
 
+# The interpreter holds bf16 as its bits, and would multiply those.
+INTERPRETED = tl.constexpr(not isinstance(last_seen, triton.JITFunction))
+
 
 @triton.jit
 def attend(
@@ -52,7 +55,6 @@ def attend(
     its own slot, if that is below ``valid``, and there is one split, of which peaks and totals are
     written, too. Grid: blocks of rows times splits, Hkv, B.
     """
-    precision: tl.constexpr = "ieee" if query.dtype.element_ty == tl.float32 else "tf32"
     tile: tl.constexpr = 32 if query.dtype.element_ty == tl.float32 else 64  # keys
     width = width // 8 * 8  # tells the compiler that rows are aligned
     # The last rows of a prompt see most: they begin first.
@@ -90,7 +92,7 @@ def attend(
         read = (place < end)[:, None] & inside[None, :]
         entry = place[:, None] * width + depth[None, :]
         k = tl.load(key + entry, read, other=0.0)
-        logits = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+        logits = product(q, tl.trans(k)) * scale
         sees = (place[None, :] >= begins[:, None]) & (place[None, :] < ends[:, None])
         logits = tl.where(sees, logits, float("-inf"))
         higher = tl.maximum(peak, tl.max(logits, 1))
@@ -99,7 +101,7 @@ def attend(
         fade = tl.exp(peak - base)
         total = total * fade + tl.sum(attention, 1)
         v = tl.load(value + entry, read, other=0.0)
-        new = tl.dot(attention.to(v.dtype), v, input_precision=precision)
+        new = product(attention.to(v.dtype), v)
         sums = sums * fade[:, None] + new
         peak = higher
 
@@ -114,6 +116,15 @@ def attend(
         tl.store(mixed + part[:, None] * width + depth[None, :], sums, mask)
         tl.store(peaks + part, peak, there)
         tl.store(totals + part, total, there)
+
+
+@triton.jit
+def product(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """a @ b with sums in fp32; fp32 data is multiplied in fp32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:  # noqa: RET505  (for the compiler, which takes one of them)
+        return tl.dot(a, b, input_precision="ieee" if a.dtype == tl.float32 else "tf32")
 
 
 @triton.jit

@@ -72,6 +72,8 @@ def in_place(folder: Path, target: Target) -> Path:
     """The bundle with the graphs of ``target`` as its canonical ones."""
     manifest = read_bundle(folder)
     files = dict(manifest.files)
+    # Device cpu would run the form of ort-cpu, which it has of its own
+    graphs = {name: dataclasses.replace(g, lowered={}) for name, g in manifest.graphs.items()}
     for graph in manifest.graphs.values():
         path = folder / graph.file
         model = onnx.load(folder / target.file(graph.file), load_external_data=False)
@@ -81,7 +83,7 @@ def in_place(folder: Path, target: Target) -> Path:
         onnx.save(model, path)
         files[graph.file] = describe(path)
     capacity = static_capacity(manifest) if target.static_cache else manifest.capacity
-    dataclasses.replace(manifest, files=files, capacity=capacity).write(folder)
+    dataclasses.replace(manifest, graphs=graphs, files=files, capacity=capacity).write(folder)
     return folder
 
 
