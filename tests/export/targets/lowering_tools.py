@@ -72,8 +72,6 @@ def in_place(folder: Path, target: Target) -> Path:
     """The bundle with the graphs of ``target`` as its canonical ones."""
     manifest = read_bundle(folder)
     files = dict(manifest.files)
-    # Device cpu would run the form of ort-cpu, which it has of its own
-    graphs = {name: dataclasses.replace(g, lowered={}) for name, g in manifest.graphs.items()}
     for graph in manifest.graphs.values():
         path = folder / graph.file
         model = onnx.load(folder / target.file(graph.file), load_external_data=False)
@@ -83,7 +81,15 @@ def in_place(folder: Path, target: Target) -> Path:
         onnx.save(model, path)
         files[graph.file] = describe(path)
     capacity = static_capacity(manifest) if target.static_cache else manifest.capacity
-    dataclasses.replace(manifest, graphs=graphs, files=files, capacity=capacity).write(folder)
+    dataclasses.replace(manifest, files=files, capacity=capacity).write(folder)
+    return canonical_alone(folder)
+
+
+def canonical_alone(folder: Path) -> Path:
+    """The bundle without lowered forms: device cpu would run those of ort-cpu."""
+    manifest = read_bundle(folder)
+    graphs = {name: dataclasses.replace(g, lowered={}) for name, g in manifest.graphs.items()}
+    dataclasses.replace(manifest, graphs=graphs).write(folder)
     return folder
 
 
