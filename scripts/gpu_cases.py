@@ -39,6 +39,7 @@ class KernelCase:
     traffic: int
     matmuls: tuple[int, int, int, int] | None = None
     exact: bool = field(default=True)  # else near-ties may fall the other way
+    attended: int = 0  # keys of torch's scaled_dot_product_attention that does the same, if any
 
 
 def calls(ops: Sequence[str], longest: int, device: torch.device) -> Iterator[KernelCase]:
@@ -128,6 +129,46 @@ def _cache_importance(model: ModelShape, length: int, device: torch.device) -> I
         )
 
 
+def _cache_attention(model: ModelShape, length: int, device: torch.device) -> Iterator[KernelCase]:
+    """Decode over a cache that is full, over one that is so in its first quarter, and of 16 rows; a
+    prompt over itself."""
+    for batch, valid, rows in (
+        (1, length, 1),
+        (1, length // 4, 1),
+        (16, length, 1),
+        (1, length, length),
+    ):
+        if batch * length > LENGTHS[-1] // 2:  # half a gigabyte
+            continue
+        key, value = (_random(device, batch, model.key_heads, length, model.head) for _ in range(2))
+        query = _random(device, batch, model.heads, rows, model.head)
+        what = f"{batch} x {valid:,} of {length:,} keys" if rows == 1 else f"a prompt of {length:,}"
+        seen = torch.full((batch,), valid - rows + 1, device=device)
+        yield KernelCase(
+            "CacheAttention",
+            f"{model.name}, {what}",
+            (query, key, value, seen),
+            {"scale": model.head**-0.5, "window": 0},
+            traffic=2 * (batch * model.key_heads * valid * model.head + query.numel()) * HALF,
+            attended=valid,
+        )
+
+
+def _scored_attention(model: ModelShape, length: int, device: torch.device) -> Iterator[KernelCase]:
+    """A prompt over itself: what CacheImportance and attention do apart."""
+    key, value = (_random(device, 1, model.key_heads, length, model.head) for _ in range(2))
+    query = _random(device, 1, model.heads, length, model.head)
+    slots = torch.arange(length, device=device)[None]
+    yield KernelCase(
+        "ScoredAttention",
+        f"{model.name}, a prompt of {length:,}",
+        (query, key, value, slots, torch.tensor([length], device=device)),
+        {"scale": model.head**-0.5},
+        traffic=2 * (key.numel() + query.numel()) * HALF,
+        attended=length,
+    )
+
+
 def _cache_compact(model: ModelShape, length: int, device: torch.device) -> Iterator[KernelCase]:
     key, value = (_random(device, 1, model.key_heads, length, model.head) for _ in range(2))
     budget = length // 5
@@ -170,9 +211,11 @@ def _cache_update(model: ModelShape, length: int, device: torch.device) -> Itera
 
 
 MAKERS = {
+    "CacheAttention": _cache_attention,
     "CacheCompact": _cache_compact,
     "CacheImportance": _cache_importance,
     "CacheUpdate": _cache_update,
+    "ScoredAttention": _scored_attention,
     "TokenImportance": _token_importance,
     "TokenMerge": _token_merge,
 }

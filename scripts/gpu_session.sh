@@ -52,11 +52,11 @@ fi
 : > "$out/session.log"
 step machine 15 bash -c machine
 step samples 60 "${check[@]}" --parts samples -o /dev/null
-step times 90 "${check[@]}" --parts times --longest 8192 -o /dev/null
+step times 100 "${check[@]}" --parts times --longest 8192 -o /dev/null
 if command -v compute-sanitizer > /dev/null; then
     step sanitizer 45 "${check[@]}" --parts sanitizer --tools memcheck -o /dev/null
 else
     echo "== sanitizer: not run, compute-sanitizer is not installed" | tee -a "$out/session.log"
 fi
-step recipes 380 "${recipes[@]}"
+step recipes 370 "${recipes[@]}"
 exit $failed

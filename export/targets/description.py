@@ -64,10 +64,13 @@ class Description:
     sms           their architectures, compute capabilities without the dot; (): any
     opset         newest one its parser takes
     imports       those of NEW_OPS that it takes; the others are decomposed
-    attention     data types in which it takes Attention; in others that is decomposed
+    attention     data types in which it takes Attention; in others that is decomposed or, where it
+                  is causal and lvlm ops are plugins, CacheAttention
     row_heads     fewest heads with which it takes Attention of one query row
     matmul_types  data types in which it multiplies matrices: those a bundle for it can be in
     plugins       lvlm ops are plugins, which their functions must not stand in for
+    valid_only    attention over a cache is CacheAttention, a plugin that reads what is valid alone,
+                  also in types in which it takes Attention
     static_cache  the length of the cache is fixed in the graph
     topk_limit    largest K of its TopK; None: no limit is known
     low_precision takes quantized weights as the canonical graphs have them, and a cache of
@@ -93,6 +96,7 @@ class Description:
     low_precision: bool = False
     signed: SignedWeights | None = None
     row_heads: int = 1
+    valid_only: bool = False
 
     @property
     def built(self) -> bool:

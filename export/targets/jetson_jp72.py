@@ -9,7 +9,7 @@ from lvlm.export.targets.trt_10 import TARGET as ANYWHERE
 TARGET = dataclasses.replace(
     ANYWHERE,
     name="jetson-jp72",
-    summary="Jetson Orin and Thor, JetPack 7.2, TensorRT 10.16: plugins, attention of its own",
+    summary="Jetson Orin and Thor, JetPack 7.2, TensorRT 10.16: plugins, own attention of prompts",
     platform="Jetson Orin and Thor, JetPack 7.2",
     sms=(87, 110),
 )

@@ -12,7 +12,7 @@ from lvlm.export.targets.target import Target
 
 TARGET = Target(
     name="jetson-orin-jp62",
-    summary="Jetson Orin, JetPack 6.2, TensorRT 10.3: plugins, attention decomposed",
+    summary="Jetson Orin, JetPack 6.2, TensorRT 10.3: plugins, attention among them",
     flavour="tensorrt",
     version=(10, 3),
     platform="Jetson Orin, JetPack 6.2",
@@ -25,5 +25,6 @@ TARGET = Target(
     static_cache=True,
     topk_limit=3840,
     signed=SignedWeights({8: PACKED[8]}),
+    valid_only=True,
     verified="",
 )

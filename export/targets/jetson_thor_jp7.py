@@ -11,7 +11,7 @@ from lvlm.export.targets.target import Target
 
 TARGET = Target(
     name="jetson-thor-jp7",
-    summary="Jetson Thor, JetPack 7, TensorRT 10.13: plugins, attention decomposed",
+    summary="Jetson Thor, JetPack 7, TensorRT 10.13: plugins, attention among them",
     flavour="tensorrt",
     version=(10, 13),
     platform="Jetson Thor, JetPack 7",
@@ -24,5 +24,6 @@ TARGET = Target(
     static_cache=True,
     topk_limit=3840,
     signed=SignedWeights(PACKED),
+    valid_only=True,
     verified="",
 )

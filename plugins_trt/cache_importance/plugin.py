@@ -23,6 +23,17 @@ from lvlm.plugins_trt.plugins.plugin_plan import (
 ROWS = 64  # of a tile
 ADDED = 256  # positions of a program
 
+
+def mean_step() -> PluginStep:
+    """``importance`` from the ``sums`` of each head."""
+    return PluginStep(
+        kernel=mean_over_heads,
+        grid=(POSITIONS.ceil_div(ADDED), BATCH),
+        arguments=("sums", "importance", HEADS, POSITIONS),
+        constants={"BLOCK": ADDED},
+    )
+
+
 PLUGIN = Plugin(
     name="CacheImportance",
     inputs=(
@@ -41,11 +52,6 @@ PLUGIN = Plugin(
     scratch=softmax_scratch(ROWS, GROUP),
     steps=(
         *softmax_steps("query_slot", "length", ROWS, GROUP, warps=8),
-        PluginStep(
-            kernel=mean_over_heads,
-            grid=(POSITIONS.ceil_div(ADDED), BATCH),
-            arguments=("sums", "importance", HEADS, POSITIONS),
-            constants={"BLOCK": ADDED},
-        ),
+        mean_step(),
     ),
 )

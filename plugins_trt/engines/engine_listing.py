@@ -34,7 +34,8 @@ def _block(target: Target) -> list[str]:
     types = {"float32", "float16", "bfloat16"} - target.attention
     if types:
         which = "" if len(types) == 3 else f" {', '.join(sorted(types))}"
-        written.insert(0, f"Attention{which}")
+        # Where ours are plugins, the rest is one of them
+        written.insert(0, f"Attention{which}{' that is not causal' * target.plugins}")
     architectures = ", ".join(map(str, target.sms)) or "any"
     facts = {
         "engine": f"{PEOPLE[target.flavour]} {'.'.join(map(str, target.version))}",

@@ -17,6 +17,11 @@ SPLITS = 32  # of the keys at most, among programs: where rows are too few to ke
 MIN_TILES = 4  # of a split
 JOINED = 64  # rows of a program
 
+CAP = Scalar("softcap")
+SIZES = (KEY_HEADS, ROWS, INDICES, POSITIONS, WIDTH)
+# By what a head size leaves over by 8; the second kernel takes any size.
+ALIGNED = ("ODD", WIDTH - WIDTH // 8 * 8, (0, 7))
+
 
 def softmax_steps(
     slots: str, valid: str, block: int, shares: Size, warps: int
@@ -31,24 +36,24 @@ def softmax_steps(
     span = POSITIONS.ceil_div(wanted * KEYS).at_least(MIN_TILES) * KEYS
     splits = POSITIONS.at_least(1).ceil_div(span)
 
-    tensors = ("query", "key", slots, valid, "peaks", "totals")
-    sizes = (KEY_HEADS, ROWS, INDICES, POSITIONS, WIDTH)
-    logits = Scalar("scale"), Scalar("softcap")
-    constants = {
-        "LENGTHS": valid == "length",
-        "BLOCK_R": block,
-        "BLOCK_N": KEYS,
-        "DEPTH": DEPTH,
-    }
-    # By what a head size leaves over by 8; the second kernel takes any size.
-    choice = ("ODD", WIDTH - WIDTH // 8 * 8, (0, 7))
     return (
         PluginStep(
             kernel=row_sums,
             grid=(blocks, splits, BATCH * KEY_HEADS),
-            arguments=(*tensors, *sizes, span, *logits),
-            constants=constants,
-            choice=choice,
+            arguments=(
+                "query",
+                "key",
+                slots,
+                valid,
+                "peaks",
+                "totals",
+                *SIZES,
+                span,
+                Scalar("scale"),
+                CAP,
+            ),
+            constants=tile_constants(valid, block),
+            choice=ALIGNED,
             warps=warps,
             stages=3,
         ),
@@ -59,16 +64,34 @@ def softmax_steps(
             arguments=("peaks", "totals", ROWS, splits),
             constants={"SPLITS": SPLITS, "BLOCK": JOINED},
         ),
-        PluginStep(
-            kernel=column_sums,
-            grid=(POSITIONS.ceil_div(KEYS), KEY_HEADS * shares, BATCH),
-            arguments=(*tensors, "sums", *sizes, splits, ROWS // shares, *logits),
-            constants=constants,
-            choice=choice,
-            warps=warps,
-            stages=3,
-        ),
+        sums_step(slots, valid, block, shares, warps, splits),
     )
+
+
+def sums_step(
+    slots: str,
+    valid: str,
+    block: int,
+    shares: Size,
+    warps: int,
+    splits: Size,
+    softcap: Scalar | Size = CAP,
+) -> PluginStep:
+    """The last of ``softmax_steps``: peaks and totals, in so many ``splits``, are known."""
+    return PluginStep(
+        kernel=column_sums,
+        grid=(POSITIONS.ceil_div(KEYS), KEY_HEADS * shares, BATCH),
+        arguments=("query", "key", slots, valid, "peaks", "totals", "sums", *SIZES, splits,
+                   ROWS // shares, Scalar("scale"), softcap),
+        constants=tile_constants(valid, block),
+        choice=ALIGNED,
+        warps=warps,
+        stages=3,
+    )  # fmt: skip
+
+
+def tile_constants(valid: str, block: int) -> dict[str, int | bool]:
+    return {"LENGTHS": valid == "length", "BLOCK_R": block, "BLOCK_N": KEYS, "DEPTH": DEPTH}
 
 
 def softmax_scratch(block: int, shares: Size) -> tuple[Scratch, ...]:

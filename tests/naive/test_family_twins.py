@@ -1,6 +1,6 @@
-"""Bundles of Gemma 3, PaliGemma, Mistral 3, Pixtral and Qwen3.5 against their twins: windows, images
-and prompts whose tokens see one another, images of several sizes with text between their rows,
-linear attention."""
+"""Bundles of Gemma 3, PaliGemma, Mistral 3, Pixtral and Qwen3.5 against their twins: windows,
+images and prompts whose tokens see one another, images of several sizes with text between their
+rows, linear attention."""
 
 from __future__ import annotations
 

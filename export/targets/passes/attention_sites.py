@@ -32,7 +32,7 @@ def find_site(node: ir.Node) -> Site | None:
     valid (a window), or caps its logits over a cache of 8 bits."""
     if not _masked(node) or not _sees_all_valid(node.inputs[3]):
         return None
-    wrote = [_producer(before_cast(x), "TensorScatter") for x in node.inputs[1:3]]
+    wrote = [producer(before_cast(x), "TensorScatter") for x in node.inputs[1:3]]
     if wrote[0] is None or wrote[1] is None:
         return None
     cache = wrote[0].inputs[0]
@@ -47,7 +47,7 @@ def find_site_behind(node: ir.Node) -> tuple[Site, ir.Value] | None:
     caps its logits."""
     if not _masked(node) or softcap_of(node):
         return None
-    found = [_behind(x) for x in node.inputs[1:3]]
+    found = [entries_behind(x) for x in node.inputs[1:3]]
     if found[0] is None or found[1] is None or found[0][1] is not found[1][1]:
         return None
     site = _site(node, (found[0][0], found[1][0]))
@@ -63,13 +63,13 @@ def softcap_of(node: ir.Node) -> float:
     return float(node.attributes.get_float("softcap", 0.0))
 
 
-def _behind(value: ir.Value | None) -> tuple[ir.Node, ir.Value] | None:
+def entries_behind(value: ir.Value | None) -> tuple[ir.Node, ir.Value] | None:
     """The TensorScatter of new entries that ``value`` has behind those of some slots of the same
     cache; and these slots."""
-    joined = _producer(value, "Concat")
+    joined = producer(value, "Concat")
     if joined is None or len(joined.inputs) != 2 or joined.attributes.get_int("axis", 0) != 2:
         return None
-    gather = _producer(before_cast(joined.inputs[0]), "Gather")
+    gather = producer(before_cast(joined.inputs[0]), "Gather")
     if gather is None or gather.attributes.get_int("axis", 0) != 2:
         return None
     cache, slots = gather.inputs
@@ -82,8 +82,8 @@ def _behind(value: ir.Value | None) -> tuple[ir.Node, ir.Value] | None:
 
 def _site(node: ir.Node, writes: tuple[ir.Node, ir.Node]) -> Site | None:
     query, key = node.inputs[:2]
-    turned, past = _producer(query, "RotaryEmbedding"), writes[0].inputs[0]
-    turned_key = _producer(before_cast(writes[0].inputs[1]), "RotaryEmbedding")
+    turned, past = producer(query, "RotaryEmbedding"), writes[0].inputs[0]
+    turned_key = producer(before_cast(writes[0].inputs[1]), "RotaryEmbedding")
     layer = "" if past is None else str(past.name).removeprefix("past_key_")
     if turned is None or turned_key is None or not layer.isdecimal():
         return None
@@ -107,12 +107,13 @@ def _site(node: ir.Node, writes: tuple[ir.Node, ir.Node]) -> Site | None:
 
 def _sees_all_valid(mask: ir.Value | None) -> bool:
     """True where a mask is made of one comparison: slots before the number of valid ones."""
-    while (node := _producer(mask, "Unsqueeze") or _producer(mask, "Slice")) is not None:
+    while (node := producer(mask, "Unsqueeze") or producer(mask, "Slice")) is not None:
         mask = node.inputs[0]
-    return _producer(mask, "Less") is not None
+    return producer(mask, "Less") is not None
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that gives ``value``, where it is the standard op ``op_type``."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op_type and node.domain == "" else None
 
@@ -129,10 +130,10 @@ def before_cast(value: ir.Value | None) -> ir.Value | None:
 
 def _flat(value: ir.Value | None) -> ir.Value | None:
     """[B,N,H*d] that became the heads [B,H,N,d] of ``value``."""
-    transpose = _producer(value, "Transpose")
+    transpose = producer(value, "Transpose")
     if transpose is None or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
         return None
-    reshape = _producer(transpose.inputs[0], "Reshape")
+    reshape = producer(transpose.inputs[0], "Reshape")
     return None if reshape is None else reshape.inputs[0]
 
 

@@ -81,6 +81,16 @@ def _add_function(model: ir.Model, proto: onnx.FunctionProto) -> None:
         raise ExportError(f"two variants of {function.name} in one graph")
 
 
+def constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
+    """An initializer, made once."""
+    known = model.graph.initializers
+    if name not in known:
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+        known[name] = value
+    return known[name]
+
+
 def call(model: ir.Model, node: ir.Node, proto: onnx.FunctionProto) -> None:
     """Turn ``node`` into a call of a function with the same inputs and outputs."""
     function = ir.serde.deserialize_function(proto)

@@ -13,6 +13,7 @@ from lvlm.export.targets.description import Description
 from lvlm.export.targets.passes import decomposed, graph_edits
 from lvlm.export.targets.passes.fp16_matmuls import fp16_matmuls
 from lvlm.export.targets.passes.own_weights import OwnWeights
+from lvlm.export.targets.passes.plugin_attention import use_cache_attention
 from lvlm.export.targets.passes.signed_weights import check_quantized_weights, use_signed_weights
 from lvlm.export.targets.passes.split_linears import split_linears
 from lvlm.runtime.bundle.manifest import Capacity
@@ -42,6 +43,8 @@ def lower(model: ir.Model, target: Description, capacity: Capacity) -> None:
         graph_edits.lower_ops(model, target.plugins)
     if target.signed is not None:
         use_signed_weights(model, target)
+    if target.plugins:
+        use_cache_attention(model, target.attention, cache=target.valid_only)
     graph_edits.decompose_attention(model, target.attention, target.row_heads)
     if "float32" not in target.matmul_types:
         fp16_matmuls(model)

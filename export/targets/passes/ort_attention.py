@@ -23,7 +23,7 @@ from lvlm.export.ops.op import OPSET
 from lvlm.export.targets.description import AT_THE_END, CACHE_WRITES, POSITIONS
 from lvlm.export.targets.passes import ort_int8_cache
 from lvlm.export.targets.passes.attention_sites import Site, find_site, softcap_of
-from lvlm.export.targets.passes.graph_edits import DTYPES, LOWERED_DOMAIN
+from lvlm.export.targets.passes.graph_edits import DTYPES, LOWERED_DOMAIN, constant
 from lvlm.export.targets.passes.ort_fusions import MICROSOFT, take_place
 from lvlm.runtime.backends.ort.sessions import AGAIN
 
@@ -66,8 +66,8 @@ def group_attention(model: ir.Model) -> int:
 
 def _lengths(model: ir.Model, before: ir.Node, valid: ir.Value) -> tuple[ir.Value, ...]:
     """Each row's newest slot [L,B], int64 and int32, and the longest row [L], int32."""
-    one = _constant(model, "one_entry", np.array(1, np.int64))
-    axis = _constant(model, "row_axis", np.array([1], np.int64))
+    one = constant(model, "one_entry", np.array(1, np.int64))
+    axis = constant(model, "row_axis", np.array([1], np.int64))
     last = ir.node("Sub", [valid, one])
     last_int32 = ir.node("Cast", [last.outputs[0]], attributes={"to": int(ir.DataType.INT32)})
     longest = ir.node("ReduceMax", [valid, axis], attributes={"keepdims": 0})
@@ -81,10 +81,10 @@ def _lengths(model: ir.Model, before: ir.Node, valid: ir.Value) -> tuple[ir.Valu
 
 def _slots(model: ir.Model, before: ir.Node, last: ir.Value, heads: int) -> ir.Value:
     """int64 [L,B,H,2]: head and newest slot, as GatherND reads them of a cache [B,H,C,d]."""
-    axes = _constant(model, "slot_axes", np.array([2, 3], np.int64))
-    ones = _constant(model, "each_head", np.ones((1, 1, heads, 1), np.int64))
-    numbers = _constant(model, "head_numbers", np.arange(heads)[None, None, :, None])
-    zero = _constant(model, "no_slot", np.array(0, np.int64))
+    axes = constant(model, "slot_axes", np.array([2, 3], np.int64))
+    ones = constant(model, "each_head", np.ones((1, 1, heads, 1), np.int64))
+    numbers = constant(model, "head_numbers", np.arange(heads)[None, None, :, None])
+    zero = constant(model, "no_slot", np.array(0, np.int64))
     unsqueezed = ir.node("Unsqueeze", [last, axes])
     slots = ir.node("Mul", [unsqueezed.outputs[0], ones])
     none = ir.node("Mul", [slots.outputs[0], zero])
@@ -98,21 +98,11 @@ def _slots(model: ir.Model, before: ir.Node, last: ir.Value, heads: int) -> ir.V
 
 
 def _row(model: ir.Model, before: ir.Node, table: ir.Value, layer: int) -> ir.Value:
-    index = _constant(model, f"layer_{layer}", np.array(layer, np.int64))
+    index = constant(model, f"layer_{layer}", np.array(layer, np.int64))
     node = ir.node("Gather", [table, index], attributes={"axis": 0})
     node.outputs[0].name = f"{table.name}_{layer}"
     model.graph.insert_before(before, node)
     return node.outputs[0]
-
-
-def _constant(model: ir.Model, name: str, array: np.ndarray) -> ir.Value:
-    """An initializer, made once."""
-    known = model.graph.initializers
-    if name not in known:
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-        known[name] = value
-    return known[name]
 
 
 def _tables(
@@ -149,7 +139,7 @@ def _tables(
         None, {str(position_ids.name): np.arange(positions)[None]}
     )
     return [
-        _constant(model, f"{name}_of_positions", np.ascontiguousarray(x[0]))
+        constant(model, f"{name}_of_positions", np.ascontiguousarray(x[0]))
         for name, x in zip(outs, found, strict=True)
     ]
 
@@ -230,7 +220,7 @@ def _node(model: ir.Model, site: Site, given: Sequence[ir.Value | None], name: s
 
 def _rows(model: ir.Model, before: ir.Node, value: ir.Value) -> ir.Value:
     """[B,1,H*d] of [B,H,1,d] or [B,H,d]."""
-    sizes = _constant(model, "one_row", np.array([0, 1, -1], np.int64))
+    sizes = constant(model, "one_row", np.array([0, 1, -1], np.int64))
     node = ir.node("Reshape", [value, sizes])
     node.outputs[0].name, node.outputs[0].type = f"{value.name}_row", value.type
     model.graph.insert_before(before, node)
@@ -243,7 +233,7 @@ def _cast(model: ir.Model, before: ir.Node, value: ir.Value, dtype: ir.DataType 
         return value
     name = f"{value.name}_{dtype.name.lower()}"
     if value.is_initializer() and value.const_value is not None:
-        return _constant(model, name, value.const_value.numpy().astype(dtype.numpy()))
+        return constant(model, name, value.const_value.numpy().astype(dtype.numpy()))
     node = ir.node("Cast", [value], attributes={"to": int(dtype)})
     node.outputs[0].name, node.outputs[0].shape = name, value.shape
     node.outputs[0].type = ir.TensorType(dtype)

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from bundles import their_answer
+from lowering_tools import TARGETS, in_place, lowered
 from PIL import Image
 from random_weights import randomise
 from settings import ASSETS
@@ -37,6 +38,7 @@ from lvlm.export.recipes.recipe import Recipe
 from lvlm.export.reference.torch_reference import Reference
 from lvlm.export.verify.checks import difference
 from lvlm.export.verify.extended import in_pieces
+from lvlm.runtime.engine import calls
 from lvlm.runtime.options.generation_options import GenerationOptions
 
 WINDOW = 20  # as the family has it
@@ -86,9 +88,10 @@ def plan(folder: Path, recipe: Recipe, **options: Any) -> ExportPlan:
 
 @pytest.mark.slow
 def test_answers_are_those_of_transformers(
-    family: Family, theirs: Any, folder: Path, tmp_path: Path
+    family: Family, theirs: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Token for token: on the CPU, alone and together, and in the torch reference."""
+    """Token for token: on the CPU, alone and together, in the torch reference, and in the graphs of
+    a target whose plugin attends in every layer."""
     out = tmp_path / "out"
     assert cli.main(["-m", str(folder), "-r", "none", "-o", str(out), "-q", "--no-validate"]) == 0
     options: dict[str, Any] = {"chat_template": False, "max_new_tokens": 40, "ignore_eos": True}
@@ -113,6 +116,23 @@ def test_answers_are_those_of_transformers(
         for node in onnx.load(out / "prefill.onnx", load_external_data=False).graph.node
     ]
     assert [ops.count(op) for op in ("Cos", "RotaryEmbedding", "CausalAttention")] == [2, 8, 2]
+
+    target = TARGETS["jetson-orin-jp62"]
+    plugged = lowered(out, tmp_path / "plugged", target)
+    for name in ("prefill", "extend", "decode"):
+        nodes = onnx.load(
+            plugged / target.file(f"{name}.onnx"), load_external_data=False
+        ).graph.node
+        attends = [node for node in nodes if node.op_type == "CacheAttention"]
+        windows = [{a.name: a.i for a in node.attribute}["window"] for node in attends]
+        assert windows == [WINDOW, 0] * 2
+        assert not {"Softmax", "Less"} & {node.op_type for node in nodes}
+    monkeypatch.setattr(calls, "CAPACITY_STEP", 10**6)  # its graphs take full buffers only
+    with lvlm.load(in_place(plugged, target)) as model:
+        assert [list(model.generate(*row, **options).token_ids) for row in ROWS] == expected
+        graphs = model.calls.graphs
+        pieces = in_pieces(graphs, prompts[0], graphs.encode(prompts[0].images))
+        assert max(difference(found, logits) for found in pieces) < 1e-4
 
 
 def test_a_recipe_that_moves_entries_does_not_go_with_a_window(folder: Path) -> None:

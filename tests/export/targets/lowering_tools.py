@@ -82,6 +82,14 @@ def in_place(folder: Path, target: Target) -> Path:
         files[graph.file] = describe(path)
     capacity = static_capacity(manifest) if target.static_cache else manifest.capacity
     dataclasses.replace(manifest, files=files, capacity=capacity).write(folder)
+    return canonical_alone(folder)
+
+
+def canonical_alone(folder: Path) -> Path:
+    """The bundle without lowered forms: device cpu would run those of ort-cpu."""
+    manifest = read_bundle(folder)
+    graphs = {name: dataclasses.replace(g, lowered={}) for name, g in manifest.graphs.items()}
+    dataclasses.replace(manifest, graphs=graphs).write(folder)
     return folder
 
 

@@ -43,6 +43,24 @@ def test_lowered_graphs_compute_the_same(
         np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
+def test_scored_prompts_compute_the_same(
+    bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One plugin for attention and what it gives every entry."""
+    original = bundle("digits-llava", *CACHED["elastic-cache (cached)"], max_images=2)
+    target = TARGETS["jetson-orin-jp62"]
+    folder = lowered(original, tmp_path / "bundle", target)
+    kinds = [n.op_type for n in onnx.load(folder / target.file("prefill.onnx"),
+                                          load_external_data=False).graph.node]  # fmt: skip
+    assert "ScoredAttention" in kinds
+    assert not {"Attention", "CacheAttention", "CacheImportance", "Softmax"} & set(kinds)
+    in_place(folder, target)
+    expected = logits(original)
+    monkeypatch.setattr(calls, "CAPACITY_STEP", 10**6)
+    for ours, theirs in zip(logits(folder), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
 @pytest.mark.parametrize("name", ["jetson-orin-jp62", "trt-rtx"])
 def test_lowered_fp16_graphs_compute_the_same(
     name: str, bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -43,6 +43,7 @@ def test_an_entry_does_not_contradict_itself(target: Target) -> None:
         assert target.static_cache  # TensorRT's own cache write wants it
     if target.imports:
         assert target.opset >= 23
+    assert target.plugins or not target.valid_only
     if target.signed is not None:
         assert hash(target)
         # Blocks came with opset 21, and int4 has nothing else
@@ -76,11 +77,18 @@ def test_lowered_graphs_hold_only_what_the_target_takes(
         kinds = {(node.domain, node.op_type) for node in all_nodes(model)}
         standard = {op for domain, op in kinds if domain == ""}
         assert standard & NEW_OPS <= target.imports
-        if manifest.dtype not in target.attention:
+        own = {op for domain, op in kinds if domain == DOMAIN}
+        has_type = manifest.dtype in target.attention
+        valid_only = target.plugins and (target.valid_only or not has_type)
+        if not has_type or (name == "decode" and valid_only):
             assert "Attention" not in standard
         elif name in ("vision", "decode"):
             assert "Attention" in standard
-        own = {op for domain, op in kinds if domain == DOMAIN}
+        if target.plugins and name in ("prefill", "decode"):
+            # With a type of its own, TensorRT keeps what is over a prompt alone
+            wanted = valid_only if name == "decode" else not has_type
+            assert ("CacheAttention" in own) == wanted
+            assert "Softmax" not in standard
         functions = {(f.domain, f.name) for f in model.functions}
         if target.plugins:
             assert not functions
