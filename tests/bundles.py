@@ -90,10 +90,10 @@ CACHED_USUAL = [
     ),
 ]
 # Where layers have states: those that leave tokens as they are; in a normal run the one whose
-# scores go on, at intervals
+# scores go on, at intervals, on one model
 BESIDE_STATES = [
     (name, f"{cached} (cached)")
-    for name in filter(has_states, EXPORTED)
+    for name in [x for x in EXPORTED if has_states(x)][: None if whole() else 1]
     for cached in (cache_recipes() if whole() else ["h2o"])
 ]
 
