@@ -13,8 +13,10 @@ from lvlm.export.export_options import ExportOptions
 from lvlm.export.graphs.cache_entries import dtype_beside, held_width
 from lvlm.export.graphs.language_model import LanguageModel
 from lvlm.export.recipes.recipe import Recipe
+from lvlm.runtime.bundle.entry_form import ITEM_BYTES
 from lvlm.runtime.bundle.manifest import Capacity, Images
 from lvlm.runtime.kv.budgets import Budgets
+from lvlm.runtime.kv.cache import SCORES
 from lvlm.runtime.kv.image_tokens import keep_ratios, max_entering, tokens_per_layer
 
 LONGEST = 2**20  # tokens of a prompt, images and all, that a bundle has room for
@@ -54,10 +56,12 @@ def plan_cache(
         for state, sizes in zip(language.states, language.state_sizes, strict=True)
     )
     rings = language.heads * (rule.queries if rule else 0) * layers * language.head_dim
+    scored = rule is not None and rule.cache_policy.received
+    scores = sum(per_layer) * ITEM_BYTES[SCORES] if scored else 0
     return CachePlan(
         entering,
         Capacity(options.max_text_len, options.max_images, per_layer),
-        entries * dtype.itemsize + rings * beside + states,
+        entries * dtype.itemsize + rings * beside + states + scores,
     )
 
 

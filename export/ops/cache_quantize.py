@@ -35,8 +35,9 @@ SCHEMA = register(
 def reference(states: torch.Tensor) -> tuple[torch.Tensor]:
     """(entries [B, H, n, d + 1] int8,): keys or values ``states`` [B, H, n, d] fp32, fp16 or bf16.
 
-    The step of an entry's numbers is the smallest of 2 ^ (scale / 8), scale from -128 to 127, that
-    holds the largest of them as 127.49 or less; the step's last for what is larger, or not finite.
+    The step of an entry's numbers is the smallest of 2 ^ (scale / 8), scale from -128 to 126, that
+    holds the largest of them as 127.49 or less. Where none does, or a number is not finite, the
+    scale is 127, which stands for NaN.
     """
     outputs(states)
     return (quantized(states),)
@@ -71,8 +72,11 @@ def samples() -> Iterator[OpSample]:
         states = states / states.abs().amax(-1, keepdim=True) * factor
         for dtype in (torch.float32, torch.float16):
             yield OpSample(f"{name}, {str(dtype)[6:]}", (states.to(dtype),))
-    large = torch.tensor([[[[1e9, -3e38, 5.0, -2e6]]]])
-    yield OpSample("beyond the largest step", (large,))
+    odd = torch.ones(1, 2, 4, 32)
+    odd[0, 0, :, 7] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0])
+    odd[0, 1, :, 31] = torch.tensor([-3e38, 7.03e6, 7.02e6, 8.0])  # held up to 7.026e6
+    yield OpSample("beyond the largest step, and not finite", (odd,))
+    yield OpSample("not finite, float16", (odd.to(torch.float16),))
 
 
 OP = Op(

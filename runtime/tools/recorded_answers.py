@@ -27,6 +27,7 @@ HIGHEST = 16  # logits of a step that are recorded
 # Largest |difference| over the largest |logit|: rounding, and sums in another order
 LIMITS: Mapping[str, float] = {"float32": 1e-2, "float16": 5e-2, "bfloat16": 1e-1}
 QUANTIZED = 1e-1  # what multiplies int4 and int8 weights rounds on the way, each in its own manner
+HELD_IN_8_BITS = 2e-2  # a number of an int8 cache may be rounded the other way
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def _wrong(answer: RecordedAnswer, vocab: int) -> str:
 def limit_of(manifest: Manifest) -> float:
     """Limit on how far logits may be from the record."""
     found = LIMITS[manifest.dtype]
+    if manifest.cache_dtype == "int8":
+        found = max(found, HELD_IN_8_BITS)
     return found if manifest.quantization is None else max(found, QUANTIZED)
 
 

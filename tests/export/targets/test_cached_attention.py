@@ -18,7 +18,7 @@ from lowered_nodes import (
 )
 from single_node import session
 
-from lvlm.export.targets.passes.ort_attention import APPENDED
+from lvlm.export.targets.passes.ort_attention import APPENDED, READ
 
 
 @pytest.mark.parametrize(("name", "case"), CACHED_NODES, ids=str)
@@ -31,6 +31,26 @@ def test_kernel_computes_the_function(name: str, case: tuple[Any, ...], kernels:
     for have, want in zip(found[1:], expected[1:], strict=True):
         for row, count in enumerate(case[5]):  # what lies beyond the valid means nothing
             assert_entries(have[row, :, :count], want[row, :, :count], tolerance)
+
+
+@pytest.mark.parametrize("form", ["function", "kernel"])
+@pytest.mark.parametrize("place", ["new key", "new value", "key", "value"])
+def test_an_entry_in_8_bits_that_is_not_finite_is_noticed(
+    place: str, form: str, request: pytest.FixtureRequest
+) -> None:
+    """In its own row alone, as in a cache of floats."""
+    case: tuple[Any, ...] = (2, 1, 16, "float32", "int8", [3, 300])
+    name = APPENDED if place.startswith("new") else READ
+    feeds = cached_inputs(name, case)
+    if name == APPENDED:
+        feeds["qkv"][1, 0, 32 if place == "new key" else 48] = np.inf
+    else:
+        feeds[place][1, 0, 7, -1] = 127
+    library = request.getfixturevalue("kernels") if form == "kernel" else None
+    model = cached_model(name, feeds, case, function=form == "function")
+    output = session(model, library).run(["output"], feeds)[0]
+    assert np.isfinite(output[0]).all()
+    assert np.isnan(output[1]).all()
 
 
 def test_a_cache_that_is_bound_in_place_is_written_in_place(kernels: Path) -> None:

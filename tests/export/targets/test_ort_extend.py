@@ -40,6 +40,20 @@ def test_kernel_computes_the_function(case: tuple[Any, ...], slots: str, kernels
         np.testing.assert_array_equal(have, more)
 
 
+@pytest.mark.parametrize("form", ["function", "kernel"])
+def test_an_entry_in_8_bits_that_is_not_finite_is_noticed(
+    form: str, request: pytest.FixtureRequest
+) -> None:
+    case: tuple[Any, ...] = (2, 1, 16, "float32", "int8", 3, [20, 9])
+    feeds = extended_inputs(case)
+    feeds["past_key"][1, 0, 4, -1] = 127
+    library = request.getfixturevalue("kernels") if form == "kernel" else None
+    model = extended_model(feeds, case, function=form == "function")
+    output = session(model, library).run(["output"], feeds)[0]
+    assert np.isfinite(output[0]).all()
+    assert np.isnan(output[1]).all()
+
+
 def test_a_cache_bound_in_place_is_written_in_place(kernels: Path) -> None:
     case = EXTENDED[0]
     feeds = extended_inputs(case)

@@ -22,6 +22,7 @@ from lvlm.runtime.tools.recorded_answers import (
     agree,
     compare,
     highest,
+    limit_of,
     recorded_answers,
 )
 
@@ -63,6 +64,8 @@ def test_a_device_that_answers_otherwise_is_told(bundle: Callable[..., Path]) ->
     assert agree(model.manifest, [good])
     assert not agree(model.manifest, [good, unlike])
     assert good.limit == 1e-2
+    held = dataclasses.replace(model.manifest, cache_dtype="int8")
+    assert limit_of(held) == 2e-2  # that of exports
 
 
 def test_of_a_recipe_that_ranks_one_image_is_enough(bundle: Callable[..., Path]) -> None:

@@ -6,7 +6,6 @@
 
 #include "entries-inl.h"
 #include "op.h"
-#include "padded.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace lvlm {
@@ -14,14 +13,6 @@ namespace HWY_NAMESPACE {
 
 void SpreadFloat(const int8_t* from, size_t count, size_t width, float* to) {
     for (size_t i = 0; i < count; ++i) LoadEntry(from + i * entry_width<int8_t>(width), width, to + i * width);
-}
-
-void SpreadHalf(const int8_t* from, size_t count, size_t width, Half* to) {
-    Padded wide(width);
-    for (size_t i = 0; i < count; ++i) {
-        LoadEntry(from + i * entry_width<int8_t>(width), width, wide.data());
-        CopyScaledOut(wide.data(), width, 1, to + i * width);
-    }
 }
 
 }  // namespace HWY_NAMESPACE
@@ -33,21 +24,16 @@ namespace lvlm {
 namespace {
 
 HWY_EXPORT(SpreadFloat);
-HWY_EXPORT(SpreadHalf);
 
 void spread(const int8_t* from, size_t count, size_t width, float* to) {
     HWY_DYNAMIC_DISPATCH(SpreadFloat)(from, count, width, to);
 }
-void spread(const int8_t* from, size_t count, size_t width, Half* to) {
-    HWY_DYNAMIC_DISPATCH(SpreadHalf)(from, count, width, to);
-}
 
-template <class T>
 class CacheDequantize {
 public:
     static constexpr const char* kName = "CacheDequantize";
     static constexpr Port kInputs[] = {{Element::kInt8}};
-    static constexpr Port kOutputs[] = {{element<T>()}};
+    static constexpr Port kOutputs[] = {{Element::kFloat}};
 
     explicit CacheDequantize(const Attributes&) {}
 
@@ -56,7 +42,7 @@ public:
         require(entries.dim(3) > 0, "entries have no scale");
         const size_t entry = entries.dim(3), width = entry - kScaled<int8_t>;
         const auto states =
-            call.output<T>(0, {entries.dim(0), entries.dim(1), entries.dim(2), int64_t(width)});
+            call.output<float>(0, {entries.dim(0), entries.dim(1), entries.dim(2), int64_t(width)});
         const size_t count = entries.dim(0) * entries.dim(1) * entries.dim(2);
         call.parallel((count + kEntries - 1) / kEntries, [&](size_t task) {
             const size_t first = task * kEntries, here = std::min(kEntries, count - first);
@@ -68,7 +54,7 @@ private:
     static constexpr size_t kEntries = 256;  // of a task
 };
 
-const Registered<CacheDequantize<float>, CacheDequantize<Half>> registered;
+const Registered<CacheDequantize> registered;
 
 }  // namespace
 }  // namespace lvlm

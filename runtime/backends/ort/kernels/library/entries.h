@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 namespace lvlm {
@@ -19,10 +20,10 @@ constexpr size_t entry_width(size_t width) {
 }
 
 constexpr int kLowestScale = -128;
-constexpr size_t kScales = 256;
+constexpr size_t kScales = 256, kBeyond = kScales - 1;
 constexpr float kOfLargest = static_cast<float>(1 / 127.49);  // an entry's largest number to its step
 
-// 2 ^ (scale / 8) of every scale, and one divided by that.
+// 2 ^ (scale / 8) of every scale, and one divided by that. The last is of entries that are not finite.
 struct Steps {
     float step[kScales], per_step[kScales];
 
@@ -32,6 +33,8 @@ struct Steps {
             step[i] = static_cast<float>(std::exp2(power));
             per_step[i] = static_cast<float>(std::exp2(-power));
         }
+        step[kBeyond] = std::numeric_limits<float>::quiet_NaN();
+        per_step[kBeyond] = 0;
     }
 };
 
