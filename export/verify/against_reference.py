@@ -91,7 +91,7 @@ def against_reference(
             caches = not (form.rounds and choosing)
             limits = _limit(plan, form), _held_limit(plan, form)
             outcome.checks += _compare_form(form, run, answer, features, limits, caches)
-            outcome.checks += _extended(plan, form, run)
+            outcome.checks += pieces_checks(plan, form, run)
             outcome.ran(form, run.compacted)
             if not caches:
                 outcome.notes.append(f"cache of {form.files['prefill']}: {NEAR_TIES}")
@@ -165,7 +165,7 @@ def _compare_form(
     ]
 
 
-def _extended(plan: ExportPlan, form: GraphForm, run: Run) -> list[Check]:
+def pieces_checks(plan: ExportPlan, form: GraphForm, run: Run) -> list[Check]:
     """The prompt's logits, read in pieces, against those of the same form's prefill, or the
     answer's, read at once, against those of its decode. Of a low-precision cache pieces read
     what was rounded, prefill what was not."""

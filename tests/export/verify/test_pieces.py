@@ -12,7 +12,7 @@ from lvlm.core.discovery import discover
 from lvlm.export.export_options import ExportOptions
 from lvlm.export.export_plan import make_plan
 from lvlm.export.recipes.recipe import parse_settings
-from lvlm.export.verify.against_reference import _extended
+from lvlm.export.verify.against_reference import pieces_checks
 from lvlm.export.verify.graph_forms import CANONICAL, GraphForm
 from lvlm.export.verify.run import Run
 
@@ -33,5 +33,5 @@ def test_what_was_rounded_may_be_further_apart(
     form = GraphForm(CANONICAL, {"extend": "extend.onnx"})
     for apart, passes in [(0.9 * limit, True), (1.1 * limit, False)]:
         run = Run(np.zeros((0, 4)), logits=[whole], extended=[whole, whole + apart])
-        (check,) = _extended(make_plan(given), form, run)
+        (check,) = pieces_checks(make_plan(given), form, run)
         assert (check.limit, check.passed) == (limit, passes)
