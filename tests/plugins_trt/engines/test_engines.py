@@ -140,7 +140,8 @@ def test_every_architecture_builds_in_fp32(
     architecture: str, cached: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The first has biases and as many KV heads as heads. In a normal run without extend, whose
-    layers are those of prefill, and compact, which no family's modules are in."""
+    layers are those of prefill, and compact, which no family's modules are in; and every other one
+    without decode."""
     folder = copied(
         bundle(architecture, *CACHED.get(cached, (cached,)), max_images=2), tmp_path / "b"
     )
@@ -148,7 +149,8 @@ def test_every_architecture_builds_in_fp32(
         engines = build(folder, sm=(86,))
         assert all(graph.bytes > 0 for graph in engines.graphs.values())
     else:
-        for built in graphs_of(folder, "vision", "prefill", "decode"):
+        apart = ["decode"][: PAIRS.index((architecture, cached)) % 2]
+        for built in graphs_of(folder, "vision", "prefill", *apart):
             assert built.engine.nbytes
 
 
