@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from lvlm.export.graphs import blocks
+from lvlm.export.graphs import cache_entries
 from lvlm.export.graphs.compact import Compact
 from lvlm.export.graphs.decode import Decode
 from lvlm.export.graphs.graph import BundleGraph
@@ -155,8 +155,8 @@ def engine_like(model: LlamaForCausalLM, attention: str) -> Iterator[None]:
     """Within: ops on kernels, cache writes in place, fused RMS norms, ``attention`` by its name."""
     norms = [m for m in model.modules() if type(m).__name__.endswith("RMSNorm")]
     before, model.config._attn_implementation = model.config._attn_implementation, attention
-    scatter = vars(blocks)["scatter"]
-    vars(blocks)["scatter"] = _write
+    scatter = vars(cache_entries)["scatter"]
+    vars(cache_entries)["scatter"] = _write
     for norm in norms:
         norm.forward = types.MethodType(_rms_norm, norm)
     try:
@@ -164,7 +164,7 @@ def engine_like(model: LlamaForCausalLM, attention: str) -> Iterator[None]:
             yield
     finally:
         model.config._attn_implementation = before
-        vars(blocks)["scatter"] = scatter
+        vars(cache_entries)["scatter"] = scatter
         for norm in norms:
             del norm.forward
 

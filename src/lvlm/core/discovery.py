@@ -92,14 +92,18 @@ def _about(point: EntryPoint) -> str:
     return f"{point.name}{owner} (entry point of {point.group})"
 
 
+LISTED = 24  # known names that an error lists
+
+
 def nearest(
     kind: str, name: str, known: Iterable[str], meant: Mapping[str, str] | None = None
 ) -> ParameterError:
     """The error for an unknown name: offers what is ``meant`` by it, or the nearest known ones, or
-    lists all."""
+    lists all, or of many the first."""
     known, name = sorted(known), str(name)[:80]
     other = (meant or {}).get(name.lower())
     close = [other] if other in known else difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return ParameterError(f"unknown {kind} {shown(name)}; did you mean {' or '.join(close)}?")
-    return ParameterError(f"unknown {kind} {shown(name)}; known: {', '.join(known)}")
+    more = f", … ({len(known)} in all)" if len(known) > LISTED else ""
+    return ParameterError(f"unknown {kind} {shown(name)}; known: {', '.join(known[:LISTED])}{more}")

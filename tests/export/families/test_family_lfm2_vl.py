@@ -65,14 +65,14 @@ def test_files_of_two_models(checkpoint: Callable[[str], Path], tmp_path: Path) 
 def test_states_are_planned(checkpoint: Callable[[str], Path]) -> None:
     """Bytes of one sequence: entries of two layers, two inputs of three."""
     found = plan(checkpoint(FIRST), max_text_len=64, max_images=1)
-    assert found.skeleton.language.states == ((3, 2, 64),)
+    assert found.skeleton.language.state_sizes == ((3, 2, 64),)
     assert len(found.cache.capacity.per_layer) == 2
     entries = 2 * 2 * 16 * sum(found.cache.capacity.per_layer)
     assert found.cache.bytes == 4 * (entries + 3 * 2 * 64)
 
 
 def test_nothing_is_merged_beside_states(checkpoint: Callable[[str], Path]) -> None:
-    with pytest.raises(ParameterError, match="3 of its 5 layers convolve"):
+    with pytest.raises(ParameterError, match="3 of its 5 layers take all tokens side by side"):
         plan(checkpoint(FIRST), "lightvlm")
 
 

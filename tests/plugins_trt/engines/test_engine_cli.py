@@ -48,7 +48,7 @@ def test_targets_are_listed_with_what_was_seen_of_them(run: Any) -> None:
     assert set(blocks) == set(targets)
     for name, target in targets.items():
         assert blocks[name].endswith(f"verified {target.verified or 'no'}")
-    assert "Attention, RMSNormalization" in blocks["jetson-orin-jp62"]
+    assert "RMSNormalization, RotaryEmbedding" in blocks["jetson-orin-jp62"]
     assert "quantized int8 with one scale" in blocks["jetson-orin-jp62"]
     assert "quantized int4 in blocks of 16, 32" in blocks["jetson-jp72"]
     assert max(map(len, out.splitlines())) <= 80
