@@ -25,7 +25,7 @@ RECIPES = {
     **{n: CACHED[f"{n} (cached)"] for n in ("lightvlm", "elastic-cache", "h2o", "snapkv")},
 }
 FORMS = ("canonical", "lowered", "kernels")
-# In a normal run the canonical graphs run in validations of exports alone
+# In a normal run two forms, on two recipes; canonical graphs with --whole
 USUAL = [("none", "kernels"), ("lightvlm", "lowered")]
 
 
