@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from lvlm.core.errors import BundleError, ParameterError, shown
+from lvlm.runtime.bundle.entry_form import side_dtype
 from lvlm.runtime.bundle.graph_ports import BITS, check_ports
 from lvlm.runtime.bundle.manifest import EncoderReduction, Manifest, Reduction
 from lvlm.runtime.reductions import rules
@@ -49,7 +50,7 @@ def _check_sizes(manifest: Manifest, path: Path) -> None:
         raise BundleError(f"{path} has a state that is not of three sizes; export again")
     if text.state_dtypes and (
         len(text.state_dtypes) != len(text.states)
-        or not {"float32", manifest.cache_dtype}.issuperset(text.state_dtypes)
+        or not {"float32", side_dtype(manifest.cache_dtype)}.issuperset(text.state_dtypes)
     ):
         raise BundleError(f"{path} has states of other types than the cache's; export again")
     tokens = (images.token_id, *text.eos_ids)

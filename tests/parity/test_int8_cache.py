@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from example_counts import whole
 from parity_tools import ROWS, canonical, make_reference
 from settings import CACHED
 
@@ -123,3 +124,28 @@ def test_bytes_are_a_quarter_and_a_scale_each(bundle: Callable[..., Path]) -> No
             used.append((stats.cache_bytes_allocated, stats.cache_bytes_used))
     for full, held in zip(*used, strict=True):
         assert held * 4 * width == full * (width + 1)
+
+
+@pytest.mark.parametrize("name", ["lfm2-vl:gqa-conv-first", "qwen3.5:gqa-linear-first"])
+def test_states_lie_beside_in_types_of_their_own(name: str, bundle: Callable[..., Path]) -> None:
+    """Inputs of convolutions in fp16, matrices in fp32; answers go on over both."""
+    if name.startswith("qwen") and not whole():
+        pytest.skip("another export: --whole")
+    with lvlm.load(bundle(name, max_images=2, cache="int8")) as model:
+        types = {
+            n: b.dtype
+            for n, b in model.calls.start(
+                [
+                    model.prepare(
+                        0, "a b c", [], GenerationOptions(chat_template=False, max_new_tokens=2)
+                    )
+                ],
+                None,
+                None,
+            ).cache.buffers.items()
+        }
+        assert types["key_0"] == np.int8
+        assert types["state_0"] == np.float16
+        assert types.get("state_1", np.float32) == np.float32
+        answer = model.generate("a b c", max_new_tokens=6, chat_template=False, ignore_eos=True)
+        assert len(answer.token_ids) == 6
